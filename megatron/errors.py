@@ -1,0 +1,85 @@
+"""The two kinds of fault that a user sees, each told with what, where and what to do.
+
+ConfigError: a mistake in what the user asked for, found before any work that it could waste (exit code 2).
+RunError: a fault met later, such as a damaged checkpoint, a full disk or a NaN loss (exit code 1).
+Both carry one or more `Mistake`s, so that every mistake is reported at once, one a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Self
+
+
+class Unset(Enum):
+    """Stands for "no value was involved", since None is a value that a configuration may hold."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong.
+
+    what: the fault, as a sentence without a full stop. key and value: the configuration key involved and what it
+    held. where: `file:line`, "command line", a path or a rank. remedy: what the user can do about it.
+    """
+
+    what: str
+    key: str | None = None
+    value: object = UNSET
+    where: str | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        """`where: key = value: what; remedy`, leaving out the parts that are not known."""
+        subject = self.key
+        if subject is not None and self.value is not UNSET:
+            subject = f"{subject} = {self.value!r}"
+        told = self.what if self.remedy is None else f"{self.what}; {self.remedy}"
+        return ": ".join(part for part in (self.where, subject, told) if part)
+
+
+class _Fault(Exception):
+    """A bundle of mistakes; the message is one line for each."""
+
+    exit_code = 1
+
+    def __init__(self, *mistakes: Mistake) -> None:
+        super().__init__("\n".join(str(mistake) for mistake in mistakes))
+        self.mistakes = mistakes
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        *,
+        key: str | None = None,
+        value: object = UNSET,
+        where: str | None = None,
+        remedy: str | None = None,
+    ) -> Self:
+        """The common case of a single mistake."""
+        return cls(Mistake(what, key, value, where, remedy))
+
+    @classmethod
+    def raise_any(cls, mistakes: Iterable[Mistake]) -> None:
+        """Raises one fault that holds all the mistakes, if there are any."""
+        found = tuple(mistakes)
+        if found:
+            raise cls(*found)
+
+
+class ConfigError(_Fault):
+    """The user asked for something that cannot be, said before any work starts."""
+
+    exit_code = 2
+
+
+class RunError(_Fault):
+    """Something failed while the work was under way; what was already written stays usable."""
