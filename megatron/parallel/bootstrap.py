@@ -1,0 +1,122 @@
+"""From a bare worker process to a Topology: the process group, the device and the seeds.
+
+The rank and world size come from the environment that DeepSpeed's launcher, torchrun and srun all set (RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started alone is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron.errors import ConfigError
+from megatron.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its global rank, its rank on this host, and how many processes there are."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @staticmethod
+    def from_environment() -> Ranks:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE; a missing one means a process started alone."""
+        return Ranks(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+
+def bootstrap(
+    *,
+    pipe_parallel_size: int,
+    model_parallel_size: int,
+    seed: int,
+    backend: str = "nccl",
+    timeout_seconds: float = 600.0,
+    deterministic: bool = False,
+) -> Topology:
+    """Joins the process group, picks the device, seeds the generators and returns this rank's Topology.
+
+    backend: the wish of the configuration; a machine without CUDA always talks gloo. timeout_seconds [s]: how long
+    a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators get
+    seed + data rank, so that replicas draw different dropout masks and the ranks of one replica the same one.
+    Raises ConfigError if the world size does not fit the layout.
+    """
+    ranks = Ranks.from_environment()
+    pipe = max(1, pipe_parallel_size)
+    if ranks.world_size % (pipe * model_parallel_size):
+        raise ConfigError.of(
+            f"{ranks.world_size} processes were started, which pipe {pipe} x model {model_parallel_size} = "
+            f"{pipe * model_parallel_size} ranks does not divide",
+            key="pipe_parallel_size, model_parallel_size",
+            remedy="start a multiple of that number of processes",
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    _use_deterministic_algorithms(deterministic)
+    _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
+    topology = Topology.build(pipe=pipe, model=model_parallel_size, rank=ranks.rank, world_size=ranks.world_size)
+    seed_generators(seed + topology.data.rank)
+    return topology
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's (all devices) generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> None:
+    """DeepSpeed's initialisation over torch.distributed; a process started alone gets an address of its own."""
+    import deepspeed
+
+    os.environ.setdefault("RANK", str(ranks.rank))
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed.init_distributed(
+        backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
+    )
+
+
+def _use_deterministic_algorithms(deterministic: bool) -> None:
+    """Only deterministic kernels, or an error from the op that has none (cuBLAS needs its workspace fixed)."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
