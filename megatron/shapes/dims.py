@@ -1,0 +1,85 @@
+"""The plain numbers and flags that decide which tensors a model has.
+
+``ModelDims`` is what the shape table, the planner and the checkpoint converters share. It holds no torch type and no
+configuration type: ``ModelDims.of`` reads any object that carries the configuration's model keys as attributes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GATED_ACTIVATIONS = frozenset({"geglu", "reglu", "swiglu", "bilinear", "glu"})
+"""Activations whose first linear layer has two halves: the plain (up) half, then the activated (gate) half."""
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Sizes and flags of one transformer. All sizes are global (before tensor parallelism)."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int  # input width of linear2; linear1 has twice as many outputs where the activation is gated
+    gated: bool = False
+    norm: str = "layernorm"
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    pos_emb: str = "learned"  # learned | rotary | none
+    max_position_embeddings: int = 0
+    tied: bool = True  # the output layer shares the word embedding's weight
+    gpt_j_residual: bool = False
+    gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_kv_heads} key/value heads do not divide {self.num_attention_heads} heads")
+
+    @classmethod
+    def of(cls, model: Any) -> ModelDims:
+        """Read the dimensions from an object with the model keys as attributes (the configuration's model section)."""
+        heads = model.num_attention_heads
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=heads,
+            num_kv_heads=model.num_kv_heads or heads,
+            head_dim=getattr(model, "kv_channels", None) or model.hidden_size // heads,
+            mlp_width=model.mlp_width,
+            gated=model.activation in GATED_ACTIVATIONS,
+            norm=model.norm,
+            norm_bias=model.use_bias_in_norms,
+            attention_bias=model.use_bias_in_attn_linear,
+            mlp_bias=model.use_bias_in_mlp,
+            pos_emb=model.pos_emb,
+            max_position_embeddings=model.max_position_embeddings,
+            tied=not model.no_weight_tying,
+            gpt_j_residual=model.gpt_j_residual,
+            gpt_j_tied=model.gpt_j_tied,
+        )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together (the value heads are as wide)."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a key/value head; it decides the row order of the QKV weight."""
+        return self.num_kv_heads != self.num_attention_heads
+
+    @property
+    def shared_norm(self) -> bool:
+        """Whether a block has one norm (gpt_j_tied) in place of two."""
+        return self.gpt_j_residual and self.gpt_j_tied
