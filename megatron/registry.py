@@ -1,0 +1,199 @@
+"""The phone book: every name that a YAML may give to a part, and the module that builds it.
+
+A family is what one configuration key chooses from. An entry holds the dotted target `module:attr`, one line of
+documentation and, where the target needs a package that is not always installed, the pip extra that brings it.
+Targets are imported on use only, so the launcher can refuse a misspelt name, with the nearest one, without torch.
+
+A new part is one new file and one line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One nameable part. target: `module:attr`. extra: the pip extra that installs what the target imports."""
+
+    name: str
+    target: str
+    doc: str
+    extra: str | None = None
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """The name that the writer most likely meant, or None when nothing is close."""
+    known = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return known[close[0]] if close else None
+
+
+class Family:
+    """The parts that one configuration key chooses from.
+
+    kind: what the parts are, for messages ("norm"). key: the configuration key that names one of them.
+    """
+
+    def __init__(self, kind: str, key: str, entries: Iterable[Entry]) -> None:
+        self.kind = kind
+        self.key = key
+        listed = tuple(entries)
+        self._entries: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in listed})
+        assert len(self._entries) == len(listed), f"a {kind} is listed twice"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name, in the order of the listing."""
+        return tuple(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def nearest(self, name: str) -> str | None:
+        """The listed name closest to a misspelt one, or None."""
+        return nearest_name(name, self._entries)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of that name. Raises ConfigError, with the nearest name, when there is none."""
+        if name in self._entries:
+            return self._entries[name]
+        close = self.nearest(name)
+        choices = ", ".join(self.names)
+        remedy = f"did you mean {close}? The choices are {choices}" if close else f"the choices are {choices}"
+        raise ConfigError.of(f"there is no {self.kind} of this name", key=self.key, value=name, remedy=remedy)
+
+    def load(self, name: str) -> Any:
+        """Imports and returns the object. Raises ConfigError when a package that its extra installs is missing."""
+        entry = self.entry(name)
+        module_name, _, attribute = entry.target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as fault:
+            ours = (fault.name or "").split(".")[0] == "megatron"
+            if ours or entry.extra is None:
+                raise
+            raise ConfigError.of(
+                f"this {self.kind} needs the package {fault.name}, which is not installed",
+                key=self.key,
+                value=name,
+                remedy=f"pip install neox[{entry.extra}]",
+            ) from fault
+        return getattr(module, attribute)
+
+
+NORMS = Family(
+    "norm",
+    "norm",
+    [
+        Entry("layernorm", "megatron.model.norms.layernorm:LayerNorm", "Layer normalisation, arXiv:1607.06450"),
+        Entry("rmsnorm", "megatron.model.norms.rmsnorm:RMSNorm", "Root mean square norm, arXiv:1910.07467"),
+    ],
+)
+
+POSITIONS = Family(
+    "position scheme",
+    "pos_emb",
+    [
+        Entry("learned", "megatron.model.positions.learned:LearnedPositions", "One learned vector a position"),
+        Entry("rotary", "megatron.model.positions.rotary:Rotary", "Rotary positions, arXiv:2104.09864"),
+        Entry("none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"),
+    ],
+)
+
+ACTIVATIONS = Family(
+    "activation",
+    "activation",
+    [
+        Entry("gelu", "megatron.model.mlp.activations:gelu", "Gaussian error linear unit, arXiv:1606.08415"),
+        Entry("relu", "megatron.model.mlp.activations:relu", "Rectified linear unit"),
+        Entry("silu", "megatron.model.mlp.activations:silu", "x * sigmoid(x), arXiv:1702.03118"),
+        Entry("swish", "megatron.model.mlp.activations:silu", "Another name of silu, arXiv:1710.05941"),
+        Entry("softsign", "megatron.model.mlp.activations:softsign", "x / (1 + |x|)"),
+        Entry("mish", "megatron.model.mlp.activations:mish", "x * tanh(softplus(x)), arXiv:1908.08681"),
+        Entry("swiglu", "megatron.model.mlp.activations:swiglu", "Gated by silu, arXiv:2002.05202"),
+        Entry("geglu", "megatron.model.mlp.activations:geglu", "Gated by gelu, arXiv:2002.05202"),
+        Entry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202"),
+        Entry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083"),
+        Entry("bilinear", "megatron.model.mlp.activations:bilinear", "Gated by the identity, arXiv:2002.05202"),
+    ],
+)
+
+ATTENTION = Family(
+    "attention kind",
+    "attention_config",
+    [
+        Entry("global", "megatron.model.attention.dense:ParallelSelfAttention", "Causal attention to all positions"),
+        Entry("flash", "megatron.model.attention.dense:ParallelSelfAttention", "The same; the fast kernel is chosen"),
+    ],
+)
+
+MLPS = Family("MLP", "moe_num_experts", [Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block")])
+
+INITS = Family(
+    "initialisation",
+    "init_method",
+    [
+        Entry("normal", "megatron.model.init:normal", "Normal, deviation init_method_std"),
+        Entry("scaled_normal", "megatron.model.init:scaled_normal", "Normal, deviation init_method_std/sqrt(2 L)"),
+        Entry("orthogonal", "megatron.model.init:orthogonal", "Orthogonal rows or columns, arXiv:1312.6120"),
+        Entry("scaled_orthogonal", "megatron.model.init:scaled_orthogonal", "Orthogonal, over sqrt(2 L)"),
+        Entry("xavier_uniform", "megatron.model.init:xavier_uniform", "Uniform by fan-in plus fan-out, Glorot 2010"),
+        Entry("xavier_normal", "megatron.model.init:xavier_normal", "Normal by fan-in plus fan-out, Glorot 2010"),
+        Entry("wang_init", "megatron.model.init:wang_init", "Normal, deviation 2/(L sqrt(h)), as GPT-J"),
+        Entry("small_init", "megatron.model.init:small_init", "Normal, deviation sqrt(2/(5 h)), arXiv:1910.05895"),
+        Entry(
+            "single_residual_scaled_normal",
+            "megatron.model.init:single_residual_scaled_normal",
+            "Normal, deviation init_method_std/sqrt(L), for parallel residual blocks",
+        ),
+    ],
+)
+
+OPTIMIZERS = Family(
+    "optimizer",
+    "optimizer",
+    [Entry("adam", "megatron.optim.adamw:build", "Adam with decoupled weight decay, arXiv:1711.05101")],
+)
+
+SCHEDULES = Family(
+    "learning rate schedule",
+    "lr_decay_style",
+    [
+        Entry("constant", "megatron.optim.schedule:constant", "The peak rate after warmup"),
+        Entry("linear", "megatron.optim.schedule:linear", "Falls on a straight line to zero or min_lr"),
+        Entry("cosine", "megatron.optim.schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"),
+        Entry("exponential", "megatron.optim.schedule:exponential", "Halves over the horizon"),
+    ],
+)
+
+TOKENIZERS = Family(
+    "tokenizer",
+    "tokenizer_type",
+    [
+        Entry("HFTokenizer", "megatron.tokenizers.huggingface:HFTokenizer", "A tokenizer.json file"),
+        Entry("CharLevelTokenizer", "megatron.tokenizers.char_level:CharLevelTokenizer", "One token a byte"),
+    ],
+)
+
+OBJECTIVES = Family(
+    "objective",
+    "train_impl",
+    [Entry("normal", "megatron.objectives.language_model:LanguageModel", "Cross entropy of the next token")],
+)
+
+SINKS = Family(
+    "metrics sink",
+    "sinks",
+    [
+        Entry("jsonl", "megatron.observe.sinks.jsonl:JsonLines", "metrics.jsonl in the run directory"),
+        Entry("tensorboard", "megatron.observe.sinks.tensorboard:TensorBoard", "Event files", extra="tensorboard"),
+    ],
+)
