@@ -1,0 +1,63 @@
+# The commands of a checkout. PYTHON= chooses the interpreter, VENV= the virtual environment to make and use.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
+CONSTRAINED := -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help check-machine install install-dev quickstart test test-long parity lint bench
+
+help: ## say what each command does
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+check-machine:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) is not on the PATH; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old, 3.11 or newer is needed; name another: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || { \
+	  echo "error: the headers of $(PYTHON) (Python.h) are missing, and DeepSpeed compiles against them; install them (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel)" >&2; exit 2; }
+	@command -v $${CXX:-g++} >/dev/null || { \
+	  echo "error: no C++ compiler ($${CXX:-g++}), and DeepSpeed compiles with it; install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++)" >&2; exit 2; }
+
+# A stamp in the environment says that it was installed from these requirements; a newer requirement file installs again.
+# torch is installed first, because building DeepSpeed looks at it.
+$(VENV)/.base-installed: $(REQUIREMENTS)
+	@$(MAKE) --no-print-directory check-machine
+	@echo "installing into $(VENV) (once; some minutes and, with the CPU build of torch, about 2 GB)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) $(CONSTRAINED) setuptools
+	@$(PY) $(CONSTRAINED) torch
+	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[eval,plot,tensorboard]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.base-installed
+	@echo "installing the test tools into $(VENV)"
+	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.base-installed ## make VENV and install what a run needs
+install-dev: $(VENV)/.dev-installed ## the same with the test tools
+
+quickstart: install ## prepare text, train, evaluate and sample a small model, about 10 minutes on 2 cores
+	@$(PY) tools/quickstart.py $(ARGS)
+
+test: install-dev ## run the test suite
+	@$(PY) -m pytest $(ARGS)
+
+test-long: install-dev ## run everything, also what takes minutes or fetches package data
+	@$(PY) -m pytest -m "not gpu" $(ARGS)
+
+parity: install-dev ## train in every parallel layout and compare the losses
+	@$(PY) -m pytest -m "not gpu" tests/numerics $(ARGS)
+
+lint: install-dev ## check style and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+bench: install ## measure the training step
+	@$(PY) benchmarks/train_step.py $(ARGS)
