@@ -1,0 +1,152 @@
+"""The run on a terminal: one live line that is rewritten in place, or plain lines where the output is not a terminal.
+
+The launcher pipes the workers' output, so a worker cannot see the user's terminal; the launcher then says so with the
+environment variable NEOX_TTY=1 (0 asks for plain lines even on a terminal).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+_ERASE_LINE = "\r\x1b[2K"
+_SMOOTHING = 0.3  # weight of the newest iteration time in the estimate of the time left
+_REDRAW_SECONDS = 0.2
+
+
+def is_live(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether a line on this stream can be rewritten in place."""
+    asked = environment.get("NEOX_TTY")
+    if asked:
+        return asked != "0"
+    return stream.isatty()
+
+
+class Console:
+    """Prints what the reporter hears. `live`: rewrite one line; else every report is a line of its own."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self.live = is_live(self._stream, os.environ) if live is None else live
+        self._clock = clock
+        self._line = ""  # what stands on the live line now
+        self._metrics: Mapping[str, float] = {}
+        self._total = 0
+        self._iteration_time: float | None = None
+        self._drawn_at = -math.inf
+
+    def train(self, iteration: int, metrics: Mapping[str, float], total_iterations: int) -> None:
+        """Shows a training record."""
+        self._metrics, self._total = metrics, total_iterations
+        self._smooth(metrics.get("runtime/iteration_time"))
+        line = training_line(iteration, total_iterations, metrics, self._seconds_left(iteration))
+        if self.live:
+            self._draw(line)
+        else:
+            self._print(line)
+
+    def progress(self, iteration: int) -> None:
+        """Moves the live line on between two training records, without new values; at most five times a second."""
+        if not self.live or not self._line or self._clock() - self._drawn_at < _REDRAW_SECONDS:
+            return
+        self._draw(training_line(iteration, self._total, self._metrics, self._seconds_left(iteration)))
+
+    def evaluation(self, iteration: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Shows an evaluation, on a line that stays."""
+        self._print(evaluation_line(iteration, split, metrics))
+
+    def message(self, text: str) -> None:
+        """Shows a sentence, on a line that stays."""
+        self._print(text)
+
+    def close(self) -> None:
+        """Leaves the live line standing and moves below it."""
+        if self._line:
+            self._stream.write("\n")
+            self._line = ""
+        self._stream.flush()
+
+    def _print(self, text: str) -> None:
+        kept = self._line
+        if kept:
+            self._stream.write(_ERASE_LINE)
+        self._stream.write(text + "\n")
+        self._line = ""
+        if kept:
+            self._draw(kept)
+        self._stream.flush()
+
+    def _draw(self, line: str) -> None:
+        width = shutil.get_terminal_size((120, 24)).columns
+        self._line = line
+        self._stream.write(_ERASE_LINE + line[: max(width - 1, 20)])
+        self._stream.flush()
+        self._drawn_at = self._clock()
+
+    def _smooth(self, seconds: float | None) -> None:
+        if seconds is None or not math.isfinite(seconds):
+            return
+        before = seconds if self._iteration_time is None else self._iteration_time
+        self._iteration_time = (1 - _SMOOTHING) * before + _SMOOTHING * seconds
+
+    def _seconds_left(self, iteration: int) -> float | None:
+        if self._iteration_time is None:
+            return None
+        return max(self._total - iteration, 0) * self._iteration_time
+
+
+def training_line(
+    iteration: int, total_iterations: int, metrics: Mapping[str, float], seconds_left: float | None
+) -> str:
+    """`iteration 120/3,000 | loss 4.1234 | 12,345 tokens/s | MFU 41.2 % | 3m 20s left | lr 3.00e-04 | grad norm 1.02`.
+
+    Parts whose metric is missing are left out. What matters most stands first, since a narrow terminal cuts the end.
+    """
+    parts = [f"iteration {iteration:,}/{total_iterations:,}"]
+    formats: tuple[tuple[str, Callable[[float], str]], ...] = (
+        ("train/lm_loss", lambda value: f"loss {value:.4f}"),
+        ("runtime/tokens_per_sec", lambda value: f"{value:,.0f} tokens/s"),
+        ("runtime/model_flops_utilization", lambda value: f"MFU {100 * value:.1f} %"),
+    )
+    parts += [tell(metrics[name]) for name, tell in formats if name in metrics]
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} left")
+    if "train/learning_rate" in metrics:
+        parts.append(f"lr {metrics['train/learning_rate']:.2e}")
+    if "train/grad_norm" in metrics:
+        parts.append(f"grad norm {metrics['train/grad_norm']:.3g}")
+    if metrics.get("train/loss_scale", 1.0) != 1.0:
+        parts.append(f"loss scale {metrics['train/loss_scale']:g}")
+    return " | ".join(parts)
+
+
+def evaluation_line(iteration: int, split: str, metrics: Mapping[str, float]) -> str:
+    """`validation at iteration 500 | lm_loss 3.2100 | lm_loss_ppl 24.78`."""
+    parts = [f"{split} at iteration {iteration:,}"]
+    parts += [f"{name.removeprefix(split + '/')} {value:.4f}" for name, value in metrics.items()]
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units: `45s`, `3m 20s`, `2h 05m`, `4d 03h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"

@@ -1,0 +1,74 @@
+"""Wall-clock time of the parts of a run.
+
+On a GPU the host runs ahead of the device, so a time is only true after waiting for the device; waiting at every step
+costs speed. `StepClock` therefore waits once a log point and reports the mean over the iterations since the last one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def no_wait() -> None:
+    """The `synchronize` of a device that has nothing to wait for."""
+
+
+class StepClock:
+    """Mean seconds an iteration between log points, evaluation and saving left out.
+
+    synchronize: waits for the device (`torch.cuda.synchronize` on a GPU); called at log points and around
+    excluded work.
+    """
+
+    def __init__(
+        self, synchronize: Callable[[], None] = no_wait, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock = clock
+        self._iterations = 0
+        self._excluded = 0.0
+        self._started = self._now()
+
+    def count(self) -> None:
+        """Counts one finished iteration. Does not wait for the device."""
+        self._iterations += 1
+
+    def lap(self) -> float:
+        """Mean seconds an iteration since the last lap; starts the next lap. Waits for the device. NaN without any."""
+        now = self._now()
+        elapsed = now - self._started - self._excluded
+        mean = elapsed / self._iterations if self._iterations else float("nan")
+        self._started, self._iterations, self._excluded = now, 0, 0.0
+        return mean
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Keeps the time of the enclosed work (an evaluation, a save) out of the iteration time."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self._excluded += self._now() - before
+
+    def _now(self) -> float:
+        self._synchronize()
+        return self._clock()
+
+
+class Stopwatch:
+    """Seconds spent in named parts, added up: `with watch.part("save"): ...`. Does not wait for the device."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time of the enclosed work to `seconds[name]`."""
+        before = self._clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - before
