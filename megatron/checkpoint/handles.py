@@ -1,0 +1,54 @@
+"""What a checkpoint needs of an engine, and how all ranks agree on a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.slices import OptimizerState, StateSlice
+from megatron.errors import RunError
+from megatron.parallel.topology import Topology
+
+
+class Checkpointable(Protocol):
+    """An engine, as the checkpoint sees it. Keys are "<layer>.<name>"."""
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether weights are stored a layer a file."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's tensor-parallel shards of the layers it holds; collective."""
+
+    def optimizer_slices(self) -> list[StateSlice]:
+        """What this rank's part of the optimizer keeps; a slice that another rank also has is left out."""
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Puts the optimizer where `state` was."""
+
+
+def together(action: Callable[[], None], what: str) -> None:
+    """Runs an action on every rank; if it fails on any, every rank raises RunError. Ends like a barrier.
+
+    what: the action in words, for the message. Only faults of the file system are caught: an OSError, or torch's
+    RuntimeError when a write falls short.
+    """
+    error: Exception | None = None
+    try:
+        action()
+    except (OSError, RuntimeError) as caught:
+        error = caught
+    failed = torch.tensor([float(error is not None)])
+    if dist.is_initialized():
+        failed = failed.cuda() if dist.get_backend() == "nccl" else failed
+        dist.all_reduce(failed)
+    if failed.item():
+        reason = str(error).splitlines()[0] if error else "another rank failed"
+        raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error

@@ -1,0 +1,171 @@
+"""Optimizer state by parameter name, so that any layout can read what any other wrote.
+
+A slice is a range of one tensor-parallel shard, flattened: ZeRO gives each data-parallel rank such ranges, a run
+without ZeRO gives data rank 0 the whole shard. Writing stores every rank's slices with an index beside them; reading
+puts the shards of one parameter together, then the global tensor, and cuts out what the reader's layout needs. Only
+one parameter is held whole at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import files, layout
+from megatron.errors import RunError
+from megatron.shapes import TensorShape
+
+MASTER = "master"
+"""The fp32 copy of a parameter that is trained in a lower precision."""
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
+
+    key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
+    step: number of updates made [steps].
+    """
+
+    key: str
+    start: int
+    stop: int
+    step: int
+    tensors: dict[str, Tensor]
+
+
+def write(directory: Path, rank: int, *, model_rank: int, model_size: int, slices: Sequence[StateSlice]) -> None:
+    """Stores the slices of one global rank and their index."""
+    index = [
+        {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step, "names": sorted(piece.tensors)}
+        for piece in slices
+    ]
+    values = [{name: tensor.detach().cpu().clone() for name, tensor in piece.tensors.items()} for piece in slices]
+    files.write_tensors(directory / layout.slice_file(rank), values)
+    facts = {"model_rank": model_rank, "model_size": model_size, "slices": index}
+    files.write_json(directory / layout.slice_index(rank), facts)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one slice lies: its file, its position there, and what it covers."""
+
+    file: Path
+    position: int
+    model_rank: int
+    start: int
+    stop: int
+    step: int
+    names: tuple[str, ...]
+
+
+@dataclass
+class OptimizerState:
+    """The optimizer state of a checkpoint, read on demand.
+
+    places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them.
+    """
+
+    model_size: int
+    places: dict[str, list[_Place]]
+    shapes: dict[str, TensorShape]
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def open(directory: Path, shapes: dict[str, TensorShape]) -> OptimizerState | None:
+        """Reads the indexes of a checkpoint; None if it holds no optimizer state.
+
+        shapes: parameter key -> its entry in the table of tensors.
+        """
+        indexes = sorted((directory / layout.STATE).glob("rank_*.json"))
+        places: dict[str, list[_Place]] = {}
+        sizes = set()
+        for path in indexes:
+            facts = files.read_json(path)
+            sizes.add(facts["model_size"])
+            for position, entry in enumerate(facts["slices"]):
+                place = _Place(
+                    path.with_suffix(".pt"),
+                    position,
+                    facts["model_rank"],
+                    entry["start"],
+                    entry["stop"],
+                    entry["step"],
+                    tuple(entry["names"]),
+                )
+                places.setdefault(entry["key"], []).append(place)
+        if not places:
+            return None
+        if len(sizes) != 1:
+            raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", where=str(directory))
+        return OptimizerState(sizes.pop(), places, shapes)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
+        found = self.places.get(key)
+        return found[0].names if found else ()
+
+    def step(self, key: str) -> int:
+        """The number of updates the parameter has seen [steps]."""
+        return self.places[key][0].step
+
+    def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
+        """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
+        shape = self.shapes[key]
+        if shape.shard_dim is None:
+            return self._source_shard(key, name, 0).flatten()
+        if model_size == self.model_size:
+            return self._source_shard(key, name, model_rank).flatten()
+        whole = join_shards(shape, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
+        return cut_shard(shape, whole, model_rank, model_size).flatten()
+
+    def _source_shard(self, key: str, name: str, model_rank: int) -> Tensor:
+        """One tensor-parallel shard as it was cut when it was written. RunError if a piece of it is not there."""
+        shape = self.shapes[key].local_shape(self.model_size)
+        shard = torch.empty(shape, dtype=torch.float32)
+        flat = shard.view(-1)
+        covered = 0
+        for place in self.places[key]:
+            if place.model_rank == model_rank:
+                flat[place.start : place.stop] = self._load(place.file)[place.position][name]
+                covered += place.stop - place.start
+        if covered != flat.numel():
+            raise RunError.of(
+                f"optimizer state covers {covered} of {flat.numel()} elements of {key}",
+                where=str(self.places[key][0].file.parent),
+                remedy="a rank's file is missing; load another iteration, or set no_load_optim",
+            )
+        return shard
+
+    def _load(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = files.read_tensors(file)
+        return self._open[file]
+
+
+def cut_shard(shape: TensorShape, whole: Tensor, model_rank: int, model_size: int) -> Tensor:
+    """The part of a global tensor that one of `model_size` tensor-parallel ranks holds."""
+    if shape.shard_dim is None or model_size == 1:
+        return whole
+    dim = shape.shard_dim
+    parts = [whole.narrow(dim, start, stop - start) for start, stop in shape.slices(model_rank, model_size)]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def join_shards(shape: TensorShape, shards: Sequence[Tensor]) -> Tensor:
+    """The global tensor from the shards of all tensor-parallel ranks, in rank order."""
+    if shape.shard_dim is None or len(shards) == 1:
+        return shards[0]
+    whole = torch.empty(shape.shape, dtype=shards[0].dtype)
+    for rank, shard in enumerate(shards):
+        offset = 0
+        for start, stop in shape.slices(rank, len(shards)):
+            rows = shard.narrow(shape.shard_dim, offset, stop - start)
+            whole.narrow(shape.shard_dim, start, stop - start).copy_(rows)
+            offset += stop - start
+    return whole

@@ -1,0 +1,57 @@
+"""The global gradient norm and clipping, for the runs in which DeepSpeed leaves them to us (ZeRO 0).
+
+DeepSpeed's own norm counts parameters by rank and counts tied weights twice when a pipeline has several stages. Here
+a parameter's marks say who counts it: a sharded parameter counts on every tensor-parallel rank, a replicated one on
+the first only, and a tied one on the first of its stages only. Clipping scales all gradients by
+max_norm / (norm + 1e-6) when the norm exceeds max_norm (arXiv:1211.5063, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+from megatron.parallel.marks import is_sharded, is_tied
+from megatron.parallel.topology import Topology
+
+
+class GradientClipper:
+    """Computes the norm over one replica of the model and scales the gradients; `norm` keeps the last one."""
+
+    def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:
+        """max_norm: the largest norm left alone; 0 computes the norm and scales nothing."""
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
+        self._replica = topology.replica
+        self._max_norm = max_norm
+        self.norm = torch.zeros(())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every step of the optimizer clip first."""
+        optimizer.register_step_pre_hook(lambda *_: self.clip())
+
+    def clip(self) -> None:
+        """Computes `norm`, the same on every rank of the replica, and clips in place."""
+        counted = [parameter.grad for parameter in self._counted if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        square = torch.zeros((), device=gradients[0].device)
+        if counted:
+            square = torch.nn.utils.get_total_norm(counted).square()
+        if self._replica.size > 1:
+            dist.all_reduce(square, group=self._replica.group)
+        self.norm = square.sqrt()
+        if self._max_norm > 0:
+            factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, factor)
+
+
+def _counts_here(parameter: Parameter, topology: Topology) -> bool:
+    """Whether this rank's copy of the parameter is the one that enters the norm."""
+    if is_tied(parameter) and not topology.pipe.is_first:
+        return False
+    return is_sharded(parameter) or topology.model.is_first
