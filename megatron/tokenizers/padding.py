@@ -1,0 +1,13 @@
+"""Round the vocabulary up, so that every tensor-parallel rank holds the same number of rows.
+
+The added rows belong to no token. They are part of the embedding's shape and so of every checkpoint: a model must be
+loaded with the divisor it was trained with.
+"""
+
+from __future__ import annotations
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, model_parallel_size: int) -> int:
+    """The least multiple of divisible_by * model_parallel_size that holds vocab_size ids [tokens]."""
+    multiple = divisible_by * model_parallel_size
+    return -(-vocab_size // multiple) * multiple

@@ -1,0 +1,120 @@
+"""HFTokenizer: what the file asks for that would change a training set is turned off, and bad files are refused."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from megatron.errors import ConfigError
+from megatron.tokenizers import make_tokenizer
+
+
+def plain(specials=("<|endoftext|>",)):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["some words to learn from, some more words"], trainer)
+    return tokenizer
+
+
+def load(tokenizer, folder):
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return make_tokenizer("HFTokenizer", vocab_file=str(path))
+
+
+def test_truncation_padding_and_added_tokens_are_turned_off(tmp_path):
+    source = plain(("<|endoftext|>", "<s>"))
+    expected = source.encode("some words " * 50).ids
+    source.enable_truncation(8)
+    source.enable_padding(length=16)
+    source.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", 1), ("<|endoftext|>", 0)]
+    )
+    assert source.encode("some words " * 50).ids != expected
+    loaded = load(source, tmp_path)
+    assert loaded.encode("some words " * 50) == expected
+    assert loaded.encode_batch(["some words " * 50, "some"])[0] == expected
+
+
+def test_an_end_of_document_that_the_file_calls_ordinary_cannot_be_forged(tmp_path):
+    source = plain(())
+    source.add_tokens([AddedToken("<|endoftext|>", special=False)])
+    eod = source.token_to_id("<|endoftext|>")
+    assert eod in source.encode("a<|endoftext|>b").ids
+    loaded = load(source, tmp_path)
+    assert loaded.eod == eod
+    assert eod not in loaded.encode("a<|endoftext|>b")
+    assert loaded.decode(loaded.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
+def test_ordinary_added_tokens_keep_working(tmp_path):
+    source = plain()
+    source.add_tokens([AddedToken("        ", special=False, normalized=False)])
+    loaded = load(source, tmp_path)
+    assert loaded.encode("        ") == [source.token_to_id("        ")]
+
+
+def test_ids_with_gaps_have_rows_in_the_embedding(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(plain().to_str())
+    content["added_tokens"].append(
+        {
+            "id": 400,
+            "content": "<extra>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
+    )
+    content["model"]["vocab"]["<extra>"] = 400
+    path.write_text(json.dumps(content))
+    loaded = make_tokenizer("HFTokenizer", vocab_file=str(path))
+    assert loaded.encode("<extra>") == [400]
+    assert loaded.vocab_size == 401
+
+
+def test_a_normaliser_is_told(tmp_path):
+    source = plain()
+    source.normalizer = normalizers.NFC()
+    assert not load(source, tmp_path).lossless
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot read"),
+        (b"{", "not a tokenizer.json"),
+        (b'{"model": 3}', "not a tokenizer.json"),
+        (b"\xff\xfe", "UTF-8"),
+        (plain(("<pad>",)).to_str().encode(), "<|endoftext|>"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, content, told):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        make_tokenizer("HFTokenizer", vocab_file=str(path))
+    (mistake,) = caught.value.mistakes
+    assert told in mistake.what
+    assert mistake.key == "vocab_file"
+    assert mistake.remedy
+
+
+def test_a_file_is_needed():
+    with pytest.raises(ConfigError, match=r"needs a tokenizer\.json"):
+        make_tokenizer("HFTokenizer")
+
+
+def test_a_misspelt_kind_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="HFTokenizer"):
+        make_tokenizer("HFTokeniser")
