@@ -1,0 +1,83 @@
+"""Rank-aware loggers: what a person reads on stderr while a run goes on.
+
+    log = get_logger(__name__)
+    log.info("checkpoint written to %s", path)      # rank 0 only
+    log.warning("the file system answers slowly")   # every rank
+
+When a world has more than one rank, each line starts with its rank. A door calls `configure` once; a module only asks
+for its logger. The rank comes from the environment, so nothing here waits for torch.distributed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+ROOT = "megatron"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (`__name__`); every logger hangs below "megatron", which `configure` sets up."""
+    return logging.getLogger(name if name == ROOT or name.startswith(f"{ROOT}.") else f"{ROOT}.{name}")
+
+
+def configure(level: str | int | None = None) -> None:
+    """Sends the loggers' lines to stderr.
+
+    level: a name or number of `logging`, by default what LOGLEVEL says, else INFO. Ranks other than 0 speak from
+    WARNING on, unless the level is DEBUG. Calling it again replaces what the former call set.
+    """
+    root = logging.getLogger(ROOT)
+    for old in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:
+        root.removeHandler(old)
+    handler = _StderrHandler()
+    handler.setFormatter(_LineFormatter(_rank() if _world_size() > 1 else None))
+    root.addHandler(handler)
+    root.setLevel(_effective(level if level is not None else os.environ.get("LOGLEVEL", "INFO")))
+    root.propagate = False
+
+
+def _effective(level: str | int) -> int:
+    number = level if isinstance(level, int) else logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    return number if _rank() == 0 or number <= logging.DEBUG else max(number, logging.WARNING)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stderr` is at that moment, as a redirected stream expects."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        raise AttributeError("the stream is always sys.stderr")
+
+
+class _LineFormatter(logging.Formatter):
+    """`13:05:41 [rank 3] warning: text`, on every line of a message; the level is left out for information."""
+
+    def __init__(self, rank: int | None) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        start = self.formatTime(record, self.datefmt) + " "
+        if self._rank is not None:
+            start += f"[rank {self._rank}] "
+        if record.levelno != logging.INFO:
+            start += f"{record.levelname.lower()}: "
+        return "\n".join(start + line for line in super().format(record).splitlines() or [""])
