@@ -1,0 +1,108 @@
+"""Laws of who may name what: the whole Config, DeepSpeed, and packages that only one feature needs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+from tests.architecture.source import PRODUCT, Source, imports, sample
+
+KNOW_CONFIG = (
+    "megatron/config/",
+    "megatron/plan/",
+    "megatron/launch/",
+    "megatron/checkpoint/save.py",
+    "megatron/checkpoint/load.py",
+    "megatron/checkpoint/reshape.py",
+    "megatron/checkpoint/huggingface/",
+    "megatron/engine/build.py",
+    "megatron/training/run.py",
+    "megatron/inference/run.py",
+    "megatron/evaluation/run.py",
+    "megatron/serving/run.py",
+)
+
+# Every package that is imported and where. A trailing slash means a folder; "" means anywhere outside the light rooms,
+# which test_floors.py watches.
+WHERE: dict[str, tuple[str, ...]] = {
+    "torch": ("",),
+    "numpy": ("",),
+    "pydantic": ("megatron/config/",),
+    "pydantic_core": ("megatron/config/",),
+    "yaml": ("megatron/config/", "megatron/evaluation/", "tools/", "benchmarks/"),
+    "rich": ("megatron/observe/", "tools/"),
+    "tokenizers": ("megatron/tokenizers/", "tools/"),
+    "deepspeed": (
+        "megatron/parallel/topology.py",
+        "megatron/parallel/bootstrap.py",
+        "megatron/parallel/rng.py",
+        "megatron/model/pipelined.py",
+        "megatron/engine/",
+        "megatron/optim/",
+        "benchmarks/",
+    ),
+    "lm_eval": ("megatron/evaluation/",),
+    "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
+    "matplotlib": ("tools/plot_metrics.py",),
+    "transformers": ("benchmarks/",),
+    "setuptools": ("setup.py",),
+}
+OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})
+
+
+def config_complaints(source: Source) -> list[str]:
+    """Files that name the whole Config though one section, or plain values, would do."""
+    if source.is_door or source.within(*KNOW_CONFIG):
+        return []
+    found = []
+    for node in ast.walk(source.tree):
+        named = (
+            (isinstance(node, ast.Name) and node.id == "Config")
+            or (isinstance(node, ast.Attribute) and node.attr == "Config")
+            or (isinstance(node, ast.alias) and node.name.split(".")[-1] == "Config")
+            or (isinstance(node, ast.Constant) and node.value == "Config")
+        )
+        if named:
+            found.append(source.complaint(node, "names the whole Config; take a section or plain values"))
+    return found
+
+
+def package_complaints(source: Source) -> list[str]:
+    """Packages imported outside the files that are about them."""
+    found = []
+    for item in imports(source):
+        if item.top in sys.stdlib_module_names or item.top in OWN:
+            continue
+        places = WHERE.get(item.top)
+        if item.module == "torch.utils.tensorboard":
+            places = WHERE["tensorboard"]
+        if places is None:
+            found.append(source.complaint(item.node, f"{item.top} is in no list of where packages are used"))
+        elif "" not in places and not source.within(*places):
+            found.append(source.complaint(item.node, f"{item.module} belongs in {', '.join(places)}"))
+    return found
+
+
+def test_few_know_the_whole_config() -> None:
+    assert [complaint for source in PRODUCT for complaint in config_complaints(source)] == []
+
+
+def test_config_law_can_complain() -> None:
+    assert config_complaints(sample("megatron/data/build.py", "from megatron.config import Config\n"))
+    assert config_complaints(sample("megatron/data/build.py", "import megatron.config as c\ndef f(x: c.Config): ...\n"))
+    assert config_complaints(sample("megatron/data/build.py", 'def f(x: "Config"): ...\n'))
+    assert config_complaints(sample("megatron/engine/build.py", "from megatron.config import Config\n")) == []
+    assert config_complaints(sample("train.py", "from megatron.config import Config\n")) == []
+
+
+def test_packages_stay_where_they_belong() -> None:
+    assert [complaint for source in PRODUCT for complaint in package_complaints(source)] == []
+
+
+def test_package_law_can_complain() -> None:
+    assert package_complaints(sample("megatron/training/loop.py", "def f():\n    import deepspeed\n"))
+    assert package_complaints(
+        sample("megatron/observe/reporter.py", "from torch.utils.tensorboard import SummaryWriter\n")
+    )
+    assert package_complaints(sample("megatron/data/gpt.py", "import polars\n"))
+    assert package_complaints(sample("megatron/engine/plain.py", "import deepspeed, torch\n")) == []

@@ -1,0 +1,109 @@
+"""Laws of care: files that could run code are not loaded, faults are not swallowed, users are not met with asserts."""
+
+from __future__ import annotations
+
+import ast
+
+from tests.architecture.source import PRODUCT, Source, imports, sample
+
+RUNS_CODE = frozenset({"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"})
+PICKLE_FREE = ("megatron/data/", "megatron/tokenizers/", "megatron/config/", "megatron/inference/", "tools/")
+
+USERS_VALUES = tuple(f"megatron/config/{name}.py" for name in ("merge", "derive", "rules", "resolve"))
+
+
+def loading_complaints(source: Source) -> list[str]:
+    """torch.load and numpy.load that would run what a file says, and pickle where users' files are read."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called == "torch.load" and options.get("weights_only") != "True":
+            found.append(source.complaint(node, "torch.load without weights_only=True runs what the file says"))
+        elif options.get("weights_only", "True") == "False" or options.get("allow_pickle", "False") == "True":
+            found.append(source.complaint(node, f"{called} would run what the file says"))
+        elif called in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"} and "Safe" not in options.get(
+            "Loader", ""
+        ) + (ast.unparse(node.args[1]) if len(node.args) > 1 else ""):
+            found.append(source.complaint(node, f"{called} without a safe loader"))
+    if source.within(*PICKLE_FREE):
+        found += [
+            source.complaint(item.node, f"{item.top} runs what a file says")
+            for item in imports(source)
+            if item.top in RUNS_CODE
+        ]
+    return found
+
+
+def swallowing_complaints(source: Source) -> list[str]:
+    """Handlers that catch everything, or that catch much and say nothing."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        broad = node.type is None or ast.unparse(node.type) in {"BaseException", "Exception"}
+        silent = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+        if node.type is None:
+            found.append(source.complaint(node, "a bare except also catches an interrupt"))
+        elif broad and silent:
+            found.append(source.complaint(node, f"except {ast.unparse(node.type)} and not a word said"))
+    return found
+
+
+def assert_complaints(source: Source) -> list[str]:
+    """`assert` vanishes under -O and speaks to nobody; where users' values pass, ConfigError says what is wrong.
+
+    What only tells the type checker a fact (`assert x is not None`, `assert isinstance(x, T)`) is no check of a user.
+    """
+    if not (source.is_door or source.within(*USERS_VALUES)):
+        return []
+    return [
+        source.complaint(node, "raise ConfigError with key, value, place and remedy instead")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Assert) and not _narrows(node)
+    ]
+
+
+def _narrows(node: ast.Assert) -> bool:
+    test = ast.unparse(node.test)
+    return node.msg is None and (test.endswith(" is not None") or test.startswith("isinstance("))
+
+
+def test_no_file_runs_code() -> None:
+    assert [complaint for source in PRODUCT for complaint in loading_complaints(source)] == []
+
+
+def test_loading_law_can_complain() -> None:
+    assert loading_complaints(sample("megatron/a.py", "torch.load(f)\n"))
+    assert loading_complaints(sample("megatron/a.py", "torch.load(f, weights_only=False)\n"))
+    assert loading_complaints(sample("megatron/a.py", "reader(f, weights_only=False)\n"))
+    assert loading_complaints(sample("megatron/a.py", "np.load(f, allow_pickle=True)\n"))
+    assert loading_complaints(sample("megatron/a.py", "yaml.load(f)\n"))
+    assert loading_complaints(sample("megatron/data/a.py", "import pickle\n"))
+    assert (
+        loading_complaints(sample("megatron/data/a.py", "torch.load(f, weights_only=True)\nyaml.safe_load(f)\n")) == []
+    )
+
+
+def test_no_fault_is_swallowed() -> None:
+    assert [complaint for source in PRODUCT for complaint in swallowing_complaints(source)] == []
+
+
+def test_swallowing_law_can_complain() -> None:
+    assert swallowing_complaints(sample("a.py", "try:\n    f()\nexcept:\n    raise\n"))
+    assert swallowing_complaints(sample("a.py", "try:\n    f()\nexcept Exception:\n    pass\n"))
+    assert swallowing_complaints(sample("a.py", "try:\n    f()\nexcept OSError:\n    pass\n")) == []
+
+
+def test_users_meet_no_asserts() -> None:
+    assert [complaint for source in PRODUCT for complaint in assert_complaints(source)] == []
+
+
+def test_assert_law_can_complain() -> None:
+    assert assert_complaints(sample("train.py", "assert config\n"))
+    assert assert_complaints(sample("megatron/config/rules.py", "def f(x):\n    assert x > 0\n"))
+    assert assert_complaints(sample("megatron/config/rules.py", "assert x is not None, 'give x'\n"))
+    assert assert_complaints(sample("megatron/config/rules.py", "assert x is not None\n")) == []
+    assert assert_complaints(sample("megatron/model/block.py", "assert x\n")) == []
