@@ -145,11 +145,14 @@ def _publish(partial: Path, final: Path) -> None:
     integrity.write_manifest(partial)
     for directory in (partial / layout.STATE, partial):
         files.sync_directory(directory)
+    replaced = final.with_name(final.name + ".replaced.partial")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     files.sync_directory(final.parent)
     files.replace_text(final.parent / layout.LATEST, final.name)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _retain(save: Path, keep: int | None) -> None:

@@ -1,0 +1,61 @@
+"""What every engine can do, whichever way its model is laid out.
+
+s sequence, b micro batch, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.data.batch import MicroBatch
+from megatron.model.cache import KVCache
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured. Values stay on the device until someone reads them.
+
+    loss: mean over the global batch [nats a token]. grad_norm: before clipping. loss_scale: 1 unless fp16.
+    skipped: whether the update was left out because gradients overflowed.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """An engine that can run its model; training engines step it too. All methods are collective."""
+
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Scores of the next token, fp32 [b, s, v], the same on every rank that holds a part of the model.
+
+        tokens [b, s] continue what the cache already holds, and are added to it.
+        """
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+
+
+class TrainingEngine(Engine, Protocol):
+    """An engine with an optimizer."""
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        """One update from the next `gradient accumulation` micro batches, at the given rate."""
+
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Mean loss over the next `count` micro batches of every data-parallel rank [nats a token]."""
+
+
+def as_tensor(value: float | Tensor | None) -> Tensor:
+    """DeepSpeed reports numbers as floats or tensors; a missing one is NaN."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return torch.tensor(float("nan") if value is None else float(value))

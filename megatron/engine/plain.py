@@ -1,0 +1,115 @@
+"""The engine of a model that is not cut into pipeline stages: DeepSpeedEngine around one module, ZeRO 0 to 3.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.checkpoint.slices import OptimizerState, StateSlice
+from megatron.data.batch import MicroBatch
+from megatron.engine import state
+from megatron.engine.engine import StepResult, as_tensor
+from megatron.engine.forward import gather_vocabulary
+from megatron.model.cache import KVCache
+from megatron.optim.clipping import GradientClipper
+from megatron.parallel.bootstrap import device
+from megatron.parallel.topology import Topology
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [s, b, v/t], labels [b, s], loss mask [b, s]) -> mean loss of the micro batch."""
+
+
+@dataclass
+class PlainEngine:
+    """One module, one DeepSpeedEngine. See engine.py for what the methods promise.
+
+    deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
+    clipper: present where the gradient norm and clipping are ours (ZeRO 0).
+    """
+
+    deepspeed: Any
+    topology: Topology
+    loss: Loss
+    parameters: dict[str, Parameter]
+    make_cache: Callable[[int, int], KVCache]
+    clipper: GradientClipper | None
+    pipelined: bool = False
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        engine = self.deepspeed
+        engine.module.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=engine.device)
+        skipped_before = engine.skipped_steps
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = self._forward(next(batches))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        mean = self._data_mean(total / engine.gradient_accumulation_steps())
+        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        scale = float(getattr(engine.optimizer, "cur_scale", 1.0))
+        return StepResult(mean, norm, learning_rate, scale, engine.skipped_steps > skipped_before)
+
+    @torch.no_grad()
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        self.deepspeed.module.eval()
+        total = torch.zeros((), device=self.deepspeed.device)
+        for _ in range(count):
+            total += self._forward(next(batches))
+        return float(self._data_mean(total / count))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        self.deepspeed.module.eval()
+        return gather_vocabulary(self.deepspeed(tokens.to(device()), cache), self.topology)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together."""
+        return {key: _whole(parameter) for key, parameter in self.parameters.items()}
+
+    def optimizer_slices(self) -> list[StateSlice]:
+        return state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.data.rank)
+
+    def load_optimizer(self, stored: OptimizerState) -> None:
+        axis = self.topology.model
+        state.write(self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size)
+
+    def _forward(self, batch: MicroBatch) -> Tensor:
+        batch = batch.to(self.deepspeed.device)
+        return self.loss(self.deepspeed(batch.tokens), batch.labels, batch.loss_mask)
+
+    def _data_mean(self, value: Tensor) -> Tensor:
+        """Mean over the data-parallel ranks."""
+        axis = self.topology.data
+        if axis.size > 1:
+            dist.all_reduce(value, group=axis.group)
+        return value / axis.size
+
+
+def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, Parameter]:
+    """Key -> parameter of a module whose layers stand under `sequential.<layer>.`."""
+    return {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
+
+
+def _whole(parameter: Parameter) -> Tensor:
+    """The parameter's values, gathered from all data-parallel ranks where ZeRO 3 has spread them."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()

@@ -1,0 +1,183 @@
+"""The training loop: step, count, report, evaluate?, save?, stop?
+
+Everything it uses is handed to it (see run.py, which wires it), so this page is the order of events and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.data.loader import Loader
+from megatron.engine.engine import StepResult, TrainingEngine
+from megatron.errors import RunError
+from megatron.observe.reporter import Reporter
+from megatron.observe.timers import StepClock
+from megatron.optim.schedule import Schedule
+from megatron.training import triggers
+from megatron.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run, all derived before it starts.
+
+    total, log_interval, eval_interval, eval_iters, exit_interval [steps]; exit_minutes [minutes]; samples, tokens a
+    step; micro_batches a step and data-parallel rank; flops a step on one GPU; peak_flops: [FLOP/s], 0 if unknown.
+    """
+
+    total: int
+    log_interval: int
+    eval_interval: int
+    eval_iters: int
+    exit_interval: int | None
+    exit_minutes: float | None
+    save_scale: str
+    save_factor: float | None
+    save_extra: tuple[int, ...]
+    samples: int
+    tokens: int
+    micro_batches: int
+    flops: float
+    peak_flops: float
+    world_size: int
+    stop_on_nan: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with. save: writes a checkpoint of the state, None when nothing is saved."""
+
+    engine: TrainingEngine
+    schedule: Schedule
+    train: Loader
+    valid: Loader | None
+    reporter: Reporter
+    stop_requested: Callable[[], bool]
+    save: Callable[[RunState], None] | None
+    synchronize: Callable[[], None]
+    peak_memory: Callable[[], int]
+
+
+def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
+    """Trains up to the last iteration, or until asked to stop; returns why it stopped early.
+
+    The last state is saved in either case. Raises RunError when the loss is not a number and `on_nan` says stop.
+    """
+    batches = parts.train.batches(state.consumed_samples)
+    window = _Window(StepClock(parts.synchronize))
+    saved_at = state.iteration
+    reason = None
+    if parts.save is not None and state.iteration == 0 and _save_due(plan, state):
+        parts.save(state)
+    while state.iteration < plan.total and reason is None:
+        result = parts.engine.train_step(batches, parts.schedule.rate(state.updates + 1))
+        state.advance(samples=plan.samples, tokens=plan.tokens, skipped=result.skipped)
+        window.add(result)
+        if triggers.every(state.iteration, plan.log_interval) or state.iteration in (1, plan.total):
+            _report(plan, parts, state, window)
+        else:
+            parts.reporter.progress(state.iteration)
+        if _evaluation_due(plan, parts, state):
+            with window.clock.excluded():
+                evaluate(plan, parts, state)
+        reason = _reason_to_stop(plan, parts, state)
+        last = reason is not None or state.iteration == plan.total
+        if parts.save is not None and (last or _save_due(plan, state)):
+            with window.clock.excluded():
+                parts.save(state)
+            saved_at = state.iteration
+    if parts.save is not None and saved_at != state.iteration:
+        parts.save(state)
+    return reason
+
+
+def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validation") -> float:
+    """Mean loss of `eval_iters` global batches, which follow those of the evaluation before; reported."""
+    assert parts.valid is not None, "there is validation data wherever an evaluation is due"
+    number = (state.iteration - 1) // plan.eval_interval if plan.eval_interval else 0
+    batches = parts.valid.batches(number * plan.eval_iters * plan.samples)
+    loss = parts.engine.eval_loss(batches, plan.eval_iters * plan.micro_batches)
+    parts.reporter.evaluation(state.iteration, split, {"lm_loss": loss})
+    return loss
+
+
+@dataclass
+class _Window:
+    """The steps since the last report."""
+
+    clock: StepClock
+    losses: list[Tensor] = field(default_factory=list)
+    last: StepResult | None = None
+
+    def add(self, result: StepResult) -> None:
+        self.clock.count()
+        self.losses.append(result.loss)
+        self.last = result
+
+    def take(self) -> tuple[float, StepResult]:
+        """Mean loss of the window and its last step; empties it."""
+        assert self.last is not None, "a report follows a step"
+        mean = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        return mean, self.last
+
+
+def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
+    seconds = window.clock.lap()
+    loss, last = window.take()
+    flops_per_second = plan.flops / seconds
+    metrics = {
+        "train/lm_loss": loss,
+        "train/learning_rate": last.learning_rate,
+        "train/grad_norm": float(last.grad_norm),
+        "train/loss_scale": last.loss_scale,
+        "consumed_tokens": float(state.consumed_tokens),
+        "runtime/iteration_time": seconds,
+        "runtime/tokens_per_sec": plan.tokens / seconds,
+        "runtime/flops_per_sec_per_gpu": flops_per_second,
+        "runtime/peak_memory_bytes": float(parts.peak_memory()),
+    }
+    if plan.peak_flops > 0:
+        metrics["runtime/model_flops_utilization"] = flops_per_second / plan.peak_flops
+    parts.reporter.train(state.iteration, metrics, total_iterations=plan.total)
+    if plan.stop_on_nan and not math.isfinite(loss):
+        raise RunError.of(
+            f"the training loss became {loss} between the last report and iteration {state.iteration}",
+            where="training",
+            remedy="go on from an earlier checkpoint with --iteration N and a lower learning rate, or set on_nan",
+        )
+
+
+def _evaluation_due(plan: Plan, parts: Parts, state: RunState) -> bool:
+    due = triggers.every(state.iteration, plan.eval_interval) or state.iteration == plan.total
+    return due and parts.valid is not None and plan.eval_iters > 0
+
+
+def _save_due(plan: Plan, state: RunState) -> bool:
+    return triggers.save_due(state.iteration, scale=plan.save_scale, factor=plan.save_factor, extra=plan.save_extra)
+
+
+def _reason_to_stop(plan: Plan, parts: Parts, state: RunState) -> str | None:
+    """The reason that any rank has; every rank gets an answer at the same iteration."""
+    reason = triggers.exit_due(
+        state.iteration,
+        interval=plan.exit_interval,
+        elapsed_seconds=state.elapsed(),
+        duration_minutes=plan.exit_minutes,
+    )
+    if parts.stop_requested():
+        reason = "a signal asked for it"
+    if plan.world_size == 1:
+        return reason
+    flag = torch.tensor([float(reason is not None)])
+    flag = flag.cuda() if dist.get_backend() == "nccl" else flag
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if flag.item():
+        return reason or "another rank asked for it"
+    return None

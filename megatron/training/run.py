@@ -1,0 +1,211 @@
+"""The composition root of training: what is built, in order, and from what.
+
+1 process group and topology; 2 tokenizer and padded vocabulary; 3 data; 4 model, optimizer and engine, with the
+weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loop; 7 final evaluation, sinks closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint.load import find_checkpoint, restore
+from megatron.checkpoint.save import Counters, save_checkpoint
+from megatron.config import Config
+from megatron.data.build import Data, build_data
+from megatron.engine.build import build_training_engine
+from megatron.engine.engine import TrainingEngine
+from megatron.errors import ConfigError
+from megatron.log import get_logger
+from megatron.observe.build import build_reporter
+from megatron.observe.flops import FlopsShape, training_flops_per_token
+from megatron.observe.memory import peak_memory_bytes
+from megatron.observe.peak import peak_flops
+from megatron.observe.reporter import Reporter
+from megatron.observe.timers import no_wait
+from megatron.optim.schedule import build as build_schedule
+from megatron.parallel.bootstrap import bootstrap, device, shutdown
+from megatron.parallel.topology import Topology
+from megatron.registry import SCHEDULES
+from megatron.shapes import ModelDims, tensors
+from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.training.loop import Parts, Plan, run_loop
+from megatron.training.state import RunState
+
+_log = get_logger(__name__)
+
+
+class Stop(Protocol):
+    """Whether someone asked this process to save and leave."""
+
+    @property
+    def requested(self) -> bool: ...
+
+
+def train(config: Config, stop: Stop) -> None:
+    """Trains as the configuration says. Collective: every worker calls it with the same configuration.
+
+    Raises ConfigError for mistakes that only show here (missing data, nothing to load), RunError for later faults.
+    """
+    topology = bootstrap(
+        pipe_parallel_size=config.parallelism.pipe_parallel_size,
+        model_parallel_size=config.parallelism.model_parallel_size,
+        seed=config.training.seed,
+        backend=config.launch.distributed_backend,
+        timeout_seconds=config.launch.collective_timeout,
+        deterministic=config.training.deterministic,
+    )
+    try:
+        _train(config, topology, stop)
+    finally:
+        shutdown()
+
+
+def _train(config: Config, topology: Topology, stop: Stop) -> None:
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocabulary = padded_vocab_size(
+        tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
+    )
+    data = _build_data(config, topology, tokenizer)
+    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), vocabulary))
+    engine = build_training_engine(config, topology, padded_vocab_size=vocabulary, checkpoint=checkpoint)
+    counters = restore(checkpoint, engine) if checkpoint else Counters()
+    state = RunState.from_counters(counters)
+    reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration)
+    try:
+        plan = _plan(config, topology, vocabulary, reporter)
+        parts = _parts(config, engine, data, reporter, stop, vocabulary)
+        _introduce(config, topology, data, state, reporter)
+        reason = run_loop(plan, parts, state)
+        if reason is not None:
+            reporter.message(f"stopped after iteration {state.iteration}: {reason}")
+        elif data.test is not None and plan.eval_iters > 0:
+            _test(plan, parts, data, state)
+    finally:
+        reporter.close()
+
+
+def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
+    training = config.training
+    total = _train_iters(config)
+    per_evaluation = training.eval_iters * training.train_batch_size
+    evaluations = total // training.eval_interval + 1 if training.eval_interval else 1
+    data = build_data(
+        config.data,
+        eod=tokenizer.eod,
+        seq_length=config.model.seq_length,
+        seed=training.seed,
+        micro_batch=training.train_micro_batch_size_per_gpu,
+        data_rank=topology.data.rank,
+        data_size=topology.data.size,
+        train_samples=total * training.train_batch_size,
+        valid_samples=evaluations * per_evaluation,
+        test_samples=per_evaluation,
+        is_builder=topology.rank == 0,
+        barrier=_barrier,
+    )
+    if data.train is None:
+        raise ConfigError.of(
+            "there is nothing to train on", key="data_path", remedy="set data_path or train_data_paths"
+        )
+    return data
+
+
+def _train_iters(config: Config) -> int:
+    if config.training.train_iters is None:
+        raise ConfigError.of("the number of steps is not set", key="train_iters", remedy="set train_iters")
+    return config.training.train_iters
+
+
+def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
+    training, checkpoint, model = config.training, config.checkpoint, config.model
+    dims = ModelDims.of(model)
+    shape = FlopsShape(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        num_attention_heads=dims.num_attention_heads,
+        num_kv_heads=dims.num_kv_heads,
+        kv_channels=dims.head_dim,
+        mlp_width=dims.mlp_width,
+        gated=dims.gated,
+        vocab_size=vocabulary,
+        seq_length=model.seq_length,
+    )
+    tokens = training.train_batch_size * model.seq_length
+    peak = peak_flops(config.observe.peak_theoretical_tflops, device(), config.precision.precision)
+    reporter.message(f"model FLOPs utilisation is against {peak.name}: {peak.flops / 1e12:.3g} TFLOP/s a rank")
+    return Plan(
+        total=_train_iters(config),
+        log_interval=config.observe.log_interval,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        exit_interval=training.exit_interval,
+        exit_minutes=training.exit_duration,
+        save_scale=checkpoint.checkpoint_scale,
+        save_factor=checkpoint.checkpoint_factor,
+        save_extra=tuple(checkpoint.extra_save_iters or ()),
+        samples=training.train_batch_size,
+        tokens=tokens,
+        micro_batches=training.gradient_accumulation_steps,
+        flops=training_flops_per_token(shape) * tokens / topology.world_size,
+        peak_flops=peak.flops,
+        world_size=topology.world_size,
+        stop_on_nan=training.on_nan == "stop",
+    )
+
+
+def _parts(
+    config: Config, engine: TrainingEngine, data: Data, reporter: Reporter, stop: Stop, vocabulary: int
+) -> Parts:
+    schedule = build_schedule(
+        SCHEDULES.load(config.schedule.lr_decay_style),
+        peak=config.optimizer.lr,
+        floor=config.schedule.min_lr,
+        warmup_fraction=config.schedule.warmup,
+        horizon=config.schedule.lr_decay_iters,
+    )
+    assert data.train is not None
+    return Parts(
+        engine=engine,
+        schedule=schedule,
+        train=data.train,
+        valid=data.valid,
+        reporter=reporter,
+        stop_requested=lambda: stop.requested,
+        save=_saver(config, engine, reporter, vocabulary) if config.checkpoint.save else None,
+        synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
+        peak_memory=lambda: peak_memory_bytes(device()),
+    )
+
+
+def _saver(config: Config, engine: TrainingEngine, reporter: Reporter, vocabulary: int) -> Callable[[RunState], None]:
+    def save(state: RunState) -> None:
+        directory = save_checkpoint(config, engine, state.counters(), padded_vocab_size=vocabulary)
+        reporter.message(f"saved {directory}")
+
+    return save
+
+
+def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
+    reporter.message(
+        f"{topology.world_size} rank(s): pipe {topology.pipe.size} x data {topology.data.size} x "
+        f"model {topology.model.size}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}"
+    )
+    reporter.message(str(data.plan))
+    if state.iteration:
+        reporter.message(f"continuing after iteration {state.iteration}, sample {state.consumed_samples}")
+
+
+def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
+    """The last word: the loss on the test split, from its first sample on."""
+    assert data.test is not None
+    loss = parts.engine.eval_loss(data.test.batches(0), plan.eval_iters * plan.micro_batches)
+    parts.reporter.evaluation(state.iteration, "test", {"lm_loss": loss})
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
