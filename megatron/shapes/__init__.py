@@ -1,6 +1,6 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
-from megatron.shapes.dims import GATED_ACTIVATIONS, ModelDims
+from megatron.shapes.dims import ModelDims
 from megatron.shapes.table import TensorShape, tensors
 
-__all__ = ["GATED_ACTIVATIONS", "ModelDims", "TensorShape", "tensors"]
+__all__ = ["ModelDims", "TensorShape", "tensors"]

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-GATED_ACTIVATIONS = frozenset({"geglu", "reglu", "swiglu", "bilinear", "glu"})
-"""Activations whose first linear layer has two halves: the plain (up) half, then the activated (gate) half."""
+from megatron.registry import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ModelDims:
     num_kv_heads: int
     head_dim: int
     mlp_width: int  # input width of linear2; linear1 has twice as many outputs where the activation is gated
-    gated: bool = False
+    gated: bool = False  # linear1 has two halves: the plain (up) one, then the activated (gate) one
     norm: str = "layernorm"
     norm_bias: bool = True
     attention_bias: bool = True
@@ -52,7 +51,7 @@ class ModelDims:
             num_kv_heads=model.num_kv_heads or heads,
             head_dim=getattr(model, "kv_channels", None) or model.hidden_size // heads,
             mlp_width=model.mlp_width,
-            gated=model.activation in GATED_ACTIVATIONS,
+            gated="gated" in ACTIVATIONS.entry(model.activation).traits,
             norm=model.norm,
             norm_bias=model.use_bias_in_norms,
             attention_bias=model.use_bias_in_attn_linear,

@@ -45,7 +45,7 @@ class TensorShape:
         return (*self.shape[: self.shard_dim], rows, *self.shape[self.shard_dim + 1 :])
 
     def slices(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
-        """(start, stop) ranges along ``shard_dim`` of the global tensor that ``rank`` holds, in the order it holds them."""
+        """(start, stop) ranges along ``shard_dim`` of the global tensor that ``rank`` holds, in its order."""
         if self.shard_dim is None:
             raise ValueError(f"{self.name} is not cut by tensor parallelism")
         return section_slices(self.sections or (self.shape[self.shard_dim],), rank, size)
@@ -65,7 +65,7 @@ def section_slices(sections: tuple[int, ...], rank: int, size: int) -> tuple[tup
 
 
 def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
-    """Every tensor of the model in layer order. ``padded_vocab_size`` in tokens. A tied head has no entry of its own."""
+    """Every tensor of the model in layer order; a tied head has none of its own. padded_vocab_size [tokens]."""
     table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
     if dims.pos_emb == "learned":
         shape = (dims.max_position_embeddings, dims.hidden_size)

@@ -1,0 +1,53 @@
+"""Rotary positions: turn pairs of features by an angle that grows with the position (arXiv:2104.09864).
+
+Feature i of the first half is paired with feature i of the second half of the turned features ("half-split"); the
+features after the turned ones pass unchanged.
+
+Shapes: s sequence, b micro batch, n heads, d head dim, r turned features (even, at most d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [s, b, n, d], cos [s, 1, 1, r/2], sin [s, 1, 1, r/2]) -> the turned x [s, b, n, d]."""
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The plain twin, as the paper writes it."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out[..., :half] = torch.addcmul(first * cos, second, sin, value=-1)
+    out[..., half : 2 * half] = torch.addcmul(second * cos, first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin), None, None  # the inverse of a rotation is the opposite angle
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The turned x, without the intermediate tensors that autograd would keep."""
+    return _Rotary.apply(x, cos, sin)

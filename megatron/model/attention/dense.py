@@ -1,0 +1,88 @@
+"""Causal self-attention with its heads cut over tensor-parallel ranks (arXiv:1909.08053, section 3).
+
+The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head where every query head has
+its own key/value head, and [all q | all k | all v] where query heads share them.
+
+Shapes: s sequence, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+
+from megatron.model.cache import KVCache
+from megatron.model.parts import Parts
+from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class ParallelSelfAttention(nn.Module):
+    """Attention of block ``number`` (from 0) to all earlier positions.
+
+    ValueError where the heads or the key/value heads do not divide by the tensor-parallel degree.
+    """
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims, size = parts.dims, source.axis.size
+        if dims.num_attention_heads % size or dims.num_kv_heads % size:
+            raise ValueError(
+                f"{dims.num_attention_heads} heads and {dims.num_kv_heads} key/value heads do not divide by "
+                f"{size} tensor-parallel ranks"
+            )
+        self.number = number
+        self.heads = dims.num_attention_heads // size  # n/t
+        self.kv_heads = dims.num_kv_heads // size  # m/t
+        self.head_dim = dims.head_dim
+        self.grouped = dims.grouped
+        self.positions = parts.positions
+        self.attend = parts.kernels.attention
+        self.dropout = parts.attention_dropout
+        self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
+        self.query_key_value = ColumnParallelLinear(
+            dims.hidden_size,
+            dims.query_size + 2 * dims.kv_size,
+            source.of("query_key_value"),
+            fill=parts.fill,
+            bias=dims.attention_bias,
+            sections=(dims.query_size, dims.kv_size, dims.kv_size) if dims.grouped else (),
+            kernel=parts.kernels.linear,
+        )
+        self.dense = RowParallelLinear(
+            dims.query_size,
+            dims.hidden_size,
+            source.of("dense"),
+            fill=parts.output_fill,
+            bias=dims.attention_bias,
+            kernel=parts.kernels.linear,
+        )
+
+    def inner(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
+        length, batch = x.shape[:2]
+        offset = 0 if cache is None else cache.length
+        q, k, v = self._split(self.query_key_value(x))
+        if self.positions is not None:
+            q, k = self.positions(q, offset), self.positions(k, offset)
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
+        if cache is not None:
+            k, v = cache.update(self.number, k, v)  # [b, m/t, offset + s, d]
+        with self.draws():
+            context = self.attend(q, k, v, self.dropout if self.training else 0.0)  # [b, n/t, s, d]
+        return context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all ranks."""
+        return self.dense(self.inner(x, cache))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d], as views."""
+        length, batch = qkv.shape[:2]
+        if not self.grouped:
+            q, k, v = qkv.view(length, batch, self.heads, 3, self.head_dim).unbind(3)
+            return q, k, v
+        parts = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return q, k, v

@@ -1,0 +1,56 @@
+"""One transformer block: attention and MLP around the residual stream.
+
+Sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x)). Parallel residual (`gpt_j_residual`, GPT-J):
+x = x + attention(norm1(x)) + mlp(norm2(x)), where `gpt_j_tied` uses one norm for both.
+
+Shapes: s sequence, b micro batch, h hidden.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.model.cache import KVCache
+from megatron.model.parts import Parts
+from megatron.parallel.collectives import reduce_from
+from megatron.parallel.initialization import ParameterSource
+
+
+class TransformerBlock(nn.Module):
+    """Block ``number`` (from 0); its layer index in the plan is number + 2."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims = parts.dims
+        self.axis = source.axis
+        self.parallel = dims.gpt_j_residual
+        self.dropout = parts.hidden_dropout
+        self.input_layernorm = parts.norm()
+        self.attention = parts.attention[number](number, parts, source.of("attention"))
+        if not dims.shared_norm:
+            self.post_attention_layernorm = parts.norm()
+        self.shared_norm = dims.shared_norm
+        self.mlp = parts.mlp(parts, source.of("mlp"))
+        self.to(parts.dtype)
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return self._parallel(hidden, cache) if self.parallel else self._sequential(hidden, cache)
+
+    def _sequential(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
+        hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), cache))
+        return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
+
+    def _parallel(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
+        first = self.input_layernorm(hidden)
+        second = first if self.shared_norm else self.post_attention_layernorm(hidden)
+        if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
+            return hidden + self._drop(self.attention(first, cache)) + self._drop(self.mlp(second))
+        attended = self.attention.dense.partial(self.attention.inner(first, cache))
+        total = attended + self.mlp.linear2.partial(self.mlp.inner(second))
+        total = self.attention.dense.add_bias(reduce_from(total, self.axis))  # one all-reduce for both
+        return hidden + self.mlp.linear2.add_bias(total)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x

@@ -1,0 +1,66 @@
+"""The layers after the blocks: the final norm and the output layer, and the empty layers that keep the numbering.
+
+Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron.kernels.linear import LinearKernel
+from megatron.model.cache import KVCache
+from megatron.model.embedding import EmbeddingLayer
+from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.parallel.linear import ColumnParallelLinear
+
+
+class Glue(nn.Module):
+    """Layers 1 and L+2 of the public layout: no parameters, passes the carry on."""
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> the same."""
+        return hidden
+
+
+class FinalNorm(nn.Module):
+    """Layer L+3: the norm before the output layer."""
+
+    def __init__(self, norm: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm()
+        self.to(dtype)
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return self.norm(hidden)
+
+
+class Head(nn.Module):
+    """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]."""
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, source: ParameterSource, *, fill: Fill, kernel: LinearKernel
+    ) -> None:
+        super().__init__()
+        self.final_linear = ColumnParallelLinear(
+            hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
+        )
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> logits [s, b, v/t]."""
+        return self.final_linear(hidden)
+
+
+class TiedHead(nn.Module):
+    """Layer L+4 that shares the word embedding's matrix and owns no parameter."""
+
+    def __init__(self, embedding: EmbeddingLayer) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that the parameter keeps its one name in layer 0
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[s, b, h] -> logits [s, b, v/t]."""
+        return self._embedding[0].logits(hidden)

@@ -1,0 +1,81 @@
+"""How weight matrices start: one function for each initialisation a configuration can name.
+
+Each function takes the run's numbers and returns a Fill, which draws a full matrix [out, in] in place.
+L is the number of blocks, h the hidden size, std the deviation `init_method_std`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron.parallel.initialization import Fill
+
+
+def _normal(std: float) -> Fill:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0.0, std, generator=generator)
+
+    return fill
+
+
+def normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation std (GPT-2)."""
+    return _normal(std)
+
+
+def scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation std / sqrt(2 L): each block adds twice to the residual (GPT-2, section 2.3)."""
+    return _normal(std / math.sqrt(2 * num_layers))
+
+
+def single_residual_scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation std / sqrt(L), for parallel residual blocks, which add once."""
+    return _normal(std / math.sqrt(num_layers))
+
+
+def small_init(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation sqrt(2 / (5 h)) (arXiv:1910.05895, section 2.2)."""
+    return _normal(math.sqrt(2 / (5 * hidden_size)))
+
+
+def wang_init(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation 2 / (L sqrt(h)) (GPT-J)."""
+    return _normal(2 / (num_layers * math.sqrt(hidden_size)))
+
+
+def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Uniform on +-sqrt(6 / (in + out)) (Glorot and Bengio, 2010, eq. 16)."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        torch.nn.init.xavier_uniform_(tensor, generator=generator)
+
+    return fill
+
+
+def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Normal with deviation sqrt(2 / (in + out)) (Glorot and Bengio, 2010)."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        torch.nn.init.xavier_normal_(tensor, generator=generator)
+
+    return fill
+
+
+def _orthogonal(gain: float) -> Fill:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        torch.nn.init.orthogonal_(tensor, gain=gain, generator=generator)
+
+    return fill
+
+
+def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Orthonormal rows or columns, whichever are fewer (arXiv:1312.6120)."""
+    return _orthogonal(1.0)
+
+
+def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+    """Orthogonal rows or columns of length 1 / sqrt(2 L)."""
+    return _orthogonal(1 / math.sqrt(2 * num_layers))

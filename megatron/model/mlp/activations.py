@@ -1,0 +1,66 @@
+"""The activations a configuration can name.
+
+A plain one maps [..., w] to [..., w]. A gated one (arXiv:2002.05202) takes [..., 2w]: the first half is multiplied by
+the activated second half, as the public checkpoint layout has it, giving [..., w].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Maps to x * Phi(x) with the exact normal distribution function (arXiv:1606.08415)."""
+    return F.gelu(x)
+
+
+def relu(x: Tensor) -> Tensor:
+    """Maps to max(x, 0)."""
+    return F.relu(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Maps to x * sigmoid(x); also called swish (arXiv:1710.05941)."""
+    return F.silu(x)
+
+
+def softsign(x: Tensor) -> Tensor:
+    """Maps to x / (1 + |x|)."""
+    return F.softsign(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    """Maps to x * tanh(softplus(x)) (arXiv:1908.08681)."""
+    return F.mish(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Maps to up * silu(gate)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Maps to up * gelu(gate)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.gelu(gate)
+
+
+def reglu(x: Tensor) -> Tensor:
+    """Maps to up * relu(gate)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.relu(gate)
+
+
+def glu(x: Tensor) -> Tensor:
+    """Maps to up * sigmoid(gate)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * torch.sigmoid(gate)
+
+
+def bilinear(x: Tensor) -> Tensor:
+    """Maps to up * gate."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * gate

@@ -1,0 +1,47 @@
+"""The MLP of a block: a column-parallel layer, the activation, a row-parallel layer.
+
+Shapes: s sequence, b micro batch, h hidden, w MLP width, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.model.parts import Parts
+from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class ParallelMLP(nn.Module):
+    """linear2(activation(linear1(x))); a gated activation takes twice the width from linear1."""
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims, kernel = parts.dims, parts.kernels.linear
+        sections = (dims.mlp_width, dims.mlp_width) if dims.gated else ()
+        self.linear1 = ColumnParallelLinear(
+            dims.hidden_size,
+            sum(sections) or dims.mlp_width,
+            source.of("linear1"),
+            fill=parts.fill,
+            bias=dims.mlp_bias,
+            sections=sections,
+            kernel=kernel,
+        )
+        self.activation = parts.activation
+        self.linear2 = RowParallelLinear(
+            dims.mlp_width,
+            dims.hidden_size,
+            source.of("linear2"),
+            fill=parts.output_fill,
+            bias=dims.mlp_bias,
+            kernel=kernel,
+        )
+
+    def inner(self, x: Tensor) -> Tensor:
+        """[s, b, h] -> the input of linear2 [s, b, w/t]."""
+        return self.activation(self.linear1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all ranks."""
+        return self.linear2(self.inner(x))

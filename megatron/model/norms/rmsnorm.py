@@ -1,0 +1,23 @@
+"""Root mean square normalisation (arXiv:1910.07467). Shapes: h hidden; leading dimensions are free."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.kernels.norms import rms_norm
+from megatron.parallel.marks import mark_no_weight_decay
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + epsilon) * scale, over the last dimension. It has no bias, whatever ``bias`` says."""
+
+    def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+        mark_no_weight_decay(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        return rms_norm(x, self.scale, self.epsilon)

@@ -1,0 +1,39 @@
+"""What every block of one model is made of, decided once from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megatron.kernels.selection import Kernels
+from megatron.model.positions.base import AttentionPositions
+from megatron.parallel.initialization import Fill
+from megatron.parallel.rng import ShardedRandom
+from megatron.shapes import ModelDims
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The choices and numbers that blocks share.
+
+    norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
+    attention: the attention class of each block. fill and output_fill: initial values of matrices, and of those that
+    add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks.
+    """
+
+    dims: ModelDims
+    norm: Callable[[], nn.Module]
+    positions: AttentionPositions | None
+    activation: Callable[[Tensor], Tensor]
+    attention: tuple[Callable[..., nn.Module], ...]
+    mlp: Callable[..., nn.Module]
+    fill: Fill
+    output_fill: Fill
+    kernels: Kernels
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    random: ShardedRandom = field(default_factory=lambda: ShardedRandom(0, 0))
+    dtype: torch.dtype = torch.float32

@@ -1,0 +1,131 @@
+"""The model as a list of layers, whose order is the checkpoint contract:
+
+0 embedding, 1 empty, 2..L+1 the blocks, L+2 empty, L+3 final norm, L+4 output layer.
+
+A LayerPlan only says how to build its layer, so a pipeline stage builds its own layers and no others. Everything that
+can be decided once (which norm, which kernel, which initialisation) is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.kernels.selection import Kernels, choose_kernels
+from megatron.model.block import TransformerBlock
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.head import FinalNorm, Glue, Head, TiedHead
+from megatron.model.parts import Parts
+from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.rng import ShardedRandom
+from megatron.parallel.topology import Topology
+from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS
+from megatron.shapes import ModelDims
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer, not yet built.
+
+    index: its place in the checkpoint. layer: the class, built as layer(**arguments). tied_to: index of the layer
+    whose weight it shares (the output layer of a tied model: layer(embedding=that layer)), else None.
+    """
+
+    index: int
+    layer: type[nn.Module]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tied_to: int | None = None
+
+    def build(self) -> nn.Module:
+        """The layer with its initial values."""
+        return self.layer(**self.arguments)
+
+
+def layer_plan(
+    model: Any,
+    initialization: Any,
+    kernels: Any,
+    *,
+    padded_vocab_size: int,
+    topology: Topology,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> list[LayerPlan]:
+    """The layers of a model.
+
+    model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens]. seed: of the run.
+    dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_kernels(device, dtype)
+    dims = ModelDims.of(model)
+    parts = _parts(model, initialization, dims, chosen, ShardedRandom(seed, topology.rank, device), dtype)
+
+    def source(layer: int) -> ParameterSource:
+        return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)
+
+    last = dims.num_layers + 4
+    embedding = {
+        "vocab_size": padded_vocab_size,
+        "hidden_size": dims.hidden_size,
+        "source": source(0),
+        "fill": parts.fill,
+        "kernel": chosen.linear,
+        "positions": POSITIONS.load(model.pos_emb),
+        "model": model,
+        "dropout": parts.hidden_dropout,
+        "tied": dims.tied,
+        "dtype": dtype,
+    }
+    head = {
+        "hidden_size": dims.hidden_size,
+        "vocab_size": padded_vocab_size,
+        "source": source(last),
+        "fill": parts.fill,
+        "kernel": chosen.linear,
+    }
+    blocks = [
+        LayerPlan(number + 2, TransformerBlock, {"number": number, "parts": parts, "source": source(number + 2)})
+        for number in range(dims.num_layers)
+    ]
+    return [
+        LayerPlan(0, EmbeddingLayer, embedding),
+        LayerPlan(1, Glue),
+        *blocks,
+        LayerPlan(last - 2, Glue),
+        LayerPlan(last - 1, FinalNorm, {"norm": parts.norm, "dtype": dtype}),
+        LayerPlan(last, TiedHead, tied_to=0) if dims.tied else LayerPlan(last, Head, head),
+    ]
+
+
+def _parts(
+    model: Any, initialization: Any, dims: ModelDims, chosen: Kernels, random: ShardedRandom, dtype: torch.dtype
+) -> Parts:
+    """Look every named choice up, once."""
+    numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": dims.hidden_size}
+    norm = NORMS.load(model.norm)
+    epsilon = getattr(model, _EPSILON_KEYS[model.norm])
+    return Parts(
+        dims=dims,
+        norm=partial(norm, dims.hidden_size, epsilon, dims.norm_bias),
+        positions=POSITIONS.load(model.pos_emb).for_attention(model, dims.head_dim, chosen.rotary),
+        activation=ACTIVATIONS.load(model.activation),
+        attention=tuple(ATTENTION.load(name) for name in model.attention_config),
+        mlp=MLPS.load("dense"),
+        fill=INITS.load(initialization.init_method)(**numbers),
+        output_fill=INITS.load(initialization.output_layer_init_method)(**numbers),
+        kernels=chosen,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        random=random,
+        dtype=dtype,
+    )
+
+
+_EPSILON_KEYS = {"layernorm": "layernorm_epsilon", "rmsnorm": "rms_norm_epsilon"}

@@ -1,0 +1,29 @@
+"""One learned vector a position, added to the word embeddings. Shapes: s sequence, h hidden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron.model.positions.base import Positions
+from megatron.parallel.initialization import Fill, ParameterSource
+
+
+class LearnedPositions(Positions, nn.Module):
+    """Parameter ``weight`` [max positions, h], whole on every rank."""
+
+    def __init__(self, max_positions: int, hidden_size: int, source: ParameterSource, fill: Fill) -> None:
+        super().__init__()
+        self.weight = source.replica("weight", (max_positions, hidden_size), fill)
+
+    @classmethod
+    def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module:
+        """The table of the model section's max_position_embeddings."""
+        return cls(model.max_position_embeddings, model.hidden_size, source, fill)
+
+    def forward(self, length: int, offset: int) -> Tensor:
+        """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one."""
+        if offset + length > self.weight.shape[0]:
+            raise IndexError(f"position {offset + length - 1} is past the {self.weight.shape[0]} learned positions")
+        return self.weight[offset : offset + length].unsqueeze(1)  # [s, 1, h]

@@ -1,0 +1,25 @@
+"""The language model objective: the mean cross entropy of the next token.
+
+Shapes: s sequence, b micro batch, v padded vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.parallel.topology import Axis
+
+
+class LanguageModel:
+    """Next-token cross entropy [nats per token]."""
+
+    def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor, axis: Axis) -> Tensor:
+        """The mean over the micro batch's unmasked tokens, an fp32 scalar; 0 where every token is masked.
+
+        logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
+        tensor-parallel axis; all of its ranks get the same loss.
+        """
+        losses = vocab_parallel_cross_entropy(logits, labels.t(), axis)  # [s, b]
+        mask = loss_mask.t().to(losses.dtype)
+        return (losses * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,104 @@
+"""Communication between tensor-parallel ranks, each operation beside its gradient.
+
+The pairs follow Megatron-LM (arXiv:1909.08053, section 3): ``copy_to`` is its f (identity forward, all-reduce
+backward) and ``reduce_from`` its g (all-reduce forward, identity backward). ``gather_from`` and ``scatter_to`` are the
+pair along the last dimension. With one rank each of them returns its input.
+
+Shapes: any leading dimensions; t tensor-parallel degree; the last dimension is the one that is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.parallel.topology import Axis
+
+
+def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce ``x`` in place over the axis, without a gradient. Returns ``x``."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather_last(x: Tensor, axis: Axis) -> Tensor:
+    """Join every rank's ``x`` along the last dimension, without a gradient."""
+    if axis.size == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts, dim=-1)
+
+
+def local_slice(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's slice of the last dimension, as a copy that owns its memory."""
+    if axis.size == 1:
+        return x
+    return x.chunk(axis.size, dim=-1)[axis.rank].contiguous()
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather_last(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return local_slice(grads[0], ctx.axis), None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return local_slice(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_last(grads[0], ctx.axis), None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Enter a tensor-parallel region: the same ``x`` on all ranks, its gradient summed over them."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """Leave a tensor-parallel region: the sum of the ranks' ``x`` on all of them, the gradient unchanged."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+
+
+def gather_from(x: Tensor, axis: Axis) -> Tensor:
+    """Join slices of the last dimension: [..., n/t] -> [..., n]; the gradient is this rank's slice."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, axis)
+
+
+def scatter_to(x: Tensor, axis: Axis) -> Tensor:
+    """Keep this rank's slice of the last dimension: [..., n] -> [..., n/t]; the gradient is gathered."""
+    return x if axis.size == 1 else _ScatterTo.apply(x, axis)

@@ -1,0 +1,47 @@
+"""The word embedding, its vocabulary cut over tensor-parallel ranks; tied, it is the output layer as well.
+
+Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.kernels.linear import LinearKernel, plain_linear
+from megatron.parallel.collectives import copy_to, reduce_from
+from megatron.parallel.initialization import Fill, ParameterSource
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        source: ParameterSource,
+        *,
+        fill: Fill,
+        kernel: LinearKernel = plain_linear,
+    ) -> None:
+        super().__init__()
+        self.axis = source.axis
+        self.kernel = kernel
+        self.weight = source.shard("weight", (vocab_size, hidden_size), fill, dim=0)
+        self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
+
+    def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:
+        """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
+
+        Both uses go through forward, so that ZeRO 3 gathers the weight before either.
+        """
+        if as_output_layer:
+            return self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
+        if self.axis.size == 1:
+            return F.embedding(x, self.weight)  # [..., h]
+        local = x - self.first
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return reduce_from(vectors, self.axis)  # [..., h]

@@ -1,0 +1,88 @@
+"""Initial values that do not depend on the layout.
+
+The full tensor of each parameter is drawn in fp32 on the CPU from a generator that is seeded by (seed, layer index,
+parameter name), and each rank keeps its slice. So every tensor, pipeline, data and ZeRO layout starts from the same
+bits, and a tied weight is the same on both pipeline stages that hold it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron.parallel.marks import mark_no_weight_decay, mark_sharded
+from megatron.parallel.topology import Axis
+
+Fill = Callable[[Tensor, torch.Generator], None]
+"""Fills a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """The Fill that draws nothing."""
+    tensor.zero_()
+
+
+@dataclass(frozen=True)
+class ParameterSource:
+    """Makes the parameters of one module.
+
+    seed: of the run. layer: index in the layer plan. prefix: dotted name of the module inside its layer.
+    """
+
+    seed: int
+    layer: int
+    axis: Axis
+    dtype: torch.dtype = torch.float32
+    prefix: str = ""
+
+    def of(self, module: str) -> ParameterSource:
+        """The source of a submodule."""
+        return replace(self, prefix=f"{self.prefix}{module}.")
+
+    def replica(self, name: str, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
+        """A parameter that every tensor-parallel rank holds whole. Vectors (biases) take no weight decay."""
+        parameter = nn.Parameter(self._draw(name, shape, fill).to(self.dtype))
+        if len(shape) == 1:
+            mark_no_weight_decay(parameter)
+        return parameter
+
+    def shard(
+        self, name: str, shape: tuple[int, ...], fill: Fill, *, dim: int, sections: tuple[int, ...] = ()
+    ) -> nn.Parameter:
+        """This rank's slice of a parameter of global ``shape``, cut along ``dim``, section by section.
+
+        ValueError where a section does not divide by the tensor-parallel degree.
+        """
+        full = self._draw(name, shape, fill)
+        pieces = [_piece(part, dim, self.axis) for part in full.split(list(sections or (shape[dim],)), dim=dim)]
+        local = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+        # A clone, so that the full tensor's memory is given back.
+        parameter = nn.Parameter(local.to(self.dtype, copy=True, memory_format=torch.contiguous_format))
+        mark_sharded(parameter, dim, sections)
+        if len(shape) == 1:
+            mark_no_weight_decay(parameter)
+        return parameter
+
+    def _draw(self, name: str, shape: tuple[int, ...], fill: Fill) -> Tensor:
+        generator = torch.Generator().manual_seed(parameter_seed(self.seed, self.layer, self.prefix + name))
+        full = torch.empty(shape, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            fill(full, generator)
+        return full
+
+
+def parameter_seed(seed: int, layer: int, name: str) -> int:
+    """A 63-bit seed from the run's seed and the parameter's place; stable across processes and versions."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _piece(section: Tensor, dim: int, axis: Axis) -> Tensor:
+    rows = section.shape[dim]
+    if rows % axis.size:
+        raise ValueError(f"{rows} rows do not divide by {axis.size} tensor-parallel ranks")
+    return section.narrow(dim, axis.rank * (rows // axis.size), rows // axis.size)

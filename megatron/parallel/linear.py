@@ -1,0 +1,86 @@
+"""Linear layers whose weight is cut over tensor-parallel ranks (Megatron-LM, arXiv:1909.08053, section 3).
+
+A column-parallel layer cuts the outputs, a row-parallel layer the inputs, so that a column-parallel layer followed by
+a row-parallel one needs a single all-reduce forward and one backward.
+
+Shapes: in and out are global widths, t the tensor-parallel degree; leading dimensions are free ([s, b] in the model).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.kernels.linear import LinearKernel, plain_linear
+from megatron.parallel.collectives import copy_to, reduce_from
+from megatron.parallel.initialization import Fill, ParameterSource, zeros
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + bias with the rows of W, and so the outputs, cut over the ranks.
+
+    in_features, out_features: global widths. source: makes the parameters ``weight`` [out/t, in] and ``bias`` [out/t].
+    sections: global output widths that are cut one by one (grouped queries, gated MLPs). kernel: the product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        source: ParameterSource,
+        *,
+        fill: Fill,
+        bias: bool,
+        sections: tuple[int, ...] = (),
+        kernel: LinearKernel = plain_linear,
+    ) -> None:
+        super().__init__()
+        self.axis = source.axis
+        self.kernel = kernel
+        self.weight = source.shard("weight", (out_features, in_features), fill, dim=0, sections=sections)
+        self.bias = source.shard("bias", (out_features,), zeros, dim=0, sections=sections) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in], equal on all ranks -> [..., out/t]."""
+        return self.kernel(copy_to(x, self.axis), self.weight, self.bias)  # [..., out/t]
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + bias with the columns of W, and so the inputs, cut over the ranks.
+
+    The bias is the same on every rank and is added once, after the sum over ranks. Parameters: ``weight`` [out, in/t]
+    and ``bias`` [out].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        source: ParameterSource,
+        *,
+        fill: Fill,
+        bias: bool,
+        kernel: LinearKernel = plain_linear,
+    ) -> None:
+        super().__init__()
+        self.axis = source.axis
+        self.kernel = kernel
+        self.weight = source.shard("weight", (out_features, in_features), fill, dim=1)
+        self.bias = source.replica("bias", (out_features,), zeros) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in/t] -> [..., out], equal on all ranks."""
+        if self.axis.size == 1:
+            return self.kernel(x, self.weight, self.bias)
+        total = reduce_from(self.kernel(x, self.weight, None), self.axis)  # [..., out]
+        return total if self.bias is None else total + self.bias
+
+    def partial(self, x: Tensor) -> Tensor:
+        """[..., in/t] -> this rank's term of the sum [..., out], without the bias: the caller reduces, then adds it.
+
+        With one rank the bias is already in, as there is nothing to wait for.
+        """
+        return self.kernel(x, self.weight, self.bias if self.axis.size == 1 else None)
+
+    def add_bias(self, total: Tensor) -> Tensor:
+        """Completes ``partial`` after the sum over ranks."""
+        return total if self.bias is None or self.axis.size == 1 else total + self.bias
