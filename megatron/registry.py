@@ -21,12 +21,17 @@ from megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One nameable part. target: `module:attr`. extra: the pip extra that installs what the target imports."""
+    """One nameable part.
+
+    target: `module:attr`. extra: the pip extra that installs what the target imports. traits: what others must know
+    about the part without importing it; "gated" marks an activation whose first linear layer has two halves.
+    """
 
     name: str
     target: str
     doc: str
     extra: str | None = None
+    traits: frozenset[str] = frozenset()
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
@@ -34,6 +39,9 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
     known = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return known[close[0]] if close else None
+
+
+GATED = frozenset({"gated"})
 
 
 class Family:
@@ -118,11 +126,16 @@ ACTIVATIONS = Family(
         Entry("swish", "megatron.model.mlp.activations:silu", "Another name of silu, arXiv:1710.05941"),
         Entry("softsign", "megatron.model.mlp.activations:softsign", "x / (1 + |x|)"),
         Entry("mish", "megatron.model.mlp.activations:mish", "x * tanh(softplus(x)), arXiv:1908.08681"),
-        Entry("swiglu", "megatron.model.mlp.activations:swiglu", "Gated by silu, arXiv:2002.05202"),
-        Entry("geglu", "megatron.model.mlp.activations:geglu", "Gated by gelu, arXiv:2002.05202"),
-        Entry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202"),
-        Entry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083"),
-        Entry("bilinear", "megatron.model.mlp.activations:bilinear", "Gated by the identity, arXiv:2002.05202"),
+        Entry("swiglu", "megatron.model.mlp.activations:swiglu", "Gated by silu, arXiv:2002.05202", traits=GATED),
+        Entry("geglu", "megatron.model.mlp.activations:geglu", "Gated by gelu, arXiv:2002.05202", traits=GATED),
+        Entry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202", traits=GATED),
+        Entry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083", traits=GATED),
+        Entry(
+            "bilinear",
+            "megatron.model.mlp.activations:bilinear",
+            "Gated by the identity, arXiv:2002.05202",
+            traits=GATED,
+        ),
     ],
 )
 

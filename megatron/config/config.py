@@ -1,0 +1,175 @@
+"""Config: the sections composed, and the flat view that a YAML has of them.
+
+Every key lives in one section; `CATALOG` says in which, with its type, default, choices, unit and documentation.
+A Config is frozen: `replace` makes another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron.config.key import Section
+from megatron.config.sections.checkpoint import CheckpointSection
+from megatron.config.sections.data import DataSection
+from megatron.config.sections.deepspeed import DeepspeedSection
+from megatron.config.sections.evaluation import EvaluationSection
+from megatron.config.sections.generation import GenerationSection
+from megatron.config.sections.initialization import InitializationSection
+from megatron.config.sections.kernels import KernelsSection
+from megatron.config.sections.launch import LaunchSection
+from megatron.config.sections.mixers import MixersSection
+from megatron.config.sections.model import ModelSection
+from megatron.config.sections.moe import MoeSection
+from megatron.config.sections.mup import MupSection
+from megatron.config.sections.observe import ObserveSection
+from megatron.config.sections.optimizer import OptimizerSection
+from megatron.config.sections.parallelism import ParallelismSection
+from megatron.config.sections.precision import PrecisionSection
+from megatron.config.sections.preference import PreferenceSection
+from megatron.config.sections.recompute import RecomputeSection
+from megatron.config.sections.schedule import ScheduleSection
+from megatron.config.sections.tokenizer import TokenizerSection
+from megatron.config.sections.training import TrainingSection
+from megatron.config.sections.transformer_engine import TransformerEngineSection
+from megatron.config.words import type_in_words, value_in_words
+from megatron.errors import ConfigError, Mistake
+from megatron.registry import nearest_name
+
+
+@dataclass(frozen=True)
+class KeyFacts:
+    """What is known of one key. section: the attribute of Config that holds it."""
+
+    name: str
+    section: str
+    annotation: Any
+    default: Any
+    doc: str
+    unit: str | None
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration, one section a topic."""
+
+    model: ModelSection
+    initialization: InitializationSection
+    kernels: KernelsSection
+    mixers: MixersSection
+    moe: MoeSection
+    parallelism: ParallelismSection
+    recompute: RecomputeSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    precision: PrecisionSection
+    deepspeed: DeepspeedSection
+    data: DataSection
+    tokenizer: TokenizerSection
+    training: TrainingSection
+    preference: PreferenceSection
+    mup: MupSection
+    transformer_engine: TransformerEngineSection
+    checkpoint: CheckpointSection
+    observe: ObserveSection
+    generation: GenerationSection
+    evaluation: EvaluationSection
+    launch: LaunchSection
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Config:
+        """Builds a Config from key -> value; a key left out takes its default.
+
+        Nothing is derived and no rule is applied: that is `megatron.config.resolve`. Raises ConfigError for unknown
+        keys and wrong types, all at once.
+        """
+        mistakes = [unknown_key(name) for name in values if name not in CATALOG]
+        given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for name, value in values.items():
+            if name in CATALOG:
+                given[CATALOG[name].section][name] = value
+        sections: dict[str, Section] = {}
+        for name, section in SECTIONS.items():
+            try:
+                sections[name] = section(**given[name])
+            except ValidationError as fault:
+                mistakes += mistakes_of(fault, section)
+        ConfigError.raise_any(mistakes)
+        return cls(**sections)  # type: ignore[arg-type]
+
+    def flat(self) -> dict[str, Any]:
+        """Every key and its value, in the order of the catalog."""
+        return {name: getattr(getattr(self, facts.section), name) for name, facts in CATALOG.items()}
+
+    def replace(self, **values: Any) -> Config:
+        """A Config in which these keys have other values. Nothing is derived again."""
+        return Config.from_flat({**self.flat(), **values})
+
+    def for_inference(self) -> Config:
+        """The Config that generation and evaluation build from: no optimizer state, ZeRO, recompute or dropout."""
+        return self.replace(
+            zero_optimization={"stage": 0},
+            zero_stage=0,
+            no_load_optim=True,
+            checkpoint_activations=False,
+            partition_activations=False,
+            recompute_granularity=None,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        )
+
+
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
+    {field.name: globals()[str(field.type)] for field in fields(Config)}
+)
+"""Attribute of Config -> class of the section."""
+
+
+def _catalog() -> dict[str, KeyFacts]:
+    catalog: dict[str, KeyFacts] = {}
+    for section_name, section in SECTIONS.items():
+        for name, field in section.model_fields.items():
+            assert name not in catalog, f"{name} stands in two sections"
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            unit = extra.get("unit")
+            catalog[name] = KeyFacts(
+                name=name,
+                section=section_name,
+                annotation=field.annotation,
+                default=field.default,
+                doc=field.description or "",
+                unit=str(unit) if unit else None,
+                choices=section.choices.get(name, ()),
+            )
+    return catalog
+
+
+CATALOG: Mapping[str, KeyFacts] = MappingProxyType(_catalog())
+"""Every key and what is known of it."""
+
+
+def unknown_key(name: str, *, value: object = None, where: str | None = None) -> Mistake:
+    """The mistake of a key that does not exist, with the nearest one that does."""
+    close = nearest_name(name, CATALOG)
+    remedy = f"did you mean {close}?" if close else "configs/README.md lists every key"
+    return Mistake("there is no such key", key=name, where=where, remedy=remedy)
+
+
+def mistakes_of(fault: ValidationError, section: type[Section]) -> list[Mistake]:
+    """One Mistake for each key that pydantic refused, in words of ours."""
+    mistakes: dict[str, Mistake] = {}
+    for error in fault.errors(include_url=False):
+        if not error["loc"]:  # the choices, which look at the whole section
+            mistakes["choices"] = Mistake(str(error["msg"]).removeprefix("Value error, "))
+            continue
+        name = str(error["loc"][0])
+        value = error["input"]
+        if name not in mistakes:
+            wanted = type_in_words(CATALOG[name].annotation)
+            mistakes[name] = Mistake(f"this is {value_in_words(value)}", key=name, value=value, remedy=f"give {wanted}")
+    return list(mistakes.values())

@@ -1,0 +1,67 @@
+"""Config -> the mapping that DeepSpeed reads.
+
+The optimizer and its schedule are ours and handed to DeepSpeed as objects, so neither appears here. At ZeRO 0 the
+gradient norm and the clipping are ours as well, since DeepSpeed's norm counts wrongly there with a pipeline.
+`deepspeed_extra_args` adds to the mapping and may not change what it already holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.config import CATALOG, Config
+from megatron.errors import ConfigError, Mistake
+
+HANDED_ON = (
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "communication_data_type",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "autotuning",
+    "activation_checkpointing",
+    "data_efficiency",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "checkpoint",
+    "data_types",
+)
+"""Keys that DeepSpeed reads under the same name, left out at their defaults."""
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration of a resolved Config. Raises ConfigError where deepspeed_extra_args contradict it."""
+    values = config.flat()
+    settings: dict[str, Any] = {
+        "train_batch_size": values["train_batch_size"],
+        "train_micro_batch_size_per_gpu": values["train_micro_batch_size_per_gpu"],
+        "gradient_accumulation_steps": values["gradient_accumulation_steps"],
+        "zero_optimization": values["zero_optimization"],
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0 if values["zero_stage"] == 0 else values["gradient_clipping"],
+        "steps_per_print": values["steps_per_print"],
+        "wall_clock_breakdown": values["wall_clock_breakdown"],
+    }
+    if values["precision"] == "bfloat16":
+        settings["bf16"] = values["bf16"]
+    if values["precision"] == "fp16":
+        settings["fp16"] = {name: value for name, value in values["fp16"].items() if name != "type"}
+    if values["fp32_allreduce"]:
+        settings["communication_data_type"] = "fp32"
+    for name in HANDED_ON:
+        if values[name] != CATALOG[name].default:
+            settings[name] = values[name]
+    extra = values["deepspeed_extra_args"] or {}
+    ConfigError.raise_any(
+        Mistake(
+            f"{name} = {value!r} contradicts {name} = {settings.get(name, values.get(name))!r}",
+            key="deepspeed_extra_args",
+            value=extra,
+            remedy=f"set {name} at the top level",
+        )
+        for name, value in extra.items()
+        if settings.get(name, value) != value
+    )
+    return {**settings, **extra}

@@ -1,0 +1,54 @@
+"""The attention pattern: from `[[[kind, ...], count], ...]` to one kind a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.errors import ConfigError
+
+KEY = "attention_config"
+
+
+def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[str, ...]:
+    """The kind of attention of each block.
+
+    Each item is [kinds, count] or [kinds, "all"]; the kinds repeat, in order, `count` times. "all" means as often
+    as fills the model and must stand alone. A plain list of names is taken as it stands. Raises ConfigError where
+    the pattern has another form or does not make `num_layers` blocks.
+    """
+    if pattern is None:
+        return ("global",) * num_layers
+    if all(isinstance(item, str) for item in pattern):
+        kinds = tuple(pattern)
+    else:
+        kinds = tuple(kind for item in pattern for kind in _expand_item(item, pattern, num_layers))
+    if len(kinds) != num_layers:
+        raise _fault(pattern, f"this makes {len(kinds)} blocks, but num_layers = {num_layers}", "let the counts add up")
+    return kinds
+
+
+def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int) -> tuple[str, ...]:
+    form = "write [[[kind, ...], count], ...] or [[[kind, ...], all]]"
+    if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[0], (list, tuple)) or not item[0]:
+        raise _fault(pattern, f"{item!r} is not a pair of kinds and a count", form)
+    kinds, count = item
+    if not all(isinstance(kind, str) for kind in kinds):
+        raise _fault(pattern, f"{kinds!r} is not a list of kinds of attention", form)
+    if count == "all":
+        if len(pattern) > 1:
+            raise _fault(pattern, "`all` stands beside other items", "give each item a count")
+        if num_layers % len(kinds):
+            raise _fault(
+                pattern,
+                f"the pattern has {len(kinds)} kinds, which do not divide num_layers = {num_layers}",
+                "give counts instead of `all`",
+            )
+        count = num_layers // len(kinds)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise _fault(pattern, f"{count!r} is not a count", form)
+    return tuple(kinds) * min(count, 100_000)
+
+
+def _fault(pattern: Sequence[Any], what: str, remedy: str) -> ConfigError:
+    return ConfigError.of(what, key=KEY, value=list(pattern), remedy=remedy)

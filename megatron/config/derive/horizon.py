@@ -1,0 +1,17 @@
+"""How many steps the learning rate decays over."""
+
+from __future__ import annotations
+
+
+def decay_horizon(train_iters: int | None, decay_iters: int | None, decay_fraction: float | None) -> int | None:
+    """The horizon [steps]: lr_decay_iters, else lr_decay_fraction x train_iters, else train_iters; at least 1.
+
+    None where the length of the run is not known either.
+    """
+    if decay_iters is not None:
+        return max(1, decay_iters)
+    if train_iters is None:
+        return None
+    if decay_fraction is not None:
+        return max(1, int(train_iters * decay_fraction))
+    return max(1, train_iters)

@@ -1,0 +1,80 @@
+"""The optimizer block and the keys that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.errors import ConfigError, Mistake
+from megatron.registry import nearest_name
+
+DEFAULT_LR = 1.0e-3
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """block: {type, params}. kind: its type in lower case. lr: the peak. weight_decay: None where not in params."""
+
+    block: dict[str, Any]
+    kind: str
+    lr: float
+    weight_decay: float | None
+
+
+def derive_optimizer(
+    block: dict[str, Any] | None, kind: str | None, lr: float | None, choices: tuple[str, ...]
+) -> OptimizerChoice:
+    """Reads the optimizer block, or makes one from `optimizer_type` and `lr`.
+
+    kind and lr: what the user gave for those keys, None where nothing. Raises ConfigError for an unknown type, wrong
+    parameters or a contradiction.
+    """
+    if block is None:
+        block = {"type": kind or "adam", "params": {"lr": DEFAULT_LR if lr is None else lr}}
+    found_kind, params = _checked(block, choices)
+    found_lr = params.get("lr", DEFAULT_LR if lr is None else lr)
+    mistakes = [
+        *_contradiction("optimizer_type", kind, found_kind, block),
+        *_contradiction("lr", lr, found_lr, block),
+        *_number_mistakes(params),
+    ]
+    ConfigError.raise_any(mistakes)
+    decay = params.get("weight_decay")
+    return OptimizerChoice(block, found_kind, float(found_lr), None if decay is None else float(decay))
+
+
+def _checked(block: dict[str, Any], choices: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    form = "write {type: Adam, params: {lr: 6.0e-4}}"
+    kind, params = block.get("type"), block.get("params")
+    if not isinstance(kind, str):
+        raise ConfigError.of("the block names no type", key="optimizer", value=block, remedy=form)
+    if not isinstance(params, dict):
+        raise ConfigError.of("the block has no params", key="optimizer", value=block, remedy=form)
+    if kind.lower() not in choices:
+        close = "adam, whose weight decay is decoupled" if kind.lower() == "adamw" else nearest_name(kind, choices)
+        listed = f"the choices are {', '.join(choices)}"
+        remedy = f"did you mean {close}? Otherwise {listed}" if close else listed
+        raise ConfigError.of("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)
+    return kind.lower(), params
+
+
+def _contradiction(key: str, given: object, found: object, block: dict[str, Any]) -> list[Mistake]:
+    if given is None or given == found:
+        return []
+    return [Mistake(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")]
+
+
+def _number_mistakes(params: dict[str, Any]) -> list[Mistake]:
+    mistakes = []
+    for name in ("lr", "weight_decay", "eps", "momentum"):
+        value = params.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            mistakes.append(Mistake(f"{name} = {value!r} is not a number", key="optimizer", value=params))
+    betas = params.get("betas", (0.9, 0.999))
+    if (
+        not isinstance(betas, (list, tuple))
+        or len(betas) != 2
+        or not all(isinstance(beta, (int, float)) and not isinstance(beta, bool) and 0 <= beta < 1 for beta in betas)
+    ):
+        mistakes.append(Mistake(f"betas = {betas!r} is not two numbers in [0, 1)", key="optimizer", value=params))
+    return mistakes

@@ -1,0 +1,84 @@
+"""Number format, ZeRO defaults and loss scaling, from the blocks that a user may have written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.errors import ConfigError
+
+Table = dict[str, Any]
+
+
+def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | None) -> str:
+    """fp16, bfloat16 or fp32. Raises ConfigError where the key and the blocks contradict each other."""
+    asked = {name for name, block in (("fp16", fp16), ("bfloat16", bf16)) if block and block.get("enabled")}
+    if len(asked) == 2:
+        raise ConfigError.of("fp16 and bf16 are both enabled", key="fp16", value=fp16, remedy="enable one of them")
+    if asked and precision is not None and precision not in asked:
+        enabled = asked.pop()
+        block = "bf16" if enabled == "bfloat16" else "fp16"
+        raise ConfigError.of(
+            f"the block {block} is enabled as well",
+            key="precision",
+            value=precision,
+            remedy=f"write precision: {enabled}, or set enabled: false in {block}",
+        )
+    if fp16 and fp16.get("enabled") and str(fp16.get("type", "fp16")).lower() in {"bfloat16", "bf16"}:
+        raise ConfigError.of(
+            "an fp16 block of type bfloat16 is an older spelling",
+            key="fp16",
+            value=fp16,
+            remedy="write precision: bfloat16 and leave the block out",
+        )
+    return precision or (asked.pop() if asked else "fp32")
+
+
+def fp16_block(precision: str, fp16: Table | None) -> Table | None:
+    """The fp16 block that DeepSpeed reads: enabled exactly when the precision is fp16."""
+    if precision == "fp16":
+        return {**(fp16 or {"type": "fp16"}), "enabled": True}
+    return fp16
+
+
+def bf16_block(precision: str, bf16: Table | None) -> Table | None:
+    """The bf16 block that DeepSpeed reads: enabled exactly when the precision is bfloat16."""
+    if precision == "bfloat16":
+        return {**(bf16 or {}), "enabled": True}
+    return bf16
+
+
+def derive_data_types(precision: str, data_types: Table | None) -> Table | None:
+    """Gradients of a bfloat16 model accumulate in fp32 unless the user asks otherwise."""
+    if precision == "bfloat16" and not (data_types or {}).get("grad_accum_dtype"):
+        return {**(data_types or {}), "grad_accum_dtype": "fp32"}
+    return data_types
+
+
+def derive_zero(precision: str, zero: Table | None) -> Table:
+    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16, whose fp32 master weights need it.
+
+    Raises ConfigError for a block without a stage, or with one that does not exist.
+    """
+    if zero is None:
+        return {
+            "stage": 1 if precision == "bfloat16" else 0,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 500_000_000,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 500_000_000,
+            "contiguous_gradients": False,
+        }
+    stage = zero.get("stage")
+    if stage is None:
+        raise ConfigError.of(
+            "the block has no stage", key="zero_optimization", value=zero, remedy="add stage: 0, 1, 2 or 3"
+        )
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError.of(
+            f"there is no ZeRO stage {stage!r}",
+            key="zero_optimization",
+            value=zero,
+            remedy="the stages are 0, 1, 2 and 3",
+        )
+    return zero

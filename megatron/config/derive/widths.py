@@ -1,0 +1,38 @@
+"""Widths of a block that follow from others."""
+
+from __future__ import annotations
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
+
+
+def mlp_base_width(hidden_size: int, intermediate_size: int | None, expansion_factor: float | None) -> int:
+    """The width that the user names: intermediate_size, or expansion_factor x hidden_size, or 4 x hidden_size."""
+    if intermediate_size is not None:
+        return intermediate_size
+    if expansion_factor is not None:
+        return int(expansion_factor * hidden_size)
+    return 4 * hidden_size
+
+
+def mlp_width(
+    hidden_size: int, intermediate_size: int | None, expansion_factor: float | None, multiple_of: int, *, gated: bool
+) -> int:
+    """Inner width of the MLP [features]: the number of inputs of its second matrix.
+
+    A gated MLP has three matrices for the two of a plain one. With an inner width of 2/3 of the plain one the
+    parameter counts agree (arXiv:2002.05202 section 3); public configurations give the base width so that the two
+    input matrices together have 2/3 of it, hence the inner width is one third of the base. Rounded up to
+    `multiple_of`.
+    """
+    base = mlp_base_width(hidden_size, intermediate_size, expansion_factor)
+    if not gated:
+        return round_up(base, multiple_of)
+    return round_up(base * 2 // 3, 2 * multiple_of) // 2
+
+
+def head_dim(hidden_size: int, heads: int) -> int:
+    """Width of one attention head [features], rounded down; a rule refuses a width that does not divide."""
+    return hidden_size // max(1, heads)

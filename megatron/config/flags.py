@@ -1,0 +1,119 @@
+"""Every key as a flag: `--train-iters 100`, `--train_iters=100`.
+
+A value is read as YAML, so `--optimizer '{type: Adam, params: {lr: 1e-4}}'` works; the value of a text key is taken
+as it stands. A true-or-false key may stand without a value. A list key takes every value up to the next flag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.config import CATALOG, KeyFacts
+from megatron.config.merge import normal_name, read_value
+from megatron.config.words import accepts, members, type_in_words
+from megatron.errors import ConfigError, Mistake
+from megatron.registry import nearest_name
+
+NUMBER = re.compile(r"^-[0-9.]")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """values: key -> value. rest: the arguments that are no flag of a key, in their order."""
+
+    values: dict[str, Any]
+    rest: list[str]
+
+
+def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
+    """Takes the flags that name a configuration key out of the arguments.
+
+    others: long flags of the caller's own, such as "--dry-run", left in `rest`; any other long flag that names no
+    key is a mistake, as is a key given twice. Short flags and plain arguments are left in `rest`. Raises ConfigError.
+    """
+    own = {normal_name(name.lstrip("-")) for name in others}
+    values: dict[str, Any] = {}
+    rest: list[str] = []
+    mistakes: list[Mistake] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if argument == "--":
+            rest += arguments[position:]
+            break
+        if not argument.startswith("--"):
+            rest.append(argument)
+            continue
+        written, equals, text = argument[2:].partition("=")
+        name = normal_name(written)
+        if name in own:
+            rest.append(argument)
+            continue
+        if name not in CATALOG:
+            mistakes.append(_unknown_flag(written, own))
+            continue
+        if name in values:
+            mistakes.append(Mistake("the flag is given twice", key=f"--{written}", remedy="keep one of the two"))
+        if equals:
+            values[name] = flag_value(CATALOG[name], text)
+            continue
+        taken = _values_after(CATALOG[name], arguments, position)
+        position += len(taken)
+        if not taken and not accepts(CATALOG[name].annotation, bool):
+            wanted = type_in_words(CATALOG[name].annotation)
+            mistakes.append(Mistake("the flag needs a value", key=f"--{written}", remedy=f"give {wanted}"))
+            continue
+        values[name] = _joined(CATALOG[name], taken)
+    ConfigError.raise_any(mistakes)
+    return Flags(values, rest)
+
+
+def flag_value(facts: KeyFacts, text: str) -> Any:
+    """The value of one flag: text for a text key, else YAML."""
+    kinds = [member for member in members(facts.annotation) if member is not type(None)]
+    if kinds == [str]:
+        return None if text in {"null", "~"} else text
+    return read_value(text)
+
+
+def _values_after(facts: KeyFacts, arguments: Sequence[str], start: int) -> list[str]:
+    """The arguments from `start` on that are values of this key."""
+    if accepts(facts.annotation, tuple):
+        taken = []
+        for argument in arguments[start:]:
+            if _is_flag(argument):
+                break
+            taken.append(argument)
+        return taken
+    if start >= len(arguments) or _is_flag(arguments[start]):
+        return []
+    if accepts(facts.annotation, bool) and not isinstance(read_value(arguments[start]), (bool, type(None))):
+        return []
+    return [arguments[start]]
+
+
+def _is_flag(argument: str) -> bool:
+    return argument.startswith("-") and len(argument) > 1 and not NUMBER.match(argument)
+
+
+def _joined(facts: KeyFacts, taken: list[str]) -> Any:
+    if not taken:
+        return True
+    if not accepts(facts.annotation, tuple):
+        return flag_value(facts, taken[0])
+    read = [read_value(text) for text in taken]
+    if len(read) == 1 and (isinstance(read[0], list) or read[0] is None):
+        return read[0]
+    if accepts(facts.annotation, str) and len(read) == 1:
+        return taken[0]
+    return read
+
+
+def _unknown_flag(written: str, own: set[str]) -> Mistake:
+    close = nearest_name(normal_name(written), [*CATALOG, *own])
+    remedy = f"did you mean --{close}?" if close else "configs/README.md lists every key"
+    return Mistake("there is no such flag", key=f"--{written}", remedy=remedy)

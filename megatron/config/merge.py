@@ -1,0 +1,201 @@
+"""Files and command line -> one flat mapping, in which each value knows where it stands.
+
+Any number of YAML or JSON files, in any order: no file overrides another. A key is the same key with dashes or
+underscores, and giving it twice is a mistake that names both places, in one file or in two. The command line wins
+over files. JSON is read by the YAML reader as well, so comments and trailing commas are allowed in it. Numbers such
+as 2e-5, text in YAML 1.1, are numbers here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.errors import Mistake
+
+COMMAND_LINE = "command line"
+SUFFIXES = (".yml", ".yaml", ".json")
+
+_Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Loader(_Base):  # type: ignore[misc, valid-type]
+    """The safe YAML loader, with the floats of YAML 1.2."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that the user wrote, and where: `file:line` or "command line"."""
+
+    value: Any
+    where: str
+
+
+@dataclass
+class Merged:
+    """What all sources together say. texts: the source of each file by name, kept for the run's record."""
+
+    values: dict[str, Given] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def normal_name(name: str) -> str:
+    """The one spelling of a key: underscores."""
+    return name.strip().replace("-", "_")
+
+
+def read_value(text: str) -> Any:
+    """A command line value, read as YAML; text that is not YAML is taken as it stands."""
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506 (Loader is a safe loader)
+    except yaml.YAMLError:
+        return text
+
+
+def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> Merged:
+    """Reads every file, then the flags. Mistakes are collected, not raised."""
+    merged = Merged()
+    for name in files:
+        path = find_file(name)
+        if path is None:
+            merged.mistakes.append(_no_such_file(name))
+            continue
+        _read_file(path, merged)
+    for name, value in (flags or {}).items():
+        merged.values[normal_name(name)] = Given(value, COMMAND_LINE)
+    return merged
+
+
+def find_file(name: str | os.PathLike[str]) -> Path | None:
+    """The file of that name; the suffix may be left out. None where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix not in SUFFIXES:
+        for suffix in SUFFIXES:
+            candidate = path.with_name(path.name + suffix)
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _no_such_file(name: str | os.PathLike[str]) -> Mistake:
+    path = Path(name)
+    if path.is_dir():
+        return Mistake("this is a folder, not a configuration file", where=str(name))
+    folder = path.parent
+    known = [entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, [*known, *(Path(one).stem for one in known)], n=1)
+    return Mistake(
+        "there is no such configuration file",
+        where=str(name),
+        remedy=f"did you mean {folder / close[0]}?" if close else "check the name and the folder",
+    )
+
+
+def _read_file(path: Path, merged: Merged) -> None:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+        return
+    merged.texts[_free_name(path.name, merged.texts)] = text
+    if path.suffix == ".json":
+        text = text.replace("\t", " ")  # a tab may indent JSON, but not YAML
+    try:
+        _read_text(text, str(path), merged)
+    except yaml.YAMLError as fault:
+        merged.mistakes.append(_syntax_mistake(fault, path))
+    except (ValueError, RecursionError) as fault:
+        merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+
+
+def _free_name(name: str, taken: Mapping[str, str]) -> str:
+    stem, dot, suffix = name.partition(".")
+    number = 2
+    while name in taken:
+        name = f"{stem}-{number}{dot}{suffix}"
+        number += 1
+    return name
+
+
+def _syntax_mistake(fault: yaml.YAMLError, path: Path) -> Mistake:
+    mark = getattr(fault, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+    problem = getattr(fault, "problem", None) or str(fault).splitlines()[0]
+    return Mistake(f"this is not YAML: {problem}", where=where, remedy="mend the line, or the one before it")
+
+
+def _read_text(text: str, name: str, merged: Merged) -> None:
+    loader = Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            told = Mistake("the file is not a mapping of keys to values", where=name, remedy="write `key: value` lines")
+            merged.mistakes.append(told)
+            return
+        for key_node, value_node in root.value:
+            where = f"{name}:{key_node.start_mark.line + 1}"
+            _nested_duplicates(value_node, name, merged)
+            _add(loader.construct_object(key_node, deep=True), value_node, where, loader, merged)
+    finally:
+        loader.dispose()
+
+
+def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merged) -> None:
+    if not isinstance(key, str):
+        merged.mistakes.append(Mistake(f"the key {key!r} is not text", where=where))
+        return
+    normal = normal_name(key)
+    value = loader.construct_object(value_node, deep=True)
+    before = merged.values.get(normal)
+    if before is not None:
+        told = Mistake(
+            f"the key is also given at {before.where}, as {before.value!r}",
+            key=normal,
+            value=value,
+            where=where,
+            remedy="keep one of the two",
+        )
+        merged.mistakes.append(told)
+        return
+    merged.values[normal] = Given(value, where)
+
+
+def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 0) -> None:
+    if isinstance(node, yaml.SequenceNode) and depth < 50:
+        for item in node.value:
+            _nested_duplicates(item, name, merged, depth + 1)
+    if not isinstance(node, yaml.MappingNode) or depth >= 50:
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = str(key_node.value)
+        if key in seen and key != "<<":
+            told = Mistake(
+                f"the key is also given at {name}:{seen[key]}",
+                key=key,
+                where=f"{name}:{line}",
+                remedy="keep one of the two",
+            )
+            merged.mistakes.append(told)
+        seen[key] = line
+        _nested_duplicates(value_node, name, merged, depth + 1)

@@ -1,0 +1,34 @@
+"""Saving and loading."""
+
+from megatron.config.key import Section, key
+from megatron.config.types import Integers, Table
+
+
+class CheckpointSection(Section):
+    """What is saved when, and what is loaded."""
+
+    save: str | None = key(None, "Folder to save checkpoints in.")
+    load: str | None = key(None, "Folder to load a checkpoint from.")
+    load_fallback: str = key(
+        "error",
+        "What a `load` without a checkpoint does: error refuses to start, fresh starts from initial weights.",
+        choices=("error", "fresh"),
+    )
+    iteration: int | None = key(None, "Checkpoint to load; the latest when left out.", unit="steps")
+    finetune: bool = key(False, "Load the weights only and count iterations from 0.")
+    checkpoint_factor: int | float | None = key(
+        None, "With scale linear: save every so many steps; with log: at the powers of this.", unit="steps"
+    )
+    checkpoint_scale: str = key("linear", "Spacing of checkpoints.", choices=("linear", "log"))
+    extra_save_iters: Integers | None = key(None, "Further iterations to save at.", unit="steps")
+    keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are removed.", unit="checkpoints")
+    no_save_optim: bool = key(False, "Save no optimizer state.")
+    no_save_rng: bool = key(False, "Save no random number state.")
+    no_load_optim: bool = key(False, "Start with a fresh optimizer state.")
+    no_load_rng: bool = key(False, "Start with fresh random number state.")
+    checkpoint_validation_with_forward_pass: bool = key(
+        False, "Save logits with the checkpoint and compare them after loading."
+    )
+    s3_path: str | None = key(None, "Also copy checkpoints to this s3:// address.")
+    s3_chunk_size: int = key(104857600, "Size of one uploaded part.", unit="bytes")
+    config_files: Table | None = key(None, "Text of the configuration files by name; kept with the checkpoint.")

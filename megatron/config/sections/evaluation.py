@@ -1,0 +1,18 @@
+"""Scoring on tasks of the LM Evaluation Harness."""
+
+from megatron.config.key import Section, key
+from megatron.config.types import Strings, Table
+
+
+class EvaluationSection(Section):
+    """Which tasks, on how much, and where the scores go."""
+
+    eval_tasks: Strings | None = key(None, "Names of tasks or shell wildcards.")
+    eval_results_prefix: str = key("", "Put before the name of the results file.")
+    eval_include_path: str | None = key(None, "Folder of further task files.")
+    eval_num_fewshot: int | None = key(None, "Worked examples before each question.", unit="examples")
+    eval_limit: int | None = key(None, "Documents of each task; all when left out.", unit="documents")
+    eval_batch_size: int | None = key(
+        None, "Requests in one forward pass; the micro batch size when left out.", unit="samples"
+    )
+    eval_model_args: Table | None = key(None, "Further arguments for the harness.")

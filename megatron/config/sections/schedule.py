@@ -1,0 +1,23 @@
+"""The learning rate over time."""
+
+from megatron.config.key import Section, key
+from megatron.config.types import Table
+from megatron.registry import SCHEDULES
+
+
+class ScheduleSection(Section):
+    """Warmup, then decay over a horizon."""
+
+    lr_decay_style: str = key("linear", "Shape of the decay after warmup.", choices=SCHEDULES.names)
+    lr_decay_iters: int | None = key(
+        None, "Horizon of the decay; train_iters x lr_decay_fraction when left out.", unit="steps"
+    )
+    lr_decay_fraction: float | None = key(
+        None, "Horizon as a part of train_iters, where lr_decay_iters is not given.", unit="fraction"
+    )
+    lr_decay_samples: int | None = key(None, "Horizon counted in samples, with train_samples.", unit="samples")
+    min_lr: float = key(0.0, "The decay never goes below this learning rate.")
+    warmup: float = key(0.01, "Part of the horizon in which the rate rises on a line to its peak.", unit="fraction")
+    override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
+    use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
+    scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")

@@ -1,0 +1,26 @@
+"""The tokenizer and the size of the vocabulary."""
+
+from megatron.config.key import Section, key, planned
+from megatron.registry import TOKENIZERS
+
+TOKENIZER_CHOICES = planned(
+    TOKENIZERS.names, "GPT2BPETokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "TiktokenTokenizer"
+)
+
+
+class TokenizerSection(Section):
+    """Tokenizer files and vocabulary padding."""
+
+    tokenizer_type: str = key("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZER_CHOICES)
+    vocab_file: str | None = key(
+        None,
+        "The tokenizer's file: tokenizer.json for HFTokenizer, vocab.json for GPT2BPETokenizer, a .model file, ...",
+    )
+    merge_file: str | None = key(None, "The merges.txt of GPT2BPETokenizer.")
+    make_vocab_size_divisible_by: int = key(
+        128, "The vocabulary is padded to a multiple of this times model_parallel_size.", unit="tokens"
+    )
+    vocab_size: int | None = key(
+        None, "Tokens of the vocabulary before padding, where no tokenizer file tells.", unit="tokens"
+    )
+    padded_vocab_size: int | None = key(None, "Rows of the embedding; follows from the tokenizer.", unit="tokens")

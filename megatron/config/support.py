@@ -1,0 +1,200 @@
+"""What a configuration may ask for and does not get yet, and what has no effect.
+
+Three tables, read against the resolved values: features that are not built (launching refuses, naming them), hints
+about speed and keys that nothing reads (one warning line each). Building a feature shrinks a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.config import CATALOG, Config
+from megatron.registry import (
+    ACTIVATIONS,
+    ATTENTION,
+    INITS,
+    NORMS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    POSITIONS,
+    SCHEDULES,
+    TOKENIZERS,
+)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One key whose feature is not built. asked: whether this value asks for it."""
+
+    key: str
+    told: str
+    asked: Callable[[Any], bool]
+
+
+def _on(value: Any) -> bool:
+    """A switch that is on, or a block that is there and not disabled."""
+    if isinstance(value, Mapping):
+        return bool(value) and value.get("enabled", True) is not False
+    return bool(value)
+
+
+def _more_than_one(value: Any) -> bool:
+    return value is not None and value > 1
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+FAMILIES = {
+    "norm": NORMS,
+    "pos_emb": POSITIONS,
+    "activation": ACTIVATIONS,
+    "attention_config": ATTENTION,
+    "init_method": INITS,
+    "output_layer_init_method": INITS,
+    "optimizer_type": OPTIMIZERS,
+    "lr_decay_style": SCHEDULES,
+    "tokenizer_type": TOKENIZERS,
+    "train_impl": OBJECTIVES,
+}
+"""Keys that name a part: a name that the family does not list is not built."""
+
+GAPS: tuple[Gap, ...] = (
+    Gap("sequence_parallel", "sequence parallel norms and dropout", _on),
+    Gap("context_parallel_size", "context parallel attention", _more_than_one),
+    Gap("moe_num_experts", "mixture of experts", _more_than_one),
+    Gap("precision", "fp16 training; bfloat16 needs no loss scale", lambda value: value == "fp16"),
+    Gap("use_qk_layernorm", "normalised queries and keys", _on),
+    Gap("sliding_window_width", "sliding window attention", _given),
+    Gap("rope_scaling", "scaled rotary positions", _on),
+    Gap("opt_pos_emb_offset", "an offset of learned positions", _on),
+    Gap("apply_query_key_layer_scaling", "scores scaled by block number", _on),
+    Gap("num_unique_layers", "blocks that share weights", _given),
+    Gap("soft_prompt_tuning", "soft prompts", _on),
+    Gap("lora", "low-rank updates", _on),
+    Gap("use_mup", "maximal update parametrisation", _on),
+    Gap("coord_check", "maximal update parametrisation", _on),
+    Gap("save_base_shapes", "maximal update parametrisation", _on),
+    Gap("te_columnparallel", "Transformer Engine layers", _on),
+    Gap("te_rowparallel", "Transformer Engine layers", _on),
+    Gap("te_layernorm_mlp", "Transformer Engine layers", _on),
+    Gap("te_mha", "Transformer Engine layers", _on),
+    Gap("te_fp8_mha", "Transformer Engine layers", _on),
+    Gap("recompute_granularity", "selective recomputation", lambda value: value == "selective"),
+    Gap("recompute_method", "recomputation of some blocks only", lambda value: value == "block"),
+    Gap("partition_activations", "kept activations spread over tensor parallel ranks", _on),
+    Gap("checkpoint_in_cpu", "kept activations in host memory", _on),
+    Gap("use_bnb_optimizer", "8-bit optimizers", _on),
+    Gap("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
+    Gap("pack_impl", "packing of whole documents", lambda value: value != "packed"),
+    Gap("data_impl", "cached data files", lambda value: value == "cached"),
+    Gap("train_label_data_paths", "label data", _on),
+    Gap("train_reward_data_paths", "reward data", _on),
+    Gap("pos_train_data_paths", "pairs of answers", _on),
+    Gap("weight_by_num_documents", "weights from document counts", _on),
+    Gap("reset_attention_mask", "attention within documents", _on),
+    Gap("reset_position_ids", "positions within documents", _on),
+    Gap("train_epochs", "a length in epochs", _given),
+    Gap("train_samples", "a length in samples", _given),
+    Gap("lr_decay_samples", "a decay horizon in samples", _given),
+    Gap("rampup_batch_size", "a growing batch", _given),
+    Gap("char_level_ppl", "perplexity a character", _on),
+    Gap("serve_model_weights", "serving weights while training", _on),
+    Gap("checkpoint_validation_with_forward_pass", "logits kept with a checkpoint", _on),
+    Gap("s3_path", "checkpoints on s3", _given),
+    Gap("use_wandb", "Weights & Biases", _on),
+    Gap("use_comet", "Comet", _on),
+    Gap("log_grad_norm", "gradient norms of single parameters", _on),
+    Gap("log_grad_pct_zeros", "shares of zeros in gradients", _on),
+    Gap("log_param_norm", "parameter norms", _on),
+    Gap("log_optimizer_states", "norms of optimizer state", _on),
+    Gap("log_gradient_noise_scale", "the gradient noise scale", _on),
+    Gap("memory_profiling", "memory snapshots", _on),
+    Gap("profile", "traces of steps", _on),
+    Gap("text_gen_type", "log-likelihoods written as a data set", lambda value: value == "precompute"),
+    Gap("return_logits", "logits in the generated records", _on),
+    Gap("min_p", "min-p sampling", _on),
+    Gap("repetition_penalty", "a repetition penalty", lambda value: value != 1.0),
+    Gap("max_restarts", "automatic restarts", _on),
+    Gap("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
+    Gap("autotuning", "DeepSpeed's autotuner", _on),
+    Gap("data_efficiency", "DeepSpeed's curriculum", _on),
+    Gap("amp", "Apex mixed precision, gone from DeepSpeed; precision: bfloat16 replaces it", _on),
+    Gap("sparse_gradients", "sparse gradients, gone from DeepSpeed", _on),
+    Gap("sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on),
+    Gap("curriculum_learning", "the older curriculum, gone from DeepSpeed", _on),
+    Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
+    Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
+    Gap("compile", "compilation of the blocks", _on),
+    Gap("lazy_mpu_init", "process groups made by the caller", _on),
+)
+
+HINTS = {
+    "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",
+    "scaled_masked_softmax_fusion": "attention runs through torch's fused kernels",
+    "bias_gelu_fusion": "the plain operations run",
+    "bias_dropout_fusion": "the plain operations run",
+    "rope_fusion": "the plain operations run",
+    "layernorm_fusion": "torch's kernel runs",
+    "rmsnorm_fusion": "torch's kernel runs",
+    "use_flashattn_swiglu": "the plain operations run",
+    "mamba_selective_scan_fusion": "the plain operations run",
+    "mamba_causal_conv_fusion": "the plain operations run",
+    "mamba_inner_func_fusion": "the plain operations run",
+    "contiguous_checkpointing": "kept activations stay where they are",
+    "synchronize_each_layer": "the device is not waited for",
+    "profile_backward": "recomputed groups are not timed one by one",
+    "attention_softmax_in_fp32": "torch's fused attention already sums in fp32",
+    "fused_kernels_build_path": "nothing is compiled at run time",
+}
+"""Wishes about speed that nothing takes up; results do not change."""
+
+DEAD = {
+    "param_sharing_style": "nothing reads it",
+    "weight_server_port": "nothing reads it",
+    "te_fp8_margin": "nothing reads it",
+    "short_seq_prob": "it belongs to masked language models",
+    "adlr_autoresume_interval": "nothing reads it",
+    "deepscale": "it is an older name of DeepSpeed",
+    "deepscale_config": "it is an older name of DeepSpeed",
+    "hysteresis": "the fp16 block decides",
+    "loss_scale": "the fp16 block decides",
+    "loss_scale_window": "the fp16 block decides",
+    "min_scale": "the fp16 block decides",
+    "mup_attn_temp": "nothing reads it",
+    "mup_output_temp": "nothing reads it",
+    "moe_lbl_in_fp32": "the loss is always computed in fp32",
+    "onnx_safe": "nothing reads it",
+    "scheduler": "lr_decay_style and its companions decide",
+    "curriculum_seqlen": "nothing reads it",
+    "comet_experiment": "nothing reads it",
+}
+"""Keys that public configurations may carry and nothing reads."""
+
+
+def not_supported_yet(config: Config) -> list[str]:
+    """One line for each value whose feature is not built: `key = value: what is not built yet`."""
+    values = config.flat()
+    lines = []
+    for key, family in FAMILIES.items():
+        names = values[key] if isinstance(values[key], tuple) else (values[key],)
+        missing = sorted({name for name in names if name is not None and name not in family})
+        lines += [f"{key} = {name!r}: this {family.kind} is not built yet" for name in missing]
+    lines += [
+        f"{gap.key} = {values[gap.key]!r}: not built yet: {gap.told}" for gap in GAPS if gap.asked(values[gap.key])
+    ]
+    return lines
+
+
+def without_effect(config: Config) -> list[str]:
+    """One line for each key set to something other than its default that changes nothing."""
+    values = config.flat()
+    told = {**HINTS, **DEAD}
+    return [
+        f"{key} = {values[key]!r}: has no effect; {why}"
+        for key, why in told.items()
+        if values[key] != CATALOG[key].default
+    ]

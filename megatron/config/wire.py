@@ -1,0 +1,63 @@
+"""Config <-> worker: a file in the run directory, or base64 text where no file system is shared.
+
+The form is JSON with every flat key, so a worker derives nothing again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from pathlib import Path
+
+from megatron.config.config import Config
+from megatron.errors import ConfigError
+
+
+def to_json(config: Config) -> str:
+    """Every key and its value, one key a line."""
+    return json.dumps(config.flat(), indent=1, ensure_ascii=False, allow_nan=True) + "\n"
+
+
+def from_json(text: str, where: str = "the configuration handed to the worker") -> Config:
+    """The inverse of `to_json`. Raises ConfigError where the text is no configuration."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise ConfigError.of(f"this is not a resolved configuration: {fault}", where=where) from fault
+    if not isinstance(values, dict):
+        raise ConfigError.of("this is not a resolved configuration", where=where)
+    return Config.from_flat(values)
+
+
+def write(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes the configuration; a reader never sees half of it."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(to_json(config), encoding="utf-8")
+    partial.replace(target)
+
+
+def read(path: str | os.PathLike[str]) -> Config:
+    """Reads what `write` wrote. Raises ConfigError where there is nothing to read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError.of(f"the resolved configuration cannot be read: {fault}", where=str(path)) from fault
+    return from_json(text, str(path))
+
+
+def encode(config: Config) -> str:
+    """The configuration as compressed base64 text, safe in a URL and on a command line."""
+    return base64.urlsafe_b64encode(zlib.compress(to_json(config).encode())).decode()
+
+
+def decode(text: str) -> Config:
+    """The inverse of `encode`. Raises ConfigError where the text is damaged."""
+    try:
+        plain = zlib.decompress(base64.urlsafe_b64decode(text.encode())).decode()
+    except (ValueError, zlib.error) as fault:
+        raise ConfigError.of(f"the encoded configuration is damaged: {fault}") from fault
+    return from_json(plain)
