@@ -1,0 +1,95 @@
+"""Configuration sections with the values a small model needs, for tests that build models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from megatron.model.plan import layer_plan
+from megatron.model.sequential import SequentialModel
+from megatron.parallel.topology import Topology
+
+VOCABULARY = 96
+
+
+def model_section(**changes: object) -> SimpleNamespace:
+    """A model section as the configuration resolves it: 2 layers of 64 features, 4 heads, rotary positions."""
+    values: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_kv_heads": 4,
+        "kv_channels": 16,
+        "mlp_width": 176,
+        "activation": "gelu",
+        "norm": "layernorm",
+        "layernorm_epsilon": 1e-5,
+        "rms_norm_epsilon": 1e-6,
+        "use_bias_in_norms": True,
+        "use_bias_in_attn_linear": True,
+        "use_bias_in_mlp": True,
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "max_position_embeddings": 64,
+        "no_weight_tying": True,
+        "gpt_j_residual": False,
+        "gpt_j_tied": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    unknown = changes.keys() - values.keys() - {"attention_config"}
+    assert not unknown, unknown
+    values.update(changes)
+    layers = values["num_layers"]
+    assert isinstance(layers, int)
+    return SimpleNamespace(**{"attention_config": ("global",) * layers, **values})
+
+
+def initialization_section(**changes: object) -> SimpleNamespace:
+    """The public defaults."""
+    values = {"init_method": "normal", "output_layer_init_method": "scaled_normal", "init_method_std": 0.02}
+    return SimpleNamespace(**{**values, **changes})
+
+
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "rotary_pct": 1.0,
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+}
+"""What makes a section a Llama."""
+
+
+def build(
+    topology: Topology | None = None,
+    *,
+    seed: int = 1234,
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.02,
+    vocabulary: int = VOCABULARY,
+    **changes: object,
+) -> SequentialModel:
+    """A SequentialModel on the CPU."""
+    plan = layer_plan(
+        model_section(**changes),
+        initialization_section(init_method_std=std),
+        SimpleNamespace(),
+        padded_vocab_size=vocabulary,
+        topology=topology or Topology.single(),
+        seed=seed,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    return SequentialModel(plan)
+
+
+def disturb(model: torch.nn.Module, seed: int = 5) -> None:
+    """Give every bias and norm a value of its own, which initialisation leaves at 0 or 1, so that none can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,53 @@
+"""Activations against their formulas in float64, and the order of a gated activation's halves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.registry import ACTIVATIONS
+
+
+def phi(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+PLAIN = {
+    "gelu": lambda x: x * phi(x),
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "swish": lambda x: x / (1 + torch.exp(-x)),
+    "softsign": lambda x: x / (1 + x.abs()),
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
+}
+GATED = {
+    "swiglu": PLAIN["silu"],
+    "geglu": PLAIN["gelu"],
+    "reglu": PLAIN["relu"],
+    "glu": lambda x: 1 / (1 + torch.exp(-x)),
+    "bilinear": lambda x: x,
+}
+
+
+def test_every_activation_is_here() -> None:
+    assert set(ACTIVATIONS.names) == PLAIN.keys() | GATED.keys()
+    assert {name for name in ACTIVATIONS.names if "gated" in ACTIVATIONS.entry(name).traits} == set(GATED)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS.names)
+def test_values_and_gradients(name: str) -> None:
+    x = torch.linspace(-4, 4, 240, dtype=torch.float64).view(20, 12).requires_grad_()
+    if name in GATED:
+        up, gate = x[:, :6], x[:, 6:]
+        expected = up * GATED[name](gate)
+    else:
+        expected = PLAIN[name](x)
+    weights = torch.rand(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), x)
+    actual = ACTIVATIONS.load(name)(x)
+    (actual_grad,) = torch.autograd.grad((actual * weights).sum(), x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_grad, expected_grad)
