@@ -1,0 +1,62 @@
+"""Draw from several data sets by weight, in the public order.
+
+Sample i comes from the set that is furthest behind its share: the one with the largest weight * max(i, 1) - count,
+the first of them on a tie. Within a set, samples come in the set's own order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron.data.gpt import Samples
+
+# Each set is asked for a little more than its share, since the greedy order may run ahead of it.
+MARGIN = 1.005
+
+
+def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which set each sample comes from, uint8 [samples], and its number in that set, int64 [samples].
+
+    weights: share of each set [fraction], together 1; at most 255 sets.
+    """
+    sets = np.empty(samples, np.uint8)
+    numbers = np.empty(samples, np.int64)
+    counts = [0] * len(weights)
+    for sample in range(samples):
+        seen = max(float(sample), 1.0)
+        chosen, largest = 0, weights[0] * seen - counts[0]
+        for candidate in range(1, len(weights)):
+            behind = weights[candidate] * seen - counts[candidate]
+            if behind > largest:
+                chosen, largest = candidate, behind
+        sets[sample] = chosen
+        numbers[sample] = counts[chosen]
+        counts[chosen] += 1
+    return sets, numbers
+
+
+def samples_asked(weight: float, samples: int, drawn: int) -> int:
+    """How many samples a set is built for: its share and a margin, or what the order draws from it if that is more."""
+    return max(math.ceil(samples * weight * MARGIN), drawn)
+
+
+class BlendedDataset:
+    """Samples of several sets, in a blend's order."""
+
+    def __init__(self, datasets: Sequence[Samples], sets: np.ndarray, numbers: np.ndarray) -> None:
+        self._datasets = datasets
+        self._sets = sets
+        self._numbers = numbers
+        self.sample_length = datasets[0].sample_length
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def read(self, number: int, out: np.ndarray) -> None:
+        """Writes the sample's tokens into out [sample_length]."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of a blend that has {len(self)}")
+        self._datasets[int(self._sets[number])].read(int(self._numbers[number]), out)

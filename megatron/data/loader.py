@@ -1,0 +1,77 @@
+"""Serve micro-batches from any sample on, with background threads that read ahead.
+
+Reading a sample is one copy out of a memory map, so threads suffice: they hide the time that a disk takes, and there is
+nothing to send between processes. The order does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from megatron.data.batch import MicroBatch, make_batch
+from megatron.data.gpt import Samples
+from megatron.data.sampler import Sampler
+
+AHEAD = 2  # micro-batches read ahead by each thread
+
+
+class Loader:
+    """The micro-batches of one rank.
+
+    samples: the data set. sampler: the rank's share of it. workers: background threads, 0 for none.
+    pin_memory: serve batches in page-locked memory.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        sampler: Sampler,
+        *,
+        eod: int,
+        eod_mask_loss: bool = False,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.samples = samples
+        self._sampler = sampler
+        self._eod = eod
+        self._eod_mask_loss = eod_mask_loss
+        self._workers = workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        """The number of samples that can be served to all ranks together."""
+        return len(self.samples)
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
+        """The micro-batches after so many samples were consumed by all ranks together, until the samples are used up.
+
+        Starting late costs the same as starting at 0. Raises RunError when more were consumed than there are.
+        """
+        wanted = self._sampler.batches(consumed_samples)
+        return self._ahead(wanted) if self._workers > 0 else map(self._read, wanted)
+
+    def _ahead(self, wanted: Iterator[range]) -> Iterator[MicroBatch]:
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
+        pending: deque[Future[MicroBatch]] = deque()
+        try:
+            for numbers in wanted:
+                pending.append(pool.submit(self._read, numbers))
+                if len(pending) > AHEAD * self._workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, numbers: range) -> MicroBatch:
+        samples = np.empty((len(numbers), self.samples.sample_length), np.int64)
+        for row, number in enumerate(numbers):
+            self.samples.read(number, samples[row])
+        batch = make_batch(torch.from_numpy(samples), eod=self._eod, eod_mask_loss=self._eod_mask_loss)
+        return batch.pin_memory() if self._pin_memory else batch

@@ -1,0 +1,87 @@
+"""What a run will read, told before it starts: documents, tokens, passes and samples of every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One data set of a split.
+
+    documents, tokens: those that the split may use. epochs: passes over them that the index map holds. samples: what
+    the map gives. asked: how many the run will take from it. weight: its share of the split [fraction].
+    bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so.
+    """
+
+    path: str
+    documents: int
+    tokens: int
+    epochs: int
+    samples: int
+    asked: int
+    weight: float
+    bytes_per_token: float | None
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One of train, valid and test. samples: how many can be served; asked: how many the run wants."""
+
+    name: str
+    samples: int
+    asked: int
+    seq_length: int
+    sources: tuple[SourcePlan, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all sources."""
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over all sources."""
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def passes(self) -> float:
+        """How often the run reads an average token of the split."""
+        return self.asked * self.seq_length / self.tokens
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Text bytes a token stands for, over all sources by their tokens; None unless every source says so."""
+        known = [(source.bytes_per_token, source.tokens) for source in self.sources]
+        if any(ratio is None for ratio, _ in known):
+            return None
+        return sum((ratio or 0.0) * tokens for ratio, tokens in known) / self.tokens
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.asked:,} samples of {self.seq_length:,} ({self.passes:.2f} passes)"
+        )
+        if len(self.sources) == 1:
+            return f"{text} from {self.sources[0].path}"
+        parts = (f"  {source.weight:.1%} {source.path}, {source.tokens:,} tokens" for source in self.sources)
+        return "\n".join([text, *parts])
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The splits of a run, None where there is none. seconds: time to open the data and prepare the index maps [s]."""
+
+    train: SplitPlan | None
+    valid: SplitPlan | None
+    test: SplitPlan | None
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def splits(self) -> Iterator[SplitPlan]:
+        """The splits there are."""
+        return (split for split in (self.train, self.valid, self.test) if split is not None)
+
+    def __str__(self) -> str:
+        return "\n".join(str(split) for split in self.splits())

@@ -1,0 +1,102 @@
+"""The kept index maps: their names say everything that determines them, and they are whole or absent."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron.data.index_cache import IndexRequest, index_maps, read_index_map
+from megatron.data.index_map import epochs_needed
+from megatron.data.indexed import IndexedDataset
+from megatron.data.writer import DatasetWriter
+
+
+def dataset(prefix, sizes):
+    with DatasetWriter(prefix, np.dtype("<u2")) as writer:
+        for size in sizes:
+            writer.add_document(np.arange(size))
+    return IndexedDataset(prefix)
+
+
+@pytest.fixture
+def request_(tmp_path):
+    data = dataset(tmp_path / "p", [5, 9, 12, 3])
+    return IndexRequest(data, "train", range(3), seq_length=4, samples=10, epochs=epochs_needed(26, 4, 10), seed=7)
+
+
+def test_a_kept_map_equals_a_computed_one(request_):
+    made = request_.build()
+    assert read_index_map(request_) is None
+    (kept,), warnings = index_maps([request_], is_builder=True, barrier=lambda: None)
+    assert warnings == []
+    for array in ("documents", "samples", "shuffle"):
+        np.testing.assert_array_equal(getattr(kept, array), getattr(made, array))
+        assert getattr(kept, array).dtype == getattr(made, array).dtype
+    assert kept.epochs == made.epochs
+
+
+def test_names_carry_the_public_facts(request_):
+    index_maps([request_], is_builder=True, barrier=lambda: None)
+    names = sorted(path.name for path in request_.paths().values())
+    assert all(name.startswith("p_train_indexmap_10ns_4sl_7s_packedpi_ac_") for name in names)
+    assert [name.rsplit("_", 2)[1] for name in names] == ["doc", "sample", "shuffle"]
+    assert {path.name for path in request_.paths()["shuffle"].parent.iterdir()} == {*names, "p.bin", "p.idx"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "valid"},
+        {"documents": range(1, 4)},
+        {"documents": range(2)},
+        {"seq_length": 5},
+        {"samples": 11},
+        {"epochs": 3},
+        {"seed": 8},
+    ],
+)
+def test_whatever_changes_the_map_changes_the_name(request_, change):
+    other = replace(request_, **change)
+    assert set(other.paths().values()).isdisjoint(request_.paths().values())
+
+
+def test_other_data_under_the_same_prefix_is_not_served_from_the_cache(request_, tmp_path):
+    index_maps([request_], is_builder=True, barrier=lambda: None)
+    other = replace(request_, dataset=dataset(tmp_path / "p", [5, 9, 11, 3]))
+    assert read_index_map(other) is None
+
+
+def test_a_map_that_was_cut_short_is_made_again(request_):
+    index_maps([request_], is_builder=True, barrier=lambda: None)
+    path = request_.paths()["samples"]
+    path.write_bytes(path.read_bytes()[:-4])
+    assert read_index_map(request_) is None
+    (again,), _ = index_maps([request_], is_builder=True, barrier=lambda: None)
+    np.testing.assert_array_equal(again.samples, request_.build().samples)
+    assert read_index_map(request_) is not None
+
+
+def test_others_wait_for_the_builder(request_):
+    calls = []
+
+    def builder_at_work():
+        calls.append("barrier")
+        index_maps([request_], is_builder=True, barrier=lambda: None)
+
+    (found,), _ = index_maps([request_], is_builder=False, barrier=builder_at_work)
+    assert calls == ["barrier"]
+    # Served from the builder's files, not computed again.
+    assert not found.documents.flags.owndata
+
+
+def test_where_nothing_can_be_written_every_rank_computes(request_, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refused)
+    (found,), warnings = index_maps([request_], is_builder=True, barrier=lambda: None)
+    np.testing.assert_array_equal(found.samples, request_.build().samples)
+    assert len(warnings) == 1
+    assert "Permission denied" in warnings[0]
+    assert len(list(request_.paths()["samples"].parent.iterdir())) == 2

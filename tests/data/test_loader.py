@@ -1,0 +1,75 @@
+"""Batches: what they hold, and that neither workers nor the starting point change them."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.data.batch import make_batch
+from megatron.data.loader import Loader
+from megatron.data.sampler import Sampler
+
+
+class Numbered:
+    """Sample i holds i * 10, i * 10 + 1, ..."""
+
+    sample_length = 5
+
+    def __len__(self):
+        return 23
+
+    def read(self, number, out):
+        out[:] = np.arange(5) + number * 10
+
+
+def loader(rank=0, ranks=1, micro_batch=2, **settings):
+    return Loader(Numbered(), Sampler(23, micro_batch, rank, ranks), eod=2, **settings)
+
+
+def test_labels_are_one_place_on():
+    first = next(loader().batches())
+    assert first.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert first.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
+    assert first.loss_mask.tolist() == [[1.0] * 4, [1.0] * 4]
+    assert (first.tokens.dtype, first.labels.dtype, first.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
+
+
+def test_masked_where_the_input_ends_a_document():
+    batch = make_batch(torch.tensor([[7, 2, 8, 2], [2, 9, 9, 9]]), eod=2, eod_mask_loss=True)
+    assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_same_batches_with_any_workers_and_any_start(workers):
+    whole = [batch.tokens.tolist() for batch in loader().batches()]
+    assert len(whole) == 11
+    for consumed in (0, 2, 10, 22):
+        again = [batch.tokens.tolist() for batch in loader(workers=workers).batches(consumed)]
+        assert again == whole[consumed // 2 :]
+
+
+def test_two_resumes_one_after_another():
+    one = loader(workers=2)
+    for consumed in (4, 8):
+        assert next(one.batches(consumed)).tokens[0, 0] == consumed * 10
+
+
+def test_a_fault_in_a_worker_reaches_the_caller():
+    class Broken(Numbered):
+        def read(self, number, out):
+            raise IndexError("no such sample")
+
+    with pytest.raises(IndexError, match="no such sample"):
+        next(Loader(Broken(), Sampler(23, 2, 0, 1), eod=0, workers=2).batches())
+
+
+def test_leaving_early_leaves_no_thread():
+    before = threading.active_count()
+    batches = loader(workers=3).batches()
+    next(batches)
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("loader"):
+            thread.join(5)
+    assert threading.active_count() == before
