@@ -1,0 +1,17 @@
+"""Scores a trained model on lm-eval tasks: ./deepy.py evaluate.py CONF... --eval_tasks TASK..."""
+
+import sys
+
+from megatron.config import Config
+from megatron.launch.worker import run_door
+
+
+def main(config: Config) -> None:
+    """Evaluates as the configuration says."""
+    from megatron.evaluation.run import evaluate
+
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))

@@ -1,0 +1,17 @@
+"""Writes text with a trained model: ./deepy.py generate.py CONF... [-i prompts.txt] [-o out.jsonl]."""
+
+import sys
+
+from megatron.config import Config
+from megatron.launch.worker import run_door
+
+
+def main(config: Config) -> None:
+    """Generates as the configuration says."""
+    from megatron.inference.run import generate
+
+    generate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))

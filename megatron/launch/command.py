@@ -1,0 +1,146 @@
+"""The command line and environment that start the workers.
+
+On this host DeepSpeed's per-node launcher is called directly; its runner would only choose the same command after
+importing DeepSpeed once more. For other hosts the runner starts that launcher on each, through pdsh or another tool.
+Either way every rank is a `megatron.launch.rank`, and the workers read the configuration from a file: a command line
+that carries it is cut or mangled by some schedulers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.errors import ConfigError
+from megatron.launch.request import CHECKOUT
+from megatron.launch.resources import Machines, core_count
+
+RANK_MODULE = "megatron.launch.rank"
+DEFAULT_PORT = 29500
+# glibc hands freed memory back to the kernel at every step unless told to keep it; both stay below 2^31, since older
+# versions read them as an int.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2_000_000_000)}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet and who starts them on other hosts: keys of the launch section."""
+
+    master_addr: str | None = None
+    master_port: int = DEFAULT_PORT
+    launcher: str = "pdsh"
+    force_multi: bool = False
+    no_ssh_check: bool = False
+    hostfile: Path | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """argv: what to execute. environment: only the variables that are set on top of the caller's."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def workers_environment(machines: Machines, caller: Mapping[str, str]) -> dict[str, str]:
+    """The variables that every worker gets; what the caller has set stays."""
+    wanted: dict[str, str] = {"DS_ACCELERATOR": machines.accelerator}
+    if machines.accelerator == "cpu":
+        ranks = max(len(slots) for slots in machines.hosts.values())
+        wanted["OMP_NUM_THREADS"] = str(max(1, core_count() // max(1, ranks)))
+        wanted |= KEEP_FREED_MEMORY
+        if machines.is_local:
+            wanted["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one machine
+    return {name: value for name, value in wanted.items() if name not in caller}
+
+
+def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
+    """PYTHONPATH with this checkout, and PATH with the interpreter's folder, where ninja is when a venv has it."""
+    programs = str(Path(sys.executable).parent)
+    paths = {"PYTHONPATH": _with_first(str(CHECKOUT), caller.get("PYTHONPATH", ""))}
+    if programs not in caller.get("PATH", "").split(os.pathsep):
+        paths["PATH"] = _with_first(programs, caller.get("PATH", ""))
+    return paths
+
+
+def _with_first(first: str, others: str) -> str:
+    return os.pathsep.join([first, *(part for part in others.split(os.pathsep) if part and part != first)])
+
+
+def local_command(
+    machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+) -> Command:
+    """DeepSpeed's launcher of one node. worker: the script and its arguments."""
+    world = base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in machines.hosts.items()}).encode())
+    argv = (
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={world.decode()}",
+        f"--master_addr={where.master_addr or '127.0.0.1'}",
+        f"--master_port={where.master_port}",
+        "--log_level=error",
+        "--no_local_rank",
+        "--module",
+        RANK_MODULE,
+        "--log-dir",
+        str(log_dir),
+        *worker,
+    )
+    return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
+
+
+def many_hosts_command(
+    machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+) -> Command:
+    """DeepSpeed's runner. The hosts and slots chosen here are handed on as its --include.
+
+    The runner exports few variables to other hosts, so the workers' travel as arguments of megatron.launch.rank.
+    """
+    include = "@".join(f"{host}:{','.join(str(slot) for slot in slots)}" for host, slots in machines.hosts.items())
+    options = [f"--hostfile={where.hostfile}", f"--include={include}", f"--master_port={where.master_port}"]
+    options += [f"--launcher={where.launcher}", "--log_level=error", "--no_local_rank", "--module"]
+    if where.master_addr:
+        options.append(f"--master_addr={where.master_addr}")
+    if where.no_ssh_check:
+        options.append("--no_ssh_check")
+    if where.force_multi or len(machines.hosts) > 1 or not machines.is_local:
+        options.append("--force_multi")
+    settings = [f"{name}={value}" for name, value in workers_environment(machines, caller).items()]
+    argv = (
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        *options,
+        RANK_MODULE,
+        "--log-dir",
+        str(log_dir),
+        *settings,
+        *worker,
+    )
+    return Command(argv, search_paths(caller))
+
+
+def free_port(port: int, *, given: bool) -> int:
+    """The port at which local ranks meet: the given one, or any free one where the user named none.
+
+    Raises ConfigError when the given one is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port if given else 0))
+        except OSError as fault:
+            raise ConfigError.of(
+                "another process listens on this port",
+                key="master_port",
+                value=port,
+                remedy="name another, or none to get a free one",
+            ) from fault
+        return int(probe.getsockname()[1])

@@ -1,0 +1,73 @@
+"""What must be there before workers start, said in a sentence instead of a traceback from within them.
+
+DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library
+stays in torch's extension cache, and then none of the three is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron.errors import ConfigError, Mistake
+
+CPU_OP = "deepspeed_shm_comm"
+BUILD_SECONDS = 600  # no build takes longer; a lock older than that was left by a process that died
+
+
+def check(accelerator: str, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for everything that is missing, all at once."""
+    missing = [
+        Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
+        for name in ("torch", "deepspeed")
+        if find_spec(name) is None
+    ]
+    if accelerator == "cpu":
+        folder = op_folder(environment)
+        if not (folder / f"{CPU_OP}.so").exists():
+            missing += missing_for_build(environment)
+        missing += _stale_lock(folder)
+    ConfigError.raise_any(missing)
+
+
+def op_folder(environment: Mapping[str, str]) -> Path:
+    """Where torch keeps DeepSpeed's compiled CPU collectives."""
+    chosen = environment.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return Path(chosen) / CPU_OP
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return cache / "torch_extensions" / f"{version}_cpu" / CPU_OP
+
+
+def missing_for_build(environment: Mapping[str, str]) -> list[Mistake]:
+    """Which of the tools for DeepSpeed's one-time build are not there."""
+    purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
+    path = environment.get("PATH")
+    missing = []
+    if shutil.which(environment.get("CXX") or "g++", path=path) is None:
+        missing.append(Mistake(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)"))
+    if shutil.which("ninja", path=path) is None:
+        missing.append(Mistake(f"there is no ninja: {purpose}", remedy="pip install ninja"))
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        missing.append(Mistake(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
+    return missing
+
+
+def _stale_lock(folder: Path) -> list[Mistake]:
+    """A lock left by a killed build, for which torch would wait without end."""
+    lock = folder / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except OSError:
+        return []
+    if age < BUILD_SECONDS or not os.access(lock, os.W_OK):
+        return []
+    return [Mistake("an earlier build left its lock behind", where=str(lock), remedy="delete the file and start again")]

@@ -1,0 +1,105 @@
+"""The folder that keeps what a run was: its configuration, sources, versions, and later its logs and metrics.
+
+Where: log_dir, else <save>/logs, else runs/<configuration names>-<date>. A script other than train.py uses a
+subfolder of its own, so that sampling from a run does not overwrite what trained it. A restart appends: the last
+configuration moves aside when it differs, and `launches.jsonl` gains a line.
+
+    config.json      the resolved configuration, which the workers read
+    sources/         the configuration files as they were written
+    launches.jsonl   one object a launch: time, host, command line, versions, git revision
+    rank_N.log       what rank N printed; launcher.log: what DeepSpeed's launcher printed
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import RunError
+
+CONFIG_FILE = "config.json"
+PACKAGES = ("neox", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "pydantic", "lm_eval", "datasets")
+
+
+def choose_run_directory(log_dir: str | None, save: str | None, files: Sequence[str], script: Path) -> Path:
+    """The folder of this run, absolute; nothing is created."""
+    if log_dir is not None:
+        folder = Path(log_dir)
+    elif save is not None:
+        folder = Path(save) / "logs"
+    else:
+        names = "-".join(Path(name).stem for name in files) or script.stem
+        folder = Path("runs") / f"{names[:80]}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    if script.name != "train.py":
+        folder = folder / script.stem
+    return folder.absolute()
+
+
+def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, str], arguments: Sequence[str]) -> Path:
+    """Writes everything that is known before the workers start; returns the path of the configuration file.
+
+    sources: file name -> text. Raises RunError when the folder cannot be written.
+    """
+    try:
+        (folder / "sources").mkdir(parents=True, exist_ok=True)
+        for name, text in sources.items():
+            (folder / "sources" / name).write_text(text, encoding="utf-8")
+        config = folder / CONFIG_FILE
+        if config.exists() and config.read_text(encoding="utf-8") != config_text:
+            config.rename(_free_path(folder))
+        partial = config.with_name(f"{CONFIG_FILE}.partial")
+        partial.write_text(config_text, encoding="utf-8")
+        partial.replace(config)
+        with (folder / "launches.jsonl").open("a", encoding="utf-8") as launches:
+            launches.write(json.dumps(_launch_record(arguments)) + "\n")
+    except OSError as fault:
+        raise RunError.of(
+            f"the run directory cannot be written: {fault.strerror}",
+            where=str(fault.filename or folder),
+            remedy="give a folder that can be written as log_dir or save",
+        ) from fault
+    return config
+
+
+def _free_path(folder: Path) -> Path:
+    number = 1
+    while (path := folder / f"config.{number}.json").exists():
+        number += 1
+    return path
+
+
+def _launch_record(arguments: Sequence[str]) -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "folder": os.getcwd(),
+        "command": list(arguments),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "packages": versions,
+        "git": git_revision(Path(__file__).parent),
+    }
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of the checkout, with "+" where files differ from it; None outside a checkout or without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,182 @@
+"""The worker's side of a launch: where its configuration comes from, how it stops, what its exit code means.
+
+A door (train.py, generate.py, evaluate.py, a tool) is one function of the Config and one line:
+
+    sys.exit(run_door(main, sys.argv[1:]))
+
+deepy.py starts workers with `--run-config FILE`, or `--megatron-config BASE64` where hosts share no file system. Under
+torchrun, srun or mpirun the same script takes the configuration files and flags themselves, and the place in the world
+comes from the environment that those set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from megatron import log
+from megatron.config import Config, Resolution, Resources, resolve, wire
+from megatron.config.sections.launch import LaunchSection
+from megatron.errors import ConfigError, RunError
+from megatron.launch.request import read_request
+from megatron.launch.resolution import refuse_unsupported
+from megatron.launch.resources import Accelerator, local_devices
+from megatron.launch.run_directory import choose_run_directory, prepare_run_directory
+
+RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
+INTERRUPTED = 130  # 128 + SIGINT
+# Our name -> what other launchers call it: Slurm, OpenMPI, and MPICH with its relatives.
+ALIASES = {
+    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "MASTER_ADDR": ("SLURM_LAUNCH_NODE_IPADDR",),
+}
+
+
+class StopSignal:
+    """Whether this process was asked to save and leave. The loop looks at `requested` between two steps.
+
+    SIGTERM and SIGUSR1 (what schedulers send before they take a machine away) and the first Ctrl-C only set it; a
+    second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @classmethod
+    def install(cls) -> Self:
+        """A StopSignal that listens from now on."""
+        stop = cls()
+        for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(each, stop._note)
+        return stop
+
+    @property
+    def requested(self) -> bool:
+        return self.received is not None
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
+    """Calls main with the configuration that the arguments lead to, and returns the exit code of the process.
+
+    A ConfigError becomes 2 and a RunError 1, told in one line a mistake; an interruption 130. Any other exception is a
+    fault of the program: its traceback is printed, and the code is 1.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _adopt_place(os.environ)
+        log.configure()
+        config = worker_config(given)
+    except ConfigError as fault:
+        if _rank() == 0:  # the same on every rank
+            print(fault, file=sys.stderr, flush=True)
+        return ConfigError.exit_code
+    try:
+        return main(config) or 0
+    except (ConfigError, RunError) as fault:
+        name = f"rank {_rank()}: " if _world_size() > 1 else ""
+        print("\n".join(f"{name}{mistake}" for mistake in fault.mistakes), file=sys.stderr, flush=True)
+        return _leave(fault.exit_code)
+    except KeyboardInterrupt:
+        return _leave(INTERRUPTED)
+    except Exception:  # noqa: BLE001 (whatever it is, it ends this rank and must not hang the others)
+        traceback.print_exc()
+        return _leave(RunError.exit_code)
+
+
+def _leave(code: int) -> int:
+    """In a world of several ranks, ends the process here.
+
+    The others may wait for this one in a collective, and the interpreter's own ending may wait for them.
+    """
+    if _world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _adopt_place(environment: Any) -> None:
+    """Writes the place that Slurm or MPI gives this process under the names that torch.distributed reads."""
+    if "RANK" in environment:
+        return
+    for name, aliases in ALIASES.items():
+        found = next((environment[alias] for alias in aliases if environment.get(alias)), None)
+        if found is not None:
+            environment.setdefault(name, found)
+    if int(environment.get("WORLD_SIZE") or 1) > 1:
+        job = environment.get("SLURM_JOB_ID") or environment.get("PMIX_ID") or "0"
+        number = int("".join(character for character in job if character.isdecimal()) or 0)
+        environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
+
+
+def worker_config(arguments: Sequence[str]) -> Config:
+    """The configuration of a worker.
+
+    From `--run-config FILE` or `--megatron-config BASE64`, or else from configuration files and flags as deepy.py
+    takes them. Raises ConfigError.
+    """
+    handed = _handed_over(arguments)
+    if handed is not None:
+        return handed
+    return _resolve_here(arguments)
+
+
+def _handed_over(arguments: Sequence[str]) -> Config | None:
+    for position, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        name = name.replace("_", "-")
+        if name not in {RUN_CONFIG, ENCODED_CONFIG}:
+            continue
+        if not equals:
+            text = arguments[position + 1] if position + 1 < len(arguments) else ""
+        return wire.read(text) if name == RUN_CONFIG else wire.decode(text)
+    return None
+
+
+def _resolve_here(arguments: Sequence[str]) -> Config:
+    """Every rank resolves the same files; rank 0 writes the run directory."""
+    script = str(Path(sys.argv[0]))
+    given = [word for word in arguments if not word.replace("_", "-").startswith("--local-rank")]
+    if not any(word and not word.startswith("-") for word in given):
+        raise ConfigError.of(
+            "no configuration file is named",
+            where=script,
+            remedy=f"./deepy.py {Path(script).name} CONF ..., or python {Path(script).name} CONF ...",
+        )
+    request = read_request([script, *given])
+    accelerator: Accelerator = "cuda" if local_devices(os.environ) else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+
+    def resources(_launch: LaunchSection) -> Resources:
+        return Resources(_world_size(), accelerator)
+
+    resolution: Resolution = resolve(request.files, request.flags, resources)
+    refuse_unsupported(resolution)
+    config = resolution.config
+    folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
+    config = config.replace(log_dir=str(folder))
+    if _rank() == 0:
+        for line in resolution.warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        prepare_run_directory(folder, wire.to_json(config), config.checkpoint.config_files or {}, sys.argv)
+    return config
