@@ -1,0 +1,1 @@
+"""Text out of a trained model, and the scores it gives to text."""

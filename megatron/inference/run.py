@@ -1,0 +1,93 @@
+"""Generation from a checkpoint: the wiring, in order.
+
+What the user asked for is checked before anything costly starts; then the process group, the tokenizer, the model with
+its weights, and the texts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+
+from megatron.config import Config
+from megatron.engine.build import build_inference_engine
+from megatron.errors import ConfigError
+from megatron.inference import modes
+from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.sampling import Sampling
+from megatron.parallel.bootstrap import bootstrap, shutdown
+from megatron.tokenizers.build import build_tokenizer
+from megatron.tokenizers.padding import padded_vocab_size
+
+
+def generate(config: Config) -> None:
+    """Makes the texts that the configuration asks for. Collective over all ranks; rank 0 writes.
+
+    Raises ConfigError before the model is loaded, RunError when the checkpoint cannot be used or nothing was generated.
+    """
+    config = config.for_inference()
+    section = config.generation
+    mode = modes.chosen_mode(section.text_gen_type, section.sample_input_file)
+    contexts = _contexts(config, mode)
+    ConfigError.raise_any(list(modes.sampling_mistakes(section)))
+    topology = bootstrap(
+        pipe_parallel_size=config.parallelism.pipe_parallel_size,
+        model_parallel_size=config.parallelism.model_parallel_size,
+        seed=config.training.seed,
+        backend=config.launch.distributed_backend,
+        timeout_seconds=config.launch.collective_timeout,
+        deterministic=config.training.deterministic,
+    )
+    try:
+        tokenizer = build_tokenizer(config.tokenizer)
+        vocabulary = padded_vocab_size(
+            tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
+        )
+        engine = build_inference_engine(config, topology, vocabulary)
+        generator = TextGenerator(engine, tokenizer, _settings(config))
+        speaks = topology.rank == 0
+        if mode == modes.INTERACTIVE:
+            modes.converse(generator, section.prompt_end, speaks=speaks, share=_share)
+        else:
+            path = modes.output_path(section.sample_output_file, section.sample_input_file)
+            modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+    finally:
+        shutdown()
+
+
+def _contexts(config: Config, mode: str) -> list[str]:
+    """The contexts of a run over given prompts, each as often as samples are wanted."""
+    section = config.generation
+    if mode == modes.INTERACTIVE:
+        return []
+    prompts = [""] if mode == modes.UNCONDITIONAL else modes.read_prompts(section.sample_input_file, section.prompt_end)
+    return [prompt for prompt in prompts for _ in range(section.num_samples)]
+
+
+def _settings(config: Config) -> Settings:
+    section = config.generation
+    return Settings(
+        sampling=Sampling(
+            temperature=section.temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            min_p=section.min_p,
+            repetition_penalty=section.repetition_penalty,
+        ),
+        seed=config.training.seed,
+        maximum_tokens=section.maximum_tokens,
+        seq_length=config.model.seq_length,
+        recompute=section.recompute,
+        stop=tuple(section.stop or ()),
+        return_logits=section.return_logits,
+    )
+
+
+def _share(prompt: str | None) -> str | None:
+    """Rank 0's prompt, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return prompt
+    held = [prompt]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

@@ -1,0 +1,103 @@
+"""From the scores of the next token to a token.
+
+Greedy (the likeliest token) when temperature, top_k, top_p and min_p are all 0. Otherwise the scores are, in this
+order, divided by the temperature (0 leaves them as they are), and tokens are left out that are not among the top_k
+likeliest, not in the smallest set of likeliest tokens whose probability exceeds top_p (nucleus sampling, Holtzman et
+al. 2020, arXiv:1904.09751), or less likely than min_p times the likeliest (arXiv:2407.01082). A repetition penalty
+divides positive scores of tokens already seen, and multiplies negative ones (Keskar et al. 2019, arXiv:1909.05858).
+
+One token costs one number drawn from a generator on the CPU, looked up in the cumulative distribution, so that a seed
+gives the same text whatever the device, and on every rank.
+
+v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; 0 (1 for the penalty) switches a part off.
+
+    temperature: divisor of the scores. top_k [tokens]. top_p, min_p [probability]. repetition_penalty: divisor.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without chance."""
+        return self.temperature == 0 and self.top_k == 0 and self.top_p == 0 and self.min_p == 0
+
+
+class Sampler:
+    """Chooses the tokens of one text.
+
+    seed and text_index: the text's own stream of random numbers, so that no text depends on the length of another.
+    vocab_size [tokens]: ids from there on are padding of the vocabulary and are never chosen.
+    """
+
+    def __init__(self, sampling: Sampling, *, vocab_size: int, seed: int, text_index: int = 0) -> None:
+        self.sampling = sampling
+        self.vocab_size = vocab_size
+        self._generator = torch.Generator().manual_seed((seed * 1_000_003 + text_index) % 2**63)
+
+    def choose(self, logits: Tensor, seen: Sequence[int] = ()) -> int:
+        """The next token. logits [v]; seen: the tokens of the text so far, for the repetition penalty."""
+        logits = penalised(logits[: self.vocab_size].float(), seen, self.sampling.repetition_penalty)
+        if self.sampling.greedy:
+            return int(logits.argmax())
+        cumulative = distribution(logits, self.sampling).double().cumsum(0).cpu()  # [v]
+        drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        # The first token whose cumulative probability lies above the number; one of probability 0 never does so first.
+        return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=_last_possible(cumulative)))
+
+
+def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """The logits [v] with the scores of seen tokens lowered; a new tensor unless there is nothing to do."""
+    if penalty == 1.0 or not seen:
+        return logits
+    at = torch.tensor(sorted({token for token in seen if token < len(logits)}), device=logits.device)
+    scores = logits[at]
+    return logits.scatter(0, at, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities [v] that tokens are drawn with; they add up to 1. logits [v] fp32."""
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k > 0:
+        least = torch.topk(logits, min(sampling.top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if sampling.top_p > 0:
+        logits = _within_nucleus(logits, sampling.top_p)
+    probabilities = logits.softmax(0)
+    if sampling.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
+        probabilities = probabilities / probabilities.sum()
+    return probabilities
+
+
+def _within_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Leaves out a token when the likelier ones together exceed top_p already."""
+    ordered, order = logits.sort(descending=True, stable=True)
+    probabilities = ordered.softmax(0)
+    before = probabilities.cumsum(0) - probabilities
+    before[0] = 0.0  # exact, so that the likeliest token always stays
+    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before > top_p), -math.inf)
+
+
+def _last_possible(cumulative: Tensor) -> int:
+    """Index of the last token with a probability above 0."""
+    return int(torch.searchsorted(cumulative, cumulative[-1]))

@@ -1,0 +1,115 @@
+"""How likely a model finds a text: sums of log-probabilities of given tokens.
+
+Texts are scored in batches, longest first, padded on the right; causal attention never looks to the right, so a score
+does not depend on what else is in the batch (up to the rounding of differently shaped matrix products).
+
+b batch, s sequence, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Tokens to score and the tokens before them. The context holds at least one token."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def inputs(self) -> tuple[int, ...]:
+        """What the model reads: all but the last token."""
+        return (self.context + self.continuation)[:-1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """log_likelihood: of the continuation [nats]. greedy: whether each of its tokens was the likeliest."""
+
+    log_likelihood: float
+    greedy: bool
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.log_likelihood + other.log_likelihood, self.greedy and other.greedy)
+
+
+NOTHING = Score(0.0, True)
+
+
+def windows(
+    context: Sequence[int], tokens: Sequence[int], max_length: int, stride: int | None = None
+) -> Iterator[Pair]:
+    """Cuts a long text into pairs that fit a model, each token scored exactly once, and as much context as fits.
+
+    context: what stands before the text, at least one token. max_length: the most tokens that the model reads at once.
+    stride [tokens]: how many each window after the first scores at most; a small one gives each token a longer context
+    and costs more. The default, max_length, is the rolling log-likelihood of the Language Model Evaluation Harness.
+    """
+    stride = max_length if stride is None else stride
+    if not context or not 1 <= stride <= max_length:
+        raise ValueError("a context of at least one token and a stride within the model's length are needed")
+    before = list(context)[-max_length:]
+    text = before + list(tokens)
+    # The model reads all tokens of a pair but the last, so that a pair may be one token longer than max_length.
+    start, end = len(before), min(len(text), max_length + 1)
+    while start < len(text):
+        first = max(0, end - 1 - max_length)
+        yield Pair(tuple(text[first:start]), tuple(text[start:end]))
+        start, end = end, min(len(text), end + stride)
+
+
+def score(engine: Engine, pairs: Sequence[Pair], *, max_length: int, batch_size: int, padding: int = 0) -> list[Score]:
+    """The score of each pair, in order. Collective over the model's ranks.
+
+    A context that does not fit is cut on its left. A continuation that does not fit is scored in windows. max_length:
+    the most tokens that the model reads at once. padding: the token that fills short rows; any will do.
+    """
+    pieces: list[Pair] = []
+    owners: list[int] = []
+    for number, pair in enumerate(pairs):
+        for piece in _fitting(pair, max_length):
+            pieces.append(piece)
+            owners.append(number)
+    order = sorted(range(len(pieces)), key=lambda at: -len(pieces[at].inputs()))
+    scores = [NOTHING] * len(pairs)
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        for at, found in zip(batch, _score_batch(engine, [pieces[at] for at in batch], padding), strict=True):
+            scores[owners[at]] += found
+    return scores
+
+
+def _fitting(pair: Pair, max_length: int) -> Iterator[Pair]:
+    """The pair, cut to what the model can read."""
+    if not pair.continuation:
+        return
+    if len(pair.continuation) > max_length:
+        yield from windows(pair.context[-1:], pair.continuation, max_length)
+        return
+    room = max_length + 1 - len(pair.continuation)
+    yield Pair(pair.context[-room:], pair.continuation)
+
+
+@torch.no_grad()
+def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[Score]:
+    """Scores of pairs that fit, in one forward pass. The first pair is the longest."""
+    longest = max(len(pair.inputs()) for pair in pairs)
+    rows = [list(pair.inputs()) + [padding] * (longest - len(pair.inputs())) for pair in pairs]
+    logits = engine.logits(torch.tensor(rows))  # [b, s, v]
+    return [_score_row(logits[row], pair) for row, pair in enumerate(pairs)]
+
+
+def _score_row(logits: Tensor, pair: Pair) -> Score:
+    """The score of one pair from its row of scores [s, v]."""
+    end = len(pair.inputs())
+    scored = logits[end - len(pair.continuation) : end].float()  # [continuation, v]
+    wanted = torch.tensor(pair.continuation, device=logits.device)
+    log_probabilities = scored.log_softmax(-1).gather(-1, wanted[:, None]).double()
+    return Score(float(log_probabilities.sum()), bool((scored.argmax(-1) == wanted).all()))

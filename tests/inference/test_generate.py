@@ -1,0 +1,181 @@
+"""Texts, records and modes: what a user of generate.py sees, apart from loading a checkpoint."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.errors import ConfigError, RunError
+from megatron.inference import modes
+from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.sampling import Sampling
+from megatron.tokenizers.char_level import CharLevelTokenizer
+from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return SmallEngine(small_config())
+
+
+def generator(engine, **settings):
+    return TextGenerator(engine, CharLevelTokenizer(), Settings(**{**DEFAULTS, **settings}))
+
+
+DEFAULTS = {"sampling": Sampling(temperature=1.0), "seed": 1, "maximum_tokens": 12, "seq_length": SEQUENCE}
+
+
+class Spelling(CharLevelTokenizer):
+    """Every token is a letter, so that texts are readable and stop texts are easy to find."""
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + token % 26) for token in ids)
+
+
+def test_a_record_has_the_public_fields(engine):
+    record = generator(engine).continue_text("What is it?")
+    fields = json.loads(json.dumps(record.as_json()))
+    assert list(fields) == ["context", "text", "length", "finished", "message", "duration_seconds"]
+    assert fields["context"] == "What is it?"
+    assert isinstance(fields["text"], str)
+    assert 0 < fields["length"] <= 12
+    assert fields["message"] is None
+    assert 0 < fields["duration_seconds"] < 60
+
+
+def test_a_prompt_without_room_is_an_error_of_that_prompt_only(engine, tmp_path):
+    path = tmp_path / "out.jsonl"
+    contexts = ["short", "x" * SEQUENCE, "short"]
+    modes.run_over(generator(engine), contexts, path, writes=True)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["text"] is None for record in records] == [False, True, False]
+    assert records[1]["length"] == 0
+    assert f"{SEQUENCE} tokens" in records[1]["message"] and "seq_length" in records[1]["message"]
+
+
+def test_when_no_prompt_has_room_the_run_fails(engine, tmp_path):
+    with pytest.raises(RunError, match="none of the 2 prompts"):
+        modes.run_over(generator(engine), ["x" * SEQUENCE] * 2, tmp_path / "out.jsonl", writes=True)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_long_prompt_is_warned_about_and_stops_at_the_context(engine):
+    record = generator(engine, maximum_tokens=1000).continue_text("y" * 40)
+    assert record.message.startswith("warning") and "40 of the 48" in record.message
+    assert record.finished or record.length == SEQUENCE - 40
+
+
+def test_an_empty_context_starts_a_document(engine):
+    first = generator(engine, sampling=Sampling()).continue_text("")
+    assert first.text is not None and first.length > 0
+
+
+def test_texts_repeat_with_the_seed_and_differ_by_number(engine):
+    one, two = generator(engine), generator(engine, recompute=True)
+    assert one.continue_text("abc", text_index=4).text == two.continue_text("abc", text_index=4).text
+    assert one.continue_text("abc", text_index=5).text != one.continue_text("abc", text_index=4).text
+
+
+def test_a_stop_text_ends_the_text_and_is_cut_off(engine):
+    plain = TextGenerator(engine, Spelling(), Settings(**DEFAULTS)).continue_text("q")
+    assert plain.length == 12
+    stop = plain.text[4:7]
+    stopped = TextGenerator(engine, Spelling(), Settings(**DEFAULTS, stop=(stop,))).continue_text("q")
+    assert stopped.text == plain.text[: plain.text.index(stop)]
+    assert stopped.finished
+    assert stopped.length == plain.text.index(stop) + 3
+
+
+@pytest.mark.parametrize("stop", [(), ("zz", "never seen")])
+def test_streamed_pieces_are_the_text(engine, stop):
+    for tokenizer in (CharLevelTokenizer(), Spelling()):
+        pieces = []
+        record = TextGenerator(engine, tokenizer, Settings(**DEFAULTS, stop=stop)).continue_text(
+            "hello", stream=pieces.append
+        )
+        assert "".join(pieces) == record.text
+    assert len(pieces) > 1  # of the tokenizer with a letter a token
+
+
+def test_logits_are_those_of_the_generated_tokens(engine):
+    record = generator(engine, sampling=Sampling(), return_logits=True).continue_text("abc")
+    tokens = [max(range(512), key=row.__getitem__) for row in record.as_json()["logits"]]
+    assert len(tokens) == record.length
+    assert CharLevelTokenizer().decode(tokens) == record.text
+
+
+def test_only_the_writing_rank_touches_the_file(engine, tmp_path):
+    modes.run_over(generator(engine), ["a"], tmp_path / "out.jsonl", writes=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shown_texts_hold_prompt_and_continuation(engine, tmp_path):
+    shown = io.StringIO()
+    modes.run_over(generator(engine), ["hello"], tmp_path / "out.jsonl", writes=True, show=shown)
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert shown.getvalue() == f"--- text 1, {record['length']} tokens\nhello{record['text']}\n"
+
+
+def test_prompts_are_parted_stripped_and_never_empty(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("  one \n\n\ntwo words\n", encoding="utf-8")
+    assert modes.read_prompts(str(file), "\n") == ["one", "two words"]
+    file.write_text("one\ntwo<end> drei <end>\n", encoding="utf-8")
+    assert modes.read_prompts(str(file), "<end>") == ["one\ntwo", "drei"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b" \n\n", b"\xff\xfe\xff"], ids=["missing", "empty", "blank", "not text"]
+)
+def test_unusable_prompt_files_are_the_users_mistake(tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match="sample_input_file"):
+        modes.read_prompts(str(file), "\n")
+
+
+def test_the_mode_follows_from_the_prompt_file_unless_given():
+    assert modes.chosen_mode(None, None) == "unconditional"
+    assert modes.chosen_mode(None, "prompts.txt") == "input-file"
+    assert modes.chosen_mode("interactive", "prompts.txt") == "interactive"
+    with pytest.raises(ConfigError, match="text_gen_type = 'chat'"):
+        modes.chosen_mode("chat", None)
+
+
+def test_output_names_are_the_public_ones():
+    assert str(modes.output_path("out.jsonl", "in.txt")) == "out.jsonl"
+    assert str(modes.output_path(None, "in.txt")) == "in.txt.output.jsonl"
+
+
+def test_impossible_numbers_are_told_all_at_once():
+    section = SimpleNamespace(
+        temperature=-1.0, top_k=-2, top_p=1.5, min_p=0.0, repetition_penalty=0.0, maximum_tokens=64, num_samples=0
+    )
+    assert [mistake.key for mistake in modes.sampling_mistakes(section)] == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "num_samples",
+    ]
+
+
+def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):
+    out = io.StringIO()
+    shared = []
+
+    def share(prompt):
+        shared.append(prompt)
+        return prompt
+
+    source = io.StringIO("hello\n\nwhat\nis it?<end>\n")
+    modes.converse(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
+    assert shared == ["hello", "what", "is it?<end>", None]
+    answer = generator(engine).continue_text("hello", text_index=0).text
+    assert out.getvalue().startswith(f"prompt> {answer}\nprompt> ")
+    shared.clear()
+    source.seek(0)
+    modes.converse(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
+    assert shared == ["hello\n\nwhat\nis it?", None]

@@ -1,0 +1,105 @@
+"""Sampling against a direct numpy computation, and the properties that users rely on."""
+
+import numpy
+import pytest
+import torch
+
+from megatron.inference.sampling import Sampler, Sampling, distribution
+
+LOGITS = numpy.random.default_rng(3).normal(scale=1.5, size=40)
+
+
+def expected(logits, *, temperature=0.0, top_k=0, top_p=0.0, min_p=0.0):
+    """The probabilities by the definitions, in float64, one token at a time."""
+    scores = logits / temperature if temperature else logits.copy()
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])
+    kept = set(order[:top_k] if top_k else order)
+    weights = numpy.array([numpy.exp(scores[token]) if token in kept else 0.0 for token in range(len(scores))])
+    probabilities = weights / weights.sum()
+    if top_p:
+        total, nucleus = 0.0, set()
+        for token in order:
+            if total > top_p:
+                break
+            nucleus.add(token)
+            total += probabilities[token]
+        probabilities = numpy.array([p if token in nucleus else 0.0 for token, p in enumerate(probabilities)])
+        probabilities /= probabilities.sum()
+    if min_p:
+        probabilities[probabilities < min_p * probabilities.max()] = 0.0
+        probabilities /= probabilities.sum()
+    return probabilities
+
+
+CASES = [
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 5},
+    {"top_p": 0.7},
+    {"temperature": 1.7, "top_k": 12, "top_p": 0.8},
+    {"min_p": 0.03},
+    {"top_k": 1},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_distribution_is_the_defined_one(case):
+    found = distribution(torch.tensor(LOGITS, dtype=torch.float32), Sampling(**case)).numpy()
+    assert found == pytest.approx(expected(LOGITS, **case), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES[:-1], ids=str)
+def test_draws_follow_the_distribution(case):
+    """Chi-square over 4,000 draws; the bound is the 99.9th percentile, and the seed is fixed."""
+    draws = 4000
+    sampler = Sampler(Sampling(**case), vocab_size=len(LOGITS), seed=17)
+    logits = torch.tensor(LOGITS, dtype=torch.float32)
+    counts = numpy.bincount([sampler.choose(logits) for _ in range(draws)], minlength=len(LOGITS))
+    wanted = expected(LOGITS, **case) * draws
+    assert (counts[wanted == 0] == 0).all()
+    large, rare = wanted >= 5, (wanted > 0) & (wanted < 5)
+    observed = [*counts[large], counts[rare].sum()]
+    hoped = [*wanted[large], wanted[rare].sum()]
+    statistic = sum((o - h) ** 2 / h for o, h in zip(observed, hoped, strict=True) if h > 0)
+    freedom = sum(h > 0 for h in hoped) - 1
+    # Wilson and Hilferty's approximation of the chi-square percentile.
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < bound
+
+
+def test_greedy_only_when_everything_is_zero():
+    assert Sampling().greedy
+    for case in CASES:
+        assert not Sampling(**case).greedy
+    logits = torch.tensor(LOGITS, dtype=torch.float32)
+    assert Sampler(Sampling(), vocab_size=40, seed=0).choose(logits) == LOGITS.argmax()
+
+
+def test_a_seed_repeats_and_texts_have_streams_of_their_own():
+    logits = torch.tensor(LOGITS, dtype=torch.float32)
+
+    def drawn(seed, index):
+        sampler = Sampler(Sampling(temperature=1.5), vocab_size=40, seed=seed, text_index=index)
+        return [sampler.choose(logits) for _ in range(20)]
+
+    assert drawn(1, 0) == drawn(1, 0)
+    assert len({tuple(drawn(seed, index)) for seed in (1, 2) for index in (0, 1, 2)}) == 6
+
+
+def test_a_tiny_nucleus_keeps_the_likeliest_token():
+    assert distribution(torch.tensor([1.0, 3.0, 2.0]), Sampling(top_p=1e-9)).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_an_impossible_token_is_not_drawn_even_at_the_ends():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    sampler = Sampler(Sampling(temperature=1.0), vocab_size=5, seed=1)
+    assert {sampler.choose(logits) for _ in range(300)} == {1, 3}
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_scores():
+    logits = torch.tensor([2.0, 1.9, -1.0, -1.5])
+    sampler = Sampler(Sampling(repetition_penalty=2.0), vocab_size=4, seed=0)
+    assert sampler.choose(logits, seen=[0, 0]) == 1
+    assert sampler.choose(torch.tensor([-1.0, -1.5]), seen=[0]) == 1
+    assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0, -1.5])
