@@ -188,5 +188,6 @@ def _call(work: bytes, backend: str, store: Path) -> Any:
     )
     function, args = pickle.loads(work)
     result = function(rank, world_size, *args)
-    torch.distributed.barrier()  # no rank leaves while another still reads from it
+    if torch.distributed.is_initialized():  # the function may have left the group itself
+        torch.distributed.barrier()  # no rank leaves while another still reads from it
     return result

@@ -46,6 +46,8 @@ def through_stages(
         dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
     for layer in layers:
         carry = layer(carry, cache)
+    if cache is not None:
+        cache.advance(length)
     if not pipe.is_last:
         dist.send(carry.contiguous(), dst=pipe.ranks[pipe.rank + 1], group=pipe.group)
         logits = torch.empty(batch, length, padded_vocab_size, device=device())  # [b, s, v]

@@ -25,7 +25,7 @@ class Axis:
     """This rank's place along one axis.
 
     size: number of ranks along it. rank: this rank's index, 0 <= rank < size. ranks: the global ranks that differ
-    from this one only along this axis, in order. group: their process group; None when the world is one process.
+    from this one only along this axis, in order. group: their process group; None where none was initialised.
     """
 
     name: str
@@ -113,10 +113,9 @@ class Topology:
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:
     """This rank's Axis along the named dimensions, after creating every such group of the world."""
     mine: Axis | None = None
-    total = sizes["pipe"] * sizes["data"] * sizes["model"]
     for ranks in _slices(sizes, along):
         # Every rank must create every group, in the same order, even those it is not part of.
-        group = dist.new_group(list(ranks)) if total > 1 else None
+        group = dist.new_group(list(ranks)) if dist.is_initialized() else None
         if rank in ranks:
             mine = Axis(name, len(ranks), ranks.index(rank), ranks, group)
     assert mine is not None

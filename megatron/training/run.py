@@ -16,14 +16,14 @@ from megatron.checkpoint.load import find_checkpoint, restore
 from megatron.checkpoint.save import Counters, save_checkpoint
 from megatron.config import Config
 from megatron.data.build import Data, build_data
-from megatron.engine.build import build_training_engine
+from megatron.engine.build import DTYPES, build_training_engine
 from megatron.engine.engine import TrainingEngine
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.observe.memory import peak_memory_bytes
-from megatron.observe.peak import peak_flops
+from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
@@ -135,8 +135,8 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         seq_length=model.seq_length,
     )
     tokens = training.train_batch_size * model.seq_length
-    peak = peak_flops(config.observe.peak_theoretical_tflops, device(), config.precision.precision)
-    reporter.message(f"model FLOPs utilisation is against {peak.name}: {peak.flops / 1e12:.3g} TFLOP/s a rank")
+    peak = find_peak(device(), DTYPES[config.precision.precision], config.observe.peak_theoretical_tflops)
+    reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
         total=_train_iters(config),
         log_interval=config.observe.log_interval,
@@ -151,7 +151,7 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         tokens=tokens,
         micro_batches=training.gradient_accumulation_steps,
         flops=training_flops_per_token(shape) * tokens / topology.world_size,
-        peak_flops=peak.flops,
+        peak_flops=peak.flops_per_second,
         world_size=topology.world_size,
         stop_on_nan=training.on_nan == "stop",
     )

@@ -1,0 +1,174 @@
+"""Builds the engine that a configuration asks for, in order: layer plan, model, stored weights, optimizer, DeepSpeed.
+
+This is the only place that calls deepspeed.initialize and that knows whether the model is a pipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import deepspeed
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights
+from megatron.config import Config
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.engine.inference import InferenceEngine, build_stage
+from megatron.engine.pipelined import PipelinedEngine
+from megatron.engine.plain import PlainEngine, keyed_parameters
+from megatron.errors import ConfigError
+from megatron.model.cache import KVCache
+from megatron.model.pipelined import PipelinedModel
+from megatron.model.plan import LayerPlan, layer_plan
+from megatron.model.sequential import SequentialModel
+from megatron.optim.clipping import GradientClipper
+from megatron.optim.groups import parameter_groups
+from megatron.parallel.bootstrap import device
+from megatron.parallel.topology import Topology
+from megatron.registry import OBJECTIVES, OPTIMIZERS
+from megatron.shapes import ModelDims, TensorShape, tensors
+
+DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_training_engine(
+    config: Config, topology: Topology, *, padded_vocab_size: int, checkpoint: Checkpoint | None = None
+) -> PlainEngine | PipelinedEngine:
+    """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later)."""
+    _quieten()
+    plan = _layer_plan(config, topology, padded_vocab_size)
+    loss = _loss(config, topology)
+    model: Module
+    if config.parallelism.is_pipe_parallel:
+        method = config.parallelism.pipe_partition_method
+        model = PipelinedModel(plan, topology, partition_method=method, loss=loss)
+        parameters = model.keyed_parameters()
+        layers = model.layer_range
+    else:
+        model = SequentialModel(plan).to(device())
+        parameters = keyed_parameters(model)
+        layers = range(len(plan))
+    if checkpoint is not None:
+        fill(parameters, checkpoint, topology)
+    initialised, clipper = _initialize(config, topology, model, parameters)
+    cache = _cache_maker(config, topology, layers)
+    if config.parallelism.is_pipe_parallel:
+        return PipelinedEngine(
+            initialised,
+            topology,
+            parameters,
+            cache,
+            clipper,
+            hidden_size=config.model.hidden_size,
+            padded_vocab_size=padded_vocab_size,
+            dtype=DTYPES[config.precision.precision],
+        )
+    return PlainEngine(initialised, topology, loss, parameters, cache, clipper)
+
+
+def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:
+    """The model of the checkpoint that `load` names, without optimizer, on any layout.
+
+    Raises ConfigError when `load` is not set or points nowhere: random weights have nothing to say.
+    """
+    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), padded_vocab_size), weights_only=True)
+    if checkpoint is None:
+        raise ConfigError.of(
+            "there is no checkpoint to run",
+            key="load",
+            value=config.checkpoint.load,
+            remedy="set load to a save folder",
+        )
+    stage = build_stage(_layer_plan(config, topology, padded_vocab_size), topology)
+    fill(stage.parameters, checkpoint, topology)
+    return InferenceEngine(
+        stage,
+        topology,
+        _cache_maker(config, topology, stage.indices),
+        hidden_size=config.model.hidden_size,
+        padded_vocab_size=padded_vocab_size,
+        dtype=DTYPES[config.precision.precision],
+    )
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> None:
+    """Copies stored weights into parameters, by key."""
+    table: dict[str, TensorShape] = {f"{shape.layer}.{shape.name}": shape for shape in checkpoint.table}
+    stored = read_weights(checkpoint, topology, [table[key] for key in parameters])
+    for key, parameter in parameters.items():
+        parameter.copy_(stored[key])
+
+
+def _layer_plan(config: Config, topology: Topology, padded_vocab_size: int) -> list[LayerPlan]:
+    return layer_plan(
+        config.model,
+        config.initialization,
+        config.kernels,
+        padded_vocab_size=padded_vocab_size,
+        topology=topology,
+        seed=config.training.seed,
+        dtype=DTYPES[config.precision.precision],
+        device=device(),
+    )
+
+
+def _loss(config: Config, topology: Topology) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    objective = OBJECTIVES.load(config.training.train_impl)()
+
+    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model)
+        return value
+
+    return loss
+
+
+def _initialize(
+    config: Config, topology: Topology, model: Module, parameters: Mapping[str, Parameter]
+) -> tuple[object, GradientClipper | None]:
+    """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
+    section = config.optimizer
+    groups = parameter_groups(parameters.values(), section.weight_decay)
+    build = OPTIMIZERS.load(section.optimizer_type)
+    optimizer = build(groups, lr=section.lr, betas=section.betas, eps=section.eps)
+    clipper = None
+    if config.deepspeed.zero_stage == 0:
+        clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
+        clipper.attach(optimizer)
+    initialised, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config),
+        mpu=None if config.parallelism.is_pipe_parallel else topology,
+        dist_init_required=False,
+    )
+    return initialised, clipper
+
+
+def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
+    """Makes caches for the blocks among the given plan indices (block i is layer i + 2)."""
+    dims = ModelDims.of(config.model)
+    blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
+
+    def make(batch: int, max_length: int) -> KVCache:
+        return KVCache(
+            len(blocks),
+            batch,
+            dims.num_kv_heads // topology.model.size,
+            max_length,
+            dims.head_dim,
+            dtype=DTYPES[config.precision.precision],
+            device=device(),
+            first_layer=blocks[0] if blocks else 0,
+        )
+
+    return make
+
+
+def _quieten() -> None:
+    """DeepSpeed speaks at every turn; its warnings are enough unless LOGLEVEL asks for more."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(max(logger.level, logging.WARNING))

@@ -1,0 +1,84 @@
+"""The engine of generation and evaluation: one stage's layers alone, without DeepSpeed.
+
+Weights are stored by name, so the stages here need not be those of training: the layers are spread evenly.
+s sequence, b batch, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.engine.forward import through_stages
+from megatron.model.cache import KVCache
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.pipelined import tied_output
+from megatron.model.plan import LayerPlan
+from megatron.parallel.bootstrap import device
+from megatron.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The built layers of one stage.
+
+    indices: their places in the plan. functions: called in order as function(carry, cache). parameters: key ->
+    parameter; the copy of a tied embedding that serves as output layer has the embedding's key.
+    """
+
+    indices: range
+    functions: tuple[Callable[..., Tensor], ...]
+    parameters: dict[str, Parameter]
+
+
+def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
+    """Builds this rank's share of the plan, on its device and in evaluation mode."""
+    pipe = topology.pipe
+    indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
+    functions: list[Callable[..., Tensor]] = []
+    parameters: dict[str, Parameter] = {}
+    for index in indices:
+        layer = plan[index]
+        if layer.tied_to is None:
+            module = layer.build().to(device()).eval()
+            functions.append(module)
+            parameters.update({f"{index}.{name}": parameter for name, parameter in module.named_parameters()})
+        elif layer.tied_to in indices:
+            functions.append(partial(tied_output, functions[layer.tied_to - indices.start]))
+        else:
+            copy = EmbeddingLayer(**{**plan[layer.tied_to].arguments, "positions": None}).to(device()).eval()
+            functions.append(partial(tied_output, copy))
+            parameters.update({f"{layer.tied_to}.{name}": parameter for name, parameter in copy.named_parameters()})
+    return Stage(indices, tuple(functions), parameters)
+
+
+@dataclass
+class InferenceEngine:
+    """Scores tokens; see engine.py for what the methods promise."""
+
+    stage: Stage
+    topology: Topology
+    make_cache: Callable[[int, int], KVCache]
+    hidden_size: int
+    padded_vocab_size: int
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        return through_stages(
+            self.stage.functions,
+            tokens,
+            cache,
+            self.topology,
+            hidden_size=self.hidden_size,
+            padded_vocab_size=self.padded_vocab_size,
+            dtype=self.dtype,
+        )
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)

@@ -1,0 +1,96 @@
+"""The engine of a model cut into pipeline stages: DeepSpeed's PipelineEngine, ZeRO 0 and 1.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.checkpoint.slices import OptimizerState, StateSlice
+from megatron.data.batch import MicroBatch
+from megatron.engine import state
+from megatron.engine.engine import StepResult, as_tensor
+from megatron.engine.forward import through_stages
+from megatron.model.cache import KVCache
+from megatron.optim.clipping import GradientClipper
+from megatron.parallel.marks import is_tied
+from megatron.parallel.topology import Topology
+
+Pair = tuple[Tensor, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class PipelinedEngine:
+    """One stage in one PipelineEngine. See engine.py for what the methods promise.
+
+    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. clipper: present at ZeRO 0.
+    """
+
+    deepspeed: Any
+    topology: Topology
+    parameters: dict[str, Parameter]
+    make_cache: Callable[[int, int], KVCache]
+    clipper: GradientClipper | None
+    hidden_size: int
+    padded_vocab_size: int
+    dtype: torch.dtype
+    pipelined: bool = True
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        engine = self.deepspeed
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = engine.skipped_steps
+        loss = engine.train_batch(_pairs(batches))
+        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        scale = float(getattr(engine.optimizer, "cur_scale", 1.0))
+        return StepResult(as_tensor(loss), norm, learning_rate, scale, engine.skipped_steps > skipped_before)
+
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        module = self.deepspeed.module
+        module.eval()
+        return through_stages(
+            module.forward_funcs,
+            tokens,
+            cache,
+            self.topology,
+            hidden_size=self.hidden_size,
+            padded_vocab_size=self.padded_vocab_size,
+            dtype=self.dtype,
+        )
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Key -> this rank's shards of the layers its stage owns."""
+        return {key: parameter.detach() for key, parameter in self._owned().items()}
+
+    def optimizer_slices(self) -> list[StateSlice]:
+        return state.read(self.deepspeed.optimizer, self._owned(), data_rank=self.topology.data.rank)
+
+    def load_optimizer(self, stored: OptimizerState) -> None:
+        axis = self.topology.model
+        state.write(self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size)
+
+    def _owned(self) -> dict[str, Parameter]:
+        """Without the copy of a tied weight that the last stage holds: the first stage speaks for it."""
+        first = self.topology.pipe.is_first
+        return {key: parameter for key, parameter in self.parameters.items() if first or not is_tied(parameter)}
+
+
+def _pairs(batches: Iterator[MicroBatch]) -> Iterator[Pair]:
+    """Micro batches as the PipelineEngine takes them: (inputs, what the loss needs)."""
+    for batch in batches:
+        yield batch.tokens, (batch.labels, batch.loss_mask)

@@ -1,0 +1,82 @@
+"""The same plan as a DeepSpeed PipelineModule: each stage builds its own layers and no others.
+
+DeepSpeed reads the names of the layer classes (`type:transformer` partitions by them). A tied output layer is a second
+copy of the word embedding on the last stage; DeepSpeed adds up the gradients of the two.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron.model.cache import KVCache
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.plan import LayerPlan
+from megatron.parallel.topology import Topology
+
+TIED = "embedding"
+"""The name under which DeepSpeed keeps the module that both pipeline ends share."""
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class PipelinedModel(PipelineModule):
+    """One stage of the model.
+
+    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`). loss: (logits [s, b, v/t], labels [b, s],
+    loss mask [b, s]) -> scalar, called on the last stage.
+    """
+
+    def __init__(self, plan: Sequence[LayerPlan], topology: Topology, *, partition_method: str, loss: Loss) -> None:
+        grid = PipeModelDataParallelTopology(
+            num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
+        )
+        with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
+            super().__init__(
+                layers=_specs(plan),
+                topology=grid,
+                partition_method=partition_method,
+                loss_fn=lambda logits, targets: loss(logits, *targets),
+            )
+
+    def keyed_parameters(self) -> dict[str, nn.Parameter]:
+        """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""
+        tied = f"tied_modules.{TIED}."
+        return {name.replace(tied, "0."): parameter for name, parameter in self.named_parameters()}
+
+    @property
+    def layer_range(self) -> range:
+        """The plan indices of this stage's layers."""
+        return range(self._local_start, self._local_stop)
+
+
+def _specs(plan: Sequence[LayerPlan]) -> list[LayerSpec]:
+    tied_index = next((layer.tied_to for layer in plan if layer.tied_to is not None), None)
+    specs = []
+    for layer in plan:
+        if layer.tied_to is not None:
+            copy = {**plan[layer.tied_to].arguments, "positions": None}
+            specs.append(_tied(copy, tied_output))
+        elif layer.index == tied_index:
+            specs.append(_tied(dict(layer.arguments), None))
+        else:
+            specs.append(LayerSpec(layer.layer, **layer.arguments))
+    return specs
+
+
+def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -> TiedLayerSpec:
+    return TiedLayerSpec(
+        TIED, EmbeddingLayer, forward_fn=forward, tied_weight_attr="word_embeddings.weight", **arguments
+    )
+
+
+def tied_output(embedding: EmbeddingLayer, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Scores of a hidden state: [s, b, h] -> logits [s, b, v/t] with the word embedding's matrix."""
+    return embedding.logits(hidden)

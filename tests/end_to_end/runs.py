@@ -1,0 +1,79 @@
+"""Small training runs for the end-to-end tests: real text of this installation, the real training path, N ranks."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron.config import Resources, resolve
+from megatron.data.writer import DatasetWriter
+from megatron.observe.sinks.jsonl import read_metrics
+from megatron.training.run import train
+from tests.distributed import run_distributed
+
+BASE: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "seq_length": 32,
+    "max_position_embeddings": 32,
+    "pos_emb": "rotary",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "mlp_multiple_of": 8,
+    "no_weight_tying": True,
+    "tokenizer_type": "CharLevelTokenizer",
+    "train_batch_size": 8,
+    "train_iters": 20,
+    "lr_decay_style": "cosine",
+    "warmup": 0.1,
+    "min_lr": 1.0e-4,
+    "optimizer": {"type": "Adam", "params": {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-6}},
+    "gradient_clipping": 0.5,
+    "weight_decay": 0.1,
+    "precision": "fp32",
+    "zero_optimization": {"stage": 0},
+    "split": "90,5,5",
+    "num_workers": 0,
+    "log_interval": 1,
+    "eval_interval": 10,
+    "eval_iters": 2,
+    "peak_theoretical_tflops": 1.0,
+}
+
+
+class NeverStop:
+    """Nobody asks these runs to stop."""
+
+    requested = False
+
+
+def make_dataset(folder: Path) -> str:
+    """A dataset of this installation's own source text, a token a byte; returns its prefix."""
+    prefix = folder / "text"
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    with DatasetWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
+        for source in sources:
+            writer.add_document(numpy.frombuffer(source.read_bytes()[:20000], dtype=numpy.uint8).astype(numpy.uint16))
+    return str(prefix)
+
+
+def run_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    """What one worker does: resolve, then train."""
+    train(resolve([], settings, Resources(world_size)).config, NeverStop())
+
+
+def run(world_size: int, folder: Path, **settings: Any) -> list[dict[str, float]]:
+    """Trains on that many ranks and returns the records of its metrics file."""
+    log_dir = folder / "logs"
+    run_distributed(run_rank, world_size, {**BASE, "log_dir": str(log_dir), **settings}, timeout=300)
+    return read_metrics(log_dir / "metrics.jsonl")
+
+
+def series(records: list[dict[str, float]], name: str) -> list[float]:
+    """One metric of every record that has it, in order of iteration."""
+    return [record[name] for record in records if name in record]
