@@ -1,0 +1,134 @@
+"""Memory of one rank by component: parameters, gradients, optimizer, activations. All in bytes.
+
+The optimizer is Adam: two fp32 moments, and an fp32 copy of the parameters wherever DeepSpeed keeps one. What each
+ZeRO stage keeps follows from DeepSpeed 0.19 (bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py); gradients are
+counted at their peak, when the last micro batch has been backpropagated.
+
+Activations are what autograd keeps of one micro batch, times the micro batches that a pipeline stage has under way,
+plus the gradient of the logits, which is the first thing the backward pass makes. Temporary buffers of single
+operations and the allocator's fragments come on top, so leave some memory free.
+
+s sequence, b micro batch, h hidden, t tensor parallel degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron.shapes import ModelDims
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def json(self) -> dict[str, int]:
+        """The components and their sum."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What decides the memory of parameters, gradients and optimizer.
+
+    width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket.
+    """
+
+    width: int
+    zero_stage: int
+    ranks: int
+    bucket: int
+
+
+def state_memory(count: int, layout: StateLayout) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer for `count` parameters on this rank."""
+    width, stage, ranks = layout.width, layout.zero_stage, layout.ranks
+    share = -(-count // ranks)
+    moments = 2 * FP32
+    if stage == 0:
+        return width * count, width * count, moments * count + (FP32 * count if width < FP32 else 0)
+    optimizer = (moments + FP32) * share
+    whole = width * count
+    if stage == 1 and width < FP32:
+        return whole, whole + FP32 * count, optimizer  # fp32 accumulation of the whole gradient
+    if stage == 1:
+        return whole, whole + FP32 * share, optimizer
+    under_way = width * min(count, layout.bucket)
+    if stage == 2:
+        return whole, under_way + FP32 * share, optimizer
+    gathered = width * min(count, layout.bucket)
+    return width * share + gathered, under_way + FP32 * share, optimizer
+
+
+@dataclass(frozen=True)
+class ActivationLayout:
+    """What decides the memory of activations.
+
+    width: bytes of an activation. recompute: blocks in a recomputed group, 0 for none. dropout: masks are kept.
+    """
+
+    seq_length: int
+    micro_batch: int
+    model_parallel_size: int
+    width: int
+    recompute: int
+    hidden_dropout: bool
+    attention_dropout: bool
+
+
+def block_activations(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Bytes that autograd keeps of one block and one micro batch."""
+    cut = layout.model_parallel_size
+    query, kv, inner = dims.query_size // cut, dims.kv_size // cut, dims.mlp_width // cut
+    norms = 1 if dims.shared_norm else 2
+    features = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
+    features += dims.hidden_size * (1 if dims.gpt_j_residual else 2)  # inputs of the norms
+    features += query + 2 * kv  # queries, keys and values
+    features += query + kv if dims.pos_emb == "rotary" else 0  # rotated queries and keys
+    features += 2 * query  # the attention's result, and its copy in [s, b, h/t]
+    features += 4 * inner if dims.gated else 2 * inner
+    tokens = layout.seq_length * layout.micro_batch
+    statistics = norms * 2 * FP32 + FP32 * dims.num_attention_heads // cut
+    kept = tokens * (features * layout.width + statistics)
+    if layout.hidden_dropout:
+        kept += 2 * tokens * dims.hidden_size
+    if layout.attention_dropout:
+        kept += layout.micro_batch * layout.seq_length**2 * dims.num_attention_heads // cut * (2 * layout.width + 1)
+    return kept
+
+
+def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
+    """Bytes of the final norm, the logits and the gradient of the logits."""
+    tokens = layout.seq_length * layout.micro_batch
+    logits = 2 * tokens * padded_vocab_size // layout.model_parallel_size * layout.width
+    return tokens * (2 * dims.hidden_size * layout.width + 4 * FP32) + logits
+
+
+def stage_activations(
+    dims: ModelDims, layout: ActivationLayout, *, blocks: int, under_way: int, padded_vocab_size: int | None
+) -> int:
+    """Bytes of a stage with so many blocks.
+
+    under_way: micro batches between their forward and backward pass. padded_vocab_size: None where the stage has no
+    output layer.
+    """
+    block = block_activations(dims, layout)
+    boundary = layout.seq_length * layout.micro_batch * dims.hidden_size * layout.width
+    if layout.recompute and blocks:
+        groups = -(-blocks // layout.recompute)
+        kept = under_way * groups * boundary + min(blocks, layout.recompute) * block
+    else:
+        kept = under_way * blocks * block
+    head = 0 if padded_vocab_size is None else head_activations(dims, layout, padded_vocab_size)
+    return kept + head

@@ -1,0 +1,153 @@
+"""The plan of a run: world layout, batch equation, parameters, FLOPs and memory a rank, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.config import Config, Resolution
+from megatron.plan.advice import advice
+from megatron.plan.flops import flops_per_iteration
+from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
+from megatron.plan.parameters import model_tensors, on_rank, total, why_unknown
+from megatron.plan.stages import layer_classes, stage_bounds
+from megatron.plan.vocabulary import find_vocabulary
+from megatron.shapes import ModelDims, TensorShape
+
+WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be. The sizes are those of the configuration.
+
+    parameters, flops_per_iteration and memory are None where the vocabulary is not known; `unknown` then says why.
+    memory: that of the rank that needs most. budget [bytes]: from gpu_memory. advice: what to change when it is
+    exceeded. stages: first layer of each pipeline stage, and the number of layers at the end.
+    """
+
+    config: Config
+    vocabulary: str
+    parameters: int | None = None
+    flops_per_iteration: int | None = None
+    memory: Memory | None = None
+    unknown: str | None = None
+    budget: int | None = None
+    advice: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+    not_supported_yet: tuple[str, ...] = field(default=())
+
+    def json(self) -> dict[str, Any]:
+        """The `plan` object of `--dry-run --json`."""
+        axes, training = self.config.parallelism, self.config.training
+        told: dict[str, Any] = {
+            "world_size": axes.world_size,
+            "pipe_parallel_size": axes.pipe_parallel_size,
+            "model_parallel_size": axes.model_parallel_size,
+            "data_parallel_size": axes.data_parallel_size,
+            "train_batch_size": training.train_batch_size,
+            "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "parameters": self.parameters,
+            "flops_per_iteration": self.flops_per_iteration,
+            "memory_per_rank_bytes": self.memory.json() if self.memory else None,
+        }
+        if self.unknown:
+            told["unknown"] = self.unknown
+        if self.budget is not None:
+            told["memory_available_bytes"] = self.budget
+            told["advice"] = list(self.advice)
+        return told
+
+    def text(self) -> str:
+        """The plan for people."""
+        from megatron.plan.text import plan_text
+
+        return plan_text(self)
+
+
+def make_plan(resolution: Resolution) -> Plan:
+    """The plan of a resolved configuration."""
+    config = resolution.config
+    vocabulary = find_vocabulary(config.tokenizer, config.parallelism.model_parallel_size)
+    unknown = why_unknown(config) or (None if vocabulary.padded else vocabulary.told)
+    gpu_memory = config.launch.gpu_memory
+    budget = None if gpu_memory is None else int(gpu_memory * 2**30)
+    told = {"warnings": tuple(resolution.warnings), "not_supported_yet": tuple(resolution.not_supported_yet)}
+    if unknown or vocabulary.padded is None:
+        return Plan(config, vocabulary.told, unknown=unknown, budget=budget, **told)
+    padded = vocabulary.padded
+    table = model_tensors(config, padded)
+    training, model = config.training, config.model
+    assert training.train_batch_size
+    assert model.seq_length
+    flops = flops_per_iteration(
+        ModelDims.of(model), table, seq_length=model.seq_length, train_batch_size=training.train_batch_size
+    )
+    memory = memory_of(config, table, padded)
+    suggestions: list[str] = []
+    if budget is not None and memory.total > budget:
+        suggestions = advice(config, lambda changed: memory_of(changed, table, padded), budget)
+    return Plan(
+        config,
+        f"{padded:,} rows from {vocabulary.told}",
+        parameters=total(table),
+        flops_per_iteration=flops,
+        memory=memory,
+        budget=budget,
+        advice=tuple(suggestions),
+        stages=tuple(bounds_of(config, table)),
+        **told,
+    )
+
+
+def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
+    """First layer of each pipeline stage, and the number of layers at the end."""
+    assert config.model.num_layers
+    classes = layer_classes(config.model.num_layers)
+    stages = max(1, config.parallelism.pipe_parallel_size)
+    counts = [0] * len(classes)
+    for tensor in table:
+        counts[tensor.layer] += tensor.count
+    return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, stages)
+
+
+def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int) -> Memory:
+    """Memory of the rank that needs most."""
+    bounds = bounds_of(config, table)
+    stages = len(bounds) - 1
+    candidates = [_stage_memory(config, table, padded_vocab_size, bounds, stage) for stage in range(stages)]
+    return max(candidates, key=lambda memory: memory.total)
+
+
+def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds: list[int], stage: int) -> Memory:
+    axes, training, model = config.parallelism, config.training, config.model
+    assert model.num_layers
+    assert model.seq_length
+    assert training.train_micro_batch_size_per_gpu
+    dims = ModelDims.of(model)
+    layers, stages = range(bounds[stage], bounds[stage + 1]), len(bounds) - 1
+    last = stage == stages - 1
+    cut = axes.model_parallel_size
+    held = on_rank(table, layers, cut, tied=dims.tied, last=last)
+    width = WIDTHS[config.precision.precision or "fp32"]
+    zero = config.deepspeed.zero_optimization or {}
+    bucket = int(zero.get("reduce_bucket_size", 500_000_000))
+    stored = StateLayout(width, int(zero.get("stage", 0)), axes.data_parallel_size, bucket)
+    parameters, gradients, optimizer = state_memory(held, stored)
+    recompute = config.recompute.checkpoint_num_layers if config.recompute.checkpoint_activations else 0
+    layout = ActivationLayout(
+        seq_length=model.seq_length // axes.context_parallel_size,
+        micro_batch=training.train_micro_batch_size_per_gpu,
+        model_parallel_size=cut,
+        width=width,
+        recompute=recompute,
+        hidden_dropout=model.hidden_dropout > 0,
+        attention_dropout=model.attention_dropout > 0,
+    )
+    blocks = sum(1 for layer in layers if 2 <= layer < 2 + model.num_layers)
+    under_way = min(stages - stage, training.gradient_accumulation_steps or 1)
+    output = padded if last else None
+    activations = stage_activations(dims, layout, blocks=blocks, under_way=under_way, padded_vocab_size=output)
+    return Memory(parameters, gradients, optimizer, activations)

@@ -1,0 +1,106 @@
+"""The plan as a page of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.config import Config
+from megatron.plan.advice import gib
+
+if TYPE_CHECKING:
+    from megatron.plan.report import Plan
+
+WIDTH = 12
+
+
+def plan_text(plan: Plan) -> str:
+    """A page: what is trained, on what, how much of everything, then warnings and what is not built yet."""
+    lines = ["Plan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
+    lines += _listed("Warnings", plan.warnings)
+    lines += _listed("Not built yet, so launching this would be refused", plan.not_supported_yet)
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, told: str) -> str:
+    return f"  {name:<{WIDTH}} {told}"
+
+
+def _model(plan: Plan) -> list[str]:
+    model = plan.config.model
+    kinds = sorted({str(kind) for kind in model.attention_config or ()})
+    heads = f"{model.num_attention_heads} heads"
+    if model.num_kv_heads != model.num_attention_heads:
+        heads += f" over {model.num_kv_heads} key heads"
+    shape = f"{model.num_layers} blocks x {model.hidden_size}, {heads} x {model.kv_channels}, MLP {model.mlp_width}"
+    parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)} attention"
+    count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
+    return [_line("model", shape), _line("", parts), _line("vocabulary", plan.vocabulary), _line("parameters", count)]
+
+
+def _world(config: Config) -> list[str]:
+    axes = config.parallelism
+    stages = "no pipeline" if axes.pipe_parallel_size == 0 else f"pipeline {axes.pipe_parallel_size}"
+    told = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
+    if axes.context_parallel_size > 1:
+        told += f" x context {axes.context_parallel_size}"
+    return [_line("world", f"{told}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
+
+
+def _batch(config: Config) -> list[str]:
+    training, axes, model = config.training, config.parallelism, config.model
+    assert training.train_batch_size
+    assert model.seq_length
+    told = (
+        f"{training.train_batch_size} samples = micro batch {training.train_micro_batch_size_per_gpu} "
+        f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
+    )
+    tokens = training.train_batch_size * model.seq_length
+    lines = [_line("batch", told), _line("", f"{tokens:,} tokens a step at sequence length {model.seq_length}")]
+    if training.train_iters is not None:
+        lines.append(_line("length", f"{training.train_iters:,} steps, {short(tokens * training.train_iters)} tokens"))
+    rate = config.optimizer.lr
+    if rate is not None:
+        schedule = config.schedule
+        horizon = f" over {schedule.lr_decay_iters:,} steps" if schedule.lr_decay_iters else ""
+        told = f"{config.optimizer.optimizer_type}, {rate:g} {schedule.lr_decay_style} to {schedule.min_lr:g}{horizon}"
+        lines.append(_line("optimizer", f"{told}, warmup {schedule.warmup:g} of it"))
+    return lines
+
+
+def _work(plan: Plan) -> list[str]:
+    if plan.flops_per_iteration is None:
+        return []
+    told = f"{plan.flops_per_iteration:.3g} FLOP an iteration, forward and backward, without recomputation"
+    return [_line("work", told)]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.memory
+    if memory is None:
+        return []
+    parts = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    told = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    lines = [_line("memory", f"{gib(memory.total)} on the fullest rank"), _line("", told)]
+    if plan.budget is None:
+        return lines
+    if memory.total <= plan.budget:
+        return [*lines, _line("", f"fits the {gib(plan.budget)} of gpu_memory")]
+    lines.append(_line("", f"exceeds the {gib(plan.budget)} of gpu_memory; what would lower it:"))
+    return lines + [_line("", f"- {one}") for one in plan.advice]
+
+
+def _listed(title: str, items: tuple[str, ...]) -> list[str]:
+    return [f"{title} ({len(items)})", *(f"  - {item}" for item in items)] if items else []
+
+
+def short(count: float) -> str:
+    """A large number in three digits: 410M, 20.6B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,60 @@
+"""The padded size of the vocabulary, from the configuration or the tokenizer's file, without loading a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.config.sections.tokenizer import TokenizerSection
+
+BYTE_VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """padded: rows of the embedding [tokens], None where it cannot be known. told: where it comes from, or why not."""
+
+    padded: int | None
+    told: str
+
+
+def find_vocabulary(section: TokenizerSection, model_parallel_size: int) -> Vocabulary:
+    """The size that the run will have, padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
+    if section.padded_vocab_size is not None:
+        return Vocabulary(section.padded_vocab_size, "padded_vocab_size")
+    size, told = _unpadded(section)
+    if size is None:
+        return Vocabulary(None, told)
+    multiple = section.make_vocab_size_divisible_by * model_parallel_size
+    return Vocabulary(-(-size // multiple) * multiple, f"{told}: {size:,} tokens")
+
+
+def _unpadded(section: TokenizerSection) -> tuple[int | None, str]:
+    if section.vocab_size is not None:
+        return section.vocab_size, "vocab_size"
+    if section.tokenizer_type == "CharLevelTokenizer":
+        return BYTE_VOCABULARY, "CharLevelTokenizer"
+    if section.vocab_file is None:
+        return None, "the size of the vocabulary is not known: give vocab_file or vocab_size"
+    path = Path(section.vocab_file)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {"HFTokenizer": _tokenizer_json, "GPT2BPETokenizer": len}
+        if section.tokenizer_type in sizes:
+            return sizes[section.tokenizer_type](content), str(path)
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f"the size of the vocabulary is not known: {path} cannot be read; give vocab_size"
+    return (
+        None,
+        f"the size of the vocabulary is not known: {section.tokenizer_type} tells it at launch; give vocab_size",
+    )
+
+
+def _tokenizer_json(content: Any) -> int:
+    """Ids that a tokenizer.json can produce: the model's and the added ones; gaps need rows as well."""
+    vocabulary = content["model"]["vocab"]
+    ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+    ids |= {token["id"] for token in content.get("added_tokens", ())}
+    return max(len(ids), max(ids) + 1)
