@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from tests.architecture.source import PRODUCT, Source, imports, sample
+from tests.architecture.source import PRODUCT, ROOT, Source, imports, sample
 
 # A room may import only rooms on strictly lower floors. The map with the reasons is megatron/README.md.
 FLOORS = {
@@ -213,3 +214,24 @@ def test_reach_follows_packages_and_local_imports() -> None:
         sample("megatron/plan/table.py", "import torch\n"),
     ]
     assert reached("deepy", chain)["torch"] == "megatron.plan.table"
+
+
+def rooms_on_the_map(text: str) -> dict[str, int]:
+    """The table of floors as megatron/README.md has it."""
+    found = {}
+    for line in text.splitlines():
+        row = re.match(r"\| (\d+) \| ([^|]+) \|", line)
+        if row and int(row[1]) < DOOR:
+            found.update({name.removesuffix(".py"): int(row[1]) for name in re.findall(r"`([\w.]+)/?`", row[2])})
+    return found
+
+
+def test_the_map_tells_the_floors_of_all_rooms() -> None:
+    told = rooms_on_the_map((ROOT / "megatron/README.md").read_text(encoding="utf-8"))
+    built = {room(source.module) for source in PRODUCT} - {None}
+    assert told == {name: floor for name, floor in FLOORS.items() if name in told}
+    assert built <= told.keys()
+
+
+def test_the_map_is_read() -> None:
+    assert rooms_on_the_map("| 2 | `config/`, `shapes/` | x |\n| 10 | `train.py` | y |\n") == {"config": 2, "shapes": 2}
