@@ -1,0 +1,104 @@
+"""Work on blocks in several processes, in order and with bounded memory.
+
+Each process is started afresh, gets the encoder once, and then takes blocks through a pipe of its own. When this
+process ends, however it ends, the pipes close and the workers leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from megatron.data.encode import EncodedBlock, Encoder
+from megatron.data.text_files import Block
+from megatron.errors import RunError
+
+WAITING = 2  # blocks for each worker that are read ahead or not yet taken
+
+
+def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Generator[EncodedBlock, None, None]:
+    """What each block becomes, in the order of the blocks, whatever the number of workers; 1 works in this process.
+
+    Raises RunError when a worker dies, and whatever a worker raises.
+    """
+    if workers == 1:
+        yield from map(encoder.encode, blocks)
+        return
+    with contextlib.ExitStack() as stack:
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            idle.put(stack.enter_context(_Worker(encoder)))
+        threads = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
+        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+
+        def work(block: Block) -> EncodedBlock:
+            worker = idle.get()
+            encoded = worker.encode(block)
+            idle.put(worker)
+            return encoded
+
+        pending: deque[Future[EncodedBlock]] = deque()
+        for block in blocks:
+            pending.append(threads.submit(work, block))
+            if len(pending) > WAITING * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _Worker:
+    """One process and this side of its pipe."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_serve, args=(other, encoder), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+    def encode(self, block: Block) -> EncodedBlock:
+        """The block's result, or what the worker raised."""
+        try:
+            self._pipe.send(block)
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as fault:
+            self._process.join(5)
+            raise RunError.of(
+                f"a worker process died (exit code {self._process.exitcode})",
+                where=f"{block.file.path}:{block.first_line}",
+                remedy="a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers",
+            ) from fault
+        if isinstance(answer, BaseException):
+            raise answer
+        encoded: EncodedBlock = answer
+        return encoded
+
+
+def _serve(pipe: Connection, encoder: Encoder) -> None:
+    """The life of a worker: blocks in, results or exceptions out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work and the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            block = pipe.recv()
+            try:
+                answer: EncodedBlock | BaseException = encoder.encode(block)
+            except Exception as fault:  # noqa: BLE001  the parent raises it
+                answer = fault
+            pipe.send(answer)
