@@ -9,8 +9,9 @@ DeepSpeed's launcher starts one of these per rank. It exists for what that launc
   checkpoint being written or not. deepy.py tells this process over a socket, and this process tells the worker;
 - every rank's output is kept in DIR/rank_N.log, and rank 0's is shown live on deepy.py's own terminal, whose file
   descriptors come over the same socket;
-- nobody is orphaned: this process dies with the launcher and the worker with this process (PR_SET_PDEATHSIG), and the
-  socket's end means that deepy.py is gone.
+- nobody is orphaned: when the launcher ends the kernel tells this process (PR_SET_PDEATHSIG), which takes the worker
+  and what that has started with it; when this process is killed the worker is too; and the socket's end means that
+  deepy.py is gone.
 
 The socket speaks JSON lines. Up: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. Down: one byte with the
 terminal's descriptors (rank 0), then {"signal"}. Without the socket (another host) all the rest works.
@@ -36,6 +37,7 @@ from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SOCKET_VARIABLE = "NEOX_SUPERVISOR"
+PARENT_GONE = signal.SIGUSR2
 TAIL_LINES = 40
 DRAIN_SECONDS = 1.0  # how long output may still come after the worker ended
 CHUNK = 1 << 16
@@ -47,9 +49,9 @@ def shell_code(returncode: int) -> int:
     return 128 - returncode if returncode < 0 else returncode
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent ends, however that comes about."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when its parent ends, however that comes about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
 
 
 class Link:
@@ -145,6 +147,7 @@ class Worker:
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         self._outputs = {self.process.stdout.fileno(): shown.get(1), self.process.stderr.fileno(): shown.get(2)}
+        signal.signal(PARENT_GONE, self._abandon)
         link.tell(pid=self.process.pid)
 
     def serve(self) -> int:
@@ -166,9 +169,17 @@ class Worker:
                 if deadline is None and self.process.poll() is not None:
                     deadline = time.monotonic() + DRAIN_SECONDS
         self._record.finish()
+        self._kill_group()
+        return shell_code(self.process.returncode)
+
+    def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        return shell_code(self.process.returncode)
+
+    def _abandon(self, _number: int, _frame: object) -> None:
+        """The launcher is gone. Done in the handler itself, since the loop may be stuck writing to a terminal."""
+        self._kill_group()
+        os._exit(shell_code(-signal.SIGKILL))
 
     def _attend(self, source: Any, wake: socket.socket, selector: selectors.BaseSelector) -> None:
         if source is wake:
@@ -197,7 +208,7 @@ def _noted(_signal: int, _frame: object) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs SCRIPT as the worker of the rank that the environment names."""
-    die_with_parent()
+    die_with_parent(PARENT_GONE)
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(each, _noted)
     rest = list(arguments)
