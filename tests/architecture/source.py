@@ -57,7 +57,7 @@ class Import:
 
     module: str
     name: str | None
-    node: ast.stmt
+    node: ast.AST
 
     @property
     def top(self) -> str:
@@ -70,7 +70,7 @@ class Import:
 
 
 def imports(source: Source) -> Iterator[Import]:
-    """Every import, also inside functions and under TYPE_CHECKING."""
+    """Every import, also inside functions, under TYPE_CHECKING and by `importlib.import_module("name")`."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -85,6 +85,9 @@ def imports(source: Source) -> Iterator[Import]:
                 base = ".".join([*package, *([base] if base else [])])
             for alias in node.names:
                 yield Import(base, alias.name, node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "import_module"}:
+            named = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+            yield from (Import(str(name), None, node) for name in named)
 
 
 def project() -> tuple[Source, ...]:

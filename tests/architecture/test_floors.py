@@ -156,6 +156,8 @@ def test_floor_law_sees_upward_sideways_local_and_type_checking_imports() -> Non
     assert floor_complaints([engine, sample("megatron/data/gpt.py", up)])
     assert floor_complaints([engine, sample("megatron/data/gpt.py", f"def f():\n    {up}")])
     assert floor_complaints([engine, sample("megatron/data/gpt.py", f"if TYPE_CHECKING:\n    {up}")])
+    called = "import importlib\nimportlib.import_module('megatron.engine.build')\n"
+    assert floor_complaints([engine, sample("megatron/data/gpt.py", called)])
     package = sample("megatron/engine/__init__.py", "")
     assert floor_complaints([package, sample("megatron/data/gpt.py", "from megatron import engine\n")])
     assert floor_complaints([sample("megatron/data/gpt.py", "import megatron.model.block\n")])

@@ -45,6 +45,8 @@ WHERE: dict[str, tuple[str, ...]] = {
     "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
     "matplotlib": ("tools/plot_metrics.py",),
     "transformers": ("benchmarks/",),
+    "ftfy": ("megatron/data/encode.py",),
+    "zstandard": ("megatron/data/text_files.py",),
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})
