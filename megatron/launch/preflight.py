@@ -1,7 +1,7 @@
 """What must be there before workers start, said in a sentence instead of a traceback from within them.
 
 DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library
-stays in torch's extension cache, and then none of the three is needed.
+stays in torch's extension cache; from then on only ninja is asked, whether it is up to date.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def check(accelerator: str, environment: Mapping[str, str]) -> None:
     ]
     if accelerator == "cpu":
         folder = op_folder(environment)
-        if not (folder / f"{CPU_OP}.so").exists():
-            missing += missing_for_build(environment)
+        missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
         missing += _stale_lock(folder)
     ConfigError.raise_any(missing)
 
@@ -46,15 +45,17 @@ def op_folder(environment: Mapping[str, str]) -> Path:
     return cache / "torch_extensions" / f"{version}_cpu" / CPU_OP
 
 
-def missing_for_build(environment: Mapping[str, str]) -> list[Mistake]:
-    """Which of the tools for DeepSpeed's one-time build are not there."""
+def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mistake]:
+    """Which of the tools for DeepSpeed's one-time build are not there. built: it has been done before."""
     purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
     path = environment.get("PATH")
     missing = []
-    if shutil.which(environment.get("CXX") or "g++", path=path) is None:
-        missing.append(Mistake(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)"))
     if shutil.which("ninja", path=path) is None:
         missing.append(Mistake(f"there is no ninja: {purpose}", remedy="pip install ninja"))
+    if built:
+        return missing
+    if shutil.which(environment.get("CXX") or "g++", path=path) is None:
+        missing.append(Mistake(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)"))
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
         missing.append(Mistake(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))

@@ -55,7 +55,7 @@ def _run(arguments: Sequence[str]) -> int:
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     if request.dry_run:
         command = build_command(request, resolved, folder, config.launch.master_port, os.environ)
-        print(as_json(resolved, command) if request.as_json else as_text(resolved))
+        print(as_json(resolved, command) + "\n" if request.as_json else as_text(resolved), end="")
         return 0
     return _launch(request, resolved, folder)
 
@@ -68,7 +68,7 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
         raise ConfigError.of(machines.shortage)
     caller = dict(os.environ)
     check(machines.accelerator, {**caller, **search_paths(caller)})
-    print(as_text(resolved), file=sys.stderr, flush=True)
+    print(as_text(resolved), end="", file=sys.stderr, flush=True)
     port = config.launch.master_port
     if machines.is_local:
         port = free_port(port, given=resolved.resolution.origin["master_port"] != "default")

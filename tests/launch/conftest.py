@@ -1,7 +1,7 @@
 """A way to run deepy.py in seconds: DeepSpeed's real launch.py, beside stand-ins for what it imports from DeepSpeed.
 
 launch.py needs three constants, a logger and an accelerator object of the deepspeed package, whose own import costs
-seconds and brings torch. tests/launch/test_real_launcher.py runs the same with the real package.
+seconds and brings torch. tests/launch/test_deepy.py runs it once with the real package.
 """
 
 from __future__ import annotations

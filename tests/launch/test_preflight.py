@@ -1,0 +1,65 @@
+"""What is missing is said before workers start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import _get_build_directory
+
+from megatron.errors import ConfigError
+from megatron.launch import preflight
+from megatron.launch.preflight import CPU_OP, check, missing_for_build, op_folder
+
+
+def test_the_place_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert op_folder(os.environ) == Path(_get_build_directory(CPU_OP, verbose=False))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "chosen"))
+    assert op_folder(os.environ) == Path(_get_build_directory(CPU_OP, verbose=False))
+
+
+def test_every_missing_tool_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda _name: str(tmp_path))
+    environment = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    with pytest.raises(ConfigError) as caught:
+        check("cpu", environment)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert "pip install ninja" in lines[0]
+    assert "apt install g++" in lines[1]
+    assert "Python.h" in lines[2]
+    check("cuda", environment)  # nothing is compiled there
+
+
+def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
+    (tmp_path / CPU_OP).mkdir()
+    (tmp_path / CPU_OP / f"{CPU_OP}.so").touch()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    environment = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    with pytest.raises(ConfigError, match="pip install ninja") as caught:
+        check("cpu", environment)
+    assert len(caught.value.mistakes) == 1
+    (programs / "ninja").touch(mode=0o755)
+    check("cpu", environment)
+
+
+def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
+    (tmp_path / "clang++").touch(mode=0o755)
+    told = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
+    assert not any("C++ compiler" in str(mistake) for mistake in told)
+
+
+def test_a_lock_that_a_killed_build_left_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / CPU_OP
+    folder.mkdir()
+    (folder / "lock").touch()
+    environment = {"PATH": os.environ["PATH"], "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    (folder / f"{CPU_OP}.so").touch()
+    check("cpu", environment)  # a build may be going on
+    os.utime(folder / "lock", (0, 0))
+    with pytest.raises(ConfigError, match="left its lock behind"):
+        check("cpu", environment)

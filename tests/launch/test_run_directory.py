@@ -1,0 +1,52 @@
+"""The folder that keeps what a run was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import RunError
+from megatron.launch.run_directory import choose_run_directory, git_revision, prepare_run_directory
+
+TRAIN = Path("/somewhere/train.py")
+
+
+def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_run_directory("here", "elsewhere", ["a.yml"], TRAIN) == tmp_path / "here"
+    assert choose_run_directory(None, "saved", ["a.yml"], TRAIN) == tmp_path / "saved/logs"
+    named = choose_run_directory(None, None, ["configs/small.yml", "local"], TRAIN)
+    assert named.parent == tmp_path / "runs"
+    assert re.fullmatch(r"small-local-\d{8}-\d{6}", named.name)
+
+
+def test_other_scripts_do_not_overwrite_what_trained() -> None:
+    assert choose_run_directory("/run", None, [], Path("/x/generate.py")) == Path("/run/generate")
+
+
+def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = prepare_run_directory(folder, "{}\n", {"a.yml": "train_iters: 1\n"}, ["deepy.py", "train.py", "a.yml"])
+    assert config.read_text() == "{}\n"
+    assert (folder / "sources/a.yml").read_text() == "train_iters: 1\n"
+    prepare_run_directory(folder, "{}\n", {}, ["again"])
+    prepare_run_directory(folder, '{"changed": 1}\n', {}, ["once more"])
+    assert config.read_text() == '{"changed": 1}\n'
+    assert [path.name for path in folder.glob("config.*.json")] == ["config.1.json"]
+    launches = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
+    assert [launch["command"] for launch in launches] == [["deepy.py", "train.py", "a.yml"], ["again"], ["once more"]]
+    assert launches[0]["packages"]["deepspeed"]
+    assert launches[0]["python"].startswith("3.")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="the run directory cannot be written"):
+        prepare_run_directory(tmp_path / "file" / "run", "{}", {}, [])
+
+
+def test_the_revision_of_a_folder_outside_any_checkout(tmp_path: Path) -> None:
+    assert git_revision(tmp_path) is None
