@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.huggingface import END_OF_DOCUMENT
 
 PADDING = "<|padding|>"
@@ -23,7 +23,8 @@ _BYTES = 256
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
     """A tokenizer of at most vocab_size ids [tokens], the special ones included, learnt from the texts.
 
-    The same texts in the same order give the same tokenizer. Raises ConfigError when vocab_size cannot hold the bytes.
+    The same texts in the same order give the same tokenizer. Raises ConfigError when vocab_size cannot hold the bytes,
+    RunError when there is no text.
     """
     specials = [END_OF_DOCUMENT, PADDING]
     least = _BYTES + len(specials)
@@ -43,8 +44,24 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    seen = _Seen(texts)
+    tokenizer.train_from_iterator(seen, trainer)
+    if not seen.characters:
+        raise RunError.of("there is no text to learn a tokenizer from", remedy="name files whose documents hold text")
     return tokenizer
+
+
+class _Seen:
+    """Hands texts on and counts their characters."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.characters += len(text)
+            yield text
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
