@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.errors import RunError
+from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
 
@@ -23,6 +24,10 @@ class Checkpointable(Protocol):
     @property
     def pipelined(self) -> bool:
         """Whether weights are stored a layer a file."""
+
+    @property
+    def random(self) -> ShardedRandom:
+        """The generator for draws on tensors that are cut over tensor-parallel ranks."""
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's tensor-parallel shards of the layers it holds; collective."""

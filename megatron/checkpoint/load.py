@@ -126,7 +126,7 @@ def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
     if state is not None:
         engine.load_optimizer(state)
     if checkpoint.with_rng:
-        _restore_rng(checkpoint, engine.topology)
+        _restore_rng(checkpoint, engine)
     return checkpoint.counters()
 
 
@@ -175,14 +175,15 @@ def _with_remedy(faults: list[Mistake], root: Path) -> list[Mistake]:
     return [Mistake(fault.what, where=fault.where, remedy=remedy) for fault in faults]
 
 
-def _restore_rng(checkpoint: Checkpoint, topology: Topology) -> None:
+def _restore_rng(checkpoint: Checkpoint, engine: Checkpointable) -> None:
     """Each rank takes its own generators back; in another layout ranks mean other things, so they are seeded anew."""
+    topology = engine.topology
     path = checkpoint.directory / layout.rng_file(topology.rank)
     run = checkpoint.directory / layout.RUN
     then = files.read_json(run)["layout"] if run.is_file() else {}
     now = {"pipe": topology.pipe.size, "data": topology.data.size, "model": topology.model.size}
     if path.is_file() and all(then.get(axis) == size for axis, size in now.items()):
-        rng.restore(files.read_tensors(path))
+        rng.restore(files.read_tensors(path), engine.random)
         return
     seed = torch.initial_seed() + checkpoint.counters().iteration
     torch.manual_seed(seed)

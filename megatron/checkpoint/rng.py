@@ -8,9 +8,11 @@ from typing import Any
 import numpy
 import torch
 
+from megatron.parallel.rng import ShardedRandom
 
-def capture() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators (CPU and current GPU)."""
+
+def capture(sharded: ShardedRandom | None = None) -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators (CPU and current GPU), and of the one for cut tensors."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -20,10 +22,12 @@ def capture() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if sharded is not None:
+        state["sharded"] = sharded.state_dict()
     return state
 
 
-def restore(state: dict[str, Any]) -> None:
+def restore(state: dict[str, Any], sharded: ShardedRandom | None = None) -> None:
     """Puts the generators back where `capture` found them."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -32,3 +36,5 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].clone())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].clone())
+    if "sharded" in state and sharded is not None:
+        sharded.load_state_dict(state["sharded"])

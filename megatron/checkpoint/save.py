@@ -93,7 +93,7 @@ def _write(
         sizes = {"model_rank": topology.model.rank, "model_size": topology.model.size}
         slices.write(partial, topology.rank, slices=kept, **sizes)
     if not config.checkpoint.no_save_rng:
-        files.write_tensors(partial / layout.rng_file(topology.rank), rng.capture())
+        files.write_tensors(partial / layout.rng_file(topology.rank), rng.capture(engine.random))
     if topology.rank == 0:
         files.write_json(partial / layout.RUN, _run_facts(config, engine, counters))
         files.write_json(partial / layout.CONFIGS / "resolved.json", json.loads(json.dumps(config.flat(), default=str)))

@@ -27,6 +27,7 @@ from megatron.model.sequential import SequentialModel
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.groups import parameter_groups
 from megatron.parallel.bootstrap import device
+from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import OBJECTIVES, OPTIMIZERS
 from megatron.shapes import ModelDims, TensorShape, tensors
@@ -39,7 +40,8 @@ def build_training_engine(
 ) -> PlainEngine | PipelinedEngine:
     """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later)."""
     _quieten()
-    plan = _layer_plan(config, topology, padded_vocab_size)
+    random = ShardedRandom(config.training.seed, topology.rank, device())
+    plan = _layer_plan(config, topology, padded_vocab_size, random)
     loss = _loss(config, topology)
     model: Module
     if config.parallelism.is_pipe_parallel:
@@ -61,12 +63,13 @@ def build_training_engine(
             topology,
             parameters,
             cache,
+            random,
             clipper,
             hidden_size=config.model.hidden_size,
             padded_vocab_size=padded_vocab_size,
             dtype=DTYPES[config.precision.precision],
         )
-    return PlainEngine(initialised, topology, loss, parameters, cache, clipper)
+    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper)
 
 
 def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:
@@ -103,7 +106,9 @@ def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: 
         parameter.copy_(stored[key])
 
 
-def _layer_plan(config: Config, topology: Topology, padded_vocab_size: int) -> list[LayerPlan]:
+def _layer_plan(
+    config: Config, topology: Topology, padded_vocab_size: int, random: ShardedRandom | None = None
+) -> list[LayerPlan]:
     return layer_plan(
         config.model,
         config.initialization,
@@ -113,6 +118,7 @@ def _layer_plan(config: Config, topology: Topology, padded_vocab_size: int) -> l
         seed=config.training.seed,
         dtype=DTYPES[config.precision.precision],
         device=device(),
+        random=random,
     )
 
 

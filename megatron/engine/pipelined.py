@@ -21,6 +21,7 @@ from megatron.engine.forward import through_stages
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.marks import is_tied
+from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
 Pair = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -30,13 +31,14 @@ Pair = tuple[Tensor, tuple[Tensor, Tensor]]
 class PipelinedEngine:
     """One stage in one PipelineEngine. See engine.py for what the methods promise.
 
-    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. clipper: present at ZeRO 0.
+    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors. clipper: present at ZeRO 0.
     """
 
     deepspeed: Any
     topology: Topology
     parameters: dict[str, Parameter]
     make_cache: Callable[[int, int], KVCache]
+    random: ShardedRandom
     clipper: GradientClipper | None
     hidden_size: int
     padded_vocab_size: int

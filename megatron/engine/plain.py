@@ -22,6 +22,7 @@ from megatron.engine.forward import gather_vocabulary
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.bootstrap import device
+from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +34,7 @@ class PlainEngine:
     """One module, one DeepSpeedEngine. See engine.py for what the methods promise.
 
     deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
-    clipper: present where the gradient norm and clipping are ours (ZeRO 0).
+    random: for draws on cut tensors. clipper: present where the gradient norm and clipping are ours (ZeRO 0).
     """
 
     deepspeed: Any
@@ -41,6 +42,7 @@ class PlainEngine:
     loss: Loss
     parameters: dict[str, Parameter]
     make_cache: Callable[[int, int], KVCache]
+    random: ShardedRandom
     clipper: GradientClipper | None
     pipelined: bool = False
 

@@ -56,16 +56,18 @@ def layer_plan(
     seed: int,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    random: ShardedRandom | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
     model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens]. seed: of the run.
-    dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given.
+    dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
+    generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype)
     dims = ModelDims.of(model)
-    parts = _parts(model, initialization, dims, chosen, ShardedRandom(seed, topology.rank, device), dtype)
+    parts = _parts(model, initialization, dims, chosen, random or ShardedRandom(seed, topology.rank, device), dtype)
 
     def source(layer: int) -> ParameterSource:
         return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)

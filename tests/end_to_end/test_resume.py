@@ -1,0 +1,98 @@
+"""A run that was stopped or killed and resumed is the run that was not, bit by bit; any layout continues any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import RankFailedError
+from tests.end_to_end.runs import make_dataset, run, series
+
+EXACT = ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss", "consumed_tokens")
+ZERO = {"stage": 1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor 2 with dropout": (2, {"model_parallel_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
+    "pipeline 2": (2, {"pipe_parallel_size": 2}),
+    "data 2, ZeRO 1, bfloat16": (2, {"zero_optimization": ZERO, "precision": "bfloat16"}),
+    "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
+    "tensor 2, accumulation 2": (2, {"model_parallel_size": 2, "gradient_accumulation_steps": 2}),
+}
+OTHER_LAYOUTS = {
+    "one process": (1, {}),
+    "tensor 2": (2, {"model_parallel_size": 2}),
+    "pipeline 2": (2, {"pipe_parallel_size": 2}),
+    "data 2, ZeRO 2": (2, {"zero_optimization": {"stage": 2}}),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_resumes_change_nothing(layout: str, dataset: str, tmp_path: Path) -> None:
+    world_size, settings = LAYOUTS[layout]
+    whole = run(world_size, tmp_path / "whole", data_path=dataset, **settings)
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, **settings}
+    run(world_size, tmp_path / "parts", exit_interval=7, **parts)
+    run(world_size, tmp_path / "parts", exit_interval=14, **parts)
+    resumed = run(world_size, tmp_path / "parts", **parts)
+    for name in EXACT:
+        assert series(resumed, name) == series(whole, name), name
+    assert len(series(resumed, "train/lm_loss")) == 20
+
+
+@pytest.mark.parametrize("target", OTHER_LAYOUTS)
+@pytest.mark.parametrize("source", ["tensor 2, pipeline 2, ZeRO 1", "data 2, ZeRO 3"])
+def test_any_layout_continues_any_other(source: str, target: str, dataset: str, tmp_path: Path) -> None:
+    """Saved in one layout at step 10, continued in another: the losses of the undisturbed run to 1e-5."""
+    layouts: dict[str, tuple[int, dict[str, Any]]] = {
+        "tensor 2, pipeline 2, ZeRO 1": (
+            4,
+            {"model_parallel_size": 2, "pipe_parallel_size": 2, "zero_optimization": ZERO},
+        ),
+        "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
+    }
+    whole = run(1, tmp_path / "whole", data_path=dataset)
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100}
+    world_size, settings = layouts[source]
+    run(world_size, tmp_path / "parts", exit_interval=10, **parts, **settings)
+    world_size, settings = OTHER_LAYOUTS[target]
+    continued = run(world_size, tmp_path / "parts", **parts, **settings)
+    assert series(continued, "train/lm_loss") == pytest.approx(series(whole, "train/lm_loss"), rel=1e-5)
+    assert series(continued, "train/grad_norm") == pytest.approx(series(whole, "train/grad_norm"), rel=1e-4)
+
+
+def test_load_that_points_nowhere_is_refused(dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match="there is no such folder; correct the path"):
+        run(1, tmp_path, data_path=dataset, load=str(tmp_path / "nothing"))
+
+
+def test_an_iteration_that_was_not_saved_is_refused(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    run(1, tmp_path, data_path=dataset, save=save, checkpoint_factor=2, train_iters=2)
+    with pytest.raises(RankFailedError, match=r"no such checkpoint.*choose one with --iteration: 2"):
+        run(1, tmp_path, data_path=dataset, load=save, iteration=3)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    run(1, tmp_path, data_path=dataset, save=save, checkpoint_factor=2, train_iters=2)
+    with pytest.raises(
+        RankFailedError, match=r"tensor 0\.word_embeddings\.weight has shape \[512, 64\], the model's is"
+    ):
+        run(1, tmp_path, data_path=dataset, load=save, hidden_size=32)
+
+
+def test_finetune_takes_the_weights_and_starts_counting_anew(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    first = run(1, tmp_path / "first", data_path=dataset, save=save, checkpoint_factor=20)
+    tuned = run(1, tmp_path / "tuned", data_path=dataset, load=save, finetune=True)
+    assert [record["iteration"] for record in tuned if "train/lm_loss" in record] == list(range(1, 21))
+    assert series(tuned, "train/lm_loss")[0] < series(first, "train/lm_loss")[0] - 1.0
