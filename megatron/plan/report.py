@@ -74,9 +74,9 @@ def make_plan(resolution: Resolution) -> Plan:
     unknown = why_unknown(config) or (None if vocabulary.padded else vocabulary.told)
     gpu_memory = config.launch.gpu_memory
     budget = None if gpu_memory is None else int(gpu_memory * 2**30)
-    told = {"warnings": tuple(resolution.warnings), "not_supported_yet": tuple(resolution.not_supported_yet)}
+    warned, unbuilt = tuple(resolution.warnings), tuple(resolution.not_supported_yet)
     if unknown or vocabulary.padded is None:
-        return Plan(config, vocabulary.told, unknown=unknown, budget=budget, **told)
+        return Plan(config, vocabulary.told, unknown=unknown, budget=budget, warnings=warned, not_supported_yet=unbuilt)
     padded = vocabulary.padded
     table = model_tensors(config, padded)
     training, model = config.training, config.model
@@ -98,7 +98,8 @@ def make_plan(resolution: Resolution) -> Plan:
         budget=budget,
         advice=tuple(suggestions),
         stages=tuple(bounds_of(config, table)),
-        **told,
+        warnings=warned,
+        not_supported_yet=unbuilt,
     )
 
 
