@@ -82,8 +82,19 @@ class TextGenerator:
         text_index: the number of the text in the run, which picks its random numbers. stream: is handed each new piece
         of text as soon as it is whole.
         """
-        started = time.perf_counter()
         prompt = self._tokenizer.encode(context) or [self._tokenizer.eod]
+        return self.continue_tokens(prompt, context, text_index=text_index, stream=stream)
+
+    def continue_tokens(
+        self,
+        prompt: Sequence[int],
+        context: str = "",
+        *,
+        text_index: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> Record:
+        """As `continue_text`, of a context that is tokens already, at least one; `context` is what the record says."""
+        started = time.perf_counter()
         problem = self._too_long(len(prompt))
         if problem is not None:
             return Record(context, None, 0, False, problem, time.perf_counter() - started, failed=True)

@@ -6,9 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, RunError
 from megatron.inference.generate import Record, TextGenerator
 from megatron.log import get_logger
 
@@ -28,32 +28,6 @@ def chosen_mode(text_gen_type: str | None, sample_input_file: str | None) -> str
             remedy=f"choose {UNCONDITIONAL}, {INPUT_FILE} or {INTERACTIVE}",
         )
     return text_gen_type
-
-
-class SamplingKeys(Protocol):
-    """The keys of the configuration's `generation` section that are numbers with a range."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    maximum_tokens: int
-    num_samples: int
-
-
-def sampling_mistakes(section: SamplingKeys) -> Iterator[Mistake]:
-    """What is wrong with the numbers of a generation section."""
-    for key in ("temperature", "top_k", "maximum_tokens"):
-        if getattr(section, key) < 0:
-            yield Mistake("must not be negative", key=key, value=getattr(section, key))
-    for key in ("top_p", "min_p"):
-        if not 0 <= getattr(section, key) <= 1:
-            yield Mistake("is a probability", key=key, value=getattr(section, key), remedy="choose from 0 to 1")
-    if section.repetition_penalty <= 0:
-        yield Mistake("must be above 0", key="repetition_penalty", value=section.repetition_penalty)
-    if section.num_samples < 1:
-        yield Mistake("must be at least 1", key="num_samples", value=section.num_samples)
 
 
 def read_prompts(path: str | None, prompt_end: str) -> list[str]:

@@ -7,16 +7,19 @@ its weights, and the texts.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine
-from megatron.errors import ConfigError
+from megatron.engine.engine import Engine
 from megatron.inference import modes
 from megatron.inference.generate import Settings, TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.parallel.bootstrap import bootstrap, shutdown
+from megatron.parallel.topology import Topology
+from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size
 
@@ -30,7 +33,24 @@ def generate(config: Config) -> None:
     section = config.generation
     mode = modes.chosen_mode(section.text_gen_type, section.sample_input_file)
     contexts = _contexts(config, mode)
-    ConfigError.raise_any(list(modes.sampling_mistakes(section)))
+
+    def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        generator = TextGenerator(engine, tokenizer, _settings(config))
+        speaks = topology.rank == 0
+        if mode == modes.INTERACTIVE:
+            modes.converse(generator, section.prompt_end, speaks=speaks, share=_share)
+        else:
+            path = modes.output_path(section.sample_output_file, section.sample_input_file)
+            modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+
+    with_model(config, work)
+
+
+def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], None]) -> None:
+    """Calls work with the model of the checkpoint that `load` names, ready to be asked. Collective over all ranks.
+
+    config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
+    """
     topology = bootstrap(
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,
@@ -44,14 +64,7 @@ def generate(config: Config) -> None:
         vocabulary = padded_vocab_size(
             tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
         )
-        engine = build_inference_engine(config, topology, vocabulary)
-        generator = TextGenerator(engine, tokenizer, _settings(config))
-        speaks = topology.rank == 0
-        if mode == modes.INTERACTIVE:
-            modes.converse(generator, section.prompt_end, speaks=speaks, share=_share)
-        else:
-            path = modes.output_path(section.sample_output_file, section.sample_input_file)
-            modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+        work(build_inference_engine(config, topology, vocabulary), tokenizer, topology)
     finally:
         shutdown()
 

@@ -8,7 +8,7 @@ b batch, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +65,20 @@ def windows(
         start, end = end, min(len(text), end + stride)
 
 
-def score(engine: Engine, pairs: Sequence[Pair], *, max_length: int, batch_size: int, padding: int = 0) -> list[Score]:
+def score(
+    engine: Engine,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int,
+    batch_size: int,
+    padding: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> list[Score]:
     """The score of each pair, in order. Collective over the model's ranks.
 
     A context that does not fit is cut on its left. A continuation that does not fit is scored in windows. max_length:
-    the most tokens that the model reads at once. padding: the token that fills short rows; any will do.
+    the most tokens that the model reads at once. padding: the token that fills short rows; any will do. on_progress:
+    is told the fraction of the work that is done, after each batch.
     """
     pieces: list[Pair] = []
     owners: list[int] = []
@@ -83,6 +92,8 @@ def score(engine: Engine, pairs: Sequence[Pair], *, max_length: int, batch_size:
         batch = order[begin : begin + batch_size]
         for at, found in zip(batch, _score_batch(engine, [pieces[at] for at in batch], padding), strict=True):
             scores[owners[at]] += found
+        if on_progress is not None:
+            on_progress((begin + len(batch)) / len(order))
     return scores
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -147,19 +146,6 @@ def test_the_mode_follows_from_the_prompt_file_unless_given():
 def test_output_names_are_the_public_ones():
     assert str(modes.output_path("out.jsonl", "in.txt")) == "out.jsonl"
     assert str(modes.output_path(None, "in.txt")) == "in.txt.output.jsonl"
-
-
-def test_impossible_numbers_are_told_all_at_once():
-    section = SimpleNamespace(
-        temperature=-1.0, top_k=-2, top_p=1.5, min_p=0.0, repetition_penalty=0.0, maximum_tokens=64, num_samples=0
-    )
-    assert [mistake.key for mistake in modes.sampling_mistakes(section)] == [
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "num_samples",
-    ]
 
 
 def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):

@@ -16,3 +16,4 @@ class EvaluationSection(Section):
         None, "Requests in one forward pass; the micro batch size when left out.", unit="samples"
     )
     eval_model_args: Table | None = key(None, "Further arguments for the harness.")
+    eval_text: str | None = key(None, "File of text, or .jsonl, whose bits per byte tools/bits_per_byte.py measures.")

@@ -1,0 +1,156 @@
+"""Our engine as the `LM` of lm-eval.
+
+Only this file and tasks.py import lm_eval. Source: lm-eval 0.4.13, lm_eval/api/model.py for what each method promises,
+and lm_eval/models/huggingface.py for how contexts are cut and parted, so that scores agree with its own `hf` model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from megatron.engine.engine import Engine
+from megatron.errors import RunError
+from megatron.evaluation.progress import Progress
+from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.sampling import Sampling
+from megatron.inference.scoring import Pair, Score, score, windows
+from megatron.tokenizers.base import Tokenizer
+
+_DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
+_GENERATION_KEYS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
+
+
+class HarnessModel(LM):
+    """Answers lm-eval's requests with an engine. Collective: every rank of the model handles the same requests.
+
+    batch_size [samples]: texts in one forward pass; scores do not depend on it. max_length [tokens]: of the context.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._engine = engine
+        self._text_tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self._seed = seed
+        self._generators: dict[Settings, TextGenerator] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document; it also stands before a text without context."""
+        return self._text_tokenizer.eod
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each continuation after its context: the log-likelihood [nats], and whether greedy decoding gives it."""
+        scores = self._score([self._pair(*request.args) for request in requests])
+        answers = [(each.log_likelihood, each.greedy) for each in scores]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood [nats] of each whole text, every token scored once, in windows of the model's context."""
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for pair in windows([self.eot_token_id], self._text_tokenizer.encode(text), self.max_length):
+                pairs.append(pair)
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, each in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += each.log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A continuation of each context, up to one of the texts in `until`, which is left out."""
+        answers = []
+        progress = Progress("generating")
+        for number, request in enumerate(requests):
+            progress(number / len(requests))
+            context, arguments = request.args
+            answers.append(self._continue(context, arguments, number))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Score]:
+        return score(
+            self._engine,
+            pairs,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            padding=self.eot_token_id,
+            on_progress=Progress("scoring"),
+        )
+
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """Context and continuation as tokens, parted where the tokens of the context alone end.
+
+        White space at the end of the context belongs to the continuation, as tokenizers put it before the next word.
+        """
+        encode = self._text_tokenizer.encode
+        if not context:
+            return Pair((self.eot_token_id,), tuple(encode(continuation)))
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        whole, before = encode(stripped + continuation), encode(stripped)
+        if not before:  # nothing but white space
+            return Pair((self.eot_token_id,), tuple(whole))
+        return Pair(tuple(before), tuple(whole[len(before) :]))
+
+    def _continue(self, context: str, arguments: Mapping[str, Any], number: int) -> str:
+        """One text. A context that leaves too little room is cut on its left."""
+        settings = self._settings(arguments)
+        if settings not in self._generators:
+            self._generators[settings] = TextGenerator(self._engine, self._text_tokenizer, settings)
+        tokens = self._text_tokenizer.encode(context) or [self.eot_token_id]
+        tokens = tokens[-(self.max_length - settings.maximum_tokens) :]
+        return self._generators[settings].continue_tokens(tokens, text_index=number).text or ""
+
+    def _settings(self, arguments: Mapping[str, Any]) -> Settings:
+        """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
+        unknown = sorted(arguments.keys() - set(_GENERATION_KEYS))
+        if unknown:
+            raise RunError.of(
+                f"a task asks for {', '.join(unknown)}, which cannot be done here",
+                key="generation_kwargs",
+                remedy=f"a task may set {', '.join(_GENERATION_KEYS)}",
+            )
+        until = arguments.get("until") or ()
+        wanted = int(arguments.get("max_gen_toks", arguments.get("max_new_tokens", _DEFAULT_NEW_TOKENS)))
+        if wanted >= self.max_length:  # more than the model can hold; half of it is left to the context
+            wanted = self.max_length // 2
+        return Settings(
+            sampling=_sampling(arguments),
+            seed=self._seed,
+            maximum_tokens=wanted,
+            seq_length=self.max_length,
+            stop=(until,) if isinstance(until, str) else tuple(until),
+        )
+
+
+def _sampling(arguments: Mapping[str, Any]) -> Sampling:
+    """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out."""
+    temperature = float(arguments.get("temperature") or 0.0)
+    if not arguments.get("do_sample", temperature > 0):
+        return Sampling()
+    return Sampling(
+        temperature=temperature or 1.0,
+        top_k=int(arguments.get("top_k") or 0),
+        top_p=float(arguments.get("top_p") or 0.0),
+        min_p=float(arguments.get("min_p") or 0.0),
+    )

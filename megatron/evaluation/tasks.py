@@ -1,0 +1,169 @@
+"""lm-eval's tasks, its runner and its table, as a class and a function.
+
+Only this file and adapter.py import lm_eval (0.4.13: lm_eval/tasks/manager.py, lm_eval/evaluator.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.machinery
+import inspect
+import logging
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+from lm_eval import evaluate as run_harness
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from megatron.errors import ConfigError, RunError
+
+_FEWSHOT_SEED, _PYTHON_SEED, _NUMPY_SEED = 1234, 0, 1234  # lm-eval's own, so that the same examples are chosen
+
+
+class Tasks:
+    """Loaded tasks of lm-eval, and what they give when a model is run on them."""
+
+    def __init__(self, names: Sequence[str], include_path: str | None = None, fewshot: int | None = None) -> None:
+        """Loads tasks by name, shell wildcard or path of a task file; `include_path` is a folder of further ones.
+
+        fewshot: worked examples before each question, for tasks that do not fix the number at 0. Raises ConfigError for
+        an unknown name, RunError when a task's data cannot be had.
+        """
+        manager, found = _find(names, include_path)
+        with _own_evaluate_out_of_the_way(), _quiet():
+            try:
+                self._loaded = manager.load(found)
+            except (OSError, ValueError) as error:  # data sets raise their own kinds of both
+                raise RunError.of(
+                    f"cannot load the tasks: {str(error).strip() or type(error).__name__}",
+                    key="eval_tasks",
+                    value=list(names),
+                    remedy="evaluation is offline: only local files and what is in the Hugging Face cache are found; "
+                    "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing",
+                ) from error
+        for task in self._loaded["tasks"].values():
+            if fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=fewshot)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+    def run(self, model: LM, *, limit: int | None = None, **arguments: Any) -> dict[str, Any]:
+        """The results as lm-eval gives them, per-document samples included.
+
+        limit: documents of each task. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
+        does not have.
+        """
+        known = inspect.signature(run_harness).parameters.keys() - {"lm", "task_dict", "limit"}
+        unknown = sorted(arguments.keys() - known)
+        if unknown:
+            raise ConfigError.of(
+                f"lm-eval has no argument {unknown[0]}",
+                key="eval_model_args",
+                value=arguments,
+                remedy=f"choose from {', '.join(sorted(known))}",
+            )
+        with _own_evaluate_out_of_the_way(), _quiet(), _fixed_seeds():
+            results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
+        return dict(results or {})  # never None: for lm-eval every rank is a rank 0
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The table that lm-eval prints, and below it the one of the groups, if there are any."""
+    tables = [make_table(results)]
+    if results.get("groups"):
+        tables.append(make_table(results, "groups"))
+    return "\n".join(str(table).rstrip("\n") for table in tables)
+
+
+def _find(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
+    """A task manager that knows all the names, and the names with wildcards resolved.
+
+    lm-eval's own 14,000 tasks take seconds to list, so they are left out when the user's folder has all the names.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError.of("there is no such folder", key="eval_include_path", value=include_path)
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        found = {name: _matches(manager, name) for name in names}
+        if all(found.values()):
+            return manager, [match for matches in found.values() for match in matches]
+    manager = TaskManager(include_path=include_path)
+    found = {name: _matches(manager, name) for name in names}
+    ConfigError.raise_any(
+        mistake for name, matches in found.items() if not matches for mistake in _unknown(manager, name).mistakes
+    )
+    return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
+
+
+def _matches(manager: TaskManager, name: str) -> list[str]:
+    if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
+        return [name]
+    return sorted(manager.match_tasks([name]))
+
+
+def _unknown(manager: TaskManager, name: str) -> ConfigError:
+    close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "eval_include_path names a folder of tasks of your own"
+    return ConfigError.of("lm-eval has no task of this name", key="eval_tasks", value=name, remedy=remedy)
+
+
+class _EvaluatePackage:
+    """Finds the package `evaluate` that some tasks import, past the script of that name beside deepy.py."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "evaluate":
+            return None
+        elsewhere = [entry for entry in sys.path if not _is_our_checkout(Path(entry or "."))]
+        return importlib.machinery.PathFinder.find_spec(name, elsewhere, target)
+
+
+def _is_our_checkout(folder: Path) -> bool:
+    return (folder / "evaluate.py").is_file() and (folder / "deepy.py").is_file()
+
+
+@contextmanager
+def _own_evaluate_out_of_the_way() -> Iterator[None]:
+    """`import evaluate` means the package, while lm-eval and the code of its tasks run."""
+    finder: Any = _EvaluatePackage
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval says only what went wrong."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        harness.setLevel(level)
+
+
+@contextmanager
+def _fixed_seeds() -> Iterator[None]:
+    """Tasks that draw from the global generators always draw the same; a training run around them is not disturbed."""
+    before = random.getstate(), numpy.random.get_state()
+    random.seed(_PYTHON_SEED)
+    numpy.random.seed(_NUMPY_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])

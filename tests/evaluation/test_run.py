@@ -1,0 +1,46 @@
+"""Around the tasks: the results file, what is checked before a model is loaded, and the lines about progress."""
+
+import importlib.util
+import json
+import time
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.evaluation import run
+from megatron.evaluation.progress import Progress
+from tests.inference.small_model import small_config
+
+
+def test_the_file_name_is_the_public_one():
+    moment = time.struct_time((2026, 3, 9, 14, 5, 6, 0, 0, 0))
+    assert str(run.results_path("", moment)) == "eval_results_03-09-2026-14-05-06.json"
+    assert str(run.results_path("out/pythia", moment)) == "out/pythia_eval_results_03-09-2026-14-05-06.json"
+
+
+def test_the_record_says_how_the_scores_came_about():
+    config = small_config(eval_limit=3, eval_batch_size=8)
+    results = {"results": {"a": {"acc,none": 0.5}}, "versions": {"a": 1}, "samples": {"a": [object()]}}
+    record = json.loads(json.dumps(run.results_record(config, results)))
+    assert record["results"] == results["results"] and record["versions"] == results["versions"]
+    assert "samples" not in record
+    assert record["config"]["batch_size"] == 8 and record["config"]["limit"] == 3
+    assert record["config"]["model_args"]["hidden_size"] == 32
+    assert "git_hash" in record
+
+
+def test_without_tasks_or_harness_nothing_starts(monkeypatch):
+    with pytest.raises(ConfigError, match="--eval_tasks"):
+        run.evaluate(small_config())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"neox\[eval\]"):
+        run.evaluate(small_config(eval_tasks=["arc_easy"]))
+
+
+def test_progress_speaks_every_ten_seconds():
+    now, said = [0.0], []
+    progress = Progress("scoring", said.append, lambda: now[0])
+    for second in range(26):
+        now[0] = float(second)
+        progress(second / 50)
+    assert said == ["scoring: 20 %, 40s left", "scoring: 40 %, 30s left"]

@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""How many bits a trained model needs for each byte of a text, beside gzip -9 and xz -9e of the same text.
+
+    ./deepy.py tools/bits_per_byte.py CONF... --eval-text valid.txt
+
+The text is a plain file, or a .jsonl file with a document a line under "text". `load` names the checkpoint.
+"""
+
+import sys
+
+from megatron.config import Config
+from megatron.launch.worker import run_door
+
+
+def main(config: Config) -> None:
+    """Measures as the configuration says."""
+    from megatron.evaluation.run import measure_text
+
+    measure_text(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))
