@@ -67,13 +67,14 @@ class Checkpoint:
 def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_only: bool = False) -> Checkpoint | None:
     """The checkpoint that `load` and `iteration` name; None when `load` is not set.
 
-    A run whose `load` is the folder it saves to, and which has saved nothing yet, starts fresh. Raises ConfigError
-    when there is nothing to load, and RunError when what is there is damaged.
+    A run whose `load` is the folder it saves to, and which has saved nothing yet, starts fresh, and so does one that
+    asks for it with `load_fallback`. Raises ConfigError when there is nothing to load, and RunError when what is there is damaged.
     """
     section = config.checkpoint
     if section.load is None:
         return None
-    directory = _directory(section.load, section.iteration, resumes_itself=section.load == section.save)
+    may_start_fresh = section.load == section.save or section.load_fallback == "fresh"
+    directory = _directory(section.load, section.iteration, resumes_itself=may_start_fresh)
     if directory is None:
         return None
     if integrity.is_ours(directory):
@@ -148,7 +149,7 @@ def _directory(load: str, iteration: int | None, *, resumes_itself: bool) -> Pat
             "there is no checkpoint" if root.is_dir() else "there is no such folder",
             key="load",
             value=load,
-            remedy="correct the path, or leave `load` out to start from random weights",
+            remedy="correct the path, or set load_fallback: fresh to start from random weights",
         )
     return layout.step_directory(root, _latest(root, found))
 

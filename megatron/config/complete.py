@@ -173,10 +173,14 @@ def _schedule(draft: Completion) -> None:
 
 
 def _data(draft: Completion) -> None:
-    for split in ("train", "valid", "test"):
-        paths = draft[f"{split}_data_paths"] or draft[f"pos_{split}_data_paths"]
-        if paths and draft[f"{split}_data_weights"] is None:
-            draft.derive(f"{split}_data_weights", (1.0,) * len(paths))
+    for paths_key, preferred_key, weights_key in (
+        ("train_data_paths", "pos_train_data_paths", "train_data_weights"),
+        ("valid_data_paths", "pos_valid_data_paths", "valid_data_weights"),
+        ("test_data_paths", "pos_test_data_paths", "test_data_weights"),
+    ):
+        paths = draft[paths_key] or draft[preferred_key]
+        if paths and draft[weights_key] is None:
+            draft.derive(weights_key, (1.0,) * len(paths))
 
 
 def _generation(draft: Completion) -> None:

@@ -83,8 +83,9 @@ GAPS: tuple[Gap, ...] = (
     Gap("te_layernorm_mlp", "Transformer Engine layers", _on),
     Gap("te_mha", "Transformer Engine layers", _on),
     Gap("te_fp8_mha", "Transformer Engine layers", _on),
-    Gap("recompute_granularity", "selective recomputation", lambda value: value == "selective"),
-    Gap("recompute_method", "recomputation of some blocks only", lambda value: value == "block"),
+    Gap("checkpoint_activations", "recomputing activations", _on),
+    Gap("recompute_granularity", "choosing what is recomputed", _given),
+    Gap("recompute_method", "choosing what is recomputed", _given),
     Gap("partition_activations", "kept activations spread over tensor parallel ranks", _on),
     Gap("checkpoint_in_cpu", "kept activations in host memory", _on),
     Gap("use_bnb_optimizer", "8-bit optimizers", _on),
@@ -94,6 +95,7 @@ GAPS: tuple[Gap, ...] = (
     Gap("train_label_data_paths", "label data", _on),
     Gap("train_reward_data_paths", "reward data", _on),
     Gap("pos_train_data_paths", "pairs of answers", _on),
+    Gap("use_shared_fs", "index maps without a shared file system", lambda value: not value),
     Gap("weight_by_num_documents", "weights from document counts", _on),
     Gap("reset_attention_mask", "attention within documents", _on),
     Gap("reset_position_ids", "positions within documents", _on),
@@ -146,6 +148,11 @@ HINTS = {
     "profile_backward": "recomputed groups are not timed one by one",
     "attention_softmax_in_fp32": "torch's fused attention already sums in fp32",
     "fused_kernels_build_path": "nothing is compiled at run time",
+    "use_cpu_initialization": "initial weights are always drawn on the CPU, so that no layout changes them",
+    "rotary_save_freqs_buffer": "the frequencies are computed anew",
+    "deepspeed_activation_checkpointing": "recomputation does not depend on it",
+    "account": "sbatch and srun take it",
+    "comment": "sbatch and srun take it",
 }
 """Wishes about speed that nothing takes up; results do not change."""
 
@@ -168,6 +175,10 @@ DEAD = {
     "scheduler": "lr_decay_style and its companions decide",
     "curriculum_seqlen": "nothing reads it",
     "comet_experiment": "nothing reads it",
+    "output_layer_parallelism": "there is one way to cut the output layer",
+    "do_train": "the data decides",
+    "do_valid": "the data decides",
+    "do_test": "the data decides",
 }
 """Keys that public configurations may carry and nothing reads."""
 

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config import Config, Resolution
 from megatron.plan.advice import advice
+from megatron.plan.figures import Figures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
 from megatron.plan.parameters import model_tensors, on_rank, total, why_unknown
 from megatron.plan.stages import layer_classes, stage_bounds
+from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.shapes import ModelDims, TensorShape
 
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run will be. The sizes are those of the configuration.
-
-    parameters, flops_per_iteration and memory are None where the vocabulary is not known; `unknown` then says why.
-    memory: that of the rank that needs most. budget [bytes]: from gpu_memory. advice: what to change when it is
-    exceeded. stages: first layer of each pipeline stage, and the number of layers at the end.
-    """
-
-    config: Config
-    vocabulary: str
-    parameters: int | None = None
-    flops_per_iteration: int | None = None
-    memory: Memory | None = None
-    unknown: str | None = None
-    budget: int | None = None
-    advice: tuple[str, ...] = ()
-    stages: tuple[int, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
-    not_supported_yet: tuple[str, ...] = field(default=())
+class Plan(Figures):
+    """The figures, with the two ways to show them."""
 
     def json(self) -> dict[str, Any]:
         """The `plan` object of `--dry-run --json`."""
@@ -62,8 +45,6 @@ class Plan:
 
     def text(self) -> str:
         """The plan for people."""
-        from megatron.plan.text import plan_text
-
         return plan_text(self)
 
 

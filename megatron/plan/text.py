@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron.config import Config
 from megatron.plan.advice import gib
-
-if TYPE_CHECKING:
-    from megatron.plan.report import Plan
+from megatron.plan.figures import Figures
 
 WIDTH = 12
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Figures) -> str:
     """A page: what is trained, on what, how much of everything, then warnings and what is not built yet."""
     lines = ["Plan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
     lines += _listed("Warnings", plan.warnings)
@@ -25,7 +21,7 @@ def _line(name: str, told: str) -> str:
     return f"  {name:<{WIDTH}} {told}"
 
 
-def _model(plan: Plan) -> list[str]:
+def _model(plan: Figures) -> list[str]:
     model = plan.config.model
     kinds = sorted({str(kind) for kind in model.attention_config or ()})
     heads = f"{model.num_attention_heads} heads"
@@ -67,14 +63,14 @@ def _batch(config: Config) -> list[str]:
     return lines
 
 
-def _work(plan: Plan) -> list[str]:
+def _work(plan: Figures) -> list[str]:
     if plan.flops_per_iteration is None:
         return []
     told = f"{plan.flops_per_iteration:.3g} FLOP an iteration, forward and backward, without recomputation"
     return [_line("work", told)]
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: Figures) -> list[str]:
     memory = plan.memory
     if memory is None:
         return []
