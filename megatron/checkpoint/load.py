@@ -68,7 +68,8 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
     """The checkpoint that `load` and `iteration` name; None when `load` is not set.
 
     A run whose `load` is the folder it saves to, and which has saved nothing yet, starts fresh, and so does one that
-    asks for it with `load_fallback`. Raises ConfigError when there is nothing to load, and RunError when what is there is damaged.
+    asks for it with `load_fallback`. Raises ConfigError when there is nothing to load, and RunError when
+    what is there is damaged.
     """
     section = config.checkpoint
     if section.load is None:
