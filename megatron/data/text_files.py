@@ -135,7 +135,7 @@ def _pieces(stream: io.BufferedIOBase, block_bytes: int | None) -> Iterator[byte
         return
     held: list[bytes] = []
     first = True
-    while content := stream.read(block_bytes):
+    while content := stream.read(max(block_bytes, len(BYTE_ORDER_MARK))):
         if first:
             content = content.removeprefix(BYTE_ORDER_MARK)
             first = False

@@ -1,0 +1,223 @@
+"""Text to token files: exact contents, the same bytes for any number of workers, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.preprocess import preprocess
+from megatron.data.text_files import find_text_files
+from megatron.errors import ConfigError, RunError
+from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe
+
+ROOT = Path(__file__).parents[2]
+CHARACTERS = make_tokenizer("CharLevelTokenizer")
+
+
+def lines(path, records):
+    text = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def made(path, prefix, **settings):
+    settings = {"tokenizer": CHARACTERS, "tokenizer_type": "CharLevelTokenizer"} | settings
+    return preprocess(find_text_files([str(path)]), output_prefix=str(prefix), **settings)
+
+
+def texts(prefix):
+    data = IndexedDataset(prefix)
+    data.check()
+    return [CHARACTERS.decode(data[item].tolist()) for item in range(len(data))]
+
+
+def test_documents_in_order(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "first é"}, {"text": "second"}])
+    result = made(path, tmp_path / "out", append_eod=True)
+    data = IndexedDataset(tmp_path / "out_text_document")
+    assert [data[0].tolist(), data[1].tolist()] == [[*"first é".encode(), 0], [*b"second", 0]]
+    assert data.dtype == np.uint16
+    (written,) = result.outputs
+    assert (written.card.documents, written.card.tokens, written.card.text_bytes) == (2, 16, 14)
+    assert written.card.eod == 0
+    assert json.loads((tmp_path / "out_text_document.json").read_text())["tokens"] == 16
+
+
+def test_without_the_end_of_documents(tmp_path):
+    made(lines(tmp_path / "a.jsonl", [{"text": "ab"}]), tmp_path / "out")
+    assert IndexedDataset(tmp_path / "out_text_document")[0].tolist() == [97, 98]
+
+
+def test_each_key_has_its_own_text(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"question": "q1", "answer": "a1"}, {"question": "q2", "answer": "a2"}])
+    made(path, tmp_path / "out", keys=("question", "answer"))
+    assert texts(tmp_path / "out_question_document") == ["q1", "q2"]
+    assert texts(tmp_path / "out_answer_document") == ["a1", "a2"]
+
+
+BAD = [
+    {"text": "good"},
+    "{broken",
+    {"other": "x"},
+    {"text": 3},
+    {"text": ""},
+    "",
+    '["a list"]',
+    '{"text": "\\ud800"}',
+    "[" * 100_000,
+    {"text": "also good"},
+]
+
+
+def test_bad_lines_are_skipped_counted_and_placed(tmp_path):
+    path = lines(tmp_path / "a.jsonl", BAD)
+    with path.open("ab") as file:
+        file.write(b'{"text": "\xff"}\n')
+    result = made(path, tmp_path / "out")
+    assert texts(tmp_path / "out_text_document") == ["good", "also good"]
+    assert result.empty == 1
+    assert result.skipped.counts == {
+        "not JSON": 2,
+        "without the key 'text'": 1,
+        "whose 'text' is not text": 1,
+        "not a JSON object": 1,
+        "whose 'text' holds half a surrogate pair": 1,
+        "not UTF-8": 1,
+    }
+    assert result.skipped.examples[0].startswith(f"{path}:2: not JSON")
+    assert result.skipped.examples[1].startswith(f"{path}:3: without the key 'text' (its keys: 'other')")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_strict_ends_at_the_first_bad_line(tmp_path, workers):
+    path = lines(tmp_path / "a.jsonl", BAD)
+    with pytest.raises(RunError, match=r"a\.jsonl:2: not JSON"):
+        made(path, tmp_path / "out", strict=True, workers=workers)
+    assert [child.name for child in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_file_without_documents(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"content": "x"}, {"content": "y"}])
+    with pytest.raises(RunError, match=r"no document.*2 without the key 'text'.*'content'"):
+        made(path, tmp_path / "out")
+    assert [child.name for child in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"keys": ()}, "jsonl_keys"),
+        ({"keys": ("a", "a")}, "jsonl_keys"),
+        ({"keys": ("../a",)}, "jsonl_keys"),
+    ],
+)
+def test_impossible_wishes(tmp_path, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        made(lines(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path / "out", **settings)
+
+
+def test_a_prefix_that_is_a_directory(tmp_path):
+    with pytest.raises(ConfigError, match="output_prefix"):
+        made(lines(tmp_path / "a.jsonl", [{"text": "a"}]), f"{tmp_path}/")
+
+
+@pytest.fixture(scope="module")
+def byte_pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    save_tokenizer(train_byte_level_bpe(iter(corpus()), 600), path)
+    return make_tokenizer("HFTokenizer", vocab_file=str(path))
+
+
+def corpus():
+    generator = np.random.default_rng(0)
+    words = ["".join(chr(97 + letter) for letter in generator.integers(0, 26, size)) for size in range(1, 12)]
+    for size in generator.integers(1, 4000, 300):
+        yield " ".join(words[number] for number in generator.integers(0, len(words), size))
+
+
+def test_the_same_bytes_for_any_number_of_workers(tmp_path, byte_pairs):
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in corpus()])
+    assert path.stat().st_size > 3 << 20, "several blocks are needed"
+    files = {}
+    for workers in (1, 2, 3):
+        result = made(path, tmp_path / str(workers), tokenizer=byte_pairs, append_eod=True, workers=workers)
+        assert result.outputs[0].card.documents == 300
+        files[workers] = [
+            Path(f"{tmp_path}/{workers}_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")
+        ]
+    assert files[1] == files[2] == files[3]
+    data = IndexedDataset(tmp_path / "1_text_document")
+    for item, text in zip(range(3), corpus(), strict=False):
+        assert data[item].tolist() == [*byte_pairs.encode(text), byte_pairs.eod]
+
+
+class Fatal:
+    """A tokenizer whose worker dies on one document."""
+
+    vocab_size = 512
+    eod = 0
+
+    def encode_batch(self, texts):
+        if "die" in texts:
+            os._exit(9)
+        return [[1] for _ in texts]
+
+
+def test_a_worker_that_dies_is_told(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "die"}])
+    with pytest.raises(RunError, match=r"worker process died \(exit code 9\)"):
+        made(path, tmp_path / "out", tokenizer=Fatal(), workers=2)
+    assert [child.name for child in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_killed_midway_nothing_has_the_final_name_and_no_process_stays(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "some words " * 2000}] * 3000)
+    prefix = tmp_path / "out" / "killed"
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path)]
+    command += ["--output-prefix", str(prefix), "--tokenizer-type", "CharLevelTokenizer", "--workers", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        partial = prefix.with_name("killed_text_document.bin.partial")
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert running.poll() is None, "it must be killed while it works"
+        listed = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+        children = [int(child) for child in listed.split()]
+        assert len(children) >= 2
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert [child.name for child in prefix.parent.iterdir()] == [partial.name]
+    while any(_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(child) for child in children)
+    # The next attempt writes over what was left.
+    made(lines(tmp_path / "b.jsonl", [{"text": "b"}]), prefix)
+    assert texts(f"{prefix}_text_document") == ["b"]
+    assert not partial.exists()
+
+
+def _alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_progress_grows_to_the_end(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in corpus()])
+    seen = []
+    made(path, tmp_path / "out", report=seen.append)
+    assert len(seen) > 2
+    assert [progress.documents for progress in seen] == sorted(progress.documents for progress in seen)
+    assert (seen[-1].documents, seen[-1].fraction, seen[-1].content_bytes) == (300, 1.0, path.stat().st_size)

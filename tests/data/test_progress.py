@@ -1,0 +1,47 @@
+"""The progress line: what it says and how often."""
+
+import io
+
+import pytest
+
+from megatron.data.preprocess import Progress
+from megatron.data.progress import ProgressLine, clock, describe
+
+HALF = Progress(documents=500, tokens=1_000_000, content_bytes=4_000_000, fraction=0.5, seconds=2.0)
+
+
+def test_says_share_speed_and_time_left():
+    assert describe(HALF) == " 50%  500 documents  1,000,000 tokens  2.0 MB/s  250 docs/s  0:02 left"
+
+
+def test_a_known_number_of_documents_says_the_share():
+    assert describe(HALF, known_documents=2000).startswith(" 25%")
+    assert describe(HALF, known_documents=2000).endswith("0:06 left")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3723, "1:02:03")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_live_on_a_terminal():
+    stream = Terminal()
+    line = ProgressLine(every=1, stream=stream)
+    line(HALF)
+    line(HALF)
+    assert stream.getvalue().count("\r") == 1
+    line.close()
+    assert stream.getvalue().endswith("\r")
+
+
+def test_quiet_in_a_file():
+    stream = io.StringIO()
+    line = ProgressLine(every=1, stream=stream)
+    line(HALF)
+    line.close()
+    assert stream.getvalue() == ""
