@@ -61,16 +61,9 @@ def workers_environment(machines: Machines, caller: Mapping[str, str]) -> dict[s
 
 
 def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
-    """PYTHONPATH with this checkout, and PATH with the interpreter's folder, where ninja is when a venv has it."""
-    programs = str(Path(sys.executable).parent)
-    paths = {"PYTHONPATH": _with_first(str(CHECKOUT), caller.get("PYTHONPATH", ""))}
-    if programs not in caller.get("PATH", "").split(os.pathsep):
-        paths["PATH"] = _with_first(programs, caller.get("PATH", ""))
-    return paths
-
-
-def _with_first(first: str, others: str) -> str:
-    return os.pathsep.join([first, *(part for part in others.split(os.pathsep) if part and part != first)])
+    """PYTHONPATH with this checkout, so that workers find it from any folder."""
+    others = [part for part in caller.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(CHECKOUT)]
+    return {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *others])}
 
 
 def local_command(

@@ -48,7 +48,8 @@ def op_folder(environment: Mapping[str, str]) -> Path:
 def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mistake]:
     """Which of the tools for DeepSpeed's one-time build are not there. built: it has been done before."""
     purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
-    path = environment.get("PATH")
+    # Workers look in the interpreter's own folder first, as in an activated virtual environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     missing = []
     if shutil.which("ninja", path=path) is None:
         missing.append(Mistake(f"there is no ninja: {purpose}", remedy="pip install ninja"))

@@ -16,7 +16,6 @@ from megatron.launch.command import (
     free_port,
     local_command,
     many_hosts_command,
-    search_paths,
 )
 from megatron.launch.preflight import check
 from megatron.launch.request import USAGE, Request, read_request, wants_help
@@ -67,7 +66,7 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     if machines.shortage is not None:
         raise ConfigError.of(machines.shortage)
     caller = dict(os.environ)
-    check(machines.accelerator, {**caller, **search_paths(caller)})
+    check(machines.accelerator, caller)
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     port = config.launch.master_port
     if machines.is_local:

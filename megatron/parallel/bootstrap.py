@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy
 import torch
@@ -97,6 +100,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     """DeepSpeed's initialisation over torch.distributed; a process started alone gets an address of its own."""
     import deepspeed
 
+    own_programs_first(os.environ)
     os.environ.setdefault("RANK", str(ranks.rank))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
@@ -106,6 +110,17 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     deepspeed.init_distributed(
         backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
     )
+
+
+def own_programs_first(environment: MutableMapping[str, str]) -> None:
+    """Puts the folder of this interpreter first in PATH, as an activated virtual environment does.
+
+    DeepSpeed asks ninja whether its compiled collectives are up to date. Two versions of ninja do not believe each
+    other's records, so finding now one and now the other would compile them again, for half a minute, every time.
+    """
+    programs = str(Path(sys.executable).parent)
+    others = [part for part in environment.get("PATH", "").split(os.pathsep) if part and part != programs]
+    environment["PATH"] = os.pathsep.join([programs, *others])
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:

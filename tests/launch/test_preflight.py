@@ -13,6 +13,12 @@ from megatron.launch import preflight
 from megatron.launch.preflight import CPU_OP, check, missing_for_build, op_folder
 
 
+@pytest.fixture
+def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that stands alone in its folder, so that PATH decides what is there."""
+    monkeypatch.setattr(preflight.sys, "executable", str(tmp_path / "elsewhere/python"))
+
+
 def test_the_place_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
@@ -21,6 +27,7 @@ def test_the_place_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pyt
     assert op_folder(os.environ) == Path(_get_build_directory(CPU_OP, verbose=False))
 
 
+@pytest.mark.usefixtures("_bare")
 def test_every_missing_tool_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.sysconfig, "get_path", lambda _name: str(tmp_path))
     environment = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
@@ -34,6 +41,7 @@ def test_every_missing_tool_is_named_at_once(tmp_path: Path, monkeypatch: pytest
     check("cuda", environment)  # nothing is compiled there
 
 
+@pytest.mark.usefixtures("_bare")
 def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
     (tmp_path / CPU_OP).mkdir()
     (tmp_path / CPU_OP / f"{CPU_OP}.so").touch()
