@@ -23,6 +23,7 @@ from megatron.config.resources import Resources
 from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
 from megatron.errors import ConfigError, Mistake
 
+MOST_LAYERS = 1_000
 INFERENCE_SCRIPTS = frozenset({"generate.py", "evaluate.py", "eval.py"})
 
 OUTPUTS = {
@@ -67,11 +68,10 @@ class Completion:
         """What the user gave for the key, or None."""
         return self.values[name] if name in self.given else None
 
-    @property
-    def trains(self) -> bool:
-        """Whether the script to run trains, so that batch, optimizer and length must be known."""
-        script = self.values["user_script"]
-        return script is None or Path(script).name not in INFERENCE_SCRIPTS
+
+def trains(user_script: str | None) -> bool:
+    """Whether the script to run trains, so that batch, optimizer and length must be known."""
+    return user_script is None or Path(user_script).name not in INFERENCE_SCRIPTS
 
 
 def complete(values: Mapping[str, Any], given: Collection[str], resources: Resources) -> Completion:
@@ -91,6 +91,8 @@ def _required(draft: Completion) -> None:
             draft.mistakes.append(Mistake("the key is not given", key=name, remedy="every model needs it"))
         elif draft[name] < 1:
             draft.mistakes.append(Mistake("this must be at least 1", key=name, value=draft[name]))
+    if (draft["num_layers"] or 0) > MOST_LAYERS:
+        draft.mistakes.append(Mistake(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
 
 
 def _layout(draft: Completion) -> None:
@@ -110,7 +112,7 @@ def _model(draft: Completion) -> None:
         draft.derive("num_kv_heads", heads)
     if heads is not None and hidden is not None and draft["kv_channels"] is None:
         draft.derive("kv_channels", head_dim(hidden, heads))
-    if layers is not None and layers >= 1:
+    if layers is not None and 1 <= layers <= MOST_LAYERS:
         draft.derive("attention_config", expand_attention(draft["attention_config"], layers))
 
 
@@ -124,7 +126,8 @@ def _precision(draft: Completion) -> None:
 
 
 def _zero(draft: Completion) -> None:
-    zero = derive_zero(draft["precision"] or "fp32", draft["zero_optimization"])
+    tuned = draft["autotuning"] is not None
+    zero = derive_zero(draft["precision"] or "fp32", draft["zero_optimization"], tuned=tuned)
     draft.derive("zero_optimization", zero)
     for name in ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"):
         draft.derive(f"zero_{name}", _as_output(name, zero.get(name)))
@@ -136,12 +139,14 @@ def _as_output(name: str, value: Any) -> Any:
         return value if isinstance(value, bool) else None
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if name == "stage" and isinstance(value, (list, str)):
+        return tuple(value) if isinstance(value, list) else value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _optimizer(draft: Completion) -> None:
     kind, rate = draft.user("optimizer_type"), draft.user("lr")
-    if draft["optimizer"] is None and rate is None and draft.trains:
+    if draft["optimizer"] is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
     choice = derive_optimizer(draft["optimizer"], kind, rate, OPTIMIZER_CHOICES)
     draft.derive("optimizer", choice.block)
@@ -194,7 +199,7 @@ def _batch(draft: Completion) -> None:
     if share < 1 or draft["world_size"] % share:
         return  # a rule tells of the layout
     ranks = max(1, draft["world_size"] // share)
-    if draft.trains:
+    if trains(draft["user_script"]):
         batch = derive_batch(draft[names[0]], draft[names[1]], draft[names[2]], ranks)
     else:
         micro = max(1, draft[names[1]] or 1)

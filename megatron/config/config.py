@@ -168,8 +168,9 @@ def mistakes_of(fault: ValidationError, section: type[Section]) -> list[Mistake]
             mistakes["choices"] = Mistake(str(error["msg"]).removeprefix("Value error, "))
             continue
         name = str(error["loc"][0])
-        value = error["input"]
         if name not in mistakes:
             wanted = type_in_words(CATALOG[name].annotation)
-            mistakes[name] = Mistake(f"this is {value_in_words(value)}", key=name, value=value, remedy=f"give {wanted}")
+            items = [part + 1 for part in error["loc"][1:] if isinstance(part, int)]
+            what = f"item {items[0]} is" if items else "this is"
+            mistakes[name] = Mistake(f"{what} {value_in_words(error['input'])}", key=name, remedy=f"give {wanted}")
     return list(mistakes.values())

@@ -47,7 +47,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     if values["precision"] == "bfloat16":
         settings["bf16"] = values["bf16"]
     if values["precision"] == "fp16":
-        settings["fp16"] = {name: value for name, value in values["fp16"].items() if name != "type"}
+        settings["fp16"] = {name: value for name, value in values["fp16"].items() if name not in {"type", "fp16"}}
     if values["fp32_allreduce"]:
         settings["communication_data_type"] = "fp32"
     for name in HANDED_ON:

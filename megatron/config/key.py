@@ -31,7 +31,7 @@ def planned(built: tuple[str, ...], *further: str) -> tuple[str, ...]:
 class Section(BaseModel):
     """The keys of one topic. Frozen: a changed value is a new section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 

@@ -11,6 +11,8 @@ RENAMED = {
     "gas": "gradient_accumulation_steps",
     "autotuning_config": "autotuning",
     "save_iters": "extra_save_iters",
+    "save_interval": "checkpoint_factor",
+    "num_experts": "moe_num_experts",
 }
 """Same meaning, another name."""
 
@@ -25,7 +27,6 @@ REFUSED = {
     "or [[[sparse_variable, global], all]] for `interspersed`",
     "attention_type": "write attention_config: [[[global], all]] with the kind of attention in it",
     "mlp_type": "write activation: swiglu with use_bias_in_mlp: false for the LLaMA MLP",
-    "save_interval": "write checkpoint_factor, the steps between checkpoints",
     "warmup_iters": "write warmup, the part of the decay horizon",
     "lr_warmup_iters": "write warmup, the part of the decay horizon",
     "decay_lr_to": "write min_lr, the learning rate itself",

@@ -16,9 +16,10 @@ from megatron.config.decode import decode
 from megatron.config.legacy import modernise
 from megatron.config.merge import Given, merge
 from megatron.config.resources import Resources
-from megatron.config.rules import violations
+from megatron.config.rules.every import violations
 from megatron.config.sections.launch import LaunchSection
 from megatron.config.support import not_supported_yet, without_effect
+from megatron.config.words import accepts
 from megatron.errors import UNSET, ConfigError, Mistake
 
 DEFAULT, DERIVED = "default", "derived"
@@ -53,7 +54,7 @@ def resolve(
     given, mistakes, warnings = modernise(merged.values)
     mistakes = [*merged.mistakes, *mistakes]
     mistakes += [unknown_key(name, where=one.where) for name, one in given.items() if name not in CATALOG]
-    tuned = {name for name, one in given.items() if one.value == "auto" and "autotuning" in given}
+    tuned = _left_to_autotuner(given)
     values, unchosen = decode({name: one.value for name, one in given.items() if name not in tuned})
     mistakes += _placed(unchosen, given)
     refused = {mistake.key for mistake in unchosen}
@@ -64,6 +65,14 @@ def resolve(
     ConfigError.raise_any(mistakes)
     found = resources(typed.launch) if callable(resources) else resources
     return _finish(typed, given, merged.texts, found, warnings)
+
+
+def _left_to_autotuner(given: Mapping[str, Given]) -> set[str]:
+    """Keys that take no text and say `auto`, where the autotuner is asked for; they count as not given."""
+    if "autotuning" not in given or not given["autotuning"].value:
+        return set()
+    auto = {name for name, one in given.items() if one.value == "auto" and name in CATALOG}
+    return {name for name in auto if not accepts(CATALOG[name].annotation, str)}
 
 
 def _finish(

@@ -127,9 +127,30 @@ GAPS: tuple[Gap, ...] = (
     Gap("curriculum_learning", "the older curriculum, gone from DeepSpeed", _on),
     Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
     Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
+    Gap("fp16_lm_cross_entropy", "a loss in fp16", _on),
     Gap("compile", "compilation of the blocks", _on),
     Gap("lazy_mpu_init", "process groups made by the caller", _on),
 )
+
+
+def _bfloat16_without_zero(config: Config) -> str | None:
+    accumulate = (config.precision.data_types or {}).get("grad_accum_dtype")
+    if config.precision.precision == "bfloat16" and config.deepspeed.zero_stage == 0 and accumulate == "fp32":
+        return "zero_optimization = {stage: 0}: bfloat16 with gradients summed in fp32 needs ZeRO; set stage: 1"
+    return None
+
+
+def _adam_variants(config: Config) -> str | None:
+    params = config.optimizer.params
+    plain = {"bias_correction": True, "adam_w_mode": True, "amsgrad": False}
+    asked = [f"{name} = {params[name]!r}" for name, value in plain.items() if params.get(name, value) != value]
+    if config.optimizer.optimizer_type != "adam" or not asked:
+        return None
+    return f"optimizer = {{params: {', '.join(asked)}}}: not built yet: other forms of Adam"
+
+
+COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_bfloat16_without_zero, _adam_variants)
+"""Gaps that several keys make together."""
 
 HINTS = {
     "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",

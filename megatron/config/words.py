@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -63,6 +64,8 @@ def value_in_words(value: Any) -> str:
     """The kind of a value, as "text" or "a list"."""
     if isinstance(value, (list, tuple)):
         return "a list"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
     for kind in (bool, int, float, str, dict):
         if isinstance(value, kind):
             return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, PLAIN[kind])

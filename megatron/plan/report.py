@@ -115,8 +115,10 @@ def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds:
     held = on_rank(table, layers, cut, tied=dims.tied, last=last)
     width = WIDTHS[config.precision.precision or "fp32"]
     zero = config.deepspeed.zero_optimization or {}
-    bucket = int(zero.get("reduce_bucket_size", 500_000_000))
-    stored = StateLayout(width, int(zero.get("stage", 0)), axes.data_parallel_size, bucket)
+    stage_number = zero.get("stage", 0)
+    zero_stage = stage_number if isinstance(stage_number, int) else 0  # the autotuner may still choose
+    bucket = config.deepspeed.zero_reduce_bucket_size or 500_000_000
+    stored = StateLayout(width, zero_stage, axes.data_parallel_size, bucket)
     parameters, gradients, optimizer = state_memory(held, stored)
     recompute = config.recompute.checkpoint_num_layers if config.recompute.checkpoint_activations else 0
     layout = ActivationLayout(

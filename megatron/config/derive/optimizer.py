@@ -10,6 +10,22 @@ from megatron.registry import nearest_name
 
 DEFAULT_LR = 1.0e-3
 
+ADAM_PARAMS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "bias_correction",
+    "adam_w_mode",
+    "amsgrad",
+    "max_grad_norm",
+    "torch_adam",
+    "freeze_step",
+    "cuda_aware",
+    "comm_backend_name",
+)
+"""What the params of any Adam may name; gradient_clipping decides where max_grad_norm is given."""
+
 
 @dataclass(frozen=True)
 class OptimizerChoice:
@@ -37,6 +53,7 @@ def derive_optimizer(
         *_contradiction("optimizer_type", kind, found_kind, block),
         *_contradiction("lr", lr, found_lr, block),
         *_number_mistakes(params),
+        *(_unknown_params(params, block) if "adam" in found_kind else ()),
     ]
     ConfigError.raise_any(mistakes)
     decay = params.get("weight_decay")
@@ -62,6 +79,16 @@ def _contradiction(key: str, given: object, found: object, block: dict[str, Any]
     if given is None or given == found:
         return []
     return [Mistake(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")]
+
+
+def _unknown_params(params: dict[str, Any], block: dict[str, Any]) -> list[Mistake]:
+    mistakes = []
+    for name in params:
+        if name not in ADAM_PARAMS:
+            close = nearest_name(str(name), ADAM_PARAMS)
+            remedy = f"did you mean {close}?" if close else f"the parameters are {', '.join(ADAM_PARAMS)}"
+            mistakes.append(Mistake(f"Adam has no parameter {name}", key="optimizer", value=block, remedy=remedy))
+    return mistakes
 
 
 def _number_mistakes(params: dict[str, Any]) -> list[Mistake]:

@@ -54,10 +54,11 @@ def derive_data_types(precision: str, data_types: Table | None) -> Table | None:
     return data_types
 
 
-def derive_zero(precision: str, zero: Table | None) -> Table:
+def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
     """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16, whose fp32 master weights need it.
 
-    Raises ConfigError for a block without a stage, or with one that does not exist.
+    tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
+    with one that does not exist.
     """
     if zero is None:
         return {
@@ -74,7 +75,8 @@ def derive_zero(precision: str, zero: Table | None) -> Table:
         raise ConfigError.of(
             "the block has no stage", key="zero_optimization", value=zero, remedy="add stage: 0, 1, 2 or 3"
         )
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    stages = stage if tuned and isinstance(stage, list) else [stage]
+    if any(isinstance(one, bool) or one not in (0, 1, 2, 3) for one in stages) and not (tuned and stage == "all"):
         raise ConfigError.of(
             f"there is no ZeRO stage {stage!r}",
             key="zero_optimization",

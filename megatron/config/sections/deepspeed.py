@@ -5,7 +5,7 @@ may carry them.
 """
 
 from megatron.config.key import Section, key
-from megatron.config.types import Table
+from megatron.config.types import Integers, Table
 
 
 class DeepspeedSection(Section):
@@ -15,7 +15,7 @@ class DeepspeedSection(Section):
     zero_optimization: Table | None = key(
         None, "ZeRO: {stage: 0 | 1 | 2 | 3, ...}; stage 0 when left out, stage 1 for bfloat16. arXiv:1910.02054."
     )
-    zero_stage: int | str | tuple[int, ...] | None = key(None, "ZeRO stage; follows from zero_optimization.")
+    zero_stage: int | str | Integers | None = key(None, "ZeRO stage; follows from zero_optimization.")
     zero_reduce_scatter: bool | None = key(None, "Follows from zero_optimization.")
     zero_contiguous_gradients: bool | None = key(None, "Follows from zero_optimization.")
     zero_reduce_bucket_size: int | None = key(None, "Follows from zero_optimization.", unit="elements")

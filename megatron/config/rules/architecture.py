@@ -1,0 +1,68 @@
+"""Rules about the shape of one block and the positions it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.config.config import Config
+from megatron.errors import Mistake
+
+
+def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
+    """Without kv_channels, every head has hidden_size / num_attention_heads features."""
+    model = config.model
+    assert model.hidden_size and model.num_attention_heads
+    if model.kv_channels is not None and model.kv_channels < 1:
+        yield Mistake("a head needs at least one feature", key="kv_channels", value=model.kv_channels)
+    elif (
+        model.kv_channels == model.hidden_size // model.num_attention_heads
+        and model.hidden_size % model.num_attention_heads
+        and "mamba" not in (model.attention_config or ())
+    ):
+        yield Mistake(
+            f"num_attention_heads = {model.num_attention_heads} does not divide it",
+            key="hidden_size",
+            value=model.hidden_size,
+            remedy="change one of the two, or give kv_channels, the width of a head",
+        )
+
+
+def grouped_heads_need_dense_attention(config: Config) -> Iterator[Mistake]:
+    """Fewer key heads than query heads works with global and flash attention only."""
+    model = config.model
+    if model.num_kv_heads == model.num_attention_heads:
+        return
+    others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
+    if others or model.sparsity_config:
+        what = f"attention of kind {', '.join(others)}" if others else "sparsity_config"
+        yield Mistake(f"{what} needs as many key heads as query heads", key="num_kv_heads", value=model.num_kv_heads)
+
+
+def positions_cover_sequence(config: Config) -> Iterator[Mistake]:
+    """Every token of a sequence needs a position."""
+    model = config.model
+    assert model.max_position_embeddings is not None
+    assert model.seq_length is not None
+    if model.max_position_embeddings < model.seq_length:
+        yield Mistake(
+            f"it is less than seq_length = {model.seq_length}",
+            key="max_position_embeddings",
+            value=model.max_position_embeddings,
+            remedy="raise it, or shorten seq_length",
+        )
+
+
+def rotary_turns_pairs(config: Config) -> Iterator[Mistake]:
+    """Rotary positions turn pairs of features, on the first rotary_pct of each head."""
+    model = config.model
+    if model.pos_emb != "rotary" or model.kv_channels is None:
+        return
+    turned = int(model.kv_channels * model.rotary_pct)
+    if not 0 < model.rotary_pct <= 1:
+        yield Mistake("it must be above 0 and at most 1", key="rotary_pct", value=model.rotary_pct)
+    elif turned % 2 or turned == 0:
+        yield Mistake(
+            f"it turns {turned} of the {model.kv_channels} features of a head, which is not a number of pairs",
+            key="rotary_pct",
+            value=model.rotary_pct,
+        )

@@ -1,0 +1,45 @@
+"""All rules across sections. Each is a function of the whole Config that yields the mistakes it finds.
+
+All rules are applied and every violation is reported at once. A rule speaks of what can never work; what is only
+not built yet stands in `megatron.config.support`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megatron.config.config import Config
+from megatron.config.rules import architecture, data, layout, run
+from megatron.errors import Mistake
+
+Rule = Callable[[Config], Iterator[Mistake]]
+
+RULES: tuple[Rule, ...] = (
+    run.deepspeed_is_on,
+    layout.layout_divides_world,
+    layout.stages_hold_layers,
+    layout.vocabulary_divides_ranks,
+    architecture.heads_divide_hidden,
+    layout.heads_divide_ranks,
+    architecture.grouped_heads_need_dense_attention,
+    layout.mlp_width_divides_ranks,
+    architecture.positions_cover_sequence,
+    architecture.rotary_turns_pairs,
+    run.fractions_are_fractions,
+    run.counts_are_positive,
+    layout.pipeline_limits_zero,
+    run.fp16_loss_needs_fp16,
+    layout.experts_limit_zero,
+    run.learning_rates_are_ordered,
+    run.saving_is_scheduled,
+    run.loading_is_possible,
+    run.run_has_a_length,
+    data.data_has_one_source,
+    data.lists_are_as_long_as_their_paths,
+    data.split_is_readable,
+)
+
+
+def violations(config: Config) -> list[Mistake]:
+    """Every mistake that any rule finds."""
+    return [mistake for rule in RULES for mistake in rule(config)]

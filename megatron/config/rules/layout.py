@@ -1,0 +1,132 @@
+"""Rules about what the parallel axes and ZeRO can cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron.config.config import Config
+from megatron.errors import Mistake
+
+
+def layout_divides_world(config: Config) -> Iterator[Mistake]:
+    """The product pipe x model x context must divide the world size."""
+    axes = config.parallelism
+    stages = max(1, axes.pipe_parallel_size)
+    for name in ("pipe_parallel_size", "model_parallel_size", "context_parallel_size"):
+        if getattr(axes, name) < 0 or (name != "pipe_parallel_size" and getattr(axes, name) < 1):
+            yield Mistake("a parallel size cannot be this small", key=name, value=getattr(axes, name))
+            return
+    share = stages * axes.model_parallel_size * axes.context_parallel_size
+    assert axes.world_size is not None
+    if axes.world_size % share:
+        product = f"{stages} x {axes.model_parallel_size}"
+        names = "pipe_parallel_size x model_parallel_size"
+        if axes.context_parallel_size > 1:
+            product, names = f"{product} x {axes.context_parallel_size}", f"{names} x context_parallel_size"
+        yield Mistake(
+            f"the world size does not divide by {names} = {product} = {share}",
+            key="world_size",
+            value=axes.world_size,
+            remedy=f"run on a multiple of {share} ranks, or choose smaller sizes",
+        )
+
+
+def stages_hold_layers(config: Config) -> Iterator[Mistake]:
+    """Every pipeline stage needs a block, and the layers are dealt out by a method that exists."""
+    axes, layers = config.parallelism, config.model.num_layers
+    assert layers
+    if axes.pipe_parallel_size > layers:
+        yield Mistake(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
+    method = axes.pipe_partition_method.lower()
+    if method not in {"uniform", "parameters"} and not _is_type_method(method):
+        yield Mistake(
+            "there is no such method",
+            key="pipe_partition_method",
+            value=axes.pipe_partition_method,
+            remedy="write uniform, parameters, or type: and a regular expression",
+        )
+
+
+def _is_type_method(method: str) -> bool:
+    try:
+        re.compile(method.removeprefix("type:"))
+    except re.error:
+        return False
+    return method.startswith("type:")
+
+
+def vocabulary_divides_ranks(config: Config) -> Iterator[Mistake]:
+    """A padded vocabulary that is given outright is cut evenly by tensor parallelism."""
+    padded, ranks = config.tokenizer.padded_vocab_size, config.parallelism.model_parallel_size
+    if padded is not None and ranks > 0 and padded % ranks:
+        yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="padded_vocab_size", value=padded)
+
+
+def heads_divide_ranks(config: Config) -> Iterator[Mistake]:
+    """Tensor parallel ranks hold whole heads, of queries and of keys."""
+    heads, ranks = config.model.num_attention_heads, config.parallelism.model_parallel_size
+    kv_heads = config.model.num_kv_heads
+    assert heads is not None
+    assert kv_heads is not None
+    if ranks > 0 and heads % ranks:
+        yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
+    if kv_heads < 1 or heads % kv_heads:
+        yield Mistake(f"it does not divide num_attention_heads = {heads}", key="num_kv_heads", value=kv_heads)
+    elif kv_heads != heads and ranks > 0 and kv_heads % ranks:
+        yield Mistake(
+            f"model_parallel_size = {ranks} does not divide it",
+            key="num_kv_heads",
+            value=kv_heads,
+            remedy=f"at most {kv_heads} tensor parallel ranks can share {kv_heads} key heads",
+        )
+
+
+def mlp_width_divides_ranks(config: Config) -> Iterator[Mistake]:
+    """The MLP's inner width is cut evenly; only one of its two sizes may be given."""
+    model, ranks = config.model, config.parallelism.model_parallel_size
+    if model.intermediate_size is not None and model.expansion_factor is not None:
+        yield Mistake(
+            f"intermediate_size = {model.intermediate_size} says the same width",
+            key="expansion_factor",
+            value=model.expansion_factor,
+            remedy="leave one of the two out",
+        )
+    elif model.mlp_multiple_of < 1:
+        yield Mistake("it must be at least 1", key="mlp_multiple_of", value=model.mlp_multiple_of)
+    elif model.mlp_width < 1:
+        key = "intermediate_size" if model.intermediate_size is not None else "expansion_factor"
+        yield Mistake("the MLP would have no width", key=key, value=getattr(model, key))
+    elif ranks > 0 and model.mlp_width % ranks:
+        key = "intermediate_size" if model.intermediate_size is not None else "hidden_size"
+        yield Mistake(
+            f"the MLP's inner width is {model.mlp_width}, which model_parallel_size = {ranks} does not divide",
+            key=key,
+            value=getattr(model, key),
+            remedy=f"set mlp_multiple_of to a multiple of {ranks}",
+        )
+
+
+def pipeline_limits_zero(config: Config) -> Iterator[Mistake]:
+    """DeepSpeed's pipeline engine keeps whole gradients, which ZeRO 2 and 3 partition."""
+    stage = config.deepspeed.zero_stage
+    if config.parallelism.pipe_parallel_size >= 1 and stage in (2, 3):
+        yield Mistake(
+            f"the pipeline engine (pipe_parallel_size = {config.parallelism.pipe_parallel_size}) "
+            f"does not work with ZeRO stage {stage}",
+            key="zero_optimization",
+            value=config.deepspeed.zero_optimization,
+            remedy="use stage 0 or 1, or pipe_parallel_size: 0",
+        )
+
+
+def experts_limit_zero(config: Config) -> Iterator[Mistake]:
+    """Experts are parameters of their own groups, which ZeRO 3 does not know; tokens choose among what exists."""
+    moe = config.moe
+    if moe.moe_num_experts > 1 and config.deepspeed.zero_stage == 3:
+        stage = config.deepspeed.zero_optimization
+        yield Mistake(
+            "experts do not work with ZeRO 3", key="zero_optimization", value=stage, remedy="use stage 0, 1 or 2"
+        )
+    if moe.moe_top_k > moe.moe_num_experts > 1:
+        yield Mistake(f"there are {moe.moe_num_experts} experts", key="moe_top_k", value=moe.moe_top_k)

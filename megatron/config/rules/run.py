@@ -1,0 +1,148 @@
+"""Rules about numbers, precision, the schedule, saving and the length of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.config.complete import trains
+from megatron.config.config import Config
+from megatron.errors import Mistake
+
+MOST_MEMORY = 1_000_000  # GiB
+
+
+def deepspeed_is_on(config: Config) -> Iterator[Mistake]:
+    """There is no other engine."""
+    if not config.deepspeed.deepspeed:
+        yield Mistake(
+            "training always runs through DeepSpeed", key="deepspeed", value=False, remedy="leave the key out"
+        )
+
+
+def fractions_are_fractions(config: Config) -> Iterator[Mistake]:
+    """Probabilities and shares lie in [0, 1]."""
+    sections = (config.model, config.schedule, config.generation)
+    names = ("hidden_dropout", "attention_dropout", "warmup", "lr_decay_fraction", "top_p", "min_p")
+    for section in sections:
+        for name in names:
+            value = getattr(section, name, None)
+            if value is not None and not 0 <= value <= 1:
+                yield Mistake("it must lie between 0 and 1", key=name, value=value)
+
+
+def counts_are_positive(config: Config) -> Iterator[Mistake]:
+    """Sizes and counts for which zero or less means nothing."""
+    values = config.flat()
+    for name in (
+        "checkpoint_num_layers",
+        "eval_interval",
+        "log_interval",
+        "keep_last_n_checkpoints",
+        "make_vocab_size_divisible_by",
+        "vocab_size",
+        "padded_vocab_size",
+        "moe_num_experts",
+        "moe_top_k",
+        "seed",
+        "num_samples",
+        "maximum_tokens",
+        "repetition_penalty",
+        "eval_limit",
+        "eval_batch_size",
+        "exit_interval",
+        "gpu_memory",
+        "steps_per_print",
+        "rotary_emb_base",
+    ):
+        value = values[name]
+        if value is not None and value <= 0:
+            yield Mistake("it must be more than 0", key=name, value=value)
+    if (values["gpu_memory"] or 0) > MOST_MEMORY:
+        yield Mistake(f"at most {MOST_MEMORY:,}", key="gpu_memory", value=values["gpu_memory"])
+    for name in (
+        "weight_decay",
+        "gradient_clipping",
+        "min_lr",
+        "lr",
+        "eval_iters",
+        "num_workers",
+        "temperature",
+        "top_k",
+    ):
+        value = values[name]
+        if value is not None and value < 0:
+            yield Mistake("it cannot be negative", key=name, value=value)
+
+
+def fp16_loss_needs_fp16(config: Config) -> Iterator[Mistake]:
+    """The loss can be computed in fp16 only where the logits are fp16."""
+    if config.kernels.fp16_lm_cross_entropy and config.precision.precision != "fp16":
+        yield Mistake(
+            f"the precision is {config.precision.precision}",
+            key="fp16_lm_cross_entropy",
+            value=True,
+            remedy="leave it out",
+        )
+
+
+def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:
+    """The floor of the schedule is not above its peak; the schedule has one source on resuming."""
+    rate, floor = config.optimizer.lr, config.schedule.min_lr
+    if rate is not None and floor > rate:
+        yield Mistake(f"it is above the learning rate {rate}", key="min_lr", value=floor)
+    if config.schedule.override_lr_scheduler and config.schedule.use_checkpoint_lr_scheduler:
+        yield Mistake(
+            "override_lr_scheduler asks for the opposite",
+            key="use_checkpoint_lr_scheduler",
+            value=True,
+            remedy="keep one",
+        )
+
+
+def saving_is_scheduled(config: Config) -> Iterator[Mistake]:
+    """`save` says where; checkpoint_factor or extra_save_iters say when."""
+    saving = config.checkpoint
+    factor = saving.checkpoint_factor
+    if (
+        trains(config.launch.user_script)
+        and saving.save is not None
+        and factor is None
+        and saving.extra_save_iters is None
+    ):
+        yield Mistake(
+            "nothing says when to save",
+            key="save",
+            value=saving.save,
+            remedy="give checkpoint_factor (steps between checkpoints) or extra_save_iters",
+        )
+    if factor is None:
+        return
+    if saving.checkpoint_scale == "linear" and (factor < 1 or factor != int(factor)):
+        yield Mistake(
+            "with checkpoint_scale linear it is a whole number of steps", key="checkpoint_factor", value=factor
+        )
+    if saving.checkpoint_scale == "log" and factor <= 1:
+        yield Mistake("with checkpoint_scale log it must be more than 1", key="checkpoint_factor", value=factor)
+
+
+def loading_is_possible(config: Config) -> Iterator[Mistake]:
+    """`finetune` and `iteration` speak of a checkpoint, which `load` names."""
+    saved = config.checkpoint
+    if saved.load is None and saved.finetune:
+        yield Mistake("nothing is loaded", key="finetune", value=True, remedy="give load, the folder of the checkpoint")
+
+
+def run_has_a_length(config: Config) -> Iterator[Mistake]:
+    """One of train_iters, train_epochs and train_samples."""
+    if not trains(config.launch.user_script):
+        return
+    names = ("train_iters", "train_epochs", "train_samples")
+    given = [name for name in names if getattr(config.training, name) is not None]
+    if not given:
+        yield Mistake("the length of the run is not given", key="train_iters", remedy="give train_iters")
+    if len(given) > 1:
+        yield Mistake(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
+    for name in given:
+        value = getattr(config.training, name)
+        if value < 0 or (value == 0 and name != "train_iters"):
+            yield Mistake("a run cannot have this length", key=name, value=value)

@@ -1,0 +1,63 @@
+"""Every key is a flag."""
+
+import pytest
+
+from megatron.config.flags import read_flags
+from megatron.errors import ConfigError
+
+
+def test_both_spellings_and_both_forms() -> None:
+    flags = read_flags(["train.py", "--train-iters", "100", "--train_batch_size=8", "--lr=-1e-3", "a.yml", "-i", "x"])
+    assert flags.values == {"train_iters": 100, "train_batch_size": 8, "lr": -1e-3}
+    assert flags.rest == ["train.py", "a.yml", "-i", "x"]
+
+
+def test_negative_numbers_are_values() -> None:
+    assert read_flags(["--num_nodes", "-1"]).values == {"num_nodes": -1}
+
+
+def test_switches_stand_alone_or_take_a_value() -> None:
+    assert read_flags(["--finetune", "a.yml"]).values == {"finetune": True}
+    assert read_flags(["--finetune", "a.yml"]).rest == ["a.yml"]
+    assert read_flags(["--finetune", "false", "--gpt-j-residual=true"]).values == {
+        "finetune": False,
+        "gpt_j_residual": True,
+    }
+    assert read_flags(["--use_wandb", "null"]).values == {"use_wandb": None}
+
+
+def test_lists_take_every_value() -> None:
+    assert read_flags(["--eval_tasks", "piqa", "lambada*", "--seed", "3"]).values == {
+        "eval_tasks": ["piqa", "lambada*"],
+        "seed": 3,
+    }
+    assert read_flags(["--extra_save_iters", "1", "2"]).values == {"extra_save_iters": [1, 2]}
+    assert read_flags(["--extra_save_iters", "[1, 2]"]).values == {"extra_save_iters": [1, 2]}
+
+
+def test_text_is_taken_as_it_stands() -> None:
+    values = read_flags(["--wandb_group", "007", "--comment=yes", "--prompt_end", "1e5", "--save", "null"]).values
+    assert values == {"wandb_group": "007", "comment": "yes", "prompt_end": "1e5", "save": None}
+
+
+def test_mappings_are_yaml() -> None:
+    values = read_flags(["--optimizer", "{type: Adam, params: {lr: 1e-4}}"]).values
+    assert values == {"optimizer": {"type": "Adam", "params": {"lr": 1e-4}}}
+
+
+def test_flags_of_the_caller_and_what_follows_a_double_dash_are_left() -> None:
+    flags = read_flags(["--dry-run", "--json", "--seed", "1", "--", "--seed"], ["--dry-run", "--json"])
+    assert flags.values == {"seed": 1}
+    assert flags.rest == ["--dry-run", "--json", "--seed"]
+
+
+def test_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as fault:
+        read_flags(["--train-itres", "5", "--seed", "--seed", "3", "--qqqqqq"], ["--dry-run"])
+    assert str(fault.value).splitlines() == [
+        "--train-itres: there is no such flag; did you mean --train_iters?",
+        "--seed: the flag needs a value; give a whole number",
+        "--qqqqqq: there is no such flag; configs/README.md lists every key",
+    ]
+    with pytest.raises(ConfigError, match="given twice"):
+        read_flags(["--seed", "2", "--seed", "3"])

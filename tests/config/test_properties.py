@@ -1,0 +1,97 @@
+"""Any valid configuration survives its journey unchanged; no mutation of one ends in a traceback."""
+
+import json
+from typing import Any, get_args, get_origin
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.config import CATALOG, Config, Resolution, Resources, resolve, wire
+from megatron.config.config import KeyFacts
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.words import members
+from megatron.errors import ConfigError
+from megatron.plan import make_plan
+from tests.config.small import SMALL
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+plain = st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**40), finite, text)
+anything = st.recursive(
+    plain, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)), max_leaves=6
+)
+
+SIMPLE = {bool: st.booleans(), int: st.integers(), float: finite, str: text, type(None): st.none()}
+
+
+def values_of(facts: KeyFacts) -> st.SearchStrategy[Any]:
+    """Values that the key's type allows."""
+    if facts.name == "attention_config":
+        return st.one_of(st.none(), st.lists(st.sampled_from(facts.choices), max_size=4).map(tuple))
+    if facts.choices:
+        return st.sampled_from(facts.choices)
+    if facts.annotation is Any:
+        return plain
+    return st.one_of([value_of(member) for member in members(facts.annotation)])
+
+
+def value_of(kind: Any) -> st.SearchStrategy[Any]:
+    if get_origin(kind) is tuple:
+        inner = SIMPLE.get(get_args(kind)[0], plain)
+        return st.lists(inner, max_size=3).map(tuple)
+    if get_origin(kind) is dict:
+        return st.dictionaries(text, plain, max_size=3)
+    return SIMPLE[kind]
+
+
+some_keys = st.lists(st.sampled_from(sorted(CATALOG)), max_size=30, unique=True)
+
+
+@st.composite
+def valid(draw: st.DrawFn) -> dict[str, Any]:
+    return {name: draw(values_of(CATALOG[name])) for name in draw(some_keys)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(valid())
+def test_flat_to_config_to_wire_and_back(values: dict[str, Any]) -> None:
+    config = Config.from_flat(values)
+    assert {name: config.flat()[name] for name in values} == values
+    assert Config.from_flat(config.flat()) == config
+    assert wire.decode(wire.encode(config)) == config
+    assert config.replace() == config
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    values = dict(SMALL)
+    for name in draw(st.lists(st.sampled_from(sorted(CATALOG)), min_size=1, max_size=5)):
+        near = st.sampled_from(
+            [-1, 0, 1, 2, 3, 7, 0.5, True, "", "auto", [], {}, {"enabled": True}, [[["flash"], "all"]]]
+        )
+        values[name] = draw(st.one_of(near, values_of(CATALOG[name]), anything))
+    return values
+
+
+@settings(max_examples=250, deadline=None)
+@given(mutated(), st.integers(1, 64))
+def test_a_mutated_configuration_resolves_or_is_refused_in_words(values: dict[str, Any], world_size: int) -> None:
+    resolution = attempt(values, world_size)
+    if resolution is None:
+        return
+    json.dumps(resolution.config.flat())
+    assert make_plan(resolution).text()
+    again = resolve([], resolution.config.flat(), Resources(world_size))
+    assert again.config == resolution.config
+
+
+def attempt(values: dict[str, Any], world_size: int) -> Resolution | None:
+    """The resolution, or None for a refusal in words; anything else that is raised fails the test."""
+    try:
+        resolution = resolve([], values, Resources(world_size))
+        deepspeed_config(resolution.config)
+    except ConfigError as fault:
+        if not fault.mistakes or not all(str(mistake).strip() for mistake in fault.mistakes):
+            raise AssertionError("a refusal without words") from fault
+        return None
+    return resolution

@@ -1,0 +1,142 @@
+"""Files and flags become one Config, or every mistake at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import CATALOG, Config, Resources, resolve
+from megatron.errors import ConfigError
+from tests.config.small import SMALL, faults, resolved, write
+
+
+def test_the_origin_of_every_value_is_kept(tmp_path: Path) -> None:
+    text = "".join(f"{name}: {value}\n" for name, value in SMALL.items())
+    path = write(tmp_path, "small.yml", text)
+    resolution = resolve([path], {"seed": 7}, Resources(2))
+    assert resolution.origin.keys() == CATALOG.keys()
+    assert resolution.origin["num_layers"] == f"{path}:1"
+    assert resolution.origin["seed"] == "command line"
+    assert resolution.origin["train_batch_size"] == "derived"
+    assert resolution.origin["eval_iters"] == "default"
+    assert resolution.config.checkpoint.config_files == {"small.yml": text}
+
+
+def test_resources_may_depend_on_the_launch_keys() -> None:
+    found: list[Any] = []
+
+    def resources(launch: Any) -> Resources:
+        found.append(launch.num_gpus)
+        return Resources(launch.num_gpus, "cuda")
+
+    config = resolve([], {**SMALL, "num_gpus": 4}, resources).config
+    assert found == [4]
+    assert config.parallelism.world_size == 4
+    assert config.training.train_batch_size == 8
+    assert config.launch.distributed_backend == "nccl"
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yml", "num_layers: two\nhiden_size: 64\nnorm: rmsnrm\nfinetune: 1\nlr: true\n")
+    with pytest.raises(ConfigError) as fault:
+        resolve([path], {"eval_tasks": [1]})
+    assert str(fault.value).splitlines() == [
+        f"{path}:2: hiden_size: there is no such key; did you mean hidden_size?",
+        f"{path}:3: norm = 'rmsnrm': there is no such choice; did you mean rmsnorm? The choices are layernorm, "
+        "rmsnorm, non_parametric_layernorm, scalenorm, te_rmsnorm, te_layernorm",
+        f"{path}:1: num_layers = 'two': this is text; give a whole number or null",
+        f"{path}:5: lr = True: this is true or false; give a number or null",
+        f"{path}:4: finetune = 1: this is a whole number; give true or false",
+        "command line: eval_tasks = [1]: item 1 is a whole number; give a list of texts or null",
+    ]
+
+
+def test_choices_whatever_their_case_and_whole_floats() -> None:
+    config = resolved(norm="RMSNorm", train_iters=1e2, pos_emb="ROTARY", precision="BFloat16").config
+    assert (config.model.norm, config.model.pos_emb, config.precision.precision) == ("rmsnorm", "rotary", "bfloat16")
+    assert config.training.train_iters == 100
+    assert type(config.training.train_iters) is int
+    assert faults(train_iters=1.5) == ["command line: train_iters = 1.5: this is a number; give a whole number or null"]
+
+
+def test_one_path_is_a_list_of_one() -> None:
+    config = resolved(train_data_paths="a").config
+    assert config.data.train_data_paths == ("a",)
+    assert config.data.train_data_weights == (1.0,)
+
+
+def test_older_keys_are_understood_or_refused_by_name() -> None:
+    resolution = resolved(gas=4, detect_nvlink_pairs=True, save_interval=10, save="x")
+    assert resolution.config.training.gradient_accumulation_steps == 4
+    assert resolution.config.checkpoint.checkpoint_factor == 10
+    assert any("detect_nvlink_pairs" in line for line in resolution.warnings)
+    assert faults(sparsity="all")[0].startswith(
+        "command line: sparsity = 'all': this is a key of another release; write"
+    )
+    assert faults(gas=2, gradient_accumulation_steps=2) == [
+        "command line: gas = 2: this is an older name of gradient_accumulation_steps, which is given at command line; "
+        "keep one of the two"
+    ]
+
+
+def test_features_that_are_not_built_resolve_and_are_named() -> None:
+    resolution = resolved(
+        pos_emb="alibi", use_mup=True, precision="fp16", attention_config=[[["flash", "local"], "all"]]
+    )
+    told = "\n".join(resolution.not_supported_yet)
+    for part in ("pos_emb = 'alibi'", "use_mup = True", "precision = 'fp16'", "attention_config = 'local'"):
+        assert part in told
+    assert "'flash'" not in told
+    assert resolved().not_supported_yet == []
+
+
+def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
+    resolution = resolved(bias_gelu_fusion=True, mup_attn_temp=2.0, deepscale=False)
+    assert len(resolution.warnings) == 2
+    assert resolution.warnings[0].startswith("command line: bias_gelu_fusion = True: has no effect")
+    with pytest.raises(ConfigError, match="strict_config makes this an error"):
+        resolved(bias_gelu_fusion=True, strict_config=True)
+
+
+def test_a_resolved_configuration_resolves_to_itself() -> None:
+    config = resolved(4, precision="bfloat16", model_parallel_size=2).config
+    again = resolve([], config.flat(), Resources(4)).config
+    assert again == config
+
+
+def test_inference_needs_no_batch_and_no_length() -> None:
+    flags = {"train_iters": None, "train_micro_batch_size_per_gpu": None, "optimizer": None}
+    config = resolved(8, user_script="generate.py", train_batch_size=3, **flags).config
+    assert config.training.train_micro_batch_size_per_gpu == 1
+    assert faults(8, user_script="train.py", **flags) != []
+    inference = resolved(precision="bfloat16", checkpoint_activations=True, hidden_dropout=0.1).config.for_inference()
+    assert inference.deepspeed.zero_stage == 0
+    assert inference.model.hidden_dropout == 0.0
+    assert not inference.recompute.checkpoint_activations
+
+
+def test_config_is_frozen_and_replaced() -> None:
+    config = resolved().config
+    with pytest.raises(ValueError, match="frozen"):
+        config.model.num_layers = 3  # type: ignore[misc]
+    assert config.replace(num_layers=3).model.num_layers == 3
+    assert config.model.num_layers == 2
+    with pytest.raises(ConfigError, match="did you mean num_layers"):
+        config.replace(num_layer=3)
+    with pytest.raises(ConfigError, match="norm = 'x' is not one of"):
+        Config.from_flat({"norm": "x"})
+
+
+def test_resolving_and_planning_import_no_torch() -> None:
+    code = (
+        "import sys\nfrom megatron.config import resolve, Resources\nfrom megatron.config import deepspeed_json, wire\n"
+        "from megatron.plan import make_plan\n"
+        f"make_plan(resolve([], {SMALL!r}, Resources(2))).text()\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,176 @@
+"""What can never work is refused, each rule in its own words, and nothing else is."""
+
+from typing import Any
+
+import pytest
+
+from tests.config.small import faults, resolved
+
+CASES: list[tuple[int, dict[str, Any], str]] = [
+    (1, {"deepspeed": False}, "deepspeed = False: training always runs through DeepSpeed; leave the key out"),
+    (
+        3,
+        {"pipe_parallel_size": 2},
+        "world_size = 3: the world size does not divide by pipe_parallel_size x model_parallel_size = 2 x 1 = 2; "
+        "run on a multiple of 2 ranks, or choose smaller sizes",
+    ),
+    (
+        6,
+        {"model_parallel_size": 2, "context_parallel_size": 2},
+        "the world size does not divide by pipe_parallel_size x model_parallel_size x context_parallel_size = "
+        "1 x 2 x 2 = 4",
+    ),
+    (1, {"pipe_parallel_size": -1}, "pipe_parallel_size = -1: a parallel size cannot be this small"),
+    (4, {"pipe_parallel_size": 4}, "pipe_parallel_size = 4: there are only 2 blocks"),
+    (1, {"pipe_partition_method": "even"}, "there is no such method; write uniform, parameters, or type:"),
+    (1, {"pipe_partition_method": "type:("}, "pipe_partition_method = 'type:(': there is no such method"),
+    (
+        2,
+        {"padded_vocab_size": 511, "model_parallel_size": 2},
+        "padded_vocab_size = 511: model_parallel_size = 2 does not",
+    ),
+    (1, {"num_layers": 10**12}, "num_layers = 1000000000000: at most 1,000"),
+    (1, {"hidden_size": 66}, "hidden_size = 66: num_attention_heads = 4 does not divide it"),
+    (1, {"kv_channels": 0}, "kv_channels = 0: a head needs at least one feature"),
+    (8, {"model_parallel_size": 8}, "num_attention_heads = 4: model_parallel_size = 8 does not divide it"),
+    (1, {"num_kv_heads": 3}, "num_kv_heads = 3: it does not divide num_attention_heads = 4"),
+    (
+        4,
+        {"num_kv_heads": 2, "model_parallel_size": 4},
+        "model_parallel_size = 4 does not divide it; at most 2 tensor parallel ranks can share 2 key heads",
+    ),
+    (
+        1,
+        {"num_kv_heads": 2, "attention_config": [[["local"], "all"]]},
+        "num_kv_heads = 2: attention of kind local needs as many key heads as query heads",
+    ),
+    (
+        1,
+        {"intermediate_size": 64, "expansion_factor": 2.0},
+        "expansion_factor = 2.0: intermediate_size = 64 says the same width; leave one of the two out",
+    ),
+    (1, {"mlp_multiple_of": 0}, "mlp_multiple_of = 0: it must be at least 1"),
+    (1, {"intermediate_size": 1, "activation": "swiglu"}, "intermediate_size = 1: the MLP would have no width"),
+    (
+        2,
+        {"intermediate_size": 65, "model_parallel_size": 2},
+        "inner width is 65, which model_parallel_size = 2 does not divide; set mlp_multiple_of to a multiple of 2",
+    ),
+    (
+        1,
+        {"max_position_embeddings": 16},
+        "max_position_embeddings = 16: it is less than seq_length = 32; raise it, or shorten seq_length",
+    ),
+    (1, {"pos_emb": "rotary", "rotary_pct": 0.0}, "rotary_pct = 0.0: it must be above 0 and at most 1"),
+    (
+        1,
+        {"pos_emb": "rotary", "rotary_pct": 0.2},
+        "it turns 3 of the 16 features of a head, which is not a number of pairs",
+    ),
+    (1, {"hidden_dropout": 1.5}, "hidden_dropout = 1.5: it must lie between 0 and 1"),
+    (1, {"warmup": float("nan")}, "warmup = nan: this is not a finite number; give a number"),
+    (1, {"gpu_memory": 1e300}, "gpu_memory = 1e+300: at most 1,000,000"),
+    (1, {"warmup": -0.1}, "warmup = -0.1: it must lie between 0 and 1"),
+    (1, {"log_interval": 0}, "log_interval = 0: it must be more than 0"),
+    (1, {"weight_decay": -1.0}, "weight_decay = -1.0: it cannot be negative"),
+    (
+        2,
+        {"pipe_parallel_size": 1, "zero_optimization": {"stage": 2}},
+        "the pipeline engine (pipe_parallel_size = 1) does not work with ZeRO stage 2; use stage 0 or 1, or "
+        "pipe_parallel_size: 0",
+    ),
+    (1, {"fp16_lm_cross_entropy": True}, "fp16_lm_cross_entropy = True: the precision is fp32; leave it out"),
+    (
+        1,
+        {"moe_num_experts": 2, "zero_optimization": {"stage": 3}},
+        "experts do not work with ZeRO 3; use stage 0, 1 or 2",
+    ),
+    (1, {"moe_num_experts": 2, "moe_top_k": 3}, "moe_top_k = 3: there are 2 experts"),
+    (1, {"min_lr": 0.01}, "min_lr = 0.01: it is above the learning rate 0.001"),
+    (
+        1,
+        {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
+        "use_checkpoint_lr_scheduler = True: override_lr_scheduler asks for the opposite; keep one",
+    ),
+    (1, {"save": "x"}, "save = 'x': nothing says when to save; give checkpoint_factor (steps between checkpoints)"),
+    (1, {"checkpoint_factor": 2.5}, "with checkpoint_scale linear it is a whole number of steps"),
+    (1, {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "with checkpoint_scale log it must be more than 1"),
+    (1, {"finetune": True}, "finetune = True: nothing is loaded; give load"),
+    (1, {"train_iters": None}, "train_iters: the length of the run is not given; give train_iters"),
+    (1, {"train_epochs": 2}, "train_epochs = 2: train_iters and train_epochs are both given; keep one of them"),
+    (1, {"train_iters": -1}, "train_iters = -1: a run cannot have this length"),
+    (
+        1,
+        {"data_path": "a", "train_data_paths": ["b"]},
+        "data_path = 'a': train_data_paths is given as well; keep one of the two",
+    ),
+    (1, {"valid_data_paths": ["b"]}, "valid_data_paths = ['b']: there are no train_data_paths beside it"),
+    (
+        1,
+        {"train_label_data_paths": ["b"]},
+        "train_label_data_paths = ['b']: there are no train_data_paths that it labels",
+    ),
+    (
+        1,
+        {"train_data_paths": ["b"], "train_data_weights": [1.0, 2.0]},
+        "train_data_weights = [1.0, 2.0]: it has 2 items for 1 data sets",
+    ),
+    (1, {"train_data_paths": ["b"], "train_data_weights": [-1]}, "weights are not negative and not all zero"),
+    (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
+    (1, {"split": "0,0,0"}, "this is not three shares"),
+    (1, {"zero_stage": 2}, "zero_stage = 2: this follows from zero_optimization, which makes it 0"),
+    (1, {"batch_size": 3}, "batch_size = 3: train_micro_batch_size_per_gpu = 2 means the same; leave batch_size out"),
+    (
+        1,
+        {"clip_grad": 2.0, "gradient_clipping": 1.0},
+        "clip_grad = 2.0: gradient_clipping = 1.0 means the same; leave clip_grad out",
+    ),
+    (
+        1,
+        {"weight_decay": 0.2, "optimizer": {"type": "Adam", "params": {"weight_decay": 0.1}}},
+        "weight_decay = 0.2: optimizer.params says weight_decay = 0.1; leave one of the two out",
+    ),
+    (1, {"num_layers": None}, "num_layers: the key is not given; every model needs it"),
+    (1, {"num_layers": 0}, "num_layers = 0: this must be at least 1"),
+    (1, {"num_attention_heads": 0}, "num_attention_heads = 0: this must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+    lines = faults(world_size, **changes)
+    assert any(told in line for line in lines), "\n".join(lines)
+    assert all(line.startswith(("command line: ", *changes, "world_size")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": None},
+        {"clip_grad": 2.0},
+        {"kv_channels": 32},
+        {"gradient_clipping": 0},
+        {"save": "x", "extra_save_iters": [0]},
+        {"save": "x", "checkpoint_factor": 2.0},
+        {"checkpoint_factor": 1.5, "checkpoint_scale": "log"},
+        {"split": "90/5/5"},
+        {"train_iters": 0},
+        {"num_kv_heads": 1},
+        {"zero_optimization": {"stage": 3}},
+        {"pipe_parallel_size": 1, "zero_optimization": {"stage": 1}},
+        {"weight_decay": 0.1, "optimizer": {"type": "Adam", "params": {"weight_decay": 0.1}}},
+        {"precision": "bfloat16", "zero_optimization": {"stage": 0}},
+        {"autotuning": {"enabled": True}, "zero_optimization": {"stage": [0, 1]}, "train_batch_size": "auto"},
+    ],
+)
+def test_what_no_rule_forbids(changes: dict[str, Any]) -> None:
+    assert faults(2, **changes) == []
+
+
+def test_violations_of_several_rules_are_told_together() -> None:
+    assert len(faults(1, min_lr=1.0, log_interval=0, split="x", save="y")) == 4
+
+
+def test_clip_grad_alone_is_heeded() -> None:
+    config = resolved(clip_grad=2.0).config
+    assert config.optimizer.gradient_clipping == 2.0

@@ -1,0 +1,67 @@
+"""The phone book: names, nearest names, loading, and the extra that a missing package needs."""
+
+import pytest
+
+from megatron import registry
+from megatron.errors import ConfigError
+from megatron.registry import Entry, Family
+
+
+def family() -> Family:
+    return Family(
+        "shape",
+        "shape",
+        [
+            Entry("path", "pathlib:Path", "A path"),
+            Entry("absent", "a_package_that_is_absent:Thing", "Not there", extra="absent"),
+            Entry("unlisted", "a_package_that_is_absent:Thing", "Not there"),
+            Entry("unbuilt", "megatron.not_there:Thing", "Ours, but missing"),
+        ],
+    )
+
+
+def test_a_name_loads_its_target() -> None:
+    from pathlib import Path
+
+    assert family().load("path") is Path
+    assert "path" in family()
+    assert "paht" not in family()
+    assert family().names == ("path", "absent", "unlisted", "unbuilt")
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+    assert family().nearest("Paht") == "path"
+    assert family().nearest("zzzzzz") is None
+    with pytest.raises(ConfigError, match=r"shape = 'paht'.*did you mean path\? The choices are path, absent"):
+        family().entry("paht")
+    with pytest.raises(ConfigError, match="the choices are path"):
+        family().load("zzzzzz")
+
+
+def test_a_missing_package_names_its_extra() -> None:
+    with pytest.raises(ConfigError, match=r"a_package_that_is_absent.*pip install neox\[absent\]"):
+        family().load("absent")
+
+
+def test_a_fault_of_our_own_is_not_called_a_missing_package() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        family().load("unbuilt")
+    with pytest.raises(ModuleNotFoundError):
+        family().load("unlisted")
+
+
+def test_a_name_stands_once() -> None:
+    with pytest.raises(AssertionError):
+        Family("shape", "shape", [Entry("path", "pathlib:Path", "A path")] * 2)
+
+
+FAMILIES = {name: value for name, value in vars(registry).items() if isinstance(value, Family)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_entry_resolves(name: str) -> None:
+    listed = FAMILIES[name]
+    assert listed.names
+    for entry in listed.names:
+        assert callable(listed.load(entry)), f"{name} {entry}"
+        assert listed.entry(entry).doc
