@@ -21,7 +21,7 @@ from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import compression
 from megatron.evaluation.progress import Progress
-from megatron.inference.run import with_model
+from megatron.inference.run import context_length, with_model
 from megatron.log import get_logger
 from megatron.parallel.bootstrap import device
 from megatron.parallel.topology import Axis, Topology
@@ -63,7 +63,7 @@ def measure_text(config: Config) -> None:
             engine,
             tokenizer,
             documents,
-            max_length=config.model.seq_length,
+            max_length=context_length(config),
             batch_size=batch_size(config),
             share=(topology.data.rank, topology.data.size),
             on_progress=Progress("measuring"),
@@ -103,7 +103,7 @@ def _run_tasks(config: Config, tasks: Any, engine: Engine, tokenizer: Tokenizer,
     model = HarnessModel(
         engine,
         tokenizer,
-        max_length=config.model.seq_length,
+        max_length=context_length(config),
         batch_size=batch_size(config),
         seed=config.training.seed,
     )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine
 from megatron.engine.engine import Engine
+from megatron.errors import ConfigError
 from megatron.inference import modes
 from megatron.inference.generate import Settings, TextGenerator
 from megatron.inference.sampling import Sampling
@@ -69,6 +70,13 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         shutdown()
 
 
+def context_length(config: Config) -> int:
+    """The most tokens that the model reads at once."""
+    if config.model.seq_length is None:
+        raise ConfigError.of("the length of the model's context is not given", key="seq_length", value=None)
+    return config.model.seq_length
+
+
 def _contexts(config: Config, mode: str) -> list[str]:
     """The contexts of a run over given prompts, each as often as samples are wanted."""
     section = config.generation
@@ -90,7 +98,7 @@ def _settings(config: Config) -> Settings:
         ),
         seed=config.training.seed,
         maximum_tokens=section.maximum_tokens,
-        seq_length=config.model.seq_length,
+        seq_length=context_length(config),
         recompute=section.recompute,
         stop=tuple(section.stop or ()),
         return_logits=section.return_logits,

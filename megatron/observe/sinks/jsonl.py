@@ -41,7 +41,7 @@ class JsonLines:
         return cls(Path(observe.log_dir) / FILE_NAME)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        record = {"iteration": iteration}
+        record: dict[str, float | None] = {"iteration": iteration}
         record.update((name, _as_json(value)) for name, value in metrics.items())
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
