@@ -32,7 +32,8 @@ def all_files() -> list[str]:
         folders[:] = [
             name
             for name in folders
-            if name not in LEFT_OUT
+            if not (folder == str(ROOT) and name in LEFT_OUT)
+            and name != "__pycache__"
             and (not name.startswith(".") or name in {".ci", ".github"})
             and "egg-info" not in name
         ]
@@ -93,7 +94,7 @@ def pages() -> dict[str, str]:
 
 def test_the_project_speaks_of_itself() -> None:
     found = texts()
-    assert len(found) > 30
+    assert {"README.md", "Makefile", ".ci/run", "megatron/data/gpt.py", "configs/quickstart.yml"} <= found.keys()
     assert [line for path, text in found.items() for line in leaks(path, text)] == []
 
 
