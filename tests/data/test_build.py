@@ -135,6 +135,7 @@ def test_path_lists_of_one(tmp_path):
     assert min(token for sample in served(data.valid) for token in sample) >= 1000
     assert data.test is None
     assert data.plan.train.sources[0].path == str(tmp_path / "a")
+    assert list(tmp_path.glob("a_train_0_indexmap_21ns_8sl_3s_*shuffle_idx.npy"))
 
 
 def test_weights_part_the_samples(tmp_path):
@@ -147,6 +148,9 @@ def test_weights_part_the_samples(tmp_path):
     from_b = sum(sample[0] >= 1000 for sample in served(data.train))
     assert from_b == 25
     assert [source.asked for source in data.plan.train.sources] == [75, 25]
+    # Each set's map is built for half a percent more, rounded up, as the public order has it.
+    assert list(tmp_path.glob("a_train_0_indexmap_76ns_8sl_3s_*shuffle_idx.npy"))
+    assert list(tmp_path.glob("b_train_1_indexmap_26ns_8sl_3s_*shuffle_idx.npy"))
     assert [source.weight for source in data.plan.train.sources] == [0.75, 0.25]
 
 

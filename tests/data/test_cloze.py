@@ -55,6 +55,13 @@ def test_layout_and_length_do_not_tell(items):
         assert item["context"] == item["context"].rstrip()
 
 
+def test_lines_that_occur_twice_are_not_asked_for(documents):
+    twice = "the same line stands in two places"
+    made = cloze_items([f"{document}\n{twice}" for document in documents], items=1000)
+    assert made
+    assert not any(choice.strip() == twice for item in made for choice in item["choices"])
+
+
 def test_labels_are_spread(items):
     labels = [item["label"] for item in items]
     assert all(labels.count(label) >= 4 for label in range(4))

@@ -1,5 +1,6 @@
 """The token files: bytes, round trip, and damage that must be seen."""
 
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -85,6 +86,22 @@ def test_a_fault_while_writing_leaves_the_older_pair(prefix):
         writer.add_documents(np.array([1, 70000]), np.array([1, 1]))
     assert prefix.with_suffix(".bin").read_bytes() == before
     assert len(IndexedDataset(prefix)) == 3
+
+
+def test_new_tokens_never_stand_beside_an_older_index(prefix, monkeypatch):
+    """Both pairs have as many bytes, so no later check could tell."""
+    replace = os.replace
+
+    def killed_before_the_index(source, target):
+        if str(target).endswith(".idx"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_before_the_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    with pytest.raises(ConfigError, match="cannot read"):
+        IndexedDataset(prefix)
 
 
 def test_two_writers_of_one_pair(tmp_path):

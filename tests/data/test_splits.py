@@ -19,6 +19,7 @@ from megatron.errors import ConfigError
         ("100,0,0", 5, (5, 5, 5)),
         ("969,30,1", 10, (10, 10, 10)),
         ("1,1,1", 4, (2, 3, 4)),
+        ("0,1,1", 3, (0, 1, 3)),
     ],
 )
 def test_public_ranges(split, documents, bounds):
