@@ -19,6 +19,9 @@ from megatron.shapes import ModelDims
 
 FP32 = 4
 
+KEPT_WEIGHTS = 256 << 20
+"""The processor's attention keeps up to this many bytes of probabilities a call, and recomputes more."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -76,6 +79,7 @@ class ActivationLayout:
     """What decides the memory of activations.
 
     width: bytes of an activation. recompute: blocks in a recomputed group, 0 for none. dropout: masks are kept.
+    cpu: the kernels of the processor keep other tensors than those of an accelerator.
     """
 
     seq_length: int
@@ -85,32 +89,55 @@ class ActivationLayout:
     recompute: int
     hidden_dropout: bool
     attention_dropout: bool
+    cpu: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_length * self.micro_batch
 
 
 def block_activations(dims: ModelDims, layout: ActivationLayout) -> int:
     """Bytes that autograd keeps of one block and one micro batch."""
-    cut = layout.model_parallel_size
-    query, kv, inner = dims.query_size // cut, dims.kv_size // cut, dims.mlp_width // cut
+    inner = dims.mlp_width // layout.model_parallel_size
     norms = 1 if dims.shared_norm else 2
+    inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
     features = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
-    features += dims.hidden_size * (1 if dims.gpt_j_residual else 2)  # inputs of the norms
-    features += query + 2 * kv  # queries, keys and values
-    features += query + kv if dims.pos_emb == "rotary" else 0  # rotated queries and keys
-    features += 2 * query  # the attention's result, and its copy in [s, b, h/t]
     features += 4 * inner if dims.gated else 2 * inner
-    tokens = layout.seq_length * layout.micro_batch
-    statistics = norms * 2 * FP32 + FP32 * dims.num_attention_heads // cut
-    kept = tokens * (features * layout.width + statistics)
+    kept = layout.tokens * features * layout.width
+    kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout)
     if layout.hidden_dropout:
-        kept += 2 * tokens * dims.hidden_size
-    if layout.attention_dropout:
-        kept += layout.micro_batch * layout.seq_length**2 * dims.num_attention_heads // cut * (2 * layout.width + 1)
+        kept += 2 * layout.tokens * dims.hidden_size  # one byte of mask an element
     return kept
+
+
+def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: int) -> int:
+    """Bytes that the norms keep besides their outputs."""
+    values = layout.tokens * dims.hidden_size
+    statistics = norms * layout.tokens * 2 * FP32
+    if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
+        return (inputs + norms) * values * FP32 + statistics
+    return inputs * values * layout.width + statistics
+
+
+def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Bytes that the attention core and the projection after it keep."""
+    cut, width, tokens = layout.model_parallel_size, layout.width, layout.tokens
+    query, kv = dims.query_size // cut, dims.kv_size // cut
+    squares = layout.micro_batch * dims.num_attention_heads // cut * layout.seq_length**2
+    rotary = dims.pos_emb == "rotary"
+    if layout.attention_dropout:  # scores, probabilities and masks are made one by one
+        return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
+    if layout.cpu:
+        kept = tokens * (2 * query + 2 * kv + (0 if rotary else 2 * kv)) * width
+        weights = squares * width // 2 + tokens * 64 * dims.num_attention_heads // cut * width
+        return kept + (weights if squares * width // 2 <= KEPT_WEIGHTS else 0)
+    features = query + 2 * kv + (query + kv if rotary else 0) + 2 * query
+    return tokens * (features * width + FP32 * dims.num_attention_heads // cut)
 
 
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
     """Bytes of the final norm, the logits and the gradient of the logits."""
-    tokens = layout.seq_length * layout.micro_batch
+    tokens = layout.tokens
     logits = 2 * tokens * padded_vocab_size // layout.model_parallel_size * layout.width
     return tokens * (2 * dims.hidden_size * layout.width + 4 * FP32) + logits
 
@@ -124,7 +151,7 @@ def stage_activations(
     output layer.
     """
     block = block_activations(dims, layout)
-    boundary = layout.seq_length * layout.micro_batch * dims.hidden_size * layout.width
+    boundary = layout.tokens * dims.hidden_size * layout.width
     if layout.recompute and blocks:
         groups = -(-blocks // layout.recompute)
         kept = under_way * groups * boundary + min(blocks, layout.recompute) * block

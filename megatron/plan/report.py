@@ -129,6 +129,7 @@ def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds:
         recompute=recompute,
         hidden_dropout=model.hidden_dropout > 0,
         attention_dropout=model.attention_dropout > 0,
+        cpu=config.launch.distributed_backend == "gloo",
     )
     blocks = sum(1 for layer in layers if 2 <= layer < 2 + model.num_layers)
     under_way = min(stages - stage, training.gradient_accumulation_steps or 1)

@@ -1,0 +1,84 @@
+"""The estimate of activations against what autograd keeps, counted by its own hooks.
+
+Tolerance: 20 % for a block, since kernels may keep a little more or less; the estimate rests on reading them.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config import Config, Resources, resolve
+from megatron.model.plan import layer_plan
+from megatron.model.sequential import SequentialModel
+from megatron.objectives.language_model import LanguageModel
+from megatron.parallel.topology import Topology
+from megatron.plan.memory import ActivationLayout, block_activations, head_activations
+from megatron.shapes import ModelDims
+
+VOCABULARY, LENGTH, BATCH = 512, 64, 2
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "seq_length": LENGTH,
+    "train_micro_batch_size_per_gpu": BATCH,
+    "train_iters": 10,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+}
+NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "no_weight_tying": True}
+LLAMA = {"pos_emb": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+def kept_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of the storages that autograd keeps of one forward pass, parameters apart."""
+    topology = Topology.single()
+    plan = layer_plan(
+        config.model,
+        config.initialization,
+        config.kernels,
+        padded_vocab_size=VOCABULARY,
+        topology=topology,
+        seed=1,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    model = SequentialModel(plan)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        LanguageModel().loss(model(tokens), tokens, torch.ones(tokens.shape), topology.model)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, NEOX, LLAMA, DROPOUT], ids=["gpt", "neox", "llama", "dropout"])
+def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    config = resolve([], {**BASE, **changes}, Resources(1)).config
+    layout = ActivationLayout(
+        seq_length=LENGTH,
+        micro_batch=BATCH,
+        model_parallel_size=1,
+        width=dtype.itemsize,
+        recompute=0,
+        hidden_dropout=config.model.hidden_dropout > 0,
+        attention_dropout=config.model.attention_dropout > 0,
+        cpu=True,
+    )
+    dims = ModelDims.of(config.model)
+    one = kept_bytes(config.replace(num_layers=1, attention_config=("global",)), dtype)
+    two = kept_bytes(config, dtype)
+    assert block_activations(dims, layout) == pytest.approx(two - one, rel=0.2)
+    gradient_of_logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize
+    rest = head_activations(dims, layout, VOCABULARY) - gradient_of_logits
+    assert rest <= one - (two - one) <= 2 * rest

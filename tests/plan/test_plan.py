@@ -1,0 +1,170 @@
+"""The plan against published figures and against the functions that it foretells."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import Resolution
+from megatron.observe.flops import FlopsShape, training_flops_per_token
+from megatron.plan import make_plan
+from megatron.plan.advice import gib
+from megatron.plan.memory import StateLayout, state_memory
+from megatron.plan.text import short
+from megatron.plan.vocabulary import find_vocabulary
+from tests.plan.published import MODELS, resolution
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    assert make_plan(resolution(name)).parameters == MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_agree_with_the_running_count(name: str) -> None:
+    found = resolution(name, 2)
+    model = found.config.model
+    shape = FlopsShape(
+        num_layers=model.num_layers or 0,
+        hidden_size=model.hidden_size or 0,
+        num_attention_heads=model.num_attention_heads or 0,
+        num_kv_heads=model.num_kv_heads or 0,
+        kv_channels=model.kv_channels or 0,
+        mlp_width=model.mlp_width,
+        gated=model.activation == "swiglu",
+        vocab_size=MODELS[name][0]["vocab_size"],
+        seq_length=model.seq_length or 0,
+    )
+    tokens = 8 * (model.seq_length or 0)
+    assert make_plan(found).flops_per_iteration == training_flops_per_token(shape) * tokens
+
+
+def test_flops_follow_the_published_formula() -> None:
+    # 72 b s l h^2 (1 + s / 6h + V / 12 l h), arXiv:2104.04473 without recomputation
+    layers, hidden, length, vocabulary, batch = 12, 768, 1024, 50257, 4
+    formula = 72 * batch * length * layers * hidden**2
+    formula = formula * (1 + length / (6 * hidden) + vocabulary / (12 * layers * hidden))
+    assert make_plan(resolution("gpt2")).flops_per_iteration == pytest.approx(formula, rel=1e-12)
+
+
+def test_the_json_object_has_the_promised_form() -> None:
+    found = resolution("20B", 96, pipe_parallel_size=4, model_parallel_size=2, gradient_accumulation_steps=32)
+    told = json.loads(json.dumps(make_plan(found).json()))
+    memory = told.pop("memory_per_rank_bytes")
+    assert told == {
+        "world_size": 96,
+        "pipe_parallel_size": 4,
+        "model_parallel_size": 2,
+        "data_parallel_size": 12,
+        "train_batch_size": 1536,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 32,
+        "parameters": 20_554_567_680,
+        "flops_per_iteration": told["flops_per_iteration"],
+    }
+    assert list(memory) == ["parameters", "gradients", "optimizer", "activations", "total"]
+    assert memory["total"] == sum(memory.values()) - memory["total"]
+
+
+def test_an_unknown_vocabulary_is_told_and_not_guessed() -> None:
+    plan = make_plan(resolution("20B", vocab_size=None))
+    assert plan.json()["parameters"] is None
+    assert plan.json()["memory_per_rank_bytes"] is None
+    assert "vocab_size" in plan.json()["unknown"]
+    assert "unknown: the size of the vocabulary is not known" in plan.text()
+
+
+def test_a_model_that_the_table_does_not_describe_is_not_counted() -> None:
+    assert make_plan(resolution("20B", moe_num_experts=8)).parameters is None
+    assert "mixture of experts" in str(make_plan(resolution("20B", moe_num_experts=8)).unknown)
+    pattern = [[["mamba"], "all"]]
+    assert "mamba" in str(make_plan(resolution("20B", attention_config=pattern)).unknown)
+
+
+def vocabulary(tmp_path: Path, content: Any, **changes: Any) -> tuple[int | None, str]:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    config = resolution("gpt2", vocab_size=None, vocab_file=str(path), make_vocab_size_divisible_by=8, **changes).config
+    found = find_vocabulary(config.tokenizer, 2)
+    return found.padded, found.told
+
+
+def test_vocabularies_are_read_from_files(tmp_path: Path) -> None:
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 1}, {"id": 16}]}
+    assert vocabulary(tmp_path, tokenizer)[0] == 32  # 17 ids, to a multiple of 16
+    assert vocabulary(tmp_path, {"a": 0, "b": 1}, tokenizer_type="GPT2BPETokenizer")[0] == 16
+    assert vocabulary(tmp_path, "", tokenizer_type="CharLevelTokenizer")[0] == 512
+    for content in ("{", "[]", '{"model": 3}', "3"):
+        padded, told = vocabulary(tmp_path, content)
+        assert padded is None
+        assert "cannot be read" in told
+    padded, told = vocabulary(tmp_path, "{}", tokenizer_type="SPMTokenizer")
+    assert padded is None
+    assert "SPMTokenizer" in told
+
+
+@pytest.mark.parametrize(
+    ("width", "stage", "expected"),
+    [
+        (4, 0, (400, 400, 800)),
+        (4, 1, (400, 500, 300)),
+        (4, 2, (400, 500, 300)),
+        (2, 1, (200, 600, 300)),
+        (2, 3, (250, 300, 300)),
+        (2, 0, (200, 200, 1200)),
+    ],
+)
+def test_state_of_100_parameters_on_4_ranks(width: int, stage: int, expected: tuple[int, int, int]) -> None:
+    assert state_memory(100, StateLayout(width, stage, 4, bucket=500)) == expected
+
+
+def plan_of(**changes: Any) -> tuple[Resolution, Any]:
+    found = resolution("20B", 96, **{"pipe_parallel_size": 4, "model_parallel_size": 2, **changes})
+    return found, make_plan(found).memory
+
+
+def test_memory_falls_with_what_should_lower_it() -> None:
+    base = plan_of()[1]
+    assert plan_of(checkpoint_activations=True)[1].activations < base.activations / 3
+    assert plan_of(precision="bfloat16")[1].parameters == base.parameters / 2
+    assert plan_of(zero_optimization={"stage": 1})[1].optimizer < base.optimizer / 5
+    assert plan_of(model_parallel_size=4)[1].parameters < base.parameters * 0.51
+    assert plan_of(train_micro_batch_size_per_gpu=2)[1].activations == pytest.approx(base.activations / 2, rel=0.01)
+
+
+def test_what_does_not_fit_is_answered_with_what_would() -> None:
+    plan = make_plan(plan_of(gpu_memory=30, precision="bfloat16", gradient_accumulation_steps=8)[0])
+    assert plan.advice
+    assert any("checkpoint_activations: true" in line for line in plan.advice)
+    assert "exceeds the 30.00 GiB of gpu_memory" in plan.text()
+    roomy = make_plan(plan_of(gpu_memory=4000)[0])
+    assert roomy.advice == ()
+    assert "fits the 4000.00 GiB" in roomy.text()
+
+
+def test_the_text_names_what_matters() -> None:
+    text = make_plan(plan_of(bias_gelu_fusion=True, use_mup=True)[0]).text()
+    for part in (
+        "44 blocks x 6144, 64 heads x 96, MLP 24576",
+        "20,554,567,680 (20.6B)",
+        "96 ranks = pipeline 4 x data 12 x tensor 2, ZeRO 0, fp32",
+        "48 samples = micro batch 4 x accumulation 1 x data 12",
+        "Warnings (1)",
+        "bias_gelu_fusion",
+        "Not built yet",
+        "use_mup",
+    ):
+        assert part in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_numbers_are_shortened() -> None:
+    assert [short(count) for count in (999, 1_500, 70_426_624, 20_554_567_680, 2e12)] == [
+        "999",
+        "1.5k",
+        "70.4M",
+        "20.6B",
+        "2T",
+    ]
+    assert [gib(size) for size in (2**20, 3 * 2**30)] == ["1.0 MiB", "3.00 GiB"]
