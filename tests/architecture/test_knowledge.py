@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 
+from megatron.config.support import FAMILIES
 from tests.architecture.source import PRODUCT, Source, imports, sample
 
 KNOW_CONFIG = (
@@ -50,6 +51,40 @@ WHERE: dict[str, tuple[str, ...]] = {
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})
+
+# Where a name that a YAML gives to a part may be compared: in the room of the parts. config, plan and shapes do without
+# torch, so they cannot ask the part itself. Everywhere else the registry has already turned the name into the part.
+CHOICES = {
+    "activation": "megatron/model/",
+    "attention_config": "megatron/model/",
+    "init_method": "megatron/model/",
+    "lr_decay_style": "megatron/optim/",
+    "norm": "megatron/model/",
+    "optimizer_type": "megatron/optim/",
+    "output_layer_init_method": "megatron/model/",
+    "pos_emb": "megatron/model/",
+    "tokenizer_type": "megatron/tokenizers/",
+    "train_impl": "megatron/objectives/",
+}
+WITHOUT_TORCH = ("megatron/config/", "megatron/plan/", "megatron/shapes/")
+
+
+def choice_complaints(source: Source) -> list[str]:
+    """Comparisons of a part's name with a string, outside the room of the part."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Compare) or source.within(*WITHOUT_TORCH):
+            continue
+        sides = [node.left, *node.comparators]
+        keys = {side.attr if isinstance(side, ast.Attribute) else getattr(side, "id", "") for side in sides}
+        strings = [part for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)]
+        if any(isinstance(part.value, str) for part in strings):
+            found += [
+                source.complaint(node, f"{key} is decided by the registry, and compared only in {CHOICES[key]}")
+                for key in sorted(keys & CHOICES.keys())
+                if not source.within(CHOICES[key])
+            ]
+    return found
 
 
 def config_complaints(source: Source) -> list[str]:
@@ -108,3 +143,20 @@ def test_package_law_can_complain() -> None:
     )
     assert package_complaints(sample("megatron/data/gpt.py", "import polars\n"))
     assert package_complaints(sample("megatron/engine/plain.py", "import deepspeed, torch\n")) == []
+
+
+def test_a_choice_is_decided_once() -> None:
+    assert [complaint for source in PRODUCT for complaint in choice_complaints(source)] == []
+
+
+def test_choice_law_can_complain() -> None:
+    assert choice_complaints(sample("megatron/engine/build.py", "if model.norm == 'rmsnorm': x\n"))
+    assert choice_complaints(
+        sample("megatron/engine/build.py", "def f(pos_emb): return pos_emb in ('rotary', 'rpe')\n")
+    )
+    assert choice_complaints(sample("megatron/model/plan.py", "if model.norm == 'rmsnorm': x\n")) == []
+    assert choice_complaints(sample("megatron/engine/build.py", "if norm > limit: x\n")) == []
+
+
+def test_every_family_of_parts_has_an_owner() -> None:
+    assert CHOICES.keys() == FAMILIES.keys()
