@@ -176,9 +176,9 @@ def _call(work: bytes, backend: str, store: Path) -> Any:
     import deepspeed
     import torch
 
-    from megatron.parallel.bootstrap import own_programs_first
+    from megatron.parallel.bootstrap import load_cpu_collectives
 
-    own_programs_first(os.environ)
+    load_cpu_collectives()
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deepspeed.init_distributed(

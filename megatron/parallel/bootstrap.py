@@ -6,6 +6,8 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started alone is a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import random
 import socket
@@ -100,16 +102,38 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     """DeepSpeed's initialisation over torch.distributed; a process started alone gets an address of its own."""
     import deepspeed
 
-    own_programs_first(os.environ)
+    load_cpu_collectives()
     os.environ.setdefault("RANK", str(ranks.rank))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    deepspeed.init_distributed(
-        backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
+        deepspeed.init_distributed(
+            backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
+        )
+
+
+def load_cpu_collectives() -> None:
+    """Loads DeepSpeed's compiled CPU collectives, compiling them first where that was never done.
+
+    torch guards the folder with a file that must not be there; a process that is killed in that moment leaves it, and
+    every later one waits for it without end. So processes take turns by a lock that the kernel releases, and whoever
+    has it knows that such a file is nobody's.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if get_accelerator().device_name() != "cpu" or builder is None:
+        return
+    own_programs_first(os.environ)
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "in_use").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def own_programs_first(environment: MutableMapping[str, str]) -> None:
