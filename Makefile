@@ -51,8 +51,8 @@ test: install-dev ## run the test suite
 test-long: install-dev ## run everything, also what takes minutes or fetches package data
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
-parity: install-dev ## train in every parallel layout and compare the losses
-	@$(PY) -m pytest -m "not gpu" tests/numerics $(ARGS)
+parity: install-dev ## compare losses of every parallel layout, of resumed runs, and the model with transformers
+	@$(PY) -m pytest -m "not gpu" tests/end_to_end tests/model/test_against_transformers.py $(ARGS)
 
 lint: install-dev ## check style and types
 	@$(VENV)/bin/ruff check .
