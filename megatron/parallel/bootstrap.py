@@ -122,12 +122,15 @@ def load_cpu_collectives() -> None:
     every later one waits for it without end. So processes take turns by a lock that the kernel releases, and whoever
     has it knows that such a file is nobody's.
     """
+    import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if get_accelerator().device_name() != "cpu" or builder is None:
         return
+    if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return  # DeepSpeed does without it as well
     own_programs_first(os.environ)
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder / "in_use").open("w") as turn:

@@ -1,0 +1,33 @@
+"""DeepSpeed's compiled CPU collectives: one ninja, and no waiting for a lock that nobody holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import _get_build_directory
+
+from megatron.parallel.bootstrap import own_programs_first
+from tests.distributed import run_distributed
+
+
+def _sum(rank: int, world_size: int) -> float:
+    total = torch.tensor([float(rank)])
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up() -> None:
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    lock.touch()
+    assert run_distributed(_sum, 2) == [1.0, 1.0]
+    assert not lock.exists()
+
+
+def test_the_interpreters_own_programs_come_first_and_once() -> None:
+    own = str(Path(sys.executable).parent)
+    for given in ("/usr/bin:/bin", f"/usr/bin:{own}:/bin", f"{own}:/usr/bin:/bin"):
+        environment = {"PATH": given}
+        own_programs_first(environment)
+        assert environment["PATH"] == f"{own}:/usr/bin:/bin"
