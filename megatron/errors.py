@@ -54,6 +54,10 @@ class _Fault(Exception):
         super().__init__("\n".join(str(mistake) for mistake in mistakes))
         self.mistakes = mistakes
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Mistake, ...]]:
+        """Pickling keeps the mistakes, which a worker process may have to hand over."""
+        return type(self), self.mistakes
+
     @classmethod
     def of(
         cls,

@@ -61,13 +61,18 @@ def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
     assert not any("C++ compiler" in str(mistake) for mistake in told)
 
 
-def test_a_lock_that_a_killed_build_left_is_told(tmp_path: Path) -> None:
-    folder = tmp_path / CPU_OP
-    folder.mkdir()
-    (folder / "lock").touch()
-    environment = {"PATH": os.environ["PATH"], "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    (folder / f"{CPU_OP}.so").touch()
-    check("cpu", environment)  # a build may be going on
-    os.utime(folder / "lock", (0, 0))
-    with pytest.raises(ConfigError, match="left its lock behind"):
-        check("cpu", environment)
+def test_the_lock_of_a_killed_compilation_is_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert not preflight.drop_orphaned_lock(tmp_path)
+    with lock.open("w"):
+        assert not preflight.drop_orphaned_lock(tmp_path)
+        assert lock.exists()
+    assert preflight.drop_orphaned_lock(tmp_path)
+    assert not lock.exists()
+
+
+def test_a_young_lock_on_a_network_file_system_is_left_alone(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\n")
+    assert preflight._on_network(tmp_path / "lock", mounts)
+    assert not preflight._on_network(Path("/etc/hosts"), mounts)
