@@ -5,8 +5,11 @@ This is the only place that calls deepspeed.initialize and that knows whether th
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 
 import deepspeed
 import torch
@@ -144,13 +147,14 @@ def _initialize(
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
         clipper.attach(optimizer)
-    initialised, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config),
-        mpu=None if config.parallelism.is_pipe_parallel else topology,
-        dist_init_required=False,
-    )
+    with redirect_stdout(io.StringIO()):  # its optimizers print their memory at every stage of their making
+        initialised, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            mpu=None if config.parallelism.is_pipe_parallel else topology,
+            dist_init_required=False,
+        )
     return initialised, clipper
 
 
@@ -175,6 +179,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
 
 
 def _quieten() -> None:
-    """DeepSpeed speaks at every turn; its warnings are enough unless LOGLEVEL asks for more."""
+    """DeepSpeed speaks at every turn; its warnings are enough. It calls torch by names that torch will drop."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(max(logger.level, logging.WARNING))
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
