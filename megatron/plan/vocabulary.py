@@ -24,16 +24,16 @@ def find_vocabulary(section: TokenizerSection, model_parallel_size: int) -> Voca
     """The size that the run will have, padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
     if section.padded_vocab_size is not None:
         return Vocabulary(section.padded_vocab_size, "padded_vocab_size")
-    size, told = _unpadded(section)
+    size, told = _from_tokenizer(section)
+    if size is None and section.vocab_size is not None:
+        size, told = section.vocab_size, "vocab_size"
     if size is None:
         return Vocabulary(None, told)
     multiple = section.make_vocab_size_divisible_by * model_parallel_size
     return Vocabulary(-(-size // multiple) * multiple, f"{told}: {size:,} tokens")
 
 
-def _unpadded(section: TokenizerSection) -> tuple[int | None, str]:
-    if section.vocab_size is not None:
-        return section.vocab_size, "vocab_size"
+def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
     if section.tokenizer_type == "CharLevelTokenizer":
         return BYTE_VOCABULARY, "CharLevelTokenizer"
     if section.vocab_file is None:

@@ -1,0 +1,94 @@
+"""Every shipped configuration resolves at the world size it is meant for, and fits the device it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.config import Config, Resources, resolve
+from megatron.plan import make_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(path for path in CONFIGS.glob("**/*.yml"))
+GIB = 2**30
+
+PARAMETERS = {
+    "20B": 20_554_567_680,
+    "pythia/70M": 70_426_624,
+    "pythia/160M": 162_322_944,
+    "pythia/410M": 405_334_016,
+    "pythia/1B": 1_011_781_632,
+    "pythia/1-4B": 1_414_647_808,
+    "pythia/2-8B": 2_775_208_960,
+    "pythia/6-9B": 6_857_302_016,
+    "pythia/12B": 11_846_072_320,
+    "llama/7B": 6_738_415_616,
+    "llama/13B": 13_015_864_320,
+    "llama/30B": 32_528_943_616,
+    "llama/65B": 65_285_660_672,
+    "llama2/7B": 6_738_415_616,
+    "llama2/13B": 13_015_864_320,
+    "llama2/70B": 68_976_648_192,
+    "llama3/8B": 8_030_261_248,
+    "llama3/70B": 70_553_706_496,
+    "llama3/405B": 405_853_388_800,
+    "mistral/7B": 7_241_732_096,
+}
+"""As told in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
+huggyllama, meta-llama and mistralai)."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def intended(path: Path) -> tuple[int, list[Path]]:
+    """The ranks that the file's comment names, and the files it is merged with."""
+    text = path.read_text(encoding="utf-8")
+    ranks = re.search(r"Ranks:[\s#]+(\d+)", text)
+    partner = re.search(r"With:[\s#]+(\S+)", text)
+    return int(ranks[1]) if ranks else 2, [path, *([CONFIGS / partner[1]] if partner else [])]
+
+
+def resolved(path: Path) -> Config:
+    ranks, files = intended(path)
+    flags = {"user_script": "generate.py"} if path.stem == "text_generation" else {}
+    return resolve(files, flags, Resources(ranks, "cuda")).config
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_it_resolves_at_its_world_size(path: Path) -> None:
+    config = resolved(path)
+    ranks, _ = intended(path)
+    assert config.parallelism.world_size == ranks
+    training = config.training
+    assert training.train_batch_size == (
+        (training.train_micro_batch_size_per_gpu or 0)
+        * (training.gradient_accumulation_steps or 0)
+        * config.parallelism.data_parallel_size
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_it_tells_where_its_numbers_come_from(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if "num_layers" in text and path.stem != "quickstart":
+        assert "arXiv:" in text or "no source" in text
+        assert re.search(r"Ranks:[\s#]+\d+", text)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_it_has_the_published_number_of_parameters(name: str) -> None:
+    ranks, files = intended(CONFIGS / f"{name}.yml")
+    assert make_plan(resolve(files, {}, Resources(ranks, "cuda"))).parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "num_layers" in path.read_text()], ids=name_of)
+def test_it_fits_the_accelerators_it_is_laid_out_for(path: Path) -> None:
+    ranks, files = intended(path)
+    plan = make_plan(resolve(files, {}, Resources(ranks, "cuda")))
+    if plan.memory is None:
+        assert "vocab" in str(plan.unknown)
+        return
+    budget = 40 if name_of(path) == "20B" or name_of(path).startswith("pythia/") else 80
+    assert plan.memory.total < 0.9 * budget * GIB
