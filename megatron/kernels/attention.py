@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.blocked_attention import blocked_attention
+
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q [b, n, s, d], k [b, m, k, d], v [b, m, k, d], dropout probability) -> [b, n, s, d]."""
 
@@ -46,6 +48,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The fastest attention core for this type on this device."""
-    return sdpa_attention
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Blocked attention where whole sequences are attended to, and torch's own for cached or dropped attention."""
+    if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
+        return blocked_attention(q, k, v)
+    return sdpa_attention(q, k, v, dropout)
+
+
+def choose_attention(device: torch.device) -> AttentionKernel:
+    """The fastest attention core on this device."""
+    return cpu_attention if device.type == "cpu" else sdpa_attention

@@ -1,16 +1,16 @@
-"""Cross entropy that reads the logits twice and never holds a second fp32 copy of them.
+"""The softmax over a vocabulary, block by block, for cross entropy.
 
-With a vocabulary of 50,304 the logits are by far the largest tensor of a step. The forward pass keeps only one number a
-row (the logarithm of the sum of exponentials); the backward pass writes the gradient directly, block by block in fp32,
-with blocks that fit in the processor's cache. Twin: torch.nn.functional.cross_entropy.
+With a vocabulary of 50,304 the logits are by far the largest tensor of a step. Each block of rows here is small enough
+to stay in the processor's cache while its maximum, its sum and its gradient are taken in fp32, so the logits are read
+once and no fp32 copy of them is ever held. Twin: torch.nn.functional.cross_entropy.
 
-Shapes: r rows (tokens), v vocabulary.
+Shapes: r rows (tokens), v vocabulary (of this rank, where it is cut).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,61 +20,44 @@ BLOCK_ELEMENTS = 1 << 20
 """fp32 elements of one block: 4 MiB."""
 
 
-def _blocks(values: Tensor) -> Iterator[slice]:
+@dataclass(frozen=True)
+class GradientWanted:
+    """What the gradient scale * softmax - hit * onehot(target) of each row is made of, and where it goes.
+
+    targets [r] ids inside this vocabulary; scale and hit [r] fp32; out [r, v] may be the logits themselves.
+    """
+
+    targets: Tensor
+    scale: Tensor
+    hit: Tensor
+    out: Tensor
+
+
+def softmax_pass(rows: Tensor, wanted: GradientWanted | None = None) -> Tensor:
+    """The logarithm of the sum of exponentials of each row: logits [r, v] -> fp32 [r], and the gradient if wanted."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    log_sums = rows.new_empty(rows.shape[0], dtype=dtype)
+    for block in _blocks(rows):
+        logits = rows[block]
+        probabilities = torch.softmax(logits, dim=1, dtype=dtype)
+        # The largest probability is 1 / sum(exp(logit - largest logit)).
+        log_sums[block] = logits.amax(dim=1) - probabilities.amax(dim=1).log_()
+        if wanted is not None:
+            probabilities.mul_(wanted.scale[block].unsqueeze(1))
+            probabilities.scatter_add_(1, wanted.targets[block].unsqueeze(1), -wanted.hit[block].unsqueeze(1))
+            wanted.out[block] = probabilities
+    return log_sums
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
     """Row ranges of about BLOCK_ELEMENTS elements; on an accelerator a few large ones, to keep launches few."""
-    rows, width = values.shape
-    limit = BLOCK_ELEMENTS if values.device.type == "cpu" else 64 * BLOCK_ELEMENTS
-    step = max(1, limit // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [r, v] -> the largest of each row [r] and the sum of exp(logit - largest) [r], in fp32."""
-    largest = rows.new_empty(rows.shape[0], dtype=torch.float32)
-    total = torch.empty_like(largest)
-    for block in _blocks(rows):
-        values = rows[block].float()
-        top = torch.amax(values, dim=1, keepdim=True)
-        largest[block] = top.squeeze(1)
-        total[block] = (values - top).exp_().sum(dim=1)
-    return largest, total
-
-
-def softmax_gradient(rows: Tensor, log_sum: Tensor, targets: Tensor, scale: Tensor, hit: Tensor) -> Tensor:
-    """The gradient scale * softmax - hit * onehot(target) of logits [r, v], in their own type."""
-    gradient = torch.empty_like(rows)
-    for block in _blocks(rows):
-        values = rows[block] - log_sum[block].unsqueeze(1)  # a type wider than bf16: log_sum is fp32
-        values.exp_().mul_(scale[block].unsqueeze(1))
-        values.scatter_add_(1, targets[block].unsqueeze(1), -hit[block].unsqueeze(1))
-        gradient[block] = values
-    return gradient
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        rows, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        largest, total = row_statistics(rows)
-        log_sum = largest + torch.log(total)
-        ctx.save_for_backward(rows, log_sum, ids)
-        ctx.shape = logits.shape
-        return (log_sum - rows.gather(1, ids.unsqueeze(1)).squeeze(1).float()).view(targets.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows, log_sum, ids = ctx.saved_tensors
-        scale = grads[0].reshape(-1).float()
-        return softmax_gradient(rows, log_sum, ids, scale, hit=scale).view(ctx.shape), None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of logits [..., v] of any float type and token ids [...], as fp32 [...]."""
-    return _CrossEntropy.apply(logits, targets)
+    limit = BLOCK_ELEMENTS if rows.device.type == "cpu" else 64 * BLOCK_ELEMENTS
+    step = max(1, limit // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, min(start + step, rows.shape[0]))
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The twin: the same through torch.nn.functional.cross_entropy."""
+    """The twin: -log p(target) of logits [..., v] and ids [...] through torch.nn.functional.cross_entropy, fp32."""
     flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
     return flat.view(targets.shape)

@@ -47,6 +47,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ x: [rows, out] and [rows, in] -> [out, in]. The operator copies its transposed first operand, so the
+    narrower one comes first.
+    """
+    if grad.shape[1] < x.shape[1]:
+        return _product(grad.t(), x.t(), None)
+    return _product(x.t(), grad.t(), None).t().contiguous()
+
+
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +69,7 @@ class _OneDNNLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         flat = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = _product(flat, weight.t(), None).view(x.shape) if need_x else None
-        grad_weight = _product(flat.t(), x.reshape(-1, weight.shape[1]).t(), None) if need_weight else None
+        grad_weight = _weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
         return grad_x, grad_weight, grad_bias
 

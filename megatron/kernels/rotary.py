@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [s, b, n, d], cos [s, 1, 1, r/2], sin [s, 1, 1, r/2]) -> the turned x [s, b, n, d]."""
+"""(x [b, n, s, d], cos [s, r/2], sin [s, r/2]) -> the turned x [b, n, s, d]."""
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,5 +49,5 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The turned x, without the intermediate tensors that autograd would keep."""
+    """The turned x, contiguous, without the intermediate tensors that autograd would keep."""
     return _Rotary.apply(x, cos, sin)

@@ -22,7 +22,7 @@ class Kernels:
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest available kernels for parameters of this type on this device."""
-    return Kernels(linear=choose_linear(device, dtype), attention=choose_attention(device, dtype), rotary=rotary)
+    return Kernels(linear=choose_linear(device, dtype), attention=choose_attention(device), rotary=rotary)
 
 
 def plain_kernels() -> Kernels:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.plan import LayerPlan
+from megatron.model.recompute import Recompute, run_layers
 from megatron.parallel.topology import Topology
 
 TIED = "embedding"
@@ -34,7 +35,15 @@ class PipelinedModel(PipelineModule):
     loss mask [b, s]) -> scalar, called on the last stage.
     """
 
-    def __init__(self, plan: Sequence[LayerPlan], topology: Topology, *, partition_method: str, loss: Loss) -> None:
+    def __init__(
+        self,
+        plan: Sequence[LayerPlan],
+        topology: Topology,
+        *,
+        partition_method: str,
+        loss: Loss,
+        recompute: Recompute | None = None,
+    ) -> None:
         grid = PipeModelDataParallelTopology(
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
         )
@@ -45,6 +54,11 @@ class PipelinedModel(PipelineModule):
                 partition_method=partition_method,
                 loss_fn=lambda logits, targets: loss(logits, *targets),
             )
+        self.recompute = recompute
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        """This stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t]."""
+        return run_layers(self.forward_funcs, forward_input, None, self.recompute)
 
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""

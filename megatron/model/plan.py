@@ -8,13 +8,13 @@ can be decided once (which norm, which kernel, which initialisation) is decided 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.kernels.selection import Kernels, choose_kernels
 from megatron.model.block import TransformerBlock
@@ -57,15 +57,19 @@ def layer_plan(
     dtype: torch.dtype,
     device: torch.device | None = None,
     random: ShardedRandom | None = None,
+    recompute_attention: Callable[..., Tensor] | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
     model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens]. seed: of the run.
     dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
     generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
+    recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype)
+    if recompute_attention is not None:
+        chosen = replace(chosen, attention=partial(recompute_attention, chosen.attention))
     dims = ModelDims.of(model)
     parts = _parts(model, initialization, dims, chosen, random or ShardedRandom(seed, topology.rank, device), dtype)
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from megatron.model.cache import KVCache
 from megatron.model.plan import LayerPlan
+from megatron.model.recompute import Recompute, run_layers
 
 
 class SequentialModel(nn.Module):
     """The layers of a plan, one after another; parameter names are ``sequential.<layer index>.<name>``."""
 
-    def __init__(self, plan: Sequence[LayerPlan]) -> None:
+    def __init__(self, plan: Sequence[LayerPlan], recompute: Recompute | None = None) -> None:
         super().__init__()
+        self.recompute = recompute
         self.sequential = nn.ModuleList()
         for layer in plan:
             if layer.tied_to is None:
@@ -27,9 +29,7 @@ class SequentialModel(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it."""
-        carry = tokens
-        for layer in self.sequential:
-            carry = layer(carry, cache)  # [s, b, h], at last [s, b, v/t]
+        carry = run_layers(self.sequential, tokens, cache, self.recompute)  # [s, b, v/t]
         if cache is not None:
             cache.advance(tokens.shape[1])
         return carry

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.parallel.cross_entropy import weighted_cross_entropy
 from megatron.parallel.topology import Axis
 
 
@@ -18,8 +18,8 @@ class LanguageModel:
         """The mean over the micro batch's unmasked tokens, an fp32 scalar; 0 where every token is masked.
 
         logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
-        tensor-parallel axis; all of its ranks get the same loss.
+        tensor-parallel axis; all of its ranks get the same loss. Where a gradient is needed the logits are
+        overwritten with it.
         """
-        losses = vocab_parallel_cross_entropy(logits, labels.t(), axis)  # [s, b]
-        mask = loss_mask.t().to(losses.dtype)
-        return (losses * mask).sum() / mask.sum().clamp(min=1)
+        mask = loss_mask.t().float()  # [s, b]
+        return weighted_cross_entropy(logits, labels.t(), mask / mask.sum().clamp(min=1), axis)

@@ -1,7 +1,7 @@
 """Cross entropy of logits whose vocabulary is cut over tensor-parallel ranks, without gathering them.
 
-Three numbers a token cross the ranks: the largest logit, the sum of exponentials and the target's logit
-(Megatron-LM, arXiv:1909.08053, section 3). Shapes: v vocabulary, t tensor-parallel degree; leading dimensions are free.
+Two numbers a token cross the ranks: the logarithm of the sum of exponentials and the target's logit (Megatron-LM,
+arXiv:1909.08053, section 3). Shapes: r rows (tokens), v vocabulary, t tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -12,33 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.kernels.cross_entropy import cross_entropy, row_statistics, softmax_gradient
+from megatron.kernels.cross_entropy import GradientWanted, softmax_pass
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.topology import Axis
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
-        rows, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        largest, total = row_statistics(rows)
-        shared = all_reduce(largest.clone(), axis, dist.ReduceOp.MAX)
-        total = all_reduce(total * torch.exp(largest - shared), axis)
-        log_sum = shared + torch.log(total)
-        local = ids - axis.rank * rows.shape[1]
-        elsewhere = (local < 0) | (local >= rows.shape[1])
-        local = local.masked_fill(elsewhere, 0)
-        target = rows.gather(1, local.unsqueeze(1)).squeeze(1).float().masked_fill(elsewhere, 0)
-        ctx.save_for_backward(rows, log_sum, local, elsewhere)
-        ctx.shape = logits.shape
-        return (log_sum - all_reduce(target, axis)).view(targets.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows, log_sum, local, elsewhere = ctx.saved_tensors
-        scale = grads[0].reshape(-1).float()
-        gradient = softmax_gradient(rows, log_sum, local, scale, hit=scale.masked_fill(elsewhere, 0))
-        return gradient.view(ctx.shape), None, None
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
@@ -46,7 +22,89 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) ->
 
     Every rank of the axis receives the same losses; the gradient on each rank is that of its own logits.
     """
-    if axis.size == 1:
-        return cross_entropy(logits, targets)
-    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, targets, axis)
+    losses: Tensor = _CrossEntropy.apply(logits, targets, axis)
     return losses
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis) -> Tensor:
+    """sum(weights * -log p(target)): logits [..., v/t], global token ids and fp32 weights [...] -> fp32 scalar.
+
+    Where a gradient is needed this overwrites the logits with it, which saves the memory and the time of a second
+    tensor of their size: read what you need from them first. It can be differentiated once.
+    """
+    if logits.requires_grad and torch.is_grad_enabled():
+        total: Tensor = _WeightedCrossEntropy.apply(logits, targets, weights, axis)
+        return total
+    return (vocab_parallel_cross_entropy(logits, targets, axis) * weights).sum()
+
+
+class _Targets:
+    """Global ids [...] as rows of this rank: ids inside its slice [r], and which belong to another rank [r]."""
+
+    def __init__(self, targets: Tensor, rows: Tensor, axis: Axis) -> None:
+        local = targets.reshape(-1) - axis.rank * rows.shape[1]
+        self.elsewhere = (local < 0) | (local >= rows.shape[1])
+        self.local = local.masked_fill(self.elsewhere, 0)
+
+    def logits(self, rows: Tensor, axis: Axis) -> Tensor:
+        """The target's logit of each row [r], fp32."""
+        found = rows.gather(1, self.local.unsqueeze(1)).squeeze(1)
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return all_reduce(found.masked_fill(self.elsewhere, 0), axis)
+
+
+def _log_sum_over_ranks(local: Tensor, axis: Axis) -> Tensor:
+    """Each rank's log-sums [r] -> that of the whole vocabulary [r]."""
+    if axis.size == 1:
+        return local
+    largest = all_reduce(local.clone(), axis, dist.ReduceOp.MAX)
+    return largest + torch.log(all_reduce(torch.exp(local - largest), axis))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        ids = _Targets(targets, rows, axis)
+        local = softmax_pass(rows)
+        log_sum = _log_sum_over_ranks(local, axis)
+        ctx.save_for_backward(rows, ids.local, ids.elsewhere, torch.exp(local - log_sum))
+        ctx.shape = logits.shape
+        return (log_sum - ids.logits(rows, axis)).view(targets.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, local, elsewhere, share = ctx.saved_tensors
+        scale = grads[0].reshape(-1)
+        gradient = torch.empty_like(rows)
+        softmax_pass(rows, GradientWanted(local, scale * share, scale.masked_fill(elsewhere, 0), gradient))
+        return gradient.view(ctx.shape), None, None
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis) -> Tensor:
+        # detach shares the version counter: another operation that kept the logits for its own gradient will say so.
+        rows, scale = logits.detach().reshape(-1, logits.shape[-1]), weights.reshape(-1)
+        ids = _Targets(targets, rows, axis)
+        target_logits = ids.logits(rows, axis)
+        hit = scale.masked_fill(ids.elsewhere, 0)
+        if axis.size == 1:
+            log_sum = softmax_pass(rows, GradientWanted(ids.local, scale, hit, rows))
+        else:
+            local = softmax_pass(rows)
+            log_sum = _log_sum_over_ranks(local, axis)
+            share = torch.exp(local - log_sum)
+            softmax_pass(rows, GradientWanted(ids.local, scale * share, hit, rows))
+        ctx.gradient = rows.view(logits.shape)
+        return ((log_sum - target_logits) * scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient: Tensor | None = ctx.gradient
+        if gradient is None:
+            raise RuntimeError("this loss can be differentiated once: its gradient has taken the logits' memory")
+        ctx.gradient = None
+        if gradient.device.type != "cpu" or grads[0].item() != 1.0:  # reading a scalar would stall an accelerator
+            gradient.mul_(grads[0])
+        return gradient, None, None, None

@@ -64,9 +64,9 @@ class ParallelSelfAttention(nn.Module):
         length, batch = x.shape[:2]
         offset = 0 if cache is None else cache.length
         q, k, v = self._split(self.query_key_value(x))
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if self.positions is not None:
             q, k = self.positions(q, offset), self.positions(k, offset)
-        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if cache is not None:
             k, v = cache.update(self.number, k, v)  # [b, m/t, offset + s, d]
         with self.draws():

@@ -14,7 +14,7 @@ class AttentionPositions(Protocol):
     """Positions that enter in attention, the same object for all blocks."""
 
     def __call__(self, x: Tensor, offset: int) -> Tensor:
-        """Queries or keys [s, b, n, d] whose first position is ``offset`` -> the same with positions in them."""
+        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the same with positions in them."""
 
 
 class Positions:

@@ -36,17 +36,18 @@ class Rotary(Positions):
         return cls(int(head_dim * model.rotary_pct), model.rotary_emb_base, kernel)
 
     def __call__(self, x: Tensor, offset: int) -> Tensor:
-        """Queries or keys [s, b, n, d] whose first position is ``offset`` -> the turned ones."""
-        cos, sin = self.table(offset + x.shape[0], x.device)
-        return self.kernel(x, cos[offset : offset + x.shape[0]], sin[offset : offset + x.shape[0]])
+        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the turned ones."""
+        end = offset + x.shape[2]
+        cos, sin = self.table(end, x.device)
+        return self.kernel(x, cos[offset:end], sin[offset:end])
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of at least ``length`` positions, fp32 [length, 1, 1, r/2]."""
+        """Cosines and sines of at least ``length`` positions, fp32 [length, r/2]."""
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
             room = 1 << (length - 1).bit_length()
             steps = torch.arange(0, self.turned, 2, dtype=torch.float32, device=device) / self.turned
             angles = torch.outer(torch.arange(room, dtype=torch.float32, device=device), 1.0 / self.base**steps)
-            known = (angles.cos()[:, None, None, :], angles.sin()[:, None, None, :])
+            known = (angles.cos(), angles.sin())
             self._tables[device] = known
         return known

@@ -1,0 +1,94 @@
+"""Causal attention for the CPU: a block of queries at a time against the keys that it can see.
+
+Compared with torch's scaled_dot_product_attention on a processor, the products here are large enough for the matrix
+library, and blocks of keys in the future are never computed. The weights of a block are kept for the backward pass
+while they are few, and computed again when they are many.
+
+Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s positions, d head dim, r rows of a block (g times
+its queries). The g query heads of one key/value head are rows of one product, so no key or value is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERIES = 128
+"""Queries of a block, measured best for 512 positions and heads of 32 and 64."""
+
+KEPT_BYTES = 256 << 20
+"""Most memory that one call's weights may take until its backward pass."""
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    for start in range(0, length, QUERIES):
+        yield slice(start, min(start + QUERIES, length))
+
+
+def _rows(x: Tensor, heads: int, block: slice) -> Tensor:
+    """The rows of a block of queries: [b, n, s, d] -> [b * m, r, d]."""
+    batch, _, _, size = x.shape
+    return x.unflatten(1, (heads, -1))[:, :, :, block].reshape(batch * heads, -1, size)
+
+
+def _put_rows(x: Tensor, heads: int, block: slice, rows: Tensor) -> None:
+    """The opposite of ``_rows``, in place."""
+    target = x.unflatten(1, (heads, -1))[:, :, :, block]
+    target.copy_(rows.view(target.shape))
+
+
+def _weights(rows: Tensor, keys: Tensor, block: slice) -> Tensor:
+    """Softmax over the visible keys: scaled rows [b * m, r, d], keys [b * m, s, d] -> [b * m, r, block.stop]."""
+    scores = torch.bmm(rows, keys[:, : block.stop].transpose(1, 2))
+    queries = block.stop - block.start
+    future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
+    scores.unflatten(1, (-1, queries))[..., block].add_(future)
+    return torch.softmax(scores, dim=-1)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads, length = k.shape[1:3]
+        scale = 1 / math.sqrt(q.shape[-1])
+        keys, values = (x.reshape(-1, length, x.shape[-1]).contiguous() for x in (k, v))  # [b * m, s, d]
+        keep = q.shape[0] * q.shape[1] * length * length // 2 * q.element_size() <= KEPT_BYTES
+        out = torch.empty(q.shape, dtype=q.dtype)
+        kept = []
+        for block in _blocks(length):
+            weights = _weights(_rows(q, heads, block) * scale, keys, block)
+            _put_rows(out, heads, block, torch.bmm(weights, values[:, : block.stop]))
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(q, keys, values, *kept)
+        ctx.scale, ctx.heads = scale, heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, keys, values, *kept = ctx.saved_tensors
+        heads, length = ctx.heads, q.shape[2]
+        grad_q = torch.empty(q.shape, dtype=q.dtype)
+        grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
+        for number, block in enumerate(_blocks(length)):
+            seen = slice(0, block.stop)
+            rows = _rows(q, heads, block) * ctx.scale
+            weights = kept[number] if kept else _weights(rows, keys, block)
+            grad_rows = _rows(grads[0], heads, block)
+            grad_v[:, seen].baddbmm_(weights.transpose(1, 2), grad_rows)
+            grad_weights = torch.bmm(grad_rows, values[:, seen].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            _put_rows(grad_q, heads, block, torch.bmm(grad_scores, keys[:, seen]).mul_(ctx.scale))
+            grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), rows)
+        shape = (q.shape[0], heads, length, -1)
+        return grad_q, grad_k.view(shape), grad_v.view(shape)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of whole sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d]. CPU only."""
+    out: Tensor = _BlockedAttention.apply(q, k, v)
+    return out

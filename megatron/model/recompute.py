@@ -1,0 +1,99 @@
+"""Activations that are computed again in the backward pass instead of being kept (arXiv:1604.06174).
+
+Full recomputation keeps only the input of a group of blocks. By the method "uniform" every block belongs to a group of
+`layers` blocks; by "block" the first `layers` blocks of a stage are recomputed one by one and the others kept, to use
+up what memory there is. Selective recomputation (arXiv:2205.05198, section 5) repeats only the attention core, which
+holds most of the memory and little of the arithmetic.
+
+The second computation must draw the same dropout masks. The functions that recompute restore torch's default
+generator; the generator for tensors cut over ranks is put back here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, is_grad_enabled
+
+from megatron.model.block import TransformerBlock
+from megatron.model.cache import KVCache
+from megatron.parallel.rng import ShardedRandom
+
+Layer = Callable[..., Tensor]
+Checkpoint = Callable[..., Tensor]
+"""checkpoint(function, input): calls the function, keeps its input only, and calls it again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How to recompute whole blocks.
+
+    checkpoint: torch's or DeepSpeed's function. layers: [blocks], see the top of the file.
+    """
+
+    checkpoint: Checkpoint
+    random: ShardedRandom
+    layers: int = 1
+    method: Literal["uniform", "block"] = "uniform"
+
+    def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[bool, Sequence[Layer]]]:
+        """(whether it is recomputed, the layers) for one group after another."""
+        blocks = [index for index, layer in enumerate(layers) if isinstance(layer, TransformerBlock)]
+        first, end = (blocks[0], blocks[-1] + 1) if blocks else (len(layers), len(layers))
+        yield False, layers[:first]
+        if self.method == "uniform":
+            for start in range(first, end, self.layers):
+                yield True, layers[start : min(start + self.layers, end)]
+        else:
+            stop = min(first + self.layers, end)
+            for index in range(first, stop):
+                yield True, layers[index : index + 1]
+            yield False, layers[stop:end]
+        yield False, layers[end:]
+
+    def run(self, layers: Sequence[Layer], carry: Tensor) -> Tensor:
+        """The layers one after another, remembered by their input only."""
+
+        def forward(value: Tensor) -> Tensor:
+            for layer in layers:
+                value = layer(value)
+            return value
+
+        return self.checkpoint(_Replayed(forward, self.random), carry)
+
+
+class _Replayed:
+    """A function whose second call starts from the random state of the first, and leaves the state alone."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], random: ShardedRandom) -> None:
+        self._function = function
+        self._random = random
+        self._start: Tensor | None = None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if self._start is None:
+            self._start = self._random.state.clone()
+            return self._function(value)
+        now = self._random.state
+        self._random.state = self._start
+        try:
+            return self._function(value)
+        finally:
+            self._random.state = now
+
+
+def run_layers(layers: Sequence[Layer], carry: Tensor, cache: KVCache | None, recompute: Recompute | None) -> Tensor:
+    """The layers of a model or of a stage, recomputed where that is wanted and there is a backward pass to come."""
+    if recompute is None or cache is not None or not is_grad_enabled():
+        for layer in layers:
+            carry = layer(carry, cache)
+        return carry
+    for recomputed, group in recompute.groups(layers):
+        if recomputed:
+            carry = recompute.run(group, carry)
+        else:
+            for layer in group:
+                carry = layer(carry)
+    return carry
