@@ -5,8 +5,8 @@ ZeRO stage keeps follows from DeepSpeed 0.19 (bf16_optimizer.py, zero/stage_1_an
 counted at their peak, when the last micro batch has been backpropagated.
 
 Activations are what autograd keeps of one micro batch, times the micro batches that a pipeline stage has under way,
-plus the gradient of the logits, which is the first thing the backward pass makes. Temporary buffers of single
-operations and the allocator's fragments come on top, so leave some memory free.
+and the logits. Temporary buffers of single operations and the allocator's fragments come on top, so leave some memory
+free.
 
 s sequence, b micro batch, h hidden, t tensor parallel degree.
 """
@@ -136,10 +136,10 @@ def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
 
 
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
-    """Bytes of the final norm, the logits and the gradient of the logits."""
-    tokens = layout.tokens
-    logits = 2 * tokens * padded_vocab_size // layout.model_parallel_size * layout.width
-    return tokens * (2 * dims.hidden_size * layout.width + 4 * FP32) + logits
+    """Bytes of the final norm and of the logits, whose place their gradient takes."""
+    logits = layout.tokens * padded_vocab_size // layout.model_parallel_size * layout.width
+    output = layout.tokens * dims.hidden_size * layout.width
+    return output + _norm_inputs(dims, layout, norms=1, inputs=1) + logits
 
 
 def stage_activations(

@@ -79,6 +79,6 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
     one = kept_bytes(config.replace(num_layers=1, attention_config=("global",)), dtype)
     two = kept_bytes(config, dtype)
     assert block_activations(dims, layout) == pytest.approx(two - one, rel=0.2)
-    gradient_of_logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize
-    rest = head_activations(dims, layout, VOCABULARY) - gradient_of_logits
-    assert rest <= one - (two - one) <= 2 * rest
+    logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize  # the loss keeps them outside of autograd's hooks
+    rest = head_activations(dims, layout, VOCABULARY) - logits
+    assert 0.9 * rest <= one - (two - one) <= 2 * rest
