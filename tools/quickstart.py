@@ -131,7 +131,7 @@ def measuring_stages(workers: int) -> list[Stage]:
             "bits",
             "measure bits per byte of the held-out text, beside compressors",
             (*deepy("tools/bits_per_byte.py", workers), *checkpoint, "--eval-text", str(corpus / "valid.jsonl")),
-            (PLACE / "logs" / "bits_per_byte.json",),
+            (PLACE / "logs" / "bits_per_byte" / "bits_per_byte.json",),
             after=("train",),
         ),
         Stage(
@@ -159,7 +159,7 @@ def deepy(script: str, workers: int) -> tuple[str, ...]:
 
 def summary(seconds: Mapping[str, float]) -> str:
     """What came out: the measures side by side, samples, and where to go from here."""
-    bits = json.loads((PLACE / "logs" / "bits_per_byte.json").read_text(encoding="utf-8"))
+    bits = json.loads((PLACE / "logs" / "bits_per_byte" / "bits_per_byte.json").read_text(encoding="utf-8"))
     newest = max((PLACE / "evaluation").glob("*.json"), key=lambda path: path.stat().st_mtime)
     scores = json.loads(newest.read_text(encoding="utf-8"))["results"][f"{CORPUS}_cloze"]
     lines = ["", "Held-out text, bits per byte (less is better)"]

@@ -91,10 +91,10 @@ def test_the_batch_is_shared_by_every_number_of_workers_that_may_be_chosen() -> 
 
 def test_the_summary_shows_measures_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "PLACE", tmp_path)
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "bits_per_byte").mkdir(parents=True)
     (tmp_path / "evaluation").mkdir()
     bits = {"bits_per_byte": 1.5, "gzip -9": 2.0514, "xz -9e": 1.7777}
-    (tmp_path / "logs" / "bits_per_byte.json").write_text(json.dumps(bits))
+    (tmp_path / "logs" / "bits_per_byte" / "bits_per_byte.json").write_text(json.dumps(bits))
     scores = {"results": {"python_stdlib_cloze": {"acc,none": 0.615}}}
     (tmp_path / "evaluation" / "python_stdlib_eval_results_1.json").write_text(json.dumps(scores))
     samples = [{"context": "def f(x):", "text": "\n    return x"}, {"context": "a", "text": None}]
