@@ -78,8 +78,10 @@ def state_memory(count: int, layout: StateLayout) -> tuple[int, int, int]:
 class ActivationLayout:
     """What decides the memory of activations.
 
-    width: bytes of an activation. recompute: blocks in a recomputed group, 0 for none. dropout: masks are kept.
-    cpu: the kernels of the processor keep other tensors than those of an accelerator.
+    width: bytes of an activation. recompute: blocks in a recomputed group, 0 for none; with `first_only` that many
+    blocks at the start of a stage are recomputed one by one, and the others are kept. selective: the attention core is
+    recomputed. kept_share: part of a group's input that stays on the device [fraction]. dropout: masks are kept. cpu:
+    the kernels of the processor keep other tensors than those of an accelerator.
     """
 
     seq_length: int
@@ -90,6 +92,9 @@ class ActivationLayout:
     hidden_dropout: bool
     attention_dropout: bool
     cpu: bool
+    first_only: bool = False
+    selective: bool = False
+    kept_share: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -125,6 +130,8 @@ def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
     query, kv = dims.query_size // cut, dims.kv_size // cut
     squares = layout.micro_batch * dims.num_attention_heads // cut * layout.seq_length**2
     rotary = dims.pos_emb == "rotary"
+    if layout.selective:
+        return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
     if layout.attention_dropout:  # scores, probabilities and masks are made one by one
         return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
     if layout.cpu:
@@ -151,10 +158,12 @@ def stage_activations(
     output layer.
     """
     block = block_activations(dims, layout)
-    boundary = layout.tokens * dims.hidden_size * layout.width
-    if layout.recompute and blocks:
-        groups = -(-blocks // layout.recompute)
-        kept = under_way * groups * boundary + min(blocks, layout.recompute) * block
+    boundary = int(layout.tokens * dims.hidden_size * layout.width * layout.kept_share)
+    group = min(layout.recompute, blocks)
+    if layout.first_only:
+        kept = under_way * (group * boundary + (blocks - group) * block) + min(group, 1) * block
+    elif group:
+        kept = under_way * -(-blocks // group) * boundary + group * block
     else:
         kept = under_way * blocks * block
     head = 0 if padded_vocab_size is None else head_activations(dims, layout, padded_vocab_size)

@@ -120,19 +120,33 @@ def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds:
     bucket = config.deepspeed.zero_reduce_bucket_size or 500_000_000
     stored = StateLayout(width, zero_stage, axes.data_parallel_size, bucket)
     parameters, gradients, optimizer = state_memory(held, stored)
-    recompute = config.recompute.checkpoint_num_layers if config.recompute.checkpoint_activations else 0
-    layout = ActivationLayout(
-        seq_length=model.seq_length // axes.context_parallel_size,
-        micro_batch=training.train_micro_batch_size_per_gpu,
-        model_parallel_size=cut,
-        width=width,
-        recompute=recompute,
-        hidden_dropout=model.hidden_dropout > 0,
-        attention_dropout=model.attention_dropout > 0,
-        cpu=config.launch.distributed_backend == "gloo",
-    )
+    layout = activation_layout(config)
     blocks = sum(1 for layer in layers if 2 <= layer < 2 + model.num_layers)
     under_way = min(stages - stage, training.gradient_accumulation_steps or 1)
     output = padded if last else None
     activations = stage_activations(dims, layout, blocks=blocks, under_way=under_way, padded_vocab_size=output)
     return Memory(parameters, gradients, optimizer, activations)
+
+
+def activation_layout(config: Config) -> ActivationLayout:
+    """What the configuration says about activations."""
+    axes, model, again = config.parallelism, config.model, config.recompute
+    assert model.seq_length
+    assert config.training.train_micro_batch_size_per_gpu
+    selective = again.recompute_granularity == "selective"
+    whole = (again.checkpoint_activations or again.recompute_granularity == "full") and not selective
+    on_cpu = config.launch.distributed_backend == "gloo"
+    kept_share = 1 / axes.model_parallel_size if again.partition_activations else 1.0
+    return ActivationLayout(
+        seq_length=model.seq_length // axes.context_parallel_size,
+        micro_batch=config.training.train_micro_batch_size_per_gpu,
+        model_parallel_size=axes.model_parallel_size,
+        width=WIDTHS[config.precision.precision or "fp32"],
+        recompute=again.checkpoint_num_layers if whole else 0,
+        hidden_dropout=model.hidden_dropout > 0,
+        attention_dropout=model.attention_dropout > 0,
+        cpu=on_cpu,
+        first_only=whole and again.recompute_method == "block",
+        selective=selective,
+        kept_share=0.0 if again.checkpoint_in_cpu and not on_cpu else kept_share,
+    )

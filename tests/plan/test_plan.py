@@ -127,6 +127,13 @@ def plan_of(**changes: Any) -> tuple[Resolution, Any]:
 def test_memory_falls_with_what_should_lower_it() -> None:
     base = plan_of()[1]
     assert plan_of(checkpoint_activations=True)[1].activations < base.activations / 3
+    whole = plan_of(recompute_granularity="full", checkpoint_num_layers=2)[1].activations
+    few = plan_of(checkpoint_activations=True, checkpoint_num_layers=2, recompute_method="block")[1].activations
+    assert whole < few < base.activations
+    assert plan_of(recompute_granularity="selective")[1].activations < base.activations
+    kept = plan_of(checkpoint_activations=True)[1].activations
+    assert plan_of(checkpoint_activations=True, partition_activations=True)[1].activations < kept
+    assert plan_of(checkpoint_activations=True, checkpoint_in_cpu=True)[1].activations < kept
     assert plan_of(precision="bfloat16")[1].parameters == base.parameters / 2
     assert plan_of(zero_optimization={"stage": 1})[1].optimizer < base.optimizer / 5
     assert plan_of(model_parallel_size=4)[1].parameters < base.parameters * 0.51
