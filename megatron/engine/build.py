@@ -22,6 +22,7 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.engine.inference import InferenceEngine, build_stage
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine, keyed_parameters
+from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.errors import ConfigError
 from megatron.model.cache import KVCache
 from megatron.model.pipelined import PipelinedModel
@@ -45,15 +46,16 @@ def build_training_engine(
     _quieten()
     random = ShardedRandom(config.training.seed, topology.rank, device())
     plan = _layer_plan(config, topology, padded_vocab_size, random)
+    recompute = full_recompute(config.recompute, topology, random, config.model.num_layers)
     loss = _loss(config, topology)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
-        model = PipelinedModel(plan, topology, partition_method=method, loss=loss)
+        model = PipelinedModel(plan, topology, partition_method=method, loss=loss, recompute=recompute)
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
-        model = SequentialModel(plan).to(device())
+        model = SequentialModel(plan, recompute).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(plan))
     if checkpoint is not None:
@@ -122,6 +124,7 @@ def _layer_plan(
         dtype=DTYPES[config.precision.precision],
         device=device(),
         random=random,
+        recompute_attention=selective_recompute(config.recompute),
     )
 
 

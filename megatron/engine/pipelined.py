@@ -31,7 +31,8 @@ Pair = tuple[Tensor, tuple[Tensor, Tensor]]
 class PipelinedEngine:
     """One stage in one PipelineEngine. See engine.py for what the methods promise.
 
-    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors. clipper: present at ZeRO 0.
+    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
+    clipper: present at ZeRO 0.
     """
 
     deepspeed: Any

@@ -1,0 +1,76 @@
+"""From the recompute section to what the model needs: torch's function, or DeepSpeed's where kept inputs move.
+
+DeepSpeed can spread kept inputs over the tensor-parallel ranks (`partition_activations`), copy them into one buffer
+(`contiguous_checkpointing`) and wait for the device after each group; torch's function does none of that and costs
+less. Either can keep inputs in host memory (`checkpoint_in_cpu`); DeepSpeed's way of it works on partitioned inputs
+only, so without them torch's is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import deepspeed
+import torch.utils.checkpoint
+from torch import Tensor
+
+from megatron.config.sections.recompute import RecomputeSection
+from megatron.model.recompute import Recompute
+from megatron.parallel.rng import ShardedRandom
+from megatron.parallel.topology import Topology
+
+TORCH = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+def in_host_memory(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Torch's checkpoint, with the kept inputs in host memory (page-locked beside a GPU) until the backward pass."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        output: Tensor = TORCH(function, *inputs)
+    return output
+
+
+def full_recompute(
+    section: RecomputeSection, topology: Topology, random: ShardedRandom, num_layers: int
+) -> Recompute | None:
+    """How whole blocks are recomputed; None when they are not. num_layers: of the whole model [blocks]."""
+    asked = section.checkpoint_activations or section.recompute_granularity == "full"
+    if not asked or section.recompute_granularity == "selective":
+        return None
+    method = "block" if section.recompute_method == "block" else "uniform"
+    checkpoint: Callable[..., Tensor] = in_host_memory if section.checkpoint_in_cpu else TORCH
+    if _is_deepspeeds(section):
+        checkpoint = _deepspeed(section, topology, num_layers)
+    return Recompute(checkpoint, random, layers=max(1, section.checkpoint_num_layers), method=method)
+
+
+def selective_recompute(section: RecomputeSection) -> Callable[..., Tensor] | None:
+    """The function that repeats the attention core; None when it is not to be repeated."""
+    return TORCH if section.recompute_granularity == "selective" else None
+
+
+def _is_deepspeeds(section: RecomputeSection) -> bool:
+    """Whether something is asked for that only DeepSpeed's function does."""
+    return any(
+        (
+            section.partition_activations,
+            section.contiguous_checkpointing,
+            section.synchronize_each_layer,
+            section.profile_backward,
+        )
+    )
+
+
+def _deepspeed(section: RecomputeSection, topology: Topology, num_layers: int) -> Callable[..., Tensor]:
+    """DeepSpeed's activation checkpointing, configured for this process."""
+    groups = -(-num_layers // max(1, section.checkpoint_num_layers))
+    deepspeed.checkpointing.configure(
+        topology,
+        partition_activations=section.partition_activations,
+        contiguous_checkpointing=section.contiguous_checkpointing,
+        num_checkpoints=groups,
+        checkpoint_in_cpu=section.checkpoint_in_cpu and section.partition_activations,
+        synchronize=section.synchronize_each_layer,
+        profile=section.profile_backward,
+    )
+    return deepspeed.checkpointing.checkpoint
