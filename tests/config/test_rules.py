@@ -86,6 +86,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "experts do not work with ZeRO 3; use stage 0, 1 or 2",
     ),
     (1, {"moe_num_experts": 2, "moe_top_k": 3}, "moe_top_k = 3: there are 2 experts"),
+    (
+        1,
+        {"recompute_granularity": "selective", "checkpoint_activations": True},
+        "recompute_granularity = 'selective': checkpoint_activations asks for whole blocks; leave one of the two out",
+    ),
     (1, {"min_lr": 0.01}, "min_lr = 0.01: it is above the learning rate 0.001"),
     (
         1,

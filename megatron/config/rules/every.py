@@ -34,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     run.saving_is_scheduled,
     run.loading_is_possible,
     run.run_has_a_length,
+    run.recomputation_is_one_thing,
     data.data_has_one_source,
     data.lists_are_as_long_as_their_paths,
     data.split_is_readable,

@@ -146,3 +146,15 @@ def run_has_a_length(config: Config) -> Iterator[Mistake]:
         value = getattr(config.training, name)
         if value < 0 or (value == 0 and name != "train_iters"):
             yield Mistake("a run cannot have this length", key=name, value=value)
+
+
+def recomputation_is_one_thing(config: Config) -> Iterator[Mistake]:
+    """Whole blocks or their attention core, not both."""
+    again = config.recompute
+    if again.recompute_granularity == "selective" and again.checkpoint_activations:
+        yield Mistake(
+            "checkpoint_activations asks for whole blocks",
+            key="recompute_granularity",
+            value="selective",
+            remedy="leave one of the two out",
+        )
