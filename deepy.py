@@ -3,7 +3,10 @@
 
 import sys
 
-from megatron.launch.start import main
+try:
+    from megatron.launch.start import main
+except ModuleNotFoundError as fault:
+    sys.exit(f"{sys.executable} has no package {fault.name}; activate the environment: source .venv/bin/activate")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

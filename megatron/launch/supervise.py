@@ -198,7 +198,8 @@ class Supervisor:
                 self._kill_at = time.monotonic()  # no worker runs yet, so there is nothing to save
                 return
             again = "; once more ends them without saving" if number == signal.SIGINT else ""
-            _say(f"{self._stop.name}: the workers save and stop{again}")
+            below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 stands there
+            _say(f"{below}{self._stop.name}: the workers save and stop{again}")
             for each in self._ranks.values():
                 self._send(each, self._stop)
 
