@@ -42,8 +42,8 @@ def write_layers(directory: Path, weights: dict[str, Tensor], model_rank: int) -
     for key, tensor in weights.items():
         layer, name = key.split(".", 1)
         by_layer.setdefault(int(layer), {})[name] = _storable(tensor)
-    for layer, content in by_layer.items():
-        files.write_tensors(directory / layout.layer_file(layer, model_rank), content)
+    for index, content in by_layer.items():
+        files.write_tensors(directory / layout.layer_file(index, model_rank), content)
 
 
 def public_biases(weights: dict[str, Tensor], *, summed: bool, model_rank: int) -> dict[str, Tensor]:

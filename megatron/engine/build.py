@@ -19,6 +19,7 @@ from torch.nn import Module, Parameter
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.known import known
 from megatron.engine.inference import InferenceEngine, build_stage
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine, keyed_parameters
@@ -46,7 +47,7 @@ def build_training_engine(
     _quieten()
     random = ShardedRandom(config.training.seed, topology.rank, device())
     plan = _layer_plan(config, topology, padded_vocab_size, random)
-    recompute = full_recompute(config.recompute, topology, random, config.model.num_layers)
+    recompute = full_recompute(config.recompute, topology, random, known(config.model.num_layers))
     loss = _loss(config, topology)
     model: Module
     if config.parallelism.is_pipe_parallel:
@@ -70,9 +71,9 @@ def build_training_engine(
             cache,
             random,
             clipper,
-            hidden_size=config.model.hidden_size,
+            hidden_size=known(config.model.hidden_size),
             padded_vocab_size=padded_vocab_size,
-            dtype=DTYPES[config.precision.precision],
+            dtype=DTYPES[known(config.precision.precision)],
         )
     return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper)
 
@@ -96,9 +97,9 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
         stage,
         topology,
         _cache_maker(config, topology, stage.indices),
-        hidden_size=config.model.hidden_size,
+        hidden_size=known(config.model.hidden_size),
         padded_vocab_size=padded_vocab_size,
-        dtype=DTYPES[config.precision.precision],
+        dtype=DTYPES[known(config.precision.precision)],
     )
 
 
@@ -121,7 +122,7 @@ def _layer_plan(
         padded_vocab_size=padded_vocab_size,
         topology=topology,
         seed=config.training.seed,
-        dtype=DTYPES[config.precision.precision],
+        dtype=DTYPES[known(config.precision.precision)],
         device=device(),
         random=random,
         recompute_attention=selective_recompute(config.recompute),
@@ -173,7 +174,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             dims.num_kv_heads // topology.model.size,
             max_length,
             dims.head_dim,
-            dtype=DTYPES[config.precision.precision],
+            dtype=DTYPES[known(config.precision.precision)],
             device=device(),
             first_layer=blocks[0] if blocks else 0,
         )

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from megatron.engine.forward import through_stages
 from megatron.model.cache import KVCache
@@ -41,15 +41,16 @@ def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
     pipe = topology.pipe
     indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
     functions: list[Callable[..., Tensor]] = []
+    modules: dict[int, Module] = {}
     parameters: dict[str, Parameter] = {}
     for index in indices:
         layer = plan[index]
         if layer.tied_to is None:
-            module = layer.build().to(device()).eval()
+            module = modules[index] = layer.build().to(device()).eval()
             functions.append(module)
             parameters.update({f"{index}.{name}": parameter for name, parameter in module.named_parameters()})
         elif layer.tied_to in indices:
-            functions.append(partial(tied_output, functions[layer.tied_to - indices.start]))
+            functions.append(partial(tied_output, modules[layer.tied_to]))
         else:
             copy = EmbeddingLayer(**{**plan[layer.tied_to].arguments, "positions": None}).to(device()).eval()
             functions.append(partial(tied_output, copy))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import deepspeed
 import torch.utils.checkpoint
@@ -37,7 +38,7 @@ def full_recompute(
     asked = section.checkpoint_activations or section.recompute_granularity == "full"
     if not asked or section.recompute_granularity == "selective":
         return None
-    method = "block" if section.recompute_method == "block" else "uniform"
+    method: Literal["block", "uniform"] = "block" if section.recompute_method == "block" else "uniform"
     checkpoint: Callable[..., Tensor] = in_host_memory if section.checkpoint_in_cpu else TORCH
     if _is_deepspeeds(section):
         checkpoint = _deepspeed(section, topology, num_layers)

@@ -106,7 +106,7 @@ def _stage3_pieces(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator
     for key, parameter in parameters.items():
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)
-        stop = min(start + numel, parameter.ds_numel)
+        stop = min(start + numel, parameter.ds_numel)  # type: ignore[attr-defined]
         if start < stop:
             yield Piece(key, parameter, start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
 

@@ -91,6 +91,7 @@ def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -
     )
 
 
-def tied_output(embedding: EmbeddingLayer, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+def tied_output(embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
     """Scores of a hidden state: [s, b, h] -> logits [s, b, v/t] with the word embedding's matrix."""
+    assert isinstance(embedding, EmbeddingLayer)
     return embedding.logits(hidden)

@@ -29,7 +29,7 @@ class SequentialModel(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it."""
-        carry = run_layers(self.sequential, tokens, cache, self.recompute)  # [s, b, v/t]
+        carry = run_layers(list(self.sequential), tokens, cache, self.recompute)  # [s, b, v/t]
         if cache is not None:
             cache.advance(tokens.shape[1])
         return carry

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron.checkpoint.load import find_checkpoint, restore
 from megatron.checkpoint.save import Counters, save_checkpoint
 from megatron.config import Config
+from megatron.config.known import known
 from megatron.data.build import Data, build_data
 from megatron.engine.build import DTYPES, build_training_engine
-from megatron.engine.engine import TrainingEngine
+from megatron.engine.pipelined import PipelinedEngine
+from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
@@ -91,17 +93,18 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
 def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
     training = config.training
     total = _train_iters(config)
-    per_evaluation = training.eval_iters * training.train_batch_size
+    batch = known(training.train_batch_size)
+    per_evaluation = training.eval_iters * batch
     evaluations = total // training.eval_interval + 1 if training.eval_interval else 1
     data = build_data(
         config.data,
         eod=tokenizer.eod,
-        seq_length=config.model.seq_length,
+        seq_length=known(config.model.seq_length),
         seed=training.seed,
-        micro_batch=training.train_micro_batch_size_per_gpu,
+        micro_batch=known(training.train_micro_batch_size_per_gpu),
         data_rank=topology.data.rank,
         data_size=topology.data.size,
-        train_samples=total * training.train_batch_size,
+        train_samples=total * batch,
         valid_samples=evaluations * per_evaluation,
         test_samples=per_evaluation,
         is_builder=topology.rank == 0,
@@ -132,10 +135,11 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         mlp_width=dims.mlp_width,
         gated=dims.gated,
         vocab_size=vocabulary,
-        seq_length=model.seq_length,
+        seq_length=known(model.seq_length),
     )
-    tokens = training.train_batch_size * model.seq_length
-    peak = find_peak(device(), DTYPES[config.precision.precision], config.observe.peak_theoretical_tflops)
+    batch = known(training.train_batch_size)
+    tokens = batch * known(model.seq_length)
+    peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
         total=_train_iters(config),
@@ -147,9 +151,9 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         save_scale=checkpoint.checkpoint_scale,
         save_factor=checkpoint.checkpoint_factor,
         save_extra=tuple(checkpoint.extra_save_iters or ()),
-        samples=training.train_batch_size,
+        samples=batch,
         tokens=tokens,
-        micro_batches=training.gradient_accumulation_steps,
+        micro_batches=known(training.gradient_accumulation_steps),
         flops=training_flops_per_token(shape) * tokens / topology.world_size,
         peak_flops=peak.flops_per_second,
         world_size=topology.world_size,
@@ -158,14 +162,14 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
 
 
 def _parts(
-    config: Config, engine: TrainingEngine, data: Data, reporter: Reporter, stop: Stop, vocabulary: int
+    config: Config, engine: PlainEngine | PipelinedEngine, data: Data, reporter: Reporter, stop: Stop, vocabulary: int
 ) -> Parts:
     schedule = build_schedule(
         SCHEDULES.load(config.schedule.lr_decay_style),
-        peak=config.optimizer.lr,
+        peak=known(config.optimizer.lr),
         floor=config.schedule.min_lr,
         warmup_fraction=config.schedule.warmup,
-        horizon=config.schedule.lr_decay_iters,
+        horizon=known(config.schedule.lr_decay_iters),
     )
     assert data.train is not None
     return Parts(
@@ -181,7 +185,9 @@ def _parts(
     )
 
 
-def _saver(config: Config, engine: TrainingEngine, reporter: Reporter, vocabulary: int) -> Callable[[RunState], None]:
+def _saver(
+    config: Config, engine: PlainEngine | PipelinedEngine, reporter: Reporter, vocabulary: int
+) -> Callable[[RunState], None]:
     def save(state: RunState) -> None:
         directory = save_checkpoint(config, engine, state.counters(), padded_vocab_size=vocabulary)
         reporter.message(f"saved {directory}")

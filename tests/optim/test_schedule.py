@@ -1,5 +1,6 @@
 """Learning rates against closed forms and torch's own cosine schedule."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_warms_up_from_above_zero_and_never_rises_again(style: str) -> None:
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == pytest.approx(1e-3)
     assert max(rates) == pytest.approx(1e-3)
-    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[9:]))
     assert len(set(rates[100:])) == 1
 
 
