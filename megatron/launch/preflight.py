@@ -10,18 +10,13 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.errors import ConfigError, Mistake
-from megatron.log import get_logger
 
 CPU_OP = "deepspeed_shm_comm"
-BUILD_SECONDS = 600  # no build takes longer; a lock older than that was left by a process that died
-NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "afs", "9p")
 
 
 def check(accelerator: str, environment: Mapping[str, str]) -> None:
@@ -34,8 +29,6 @@ def check(accelerator: str, environment: Mapping[str, str]) -> None:
     if accelerator == "cpu":
         folder = op_folder(environment)
         missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
-        if drop_orphaned_lock(folder):
-            get_logger(__name__).warning("removed the lock that a killed compilation left in %s", folder)
     ConfigError.raise_any(missing)
 
 
@@ -65,42 +58,3 @@ def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mi
         name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
         missing.append(Mistake(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
     return missing
-
-
-def drop_orphaned_lock(folder: Path) -> bool:
-    """Removes the lock of a compilation whose process was killed; torch would wait for it without end.
-
-    The process that compiles or loads keeps the lock file open, so a lock that nobody on this host has open is an
-    orphan. On a network file system the owner may be on another host, and only a lock's age tells. Returns whether
-    there was one.
-    """
-    lock = folder / "lock"
-    try:
-        age = time.time() - lock.stat().st_mtime
-    except OSError:
-        return False
-    if _is_open_somewhere(lock) or (age < BUILD_SECONDS and _on_network(lock)):
-        return False
-    with suppress(OSError):
-        lock.unlink()
-    return True
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this user on this host has the file open."""
-    wanted = str(path.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if os.readlink(descriptor) == wanted:
-                return True
-    return False
-
-
-def _on_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
-    """Whether the file lies on a file system that other hosts may share."""
-    best, kind = "", ""
-    for line in mounts.read_text(encoding="utf-8").splitlines():
-        _, point, fs_type, *_ = line.split()
-        if path.resolve().is_relative_to(point) and len(point) >= len(best):
-            best, kind = point, fs_type
-    return kind.startswith(NETWORK_FILE_SYSTEMS)

@@ -59,20 +59,3 @@ def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
     (tmp_path / "clang++").touch(mode=0o755)
     told = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
     assert not any("C++ compiler" in str(mistake) for mistake in told)
-
-
-def test_the_lock_of_a_killed_compilation_is_removed(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    assert not preflight.drop_orphaned_lock(tmp_path)
-    with lock.open("w"):
-        assert not preflight.drop_orphaned_lock(tmp_path)
-        assert lock.exists()
-    assert preflight.drop_orphaned_lock(tmp_path)
-    assert not lock.exists()
-
-
-def test_a_young_lock_on_a_network_file_system_is_left_alone(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\n")
-    assert preflight._on_network(tmp_path / "lock", mounts)
-    assert not preflight._on_network(Path("/etc/hosts"), mounts)
