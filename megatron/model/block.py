@@ -8,6 +8,8 @@ Shapes: s sequence, b micro batch, h hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,11 +29,11 @@ class TransformerBlock(nn.Module):
         self.parallel = dims.gpt_j_residual
         self.dropout = parts.hidden_dropout
         self.input_layernorm = parts.norm()
-        self.attention = parts.attention[number](number, parts, source.of("attention"))
+        self.attention: Any = parts.attention[number](number, parts, source.of("attention"))
         if not dims.shared_norm:
             self.post_attention_layernorm = parts.norm()
         self.shared_norm = dims.shared_norm
-        self.mlp = parts.mlp(parts, source.of("mlp"))
+        self.mlp: Any = parts.mlp(parts, source.of("mlp"))
         self.to(parts.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
