@@ -5,9 +5,14 @@ Shapes: b micro batch, s sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a token that is not to be predicted, as label data sets hold it."""
 
 
 @dataclass(frozen=True)
@@ -15,36 +20,71 @@ class MicroBatch:
     """The inputs and targets of one pass.
 
     tokens and labels: int64 [b, s], labels being the tokens one place further on. loss_mask: float32 [b, s], 0 where a
-    label does not count.
+    label does not count; the label there is some valid id. document_starts: int64 [b, s], the place in the sequence
+    where the document of each token starts, where attention or positions are reset at it. rewards: float32 [b, s], that
+    of the document of each token, where there is reward data.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    document_starts: Tensor | None = None
+    rewards: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The batch on a device."""
-        return MicroBatch(
-            self.tokens.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.loss_mask.to(device, non_blocking=non_blocking),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
         """The batch in page-locked memory, from where a copy to a GPU runs beside computation."""
-        return MicroBatch(self.tokens.pin_memory(), self.labels.pin_memory(), self.loss_mask.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        values = (getattr(self, field.name) for field in fields(self))
+        return MicroBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
 
 
-def make_batch(samples: torch.Tensor, *, eod: int, eod_mask_loss: bool) -> MicroBatch:
+def make_batch(
+    samples: Tensor,
+    *,
+    eod: int,
+    eod_mask_loss: bool,
+    labels: Tensor | None = None,
+    borders: Tensor | None = None,
+    rewards: Tensor | None = None,
+) -> MicroBatch:
     """The micro-batch of some samples, int64 [b, s + 1].
 
     eod_mask_loss: positions whose input token ends a document do not count; their label is the first token of another
-    document, which nothing announces.
+    document, which nothing announces. labels: int64 [b, s + 1], the samples with IGNORED where a token is not to be
+    predicted; the samples themselves unless given. borders: bool [b, s + 1], True where a document starts; documents
+    then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1].
     """
     tokens = samples[:, :-1].contiguous()  # [b, s]
-    labels = samples[:, 1:].contiguous()  # [b, s]
+    targets = (samples if labels is None else labels)[:, 1:].contiguous()  # [b, s]
+    loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
     if eod_mask_loss:
         loss_mask = (tokens != eod).to(torch.float32)
-    else:
-        loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
-    return MicroBatch(tokens, labels, loss_mask)
+    if labels is not None:
+        counted = targets >= 0
+        loss_mask *= counted
+        targets *= counted
+    return MicroBatch(
+        tokens,
+        targets,
+        loss_mask,
+        document_starts=None if borders is None else document_starts(tokens, borders[:, :-1], eod),
+        rewards=None if rewards is None else rewards[:, :-1].contiguous(),
+    )
+
+
+def document_starts(tokens: Tensor, borders: Tensor, eod: int) -> Tensor:
+    """Where the document of each token starts, int64 [b, s]: at a border, after an eod, or at the sequence's start.
+
+    tokens int64 and borders bool, [b, s].
+    """
+    first = borders.clone()
+    first[:, 1:] |= tokens[:, :-1] == eod
+    first[:, 0] = True
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return torch.where(first, places, 0).cummax(dim=1).values

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.data.gpt import Samples
+from megatron.data.gpt import Extras, Samples
 
 # Each set is asked for a little more than its share, since the greedy order may run ahead of it.
 MARGIN = 1.005
@@ -38,6 +38,29 @@ def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.
     return sets, numbers
 
 
+def document_weights(documents: Sequence[int], alpha: float) -> list[float]:
+    """The share of each set [fraction]: its share of all documents to the power alpha, normalised.
+
+    alpha 1 draws every document equally often, 0 every set; between them small sets are drawn more than their size
+    asks for (arXiv:1901.07291, section 3.1).
+    """
+    powers = [float(count) ** alpha if count else 0.0 for count in documents]
+    total = sum(powers)
+    return [power / total for power in powers] if total else powers
+
+
+def whole_passes(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The order (blend_order) in which sets of so many samples are used up together, each in proportion.
+
+    Rounding may let one set run ahead of its last sample; the order ends before that.
+    """
+    total = sum(lengths)
+    sets, numbers = blend_order([length / total for length in lengths], total)
+    beyond = np.flatnonzero(numbers >= np.asarray(lengths)[sets])
+    end = int(beyond[0]) if len(beyond) else total
+    return sets[:end], numbers[:end]
+
+
 def samples_asked(weight: float, samples: int, drawn: int) -> int:
     """How many samples a set is built for: its share and a margin, or what the order draws from it if that is more."""
     return max(math.ceil(samples * weight * MARGIN), drawn)
@@ -55,8 +78,8 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self._sets)
 
-    def read(self, number: int, out: np.ndarray) -> None:
-        """Writes the sample's tokens into out [sample_length]."""
-        if not 0 <= number < len(self):
+    def read(self, number: int, tokens: np.ndarray, extras: Extras | None = None) -> None:
+        """Writes the sample's tokens into tokens [sample_length], and what else is asked for."""
+        if not 0 <= number < len(self._sets):
             raise IndexError(f"sample {number} of a blend that has {len(self)}")
-        self._datasets[int(self._sets[number])].read(int(self._numbers[number]), out)
+        self._datasets[self._sets.item(number)].read(self._numbers.item(number), tokens, extras)

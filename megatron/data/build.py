@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron.config.sections.data import DataSection
-from megatron.data.blend import BlendedDataset
+from megatron.data.blend import BlendedDataset, whole_passes
 from megatron.data.card import read_card
-from megatron.data.gpt import PackedDataset, Samples
-from megatron.data.index_cache import IndexRequest, index_maps
+from megatron.data.gpt import PackedDataset, Samples, WholeDataset
+from megatron.data.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.index_map import IndexMap, epochs_needed
 from megatron.data.loader import Loader
 from megatron.data.plan import DataPlan, SourcePlan, SplitPlan
 from megatron.data.sampler import Sampler
-from megatron.data.sources import Source, Split, read_splits
+from megatron.data.sources import Split, read_splits
 from megatron.data.splits import NAMES
 
 
@@ -45,39 +46,41 @@ def build_data(
     test_samples: int,
     is_builder: bool,
     barrier: Callable[[], None],
+    train_epochs: int | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
     eod: the id that ends a document. seq_length: [tokens]. seed: of the sample order. micro_batch: samples of one rank
     at once. *_samples: how many all ranks together will take over the whole run. is_builder: whether this rank writes
-    the index maps, one rank for each file system. barrier: returns when every rank has called it.
+    the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
+    that the training data is laid out for; train_samples are at most those of epoch_samples.
     Raises ConfigError when no data is named, files are missing or a needed split is empty; RunError when a file is
     damaged.
     """
     started = time.monotonic()
     wanted = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
-    splits, warnings = read_splits(data, wanted)
-    requests = [_request(source, seq_length, seed) for split in splits for source in split.sources]
-    maps, cache_warnings = index_maps(requests, is_builder=is_builder, barrier=barrier)
-    remaining = iter(maps)
+    splits, warnings = read_splits(data, wanted, train_epochs=train_epochs)
+    maps, cache_warnings = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
+    whole = data.pack_impl != PACKED
     loaders: dict[str, Loader] = {}
     plans: dict[str, SplitPlan] = {}
-    for split in splits:
-        own = [next(remaining) for _ in split.sources]
-        samples = _samples(split, own, seq_length)
+    for split, own in zip(splits, maps, strict=True):
+        order = whole_passes([len(index) for index in own]) if split.epochs and len(own) > 1 else split.order
+        samples = _samples(split, own, order, seq_length, whole=whole)
         loaders[split.name] = Loader(
             samples,
             Sampler(len(samples), micro_batch, data_rank, data_size),
             eod=eod,
             eod_mask_loss=data.eod_mask_loss,
+            labels=whole or any(source.data.labels is not None for source in split.sources),
+            rewards=any(source.data.rewards is not None for source in split.sources),
+            documents=data.reset_attention_mask or data.reset_position_ids,
             workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        plans[split.name] = _plan(split, own, len(samples), seq_length)
+        plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
     if data.mmap_warmup:
-        datasets = {source.dataset.prefix: source.dataset for split in splits for source in split.sources}
-        for dataset in datasets.values():
-            dataset.warm_up()
+        _warm_up(splits)
     plan = DataPlan(
         train=plans.get("train"),
         valid=plans.get("valid"),
@@ -88,26 +91,77 @@ def build_data(
     return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan)
 
 
-def _request(source: Source, seq_length: int, seed: int) -> IndexRequest:
-    return IndexRequest(
-        dataset=source.dataset,
-        name=source.name,
-        documents=source.documents,
-        seq_length=seq_length,
-        samples=source.asked,
-        epochs=epochs_needed(source.tokens, seq_length, source.asked),
-        seed=seed,
-    )
+def epoch_samples(
+    data: DataSection, *, epochs: int, seq_length: int, seed: int, is_builder: bool, barrier: Callable[[], None]
+) -> int:
+    """How many training samples so many passes give; every rank must call this. The faults are those of build_data."""
+    splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
+    (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
+    return len(maps[0]) if len(maps) == 1 else len(whole_passes([len(index) for index in maps])[0])
 
 
-def _samples(split: Split, maps: Sequence[IndexMap], seq_length: int) -> Samples:
-    packed = [
-        PackedDataset(source.dataset, index, seq_length) for source, index in zip(split.sources, maps, strict=True)
-    ]
-    return packed[0] if split.order is None else BlendedDataset(packed, *split.order)
+def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) -> list[IndexRequest]:
+    """The index map that each source of a split needs."""
+    packed = data.pack_impl == PACKED
+    requests = []
+    for source in split.sources:
+        epochs = split.epochs
+        if packed and not epochs:
+            epochs = epochs_needed(source.tokens, seq_length, source.asked or 0)
+        requests.append(
+            IndexRequest(
+                dataset=source.dataset,
+                name=source.name,
+                documents=source.documents,
+                seq_length=seq_length,
+                samples=source.asked,
+                epochs=epochs,
+                seed=seed,
+                packing=data.pack_impl,
+                chopped=data.allow_chopped,
+                labels=source.data.labels,
+            )
+        )
+    return requests
 
 
-def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int) -> SplitPlan:
+def _maps(
+    splits: Sequence[Split],
+    data: DataSection,
+    seq_length: int,
+    seed: int,
+    *,
+    is_builder: bool,
+    barrier: Callable[[], None],
+) -> tuple[list[list[IndexMap]], list[str]]:
+    """The index maps of every split's sources, and warnings for the user."""
+    requests = [index_requests(data, split, seq_length, seed) for split in splits]
+    maps, warnings = index_maps([one for own in requests for one in own], is_builder=is_builder, barrier=barrier)
+    remaining = iter(maps)
+    return [[next(remaining) for _ in own] for own in requests], warnings
+
+
+def _samples(
+    split: Split,
+    maps: Sequence[IndexMap],
+    order: tuple[np.ndarray, np.ndarray] | None,
+    seq_length: int,
+    *,
+    whole: bool,
+) -> Samples:
+    kind = WholeDataset if whole else PackedDataset
+    made = [kind(source.data, index, seq_length) for source, index in zip(split.sources, maps, strict=True)]
+    return made[0] if order is None else BlendedDataset(made, *order)
+
+
+def _warm_up(splits: Sequence[Split]) -> None:
+    """Fills the page cache, with each file once."""
+    parts = [part for split in splits for source in split.sources for part in vars(source.data).values() if part]
+    for dataset in {part.prefix: part for part in parts}.values():
+        dataset.warm_up()
+
+
+def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, whole: bool) -> SplitPlan:
     sources = []
     for source, index in zip(split.sources, maps, strict=True):
         dataset = source.dataset
@@ -119,7 +173,8 @@ def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int)
                 tokens=source.tokens,
                 epochs=index.epochs,
                 samples=len(index),
-                asked=source.drawn,
+                samples_per_pass=len(index) / index.epochs if whole else source.tokens / seq_length,
+                asked=len(index) if split.epochs else source.drawn,
                 weight=source.weight,
                 bytes_per_token=card.bytes_per_token if card else None,
             )

@@ -1,8 +1,9 @@
 """Keep index maps in files beside the data, so that they are computed once and shared by all ranks of a machine.
 
-The names are the public ones, `<prefix>_<name>_indexmap_<N>ns_<seq>sl_<seed>s_packedpi_ac_..._idx.npy`, with a digest
-of everything that the public names leave out and that changes the map: the lengths of all documents, the range of
-documents, the number of passes. Another split, or other data under the same prefix, therefore gets other files.
+The names are the public ones, `<prefix>_<name>_indexmap_<N>ns_<seq>sl_<seed>s_<packing>pi[_ac]_..._idx.npy`, with a
+digest of everything that the public names leave out and that changes the map: the lengths of all documents, the range
+of documents, those of them that are used, the number of passes. Another split, or other data under the same prefix,
+therefore gets other files. N is None where passes are asked for and not samples.
 Each file appears complete under its name or not at all. Where they cannot be written, each rank computes its own.
 """
 
@@ -19,16 +20,21 @@ import numpy as np
 
 from megatron.data.index_map import IndexMap, build_index_map
 from megatron.data.indexed import IndexedDataset
+from megatron.data.packing import build_whole_map, usable_documents
+from megatron.errors import ConfigError
 
 ARRAYS = {"documents": "doc", "samples": "sample", "shuffle": "shuffle"}
 DIGEST_BYTES = 8
+PACKED = "packed"
 
 
 @dataclass(frozen=True)
 class IndexRequest:
     """Everything that determines an index map.
 
-    name: of the split, such as train or valid_2. samples: how many are asked for, or None where passes are.
+    name: of the split, such as train or valid_2. samples: how many are asked for, or None where passes are. epochs:
+    passes over the documents, for whole documents 0 where the samples decide. packing, chopped: of the documents, as
+    pack_impl and allow_chopped say. labels: the data set's labels, which decide which whole documents are used.
     """
 
     dataset: IndexedDataset
@@ -38,11 +44,15 @@ class IndexRequest:
     samples: int | None
     epochs: int
     seed: int
+    packing: str = PACKED
+    chopped: bool = True
+    labels: IndexedDataset | None = None
 
     @cached_property
     def stem(self) -> str:
         """The files' common path."""
-        public = f"{self.samples}ns_{self.seq_length}sl_{self.seed}s_packedpi_ac"
+        chopped = "_ac" if self.chopped else ""
+        public = f"{self.samples}ns_{self.seq_length}sl_{self.seed}s_{self.packing}pi{chopped}"
         return f"{self.dataset.prefix}_{self.name}_indexmap_{public}_{self._digest()}"
 
     def paths(self) -> dict[str, Path]:
@@ -50,9 +60,41 @@ class IndexRequest:
         return {array: Path(f"{self.stem}_{short}_idx.npy") for array, short in ARRAYS.items()}
 
     def build(self) -> IndexMap:
-        """Computes the map."""
-        return build_index_map(
-            self.dataset.sizes, self.documents, seq_length=self.seq_length, epochs=self.epochs, seed=self.seed
+        """Computes the map. ConfigError where no document can be used."""
+        sizes = self.dataset.sizes
+        if self.packing == PACKED:
+            return build_index_map(
+                sizes, self.documents, seq_length=self.seq_length, epochs=self.epochs, seed=self.seed
+            )
+        if not len(self.usable):
+            raise ConfigError.of(
+                f"no document of {self.dataset.prefix} can stand in {self.name} as a whole: they are empty, longer "
+                f"than {self.seq_length + 1} tokens or without labels",
+                key="pack_impl",
+                value=self.packing,
+                remedy="set allow_chopped, raise seq_length, or use pack_impl: packed",
+            )
+        return build_whole_map(
+            sizes,
+            self.usable,
+            seq_length=self.seq_length,
+            packed=self.packing != "unpacked",
+            seed=self.seed,
+            samples=self.samples or 0,
+            epochs=self.epochs,
+        )
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """The documents that the map holds in each pass."""
+        if self.packing == PACKED:
+            return np.arange(self.documents.start, self.documents.stop)
+        return usable_documents(
+            self.dataset.sizes,
+            self.documents,
+            seq_length=self.seq_length,
+            chopped=self.chopped,
+            labels=self.labels,
         )
 
     def _digest(self) -> str:
@@ -60,6 +102,8 @@ class IndexRequest:
         rest = (
             f"{self.documents.start}:{self.documents.stop} epochs {self.epochs} seq {self.seq_length} seed {self.seed}"
         )
+        if self.packing != PACKED:
+            rest += f" of {hashlib.blake2b(self.usable.data, digest_size=DIGEST_BYTES).hexdigest()}"
         return hashlib.blake2b(f"{lengths.hexdigest()} {rest}".encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
@@ -87,8 +131,10 @@ def read_index_map(request: IndexRequest) -> IndexMap | None:
     except (OSError, ValueError):
         return None
     documents, samples, shuffle = (arrays[array] for array in ARRAYS)
-    whole = documents.shape == (len(request.documents) * request.epochs,) and samples.shape == (len(shuffle) + 1, 2)
-    return IndexMap(documents, samples, shuffle, request.epochs) if whole else None
+    once = len(request.documents) if request.packing == PACKED else len(request.usable)
+    epochs = request.epochs or len(documents) // max(once, 1)
+    whole = documents.shape == (once * epochs,) and samples.shape == (len(shuffle) + 1, 2)
+    return IndexMap(documents, samples, shuffle, epochs) if whole else None
 
 
 def index_maps(

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 
 from megatron.data.batch import MicroBatch, make_batch
-from megatron.data.gpt import Samples
+from megatron.data.gpt import Extras, Samples
 from megatron.data.sampler import Sampler
 
+EXTRA_TYPES = {"labels": np.int64, "rewards": np.float32, "borders": np.bool_}
 AHEAD = 2  # micro-batches read ahead by each thread
 
 
 class Loader:
     """The micro-batches of one rank.
 
-    samples: the data set. sampler: the rank's share of it. workers: background threads, 0 for none.
+    samples: the data set. sampler: the rank's share of it. eod: the id that ends a document; eod_mask_loss: its label
+    does not count. labels, rewards: read them too; labels tell padding and tokens that are not to be predicted.
+    documents: say where the document of each token starts. workers: background threads, 0 for none.
     pin_memory: serve batches in page-locked memory.
     """
 
@@ -34,6 +37,9 @@ class Loader:
         *,
         eod: int,
         eod_mask_loss: bool = False,
+        labels: bool = False,
+        rewards: bool = False,
+        documents: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -41,6 +47,7 @@ class Loader:
         self._sampler = sampler
         self._eod = eod
         self._eod_mask_loss = eod_mask_loss
+        self._wanted = {"labels": labels, "rewards": rewards, "borders": documents}
         self._workers = workers
         self._pin_memory = pin_memory
 
@@ -70,8 +77,16 @@ class Loader:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, numbers: range) -> MicroBatch:
-        samples = np.empty((len(numbers), self.samples.sample_length), np.int64)
+        shape = (len(numbers), self.samples.sample_length)
+        samples = np.empty(shape, np.int64)
+        extras = {name: np.zeros(shape, EXTRA_TYPES[name]) for name, wanted in self._wanted.items() if wanted}
         for row, number in enumerate(numbers):
-            self.samples.read(number, samples[row])
-        batch = make_batch(torch.from_numpy(samples), eod=self._eod, eod_mask_loss=self._eod_mask_loss)
+            own = Extras(**{name: array[row] for name, array in extras.items()}) if extras else None
+            self.samples.read(number, samples[row], own)
+        batch = make_batch(
+            torch.from_numpy(samples),
+            eod=self._eod,
+            eod_mask_loss=self._eod_mask_loss,
+            **{name: torch.from_numpy(array) for name, array in extras.items()},
+        )
         return batch.pin_memory() if self._pin_memory else batch

@@ -11,7 +11,8 @@ class SourcePlan:
     """One data set of a split.
 
     documents, tokens: those that the split may use. epochs: passes over them that the index map holds. samples: what
-    the map gives. asked: how many the run will take from it. weight: its share of the split [fraction].
+    the map gives. samples_per_pass: samples of one pass. asked: how many the run will take from it. weight: its share
+    of the split [fraction].
     bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so.
     """
 
@@ -20,6 +21,7 @@ class SourcePlan:
     tokens: int
     epochs: int
     samples: int
+    samples_per_pass: float
     asked: int
     weight: float
     bytes_per_token: float | None
@@ -47,8 +49,8 @@ class SplitPlan:
 
     @property
     def passes(self) -> float:
-        """How often the run reads an average token of the split."""
-        return self.asked * self.seq_length / self.tokens
+        """How often the run reads an average document of the split."""
+        return self.asked / sum(source.samples_per_pass for source in self.sources)
 
     @property
     def bytes_per_token(self) -> float | None:

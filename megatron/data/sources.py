@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from megatron.config.sections.data import DataSection
-from megatron.data.blend import blend_order, samples_asked
+from megatron.data.blend import blend_order, document_weights, samples_asked
+from megatron.data.gpt import TokenSource
 from megatron.data.indexed import IndexedDataset
 from megatron.data.splits import NAMES, split_documents, split_shares
 from megatron.errors import ConfigError
@@ -18,15 +20,24 @@ LARGEST_BLEND = 255
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a split before its index map exists. drawn: samples a blend takes from it. name: for file names."""
+    """A part of a split before its index map exists.
 
-    dataset: IndexedDataset
+    drawn: samples a blend takes from it. asked: samples its map must give, or None where the passes decide. name: for
+    file names. key: of the configuration that names it.
+    """
+
+    data: TokenSource
     documents: range
     weight: float
     name: str
     key: str
-    asked: int = 0
+    asked: int | None = 0
     drawn: int = 0
+
+    @property
+    def dataset(self) -> IndexedDataset:
+        """The tokens."""
+        return self.data.tokens
 
     @property
     def tokens(self) -> int:
@@ -36,48 +47,57 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """A split before its index maps exist. order: of the blend, where there are several sources (blend_order)."""
+    """A split before its index maps exist. order: of the blend, where there are several sources (blend_order).
+
+    epochs: passes over all documents; 0 where the samples decide.
+    """
 
     name: str
     samples: int
     sources: tuple[Source, ...]
     order: tuple[np.ndarray, np.ndarray] | None = None
+    epochs: int = 0
 
 
-def read_splits(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
+def read_splits(
+    data: DataSection, wanted: dict[str, int], *, train_epochs: int | None = None
+) -> tuple[list[Split], list[str]]:
     """The splits of which samples are wanted and that have documents, and warnings for the user.
 
-    wanted: samples of each split. Raises ConfigError when no data is named, files are missing or training has no
-    documents; RunError when a file is damaged.
+    wanted: samples of each split. train_epochs: passes that the training data is laid out for, whatever its samples;
+    its blend, if there is one, is then left to later. Raises ConfigError when no data is named, files are missing or
+    training has no documents; RunError when a file is damaged.
     """
     splits, warnings = _named(data, {name: samples for name, samples in wanted.items() if samples > 0})
-    return [_draw(split) for split in splits], warnings
+    by_passes = {"train"} if train_epochs else set()
+    return [
+        _by_passes(split, train_epochs or 0) if split.name in by_passes else _draw(split) for split in splits
+    ], warnings
 
 
 def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
-    lists = {name: (getattr(data, f"{name}_data_paths"), getattr(data, f"{name}_data_weights")) for name in NAMES}
+    lists = {name: getattr(data, f"{name}_data_paths") for name in NAMES}
     if data.data_path is not None:
         return _one_set(data.data_path, data.split, wanted)
-    if not any(paths for paths, _ in lists.values()):
+    if not any(lists.values()):
         raise ConfigError.of(
             "no data to train on",
             key="data_path",
             value=None,
             remedy="give data_path, or train_data_paths, valid_data_paths and test_data_paths",
         )
-    if "train" in wanted and not lists["train"][0]:
+    if "train" in wanted and not lists["train"]:
         raise ConfigError.of("no training data", key="train_data_paths", value=None, remedy="name a data set")
-    splits = [Split(name, samples, _listed(name, *lists[name])) for name, samples in wanted.items() if lists[name][0]]
+    splits = [Split(name, samples, _listed(name, data)) for name, samples in wanted.items() if lists[name]]
     return splits, []
 
 
 def _one_set(path: str, split: str, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
     shares = dict(zip(NAMES, split_shares(split), strict=True))
-    dataset = IndexedDataset(path, key="data_path")
-    dataset.check()
+    dataset = _open(path, "data_path")
     found, warnings = [], []
     for name, documents in split_documents(split, len(dataset)).items():
-        source = Source(dataset, documents, 1.0, name, "data_path")
+        source = Source(TokenSource(dataset), documents, 1.0, name, "data_path")
         if name not in wanted or (shares[name] == 0 and name != "train"):
             continue
         if source.tokens:
@@ -90,27 +110,76 @@ def _one_set(path: str, split: str, wanted: dict[str, int]) -> tuple[list[Split]
     return found, warnings
 
 
-def _listed(name: str, paths: Sequence[str], weights: Sequence[float] | None) -> tuple[Source, ...]:
+def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
     key = f"{name}_data_paths"
-    weights = weights or [1.0] * len(paths)
+    paths = getattr(data, key)
+    opened = [
+        TokenSource(_open(path, key), _companion(data, name, "label", number), _companion(data, name, "reward", number))
+        for number, path in enumerate(_counted(data, name, paths))
+    ]
+    weights = getattr(data, f"{name}_data_weights") or [1.0] * len(paths)
+    if data.weight_by_num_documents:
+        weights = document_weights([len(source.tokens) for source in opened], data.weighted_sampler_alpha)
+    sources = []
+    for number, (source, weight) in enumerate(zip(opened, weights, strict=True)):
+        _check_companions(source, name)
+        made = Source(source, range(len(source.tokens)), weight / sum(weights), f"{name}_{number}", key)
+        if not made.tokens:
+            raise ConfigError.of("this data set holds no tokens", key=key, value=source.tokens.prefix)
+        sources.append(made)
+    return tuple(sources)
+
+
+def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str]:
+    """The paths, when there are as many of everything that goes with them."""
+    key, weights = f"{name}_data_paths", getattr(data, f"{name}_data_weights") or [1.0] * len(paths)
     if len(weights) != len(paths) or len(paths) > LARGEST_BLEND:
         raise ConfigError.of(
             f"{len(paths)} paths and {len(weights)} weights; as many of each are needed, and {LARGEST_BLEND} at most",
             key=key,
             value=list(paths),
         )
+    for kind in ("label", "reward"):
+        others = getattr(data, f"{name}_{kind}_data_paths")
+        if others is not None and len(others) != len(paths):
+            what = f"{len(others)} paths beside {len(paths)} {key}; as many of each are needed"
+            raise ConfigError.of(what, key=f"{name}_{kind}_data_paths", value=list(others))
     if min(weights) < 0 or not sum(weights) > 0:
         what = "weights must be 0 or more, and one of them above 0"
         raise ConfigError.of(what, key=f"{name}_data_weights", value=list(weights))
-    sources = []
-    for number, (path, weight) in enumerate(zip(paths, weights, strict=True)):
-        dataset = IndexedDataset(path, key=key)
-        dataset.check()
-        source = Source(dataset, range(len(dataset)), weight / sum(weights), f"{name}_{number}", key)
-        if not source.tokens:
-            raise ConfigError.of("this data set holds no tokens", key=key, value=path)
-        sources.append(source)
-    return tuple(sources)
+    return paths
+
+
+def _open(path: Any, key: str) -> IndexedDataset:
+    if not isinstance(path, str):
+        raise ConfigError.of("this is no path", key=key, value=path, remedy="give the prefix of .bin and .idx files")
+    dataset = IndexedDataset(path, key=key)
+    dataset.check()
+    return dataset
+
+
+def _companion(data: DataSection, name: str, kind: str, number: int) -> IndexedDataset | None:
+    """The labels or rewards of one data set; None where there are none, which a null in the list says too."""
+    key = f"{name}_{kind}_data_paths"
+    path = (getattr(data, key) or {number: None})[number]
+    return None if path is None else _open(path, key)
+
+
+def _check_companions(source: TokenSource, name: str) -> None:
+    """Raises ConfigError unless labels and rewards are those of these documents."""
+    tokens, labels, rewards = source.tokens, source.labels, source.rewards
+    if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
+        what = f"its documents have other lengths than those of {tokens.prefix}, which it should label token by token"
+        remedy = "make both in one run of the preprocessing"
+        raise ConfigError.of(what, key=f"{name}_label_data_paths", value=labels.prefix, remedy=remedy)
+    if rewards is not None and (len(rewards) != len(tokens) or (len(rewards) and int(rewards.sizes.min()) < 1)):
+        what = f"it does not hold a number for each of the {len(tokens)} documents of {tokens.prefix}"
+        raise ConfigError.of(what, key=f"{name}_reward_data_paths", value=rewards.prefix)
+
+
+def _by_passes(split: Split, epochs: int) -> Split:
+    """The split as whole passes over every source."""
+    return replace(split, epochs=epochs, sources=tuple(replace(source, asked=None) for source in split.sources))
 
 
 def _draw(split: Split) -> Split:

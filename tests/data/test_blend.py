@@ -47,7 +47,7 @@ class Counting:
     def __len__(self):
         return 5
 
-    def read(self, number, out):
+    def read(self, number, out, extras=None):
         out[:] = self.mark, number
 
 

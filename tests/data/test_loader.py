@@ -19,7 +19,7 @@ class Numbered:
     def __len__(self):
         return 23
 
-    def read(self, number, out):
+    def read(self, number, out, extras=None):
         out[:] = np.arange(5) + number * 10
 
 
@@ -57,7 +57,7 @@ def test_two_resumes_one_after_another():
 
 def test_a_fault_in_a_worker_reaches_the_caller():
     class Broken(Numbered):
-        def read(self, number, out):
+        def read(self, number, out, extras=None):
             raise IndexError("no such sample")
 
     with pytest.raises(IndexError, match="no such sample"):
