@@ -31,7 +31,7 @@ $(VENV)/.base-installed: $(REQUIREMENTS)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) $(CONSTRAINED) setuptools
 	@$(PY) $(CONSTRAINED) torch
-	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[eval,plot,tensorboard]'
+	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[data,eval,plot,tensorboard]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.base-installed

@@ -193,6 +193,25 @@ TOKENIZERS = Family(
     [
         Entry("HFTokenizer", "megatron.tokenizers.huggingface:HFTokenizer", "A tokenizer.json file"),
         Entry("CharLevelTokenizer", "megatron.tokenizers.char_level:CharLevelTokenizer", "One token a byte"),
+        Entry("GPT2BPETokenizer", "megatron.tokenizers.gpt2:GPT2BPETokenizer", "vocab.json and merges.txt of GPT-2"),
+        Entry("HFGPT2Tokenizer", "megatron.tokenizers.pretrained:HFGPT2Tokenizer", "GPT-2's kin, folder or name"),
+        Entry("PretrainedFromHF", "megatron.tokenizers.pretrained:PretrainedFromHF", "A pretrained model's tokenizer"),
+        Entry(
+            "TiktokenTokenizer",
+            "megatron.tokenizers.tiktoken:TiktokenTokenizer",
+            "A vocabulary of tiktoken, by name or from its file",
+            extra="data",
+        ),
+        Entry(
+            "SPMTokenizer",
+            "megatron.tokenizers.sentence_piece:SPMTokenizer",
+            "A sentencepiece .model",
+            extra="sentencepiece",
+        ),
+        Entry(
+            "BertWordPieceLowerCase", "megatron.tokenizers.bert:BertWordPieceLowerCase", "Word pieces, in lower case"
+        ),
+        Entry("BertWordPieceCase", "megatron.tokenizers.bert:BertWordPieceCase", "Word pieces, case kept"),
     ],
 )
 

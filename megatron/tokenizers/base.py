@@ -7,9 +7,10 @@ processes. The promises, which one conformance test checks for every registered 
 - `decode(encode(text)) == text` for every text, unless the tokenizer's own file asks for a normalisation that loses
   something (`lossless` says which).
 - No text encodes to `eod` or to another special token: text that spells `<|endoftext|>` is ordinary text. Documents
-  are parted by the caller, who appends `eod` itself.
+  are parted by the caller, who appends `eod` itself. (A vocabulary that cannot spell a character says so with its
+  token for unknown text, which is the one exception.)
 - Nothing is added by `encode`: no beginning-of-text token, no padding, no truncation, whatever the file says.
-- `encode_batch(texts)` equals `[encode(text) for text in texts]`.
+- `encode_batch(texts)` and `encode_arrays(texts)` equal `[encode(text) for text in texts]`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+# What normalisers, stripping and added spaces change: outer and repeated spaces, line ends, case, composed and
+# decomposed accents, ligatures and wide forms, a zero-width joiner, a character outside the basic plane.
+DELICATE = " \t A  b\r\n\ne\u0301 \u00e9 \ufb01 \uff21\u00a0\u200d \U0001f469 <|endoftext|> "
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Turns text into token ids and back.
 
     vocab_size: how many ids there are [tokens], before any padding. eod: the id that ends a document.
-    lossless: whether decoding gives every text back unchanged.
+    lossless: whether decoding gives every text back unchanged. engine: what `encode_arrays` runs on, for people.
     """
 
     @property
@@ -35,6 +44,9 @@ class Tokenizer(Protocol):
     @property
     def lossless(self) -> bool: ...
 
+    @property
+    def engine(self) -> str: ...
+
     def encode(self, text: str) -> list[int]:
         """The token ids of one text; an empty text has none."""
         ...
@@ -43,6 +55,15 @@ class Tokenizer(Protocol):
         """The token ids of each text, faster than one after another."""
         ...
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text as an integer array [tokens]: the fastest way, for whole corpora."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids. Special tokens and ids beyond the vocabulary leave no text."""
         ...
+
+
+def as_array(ids: Sequence[int]) -> np.ndarray:
+    """Ids as an array [tokens]."""
+    return np.array(ids, np.int32)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 _END_OF_DOCUMENT = 0
 _NUL_BYTE = 256
 _VOCABULARY = 512
@@ -20,6 +22,7 @@ class CharLevelTokenizer:
     vocab_size = _VOCABULARY
     eod = _END_OF_DOCUMENT
     lossless = True
+    engine = "bytes"
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
         pass
@@ -34,6 +37,15 @@ class CharLevelTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The bytes of each text as arrays [tokens]."""
+        arrays = []
+        for text in texts:
+            array = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+            array[array == 0] = _NUL_BYTE
+            arrays.append(array)
+        return arrays
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes; what is not UTF-8 (a sample may be cut anywhere) becomes U+FFFD."""

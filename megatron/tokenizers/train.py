@@ -1,23 +1,30 @@
-"""Train a byte-level BPE tokenizer on one's own text.
+"""Train a tokenizer on one's own text: byte-level BPE, or a sentencepiece model.
 
-Byte-level: every text has an encoding, and decoding gives it back unchanged. There is no normalisation and no space
+Byte-level BPE: every text has an encoding, and decoding gives it back unchanged. There is no normalisation and no space
 put in front of a text, both of which would change the text that a model is measured on. Words are parted as GPT-2 does
 (Radford et al. 2019), the special tokens are `<|endoftext|>` = 0 and `<|padding|>` = 1.
+
+sentencepiece (unigram, arXiv:1804.10959, or its BPE): without normalisation, with a piece for every byte, and with runs
+of spaces kept, so that it too gives every text back. `<|padding|>` = 0, `<unk>` = 1, `<s>` = 2, `<|endoftext|>` = 3.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizers.huggingface import END_OF_DOCUMENT
+from megatron.tokenizers.base import END_OF_DOCUMENT
 
 PADDING = "<|padding|>"
 _BYTES = 256
+_LONGEST_LINE = 1 << 20  # longer lines teach nothing more [bytes]
+_LINES_LEARNT = 2_000_000
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
@@ -66,10 +73,72 @@ class _Seen:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes tokenizer.json, under its name only when complete."""
+    write_whole(path, tokenizer.to_str(pretty=True).encode("utf-8"))
+
+
+def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, algorithm: str = "unigram") -> int:
+    """Writes a sentencepiece model of at most vocab_size pieces [tokens] learnt from the texts; returns their number.
+
+    algorithm: "unigram" or "bpe". Texts are learnt a line at a time. Raises ConfigError when the package is missing or
+    the text does not support so many pieces, RunError when there is no text.
+    """
+    try:
+        sentencepiece = importlib.import_module("sentencepiece")
+    except ModuleNotFoundError as fault:
+        remedy = "pip install neox[sentencepiece]"
+        raise ConfigError.of("this needs the package sentencepiece", key="tokenizer_type", remedy=remedy) from fault
+    seen = _Seen(texts)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(seen),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=algorithm,
+            hard_vocab_limit=algorithm != "unigram",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=_LONGEST_LINE,
+            input_sentence_size=_LINES_LEARNT,
+            shuffle_input_sentence=True,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=PADDING,
+            eos_piece=END_OF_DOCUMENT,
+            num_threads=1,  # several threads sum in any order, and so may learn another model
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as fault:
+        if not seen.characters:
+            remedy = "name files whose documents hold text"
+            raise RunError.of("there is no text to learn a tokenizer from", remedy=remedy) from fault
+        what = f"sentencepiece cannot learn so many pieces from this text ({str(fault).splitlines()[0]})"
+        remedy = "ask for fewer pieces, or give more text"
+        raise ConfigError.of(what, key="vocab_size", value=vocab_size, remedy=remedy) from fault
+    write_whole(path, model.getvalue())
+    learnt: int = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    return learnt
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            if line and "\0" not in line:  # the library ends a line at a NUL byte
+                yield line
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -48,6 +48,9 @@ WHERE: dict[str, tuple[str, ...]] = {
     "transformers": ("benchmarks/",),
     "ftfy": ("megatron/data/encode.py",),
     "zstandard": ("megatron/data/text_files.py",),
+    "tiktoken": ("megatron/tokenizers/", "benchmarks/"),
+    "sentencepiece": ("megatron/tokenizers/",),
+    "huggingface_hub": ("megatron/tokenizers/pretrained.py",),
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})

@@ -1,20 +1,18 @@
 """The tokenizer and the size of the vocabulary."""
 
-from megatron.config.key import Section, key, planned
+from megatron.config.key import Section, key
 from megatron.registry import TOKENIZERS
-
-TOKENIZER_CHOICES = planned(
-    TOKENIZERS.names, "GPT2BPETokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "TiktokenTokenizer"
-)
 
 
 class TokenizerSection(Section):
     """Tokenizer files and vocabulary padding."""
 
-    tokenizer_type: str = key("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZER_CHOICES)
+    tokenizer_type: str = key("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZERS.names)
     vocab_file: str | None = key(
         None,
-        "The tokenizer's file: tokenizer.json for HFTokenizer, vocab.json for GPT2BPETokenizer, a .model file, ...",
+        "The tokenizer's file: tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer), .model (SPMTokenizer), "
+        "vocab.txt (BertWordPiece...), .tiktoken or an encoding's name, a folder or a public model's name "
+        "(HFGPT2Tokenizer, PretrainedFromHF).",
     )
     merge_file: str | None = key(None, "The merges.txt of GPT2BPETokenizer.")
     make_vocab_size_divisible_by: int = key(

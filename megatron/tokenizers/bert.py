@@ -1,0 +1,53 @@
+"""BertWordPieceLowerCase and BertWordPieceCase: the word pieces of BERT, from its vocab.txt.
+
+Words are parted at spaces and punctuation, control characters vanish and, lower-cased, accents do too: decoding does
+not give the text back. `[SEP]` ends a document, `[UNK]` stands for words that the vocabulary cannot spell.
+
+Source: arXiv:1810.04805.
+"""
+
+from __future__ import annotations
+
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.fast import FromTokenizers, read_file
+
+END = "[SEP]"
+UNKNOWN = "[UNK]"
+_SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", END, "[MASK]")
+
+
+class BertWordPieceLowerCase(FromTokenizers):
+    """Lower-cased word pieces, without accents. Raises ConfigError when vocab.txt is missing or lacks a token."""
+
+    def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
+        super().__init__(_word_pieces("BertWordPieceLowerCase", vocab_file, lower=True), END, vocab_file)
+
+
+class BertWordPieceCase(FromTokenizers):
+    """Word pieces in the text's own case. Raises as the other."""
+
+    def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
+        super().__init__(_word_pieces("BertWordPieceCase", vocab_file, lower=False), END, vocab_file)
+
+
+def _word_pieces(kind: str, vocab_file: str | None, *, lower: bool) -> FastTokenizer:
+    content = read_file(vocab_file, kind=kind, key="vocab_file", needs="BERT's vocab.txt, a token a line")
+    tokens = [line.rstrip("\r") for line in content.removesuffix("\n").split("\n")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    missing = [token for token in (UNKNOWN, END) if token not in vocabulary]
+    if missing:
+        raise ConfigError.of(
+            f"this is not BERT's vocab.txt: it lacks {' and '.join(missing)}",
+            key="vocab_file",
+            value=vocab_file,
+            remedy="give the vocab.txt of a BERT model",
+        )
+    tokenizer = FastTokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL if token in vocabulary])
+    return tokenizer

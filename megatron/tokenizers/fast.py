@@ -1,0 +1,118 @@
+"""What every tokenizer of the `tokenizers` library shares, whichever files it was built from.
+
+The end of a document is one special token. The file's own wishes that would change a training set are turned off:
+special tokens spelt in a text, added beginning and end tokens, truncation and padding. Whole corpora are encoded by
+the engine of `byte_level.py` where it gives the same ids.
+
+Source: https://huggingface.co/docs/tokenizers (Tokenizer.encode_special_tokens, encode_batch_fast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.base import DELICATE, as_array
+from megatron.tokenizers.byte_level import ByteLevelEngine, make_engine
+
+
+class FromTokenizers:
+    """A tokenizer of the library made ready for training sets.
+
+    tokenizer: as its file describes it. eod: the token that ends a document. where: the file, for messages.
+    Raises ConfigError when the vocabulary has no such token.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, eod: str, where: str | None) -> None:
+        number = tokenizer.token_to_id(eod)
+        if number is None:
+            raise ConfigError.of(
+                f"this tokenizer has no {eod} token, which ends a document",
+                key="vocab_file",
+                value=where,
+                remedy=f"add {eod} to the special tokens of the file",
+            )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Whatever the file calls it, the end of a document is special: no text may spell it.
+        tokenizer.add_special_tokens([AddedToken(eod, special=True, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._eod_token = eod
+        self._where = where
+        self.eod: int = number
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        # Ids may have gaps, and every id needs a row in the embedding.
+        self.vocab_size: int = max(len(vocabulary), max(vocabulary.values()) + 1)
+        self.lossless: bool = self.decode(self.encode(DELICATE)) == DELICATE
+
+    @cached_property
+    def _engine(self) -> tuple[ByteLevelEngine | None, str]:
+        return make_engine(self._tokenizer)
+
+    @property
+    def engine(self) -> str:
+        """What encodes whole corpora, in words."""
+        return self._engine[1]
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, by all the threads that the library takes (TOKENIZERS_PARALLELISM)."""
+        return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text as arrays, by the fastest engine that gives the same ids."""
+        engine = self._engine[0]
+        if engine is not None:
+            return [engine.encode(text) for text in texts]
+        return [as_array(ids) for ids in self.encode_batch(texts)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def __getstate__(self) -> tuple[str, str, str | None]:
+        """The file's text: what is set on top of it is set again in `__setstate__`."""
+        return self._tokenizer.to_str(), self._eod_token, self._where
+
+    def __setstate__(self, state: tuple[str, str, str | None]) -> None:
+        content, eod, where = state
+        FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, where)
+
+
+def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:
+    """The text of a tokenizer's file. Raises ConfigError. needs: what the file is, for messages."""
+    remedy = f"give {needs}"
+    if name is None:
+        raise ConfigError.of(f"{kind} needs {needs}", key=key, value=None, remedy=remedy)
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise ConfigError.of("this file is not UTF-8 text", key=key, value=name, remedy=remedy) from fault
+    except OSError as fault:
+        what = f"cannot read the tokenizer ({fault.strerror})"
+        raise ConfigError.of(what, key=key, value=name, remedy=remedy) from fault
+
+
+def parse(content: str, where: str | None) -> FastTokenizer:
+    """The tokenizer of a tokenizer.json's text. Raises ConfigError."""
+    try:
+        return FastTokenizer.from_str(content)
+    except Exception as fault:  # the library raises nothing narrower
+        raise ConfigError.of(
+            f"this is not a tokenizer.json ({fault})",
+            key="vocab_file",
+            value=where,
+            remedy="give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote",
+        ) from fault

@@ -1,0 +1,126 @@
+"""PretrainedFromHF and HFGPT2Tokenizer: the tokenizer of a pretrained model, from a folder or by its public name.
+
+A folder holds tokenizer.json, or vocab.json and merges.txt. What is no folder is the name of a model on the Hugging
+Face hub, whose files are fetched once into its cache; HF_HUB_OFFLINE=1 keeps to what is there. The end of a document
+is the model's end-of-text token, which tokenizer_config.json names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.fast import FromTokenizers, parse
+from megatron.tokenizers.gpt2 import gpt2_bpe
+
+PADDING = "<|padding|>"
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
+
+
+class PretrainedFromHF(FromTokenizers):
+    """The tokenizer of a folder or of a public model's name, which is given as vocab_file.
+
+    Raises ConfigError when it cannot be had or its end-of-text token is not known.
+    """
+
+    def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
+        if vocab_file is None:
+            raise ConfigError.of(
+                "PretrainedFromHF needs a folder or the name of a public model",
+                key="vocab_file",
+                value=None,
+                remedy="give a folder with tokenizer.json, or a name such as EleutherAI/gpt-neox-20b",
+            )
+        files = _files_of(vocab_file)
+        tokenizer = _tokenizer_of(files, vocab_file)
+        super().__init__(tokenizer, _end_of_text(files, tokenizer, vocab_file), vocab_file)
+
+
+class HFGPT2Tokenizer(FromTokenizers):
+    """The same for GPT-2's kin; the public model gpt2 unless one is named. Adds `<|padding|>` as the last token."""
+
+    def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
+        name = vocab_file or "gpt2"
+        files = _files_of(name)
+        tokenizer = _tokenizer_of(files, name)
+        tokenizer.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
+        super().__init__(tokenizer, _end_of_text(files, tokenizer, name), name)
+
+
+def _files_of(name: str) -> dict[str, Path]:
+    """The tokenizer files of a folder or a public model."""
+    folder = Path(name)
+    if folder.is_dir():
+        return {file: folder / file for file in _FILES if (folder / file).is_file()}
+    if folder.is_file():
+        return {"tokenizer.json": folder, "tokenizer_config.json": folder.with_name("tokenizer_config.json")}
+    hub = importlib.import_module("huggingface_hub")
+    found = {}
+    reasons = []
+    for file in _FILES:
+        try:
+            found[file] = Path(hub.hf_hub_download(name, file))
+        except Exception as fault:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
+            reasons.append(str(fault).strip().splitlines()[0])
+        if {"tokenizer.json", "tokenizer_config.json"} <= found.keys():
+            break
+    if not found:
+        raise ConfigError.of(
+            f"this is no folder here, and no public model whose tokenizer could be fetched ({reasons[0]})",
+            key="vocab_file",
+            value=name,
+            remedy="give a folder that holds the model's tokenizer.json",
+        )
+    return found
+
+
+def _tokenizer_of(files: dict[str, Path], name: str) -> FastTokenizer:
+    if "tokenizer.json" in files:
+        return parse(_read(files["tokenizer.json"], name), name)
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        vocabulary, merges = (_read(files[file], name) for file in ("vocab.json", "merges.txt"))
+        return gpt2_bpe(vocabulary, merges, str(files["vocab.json"]), str(files["merges.txt"]))
+    raise ConfigError.of(
+        "there is no tokenizer.json, and no vocab.json with merges.txt",
+        key="vocab_file",
+        value=name,
+        remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+    )
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError.of(f"cannot read {path.name} ({fault})", key="vocab_file", value=name) from fault
+
+
+def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) -> str:
+    """The token that tokenizer_config.json calls the end of text, else a usual one that the vocabulary has."""
+    named = _configured_end(files.get("tokenizer_config.json"))
+    for token in (named, *_ENDS):
+        if token is not None and tokenizer.token_to_id(token) is not None:
+            return token
+    raise ConfigError.of(
+        "it does not say which token ends a text",
+        key="vocab_file",
+        value=name,
+        remedy='write {"eos_token": "..."} into tokenizer_config.json beside tokenizer.json',
+    )
+
+
+def _configured_end(path: Path | None) -> str | None:
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))["eos_token"] if path is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
