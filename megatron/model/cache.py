@@ -1,12 +1,33 @@
 """The key/value cache of generation: memory taken once, filled position by position.
 
-Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, d head dim.
+Every row of a batch is a text of its own length. New positions of a row are stored behind the ones it has, so texts of
+different lengths grow side by side without padding between their tokens. What lies behind a row's length is left over
+from padded prompts or from earlier texts; no query may see it.
+
+Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, s new positions, d head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where s new positions of every row go.
+
+    end: positions that the longest row has afterwards [tokens]. positions: the new ones, [b, s], and mask: which keys a
+    query sees, bool [b, 1, s, end], where the rows are of different lengths. Both are None where they are equally long,
+    so that the queries are the last positions of all rows.
+    """
+
+    end: int
+    positions: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class KVCache:
@@ -31,30 +52,82 @@ class KVCache:
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self.first_layer = first_layer
-        self.length = 0  # positions filled [tokens]
+        self.lengths = [0] * batch  # positions filled, of each row [tokens]
+        self._place: tuple[int, Place] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows there is room for."""
+        return self.memory.shape[2]
 
     @property
     def max_length(self) -> int:
         """Positions there is room for [tokens]."""
         return self.memory.shape[4]
 
+    @property
+    def length(self) -> int:
+        """Positions filled, of the longest row [tokens]."""
+        return max(self.lengths)
+
+    def rows(self, first: int, count: int) -> KVCache:
+        """A cache that is these rows of this one: it shares the memory and starts with their lengths."""
+        part = object.__new__(KVCache)
+        part.memory = self.memory[:, :, first : first + count]
+        part.first_layer = self.first_layer
+        part.lengths = self.lengths[first : first + count]
+        part._place = None
+        return part
+
+    def place(self, positions: int) -> Place:
+        """Where that many new positions go; worked out once for all blocks. IndexError when they do not fit."""
+        if self._place is None or self._place[0] != positions:
+            self._place = (positions, self._find_place(positions))
+        return self._place[1]
+
+    def _find_place(self, positions: int) -> Place:
+        end = self.length + positions
+        if end > self.max_length:
+            raise IndexError(f"{end} positions do not fit a cache of {self.max_length}")
+        if min(self.lengths) == self.length:
+            return Place(end)
+        device = self.memory.device
+        starts = torch.tensor(self.lengths, device=device)
+        at = starts[:, None] + torch.arange(positions, device=device)  # [b, s]
+        return Place(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None])
+
     def update(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [b, m/t, s, d] of the next s positions of a block; returns all of its positions so far.
 
-        ``length`` stays as it is until ``advance``, so that every block stores at the same place. IndexError when full.
+        The lengths stay as they are until ``advance``, so that every block stores at the same place.
         """
-        end = self.length + keys.shape[2]
-        if end > self.max_length:
-            raise IndexError(f"{end} positions do not fit a cache of {self.max_length}")
+        place = self.place(keys.shape[2])
         stored = self.memory[block - self.first_layer]  # [2, b, m/t, max, d]
-        stored[0, :, :, self.length : end] = keys
-        stored[1, :, :, self.length : end] = values
-        return stored[0, :, :, :end], stored[1, :, :, :end]  # [b, m/t, length + s, d]
+        if place.positions is None:
+            stored[0, :, :, place.end - keys.shape[2] : place.end] = keys
+            stored[1, :, :, place.end - keys.shape[2] : place.end] = values
+        else:
+            row = torch.arange(self.batch, device=stored.device)[:, None]  # [b, 1]
+            stored[0].transpose(1, 2)[row, place.positions] = keys.transpose(1, 2)  # [b, s, m/t, d]
+            stored[1].transpose(1, 2)[row, place.positions] = values.transpose(1, 2)
+        return stored[0, :, :, : place.end], stored[1, :, :, : place.end]  # [b, m/t, end, d]
 
     def advance(self, positions: int) -> None:
         """All blocks have stored these positions."""
-        self.length += positions
+        self.set_lengths([length + positions for length in self.lengths])
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many positions of each row count: fewer than are stored where the last ones were padding."""
+        self.lengths = list(lengths)
+        self._place = None
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another one."""
+        length = self.lengths[source]
+        self.memory[:, :, target, :, :length] = self.memory[:, :, source, :, :length]
+        self.lengths[target] = length
+        self._place = None
 
     def reset(self) -> None:
-        """Forget everything; the memory is kept for the next prompt."""
-        self.length = 0
+        """Forget everything; the memory is kept for the next prompts."""
+        self.set_lengths([0] * self.batch)
