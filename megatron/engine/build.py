@@ -126,6 +126,8 @@ def _layer_plan(
         device=device(),
         random=random,
         recompute_attention=selective_recompute(config.recompute),
+        reset_attention=config.data.reset_attention_mask,
+        reset_positions=config.data.reset_position_ids,
     )
 
 

@@ -24,7 +24,7 @@ from megatron.parallel.marks import is_tied
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
-Pair = tuple[Tensor, tuple[Tensor, Tensor]]
+Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -96,4 +96,5 @@ class PipelinedEngine:
 def _pairs(batches: Iterator[MicroBatch]) -> Iterator[Pair]:
     """Micro batches as the PipelineEngine takes them: (inputs, what the loss needs)."""
     for batch in batches:
-        yield batch.tokens, (batch.labels, batch.loss_mask)
+        starts = batch.document_starts
+        yield batch.tokens if starts is None else (batch.tokens, starts), (batch.labels, batch.loss_mask)

@@ -92,7 +92,8 @@ class PlainEngine:
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         batch = batch.to(self.deepspeed.device)
-        return self.loss(self.deepspeed(batch.tokens), batch.labels, batch.loss_mask)
+        logits = self.deepspeed(batch.tokens, None, batch.document_starts)
+        return self.loss(logits, batch.labels, batch.loss_mask)
 
     def _data_mean(self, value: Tensor) -> Tensor:
         """Mean over the data-parallel ranks."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [b, n, s, d], cos [s, r/2], sin [s, r/2]) -> the turned x [b, n, s, d]."""
+"""(x [b, n, s, d], cos and sin [s, r/2], or [b, 1, s, r/2] by sequence) -> the turned x [b, n, s, d]."""
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

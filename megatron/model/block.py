@@ -36,20 +36,21 @@ class TransformerBlock(nn.Module):
         self.mlp: Any = parts.mlp(parts, source.of("mlp"))
         self.to(parts.dtype)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
-        return self._parallel(hidden, cache) if self.parallel else self._sequential(hidden, cache)
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]. document_starts [b, s]: where the document of each token starts."""
+        run = self._parallel if self.parallel else self._sequential
+        return run(hidden, cache, document_starts)
 
-    def _sequential(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
-        hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), cache))
+    def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
+        hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), cache, starts))
         return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
 
-    def _parallel(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
+    def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
-            return hidden + self._drop(self.attention(first, cache)) + self._drop(self.mlp(second))
-        attended = self.attention.dense.partial(self.attention.inner(first, cache))
+            return hidden + self._drop(self.attention(first, cache, starts)) + self._drop(self.mlp(second))
+        attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.linear2.partial(self.mlp.inner(second))
         total = self.attention.dense.add_bias(reduce_from(total, self.axis))  # one all-reduce for both
         return hidden + self.mlp.linear2.add_bias(total)

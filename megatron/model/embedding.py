@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron.kernels.linear import LinearKernel
 from megatron.model.cache import KVCache
-from megatron.model.positions.base import Positions
+from megatron.model.positions.base import Positions, document_positions
 from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.initialization import Fill, ParameterSource
 from megatron.parallel.marks import mark_tied
@@ -22,7 +22,7 @@ class EmbeddingLayer(nn.Module):
 
     positions: the scheme, or None for a copy that only serves as the output layer of a pipeline's last stage.
     model: the configuration's model section, read by the position scheme. tied: the word embedding is the output
-    layer's matrix too.
+    layer's matrix too. reset_positions: positions start again with each document.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class EmbeddingLayer(nn.Module):
         dropout: float,
         tied: bool,
         dtype: torch.dtype,
+        reset_positions: bool = False,
     ) -> None:
         super().__init__()
+        self.reset_positions = reset_positions
         self.dropout = dropout
         self.word_embeddings = VocabParallelEmbedding(
             vocab_size, hidden_size, source.of("word_embeddings"), fill=fill, kernel=kernel
@@ -51,11 +53,13 @@ class EmbeddingLayer(nn.Module):
         )
         self.to(dtype)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids [b, s] -> hidden [s, b, h]."""
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """Token ids [b, s] -> hidden [s, b, h]. document_starts [b, s]: where the document of each token starts."""
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
         if self.position_embeddings is not None:
-            hidden = hidden + self.position_embeddings(tokens.shape[1], 0 if cache is None else cache.length)
+            positions = document_positions(document_starts) if self.reset_positions else None
+            offset = 0 if cache is None else cache.length
+            hidden = hidden + self.position_embeddings(tokens.shape[1], offset, positions)
         return F.dropout(hidden, self.dropout, self.training) if self.dropout > 0 else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from megatron.parallel.linear import ColumnParallelLinear
 class Glue(nn.Module):
     """Layers 1 and L+2 of the public layout: no parameters, passes the carry on."""
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the same."""
         return hidden
 
@@ -33,7 +33,7 @@ class FinalNorm(nn.Module):
         self.norm = norm()
         self.to(dtype)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
         return self.norm(hidden)
 
@@ -49,7 +49,7 @@ class Head(nn.Module):
             hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
         )
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""
         return self.final_linear(hidden)
 
@@ -61,6 +61,6 @@ class TiedHead(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, so that the parameter keeps its one name in layer 0
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""
         return self._embedding[0].logits(hidden)

@@ -22,6 +22,7 @@ class Parts:
     norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
     attention: the attention class of each block. fill and output_fill: initial values of matrices, and of those that
     add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks.
+    reset_attention, reset_positions: at each document of a sequence.
     """
 
     dims: ModelDims
@@ -37,3 +38,5 @@ class Parts:
     attention_dropout: float = 0.0
     random: ShardedRandom = field(default_factory=lambda: ShardedRandom(0, 0))
     dtype: torch.dtype = torch.float32
+    reset_attention: bool = False
+    reset_positions: bool = False

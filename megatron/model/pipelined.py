@@ -26,6 +26,7 @@ TIED = "embedding"
 """The name under which DeepSpeed keeps the module that both pipeline ends share."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Carry = Tensor | tuple[Tensor, Tensor]
 
 
 class PipelinedModel(PipelineModule):
@@ -56,9 +57,16 @@ class PipelinedModel(PipelineModule):
             )
         self.recompute = recompute
 
-    def forward(self, forward_input: Tensor) -> Tensor:
-        """This stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t]."""
-        return run_layers(self.forward_funcs, forward_input, None, self.recompute)
+    def forward(self, forward_input: Carry) -> Carry:
+        """This stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
+
+        Where documents are kept apart, the places where they start [b, s] go from stage to stage beside it.
+        """
+        if isinstance(forward_input, Tensor):
+            return run_layers(self.forward_funcs, forward_input, None, self.recompute)
+        carry, document_starts = forward_input
+        carry = run_layers(self.forward_funcs, carry, None, self.recompute, document_starts)
+        return carry if self._local_stop == self._num_layers else (carry, document_starts)
 
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""
@@ -91,7 +99,9 @@ def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -
     )
 
 
-def tied_output(embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+def tied_output(
+    embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None
+) -> Tensor:
     """Scores of a hidden state: [s, b, h] -> logits [s, b, v/t] with the word embedding's matrix."""
     assert isinstance(embedding, EmbeddingLayer)
     return embedding.logits(hidden)

@@ -58,6 +58,8 @@ def layer_plan(
     device: torch.device | None = None,
     random: ShardedRandom | None = None,
     recompute_attention: Callable[..., Tensor] | None = None,
+    reset_attention: bool = False,
+    reset_positions: bool = False,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
@@ -65,13 +67,19 @@ def layer_plan(
     dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
     generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
+    reset_attention, reset_positions: whether tokens see their own document only, and positions start again with it,
+    where the model is told where documents start.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype)
     if recompute_attention is not None:
         chosen = replace(chosen, attention=partial(recompute_attention, chosen.attention))
     dims = ModelDims.of(model)
-    parts = _parts(model, initialization, dims, chosen, random or ShardedRandom(seed, topology.rank, device), dtype)
+    parts = replace(
+        _parts(model, initialization, dims, chosen, random or ShardedRandom(seed, topology.rank, device), dtype),
+        reset_attention=reset_attention,
+        reset_positions=reset_positions,
+    )
 
     def source(layer: int) -> ParameterSource:
         return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)
@@ -86,6 +94,7 @@ def layer_plan(
         "positions": POSITIONS.load(model.pos_emb),
         "model": model,
         "dropout": parts.hidden_dropout,
+        "reset_positions": reset_positions,
         "tied": dims.tied,
         "dtype": dtype,
     }

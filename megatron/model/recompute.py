@@ -53,12 +53,12 @@ class Recompute:
             yield False, layers[stop:end]
         yield False, layers[end:]
 
-    def run(self, layers: Sequence[Layer], carry: Tensor) -> Tensor:
+    def run(self, layers: Sequence[Layer], carry: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """The layers one after another, remembered by their input only."""
 
         def forward(value: Tensor) -> Tensor:
             for layer in layers:
-                value = layer(value)
+                value = layer(value, None, document_starts)
             return value
 
         return self.checkpoint(_Replayed(forward, self.random), carry)
@@ -84,16 +84,25 @@ class _Replayed:
             self._random.state = now
 
 
-def run_layers(layers: Sequence[Layer], carry: Tensor, cache: KVCache | None, recompute: Recompute | None) -> Tensor:
-    """The layers of a model or of a stage, recomputed where that is wanted and there is a backward pass to come."""
+def run_layers(
+    layers: Sequence[Layer],
+    carry: Tensor,
+    cache: KVCache | None,
+    recompute: Recompute | None,
+    document_starts: Tensor | None = None,
+) -> Tensor:
+    """The layers of a model or of a stage, recomputed where that is wanted and there is a backward pass to come.
+
+    document_starts [b, s]: where the document of each token starts, for a model that keeps documents apart.
+    """
     if recompute is None or cache is not None or not is_grad_enabled():
         for layer in layers:
-            carry = layer(carry, cache)
+            carry = layer(carry, cache, document_starts)
         return carry
     for recomputed, group in recompute.groups(layers):
         if recomputed:
-            carry = recompute.run(group, carry)
+            carry = recompute.run(group, carry, document_starts)
         else:
             for layer in group:
-                carry = layer(carry)
+                carry = layer(carry, None, document_starts)
     return carry

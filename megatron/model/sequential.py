@@ -27,9 +27,12 @@ class SequentialModel(nn.Module):
             else:
                 self.sequential.append(layer.layer(embedding=self.sequential[layer.tied_to]))
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it."""
-        carry = run_layers(list(self.sequential), tokens, cache, self.recompute)  # [s, b, v/t]
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it.
+
+        document_starts [b, s]: where in the sequence the document of each token starts; not together with a cache.
+        """
+        carry = run_layers(list(self.sequential), tokens, cache, self.recompute, document_starts)  # [s, b, v/t]
         if cache is not None:
             cache.advance(tokens.shape[1])
         return carry

@@ -70,9 +70,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     std: float = 0.02,
     vocabulary: int = VOCABULARY,
+    reset: bool = False,
+    reset_attention: bool = False,
+    reset_positions: bool = False,
     **changes: object,
 ) -> SequentialModel:
-    """A SequentialModel on the CPU."""
+    """A SequentialModel on the CPU. reset: attention and positions at each document."""
     plan = layer_plan(
         model_section(**changes),
         initialization_section(init_method_std=std),
@@ -82,6 +85,8 @@ def build(
         seed=seed,
         dtype=dtype,
         device=torch.device("cpu"),
+        reset_attention=reset or reset_attention,
+        reset_positions=reset or reset_positions,
     )
     return SequentialModel(plan)
 

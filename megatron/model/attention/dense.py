@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron.model.cache import KVCache
 from megatron.model.parts import Parts
+from megatron.model.positions.base import document_positions
 from megatron.parallel.initialization import ParameterSource
 from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -38,6 +39,7 @@ class ParallelSelfAttention(nn.Module):
         self.head_dim = dims.head_dim
         self.grouped = dims.grouped
         self.positions = parts.positions
+        self.reset_attention, self.reset_positions = parts.reset_attention, parts.reset_positions
         self.attend = parts.kernels.attention
         self.dropout = parts.attention_dropout
         self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
@@ -59,23 +61,25 @@ class ParallelSelfAttention(nn.Module):
             kernel=parts.kernels.linear,
         )
 
-    def inner(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
         length, batch = x.shape[:2]
         offset = 0 if cache is None else cache.length
         q, k, v = self._split(self.query_key_value(x))
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if self.positions is not None:
-            q, k = self.positions(q, offset), self.positions(k, offset)
+            at = document_positions(document_starts) if self.reset_positions else None
+            q, k = self.positions(q, offset, at), self.positions(k, offset, at)
         if cache is not None:
             k, v = cache.update(self.number, k, v)  # [b, m/t, offset + s, d]
+        starts = document_starts if self.reset_attention else None
         with self.draws():
-            context = self.attend(q, k, v, self.dropout if self.training else 0.0)  # [b, n/t, s, d]
+            context = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/t, s, d]
         return context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks."""
-        return self.dense(self.inner(x, cache))
+        return self.dense(self.inner(x, cache, document_starts))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d], as views."""

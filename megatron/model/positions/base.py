@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megatron.kernels.rotary import RotaryKernel
 from megatron.parallel.initialization import Fill, ParameterSource
 
 
+def document_positions(document_starts: Tensor | None) -> Tensor | None:
+    """The position of each token in its document, [b, s], from where that starts; None where nothing says so."""
+    if document_starts is None:
+        return None
+    return torch.arange(document_starts.shape[1], device=document_starts.device) - document_starts
+
+
 class AttentionPositions(Protocol):
     """Positions that enter in attention, the same object for all blocks."""
 
-    def __call__(self, x: Tensor, offset: int) -> Tensor:
-        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the same with positions in them."""
+    def __call__(self, x: Tensor, offset: int, positions: Tensor | None = None) -> Tensor:
+        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the same with positions in them.
+
+        positions [b, s], below s: of each token, in place of offset, offset + 1, ...
+        """
 
 
 class Positions:
@@ -22,9 +33,9 @@ class Positions:
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module | None:
-        """A module (length, offset) -> [length, 1, h] whose result is added to the word embeddings.
+        """A module (length, offset, positions) -> [length, 1 or b, h] whose result is added to the word embeddings.
 
-        model: the configuration's model section.
+        positions: as in AttentionPositions, or None. model: the configuration's model section.
         """
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.model.positions.base import Positions
@@ -22,8 +23,13 @@ class LearnedPositions(Positions, nn.Module):
         """The table of the model section's max_position_embeddings."""
         return cls(model.max_position_embeddings, model.hidden_size, source, fill)
 
-    def forward(self, length: int, offset: int) -> Tensor:
-        """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one."""
+    def forward(self, length: int, offset: int, positions: Tensor | None = None) -> Tensor:
+        """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one.
+
+        positions [b, s]: of each token instead, below length; the result is then [s, b, h].
+        """
         if offset + length > self.weight.shape[0]:
             raise IndexError(f"position {offset + length - 1} is past the {self.weight.shape[0]} learned positions")
+        if positions is not None:
+            return F.embedding(positions.t(), self.weight)  # [s, b, h]
         return self.weight[offset : offset + length].unsqueeze(1)  # [s, 1, h]

@@ -35,10 +35,12 @@ class Rotary(Positions):
         """From the model section's rotary_pct and rotary_emb_base."""
         return cls(int(head_dim * model.rotary_pct), model.rotary_emb_base, kernel)
 
-    def __call__(self, x: Tensor, offset: int) -> Tensor:
-        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the turned ones."""
+    def __call__(self, x: Tensor, offset: int, positions: Tensor | None = None) -> Tensor:
+        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the turned ones; see base.py."""
         end = offset + x.shape[2]
         cos, sin = self.table(end, x.device)
+        if positions is not None:
+            return self.kernel(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))  # of [b, 1, s, r/2]
         return self.kernel(x, cos[offset:end], sin[offset:end])
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
