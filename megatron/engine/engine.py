@@ -34,10 +34,11 @@ class StepResult:
 class Engine(Protocol):
     """An engine that can run its model; training engines step it too. All methods are collective."""
 
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of the next token, fp32 [b, s, v], the same on every rank that holds a part of the model.
 
-        tokens [b, s] continue what the cache already holds, and are added to it.
+        tokens [b, s] continue what the cache already holds, and are added to it. at: the places of the flattened
+        [b, s] whose scores are wanted, in place of all; the result is then [k, v].
         """
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

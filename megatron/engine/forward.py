@@ -33,10 +33,12 @@ def through_stages(
     hidden_size: int,
     padded_vocab_size: int,
     dtype: torch.dtype,
+    at: Tensor | None = None,
 ) -> Tensor:
     """Runs this stage's layers between a receive and a send, and shares the last stage's logits [b, s, v].
 
-    layers: those of this stage, each called as layer(carry, cache). Collective over the pipe axis.
+    layers: those of this stage, each called as layer(carry, cache). at: only the logits of these places of the
+    flattened [b, s] are computed, [k, v]. Collective over the pipe axis.
     """
     pipe = topology.pipe
     batch, length = tokens.shape
@@ -44,15 +46,24 @@ def through_stages(
     if not pipe.is_first:
         carry = torch.empty(length, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
         dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
-    for layer in layers:
+    for layer in layers if at is None or not pipe.is_last else layers[:-1]:
         carry = layer(carry, cache)
+    if at is not None and pipe.is_last:
+        carry = layers[-1](positions_at(carry, at), cache)  # [k, 1, v/t]
     if cache is not None:
         cache.advance(length)
     if not pipe.is_last:
         dist.send(carry.contiguous(), dst=pipe.ranks[pipe.rank + 1], group=pipe.group)
-        logits = torch.empty(batch, length, padded_vocab_size, device=device())  # [b, s, v]
+        shape = (batch, length) if at is None else (1, len(at))
+        logits = torch.empty(*shape, padded_vocab_size, device=device())  # [b, s, v]
     else:
         logits = gather_vocabulary(carry, topology).contiguous()  # [b, s, v]
     if pipe.size > 1:
         dist.broadcast(logits, src=pipe.ranks[-1], group=pipe.group)
-    return logits
+    return logits if at is None else logits[0]  # [k, v]
+
+
+def positions_at(hidden: Tensor, at: Tensor) -> Tensor:
+    """Some positions of [s, b, h], by their places in the flattened [b, s] -> [k, 1, h]."""
+    length = hidden.shape[0]
+    return hidden[at % length, at // length].unsqueeze(1)  # [k, 1, h]

@@ -70,7 +70,7 @@ class InferenceEngine:
     dtype: torch.dtype
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         return through_stages(
             self.stage.functions,
             tokens,
@@ -79,6 +79,7 @@ class InferenceEngine:
             hidden_size=self.hidden_size,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
+            at=None if at is None else at.to(device()),
         )
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
