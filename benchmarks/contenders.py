@@ -1,0 +1,134 @@
+"""The training steps that the benchmarks compare: ours, a plain loop over transformers, and that loop compiled.
+
+All have the same shapes (parallel residual, rotary over a quarter of each head, gelu, biases, untied head), the same
+optimizer (AdamW, fused) and the same precision, and clip at 1.0. In bfloat16 every side keeps fp32 master weights and
+accumulates gradients in fp32. b micro batch, s sequence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config import Resources, resolve
+from megatron.data.batch import MicroBatch, make_batch
+from megatron.engine.build import DTYPES, build_training_engine
+from megatron.parallel.bootstrap import bootstrap, device
+
+RATE = 1e-4
+Step = Callable[[], float]
+"""One optimizer step; returns its loss, and so waits for the device."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model and of its micro batch."""
+
+    layers: int
+    hidden: int
+    heads: int
+    sequence: int
+    micro_batch: int
+    vocabulary: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.sequence * self.micro_batch
+
+
+def batches(shape: Shape) -> Iterator[MicroBatch]:
+    """Endless micro batches of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.micro_batch, shape.sequence + 1)
+    while True:
+        yield make_batch(torch.randint(shape.vocabulary, size, generator=generator), eod=0, eod_mask_loss=False)
+
+
+def ours(shape: Shape, precision: str) -> Step:
+    """A step of our engine through DeepSpeed."""
+    settings = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "seq_length": shape.sequence,
+        "max_position_embeddings": shape.sequence,
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "gpt_j_residual": True,
+        "no_weight_tying": True,
+        "precision": precision,
+        "zero_optimization": {"stage": 0 if precision == "fp32" else 1},
+        "optimizer": {"type": "Adam", "params": {"lr": RATE, "betas": [0.9, 0.95]}},
+        "train_micro_batch_size_per_gpu": shape.micro_batch,
+        "train_iters": 1000,
+        "tokenizer_type": "CharLevelTokenizer",
+        "data_path": "none",
+    }
+    config = resolve([], settings, Resources(1)).config
+    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1)
+    engine = build_training_engine(config, topology, padded_vocab_size=shape.vocabulary)
+    source = batches(shape)
+    return lambda: float(engine.train_step(source, RATE).loss)
+
+
+def transformers_loop(shape: Shape, precision: str, *, compiled: bool = False) -> Step:
+    """A step of a plain loop over transformers' GPTNeoXForCausalLM (sdpa), by wish through torch.compile."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    architecture = GPTNeoXConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.hidden,
+        max_position_embeddings=shape.sequence,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    dtype = DTYPES[precision]
+    model = GPTNeoXForCausalLM(architecture).to(device(), dtype).train()
+    forward = torch.compile(model) if compiled else model
+    parameters = list(model.parameters())
+    masters = parameters if dtype == torch.float32 else [p.detach().float().clone() for p in parameters]
+    groups = [
+        {"params": [master for master in masters if master.dim() > 1], "weight_decay": 0.1},
+        {"params": [master for master in masters if master.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
+    source = batches(shape)
+
+    def step() -> float:
+        batch = next(source).to(device())
+        logits = forward(batch.tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocabulary), batch.labels.view(-1))
+        loss.backward()
+        if masters is not parameters:
+            _accumulate(parameters, masters)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=masters is parameters)
+        if masters is not parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
+        return float(loss.detach())
+
+    return step
+
+
+def _accumulate(parameters: list[torch.nn.Parameter], masters: list[Tensor]) -> None:
+    """Adds the bfloat16 gradients of one micro batch to fp32 ones."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        assert parameter.grad is not None
+        master.grad.add_(parameter.grad)
+        parameter.grad = None
