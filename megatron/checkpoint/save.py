@@ -79,7 +79,7 @@ def _write(
 ) -> None:
     """This rank's files."""
     topology = engine.topology
-    if topology.data.is_first:
+    if topology.gradient.is_first:
         stored = weights.public_biases(shards, summed=config.model.gpt_j_residual, model_rank=topology.model.rank)
         facts = _public_facts(config, counters, padded_vocab_size)
         path = partial / layout.model_file(topology.replica.rank)
@@ -130,6 +130,7 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         "layout": {
             "pipe": topology.pipe.size,
             "data": topology.data.size,
+            "context": topology.context.size,
             "model": topology.model.size,
             "pipelined": engine.pipelined,
             "zero_stage": config.deepspeed.zero_stage,

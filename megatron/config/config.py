@@ -111,7 +111,10 @@ class Config:
         return Config.from_flat({**self.flat(), **values})
 
     def for_inference(self) -> Config:
-        """The Config that generation and evaluation build from: no optimizer state, ZeRO, recompute or dropout."""
+        """The Config that generation and evaluation build from: no optimizer state, ZeRO, recompute or dropout.
+
+        The ranks of a context-parallel run each take whole sequences.
+        """
         return self.replace(
             zero_optimization={"stage": 0},
             zero_stage=0,
@@ -119,6 +122,8 @@ class Config:
             checkpoint_activations=False,
             partition_activations=False,
             recompute_granularity=None,
+            sequence_parallel=False,
+            context_parallel_size=1,
             hidden_dropout=0.0,
             attention_dropout=0.0,
         )

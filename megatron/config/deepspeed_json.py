@@ -2,6 +2,7 @@
 
 The optimizer and its schedule are ours and handed to DeepSpeed as objects, so neither appears here. At ZeRO 0 the
 gradient norm and the clipping are ours as well, since DeepSpeed's norm counts wrongly there with a pipeline.
+Ranks that share a sequence are data-parallel ranks to DeepSpeed, so it counts every sample once for each of them.
 `deepspeed_extra_args` adds to the mapping and may not change what it already holds.
 """
 
@@ -35,7 +36,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed configuration of a resolved Config. Raises ConfigError where deepspeed_extra_args contradict it."""
     values = config.flat()
     settings: dict[str, Any] = {
-        "train_batch_size": values["train_batch_size"],
+        "train_batch_size": values["train_batch_size"] * values["context_parallel_size"],
         "train_micro_batch_size_per_gpu": values["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": values["gradient_accumulation_steps"],
         "zero_optimization": values["zero_optimization"],
@@ -48,6 +49,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         settings["bf16"] = values["bf16"]
     if values["precision"] == "fp16":
         settings["fp16"] = {name: value for name, value in values["fp16"].items() if name not in {"type", "fp16"}}
+    if values["sequence_parallel"] and values["is_pipe_parallel"]:
+        # Each tensor-parallel rank sends its own part of the sequence; DeepSpeed would send a slice of rank 0's.
+        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if values["fp32_allreduce"]:
         settings["communication_data_type"] = "fp32"
     for name in HANDED_ON:

@@ -63,8 +63,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("sequence_parallel", "sequence parallel norms and dropout", _on),
-    Gap("context_parallel_size", "context parallel attention", _more_than_one),
     Gap("moe_num_experts", "mixture of experts", _more_than_one),
     Gap("precision", "fp16 training; bfloat16 needs no loss scale", lambda value: value == "fp16"),
     Gap("use_qk_layernorm", "normalised queries and keys", _on),

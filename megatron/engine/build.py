@@ -22,7 +22,7 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
 from megatron.engine.inference import InferenceEngine, build_stage
 from megatron.engine.pipelined import PipelinedEngine
-from megatron.engine.plain import PlainEngine, keyed_parameters
+from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.errors import ConfigError
 from megatron.model.cache import KVCache
@@ -131,11 +131,11 @@ def _layer_plan(
     )
 
 
-def _loss(config: Config, topology: Topology) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _loss(config: Config, topology: Topology) -> Loss:
     objective = OBJECTIVES.load(config.training.train_impl)()
 
-    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model)
+    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, tokens: Tensor | None = None) -> Tensor:
+        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model, tokens=tokens)
         return value
 
     return loss

@@ -14,9 +14,35 @@ from torch import Tensor
 from megatron.model.cache import KVCache
 from megatron.parallel.bootstrap import device
 from megatron.parallel.collectives import gather_from
+from megatron.parallel.context import part_of_sequence
 from megatron.parallel.topology import Topology
 
 Layer = Callable[..., Tensor]
+
+
+def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology) -> Tensor:
+    """This rank's part of the tokens [b, s], padded at the end to what sequence and context parallelism can cut.
+
+    A model is causal, so padding changes no other position. ValueError for a cache, which needs whole sequences.
+    """
+    axis = topology.model
+    parts = topology.context.size * (axis.size if axis.sequence else 1)
+    if parts == 1:
+        return tokens
+    if cache is not None:
+        raise ValueError("generation with a cache needs an engine without sequence and context parallelism")
+    padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % parts))
+    return part_of_sequence(padded, topology.context)
+
+
+def gather_context(logits: Tensor, topology: Topology) -> Tensor:
+    """The logits of whole sequences from those of each context-parallel rank: [b, s/c, v] -> [b, s, v]."""
+    axis = topology.context
+    if axis.size == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(axis.size)]
+    dist.all_gather(parts, logits.contiguous(), group=axis.group)
+    return torch.cat(parts, dim=1)
 
 
 def gather_vocabulary(logits: Tensor, topology: Topology) -> Tensor:
@@ -44,7 +70,8 @@ def through_stages(
     batch, length = tokens.shape
     carry = tokens.to(device())
     if not pipe.is_first:
-        carry = torch.empty(length, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
+        rows = length // topology.model.size if topology.model.sequence else length
+        carry = torch.empty(rows, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
         dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
     for layer in layers if at is None or not pipe.is_last else layers[:-1]:
         carry = layer(carry, cache)

@@ -17,7 +17,7 @@ from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor
-from megatron.engine.forward import through_stages
+from megatron.engine.forward import for_sequence_cuts, through_stages
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.marks import is_tied
@@ -60,18 +60,20 @@ class PipelinedEngine:
         return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         module = self.deepspeed.module
         module.eval()
-        return through_stages(
+        logits = through_stages(
             module.forward_funcs,
-            tokens,
+            for_sequence_cuts(tokens, cache, self.topology),
             cache,
             self.topology,
             hidden_size=self.hidden_size,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
+        logits = logits[:, : tokens.shape[1]]
+        return logits if at is None else logits.flatten(0, 1)[at]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor
-from megatron.engine.forward import gather_vocabulary
+from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.bootstrap import device
+from megatron.parallel.context import part_of_sequence
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [s, b, v/t], labels [b, s], loss mask [b, s]) -> mean loss of the micro batch."""
+Loss = Callable[..., Tensor]
+"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses divided by
+`tokens`, by their number where that is None. Context-parallel ranks divide by the mean number of unmasked tokens in
+their parts of the sequences, so that the mean over them is that of the whole."""
 
 
 @dataclass
@@ -72,9 +76,12 @@ class PlainEngine:
         return float(self._data_mean(total / count))
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         self.deepspeed.module.eval()
-        return gather_vocabulary(self.deepspeed(tokens.to(device()), cache), self.topology)
+        part = for_sequence_cuts(tokens.to(device()), cache, self.topology)
+        logits = gather_vocabulary(self.deepspeed(part, cache), self.topology)
+        logits = gather_context(logits, self.topology)[:, : tokens.shape[1]]
+        return logits if at is None else logits.flatten(0, 1)[at]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)
@@ -84,7 +91,7 @@ class PlainEngine:
         return {key: _whole(parameter) for key, parameter in self.parameters.items()}
 
     def optimizer_slices(self) -> list[StateSlice]:
-        return state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.data.rank)
+        return state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)
 
     def load_optimizer(self, stored: OptimizerState) -> None:
         axis = self.topology.model
@@ -92,12 +99,15 @@ class PlainEngine:
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         batch = batch.to(self.deepspeed.device)
-        logits = self.deepspeed(batch.tokens, None, batch.document_starts)
-        return self.loss(logits, batch.labels, batch.loss_mask)
+        part = partial(part_of_sequence, axis=self.topology.context)
+        shares = self.topology.context.size
+        tokens = batch.loss_mask.sum().clamp(min=1) / shares if shares > 1 else None
+        logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
+        return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
 
     def _data_mean(self, value: Tensor) -> Tensor:
-        """Mean over the data-parallel ranks."""
-        axis = self.topology.data
+        """Mean over the data-parallel ranks, and over those that share their sequences."""
+        axis = self.topology.gradient
         if axis.size > 1:
             dist.all_reduce(value, group=axis.group)
         return value / axis.size

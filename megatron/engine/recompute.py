@@ -3,7 +3,8 @@
 DeepSpeed can spread kept inputs over the tensor-parallel ranks (`partition_activations`), copy them into one buffer
 (`contiguous_checkpointing`) and wait for the device after each group; torch's function does none of that and costs
 less. Either can keep inputs in host memory (`checkpoint_in_cpu`); DeepSpeed's way of it works on partitioned inputs
-only, so without them torch's is taken.
+only, so without them torch's is taken. With sequence parallelism there is nothing to partition: every rank keeps its
+own part of the sequence.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def full_recompute(
         return None
     method: Literal["block", "uniform"] = "block" if section.recompute_method == "block" else "uniform"
     checkpoint: Callable[..., Tensor] = in_host_memory if section.checkpoint_in_cpu else TORCH
+    if topology.model.sequence:  # what is kept is cut over the tensor-parallel ranks already
+        section = section.model_copy(update={"partition_activations": False, "contiguous_checkpointing": False})
     if _is_deepspeeds(section):
         checkpoint = _deepspeed(section, topology, num_layers)
     return Recompute(checkpoint, random, layers=max(1, section.checkpoint_num_layers), method=method)

@@ -10,6 +10,7 @@ Shapes: leading dimensions are free; in and out are the widths of this rank's we
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,28 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     if grad.shape[1] < x.shape[1]:
         return _product(grad.t(), x.t(), None)
     return _product(x.t(), grad.t(), None).t().contiguous()
+
+
+def _plain_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.t() @ x
+
+
+@dataclass(frozen=True)
+class LinearPieces:
+    """A kernel without its gradient, for a layer that writes out its own.
+
+    product: as any kernel. weight_gradient: of the output [rows, out] and the input [rows, in] -> [out, in].
+    """
+
+    product: LinearKernel
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+def pieces_of(kernel: LinearKernel) -> LinearPieces:
+    """What a kernel is made of."""
+    if kernel is onednn_linear:
+        return LinearPieces(_product, _weight_gradient)
+    return LinearPieces(kernel, _plain_weight_gradient)
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -3,11 +3,12 @@
 Sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x)). Parallel residual (`gpt_j_residual`, GPT-J):
 x = x + attention(norm1(x)) + mlp(norm2(x)), where `gpt_j_tied` uses one norm for both.
 
-Shapes: s sequence, b micro batch, h hidden.
+Shapes: s sequence, b micro batch, h hidden. With sequence parallelism the residual stream is [s/t, b, h].
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from megatron.model.cache import KVCache
 from megatron.model.parts import Parts
-from megatron.parallel.collectives import reduce_from
 from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.sequence import leave
 
 
 class TransformerBlock(nn.Module):
@@ -28,6 +29,7 @@ class TransformerBlock(nn.Module):
         self.axis = source.axis
         self.parallel = dims.gpt_j_residual
         self.dropout = parts.hidden_dropout
+        self.draws = parts.random.fork if source.axis.sequence and self.dropout > 0 else nullcontext
         self.input_layernorm = parts.norm()
         self.attention: Any = parts.attention[number](number, parts, source.of("attention"))
         if not dims.shared_norm:
@@ -52,8 +54,11 @@ class TransformerBlock(nn.Module):
             return hidden + self._drop(self.attention(first, cache, starts)) + self._drop(self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.linear2.partial(self.mlp.inner(second))
-        total = self.attention.dense.add_bias(reduce_from(total, self.axis))  # one all-reduce for both
+        total = self.attention.dense.add_bias(leave(total, self.axis))  # one sum over ranks for both
         return hidden + self.mlp.linear2.add_bias(total)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+        if self.dropout == 0 or not self.training:
+            return x
+        with self.draws():
+            return F.dropout(x, self.dropout)

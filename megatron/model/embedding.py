@@ -5,6 +5,8 @@ Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-paral
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from megatron.model.positions.base import Positions, document_positions
 from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.initialization import Fill, ParameterSource
 from megatron.parallel.marks import mark_tied
+from megatron.parallel.rng import ShardedRandom
+from megatron.parallel.topology import Axis
 
 
 class EmbeddingLayer(nn.Module):
@@ -22,7 +26,8 @@ class EmbeddingLayer(nn.Module):
 
     positions: the scheme, or None for a copy that only serves as the output layer of a pipeline's last stage.
     model: the configuration's model section, read by the position scheme. tied: the word embedding is the output
-    layer's matrix too. reset_positions: positions start again with each document.
+    layer's matrix too. context: the ranks that share a sequence. random: for dropout on a cut sequence.
+    reset_positions: positions start again with each document.
     """
 
     def __init__(
@@ -38,11 +43,15 @@ class EmbeddingLayer(nn.Module):
         dropout: float,
         tied: bool,
         dtype: torch.dtype,
+        context: Axis,
+        random: ShardedRandom,
         reset_positions: bool = False,
     ) -> None:
         super().__init__()
         self.reset_positions = reset_positions
         self.dropout = dropout
+        self.axis, self.context = source.axis, context
+        self.draws = random.fork if source.axis.sequence and dropout > 0 else nullcontext
         self.word_embeddings = VocabParallelEmbedding(
             vocab_size, hidden_size, source.of("word_embeddings"), fill=fill, kernel=kernel
         )
@@ -54,13 +63,28 @@ class EmbeddingLayer(nn.Module):
         self.to(dtype)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """Token ids [b, s] -> hidden [s, b, h]. document_starts [b, s]: where the document of each token starts."""
+        """Token ids [b, s] -> hidden [s, b, h], or [s/t, b, h] with sequence parallelism.
+
+        document_starts [b, s]: where the document of each token starts.
+        """
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
         if self.position_embeddings is not None:
+            length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
             positions = document_positions(document_starts) if self.reset_positions else None
-            offset = 0 if cache is None else cache.length
-            hidden = hidden + self.position_embeddings(tokens.shape[1], offset, positions)
-        return F.dropout(hidden, self.dropout, self.training) if self.dropout > 0 else hidden
+            if positions is not None:
+                positions = positions[:, first : first + length]
+            if cache is not None:
+                positions = cache.place(length).positions
+            hidden = hidden + self.position_embeddings(length, first, positions)
+        if self.dropout == 0 or not self.training:
+            return hidden
+        with self.draws():
+            return F.dropout(hidden, self.dropout)
+
+    def _first(self, length: int, cache: KVCache | None) -> int:
+        """The position of the first vector on this rank, of `length` tokens that this rank has been given."""
+        first = self.context.rank * length if cache is None else cache.length
+        return first + (self.axis.rank * length // self.axis.size if self.axis.sequence else 0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""

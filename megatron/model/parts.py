@@ -12,6 +12,7 @@ from megatron.kernels.selection import Kernels
 from megatron.model.positions.base import AttentionPositions
 from megatron.parallel.initialization import Fill
 from megatron.parallel.rng import ShardedRandom
+from megatron.parallel.topology import Axis
 from megatron.shapes import ModelDims
 
 
@@ -21,8 +22,8 @@ class Parts:
 
     norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
     attention: the attention class of each block. fill and output_fill: initial values of matrices, and of those that
-    add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks.
-    reset_attention, reset_positions: at each document of a sequence.
+    add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context:
+    the ranks that share a sequence. reset_attention, reset_positions: at each document of a sequence.
     """
 
     dims: ModelDims
@@ -40,3 +41,4 @@ class Parts:
     dtype: torch.dtype = torch.float32
     reset_attention: bool = False
     reset_positions: bool = False
+    context: Axis = field(default_factory=lambda: Axis("context"))

@@ -22,8 +22,9 @@ from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Glue, Head, TiedHead
 from megatron.model.parts import Parts
 from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
-from megatron.parallel.topology import Topology
+from megatron.parallel.topology import Axis, Topology
 from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS
 from megatron.shapes import ModelDims
 
@@ -75,8 +76,9 @@ def layer_plan(
     if recompute_attention is not None:
         chosen = replace(chosen, attention=partial(recompute_attention, chosen.attention))
     dims = ModelDims.of(model)
+    random = random or ShardedRandom(seed, topology.rank, device)
     parts = replace(
-        _parts(model, initialization, dims, chosen, random or ShardedRandom(seed, topology.rank, device), dtype),
+        _parts(model, initialization, dims, chosen, random, dtype, topology),
         reset_attention=reset_attention,
         reset_positions=reset_positions,
     )
@@ -97,6 +99,8 @@ def layer_plan(
         "reset_positions": reset_positions,
         "tied": dims.tied,
         "dtype": dtype,
+        "context": topology.context,
+        "random": random,
     }
     head = {
         "hidden_size": dims.hidden_size,
@@ -120,7 +124,13 @@ def layer_plan(
 
 
 def _parts(
-    model: Any, initialization: Any, dims: ModelDims, chosen: Kernels, random: ShardedRandom, dtype: torch.dtype
+    model: Any,
+    initialization: Any,
+    dims: ModelDims,
+    chosen: Kernels,
+    random: ShardedRandom,
+    dtype: torch.dtype,
+    topology: Topology,
 ) -> Parts:
     """Look every named choice up, once."""
     numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": dims.hidden_size}
@@ -128,7 +138,7 @@ def _parts(
     epsilon = getattr(model, _EPSILON_KEYS[model.norm])
     return Parts(
         dims=dims,
-        norm=partial(norm, dims.hidden_size, epsilon, dims.norm_bias),
+        norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), topology.model),
         positions=POSITIONS.load(model.pos_emb).for_attention(model, dims.head_dim, chosen.rotary),
         activation=ACTIVATIONS.load(model.activation),
         attention=tuple(ATTENTION.load(name) for name in model.attention_config),
@@ -140,7 +150,17 @@ def _parts(
         attention_dropout=model.attention_dropout,
         random=random,
         dtype=dtype,
+        context=topology.context,
     )
+
+
+def _norm(make: Callable[[], nn.Module], axis: Axis) -> nn.Module:
+    """A norm of the residual stream."""
+    norm = make()
+    if axis.sequence:
+        for parameter in norm.parameters():
+            mark_sequence_partial(parameter, axis)
+    return norm
 
 
 _EPSILON_KEYS = {"layernorm": "layernorm_epsilon", "rmsnorm": "rms_norm_epsilon"}

@@ -48,6 +48,9 @@ def bootstrap(
     pipe_parallel_size: int,
     model_parallel_size: int,
     seed: int,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    fp32_allreduce: bool = False,
     backend: str = "nccl",
     timeout_seconds: float = 600.0,
     deterministic: bool = False,
@@ -56,16 +59,17 @@ def bootstrap(
 
     backend: the wish of the configuration; a machine without CUDA always talks gloo. timeout_seconds [s]: how long
     a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators get
-    seed + data rank, so that replicas draw different dropout masks and the ranks of one replica the same one.
+    seed + data (and context) rank, so that replicas draw different dropout masks and the ranks of one replica the same.
     Raises ConfigError if the world size does not fit the layout.
     """
     ranks = Ranks.from_environment()
     pipe = max(1, pipe_parallel_size)
-    if ranks.world_size % (pipe * model_parallel_size):
+    share = pipe * context_parallel_size * model_parallel_size
+    if ranks.world_size % share:
         raise ConfigError.of(
-            f"{ranks.world_size} processes were started, which pipe {pipe} x model {model_parallel_size} = "
-            f"{pipe * model_parallel_size} ranks does not divide",
-            key="pipe_parallel_size, model_parallel_size",
+            f"{ranks.world_size} processes were started, which pipe {pipe} x context {context_parallel_size} x "
+            f"model {model_parallel_size} = {share} ranks does not divide",
+            key="pipe_parallel_size, context_parallel_size, model_parallel_size",
             remedy="start a multiple of that number of processes",
         )
     on_gpu = torch.cuda.is_available()
@@ -73,8 +77,16 @@ def bootstrap(
         torch.cuda.set_device(ranks.local_rank)
     _use_deterministic_algorithms(deterministic)
     _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
-    topology = Topology.build(pipe=pipe, model=model_parallel_size, rank=ranks.rank, world_size=ranks.world_size)
-    seed_generators(seed + topology.data.rank)
+    topology = Topology.build(
+        pipe=pipe,
+        context=context_parallel_size,
+        model=model_parallel_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        sequence_parallel=sequence_parallel,
+        fp32_sums=fp32_allreduce,
+    )
+    seed_generators(seed + topology.gradient.rank)
     return topology
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.kernels.linear import LinearKernel, plain_linear
-from megatron.parallel.collectives import copy_to, reduce_from
+from megatron.parallel.collectives import copy_to
 from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.parallel.sequence import gathered_linear, leave
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -34,9 +35,12 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:
         """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
 
+        With sequence parallelism the vectors are those of this rank's part of the first dimension, [s/t, ..., h].
         Both uses go through forward, so that ZeRO 3 gathers the weight before either.
         """
         if as_output_layer:
+            if self.axis.sequence:
+                return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
             return self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
         if self.axis.size == 1:
             return F.embedding(x, self.weight)  # [..., h]
@@ -44,4 +48,4 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return reduce_from(vectors, self.axis)  # [..., h]
+        return leave(vectors, self.axis)  # [..., h]

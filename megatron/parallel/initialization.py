@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megatron.parallel.marks import mark_no_weight_decay, mark_sharded
+from megatron.parallel.marks import mark_no_weight_decay, mark_sequence_partial, mark_sharded
 from megatron.parallel.topology import Axis
 
 Fill = Callable[[Tensor, torch.Generator], None]
@@ -44,10 +44,15 @@ class ParameterSource:
         return replace(self, prefix=f"{self.prefix}{module}.")
 
     def replica(self, name: str, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
-        """A parameter that every tensor-parallel rank holds whole. Vectors (biases) take no weight decay."""
+        """A parameter that every tensor-parallel rank holds whole. Vectors (biases) take no weight decay.
+
+        It acts between tensor-parallel regions; with sequence parallelism that is on a part of the sequence.
+        """
         parameter = nn.Parameter(self._draw(name, shape, fill).to(self.dtype))
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
+        if self.axis.sequence:
+            mark_sequence_partial(parameter, self.axis)
         return parameter
 
     def shard(

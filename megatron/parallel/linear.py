@@ -1,9 +1,11 @@
 """Linear layers whose weight is cut over tensor-parallel ranks (Megatron-LM, arXiv:1909.08053, section 3).
 
 A column-parallel layer cuts the outputs, a row-parallel layer the inputs, so that a column-parallel layer followed by
-a row-parallel one needs a single all-reduce forward and one backward.
+a row-parallel one needs a single all-reduce forward and one backward. With sequence parallelism the input of the first
+and the output of the second are cut along the sequence, and an all-gather and a reduce-scatter take its place.
 
-Shapes: in and out are global widths, t the tensor-parallel degree; leading dimensions are free ([s, b] in the model).
+Shapes: in and out are global widths, t the tensor-parallel degree; leading dimensions are free ([s, b] in the model,
+[s/t, b] where the axis cuts the sequence).
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.kernels.linear import LinearKernel, plain_linear
-from megatron.parallel.collectives import copy_to, reduce_from
+from megatron.parallel.collectives import copy_to
 from megatron.parallel.initialization import Fill, ParameterSource, zeros
+from megatron.parallel.sequence import gathered_linear, leave
 
 
 class ColumnParallelLinear(nn.Module):
@@ -40,7 +43,9 @@ class ColumnParallelLinear(nn.Module):
         self.bias = source.shard("bias", (out_features,), zeros, dim=0, sections=sections) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in], equal on all ranks -> [..., out/t]."""
+        """[..., in], equal on all ranks (with sequence parallelism [s/t, .., in]) -> [..., out/t]."""
+        if self.axis.sequence:
+            return gathered_linear(x, self.weight, self.bias, self.axis, self.kernel)  # [s, .., out/t]
         return self.kernel(copy_to(x, self.axis), self.weight, self.bias)  # [..., out/t]
 
 
@@ -68,10 +73,10 @@ class RowParallelLinear(nn.Module):
         self.bias = source.replica("bias", (out_features,), zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in/t] -> [..., out], equal on all ranks."""
+        """[..., in/t] -> [..., out], equal on all ranks (with sequence parallelism [s/t, .., out])."""
         if self.axis.size == 1:
             return self.kernel(x, self.weight, self.bias)
-        total = reduce_from(self.kernel(x, self.weight, None), self.axis)  # [..., out]
+        total = leave(self.kernel(x, self.weight, None), self.axis)  # [..., out]
         return total if self.bias is None else total + self.bias
 
     def partial(self, x: Tensor) -> Tensor:

@@ -6,7 +6,11 @@ parameter names. DeepSpeed reads two attributes of its own, which are set here a
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.topology import Axis
 
 
 def mark_sharded(parameter: nn.Parameter, dim: int, sections: tuple[int, ...] = ()) -> None:
@@ -51,3 +55,22 @@ def mark_tied(parameter: nn.Parameter) -> None:
 def is_tied(parameter: nn.Parameter) -> bool:
     """Whether two pipeline stages may hold a copy of the parameter."""
     return getattr(parameter, "neox_tied", False)
+
+
+def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
+    """Each rank of the axis uses the parameter on its part of the sequence only, so its gradient is a part of a sum.
+
+    The parts are summed inside autograd, before the gradient reaches the parameter: ZeRO partitions gradients as they
+    arrive, and after that nobody could add them up.
+    """
+
+    def whole(gradient: Tensor) -> Tensor:
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format), axis)
+
+    parameter.neox_sequence_partial = True  # type: ignore[attr-defined]
+    parameter.register_hook(whole)
+
+
+def is_sequence_partial(parameter: nn.Parameter) -> bool:
+    """Whether the ranks of a tensor-parallel group each contribute a part of the parameter's gradient."""
+    return getattr(parameter, "neox_sequence_partial", False)

@@ -1,10 +1,10 @@
-"""Which rank holds what: the three axes of a run (pipe, data, model) and their process groups.
+"""Which rank holds what: the axes of a run (pipe, data, context, model) and their process groups.
 
 One Topology is built per process and passed to whoever needs it; nothing here is looked up globally. Ranks are
-numbered with the pipe axis outermost, then data, then model, so that a tensor-parallel group (the most talkative)
-sits on neighbouring ranks:
+numbered with the pipe axis outermost, then data, context and model, so that a tensor-parallel group (the most
+talkative) sits on neighbouring ranks:
 
-    rank = (pipe_rank * data_size + data_rank) * model_size + model_rank
+    rank = ((pipe_rank * data_size + data_rank) * context_size + context_rank) * model_size + model_rank
 
 The same object answers the questions that DeepSpeed asks of its `mpu` argument, when the model is not a pipeline.
 Source of the order: DeepSpeed's PipeModelDataParallelTopology and the public GPT-NeoX layout.
@@ -13,7 +13,8 @@ Source of the order: DeepSpeed's PipeModelDataParallelTopology and the public GP
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch.distributed as dist
 
@@ -26,6 +27,8 @@ class Axis:
 
     size: number of ranks along it. rank: this rank's index, 0 <= rank < size. ranks: the global ranks that differ
     from this one only along this axis, in order. group: their process group; None where none was initialised.
+    sequence: between tensor-parallel regions each of these ranks holds its part of the sequence only (Megatron
+    sequence parallelism). fp32_sums: tensors of lower precision are summed over these ranks in fp32.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: Group = None
+    sequence: bool = False
+    fp32_sums: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -47,37 +52,55 @@ class Axis:
 class Topology:
     """The axes of this rank, and the groups that DeepSpeed asks for.
 
-    pipe, data, model: the three axes. replica: all ranks that together hold one copy of the model (pipe x model).
+    pipe, data, context, model: the axes. replica: all ranks that together hold one copy of the model (pipe x model).
+    gradient: all ranks that hold the same slice of the model and so sum its gradient (data x context).
     """
 
     rank: int
     world_size: int
     pipe: Axis
     data: Axis
+    context: Axis
     model: Axis
     replica: Axis
+    gradient: Axis
 
     @staticmethod
     def single() -> Topology:
         """The topology of one process, with no process group at all."""
-        return Topology(0, 1, Axis("pipe"), Axis("data"), Axis("model"), Axis("replica"))
+        names = ("pipe", "data", "context", "model", "replica", "gradient")
+        return Topology(0, 1, *(Axis(name) for name in names))
 
     @staticmethod
-    def build(*, pipe: int, model: int, rank: int, world_size: int) -> Topology:
+    def build(
+        *,
+        pipe: int,
+        model: int,
+        rank: int,
+        world_size: int,
+        context: int = 1,
+        sequence_parallel: bool = False,
+        fp32_sums: bool = False,
+    ) -> Topology:
         """Creates the process groups; collective: every rank calls it with the same sizes.
 
-        pipe and model: sizes of those axes; the data axis takes what is left of world_size.
-        Raises ValueError if pipe x model does not divide world_size (the configuration rules say so earlier).
+        pipe, context and model: sizes of those axes; the data axis takes what is left of world_size.
+        sequence_parallel, fp32_sums: properties of the model axis.
+        Raises ValueError if the sizes do not divide world_size (the configuration rules say so earlier).
         """
-        if world_size % (pipe * model):
-            raise ValueError(f"pipe {pipe} x model {model} does not divide the world size {world_size}")
-        data = world_size // (pipe * model)
-        sizes = {"pipe": pipe, "data": data, "model": model}
+        if world_size % (pipe * context * model):
+            told = f"pipe {pipe} x context {context} x model {model}"
+            raise ValueError(f"{told} does not divide the world size {world_size}")
+        data = world_size // (pipe * context * model)
+        sizes = {"pipe": pipe, "data": data, "context": context, "model": model}
         axes = {name: _axis(name, sizes, rank, (name,)) for name in sizes}
-        replica = _axis("replica", sizes, rank, ("pipe", "model"))
-        return Topology(rank, world_size, axes["pipe"], axes["data"], axes["model"], replica)
+        axes["model"] = replace(axes["model"], sequence=sequence_parallel and model > 1, fp32_sums=fp32_sums)
+        axes["replica"] = _axis("replica", sizes, rank, ("pipe", "model"))
+        axes["gradient"] = _axis("gradient", sizes, rank, ("data", "context"))
+        return Topology(rank, world_size, **axes)
 
-    # What DeepSpeed asks of an mpu.
+    # What DeepSpeed asks of an mpu. Ranks that share a sequence are data-parallel to it: told of the context axis, it
+    # would sum over it at ZeRO 0 to 2 and average at ZeRO 3, which also cuts parameters by the data-parallel group.
 
     def get_model_parallel_rank(self) -> int:
         return self.model.rank
@@ -98,16 +121,16 @@ class Topology:
         return self.model.group
 
     def get_data_parallel_rank(self) -> int:
-        return self.data.rank
+        return self.gradient.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.data.size
+        return self.gradient.size
 
     def get_data_parallel_group(self) -> Group:
-        return self.data.group
+        return self.gradient.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self.data.ranks)
+        return list(self.gradient.ranks)
 
 
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:
@@ -124,15 +147,19 @@ def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -
 
 def _slices(sizes: dict[str, int], along: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
     """All sets of ranks that agree on every axis but those in `along`, each in rank order."""
-    names = ("pipe", "data", "model")
     slices: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(sizes["pipe"] * sizes["data"] * sizes["model"]):
-        place = coordinates(rank, data=sizes["data"], model=sizes["model"])
-        fixed = tuple(place[name] for name in names if name not in along)
+    for rank in range(prod(sizes.values())):
+        place = coordinates(rank, data=sizes["data"], context=sizes["context"], model=sizes["model"])
+        fixed = tuple(index for name, index in place.items() if name not in along)
         slices.setdefault(fixed, []).append(rank)
     yield from (tuple(ranks) for ranks in slices.values())
 
 
-def coordinates(rank: int, *, data: int, model: int) -> dict[str, int]:
-    """The place of a global rank: its index along pipe, data and model, given the data and model sizes."""
-    return {"pipe": rank // (data * model), "data": rank // model % data, "model": rank % model}
+def coordinates(rank: int, *, data: int, model: int, context: int = 1) -> dict[str, int]:
+    """The place of a global rank: its index along pipe, data, context and model, given the sizes of the last three."""
+    return {
+        "pipe": rank // (data * context * model),
+        "data": rank // (context * model) % data,
+        "context": rank // model % context,
+        "model": rank % model,
+    }

@@ -56,6 +56,9 @@ def train(config: Config, stop: Stop) -> None:
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,
         seed=config.training.seed,
+        context_parallel_size=config.parallelism.context_parallel_size,
+        sequence_parallel=config.parallelism.sequence_parallel,
+        fp32_allreduce=config.precision.fp32_allreduce,
         backend=config.launch.distributed_backend,
         timeout_seconds=config.launch.collective_timeout,
         deterministic=config.training.deterministic,
@@ -198,7 +201,8 @@ def _saver(
 def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
     reporter.message(
         f"{topology.world_size} rank(s): pipe {topology.pipe.size} x data {topology.data.size} x "
-        f"model {topology.model.size}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}"
+        f"context {topology.context.size} x model {topology.model.size}, ZeRO {config.deepspeed.zero_stage}, "
+        f"{config.precision.precision}"
     )
     reporter.message(str(data.plan))
     if state.iteration:

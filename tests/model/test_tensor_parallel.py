@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,6 +122,6 @@ def test_dropout_agrees_where_ranks_hold_the_same_and_differs_where_they_do_not(
 def test_heads_that_do_not_divide_are_refused() -> None:
     axis = Axis("model", 4, 0, (0, 1, 2, 3))
     single = Topology.single()
-    topology = Topology(0, 4, single.pipe, single.data, axis, axis)
+    topology = replace(single, world_size=4, model=axis)
     with pytest.raises(ValueError, match="2 key/value heads do not divide by 4"):
         build(topology, **LLAMA, num_kv_heads=2)

@@ -28,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     run.fractions_are_fractions,
     run.counts_are_positive,
     layout.pipeline_limits_zero,
+    layout.context_needs_no_pipeline,
+    layout.sequence_parallel_needs_tensor_parallel,
     run.fp16_loss_needs_fp16,
     layout.experts_limit_zero,
     run.learning_rates_are_ordered,

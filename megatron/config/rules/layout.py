@@ -120,6 +120,60 @@ def pipeline_limits_zero(config: Config) -> Iterator[Mistake]:
         )
 
 
+def context_needs_no_pipeline(config: Config) -> Iterator[Mistake]:
+    """DeepSpeed's pipeline has no axis for ranks that share a sequence; such ranks exchange whole heads."""
+    axes, model = config.parallelism, config.model
+    size = axes.context_parallel_size
+    if size <= 1:
+        return
+    if axes.pipe_parallel_size >= 1:
+        yield Mistake(
+            f"the pipeline engine (pipe_parallel_size = {axes.pipe_parallel_size}) cannot share sequences",
+            key="context_parallel_size",
+            value=size,
+            remedy="use pipe_parallel_size: 0",
+        )
+    assert model.num_kv_heads is not None
+    heads, rest = divmod(model.num_kv_heads, max(1, axes.model_parallel_size))
+    if rest == 0 and (heads % size or heads == 0):
+        yield Mistake(
+            f"the {heads} key heads of a tensor parallel rank do not divide by it",
+            key="context_parallel_size",
+            value=size,
+            remedy="each of the ranks that share a sequence takes whole key heads",
+        )
+    yield from _sequence_divides(config, size, "context_parallel_size")
+
+
+def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[Mistake]:
+    """Sequence parallelism cuts the sequence over the tensor parallel ranks."""
+    axes = config.parallelism
+    if not axes.sequence_parallel:
+        return
+    if axes.model_parallel_size == 1:
+        yield Mistake(
+            "there are no tensor parallel ranks to spread the sequence over (model_parallel_size = 1)",
+            key="sequence_parallel",
+            value=True,
+            remedy="raise model_parallel_size, or leave it out",
+        )
+    else:
+        parts = axes.model_parallel_size * max(1, axes.context_parallel_size)
+        yield from _sequence_divides(config, parts, "sequence_parallel")
+
+
+def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[Mistake]:
+    length = config.model.seq_length
+    assert length is not None
+    if parts > 0 and length % parts:
+        yield Mistake(
+            f"seq_length = {length} does not divide into {parts} parts",
+            key=key,
+            value=getattr(config.parallelism, key),
+            remedy=f"make seq_length a multiple of {parts}",
+        )
+
+
 def experts_limit_zero(config: Config) -> Iterator[Mistake]:
     """Experts are parameters of their own groups, which ZeRO 3 does not know; tokens choose among what exists."""
     moe = config.moe

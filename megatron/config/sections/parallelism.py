@@ -4,7 +4,7 @@ from megatron.config.key import Section, key
 
 
 class ParallelismSection(Section):
-    """Sizes of the parallel axes. Rank order: pipe outermost, then data, then model."""
+    """Sizes of the parallel axes. Rank order: pipe outermost, then data, context and model."""
 
     pipe_parallel_size: int = key(
         0, "Pipeline stages; 0 is no pipeline engine at all, 1 the pipeline engine with one stage.", unit="stages"

@@ -3,7 +3,11 @@
 The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head where every query head has
 its own key/value head, and [all q | all k | all v] where query heads share them.
 
-Shapes: s sequence, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t tensor-parallel degree.
+Context parallelism (arXiv:2309.14509): each of c ranks has its part of the sequence everywhere but in the attention
+core, before which ranks exchange parts of the sequence for heads, and after which they exchange them back.
+
+Shapes: s sequence on this rank, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t
+tensor-parallel and c context-parallel degree.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
+from megatron.kernels.attention import masked_attention
 from megatron.model.cache import KVCache
 from megatron.model.parts import Parts
 from megatron.model.positions.base import document_positions
+from megatron.parallel.context import heads_for_sequence, part_of_sequence, sequence_for_heads
 from megatron.parallel.initialization import ParameterSource
 from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -33,6 +39,11 @@ class ParallelSelfAttention(nn.Module):
                 f"{dims.num_attention_heads} heads and {dims.num_kv_heads} key/value heads do not divide by "
                 f"{size} tensor-parallel ranks"
             )
+        if dims.num_kv_heads // size % parts.context.size:
+            raise ValueError(
+                f"{dims.num_kv_heads // size} key/value heads of a tensor-parallel rank do not divide by "
+                f"{parts.context.size} context-parallel ranks"
+            )
         self.number = number
         self.heads = dims.num_attention_heads // size  # n/t
         self.kv_heads = dims.num_kv_heads // size  # m/t
@@ -42,6 +53,7 @@ class ParallelSelfAttention(nn.Module):
         self.reset_attention, self.reset_positions = parts.reset_attention, parts.reset_positions
         self.attend = parts.kernels.attention
         self.dropout = parts.attention_dropout
+        self.context = parts.context
         self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
         self.query_key_value = ColumnParallelLinear(
             dims.hidden_size,
@@ -63,18 +75,27 @@ class ParallelSelfAttention(nn.Module):
 
     def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
-        length, batch = x.shape[:2]
-        offset = 0 if cache is None else cache.length
-        q, k, v = self._split(self.query_key_value(x))
+        qkv = self.query_key_value(x)
+        length, batch = qkv.shape[:2]
+        offset = self.context.rank * length if cache is None else cache.length
+        q, k, v = self._split(qkv)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if self.positions is not None:
             at = document_positions(document_starts) if self.reset_positions else None
+            at = at if cache is None else cache.place(length).positions
+            at = None if at is None else part_of_sequence(at, self.context)
             q, k = self.positions(q, offset, at), self.positions(k, offset, at)
         if cache is not None:
             k, v = cache.update(self.number, k, v)  # [b, m/t, offset + s, d]
         starts = document_starts if self.reset_attention else None
-        with self.draws():
-            context = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/t, s, d]
+        q, k, v = (heads_for_sequence(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
+        mask = None if cache is None else cache.place(length).mask
+        if mask is not None:  # texts of different lengths, in generation
+            context = masked_attention(q, k, v, mask)
+        else:
+            with self.draws():
+                context = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/(t c), c s, d]
+        context = sequence_for_heads(context, self.context)  # [b, n/t, s, d]
         return context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
