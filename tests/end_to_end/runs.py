@@ -67,10 +67,10 @@ def run_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
     train(resolve([], settings, Resources(world_size)).config, NeverStop())
 
 
-def run(world_size: int, folder: Path, **settings: Any) -> list[dict[str, float]]:
+def run(world_size: int, folder: Path, *, backend: str = "gloo", **settings: Any) -> list[dict[str, float]]:
     """Trains on that many ranks and returns the records of its metrics file."""
     log_dir = folder / "logs"
-    run_distributed(run_rank, world_size, {**BASE, "log_dir": str(log_dir), **settings}, timeout=300)
+    run_distributed(run_rank, world_size, {**BASE, "log_dir": str(log_dir), **settings}, timeout=300, backend=backend)
     return read_metrics(log_dir / "metrics.jsonl")
 
 

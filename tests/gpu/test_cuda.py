@@ -1,0 +1,76 @@
+"""What changes on a GPU: the device, NCCL, torch's own attention kernels. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.kernels.attention import choose_attention, plain_attention
+from tests.end_to_end.runs import make_dataset, run, series
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def test_fp32_training_equals_the_cpu(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same initial weights and data; the sums are in another order. TF32 is off by default."""
+    there = run(1, tmp_path / "gpu", data_path=dataset, backend="nccl")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    here = run(1, tmp_path / "cpu", data_path=dataset)
+    assert series(there, "train/lm_loss") == pytest.approx(series(here, "train/lm_loss"), rel=1e-4)
+    assert series(there, "train/grad_norm") == pytest.approx(series(here, "train/grad_norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_training_learns(stage: int, dataset: str, tmp_path: Path) -> None:
+    settings = {"precision": "bfloat16", "zero_optimization": {"stage": stage}}
+    losses = series(run(1, tmp_path, data_path=dataset, backend="nccl", **settings), "train/lm_loss")
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_deterministic_runs_are_bitwise_equal(dataset: str, tmp_path: Path) -> None:
+    settings = {"precision": "bfloat16", "zero_optimization": {"stage": 1}, "deterministic": True}
+    first, second = (
+        run(1, tmp_path / name, data_path=dataset, backend="nccl", **settings) for name in ("first", "second")
+    )
+    assert series(first, "train/lm_loss") == series(second, "train/lm_loss")
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(dataset: str, tmp_path: Path) -> None:
+    settings = {
+        "precision": "bfloat16",
+        "zero_optimization": {"stage": 1},
+        "hidden_dropout": 0.1,
+        "deterministic": True,
+    }
+    whole = run(1, tmp_path / "whole", data_path=dataset, backend="nccl", **settings)
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, "backend": "nccl", **settings}
+    run(1, tmp_path / "parts", exit_interval=10, **parts)
+    assert series(run(1, tmp_path / "parts", **parts), "train/lm_loss") == series(whole, "train/lm_loss")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "queries", "keys"), [(8, 8, 256, 256), (8, 2, 256, 256), (8, 2, 1, 77)])
+def test_attention_equals_the_plain_twin(heads: int, kv_heads: int, queries: int, keys: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(count: int, length: int) -> torch.Tensor:
+        shape = (2, count, length, 64)
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    q, k, v = draw(heads, queries), draw(kv_heads, keys), draw(kv_heads, keys)
+    actual = choose_attention(torch.device("cuda"))(q, k, v, 0.0)
+    expected = plain_attention(*(part.detach().double() for part in (q, k, v)), 0.0)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
+    grad = torch.randn_like(actual)
+    exact = [part.detach().double().requires_grad_() for part in (q, k, v)]
+    wanted = torch.autograd.grad(plain_attention(*exact, 0.0), exact, grad.double())
+    for got, want in zip(torch.autograd.grad(actual, (q, k, v), grad), wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=5e-2, atol=5e-2)
