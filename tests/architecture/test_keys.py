@@ -22,6 +22,7 @@ COUNT_NOTHING = frozenset(
         "rank",
         "rotary_emb_base",
         "seed",
+        "serve_port",
         "weight_server_port",
         "zero_stage",
     }
