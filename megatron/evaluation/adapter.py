@@ -15,7 +15,8 @@ from lm_eval.api.model import LM
 from megatron.engine.engine import Engine
 from megatron.errors import RunError
 from megatron.evaluation.progress import Progress
-from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.answer import Settings
+from megatron.inference.generate import TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.inference.scoring import Pair, Score, score, windows
 from megatron.tokenizers.base import Tokenizer
@@ -45,7 +46,6 @@ class HarnessModel(LM):
         self.max_length = max_length
         self.batch_size = batch_size
         self._seed = seed
-        self._generators: dict[Settings, TextGenerator] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -78,13 +78,19 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to one of the texts in `until`, which is left out."""
-        answers = []
-        progress = Progress("generating")
+        answers = [""] * len(requests)
+        kinds: dict[Settings, list[int]] = {}
         for number, request in enumerate(requests):
-            progress(number / len(requests))
-            context, arguments = request.args
-            answers.append(self._continue(context, arguments, number))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+            kinds.setdefault(self._settings(request.args[1]), []).append(number)
+        progress, done = Progress("generating"), 0
+        for settings, numbers in kinds.items():
+            prompts = [self._prompt(requests[number].args[0], settings) for number in numbers]
+            generator = TextGenerator(self._engine, self._text_tokenizer, settings)
+            for number, record in zip(numbers, generator.continue_tokens(prompts, numbers), strict=True):
+                answers[number] = record.text or ""
+                self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
+                done += 1
+                progress(done / len(requests))
         return answers
 
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -112,14 +118,10 @@ class HarnessModel(LM):
             return Pair((self.eot_token_id,), tuple(whole))
         return Pair(tuple(before), tuple(whole[len(before) :]))
 
-    def _continue(self, context: str, arguments: Mapping[str, Any], number: int) -> str:
-        """One text. A context that leaves too little room is cut on its left."""
-        settings = self._settings(arguments)
-        if settings not in self._generators:
-            self._generators[settings] = TextGenerator(self._engine, self._text_tokenizer, settings)
+    def _prompt(self, context: str, settings: Settings) -> list[int]:
+        """The tokens of a context. One that leaves too little room is cut on its left."""
         tokens = self._text_tokenizer.encode(context) or [self.eot_token_id]
-        tokens = tokens[-(self.max_length - settings.maximum_tokens) :]
-        return self._generators[settings].continue_tokens(tokens, text_index=number).text or ""
+        return tokens[-(self.max_length - settings.maximum_tokens) :]
 
     def _settings(self, arguments: Mapping[str, Any]) -> Settings:
         """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
@@ -140,6 +142,7 @@ class HarnessModel(LM):
             maximum_tokens=wanted,
             seq_length=self.max_length,
             stop=(until,) if isinstance(until, str) else tuple(until),
+            batch_size=self.batch_size,
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from megatron.errors import ConfigError, RunError
-from megatron.inference.generate import Record, TextGenerator
+from megatron.inference.answer import Record
+from megatron.inference.generate import TextGenerator
 from megatron.log import get_logger
 
 UNCONDITIONAL, INPUT_FILE, INTERACTIVE = "unconditional", "input-file", "interactive"
@@ -59,9 +60,9 @@ def output_path(sample_output_file: str | None, sample_input_file: str | None) -
 
 
 def run_over(
-    generator: TextGenerator, contexts: Iterable[str], path: Path, *, writes: bool, show: TextIO | None = None
+    generator: TextGenerator, contexts: Sequence[str], path: Path, *, writes: bool, show: TextIO | None = None
 ) -> None:
-    """Continues every context and writes a JSON line for each as soon as it is done; an older file is replaced.
+    """Continues every context and writes a JSON line for each, in order, as they are done; an older file is replaced.
 
     writes: whether this rank does so; all ranks take part in the model. Raises RunError when no context could be
     continued, or when the file cannot be written.
@@ -70,8 +71,7 @@ def run_over(
     count = 0
     write, close = _writer(path) if writes else (_ignore, _ignore_close)
     try:
-        for index, context in enumerate(contexts):
-            record = generator.continue_text(context, text_index=index)
+        for index, record in enumerate(generator.continue_all(contexts)):
             count += 1
             write(record)
             if record.failed:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from megatron.checkpoint.load import vocabulary_rows
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.inference import modes
-from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.answer import Settings
+from megatron.inference.generate import TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.parallel.bootstrap import bootstrap, shutdown
 from megatron.parallel.topology import Topology
@@ -65,6 +67,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         vocabulary = padded_vocab_size(
             tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
         )
+        vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
         work(build_inference_engine(config, topology, vocabulary), tokenizer, topology)
     finally:
         shutdown()
@@ -102,6 +105,7 @@ def _settings(config: Config) -> Settings:
         recompute=section.recompute,
         stop=tuple(section.stop or ()),
         return_logits=section.return_logits,
+        batch_size=section.generation_batch_size,
     )
 
 

@@ -53,6 +53,11 @@ class Sampler:
         self.vocab_size = vocab_size
         self._generator = torch.Generator().manual_seed((seed * 1_000_003 + text_index) % 2**63)
 
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the scores alone decide, as the model gives them."""
+        return self.sampling.greedy and self.sampling.repetition_penalty == 1.0
+
     def choose(self, logits: Tensor, seen: Sequence[int] = ()) -> int:
         """The next token. logits [v]; seen: the tokens of the text so far, for the repetition penalty."""
         logits = penalised(logits[: self.vocab_size].float(), seen, self.sampling.repetition_penalty)
@@ -62,6 +67,15 @@ class Sampler:
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
         # The first token whose cumulative probability lies above the number; one of probability 0 never does so first.
         return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=_last_possible(cumulative)))
+
+
+def choose_all(samplers: Sequence[Sampler], logits: Tensor, seen: Sequence[Sequence[int]]) -> list[int]:
+    """The next token of each text of a batch. logits [b, v]; seen: the tokens of each text so far."""
+    first = samplers[0]
+    if all(each.takes_the_likeliest and each.vocab_size == first.vocab_size for each in samplers):
+        likeliest: list[int] = logits[:, : first.vocab_size].argmax(-1).tolist()
+        return likeliest
+    return [sampler.choose(row, past) for sampler, row, past in zip(samplers, logits, seen, strict=True)]
 
 
 def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:

@@ -177,8 +177,9 @@ def test_limit_fewshot_and_wildcards(engine, folder):
 def test_a_context_that_leaves_no_room_keeps_its_end(engine):
     answerer = model(engine)
     long, short = "x" * 100 + "the end of it", ("x" * 100 + "the end of it")[-(SEQUENCE - 5) :]
-    arguments = {"until": [], "max_gen_toks": 5}
-    assert answerer._continue(long, arguments, 0) == answerer._continue(short, arguments, 0)
+    settings = answerer._settings({"until": [], "max_gen_toks": 5})
+    assert answerer._prompt(long, settings) == answerer._prompt(short, settings)
+    assert len(answerer._prompt(long, settings)) == SEQUENCE - 5
 
 
 def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
@@ -190,7 +191,7 @@ def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
 
 def test_a_task_that_asks_for_something_unknown_is_told(engine):
     with pytest.raises(RunError, match="num_beams"):
-        model(engine)._continue("a", {"num_beams": 4}, 0)
+        model(engine)._settings({"num_beams": 4})
 
 
 def test_an_unknown_task_is_the_users_mistake(folder, monkeypatch):

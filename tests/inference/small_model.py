@@ -64,14 +64,16 @@ class SmallEngine:
         self.config = config
         self.calls = 0
 
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         self.calls += 1
-        return self.module(tokens, cache).transpose(0, 1).float()
+        logits = self.module(tokens, cache).transpose(0, 1).float()
+        return logits if at is None else logits.flatten(0, 1)[at]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         model = self.config.model
         heads = model.num_attention_heads
-        return KVCache(model.num_layers, batch, heads, max_length, model.hidden_size // heads)
+        return KVCache(model.num_layers, batch, model.num_kv_heads, max_length, model.hidden_size // heads)
 
 
 def transformers_twin(engine: SmallEngine, vocabulary: int = 512) -> torch.nn.Module:

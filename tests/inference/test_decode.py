@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.inference.decode import Limits, decode
+from megatron.inference import decode as decode_module
+from megatron.inference.decode import Limits, Text, TokenLoop, decode
 from megatron.inference.sampling import Sampler, Sampling
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config, transformers_twin
 
@@ -17,34 +18,81 @@ def engine():
     return SmallEngine(small_config())
 
 
-def text(engine, prompt, *, cache=None, sampling=GREEDY, eod=NEVER, maximum=1000, index=0, vocabulary=512):
-    limits = Limits(eod, maximum, SEQUENCE)
+def growing(prompt, *, sampling=GREEDY, eod=NEVER, maximum=1000, index=0, vocabulary=512):
     sampler = Sampler(sampling, vocab_size=vocabulary, seed=3, text_index=index)
-    return [step.token for step in decode(engine, prompt, limits=limits, sampler=sampler, cache=cache)]
+    return Text(prompt, Limits(eod, maximum, SEQUENCE), sampler)
+
+
+def texts(engine, prompts, *, rows=1, cached=True, **how):
+    """The new tokens of each prompt."""
+    started = [growing(prompt, index=index, **how) for index, prompt in enumerate(prompts)]
+    made = {id(each): [] for each in started}
+    for step in decode(engine, started, rows=rows, cached=cached):
+        made[id(step.text)].append(step.token)
+    return [made[id(each)] for each in started]
+
+
+def text(engine, prompt, **how):
+    (made,) = texts(engine, [prompt], **how)
+    return made
+
+
+SCHEMES = {"rotary": {}, "learned": {"rotary_pct": 1.0}, "none": {"rotary_pct": 1.0}}
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3, top_k=50)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("scheme", ["rotary", "learned", "none"])
-def test_cached_equals_uncached_over_several_prompts(sampling, scheme):
-    engine = SmallEngine(small_config(pos_emb=scheme, **({} if scheme == "rotary" else {"rotary_pct": 1.0})))
-    cache = engine.new_cache(1, SEQUENCE)
-    for index, prompt in enumerate(PROMPTS):
-        cached = text(engine, prompt, cache=cache, sampling=sampling, index=index)
-        assert len(cached) == SEQUENCE - len(prompt)
-        assert cached == text(engine, prompt, sampling=sampling, index=index)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_side_by_side_equals_one_by_one_cached_or_not(sampling, scheme):
+    engine = SmallEngine(small_config(pos_emb=scheme, **SCHEMES[scheme]))
+    alone = texts(engine, PROMPTS, sampling=sampling)
+    assert [len(made) for made in alone] == [SEQUENCE - len(prompt) for prompt in PROMPTS]
+    assert texts(engine, PROMPTS, sampling=sampling, cached=False) == alone
+    for rows in (2, 5):
+        assert texts(engine, PROMPTS, rows=rows, sampling=sampling) == alone
+    assert texts(engine, PROMPTS, rows=3, sampling=sampling, cached=False) == alone
 
 
-def test_a_cache_left_full_by_one_prompt_does_not_reach_the_next(engine):
-    cache = engine.new_cache(1, SEQUENCE)
-    first = text(engine, PROMPTS[0], cache=cache)
-    text(engine, PROMPTS[2], cache=cache, maximum=3)
-    assert text(engine, PROMPTS[0], cache=cache) == first
+def test_grouped_queries_side_by_side():
+    engine = SmallEngine(small_config(num_kv_heads=2))
+    assert texts(engine, PROMPTS, rows=4) == texts(engine, PROMPTS)
+
+
+def test_long_prompts_join_in_groups(engine, monkeypatch):
+    alone = texts(engine, PROMPTS)
+    monkeypatch.setattr(decode_module, "PROMPT_TOKENS", 30)
+    assert texts(engine, PROMPTS, rows=5) == alone
+
+
+def test_a_text_that_joins_starts_at_once_and_changes_no_other(engine):
+    alone = texts(engine, PROMPTS)
+    loop = TokenLoop(engine, rows=3, max_length=SEQUENCE)
+    started = [growing(prompt) for prompt in PROMPTS]
+    loop.join(started[:1])
+    for _ in range(4):
+        loop.step()
+    assert [step.text for step in loop.join(started[1:2])] == started[1:2]
+    loop.step()
+    loop.join(started[2:3])
+    loop.leave(started[0])  # its reader hung up
+    loop.step()
+    assert loop.free == 1
+    loop.join(started[3:4])
+    while loop.step():
+        pass
+    for number in (1, 2, 3):
+        assert started[number].tokens == [*PROMPTS[number], *alone[number]]
+    assert loop.free == 3
+
+
+def test_more_texts_than_rows_are_refused(engine):
+    with pytest.raises(ValueError, match="do not fit"):
+        TokenLoop(engine, rows=1, max_length=SEQUENCE).join([growing([1]), growing([2])])
 
 
 def test_greedy_equals_transformers(engine):
     twin = transformers_twin(engine)
-    cache = engine.new_cache(1, SEQUENCE)
-    for prompt in PROMPTS:
+    made = texts(engine, PROMPTS, rows=4)
+    for prompt, ours in zip(PROMPTS, made, strict=True):
         tokens = torch.tensor([prompt])
         theirs = twin.generate(
             tokens,
@@ -54,7 +102,7 @@ def test_greedy_equals_transformers(engine):
             pad_token_id=0,
             eos_token_id=None,
         )
-        assert text(engine, prompt, cache=cache) == theirs[0, len(prompt) :].tolist()
+        assert ours == theirs[0, len(prompt) :].tolist()
 
 
 def test_the_text_ends_after_the_end_of_document_token(engine):
@@ -64,9 +112,8 @@ def test_the_text_ends_after_the_end_of_document_token(engine):
 
 
 def test_it_makes_no_more_than_asked_for_and_runs_the_model_once_a_token(engine):
-    cache = engine.new_cache(1, SEQUENCE)
     before = engine.calls
-    assert len(text(engine, [1, 2], cache=cache, maximum=5)) == 5
+    assert [len(made) for made in texts(engine, [[1, 2], [3]], rows=2, maximum=5)] == [5, 5]
     assert engine.calls - before == 5
     assert text(engine, [1, 2], maximum=0) == []
     assert text(engine, [1] * SEQUENCE) == []

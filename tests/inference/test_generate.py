@@ -7,7 +7,8 @@ import pytest
 
 from megatron.errors import ConfigError, RunError
 from megatron.inference import modes
-from megatron.inference.generate import Settings, TextGenerator
+from megatron.inference.answer import Settings
+from megatron.inference.generate import TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config

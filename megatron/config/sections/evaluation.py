@@ -17,3 +17,9 @@ class EvaluationSection(Section):
     )
     eval_model_args: Table | None = key(None, "Further arguments for the harness.")
     eval_text: str | None = key(None, "File of text, or .jsonl, whose bits per byte tools/bits_per_byte.py measures.")
+    eval_chat_template: bool = key(False, "Put prompts into the chat template of the tokenizer's folder.")
+    eval_cache_requests: bool = key(False, "Keep the built requests of each task on disk for the next evaluation.")
+    eval_cloze: str | None = key(None, ".jsonl file of texts whose last word tools/perplexity.py lets the model guess.")
+    eval_overlap: int = key(
+        32, "Tokens that each window after the first scores in tools/perplexity.py; fewer cost more.", unit="tokens"
+    )
