@@ -51,8 +51,8 @@ test: install-dev ## run the test suite
 test-long: install-dev ## run everything, also what takes minutes or fetches package data
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
-parity: install-dev ## compare losses of every parallel layout, of resumed runs, and the model with transformers
-	@$(PY) -m pytest -m "not gpu" tests/end_to_end tests/model/test_against_transformers.py $(ARGS)
+parity: install-dev ## compare every parallel layout with one process, in a table; ROWS=0:40 for some of them
+	@OMP_NUM_THREADS=1 $(PY) -m tests.parity.matrix $(ROWS)
 
 lint: install-dev ## check style and types
 	@$(VENV)/bin/ruff check .
