@@ -16,6 +16,8 @@ from megatron.data.splits import NAMES, split_documents, split_shares
 from megatron.errors import ConfigError
 
 LARGEST_BLEND = 255
+LABELS = {"train": "train_label_data_paths", "valid": "valid_label_data_paths", "test": "test_label_data_paths"}
+REWARDS = {"train": "train_reward_data_paths", "valid": "valid_reward_data_paths", "test": "test_reward_data_paths"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
     key = f"{name}_data_paths"
     paths = getattr(data, key)
     opened = [
-        TokenSource(_open(path, key), _companion(data, name, "label", number), _companion(data, name, "reward", number))
+        TokenSource(_open(path, key), _companion(data, LABELS[name], number), _companion(data, REWARDS[name], number))
         for number, path in enumerate(_counted(data, name, paths))
     ]
     weights = getattr(data, f"{name}_data_weights") or [1.0] * len(paths)
@@ -139,11 +141,11 @@ def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str
             key=key,
             value=list(paths),
         )
-    for kind in ("label", "reward"):
-        others = getattr(data, f"{name}_{kind}_data_paths")
+    for companions in (LABELS[name], REWARDS[name]):
+        others = getattr(data, companions)
         if others is not None and len(others) != len(paths):
             what = f"{len(others)} paths beside {len(paths)} {key}; as many of each are needed"
-            raise ConfigError.of(what, key=f"{name}_{kind}_data_paths", value=list(others))
+            raise ConfigError.of(what, key=companions, value=list(others))
     if min(weights) < 0 or not sum(weights) > 0:
         what = "weights must be 0 or more, and one of them above 0"
         raise ConfigError.of(what, key=f"{name}_data_weights", value=list(weights))
@@ -158,9 +160,8 @@ def _open(path: Any, key: str) -> IndexedDataset:
     return dataset
 
 
-def _companion(data: DataSection, name: str, kind: str, number: int) -> IndexedDataset | None:
+def _companion(data: DataSection, key: str, number: int) -> IndexedDataset | None:
     """The labels or rewards of one data set; None where there are none, which a null in the list says too."""
-    key = f"{name}_{kind}_data_paths"
     path = (getattr(data, key) or {number: None})[number]
     return None if path is None else _open(path, key)
 
@@ -171,10 +172,10 @@ def _check_companions(source: TokenSource, name: str) -> None:
     if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
         what = f"its documents have other lengths than those of {tokens.prefix}, which it should label token by token"
         remedy = "make both in one run of the preprocessing"
-        raise ConfigError.of(what, key=f"{name}_label_data_paths", value=labels.prefix, remedy=remedy)
+        raise ConfigError.of(what, key=LABELS[name], value=labels.prefix, remedy=remedy)
     if rewards is not None and (len(rewards) != len(tokens) or (len(rewards) and int(rewards.sizes.min()) < 1)):
         what = f"it does not hold a number for each of the {len(tokens)} documents of {tokens.prefix}"
-        raise ConfigError.of(what, key=f"{name}_reward_data_paths", value=rewards.prefix)
+        raise ConfigError.of(what, key=REWARDS[name], value=rewards.prefix)
 
 
 def _by_passes(split: Split, epochs: int) -> Split:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.checkpoint.load import find_checkpoint, restore
 from megatron.checkpoint.save import Counters, save_checkpoint
 from megatron.config import Config
+from megatron.config.derive.horizon import decay_horizon
 from megatron.config.known import known
-from megatron.data.build import Data, build_data
+from megatron.data.build import Data, build_data, epoch_samples
 from megatron.engine.build import DTYPES, build_training_engine
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
@@ -29,7 +30,7 @@ from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
-from megatron.parallel.bootstrap import bootstrap, device, shutdown
+from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
@@ -64,9 +65,40 @@ def train(config: Config, stop: Stop) -> None:
         deterministic=config.training.deterministic,
     )
     try:
-        _train(config, topology, stop)
+        _train(_with_length(config), topology, stop)
     finally:
         shutdown()
+
+
+def _with_length(config: Config) -> Config:
+    """The configuration in which passes over the data have become steps, which the data alone can tell."""
+    training, schedule = config.training, config.schedule
+    if training.train_epochs is None or training.train_batch_size is None:
+        return config
+    samples = epoch_samples(
+        config.data,
+        epochs=training.train_epochs,
+        seq_length=known(config.model.seq_length),
+        seed=training.seed,
+        is_builder=_builds_index_maps(config),
+        barrier=_barrier,
+    )
+    steps = samples // training.train_batch_size
+    if steps < 1:
+        raise ConfigError.of(
+            f"{training.train_epochs} passes give {samples} samples, and a step takes {training.train_batch_size}",
+            key="train_epochs",
+            value=training.train_epochs,
+            remedy="raise it, or lower train_batch_size",
+        )
+    horizon = decay_horizon(steps, schedule.lr_decay_iters, schedule.lr_decay_fraction)
+    return config.replace(train_iters=steps, lr_decay_iters=horizon)
+
+
+def _builds_index_maps(config: Config) -> bool:
+    """Whether this rank writes index maps for others: one rank of all, or one of each host."""
+    ranks = Ranks.from_environment()
+    return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0
 
 
 def _train(config: Config, topology: Topology, stop: Stop) -> None:
@@ -110,8 +142,9 @@ def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Dat
         train_samples=total * batch,
         valid_samples=evaluations * per_evaluation,
         test_samples=per_evaluation,
-        is_builder=topology.rank == 0,
+        is_builder=_builds_index_maps(config),
         barrier=_barrier,
+        train_epochs=training.train_epochs,
     )
     if data.train is None:
         raise ConfigError.of(

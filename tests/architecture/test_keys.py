@@ -52,7 +52,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "moe_z_loss_coeff",
     ),
     "norm:scalenorm": ("scalenorm_epsilon",),
-    "pack_impl": ("allow_chopped",),
     "pos_emb:rpe": ("rpe_max_distance", "rpe_num_buckets"),
     "pos_train_data_paths": (
         "neg_test_data_paths",
@@ -76,8 +75,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "train_impl:kto": ("kto_beta", "kto_desirable_weight", "kto_fp32", "kto_undesirable_weight"),
     "train_impl:reinforce": ("fp32_reinforce", "kl_div_beta", "kl_impl", "reinforce_leave_one_out"),
     "train_impl:rm": ("z_loss",),
-    "train_label_data_paths": ("test_label_data_paths", "valid_label_data_paths"),
-    "train_reward_data_paths": ("test_reward_data_paths", "valid_reward_data_paths"),
     "use_comet": ("comet_experiment_name", "comet_others", "comet_project", "comet_tags", "comet_workspace"),
     "use_mup": (
         "base_shapes_file",
@@ -94,7 +91,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "wandb_run_name",
         "wandb_team",
     ),
-    "weight_by_num_documents": ("weighted_sampler_alpha",),
 }
 
 

@@ -121,6 +121,26 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "train_data_weights = [1.0, 2.0]: it has 2 items for 1 data sets",
     ),
     (1, {"train_data_paths": ["b"], "train_data_weights": [-1]}, "weights are not negative and not all zero"),
+    (
+        1,
+        {"train_iters": None, "train_epochs": 2, "train_data_paths": ["a", "b"], "train_data_weights": [1, 2]},
+        "train_data_weights = [1.0, 2.0]: train_epochs reads every data set equally often; leave the weights out",
+    ),
+    (
+        1,
+        {"train_iters": None, "train_epochs": 2, "weight_by_num_documents": True},
+        "weight_by_num_documents = True: train_epochs reads every data set equally often; leave it out",
+    ),
+    (
+        1,
+        {"reset_attention_mask": True, "attention_config": [[["global", "local"], "all"]]},
+        "reset_attention_mask = True: blocks of kind local do not keep documents apart; use flash or global attention",
+    ),
+    (
+        1,
+        {"reset_position_ids": True, "pos_emb": "sinusoidal"},
+        "reset_position_ids = True: pos_emb = sinusoidal does not start again; use learned, none, rotary",
+    ),
     (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
     (1, {"split": "0,0,0"}, "this is not three shares"),
     (1, {"zero_stage": 2}, "zero_stage = 2: this follows from zero_optimization, which makes it 0"),

@@ -8,6 +8,12 @@ from megatron.config.complete import trains
 from megatron.config.config import Config
 from megatron.errors import Mistake
 
+KEEP_APART = frozenset({"global", "flash"})
+"""Kinds of attention that take the starts of documents."""
+
+START_AGAIN = frozenset({"learned", "rotary", "none"})
+"""Position schemes that take a position for each token, or that know none."""
+
 
 def data_has_one_source(config: Config) -> Iterator[Mistake]:
     """Either data_path, which `split` cuts, or lists of paths."""
@@ -48,3 +54,45 @@ def split_is_readable(config: Config) -> Iterator[Mistake]:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
         yield Mistake("this is not three shares", key="split", value=text, remedy="write 969,30,1 or the like")
+
+
+def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
+    """A length in passes reads every training set equally often, so nothing else can say how often."""
+    data = config.data
+    if config.training.train_epochs is None:
+        return
+    weights = data.train_data_weights or ()
+    if len(set(weights)) > 1:
+        yield Mistake(
+            "train_epochs reads every data set equally often",
+            key="train_data_weights",
+            value=list(weights),
+            remedy="leave the weights out, or give train_iters",
+        )
+    if data.weight_by_num_documents:
+        yield Mistake(
+            "train_epochs reads every data set equally often",
+            key="weight_by_num_documents",
+            value=True,
+            remedy="leave it out, or give train_iters",
+        )
+
+
+def documents_are_kept_apart(config: Config) -> Iterator[Mistake]:
+    """Every part that mixes tokens, or counts positions, must know where documents start."""
+    data, model = config.data, config.model
+    others = sorted(set(map(str, model.attention_config or ())) - KEEP_APART)
+    if data.reset_attention_mask and others:
+        yield Mistake(
+            f"blocks of kind {', '.join(others)} do not keep documents apart",
+            key="reset_attention_mask",
+            value=True,
+            remedy=f"use {' or '.join(sorted(KEEP_APART))} attention, or leave it out",
+        )
+    if data.reset_position_ids and model.pos_emb not in START_AGAIN:
+        yield Mistake(
+            f"pos_emb = {model.pos_emb} does not start again",
+            key="reset_position_ids",
+            value=True,
+            remedy=f"use {', '.join(sorted(START_AGAIN))}, or leave it out",
+        )

@@ -40,6 +40,8 @@ RULES: tuple[Rule, ...] = (
     data.data_has_one_source,
     data.lists_are_as_long_as_their_paths,
     data.split_is_readable,
+    data.passes_need_no_weights,
+    data.documents_are_kept_apart,
 )
 
 

@@ -1,0 +1,91 @@
+"""Runs on labels, whole documents and documents kept apart: the same in every layout; a length in passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.writer import DatasetWriter
+from tests.end_to_end.runs import make_dataset, run, series
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pipeline 2": (2, {"pipe_parallel_size": 2}),
+    "tensor 2": (2, {"model_parallel_size": 2}),
+    "recomputed": (1, {"checkpoint_activations": True}),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rotary": {"reset_attention_mask": True, "reset_position_ids": True},
+    "learned": {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "eod_mask_loss": True,
+        "pos_emb": "learned",
+        "no_weight_tying": False,
+        "pack_impl": "pack_until_overflow",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Documents of 3 to 40 tokens, and labels that leave out the first half of each."""
+    folder = tmp_path_factory.mktemp("data")
+    text = IndexedDataset(make_dataset(folder)).tokens.astype(numpy.int32)
+    generator = numpy.random.default_rng(0)
+    with (
+        DatasetWriter(folder / "short", numpy.dtype("<i4")) as tokens,
+        DatasetWriter(folder / "labels", numpy.dtype("<i4")) as labels,
+    ):
+        for piece in numpy.split(text, numpy.cumsum(generator.integers(3, 41, 2000)))[:-1]:
+            tokens.add_document(piece)
+            labels.add_document(numpy.where(numpy.arange(len(piece)) < len(piece) // 2, -100, piece))
+    return str(folder / "short"), str(folder / "labels")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_layouts_agree(settings: str, short_documents: tuple[str, str], tmp_path: Path) -> None:
+    tokens, labels = short_documents
+    common = {
+        "train_iters": 6,
+        # Each micro batch has a mean of its own over the tokens that count, so all layouts take the same ones.
+        "gradient_accumulation_steps": 2,
+        "eval_interval": 3,
+        "train_data_paths": [tokens],
+        "train_label_data_paths": [labels],
+        "valid_data_paths": [tokens],
+        **SETTINGS[settings],
+    }
+    expected = run(1, tmp_path / "single", **common)
+    for name, (world_size, layout) in LAYOUTS.items():
+        records = run(world_size, tmp_path / name, **common, **layout)
+        for metric in ("train/lm_loss", "validation/lm_loss"):
+            assert series(records, metric) == pytest.approx(series(expected, metric), rel=1e-5), (name, metric)
+        norms = series(expected, "train/grad_norm")
+        assert series(records, "train/grad_norm") == pytest.approx(norms, rel=1e-4), name
+    plain = run(1, tmp_path / "plain", **{**common, "reset_attention_mask": False, "reset_position_ids": False})
+    assert series(plain, "train/lm_loss")[1:] != pytest.approx(series(expected, "train/lm_loss")[1:], rel=1e-4)
+
+
+def test_passes_become_steps(short_documents: tuple[str, str], tmp_path: Path) -> None:
+    """300 documents twice, 8 at a time; the learning rate decays to its floor at the last step."""
+    source = IndexedDataset(short_documents[0])
+    with DatasetWriter(tmp_path / "few", numpy.dtype("<i4")) as writer:
+        for document in range(300):
+            writer.add_document(source[document])
+    records = run(
+        1,
+        tmp_path,
+        train_iters=None,
+        train_epochs=2,
+        train_data_paths=[str(tmp_path / "few")],
+        pack_impl="unpacked",
+        num_layers=1,
+        eval_iters=0,
+        log_interval=5,
+    )
+    assert records[-1]["iteration"] == 75
+    assert records[-1]["train/learning_rate"] == pytest.approx(1e-4)
