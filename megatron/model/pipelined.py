@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from itertools import accumulate
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -32,7 +33,7 @@ Carry = Tensor | tuple[Tensor, Tensor]
 class PipelinedModel(PipelineModule):
     """One stage of the model.
 
-    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`). loss: (logits [s, b, v/t], labels [b, s],
+    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage. loss: (logits [s, b, v/t], labels [b, s],
     loss mask [b, s]) -> scalar, called on the last stage.
     """
 
@@ -41,7 +42,7 @@ class PipelinedModel(PipelineModule):
         plan: Sequence[LayerPlan],
         topology: Topology,
         *,
-        partition_method: str,
+        partition_method: str | tuple[int, ...],
         loss: Loss,
         recompute: Recompute | None = None,
     ) -> None:
@@ -67,6 +68,16 @@ class PipelinedModel(PipelineModule):
         carry, document_starts = forward_input
         carry = run_layers(self.forward_funcs, carry, None, self.recompute, document_starts)
         return carry if self._local_stop == self._num_layers else (carry, document_starts)
+
+    def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
+        """DeepSpeed asks this which layers are its own; block i is layer i + 2."""
+        if isinstance(method, str):
+            super()._partition_layers(method)
+            return
+        bounds = [0, *(2 + blocks for blocks in accumulate(method[:-1])), len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = bounds
+        self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""

@@ -45,33 +45,47 @@ class Memory:
 class StateLayout:
     """What decides the memory of parameters, gradients and optimizer.
 
-    width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket.
+    width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket. buffers: buffers of
+    that size that are made outright, 0 where gradients are reduced where they stand. summed: bytes of an accumulated
+    gradient. gathered: elements that ZeRO 3 may hold together.
     """
 
     width: int
     zero_stage: int
     ranks: int
     bucket: int
+    buffers: int = 0
+    summed: int = FP32
+    gathered: int = 1_000_000_000
 
 
 def state_memory(count: int, layout: StateLayout) -> tuple[int, int, int]:
     """Bytes of parameters, gradients and optimizer for `count` parameters on this rank."""
-    width, stage, ranks = layout.width, layout.zero_stage, layout.ranks
-    share = -(-count // ranks)
+    width, stage = layout.width, layout.zero_stage
+    share = -(-count // layout.ranks)
     moments = 2 * FP32
     if stage == 0:
         return width * count, width * count, moments * count + (FP32 * count if width < FP32 else 0)
-    optimizer = (moments + FP32) * share
-    whole = width * count
-    if stage == 1 and width < FP32:
-        return whole, whole + FP32 * count, optimizer  # fp32 accumulation of the whole gradient
-    if stage == 1:
-        return whole, whole + FP32 * share, optimizer
-    under_way = width * min(count, layout.bucket)
-    if stage == 2:
-        return whole, under_way + FP32 * share, optimizer
-    gathered = width * min(count, layout.bucket)
-    return width * share + gathered, under_way + FP32 * share, optimizer
+    parameters = width * count
+    if stage == 3:
+        parameters = width * (share + min(count, layout.gathered))
+    return parameters, _zero_gradients(count, share, layout), (moments + FP32) * share
+
+
+def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
+    """Bytes of gradients at their peak: at the end of a backward pass, or in the optimizer's step, which takes a flat
+    fp32 copy of this rank's share.
+    """
+    width, whole, flat, sums = layout.width, layout.width * count, FP32 * share, layout.summed * share
+    if layout.zero_stage == 1 and width < layout.summed:
+        return whole + layout.summed * count  # every gradient is summed in fp32
+    staged = layout.buffers * layout.bucket * width
+    if layout.zero_stage == 1:
+        return max(whole, sums + flat) + staged
+    under_way = 0 if layout.buffers else width * min(count, layout.bucket)
+    if layout.zero_stage == 2 and width < layout.summed:
+        return flat + max(staged, under_way)  # the sums become the copy, one parameter group after another
+    return sums + max(flat, under_way) + staged
 
 
 @dataclass(frozen=True)
@@ -95,10 +109,18 @@ class ActivationLayout:
     first_only: bool = False
     selective: bool = False
     kept_share: float = 1.0
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
 
     @property
     def tokens(self) -> int:
-        return self.seq_length * self.micro_batch
+        """Of this rank's part of the sequences."""
+        return self.seq_length * self.micro_batch // self.context_parallel_size
+
+    @property
+    def residual_tokens(self) -> int:
+        """Of this rank's part between tensor-parallel regions."""
+        return self.tokens // self.model_parallel_size if self.sequence_parallel else self.tokens
 
 
 def block_activations(dims: ModelDims, layout: ActivationLayout) -> int:
@@ -106,19 +128,19 @@ def block_activations(dims: ModelDims, layout: ActivationLayout) -> int:
     inner = dims.mlp_width // layout.model_parallel_size
     norms = 1 if dims.shared_norm else 2
     inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
-    features = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
-    features += 4 * inner if dims.gated else 2 * inner
-    kept = layout.tokens * features * layout.width
+    between = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
+    within = 4 * inner if dims.gated else 2 * inner
+    kept = (layout.residual_tokens * between + layout.tokens * within) * layout.width
     kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout)
     if layout.hidden_dropout:
-        kept += 2 * layout.tokens * dims.hidden_size  # one byte of mask an element
+        kept += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask an element
     return kept
 
 
 def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: int) -> int:
     """Bytes that the norms keep besides their outputs."""
-    values = layout.tokens * dims.hidden_size
-    statistics = norms * layout.tokens * 2 * FP32
+    values = layout.residual_tokens * dims.hidden_size
+    statistics = norms * layout.residual_tokens * 2 * FP32
     if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
         return (inputs + norms) * values * FP32 + statistics
     return inputs * values * layout.width + statistics
@@ -128,7 +150,8 @@ def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
     """Bytes that the attention core and the projection after it keep."""
     cut, width, tokens = layout.model_parallel_size, layout.width, layout.tokens
     query, kv = dims.query_size // cut, dims.kv_size // cut
-    squares = layout.micro_batch * dims.num_attention_heads // cut * layout.seq_length**2
+    heads = dims.num_attention_heads // (cut * layout.context_parallel_size)
+    squares = layout.micro_batch * heads * layout.seq_length**2
     rotary = dims.pos_emb == "rotary"
     if layout.selective:
         return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
@@ -145,26 +168,36 @@ def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
     """Bytes of the final norm and of the logits, whose place their gradient takes."""
     logits = layout.tokens * padded_vocab_size // layout.model_parallel_size * layout.width
-    output = layout.tokens * dims.hidden_size * layout.width
+    output = layout.residual_tokens * dims.hidden_size * layout.width
     return output + _norm_inputs(dims, layout, norms=1, inputs=1) + logits
 
 
 def stage_activations(
-    dims: ModelDims, layout: ActivationLayout, *, blocks: int, under_way: int, padded_vocab_size: int | None
+    dims: ModelDims,
+    layout: ActivationLayout,
+    *,
+    blocks: int,
+    under_way: int,
+    padded_vocab_size: int | None,
+    pipelined: bool = False,
 ) -> int:
-    """Bytes of a stage with so many blocks.
+    """Bytes of a stage with so many blocks, at the end of a forward pass or when a group of blocks is repeated.
 
     under_way: micro batches between their forward and backward pass. padded_vocab_size: None where the stage has no
-    output layer.
+    output layer. pipelined: what goes to another stage and what comes from there is held as well.
     """
     block = block_activations(dims, layout)
-    boundary = int(layout.tokens * dims.hidden_size * layout.width * layout.kept_share)
+    whole = layout.tokens * dims.hidden_size * layout.width
+    boundary = int(whole * layout.kept_share)
     group = min(layout.recompute, blocks)
-    if layout.first_only:
-        kept = under_way * (group * boundary + (blocks - group) * block) + min(group, 1) * block
-    elif group:
-        kept = under_way * -(-blocks // group) * boundary + group * block
-    else:
-        kept = under_way * blocks * block
     head = 0 if padded_vocab_size is None else head_activations(dims, layout, padded_vocab_size)
-    return kept + head
+    if layout.first_only:
+        kept = group * boundary + (blocks - group) * block
+        repeated = group * boundary + min(group, 1) * block  # by then the others have been backpropagated
+    elif group:
+        kept = -(-blocks // group) * boundary
+        repeated = kept + group * block
+    else:
+        kept = repeated = blocks * block
+    sent = (under_way + 1) * whole if pipelined else 0
+    return (under_way - 1) * kept + max(kept + head, repeated) + sent

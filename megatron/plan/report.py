@@ -15,7 +15,7 @@ from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.shapes import ModelDims, TensorShape
 
-WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2}
+WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
 
 
 class Plan(Figures):
@@ -113,19 +113,34 @@ def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds:
     last = stage == stages - 1
     cut = axes.model_parallel_size
     held = on_rank(table, layers, cut, tied=dims.tied, last=last)
-    width = WIDTHS[config.precision.precision or "fp32"]
-    zero = config.deepspeed.zero_optimization or {}
-    stage_number = zero.get("stage", 0)
-    zero_stage = stage_number if isinstance(stage_number, int) else 0  # the autotuner may still choose
-    bucket = config.deepspeed.zero_reduce_bucket_size or 500_000_000
-    stored = StateLayout(width, zero_stage, axes.data_parallel_size, bucket)
-    parameters, gradients, optimizer = state_memory(held, stored)
+    parameters, gradients, optimizer = state_memory(held, state_layout(config))
     layout = activation_layout(config)
     blocks = sum(1 for layer in layers if 2 <= layer < 2 + model.num_layers)
     under_way = min(stages - stage, training.gradient_accumulation_steps or 1)
     output = padded if last else None
-    activations = stage_activations(dims, layout, blocks=blocks, under_way=under_way, padded_vocab_size=output)
+    activations = stage_activations(
+        dims, layout, blocks=blocks, under_way=under_way, padded_vocab_size=output, pipelined=stages > 1
+    )
     return Memory(parameters, gradients, optimizer, activations)
+
+
+def state_layout(config: Config) -> StateLayout:
+    """What the configuration says about parameters, gradients and the optimizer; DeepSpeed's defaults elsewhere."""
+    zero = config.deepspeed.zero_optimization or {}
+    stage = zero.get("stage", 0)
+    width = WIDTHS[config.precision.precision or "fp32"]
+    summed = (config.precision.data_types or {}).get("grad_accum_dtype") or config.precision.precision
+    buffers = 2 if zero.get("overlap_comm") and stage != 3 else 1
+    gathered = [zero.get(f"stage3_max_{name}", 1_000_000_000) for name in ("live_parameters", "reuse_distance")]
+    return StateLayout(
+        width,
+        stage if isinstance(stage, int) else 0,  # the autotuner may still choose
+        config.parallelism.data_parallel_size,
+        config.deepspeed.zero_reduce_bucket_size or 500_000_000,
+        buffers=buffers if zero.get("contiguous_gradients", True) else 0,
+        summed=WIDTHS.get(str(summed), width),
+        gathered=max(size for size in gathered if isinstance(size, (int, float))),
+    )
 
 
 def activation_layout(config: Config) -> ActivationLayout:
@@ -136,9 +151,10 @@ def activation_layout(config: Config) -> ActivationLayout:
     selective = again.recompute_granularity == "selective"
     whole = (again.checkpoint_activations or again.recompute_granularity == "full") and not selective
     on_cpu = config.launch.distributed_backend == "gloo"
-    kept_share = 1 / axes.model_parallel_size if again.partition_activations else 1.0
+    partitioned = again.partition_activations and not axes.sequence_parallel  # which cuts what is kept already
+    kept_share = 1 / axes.model_parallel_size if partitioned else 1.0
     return ActivationLayout(
-        seq_length=model.seq_length // axes.context_parallel_size,
+        seq_length=model.seq_length,
         micro_batch=config.training.train_micro_batch_size_per_gpu,
         model_parallel_size=axes.model_parallel_size,
         width=WIDTHS[config.precision.precision or "fp32"],
@@ -149,4 +165,6 @@ def activation_layout(config: Config) -> ActivationLayout:
         first_only=whole and again.recompute_method == "block",
         selective=selective,
         kept_share=0.0 if again.checkpoint_in_cpu and not on_cpu else kept_share,
+        context_parallel_size=axes.context_parallel_size,
+        sequence_parallel=axes.sequence_parallel,
     )

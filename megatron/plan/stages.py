@@ -17,11 +17,17 @@ def layer_classes(num_layers: int) -> list[str]:
     return ["EmbeddingLayer", "Glue", *["TransformerBlock"] * num_layers, "Glue", "FinalNorm", "Head"]
 
 
-def stage_bounds(method: str, classes: Sequence[str], parameters: Sequence[int], stages: int) -> list[int]:
+def stage_bounds(
+    method: str | tuple[int, ...], classes: Sequence[str], parameters: Sequence[int], stages: int
+) -> list[int]:
     """The first layer of each stage, and the number of layers at the end: stage i holds bounds[i] .. bounds[i + 1].
 
-    method: pipe_partition_method. parameters: their number in each layer. ValueError for an unknown method.
+    method: pipe_partition_method; a tuple holds the blocks of each stage, of which the first has the embedding too and
+    the last the final norm and the output layer. parameters: their number in each layer. ValueError for an unknown
+    method.
     """
+    if isinstance(method, tuple):
+        return [0, *(2 + blocks for blocks in accumulate(method[:-1])), len(classes)]
     kind = method.lower()
     if kind == "uniform":
         return uniform(len(classes), stages)

@@ -22,8 +22,29 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"pipe_parallel_size": -1}, "pipe_parallel_size = -1: a parallel size cannot be this small"),
     (4, {"pipe_parallel_size": 4}, "pipe_parallel_size = 4: there are only 2 blocks"),
-    (1, {"pipe_partition_method": "even"}, "there is no such method; write uniform, parameters, or type:"),
+    (1, {"pipe_partition_method": "even"}, "there is no such method; write uniform, parameters, type:"),
     (1, {"pipe_partition_method": "type:("}, "pipe_partition_method = 'type:(': there is no such method"),
+    *(
+        (2, {"pipe_parallel_size": 2, "pipe_partition_method": blocks}, f"= {blocks}: this does not deal 2 blocks")
+        for blocks in ([2], [1, 2], [3, -1])
+    ),
+    (
+        2,
+        {"pipe_parallel_size": 1, "context_parallel_size": 2},
+        "the pipeline engine (pipe_parallel_size = 1) cannot share sequences; use pipe_parallel_size: 0",
+    ),
+    (
+        4,
+        {"context_parallel_size": 2, "model_parallel_size": 2, "num_kv_heads": 2},
+        "context_parallel_size = 2: the 1 key heads of a tensor parallel rank do not divide by it",
+    ),
+    (2, {"context_parallel_size": 2, "seq_length": 33}, "seq_length = 33 does not divide into 2 parts"),
+    (2, {"sequence_parallel": True}, "there are no tensor parallel ranks to spread the sequence over"),
+    (
+        2,
+        {"sequence_parallel": True, "model_parallel_size": 2, "seq_length": 33},
+        "sequence_parallel = True: seq_length = 33 does not divide into 2 parts; make seq_length a multiple of 2",
+    ),
     (
         2,
         {"padded_vocab_size": 511, "model_parallel_size": 2},

@@ -29,6 +29,7 @@ def test_methods() -> None:
     bounds = stage_bounds("type:transformer|mlp", classes, parameters, 2)
     assert [classes[bounds[i] : bounds[i + 1]].count("TransformerBlock") for i in (0, 1)] == [2, 2]
     assert stage_bounds("parameters", classes, parameters, 3)[0] == 0
+    assert stage_bounds((0, 3, 1), classes, parameters, 3) == [0, 2, 5, 9]
     with pytest.raises(ValueError, match="no partition method"):
         stage_bounds("even", classes, parameters, 2)
 

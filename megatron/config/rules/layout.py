@@ -38,13 +38,26 @@ def stages_hold_layers(config: Config) -> Iterator[Mistake]:
     assert layers
     if axes.pipe_parallel_size > layers:
         yield Mistake(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
-    method = axes.pipe_partition_method.lower()
-    if method not in {"uniform", "parameters"} and not _is_type_method(method):
+    method = axes.pipe_partition_method
+    if isinstance(method, tuple):
+        yield from _blocks_are_dealt_out(method, max(1, axes.pipe_parallel_size), layers)
+    elif method.lower() not in {"uniform", "parameters"} and not _is_type_method(method.lower()):
         yield Mistake(
             "there is no such method",
             key="pipe_partition_method",
-            value=axes.pipe_partition_method,
-            remedy="write uniform, parameters, or type: and a regular expression",
+            value=method,
+            remedy="write uniform, parameters, type: and a regular expression, or a list of blocks",
+        )
+
+
+def _blocks_are_dealt_out(blocks: tuple[int, ...], stages: int, layers: int) -> Iterator[Mistake]:
+    """The first stage has the embedding and the last the output layer, so these may go without a block."""
+    if len(blocks) != stages or sum(blocks) != layers or min(blocks) < 0 or 0 in blocks[1:-1]:
+        yield Mistake(
+            f"this does not deal {layers} blocks to {stages} stages",
+            key="pipe_partition_method",
+            value=list(blocks),
+            remedy="give a number of blocks for each stage; only the first and the last may have none",
         )
 
 

@@ -1,6 +1,7 @@
 """How the model and the batch are spread over ranks."""
 
 from megatron.config.key import Section, key
+from megatron.config.types import Integers
 
 
 class ParallelismSection(Section):
@@ -14,9 +15,10 @@ class ParallelismSection(Section):
     sequence_parallel: bool = key(
         False, "Spread norms and dropout over the tensor parallel ranks by sequence, arXiv:2205.05198."
     )
-    pipe_partition_method: str = key(
+    pipe_partition_method: str | Integers = key(
         "type:transformer|mlp",
-        "How layers are dealt to stages: uniform, parameters, or type:REGEX to count layers whose class name matches.",
+        "How layers are dealt to stages: uniform, parameters, type:REGEX to count layers whose class name matches, or a "
+        "list of the blocks of each stage.",
     )
     world_size: int | None = key(None, "Ranks of the whole run; found at launch.", unit="ranks")
     is_pipe_parallel: bool = key(False, "Whether the pipeline engine runs; follows from pipe_parallel_size.")

@@ -1,0 +1,47 @@
+"""How a pipeline's layers are dealt to its stages: every method, and where the planner says that they go."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.model.pipelined import PipelinedModel
+from megatron.model.plan import layer_plan
+from megatron.parallel.topology import Topology
+from megatron.plan.stages import layer_classes, stage_bounds
+from megatron.shapes import ModelDims, tensors
+from tests.distributed import run_distributed
+from tests.model.sections import VOCABULARY, initialization_section, model_section
+
+LAYERS = 4
+METHODS = ["uniform", "parameters", "type:transformer|mlp", "type:transformer|embedding", (1, 3), (4, 0), (0, 4)]
+
+
+def stage(rank: int, size: int, method: str | tuple[int, ...], changes: dict[str, Any]) -> range:
+    """The plan indices of this rank's layers."""
+    topology = Topology.build(pipe=size, model=1, rank=rank, world_size=size)
+    plan = layer_plan(
+        model_section(num_layers=LAYERS, **changes),
+        initialization_section(),
+        SimpleNamespace(),
+        padded_vocab_size=VOCABULARY,
+        topology=topology,
+        seed=1,
+        dtype=torch.float32,
+    )
+    return PipelinedModel(plan, topology, partition_method=method, loss=torch.nn.functional.cross_entropy).layer_range
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_stages_are_those_of_the_planner(method: str | tuple[int, ...]) -> None:
+    changes = {"no_weight_tying": True}
+    counts = [0] * (LAYERS + 5)
+    for shape in tensors(ModelDims.of(model_section(num_layers=LAYERS, **changes)), VOCABULARY):
+        counts[shape.layer] += shape.count
+    bounds = stage_bounds(method, layer_classes(LAYERS), counts, 2)
+    assert run_distributed(stage, 2, method, changes) == [range(*bounds[:2]), range(*bounds[1:])]
+    if isinstance(method, tuple):
+        assert bounds[1] == 2 + method[0]
