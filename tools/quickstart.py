@@ -125,19 +125,20 @@ def measuring_stages(workers: int) -> list[Stage]:
     """What the trained model can do: compress, choose, write."""
     checkpoint = ("--load", str(PLACE / "checkpoints"))
     corpus, evaluation, samples = PLACE / CORPUS, PLACE / "evaluation", PLACE / "samples.jsonl"
+    batch, held_out = ("--eval-batch-size", "32"), ("--eval-text", str(corpus / "valid.jsonl"))
     tasks = ("--eval-include-path", str(corpus / "tasks"), "--eval-results-prefix", str(evaluation / CORPUS))
     return [
         Stage(
             "bits",
             "measure bits per byte of the held-out text, beside compressors",
-            (*deepy("tools/bits_per_byte.py", workers), *checkpoint, "--eval-text", str(corpus / "valid.jsonl")),
+            (*deepy("tools/bits_per_byte.py", workers), *checkpoint, *batch, *held_out),
             (PLACE / "logs" / "bits_per_byte" / "bits_per_byte.json",),
             after=("train",),
         ),
         Stage(
             "cloze",
             "choose which of four held-out lines comes next, with lm-eval",
-            (*deepy("evaluate.py", 1), *checkpoint, *tasks, "--eval_tasks", f"{CORPUS}_cloze"),
+            (*deepy("evaluate.py", 1), *checkpoint, *batch, *tasks, "--eval_tasks", f"{CORPUS}_cloze"),
             (evaluation,),
             after=("train",),
         ),
