@@ -41,14 +41,19 @@ DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float
 
 
 def build_training_engine(
-    config: Config, topology: Topology, *, padded_vocab_size: int, checkpoint: Checkpoint | None = None
+    config: Config,
+    topology: Topology,
+    *,
+    padded_vocab_size: int,
+    vocab_size: int | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> PlainEngine | PipelinedEngine:
     """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later)."""
     _quieten()
     random = ShardedRandom(config.training.seed, topology.rank, device())
-    plan = _layer_plan(config, topology, padded_vocab_size, random)
+    plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size)
     recompute = full_recompute(config.recompute, topology, random, known(config.model.num_layers))
-    loss = _loss(config, topology)
+    loss = _loss(config, topology, vocab_size)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
@@ -113,13 +118,18 @@ def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: 
 
 
 def _layer_plan(
-    config: Config, topology: Topology, padded_vocab_size: int, random: ShardedRandom | None = None
+    config: Config,
+    topology: Topology,
+    padded_vocab_size: int,
+    random: ShardedRandom | None = None,
+    vocab_size: int | None = None,
 ) -> list[LayerPlan]:
     return layer_plan(
         config.model,
         config.initialization,
         config.kernels,
         padded_vocab_size=padded_vocab_size,
+        vocab_size=vocab_size,
         topology=topology,
         seed=config.training.seed,
         dtype=DTYPES[known(config.precision.precision)],
@@ -131,11 +141,11 @@ def _layer_plan(
     )
 
 
-def _loss(config: Config, topology: Topology) -> Loss:
+def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
     objective = OBJECTIVES.load(config.training.train_impl)()
 
     def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, tokens: Tensor | None = None) -> Tensor:
-        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model, tokens=tokens)
+        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model, tokens=tokens, vocabulary=vocab_size)
         return value
 
     return loss

@@ -54,7 +54,7 @@ class PipelinedModel(PipelineModule):
                 layers=_specs(plan),
                 topology=grid,
                 partition_method=partition_method,
-                loss_fn=lambda logits, targets: loss(logits, *targets),
+                loss_fn=lambda logits, targets: _released(loss(logits, *targets), logits),
             )
         self.recompute = recompute
 
@@ -88,6 +88,16 @@ class PipelinedModel(PipelineModule):
     def layer_range(self) -> range:
         """The plan indices of this stage's layers."""
         return range(self._local_start, self._local_stop)
+
+
+def _released(value: Tensor, logits: Tensor) -> Tensor:
+    """The loss, once the logits are given up: DeepSpeed holds on to those of several micro batches.
+
+    What the backward pass needs of them is kept by the graph of the loss.
+    """
+    if value.requires_grad:
+        logits.data = logits.new_empty(0)
+    return value
 
 
 def _specs(plan: Sequence[LayerPlan]) -> list[LayerSpec]:

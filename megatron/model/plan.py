@@ -21,7 +21,7 @@ from megatron.model.block import TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Glue, Head, TiedHead
 from megatron.model.parts import Parts
-from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.initialization import ParameterSource, first_rows
 from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
@@ -53,6 +53,7 @@ def layer_plan(
     kernels: Any,
     *,
     padded_vocab_size: int,
+    vocab_size: int | None = None,
     topology: Topology,
     seed: int,
     dtype: torch.dtype,
@@ -64,7 +65,8 @@ def layer_plan(
 ) -> list[LayerPlan]:
     """The layers of a model.
 
-    model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens]. seed: of the run.
+    model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens], of which vocab_size exist,
+    all unless given. seed: of the run.
     dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
     generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
@@ -87,11 +89,12 @@ def layer_plan(
         return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)
 
     last = dims.num_layers + 4
+    vocabulary_fill = first_rows(parts.fill, vocab_size or padded_vocab_size)
     embedding = {
         "vocab_size": padded_vocab_size,
         "hidden_size": dims.hidden_size,
         "source": source(0),
-        "fill": parts.fill,
+        "fill": vocabulary_fill,
         "kernel": chosen.linear,
         "positions": POSITIONS.load(model.pos_emb),
         "model": model,
@@ -106,7 +109,7 @@ def layer_plan(
         "hidden_size": dims.hidden_size,
         "vocab_size": padded_vocab_size,
         "source": source(last),
-        "fill": parts.fill,
+        "fill": vocabulary_fill,
         "kernel": chosen.linear,
     }
     blocks = [

@@ -15,14 +15,22 @@ class LanguageModel:
     """Next-token cross entropy [nats per token]."""
 
     def loss(
-        self, logits: Tensor, labels: Tensor, loss_mask: Tensor, axis: Axis, *, tokens: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        axis: Axis,
+        *,
+        tokens: Tensor | None = None,
+        vocabulary: int | None = None,
     ) -> Tensor:
         """The mean over the micro batch's unmasked tokens, an fp32 scalar; 0 where every token is masked.
 
         logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
         tensor-parallel axis; all of its ranks get the same loss. Where a gradient is needed the logits are
         overwritten with it. tokens: what the sum is divided by instead, where these are parts of sequences.
+        vocabulary: the ids that exist [tokens]; logits past them have no probability.
         """
         mask = loss_mask.t().float()  # [s, b]
         tokens = mask.sum().clamp(min=1) if tokens is None else tokens
-        return weighted_cross_entropy(logits, labels.t(), mask / tokens, axis)
+        return weighted_cross_entropy(logits, labels.t(), mask / tokens, axis, vocabulary)

@@ -17,25 +17,50 @@ from megatron.parallel.collectives import all_reduce
 from megatron.parallel.topology import Axis
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int | None = None) -> Tensor:
     """-log p(target): logits [..., v/t] of any float type and global token ids [...] -> fp32 losses [...].
 
-    Every rank of the axis receives the same losses; the gradient on each rank is that of its own logits.
+    Every rank of the axis receives the same losses; the gradient on each rank is that of its own logits. vocabulary:
+    as below.
     """
-    losses: Tensor = _CrossEntropy.apply(logits, targets, axis)
+    losses: Tensor = _CrossEntropy.apply(logits, targets, axis, vocabulary)
     return losses
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis) -> Tensor:
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis, vocabulary: int | None = None
+) -> Tensor:
     """sum(weights * -log p(target)): logits [..., v/t], global token ids and fp32 weights [...] -> fp32 scalar.
 
     Where a gradient is needed this overwrites the logits with it, which saves the memory and the time of a second
-    tensor of their size: read what you need from them first. It can be differentiated once.
+    tensor of their size: read what you need from them first. It can be differentiated once. vocabulary: the ids that
+    exist [tokens]; logits past them, which only pad the vocabulary, have no probability.
     """
     if logits.requires_grad and torch.is_grad_enabled():
-        total: Tensor = _WeightedCrossEntropy.apply(logits, targets, weights, axis)
+        total: Tensor = _WeightedCrossEntropy.apply(logits, targets, weights, axis, vocabulary)
         return total
-    return (vocab_parallel_cross_entropy(logits, targets, axis) * weights).sum()
+    return (vocab_parallel_cross_entropy(logits, targets, axis, vocabulary) * weights).sum()
+
+
+def _existing(rows: Tensor, axis: Axis, vocabulary: int | None) -> Tensor:
+    """The columns of this rank's logits that belong to tokens: [r, v/t] -> [r, n], a view; n may be 0."""
+    if vocabulary is None:
+        return rows
+    return rows[:, : max(0, min(rows.shape[1], vocabulary - axis.rank * rows.shape[1]))]
+
+
+def _local_log_sums(rows: Tensor) -> Tensor:
+    """The log-sums of a rank's columns [r]; minus infinity where it has none."""
+    if rows.shape[1] == 0:
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return torch.full(rows.shape[:1], float("-inf"), dtype=dtype, device=rows.device)
+    return softmax_pass(rows)
+
+
+def _put_gradient(rows: Tensor, wanted: GradientWanted) -> None:
+    """Writes the gradient of a rank's columns, of which there may be none."""
+    if rows.shape[1]:
+        softmax_pass(rows, wanted)
 
 
 class _Targets:
@@ -63,48 +88,54 @@ def _log_sum_over_ranks(local: Tensor, axis: Axis) -> Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int | None) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
         ids = _Targets(targets, rows, axis)
-        local = softmax_pass(rows)
+        local = _local_log_sums(_existing(rows, axis, vocabulary))
         log_sum = _log_sum_over_ranks(local, axis)
         ctx.save_for_backward(rows, ids.local, ids.elsewhere, torch.exp(local - log_sum))
-        ctx.shape = logits.shape
+        ctx.shape, ctx.axis, ctx.vocabulary = logits.shape, axis, vocabulary
         return (log_sum - ids.logits(rows, axis)).view(targets.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         rows, local, elsewhere, share = ctx.saved_tensors
         scale = grads[0].reshape(-1)
-        gradient = torch.empty_like(rows)
-        softmax_pass(rows, GradientWanted(local, scale * share, scale.masked_fill(elsewhere, 0), gradient))
-        return gradient.view(ctx.shape), None, None
+        gradient = torch.zeros_like(rows)
+        rows, out = (_existing(x, ctx.axis, ctx.vocabulary) for x in (rows, gradient))
+        _put_gradient(rows, GradientWanted(local, scale * share, scale.masked_fill(elsewhere, 0), out))
+        return gradient.view(ctx.shape), None, None, None
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis, vocabulary: int | None
+    ) -> Tensor:
         # detach shares the version counter: another operation that kept the logits for its own gradient will say so.
         rows, scale = logits.detach().reshape(-1, logits.shape[-1]), weights.reshape(-1)
         ids = _Targets(targets, rows, axis)
         target_logits = ids.logits(rows, axis)
         hit = scale.masked_fill(ids.elsewhere, 0)
+        real = _existing(rows, axis, vocabulary)
         if axis.size == 1:
-            log_sum = softmax_pass(rows, GradientWanted(ids.local, scale, hit, rows))
+            log_sum = softmax_pass(real, GradientWanted(ids.local, scale, hit, real))
         else:
-            local = softmax_pass(rows)
+            local = _local_log_sums(real)
             log_sum = _log_sum_over_ranks(local, axis)
             share = torch.exp(local - log_sum)
-            softmax_pass(rows, GradientWanted(ids.local, scale * share, hit, rows))
+            _put_gradient(real, GradientWanted(ids.local, scale * share, hit, real))
+        if real.shape[1] < rows.shape[1]:
+            rows[:, real.shape[1] :].zero_()
         ctx.gradient = rows.view(logits.shape)
         return ((log_sum - target_logits) * scale).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient: Tensor | None = ctx.gradient
         if gradient is None:
             raise RuntimeError("this loss can be differentiated once: its gradient has taken the logits' memory")
         ctx.gradient = None
         if gradient.device.type != "cpu" or grads[0].item() != 1.0:  # reading a scalar would stall an accelerator
             gradient.mul_(grads[0])
-        return gradient, None, None, None
+        return gradient, None, None, None, None

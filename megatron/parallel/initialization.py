@@ -26,6 +26,16 @@ def zeros(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.zero_()
 
 
+def first_rows(fill: Fill, rows: int) -> Fill:
+    """Fills the first rows only, as if there were no others, which are 0: padding then changes no initial value."""
+
+    def padded(tensor: Tensor, generator: torch.Generator) -> None:
+        fill(tensor[:rows], generator)
+        tensor[rows:].zero_()
+
+    return padded
+
+
 @dataclass(frozen=True)
 class ParameterSource:
     """Makes the parameters of one module.

@@ -108,7 +108,9 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
     )
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), vocabulary))
-    engine = build_training_engine(config, topology, padded_vocab_size=vocabulary, checkpoint=checkpoint)
+    engine = build_training_engine(
+        config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
+    )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
     reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration)

@@ -154,3 +154,37 @@ def test_a_fully_masked_micro_batch_has_loss_zero_and_gradient_zero() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert torch.count_nonzero(leaf.grad) == 0
+
+
+EXISTING = 37  # of the vocabulary: cut over 4 ranks, the last one holds padding only and the one before it some
+
+
+def padded(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each token, their weighted sum, and the gradient by either function, where the end is padding."""
+    axis = Topology.build(pipe=1, model=world_size, rank=rank, world_size=world_size).model
+    logits, targets, weights = problem()
+    targets = targets % EXISTING
+    mine = logits.float().chunk(world_size, dim=-1)[rank].contiguous().requires_grad_()
+    losses = vocab_parallel_cross_entropy(mine, targets, axis, EXISTING)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), mine)
+    total = weighted_cross_entropy(mine * 1, targets, weights, axis, EXISTING)
+    (weighted,) = torch.autograd.grad(total, mine)
+    return losses.detach(), gradient, total.detach(), weighted
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_padding_has_no_probability(size: int) -> None:
+    """Whatever a vocabulary is padded to, the loss is that of the tokens which exist."""
+    logits, targets, weights = problem()
+    logits.requires_grad_()
+    flat = logits[..., :EXISTING].flatten(0, 1)
+    losses = F.cross_entropy(flat, (targets % EXISTING).flatten(), reduction="none").view(SHAPE)
+    (expected,) = torch.autograd.grad((losses * weights).sum(), logits)
+    ranks = run_distributed(padded, size)
+    for rank, (got, gradient, total, weighted) in enumerate(ranks):
+        torch.testing.assert_close(got.double(), losses.detach(), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(total.double(), (losses * weights).sum().detach(), rtol=1e-5, atol=1e-3)
+        mine = expected.chunk(size, dim=-1)[rank]
+        for one in (gradient, weighted):
+            torch.testing.assert_close(one.double(), mine, rtol=1e-3, atol=1e-6)
+            assert not one[..., max(0, EXISTING - rank * one.shape[-1]) :].any()
