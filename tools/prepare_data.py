@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.corpora import CORPORA, About, find_corpus, read_about
-from megatron.data.preprocess import preprocess
+from megatron.data.preprocess import TokenizerFacts, preprocess
 from megatron.data.progress import ProgressLine
+from megatron.data.recipes import PlainText
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import make_tokenizer
@@ -63,10 +64,9 @@ def tokenise(folder: Path, asked: argparse.Namespace) -> None:
         try:
             result = preprocess(
                 find_text_files([str(folder / f"{part}.jsonl")]),
+                PlainText(tokenizer, append_eod=True),
                 output_prefix=str(folder / part),
-                tokenizer=tokenizer,
-                tokenizer_type=asked.tokenizer,
-                append_eod=True,
+                facts=TokenizerFacts(asked.tokenizer, tokenizer.vocab_size, tokenizer.eod),
                 workers=asked.workers,
                 report=line,
             )

@@ -4,25 +4,31 @@
     python tools/preprocess_data.py --input train.jsonl --output-prefix data/train --append-eod
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --workers 8
 
-Reads .jsonl and .txt files, also as .gz, .bz2, .xz and (with the package zstandard) .zst, and directories of them.
-Writes `<output-prefix>_<key>_document.bin` and `.idx` for each key, and `.json` with what is known about them. Exit
-code 0, 1 for a fault in the data or on the way, 2 for a mistake in the command.
+Reads .jsonl, .txt and .dat files, also as .gz, .bz2, .xz and (with the package zstandard) .zst, tar and zip archives of
+them, and directories. Writes `<output-prefix>_<key>_document.bin` and `.idx` for each key, and `.json` with what is
+known about them; `<output-prefix>_skipped.jsonl` lists lines that gave no document. Exit code 0, 1 for a fault in the
+data or on the way, 2 for a mistake in the command. Flags may be spelt with underscores.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.preprocess import Result, preprocess
+from megatron.data.encode import Recipe
+from megatron.data.preprocess import Result, TokenizerFacts, preprocess
 from megatron.data.progress import ProgressLine
+from megatron.data.recipes import LabelledText, PlainText
+from megatron.data.sentences import Sentences
+from megatron.data.shard import parse_shard
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers import Tokenizer, make_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,16 +40,31 @@ def parser() -> argparse.ArgumentParser:
     text = made.add_argument_group("text")
     text.add_argument("--input", required=True, help="files or directories, with commas between them")
     text.add_argument(
-        "--jsonl-keys", nargs="+", default=["text"], help="fields of a JSON line; each gets its own files"
+        "--jsonl-keys",
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="fields of a JSON line (commas or spaces between); each gets its own files",
     )
     text.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
-    text.add_argument("--strict", action="store_true", help="end at the first line that is no document, not skip it")
+    text.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy")
+    text.add_argument("--split-sentences", action="store_true", help="make each sentence an item of its document")
+    text.add_argument("--keep-newlines", action="store_true", help="keep white space between sentences")
     tokens = made.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer-type", required=True, help=f"one of {', '.join(TOKENIZERS.names)}")
     tokens.add_argument("--vocab-file", help="the tokenizer's file: tokenizer.json for HFTokenizer")
     tokens.add_argument("--merge-file", help="the merges, where the tokenizer has them in a file of their own")
+    tokens.add_argument("--tokenizer-name-or-path", help="the folder or public name of PretrainedFromHF")
     tokens.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    tokens.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy")
+    tokens.add_argument(
+        "--mask-before-token", help="token ids with commas: no loss up to their first occurrence; writes labels as well"
+    )
+    add_work_arguments(made)
+    return made
+
+
+def add_work_arguments(made: argparse.ArgumentParser) -> None:
+    """The flags about files that are written and how."""
     output = made.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="start of the files' paths")
     output.add_argument(
@@ -52,11 +73,50 @@ def parser() -> argparse.ArgumentParser:
     work = made.add_argument_group("work")
     work.add_argument("--workers", type=int, default=1, help="processes; the files are the same for any number")
     work.add_argument("--log-interval", type=int, default=100, help="documents between two progress lines at least")
-    return made
+    work.add_argument(
+        "--on-error",
+        choices=["skip", "fail"],
+        default="skip",
+        help="a line that is no document: leave it out, count and list it, or end the work",
+    )
+    work.add_argument("--strict", action="store_const", const="fail", dest="on_error", help="as --on-error fail")
+    work.add_argument("--resume", action="store_true", help="go on where an interrupted work stopped")
+    work.add_argument("--shard", metavar="I/N", help="only this part of the input; tools/merge_datasets.py joins all N")
 
 
-def run(asked: argparse.Namespace) -> Result:
-    """Does what the command line asks. Raises ConfigError and RunError."""
+def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
+    """What the documents become. Raises ConfigError."""
+    keys = tuple(key for told in asked.jsonl_keys for key in told.split(",") if key)
+    if asked.keep_newlines and not asked.split_sentences:
+        raise ConfigError.of(
+            "it says what stands between sentences, and none are split",
+            key="keep_newlines",
+            value=True,
+            remedy="add --split-sentences; without it every document keeps its newlines",
+        )
+    if asked.mask_before_token is None:
+        sentences = Sentences(asked.keep_newlines) if asked.split_sentences else None
+        return PlainText(tokenizer, keys, asked.append_eod, asked.ftfy, sentences)
+    if asked.split_sentences or len(keys) != 1:
+        raise ConfigError.of(
+            "labels are made for one key and whole documents",
+            key="mask_before_token",
+            value=asked.mask_before_token,
+            remedy="name one key, and leave out --split-sentences",
+        )
+    return LabelledText(tokenizer, _ids(asked.mask_before_token), keys, asked.append_eod, asked.ftfy)
+
+
+def _ids(told: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(token) for token in told.split(","))
+    except ValueError as fault:
+        remedy = "give numbers with commas between them, such as 1,518"
+        raise ConfigError.of("these are not token ids", key="mask_before_token", value=told, remedy=remedy) from fault
+
+
+def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerFacts) -> Result:
+    """Writes the token files. Raises ConfigError and RunError."""
     if asked.dataset_impl != "mmap":
         raise ConfigError.of(
             "the legacy formats are not written; training reads the memory-mapped one",
@@ -65,23 +125,31 @@ def run(asked: argparse.Namespace) -> Result:
             remedy="leave it out",
         )
     files = find_text_files(name for name in asked.input.split(",") if name)
-    tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
     line = ProgressLine(every=asked.log_interval, known_documents=asked.num_docs)
     try:
         return preprocess(
             files,
+            recipe,
             output_prefix=asked.output_prefix,
-            tokenizer=tokenizer,
-            tokenizer_type=asked.tokenizer_type,
-            keys=asked.jsonl_keys,
-            append_eod=asked.append_eod,
-            repair=asked.ftfy,
+            facts=facts,
             workers=asked.workers,
-            strict=asked.strict,
+            strict=asked.on_error == "fail",
+            resume=asked.resume,
+            shard=parse_shard(asked.shard) if asked.shard else None,
             report=line,
         )
     finally:
         line.close()
+
+
+def run(asked: argparse.Namespace) -> Result:
+    """Does what the command line asks. Raises ConfigError and RunError."""
+    vocab_file = asked.vocab_file or asked.tokenizer_name_or_path
+    tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=vocab_file, merge_file=asked.merge_file)
+    print(f"{asked.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
+    eod = tokenizer.eod if asked.append_eod else None
+    facts = TokenizerFacts(asked.tokenizer_type, tokenizer.vocab_size, eod)
+    return run_recipe(asked, recipe_of(asked, tokenizer), facts)
 
 
 def told(result: Result) -> str:
@@ -91,24 +159,39 @@ def told(result: Result) -> str:
         f"{written.card.bytes_per_token:.3f} bytes a token"
         for written in result.outputs
     ]
-    speed = result.content_bytes / 1e6 / result.seconds
-    lines.append(f"{result.content_bytes:,} bytes read in {result.seconds:.1f} s ({speed:.1f} MB/s)")
+    working = max(result.seconds - result.starting, 1e-9)
+    speed = result.content_bytes / 1e6 / working
+    lines.append(
+        f"{result.content_bytes:,} bytes read in {result.seconds:.1f} s "
+        f"({speed:.1f} MB/s after the {result.starting:.1f} s until the first block was there)"
+    )
     if result.empty:
         lines.append(f"{result.empty:,} documents without text left out")
     if result.skipped.total:
         lines += [str(result.skipped), *(f"  {example}" for example in result.skipped.examples)]
+        lines.append(f"all of them: {result.sidecar}")
     return "\n".join(lines)
+
+
+def dashed(arguments: Sequence[str]) -> list[str]:
+    """Flags with underscores as flags with dashes."""
+    found = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        found.append((flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
+    asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
     try:
-        print(told(run(parser().parse_args(arguments))))
+        print(told(run(asked)))
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron.data.encode import Encoding, Skipped, documents_of
-from megatron.data.text_files import TextFile, read_blocks
+from megatron.data.blocks import read_blocks
+from megatron.data.encode import Counted, Encoding, NotADocument, Skipped, SkippedRecord, records_of, text_of
+from megatron.data.text_files import TextFile
 
 BATCH = 256  # documents that are encoded at once
 
@@ -30,9 +31,19 @@ class TextCount:
 def read_texts(files: Iterable[TextFile], key: str = "text", skipped: Skipped | None = None) -> Iterator[str]:
     """The text of every document of some files. Lines that hold none are left out and counted in `skipped`."""
     skipped = Skipped() if skipped is None else skipped
+    base = 0
     for block in read_blocks(files):
-        for (text,) in documents_of(block, (key,), skipped):
-            yield text
+        base = 0 if block.begins else base
+        found: list[SkippedRecord] = []
+        counted = Counted()
+        for number, record in records_of(block, (key,), found, counted):
+            try:
+                yield text_of(record, key)
+            except NotADocument as fault:
+                found.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
+        for each in found:
+            skipped.add(replace(each, number=each.number and each.number + base))
+        base += counted.records
 
 
 def count_texts(texts: Iterable[str], tokenizer: Encoding, *, append_eod: bool = True) -> TextCount:
@@ -43,7 +54,7 @@ def count_texts(texts: Iterable[str], tokenizer: Encoding, *, append_eod: bool =
         full = [text for text in batch if text]
         documents += len(full)
         text_bytes += sum(len(text.encode("utf-8")) for text in full)
-        tokens += sum(map(len, tokenizer.encode_batch(full))) + (len(full) if append_eod else 0)
+        tokens += sum(map(len, tokenizer.encode_arrays(full))) + (len(full) if append_eod else 0)
     return TextCount(documents, text_bytes, tokens)
 
 

@@ -1,24 +1,26 @@
-"""Blocks of text files to token ids: the part of preprocessing that runs in every worker."""
+"""Blocks of text files to token ids: the part of preprocessing that runs in every worker.
+
+A block becomes records, one for each document, and a recipe (recipes.py) makes tokens of them. What is no document is
+put down with its place and the reason.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron.data.text_files import Block
-from megatron.errors import ConfigError
+from megatron.data.blocks import Block, parse_lengths
+from megatron.data.text_files import Kind
 
-EXAMPLES = 5  # skipped lines of a block that are described; the others are counted
+EXAMPLES = 5  # skipped documents that are described at the end of the work; the sidecar file has them all
 
 
 class Encoding(Protocol):
-    """What preprocessing needs of a tokenizer; it travels to the workers by pickle."""
+    """What preprocessing needs of a tokenizer; it travels to the workers when they are started."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -26,31 +28,48 @@ class Encoding(Protocol):
     @property
     def eod(self) -> int: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+
+class NotADocument(Exception):
+    """Why a record gives no document. reason: what is counted. detail: what is told of this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class SkippedRecord:
+    """One that gave no document. number: of its line or document in its file, from 1; 0 for a whole file."""
+
+    name: str
+    number: int
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        place = f"{self.name}:{self.number}" if self.number else self.name
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass
 class Skipped:
-    """Lines that gave no document. counts: how many for each reason. examples: "file:line: reason" of the first."""
+    """Records that gave no document. counts: how many for each reason. examples: the first, in words."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
-    def add(self, reason: str, where: str, detail: str = "") -> None:
-        """One more line. where: `file:line`."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+    def add(self, record: SkippedRecord) -> None:
+        """One more."""
+        self.counts[record.reason] = self.counts.get(record.reason, 0) + 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
-
-    def merge(self, other: Skipped) -> None:
-        """Adds what was found later."""
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-        self.examples += other.examples[: EXAMPLES - len(self.examples)]
+            self.examples.append(str(record))
 
     @property
     def total(self) -> int:
-        """All skipped lines."""
+        """All skipped records."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -60,133 +79,176 @@ class Skipped:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The documents of one key of a block: all their tokens, the length of each, and the UTF-8 bytes of their text."""
+    """The documents of one output of a block.
+
+    tokens: of all of them. sizes: of each item [tokens]. text_bytes: UTF-8 bytes of their text. items: of each
+    document, where documents have several.
+    """
 
     tokens: np.ndarray
     sizes: np.ndarray
     text_bytes: int
+    items: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """What a block became. texts: one for each key, with as many documents each. empty: documents without text.
+    """What a block became. texts: one for each output. skipped: with numbers counted from the block's first record.
 
-    content_bytes and read_bytes: of the block, for the progress line.
+    name, begins: of the block. documents: of each output. empty: documents without text. records: lines or documents
+    of the block, whatever became of them. content_bytes and read_bytes: of the block, for the progress line.
     """
 
+    name: str
+    begins: bool
     texts: tuple[EncodedText, ...]
-    skipped: Skipped
+    documents: int
+    skipped: tuple[SkippedRecord, ...]
     empty: int
+    records: int
     content_bytes: int
     read_bytes: int
 
+
+class Recipe(Protocol):
+    """What becomes of a record. keys: the fields that hold text."""
+
     @property
-    def documents(self) -> int:
-        """Documents of each key."""
-        return len(self.texts[0].sizes)
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:
+        """Name and dtype of each pair of token files that is written."""
+        ...
+
+    def read(self, record: Mapping[str, Any]) -> Any | None:
+        """What is needed of a record, or None for a document without text. Raises NotADocument."""
+        ...
+
+    def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
+        """The outputs of what `read` gave. Raises NotADocument when a document cannot be encoded."""
+        ...
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns blocks into token ids.
+    """Turns blocks into token ids by a recipe."""
 
-    keys: the fields of a JSON line that hold text; a line must have them all. append_eod: end each document with the
-    tokenizer's end-of-document id. repair: mend broken Unicode with ftfy first.
-    """
-
-    tokenizer: Encoding
-    keys: tuple[str, ...]
-    dtype: np.dtype
-    append_eod: bool = False
-    repair: bool = False
+    recipe: Recipe
 
     def encode(self, block: Block) -> EncodedBlock:
         """The token ids of every document of the block, in order."""
-        skipped = Skipped()
+        recipe = self.recipe
+        skipped: list[SkippedRecord] = []
+        counted = Counted()
         empty = 0
-        columns: list[list[str]] = [[] for _ in self.keys]
-        for texts in documents_of(block, self.keys, skipped):
-            if self.repair:
-                texts = [mended(text) for text in texts]
-            if all(texts):
-                for column, text in zip(columns, texts, strict=True):
-                    column.append(text)
-            else:
+        documents, numbers = [], []
+        for number, record in records_of(block, recipe.keys, skipped, counted):
+            try:
+                document = recipe.read(record)
+            except NotADocument as fault:
+                skipped.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
+                continue
+            if document is None:
                 empty += 1
-        encoded = tuple(self._encode_texts(column) for column in columns)
-        return EncodedBlock(encoded, skipped, empty, len(block.content), block.read_bytes)
-
-    def _encode_texts(self, texts: list[str]) -> EncodedText:
-        ids = self.tokenizer.encode_batch(texts)
-        if self.append_eod:
-            for document in ids:
-                document.append(self.tokenizer.eod)
-        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(sizes.sum()))
-        return EncodedText(tokens, sizes, sum(len(text.encode("utf-8")) for text in texts))
-
-
-def documents_of(block: Block, keys: Sequence[str], skipped: Skipped) -> Iterator[list[str]]:
-    """The texts of each document of a block, one for each key. Lines that give none are put into `skipped`."""
-    if block.file.whole:
+            else:
+                documents.append(document)
+                numbers.append(number)
         try:
-            yield [block.content.decode("utf-8")] * len(keys)
-        except UnicodeDecodeError as fault:
-            skipped.add("not UTF-8", str(block.file.path), str(fault))
+            texts = recipe.encode(documents)
+        except NotADocument:
+            documents = list(self._one_by_one(block.name, documents, numbers, skipped))
+            texts = recipe.encode(documents)
+        skipped.sort(key=lambda record: record.number)
+        return EncodedBlock(
+            block.name,
+            block.begins,
+            texts,
+            len(documents),
+            tuple(skipped),
+            empty,
+            counted.records,
+            block.length,
+            block.read_bytes,
+        )
+
+    def _one_by_one(
+        self, name: str, documents: list[Any], numbers: list[int], skipped: list[SkippedRecord]
+    ) -> Iterator[Any]:
+        """The documents that can be encoded."""
+        for document, number in zip(documents, numbers, strict=True):
+            try:
+                self.recipe.encode([document])
+            except NotADocument as fault:
+                skipped.append(SkippedRecord(name, number, fault.reason, fault.detail))
+            else:
+                yield document
+
+
+@dataclass
+class Counted:
+    """records: lines or documents of a block so far."""
+
+    records: int = 0
+
+
+def records_of(
+    block: Block, keys: Sequence[str], skipped: list[SkippedRecord], counted: Counted
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and record of each document of a block; plain text is a record with that text under every key.
+
+    What is none is put into `skipped`.
+    """
+    if block.kind is Kind.LINES:
+        pieces = block.load().split(b"\n")
+        # A block ends with a line's end, except the last one of a file.
+        counted.records = len(pieces) - (not pieces[-1])
+        pieces.reverse()
+        for number in range(1, len(pieces) + 1):
+            line = pieces.pop()
+            if line and not line.isspace():
+                record = _json(line, block.name, number, skipped)
+                del line  # a document may be most of the memory
+                if record is not None:
+                    yield number, record
         return
-    for number, line in enumerate(block.content.split(b"\n"), start=block.first_line):
-        if line.strip():
-            texts = _texts_of(line, keys, skipped, block, number)
-            if texts is not None:
-                yield texts
+    whole = block.kind is Kind.WHOLE
+    for number, content in enumerate([block.load()] if whole else parse_lengths(block.load()), 1):
+        counted.records = number
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as fault:
+            skipped.append(SkippedRecord(block.name, 0 if whole else number, "not UTF-8", f"byte {fault.start}"))
+            continue
+        yield 0 if whole else number, dict.fromkeys(keys, text)
 
 
-def _texts_of(line: bytes, keys: Sequence[str], skipped: Skipped, block: Block, number: int) -> list[str] | None:
-    where = f"{block.file.path}:{number}"
+def _json(line: bytes, name: str, number: int, skipped: list[SkippedRecord]) -> Mapping[str, Any] | None:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as fault:
-        skipped.add("not UTF-8", where, f"byte {fault.start} of the line")
+        skipped.append(SkippedRecord(name, number, "not UTF-8", f"byte {fault.start} of the line"))
         return None
     except (ValueError, RecursionError) as fault:
-        skipped.add("not JSON", where, str(fault))
+        skipped.append(SkippedRecord(name, number, "not JSON", str(fault)))
         return None
     if not isinstance(record, dict):
-        skipped.add("not a JSON object", where)
+        skipped.append(SkippedRecord(name, number, "not a JSON object", f"it is {type(record).__name__}"))
         return None
-    texts = []
-    for key in keys:
-        text = record.get(key)
-        if key not in record:
-            has = ", ".join(sorted(map(repr, record))[:8]) or "none"
-            skipped.add(f"without the key {key!r}", where, f"its keys: {has}")
-            return None
-        if not isinstance(text, str):
-            skipped.add(f"whose {key!r} is not text", where, f"it is {type(text).__name__}")
-            return None
-        if not _is_unicode(text):
-            skipped.add(f"whose {key!r} holds half a surrogate pair", where)
-            return None
-        texts.append(text)
-    return texts
+    return record
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether the text has a UTF-8 form; JSON may spell single surrogates, which have none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def mended(text: str) -> str:
-    """The text with broken Unicode mended. Raises ConfigError when ftfy is not installed."""
-    try:
-        ftfy = importlib.import_module("ftfy")
-    except ModuleNotFoundError as fault:
-        raise ConfigError.of(
-            "mending Unicode needs the package ftfy, which is not installed", key="ftfy", remedy="pip install ftfy"
-        ) from fault
-    fixed: str = ftfy.fix_text(text)
-    return fixed
+def text_of(record: Mapping[str, Any], key: str) -> str:
+    """The text under a key. Raises NotADocument."""
+    if key not in record:
+        has = ", ".join(sorted(map(repr, record))[:8]) or "none"
+        raise NotADocument(f"without the key {key!r}", f"its keys: {has}")
+    text = record[key]
+    if not isinstance(text, str):
+        raise NotADocument(f"whose {key!r} is not text", f"it is {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as fault:  # JSON may spell single surrogates, which have no UTF-8 form
+            raise NotADocument(f"whose {key!r} holds half a surrogate pair") from fault
+    return text

@@ -1,23 +1,28 @@
 """Text files to token files: read blocks, encode them, write them in order.
 
-The bytes written depend on the text, the tokenizer and the keys alone: not on the number of workers, nor on how the
-text is cut into blocks.
+The bytes written depend on the text, the tokenizer and the recipe alone: not on the number of workers, nor on how the
+text is cut into blocks, nor on whether the work was interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from megatron.data.card import DatasetCard
-from megatron.data.encode import EncodedBlock, Encoder, Encoding, Skipped, mended
-from megatron.data.indexed import dtype_for_vocabulary
-from megatron.data.text_files import TextFile, read_blocks
+from megatron.data.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
+from megatron.data.journal import Counts, Journal, Sidecar, task_of
+from megatron.data.shard import Shard, shard_blocks
+from megatron.data.text_files import TextFile
 from megatron.data.workers import encode_blocks
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError, Mistake, RunError
+
+MARK_INTERVAL = 5.0  # seconds between two states that are kept
 
 
 @dataclass(frozen=True)
@@ -37,94 +42,166 @@ class Progress:
 class Written:
     """One pair of token files. prefix: their path without .bin and .idx."""
 
-    key: str
+    name: str
     prefix: str
     card: DatasetCard
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was done. empty: documents without text, which were left out. seconds: wall time [s]."""
+    """What was done. empty: documents without text, which were left out. seconds: wall time [s], of which `starting`
+    passed before the first block came back. sidecar: the list of what was skipped, or None.
+    """
 
     outputs: tuple[Written, ...]
     skipped: Skipped
     empty: int
     content_bytes: int
     seconds: float
+    starting: float
+    sidecar: str | None
 
 
-@dataclass
-class _Running:
-    """Counts that grow while the work goes on."""
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What is written down about a tokenizer. eod: the id that ends each document, or None when none is appended."""
 
-    started: float
-    content_bytes: int = 0
-    empty: int = 0
-    skipped: Skipped = field(default_factory=Skipped)
-    text_bytes: list[int] = field(default_factory=list)
-
-
-def output_prefix_of(prefix: str, key: str) -> str:
-    """`<prefix>_<key>_document`, the path of a key's token files without .bin and .idx."""
-    return f"{prefix}_{key}_document"
+    kind: str
+    vocab_size: int
+    eod: int | None
 
 
 def preprocess(
     files: Sequence[TextFile],
+    recipe: Recipe,
     *,
     output_prefix: str,
-    tokenizer: Encoding,
-    tokenizer_type: str,
-    keys: Sequence[str] = ("text",),
-    append_eod: bool = False,
-    repair: bool = False,
+    facts: TokenizerFacts,
     workers: int = 1,
     strict: bool = False,
+    resume: bool = False,
+    shard: Shard | None = None,
+    mark_interval: float = MARK_INTERVAL,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
-    """Writes `<output_prefix>_<key>_document.bin` and `.idx`, and what is known about them as `.json`, for each key.
+    """Writes `<output_prefix>_<output>.bin` and `.idx`, and what is known about them as `.json`, for each output of the
+    recipe; and `<output_prefix>_skipped.jsonl` with what gave no document, if anything.
 
-    A document is a line of a JSON lines file or a whole text file. It is left out when one of its keys is empty; a line
-    that is not JSON, lacks a key or is not text is skipped and counted, or, with strict, ends the work.
+    strict: what gives no document ends the work. resume: go on where an interrupted work stopped. shard: this machine's
+    part. mark_interval: [s] between two states that are kept.
     Raises ConfigError for impossible wishes; RunError for damaged input, a full disk, a line that strict refuses, and
     when no document is left. Nothing appears under a final name unless all of it is written.
     """
-    _check(keys, workers, output_prefix, repair)
-    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-    encoder = Encoder(tokenizer, tuple(keys), dtype, append_eod, repair)
-    running = _Running(time.monotonic(), text_bytes=[0] * len(keys))
-    eod = tokenizer.eod if append_eod else None
+    shard = shard or Shard()
+    output_prefix = _checked(recipe, workers, output_prefix, shard)
+    journal = Journal(output_prefix, task_of(files, _wishes(recipe, facts, shard)))
+    kept = journal.read() if resume else None
+    counts = Counts(len(recipe.outputs)) if kept is None else kept[0]
+    marks = [None] * len(recipe.outputs) if kept is None else kept[1]
+    work = _Work(counts, journal, mark_interval, strict, report)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(DatasetWriter(output_prefix_of(output_prefix, key), dtype)) for key in keys]
-        encoded = stack.enter_context(contextlib.closing(encode_blocks(encoder, read_blocks(files), workers)))
-        total_bytes = sum(file.bytes for file in files)
-        for block in encoded:
-            _take(block, writers, running, strict=strict)
-            elapsed = time.monotonic() - running.started
-            report(
-                Progress(
-                    writers[0].documents,
-                    sum(writer.tokens for writer in writers),
-                    running.content_bytes,
-                    block.read_bytes / total_bytes,
-                    elapsed,
-                )
-            )
-        _refuse_nothing(writers[0], files, running)
-        for writer, text_bytes in zip(writers, running.text_bytes, strict=True):
+        writers = [
+            stack.enter_context(DatasetWriter(f"{output_prefix}_{name}", dtype, mark=mark))
+            for (name, dtype), mark in zip(recipe.outputs, marks, strict=True)
+        ]
+        if kept is None:
+            journal.remove()
+        sidecar = stack.enter_context(Sidecar(output_prefix, counts.sidecar_bytes))
+        blocks = islice(shard_blocks(files, shard), counts.blocks, None)
+        encoded = stack.enter_context(contextlib.closing(encode_blocks(Encoder(recipe), blocks, workers)))
+        total = len(shard.part(sum(file.bytes for file in files)))
+        try:
+            for block in encoded:
+                work.take(block, writers, sidecar, total)
+            if shard.count == 1:
+                _refuse_nothing(writers[0], files, counts)
+        except BaseException as fault:
+            # A line that is refused, a full disk or an interrupt: what is done can be gone on with.
+            keep = resume or isinstance(fault, KeyboardInterrupt)
+            for writer in writers:
+                writer.keep = keep
+            sidecar.keep = keep
+            if not keep:
+                journal.remove()
+            raise
+        for writer, text_bytes in zip(writers, counts.text_bytes, strict=True):
             writer.card = DatasetCard(
-                writer.documents, writer.tokens, text_bytes, tokenizer_type, tokenizer.vocab_size, eod
+                writer.documents, writer.tokens, text_bytes, facts.kind, facts.vocab_size, facts.eod
             )
+    journal.remove()
     outputs = tuple(
-        Written(key, writer.prefix, writer.card)
-        for key, writer in zip(keys, writers, strict=True)
+        Written(name, writer.prefix, writer.card)
+        for (name, _), writer in zip(recipe.outputs, writers, strict=True)
         if writer.card is not None
     )
-    return Result(outputs, running.skipped, running.empty, running.content_bytes, time.monotonic() - running.started)
+    told = str(sidecar.path) if counts.skipped.total else None
+    return Result(outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, work.starting or 0.0, told)
 
 
-def _check(keys: Sequence[str], workers: int, output_prefix: str, repair: bool) -> None:
+class _Work:
+    """Takes blocks in order, writes and counts them, and keeps a state now and then."""
+
+    def __init__(
+        self, counts: Counts, journal: Journal, interval: float, strict: bool, report: Callable[[Progress], None]
+    ) -> None:
+        self._counts = counts
+        self._journal = journal
+        self._interval = interval
+        self._strict = strict
+        self._report = report
+        self._started = time.monotonic()
+        self._kept = self._started
+        self._before = counts.content_bytes
+        self.starting: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def content_bytes(self) -> int:
+        """Read by this attempt."""
+        return self._counts.content_bytes - self._before
+
+    def take(self, block: EncodedBlock, writers: Sequence[DatasetWriter], sidecar: Sidecar, total: int) -> None:
+        """Writes a block."""
+        counts = self._counts
+        self.starting = self.seconds if self.starting is None else self.starting
+        if block.name != counts.record_name or block.begins:
+            counts.record_name, counts.record_base = block.name, 0
+        for record in block.skipped:
+            placed = replace(record, number=record.number and record.number + counts.record_base)
+            if self._strict:
+                raise RunError.of(
+                    str(placed), remedy="mend it, or let --on-error skip leave such lines out and count them"
+                )
+            counts.skipped.add(placed)
+            sidecar.add(placed)
+        for number, (writer, text) in enumerate(zip(writers, block.texts, strict=True)):
+            writer.add_documents(text.tokens, text.sizes, text.items)
+            counts.text_bytes[number] += text.text_bytes
+        counts.record_base += block.records
+        counts.empty += block.empty
+        counts.content_bytes += block.content_bytes
+        counts.blocks += 1
+        if time.monotonic() - self._kept >= self._interval:
+            counts.sidecar_bytes = sidecar.mark()
+            self._journal.write(counts, [writer.mark() for writer in writers])
+            self._kept = time.monotonic()
+        self._report(
+            Progress(
+                writers[0].documents,
+                sum(writer.tokens for writer in writers),
+                self.content_bytes,
+                min(block.read_bytes / max(total, 1), 1.0),
+                self.seconds,
+            )
+        )
+
+
+def _checked(recipe: Recipe, workers: int, output_prefix: str, shard: Shard) -> str:
     mistakes = []
+    keys = recipe.keys
     if not keys or len(set(keys)) != len(keys):
         mistakes.append(Mistake("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
     if any("/" in key for key in keys):
@@ -136,31 +213,30 @@ def _check(keys: Sequence[str], workers: int, output_prefix: str, repair: bool) 
         remedy = "add a name, such as data/train"
         mistakes.append(Mistake(what, key="output_prefix", value=output_prefix, remedy=remedy))
     ConfigError.raise_any(mistakes)
-    if repair:
-        mended("")  # refuses now, rather than in a worker, when the package is missing
+    with contextlib.suppress(NotADocument):
+        recipe.read(dict.fromkeys(keys, ""))  # refuses now, rather than in a worker, when a package is missing
+    return shard.prefix(output_prefix)
 
 
-def _take(block: EncodedBlock, writers: Sequence[DatasetWriter], running: _Running, *, strict: bool) -> None:
-    """Writes a block and counts it."""
-    if strict and block.skipped.total:
-        raise RunError.of(
-            block.skipped.examples[0],
-            remedy="mend the line, or leave out --strict to skip such lines and count them",
-        )
-    for number, (writer, text) in enumerate(zip(writers, block.texts, strict=True)):
-        writer.add_documents(text.tokens, text.sizes)
-        running.text_bytes[number] += text.text_bytes
-    running.skipped.merge(block.skipped)
-    running.empty += block.empty
-    running.content_bytes += block.content_bytes
+def _wishes(recipe: Recipe, facts: TokenizerFacts, shard: Shard) -> dict[str, object]:
+    """Everything beside the input that decides the output. The tokenizer by what it makes of a text."""
+    fields = {name: value for name, value in vars(recipe).items() if name not in {"tokenizer", "template"}}
+    probe = ["The quick brown fox, 12345 naïve 東京 \n\n  <|endoftext|>"]
+    tokenizer = getattr(recipe, "tokenizer", None)
+    ids = tokenizer.encode_arrays(probe)[0].tolist() if tokenizer is not None else []
+    return {
+        "recipe": [type(recipe).__name__, repr(fields)],
+        "tokenizer": [repr(facts), hashlib.sha256(repr(ids).encode()).hexdigest()],
+        "shard": repr(shard),
+    }
 
 
-def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], running: _Running) -> None:
+def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: Counts) -> None:
     if writer.documents:
         return
     told = [f"there is no document in the {len(files)} input files"]
-    if running.skipped.total:
-        told += [str(running.skipped), *running.skipped.examples[:1]]
-    if running.empty:
-        told.append(f"{running.empty:,} documents have no text")
+    if counts.skipped.total:
+        told += [str(counts.skipped), *counts.skipped.examples[:1]]
+    if counts.empty:
+        told.append(f"{counts.empty:,} documents have no text")
     raise RunError.of("; ".join(told), remedy="name the keys that hold the text with --jsonl-keys")

@@ -1,7 +1,8 @@
 """Work on blocks in several processes, in order and with bounded memory.
 
-Each process is started afresh, gets the encoder once, and then takes blocks through a pipe of its own. When this
-process ends, however it ends, the pipes close and the workers leave.
+Each process is started afresh, gets the encoder once, and then takes blocks through a pipe of its own: mostly places in
+files, which it reads itself. Token ids come back as the raw bytes of their arrays. When this process ends, however it
+ends, the pipes close and the workers leave.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from megatron.data.encode import EncodedBlock, Encoder
-from megatron.data.text_files import Block
+import numpy as np
+
+from megatron.data.blocks import Block
+from megatron.data.encode import EncodedBlock, EncodedText, Encoder
 from megatron.errors import RunError
 
 WAITING = 2  # blocks for each worker that are read ahead or not yet taken
@@ -76,18 +80,17 @@ class _Worker:
         """The block's result, or what the worker raised."""
         try:
             self._pipe.send(block)
-            answer = self._pipe.recv()
+            answer = _receive(self._pipe)
         except (EOFError, BrokenPipeError, ConnectionResetError) as fault:
             self._process.join(5)
             raise RunError.of(
                 f"a worker process died (exit code {self._process.exitcode})",
-                where=f"{block.file.path}:{block.first_line}",
+                where=f"{block.name}, from byte {block.start}",
                 remedy="a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers",
             ) from fault
         if isinstance(answer, BaseException):
             raise answer
-        encoded: EncodedBlock = answer
-        return encoded
+        return answer
 
 
 def _serve(pipe: Connection, encoder: Encoder) -> None:
@@ -101,4 +104,29 @@ def _serve(pipe: Connection, encoder: Encoder) -> None:
                 answer: EncodedBlock | BaseException = encoder.encode(block)
             except Exception as fault:  # noqa: BLE001  the parent raises it
                 answer = fault
-            pipe.send(answer)
+            _send(pipe, answer)
+
+
+def _send(pipe: Connection, answer: EncodedBlock | BaseException) -> None:
+    """The counts, then the bytes of each array."""
+    if isinstance(answer, BaseException):
+        pipe.send(answer)
+        return
+    arrays = [array for text in answer.texts for array in (text.tokens, text.sizes, text.items) if array is not None]
+    told = [(text.tokens.dtype.str, text.text_bytes, text.items is not None) for text in answer.texts]
+    pipe.send((replace(answer, texts=()), told))
+    for array in arrays:
+        pipe.send_bytes(array.data.cast("B") if len(array) else b"")
+
+
+def _receive(pipe: Connection) -> EncodedBlock | BaseException:
+    answer = pipe.recv()
+    if isinstance(answer, BaseException):
+        return answer
+    block, told = answer
+    texts = []
+    for dtype, text_bytes, has_items in told:
+        tokens, sizes = np.frombuffer(pipe.recv_bytes(), dtype), np.frombuffer(pipe.recv_bytes(), np.int64)
+        items = np.frombuffer(pipe.recv_bytes(), np.int64) if has_items else None
+        texts.append(EncodedText(tokens, sizes, text_bytes, items))
+    return replace(block, texts=tuple(texts))

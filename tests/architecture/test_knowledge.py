@@ -51,6 +51,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),
     "sentencepiece": ("megatron/tokenizers/",),
     "huggingface_hub": ("megatron/tokenizers/pretrained.py",),
+    "jinja2": ("megatron/tokenizers/chat.py",),
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})

@@ -17,7 +17,7 @@ from tests.architecture.source import PRODUCT, ROOT, imports
 # Where the name to install is not the name to import.
 INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
 # Comes with one that is declared.
-COMES_WITH = {"pydantic_core": "pydantic", "packaging": "deepspeed", "huggingface_hub": "tokenizers"}
+COMES_WITH = {"pydantic_core": "pydantic", "packaging": "deepspeed", "huggingface_hub": "tokenizers", "jinja2": "torch"}
 
 
 def requirements(path: Path) -> list[Requirement]:

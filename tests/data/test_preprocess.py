@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import preprocess
+from megatron.data.preprocess import TokenizerFacts, preprocess
+from megatron.data.recipes import PlainText
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import make_tokenizer
@@ -29,8 +30,14 @@ def lines(path, records):
 
 
 def made(path, prefix, **settings):
-    settings = {"tokenizer": CHARACTERS, "tokenizer_type": "CharLevelTokenizer"} | settings
-    return preprocess(find_text_files([str(path)]), output_prefix=str(prefix), **settings)
+    tokenizer = settings.pop("tokenizer", CHARACTERS)
+    names = ("keys", "append_eod", "repair", "sentences")
+    recipe = settings.pop("recipe", None) or PlainText(
+        tokenizer, **{name: settings.pop(name) for name in names if name in settings}
+    )
+    eod = tokenizer.eod if getattr(recipe, "append_eod", False) else None
+    facts = TokenizerFacts("CharLevelTokenizer", tokenizer.vocab_size, eod)
+    return preprocess(find_text_files([str(path)]), recipe, output_prefix=str(prefix), facts=facts, **settings)
 
 
 def texts(prefix):
@@ -166,10 +173,10 @@ class Fatal:
     vocab_size = 512
     eod = 0
 
-    def encode_batch(self, texts):
+    def encode_arrays(self, texts):
         if "die" in texts:
             os._exit(9)
-        return [[1] for _ in texts]
+        return [np.array([1]) for _ in texts]
 
 
 def test_a_worker_that_dies_is_told(tmp_path):
@@ -197,7 +204,7 @@ def test_killed_midway_nothing_has_the_final_name_and_no_process_stays(tmp_path)
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    assert [child.name for child in prefix.parent.iterdir()] == [partial.name]
+    assert all(child.suffix in {".partial", ".journal"} for child in prefix.parent.iterdir())
     while any(_alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_alive(child) for child in children)

@@ -4,14 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.encode import Skipped, documents_of
-from megatron.data.text_files import find_text_files, read_blocks
+from megatron.data.blocks import read_blocks
+from megatron.data.encode import Counted, records_of
+from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 
 LINES = b"".join(json.dumps({"text": f"document {number} " * 9}).encode() + b"\n" for number in range(400))
@@ -19,7 +19,7 @@ COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma
 
 
 def content(path, **settings):
-    return b"".join(block.content for block in read_blocks(find_text_files([str(path)]), **settings))
+    return b"".join(block.load() for block in read_blocks(find_text_files([str(path)]), **settings))
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -56,23 +56,22 @@ def test_blocks_are_whole_lines_and_lose_nothing(tmp_path_factory, lines, size):
     whole = b"\n".join(lines) or b"x"
     path.write_bytes(whole)
     blocks = list(read_blocks(find_text_files([str(path)]), block_bytes=size))
-    assert b"".join(block.content for block in blocks) == whole.removeprefix(b"\xef\xbb\xbf")
-    assert all(block.content.endswith(b"\n") for block in blocks[:-1])
-    for before, after in pairwise(blocks):
-        assert after.first_line == before.first_line + before.content.count(b"\n")
+    assert b"".join(block.load() for block in blocks) == whole.removeprefix(b"\xef\xbb\xbf")
+    assert all(block.load().endswith(b"\n") for block in blocks[:-1])
+    assert [block.begins for block in blocks] == [True, *([False] * (len(blocks) - 1))]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
     (block,) = read_blocks(find_text_files([str(path)]))
-    assert list(documents_of(block, ("text",), Skipped())) == [["a"]]
+    assert list(records_of(block, ("text",), [], Counted())) == [(1, {"text": "a"})]
 
 
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
     (block,) = read_blocks(find_text_files([str(tmp_path / "a.txt.gz")]))
-    assert list(documents_of(block, ("text",), Skipped())) == [["one\ntwo\n"]]
+    assert list(records_of(block, ("text",), [], Counted())) == [(0, {"text": "one\ntwo\n"})]
 
 
 def test_a_directory_stands_for_its_text_files(tmp_path):

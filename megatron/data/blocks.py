@@ -1,0 +1,284 @@
+"""Read text files in blocks of about a megabyte that end where a document ends, in one fixed order.
+
+Memory stays bounded, blocks can be worked on side by side, and the same files always give the same blocks, so that work
+can be taken up again at any of them. A block of a file that is not compressed is only a place in the file: whoever
+works on it reads it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import importlib
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, Any
+
+from megatron.data.text_files import Kind, TextFile, kind_of
+from megatron.errors import ConfigError, RunError
+
+BLOCK_BYTES = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LENGTH_DIGITS = 16
+_ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memory
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some whole documents of a file.
+
+    name: the file, and the member of an archive. content: the bytes, or None when `length` bytes from `start` of the
+    file are meant. begins: whether it is the first of its file. read_bytes: bytes of all files, as they lie on disk,
+    that were read when the block ended.
+    """
+
+    name: str
+    kind: Kind
+    content: bytes | None
+    start: int
+    length: int
+    begins: bool
+    read_bytes: int
+
+    def load(self) -> bytes:
+        """The content, without a byte order mark. Raises RunError when the file changed while it was read."""
+        content = self.content
+        if content is None:
+            with open(self.name, "rb", buffering=0) as file:
+                file.seek(self.start)
+                content = b"".join(_exactly(file, self.length))
+            if len(content) != self.length:
+                raise RunError.of("the file became shorter while it was read", where=self.name)
+        return content.removeprefix(BYTE_ORDER_MARK) if self.begins else content
+
+
+def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The content of the files, in order. Raises RunError when a compressed file is damaged or cut short."""
+    before = 0
+    for file in files:
+        yield from read_file(file, block_bytes, before)
+        before += file.bytes
+
+
+def read_file(file: TextFile, block_bytes: int, before: int, span: range | None = None) -> Iterator[Block]:
+    """The blocks of one file. before: [bytes] of the files before it. span: of an uncompressed file of lines, those
+    that start in it alone.
+    """
+    if not file.compressed and file.kind is Kind.LINES:
+        yield from _places(file, block_bytes, before, span or range(file.bytes))
+        return
+    if not file.compressed and file.kind is Kind.WHOLE:
+        yield Block(str(file.path), file.kind, None, 0, file.bytes, True, before + file.bytes)
+        return
+    with file.path.open("rb") as raw:
+        try:
+            for name, kind, content, begins in _contents(file, raw, block_bytes):
+                yield Block(name, kind, content, 0, len(content), begins, before + min(raw.tell(), file.bytes))
+        except DAMAGE as fault:
+            raise RunError.of(
+                f"the file cannot be read on from byte {raw.tell():,} of {file.bytes:,} ({fault})",
+                where=str(file.path),
+                remedy="it is damaged or was cut short; fetch it again",
+            ) from fault
+
+
+def _places(file: TextFile, block_bytes: int, before: int, span: range) -> Iterator[Block]:
+    """Where lines of an uncompressed file end, about every block_bytes."""
+    with file.path.open("rb", buffering=0) as raw:
+        start = _line_start(raw, span.start, file.bytes)
+        stop = _line_start(raw, span.stop, file.bytes)
+        while start < stop:
+            end = min(_line_start(raw, start + block_bytes, file.bytes), stop)
+            yield Block(str(file.path), file.kind, None, start, end - start, start == 0, before + end)
+            start = end
+
+
+def _line_start(raw: IO[bytes], position: int, size: int) -> int:
+    """Where the first line starts at or after a position; the size of the file when there is none."""
+    if position <= 0 or position >= size:
+        return min(max(position, 0), size)
+    raw.seek(position - 1)
+    at = position - 1
+    while piece := raw.read(1 << 16):
+        found = piece.find(b"\n")
+        if found >= 0:
+            return at + found + 1
+        at += len(piece)
+    return size
+
+
+def _exactly(file: IO[bytes], length: int) -> Iterator[bytes]:
+    while length and (piece := file.read(length)):
+        yield piece
+        length -= len(piece)
+
+
+def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+    name = str(file.path)
+    if file.kind is Kind.ZIP:
+        yield from _zip(name, raw, block_bytes)
+        return
+    found = kind_of(file.path)
+    assert found is not None
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(_decompressed(name, found[1], raw))
+        if file.kind is Kind.TAR:
+            yield from _tar(name, stream, block_bytes)
+        else:
+            yield from _documents(name, file.kind, stream, block_bytes)
+
+
+def _tar(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            kind = kind_of(PurePath(member.name))
+            content = archive.extractfile(member) if member.isfile() and _is_text(kind) else None
+            if content is not None and kind is not None:
+                inside = f"{name}!{member.name}"
+                with _decompressed(inside, kind[1], content) as text:
+                    yield from _documents(inside, kind[0], text, block_bytes)
+
+
+def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+    with zipfile.ZipFile(raw) as archive:
+        for member in archive.infolist():
+            kind = kind_of(PurePath(member.filename))
+            if not member.is_dir() and _is_text(kind) and kind is not None:
+                inside = f"{name}!{member.filename}"
+                with archive.open(member) as content, _decompressed(inside, kind[1], content) as text:
+                    yield from _documents(inside, kind[0], text, block_bytes)
+
+
+def _is_text(kind: tuple[Kind, str] | None) -> bool:
+    return kind is not None and kind[0] in {Kind.LINES, Kind.WHOLE, Kind.LENGTHS}
+
+
+def _documents(name: str, kind: Kind, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+    if kind is Kind.WHOLE:
+        yield name, kind, stream.read(), True
+        return
+    pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(name, stream, block_bytes)
+    for number, content in enumerate(pieces):
+        yield name, kind, content, number == 0
+
+
+def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The content in pieces that end after a line."""
+    held: list[bytes] = []
+    while content := stream.read(block_bytes):
+        cut = content.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*held, content[:cut]])
+            held = []
+        held.append(content[cut:])
+    if any(held):
+        yield b"".join(held)
+
+
+def _lengths(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The documents of a .dat with their lengths, in pieces."""
+    number = held_bytes = 0
+    held: list[bytes] = []
+    while digits := stream.read(LENGTH_DIGITS):
+        number += 1
+        if len(digits) != LENGTH_DIGITS or not digits.isdigit():
+            raise RunError.of(
+                f"document {number} does not start with its length in {LENGTH_DIGITS} digits",
+                where=name,
+                remedy="it is damaged, or no archive of lm_dataformat",
+            )
+        content = stream.read(int(digits))
+        if len(content) != int(digits):
+            raise RunError.of(
+                f"document {number} should have {int(digits):,} bytes and has {len(content):,}",
+                where=name,
+                remedy="the file was cut short; fetch it again",
+            )
+        held += [digits, content]
+        held_bytes += LENGTH_DIGITS + len(content)
+        if held_bytes >= block_bytes:
+            yield b"".join(held)
+            held, held_bytes = [], 0
+    if held:
+        yield b"".join(held)
+
+
+def parse_lengths(content: bytes) -> Iterator[bytes]:
+    """The documents of a piece of a .dat."""
+    at = 0
+    while at < len(content):
+        end = at + LENGTH_DIGITS + int(content[at : at + LENGTH_DIGITS])
+        yield content[at + LENGTH_DIGITS : end]
+        at = end
+
+
+@contextlib.contextmanager
+def _decompressed(name: str, compression: str, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    readers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if compression in readers:
+        with readers[compression](raw) as stream:
+            yield stream
+    elif compression == ".zst":
+        yield _zstandard(name, raw)
+    else:
+        yield raw
+
+
+def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ModuleNotFoundError as fault:
+        raise ConfigError.of(
+            "reading .zst needs the package zstandard, which is not installed",
+            where=name,
+            remedy="pip install zstandard",
+        ) from fault
+    reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
+    return io.BufferedReader(reader, BLOCK_BYTES)
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of Zstandard one after another. The package's own reader takes a frame that was cut short for a whole one;
+    this one raises EOFError.
+    """
+
+    def __init__(self, raw: IO[bytes], decompressor: Any, fault: type[Exception]) -> None:
+        self._raw = raw
+        self._decompressor = decompressor
+        self._fault = fault
+        self._frame = decompressor.decompressobj()
+        self._inside = False
+        self._held = b""
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._held:
+            piece = self._left or self._raw.read(_ZSTD_BYTES)
+            self._left = b""
+            if not piece:
+                if self._inside:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            try:
+                self._held = self._frame.decompress(piece)
+            except self._fault as fault:
+                raise OSError(str(fault)) from fault
+            self._inside = not self._frame.eof
+            if self._frame.eof:
+                self._left = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size

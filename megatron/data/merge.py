@@ -1,0 +1,106 @@
+"""Join pairs of token files into one, as if their text had been tokenised at once: the same bytes.
+
+Documents keep their order and their items. Tokens are copied, never decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.card import DatasetCard, read_card
+from megatron.data.indexed import IndexedDataset, bin_path, idx_path
+from megatron.data.writer import DatasetWriter
+from megatron.errors import ConfigError, Mistake
+
+AT_ONCE = 8 << 20  # tokens that are copied at once
+
+
+def find_pairs(names: Sequence[str]) -> list[str]:
+    """The prefixes of pairs: a directory stands for those in it, sorted. Raises ConfigError for halves of pairs."""
+    found: list[str] = []
+    mistakes = []
+    for name in names:
+        folder = Path(name)
+        if not folder.is_dir():
+            found.append(name.removesuffix(".bin").removesuffix(".idx"))
+            continue
+        ends = {
+            suffix: {str(path)[: -len(suffix)] for path in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")
+        }
+        for prefix in sorted(ends[".bin"] ^ ends[".idx"]):
+            missing = idx_path(prefix) if prefix in ends[".bin"] else bin_path(prefix)
+            remedy = "make it again, or take its other half out of the directory"
+            mistakes.append(Mistake(f"{missing} is missing", key="input", value=name, remedy=remedy))
+        found += sorted(ends[".bin"] & ends[".idx"])
+    ConfigError.raise_any(mistakes)
+    if not found:
+        raise ConfigError.of("there is no pair of token files", key="input", value=list(names))
+    return found
+
+
+def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
+    """Writes the pairs one after another to `<output_prefix>.bin` and `.idx`; returns documents and tokens.
+
+    Raises ConfigError when a file is missing, the pairs have different dtypes or one of them is the output; RunError
+    when one is damaged.
+    """
+    sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
+    mistakes = [
+        Mistake(
+            f"its tokens are {source.dtype.name}, those of {prefixes[0]} {sources[0].dtype.name}",
+            key="input",
+            value=prefix,
+            remedy="make all of them with the same tokenizer",
+        )
+        for prefix, source in zip(prefixes, sources, strict=True)
+        if source.dtype != sources[0].dtype
+    ]
+    if any(Path(prefix).resolve() == Path(output_prefix).resolve() for prefix in prefixes):
+        mistakes.append(Mistake("the output is one of the inputs", key="output_prefix", value=output_prefix))
+    ConfigError.raise_any(mistakes)
+    for source in sources:
+        source.check()
+    with DatasetWriter(output_prefix, sources[0].dtype) as writer:
+        for source in sources:
+            _copy(source, writer)
+        writer.card = _card(prefixes, sources)
+    return writer.documents, writer.tokens
+
+
+def _copy(source: IndexedDataset, writer: DatasetWriter) -> None:
+    """All documents of a pair, many at a time; a document is never parted."""
+    borders = source.document_index
+    sizes = source.sizes
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    plain = len(borders) == len(sizes) + 1 and bool((np.diff(borders) == 1).all())
+    document, documents = 0, len(borders) - 1
+    while document < documents:
+        limit = ends[borders[document]] + AT_ONCE
+        last = max(int(np.searchsorted(ends[borders], limit, "right")) - 1, document + 1)
+        items = slice(int(borders[document]), int(borders[last]))
+        tokens = source.tokens[ends[items.start] : ends[items.stop]]
+        writer.add_documents(tokens, sizes[items], None if plain else np.diff(borders[document : last + 1]))
+        document = last
+
+
+def _card(prefixes: Sequence[str], sources: Sequence[IndexedDataset]) -> DatasetCard | None:
+    """What is known of all together: only when it is known of each and they agree."""
+    cards = [
+        read_card(prefix, documents=len(source.document_index) - 1, tokens=len(source.tokens))
+        for prefix, source in zip(prefixes, sources, strict=True)
+    ]
+    known = [card for card in cards if card is not None]
+    if len(known) != len(cards):
+        return None
+    total = replace(
+        known[0],
+        documents=sum(card.documents for card in known),
+        tokens=sum(card.tokens for card in known),
+        text_bytes=sum(card.text_bytes for card in known),
+    )
+    alike = {(card.tokenizer_type, card.vocab_size, card.eod) for card in known}
+    return total if len(alike) == 1 else None

@@ -1,0 +1,107 @@
+"""Merging pairs: the bytes of one work, shards included, and pairs that do not go together."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.merge import find_pairs, merge
+from megatron.data.preprocess import TokenizerFacts, preprocess
+from megatron.data.recipes import PlainText
+from megatron.data.sentences import Sentences
+from megatron.data.shard import Shard, parse_shard
+from megatron.data.text_files import find_text_files
+from megatron.data.writer import DatasetWriter
+from megatron.errors import ConfigError
+from megatron.tokenizers import make_tokenizer
+
+CHARACTERS = make_tokenizer("CharLevelTokenizer")
+
+
+def write(prefix, documents, dtype="<u2"):
+    with DatasetWriter(prefix, np.dtype(dtype)) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+def pair(prefix):
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def test_documents_one_after_another(tmp_path):
+    write(tmp_path / "in" / "a", [[1, 2], [3]])
+    write(tmp_path / "in" / "b", [[]])
+    write(tmp_path / "in" / "c", [[4], [5, 6]])
+    write(tmp_path / "once", [[1, 2], [3], [], [4], [5, 6]])
+    assert merge(find_pairs([str(tmp_path / "in")]), str(tmp_path / "out")) == (5, 6)
+    assert pair(tmp_path / "out") == pair(tmp_path / "once")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5, 40])
+@pytest.mark.parametrize("sentences", [None, Sentences()])
+def test_shards_merge_to_the_bytes_of_one_work(tmp_path, shards, sentences):
+    texts = [f"Document {number}. It has words! " + "more words " * (number * 37 % 400) for number in range(60)]
+    (tmp_path / "in").mkdir()
+    for name, part in (("a", texts[:25]), ("b", texts[25:26]), ("c", texts[26:])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (tmp_path / "in" / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "in" / "b2.txt").write_text("A whole file. It is one document.")
+    recipe = PlainText(CHARACTERS, append_eod=True, sentences=sentences)
+    facts = TokenizerFacts("CharLevelTokenizer", 512, 0)
+    files = find_text_files([str(tmp_path / "in")])
+    once = preprocess(files, recipe, output_prefix=str(tmp_path / "once"), facts=facts).outputs[0]
+    prefixes = [
+        preprocess(files, recipe, output_prefix=str(tmp_path / "s" / "p"), facts=facts, shard=Shard(number, shards))
+        .outputs[0]
+        .prefix
+        for number in range(shards)
+    ]
+    assert sorted(prefixes) == prefixes
+    merge(prefixes, str(tmp_path / "merged"))
+    assert once.card.documents == 61
+    assert pair(tmp_path / "merged") == pair(once.prefix)
+    assert Path(f"{tmp_path}/merged.json").read_text() == Path(f"{once.prefix}.json").read_text()
+
+
+def test_sentences_stay_items_of_their_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("One here. Two there! Three.")
+    (tmp_path / "b.txt").write_text("Four.")
+    recipe = PlainText(CHARACTERS, sentences=Sentences())
+    facts = TokenizerFacts("CharLevelTokenizer", 512, None)
+    prefixes = []
+    for name in "ab":
+        files = find_text_files([str(tmp_path / f"{name}.txt")])
+        prefixes.append(preprocess(files, recipe, output_prefix=str(tmp_path / name), facts=facts).outputs[0].prefix)
+    merge(prefixes, str(tmp_path / "out"))
+    data = IndexedDataset(tmp_path / "out")
+    found = [CHARACTERS.decode(data[item].tolist()) for item in range(len(data))]
+    assert found == ["One here.", "Two there!", "Three.", "Four."]
+    assert data.document_index.tolist() == [0, 3, 4]
+
+
+def test_different_dtypes(tmp_path):
+    write(tmp_path / "a", [[1]])
+    write(tmp_path / "b", [[1]], "<i4")
+    with pytest.raises(ConfigError, match="int32"):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+
+
+def test_an_output_that_is_an_input(tmp_path):
+    write(tmp_path / "a", [[1]])
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        merge([str(tmp_path / "a")], str(tmp_path / "a"))
+
+
+def test_half_a_pair(tmp_path):
+    write(tmp_path / "a", [[1]])
+    (tmp_path / "a.idx").unlink()
+    with pytest.raises(ConfigError, match=r"a\.idx is missing"):
+        find_pairs([str(tmp_path)])
+
+
+@pytest.mark.parametrize("told", ["3/3", "1", "a/2", "-1/2", "0/0"])
+def test_shards_that_are_none(told):
+    with pytest.raises(ConfigError, match="0 to N - 1"):
+        parse_shard(told)

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Turns conversations into token files and labels, by a model's chat template.
+
+    python tools/preprocess_data_with_chat_template.py --input chats.jsonl --output-prefix data/chats
+        --tokenizer-path MODEL_FOLDER --jsonl-keys messages --workers 8
+
+A line's field holds the turns: [{"role": "user", "content": "..."}, ...]. Writes `<prefix>_<key>_document`,
+`<prefix>_<key>_label_document` (loss on what --generation-role wrote alone) and, with --reward-key,
+`<prefix>_<key>_reward_document`. Flags and exit codes as tools/preprocess_data.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.data.preprocess import TokenizerFacts
+from megatron.data.recipes import Chat
+from megatron.errors import ConfigError, RunError
+from megatron.tokenizers.chat import ChatTemplate
+from tools.preprocess_data import add_work_arguments, dashed, run_recipe, told
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description="Turn conversations into token files and labels.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--input", required=True, help="files or directories, with commas between them")
+    made.add_argument("--jsonl-keys", nargs="+", default=["conversation"], help="fields that hold conversations")
+    made.add_argument("--tokenizer-path", required=True, help="a folder with tokenizer.json and a chat template")
+    made.add_argument("--generation-role", default="assistant", help="whose words carry a loss")
+    made.add_argument("--only-last", action="store_true", help="a loss on the last turn alone")
+    made.add_argument("--no-mask", action="store_true", help="a loss on every token")
+    made.add_argument("--for-rm", action="store_true", help="two ends of text, and a loss on the last one alone")
+    made.add_argument("--reward-key", help="the field of a number, written into token files of its own")
+    made.add_argument("--binary-reward", action="store_true", help="the reward is true or false: write 1 or -1")
+    made.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
+    made.add_argument("--ftfy", action="store_true", help="not for conversations; refused")
+    add_work_arguments(made)
+    return made
+
+
+def recipe_of(asked: argparse.Namespace) -> Chat:
+    """What the conversations become. Raises ConfigError."""
+    if asked.ftfy:
+        remedy = "mend the text first, or leave out --ftfy"
+        raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, remedy=remedy)
+    return Chat(
+        ChatTemplate(asked.tokenizer_path),
+        tuple(key for told_keys in asked.jsonl_keys for key in told_keys.split(",") if key),
+        role=asked.generation_role,
+        only_last=asked.only_last,
+        mask=not asked.no_mask,
+        for_reward_model=asked.for_rm,
+        reward_key=asked.reward_key,
+        binary_reward=asked.binary_reward,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
+    try:
+        recipe = recipe_of(asked)
+        facts = TokenizerFacts(
+            f"chat template of {asked.tokenizer_path}", recipe.template.vocab_size, recipe.template.eod
+        )
+        print(told(run_recipe(asked, recipe, facts)))
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
