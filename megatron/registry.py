@@ -121,6 +121,7 @@ ACTIVATIONS = Family(
     "activation",
     [
         Entry("gelu", "megatron.model.mlp.activations:gelu", "Gaussian error linear unit, arXiv:1606.08415"),
+        Entry("gelu_tanh", "megatron.model.mlp.activations:gelu_tanh", "gelu by its tanh formula, as in GPT-2"),
         Entry("relu", "megatron.model.mlp.activations:relu", "Rectified linear unit"),
         Entry("silu", "megatron.model.mlp.activations:silu", "x * sigmoid(x), arXiv:1702.03118"),
         Entry("swish", "megatron.model.mlp.activations:silu", "Another name of silu, arXiv:1710.05941"),

@@ -17,6 +17,7 @@ def phi(x: Tensor) -> Tensor:
 
 PLAIN = {
     "gelu": lambda x: x * phi(x),
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: x.clamp(min=0),
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "swish": lambda x: x / (1 + torch.exp(-x)),

@@ -16,6 +16,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Maps to x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))) / 2, which GPT-2 was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
 def relu(x: Tensor) -> Tensor:
     """Maps to max(x, 0)."""
     return F.relu(x)
