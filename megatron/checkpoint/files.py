@@ -6,13 +6,16 @@ goes through torch.load(weights_only=True), which refuses a pickle that would ru
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy
 import torch
 
 from megatron.errors import RunError
@@ -20,20 +23,59 @@ from megatron.errors import RunError
 _CHUNK = 1 << 20
 
 
-def write_tensors(path: Path, content: Any) -> None:
+@dataclass(frozen=True)
+class Written:
+    """A file that is on the disk. size [bytes], sha256: of what was meant to be written, in hexadecimal."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+class _Counting:
+    """A file that measures and digests what passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            self.digest.update(piece)
+            self._file.write(piece)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_tensors(path: Path, content: Any) -> Written:
     """torch.save to `path`, on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        torch.save(content, file)
-        _sync(file)
+        counting = _Counting(file)
+        torch.save(content, counting)  # type: ignore[arg-type]
+        flush_to_disk(file)
+    return Written(path, counting.size, counting.digest.hexdigest())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> Written:
     """JSON to `path`, on the disk when this returns."""
+    return write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> Written:
+    """Text to `path`, on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        _sync(file)
+    with path.open("wb") as file:
+        counting = _Counting(file)
+        counting.write(text.encode())
+        flush_to_disk(file)
+    return Written(path, counting.size, counting.digest.hexdigest())
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -41,7 +83,7 @@ def replace_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
-        _sync(file)
+        flush_to_disk(file)
     os.replace(beside, path)
     sync_directory(path.parent)
 
@@ -61,7 +103,8 @@ def read_tensors(path: Path) -> Any:
     Raises RunError naming the file if it is damaged or holds anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_allowed()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError.of(
@@ -69,6 +112,20 @@ def read_tensors(path: Path) -> Any:
             where=str(path),
             remedy="it is damaged or not a checkpoint; load another iteration with --iteration N",
         ) from error
+
+
+class Foreign:
+    """Stands for an object of another program's class, whose attributes are kept and whose code is not."""
+
+
+def _allowed() -> list[Any]:
+    """What a checkpoint may hold beside tensors: numpy's random state, and DeepSpeed's loss scale without its code."""
+    names = ("LossScaler", "DynamicLossScaler")
+    foreign: list[Any] = [(Foreign, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in names]
+    reconstruct = numpy.zeros(0).__reduce__()[0]
+    plain = [numpy.ndarray, numpy.dtype, *(type(numpy.dtype(name)) for name in ("u4", "i4", "i8", "f4", "f8"))]
+    old = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return [*plain, *old, (codecs.encode, "_codecs.encode"), *foreign]
 
 
 def read_json(path: Path) -> Any:
@@ -88,6 +145,7 @@ def digest(path: Path) -> str:
     return accumulated.hexdigest()
 
 
-def _sync(file: Any) -> None:
+def flush_to_disk(file: Any) -> None:
+    """What was written to the file is on the disk when this returns."""
     file.flush()
     os.fsync(file.fileno())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.errors import RunError
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
+
+Item = TypeVar("Item")
 
 
 class Checkpointable(Protocol):
@@ -42,18 +44,29 @@ class Checkpointable(Protocol):
 def together(action: Callable[[], None], what: str) -> None:
     """Runs an action on every rank; if it fails on any, every rank raises RunError. Ends like a barrier.
 
-    what: the action in words, for the message. Only faults of the file system are caught: an OSError, or torch's
-    RuntimeError when a write falls short.
+    what: the action in words, for the message. Only faults of the file system are caught: an OSError, torch's
+    RuntimeError when a write falls short, or a RunError that tells of one.
     """
     error: Exception | None = None
     try:
         action()
-    except (OSError, RuntimeError) as caught:
+    except (OSError, RuntimeError, RunError) as caught:
         error = caught
     failed = torch.tensor([float(error is not None)])
     if dist.is_initialized():
         failed = failed.cuda() if dist.get_backend() == "nccl" else failed
         dist.all_reduce(failed)
+    if isinstance(error, RunError):
+        raise error
     if failed.item():
         reason = str(error).splitlines()[0] if error else "another rank failed"
         raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error
+
+
+def collect(items: Sequence[Item]) -> list[Item]:
+    """The items of all ranks, in order of ranks; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(items)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(items))
+    return [item for part in gathered for item in part]

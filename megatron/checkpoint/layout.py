@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 STATE = "state"
 RUN = "state/run.json"
 CONFIGS = "configs"
+RESOLVED = "configs/resolved.json"
 
 _STEP = re.compile(r"global_step(\d+)")
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -91,3 +92,8 @@ def slice_index(rank: int) -> str:
 def rng_file(rank: int) -> str:
     """The random generators of a global rank."""
     return f"{STATE}/rng_{rank:05d}.pt"
+
+
+def written_file(rank: int) -> str:
+    """What a global rank has written, while a checkpoint is not complete."""
+    return f"{STATE}/written_{rank:05d}.json"

@@ -1,37 +1,45 @@
-"""Loading: find a complete checkpoint, say what matches, and stop on anything that was not asked for.
+"""Loading: find a whole checkpoint, say what matches, and stop on anything that was not asked for.
 
-Weights go into a module before the engine is built around it; optimizer, counters and random generators follow.
+Weights go into a module before the engine is built around it; optimizer, counters and random generators follow. A
+folder of `transformers` is read as well; it holds weights only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import files, integrity, layout, rng
+from megatron.checkpoint import files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
+from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.save import Counters
+from megatron.checkpoint.schedule import schedule_facts, schedule_to_use
 from megatron.checkpoint.slices import MASTER, OptimizerState
-from megatron.checkpoint.weights import WeightFiles, key_of, read_shards
+from megatron.checkpoint.weights import StoredWeights, WeightFiles, key_of, read_shards
 from megatron.config import Config
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
-from megatron.shapes import TensorShape
+from megatron.shapes import ModelDims, TensorShape
 
 _log = get_logger(__name__)
+
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokenizer's: more of them are another vocabulary (the public default pads to
+128 times the tensor-parallel degree)."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on the disk, and what the configuration wants of it.
+    """A whole checkpoint on the disk, and what the configuration wants of it.
 
     directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
-    `no_load_rng`). table: the tensors of the model that will read it.
+    `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored.
     """
 
     directory: Path
@@ -40,12 +48,13 @@ class Checkpoint:
     from_start: bool
     summed_biases: bool
     table: tuple[TensorShape, ...]
+    weights: StoredWeights
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there."""
         if not self.with_optimizer:
             return None
-        state = OptimizerState.open(self.directory, {key_of(shape): shape for shape in self.table})
+        state = OptimizerState.open(self.directory, {key_of(shape): shape for shape in self.table}, self.rows)
         if state is None:
             raise RunError.of(
                 "the checkpoint holds no optimizer state",
@@ -54,18 +63,47 @@ class Checkpoint:
             )
         return state
 
+    @property
+    def rows(self) -> int:
+        """Rows of the stored embedding."""
+        return sum(shard.shape[0] for shard in self.weights.shards("0.word_embeddings.weight"))
+
     def counters(self) -> Counters:
         """Where the run stood; zero when only the weights are wanted."""
         if self.from_start:
             return Counters()
         if (self.directory / layout.RUN).is_file():
             return Counters(**files.read_json(self.directory / layout.RUN)["counters"])
-        stored = files.read_tensors(next(iter(layout.model_files(self.directory).values())))
-        return Counters(iteration=stored["iteration"], consumed_samples=stored.get("global_samples", 0))
+        found = layout.model_files(self.directory)
+        if not found:
+            return Counters()
+        stored = files.read_tensors(next(iter(found.values())))
+        iteration = stored.get("iteration", stored.get("total_iters", stored.get("global_steps", 0)))
+        return Counters(iteration=iteration, consumed_samples=stored.get("global_samples", 0))
+
+    def schedule(self, config: Config) -> Config:
+        """The configuration with the learning-rate schedule to use. ConfigError where the stored one differs.
+
+        `override_lr_scheduler` keeps the configuration's, `use_checkpoint_lr_scheduler` takes the checkpoint's; where
+        iterations are counted anew there is nothing to compare.
+        """
+        section, path = config.schedule, self.directory / layout.RUN
+        if self.from_start or section.override_lr_scheduler or not path.is_file():
+            return config
+        own = schedule_facts(section, config.optimizer)
+        stored = files.read_json(path).get("schedule") or {}
+        use = schedule_to_use(stored, own, take_stored=section.use_checkpoint_lr_scheduler, where=self.directory)
+        return config if use == own else _with_schedule(config, use)
+
+
+def _with_schedule(config: Config, use: Mapping[str, Any]) -> Config:
+    block = dict(config.optimizer.optimizer or {})
+    block["params"] = {**config.optimizer.params, "lr": use["lr"]}
+    return config.replace(**use, optimizer=block)
 
 
 def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_only: bool = False) -> Checkpoint | None:
-    """The checkpoint that `load` and `iteration` name; None when `load` is not set.
+    """The checkpoint that `load` and `iteration` name; None when `load` is not set. Collective.
 
     A run whose `load` is the folder it saves to, and which has saved nothing yet, starts fresh, and so does one that
     asks for it with `load_fallback`. Raises ConfigError when there is nothing to load, and RunError when
@@ -74,13 +112,19 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
     section = config.checkpoint
     if section.load is None:
         return None
-    may_start_fresh = section.load == section.save or section.load_fallback == "fresh"
-    directory = _directory(section.load, section.iteration, resumes_itself=may_start_fresh)
-    if directory is None:
-        return None
-    if integrity.is_ours(directory):
-        RunError.raise_any(_with_remedy(integrity.damage(directory), Path(section.load)))
     from_start = section.finetune or weights_only
+    root = Path(section.load)
+    weights: StoredWeights
+    if is_folder(root):
+        directory = root
+        weights = Folder.open(root).weights(ModelDims.of(config.model))
+    else:
+        found = find.whole(root, section.iteration, section.load_fallback)
+        if found is None:
+            _nothing(config, root)
+            return None
+        directory = found
+        weights = WeightFiles.open(directory)
     return Checkpoint(
         directory,
         with_optimizer=not (from_start or section.no_load_optim),
@@ -88,38 +132,88 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         from_start=from_start,
         summed_biases=config.model.gpt_j_residual,
         table=tuple(table),
+        weights=weights,
     )
+
+
+def _nothing(config: Config, root: Path) -> None:
+    """ConfigError for a `load` without a checkpoint, unless that is how the first part of a run begins."""
+    section = config.checkpoint
+    itself = section.save is not None and Path(section.save) == root
+    if not itself and section.load_fallback != find.FRESH:
+        raise ConfigError.of(
+            "there is no checkpoint" if root.is_dir() else "there is no such folder",
+            key="load",
+            value=section.load,
+            remedy="correct the path, or set load_fallback: fresh to start from random weights",
+        )
+    _log.info("%s holds no checkpoint yet: starting fresh", root)
+
+
+def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int) -> int:
+    """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
+
+    Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
+    divide are padded further. tokens: of the tokenizer.
+    """
+    rows = _stored_rows(config)
+    if rows is None or not tokens <= rows < tokens + max(MOST_PADDING, padded - tokens + 1):
+        return padded
+    return -(-rows // model_size) * model_size
+
+
+def _stored_rows(config: Config) -> int | None:
+    """Rows of the embedding in the checkpoint that `load` names, or an older one of that run; None if there is none."""
+    if config.checkpoint.load is None:
+        return None
+    root = Path(config.checkpoint.load)
+    if is_folder(root):
+        return Folder.open(root).rows
+    for directory in find.candidates(root, config.checkpoint.iteration):
+        try:
+            shards = WeightFiles.open(directory).shards("0.word_embeddings.weight")
+        except (RunError, OSError, KeyError):
+            continue  # it is damaged, which is told when it is read
+        return sum(shard.shape[0] for shard in shards)
+    return None
 
 
 def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[TensorShape]) -> dict[str, Tensor]:
     """The tensor-parallel shards of the wanted tensors, by key; reports what matched.
 
     With an optimizer that kept fp32 copies those are returned, since they are the more precise ones.
-    Raises RunError naming every tensor that is missing or has another shape.
+    Raises RunError naming every tensor that is missing, unexpected or has another shape.
     """
-    stored = WeightFiles.open(checkpoint.directory)
-    result = read_shards(
-        stored,
-        wanted,
-        summed=checkpoint.summed_biases,
-        model_rank=topology.model.rank,
-        model_size=topology.model.size,
-    )
+    stored = checkpoint.weights
+    expected, found = {key_of(shape) for shape in checkpoint.table}, stored.keys()
+    unexpected, missing = sorted(found - expected), sorted(expected - found)
+    counts = (len(expected & found), len(missing), len(unexpected))
+    _log.info("%s: %d tensors matched, %d missing, %d unexpected", checkpoint.directory, *counts)
+    if unexpected or missing:
+        raise RunError(*_strangers(unexpected, missing, str(checkpoint.directory)))
+    axis = topology.model
+    summed = checkpoint.summed_biases
+    result = read_shards(stored, wanted, summed=summed, model_rank=axis.rank, model_size=axis.size)
     state = checkpoint.optimizer()
     if state is not None:
         for key, tensor in result.items():
             if MASTER in state.names(key):
-                master = state.shard(key, MASTER, model_rank=topology.model.rank, model_size=topology.model.size)
+                master = state.shard(key, MASTER, model_rank=axis.rank, model_size=axis.size)
                 result[key] = master.view(tensor.shape)
-    unexpected = sorted(stored.keys() - {key_of(shape) for shape in checkpoint.table})
-    _log.info("%s: %d tensors matched, 0 missing, %d unexpected", checkpoint.directory, len(result), len(unexpected))
-    if unexpected:
-        raise RunError.of(
-            f"the checkpoint has tensors that the model lacks: {', '.join(unexpected[:8])}",
-            where=str(checkpoint.directory),
-            remedy="give the configuration the shape of the checkpoint",
-        )
     return result
+
+
+def _strangers(unexpected: list[str], missing: list[str], where: str) -> list[Mistake]:
+    remedy = "give the configuration the shape of the checkpoint, or load another one"
+    told = {
+        "the checkpoint has tensors that the model lacks": unexpected,
+        "the model has tensors that the checkpoint lacks": missing,
+    }
+    return [
+        Mistake(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, remedy=remedy)
+        for what, names in told.items()
+        if names
+    ]
 
 
 def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
@@ -132,58 +226,13 @@ def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
     return checkpoint.counters()
 
 
-def _directory(load: str, iteration: int | None, *, resumes_itself: bool) -> Path | None:
-    """The folder to read, None for a run that finds its own save folder still empty."""
-    root = Path(load)
-    found = layout.iterations(root)
-    if iteration is not None:
-        if iteration not in found:
-            raise ConfigError.of(
-                f"there is no such checkpoint in {load}", key="iteration", value=iteration, remedy=_offer(found)
-            )
-        return layout.step_directory(root, iteration)
-    if not found:
-        if resumes_itself:
-            _log.info("%s holds no checkpoint yet: starting fresh", load)
-            return None
-        raise ConfigError.of(
-            "there is no checkpoint" if root.is_dir() else "there is no such folder",
-            key="load",
-            value=load,
-            remedy="correct the path, or set load_fallback: fresh to start from random weights",
-        )
-    return layout.step_directory(root, _latest(root, found))
-
-
-def _latest(root: Path, found: list[int]) -> int:
-    """The iteration that the file `latest` names, or the highest one if that file is not there."""
-    pointer = root / layout.LATEST
-    if not pointer.is_file():
-        return found[-1]
-    named = layout.iteration_of(root / pointer.read_text(encoding="utf-8").strip())
-    if named not in found or named is None:
-        raise RunError.of("names a checkpoint that is not there", where=str(pointer), remedy=_offer(found))
-    return named
-
-
-def _offer(found: list[int]) -> str:
-    if not found:
-        return "the folder holds no checkpoints"
-    return f"choose one with --iteration: {', '.join(map(str, found))}"
-
-
-def _with_remedy(faults: list[Mistake], root: Path) -> list[Mistake]:
-    remedy = _offer(layout.iterations(root))
-    return [Mistake(fault.what, where=fault.where, remedy=remedy) for fault in faults]
-
-
 def _restore_rng(checkpoint: Checkpoint, engine: Checkpointable) -> None:
     """Each rank takes its own generators back; in another layout ranks mean other things, so they are seeded anew."""
     topology = engine.topology
     path = checkpoint.directory / layout.rng_file(topology.rank)
     run = checkpoint.directory / layout.RUN
     then = files.read_json(run)["layout"] if run.is_file() else {}
-    axes = (topology.pipe, topology.data, topology.context, topology.model)
+    axes = (topology.pipe, topology.data, topology.model)
     if path.is_file() and all(then.get(axis.name, 1) == axis.size for axis in axes):
         rng.restore(files.read_tensors(path), engine.random)
         return

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
-from megatron.checkpoint import files, integrity, layout, rng, slices, weights
-from megatron.checkpoint.handles import Checkpointable, together
-from megatron.config import Config
+from megatron.checkpoint import integrity, layout, rng, slices, weights
+from megatron.checkpoint.background import BackgroundWriter
+from megatron.checkpoint.facts import public_facts
+from megatron.checkpoint.files import Written
+from megatron.checkpoint.handles import Checkpointable, collect, together
+from megatron.checkpoint.publish import make_room, publish, retain
+from megatron.checkpoint.schedule import schedule_facts
+from megatron.checkpoint.snapshot import Snapshot
+from megatron.config import Config, wire
 
 
 @dataclass(frozen=True)
@@ -34,130 +43,137 @@ class Counters:
     skipped: int = 0
 
 
-def save_checkpoint(config: Config, engine: Checkpointable, counters: Counters, *, padded_vocab_size: int) -> Path:
-    """Writes <save>/global_step<N> and points `latest` at it; collective. Returns its folder.
+class Saver:
+    """Writes the checkpoints of a run, one after another; all methods are collective but `check`.
 
-    Raises RunError on every rank if any rank cannot write; the checkpoints before stay as they were.
+    loaded: the checkpoint that the run started from, which is never removed.
     """
-    save = Path(_required(config.checkpoint.save))
-    partial = layout.partial_directory(save, counters.iteration)
-    final = layout.step_directory(save, counters.iteration)
-    is_first = engine.topology.rank == 0
+
+    def __init__(
+        self, config: Config, engine: Checkpointable, *, padded_vocab_size: int, loaded: Path | None = None
+    ) -> None:
+        assert config.checkpoint.save is not None, "the caller saves only where `save` is set"
+        self.config = config
+        self.engine = engine
+        self.padded_vocab_size = padded_vocab_size
+        self.save_folder = Path(config.checkpoint.save)
+        self.loaded = loaded
+        topology = engine.topology
+        patience = float(config.launch.collective_timeout)
+        self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
+
+    def save(self, counters: Counters) -> Path:
+        """Writes <save>/global_step<N> and points `latest` at it; returns its folder.
+
+        With `checkpoint_async` it returns when everything is copied to the host's memory, and a thread writes. Raises
+        RunError on every rank if any rank cannot write; the checkpoints before stay as they were.
+        """
+        self.finish()
+        beside = layout.partial_directory(self.save_folder, counters.iteration)
+        final = layout.step_directory(self.save_folder, counters.iteration)
+        is_first = self.engine.topology.rank == 0
+        snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size)
+        if self.config.checkpoint.checkpoint_async:
+            snapshot = snapshot.held()
+            together(lambda: make_room(beside) if is_first else None, f"preparing {beside}")
+            self._writer.start(beside, snapshot, lambda written: self._complete(beside, final, written))
+            return final
+        written: list[Written] = []
+        try:
+            together(lambda: make_room(beside) if is_first else None, f"preparing {beside}")
+            together(lambda: written.extend(snapshot.write(beside)), f"writing {beside}")
+            everyone = collect(written)
+            together(lambda: self._complete(beside, final, everyone) if is_first else None, f"completing {final}")
+        except Exception:
+            if is_first:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return final
+
+    def check(self) -> None:
+        """Raises RunError if a save in flight has failed on this rank; does not wait."""
+        self._writer.check()
+
+    def finish(self) -> None:
+        """Returns when the save in flight is complete. RunError on every rank if it failed on any."""
+        if self.config.checkpoint.checkpoint_async:
+            together(self._writer.wait, "the save in flight")
+
+    def _complete(self, beside: Path, final: Path, written: Sequence[Written]) -> None:
+        publish(beside, final, written)
+        newest = layout.iteration_of(final)
+        assert newest is not None, "the folder was named after an iteration"
+        retain(self.save_folder, self.config.checkpoint.keep_last_n_checkpoints, newest=newest, loaded=self.loaded)
+
+
+def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int) -> Snapshot:
+    """What this rank has to write; collective."""
+    snapshot = Snapshot()
+    topology = engine.topology
     shards = engine.weights()
-    try:
-        together(lambda: _make_room(partial) if is_first else None, f"preparing {partial}")
-        together(lambda: _write(partial, config, engine, counters, shards, padded_vocab_size), f"writing {partial}")
-        together(lambda: _publish(partial, final) if is_first else None, f"completing {final}")
-    except Exception:
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if is_first:
-        _retain(save, config.checkpoint.keep_last_n_checkpoints)
-    return final
+    if topology.data.is_first:
+        _add_weights(snapshot, config, engine, counters, shards, padded_vocab_size)
+    if not config.checkpoint.no_save_optim:
+        kept = engine.optimizer_slices()
+        facts = slices.index(kept, model_rank=topology.model.rank, model_size=topology.model.size)
+        snapshot.tensors[layout.slice_file(topology.rank)] = lambda: slices.values(kept)
+        snapshot.texts[layout.slice_index(topology.rank)] = json.dumps(facts)
+    if not config.checkpoint.no_save_rng:
+        state = rng.capture(engine.random)
+        snapshot.tensors[layout.rng_file(topology.rank)] = lambda: state
+    if topology.rank == 0:
+        snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters), indent=1)
+        snapshot.texts[layout.RESOLVED] = wire.to_json(config)
+        for name, text in (config.checkpoint.config_files or {}).items():
+            snapshot.texts[f"{layout.CONFIGS}/{Path(name).name}"] = str(text)
+    return snapshot
 
 
-def _required(save: str | None) -> str:
-    assert save is not None, "the caller saves only where `save` is set"
-    return save
-
-
-def _make_room(partial: Path) -> None:
-    for stale in partial.parent.glob("global_step*.partial"):
-        shutil.rmtree(stale)
-    partial.mkdir(parents=True)
-    (partial / layout.STATE).mkdir()
-
-
-def _write(
-    partial: Path,
+def _add_weights(
+    snapshot: Snapshot,
     config: Config,
     engine: Checkpointable,
     counters: Counters,
-    shards: dict[str, torch.Tensor],
+    shards: dict[str, Tensor],
     padded_vocab_size: int,
 ) -> None:
-    """This rank's files."""
     topology = engine.topology
-    if topology.gradient.is_first:
-        stored = weights.public_biases(shards, summed=config.model.gpt_j_residual, model_rank=topology.model.rank)
-        facts = _public_facts(config, counters, padded_vocab_size)
-        path = partial / layout.model_file(topology.replica.rank)
-        if engine.pipelined:
-            weights.write_layers(partial, stored, topology.model.rank)
-            files.write_tensors(path, {"module": None, **facts})
-        else:
-            weights.write_whole(path, stored, facts)
-    if not config.checkpoint.no_save_optim:
-        kept = engine.optimizer_slices()
-        sizes = {"model_rank": topology.model.rank, "model_size": topology.model.size}
-        slices.write(partial, topology.rank, slices=kept, **sizes)
-    if not config.checkpoint.no_save_rng:
-        files.write_tensors(partial / layout.rng_file(topology.rank), rng.capture(engine.random))
-    if topology.rank == 0:
-        files.write_json(partial / layout.RUN, _run_facts(config, engine, counters))
-        files.write_json(partial / layout.CONFIGS / "resolved.json", json.loads(json.dumps(config.flat(), default=str)))
-
-
-def _public_facts(config: Config, counters: Counters, padded_vocab_size: int) -> dict[str, Any]:
-    """What the public layout's model file says beside the weights."""
-    model = config.model
-    return {
-        "iteration": counters.iteration,
-        "global_steps": counters.iteration,
-        "global_samples": counters.consumed_samples,
-        "skipped_steps": counters.skipped,
-        "dp_world_size": config.parallelism.data_parallel_size,
-        "mp_world_size": config.parallelism.model_parallel_size,
-        "args": {
-            "num_layers": model.num_layers,
-            "hidden_size": model.hidden_size,
-            "num_attention_heads": model.num_attention_heads,
-            "max_position_embeddings": model.max_position_embeddings,
-            "make_vocab_size_divisible_by": config.tokenizer.make_vocab_size_divisible_by,
-            "padded_vocab_size": padded_vocab_size,
-            "tokenizer_type": config.tokenizer.tokenizer_type,
-            "model_parallel_size": config.parallelism.model_parallel_size,
-        },
-    }
+    stored = weights.public_biases(shards, summed=config.model.gpt_j_residual, model_rank=topology.model.rank)
+    facts = public_facts(
+        config.model,
+        iteration=counters.iteration,
+        consumed_samples=counters.consumed_samples,
+        skipped=counters.skipped,
+        data_size=config.parallelism.data_parallel_size,
+        model_size=topology.model.size,
+        tokenizer_type=config.tokenizer.tokenizer_type,
+        divisible_by=config.tokenizer.make_vocab_size_divisible_by,
+        padded_vocab_size=padded_vocab_size,
+    )
+    path = layout.model_file(topology.replica.rank)
+    if not engine.pipelined:
+        snapshot.tensors[path] = partial(weights.whole_content, stored, facts)
+        return
+    snapshot.tensors[path] = lambda: {"module": None, **facts}
+    for layer, content in weights.by_layer(stored).items():
+        name = layout.layer_file(layer, topology.model.rank)
+        snapshot.tensors[name] = partial(weights.layer_content, content)
 
 
 def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> dict[str, Any]:
     """Counters, layout and versions, for people and for resuming."""
     topology = engine.topology
     return {
+        "version": integrity.VERSION,
         "counters": asdict(counters),
         "layout": {
             "pipe": topology.pipe.size,
             "data": topology.data.size,
-            "context": topology.context.size,
             "model": topology.model.size,
             "pipelined": engine.pipelined,
             "zero_stage": config.deepspeed.zero_stage,
         },
         "precision": config.precision.precision,
-        "schedule": config.schedule.model_dump(mode="json"),
+        "schedule": schedule_facts(config.schedule, config.optimizer),
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Complete on the disk first, named second, `latest` third."""
-    integrity.write_manifest(partial)
-    for directory in (partial / layout.STATE, partial):
-        files.sync_directory(directory)
-    replaced = final.with_name(final.name + ".replaced.partial")
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    files.sync_directory(final.parent)
-    files.replace_text(final.parent / layout.LATEST, final.name)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def _retain(save: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints beyond the last `keep`."""
-    if keep:
-        for iteration in layout.iterations(save)[:-keep]:
-            shutil.rmtree(layout.step_directory(save, iteration))

@@ -9,7 +9,7 @@ one parameter is held whole at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import files, layout
+from megatron.checkpoint.files import Written
 from megatron.errors import RunError
 from megatron.shapes import TensorShape
+
+VOCABULARY = ("word_embedding", "head")
+"""Kinds of tensors whose rows are padded to a multiple, so that readers may have more of them than writers."""
 
 MASTER = "master"
 """The fp32 copy of a parameter that is trained in a lower precision."""
@@ -39,16 +43,29 @@ class StateSlice:
     tensors: dict[str, Tensor]
 
 
-def write(directory: Path, rank: int, *, model_rank: int, model_size: int, slices: Sequence[StateSlice]) -> None:
-    """Stores the slices of one global rank and their index."""
-    index = [
+def index(slices: Sequence[StateSlice], *, model_rank: int, model_size: int) -> dict[str, Any]:
+    """What the slices of one global rank are, without their values."""
+    entries = [
         {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step, "names": sorted(piece.tensors)}
         for piece in slices
     ]
-    values = [{name: tensor.detach().cpu().clone() for name, tensor in piece.tensors.items()} for piece in slices]
-    files.write_tensors(directory / layout.slice_file(rank), values)
-    facts = {"model_rank": model_rank, "model_size": model_size, "slices": index}
-    files.write_json(directory / layout.slice_index(rank), facts)
+    return {"model_rank": model_rank, "model_size": model_size, "slices": entries}
+
+
+def values(slices: Sequence[StateSlice]) -> list[dict[str, Tensor]]:
+    """The values of the slices, in order; copies in the host's memory."""
+    return [{name: tensor.detach().cpu().clone() for name, tensor in piece.tensors.items()} for piece in slices]
+
+
+def write(
+    directory: Path, rank: int, *, model_rank: int, model_size: int, slices: Sequence[StateSlice]
+) -> list[Written]:
+    """Stores the slices of one global rank and their index."""
+    facts = index(slices, model_rank=model_rank, model_size=model_size)
+    return [
+        files.write_tensors(directory / layout.slice_file(rank), values(slices)),
+        files.write_json(directory / layout.slice_index(rank), facts),
+    ]
 
 
 @dataclass(frozen=True)
@@ -68,19 +85,21 @@ class _Place:
 class OptimizerState:
     """The optimizer state of a checkpoint, read on demand.
 
-    places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them.
+    places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them. shapes: key ->
+    the reader's tensor. rows: of the writer's embedding, where the reader's may have more.
     """
 
     model_size: int
     places: dict[str, list[_Place]]
     shapes: dict[str, TensorShape]
+    rows: int | None = None
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod
-    def open(directory: Path, shapes: dict[str, TensorShape]) -> OptimizerState | None:
+    def open(directory: Path, shapes: dict[str, TensorShape], rows: int | None = None) -> OptimizerState | None:
         """Reads the indexes of a checkpoint; None if it holds no optimizer state.
 
-        shapes: parameter key -> its entry in the table of tensors.
+        shapes: parameter key -> its entry in the table of tensors. rows: see the class.
         """
         indexes = sorted((directory / layout.STATE).glob("rank_*.json"))
         places: dict[str, list[_Place]] = {}
@@ -103,7 +122,7 @@ class OptimizerState:
             return None
         if len(sizes) != 1:
             raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", where=str(directory))
-        return OptimizerState(sizes.pop(), places, shapes)
+        return OptimizerState(sizes.pop(), places, shapes, rows)
 
     def names(self, key: str) -> tuple[str, ...]:
         """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
@@ -119,14 +138,23 @@ class OptimizerState:
         shape = self.shapes[key]
         if shape.shard_dim is None:
             return self._source_shard(key, name, 0).flatten()
-        if model_size == self.model_size:
+        written = self._as_written(key)
+        if model_size == self.model_size and written is shape:
             return self._source_shard(key, name, model_rank).flatten()
-        whole = join_shards(shape, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
+        whole = join_shards(written, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
+        whole = grown(shape, whole, zero=name != MASTER)
         return cut_shard(shape, whole, model_rank, model_size).flatten()
+
+    def _as_written(self, key: str) -> TensorShape:
+        """The tensor with as many rows as the writer's vocabulary had, which may have been padded less."""
+        shape = self.shapes[key]
+        if self.rows is None or shape.kind not in VOCABULARY or self.rows >= shape.shape[0]:
+            return shape
+        return replace(shape, shape=(self.rows, *shape.shape[1:]))
 
     def _source_shard(self, key: str, name: str, model_rank: int) -> Tensor:
         """One tensor-parallel shard as it was cut when it was written. RunError if a piece of it is not there."""
-        shape = self.shapes[key].local_shape(self.model_size)
+        shape = self._as_written(key).local_shape(self.model_size)
         shard = torch.empty(shape, dtype=torch.float32)
         flat = shard.view(-1)
         covered = 0
@@ -169,3 +197,17 @@ def join_shards(shape: TensorShape, shards: Sequence[Tensor]) -> Tensor:
             whole.narrow(shape.shard_dim, start, stop - start).copy_(rows)
             offset += stop - start
     return whole
+
+
+def grown(shape: TensorShape, whole: Tensor, *, zero: bool = False) -> Tensor:
+    """A tensor over the vocabulary with the rows of padding that the reader has beyond the writer's.
+
+    Each new row is the mean of the others, so its logit is the mean logit, and all n of them together take at most n
+    of rows + n parts of the probability (the mean of exponentials is at least the exponential of the mean). zero: they
+    are zero instead, as the optimizer's state of a row is that no token has trained.
+    """
+    missing = shape.shape[0] - whole.shape[0]
+    if missing <= 0:
+        return whole
+    row = torch.zeros_like(whole[:1]) if zero else whole.float().mean(0, keepdim=True).to(whole.dtype)
+    return torch.cat((whole, row.expand(missing, -1)))

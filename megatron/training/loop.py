@@ -51,7 +51,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with. save: writes a checkpoint of the state, None when nothing is saved."""
+    """What the loop works with.
+
+    save: writes a checkpoint of the state, None when nothing is saved. check_saves: raises if one that is still being
+    written has failed.
+    """
 
     engine: TrainingEngine
     schedule: Schedule
@@ -60,6 +64,7 @@ class Parts:
     reporter: Reporter
     stop_requested: Callable[[], bool]
     save: Callable[[RunState], None] | None
+    check_saves: Callable[[], None]
     synchronize: Callable[[], None]
     peak_memory: Callable[[], int]
 
@@ -86,6 +91,7 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
         if _evaluation_due(plan, parts, state):
             with window.clock.excluded():
                 evaluate(plan, parts, state)
+        parts.check_saves()
         reason = _reason_to_stop(plan, parts, state)
         last = reason is not None or state.iteration == plan.total
         if parts.save is not None and (last or _save_due(plan, state)):

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.load import find_checkpoint, restore
-from megatron.checkpoint.save import Counters, save_checkpoint
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
+from megatron.checkpoint.save import Counters, Saver
 from megatron.config import Config
 from megatron.config.derive.horizon import decay_horizon
 from megatron.config.known import known
@@ -106,19 +106,22 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
     vocabulary = padded_vocab_size(
         tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
     )
+    vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), vocabulary))
-    engine = build_training_engine(
-        config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
-    )
+    config = checkpoint.schedule(config) if checkpoint else config
+    engine = build_training_engine(config, topology, padded_vocab_size=vocabulary, checkpoint=checkpoint)
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
     reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration)
     try:
         plan = _plan(config, topology, vocabulary, reporter)
-        parts = _parts(config, engine, data, reporter, stop, vocabulary)
+        saver = _saver(config, engine, vocabulary, checkpoint)
+        parts = _parts(config, engine, data, reporter, stop, saver)
         _introduce(config, topology, data, state, reporter)
         reason = run_loop(plan, parts, state)
+        if saver is not None:
+            saver.finish()
         if reason is not None:
             reporter.message(f"stopped after iteration {state.iteration}: {reason}")
         elif data.test is not None and plan.eval_iters > 0:
@@ -200,7 +203,12 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
 
 
 def _parts(
-    config: Config, engine: PlainEngine | PipelinedEngine, data: Data, reporter: Reporter, stop: Stop, vocabulary: int
+    config: Config,
+    engine: PlainEngine | PipelinedEngine,
+    data: Data,
+    reporter: Reporter,
+    stop: Stop,
+    saver: Saver | None,
 ) -> Parts:
     schedule = build_schedule(
         SCHEDULES.load(config.schedule.lr_decay_style),
@@ -217,18 +225,27 @@ def _parts(
         valid=data.valid,
         reporter=reporter,
         stop_requested=lambda: stop.requested,
-        save=_saver(config, engine, reporter, vocabulary) if config.checkpoint.save else None,
+        save=_save(saver, reporter) if saver else None,
+        check_saves=saver.check if saver else no_wait,
         synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
         peak_memory=lambda: peak_memory_bytes(device()),
     )
 
 
 def _saver(
-    config: Config, engine: PlainEngine | PipelinedEngine, reporter: Reporter, vocabulary: int
-) -> Callable[[RunState], None]:
+    config: Config, engine: PlainEngine | PipelinedEngine, vocabulary: int, checkpoint: Checkpoint | None
+) -> Saver | None:
+    if config.checkpoint.save is None:
+        return None
+    loaded = checkpoint.directory if checkpoint else None
+    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded)
+
+
+def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
     def save(state: RunState) -> None:
-        directory = save_checkpoint(config, engine, state.counters(), padded_vocab_size=vocabulary)
-        reporter.message(f"saved {directory}")
+        directory = saver.save(state.counters())
+        how = "saving" if saver.config.checkpoint.checkpoint_async else "saved"
+        reporter.message(f"{how} {directory}")
 
     return save
 

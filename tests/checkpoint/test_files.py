@@ -22,9 +22,11 @@ class Attack:
 
 
 def checkpoint(directory: Path) -> Path:
-    files.write_tensors(directory / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(100)}})
-    files.write_json(directory / layout.RUN, {"counters": {}})
-    integrity.write_manifest(directory)
+    written = [
+        files.write_tensors(directory / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(100)}}),
+        files.write_json(directory / layout.RUN, {"counters": {}}),
+    ]
+    integrity.write_manifest(directory, written)
     return directory
 
 

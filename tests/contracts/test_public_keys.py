@@ -43,6 +43,7 @@ NEW = {
     "stop",
     "gpu_memory",
     "load_fallback",
+    "checkpoint_async",
     "strict_config",
     "collective_timeout",
     "max_restarts",

@@ -11,8 +11,9 @@ class CheckpointSection(Section):
     load: str | None = key(None, "Folder to load a checkpoint from.")
     load_fallback: str = key(
         "error",
-        "What a `load` without a checkpoint does: error refuses to start, fresh starts from initial weights.",
-        choices=("error", "fresh"),
+        "What a `load` without a whole checkpoint does: error refuses to start, previous goes on from the newest that "
+        "is whole where a newer one is damaged, fresh starts from initial weights where there is none.",
+        choices=("error", "previous", "fresh"),
     )
     iteration: int | None = key(None, "Checkpoint to load; the latest when left out.", unit="steps")
     finetune: bool = key(False, "Load the weights only and count iterations from 0.")
@@ -20,6 +21,9 @@ class CheckpointSection(Section):
         None, "With scale linear: save every so many steps; with log: at the powers of this.", unit="steps"
     )
     checkpoint_scale: str = key("linear", "Spacing of checkpoints.", choices=("linear", "log"))
+    checkpoint_async: bool = key(
+        False, "Go on training while a checkpoint is written; only copying it to the host's memory is waited for."
+    )
     extra_save_iters: Integers | None = key(None, "Further iterations to save at.", unit="steps")
     keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are removed.", unit="checkpoints")
     no_save_optim: bool = key(False, "Save no optimizer state.")

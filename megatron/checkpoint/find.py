@@ -1,0 +1,94 @@
+"""Which checkpoint of a folder to read: the named one, the newest, or the newest that is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron.checkpoint import integrity, layout
+from megatron.checkpoint.handles import collect
+from megatron.errors import ConfigError, Mistake, RunError
+from megatron.log import get_logger
+
+_log = get_logger(__name__)
+
+FRESH, PREVIOUS = "fresh", "previous"
+
+
+def candidates(load: Path, iteration: int | None) -> list[Path]:
+    """Checkpoints that may be read, the one that is meant first, older ones after it.
+
+    Empty when the folder holds none. Raises ConfigError for an iteration that is not there, RunError when `latest`
+    names one that is not there and there is no other.
+    """
+    found = layout.iterations(load)
+    if iteration is not None:
+        if iteration not in found:
+            raise ConfigError.of(
+                f"there is no such checkpoint in {load}", key="iteration", value=iteration, remedy=offer(found)
+            )
+        newest = iteration
+    elif (load / layout.LATEST).is_file():
+        return _from_pointer(load, found)
+    elif not found:
+        return []
+    else:
+        newest = found[-1]
+    return [layout.step_directory(load, each) for each in reversed(found) if each <= newest]
+
+
+def _from_pointer(load: Path, found: list[int]) -> list[Path]:
+    """What the file `latest` names, then the older ones; public tools also write names that are bare numbers."""
+    named = load / (load / layout.LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    newest = layout.iteration_of(named)
+    older = [layout.step_directory(load, each) for each in reversed(found) if newest is None or each < newest]
+    return [named, *older]
+
+
+def whole(load: Path, iteration: int | None, fallback: str) -> Path | None:
+    """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
+
+    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. Raises
+    RunError that names each damaged file.
+    """
+    meant = candidates(load, iteration)
+    for number, directory in enumerate(meant):
+        faults = faults_of(directory, load)
+        if not faults:
+            if number:
+                _log.warning("going on from %s instead", directory)
+            return directory
+        if fallback != PREVIOUS or directory == meant[-1]:
+            raise RunError(*_with_remedy(faults, load, directory))
+        for fault in faults:
+            _log.warning("%s", fault)
+    return None
+
+
+def faults_of(directory: Path, load: Path) -> list[Mistake]:
+    """What is wrong with a checkpoint, the same list on every rank; collective."""
+    if not directory.is_dir() or directory == load:
+        return [Mistake("names a checkpoint that is not there", where=str(load / layout.LATEST))]
+    if not integrity.is_ours(directory):
+        empty = not layout.model_files(directory) and not layout.layer_files(directory)
+        return [Mistake("no weight files", where=str(directory))] if empty else []
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        mine = integrity.damage(directory, contents=True, share=(rank, size))
+    except RunError as error:
+        mine = list(error.mistakes)
+    return sorted(set(collect(mine)), key=str)
+
+
+def offer(found: list[int]) -> str:
+    """The remedy that names the iterations there are."""
+    if not found:
+        return "the folder holds no checkpoints"
+    return f"choose one with --iteration: {', '.join(map(str, found))}"
+
+
+def _with_remedy(faults: list[Mistake], load: Path, damaged: Path) -> list[Mistake]:
+    others = [each for each in layout.iterations(load) if each != layout.iteration_of(damaged)]
+    remedy = offer(others) + (", or set load_fallback: previous" if others else "")
+    return [Mistake(fault.what, where=fault.where, remedy=remedy) for fault in faults]

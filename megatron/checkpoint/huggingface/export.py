@@ -1,0 +1,115 @@
+"""A checkpoint of ours as a folder that `transformers` loads: safetensors, their index and config.json.
+
+The tensors are made one by one while the files are written, so the memory needed is about one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import files
+from megatron.checkpoint.huggingface import safetensors
+from megatron.checkpoint.huggingface.families import family_for
+from megatron.checkpoint.huggingface.family import Correspondence
+from megatron.checkpoint.huggingface.folder import CONFIG, INDEX, WHOLE
+from megatron.checkpoint.huggingface.safetensors import Promise
+from megatron.checkpoint.stored import StoredModel
+from megatron.checkpoint.weights import key_of
+from megatron.errors import RunError
+from megatron.shapes import ModelDims, TensorShape
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. rows: of the embedding. names: of the family and its class in transformers."""
+
+    family: str
+    architecture: str
+    tensors: int
+    size: int
+    rows: int
+
+
+def export(
+    stored: StoredModel,
+    output: Path,
+    *,
+    family_name: str | None = None,
+    precision: str = "auto",
+    largest_file: int = 5 << 30,
+    special: Mapping[str, int] | None = None,
+) -> Exported:
+    """Writes the folder.
+
+    family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
+    takes the optimizer's fp32 copies where they were kept. largest_file: [bytes]. special: ids for config.json, such
+    as eos_token_id. Raises ConfigError naming each key that the family cannot express.
+    """
+    family = family_for(stored.model, family_name)
+    dims = ModelDims.of(stored.model)
+    rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)
+    dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
+    shapes = {key_of(shape): shape for shape in stored.table}
+    table = family.table(dims)
+    assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
+    output.mkdir(parents=True, exist_ok=True)
+    promises = [promise for row in table for promise in _promises(stored, row, shapes[row.ours], rows, dtype)]
+    _write_files(output, promises, largest_file)
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= family.config(stored.model, rows) | dict(special or {}) | {"torch_dtype": _CALLED[dtype]}
+    files.write_json(output / CONFIG, config)
+    return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)
+
+
+def _promises(
+    stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, dtype: torch.dtype
+) -> Iterator[Promise]:
+    """Their tensors that one of ours turns into."""
+    ours = torch.empty(shape.shape, device="meta")
+    for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):
+        make = partial(_make, stored, row, shape, rows, part, dtype == torch.float32)
+        yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
+
+
+def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
+    whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
+    return row.apart(whole)[part]
+
+
+def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:
+    return whole[:rows] if shape.kind in ("word_embedding", "head") else whole
+
+
+def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
+    """One file, or several with an index."""
+    parts: list[list[Promise]] = [[]]
+    for promise in promises:
+        if parts[-1] and sum(each.size for each in parts[-1]) + promise.size > largest:
+            parts.append([])
+        parts[-1].append(promise)
+    if len(parts) == 1:
+        safetensors.write(output / WHOLE, parts[0], {"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        safetensors.write(output / name, part, {"format": "pt"})
+        where |= {promise.name: name for promise in part}
+    total = sum(promise.size for promise in promises)
+    files.write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def refuse_existing(output: Path) -> None:
+    """RunError when the folder already holds a model, whose files would mix with ours."""
+    if any(output.glob("*.safetensors")) or (output / CONFIG).is_file():
+        raise RunError.of("the folder already holds a model", where=str(output), remedy="give an empty or new one")

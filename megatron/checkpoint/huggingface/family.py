@@ -1,0 +1,149 @@
+"""What a family of models in `transformers` is, seen from here: names, rows and settings, in both directions.
+
+A family's file holds one `Family`. Its table says for every tensor of ours which tensors of theirs hold its values and
+how the values are rearranged, so exporting and importing are the two directions of one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.sections.model import ModelSection
+from megatron.errors import ConfigError, Mistake
+from megatron.shapes import ModelDims
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """One tensor of ours and those of theirs that hold the same values.
+
+    ours: "<layer>.<name>". apart: ours -> theirs, in the order of their names; it works on shapes alone too (the meta
+    device). together: theirs -> ours. copies: their tensors must agree, and ours is any of them.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    apart: Callable[[Tensor], Sequence[Tensor]]
+    together: Callable[[Sequence[Tensor]], Tensor]
+    copies: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of `transformers`.
+
+    name: what `--architecture` calls it. model_type, architecture: in config.json. misfits: what of a model section
+    their configuration cannot say. config: our section and padded vocabulary -> config.json. settings: config.json ->
+    our keys; raises ConfigError where ours cannot say it. table: all tensors. spare: endings of their names that
+    hold no weights (masks, tables of frequencies) and are left out. prefix: what their names begin with in a model
+    with a head, which files of the bare model lack.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    misfits: Callable[[ModelSection], list[Mistake]]
+    config: Callable[[ModelSection, int], Settings]
+    settings: Callable[[Mapping[str, Any]], Settings]
+    table: Callable[[ModelDims], list[Correspondence]]
+    spare: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+def same(ours: str, theirs: str) -> Correspondence:
+    """The same values in the same order."""
+    return Correspondence(ours, (theirs,), lambda tensor: (tensor,), lambda tensors: tensors[0])
+
+
+def transposed(ours: str, theirs: str) -> Correspondence:
+    """A matrix that they keep as [in, out]."""
+    return Correspondence(ours, (theirs,), lambda tensor: (tensor.T,), lambda tensors: tensors[0].T)
+
+
+def stacked(ours: str, theirs: tuple[str, ...]) -> Correspondence:
+    """Ours is theirs on top of each other, in equal parts."""
+    count = len(theirs)
+    return Correspondence(
+        ours, theirs, lambda tensor: tensor.chunk(count, 0), lambda tensors: torch.cat(tuple(tensors))
+    )
+
+
+def fused(ours: str, theirs: tuple[str, str, str], dims: ModelDims) -> Correspondence:
+    """Query, key and value projections (weights or biases), which they keep apart."""
+    return Correspondence(
+        ours,
+        theirs,
+        lambda tensor: queries_keys_values(tensor, dims),
+        lambda tensors: query_key_value(tensors, dims),
+    )
+
+
+def queries_keys_values(rows: Tensor, dims: ModelDims) -> tuple[Tensor, Tensor, Tensor]:
+    """Our rows -> all query rows, all key rows, all value rows, each in order of heads."""
+    if dims.grouped:
+        queries, keys, values = rows.split((dims.query_size, dims.kv_size, dims.kv_size))
+        return queries, keys, values
+    by_head = rows.unflatten(0, (dims.num_attention_heads, 3, dims.head_dim))  # [n, 3, d, ...]
+    return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1), by_head[:, 2].flatten(0, 1)
+
+
+def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
+    """The inverse of `queries_keys_values`."""
+    if dims.grouped:
+        return torch.cat(tuple(parts))
+    heads = (dims.num_attention_heads, dims.head_dim)
+    return torch.stack([part.unflatten(0, heads) for part in parts], 1).flatten(0, 2)  # [n, 3, d, ...] -> [3nd, ...]
+
+
+def unlike(model: ModelSection, wanted: Mapping[str, object], family: str) -> list[Mistake]:
+    """A mistake for every key of the section whose value is not the one that the family is made of."""
+    return [
+        Mistake(f"a {family} model has {value!r}", key=key, value=getattr(model, key))
+        for key, value in wanted.items()
+        if getattr(model, key) != value
+    ]
+
+
+def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str:
+    """Our name of what config.json names under `key`. ConfigError when there is none."""
+    if theirs.get(key) not in known:
+        raise ConfigError.of(
+            f"only {', '.join(sorted(known))} can be taken over", key=key, value=theirs.get(key), where="config.json"
+        )
+    return known[theirs[key]]
+
+
+def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+    """Raises ConfigError for keys of config.json whose value asks for something that we have not."""
+    ConfigError.raise_any(
+        Mistake(f"only {value!r} can be taken over", key=key, value=theirs[key], where="config.json")
+        for key, value in wanted.items()
+        if theirs.get(key, value) not in (value, None)
+    )
+
+
+def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "", usual: float = 1.0) -> tuple[int, float]:
+    """(base, part of each head that turns) from either spelling: rope_parameters, or the older single keys.
+
+    base, part: their names among the older keys. usual: the part where neither says one.
+
+    Raises ConfigError for scaled positions and for a base that is no whole number.
+    """
+    nested = theirs.get("rope_parameters") or {}
+    scaling = theirs.get("rope_scaling") or {}
+    kind = nested.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise ConfigError.of(
+            f"positions of kind {kind} cannot be taken over", key="rope_scaling", value=kind, where="config.json"
+        )
+    theta = nested.get("rope_theta", theirs.get(base, 10000))
+    if theta != int(theta):
+        raise ConfigError.of("the base must be a whole number", key=base, value=theta, where="config.json")
+    return int(theta), float(nested.get("partial_rotary_factor", theirs.get(part, usual)))

@@ -1,0 +1,124 @@
+"""GPT-2: `GPT2LMHeadModel`. Its matrices are [in, out], and the fused projection has all queries, keys, values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.huggingface.family import (
+    Correspondence,
+    Family,
+    Settings,
+    choose,
+    demand,
+    queries_keys_values,
+    query_key_value,
+    same,
+    transposed,
+    unlike,
+)
+from megatron.config.sections.model import ModelSection
+from megatron.errors import Mistake
+from megatron.shapes import ModelDims
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
+"""Ours -> theirs."""
+_BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+_MATRICES = {"attention.dense": "attn.c_proj", "mlp.linear1": "mlp.c_fc", "mlp.linear2": "mlp.c_proj"}
+_NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
+
+
+def _misfits(model: ModelSection) -> list[Mistake]:
+    wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
+    wanted |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
+    wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0}
+    faults = unlike(model, wanted, "GPT-2")
+    if model.activation not in ACTIVATIONS:
+        faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
+    dims = ModelDims.of(model)
+    if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
+        faults.append(Mistake("a GPT-2 model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+    return faults
+
+
+def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    return {
+        "vocab_size": padded_vocab_size,
+        "n_embd": model.hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_attention_heads,
+        "n_inner": model.mlp_width,
+        "n_positions": model.max_position_embeddings,
+        "activation_function": ACTIVATIONS[model.activation],
+        "layer_norm_epsilon": model.layernorm_epsilon,
+        "attn_pdrop": model.attention_dropout,
+        "embd_pdrop": model.hidden_dropout,
+        "resid_pdrop": model.hidden_dropout,
+        "tie_word_embeddings": not model.no_weight_tying,
+    }
+
+
+def _settings(theirs: Mapping[str, Any]) -> Settings:
+    demand(theirs, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
+    return {
+        "num_layers": theirs["n_layer"],
+        "hidden_size": theirs["n_embd"],
+        "num_attention_heads": theirs["n_head"],
+        "intermediate_size": theirs.get("n_inner") or 4 * theirs["n_embd"],
+        "activation": choose(_BACK, theirs, "activation_function"),
+        "max_position_embeddings": theirs["n_positions"],
+        "norm": "layernorm",
+        "layernorm_epsilon": float(theirs.get("layer_norm_epsilon", 1e-5)),
+        "pos_emb": "learned",
+        "no_weight_tying": not theirs.get("tie_word_embeddings", True),
+    }
+
+
+def _table(dims: ModelDims) -> list[Correspondence]:
+    rows = [
+        same("0.word_embeddings.weight", "transformer.wte.weight"),
+        same("0.position_embeddings.weight", "transformer.wpe.weight"),
+    ]
+    for block in range(dims.num_layers):
+        ours, theirs = f"{block + 2}.", f"transformer.h.{block}."
+        for kind in ("weight", "bias"):
+            rows += [same(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}") for name, other in _NORMS.items()]
+            rows.append(_attention(f"{ours}attention.query_key_value.{kind}", f"{theirs}attn.c_attn.{kind}", dims))
+        for name, other in _MATRICES.items():
+            rows.append(transposed(f"{ours}{name}.weight", f"{theirs}{other}.weight"))
+            rows.append(same(f"{ours}{name}.bias", f"{theirs}{other}.bias"))
+    last = dims.num_layers + 3
+    rows += [same(f"{last}.norm.{kind}", f"transformer.ln_f.{kind}") for kind in ("weight", "bias")]
+    if not dims.tied:
+        rows.append(same(f"{last + 1}.final_linear.weight", "lm_head.weight"))
+    return rows
+
+
+def _attention(ours: str, theirs: str, dims: ModelDims) -> Correspondence:
+    """Weight [3h, h] <-> [h, 3h], or bias [3h]: head by head <-> all queries, all keys, all values."""
+
+    def apart(tensor: Tensor) -> Sequence[Tensor]:
+        joined = torch.cat(queries_keys_values(tensor, dims))
+        return (joined.T if joined.dim() == 2 else joined,)
+
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        rows = tensors[0].T if tensors[0].dim() == 2 else tensors[0]
+        return query_key_value(rows.chunk(3), dims)
+
+    return Correspondence(ours, (theirs,), apart, together)
+
+
+GPT2 = Family(
+    name="gpt2",
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    misfits=_misfits,
+    config=_config,
+    settings=_settings,
+    table=_table,
+    spare=(".attn.bias", ".attn.masked_bias"),
+    prefix="transformer.",
+)

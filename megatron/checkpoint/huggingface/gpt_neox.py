@@ -1,0 +1,125 @@
+"""GPT-NeoX and Pythia: `GPTNeoXForCausalLM`. The rows of the fused projection stand as ours do, head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.checkpoint.huggingface.family import (
+    Correspondence,
+    Family,
+    Settings,
+    choose,
+    rotary_settings,
+    same,
+    unlike,
+)
+from megatron.config.sections.model import ModelSection
+from megatron.errors import Mistake
+from megatron.shapes import ModelDims
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+"""Ours -> theirs."""
+_BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
+"""Theirs -> ours."""
+_PARTS = {
+    "attention.query_key_value": "attention.query_key_value",
+    "attention.dense": "attention.dense",
+    "mlp.linear1": "mlp.dense_h_to_4h",
+    "mlp.linear2": "mlp.dense_4h_to_h",
+}
+
+
+def _misfits(model: ModelSection) -> list[Mistake]:
+    wanted = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
+    wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "rope_scaling": None}
+    faults = unlike(model, wanted, "GPT-NeoX")
+    if model.activation not in ACTIVATIONS:
+        faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
+    dims = ModelDims.of(model)
+    if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
+        faults.append(Mistake("a GPT-NeoX model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+    return faults
+
+
+def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    return {
+        "vocab_size": padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.mlp_width,
+        "hidden_act": ACTIVATIONS[model.activation],
+        "rotary_pct": model.rotary_pct,
+        "rotary_emb_base": model.rotary_emb_base,
+        "max_position_embeddings": model.max_position_embeddings,
+        "layer_norm_eps": model.layernorm_epsilon,
+        "use_parallel_residual": model.gpt_j_residual,
+        "attention_bias": model.use_bias_in_attn_linear,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout,
+        "tie_word_embeddings": not model.no_weight_tying,
+    }
+
+
+def _settings(theirs: Mapping[str, Any]) -> Settings:
+    base, part = rotary_settings(theirs, base="rotary_emb_base", part="rotary_pct", usual=0.25)
+    return {
+        "num_layers": theirs["num_hidden_layers"],
+        "hidden_size": theirs["hidden_size"],
+        "num_attention_heads": theirs["num_attention_heads"],
+        "intermediate_size": theirs["intermediate_size"],
+        "activation": choose(THEIR_ACTIVATIONS, theirs, "hidden_act"),
+        "max_position_embeddings": theirs["max_position_embeddings"],
+        "norm": "layernorm",
+        "layernorm_epsilon": float(theirs.get("layer_norm_eps", 1e-5)),
+        "pos_emb": "rotary",
+        "rotary_pct": part,
+        "rotary_emb_base": base,
+        "gpt_j_residual": bool(theirs.get("use_parallel_residual", True)),
+        "use_bias_in_attn_linear": bool(theirs.get("attention_bias", True)),
+        "no_weight_tying": not theirs.get("tie_word_embeddings", False),
+    }
+
+
+def _table(dims: ModelDims) -> list[Correspondence]:
+    rows = [same("0.word_embeddings.weight", "gpt_neox.embed_in.weight")]
+    for block in range(dims.num_layers):
+        ours, theirs = f"{block + 2}.", f"gpt_neox.layers.{block}."
+        for kind in ("weight", "bias"):
+            rows += _norms(dims, ours, theirs, kind)
+        for name, other in _PARTS.items():
+            kinds = ("weight", "bias") if dims.attention_bias or name.startswith("mlp") else ("weight",)
+            rows += [same(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}") for kind in kinds]
+    last = dims.num_layers + 3
+    rows += [same(f"{last}.norm.{kind}", f"gpt_neox.final_layer_norm.{kind}") for kind in ("weight", "bias")]
+    if not dims.tied:
+        rows.append(same(f"{last + 1}.final_linear.weight", "embed_out.weight"))
+    return rows
+
+
+def _norms(dims: ModelDims, ours: str, theirs: str, kind: str) -> list[Correspondence]:
+    """Two norms, or one that they keep twice (gpt_j_tied)."""
+    names = ("input_layernorm", "post_attention_layernorm")
+    if not dims.shared_norm:
+        return [same(f"{ours}{name}.{kind}", f"{theirs}{name}.{kind}") for name in names]
+    both = (f"{theirs}{names[0]}.{kind}", f"{theirs}{names[1]}.{kind}")
+    return [
+        Correspondence(
+            f"{ours}{names[0]}.{kind}", both, lambda tensor: (tensor, tensor), lambda tensors: tensors[0], copies=True
+        )
+    ]
+
+
+GPT_NEOX = Family(
+    name="neox",
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    misfits=_misfits,
+    config=_config,
+    settings=_settings,
+    table=_table,
+    spare=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    prefix="gpt_neox.",
+)

@@ -1,0 +1,155 @@
+"""LLaMA and Mistral: `LlamaForCausalLM`, `MistralForCausalLM`.
+
+They keep query, key and value apart, and the two halves of the gated MLP; ours are fused, the plain half first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.checkpoint.huggingface.family import (
+    Correspondence,
+    Family,
+    Settings,
+    choose,
+    demand,
+    fused,
+    rotary_settings,
+    same,
+    stacked,
+    unlike,
+)
+from megatron.config.sections.model import ModelSection
+from megatron.errors import Mistake
+from megatron.shapes import ModelDims
+
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+"""Ours -> theirs: they name the activation of the gate."""
+_BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+
+
+def _misfits(model: ModelSection) -> list[Mistake]:
+    wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False, "rope_scaling": None}
+    faults = unlike(model, wanted, "LLaMA")
+    if model.activation not in ACTIVATIONS:
+        faults.append(Mistake("a LLaMA model has a gated activation", key="activation", value=model.activation))
+    return faults
+
+
+def _llama_misfits(model: ModelSection) -> list[Mistake]:
+    return _misfits(model) + unlike(model, {"sliding_window_width": None}, "LLaMA")
+
+
+def _mistral_misfits(model: ModelSection) -> list[Mistake]:
+    return _misfits(model) + unlike(model, {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False}, "Mistral")
+
+
+def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    return {
+        "vocab_size": padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": ModelDims.of(model).head_dim,
+        "intermediate_size": model.mlp_width,
+        "hidden_act": ACTIVATIONS[model.activation],
+        "rope_theta": float(model.rotary_emb_base),
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.rms_norm_epsilon,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": not model.no_weight_tying,
+    }
+
+
+def _llama_config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    biases = {"attention_bias": model.use_bias_in_attn_linear, "mlp_bias": model.use_bias_in_mlp}
+    return _config(model, padded_vocab_size) | biases
+
+
+def _mistral_config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    return _config(model, padded_vocab_size) | {"sliding_window": model.sliding_window_width}
+
+
+def _settings(theirs: Mapping[str, Any]) -> Settings:
+    base, part = rotary_settings(theirs, base="rope_theta")
+    demand({"partial_rotary_factor": part}, {"partial_rotary_factor": 1.0})
+    heads = theirs["num_attention_heads"]
+    return {
+        "num_layers": theirs["num_hidden_layers"],
+        "hidden_size": theirs["hidden_size"],
+        "num_attention_heads": heads,
+        "num_kv_heads": theirs.get("num_key_value_heads") or heads,
+        "kv_channels": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "intermediate_size": 3 * theirs["intermediate_size"],
+        "activation": choose(_BACK, theirs, "hidden_act"),
+        "max_position_embeddings": theirs["max_position_embeddings"],
+        "norm": "rmsnorm",
+        "rms_norm_epsilon": float(theirs.get("rms_norm_eps", 1e-6)),
+        "pos_emb": "rotary",
+        "rotary_pct": 1.0,
+        "rotary_emb_base": base,
+        "use_bias_in_attn_linear": bool(theirs.get("attention_bias", False)),
+        "use_bias_in_mlp": bool(theirs.get("mlp_bias", False)),
+        "no_weight_tying": not theirs.get("tie_word_embeddings", False),
+    }
+
+
+def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
+    settings = _settings(theirs)
+    window = theirs.get("sliding_window")
+    if window is not None and window < theirs["max_position_embeddings"]:
+        settings["sliding_window_width"] = window
+    return settings
+
+
+def _table(dims: ModelDims) -> list[Correspondence]:
+    rows = [same("0.word_embeddings.weight", "model.embed_tokens.weight")]
+    for block in range(dims.num_layers):
+        rows += _block(dims, f"{block + 2}.", f"model.layers.{block}.")
+    last = dims.num_layers + 3
+    rows.append(same(f"{last}.norm.scale", "model.norm.weight"))
+    if not dims.tied:
+        rows.append(same(f"{last + 1}.final_linear.weight", "lm_head.weight"))
+    return rows
+
+
+def _block(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+    rows = [
+        same(f"{ours}{name}.scale", f"{theirs}{name}.weight")
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ]
+    for kind in ("weight", "bias") if dims.attention_bias else ("weight",):
+        queries, keys, values = (f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv")
+        rows.append(fused(f"{ours}attention.query_key_value.{kind}", (queries, keys, values), dims))
+        rows.append(same(f"{ours}attention.dense.{kind}", f"{theirs}self_attn.o_proj.{kind}"))
+    for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
+        halves = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
+        rows.append(stacked(f"{ours}mlp.linear1.{kind}", halves))
+        rows.append(same(f"{ours}mlp.linear2.{kind}", f"{theirs}mlp.down_proj.{kind}"))
+    return rows
+
+
+LLAMA = Family(
+    name="llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    misfits=_llama_misfits,
+    config=_llama_config,
+    settings=_settings,
+    table=_table,
+    spare=(".rotary_emb.inv_freq",),
+    prefix="model.",
+)
+MISTRAL = Family(
+    name="mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    misfits=_mistral_misfits,
+    config=_mistral_config,
+    settings=_mistral_settings,
+    table=_table,
+    spare=(".rotary_emb.inv_freq",),
+    prefix="model.",
+)

@@ -1,0 +1,125 @@
+"""The safetensors format, read and written a tensor at a time.
+
+    8 bytes     length of the header, little endian
+    header      JSON: name -> {"dtype", "shape", "data_offsets": [start, stop]}, padded with spaces to 8 bytes
+    data        the tensors back to back, little endian, C order
+
+Nothing here holds more than one tensor: the writer knows the shapes beforehand, the reader maps the file into memory.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import files
+from megatron.errors import RunError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_HEADER = 100 << 20  # bytes; a longer one is no header
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A tensor that will be written: its facts now, its values when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Iterable[Promise], metadata: Mapping[str, str]) -> None:
+    """Writes the promised tensors in order, each made when it is written; on the disk when this returns."""
+    promised = list(tensors)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for each in promised:
+        place = [offset, offset + each.size]
+        header[each.name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": place}
+        offset = place[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for each in promised:
+            _write_values(file, each)
+        files.flush_to_disk(file)
+
+
+def _write_values(file: BinaryIO, promise: Promise) -> None:
+    tensor = promise.make()
+    assert tuple(tensor.shape) == promise.shape, promise.name
+    values = tensor.to(promise.dtype).contiguous().reshape(-1)
+    file.write(values.view(torch.uint8).numpy().data)
+
+
+class Reader:
+    """One file, mapped into memory; tensors share the mapping and must not be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            length = int.from_bytes(self._map[:8], "little")
+            if length > min(len(self._map), _MOST_HEADER):
+                raise ValueError("the header is longer than the file")
+            self._entries = json.loads(self._map[8 : 8 + length])
+            self._entries.pop("__metadata__", None)
+            self._start = 8 + length
+            end = max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+            if self._start + end != len(self._map):
+                raise ValueError(f"{len(self._map)} bytes where the header promises {self._start + end}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError.of(
+                f"this is not a whole safetensors file: {error}", where=str(path), remedy="fetch the file again"
+            ) from error
+
+    def names(self) -> list[str]:
+        """The names of the tensors, in the order of the file."""
+        return list(self._entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. RunError if its entry makes no sense."""
+        entry = self._entries[name]
+        start, stop = entry["data_offsets"]
+        dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None or stop - start != prod(shape) * dtype.itemsize:
+            raise RunError.of(f"tensor {name} has {entry}, which cannot be read", where=str(self.path))
+        if start == stop:
+            return torch.empty(shape, dtype=dtype)
+        values = torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=self._start + start)
+        return _view(values, dtype).view(shape)
+
+
+def _view(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers; copied where they do not lie at a multiple of the number's size."""
+    aligned = values.storage_offset() % dtype.itemsize == 0 and values.data_ptr() % dtype.itemsize == 0
+    return (values if aligned else values.clone()).view(dtype)

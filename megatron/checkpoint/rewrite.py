@@ -1,0 +1,81 @@
+"""Writes weights in the public layout at any degree of parallelism, a tensor at a time, without an engine.
+
+For checkpoints that come from another program, and for those that other programs want in another layout.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import files, layout, weights
+from megatron.checkpoint.files import Written
+from megatron.checkpoint.slices import cut_shard
+from megatron.shapes import TensorShape
+
+Whole = Callable[[TensorShape], Tensor]
+
+
+def write_weights(
+    directory: Path,
+    table: Sequence[TensorShape],
+    whole: Whole,
+    *,
+    model_size: int,
+    pipe_size: int,
+    summed: bool,
+    facts: Mapping[str, Any],
+) -> list[Written]:
+    """The weight files of a run with those parallel sizes; pipe_size 0 is one file a tensor-parallel rank.
+
+    whole: gives the global tensor; called once a rank at most. summed: row-parallel biases are parts of a sum. facts:
+    what the model files say beside the weights. Holds about one layer at a time.
+    """
+    written = []
+    for rank in range(model_size):
+        if pipe_size:
+            for layer, shapes in groupby(table, key=lambda shape: shape.layer):
+                held = _shards(shapes, whole, rank, model_size, summed)
+                content = {name.split(".", 1)[1]: tensor.contiguous() for name, tensor in held}
+                written.append(files.write_tensors(directory / layout.layer_file(layer, rank), _owned(content)))
+        else:
+            with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
+                shards = _shards(table, whole, rank, model_size, summed)
+                held_on_disk = {key: _on_disk(tensor, Path(scratch), key) for key, tensor in shards}
+                path = directory / layout.model_file(rank)
+                written.append(weights.write_whole(path, held_on_disk, dict(facts)))
+    if pipe_size:
+        for rank in range(model_size * pipe_size):
+            path = directory / layout.model_file(rank)
+            written.append(files.write_tensors(path, {"module": None, **facts}))
+    return written
+
+
+def _shards(
+    shapes: Iterable[TensorShape], whole: Whole, rank: int, size: int, summed: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, this rank's part) of every tensor, as the public layout has it."""
+    for shape in shapes:
+        part = {weights.key_of(shape): cut_shard(shape, whole(shape), rank, size)}
+        yield from weights.public_biases(part, summed=summed, model_rank=rank).items()
+
+
+def _owned(content: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with a storage of its own: torch.save stores the whole storage of a view."""
+    return {
+        name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        for name, tensor in content.items()
+    }
+
+
+def _on_disk(tensor: Tensor, folder: Path, name: str) -> Tensor:
+    """The same values in a file instead of in memory."""
+    storage = torch.UntypedStorage.from_file(str(folder / name), shared=True, nbytes=tensor.nbytes)
+    flat = torch.empty(0, dtype=tensor.dtype).set_(storage)  # type: ignore[call-overload]
+    return flat.view(tensor.shape).copy_(tensor)

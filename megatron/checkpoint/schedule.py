@@ -1,0 +1,39 @@
+"""The learning-rate schedule that a checkpoint was trained with, and what a run does where its own is another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.config.sections.optimizer import OptimizerSection
+from megatron.config.sections.schedule import ScheduleSection
+from megatron.errors import ConfigError, Mistake
+
+_KEYS = ("lr_decay_style", "lr_decay_iters", "min_lr", "warmup")
+
+
+def schedule_facts(schedule: ScheduleSection, optimizer: OptimizerSection) -> dict[str, Any]:
+    """The keys that decide the rate of every step, with their values."""
+    return {"lr": optimizer.lr, **{key: getattr(schedule, key) for key in _KEYS}}
+
+
+def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, where: Path) -> Mapping:
+    """The stored values, or the run's own where nothing is stored of a key.
+
+    stored, own: what `schedule_facts` gave then and now. take_stored: `use_checkpoint_lr_scheduler`. Raises ConfigError
+    for each key that differs, unless it is set.
+    """
+    known = {key: stored[key] for key in own if key in stored}
+    if not take_stored:
+        ConfigError.raise_any(
+            Mistake(
+                f"the checkpoint {where} was trained with {known[key]!r}",
+                key=key,
+                value=own[key],
+                remedy="set override_lr_scheduler to take this one, or use_checkpoint_lr_scheduler to take that one",
+            )
+            for key in known
+            if known[key] != own[key]
+        )
+    return {**own, **known}
