@@ -1,0 +1,71 @@
+"""Small models of transformers with every weight and bias drawn at random, and their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+VOCABULARY = 96
+_NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {**_NEOX, "intermediate_size": 88, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def _neox(**changes: object) -> PreTrainedModel:
+    told = {**_NEOX, "intermediate_size": 176, "max_position_embeddings": 64, **changes}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**told))
+
+
+def _llama(**changes: object) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **changes}))
+
+
+MODELS = {
+    "neox": lambda: _neox(rotary_pct=0.25),
+    "neox, one residual, tied": lambda: _neox(use_parallel_residual=False, rotary_pct=1.0, tie_word_embeddings=True),
+    "neox without attention biases": lambda: _neox(attention_bias=False, hidden_act="gelu_pytorch_tanh"),
+    "llama, as many kv heads": lambda: _llama(num_key_value_heads=4),
+    "llama, grouped, biases": lambda: _llama(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "llama, wide heads, tied": lambda: _llama(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=None)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "gpt2, untied, exact gelu": lambda: GPT2LMHeadModel(
+        GPT2Config(**_GPT2, activation_function="gelu", tie_word_embeddings=False, n_inner=100)
+    ),
+}
+"""Name -> makes the model."""
+
+
+def make(name: str) -> PreTrainedModel:
+    """The model with random weights, norms and biases."""
+    torch.manual_seed(5)
+    model = MODELS[name]().eval()
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def save(name: str, folder: Path, **how: object) -> PreTrainedModel:
+    """Makes the model and writes its folder as transformers does."""
+    model = make(name)
+    model.save_pretrained(folder, **how)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    """Token ids [3, 24]."""
+    return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
