@@ -10,7 +10,6 @@ Then the samples are shuffled. E is the least number of passes that gives the sa
 - shuffle: uint32 [n], the order in which samples are served.
 
 Both shuffles draw from one numpy RandomState(seed), documents first: its stream is frozen by numpy for good.
-The first tokens are found by a binary search of i * seq in the running sum of the document lengths.
 
 Source: GPT-NeoX 2 and Megatron-LM compute the same values.
 """
@@ -20,6 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron.data import compiled
+
+COMPILED_FROM = 2_000_000  # documents, over all passes
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,26 @@ def samples_in(tokens_per_epoch: int, seq_length: int, epochs: int) -> int:
     return (epochs * tokens_per_epoch - 1) // seq_length
 
 
+def sample_starts(sizes: np.ndarray, order: np.ndarray, *, seq_length: int, count: int) -> np.ndarray:
+    """Where `count` samples and the end of the last one start: position in the order and offset, [count + 1, 2]."""
+    starts = np.empty((count + 1, 2), np.int64 if 2 * (count + 1) >= 2**31 else np.int32)
+    if compiled.worth_compiling(len(order), COMPILED_FROM):
+        compiled.first_tokens(sizes, order, seq_length, starts)
+    else:
+        first_tokens(sizes, order, seq_length, starts)
+    return starts
+
+
+def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: np.ndarray) -> None:
+    """Fills the starts by a binary search of every i * seq_length in the running sum of the lengths."""
+    ends = np.cumsum(sizes[order], dtype=np.int64)
+    wanted = np.arange(len(starts), dtype=np.int64) * seq_length
+    positions = np.searchsorted(ends, wanted, side="right")
+    starts[:, 0] = positions
+    # Each document starts where the one before it ends; the first one starts at 0.
+    starts[:, 1] = wanted - np.where(positions > 0, ends[positions - 1], 0)
+
+
 def build_index_map(sizes: np.ndarray, documents: range, *, seq_length: int, epochs: int, seed: int) -> IndexMap:
     """The map of some of a data set's documents.
 
@@ -54,16 +77,9 @@ def build_index_map(sizes: np.ndarray, documents: range, *, seq_length: int, epo
     generator = np.random.RandomState(seed)
     order = np.tile(np.arange(documents.start, documents.stop, dtype=np.int32), epochs)
     generator.shuffle(order)
-    ends = np.cumsum(np.require(sizes, requirements="A")[order], dtype=np.int64)
-    count = (int(ends[-1]) - 1) // seq_length
-    first_tokens = np.arange(count + 1, dtype=np.int64) * seq_length
-    positions = np.searchsorted(ends, first_tokens, side="right")
-    # Each document starts where the one before it ends; the first one starts at 0.
-    starts = np.where(positions > 0, ends[positions - 1], 0)
-    wide = 2 * (count + 1) >= 2**31
-    samples = np.empty((count + 1, 2), np.int64 if wide else np.int32)
-    samples[:, 0] = positions
-    samples[:, 1] = first_tokens - starts
+    sizes = np.require(sizes, requirements="A")
+    count = samples_in(int(sizes[documents.start : documents.stop].sum(dtype=np.int64)), seq_length, epochs)
+    samples = sample_starts(sizes, order, seq_length=seq_length, count=count)
     shuffle = np.arange(count, dtype=np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64)
     generator.shuffle(shuffle)
     return IndexMap(order, samples, shuffle, epochs)

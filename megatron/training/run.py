@@ -35,6 +35,7 @@ from megatron.parallel.topology import Topology
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.training.lengths import samples_wanted
 from megatron.training.loop import Parts, Plan, run_loop
 from megatron.training.state import RunState
 
@@ -132,10 +133,7 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
 
 def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
     training = config.training
-    total = _train_iters(config)
-    batch = known(training.train_batch_size)
-    per_evaluation = training.eval_iters * batch
-    evaluations = total // training.eval_interval + 1 if training.eval_interval else 1
+    wanted = samples_wanted(training, _train_iters(config))
     data = build_data(
         config.data,
         eod=tokenizer.eod,
@@ -144,9 +142,9 @@ def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Dat
         micro_batch=known(training.train_micro_batch_size_per_gpu),
         data_rank=topology.data.rank,
         data_size=topology.data.size,
-        train_samples=total * batch,
-        valid_samples=evaluations * per_evaluation,
-        test_samples=per_evaluation,
+        train_samples=wanted["train"],
+        valid_samples=wanted["valid"],
+        test_samples=wanted["test"],
         is_builder=_builds_index_maps(config),
         barrier=_barrier,
         train_epochs=training.train_epochs,

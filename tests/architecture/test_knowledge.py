@@ -45,6 +45,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "lm_eval": ("megatron/evaluation/",),
     "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
     "matplotlib": ("tools/plot_metrics.py",),
+    "numba": ("megatron/data/compiled.py",),
     "transformers": ("benchmarks/",),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),

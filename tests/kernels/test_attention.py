@@ -103,3 +103,35 @@ def test_dropout_drops_and_keeps_the_mean(name: str) -> None:
 def test_the_choice_follows_the_device() -> None:
     assert choose_attention(torch.device("cpu")) is cpu_attention
     assert choose_attention(torch.device("cuda")) is sdpa_attention
+
+
+STARTS = {
+    (2, 6, 2, 150, 150, 8): ((40, 1, 109), (150,)),
+    (1, 4, 2, 400, 400, 16): ((5, 250, 45, 100),),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("shape", STARTS)
+def test_documents_are_attended_to_alone(name: str, shape: tuple[int, ...]) -> None:
+    """Each document of a sequence, cut out and put through the formula by itself."""
+    rows = [torch.tensor(row) for row in STARTS[shape]]
+    starts = torch.stack([torch.repeat_interleave(row.cumsum(0) - row, row) for row in rows])
+    *exact, grad = inputs(shape, torch.float64)
+    expected = torch.cat(
+        [
+            torch.cat([formula(*part) for part in zip(*(x[i : i + 1].split(row, 2) for x in exact), strict=True)], 2)
+            for i, row in enumerate(STARTS[shape])
+        ]
+    )
+    expected_grads = torch.autograd.grad(expected, exact, grad)
+    *single, grad = inputs(shape, torch.float32)
+    actual = KERNELS[name](*single, 0.0, starts)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(torch.autograd.grad(actual, single, grad), expected_grads, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_with_weights_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
+    test_documents_are_attended_to_alone("cpu", (1, 4, 2, 400, 400, 16))

@@ -1,0 +1,17 @@
+"""How many samples a run takes of each split."""
+
+from __future__ import annotations
+
+from megatron.config.known import known
+from megatron.config.sections.training import TrainingSection
+
+
+def samples_wanted(training: TrainingSection, iterations: int) -> dict[str, int]:
+    """Samples of train, valid and test that all ranks together take in a run of so many iterations.
+
+    There is an evaluation every eval_interval iterations and one at the end, each on samples of its own.
+    """
+    batch = known(training.train_batch_size)
+    per_evaluation = training.eval_iters * batch
+    evaluations = iterations // training.eval_interval + 1 if training.eval_interval else 1
+    return {"train": iterations * batch, "valid": evaluations * per_evaluation, "test": per_evaluation}

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Builds the index maps of a run before it starts, on any machine that sees the data.
+
+    python tools/build_index.py configs/125M.yml configs/local_setup.yml [--key value ...] [--world-size 256]
+
+Takes the files and flags that train.py takes, and needs no accelerator: what follows from the number of ranks, such as
+a train_batch_size that is not given, follows from --world-size. The maps lie beside the data, where every run with the
+same data, split, seed, sequence length, packing and number of samples finds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.config import Config, Resources, resolve
+from megatron.config.flags import read_flags
+from megatron.config.known import known
+from megatron.data.build import epoch_samples, index_requests
+from megatron.data.index_cache import IndexRequest, read_index_map, write_index_map
+from megatron.data.sources import read_splits
+from megatron.errors import ConfigError, RunError
+from megatron.training.lengths import samples_wanted
+
+
+def requests_of(config: Config) -> list[IndexRequest]:
+    """The index maps that a run of this configuration asks for."""
+    training, seq_length = config.training, known(config.model.seq_length)
+    iterations = training.train_iters
+    if training.train_epochs is not None:
+        samples = epoch_samples(
+            config.data,
+            epochs=training.train_epochs,
+            seq_length=seq_length,
+            seed=training.seed,
+            is_builder=True,
+            barrier=lambda: None,
+        )
+        iterations = samples // known(training.train_batch_size)
+    if iterations is None:
+        raise ConfigError.of("the length of the run is not given", key="train_iters", remedy="give train_iters")
+    splits, warnings = read_splits(
+        config.data, samples_wanted(training, iterations), train_epochs=training.train_epochs
+    )
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return [one for split in splits for one in index_requests(config.data, split, seq_length, training.seed)]
+
+
+def build(request: IndexRequest) -> str:
+    """Builds and keeps one map; what was done, for people. Raises RunError when it cannot be kept."""
+    if read_index_map(request) is not None:
+        return f"{request.stem}: there already"
+    started = time.monotonic()
+    fault = write_index_map(request)
+    if fault is not None:
+        raise RunError.of(
+            f"the index map cannot be written ({fault.strerror})",
+            where=request.stem,
+            remedy="run where the folder of the data can be written",
+        )
+    return f"{request.stem}: built in {time.monotonic() - started:.1f} s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description="Build the index maps of a run.", allow_abbrev=False)
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run")
+    asked, rest = parser.parse_known_args(arguments)
+    try:
+        flags = read_flags(rest)
+        config = resolve(flags.rest, flags.values, Resources(asked.world_size)).config
+        for request in requests_of(config):
+            print(build(request), flush=True)
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
