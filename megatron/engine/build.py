@@ -20,12 +20,12 @@ from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
-from megatron.engine.inference import InferenceEngine, build_stage
+from megatron.engine.inference import InferenceEngine, build_stage, pack
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.errors import ConfigError
-from megatron.model.cache import KVCache
+from megatron.model.cache import KVCache, cache_dtype
 from megatron.model.pipelined import PipelinedModel
 from megatron.model.plan import LayerPlan, layer_plan
 from megatron.model.sequential import SequentialModel
@@ -98,6 +98,7 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
         )
     stage = build_stage(_layer_plan(config, topology, padded_vocab_size), topology)
     fill(stage.parameters, checkpoint, topology)
+    pack(stage)
     return InferenceEngine(
         stage,
         topology,
@@ -186,7 +187,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             dims.num_kv_heads // topology.model.size,
             max_length,
             dims.head_dim,
-            dtype=DTYPES[known(config.precision.precision)],
+            dtype=cache_dtype(DTYPES[known(config.precision.precision)], device()),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
         )

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.engine.forward import through_stages
+from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.pipelined import tied_output
 from megatron.model.plan import LayerPlan
 from megatron.parallel.bootstrap import device
+from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.topology import Topology
 
 
@@ -58,6 +60,25 @@ def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
     return Stage(indices, tuple(functions), parameters)
 
 
+def pack(stage: Stage) -> None:
+    """Lays the weights of linear layers out once for products with few rows, where the processor gains by it.
+
+    The plain weights are given up, except a word embedding's, which is looked up too; the stage's parameters can no
+    longer be filled.
+    """
+    tied = {function.args[0] for function in stage.functions if isinstance(function, partial)}
+    layers = {function for function in stage.functions if isinstance(function, Module)} | tied
+    for layer in layers:
+        for module in layer.modules():
+            embedding = isinstance(module, VocabParallelEmbedding)
+            if not hasattr(module, "kernel") or (embedding and layer not in tied):
+                continue
+            if packing_unavailable(module.weight) is None:
+                module.kernel = packed_linear(module.weight)
+                module.weight = module.weight if embedding else None
+    stage.parameters.clear()
+
+
 @dataclass
 class InferenceEngine:
     """Scores tokens; see engine.py for what the methods promise."""
@@ -69,7 +90,7 @@ class InferenceEngine:
     padded_vocab_size: int
     dtype: torch.dtype
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         return through_stages(
             self.stage.functions,

@@ -1,4 +1,4 @@
-"""One answer in the making: the tokens that a model adds to a prompt, the text they spell, and what is said about it."""
+"""One answer in the making: the tokens that a model adds to a prompt, the text they spell, and what is said of it."""
 
 from __future__ import annotations
 

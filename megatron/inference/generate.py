@@ -29,7 +29,7 @@ class TextGenerator:
     def continue_tokens(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], contexts: Sequence[str] | None = None
     ) -> Iterator[Record]:
-        """As `continue_all`, of prompts that are tokens already, at least one each; numbers: of the texts in the run."""
+        """As `continue_all`, of prompts that are tokens already, at least one each. numbers: of the texts."""
         settings = self._settings
         answers = [
             Answer(self._tokenizer, settings, prompt, context, text_index=number)

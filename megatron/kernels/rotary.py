@@ -50,4 +50,6 @@ class _Rotary(torch.autograd.Function):
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The turned x, contiguous, without the intermediate tensors that autograd would keep."""
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin)
     return _Rotary.apply(x, cos, sin)

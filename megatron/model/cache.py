@@ -30,9 +30,15 @@ class Place:
     mask: Tensor | None = None
 
 
+def cache_dtype(model: torch.dtype, device: torch.device) -> torch.dtype:
+    """The best type of a cache for a model of that type: on a CPU attention to one query is fastest in fp32."""
+    return torch.float32 if device.type == "cpu" else model
+
+
 class KVCache:
     """Keys and values of every position that the model has already seen.
 
+    dtype: of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
     num_layers: blocks this process runs. first_layer: number of the first of them (in a pipeline, blocks of earlier
     stages come before). kv_heads: heads on this rank, m/t. max_length: positions there is room for [tokens].
     """

@@ -77,26 +77,34 @@ class ParallelSelfAttention(nn.Module):
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
         qkv = self.query_key_value(x)
         length, batch = qkv.shape[:2]
-        offset = self.context.rank * length if cache is None else cache.length
         q, k, v = self._split(qkv)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
+        core = self._attend(q, k, v, document_starts) if cache is None else self._attend_cached(q, k, v, cache)
+        return core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
+        """Whole sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
         if self.positions is not None:
+            offset = self.context.rank * q.shape[2]
             at = document_positions(document_starts) if self.reset_positions else None
-            at = at if cache is None else cache.place(length).positions
             at = None if at is None else part_of_sequence(at, self.context)
             q, k = self.positions(q, offset, at), self.positions(k, offset, at)
-        if cache is not None:
-            k, v = cache.update(self.number, k, v)  # [b, m/t, offset + s, d]
         starts = document_starts if self.reset_attention else None
         q, k, v = (heads_for_sequence(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
-        mask = None if cache is None else cache.place(length).mask
-        if mask is not None:  # texts of different lengths, in generation
-            context = masked_attention(q, k, v, mask)
-        else:
-            with self.draws():
-                context = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/(t c), c s, d]
-        context = sequence_for_heads(context, self.context)  # [b, n/t, s, d]
-        return context.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
+        with self.draws():
+            core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/(t c), c s, d]
+        return sequence_for_heads(core, self.context)  # [b, n/t, s, d]
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """New positions after those in the cache: shapes as in ``_attend``. The cache may be of a higher precision."""
+        place, dtype = cache.place(q.shape[2]), q.dtype
+        if self.positions is not None:
+            q = self.positions(q, cache.length, place.positions)
+            k = self.positions(k, cache.length, place.positions)
+        k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
+        if place.mask is not None:  # texts of different lengths
+            return masked_attention(q.to(k.dtype), k, v, place.mask).to(dtype)
+        return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks."""
