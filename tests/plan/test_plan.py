@@ -105,18 +105,23 @@ def test_vocabularies_are_read_from_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "stage", "expected"),
+    ("layout", "expected"),
     [
-        (4, 0, (400, 400, 800)),
-        (4, 1, (400, 500, 300)),
-        (4, 2, (400, 500, 300)),
-        (2, 1, (200, 600, 300)),
-        (2, 3, (250, 300, 300)),
-        (2, 0, (200, 200, 1200)),
+        (StateLayout(4, 0, 4, bucket=500), (400, 400, 800)),
+        (StateLayout(2, 0, 4, bucket=500), (200, 200, 1200)),
+        (StateLayout(4, 1, 4, bucket=500), (400, 400, 300)),
+        (StateLayout(4, 1, 4, bucket=30, buffers=2), (400, 400 + 240, 300)),
+        (StateLayout(2, 1, 4, bucket=500), (200, 600, 300)),
+        (StateLayout(2, 1, 4, bucket=30, buffers=1, summed=2), (200, 200 + 60, 300)),
+        (StateLayout(4, 2, 4, bucket=500), (400, 500, 300)),
+        (StateLayout(2, 2, 4, bucket=30, buffers=1), (200, 100 + 60, 300)),
+        (StateLayout(2, 2, 4, bucket=500), (200, 300, 300)),
+        (StateLayout(2, 3, 4, bucket=500), (250, 300, 300)),
+        (StateLayout(2, 3, 4, bucket=30, buffers=1, gathered=50), (150, 200 + 60, 300)),
     ],
 )
-def test_state_of_100_parameters_on_4_ranks(width: int, stage: int, expected: tuple[int, int, int]) -> None:
-    assert state_memory(100, StateLayout(width, stage, 4, bucket=500)) == expected
+def test_state_of_100_parameters_on_4_ranks(layout: StateLayout, expected: tuple[int, int, int]) -> None:
+    assert state_memory(100, layout) == expected
 
 
 def plan_of(**changes: Any) -> tuple[Resolution, Any]:
