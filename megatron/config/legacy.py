@@ -19,6 +19,8 @@ RENAMED = {
 IGNORED = {
     "detect_nvlink_pairs": "NCCL finds the links between accelerators itself",
     "zero_allow_untested_optimizer": "every optimizer here is tried with ZeRO",
+    "moe_type": "there is one way to compute experts",
+    "enable_expert_tensor_parallelism": "experts are cut like every other layer, over model_parallel_size ranks",
 }
 """Without effect on results; one warning line."""
 
@@ -40,6 +42,7 @@ REFUSED = {
     "num_query_groups": "write num_kv_heads",
     "ffn_hidden_size": "write intermediate_size; a gated activation uses a third of it",
     "moe_loss_coeff": "write moe_aux_loss_coeff",
+    "moe_token_dropping": "give moe_capacity_factor to drop tokens beyond it; without it none is dropped",
     "moe_train_capacity_factor": "write moe_capacity_factor",
     "learning_rate": "write optimizer: {type: Adam, params: {lr: ...}}",
     "bf16_enabled": "write precision: bfloat16",
