@@ -232,7 +232,7 @@ def _restore_rng(checkpoint: Checkpoint, engine: Checkpointable) -> None:
     path = checkpoint.directory / layout.rng_file(topology.rank)
     run = checkpoint.directory / layout.RUN
     then = files.read_json(run)["layout"] if run.is_file() else {}
-    axes = (topology.pipe, topology.data, topology.model)
+    axes = (topology.pipe, topology.data, topology.context, topology.model)
     if path.is_file() and all(then.get(axis.name, 1) == axis.size for axis in axes):
         rng.restore(files.read_tensors(path), engine.random)
         return

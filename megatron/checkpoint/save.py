@@ -111,7 +111,7 @@ def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, pa
     snapshot = Snapshot()
     topology = engine.topology
     shards = engine.weights()
-    if topology.data.is_first:
+    if topology.gradient.is_first:
         _add_weights(snapshot, config, engine, counters, shards, padded_vocab_size)
     if not config.checkpoint.no_save_optim:
         kept = engine.optimizer_slices()
@@ -169,6 +169,7 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         "layout": {
             "pipe": topology.pipe.size,
             "data": topology.data.size,
+            "context": topology.context.size,
             "model": topology.model.size,
             "pipelined": engine.pipelined,
             "zero_stage": config.deepspeed.zero_stage,
