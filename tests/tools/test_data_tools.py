@@ -111,3 +111,51 @@ def test_an_unknown_corpus(tmp_path):
     done = run("prepare_data.py", "python_stdlb", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean python_stdlib?" in done.stderr
+
+
+def test_shards_merged_inspected_and_counted(work, tmp_path):
+    flags = ("--input", "a.jsonl", "--tokenizer-type", "HFTokenizer", "--vocab-file", "t.json", "--append-eod")
+    for number in range(3):
+        done = run(
+            "tools/preprocess_data.py", *flags, "--output_prefix", tmp_path / "s/p", "--shard", f"{number}/3", cwd=work
+        )
+        assert done.returncode == 0, done.stderr
+    merged = run("tools/merge_datasets.py", "--input", tmp_path / "s", "--output-prefix", tmp_path / "all", cwd=work)
+    assert merged.returncode == 0, merged.stderr
+    assert "50 documents" in merged.stdout
+    for suffix in (".bin", ".idx", ".json"):
+        assert Path(f"{tmp_path}/all{suffix}").read_bytes() == (work / f"out/a_text_document{suffix}").read_bytes()
+    counted = run("tools/count_tokens.py", tmp_path / "s", tmp_path / "all", cwd=work)
+    assert counted.stdout.splitlines()[-1].startswith("together: 100 documents")
+    inspected = run(
+        *("tools/inspect_dataset.py", tmp_path / "all", "--check", "--document", 7, "--histogram", 3),
+        *("--tokenizer-type", "HFTokenizer", "--vocab-file", "t.json"),
+        cwd=work,
+    )
+    assert inspected.returncode == 0, inspected.stderr
+    assert "This is document number 7.\nIt has two lines." in inspected.stdout
+    assert "documents: 50" in inspected.stdout
+    assert "whole" in inspected.stdout
+    damaged = bytearray((tmp_path / "all.idx").read_bytes())
+    damaged[34 + 50 * 4 + 8] ^= 1
+    (tmp_path / "all.idx").write_bytes(damaged)
+    assert "does not start" in run("tools/inspect_dataset.py", tmp_path / "all", "--check", cwd=work).stderr
+
+
+def test_a_sentencepiece_model(work):
+    flags = ("--input", "a.jsonl", "--tokenizer-output-path", "s.model", "--tokenizer-type", "unigram", "-v", 320)
+    trained = run("tools/train_tokenizer.py", *flags, cwd=work)
+    assert trained.returncode == 0, trained.stderr
+    tokenizer = make_tokenizer("SPMTokenizer", vocab_file=str(work / "s.model"))
+    assert tokenizer.eod == 3
+    assert tokenizer.decode(tokenizer.encode("  two  spaces\n")) == "  two  spaces\n"
+
+
+def test_flags_of_other_projects(work, tmp_path):
+    flags = ("--input", "a.jsonl", "--output-prefix", tmp_path / "p", "--json-keys", "text", "--split-sentences")
+    done = run("tools/preprocess_data.py", *flags, "--tokenizer-type", "CharLevelTokenizer", "--append-eod", cwd=work)
+    assert done.returncode == 0, done.stderr
+    data = IndexedDataset(tmp_path / "p_text_sentence")
+    assert (len(data), len(data.document_index)) == (100, 51)
+    assert bytes(data[0].astype("u1")) == b"This is document number 0."
+    assert bytes(data[1].astype("u1")) == b"It has two lines.\x00"

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Counts documents and tokens of token files, each and together.
+
+    python tools/count_tokens.py data/train_text_document [...]
+
+A directory stands for the pairs in it. Reads the .idx files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.merge import find_pairs
+from megatron.errors import ConfigError, RunError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    made = argparse.ArgumentParser(description="Count documents and tokens of token files.")
+    made.add_argument("prefixes", nargs="+", help="paths without .bin and .idx, or directories")
+    asked = made.parse_args(arguments)
+    documents = tokens = 0
+    try:
+        prefixes = find_pairs(asked.prefixes)
+        for prefix in prefixes:
+            data = IndexedDataset(prefix, key="prefixes")
+            found = len(data.document_index) - 1, int(data.sizes.sum(dtype="int64"))
+            print(f"{prefix}: {found[0]:,} documents, {found[1]:,} tokens")
+            documents, tokens = documents + found[0], tokens + found[1]
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    if len(prefixes) > 1:
+        print(f"together: {documents:,} documents, {tokens:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Shows what token files hold: header, counts, the commonest tokens, single documents; and checks that they are whole.
+
+    python tools/inspect_dataset.py data/train_text_document --check --histogram 20 --document 0 17
+        --tokenizer-type HFTokenizer --vocab-file tokenizer.json
+
+--check reads every length, every start and every token. Without a tokenizer, documents are shown as ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.data.indexed import HEADER, VERSION, IndexedDataset, bin_path, idx_path
+from megatron.errors import ConfigError, RunError
+from megatron.tokenizers import Tokenizer, make_tokenizer
+
+AT_ONCE = 16 << 20  # tokens that are counted at once
+_SHARES = ("least", "median", "99 %", "most")
+SHOWN = 400  # ids of a document that are shown without a tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description="Show what token files hold, and check that they are whole.")
+    made.add_argument("prefix", help="the path without .bin and .idx")
+    made.add_argument("--document", type=int, nargs="+", default=[], help="show these documents, counted from 0")
+    made.add_argument("--histogram", type=int, metavar="N", help="show the N commonest tokens")
+    made.add_argument("--check", action="store_true", help="read everything and check it")
+    made.add_argument("--tokenizer-type", help="decode with a tokenizer of this type")
+    made.add_argument("--vocab-file", help="the tokenizer's file")
+    made.add_argument("--merge-file", help="the tokenizer's merges")
+    return made
+
+
+def header(data: IndexedDataset, prefix: str) -> list[str]:
+    """The header and the counts, a line each."""
+    sizes = data.sizes
+    lines = [
+        f"{idx_path(prefix)}: version {VERSION}, {data.dtype.name} tokens, header of {HEADER.size} bytes",
+        f"{bin_path(prefix)}: {data.bin_bytes:,} bytes",
+        f"documents: {len(data.document_index) - 1:,}",
+        f"items: {len(data):,}",
+        f"tokens: {int(sizes.sum(dtype=np.int64)):,}",
+    ]
+    if len(data):
+        shares = np.percentile(sizes, [0, 50, 99, 100]).astype(int)
+        lines.append("item lengths: " + ", ".join(f"{n} {v:,}" for n, v in zip(_SHARES, shares, strict=True)))
+        lines.append(f"empty items: {int((sizes == 0).sum()):,}")
+    return lines
+
+
+def histogram(data: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Every token that occurs and how often, the commonest first."""
+    if data.dtype.kind not in "iu":
+        raise RunError.of(f"tokens of type {data.dtype.name} cannot be counted", where=data.prefix)
+    totals: dict[int, int] = {}
+    for first in range(0, len(data.tokens), AT_ONCE):
+        tokens, counts = np.unique(data.tokens[first : first + AT_ONCE], return_counts=True)
+        for token, count in zip(tokens.tolist(), counts.tolist(), strict=True):
+            totals[token] = totals.get(token, 0) + count
+    ordered = sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))
+    return np.array([token for token, _ in ordered], np.int64), np.array([count for _, count in ordered], np.int64)
+
+
+def check(data: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
+    """Reads everything. Raises RunError when something is wrong."""
+    data.check()
+    borders = data.document_index
+    if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(data) or (np.diff(borders) < 0).any():
+        raise RunError.of(
+            "the document index does not run from 0 to the number of items", where=str(idx_path(data.prefix))
+        )
+    tokens, _ = histogram(data)
+    if tokenizer is not None and len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
+        raise RunError.of(
+            f"there is a token {int(tokens.max())}, and the tokenizer has {tokenizer.vocab_size}",
+            where=str(bin_path(data.prefix)),
+            remedy="name the tokenizer that made these files",
+        )
+    extremes = f", ids {int(tokens.min())} to {int(tokens.max())}, {len(tokens):,} different" if len(tokens) else ""
+    return [f"whole: every start follows from the lengths{extremes}"]
+
+
+def document(data: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> list[str]:
+    """One document in words or ids. Raises ConfigError when there is none of this number."""
+    documents = len(data.document_index) - 1
+    if not 0 <= number < documents:
+        remedy = f"the numbers are 0 to {documents - 1}"
+        raise ConfigError.of("there is no document of this number", key="document", value=number, remedy=remedy)
+    items = range(int(data.document_index[number]), int(data.document_index[number + 1]))
+    lines = [f"document {number}: {len(items)} items, {sum(int(data.sizes[item]) for item in items):,} tokens"]
+    for item in items:
+        ids = data[item].tolist()
+        if tokenizer is None:
+            lines.append(" ".join(map(str, ids[:SHOWN])) + (" ..." if len(ids) > SHOWN else ""))
+        else:
+            lines.append(tokenizer.decode(ids))
+    return lines
+
+
+def shown(asked: argparse.Namespace) -> list[str]:
+    """Everything that the command line asks for. Raises ConfigError and RunError."""
+    prefix = asked.prefix.removesuffix(".bin").removesuffix(".idx")
+    data = IndexedDataset(prefix, key="prefix")
+    tokenizer = None
+    if asked.tokenizer_type:
+        tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
+    lines = header(data, prefix)
+    if asked.check:
+        lines += check(data, tokenizer)
+    if asked.histogram:
+        tokens, counts = histogram(data)
+        share = 100 / max(int(counts.sum()), 1)
+        for token, count in zip(tokens[: asked.histogram].tolist(), counts[: asked.histogram].tolist(), strict=True):
+            text = "" if tokenizer is None else f"  {tokenizer.decode([token])!r}"
+            lines.append(f"{token:>8}  {count:>12,}  {count * share:5.2f} %{text}")
+    for number in asked.document:
+        lines += document(data, number, tokenizer)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    try:
+        print("\n".join(shown(parser().parse_args(arguments))))
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

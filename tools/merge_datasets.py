@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Joins pairs of token files into one, as if their text had been tokenised at once.
+
+    python tools/merge_datasets.py --input DIRECTORY --output-prefix data/all_text_document
+    python tools/merge_datasets.py --input data/a_text_document,data/b_text_document --output-prefix data/all
+
+A directory stands for the pairs in it, sorted by name. Documents, and the items of each, are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.data.merge import find_pairs, merge
+from megatron.errors import ConfigError, RunError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description="Join pairs of token files into one.")
+    made.add_argument("--input", required=True, help="directories and prefixes, with commas between them")
+    made.add_argument("--output-prefix", "--output_prefix", required=True, help="the path without .bin and .idx")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    asked = parser().parse_args(arguments)
+    try:
+        prefixes = find_pairs([name for name in asked.input.split(",") if name])
+        documents, tokens = merge(prefixes, asked.output_prefix)
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    print(f"{asked.output_prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens of {len(prefixes)} pairs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
