@@ -61,7 +61,17 @@ class Checkpoint:
                 where=str(self.directory),
                 remedy="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
-        return state
+        return state.with_weights(self._shard) if self._is_full_precision() else state
+
+    def _shard(self, key: str, model_rank: int, model_size: int) -> Tensor:
+        """A weight as stored, which is the fp32 copy of a run in a lower precision."""
+        shape = next(shape for shape in self.table if key_of(shape) == key)
+        summed = self.summed_biases
+        found = read_shards(self.weights, [shape], summed=summed, model_rank=model_rank, model_size=model_size)
+        return found[key].flatten()
+
+    def _is_full_precision(self) -> bool:
+        return self.weights.shards("0.word_embeddings.weight")[0].dtype == torch.float32
 
     @property
     def rows(self) -> int:

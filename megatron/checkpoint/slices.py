@@ -8,7 +8,7 @@ one parameter is held whole at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,15 @@ class OptimizerState:
     """The optimizer state of a checkpoint, read on demand.
 
     places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them. shapes: key ->
-    the reader's tensor. rows: of the writer's embedding, where the reader's may have more.
+    the reader's tensor. rows: of the writer's embedding, where the reader's may have more. weights: (key, model rank,
+    model size) -> flat fp32 weights, where those were stored in fp32 and so are the MASTER that was not kept.
     """
 
     model_size: int
     places: dict[str, list[_Place]]
     shapes: dict[str, TensorShape]
     rows: int | None = None
+    weights: Callable[[str, int, int], Tensor] | None = None
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -127,7 +129,12 @@ class OptimizerState:
     def names(self, key: str) -> tuple[str, ...]:
         """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
         found = self.places.get(key)
-        return found[0].names if found else ()
+        names = found[0].names if found else ()
+        return names if MASTER in names or self.weights is None or not names else (*names, MASTER)
+
+    def with_weights(self, weights: Callable[[str, int, int], Tensor]) -> OptimizerState:
+        """The same with fp32 weights to take the MASTER from."""
+        return replace(self, weights=weights)
 
     def step(self, key: str) -> int:
         """The number of updates the parameter has seen [steps]."""
@@ -136,6 +143,8 @@ class OptimizerState:
     def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
         """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
         shape = self.shapes[key]
+        if name == MASTER and self.weights is not None and MASTER not in self.places[key][0].names:
+            return self.weights(key, model_rank, model_size)
         if shape.shard_dim is None:
             return self._source_shard(key, name, 0).flatten()
         written = self._as_written(key)
