@@ -1,7 +1,7 @@
 """What must be there before workers start, said in a sentence instead of a traceback from within them.
 
 DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library
-stays in torch's extension cache; from then on only ninja is asked, whether it is up to date.
+stays in a cache (see extensions.py); from then on only ninja is asked, whether it is up to date.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.errors import ConfigError, Mistake
+from megatron.extensions import extensions_folder
 
 CPU_OP = "deepspeed_shm_comm"
 
@@ -33,13 +34,8 @@ def check(accelerator: str, environment: Mapping[str, str]) -> None:
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:
-    """Where torch keeps DeepSpeed's compiled CPU collectives."""
-    chosen = environment.get("TORCH_EXTENSIONS_DIR")
-    if chosen:
-        return Path(chosen) / CPU_OP
-    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
-    return cache / "torch_extensions" / f"{version}_cpu" / CPU_OP
+    """Where DeepSpeed's compiled CPU collectives are kept."""
+    return extensions_folder(environment) / CPU_OP
 
 
 def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mistake]:

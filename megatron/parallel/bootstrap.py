@@ -21,6 +21,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from megatron import extensions
 from megatron.errors import ConfigError
 from megatron.parallel.topology import Topology
 
@@ -144,6 +145,7 @@ def load_cpu_collectives() -> None:
     if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return  # DeepSpeed does without it as well
     own_programs_first(os.environ)
+    os.environ.setdefault(extensions.VARIABLE, str(extensions.extensions_folder(os.environ)))
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder / "in_use").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_place_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert op_folder(os.environ).is_relative_to(tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(op_folder(os.environ).parent))
     assert op_folder(os.environ) == Path(_get_build_directory(CPU_OP, verbose=False))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "chosen"))
     assert op_folder(os.environ) == Path(_get_build_directory(CPU_OP, verbose=False))
@@ -59,3 +62,10 @@ def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
     (tmp_path / "clang++").touch(mode=0o755)
     told = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
     assert not any("C++ compiler" in str(mistake) for mistake in told)
+
+
+def test_two_environments_do_not_share_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    here = op_folder(environment)
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert op_folder(environment) != here

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import _get_build_directory
 
+from megatron.extensions import extensions_folder
 from megatron.parallel.bootstrap import own_programs_first
 from tests.distributed import run_distributed
 
@@ -19,7 +20,8 @@ def _sum(rank: int, world_size: int) -> float:
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up() -> None:
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    lock = extensions_folder(os.environ) / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
     assert run_distributed(_sum, 2) == [1.0, 1.0]
     assert not lock.exists()

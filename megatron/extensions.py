@@ -1,0 +1,26 @@
+"""Where compiled extensions of this installation are kept.
+
+torch keeps one folder for all installations of a Python version, and compiles again whenever another one asks, since
+the paths of the headers differ. Two checkouts used in turn would compile for half a minute at every start, so each
+environment gets a folder of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+VARIABLE = "TORCH_EXTENSIONS_DIR"
+
+
+def extensions_folder(environment: Mapping[str, str]) -> Path:
+    """The folder that TORCH_EXTENSIONS_DIR names, else one in the user's cache for this environment of this Python."""
+    chosen = environment.get(VARIABLE)
+    if chosen:
+        return Path(chosen)
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    digest = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    return cache / "torch_extensions" / f"neox_{version}_{digest}"
