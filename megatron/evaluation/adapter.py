@@ -7,6 +7,7 @@ and lm_eval/models/huggingface.py for how contexts are cut and parted, so that s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,11 +15,14 @@ from lm_eval.api.model import LM
 
 from megatron.engine.engine import Engine
 from megatron.errors import RunError
+from megatron.evaluation.chat import ChatTemplate
 from megatron.evaluation.progress import Progress
+from megatron.evaluation.sharing import share_out
 from megatron.inference.answer import Settings
 from megatron.inference.generate import TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.inference.scoring import Pair, Score, score, windows
+from megatron.parallel.topology import Axis
 from megatron.tokenizers.base import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
@@ -26,9 +30,11 @@ _GENERATION_KEYS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "tem
 
 
 class HarnessModel(LM):
-    """Answers lm-eval's requests with an engine. Collective: every rank of the model handles the same requests.
+    """Answers lm-eval's requests with an engine. Collective: every rank is asked the same.
 
     batch_size [samples]: texts in one forward pass; scores do not depend on it. max_length [tokens]: of the context.
+    replicas: the axis of the model's copies, which share the requests out. cached: whether generation may keep keys and
+    values. chat: the template for `eval_chat_template`. name: of the tokenizer, which cached requests are kept under.
     """
 
     def __init__(
@@ -39,6 +45,10 @@ class HarnessModel(LM):
         max_length: int,
         batch_size: int,
         seed: int = 0,
+        replicas: Axis | None = None,
+        cached: bool = True,
+        chat: ChatTemplate | None = None,
+        name: str = "tokenizer",
     ) -> None:
         super().__init__()
         self._engine = engine
@@ -46,6 +56,10 @@ class HarnessModel(LM):
         self.max_length = max_length
         self.batch_size = batch_size
         self._seed = seed
+        self._replicas = replicas or Axis("data")
+        self._cached = cached
+        self._chat = chat
+        self._name = name
 
     @property
     def eot_token_id(self) -> int:
@@ -78,30 +92,52 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to one of the texts in `until`, which is left out."""
-        answers = [""] * len(requests)
-        kinds: dict[Settings, list[int]] = {}
-        for number, request in enumerate(requests):
-            kinds.setdefault(self._settings(request.args[1]), []).append(number)
-        progress, done = Progress("generating"), 0
-        for settings, numbers in kinds.items():
-            prompts = [self._prompt(requests[number].args[0], settings) for number in numbers]
-            generator = TextGenerator(self._engine, self._text_tokenizer, settings)
-            for number, record in zip(numbers, generator.continue_tokens(prompts, numbers), strict=True):
-                answers[number] = record.text or ""
-                self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
-                done += 1
-                progress(done / len(requests))
+        asked = [(number, *request.args) for number, request in enumerate(requests)]
+        answers = share_out(asked, self._write, self._replicas, size=lambda item: len(item[1]))
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation."""
+        assert self._chat is not None, "lm-eval asks only where eval_chat_template is set"
+        return self._chat.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the template, which lm-eval keeps with the results."""
+        return None if self._chat is None else self._chat.source
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What cached requests of this tokenizer are kept under."""
+        return self._name
+
+    def _write(self, asked: Sequence[tuple[int, str, Mapping[str, Any]]]) -> list[str]:
+        """The answers to (number, context, arguments), those with equal arguments side by side."""
+        answers: dict[int, str] = {}
+        kinds: dict[Settings, list[tuple[int, str]]] = {}
+        for number, context, arguments in asked:
+            kinds.setdefault(self._settings(arguments), []).append((number, context))
+        progress = Progress("generating")
+        for settings, texts in kinds.items():
+            generator = TextGenerator(self._engine, self._text_tokenizer, settings)
+            numbers = [number for number, _ in texts]
+            prompts = [self._prompt(context, settings) for _, context in texts]
+            for number, record in zip(numbers, generator.continue_tokens(prompts, numbers), strict=True):
+                answers[number] = record.text or ""
+                progress(len(answers) / len(asked))
+        return [answers[number] for number, *_ in asked]
+
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
-        return score(
+        work = partial(
+            score,
             self._engine,
-            pairs,
             max_length=self.max_length,
             batch_size=self.batch_size,
             padding=self.eot_token_id,
             on_progress=Progress("scoring"),
         )
+        return share_out(pairs, work, self._replicas, size=lambda pair: len(pair.inputs()))
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Context and continuation as tokens, parted where the tokens of the context alone end.
@@ -143,6 +179,7 @@ class HarnessModel(LM):
             seq_length=self.max_length,
             stop=(until,) if isinstance(until, str) else tuple(until),
             batch_size=self.batch_size,
+            recompute=not self._cached,
         )
 
 

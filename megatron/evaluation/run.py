@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import compression
+from megatron.evaluation.chat import ChatTemplate
 from megatron.evaluation.progress import Progress
 from megatron.inference.run import context_length, with_model
 from megatron.log import get_logger
+from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import device
 from megatron.parallel.topology import Axis, Topology
 from megatron.tokenizers.base import Tokenizer
@@ -31,22 +34,51 @@ from megatron.tokenizers.base import Tokenizer
 def evaluate(config: Config) -> None:
     """Scores the checkpoint on `eval_tasks`; rank 0 prints lm-eval's table and writes the results file.
 
-    Collective: every rank runs every request, since each forward pass needs all ranks of the model. Raises ConfigError
-    when lm-eval is missing or a task is not known, before the model is loaded.
+    Collective: copies of the model share the requests out, and the ranks of a copy handle the same ones. Raises
+    ConfigError when lm-eval is missing or a task is not known, before the model is loaded.
     """
     config = config.for_inference()
-    section = config.evaluation
-    require_harness(section.eval_tasks)
-    from megatron.evaluation.tasks import Tasks
-
-    tasks = Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot)
+    tasks, chat = _load_tasks(config)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        results = _run_tasks(config, tasks, engine, tokenizer, topology.rank)
+        results = _run_tasks(config, tasks, _harness_model(config, engine, tokenizer, topology.data, chat), topology)
         if topology.rank == 0:
             _publish(config, results)
+            _report(config, flat_metrics(results), known_iteration(config))
 
     with_model(config, work)
+
+
+def live_evaluation(
+    config: Config, engine: Engine, tokenizer: Tokenizer, topology: Topology
+) -> Callable[[], dict[str, float]] | None:
+    """What scores a model in training on `eval_tasks`, as `eval/<task>_<metric>`; None where there are no tasks.
+
+    Collective. The tasks are loaded at once, so that a misspelt one is told before the training starts.
+    """
+    if not config.evaluation.eval_tasks:
+        return None
+    tasks, chat = _load_tasks(config)
+    # Under ZeRO 3 every copy of the model takes part in every forward pass, so requests cannot be shared out.
+    replicas = Axis("data") if config.deepspeed.zero_stage == 3 else topology.data
+    parallelism = config.parallelism
+    whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
+    model = _harness_model(config, engine, tokenizer, replicas, chat, cached=whole)
+
+    def run() -> dict[str, float]:
+        return flat_metrics(_run_tasks(config, tasks, model, topology))
+
+    return run
+
+
+def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """`eval/<task>_<metric>` -> value, of all tasks; lm-eval's `acc,none` is `acc` here."""
+    flat = {}
+    for task, metrics in results.get("results", {}).items():
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name != "sample_len":
+                flat[f"eval/{task}_{name.removesuffix(',none').replace(',', '_')}"] = float(value)
+    return flat
 
 
 def measure_text(config: Config) -> None:
@@ -87,6 +119,7 @@ def require_harness(eval_tasks: Any) -> None:
             remedy="pip install 'neox[eval]'",
         )
     # Read when the libraries are first imported: no network, and no bars for local files.
+    os.environ.setdefault("LM_HARNESS_CACHE_PATH", str(Path.home() / ".cache" / "neox" / "requests"))
     for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(switch, "1")
 
@@ -96,21 +129,72 @@ def batch_size(config: Config) -> int:
     return config.evaluation.eval_batch_size or config.training.train_micro_batch_size_per_gpu or 1
 
 
-def _run_tasks(config: Config, tasks: Any, engine: Engine, tokenizer: Tokenizer, rank: int) -> dict[str, Any]:
+def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
+    """The tasks that the configuration names, and the chat template if it asks for that."""
+    section = config.evaluation
+    require_harness(section.eval_tasks)
+    from megatron.evaluation.tasks import Tasks
+
+    chat = ChatTemplate.beside(config.tokenizer.vocab_file) if section.eval_chat_template else None
+    return Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot), chat
+
+
+def _harness_model(
+    config: Config,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    replicas: Axis,
+    chat: ChatTemplate | None,
+    *,
+    cached: bool = True,
+) -> Any:
     from megatron.evaluation.adapter import HarnessModel
 
-    section = config.evaluation
-    model = HarnessModel(
+    return HarnessModel(
         engine,
         tokenizer,
         max_length=context_length(config),
         batch_size=batch_size(config),
         seed=config.training.seed,
+        replicas=replicas,
+        cached=cached,
+        chat=chat,
+        name=f"{config.tokenizer.tokenizer_type}-{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}",
     )
-    # Error bars are drawn from many resamplings; one rank is enough for those.
-    arguments = {"bootstrap_iters": 10000 if rank == 0 else 0} | dict(section.eval_model_args or {})
-    results: dict[str, Any] = tasks.run(model, limit=section.eval_limit, **arguments)
+
+
+def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> dict[str, Any]:
+    section = config.evaluation
+    # Error bars are drawn from many resamplings, and built requests are kept on disk: one rank is enough for those.
+    arguments = {
+        "bootstrap_iters": 10000 if topology.rank == 0 else 0,
+        "apply_chat_template": section.eval_chat_template,
+        "cache_requests": section.eval_cache_requests and topology.rank == 0,
+    }
+    results: dict[str, Any] = tasks.run(
+        model, limit=section.eval_limit, **(arguments | dict(section.eval_model_args or {}))
+    )
     return results
+
+
+def known_iteration(config: Config) -> int:
+    """The iteration of the checkpoint that `load` names; 0 where neither `iteration` nor its `latest` file tells."""
+    if config.checkpoint.iteration is not None:
+        return config.checkpoint.iteration
+    latest = Path(config.checkpoint.load or "") / "latest"
+    digits = latest.read_text(encoding="utf-8").strip().removeprefix("global_step") if latest.is_file() else ""
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _report(config: Config, metrics: dict[str, float], iteration: int) -> None:
+    """Hands the metrics to the sinks of the run directory."""
+    if config.observe.log_dir is None:
+        return
+    reporter = build_reporter(config.observe, 0, start_iteration=iteration)
+    try:
+        reporter.evaluation(iteration, "eval", metrics)
+    finally:
+        reporter.close()
 
 
 def _publish(config: Config, results: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron.engine.engine import Engine
 
@@ -86,7 +85,7 @@ def score(
         for piece in _fitting(pair, max_length):
             pieces.append(piece)
             owners.append(number)
-    order = sorted(range(len(pieces)), key=lambda at: -len(pieces[at].inputs()))
+    order = sorted(range(len(pieces)), key=lambda at: (-len(pieces[at].inputs()), pieces[at].inputs()))
     scores = [NOTHING] * len(pairs)
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
@@ -110,17 +109,23 @@ def _fitting(pair: Pair, max_length: int) -> Iterator[Pair]:
 
 @torch.no_grad()
 def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[Score]:
-    """Scores of pairs that fit, in one forward pass. The first pair is the longest."""
-    longest = max(len(pair.inputs()) for pair in pairs)
-    rows = [list(pair.inputs()) + [padding] * (longest - len(pair.inputs())) for pair in pairs]
-    logits = engine.logits(torch.tensor(rows))  # [b, s, v]
-    return [_score_row(logits[row], pair) for row, pair in enumerate(pairs)]
-
-
-def _score_row(logits: Tensor, pair: Pair) -> Score:
-    """The score of one pair from its row of scores [s, v]."""
-    end = len(pair.inputs())
-    scored = logits[end - len(pair.continuation) : end].float()  # [continuation, v]
-    wanted = torch.tensor(pair.continuation, device=logits.device)
-    log_probabilities = scored.log_softmax(-1).gather(-1, wanted[:, None]).double()
-    return Score(float(log_probabilities.sum()), bool((scored.argmax(-1) == wanted).all()))
+    """Scores of pairs that fit, in one forward pass; the output layer runs for the scored positions only."""
+    inputs = list(dict.fromkeys(pair.inputs() for pair in pairs))  # answers of one token share a row
+    row_of = {each: row for row, each in enumerate(inputs)}
+    longest = max(len(each) for each in inputs)
+    tokens = torch.tensor([[*each, *[padding] * (longest - len(each))] for each in inputs])  # [b, s]
+    at = [
+        row_of[pair.inputs()] * longest + position
+        for pair in pairs
+        for position in range(len(pair.inputs()) - len(pair.continuation), len(pair.inputs()))
+    ]
+    places = sorted(set(at))
+    logits = engine.logits(tokens, None, torch.tensor(places))  # [k, v]
+    found = {place: row for row, place in enumerate(places)}
+    wanted = torch.tensor([token for pair in pairs for token in pair.continuation], device=logits.device)
+    scored = logits[[found[place] for place in at]] if len(places) < len(at) else logits  # [tokens, v]
+    likely = scored.argmax(-1) == wanted
+    chosen = scored.gather(-1, wanted[:, None])[:, 0].double() - scored.logsumexp(-1).double()
+    sizes = [len(pair.continuation) for pair in pairs]
+    parts = zip(chosen.split(sizes), likely.split(sizes), strict=True)
+    return [Score(float(each.sum()), bool(greedy.all())) for each, greedy in parts]

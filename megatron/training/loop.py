@@ -67,6 +67,7 @@ class Parts:
     check_saves: Callable[[], None]
     synchronize: Callable[[], None]
     peak_memory: Callable[[], int]
+    evaluate_tasks: Callable[[], dict[str, float]] | None = None  # scores the model on tasks, where there are any
 
 
 def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
@@ -110,6 +111,8 @@ def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validat
     batches = parts.valid.batches(number * plan.eval_iters * plan.samples)
     loss = parts.engine.eval_loss(batches, plan.eval_iters * plan.micro_batches)
     parts.reporter.evaluation(state.iteration, split, {"lm_loss": loss})
+    if parts.evaluate_tasks is not None:
+        parts.reporter.evaluation(state.iteration, "eval", parts.evaluate_tasks())
     return loss
 
 

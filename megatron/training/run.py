@@ -7,6 +7,7 @@ weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from megatron.engine.build import DTYPES, build_training_engine
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
+from megatron.evaluation.run import live_evaluation
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.observe.flops import FlopsShape, training_flops_per_token
@@ -119,6 +121,7 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
         plan = _plan(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint)
         parts = _parts(config, engine, data, reporter, stop, saver)
+        parts = replace(parts, evaluate_tasks=live_evaluation(config, engine, tokenizer, topology))
         _introduce(config, topology, data, state, reporter)
         reason = run_loop(plan, parts, state)
         if saver is not None:

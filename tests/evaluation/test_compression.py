@@ -22,8 +22,8 @@ DOCUMENTS = ["A first document, somewhat longer than the model's context. " * 3,
 class Uniform:
     """Finds every token equally likely, so that the measure is known without a model."""
 
-    def logits(self, tokens, cache=None):
-        return torch.zeros(*tokens.shape, 512)
+    def logits(self, tokens, cache=None, at=None):
+        return torch.zeros(*tokens.shape, 512) if at is None else torch.zeros(len(at), 512)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

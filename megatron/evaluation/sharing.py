@@ -1,0 +1,31 @@
+"""Replicas of a model share work out: each item is done exactly once, and every replica gets every result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron.parallel.topology import Axis
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def share_out(
+    items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]], axis: Axis, size: Callable[[Item], int]
+) -> list[Result]:
+    """The results of all items, in order. Collective over the axis.
+
+    work: gives the results of some items, in order. axis: the replicas. size: of an item; large and small ones are
+    dealt out in turn, so that all replicas have about as much to do.
+    """
+    order = sorted(range(len(items)), key=lambda number: -size(items[number]))
+    mine = order[axis.rank :: axis.size]
+    found = dict(zip(mine, work([items[number] for number in mine]), strict=True))
+    if axis.size > 1:
+        parts: list[Any] = [None] * axis.size
+        dist.all_gather_object(parts, found, group=axis.group)
+        found = {number: result for part in parts for number, result in part.items()}
+    return [found[number] for number in range(len(items))]
