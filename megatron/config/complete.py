@@ -23,7 +23,7 @@ from megatron.config.resources import Resources
 from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
 from megatron.errors import ConfigError, Mistake
 
-MOST_LAYERS = 1_000
+MOST_LAYERS = 10_000
 INFERENCE_SCRIPTS = frozenset({"generate.py", "evaluate.py", "eval.py"})
 
 OUTPUTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 from megatron.config import Config
@@ -41,13 +42,16 @@ def total(table: Sequence[TensorShape]) -> int:
     return sum(tensor.count for tensor in table)
 
 
-def on_rank(table: Sequence[TensorShape], layers: range, model_parallel_size: int, *, tied: bool, last: bool) -> int:
-    """Parameters that one tensor parallel rank of the stage with these layers holds.
+def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_size: int, *, tied: bool) -> list[int]:
+    """Parameters that one tensor parallel rank of each stage holds. bounds: first layers of the stages, and the end.
 
     tied: the output layer shares the word embedding, so a last stage without layer 0 holds a copy of it.
     """
-    held = sum(prod(tensor.local_shape(model_parallel_size)) for tensor in table if tensor.layer in layers)
-    if tied and last and 0 not in layers:
+    layers = [0] * bounds[-1]
+    for tensor in table:
+        layers[tensor.layer] += prod(tensor.local_shape(model_parallel_size))
+    held = [sum(layers[first:end]) for first, end in pairwise(bounds)]
+    if tied and bounds[-2] > 0:
         word = next(tensor for tensor in table if tensor.kind == "word_embedding")
-        held += prod(word.local_shape(model_parallel_size))
+        held[-1] += prod(word.local_shape(model_parallel_size))
     return held

@@ -66,10 +66,11 @@ def make_plan(resolution: Resolution) -> Plan:
     flops = flops_per_iteration(
         ModelDims.of(model), table, seq_length=model.seq_length, train_batch_size=training.train_batch_size
     )
-    memory = memory_of(config, table, padded)
+    bounds = bounds_of(config, table)
+    memory = memory_of(config, table, padded, bounds)
     suggestions: list[str] = []
     if budget is not None and memory.total > budget:
-        suggestions = advice(config, lambda changed: memory_of(changed, table, padded), budget)
+        suggestions = advice(config, lambda changed: memory_of(changed, table, padded, bounds), budget)
     return Plan(
         config,
         f"{padded:,} rows from {vocabulary.told}",
@@ -78,7 +79,7 @@ def make_plan(resolution: Resolution) -> Plan:
         memory=memory,
         budget=budget,
         advice=tuple(suggestions),
-        stages=tuple(bounds_of(config, table)),
+        stages=tuple(bounds),
         warnings=warned,
         not_supported_yet=unbuilt,
     )
@@ -95,33 +96,25 @@ def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
     return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, stages)
 
 
-def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int) -> Memory:
-    """Memory of the rank that needs most."""
-    bounds = bounds_of(config, table)
-    stages = len(bounds) - 1
-    candidates = [_stage_memory(config, table, padded_vocab_size, bounds, stage) for stage in range(stages)]
-    return max(candidates, key=lambda memory: memory.total)
-
-
-def _stage_memory(config: Config, table: list[TensorShape], padded: int, bounds: list[int], stage: int) -> Memory:
+def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, bounds: list[int]) -> Memory:
+    """Memory of the rank that needs most. bounds: first layers of the pipeline stages, and the end."""
     axes, training, model = config.parallelism, config.training, config.model
     assert model.num_layers
-    assert model.seq_length
-    assert training.train_micro_batch_size_per_gpu
     dims = ModelDims.of(model)
-    layers, stages = range(bounds[stage], bounds[stage + 1]), len(bounds) - 1
-    last = stage == stages - 1
-    cut = axes.model_parallel_size
-    held = on_rank(table, layers, cut, tied=dims.tied, last=last)
-    parameters, gradients, optimizer = state_memory(held, state_layout(config))
-    layout = activation_layout(config)
-    blocks = sum(1 for layer in layers if 2 <= layer < 2 + model.num_layers)
-    under_way = min(stages - stage, training.gradient_accumulation_steps or 1)
-    output = padded if last else None
-    activations = stage_activations(
-        dims, layout, blocks=blocks, under_way=under_way, padded_vocab_size=output, pipelined=stages > 1
-    )
-    return Memory(parameters, gradients, optimizer, activations)
+    stages = len(bounds) - 1
+    stored, layout = state_layout(config), activation_layout(config)
+    candidates = []
+    for stage, held in enumerate(on_rank(table, bounds, axes.model_parallel_size, tied=dims.tied)):
+        activations = stage_activations(
+            dims,
+            layout,
+            blocks=max(0, min(bounds[stage + 1], 2 + model.num_layers) - max(bounds[stage], 2)),
+            under_way=min(stages - stage, training.gradient_accumulation_steps or 1),
+            padded_vocab_size=padded_vocab_size if stage == stages - 1 else None,
+            pipelined=stages > 1,
+        )
+        candidates.append(Memory(*state_memory(held, stored), activations))
+    return max(candidates, key=lambda memory: memory.total)
 
 
 def state_layout(config: Config) -> StateLayout:

@@ -8,6 +8,7 @@ deepspeed.runtime.pipe.module (the partition methods), release 0.19.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -48,27 +49,49 @@ def uniform(count: int, parts: int) -> list[int]:
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[int]:
-    """The cut with the least difference between the heaviest and the lightest stage; late cuts win ties."""
+    """The cut with the least difference between the heaviest and the lightest stage; late cuts win ties.
+
+    Dynamic programming over (stages, layers). DeepSpeed tries every last cut, which takes seconds for deep models; here
+    only those are tried that could still win (see `_last_cut`).
+    """
     count = len(weights)
     if count <= parts:
         return uniform(count, parts)
     sums = [0, *accumulate(weights)]
-    infinite = float("inf")
-    heaviest: list[float] = [0.0] + [infinite] * count
-    lightest: list[float] = [infinite] * (count + 1)
-    cuts: list[list[int]] = []
-    for part in range(1, parts + 1):
-        next_heaviest, next_lightest, cut = [infinite] * (count + 1), [infinite] * (count + 1), [0] * (count + 1)
+    heaviest: list[float] = [float(total) for total in sums]
+    lightest = list(heaviest)
+    cuts: list[list[int]] = [[0] * (count + 1)]
+    for part in range(2, parts + 1):
+        next_heaviest, next_lightest, cut = [0.0] * (count + 1), [0.0] * (count + 1), [0] * (count + 1)
         for end in range(part, count + 1):
-            best = infinite
-            for start in range(part - 1, end):
-                weight = sums[end] - sums[start]
-                heavy, light = max(heaviest[start], weight), min(lightest[start], weight)
-                if heavy - light <= best:
-                    best, next_heaviest[end], next_lightest[end], cut[end] = heavy - light, heavy, light, start
+            start = _last_cut(sums, heaviest, lightest, part, end)
+            weight = sums[end] - sums[start]
+            next_heaviest[end], next_lightest[end] = max(heaviest[start], weight), min(lightest[start], weight)
+            cut[end] = start
         heaviest, lightest = next_heaviest, next_lightest
         cuts.append(cut)
     bounds = [count]
     for cut in reversed(cuts):
         bounds.append(cut[bounds[-1]])
     return bounds[::-1]
+
+
+def _last_cut(sums: Sequence[int], heaviest: Sequence[float], lightest: Sequence[float], part: int, end: int) -> int:
+    """Where the last of `part` stages that end at `end` begins.
+
+    The mean of the stages before it lies between their heaviest and their lightest, so the difference is at least that
+    between the last stage and this mean. That bound grows on both sides of the start where the two are equal, and the
+    search ends where it exceeds the best difference found.
+    """
+    before = part - 1
+    middle = bisect_left(range(before, end), sums[end] * before / part, key=lambda start: sums[start]) + before
+    best, chosen = float("inf"), before
+    for starts in (range(min(middle, end - 1), before - 1, -1), range(middle + 1, end)):
+        for start in starts:
+            weight = sums[end] - sums[start]
+            if abs(weight - sums[start] / before) > best + 0.5:
+                break
+            difference = max(heaviest[start], weight) - min(lightest[start], weight)
+            if difference < best or (difference == best and start > chosen):
+                best, chosen = difference, start
+    return chosen

@@ -50,7 +50,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"padded_vocab_size": 511, "model_parallel_size": 2},
         "padded_vocab_size = 511: model_parallel_size = 2 does not",
     ),
-    (1, {"num_layers": 10**12}, "num_layers = 1000000000000: at most 1,000"),
+    (1, {"num_layers": 10**12}, "num_layers = 1000000000000: at most 10,000"),
     (1, {"hidden_size": 66}, "hidden_size = 66: num_attention_heads = 4 does not divide it"),
     (1, {"kv_channels": 0}, "kv_channels = 0: a head needs at least one feature"),
     (8, {"model_parallel_size": 8}, "num_attention_heads = 4: model_parallel_size = 8 does not divide it"),

@@ -1,6 +1,7 @@
 """Pipeline stages are cut where DeepSpeed cuts them."""
 
 import random
+import time
 
 import pytest
 from deepspeed.runtime import utils as deepspeed_utils
@@ -15,11 +16,23 @@ def test_uniform(count: int, parts: int) -> None:
 
 def test_balanced() -> None:
     source = random.Random(0)
-    for _ in range(40):
-        weights = [source.choice([0, 1, 1, 5, 9]) for _ in range(source.randint(1, 14))]
-        parts = source.randint(1, 5)
+    for trial in range(120):
+        blocks = source.randint(1, 30)
+        weights = [
+            [source.choice([0, 1, 1, 5, 9]) for _ in range(blocks)],
+            [source.randint(1, 10**6) for _ in range(blocks)],
+            [source.randint(0, 300), 0, *[12] * blocks, 0, 1, source.randint(0, 300)],
+        ][trial % 3]
+        parts = source.randint(1, 10)
         expected = [int(bound) for bound in deepspeed_utils.partition_balanced(weights, parts)]
         assert balanced(weights, parts) == expected, (weights, parts)
+
+
+def test_deep_models_are_cut_at_once() -> None:
+    before = time.process_time()
+    weights = [6 * 10**8, 0, *[2 * 10**8] * 1000, 0, 12288, 6 * 10**8]
+    assert len(balanced(weights, 32)) == 33  # seconds, where every cut is tried
+    assert time.process_time() - before < 3
 
 
 def test_methods() -> None:
