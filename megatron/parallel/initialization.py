@@ -83,6 +83,9 @@ class ParameterSource:
         return parameter
 
     def _draw(self, name: str, shape: tuple[int, ...], fill: Fill) -> Tensor:
+        """The full tensor, always drawn on the CPU; under `torch.device("meta")` its shape alone."""
+        if torch.get_default_device().type == "meta":
+            return torch.empty(shape, dtype=torch.float32)
         generator = torch.Generator().manual_seed(parameter_seed(self.seed, self.layer, self.prefix + name))
         full = torch.empty(shape, dtype=torch.float32, device="cpu")
         with torch.no_grad():

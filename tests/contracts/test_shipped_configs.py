@@ -7,9 +7,8 @@ import pytest
 
 from megatron.config import Config, Resources, resolve
 from megatron.plan import make_plan
+from tests.contracts.shipped import CONFIGS, FILES, intended, name_of
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(path for path in CONFIGS.glob("**/*.yml"))
 GIB = 2**30
 
 PARAMETERS = {
@@ -36,18 +35,6 @@ PARAMETERS = {
 }
 """As told in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
 huggyllama, meta-llama and mistralai)."""
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(CONFIGS).with_suffix("").as_posix()
-
-
-def intended(path: Path) -> tuple[int, list[Path]]:
-    """The ranks that the file's comment names, and the files it is merged with."""
-    text = path.read_text(encoding="utf-8")
-    ranks = re.search(r"Ranks:[\s#]+(\d+)", text)
-    partner = re.search(r"With:[\s#]+(\S+)", text)
-    return int(ranks[1]) if ranks else 2, [path, *([CONFIGS / partner[1]] if partner else [])]
 
 
 def resolved(path: Path) -> Config:
