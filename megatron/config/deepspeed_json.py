@@ -42,7 +42,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_optimization": values["zero_optimization"],
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0 if values["zero_stage"] == 0 else values["gradient_clipping"],
-        "steps_per_print": values["steps_per_print"],
+        "steps_per_print": _steps_per_print(config),
         "wall_clock_breakdown": values["wall_clock_breakdown"],
     }
     if values["precision"] == "bfloat16":
@@ -69,3 +69,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         if settings.get(name, value) != value
     )
     return {**settings, **extra}
+
+
+def _steps_per_print(config: Config) -> int | None:
+    """How often DeepSpeed prints a line beside ours: as asked for, and never by default."""
+    section = config.deepspeed
+    asked = section.wall_clock_breakdown or section.steps_per_print != CATALOG["steps_per_print"].default
+    return section.steps_per_print if asked else None

@@ -41,6 +41,13 @@ def test_blocks_are_handed_on_and_defaults_left_out() -> None:
     assert settings(deepspeed_extra_args={"zero_force_ds_cpu_optimizer": False})["zero_force_ds_cpu_optimizer"] is False
 
 
+def test_deepspeed_prints_its_own_line_only_where_that_is_asked_for() -> None:
+    assert settings()["steps_per_print"] is None
+    assert settings(steps_per_print=10)["steps_per_print"] is None
+    assert settings(steps_per_print=100)["steps_per_print"] == 100
+    assert settings(wall_clock_breakdown=True)["steps_per_print"] == 10
+
+
 def test_extra_args_may_add_but_not_change() -> None:
     assert settings(deepspeed_extra_args={"train_batch_size": 2})["train_batch_size"] == 2
     with pytest.raises(ConfigError, match="train_batch_size = 99 contradicts train_batch_size = 2"):
