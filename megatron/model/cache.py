@@ -114,8 +114,8 @@ class KVCache:
             stored[1, :, :, place.end - keys.shape[2] : place.end] = values
         else:
             row = torch.arange(self.batch, device=stored.device)[:, None]  # [b, 1]
-            stored[0].transpose(1, 2)[row, place.positions] = keys.transpose(1, 2)  # [b, s, m/t, d]
-            stored[1].transpose(1, 2)[row, place.positions] = values.transpose(1, 2)
+            stored[0].transpose(1, 2)[row, place.positions] = keys.transpose(1, 2).to(stored.dtype)  # [b, s, m/t, d]
+            stored[1].transpose(1, 2)[row, place.positions] = values.transpose(1, 2).to(stored.dtype)
         return stored[0, :, :, : place.end], stored[1, :, :, : place.end]  # [b, m/t, end, d]
 
     def advance(self, positions: int) -> None:
