@@ -1,5 +1,6 @@
 """The plan's number of parameters against the modules themselves, built without memory on torch's meta device."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from megatron.plan.parameters import model_tensors
 from megatron.plan.vocabulary import find_vocabulary
 from tests.contracts.shipped import FILES, intended, name_of
 
-MODELS = [path for path in FILES if "num_layers" in path.read_text(encoding="utf-8")]
+UNCOUNTED = {"moe/125M-8-experts", "mamba/130M", "rwkv/169M"}
+"""Parts that are not built yet; the plan says so instead of a number."""
+MODELS = [path for path in FILES if re.search("num.layers", path.read_text(encoding="utf-8"))]
 
 
 def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
@@ -45,8 +48,17 @@ def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
     return make_plan(found).parameters, modules, table
 
 
-@pytest.mark.parametrize("path", MODELS, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in MODELS if name_of(path) not in UNCOUNTED], ids=name_of)
 def test_the_plan_counts_what_the_modules_hold(path: Path) -> None:
     planned, modules, table = built(path)
     assert modules == table
     assert planned == sum(torch.Size(shape).numel() for shape in modules.values())
+
+
+@pytest.mark.parametrize("path", [path for path in MODELS if name_of(path) in UNCOUNTED], ids=name_of)
+def test_the_plan_does_not_guess(path: Path) -> None:
+    ranks, files = intended(path)
+    plan = make_plan(resolve(files, {}, Resources(ranks)))
+    assert plan.parameters is None
+    assert "not counted yet" in str(plan.unknown)
+    assert plan.not_supported_yet

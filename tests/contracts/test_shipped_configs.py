@@ -75,7 +75,7 @@ def test_it_fits_the_accelerators_it_is_laid_out_for(path: Path) -> None:
     ranks, files = intended(path)
     plan = make_plan(resolve(files, {}, Resources(ranks, "cuda")))
     if plan.memory is None:
-        assert "vocab" in str(plan.unknown)
+        assert "vocab" in str(plan.unknown) or "not counted yet" in str(plan.unknown)
         return
     budget = 40 if name_of(path) == "20B" or name_of(path).startswith("pythia/") else 80
     assert plan.memory.total < 0.9 * budget * GIB
