@@ -3,8 +3,8 @@
     python benchmarks/generation.py [--precision fp32 bfloat16] [--batch 1 8] [--rounds 3]
 
 12 layers x 768, vocabulary 50,304, prompts of 64 tokens and 128 new ones. Each round runs all contenders one after the
-other, so that a machine whose speed drifts slows all; the figure is the best of the rounds. On a machine that others use
-as well, `--processor-time` with one thread counts the time that this process had.
+other, so that a machine whose speed drifts slows all; the figure is the best of the rounds. On a machine that others
+use as well, `--processor-time` with one thread counts the time that this process had.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from megatron.parallel.topology import Topology
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, PROMPT, NEW = 12, 768, 12, 50304, 64, 128
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
-Generate = Callable[[Tensor], list[list[int]]]
-"""Prompts [b, PROMPT] -> NEW tokens of each."""
+Generate = Callable[[Tensor, int], list[list[int]]]
+"""Prompts [b, PROMPT] and a number of tokens -> so many new tokens of each."""
 
 
 def _config() -> Config:
@@ -106,8 +106,8 @@ def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
 
     engine = InferenceEngine(stage, topology, cache, HIDDEN, VOCABULARY, dtype)
 
-    def generate(prompts: Tensor) -> list[list[int]]:
-        limits = Limits(-1, NEW, PROMPT + NEW)
+    def generate(prompts: Tensor, new: int) -> list[list[int]]:
+        limits = Limits(-1, new, PROMPT + new)
         sampler = Sampler(Sampling(), vocab_size=VOCABULARY, seed=0)
         texts = [Text(prompt, limits, sampler) for prompt in prompts.tolist()]
         for _ in decode(engine, texts, rows=len(texts)):
@@ -133,13 +133,13 @@ def _twin_name(key: str) -> str:
 def transformers_generate(model: Any) -> Generate:
     """transformers.generate with its cache, greedy."""
 
-    def generate(prompts: Tensor) -> list[list[int]]:
+    def generate(prompts: Tensor, new: int) -> list[list[int]]:
         with torch.inference_mode():
             made = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                max_new_tokens=new,
+                min_new_tokens=new,
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=None,
@@ -150,22 +150,23 @@ def transformers_generate(model: Any) -> Generate:
 
 
 def litgpt_generate(dtype: torch.dtype) -> Generate | None:
-    """litgpt's own loop over its pythia-160m; None where litgpt is not installed. One text at a time is what it does,
+    """Litgpt's own loop over its pythia-160m; None where litgpt is not installed. One text at a time is what it does,
     so a batch goes through its model as one tensor here.
     """
     try:
-        from litgpt import GPT, Config as LitConfig
+        from litgpt import GPT
+        from litgpt import Config as LitConfig
     except ImportError:
         return None
     config = LitConfig.from_name("pythia-160m", padded_vocab_size=VOCABULARY)
     model = GPT(config).to(dtype).eval()
 
-    def generate(prompts: Tensor) -> list[list[int]]:
+    def generate(prompts: Tensor, new: int) -> list[list[int]]:
         with torch.inference_mode():
-            model.max_seq_length = PROMPT + NEW
+            model.max_seq_length = PROMPT + new
             model.set_kv_cache(batch_size=len(prompts), dtype=dtype)
             at, fresh, made = torch.arange(PROMPT), prompts, []
-            for _ in range(NEW):
+            for _ in range(new):
                 fresh = model(fresh, at)[:, -1:].argmax(-1)
                 made.append(fresh)
                 at = at[-1:] + 1
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="texts side by side")
     parser.add_argument("--processor-time", action="store_true", help="count processor time, not time on the wall")
+    parser.add_argument("--new", type=int, default=NEW, help="new tokens of a text")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     print(f"{LAYERS} layers x {HIDDEN}, vocabulary {VOCABULARY}, {torch.get_num_threads()} threads", flush=True)
@@ -190,20 +192,22 @@ def main() -> None:
             contenders["litgpt"] = litgpt
         for batch in asked.batch:
             clock = time.process_time if asked.processor_time else time.perf_counter
-            _compare(name, batch, contenders, asked.rounds, clock)
+            _compare(name, batch, contenders, asked.new, asked.rounds, clock)
 
 
-def _compare(name: str, batch: int, contenders: dict[str, Generate], rounds: int, clock: Callable[[], float]) -> None:
+def _compare(
+    name: str, batch: int, contenders: dict[str, Generate], new: int, rounds: int, clock: Callable[[], float]
+) -> None:
     prompts = torch.randint(0, VOCABULARY, (batch, PROMPT), generator=torch.Generator().manual_seed(7))
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
         made = {}
         for contender, generate in contenders.items():
             started = clock()
-            made[contender] = generate(prompts)
+            made[contender] = generate(prompts, new)
             best[contender] = min(best[contender], clock() - started)
     same = sum(a == b for a, b in zip(made["ours"], made["transformers"], strict=True))
-    rates = ", ".join(f"{contender} {batch * NEW / spent:.1f}" for contender, spent in best.items())
+    rates = ", ".join(f"{contender} {batch * new / spent:.1f}" for contender, spent in best.items())
     fastest = min(spent for contender, spent in best.items() if contender != "ours")
     print(
         f"{name:8s} batch {batch}: {fastest / best['ours']:.2f}x the better, "

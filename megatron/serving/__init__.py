@@ -1,0 +1,1 @@
+"""A model behind HTTP: requests in, text out as it grows."""

@@ -1,0 +1,234 @@
+"""Continuous batching: requests come and go while one token loop runs.
+
+Before every step the first rank takes in requests that have arrived and lets go of those whose clients have left, and
+tells the other ranks of the model what it did (`Orders`), so that all of them run the same loop. A request that arrives
+while others decode has its first token after the step in progress; greedy text of the others does not change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron.engine.engine import Engine
+from megatron.inference.answer import Answer, Record, Settings
+from megatron.inference.decode import Step, TokenLoop
+from megatron.tokenizers.base import Tokenizer
+
+IDLE_SECONDS = 5.0
+"""How often the other ranks hear of the first one when there is nothing to do, so that no collective times out."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One text that is wanted. number: of the request in the service. prompt: at least one token."""
+
+    number: int
+    prompt: tuple[int, ...]
+    settings: Settings
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom an answer goes to; called from the decoding thread.
+
+    piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome.
+    """
+
+    piece: Callable[[str], None]
+    token: Callable[[int, Tensor], None]
+    done: Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What every rank does before the next step."""
+
+    joining: tuple[Ask, ...] = ()
+    leaving: tuple[int, ...] = ()
+    stop: bool = False
+
+
+class Worker:
+    """One rank's token loop, which follows orders. rows: texts side by side. max_length: tokens of the longest text."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._loop = TokenLoop(engine, rows=rows, max_length=max_length)
+        self._answers: dict[int, Answer] = {}
+        self.rows = rows
+
+    @property
+    def free(self) -> int:
+        """How many texts may join."""
+        return self._loop.free
+
+    @property
+    def running(self) -> int:
+        """Texts that grow now."""
+        return len(self._answers)
+
+    def follow(self, orders: Orders, listeners: dict[int, Listener] | None = None) -> list[tuple[int, Record]]:
+        """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number."""
+        for number in orders.leaving:
+            answer = self._answers.pop(number, None)
+            if answer is not None:
+                self._loop.leave(answer.growing)
+        others = self._loop.step()
+        joining = []
+        for ask in orders.joining:
+            heard = (listeners or {}).get(ask.number)
+            answer = Answer(
+                self._tokenizer,
+                ask.settings,
+                ask.prompt,
+                ask.context,
+                stream=heard.piece if heard else None,
+                on_token=heard.token if heard else None,
+            )
+            self._answers[ask.number] = answer
+            joining.append(answer)
+        starting = [answer.growing for answer in joining if not answer.growing.ended]
+        return self._take([*others, *self._loop.join(starting)])
+
+    def _take(self, steps: list[Step]) -> list[tuple[int, Record]]:
+        of = {id(answer.growing): answer for answer in self._answers.values()}
+        for step in steps:
+            if of[id(step.text)].take(step):
+                step.text.end()
+        done = [(number, answer) for number, answer in self._answers.items() if answer.growing.ended]
+        for number, _ in done:
+            del self._answers[number]
+        return [(number, answer.record()) for number, answer in done]
+
+
+@dataclass
+class Counts:
+    """What the service has done since it started."""
+
+    requests: int = 0
+    refused: int = 0
+    abandoned: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class Full(Exception):
+    """So many requests wait already that no more are taken."""
+
+
+class Closing(Exception):
+    """The service finishes what it has and takes no more."""
+
+
+@dataclass
+class Service:
+    """The first rank's side: threads hand requests in with `submit`, one thread decodes with `run`.
+
+    tell: hands the orders to the other ranks of the model. max_waiting: requests that may wait for a free row.
+    """
+
+    worker: Worker
+    max_waiting: int
+    tell: Callable[[Orders], None] = lambda orders: None
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[Ask] = deque()
+        self._listeners: dict[int, Listener] = {}
+        self._leaving: list[int] = []
+        self._next = 0
+        self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a free row."""
+        return len(self._waiting)
+
+    @property
+    def closing(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closing
+
+    def submit(self, wanted: list[tuple[tuple[int, ...], Settings, str, Listener]]) -> list[int]:
+        """Queues texts, all or none, as (prompt, settings, context, listener); returns their numbers.
+
+        Raises Full or Closing.
+        """
+        with self._changed:
+            if self._closing:
+                raise Closing
+            room = self.max_waiting + max(0, self.worker.rows - len(self._listeners))
+            if len(self._waiting) + len(wanted) > room:
+                self.counts.refused += len(wanted)
+                raise Full
+            numbers = []
+            for prompt, settings, context, listener in wanted:
+                self._listeners[self._next] = listener
+                self._waiting.append(Ask(self._next, prompt, settings, context))
+                numbers.append(self._next)
+                self._next += 1
+                self.counts.requests += 1
+                self.counts.prompt_tokens += len(prompt)
+            self._changed.notify()
+            return numbers
+
+    def abandon(self, numbers: list[int]) -> None:
+        """Nobody waits for these texts any more; those that have ended are no matter."""
+        with self._changed:
+            for number in numbers:
+                if self._listeners.pop(number, None) is None:
+                    continue
+                self.counts.abandoned += 1
+                before = len(self._waiting)
+                self._waiting = deque(ask for ask in self._waiting if ask.number != number)
+                if len(self._waiting) == before:
+                    self._leaving.append(number)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Takes no more requests; `run` returns when those it has are done."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def run(self, closing: Callable[[], bool] = lambda: False) -> None:
+        """Decodes until `close` is called, or closing() says so, and all is done. Collective with `follow_orders`."""
+        while True:
+            if closing() and not self._closing:
+                self.close()
+            orders = self._orders()
+            self.tell(orders)
+            if orders.stop:
+                return
+            for number, record in self.worker.follow(orders, self._listeners):
+                with self._changed:
+                    listener = self._listeners.pop(number, None)
+                self.counts.tokens += record.length
+                if listener is not None:
+                    listener.done(record)
+
+    def _orders(self) -> Orders:
+        """What to do next; waits a while when there is nothing."""
+        with self._changed:
+            if not (self._waiting or self._leaving or self.worker.running):
+                if self._closing:
+                    return Orders(stop=True)
+                self._changed.wait(min(IDLE_SECONDS, 0.5))
+            leaving = tuple(self._leaving)
+            self._leaving.clear()
+            free = self.worker.free
+            joining = tuple(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
+            return Orders(joining, leaving)
+
+
+def follow_orders(worker: Worker, hear: Callable[[], Orders]) -> None:
+    """What the other ranks of the model do: the same steps, until told to stop."""
+    while not (orders := hear()).stop:
+        worker.follow(orders)

@@ -1,0 +1,189 @@
+"""The service over HTTP, with the clients that people use, and with what no client should send."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+from tests.inference.small_model import SmallEngine, small_config
+from tests.serving.service import running
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return SmallEngine(small_config())
+
+
+@pytest.fixture(scope="module")
+def small(engine):
+    with running(engine=engine) as found:
+        yield found
+
+
+@pytest.fixture
+def client(small):
+    with openai.OpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def ask(running, path, body, method="POST", **headers):
+    """(status, answer) of one request."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(running.url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def idle(running):
+    deadline = time.monotonic() + 20
+    while running.service._listeners or running.service.worker.running:
+        assert time.monotonic() < deadline, "texts are left behind"
+        time.sleep(0.02)
+
+
+def test_the_openai_client_completes_and_streams_the_same(client):
+    whole = client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, logprobs=2)
+    assert len(whole.choices[0].text) == 9 and whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 9 and whole.usage.prompt_tokens == 5
+    found = whole.choices[0].logprobs
+    assert "".join(found.tokens) == whole.choices[0].text
+    assert all(value <= 0 for value in found.token_logprobs) and all(found.top_logprobs)
+    pieces = list(client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert len(pieces) == 10 and pieces[-1].choices[0].finish_reason == "length"
+    assert [model.id for model in client.models.list()] == ["small"]
+
+
+def test_several_prompts_and_copies_keep_their_order(client):
+    found = client.completions.create(model="small", prompt=["a", "bcd"], n=2, max_tokens=6, temperature=0)
+    texts = [choice.text for choice in found.choices]
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    tokens = client.completions.create(model="small", prompt=[[97], [98, 99, 100]], max_tokens=6, temperature=0)
+    assert [choice.text for choice in tokens.choices] == [texts[0], texts[2]]
+
+
+def test_seeds_repeat_and_stops_stop(client):
+    def text(**how):
+        return client.completions.create(model="small", prompt="x", max_tokens=12, **how).choices[0]
+
+    assert text(seed=3).text == text(seed=3).text
+    assert len({text(seed=seed).text for seed in range(4)}) > 1
+    plain = text(temperature=0).text
+    stopped = text(temperature=0, stop=[plain[3:5]])
+    assert stopped.text == plain[: plain.index(plain[3:5])] and stopped.finish_reason == "stop"
+
+
+def test_curl_speaks_megatrons_language(small, client):
+    body = json.dumps({"prompts": ["hello", "a"], "tokens_to_generate": 5, "top_k": 1, "logprobs": True})
+    said = subprocess.run(
+        ["curl", "-sS", "-X", "PUT", f"{small.url}/api", "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    found = json.loads(said.stdout)
+    wanted = client.completions.create(model="small", prompt=["hello", "a"], max_tokens=5, temperature=0)
+    assert found["text"] == [
+        prompt + choice.text for prompt, choice in zip(("hello", "a"), wanted.choices, strict=True)
+    ]
+    assert [len(each) for each in found["logprobs"]] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body", "told"),
+    [
+        ("/v1/completions", "POST", b"{", "JSON"),
+        ("/v1/completions", "POST", {}, "prompt"),
+        ("/v1/completions", "POST", {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ("/v1/completions", "POST", {"prompt": "a", "max_tokens": "3"}, "max_tokens"),
+        ("/v1/completions", "POST", {"prompt": "a", "temperature": -0.5}, "temperature"),
+        ("/v1/completions", "POST", b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        ("/v1/completions", "POST", {"prompt": "a", "beams": 3}, "beams"),
+        ("/v1/completions", "POST", {"prompt": "a", "echo": True}, "echo"),
+        ("/v1/completions", "POST", {"prompt": []}, "prompt"),
+        ("/v1/completions", "POST", {"prompt": [600]}, "tokens"),
+        ("/v1/completions", "POST", {"prompt": "a" * 100}, "100 tokens"),
+        ("/v1/completions", "POST", {"prompt": "a", "max_tokens": 48}, "48"),
+        ("/v1/completions", "POST", {"prompt": ["a"] * 65, "n": 2}, "128"),
+        ("/api", "PUT", {"prompts": []}, "prompts"),
+        ("/api", "PUT", {"prompts": ["a"], "tokens_to_generate": 0}, "tokens_to_generate"),
+        ("/api", "PUT", {"prompts": ["a"], "top_k": 2, "top_p": 0.5}, "top_k"),
+    ],
+)
+def test_what_cannot_be_done_is_told(small, path, method, body, told):
+    status, answer = ask(small, path, body, method)
+    assert status == 400
+    assert told in answer["error"]["message"]
+
+
+def test_a_huge_body_is_refused_before_it_is_read(small):
+    assert ask(small, "/v1/completions", b" " * (1 << 20) + b"{}")[0] == 413
+    assert ask(small, "/nowhere", {})[0] == 404
+    assert ask(small, "/api", {}, "GET")[0] == 405
+
+
+def test_health_metrics_and_page(small):
+    with urllib.request.urlopen(small.url + "/health") as response:
+        assert json.load(response) == {"status": "ok"}
+    with urllib.request.urlopen(small.url + "/metrics") as response:
+        lines = response.read().decode().splitlines()
+    assert "neox_requests_waiting 0" in lines and "# TYPE neox_generated_tokens_total counter" in lines
+    with urllib.request.urlopen(small.url + "/") as response:
+        assert b"<textarea" in response.read()
+
+
+def test_the_key_is_asked_for_everywhere_but_at_the_door(engine):
+    with running(engine=engine, key="geheim") as found:
+        body = {"prompt": "a", "max_tokens": 1}
+        assert ask(found, "/v1/completions", body)[0] == 401
+        assert ask(found, "/v1/completions", body, Authorization="Bearer geheim ")[0] in (200, 401)
+        assert ask(found, "/v1/completions", body, Authorization="Bearer wrong")[0] == 401
+        assert ask(found, "/api", {"prompts": ["a"]}, "PUT")[0] == 401
+        assert ask(found, "/v1/completions", body, Authorization="Bearer geheim")[0] == 200
+        with urllib.request.urlopen(found.url + "/health") as response:
+            assert response.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(found.url + "/metrics")
+
+
+def test_hang_ups_free_their_rows(small, client):
+    for _ in range(3):
+        stream = client.completions.create(model="small", prompt="hello", max_tokens=40, temperature=0, stream=True)
+        next(iter(stream))
+        stream.close()
+    raw = json.dumps({"prompt": "x", "max_tokens": 40}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    host, port = small.address.split(":")
+    with socket.create_connection((host, int(port))) as plain:
+        plain.sendall(head % len(raw) + raw)
+    idle(small)
+
+
+def test_too_many_get_429_and_all_others_their_own_text(engine):
+    with running(engine=engine, rows=2, max_waiting=2) as found:
+
+        def one(number):
+            body = {"prompt": f"prompt {number}", "max_tokens": 20, "temperature": 0}
+            status, answer = ask(found, "/v1/completions", body)
+            return number, status, answer["choices"][0]["text"] if status == 200 else None
+
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(one, range(12)))
+        assert {status for _, status, _ in answers} == {200, 429}
+        idle(found)
+        for number, status, text in answers:
+            if status == 200:
+                assert one(number) == (number, 200, text)

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Serves a trained model over HTTP.
+
+    ./deepy.py tools/run_text_generation_server.py CONF... [--serve-port 5000] [--serve-key KEY]
+
+Megatron-LM's `PUT /api`, OpenAI's `POST /v1/completions`, a page to type prompts at `/`, `/health` and `/metrics`.
+"""
+
+import sys
+
+from megatron.config import Config
+from megatron.launch.worker import StopSignal, run_door
+
+
+def main(config: Config) -> None:
+    """Serves as the configuration says, until asked to stop."""
+    stop = StopSignal.install()
+    from megatron.serving.run import serve
+
+    serve(config, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))

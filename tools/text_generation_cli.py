@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Talks to a text service from the terminal: python tools/text_generation_cli.py HOST:PORT [--tokens 64]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+
+
+def answer(address: str, body: dict[str, object], key: str | None) -> Iterator[str]:
+    """The pieces of a completion as they arrive. Raises OSError, urllib's HTTPError among them."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(
+        f"http://{address}/v1/completions", json.dumps({**body, "stream": True}).encode(), headers, method="POST"
+    )
+    with urllib.request.urlopen(request) as response:
+        for line in response:
+            data = line.decode().strip().removeprefix("data: ")
+            if data and data != "[DONE]":
+                yield from (choice["text"] for choice in json.loads(data)["choices"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Reads prompts, a line each, and prints what follows them, until the input ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("address", metavar="HOST:PORT")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--key", default=os.environ.get("NEOX_SERVE_KEY"), help="default: $NEOX_SERVE_KEY")
+    asked = parser.parse_args(arguments)
+    while True:
+        try:
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        if not prompt.strip():
+            continue
+        body: dict[str, object] = {"prompt": prompt, "max_tokens": asked.tokens, "temperature": asked.temperature}
+        try:
+            for piece in answer(asked.address, body, asked.key):
+                print(piece, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print()  # stops this answer; the service lets go of it
+        except urllib.error.HTTPError as error:
+            print(f"{asked.address} answers {error.code}: {json.load(error)['error']['message']}", file=sys.stderr)
+        except OSError as error:
+            print(f"cannot reach {asked.address}: {error}", file=sys.stderr)
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
