@@ -28,7 +28,7 @@ KNOW_CONFIG = (
 WHERE: dict[str, tuple[str, ...]] = {
     "torch": ("",),
     "numpy": ("",),
-    "pydantic": ("megatron/config/",),
+    "pydantic": ("megatron/config/", "megatron/serving/"),
     "pydantic_core": ("megatron/config/",),
     "yaml": ("megatron/config/", "megatron/evaluation/", "tools/", "benchmarks/"),
     "rich": ("megatron/observe/", "tools/"),
@@ -47,12 +47,16 @@ WHERE: dict[str, tuple[str, ...]] = {
     "matplotlib": ("tools/plot_metrics.py",),
     "numba": ("megatron/data/compiled.py",),
     "transformers": ("benchmarks/",),
+    "fastapi": ("megatron/serving/",),
+    "starlette": ("megatron/serving/",),
+    "uvicorn": ("megatron/serving/",),
+    "litgpt": ("benchmarks/",),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),
     "sentencepiece": ("megatron/tokenizers/",),
     "huggingface_hub": ("megatron/tokenizers/pretrained.py",),
-    "jinja2": ("megatron/tokenizers/chat.py",),
+    "jinja2": ("megatron/tokenizers/chat.py", "megatron/evaluation/chat.py"),
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})
