@@ -50,7 +50,7 @@ def running(*, rows: int = 4, max_waiting: int = 64, key: str | None = None, eng
     for thread in threads:
         thread.start()
     try:
-        yield Running("127.0.0.1:%d" % listening.getsockname()[1], service, app)
+        yield Running(f"127.0.0.1:{listening.getsockname()[1]}", service, app)
     finally:
         service.close()
         threads[1].join(30)
