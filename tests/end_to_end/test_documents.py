@@ -14,7 +14,8 @@ from tests.end_to_end.runs import make_dataset, run, series
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "tensor 2": (2, {"model_parallel_size": 2}),
+    "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
+    "context 2": (2, {"context_parallel_size": 2}),
     "recomputed": (1, {"checkpoint_activations": True}),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,10 +51,11 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]
 def test_layouts_agree(settings: str, short_documents: tuple[str, str], tmp_path: Path) -> None:
     tokens, labels = short_documents
     common = {
-        "train_iters": 6,
+        "train_iters": 4,
         # Each micro batch has a mean of its own over the tokens that count, so all layouts take the same ones.
         "gradient_accumulation_steps": 2,
-        "eval_interval": 3,
+        "eval_interval": 2,
+        "eval_iters": 1,
         "train_data_paths": [tokens],
         "train_label_data_paths": [labels],
         "valid_data_paths": [tokens],
