@@ -45,6 +45,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": _steps_per_print(config),
         "wall_clock_breakdown": values["wall_clock_breakdown"],
     }
+    if (values["zero_optimization"] or {}).get("offload_optimizer"):
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW is one kernel on a processor as well
     if values["precision"] == "bfloat16":
         settings["bf16"] = values["bf16"]
     if values["precision"] == "fp16":

@@ -64,7 +64,6 @@ FAMILIES = {
 
 GAPS: tuple[Gap, ...] = (
     Gap("moe_num_experts", "mixture of experts", _more_than_one),
-    Gap("precision", "fp16 training; bfloat16 needs no loss scale", lambda value: value == "fp16"),
     Gap("use_qk_layernorm", "normalised queries and keys", _on),
     Gap("sliding_window_width", "sliding window attention", _given),
     Gap("rope_scaling", "scaled rotary positions", _on),
@@ -126,6 +125,12 @@ def _bfloat16_without_zero(config: Config) -> str | None:
     return None
 
 
+def _fp16_without_zero(config: Config) -> str | None:
+    if config.precision.precision == "fp16" and config.deepspeed.zero_stage == 0:
+        return "zero_optimization = {stage: 0}: fp16 with fp32 master weights needs ZeRO; set stage: 1"
+    return None
+
+
 def _adam_variants(config: Config) -> str | None:
     params = config.optimizer.params
     plain = {"bias_correction": True, "adam_w_mode": True, "amsgrad": False}
@@ -135,7 +140,7 @@ def _adam_variants(config: Config) -> str | None:
     return f"optimizer = {{params: {', '.join(asked)}}}: not built yet: other forms of Adam"
 
 
-COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_bfloat16_without_zero, _adam_variants)
+COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_bfloat16_without_zero, _fp16_without_zero, _adam_variants)
 """Gaps that several keys make together."""
 
 HINTS = {

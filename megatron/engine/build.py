@@ -172,6 +172,9 @@ def _initialize(
             mpu=None if config.parallelism.is_pipe_parallel else topology,
             dist_init_required=False,
         )
+    scaler = getattr(initialised.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
     return initialised, clipper
 
 

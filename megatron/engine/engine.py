@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class TrainingEngine(Engine, Protocol):
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         """Mean loss over the next `count` micro batches of every data-parallel rank [nats a token]."""
+
+
+def loss_scale(optimizer: Any) -> float:
+    """The factor on the loss of DeepSpeed's optimizer; 1 unless the model is in fp16."""
+    return float(getattr(getattr(optimizer, "loss_scaler", optimizer), "cur_scale", 1.0))
 
 
 def as_tensor(value: float | Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
-from megatron.engine.engine import StepResult, as_tensor
+from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.forward import for_sequence_cuts, through_stages
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
@@ -53,7 +53,7 @@ class PipelinedEngine:
         skipped_before = engine.skipped_steps
         loss = engine.train_batch(_pairs(batches))
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
-        scale = float(getattr(engine.optimizer, "cur_scale", 1.0))
+        scale = loss_scale(engine.optimizer)
         return StepResult(as_tensor(loss), norm, learning_rate, scale, engine.skipped_steps > skipped_before)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:

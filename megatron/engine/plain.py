@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
-from megatron.engine.engine import StepResult, as_tensor
+from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
 from megatron.model.cache import KVCache
 from megatron.optim.clipping import GradientClipper
@@ -64,7 +64,7 @@ class PlainEngine:
             total += loss.detach()
         mean = self._data_mean(total / engine.gradient_accumulation_steps())
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
-        scale = float(getattr(engine.optimizer, "cur_scale", 1.0))
+        scale = loss_scale(engine.optimizer)
         return StepResult(mean, norm, learning_rate, scale, engine.skipped_steps > skipped_before)
 
     @torch.no_grad()

@@ -18,19 +18,43 @@ from megatron.errors import ConfigError, Mistake
 from megatron.extensions import extensions_folder
 
 CPU_OP = "deepspeed_shm_comm"
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
-def check(accelerator: str, environment: Mapping[str, str]) -> None:
+FP16_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}
+"""What Linux calls arithmetic in fp16 among a processor's abilities, on x86 and on ARM."""
+
+
+def check(accelerator: str, environment: Mapping[str, str], *, precision: str | None = None) -> None:
     """Raises ConfigError for everything that is missing, all at once."""
     missing = [
         Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
         if find_spec(name) is None
     ]
+    if accelerator == "cpu" and precision == "fp16" and not computes_in_fp16(CPU_FACTS):
+        missing.append(
+            Mistake(
+                "this processor does not compute in fp16",
+                key="precision",
+                value=precision,
+                remedy="write precision: bfloat16, which needs no loss scale, or fp32",
+            )
+        )
     if accelerator == "cpu":
         folder = op_folder(environment)
         missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
     ConfigError.raise_any(missing)
+
+
+def computes_in_fp16(facts: Path) -> bool:
+    """Whether the processor has arithmetic in fp16. facts: the kernel's list of its abilities."""
+    try:
+        text = facts.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    lines = [line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return any(FP16_FLAGS & set(line.split()) for line in lines)
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:

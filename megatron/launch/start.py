@@ -66,7 +66,7 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     if machines.shortage is not None:
         raise ConfigError.of(machines.shortage)
     caller = dict(os.environ)
-    check(machines.accelerator, caller)
+    check(machines.accelerator, caller, precision=config.precision.precision)
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     port = config.launch.master_port
     if machines.is_local:

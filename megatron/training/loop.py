@@ -28,7 +28,8 @@ class Plan:
     """The numbers of a run, all derived before it starts.
 
     total, log_interval, eval_interval, eval_iters, exit_interval [steps]; exit_minutes [minutes]; samples, tokens a
-    step; micro_batches a step and data-parallel rank; flops a step on one GPU; peak_flops: [FLOP/s], 0 if unknown.
+    step; micro_batches a step and data-parallel rank; flops a step on one GPU; peak_flops: [FLOP/s], 0 if unknown;
+    overflow_limit [steps].
     """
 
     total: int
@@ -47,6 +48,7 @@ class Plan:
     peak_flops: float
     world_size: int
     stop_on_nan: bool
+    overflow_limit: int = 50
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     """
     batches = parts.train.batches(state.consumed_samples)
     window = _Window(StepClock(parts.synchronize))
+    overflows = _Overflows(plan.overflow_limit)
     saved_at = state.iteration
     reason = None
     if parts.save is not None and state.iteration == 0 and _save_due(plan, state):
@@ -85,6 +88,7 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
         result = parts.engine.train_step(batches, parts.schedule.rate(state.updates + 1))
         state.advance(samples=plan.samples, tokens=plan.tokens, skipped=result.skipped)
         window.add(result)
+        overflows.add(result, state.iteration)
         if triggers.every(state.iteration, plan.log_interval) or state.iteration in (1, plan.total):
             _report(plan, parts, state, window)
         else:
@@ -114,6 +118,28 @@ def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validat
     if parts.evaluate_tasks is not None:
         parts.reporter.evaluation(state.iteration, "eval", parts.evaluate_tasks())
     return loss
+
+
+@dataclass
+class _Overflows:
+    """Steps in a row that were skipped although the loss scale fell no further."""
+
+    limit: int
+    count: int = 0
+    scale: float = float("inf")
+
+    def add(self, result: StepResult, iteration: int) -> None:
+        """Counts a step. RunError at the limit."""
+        stuck = result.skipped and result.loss_scale >= self.scale
+        self.count = self.count + 1 if stuck else 0
+        self.scale = result.loss_scale
+        if self.count >= self.limit:
+            raise RunError.of(
+                f"gradients overflowed {self.count} times in a row at the least loss scale, {self.scale:g}, up to "
+                f"iteration {iteration}",
+                where="training",
+                remedy="go on from an earlier checkpoint with a lower learning rate, or in bfloat16",
+            )
 
 
 @dataclass

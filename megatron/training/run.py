@@ -113,7 +113,9 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
-    engine = build_training_engine(config, topology, padded_vocab_size=vocabulary, checkpoint=checkpoint)
+    engine = build_training_engine(
+        config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
+    )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
     reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration)
@@ -200,6 +202,7 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         peak_flops=peak.flops_per_second,
         world_size=topology.world_size,
         stop_on_nan=training.on_nan == "stop",
+        overflow_limit=config.precision.overflow_limit,
     )
 
 

@@ -69,3 +69,32 @@ def test_two_environments_do_not_share_what_they_compile(tmp_path: Path, monkeyp
     here = op_folder(environment)
     monkeypatch.setattr(sys, "prefix", "/another/environment")
     assert op_folder(environment) != here
+
+
+@pytest.mark.parametrize(
+    ("line", "able"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512_vnni", False),
+        ("flags\t\t: fpu avx512f avx512_fp16", True),
+        ("Features\t: fp asimd fphp asimdhp", True),
+        ("model name\t: avx512_fp16", False),
+    ],
+)
+def test_fp16_needs_a_processor_that_has_it(
+    line: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"processor\t: 0\n{line}\n")
+    assert preflight.computes_in_fp16(facts) is able
+    monkeypatch.setattr(preflight, "CPU_FACTS", facts)
+    if able:
+        check("cpu", os.environ, precision="fp16")
+    else:
+        with pytest.raises(ConfigError, match="precision = 'fp16': this processor does not compute in fp16"):
+            check("cpu", os.environ, precision="fp16")
+        check("cuda", os.environ, precision="fp16")
+        check("cpu", os.environ, precision="bfloat16")
+
+
+def test_a_machine_that_does_not_say_computes_no_fp16(tmp_path: Path) -> None:
+    assert not preflight.computes_in_fp16(tmp_path / "nothing")

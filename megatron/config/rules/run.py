@@ -22,7 +22,7 @@ def deepspeed_is_on(config: Config) -> Iterator[Mistake]:
 def fractions_are_fractions(config: Config) -> Iterator[Mistake]:
     """Probabilities and shares lie in [0, 1]."""
     sections = (config.model, config.schedule, config.generation)
-    names = ("hidden_dropout", "attention_dropout", "warmup", "lr_decay_fraction", "top_p", "min_p")
+    names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "top_p", "min_p")
     for section in sections:
         for name in names:
             value = getattr(section, name, None)
@@ -53,6 +53,7 @@ def counts_are_positive(config: Config) -> Iterator[Mistake]:
         "generation_batch_size",
         "serve_max_waiting",
         "exit_interval",
+        "overflow_limit",
         "gpu_memory",
         "steps_per_print",
         "rotary_emb_base",

@@ -17,8 +17,8 @@ class ParallelismSection(Section):
     )
     pipe_partition_method: str | Integers = key(
         "type:transformer|mlp",
-        "How layers are dealt to stages: uniform, parameters, type:REGEX to count layers whose class name matches, or a "
-        "list of the blocks of each stage.",
+        "How layers are dealt to stages: uniform, parameters, type:REGEX to count layers whose class name matches, or "
+        "a list of the blocks of each stage.",
     )
     world_size: int | None = key(None, "Ranks of the whole run; found at launch.", unit="ranks")
     is_pipe_parallel: bool = key(False, "Whether the pipeline engine runs; follows from pipe_parallel_size.")

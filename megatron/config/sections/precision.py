@@ -26,4 +26,7 @@ class PrecisionSection(Section):
     dynamic_loss_scale: bool | None = key(None, "Whether the loss scale moves; follows from loss_scale.")
     loss_scale_window: float = key(1000.0, "Steps without overflow before the loss scale doubles.", unit="steps")
     hysteresis: int = key(2, "Overflows before the loss scale halves.", unit="steps")
+    overflow_limit: int = key(
+        50, "Steps in a row that may overflow at the least loss scale before the run stops.", unit="steps"
+    )
     min_scale: float = key(1.0, "Least dynamic loss scale.")
