@@ -172,6 +172,9 @@ def _clipping(draft: Completion) -> None:
 
 def _schedule(draft: Completion) -> None:
     horizon = decay_horizon(draft["train_iters"], draft["lr_decay_iters"], draft["lr_decay_fraction"])
+    asked = draft.user("lr_decay_iters")
+    if asked is not None and asked < 1:
+        draft.mistakes.append(Mistake("it must be more than 0", key="lr_decay_iters", value=asked))
     if draft.user("lr_decay_iters") is not None and draft.user("lr_decay_fraction") is not None:
         draft.warnings.append("lr_decay_fraction: has no effect, since lr_decay_iters is given")
     draft.derive("lr_decay_iters", horizon)

@@ -158,6 +158,16 @@ CATALOG: Mapping[str, KeyFacts] = MappingProxyType(_catalog())
 """Every key and what is known of it."""
 
 
+WRITTEN = {
+    "zero_optimization": "write {stage: 1}",
+    "optimizer": "write {type: Adam, params: {lr: 6.0e-4}}",
+    "fp16": "write precision: fp16, or {enabled: true}",
+    "bf16": "write precision: bfloat16, or {enabled: true}",
+    "autotuning": "write {enabled: true}",
+}
+"""How a mapping is written that users give another form."""
+
+
 def unknown_key(name: str, *, value: object = None, where: str | None = None) -> Mistake:
     """The mistake of a key that does not exist, with the nearest one that does."""
     close = nearest_name(name, CATALOG)
@@ -177,5 +187,7 @@ def mistakes_of(fault: ValidationError, section: type[Section]) -> list[Mistake]
             wanted = type_in_words(CATALOG[name].annotation)
             items = [part + 1 for part in error["loc"][1:] if isinstance(part, int)]
             what = f"item {items[0]} is" if items else "this is"
-            mistakes[name] = Mistake(f"{what} {value_in_words(error['input'])}", key=name, remedy=f"give {wanted}")
+            mistakes[name] = Mistake(
+                f"{what} {value_in_words(error['input'])}", key=name, remedy=WRITTEN.get(name, f"give {wanted}")
+            )
     return list(mistakes.values())

@@ -13,6 +13,18 @@ from megatron.config.words import accepts, members
 from megatron.errors import Mistake
 from megatron.registry import nearest_name
 
+OTHERS_WORDS = {
+    ("pos_emb", "rope"): "rotary",
+    ("pos_emb", "absolute"): "learned",
+    ("precision", "bf16"): "bfloat16",
+    ("precision", "half"): "fp16",
+    ("precision", "float16"): "fp16",
+    ("precision", "float32"): "fp32",
+    ("attention_config", "dense"): "global",
+    ("lr_decay_style", "none"): "constant",
+}
+"""What other programs call a choice -> what it is here."""
+
 
 def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     """The values as the sections take them, and the choices that do not exist. Unknown keys are left out."""
@@ -48,7 +60,7 @@ def _choose(facts: KeyFacts, value: Any) -> tuple[Any, list[Mistake]]:
     for choice in facts.choices:
         if choice.lower() == value.lower():
             return choice, []
-    close = nearest_name(value, facts.choices)
+    close = OTHERS_WORDS.get((facts.name, value.lower())) or nearest_name(value, facts.choices)
     listed = ", ".join(facts.choices)
     remedy = f"did you mean {close}? The choices are {listed}" if close else f"the choices are {listed}"
     return value, [Mistake("there is no such choice", key=facts.name, value=value, remedy=remedy)]

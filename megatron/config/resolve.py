@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron.config.complete import complete
+from megatron.config.complete import Completion, complete
 from megatron.config.config import CATALOG, Config, unknown_key
 from megatron.config.decode import decode
 from megatron.config.legacy import modernise
@@ -23,6 +23,9 @@ from megatron.config.words import accepts
 from megatron.errors import UNSET, ConfigError, Mistake
 
 DEFAULT, DERIVED = "default", "derived"
+
+RULES_NEED = {"num_layers", "hidden_size", "num_attention_heads", "seq_length", "attention_config"}
+"""Keys without which no rule can be asked."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,22 @@ def _finish(
     """Derives what follows, applies the rules and gathers what is worth telling."""
     before = {**typed.flat(), "config_files": texts or typed.checkpoint.config_files}
     draft = complete(before, given.keys(), resources)
-    ConfigError.raise_any(_placed(draft.mistakes, given))
+    ConfigError.raise_any(_placed([*draft.mistakes, *_further(draft)], given))
     config = Config.from_flat(draft.values)
-    ConfigError.raise_any(_placed(violations(config), given))
     derived = draft.derived | {"config_files"}
     origin = {name: DERIVED if name in derived else given[name].where if name in given else DEFAULT for name in CATALOG}
     warnings = [*warnings, *_with_where(draft.warnings, given), *_with_where(without_effect(config), given)]
     if config.launch.strict_config and warnings:
         raise ConfigError(*(Mistake(line, remedy="strict_config makes this an error") for line in warnings))
     return Resolution(config, origin, warnings, not_supported_yet(config))
+
+
+def _further(draft: Completion) -> list[Mistake]:
+    """What the rules find. With mistakes before, only where the model's sizes are known, and not of the same keys."""
+    told = {mistake.key for mistake in draft.mistakes}
+    if told & RULES_NEED:
+        return []
+    return [mistake for mistake in violations(Config.from_flat(draft.values)) if mistake.key not in told]
 
 
 def _placed(mistakes: Sequence[Mistake], given: Mapping[str, Given]) -> list[Mistake]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron.config.rules.blocks import ZERO_NAMES
 from tests.config.small import faults, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
@@ -91,7 +92,21 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"hidden_dropout": 1.5}, "hidden_dropout = 1.5: it must lie between 0 and 1"),
     (1, {"warmup": float("nan")}, "warmup = nan: this is not a finite number; give a number"),
     (1, {"gpu_memory": 1e300}, "gpu_memory = 1e+300: at most 1,000,000"),
-    (1, {"warmup": -0.1}, "warmup = -0.1: it must lie between 0 and 1"),
+    (
+        1,
+        {"warmup": -0.1},
+        "warmup = -0.1: it must lie between 0 and 1; it is a part of the decay horizon, such as 0.01",
+    ),
+    (1, {"warmup": 10}, "it is a part of the decay horizon: 10 of 100 steps are 0.1"),
+    (
+        1,
+        {"zero_optimization": {"stage": 1, "overlap_com": True}},
+        "DeepSpeed knows no overlap_com in this block; did you mean overlap_comm?",
+    ),
+    (1, {"zero_optimization": 2}, "zero_optimization = 2: this is a whole number; write {stage: 1}"),
+    (1, {"fp16": True}, "fp16 = True: this is true or false; write precision: fp16, or {enabled: true}"),
+    (1, {"pos_emb": "rope"}, "there is no such choice; did you mean rotary?"),
+    (1, {"lr_decay_iters": 0}, "lr_decay_iters = 0: it must be more than 0"),
     (1, {"log_interval": 0}, "log_interval = 0: it must be more than 0"),
     (1, {"weight_decay": -1.0}, "weight_decay = -1.0: it cannot be negative"),
     (
@@ -220,3 +235,20 @@ def test_violations_of_several_rules_are_told_together() -> None:
 def test_clip_grad_alone_is_heeded() -> None:
     config = resolved(clip_grad=2.0).config
     assert config.optimizer.gradient_clipping == 2.0
+
+
+def test_mistakes_of_arithmetic_and_of_rules_are_told_together() -> None:
+    lines = faults(4, train_batch_size=30, log_interval=0, lr_decay_iters=-5, zero_optimization={"stag": 1})
+    assert [line.split(": ", 2)[1].partition(" ")[0] for line in lines] == [
+        "zero_optimization",
+        "lr_decay_iters",
+        "train_batch_size",
+        "log_interval",
+    ]
+
+
+def test_names_of_the_zero_block_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert {*fields, *(field.alias for field in fields.values() if field.alias)} == ZERO_NAMES

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron.config.config import Config
-from megatron.config.rules import architecture, data, layout, run
+from megatron.config.rules import architecture, blocks, data, layout, run
 from megatron.errors import Mistake
 
 Rule = Callable[[Config], Iterator[Mistake]]
@@ -26,6 +26,8 @@ RULES: tuple[Rule, ...] = (
     architecture.positions_cover_sequence,
     architecture.rotary_turns_pairs,
     run.fractions_are_fractions,
+    blocks.warmup_is_a_part,
+    blocks.zero_block_is_known,
     run.counts_are_positive,
     layout.pipeline_limits_zero,
     layout.context_needs_no_pipeline,
