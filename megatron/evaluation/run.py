@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch.distributed as dist
 from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
-from megatron.evaluation import compression
+from megatron.evaluation import compression, perplexity
 from megatron.evaluation.chat import ChatTemplate
 from megatron.evaluation.progress import Progress
+from megatron.evaluation.sharing import share_out
 from megatron.inference.run import context_length, with_model
+from megatron.inference.scoring import Pair, Score, score
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import device
@@ -103,6 +106,40 @@ def measure_text(config: Config) -> None:
         )
         if topology.rank == 0:
             _tell_bits(config, measured, documents)
+
+    with_model(config, work)
+
+
+def measure_perplexity(config: Config) -> None:
+    """Prints the perplexity a word of `eval_text` and the cloze accuracy on `eval_cloze`; `<log_dir>/perplexity.json`.
+
+    Collective: the data-parallel replicas of the model share the work out. Raises ConfigError for unusable files.
+    """
+    config = config.for_inference()
+    section = config.evaluation
+    if section.eval_text is None and section.eval_cloze is None:
+        raise ConfigError.of("there is nothing to measure", key="eval_text", remedy="--eval-text or --eval-cloze FILE")
+    text = "\n".join(compression.read_documents(section.eval_text)) if section.eval_text else None
+    cloze = compression.read_documents(section.eval_cloze)[: section.eval_limit] if section.eval_cloze else None
+
+    def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        length = context_length(config)
+
+        def scorer(pairs: list[Pair]) -> list[Score]:
+            scored = partial(score, engine, max_length=length, batch_size=batch_size(config), padding=tokenizer.eod)
+            return share_out(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
+
+        record: dict[str, Any] = {}
+        if text is not None:
+            found = perplexity.word_perplexity(text, tokenizer, scorer, max_length=length, overlap=section.eval_overlap)
+            record = {**asdict(found), "perplexity_a_token": found.a_token, "perplexity_a_word": found.a_word}
+        if cloze is not None:
+            record["cloze_texts"] = len(cloze)
+            record["cloze_accuracy"] = perplexity.cloze_accuracy(cloze, tokenizer, scorer)
+        if topology.rank == 0:
+            print("\n".join(f"{name:<20} {value:,.6g}" for name, value in record.items()), flush=True)
+            if config.observe.log_dir is not None:
+                _write(Path(config.observe.log_dir) / "perplexity.json", record)
 
     with_model(config, work)
 

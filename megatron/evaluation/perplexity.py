@@ -1,0 +1,117 @@
+"""Perplexity a word, and the share of last words that are guessed, from local files.
+
+Perplexity a word follows the WikiText tables of Megatron-LM (tasks/zeroshot_gpt): the text is freed of its spaced-out
+punctuation, cut into overlapping windows, and the loss of all tokens is spread over the words of the file as it stands,
+parted by blanks. It does not depend on the tokenizer, and equals published figures only for the same files.
+
+Cloze accuracy follows LAMBADA (arXiv:1606.06031) in its strict form: the model must give the whole last word, token by
+token, from the text before it alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron.errors import ConfigError
+from megatron.inference.scoring import Pair, Score, windows
+from megatron.tokenizers.base import Tokenizer
+
+Scorer = Callable[[list[Pair]], list[Score]]
+
+# What WikiText puts blanks around, in the order in which Megatron-LM takes them away.
+_PLAIN = (
+    ("s '", "s'"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    (" : ", ": "),
+    (" ; ", "; "),
+    (" . ", ". "),
+    (" ! ", "! "),
+    (" ? ", "? "),
+    (" , ", ", "),
+)
+_BRACKETS = (
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+)
+_REST = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nats: of all scored tokens. tokens: scored. words: of the file, without the first."""
+
+    nats: float
+    tokens: int
+    words: int
+
+    @property
+    def a_token(self) -> float:
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def a_word(self) -> float:
+        return math.exp(self.nats / self.words)
+
+
+def detokenised(text: str) -> str:
+    """A WikiText file as people would have written it."""
+    for old, new in _PLAIN:
+        text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text.replace(old, new)) if old == "s '" else text.replace(old, new)
+    for pattern, form in _BRACKETS:
+        text = re.sub(pattern, form, text)
+    for old, new in _REST:
+        text = text.replace(old, new)
+    return text
+
+
+def word_perplexity(text: str, tokenizer: Tokenizer, scorer: Scorer, *, max_length: int, overlap: int) -> Perplexity:
+    """Of one text, its first token left out, which has nothing before it.
+
+    overlap: tokens that each window after the first scores [tokens]. Raises ConfigError for a text of less than two
+    words.
+    """
+    words = len(text.strip().split(" ")) - 1
+    tokens = tokenizer.encode(detokenised(text))
+    if words < 1 or len(tokens) < 2:
+        raise ConfigError.of("the text has less than two words", key="eval_text")
+    pairs = list(windows(tokens[:1], tokens[1:], max_length, min(overlap, max_length)))
+    nats = -math.fsum(each.log_likelihood for each in scorer(pairs))
+    return Perplexity(nats, len(tokens) - 1, words)
+
+
+def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
+    """For each text, what stands before its last word, and that word with the blank before it.
+
+    Raises ConfigError for a text of one word.
+    """
+    pairs = []
+    for number, text in enumerate(texts, 1):
+        stripped = text.strip()
+        before, _, word = stripped.rpartition(" ")
+        if not before.strip():
+            raise ConfigError.of(f"text {number} has no word before its last one", key="eval_cloze")
+        pairs.append(Pair(tuple(tokenizer.encode(before)), tuple(tokenizer.encode(" " + word))))
+    return pairs
+
+
+def cloze_accuracy(texts: Sequence[str], tokenizer: Tokenizer, scorer: Scorer) -> float:
+    """The share of texts whose last word is the model's likeliest, in every token."""
+    found = scorer(cloze_pairs(texts, tokenizer))
+    return sum(each.greedy for each in found) / len(found)

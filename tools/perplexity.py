@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Perplexity a word of a text, and how many last words a model guesses, from local files.
+
+    ./deepy.py tools/perplexity.py CONF... --eval-text wiki.test.tokens --eval-cloze lambada_test.jsonl
+
+Either file may be left out. `load` names the checkpoint; `eval_overlap` the tokens that each window scores.
+"""
+
+import sys
+
+from megatron.config import Config
+from megatron.launch.worker import run_door
+
+
+def main(config: Config) -> None:
+    """Measures as the configuration says."""
+    from megatron.evaluation.run import measure_perplexity
+
+    measure_perplexity(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))
