@@ -13,7 +13,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         3,
         {"pipe_parallel_size": 2},
         "world_size = 3: the world size does not divide by pipe_parallel_size x model_parallel_size = 2 x 1 = 2; "
-        "run on a multiple of 2 ranks, or choose smaller sizes",
+        "run on a multiple of 2 ranks, or choose smaller sizes; --global-num-gpus 2 plans for machines that are not "
+        "here",
     ),
     (
         6,

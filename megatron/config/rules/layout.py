@@ -28,7 +28,8 @@ def layout_divides_world(config: Config) -> Iterator[Mistake]:
             f"the world size does not divide by {names} = {product} = {share}",
             key="world_size",
             value=axes.world_size,
-            remedy=f"run on a multiple of {share} ranks, or choose smaller sizes",
+            remedy=f"run on a multiple of {share} ranks, or choose smaller sizes; "
+            f"--global-num-gpus {share} plans for machines that are not here",
         )
 
 
