@@ -100,6 +100,13 @@ def build_command(request: Request, resolved: Resolved, folder: Path, port: int,
         no_ssh_check=launch.no_ssh_check,
         hostfile=hostfile_in_use(wanted_machines(launch), caller),
     )
-    worker = (str(request.script), "--run-config", str(folder / CONFIG_FILE))
+    worker = (str(request.script), *_handed_over(config, folder, shared=starts_here(machines, config)))
     build = local_command if starts_here(machines, config) else many_hosts_command
     return build(machines, where, worker, folder, caller)
+
+
+def _handed_over(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
+    """How the workers get the configuration: a file, or base64 text where their hosts share no file system."""
+    if shared or config.data.use_shared_fs:
+        return "--run-config", str(folder / CONFIG_FILE)
+    return "--megatron-config", wire.encode(config.replace(log_dir=str(folder)))

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config import wire
 from megatron.errors import RunError
+from megatron.launch.request import read_request
+from megatron.launch.resolution import resolve_request
 from megatron.launch.run_directory import choose_run_directory, git_revision, prepare_run_directory
+from megatron.launch.start import build_command
+from tests.config.small import SMALL
 
 TRAIN = Path("/somewhere/train.py")
 
@@ -50,3 +55,28 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_the_revision_of_a_folder_outside_any_checkout(tmp_path: Path) -> None:
     assert git_revision(tmp_path) is None
+
+
+def started(tmp_path: Path, *flags: str) -> tuple[str, ...]:
+    """The command line that starts the workers of a small run on two hosts."""
+    hosts, paths = tmp_path / "hosts", tmp_path / "run.yml"
+    hosts.write_text("one slots=1\ntwo slots=1\n")
+    paths.write_text(json.dumps({**SMALL, "hostfile": str(hosts), "log_dir": str(tmp_path / "run")}))
+    request = read_request(["train.py", str(paths), "--launcher", "pdsh", *flags])
+    resolved = resolve_request(request, {})
+    return build_command(request, resolved, tmp_path / "run", 29500, {}).argv
+
+
+def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Path) -> None:
+    assert started(tmp_path)[-2:] == ("--run-config", str(tmp_path / "run" / "config.json"))
+    name, text = started(tmp_path, "--use_shared_fs", "false")[-2:]
+    assert name == "--megatron-config"
+    assert wire.decode(text).flat()["num_layers"] == SMALL["num_layers"]
+    assert len(text) < 8000
+
+
+def test_the_revision_of_a_checkout_is_kept(tmp_path: Path) -> None:
+    prepare_run_directory(tmp_path, "{}", {}, [])
+    launch = json.loads((tmp_path / "launches.jsonl").read_text())
+    assert launch["git"] == git_revision(Path(__file__).parent)
+    assert launch["packages"].keys() >= {"torch", "deepspeed", "pydantic"}
