@@ -122,7 +122,7 @@ def test_what_may_differ_is_not_taken(trained, change, told):
 
 
 def test_merges_that_come_about_in_another_way():
-    """The merges ab and bc, then abc = a + bc: after 'ab' is joined first, a + bc never stands there, but ab + c does."""
+    """The merges ab, bc and abc = a + bc: ab is joined first, so a + bc never stands there, but ab + c does."""
     assert unequal_merge([(0, 1), (1, 2), (0, 4)], 3) == 2
     assert unequal_merge([(0, 1), (1, 2), (3, 2)], 3) is None
     assert unequal_merge([(0, 0), (3, 3), (3, 0)], 3) is None
