@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
@@ -77,6 +77,12 @@ class PipelinedEngine:
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)
+
+    def layers(self) -> dict[int, Module]:
+        """The layers of this stage, by their index in the plan; a tied output layer is no module and left out."""
+        model = self.deepspeed.module
+        numbered = zip(model.layer_range, model.forward_funcs, strict=True)
+        return {index: layer for index, layer in numbered if isinstance(layer, Module)}
 
     def weights(self) -> dict[str, Tensor]:
         """Key -> this rank's shards of the layers its stage owns."""

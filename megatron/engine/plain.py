@@ -86,6 +86,10 @@ class PlainEngine:
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)
 
+    def layers(self) -> dict[int, Module]:
+        """The layers of this rank, by their index in the plan."""
+        return dict(enumerate(self.deepspeed.module.sequential))
+
     def weights(self) -> dict[str, Tensor]:
         """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together."""
         return {key: _whole(parameter) for key, parameter in self.parameters.items()}

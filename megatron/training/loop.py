@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,7 @@ class Parts:
     check_saves: Callable[[], None]
     synchronize: Callable[[], None]
     peak_memory: Callable[[], int]
+    recording: Callable[[int], AbstractContextManager[None]] = lambda iteration: nullcontext()
     evaluate_tasks: Callable[[], dict[str, float]] | None = None  # scores the model on tasks, where there are any
 
 
@@ -85,7 +87,8 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     if parts.save is not None and state.iteration == 0 and _save_due(plan, state):
         parts.save(state)
     while state.iteration < plan.total and reason is None:
-        result = parts.engine.train_step(batches, parts.schedule.rate(state.updates + 1))
+        with parts.recording(state.iteration + 1):
+            result = parts.engine.train_step(batches, parts.schedule.rate(state.updates + 1))
         state.advance(samples=plan.samples, tokens=plan.tokens, skipped=result.skipped)
         window.add(result)
         overflows.add(result, state.iteration)

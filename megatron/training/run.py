@@ -7,7 +7,9 @@ weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +28,7 @@ from megatron.errors import ConfigError
 from megatron.evaluation.run import live_evaluation
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
+from megatron.observe.fingerprint import Fingerprints
 from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.observe.memory import peak_memory_bytes
 from megatron.observe.peak import find_peak
@@ -233,6 +236,7 @@ def _parts(
         check_saves=saver.check if saver else no_wait,
         synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
         peak_memory=lambda: peak_memory_bytes(device()),
+        recording=_recorder(config, engine),
     )
 
 
@@ -252,6 +256,14 @@ def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
         reporter.message(f"{how} {directory}")
 
     return save
+
+
+def _recorder(config: Config, engine: PlainEngine | PipelinedEngine) -> Callable[[int], AbstractContextManager[None]]:
+    section = config.observe
+    if section.fingerprint_interval is None or section.log_dir is None:
+        return lambda iteration: nullcontext()
+    rank, interval = engine.topology.rank, section.fingerprint_interval
+    return Fingerprints(Path(section.log_dir), rank, interval, engine.layers(), engine.parameters).recording
 
 
 def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:

@@ -54,6 +54,7 @@ def counts_are_positive(config: Config) -> Iterator[Mistake]:
         "serve_max_waiting",
         "exit_interval",
         "overflow_limit",
+        "fingerprint_interval",
         "gpu_memory",
         "steps_per_print",
         "rotary_emb_base",

@@ -30,6 +30,9 @@ class ObserveSection(Section):
     peak_theoretical_tflops: float | None = key(
         None, "What one accelerator can do, for the utilisation figure.", unit="TFLOP/s"
     )
+    fingerprint_interval: int | None = key(
+        None, "Steps between fingerprints of every layer, for tools/compare_runs.py; none when left out.", unit="steps"
+    )
     log_grad_norm: bool = key(False, "Log the gradient norm of each parameter.")
     log_grad_pct_zeros: bool = key(False, "Log the share of zeros in each gradient.")
     log_param_norm: bool = key(False, "Log the norm of each parameter.")

@@ -1,0 +1,103 @@
+"""Fingerprints of a run: a few numbers for every layer's weights, activations and gradients, step by step.
+
+Two runs that should be equal and are not differ somewhere first. With `fingerprint_interval` each rank writes what it
+saw, in the order in which it saw it, to `<log_dir>/fingerprints/rank_<rank>.jsonl`, and tools/compare_runs.py finds the
+first difference. A checksum of the bits tells equal from unequal, the norm tells how far apart.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+FOLDER = "fingerprints"
+WEIGHTS, ACTIVATION, GRADIENT = "weights", "activation", "gradient"
+
+
+class Fingerprints:
+    """Writes the fingerprints of one rank at every interval-th iteration [steps].
+
+    layers: index in the layer plan -> module. parameters: "<layer>.<name>" -> parameter of this rank.
+    """
+
+    def __init__(
+        self, log_dir: Path, rank: int, interval: int, layers: Mapping[int, Module], parameters: Mapping[str, Parameter]
+    ) -> None:
+        self._path = log_dir / FOLDER / f"rank_{rank:05d}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._interval = interval
+        self._layers = layers
+        self._parameters = parameters
+
+    @contextmanager
+    def recording(self, iteration: int) -> Iterator[None]:
+        """Around the step that makes this iteration: records it if it is its turn."""
+        if iteration % self._interval:
+            yield
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            page = _Page(file, iteration)
+            for key, parameter in self._parameters.items():
+                page.add(WEIGHTS, key, getattr(parameter, "ds_tensor", parameter))
+            handles = [layer.register_forward_hook(page.hook(index)) for index, layer in self._layers.items()]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+class _Page:
+    """The records of one iteration."""
+
+    def __init__(self, file: TextIO, iteration: int) -> None:
+        self._file = file
+        self._iteration = iteration
+        self._passes: dict[int, int] = {}
+
+    def hook(self, index: int) -> Any:
+        """A forward hook for the layer of that index."""
+
+        def record(module: Module, inputs: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # the layer is being computed again for its gradient
+            number = self._passes.get(index, 0)
+            self._passes[index] = number + 1
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if not tensor.is_floating_point():
+                    continue
+                self.add(ACTIVATION, str(index), tensor, number)
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.add(GRADIENT, str(index), gradient, number))
+
+        return record
+
+    def add(self, what: str, where: str, tensor: Tensor, micro_batch: int = 0) -> None:
+        """Writes one record."""
+        values = tensor.detach().contiguous().cpu()
+        record = {
+            "iteration": self._iteration,
+            "micro_batch": micro_batch,
+            "what": what,
+            "layer": where,
+            "bits": zlib.crc32(values.flatten().view(torch.uint8).numpy()),
+            "norm": float(torch.linalg.vector_norm(values, dtype=torch.float64)),
+        }
+        self._file.write(json.dumps(record) + "\n")
+
+
+def read_fingerprints(log_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """Rank -> its records, in the order in which they were made; empty where there are none."""
+    found = {}
+    for path in sorted((log_dir / FOLDER).glob("rank_*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[int(path.stem.removeprefix("rank_"))] = [json.loads(line) for line in lines]
+    return found

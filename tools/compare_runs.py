@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Finds the first iteration, layer and rank at which two runs differ.
+
+    python tools/compare_runs.py RUN_DIR RUN_DIR [--tolerance 0]
+
+Both runs must have been made on the same layout with `fingerprint_interval: N`. With a tolerance of 0 every bit must
+be the same; otherwise norms may differ by that much, relative. The first difference in the weights means that the
+update before differed, in an activation that the forward pass did, in a gradient that the backward pass did. Exits
+with 0 where the runs agree, 1 where they differ, 2 where they cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.errors import ConfigError
+from megatron.observe.fingerprint import read_fingerprints
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first difference of one rank. place: which of its records, counted from 0."""
+
+    rank: int
+    place: int
+    one: Record
+    other: Record
+
+    def __str__(self) -> str:
+        one, other = self.one, self.other
+        if one["layer"] != other["layer"] or one["what"] != other["what"]:
+            what = f"{one['what']} of layer {one['layer']} against {other['what']} of layer {other['layer']}"
+            return f"rank {self.rank}, iteration {one['iteration']}: the runs do different things: {what}"
+        apart = relative(one["norm"], other["norm"])
+        return (
+            f"rank {self.rank}, iteration {one['iteration']}, micro batch {one['micro_batch']}, layer {one['layer']}: "
+            f"{one['what']} with norm {one['norm']:.9g} against {other['norm']:.9g}, {apart:.1e} apart"
+        )
+
+
+def relative(one: float, other: float) -> float:
+    """How far apart two numbers are; infinite where one is not finite."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return 0.0 if one == other else math.inf
+    return abs(one - other) / max(abs(one), abs(other), 1e-300)
+
+
+def agree(one: Record, other: Record, tolerance: float) -> bool:
+    """Whether two records speak of the same thing and are close enough."""
+    if any(one[name] != other[name] for name in ("iteration", "micro_batch", "what", "layer")):
+        return False
+    return one["bits"] == other["bits"] if tolerance == 0 else relative(one["norm"], other["norm"]) <= tolerance
+
+
+def first_differences(runs: tuple[Path, Path], tolerance: float) -> tuple[list[Difference], int]:
+    """The first difference of every rank that has one, earliest first, and the number of records compared.
+
+    Raises ConfigError where the runs cannot be compared.
+    """
+    first, second = (read_fingerprints(run) for run in runs)
+    for run, found in zip(runs, (first, second), strict=True):
+        if not found:
+            raise ConfigError.of("there are no fingerprints", where=str(run), remedy="run with fingerprint_interval: 1")
+    if first.keys() != second.keys():
+        raise ConfigError.of(f"the runs have {len(first)} and {len(second)} ranks", remedy="compare runs of one layout")
+    differences, compared = [], 0
+    for rank, records in first.items():
+        pairs = list(zip(records, second[rank], strict=False))
+        compared += len(pairs)
+        for place, (one, other) in enumerate(pairs):
+            if not agree(one, other, tolerance):
+                differences.append(Difference(rank, place, one, other))
+                break
+    return sorted(differences, key=lambda found: (found.one["iteration"], found.place)), compared
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints what was found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN_DIR", help="the log_dir of a run")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="relative difference of norms; 0: every bit")
+    options = parser.parse_args(arguments)
+    try:
+        differences, compared = first_differences(tuple(options.runs), options.tolerance)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not differences:
+        print(f"{compared} fingerprints agree")
+        return 0
+    print(f"first difference: {differences[0]}")
+    for found in differences[1:]:
+        print(f"      also there: {found}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
