@@ -132,7 +132,7 @@ def state_layout(config: Config) -> StateLayout:
         config.deepspeed.zero_reduce_bucket_size or 500_000_000,
         buffers=buffers if zero.get("contiguous_gradients", True) else 0,
         summed=WIDTHS.get(str(summed), width),
-        gathered=max(size for size in gathered if isinstance(size, (int, float))),
+        gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
     )
 
 

@@ -109,3 +109,9 @@ def test_every_other_key_is_told_in_differences() -> None:
     untold = [name for name in CATALOG if name not in PUBLIC and f"`{name}`" not in page]
     assert untold == []
     assert [name for name in OTHER_DEFAULTS if f"`{name}`" not in page] == []
+
+
+def test_new_keys_are_told_with_their_defaults() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
+    for name in CATALOG.keys() - PUBLIC.keys():
+        assert f"| `{name}` | `{json.dumps(CATALOG[name].default)}` |" in page, name
