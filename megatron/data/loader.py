@@ -79,7 +79,9 @@ class Loader:
     def _read(self, numbers: range) -> MicroBatch:
         shape = (len(numbers), self.samples.sample_length)
         samples = np.empty(shape, np.int64)
-        extras = {name: np.zeros(shape, EXTRA_TYPES[name]) for name, wanted in self._wanted.items() if wanted}
+        extras: dict[str, np.ndarray] = {
+            name: np.zeros(shape, EXTRA_TYPES[name]) for name, wanted in self._wanted.items() if wanted
+        }
         for row, number in enumerate(numbers):
             own = Extras(**{name: array[row] for name, array in extras.items()}) if extras else None
             self.samples.read(number, samples[row], own)

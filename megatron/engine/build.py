@@ -173,7 +173,7 @@ def _initialize(
             dist_init_required=False,
         )
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
     return initialised, clipper
 

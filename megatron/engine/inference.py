@@ -73,9 +73,10 @@ def pack(stage: Stage) -> None:
             embedding = isinstance(module, VocabParallelEmbedding)
             if not hasattr(module, "kernel") or (embedding and layer not in tied):
                 continue
-            if packing_unavailable(module.weight) is None:
-                module.kernel = packed_linear(module.weight)
-                module.weight = module.weight if embedding else None
+            weight = module.weight
+            if isinstance(weight, Parameter) and packing_unavailable(weight) is None:
+                module.kernel = packed_linear(weight)
+                module.weight = weight if embedding else None
     stage.parameters.clear()
 
 

@@ -33,7 +33,8 @@ Carry = Tensor | tuple[Tensor, Tensor]
 class PipelinedModel(PipelineModule):
     """One stage of the model.
 
-    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage. loss: (logits [s, b, v/t], labels [b, s],
+    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
+    loss: (logits [s, b, v/t], labels [b, s],
     loss mask [b, s]) -> scalar, called on the last stage.
     """
 

@@ -88,7 +88,7 @@ class _Page:
             "micro_batch": micro_batch,
             "what": what,
             "layer": where,
-            "bits": zlib.crc32(values.flatten().view(torch.uint8).numpy()),
+            "bits": zlib.crc32(values.flatten().view(torch.uint8).numpy().data),
             "norm": float(torch.linalg.vector_norm(values, dtype=torch.float64)),
         }
         self._file.write(json.dumps(record) + "\n")
