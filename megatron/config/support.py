@@ -101,7 +101,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("log_gradient_noise_scale", "the gradient noise scale", _on),
     Gap("memory_profiling", "memory snapshots", _on),
     Gap("profile", "traces of steps", _on),
-    Gap("text_gen_type", "log-likelihoods written as a data set", lambda value: value == "precompute"),
     Gap("max_restarts", "automatic restarts", _on),
     Gap("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
     Gap("autotuning", "DeepSpeed's autotuner", _on),

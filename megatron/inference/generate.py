@@ -58,6 +58,12 @@ class TextGenerator:
             if step.text.ended:
                 done[id(answer)] = answer.record()
 
+    def fits(self, context: str) -> bool:
+        """Whether a context leaves room for a whole answer, or for half of the model's context."""
+        settings = self._settings
+        room = min(settings.maximum_tokens, settings.seq_length // 2)
+        return len(self._tokenizer.encode(context)) + room <= settings.seq_length
+
     def continue_text(
         self,
         context: str,

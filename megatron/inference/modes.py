@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +13,7 @@ from megatron.inference.generate import TextGenerator
 from megatron.log import get_logger
 
 UNCONDITIONAL, INPUT_FILE, INTERACTIVE = "unconditional", "input-file", "interactive"
+PRECOMPUTE = "precompute"
 _SHOWN = 5  # texts that a run over a file prints as well
 
 
@@ -21,12 +21,12 @@ def chosen_mode(text_gen_type: str | None, sample_input_file: str | None) -> str
     """The mode that a configuration asks for; a prompt file asks for itself. Raises ConfigError for another name."""
     if text_gen_type is None:
         return UNCONDITIONAL if sample_input_file is None else INPUT_FILE
-    if text_gen_type not in (UNCONDITIONAL, INPUT_FILE, INTERACTIVE):
+    if text_gen_type not in (UNCONDITIONAL, INPUT_FILE, INTERACTIVE, PRECOMPUTE):
         raise ConfigError.of(
             "there is no such mode",
             key="text_gen_type",
             value=text_gen_type,
-            remedy=f"choose {UNCONDITIONAL}, {INPUT_FILE} or {INTERACTIVE}",
+            remedy=f"choose {UNCONDITIONAL}, {INPUT_FILE}, {INTERACTIVE} or {PRECOMPUTE}",
         )
     return text_gen_type
 
@@ -86,56 +86,6 @@ def run_over(
         raise RunError.of(f"none of the {count} prompts could be continued", where=str(path))
     if writes:
         get_logger(__name__).info("%d of %d texts written to %s", count - len(failed), count, path)
-
-
-def converse(
-    generator: TextGenerator,
-    prompt_end: str,
-    *,
-    speaks: bool,
-    share: Callable[[str | None], str | None],
-    source: TextIO | None = None,
-    target: TextIO | None = None,
-) -> None:
-    """Reads a prompt, prints its continuation as it grows, and so on until the input ends.
-
-    speaks: whether this rank holds the terminal. share: hands the speaker's prompt to every rank, None at the end.
-    A prompt is one line, or the lines up to one that ends with `prompt_end` when that is not a newline.
-    """
-    source, target = source or sys.stdin, target or sys.stdout
-
-    def say(text: str) -> None:
-        if speaks:
-            target.write(text)
-            target.flush()
-
-    prompts = _typed(source, prompt_end, say) if speaks else iter(())
-    index = 0
-    while (prompt := share(next(prompts, None))) is not None:
-        record = generator.continue_text(prompt, text_index=index, stream=say)
-        say(f"{record.message}\n" if record.message is not None else "\n")
-        index += 1
-
-
-def _typed(source: TextIO, prompt_end: str, say: Callable[[str], None]) -> Iterator[str]:
-    """The prompts that a person types, without empty ones."""
-    lines: list[str] = []
-    say("prompt> ")
-    for line in source:
-        text = line.rstrip("\n")
-        if prompt_end == "\n":
-            prompt: str | None = text
-        elif text.endswith(prompt_end):
-            prompt = "\n".join([*lines, text.removesuffix(prompt_end)])
-        else:
-            lines.append(text)
-            prompt = None
-        if prompt is not None:
-            lines.clear()
-            if prompt.strip():
-                yield prompt
-            say("prompt> ")
-    say("\n")
 
 
 def _writer(path: Path) -> tuple[Callable[[Record], None], Callable[[], None]]:

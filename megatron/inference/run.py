@@ -6,9 +6,11 @@ its weights, and the texts.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.load import vocabulary_rows
@@ -18,9 +20,11 @@ from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.inference import modes
 from megatron.inference.answer import Settings
+from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
+from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
-from megatron.parallel.bootstrap import bootstrap, shutdown
+from megatron.parallel.bootstrap import bootstrap, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
@@ -34,6 +38,9 @@ def generate(config: Config) -> None:
     """
     config = config.for_inference()
     section = config.generation
+    if section.text_gen_type == modes.PRECOMPUTE:
+        precompute(config)
+        return
     mode = modes.chosen_mode(section.text_gen_type, section.sample_input_file)
     contexts = _contexts(config, mode)
 
@@ -41,10 +48,46 @@ def generate(config: Config) -> None:
         generator = TextGenerator(engine, tokenizer, _settings(config))
         speaks = topology.rank == 0
         if mode == modes.INTERACTIVE:
-            modes.converse(generator, section.prompt_end, speaks=speaks, share=_share)
+            converse(
+                generator,
+                section.prompt_end,
+                speaks=speaks,
+                share=_share,
+                any_rank=_any_rank,
+                interruption=Interruption.install(lambda text: print(text, end="", flush=True) if speaks else None),
+            )
         else:
             path = modes.output_path(section.sample_output_file, section.sample_input_file)
             modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+
+    with_model(config, work)
+
+
+def precompute(config: Config) -> None:
+    """Writes the log-probabilities of the labels of every data set; see precompute.py. Collective over all ranks."""
+    data = config.data
+    paths = [
+        path for some in (data.train_data_paths, data.test_data_paths, data.valid_data_paths) for path in some or ()
+    ]
+    paths += [data.data_path] if data.data_path and not paths else []
+    for key in ("train", "valid", "test"):
+        paths += [path for side in ("pos", "neg") for path in getattr(data, f"{side}_{key}_data_paths") or ()]
+    if not paths:
+        raise ConfigError.of("there is no data set to work on", key="data_path", remedy="set data_path")
+    name = (
+        config.generation.precompute_model_name or hashlib.sha256(str(config.checkpoint.load).encode()).hexdigest()[:16]
+    )
+
+    def work(engine: Engine, _tokenizer: Tokenizer, topology: Topology) -> None:
+        for path in dict.fromkeys(str(each) for each in paths):
+            write_log_probabilities(
+                engine,
+                path,
+                f"{path}_{name}",
+                max_length=context_length(config),
+                batch_size=config.generation.generation_batch_size,
+                writes=topology.rank == 0,
+            )
 
     with_model(config, work)
 
@@ -116,3 +159,12 @@ def _share(prompt: str | None) -> str | None:
     held = [prompt]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def _any_rank(holds: bool) -> bool:
+    """Whether it holds on any rank, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return holds
+    flag = torch.tensor([float(holds)], device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron.engine.engine import Engine
 
@@ -107,9 +108,27 @@ def _fitting(pair: Pair, max_length: int) -> Iterator[Pair]:
     yield Pair(pair.context[-room:], pair.continuation)
 
 
-@torch.no_grad()
+def token_scores(engine: Engine, pairs: Sequence[Pair], *, batch_size: int, padding: int = 0) -> list[Tensor]:
+    """The log-probability of each token of each continuation, fp32 [continuation], in order. Pairs must fit."""
+    found: list[Tensor] = []
+    for begin in range(0, len(pairs), batch_size):
+        batch = pairs[begin : begin + batch_size]
+        found += [each.float().cpu() for each, _ in _tokens_of_batch(engine, batch, padding)]
+    return found
+
+
 def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[Score]:
-    """Scores of pairs that fit, in one forward pass; the output layer runs for the scored positions only."""
+    """Scores of pairs that fit, in one forward pass."""
+    found = _tokens_of_batch(engine, pairs, padding)
+    return [Score(float(each.sum()), bool(greedy.all())) for each, greedy in found]
+
+
+@torch.no_grad()
+def _tokens_of_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each token of each continuation, its log-probability, and whether it was the likeliest.
+
+    The output layer runs for the scored positions only.
+    """
     inputs = list(dict.fromkeys(pair.inputs() for pair in pairs))  # answers of one token share a row
     row_of = {each: row for row, each in enumerate(inputs)}
     longest = max(len(each) for each in inputs)
@@ -127,5 +146,4 @@ def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[Sc
     likely = scored.argmax(-1) == wanted
     chosen = scored.gather(-1, wanted[:, None])[:, 0].double() - scored.logsumexp(-1).double()
     sizes = [len(pair.continuation) for pair in pairs]
-    parts = zip(chosen.split(sizes), likely.split(sizes), strict=True)
-    return [Score(float(each.sum()), bool(greedy.all())) for each, greedy in parts]
+    return list(zip(chosen.split(sizes), likely.split(sizes), strict=True))

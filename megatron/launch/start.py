@@ -78,7 +78,9 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     environment = {**caller, **command.environment, **terminal_environment()}
     if not starts_here(machines, config):
         return run_elsewhere(command.argv, environment)
-    outcome = Supervisor(machines.world_size).run(command.argv, environment, folder / "launcher.log")
+    talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
+    supervisor = Supervisor(machines.world_size, interrupts_answers=talks)
+    outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
     tell(outcome)
     return outcome.code
 

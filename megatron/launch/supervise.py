@@ -64,10 +64,14 @@ def terminal_environment() -> dict[str, str]:
 
 
 class Supervisor:
-    """One launch on this host."""
+    """One launch on this host.
 
-    def __init__(self, world_size: int) -> None:
+    interrupts_answers: Ctrl-C is for the workers to answer, each time, and ends nothing.
+    """
+
+    def __init__(self, world_size: int, *, interrupts_answers: bool = False) -> None:
         self._world_size = world_size
+        self._interrupts_answers = interrupts_answers
         self._ranks: dict[int, Rank] = {}
         self._first: Rank | None = None  # that failed
         self._stop: signal.Signals | None = None
@@ -189,6 +193,10 @@ class Supervisor:
             return
         for number in numbers:
             if number == signal.SIGCHLD:
+                continue
+            if number == signal.SIGINT and self._interrupts_answers and self._ranks:
+                for each in self._ranks.values():
+                    self._send(each, signal.SIGINT)
                 continue
             if number == signal.SIGINT and self._stop == signal.SIGINT:
                 self._kill_at = time.monotonic()

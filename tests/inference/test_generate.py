@@ -8,6 +8,7 @@ import pytest
 from megatron.errors import ConfigError, RunError
 from megatron.inference import modes
 from megatron.inference.answer import Settings
+from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
 from megatron.inference.sampling import Sampling
 from megatron.tokenizers.char_level import CharLevelTokenizer
@@ -158,11 +159,56 @@ def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):
         return prompt
 
     source = io.StringIO("hello\n\nwhat\nis it?<end>\n")
-    modes.converse(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
+    converse(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
     assert shared == ["hello", "what", "is it?<end>", None]
     answer = generator(engine).continue_text("hello", text_index=0).text
     assert out.getvalue().startswith(f"prompt> {answer}\nprompt> ")
     shared.clear()
     source.seek(0)
-    modes.converse(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
+    converse(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
     assert shared == ["hello\n\nwhat\nis it?", None]
+
+
+def answers(engine, typed, interruption=None, **settings):
+    """What a person reads who types these lines."""
+    out = io.StringIO()
+    converse(
+        TextGenerator(engine, Spelling(), Settings(**{**DEFAULTS, "sampling": Sampling(), **settings})),
+        "\n",
+        speaks=True,
+        share=lambda prompt: prompt,
+        interruption=interruption,
+        source=io.StringIO("".join(line + "\n" for line in typed)),
+        target=out,
+    )
+    return out.getvalue().split("prompt> ")[1:-1]
+
+
+def test_a_turn_follows_from_those_before_until_they_are_forgotten(engine):
+    first, second = answers(engine, ["hello", "what"], maximum_tokens=5)
+    alone = TextGenerator(engine, Spelling(), Settings(**{**DEFAULTS, "sampling": Sampling(), "maximum_tokens": 5}))
+    assert first == alone.continue_text("hello").text + "\n"
+    assert second == alone.continue_text(f"hello{first}what").text + "\n"
+    *_, again = answers(engine, ["hello", "/new", "what"], maximum_tokens=5)
+    assert again == alone.continue_text("what").text + "\n"
+
+
+def test_old_turns_make_room_for_new_ones(engine):
+    many = answers(engine, ["a turn of some length"] * 5, maximum_tokens=5)
+    assert len(many) == 5 and all(len(each) == 6 for each in many)
+
+
+def test_an_interruption_stops_one_answer_only(engine):
+    class Impatient(Interruption):
+        """Presses Ctrl-C while the first answer is written."""
+
+        pressed_once = False
+
+        def clear(self, *, answering):
+            super().clear(answering=answering)
+            if answering and not self.pressed_once:
+                self.pressed = self.pressed_once = True
+
+    first, second = answers(engine, ["hello", "what"], Impatient(), maximum_tokens=9)
+    assert len(first) == 2  # one token and the line's end
+    assert len(second) == 10
