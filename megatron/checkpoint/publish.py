@@ -7,14 +7,24 @@ global_step<N>.replaced.partial   complete, for the moment in which another take
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.files import Written
+from megatron.checkpoint.handles import together
+from megatron.errors import RunError
 
 _REPLACED = ".replaced.partial"
+_PATIENCE = 10.0  # seconds until a network file system shows a new file everywhere
+_LOOK = 0.05  # seconds
 
 
 def make_room(partial: Path) -> None:
@@ -24,6 +34,41 @@ def make_room(partial: Path) -> None:
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
     (partial / layout.STATE).mkdir()
+
+
+def require_shared(save: Path, rank: int) -> None:
+    """RunError unless every rank sees what the first one writes to the folder; collective.
+
+    A checkpoint whose parts lie on the disks of several nodes would be found incomplete only when it is needed.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    probe = save / f".seen-by-all-{token[0]}"
+
+    def write() -> None:
+        if rank == 0:
+            save.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+
+    def look() -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not (save.is_dir() and probe.name in os.listdir(save)):
+            if time.monotonic() > deadline:
+                raise RunError.of(
+                    f"rank {rank} on {socket.gethostname()} does not see what rank 0 writes there",
+                    where=str(save),
+                    remedy="save to a folder on a file system that all nodes share",
+                )
+            time.sleep(_LOOK)
+
+    together(write, f"writing to {save}")
+    try:
+        together(look, f"looking into {save}")
+    finally:
+        if rank == 0:
+            probe.unlink(missing_ok=True)
 
 
 def recover(save: Path) -> None:

@@ -23,7 +23,7 @@ from megatron.checkpoint.background import BackgroundWriter
 from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.handles import Checkpointable, collect, together
-from megatron.checkpoint.publish import make_room, publish, retain
+from megatron.checkpoint.publish import make_room, publish, require_shared, retain
 from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.config import Config, wire
@@ -61,6 +61,7 @@ class Saver:
         topology = engine.topology
         patience = float(config.launch.collective_timeout)
         self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
+        require_shared(self.save_folder, topology.rank)
 
     def save(self, counters: Counters) -> Path:
         """Writes <save>/global_step<N> and points `latest` at it; returns its folder.

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron.checkpoint import files, find, layout
-from megatron.checkpoint.publish import make_room, recover, retain
+from megatron.checkpoint.publish import make_room, recover, require_shared, retain
+from megatron.errors import RunError
 from tests.checkpoint.saved import save
+from tests.distributed import run_distributed
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
@@ -116,3 +118,24 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_many_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     survive(tmp_path, 180)
+
+
+def folder_of_its_own(rank: int, world_size: int, root: str) -> str:
+    """Each rank has another folder under the same name, as on nodes without a shared file system."""
+    try:
+        require_shared(Path(root) / f"node{rank}", rank)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def one_folder(rank: int, world_size: int, root: str) -> None:
+    require_shared(Path(root) / "save", rank)
+
+
+def test_nodes_that_do_not_share_the_folder_are_told_before_training(tmp_path: Path) -> None:
+    run_distributed(one_folder, 2, str(tmp_path))
+    assert list((tmp_path / "save").iterdir()) == []
+    first, second = run_distributed(folder_of_its_own, 2, str(tmp_path))
+    assert "does not see what rank 0 writes there; save to a folder on a file system that all nodes share" in second
+    assert "another rank failed" in first
