@@ -1,0 +1,44 @@
+"""Dropout on a residual stream that is cut along the sequence: every rank draws its own mask, at the right rate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.parallel.rng import ShardedRandom
+from megatron.parallel.topology import Topology
+from tests.distributed import run_distributed
+from tests.model.sections import build
+
+RATE = 0.3
+
+
+def masks(rank: int, size: int, sequence: bool) -> tuple[Tensor, Tensor]:
+    """Which elements the embedding's dropout and a block's leave, and the default generator's next draw."""
+    torch.manual_seed(1)
+    topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=sequence)
+    model = build(topology, hidden_dropout=RATE)
+    block = model.sequential[2]
+    kept = block._drop(torch.ones(4096 // (size if sequence else 1), 1, 16))
+    return kept, torch.rand(4)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_masks_and_their_rate(sequence: bool) -> None:
+    first, second = run_distributed(masks, 2, sequence)
+    assert torch.equal(first[0], second[0]) is not sequence
+    assert torch.equal(first[1], second[1])  # what comes after agrees on all ranks in either case
+    for kept, _ in (first, second):
+        share = float((kept == 0).double().mean())
+        deviation = (RATE * (1 - RATE) / kept.numel()) ** 0.5
+        assert abs(share - RATE) < 5 * deviation
+        assert kept.max() == pytest.approx(1 / (1 - RATE))
+
+
+def test_ranks_differ_by_their_number() -> None:
+    draws = []
+    for rank in range(8):
+        with ShardedRandom(seed=1, rank=rank).fork():
+            draws.append(tuple(torch.rand(4).tolist()))
+    assert len(set(draws)) == 8
