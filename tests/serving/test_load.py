@@ -91,7 +91,7 @@ def test_no_request_that_the_description_allows_or_forbids_breaks_it(engine):
             wanted = operation.ok()
 
             @given(case=wanted.as_strategy())
-            @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
             def send(case):
                 case.call_and_validate(checks=[not_a_server_error])
 
