@@ -86,7 +86,12 @@ def test_features_that_are_not_built_resolve_and_are_named() -> None:
         pos_emb="alibi", use_mup=True, precision="fp16", attention_config=[[["flash", "local"], "all"]]
     )
     told = "\n".join(resolution.not_supported_yet)
-    for part in ("pos_emb = 'alibi'", "use_mup = True", "fp16 with fp32 master weights needs ZeRO", "attention_config = 'local'"):
+    for part in (
+        "pos_emb = 'alibi'",
+        "use_mup = True",
+        "fp16 with fp32 master weights needs ZeRO",
+        "attention_config = 'local'",
+    ):
         assert part in told
     assert "'flash'" not in told
     assert resolved().not_supported_yet == []

@@ -48,7 +48,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120)
 
 
 def test_a_killed_run_goes_on_bitwise_equal(dataset: str, tmp_path: Path) -> None:
-    """kill -9 of the launcher and of every worker, right after a checkpoint appeared; then the same command again."""
+    """Kill -9 of the launcher and of every worker, right after a checkpoint appeared; then the same command again."""
     settings = {"data_path": dataset, "save": "save", "load": "save", "checkpoint_factor": 10, "num_gpus": 2}
     settings["zero_optimization"] = {"stage": 1}
     process = launch(tmp_path / "killed", settings)
