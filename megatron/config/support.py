@@ -202,6 +202,7 @@ def not_supported_yet(config: Config) -> list[str]:
     lines += [
         f"{gap.key} = {values[gap.key]!r}: not built yet: {gap.told}" for gap in GAPS if gap.asked(values[gap.key])
     ]
+    lines += [told for combination in COMBINATIONS if (told := combination(config)) is not None]
     return lines
 
 
