@@ -96,7 +96,8 @@ def _number_mistakes(params: dict[str, Any]) -> list[Mistake]:
     for name in ("lr", "weight_decay", "eps", "momentum"):
         value = params.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            mistakes.append(Mistake(f"{name} = {value!r} is not a number", key="optimizer", value=params))
+            told = f"{name} = {value!r} is not a number"
+            mistakes.append(Mistake(told, key="optimizer", value=params, remedy="write it as 0.001 or 1.0e-8"))
     betas = params.get("betas", (0.9, 0.999))
     if (
         not isinstance(betas, (list, tuple))
