@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron.extensions import extensions_folder
+from megatron.launch.preflight import CPU_OP
+
+BUILD_SECONDS = 900  # a loaded machine compiles for minutes
 PRELOADED = [
     "torch",
     "torch._dynamo",
@@ -69,6 +74,7 @@ def run_distributed(
     timeout [s]: for the whole call. Raises RankFailedError with the traceback of the rank that raised, or, after the
     timeout, with where each rank stood. The remaining ranks are killed in both cases.
     """
+    _compile_once()
     work = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = _start(work, world_size, Path(folder), timeout, backend)
@@ -79,6 +85,13 @@ def run_distributed(
                 each.process.kill()
                 each.process.join()
                 each.pipe.close()
+
+
+def _compile_once() -> None:
+    """DeepSpeed's CPU collectives, compiled outside any call's timeout where that was never done."""
+    if not (extensions_folder(os.environ) / CPU_OP / f"{CPU_OP}.so").exists():
+        command = "from megatron.parallel.bootstrap import load_cpu_collectives; load_cpu_collectives()"
+        subprocess.run([sys.executable, "-c", command], check=True, timeout=BUILD_SECONDS)
 
 
 def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: str) -> list[_Rank]:
