@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron import extensions
 from megatron.errors import ConfigError
 from megatron.parallel.topology import Topology
+from megatron.parallel.waiting import limit_waiting, record_collectives
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def bootstrap(
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank)
     _use_deterministic_algorithms(deterministic)
+    record_collectives()
     _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
     topology = Topology.build(
         pipe=pipe,
@@ -87,6 +89,7 @@ def bootstrap(
         sequence_parallel=sequence_parallel,
         fp32_sums=fp32_allreduce,
     )
+    limit_waiting(timeout_seconds)
     seed_generators(seed + topology.gradient.rank)
     return topology
 

@@ -6,15 +6,16 @@ Everything it uses is handed to it (see run.py, which wires it), so this page is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.data.loader import Loader
+from megatron.data.batch import MicroBatch
 from megatron.engine.engine import StepResult, TrainingEngine
 from megatron.errors import RunError
 from megatron.observe.reporter import Reporter
@@ -52,6 +53,12 @@ class Plan:
     overflow_limit: int = 50
 
 
+class BatchSource(Protocol):
+    """Serves micro-batches from any sample on."""
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the loop works with.
@@ -62,8 +69,8 @@ class Parts:
 
     engine: TrainingEngine
     schedule: Schedule
-    train: Loader
-    valid: Loader | None
+    train: BatchSource
+    valid: BatchSource | None
     reporter: Reporter
     stop_requested: Callable[[], bool]
     save: Callable[[RunState], None] | None

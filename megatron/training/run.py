@@ -37,12 +37,14 @@ from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
 from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
 from megatron.parallel.topology import Topology
+from megatron.parallel.waiting import limit_waiting
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.training.lengths import samples_wanted
 from megatron.training.loop import Parts, Plan, run_loop
 from megatron.training.state import RunState
+from megatron.training.watch import Watch, watched
 
 _log = get_logger(__name__)
 
@@ -70,8 +72,10 @@ def train(config: Config, stop: Stop) -> None:
         timeout_seconds=config.launch.collective_timeout,
         deterministic=config.training.deterministic,
     )
+    watch = Watch(topology, _run_directory(config), config.launch.collective_timeout)
     try:
-        _train(_with_length(config), topology, stop)
+        with watch.over():
+            _train(_with_length(config), topology, stop, watch)
     finally:
         shutdown()
 
@@ -101,13 +105,17 @@ def _with_length(config: Config) -> Config:
     return config.replace(train_iters=steps, lr_decay_iters=horizon)
 
 
+def _run_directory(config: Config) -> Path | None:
+    return None if config.observe.log_dir is None else Path(config.observe.log_dir)
+
+
 def _builds_index_maps(config: Config) -> bool:
     """Whether this rank writes index maps for others: one rank of all, or one of each host."""
     ranks = Ranks.from_environment()
     return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0
 
 
-def _train(config: Config, topology: Topology, stop: Stop) -> None:
+def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     vocabulary = padded_vocab_size(
         tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
@@ -127,6 +135,8 @@ def _train(config: Config, topology: Topology, stop: Stop) -> None:
         saver = _saver(config, engine, vocabulary, checkpoint)
         parts = _parts(config, engine, data, reporter, stop, saver)
         parts = replace(parts, evaluate_tasks=live_evaluation(config, engine, tokenizer, topology))
+        parts = watched(parts, watch)
+        limit_waiting(config.launch.collective_timeout)
         _introduce(config, topology, data, state, reporter)
         reason = run_loop(plan, parts, state)
         if saver is not None:

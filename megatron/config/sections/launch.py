@@ -29,7 +29,9 @@ class LaunchSection(Section):
     account: str | None = key(None, "Account of the Slurm job.")
     autotuning_run: str | None = key(None, "tune or run: what DeepSpeed's autotuner does.")
     distributed_backend: str = key("nccl", "Collectives library; gloo on machines without an accelerator.")
-    collective_timeout: float = key(1800.0, "A collective that takes longer is an error.", unit="seconds")
+    collective_timeout: float = key(
+        600.0, "A rank that others wait for longer than this, or that hangs so long, ends the run.", unit="seconds"
+    )
     max_restarts: int = key(0, "Times that a failed run is started again from its last checkpoint.")
     strict_config: bool = key(False, "Warnings about the configuration are errors.")
     rank: int | None = key(None, "Number of this process; found in the worker.")

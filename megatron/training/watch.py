@@ -1,0 +1,142 @@
+"""The watch over a run: when a rank dies, hangs or fails, the others say which one, where it stood and in what.
+
+A run of one rank is watched too, since reading data can hang. What is found goes to `failures/` in the run directory:
+`rank_N.txt` with the stacks of all threads, and `rank_N.json` with the last collectives (torchfrtrace reads it).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from megatron.data.batch import MicroBatch
+from megatron.errors import ConfigError, RunError
+from megatron.parallel.pulse import SAVING, STALE, TASKS, Heart, Pulse, suspects
+from megatron.parallel.topology import Topology
+from megatron.parallel.waiting import failed_in_a_collective, flight_record
+from megatron.training.loop import BatchSource, Parts
+
+FAILURES = "failures"
+
+
+class Watch:
+    """The watch of one rank.
+
+    folder: the run directory, None to write nothing. limit [s]: the key collective_timeout.
+    """
+
+    def __init__(self, topology: Topology, folder: Path | None, limit: float) -> None:
+        self._world_size, self._rank = topology.world_size, topology.rank
+        self._folder, self._limit = folder, limit
+        self._heart = Heart(rank=topology.rank, stage=topology.pipe.rank, limit=limit, hanging=self._leave)
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Watches the enclosed run. A failed collective becomes a RunError that names the rank which did not come."""
+        self._heart.start()
+        try:
+            yield
+        except (ConfigError, RunError):
+            raise
+        except Exception as fault:
+            if self._world_size == 1 or not failed_in_a_collective(fault):
+                self._write(f"failed: {fault!r}")
+                raise
+            told = self._explain(fault)
+            self._write("\n".join(str(mistake) for mistake in told.mistakes))
+            raise told from fault
+        finally:
+            self._heart.stop()
+
+    def doing(self, what: str, iteration: int | None = None) -> AbstractContextManager[None]:
+        """Says what the enclosed work is."""
+        return self._heart.doing(what, iteration)
+
+    def _explain(self, fault: Exception) -> RunError:
+        mine = self._heart.now()
+        with self._heart.doing("failing"):
+            time.sleep(STALE)  # a rank that is gone must have grown silent
+        found = suspects(self._heart.everyone(self._world_size), self._world_size, time.time())
+        blamed = "; ".join(found) or "no rank stands out: the network between them may be cut"
+        first_line = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+        return RunError.of(
+            f"a collective failed at iteration {mine.iteration} ({mine.doing}): {first_line}. Waited for: {blamed}",
+            where=f"stage {mine.stage}",
+            remedy=f"see {FAILURES}/ and rank_N.log in the run directory; a wait may last collective_timeout "
+            f"= {self._limit:g} s",
+        )
+
+    def _leave(self, pulse: Pulse) -> None:
+        """The main thread hangs, so this thread ends the process."""
+        told = f"{pulse}; nothing moved for that long, and collective_timeout is {self._limit:g} s"
+        self._write(told)
+        print(told, file=sys.stderr, flush=True)
+        os._exit(RunError.exit_code)
+
+    def _write(self, text: str) -> None:
+        if self._folder is None:
+            return
+        folder = self._folder / FAILURES
+        with suppress(OSError):  # a full disk must not hide the reason
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank_{self._rank}.json").write_text(flight_record())
+            with (folder / f"rank_{self._rank}.txt").open("w") as file:
+                print(text, file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def watched(parts: Parts, watch: Watch) -> Parts:
+    """The same parts of a training loop, telling the watch what is going on."""
+
+    @contextmanager
+    def recording(iteration: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(watch.doing("training", iteration))
+            stack.enter_context(parts.recording(iteration))
+            yield
+
+    def told(what: str, work: Callable[P, R]) -> Callable[P, R]:
+        @wraps(work)
+        def run(*arguments: P.args, **named: P.kwargs) -> R:
+            with watch.doing(what):
+                return work(*arguments, **named)
+
+        return run
+
+    return replace(
+        parts,
+        recording=recording,
+        train=WatchedBatches(parts.train, watch),
+        valid=parts.valid and WatchedBatches(parts.valid, watch),
+        save=parts.save and told(SAVING, parts.save),
+        evaluate_tasks=parts.evaluate_tasks and told(TASKS, parts.evaluate_tasks),
+    )
+
+
+class WatchedBatches:
+    """A source that says when its batches are waited for."""
+
+    def __init__(self, source: BatchSource, watch: Watch) -> None:
+        self._source, self._watch = source, watch
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
+        """As the source's own."""
+        batches = self._source.batches(consumed_samples)
+        while True:
+            with self._watch.doing("reading data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch

@@ -1,0 +1,117 @@
+"""Ranks that die, hang or fail end the run in time, and the message names the rank and where it stood."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron.data.loader import Loader
+from megatron.observe.sinks.jsonl import read_metrics
+from tests.distributed import RankFailedError, run_distributed
+from tests.end_to_end.runs import BASE, make_dataset, run_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 8.0  # [s] collective_timeout
+SETTINGS: dict[str, Any] = {**BASE, "train_iters": 100000, "collective_timeout": LIMIT, "num_gpus": 2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+class Run:
+    """A launch through deepy.py in a folder of its own."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        (folder / "run.json").write_text(json.dumps({**SETTINGS, "log_dir": "logs", **settings}))
+        command = [sys.executable, str(ROOT / "deepy.py"), "train.py", "run.json"]
+        with (folder / "output.txt").open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def reach(self, iteration: int) -> None:
+        """Waits until that many iterations were logged."""
+        deadline = time.monotonic() + 120
+        metrics = self.folder / "logs" / "metrics.jsonl"
+        while not metrics.exists() or not any(each["iteration"] >= iteration for each in read_metrics(metrics)):
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+
+    def worker(self, rank: int) -> psutil.Process:
+        """The process of a rank: the one whose environment says so and that runs train.py itself."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            command = child.cmdline()
+            works = "train.py" in " ".join(command) and "megatron.launch.rank" not in command and "-u" in command
+            if works and child.environ().get("RANK") == str(rank):
+                return child
+        raise AssertionError(f"no worker of rank {rank}")
+
+    def end(self, seconds: float) -> int:
+        """The exit code, which must come within that time, with nobody left."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        code = self.process.wait(seconds)
+        _, left = psutil.wait_procs(family, timeout=5)
+        assert not left, left
+        return code
+
+    def said(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+
+def test_a_frozen_rank_is_named(dataset: str, tmp_path: Path) -> None:
+    """Rank 1 stops in the middle of its work, as a machine that hangs does; only the others can tell."""
+    run = Run(tmp_path, {"data_path": dataset})
+    run.reach(3)
+    run.worker(1).send_signal(signal.SIGSTOP)
+    assert run.end(LIMIT + 15) == 1
+    said = run.said()
+    assert "rank 1 (host " in said and "not heard of for" in said, said
+    assert "a collective failed at iteration" in said, said
+    record = json.loads((tmp_path / "logs" / "failures" / "rank_0.json").read_text())
+    assert record["entries"][-1]["profiling_name"].startswith("gloo:")
+
+
+def test_a_killed_rank_ends_the_run_with_its_signal(dataset: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, {"data_path": dataset, "pipe_parallel_size": 2})
+    run.reach(3)
+    run.worker(1).send_signal(signal.SIGKILL)
+    assert run.end(LIMIT) == 128 + signal.SIGKILL
+    assert "rank 1 failed first, with signal SIGKILL" in run.said()
+
+
+def hanging_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    """A worker; rank 1 never gets its 20th micro-batch."""
+    read, count = Loader._read, itertools.count(1)
+
+    def sometimes(loader: Loader, numbers: range) -> Any:
+        if rank == 1 and next(count) == 20:
+            time.sleep(600)
+        return read(loader, numbers)
+
+    Loader._read = sometimes  # type: ignore[method-assign]
+    run_rank(rank, world_size, settings)
+
+
+def test_a_rank_that_hangs_over_its_data_says_so_itself(dataset: str, tmp_path: Path) -> None:
+    """Its main thread is stuck, and no collective of its own could time out."""
+    settings = {**BASE, "train_iters": 100000, "collective_timeout": 5.0, "data_path": dataset, "eval_iters": 0}
+    with pytest.raises(RankFailedError) as failure:
+        run_distributed(hanging_rank, 2, {**settings, "log_dir": str(tmp_path / "logs")}, timeout=100)
+    said = str(failure.value)
+    assert "rank 1 (host" in said and "reading data for" in said and "standing at sometimes (" in said, said
+    stacks = (tmp_path / "logs" / "failures" / "rank_1.txt").read_text()
+    assert "in sometimes" in stacks
