@@ -94,6 +94,11 @@ def bootstrap(
     return topology
 
 
+def host_name() -> str:
+    """This host's name, as Slurm has it where there is Slurm: it may run several nodes on one machine."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def device() -> torch.device:
     """The device of this process: its CUDA device where there is one, else the CPU."""
     if torch.cuda.is_available():

@@ -8,7 +8,6 @@ that stays fresh while its activity does not change means that the main thread h
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron.parallel.bootstrap import host_name
 from megatron.parallel.waiting import collective_in_progress, device_collective_in_progress, standing
 
 STARTING, SAVING, TASKS = "starting", "saving", "evaluating tasks"
@@ -65,7 +65,7 @@ class Heart:
 
     def __init__(self, *, rank: int, stage: int, limit: float, hanging: Callable[[Pulse], None]) -> None:
         now = time.time()
-        self._pulse = Pulse(rank, socket.gethostname(), stage, 0, STARTING, now, now)
+        self._pulse = Pulse(rank, host_name(), stage, 0, STARTING, now, now)
         self._limit, self._hanging = limit, hanging
         self._main = threading.main_thread().ident or 0
         self._store = _store()

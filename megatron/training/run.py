@@ -43,6 +43,7 @@ from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.training.lengths import samples_wanted
 from megatron.training.loop import Parts, Plan, run_loop
+from megatron.training.roll_call import roll_call
 from megatron.training.state import RunState
 from megatron.training.watch import Watch, watched
 
@@ -72,9 +73,12 @@ def train(config: Config, stop: Stop) -> None:
         timeout_seconds=config.launch.collective_timeout,
         deterministic=config.training.deterministic,
     )
-    watch = Watch(topology, _run_directory(config), config.launch.collective_timeout)
+    folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
+    watch = Watch(topology, folder, config.launch.collective_timeout)
     try:
         with watch.over():
+            alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
+            roll_call(alike, folder, shared=config.data.use_shared_fs)
             _train(_with_length(config), topology, stop, watch)
     finally:
         shutdown()
@@ -103,10 +107,6 @@ def _with_length(config: Config) -> Config:
         )
     horizon = decay_horizon(steps, schedule.lr_decay_iters, schedule.lr_decay_fraction)
     return config.replace(train_iters=steps, lr_decay_iters=horizon)
-
-
-def _run_directory(config: Config) -> Path | None:
-    return None if config.observe.log_dir is None else Path(config.observe.log_dir)
 
 
 def _builds_index_maps(config: Config) -> bool:
