@@ -101,7 +101,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("log_gradient_noise_scale", "the gradient noise scale", _on),
     Gap("memory_profiling", "memory snapshots", _on),
     Gap("profile", "traces of steps", _on),
-    Gap("max_restarts", "automatic restarts", _on),
     Gap("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
     Gap("autotuning", "DeepSpeed's autotuner", _on),
     Gap("data_efficiency", "DeepSpeed's curriculum", _on),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.config import Config, wire
 from megatron.errors import ConfigError, RunError
+from megatron.launch import again
 from megatron.launch.command import (
     DEFAULT_PORT,
     Command,
@@ -28,7 +29,7 @@ from megatron.launch.run_directory import (
     prepare_run_directory,
 )
 from megatron.launch.show import as_json, as_text
-from megatron.launch.supervise import Supervisor, run_elsewhere, tell, terminal_environment
+from megatron.launch.supervise import Outcome, Supervisor, run_elsewhere, tell, terminal_environment
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -60,7 +61,28 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
-    """Starts the workers and waits for them."""
+    """Runs the workers, again and again while they fail and `max_restarts` allows; returns the exit code."""
+    launch = resolved.resolution.config.launch
+    outcome = _attempt(request, resolved, folder)
+    for number in range(1, launch.max_restarts + 1):
+        if not again.failed(outcome):
+            break
+        resolved = again.resolve_again(
+            request, resolved, os.environ, answers=None if launch.no_ssh_check else again.answers_ssh
+        )
+        whence = "from its newest checkpoint" if again.going_on(resolved.resolution.config) else "from its beginning"
+        ranks = resolved.machines.world_size
+        print(
+            f"restart {number} of {launch.max_restarts}: the run goes on {whence}, on {ranks} ranks",
+            file=sys.stderr,
+            flush=True,
+        )
+        outcome = _attempt(request, resolved, folder)
+    return outcome.code
+
+
+def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
+    """Starts the workers, waits for them and tells how they ended."""
     machines, config = resolved.machines, resolved.resolution.config
     refuse_unsupported(resolved.resolution)
     if machines.shortage is not None:
@@ -77,12 +99,12 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     command = build_command(request, resolved, folder, port, caller)
     environment = {**caller, **command.environment, **terminal_environment()}
     if not starts_here(machines, config):
-        return run_elsewhere(command.argv, environment)
+        return Outcome(run_elsewhere(command.argv, environment))
     talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
     supervisor = Supervisor(machines.world_size, interrupts_answers=talks)
     outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
     tell(outcome)
-    return outcome.code
+    return outcome
 
 
 def starts_here(machines: Machines, config: Config) -> bool:

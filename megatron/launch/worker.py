@@ -23,6 +23,7 @@ from megatron import log
 from megatron.config import Config, Resolution, Resources, resolve, wire
 from megatron.config.sections.launch import LaunchSection
 from megatron.errors import ConfigError, RunError
+from megatron.launch.again import going_on, restarted_by_others
 from megatron.launch.request import read_request
 from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
@@ -171,6 +172,8 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         return Resources(_world_size(), accelerator)
 
     resolution: Resolution = resolve(request.files, request.flags, resources)
+    if restarted_by_others(os.environ):
+        resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
     refuse_unsupported(resolution)
     config = resolution.config
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import pytest
 from megatron.data.loader import Loader
 from megatron.observe.sinks.jsonl import read_metrics
 from tests.distributed import RankFailedError, run_distributed
-from tests.end_to_end.runs import BASE, make_dataset, run_rank
+from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
+from tests.end_to_end.runs import run as train_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 8.0  # [s] collective_timeout
@@ -115,3 +117,33 @@ def test_a_rank_that_hangs_over_its_data_says_so_itself(dataset: str, tmp_path: 
     assert "rank 1 (host" in said and "reading data for" in said and "standing at sometimes (" in said, said
     stacks = (tmp_path / "logs" / "failures" / "rank_1.txt").read_text()
     assert "in sometimes" in stacks
+
+
+def killed_again_and_again(dataset: str, folder: Path, kills: int, iterations: int) -> None:
+    """Kills random ranks of one run that may restart so often; its records must equal those of a run left alone."""
+    chance = random.Random(kills)
+    folder.joinpath("killed").mkdir()
+    settings = {"data_path": dataset, "train_iters": iterations, "max_restarts": kills, "save": "save"}
+    settings |= {"checkpoint_factor": 5, "log_dir": "logs", "zero_optimization": {"stage": 1}, "eval_interval": 20}
+    run = Run(folder / "killed", settings)
+    for number in range(kills):
+        run.reach(iterations * number // kills + chance.randrange(1, iterations // kills))
+        run.worker(chance.randrange(2)).send_signal(signal.SIGKILL)
+        while run.said().count("failed first, with signal SIGKILL") <= number:
+            time.sleep(0.05)
+    assert run.end(300) == 0, run.said()
+    assert run.said().count("from its newest checkpoint") + run.said().count("from its beginning") == kills
+    plain = {name: value for name, value in settings.items() if name not in {"log_dir", "save"}}
+    whole = train_alone(2, folder / "whole", **plain)
+    records = read_metrics(folder / "killed" / "logs" / "metrics.jsonl")
+    for name in ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss"):
+        assert series(records, name) == series(whole, name), name
+
+
+def test_a_run_that_was_killed_twice_equals_one_that_was_not(dataset: str, tmp_path: Path) -> None:
+    killed_again_and_again(dataset, tmp_path, kills=2, iterations=40)
+
+
+@pytest.mark.long
+def test_a_run_that_was_killed_twenty_times_equals_one_that_was_not(dataset: str, tmp_path: Path) -> None:
+    killed_again_and_again(dataset, tmp_path, kills=20, iterations=400)

@@ -1,0 +1,89 @@
+"""Starting a failed run again: from its newest checkpoint, on the hosts that still answer.
+
+The global batch stays what it was: fewer ranks accumulate more micro-batches. A mistake of the user's and a stop that
+was asked for are not failures.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint import layout
+from megatron.config import Config
+from megatron.errors import RunError
+from megatron.launch.request import Request
+from megatron.launch.resolution import Resolved, resolve_request
+from megatron.launch.supervise import MISTAKE, Outcome
+
+PROBE_SECONDS = 10.0  # for a host to answer
+COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""How torchrun and Slurm say that they started a job again."""
+
+
+def failed(outcome: Outcome) -> bool:
+    """Whether another attempt may help."""
+    return outcome.code not in (0, MISTAKE) and outcome.stopped_by is None
+
+
+def going_on(config: Config) -> dict[str, Any]:
+    """The keys that let a run go on from its newest checkpoint; none while it has not saved one."""
+    save = config.checkpoint.save
+    if save is None or not (Path(save) / layout.LATEST).is_file():
+        return {}
+    return {"load": save, "iteration": None, "finetune": False, "load_fallback": "previous"}
+
+
+def restarted_by_others(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun or Slurm have started this job before."""
+    return any(int(environment.get(name) or 0) > 0 for name in COUNTERS)
+
+
+def resolve_again(
+    request: Request,
+    before: Resolved,
+    environment: Mapping[str, str],
+    answers: Callable[[str], bool] | None = None,
+) -> Resolved:
+    """The next attempt: the request with what lets it go on, resolved for the hosts that answer.
+
+    answers: whether a host can be reached, None to ask none. Raises RunError where no host is left, ConfigError where
+    the layout or the batch does not fit those that are.
+    """
+    config, hosts = before.resolution.config, list(before.machines.hosts)
+    flags = {**request.flags, **going_on(config)}
+    if answers is not None and not before.machines.is_local:
+        left = [host for host in hosts if answers(host)]
+        if not left:
+            raise RunError.of(f"none of the hosts answers: {', '.join(hosts)}", where="restart")
+        if left != hosts:
+            flags |= _fewer(left, config)
+    return resolve_request(replace(request, flags=flags), environment)
+
+
+def _fewer(hosts: Sequence[str], config: Config) -> dict[str, Any]:
+    """Keys for a run on these hosts with the same global batch."""
+    return {
+        "include": "@".join(hosts),
+        "exclude": None,
+        "num_nodes": -1,
+        "global_num_gpus": None,
+        "train_batch_size": config.training.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": None,
+    }
+
+
+def answers_ssh(host: str) -> bool:
+    """Whether a host lets this user in by ssh, without a password, within PROBE_SECONDS."""
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={PROBE_SECONDS:.0f}"]
+    try:
+        done = subprocess.run(
+            ["ssh", *options, host, "true"], capture_output=True, timeout=2 * PROBE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0

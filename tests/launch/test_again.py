@@ -1,0 +1,93 @@
+"""What is worth another attempt, and what the next one is made of."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.errors import ConfigError, RunError
+from megatron.launch.again import failed, going_on, resolve_again, restarted_by_others
+from megatron.launch.request import Request, read_request
+from megatron.launch.resolution import resolve_request
+from megatron.launch.supervise import Outcome
+from tests.end_to_end.runs import BASE
+
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "again"),
+    [
+        (Outcome(0), False),
+        (Outcome(2), False),  # the same mistake would be told again
+        (Outcome(1), True),
+        (Outcome(137, failed=1), True),
+        (Outcome(143, stopped_by=signal.SIGTERM), False),
+    ],
+)
+def test_what_is_worth_another_attempt(outcome: Outcome, again: bool) -> None:
+    assert failed(outcome) == again
+
+
+def test_restarts_of_torchrun_and_slurm_are_noticed() -> None:
+    assert restarted_by_others({"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert restarted_by_others({"SLURM_RESTART_COUNT": "2"})
+    assert not restarted_by_others({"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert not restarted_by_others({})
+
+
+@pytest.fixture
+def request_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """Eight samples a step on three hosts of two ranks: micro batch 2, no accumulation wanted."""
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {
+        **BASE,
+        "save": "save",
+        "hostfile": "hosts",
+        "train_batch_size": 12,
+        "checkpoint_factor": 5,
+    }
+    settings |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "data_path": "text"}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\n")
+    return read_request(["train.py", "run.json"])
+
+
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(request_on_hosts: Request) -> None:
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    assert going_on(before.resolution.config) == {}
+    after = resolve_again(request_on_hosts, before, ENVIRONMENT)
+    assert after.resolution.config == before.resolution.config
+
+
+def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: Request, tmp_path: Path) -> None:
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save" / "latest").write_text("global_step10")
+    after = resolve_again(request_on_hosts, before, ENVIRONMENT).resolution.config.checkpoint
+    assert (after.load, after.iteration, after.finetune, after.load_fallback) == ("save", None, False, "previous")
+
+
+def test_fewer_hosts_keep_the_batch_by_accumulation(request_on_hosts: Request) -> None:
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    after = resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: host == "b")
+    training = after.resolution.config.training
+    assert list(after.machines.hosts) == ["b"] and after.machines.world_size == 2
+    assert training.train_batch_size == 12
+    assert (training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps) == (2, 3)
+
+
+def test_a_batch_that_the_hosts_left_cannot_share_is_told(request_on_hosts: Request) -> None:
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: host != "b")
+
+
+def test_no_host_that_answers_is_the_end(request_on_hosts: Request) -> None:
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    with pytest.raises(RunError, match="none of the hosts answers: a, b, c"):
+        resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: False)
