@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""How fast the ranks of each parallel axis talk: all-reduce, all-gather, reduce-scatter, all-to-all, send and receive.
+
+    ./deepy.py tools/bench_collectives.py CONF...
+
+The layout is the configuration's. A size or an axis that is much slower than its like on other machines points at a
+link, a switch or a wrong network interface.
+"""
+
+import sys
+
+from megatron.config import Config
+from megatron.errors import ConfigError
+from megatron.launch.worker import run_door
+
+
+def main(config: Config) -> None:
+    """Measures and prints the table on rank 0."""
+    from megatron.parallel.bootstrap import bootstrap, shutdown
+    from megatron.parallel.measure import measure, table
+
+    if config.parallelism.world_size == 1:
+        raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, remedy="start more ranks")
+    topology = bootstrap(
+        pipe_parallel_size=config.parallelism.pipe_parallel_size,
+        model_parallel_size=config.parallelism.model_parallel_size,
+        context_parallel_size=config.parallelism.context_parallel_size,
+        seed=config.training.seed,
+        backend=config.launch.distributed_backend,
+        timeout_seconds=config.launch.collective_timeout,
+    )
+    try:
+        measured = list(measure(topology))
+        if topology.rank == 0:
+            print(table(measured))
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main, sys.argv[1:]))
