@@ -43,6 +43,9 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 GATED = frozenset({"gated"})
 
+WHOLE_BLOCK = frozenset({"whole block"})
+"""Marks a kind of attention_config that is a block of its own, with no attention and no MLP beside it."""
+
 
 class Family:
     """The parts that one configuration key chooses from.
@@ -149,7 +152,23 @@ ATTENTION = Family(
     ],
 )
 
-MLPS = Family("MLP", "moe_num_experts", [Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block")])
+MLPS = Family(
+    "MLP",
+    "moe_num_experts",
+    [
+        Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block"),
+        Entry("moe", "megatron.model.mlp.moe:MixtureMLP", "A mixture of experts, arXiv:1701.06538"),
+    ],
+)
+
+ROUTERS = Family(
+    "router",
+    "moe_router_type",
+    [
+        Entry("sinkhorn", "megatron.model.mlp.router:sinkhorn", "Balanced assignment while training, arXiv:2103.16716"),
+        Entry("topk", "megatron.model.mlp.router:topk", "The most probable experts, arXiv:1701.06538"),
+    ],
+)
 
 INITS = Family(
     "initialisation",

@@ -127,7 +127,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
     weights: StoredWeights
     if is_folder(root):
         directory = root
-        weights = Folder.open(root).weights(ModelDims.of(config.model))
+        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe))
     else:
         found = find.whole(root, section.iteration, section.load_fallback)
         if found is None:

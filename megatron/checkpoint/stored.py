@@ -17,6 +17,7 @@ from megatron.checkpoint.slices import MASTER, OptimizerState
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, assemble, key_of
 from megatron.config import resolve, wire
 from megatron.config.sections.model import ModelSection
+from megatron.config.sections.moe import MoeSection
 from megatron.config.sections.tokenizer import TokenizerSection
 from megatron.errors import ConfigError, RunError
 from megatron.shapes import ModelDims, TensorShape, tensors
@@ -33,6 +34,7 @@ class StoredModel:
 
     directory: Path
     model: ModelSection
+    moe: MoeSection
     tokenizer: TokenizerSection
     table: tuple[TensorShape, ...]
     rows: int
@@ -65,13 +67,13 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     directory = choose(path, iteration)
     if integrity.is_ours(directory):
         RunError.raise_any(integrity.damage(directory))
-    model, tokenizer = _sections(directory, config_files)
+    model, moe, tokenizer = _sections(directory, config_files)
     weights = WeightFiles.open(directory)
     embedding = weights.shards("0.word_embeddings.weight")
     rows = sum(shard.shape[0] for shard in embedding)
-    table = tuple(tensors(ModelDims.of(model), rows))
+    table = tuple(tensors(ModelDims.of(model, moe), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
-    stored = StoredModel(directory, model, tokenizer, table, rows, weights, masters)
+    stored = StoredModel(directory, model, moe, tokenizer, table, rows, weights, masters)
     _compare(stored)
     return stored
 
@@ -97,17 +99,17 @@ def choose(path: Path, iteration: int | None) -> Path:
     raise ConfigError.of("there is no checkpoint", where=str(path), remedy="give a save folder or one of its steps")
 
 
-def _sections(directory: Path, config_files: Sequence[Path]) -> tuple[ModelSection, TokenizerSection]:
+def _sections(directory: Path, config_files: Sequence[Path]) -> tuple[ModelSection, MoeSection, TokenizerSection]:
     resolved = directory / layout.RESOLVED
     if config_files:
         config = resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config
-        return config.model, config.tokenizer
+        return config.model, config.moe, config.tokenizer
     if not resolved.is_file():
         raise ConfigError.of(
             "nothing says what model this is", where=str(directory), remedy="give the run's YAML with --config-file"
         )
     config = wire.from_json(resolved.read_text(encoding="utf-8"), str(resolved))
-    return config.model, config.tokenizer
+    return config.model, config.moe, config.tokenizer
 
 
 def _compare(stored: StoredModel) -> None:

@@ -113,7 +113,7 @@ class Config:
     def for_inference(self) -> Config:
         """The Config that generation and evaluation build from: no optimizer state, ZeRO, recompute or dropout.
 
-        The ranks of a context-parallel run each take whole sequences.
+        The ranks of a context-parallel run each take whole sequences, and those of an expert-parallel one all experts.
         """
         return self.replace(
             zero_optimization={"stage": 0},
@@ -124,6 +124,8 @@ class Config:
             recompute_granularity=None,
             sequence_parallel=False,
             context_parallel_size=1,
+            moe_expert_parallel_size=1,
+            moe_eval_capacity_factor=None,
             hidden_dropout=0.0,
             attention_dropout=0.0,
         )

@@ -63,7 +63,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("moe_num_experts", "mixture of experts", _more_than_one),
     Gap("use_qk_layernorm", "normalised queries and keys", _on),
     Gap("sliding_window_width", "sliding window attention", _given),
     Gap("rope_scaling", "scaled rotary positions", _on),

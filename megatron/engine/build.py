@@ -20,12 +20,14 @@ from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
+from megatron.engine.experts import own_experts
 from megatron.engine.inference import InferenceEngine, build_stage, pack
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.errors import ConfigError
 from megatron.model.cache import KVCache, cache_dtype
+from megatron.model.mlp.balance import RouterLosses
 from megatron.model.pipelined import PipelinedModel
 from megatron.model.plan import LayerPlan, layer_plan
 from megatron.model.sequential import SequentialModel
@@ -51,7 +53,8 @@ def build_training_engine(
     """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later)."""
     _quieten()
     random = ShardedRandom(config.training.seed, topology.rank, device())
-    plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size)
+    losses = _router_losses(config)
+    plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size, losses)
     recompute = full_recompute(config.recompute, topology, random, known(config.model.num_layers))
     loss = _loss(config, topology, vocab_size)
     model: Module
@@ -79,8 +82,9 @@ def build_training_engine(
             hidden_size=known(config.model.hidden_size),
             padded_vocab_size=padded_vocab_size,
             dtype=DTYPES[known(config.precision.precision)],
+            router_losses=losses,
         )
-    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper)
+    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses)
 
 
 def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:
@@ -88,7 +92,9 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
 
     Raises ConfigError when `load` is not set or points nowhere: random weights have nothing to say.
     """
-    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), padded_vocab_size), weights_only=True)
+    checkpoint = find_checkpoint(
+        config, tensors(ModelDims.of(config.model, config.moe), padded_vocab_size), weights_only=True
+    )
     if checkpoint is None:
         raise ConfigError.of(
             "there is no checkpoint to run",
@@ -115,7 +121,7 @@ def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: 
     table: dict[str, TensorShape] = {f"{shape.layer}.{shape.name}": shape for shape in checkpoint.table}
     stored = read_weights(checkpoint, topology, [table[key] for key in parameters])
     for key, parameter in parameters.items():
-        parameter.copy_(stored[key])
+        parameter.copy_(own_experts(parameter, stored[key]))
 
 
 def _layer_plan(
@@ -124,6 +130,7 @@ def _layer_plan(
     padded_vocab_size: int,
     random: ShardedRandom | None = None,
     vocab_size: int | None = None,
+    losses: RouterLosses | None = None,
 ) -> list[LayerPlan]:
     return layer_plan(
         config.model,
@@ -139,7 +146,15 @@ def _layer_plan(
         recompute_attention=selective_recompute(config.recompute),
         reset_attention=config.data.reset_attention_mask,
         reset_positions=config.data.reset_position_ids,
+        moe=config.moe,
+        losses=losses,
     )
+
+
+def _router_losses(config: Config) -> RouterLosses | None:
+    """The losses of the routers; None where no block has experts."""
+    moe = config.moe
+    return RouterLosses(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
 
 
 def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
@@ -180,7 +195,7 @@ def _initialize(
 
 def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
     """Makes caches for the blocks among the given plan indices (block i is layer i + 2)."""
-    dims = ModelDims.of(config.model)
+    dims = ModelDims.of(config.model, config.moe)
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
 
     def make(batch: int, max_length: int) -> KVCache:

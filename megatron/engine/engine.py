@@ -5,8 +5,8 @@ s sequence, b micro batch, v padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ class StepResult:
     """What one optimizer step measured. Values stay on the device until someone reads them.
 
     loss: mean over the global batch [nats a token]. grad_norm: before clipping. loss_scale: 1 unless fp16.
-    skipped: whether the update was left out because gradients overflowed.
+    skipped: whether the update was left out because gradients overflowed. more: what else the model measured, by name.
     """
 
     loss: Tensor
@@ -29,6 +29,7 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -17,8 +17,10 @@ from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, through_stages
 from megatron.model.cache import KVCache
+from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.marks import is_tied
 from megatron.parallel.rng import ShardedRandom
@@ -32,7 +34,7 @@ class PipelinedEngine:
     """One stage in one PipelineEngine. See engine.py for what the methods promise.
 
     deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
-    clipper: present at ZeRO 0.
+    clipper: present at ZeRO 0. router_losses: present where blocks have experts.
     """
 
     deepspeed: Any
@@ -44,6 +46,7 @@ class PipelinedEngine:
     hidden_size: int
     padded_vocab_size: int
     dtype: torch.dtype
+    router_losses: RouterLosses | None = None
     pipelined: bool = True
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
@@ -51,10 +54,13 @@ class PipelinedEngine:
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped_before = engine.skipped_steps
+        if self.router_losses is not None:
+            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
         loss = engine.train_batch(_pairs(batches))
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
-        return StepResult(as_tensor(loss), norm, learning_rate, scale, engine.skipped_steps > skipped_before)
+        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        return StepResult(as_tensor(loss), norm, learning_rate, scale, engine.skipped_steps > skipped_before, more)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
@@ -86,7 +92,7 @@ class PipelinedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Key -> this rank's shards of the layers its stage owns."""
-        return {key: parameter.detach() for key, parameter in self._owned().items()}
+        return {key: all_experts(parameter) for key, parameter in self._owned().items()}
 
     def optimizer_slices(self) -> list[StateSlice]:
         return state.read(self.deepspeed.optimizer, self._owned(), data_rank=self.topology.data.rank)

@@ -19,8 +19,10 @@ from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.data.batch import MicroBatch
 from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
 from megatron.model.cache import KVCache
+from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.bootstrap import device
 from megatron.parallel.context import part_of_sequence
@@ -39,6 +41,7 @@ class PlainEngine:
 
     deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
     random: for draws on cut tensors. clipper: present where the gradient norm and clipping are ours (ZeRO 0).
+    router_losses: present where blocks have experts.
     """
 
     deepspeed: Any
@@ -48,6 +51,7 @@ class PlainEngine:
     make_cache: Callable[[int, int], KVCache]
     random: ShardedRandom
     clipper: GradientClipper | None
+    router_losses: RouterLosses | None = None
     pipelined: bool = False
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
@@ -57,6 +61,8 @@ class PlainEngine:
             group["lr"] = learning_rate
         total = torch.zeros((), device=engine.device)
         skipped_before = engine.skipped_steps
+        if self.router_losses is not None:
+            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
         for _ in range(engine.gradient_accumulation_steps()):
             loss = self._forward(next(batches))
             engine.backward(loss)
@@ -65,7 +71,8 @@ class PlainEngine:
         mean = self._data_mean(total / engine.gradient_accumulation_steps())
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
-        return StepResult(mean, norm, learning_rate, scale, engine.skipped_steps > skipped_before)
+        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        return StepResult(mean, norm, learning_rate, scale, engine.skipped_steps > skipped_before, more)
 
     @torch.no_grad()
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
@@ -123,9 +130,9 @@ def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, P
 
 
 def _whole(parameter: Parameter) -> Tensor:
-    """The parameter's values, gathered from all data-parallel ranks where ZeRO 3 has spread them."""
+    """The tensor-parallel shard, gathered from the ranks that ZeRO 3 or expert parallelism has spread it over."""
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
+        return all_experts(parameter)
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.checkpoint.slices import MASTER, OptimizerState, StateSlice
+from megatron.parallel.marks import expert_share
 
 STEP = "step"
 
@@ -25,8 +26,9 @@ STEP = "step"
 class Piece:
     """The part of one parameter that this rank's optimizer updates.
 
-    start, stop: range of the flattened shard. owner: the tensor that the optimizer steps. offset: where the range
-    begins in the flattened owner.
+    start, stop: range of the flattened parameter. base: where the parameter begins in the flattened tensor-parallel
+    shard, of which it may be the experts of this rank. owner: the tensor that the optimizer steps. offset: where the
+    range begins in the flattened owner.
     """
 
     key: str
@@ -35,6 +37,7 @@ class Piece:
     stop: int
     owner: Tensor
     offset: int
+    base: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor of the owner's shape, flat; shares its memory."""
@@ -59,7 +62,8 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
         if piece.has_master:
             tensors[MASTER] = piece.of(piece.owner.detach())
         step = int(state[STEP]) if STEP in state else 0
-        slices.append(StateSlice(piece.key, piece.start, piece.stop, step, tensors))
+        start, stop = piece.base + piece.start, piece.base + piece.stop
+        slices.append(StateSlice(piece.key, start, stop, step, tensors))
     return slices
 
 
@@ -73,7 +77,7 @@ def write(
     for piece in _pieces(optimizer, parameters, data_rank=0):
         state = inner.state[piece.owner]
         for name in stored.names(piece.key):
-            values = stored.shard(piece.key, name, **shard)[piece.start : piece.stop]
+            values = stored.shard(piece.key, name, **shard)[piece.base + piece.start : piece.base + piece.stop]
             if name == MASTER:
                 if piece.has_master:
                     piece.of(piece.owner.detach()).copy_(values)
@@ -85,7 +89,7 @@ def write(
 
 
 def _pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:
-    """This rank's pieces. A parameter that no ZeRO cuts belongs to data rank 0."""
+    """This rank's pieces. A parameter that no ZeRO cuts belongs to the first data rank that holds it."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_pieces(optimizer, parameters)
         return
@@ -96,9 +100,14 @@ def _pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) ->
                 address, range_ = mapping.hp_fragment_address, mapping.lp_fragment_address
                 owner = _inner(optimizer).param_groups[mapping.param_group_index]["params"][0]
                 stop = range_.start + range_.numel
-                yield Piece(key, parameter, range_.start, stop, owner, address.start)
-        elif data_rank == 0:
-            yield Piece(key, parameter, 0, parameter.numel(), parameter, 0)
+                yield Piece(key, parameter, range_.start, stop, owner, address.start, _base(parameter))
+        elif data_rank // expert_share(parameter)[1] == 0:
+            yield Piece(key, parameter, 0, parameter.numel(), parameter, 0, _base(parameter))
+
+
+def _base(parameter: Parameter) -> int:
+    """Where the parameter begins in the flattened tensor-parallel shard, which holds the experts of all ranks."""
+    return expert_share(parameter)[0] * parameter.numel()
 
 
 def _stage3_pieces(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator[Piece]:

@@ -62,8 +62,10 @@ def live_evaluation(
     if not config.evaluation.eval_tasks:
         return None
     tasks, chat = _load_tasks(config)
-    # Under ZeRO 3 every copy of the model takes part in every forward pass, so requests cannot be shared out.
-    replicas = Axis("data") if config.deepspeed.zero_stage == 3 else topology.data
+    # Where parameters are spread over the copies of the model every copy takes part in every forward pass, so requests
+    # cannot be shared out.
+    spread = config.deepspeed.zero_stage == 3 or config.moe.moe_expert_parallel_size > 1
+    replicas = Axis("data") if spread else topology.data
     parallelism = config.parallelism
     whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
     model = _harness_model(config, engine, tokenizer, replicas, chat, cached=whole)

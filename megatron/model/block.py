@@ -20,8 +20,12 @@ from megatron.parallel.initialization import ParameterSource
 from megatron.parallel.sequence import leave
 
 
-class TransformerBlock(nn.Module):
-    """Block ``number`` (from 0); its layer index in the plan is number + 2."""
+class Block(nn.Module):
+    """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h]."""
+
+
+class TransformerBlock(Block):
+    """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2."""
 
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
         super().__init__()
@@ -35,7 +39,7 @@ class TransformerBlock(nn.Module):
         if not dims.shared_norm:
             self.post_attention_layernorm = parts.norm()
         self.shared_norm = dims.shared_norm
-        self.mlp: Any = parts.mlp(parts, source.of("mlp"))
+        self.mlp: Any = parts.mlp[number](parts, source.of("mlp"))
         self.to(parts.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -53,9 +57,9 @@ class TransformerBlock(nn.Module):
         if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
             return hidden + self._drop(self.attention(first, cache, starts)) + self._drop(self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
-        total = attended + self.mlp.linear2.partial(self.mlp.inner(second))
+        total = attended + self.mlp.partial(second)
         total = self.attention.dense.add_bias(leave(total, self.axis))  # one sum over ranks for both
-        return hidden + self.mlp.linear2.add_bias(total)
+        return hidden + self.mlp.add_bias(total)
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.dropout == 0 or not self.training:

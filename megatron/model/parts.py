@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ class Parts:
     """The choices and numbers that blocks share.
 
     norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
-    attention: the attention class of each block. fill and output_fill: initial values of matrices, and of those that
+    attention, mlp: the class of each block. fill and output_fill: initial values of matrices, and of those that
     add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context:
-    the ranks that share a sequence. reset_attention, reset_positions: at each document of a sequence.
+    the ranks that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the
+    `Mixture` of blocks with experts, in a model that has any.
     """
 
     dims: ModelDims
@@ -31,7 +33,7 @@ class Parts:
     positions: AttentionPositions | None
     activation: Callable[[Tensor], Tensor]
     attention: tuple[Callable[..., nn.Module], ...]
-    mlp: Callable[..., nn.Module]
+    mlp: tuple[Callable[..., nn.Module], ...]
     fill: Fill
     output_fill: Fill
     kernels: Kernels
@@ -42,3 +44,4 @@ class Parts:
     reset_attention: bool = False
     reset_positions: bool = False
     context: Axis = field(default_factory=lambda: Axis("context"))
+    mixture: Any = None

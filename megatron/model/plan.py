@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.selection import Kernels, choose_kernels
-from megatron.model.block import TransformerBlock
+from megatron.model.block import Block, TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Glue, Head, TiedHead
+from megatron.model.mlp.balance import RouterLosses
+from megatron.model.mlp.moe import Mixture
 from megatron.model.parts import Parts
 from megatron.parallel.initialization import ParameterSource, first_rows
 from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
-from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS
+from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, WHOLE_BLOCK
 from megatron.shapes import ModelDims
 
 
@@ -62,27 +64,31 @@ def layer_plan(
     recompute_attention: Callable[..., Tensor] | None = None,
     reset_attention: bool = False,
     reset_positions: bool = False,
+    moe: Any = None,
+    losses: RouterLosses | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
-    model, initialization, kernels: the configuration's sections. padded_vocab_size [tokens], of which vocab_size exist,
+    model, initialization, kernels, moe: the configuration's sections; without moe no block has experts.
+    padded_vocab_size [tokens], of which vocab_size exist,
     all unless given. seed: of the run.
     dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
     generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
     reset_attention, reset_positions: whether tokens see their own document only, and positions start again with it,
-    where the model is told where documents start.
+    where the model is told where documents start. losses: of the routers, read by the engine that trains.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype)
     if recompute_attention is not None:
         chosen = replace(chosen, attention=partial(recompute_attention, chosen.attention))
-    dims = ModelDims.of(model)
+    dims = ModelDims.of(model, moe)
     random = random or ShardedRandom(seed, topology.rank, device)
     parts = replace(
         _parts(model, initialization, dims, chosen, random, dtype, topology),
         reset_attention=reset_attention,
         reset_positions=reset_positions,
+        mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
     )
 
     def source(layer: int) -> ParameterSource:
@@ -113,8 +119,8 @@ def layer_plan(
         "kernel": chosen.linear,
     }
     blocks = [
-        LayerPlan(number + 2, TransformerBlock, {"number": number, "parts": parts, "source": source(number + 2)})
-        for number in range(dims.num_layers)
+        LayerPlan(number + 2, _block(kind), {"number": number, "parts": parts, "source": source(number + 2)})
+        for number, kind in enumerate(model.attention_config)
     ]
     return [
         LayerPlan(0, EmbeddingLayer, embedding),
@@ -144,8 +150,8 @@ def _parts(
         norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), topology.model),
         positions=POSITIONS.load(model.pos_emb).for_attention(model, dims.head_dim, chosen.rotary),
         activation=ACTIVATIONS.load(model.activation),
-        attention=tuple(ATTENTION.load(name) for name in model.attention_config),
-        mlp=MLPS.load("dense"),
+        attention=tuple(ATTENTION.load(kind) for kind in model.attention_config),
+        mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         fill=INITS.load(initialization.init_method)(**numbers),
         output_fill=INITS.load(initialization.output_layer_init_method)(**numbers),
         kernels=chosen,
@@ -155,6 +161,30 @@ def _parts(
         dtype=dtype,
         context=topology.context,
     )
+
+
+def _mixture(moe: Any, topology: Topology, losses: RouterLosses | None) -> Mixture:
+    """What the blocks with experts share."""
+    return Mixture(
+        choose=ROUTERS.load(moe.moe_router_type),
+        jitter=moe.moe_jitter_eps,
+        normalize=moe.moe_normalize_top_k,
+        capacity=moe.moe_capacity_factor,
+        eval_capacity=moe.moe_eval_capacity_factor,
+        least=moe.moe_min_capacity,
+        losses=losses or RouterLosses(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
+        axis=topology.expert,
+        batch=topology.gradient,
+        context=topology.context,
+    )
+
+
+def _block(kind: str) -> type[Block]:
+    """The class of a block: that of the kind where it is a whole block, else one that the kind stands in."""
+    if ATTENTION.entry(kind).traits & WHOLE_BLOCK:
+        block: type[Block] = ATTENTION.load(kind)
+        return block
+    return TransformerBlock
 
 
 def _norm(make: Callable[[], nn.Module], axis: Axis) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor, is_grad_enabled
 
-from megatron.model.block import TransformerBlock
+from megatron.model.block import Block
 from megatron.model.cache import KVCache
 from megatron.parallel.rng import ShardedRandom
 
@@ -40,7 +40,7 @@ class Recompute:
 
     def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[bool, Sequence[Layer]]]:
         """(whether it is recomputed, the layers) for one group after another."""
-        blocks = [index for index, layer in enumerate(layers) if isinstance(layer, TransformerBlock)]
+        blocks = [index for index, layer in enumerate(layers) if isinstance(layer, Block)]
         first, end = (blocks[0], blocks[-1] + 1) if blocks else (len(layers), len(layers))
         yield False, layers[:first]
         if self.method == "uniform":

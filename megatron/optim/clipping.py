@@ -2,8 +2,8 @@
 
 DeepSpeed's own norm counts parameters by rank and counts tied weights twice when a pipeline has several stages. Here
 a parameter's marks say who counts it: a sharded parameter counts on every tensor-parallel rank, a replicated one on
-the first only, and a tied one on the first of its stages only. Clipping scales all gradients by
-max_norm / (norm + 1e-6) when the norm exceeds max_norm (arXiv:1211.5063, algorithm 1).
+the first only, a tied one on the first of its stages only, and experts on each of the ranks that they are spread over.
+Clipping scales all gradients by max_norm / (norm + 1e-6) when the norm exceeds max_norm (arXiv:1211.5063, algorithm 1).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.parallel.marks import is_sharded, is_tied
+from megatron.parallel.marks import expert_share, is_sharded, is_tied
 from megatron.parallel.topology import Topology
 
 
@@ -25,7 +26,9 @@ class GradientClipper:
         """max_norm: the largest norm left alone; 0 computes the norm and scales nothing."""
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
-        self._replica = topology.replica
+        self._replica, self._expert = topology.replica, topology.expert
+        self._spread = [parameter for parameter in self._counted if expert_share(parameter)[1] > 1]
+        self._counted = [parameter for parameter in self._counted if expert_share(parameter)[1] == 1]
         self._max_norm = max_norm
         self.norm = torch.zeros(())
 
@@ -35,19 +38,26 @@ class GradientClipper:
 
     def clip(self) -> None:
         """Computes `norm`, the same on every rank of the replica, and clips in place."""
-        counted = [parameter.grad for parameter in self._counted if parameter.grad is not None]
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not gradients:
             return
-        square = torch.zeros((), device=gradients[0].device)
-        if counted:
-            square = torch.nn.utils.get_total_norm(counted).square()
+        square = _square(self._counted, gradients[0].device)
+        if self._expert.size > 1:
+            spread = _square(self._spread, gradients[0].device)
+            dist.all_reduce(spread, group=self._expert.group)
+            square = square + spread
         if self._replica.size > 1:
             dist.all_reduce(square, group=self._replica.group)
         self.norm = square.sqrt()
         if self._max_norm > 0:
             factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, factor)
+
+
+def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:
+    """The squared norm of their gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device=device)
 
 
 def _counts_here(parameter: Parameter, topology: Topology) -> bool:

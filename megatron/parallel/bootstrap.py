@@ -51,6 +51,7 @@ def bootstrap(
     model_parallel_size: int,
     seed: int,
     context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
     sequence_parallel: bool = False,
     fp32_allreduce: bool = False,
     backend: str = "nccl",
@@ -88,6 +89,7 @@ def bootstrap(
         world_size=ranks.world_size,
         sequence_parallel=sequence_parallel,
         fp32_sums=fp32_allreduce,
+        expert=expert_parallel_size,
     )
     limit_waiting(timeout_seconds)
     seed_generators(seed + topology.gradient.rank)

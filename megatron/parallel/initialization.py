@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megatron.parallel.marks import mark_no_weight_decay, mark_sequence_partial, mark_sharded
+from megatron.parallel.marks import mark_experts, mark_no_weight_decay, mark_sequence_partial, mark_sharded
 from megatron.parallel.topology import Axis
 
 Fill = Callable[[Tensor, torch.Generator], None]
@@ -53,16 +53,37 @@ class ParameterSource:
         """The source of a submodule."""
         return replace(self, prefix=f"{self.prefix}{module}.")
 
-    def replica(self, name: str, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
+    def replica(self, name: str, shape: tuple[int, ...], fill: Fill, *, whole_sequence: bool = False) -> nn.Parameter:
         """A parameter that every tensor-parallel rank holds whole. Vectors (biases) take no weight decay.
 
-        It acts between tensor-parallel regions; with sequence parallelism that is on a part of the sequence.
+        It acts between tensor-parallel regions; with sequence parallelism that is on a part of the sequence, unless
+        whole_sequence says that every rank sees all of it.
         """
         parameter = nn.Parameter(self._draw(name, shape, fill).to(self.dtype))
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
-        if self.axis.sequence:
+        if self.axis.sequence and not whole_sequence:
             mark_sequence_partial(parameter, self.axis)
+        return parameter
+
+    def experts(
+        self, name: str, shape: tuple[int, int], fill: Fill, *, count: int, over: Axis, transposed: bool = False
+    ) -> nn.Parameter:
+        """This rank's part of the matrices of `count` experts, one on top of the other: [e w/t, h].
+
+        shape: [w, h] of one expert, whose rows are cut by tensor parallelism. over: the ranks that share the experts,
+        each holding e of them whole. transposed: the matrix of the layer is [h, w], and is filled as such. Every
+        expert is drawn from a generator of its own. ValueError where a cut is uneven.
+        """
+        if count % over.size:
+            raise ValueError(f"{count} experts do not divide by {over.size} expert-parallel ranks")
+        parts = []
+        for expert in range(over.rank * (count // over.size), (over.rank + 1) * (count // over.size)):
+            full = self._draw(f"{name}.{expert}", shape[::-1] if transposed else shape, fill)
+            parts.append(_piece(full.t() if transposed else full, 0, self.axis).to(self.dtype))
+        parameter = nn.Parameter(torch.cat(parts))
+        mark_sharded(parameter, 0, (shape[0],) * count)
+        mark_experts(parameter, over)
         return parameter
 
     def shard(

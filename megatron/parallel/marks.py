@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.topology import Axis
+from megatron.parallel.topology import Axis, expert_group_name
 
 
 def mark_sharded(parameter: nn.Parameter, dim: int, sections: tuple[int, ...] = ()) -> None:
@@ -74,3 +74,26 @@ def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
 def is_sequence_partial(parameter: nn.Parameter) -> bool:
     """Whether the ranks of a tensor-parallel group each contribute a part of the parameter's gradient."""
     return getattr(parameter, "neox_sequence_partial", False)
+
+
+def mark_experts(parameter: nn.Parameter, axis: Axis) -> None:
+    """The ranks of the axis each hold other experts, one after another along dimension 0.
+
+    Where there is more than one such rank DeepSpeed must not average the gradient over all data-parallel ranks: it
+    reads two attributes, and sums over the ranks that hold the same experts.
+    """
+    parameter.neox_experts = axis  # type: ignore[attr-defined]
+    if axis.size > 1:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = expert_group_name(axis.size)  # type: ignore[attr-defined]
+
+
+def expert_axis(parameter: nn.Parameter) -> Axis | None:
+    """The ranks that hold other experts of the same stack, or None for a parameter that is no stack of experts."""
+    return getattr(parameter, "neox_experts", None)
+
+
+def expert_share(parameter: nn.Parameter) -> tuple[int, int]:
+    """(rank, size) along the axis of experts; (0, 1) where the parameter is whole."""
+    axis = expert_axis(parameter)
+    return (axis.rank, axis.size) if axis is not None else (0, 1)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.kernels.linear import LinearKernel, pieces_of
-from megatron.parallel.collectives import LOW_PRECISION, reduce_from
+from megatron.parallel.collectives import LOW_PRECISION, copy_to, reduce_from
 from megatron.parallel.topology import Axis
 
 
@@ -59,6 +59,32 @@ def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, 
     """
     out: Tensor = _GatheredLinear.apply(x, weight, bias, axis, kernel)
     return out
+
+
+def with_copy(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Enter a tensor-parallel region and stay outside of it as well: the whole ``x`` twice, [s, ...].
+
+    The first is for what every rank computes alike from the whole sequence; its gradient is the same on all of them.
+    The second is for the region, whose ranks each give a term of the gradient. Where the axis cuts the sequence ``x``
+    is this rank's part of it, [s/t, ...].
+    """
+    if not axis.sequence:
+        return x, copy_to(x, axis)
+    outside, inside = _GatherTwice.apply(x, axis)
+    return outside, inside
+
+
+class _GatherTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.axis = axis
+        whole = all_gather_first(x, axis)
+        return whole, whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        axis = ctx.axis
+        return grads[0].chunk(axis.size)[axis.rank] + reduce_scatter_first(grads[1], axis), None
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -13,8 +13,9 @@ Source of the order: DeepSpeed's PipeModelDataParallelTopology and the public GP
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
@@ -53,7 +54,8 @@ class Topology:
     """The axes of this rank, and the groups that DeepSpeed asks for.
 
     pipe, data, context, model: the axes. replica: all ranks that together hold one copy of the model (pipe x model).
-    gradient: all ranks that hold the same slice of the model and so sum its gradient (data x context).
+    gradient: all ranks that hold the same slice of the model and so sum its gradient (data x context). expert: those of
+    them over which the experts of a block are spread; neighbours along gradient.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class Topology:
     model: Axis
     replica: Axis
     gradient: Axis
+    expert: Axis = field(default_factory=lambda: Axis("expert"))
 
     @staticmethod
     def single() -> Topology:
@@ -81,11 +84,12 @@ class Topology:
         context: int = 1,
         sequence_parallel: bool = False,
         fp32_sums: bool = False,
+        expert: int = 1,
     ) -> Topology:
         """Creates the process groups; collective: every rank calls it with the same sizes.
 
         pipe, context and model: sizes of those axes; the data axis takes what is left of world_size.
-        sequence_parallel, fp32_sums: properties of the model axis.
+        sequence_parallel, fp32_sums: properties of the model axis. expert: ranks over which experts are spread.
         Raises ValueError if the sizes do not divide world_size (the configuration rules say so earlier).
         """
         if world_size % (pipe * context * model):
@@ -97,6 +101,8 @@ class Topology:
         axes["model"] = replace(axes["model"], sequence=sequence_parallel and model > 1, fp32_sums=fp32_sums)
         axes["replica"] = _axis("replica", sizes, rank, ("pipe", "model"))
         axes["gradient"] = _axis("gradient", sizes, rank, ("data", "context"))
+        if expert > 1:
+            axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
         return Topology(rank, world_size, **axes)
 
     # What DeepSpeed asks of an mpu. Ranks that share a sequence are data-parallel to it: told of the context axis, it
@@ -131,6 +137,26 @@ class Topology:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return list(self.gradient.ranks)
+
+
+def expert_group_name(size: int) -> str:
+    """DeepSpeed's name of the groups that spread experts over that many ranks."""
+    return f"ep_size_{size}"
+
+
+def _expert_axis(size: int, *, pipe: int, model: int, data: int) -> Axis:
+    """The ranks over which experts are spread, in DeepSpeed's own groups, which its engine looks up by name."""
+    from deepspeed.utils import groups
+
+    if data % size:
+        raise ValueError(f"{size} expert-parallel ranks do not divide {data} data-parallel ranks")
+    sizes = SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: model, get_pipe_parallel_world_size=lambda: pipe
+    )
+    groups._create_expert_data_and_model_parallel(size, sizes)
+    name = expert_group_name(size)
+    ranks = tuple(groups._get_expert_parallel_group_ranks(name))
+    return Axis("expert", size, ranks.index(dist.get_rank()), ranks, groups._get_expert_parallel_group(name))
 
 
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:

@@ -13,6 +13,7 @@ s sequence, b micro batch, h hidden, t tensor parallel degree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron.shapes import ModelDims
@@ -47,7 +48,7 @@ class StateLayout:
 
     width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket. buffers: buffers of
     that size that are made outright, 0 where gradients are reduced where they stand. summed: bytes of an accumulated
-    gradient. gathered: elements that ZeRO 3 may hold together.
+    gradient. gathered: elements that ZeRO 3 may hold together. expert_parallel_size: ranks that share the experts.
     """
 
     width: int
@@ -57,12 +58,18 @@ class StateLayout:
     buffers: int = 0
     summed: int = FP32
     gathered: int = 1_000_000_000
+    expert_parallel_size: int = 1
 
 
-def state_memory(count: int, layout: StateLayout) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and optimizer for `count` parameters on this rank."""
+def state_memory(count: int, layout: StateLayout, experts: int = 0) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer on this rank.
+
+    count: parameters that every data parallel rank holds. experts: those of the experts of all ranks that share them.
+    """
     width, stage = layout.width, layout.zero_stage
-    share = -(-count // layout.ranks)
+    local = experts // layout.expert_parallel_size
+    share = -(-count // layout.ranks) + -(-local // max(1, layout.ranks // layout.expert_parallel_size))
+    count += local
     moments = 2 * FP32
     if stage == 0:
         return width * count, width * count, moments * count + (FP32 * count if width < FP32 else 0)
@@ -123,18 +130,37 @@ class ActivationLayout:
         return self.tokens // self.model_parallel_size if self.sequence_parallel else self.tokens
 
 
-def block_activations(dims: ModelDims, layout: ActivationLayout) -> int:
-    """Bytes that autograd keeps of one block and one micro batch."""
-    inner = dims.mlp_width // layout.model_parallel_size
+def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0) -> int:
+    """Bytes that autograd keeps of one block and one micro batch. block: its number."""
     norms = 1 if dims.shared_norm else 2
     inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
     between = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
-    within = 4 * inner if dims.gated else 2 * inner
-    kept = (layout.residual_tokens * between + layout.tokens * within) * layout.width
+    kept = layout.residual_tokens * between * layout.width
+    kept += (
+        _experts(dims, layout) if dims.has_experts(block) else layout.tokens * _mlp_width(dims, layout) * layout.width
+    )
     kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout)
     if layout.hidden_dropout:
         kept += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask an element
     return kept
+
+
+def _mlp_width(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Features that an MLP keeps of a token, besides its input."""
+    inner = dims.mlp_width // layout.model_parallel_size
+    return 4 * inner if dims.gated else 2 * inner
+
+
+def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Bytes that a mixture keeps, where every expert is visited equally often and no token is dropped.
+
+    For each visit the row that goes in, what the MLP keeps and the row that comes out; for each token the router's
+    input in fp32 and some numbers for each expert: logits, probabilities and their logarithms.
+    """
+    visits = layout.tokens * dims.mixture.top_k
+    features = 2 * dims.hidden_size + _mlp_width(dims, layout)
+    router = 0 if layout.width == FP32 else dims.hidden_size * FP32
+    return visits * features * layout.width + layout.tokens * (router + 4 * dims.mixture.experts * FP32)
 
 
 def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: int) -> int:
@@ -176,28 +202,28 @@ def stage_activations(
     dims: ModelDims,
     layout: ActivationLayout,
     *,
-    blocks: int,
+    blocks: Sequence[int],
     under_way: int,
     padded_vocab_size: int | None,
     pipelined: bool = False,
 ) -> int:
-    """Bytes of a stage with so many blocks, at the end of a forward pass or when a group of blocks is repeated.
+    """Bytes of a stage, at the end of a forward pass or when a group of blocks is repeated.
 
-    under_way: micro batches between their forward and backward pass. padded_vocab_size: None where the stage has no
-    output layer. pipelined: what goes to another stage and what comes from there is held as well.
+    blocks: their numbers. under_way: micro batches between their forward and backward pass. padded_vocab_size: None
+    where the stage has no output layer. pipelined: what goes to another stage and comes from there is held as well.
     """
-    block = block_activations(dims, layout)
+    sizes = [block_activations(dims, layout, block) for block in blocks]
     whole = layout.tokens * dims.hidden_size * layout.width
     boundary = int(whole * layout.kept_share)
-    group = min(layout.recompute, blocks)
+    group = min(layout.recompute, len(sizes))
     head = 0 if padded_vocab_size is None else head_activations(dims, layout, padded_vocab_size)
     if layout.first_only:
-        kept = group * boundary + (blocks - group) * block
-        repeated = group * boundary + min(group, 1) * block  # by then the others have been backpropagated
+        kept = group * boundary + sum(sizes[group:])
+        repeated = group * boundary + max(sizes[:group], default=0)  # by then the others have been backpropagated
     elif group:
-        kept = -(-blocks // group) * boundary
-        repeated = kept + group * block
+        kept = -(-len(sizes) // group) * boundary
+        repeated = kept + max(sum(sizes[first : first + group]) for first in range(0, len(sizes), group))
     else:
-        kept = repeated = blocks * block
+        kept = repeated = sum(sizes)
     sent = (under_way + 1) * whole if pipelined else 0
     return (under_way - 1) * kept + max(kept + head, repeated) + sent

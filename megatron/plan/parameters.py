@@ -19,7 +19,6 @@ def why_unknown(config: Config) -> str | None:
     kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS)
     reasons = [
         (bool(kinds), f"blocks of kind {', '.join(kinds)}"),
-        (config.moe.moe_num_experts > 1, "mixture of experts"),
         (model.norm not in {"layernorm", "rmsnorm"}, f"norm {model.norm}"),
         (model.pos_emb == "rpe", "relative positions"),
         (model.use_qk_layernorm, "normalised queries and keys"),
@@ -34,7 +33,7 @@ def why_unknown(config: Config) -> str | None:
 
 def model_tensors(config: Config, padded_vocab_size: int) -> list[TensorShape]:
     """Every tensor of the configured model."""
-    return tensors(ModelDims.of(config.model), padded_vocab_size)
+    return tensors(ModelDims.of(config.model, config.moe), padded_vocab_size)
 
 
 def total(table: Sequence[TensorShape]) -> int:
@@ -43,7 +42,9 @@ def total(table: Sequence[TensorShape]) -> int:
 
 
 def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_size: int, *, tied: bool) -> list[int]:
-    """Parameters that one tensor parallel rank of each stage holds. bounds: first layers of the stages, and the end.
+    """Parameters that one tensor parallel rank of each stage holds, all experts of a block among them.
+
+    bounds: first layers of the stages, and the end.
 
     tied: the output layer shares the word embedding, so a last stage without layer 0 holds a copy of it.
     """
@@ -55,3 +56,9 @@ def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_
         word = next(tensor for tensor in table if tensor.kind == "word_embedding")
         held[-1] += prod(word.local_shape(model_parallel_size))
     return held
+
+
+def split_experts(table: Sequence[TensorShape]) -> tuple[list[TensorShape], list[TensorShape]]:
+    """The tensors that every data parallel rank holds, and those of experts, which may be spread over such ranks."""
+    experts = [tensor for tensor in table if tensor.kind == "expert"]
+    return [tensor for tensor in table if tensor.kind != "expert"], experts

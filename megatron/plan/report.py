@@ -9,7 +9,7 @@ from megatron.plan.advice import advice
 from megatron.plan.figures import Figures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
-from megatron.plan.parameters import model_tensors, on_rank, total, why_unknown
+from megatron.plan.parameters import model_tensors, on_rank, split_experts, total, why_unknown
 from megatron.plan.stages import layer_classes, stage_bounds
 from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
@@ -64,7 +64,7 @@ def make_plan(resolution: Resolution) -> Plan:
     assert training.train_batch_size
     assert model.seq_length
     flops = flops_per_iteration(
-        ModelDims.of(model), table, seq_length=model.seq_length, train_batch_size=training.train_batch_size
+        ModelDims.of(model, config.moe), table, seq_length=model.seq_length, train_batch_size=training.train_batch_size
     )
     bounds = bounds_of(config, table)
     memory = memory_of(config, table, padded, bounds)
@@ -100,20 +100,26 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     """Memory of the rank that needs most. bounds: first layers of the pipeline stages, and the end."""
     axes, training, model = config.parallelism, config.training, config.model
     assert model.num_layers
-    dims = ModelDims.of(model)
+    dims = ModelDims.of(model, config.moe)
     stages = len(bounds) - 1
     stored, layout = state_layout(config), activation_layout(config)
     candidates = []
-    for stage, held in enumerate(on_rank(table, bounds, axes.model_parallel_size, tied=dims.tied)):
+    shared, experts = split_experts(table)
+    held = zip(
+        on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied),
+        on_rank(experts, bounds, axes.model_parallel_size, tied=False),
+        strict=True,
+    )
+    for stage, counts in enumerate(held):
         activations = stage_activations(
             dims,
             layout,
-            blocks=max(0, min(bounds[stage + 1], 2 + model.num_layers) - max(bounds[stage], 2)),
+            blocks=range(max(bounds[stage], 2) - 2, min(bounds[stage + 1] - 2, model.num_layers)),
             under_way=min(stages - stage, training.gradient_accumulation_steps or 1),
             padded_vocab_size=padded_vocab_size if stage == stages - 1 else None,
             pipelined=stages > 1,
         )
-        candidates.append(Memory(*state_memory(held, stored), activations))
+        candidates.append(Memory(*state_memory(counts[0], stored, counts[1]), activations))
     return max(candidates, key=lambda memory: memory.total)
 
 
@@ -132,6 +138,7 @@ def state_layout(config: Config) -> StateLayout:
         config.deepspeed.zero_reduce_bucket_size or 500_000_000,
         buffers=buffers if zero.get("contiguous_gradients", True) else 0,
         summed=WIDTHS.get(str(summed), width),
+        expert_parallel_size=config.moe.moe_expert_parallel_size,
         gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
     )
 

@@ -28,9 +28,18 @@ def _model(plan: Figures) -> list[str]:
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" over {model.num_kv_heads} key heads"
     shape = f"{model.num_layers} blocks x {model.hidden_size}, {heads} x {model.kv_channels}, MLP {model.mlp_width}"
+    shape += _experts(plan.config)
     parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)} attention"
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
     return [_line("model", shape), _line("", parts), _line("vocabulary", plan.vocabulary), _line("parameters", count)]
+
+
+def _experts(config: Config) -> str:
+    moe = config.moe
+    if moe.moe_num_experts == 1:
+        return ""
+    where = "" if moe.moe_expert_interval == 1 else f" in 1 of {moe.moe_expert_interval} blocks"
+    return f" x {moe.moe_num_experts} experts{where}, {moe.moe_top_k} a token"
 
 
 def _world(config: Config) -> list[str]:
@@ -39,6 +48,8 @@ def _world(config: Config) -> list[str]:
     told = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
     if axes.context_parallel_size > 1:
         told += f" x context {axes.context_parallel_size}"
+    if config.moe.moe_expert_parallel_size > 1:
+        told += f", experts over {config.moe.moe_expert_parallel_size}"
     return [_line("world", f"{told}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
 
 

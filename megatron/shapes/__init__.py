@@ -1,6 +1,7 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
-from megatron.shapes.dims import ModelDims
-from megatron.shapes.table import TensorShape, tensors
+from megatron.shapes.dims import MixtureDims, ModelDims
+from megatron.shapes.table import tensors
+from megatron.shapes.tensor import TensorShape
 
-__all__ = ["ModelDims", "TensorShape", "tensors"]
+__all__ = ["MixtureDims", "ModelDims", "TensorShape", "tensors"]

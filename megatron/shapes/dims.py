@@ -6,10 +6,27 @@ configuration type: ``ModelDims.of`` reads any object that carries the configura
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.registry import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class MixtureDims:
+    """Which blocks have experts in place of one MLP, and how many of them a token visits.
+
+    Block i has them where `interval` divides i. With one expert no block has.
+    """
+
+    experts: int = 1
+    interval: int = 1
+    top_k: int = 1
+
+    @classmethod
+    def of(cls, moe: Any) -> MixtureDims:
+        """Read from an object with the keys of the configuration's moe section."""
+        return cls(moe.moe_num_experts, moe.moe_expert_interval, moe.moe_top_k)
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class ModelDims:
     tied: bool = True  # the output layer shares the word embedding's weight
     gpt_j_residual: bool = False
     gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
+    kinds: tuple[str, ...] = ()  # what mixes tokens in each block, by its name in attention_config; (): all "global"
+    mixture: MixtureDims = field(default_factory=MixtureDims)
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "mlp_width"):
@@ -41,8 +60,11 @@ class ModelDims:
             raise ValueError(f"{self.num_kv_heads} key/value heads do not divide {self.num_attention_heads} heads")
 
     @classmethod
-    def of(cls, model: Any) -> ModelDims:
-        """Read the dimensions from an object with the model keys as attributes (the configuration's model section)."""
+    def of(cls, model: Any, moe: Any = None) -> ModelDims:
+        """Read the dimensions from objects with the configuration's keys as attributes.
+
+        model: its model section. moe: its moe section; left out, no block has experts.
+        """
         heads = model.num_attention_heads
         return cls(
             num_layers=model.num_layers,
@@ -61,7 +83,17 @@ class ModelDims:
             tied=not model.no_weight_tying,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,
+            kinds=tuple(getattr(model, "attention_config", None) or ()),
+            mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
         )
+
+    def kind(self, block: int) -> str:
+        """What mixes tokens in a block, by its name in attention_config."""
+        return self.kinds[block] if self.kinds else "global"
+
+    def has_experts(self, block: int) -> bool:
+        """Whether a block has a mixture of experts in place of one MLP."""
+        return self.mixture.experts > 1 and block % self.mixture.interval == 0
 
     @property
     def query_size(self) -> int:

@@ -188,6 +188,7 @@ def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
         "runtime/flops_per_sec_per_gpu": flops_per_second,
         "runtime/peak_memory_bytes": float(parts.peak_memory()),
     }
+    metrics |= {f"train/{name}": float(value) for name, value in last.more.items()}
     if plan.peak_flops > 0:
         metrics["runtime/model_flops_utilization"] = flops_per_second / plan.peak_flops
     parts.reporter.train(state.iteration, metrics, total_iterations=plan.total)

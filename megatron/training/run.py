@@ -29,7 +29,6 @@ from megatron.evaluation.run import live_evaluation
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.observe.fingerprint import Fingerprints
-from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.observe.memory import peak_memory_bytes
 from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
@@ -38,6 +37,7 @@ from megatron.optim.schedule import build as build_schedule
 from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting
+from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
@@ -67,6 +67,7 @@ def train(config: Config, stop: Stop) -> None:
         model_parallel_size=config.parallelism.model_parallel_size,
         seed=config.training.seed,
         context_parallel_size=config.parallelism.context_parallel_size,
+        expert_parallel_size=config.moe.moe_expert_parallel_size,
         sequence_parallel=config.parallelism.sequence_parallel,
         fp32_allreduce=config.precision.fp32_allreduce,
         backend=config.launch.distributed_backend,
@@ -122,7 +123,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
     )
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
-    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), vocabulary))
+    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
         config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
@@ -182,20 +183,11 @@ def _train_iters(config: Config) -> int:
 
 def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
     training, checkpoint, model = config.training, config.checkpoint, config.model
-    dims = ModelDims.of(model)
-    shape = FlopsShape(
-        num_layers=dims.num_layers,
-        hidden_size=dims.hidden_size,
-        num_attention_heads=dims.num_attention_heads,
-        num_kv_heads=dims.num_kv_heads,
-        kv_channels=dims.head_dim,
-        mlp_width=dims.mlp_width,
-        gated=dims.gated,
-        vocab_size=vocabulary,
-        seq_length=known(model.seq_length),
-    )
+    dims = ModelDims.of(model, config.moe)
     batch = known(training.train_batch_size)
-    tokens = batch * known(model.seq_length)
+    length = known(model.seq_length)
+    tokens = batch * length
+    flops = flops_per_iteration(dims, tensors(dims, vocabulary), seq_length=length, train_batch_size=batch)
     peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
@@ -211,7 +203,7 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         samples=batch,
         tokens=tokens,
         micro_batches=known(training.gradient_accumulation_steps),
-        flops=training_flops_per_token(shape) * tokens / topology.world_size,
+        flops=flops / topology.world_size,
         peak_flops=peak.flops_per_second,
         world_size=topology.world_size,
         stop_on_nan=training.on_nan == "stop",

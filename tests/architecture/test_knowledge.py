@@ -38,6 +38,7 @@ WHERE: dict[str, tuple[str, ...]] = {
         "megatron/parallel/bootstrap.py",
         "megatron/parallel/rng.py",
         "megatron/model/pipelined.py",
+        "megatron/model/mlp/",
         "megatron/engine/",
         "megatron/optim/",
         "benchmarks/",

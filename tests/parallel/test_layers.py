@@ -17,7 +17,7 @@ from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.marks import is_sharded, no_weight_decay, shard_dim, shard_sections
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
-from megatron.shapes.table import section_slices
+from megatron.shapes.tensor import section_slices
 from tests.distributed import run_distributed
 
 WIDTH, OUT, SECTIONS, TOKENS = 24, 64, (32, 16, 16), (5, 2)

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_iter
 from megatron.config import Resources, resolve
 from megatron.data.batch import MicroBatch
 from megatron.engine.build import build_training_engine
-from megatron.model.block import TransformerBlock
+from megatron.model.block import Block
 from megatron.model.head import Head
 from megatron.model.mlp.dense import ParallelMLP
+from megatron.model.mlp.moe import ExpertStack
 from megatron.parallel.bootstrap import bootstrap
 
 Storages = dict[int, int]
@@ -130,6 +131,7 @@ def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int)
     topology = bootstrap(
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,
+        expert_parallel_size=config.moe.moe_expert_parallel_size,
         seed=1,
         backend="gloo",
     )
@@ -151,10 +153,12 @@ def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int)
 def _watch(engine: Any, ledger: Ledger) -> None:
     """Has the ledger look wherever something is largest."""
     for module in engine.module.modules():
-        if isinstance(module, (TransformerBlock, Head)):
+        if isinstance(module, (Block, Head)):
             module.register_forward_hook(ledger.look)
         if isinstance(module, ParallelMLP):  # a repeated block ends here, once it has made all that was not kept
             module.linear2.register_forward_pre_hook(ledger.look)
+        if isinstance(module, ExpertStack):
+            module.register_forward_hook(ledger.look)
     engine.allreduce_gradients = _after(ledger.look, engine.allreduce_gradients)
     outer = engine.optimizer
     outer.step = _after(ledger.at_step, outer.step)

@@ -35,11 +35,13 @@ GATHERED = {
     "stage3_max_live_parameters": 300_000,
     "stage3_max_reuse_distance": 200_000,
 }
+EXPERTS = {"moe_num_experts": 4, "moe_expert_interval": 2, "moe_router_type": "topk", "moe_expert_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank, fp32": (1, {}),
     "data 2, ZeRO 1, bfloat16": (2, {"precision": "bfloat16"}),
     "data 2, ZeRO 2, bfloat16": (2, {"precision": "bfloat16", "zero_optimization": {"stage": 2, **BUCKETS}}),
     "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3, **BUCKETS, **GATHERED}}),
+    "data 2, experts 2, ZeRO 1, bfloat16": (2, {"precision": "bfloat16", **EXPERTS}),
     "tensor 2": (2, {"model_parallel_size": 2}),
     "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
 }

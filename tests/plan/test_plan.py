@@ -76,10 +76,26 @@ def test_an_unknown_vocabulary_is_told_and_not_guessed() -> None:
 
 
 def test_a_model_that_the_table_does_not_describe_is_not_counted() -> None:
-    assert make_plan(resolution("20B", moe_num_experts=8)).parameters is None
-    assert "mixture of experts" in str(make_plan(resolution("20B", moe_num_experts=8)).unknown)
     pattern = [[["mamba"], "all"]]
     assert "mamba" in str(make_plan(resolution("20B", attention_config=pattern)).unknown)
+
+
+def test_mixtral_has_its_published_size() -> None:
+    """46,702,792,704 parameters (model card of Mixtral 8x7B), of which a token meets 12.9 billion."""
+    changes = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_kv_heads": 8}
+    changes |= {"intermediate_size": 3 * 14336, "activation": "swiglu", "norm": "rmsnorm", "pos_emb": "rotary"}
+    changes |= {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "no_weight_tying": True}
+    changes |= {"gpt_j_residual": False, "vocab_size": 32000, "make_vocab_size_divisible_by": 1}
+    experts = {"moe_num_experts": 8, "moe_top_k": 2, "moe_router_type": "topk", "moe_normalize_top_k": True}
+    mixture, met = resolution("20B", 2, **changes, **experts), make_plan(resolution("20B", 2, **changes))
+    plan = make_plan(mixture)
+    assert plan.parameters == 46_702_792_704
+    assert met.parameters == 7_241_732_096  # Mistral 7B, model card
+    one_mlp, routers = 32 * 3 * 4096 * 14336, 32 * 8 * 4096
+    tokens = 6 * 8 * 2048
+    assert plan.flops_per_iteration is not None
+    assert met.flops_per_iteration is not None
+    assert plan.flops_per_iteration - met.flops_per_iteration == (one_mlp + routers) * tokens
 
 
 def vocabulary(tmp_path: Path, content: Any, **changes: Any) -> tuple[int | None, str]:

@@ -8,26 +8,38 @@ from typing import Any
 from megatron.checkpoint.huggingface.family import Family
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
-from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL
+from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL
 from megatron.config.sections.model import ModelSection
-from megatron.errors import ConfigError
+from megatron.config.sections.moe import MoeSection
+from megatron.errors import ConfigError, Mistake
 
-FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, GPT2)}
+FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, GPT2)}
 
 
-def family_for(model: ModelSection, name: str | None = None) -> Family:
+def family_for(model: ModelSection, moe: MoeSection, name: str | None = None) -> Family:
     """The family that can express a model: the named one, else the first that can.
 
     Raises ConfigError that names each key in the way.
     """
     if name is not None:
-        ConfigError.raise_any(FAMILIES[name].misfits(model))
+        ConfigError.raise_any(_misfits(FAMILIES[name], model, moe))
         return FAMILIES[name]
-    faults = {family.name: family.misfits(model) for family in FAMILIES.values()}
+    faults = {family.name: _misfits(family, model, moe) for family in FAMILIES.values()}
     for known, found in faults.items():
         if not found:
             return FAMILIES[known]
     raise ConfigError(*min(faults.values(), key=len))
+
+
+def _misfits(family: Family, model: ModelSection, moe: MoeSection) -> list[Mistake]:
+    """What of a model a family cannot say."""
+    faults = family.misfits(model)
+    if family.experts is not None:
+        return faults + family.experts.misfits(moe)
+    if moe.moe_num_experts > 1:
+        what = f"a model of the family {family.name} has no experts"
+        faults.append(Mistake(what, key="moe_num_experts", value=moe.moe_num_experts))
+    return faults
 
 
 def family_of(theirs: Mapping[str, Any], where: str) -> Family:

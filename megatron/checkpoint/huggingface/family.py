@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.sections.model import ModelSection
+from megatron.config.sections.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
 from megatron.shapes import ModelDims
 
@@ -36,6 +37,17 @@ class Correspondence:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How a family says that its blocks have experts.
+
+    misfits: what of a moe section its configuration cannot say. config: our section -> config.json.
+    """
+
+    misfits: Callable[[MoeSection], list[Mistake]]
+    config: Callable[[MoeSection], Settings]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model type of `transformers`.
 
@@ -43,7 +55,7 @@ class Family:
     their configuration cannot say. config: our section and padded vocabulary -> config.json. settings: config.json ->
     our keys; raises ConfigError where ours cannot say it. table: all tensors. spare: endings of their names that
     hold no weights (masks, tables of frequencies) and are left out. prefix: what their names begin with in a model
-    with a head, which files of the bare model lack.
+    with a head, which files of the bare model lack. experts: None where its blocks have none.
     """
 
     name: str
@@ -55,6 +67,7 @@ class Family:
     table: Callable[[ModelDims], list[Correspondence]]
     spare: tuple[str, ...] = ()
     prefix: str = ""
+    experts: Experts | None = None
 
 
 def same(ours: str, theirs: str) -> Correspondence:
@@ -72,6 +85,17 @@ def stacked(ours: str, theirs: tuple[str, ...]) -> Correspondence:
     count = len(theirs)
     return Correspondence(
         ours, theirs, lambda tensor: tensor.chunk(count, 0), lambda tensors: torch.cat(tuple(tensors))
+    )
+
+
+def stacked_transposed(ours: str, theirs: tuple[str, ...]) -> Correspondence:
+    """Ours is theirs, each turned, on top of each other, in equal parts."""
+    count = len(theirs)
+    return Correspondence(
+        ours,
+        theirs,
+        lambda tensor: tuple(part.T for part in tensor.chunk(count, 0)),
+        lambda tensors: torch.cat(tuple(part.T for part in tensors)),
     )
 
 

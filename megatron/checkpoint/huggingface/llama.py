@@ -1,6 +1,7 @@
-"""LLaMA and Mistral: `LlamaForCausalLM`, `MistralForCausalLM`.
+"""LLaMA, Mistral and Mixtral: `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM`.
 
-They keep query, key and value apart, and the two halves of the gated MLP; ours are fused, the plain half first.
+They keep query, key and value apart, and the two halves of the gated MLP; ours are fused, the plain half first. They
+keep every expert apart; ours are stacked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from megatron.checkpoint.huggingface.family import (
     Correspondence,
+    Experts,
     Family,
     Settings,
     choose,
@@ -18,9 +20,11 @@ from megatron.checkpoint.huggingface.family import (
     rotary_settings,
     same,
     stacked,
+    stacked_transposed,
     unlike,
 )
 from megatron.config.sections.model import ModelSection
+from megatron.config.sections.moe import MoeSection
 from megatron.errors import Mistake
 from megatron.shapes import ModelDims
 
@@ -107,7 +111,9 @@ def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
 def _table(dims: ModelDims) -> list[Correspondence]:
     rows = [same("0.word_embeddings.weight", "model.embed_tokens.weight")]
     for block in range(dims.num_layers):
-        rows += _block(dims, f"{block + 2}.", f"model.layers.{block}.")
+        ours, theirs = f"{block + 2}.", f"model.layers.{block}."
+        rows += _attention(dims, ours, theirs)
+        rows += _experts(dims, ours, theirs) if dims.has_experts(block) else _mlp(dims, ours, theirs)
     last = dims.num_layers + 3
     rows.append(same(f"{last}.norm.scale", "model.norm.weight"))
     if not dims.tied:
@@ -115,7 +121,7 @@ def _table(dims: ModelDims) -> list[Correspondence]:
     return rows
 
 
-def _block(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+def _attention(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
     rows = [
         same(f"{ours}{name}.scale", f"{theirs}{name}.weight")
         for name in ("input_layernorm", "post_attention_layernorm")
@@ -124,11 +130,26 @@ def _block(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
         queries, keys, values = (f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv")
         rows.append(fused(f"{ours}attention.query_key_value.{kind}", (queries, keys, values), dims))
         rows.append(same(f"{ours}attention.dense.{kind}", f"{theirs}self_attn.o_proj.{kind}"))
+    return rows
+
+
+def _mlp(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+    rows = []
     for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
         halves = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
         rows.append(stacked(f"{ours}mlp.linear1.{kind}", halves))
         rows.append(same(f"{ours}mlp.linear2.{kind}", f"{theirs}mlp.down_proj.{kind}"))
     return rows
+
+
+def _experts(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+    names = [f"{theirs}block_sparse_moe.experts.{expert}" for expert in range(dims.mixture.experts)]
+    return [
+        same(f"{ours}mlp.router.layer.weight", f"{theirs}block_sparse_moe.gate.weight"),
+        stacked(f"{ours}mlp.experts.mlp.w1", tuple(f"{name}.w1.weight" for name in names)),
+        stacked(f"{ours}mlp.experts.mlp.w3", tuple(f"{name}.w3.weight" for name in names)),
+        stacked_transposed(f"{ours}mlp.experts.mlp.w2", tuple(f"{name}.w2.weight" for name in names)),
+    ]
 
 
 LLAMA = Family(
@@ -152,4 +173,46 @@ MISTRAL = Family(
     table=_table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
+)
+
+
+def _mixtral_misfits(moe: MoeSection) -> list[Mistake]:
+    wanted = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
+    faults = unlike(moe, wanted, "Mixtral")
+    if moe.moe_num_experts == 1:
+        faults.append(Mistake("a Mixtral model has experts", key="moe_num_experts", value=1))
+    return faults
+
+
+def _mixtral_experts(moe: MoeSection) -> Settings:
+    return {
+        "num_local_experts": moe.moe_num_experts,
+        "num_experts_per_tok": moe.moe_top_k,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff / moe.moe_top_k,  # theirs counts every choice of a token
+        "router_jitter_noise": moe.moe_jitter_eps or 0.0,
+    }
+
+
+def _mixtral_settings(theirs: Mapping[str, Any]) -> Settings:
+    return _mistral_settings(theirs) | {
+        "moe_num_experts": theirs["num_local_experts"],
+        "moe_top_k": theirs["num_experts_per_tok"],
+        "moe_router_type": "topk",
+        "moe_normalize_top_k": True,
+        "moe_aux_loss_coeff": float(theirs.get("router_aux_loss_coef") or 0.0) * theirs["num_experts_per_tok"],
+        "moe_jitter_eps": theirs.get("router_jitter_noise") or None,
+    }
+
+
+MIXTRAL = Family(
+    name="mixtral",
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    misfits=_mistral_misfits,
+    config=_mistral_config,
+    settings=_mixtral_settings,
+    table=_table,
+    spare=(".rotary_emb.inv_freq",),
+    prefix="model.",
+    experts=Experts(_mixtral_misfits, _mixtral_experts),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron.config.config import Config
-from megatron.config.rules import architecture, blocks, data, layout, run
+from megatron.config.rules import architecture, blocks, data, experts, layout, run
 from megatron.errors import Mistake
 
 Rule = Callable[[Config], Iterator[Mistake]]
@@ -33,7 +33,9 @@ RULES: tuple[Rule, ...] = (
     layout.context_needs_no_pipeline,
     layout.sequence_parallel_needs_tensor_parallel,
     run.fp16_loss_needs_fp16,
-    layout.experts_limit_zero,
+    experts.experts_limit_zero,
+    experts.tokens_choose_among_experts,
+    experts.router_numbers_make_sense,
     run.learning_rates_are_ordered,
     run.saving_is_scheduled,
     run.loading_is_possible,

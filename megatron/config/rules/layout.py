@@ -186,15 +186,3 @@ def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[Mistake]
             value=getattr(config.parallelism, key),
             remedy=f"make seq_length a multiple of {parts}",
         )
-
-
-def experts_limit_zero(config: Config) -> Iterator[Mistake]:
-    """Experts are parameters of their own groups, which ZeRO 3 does not know; tokens choose among what exists."""
-    moe = config.moe
-    if moe.moe_num_experts > 1 and config.deepspeed.zero_stage == 3:
-        stage = config.deepspeed.zero_optimization
-        yield Mistake(
-            "experts do not work with ZeRO 3", key="zero_optimization", value=stage, remedy="use stage 0, 1 or 2"
-        )
-    if moe.moe_top_k > moe.moe_num_experts > 1:
-        yield Mistake(f"there are {moe.moe_num_experts} experts", key="moe_top_k", value=moe.moe_top_k)

@@ -1,6 +1,7 @@
 """Mixture of experts."""
 
 from megatron.config.key import Section, key
+from megatron.registry import ROUTERS
 
 
 class MoeSection(Section):
@@ -9,7 +10,10 @@ class MoeSection(Section):
     moe_num_experts: int = key(1, "Experts in each mixture block; 1 is a plain MLP.", unit="experts")
     moe_expert_interval: int = key(1, "Every how many blocks the MLP is a mixture.", unit="blocks")
     moe_top_k: int = key(1, "Experts that each token visits.", unit="experts")
-    moe_router_type: str = key("sinkhorn", "How tokens are assigned to experts.", choices=("sinkhorn", "topk"))
+    moe_router_type: str = key("sinkhorn", "How tokens are assigned to experts.", choices=ROUTERS.names)
+    moe_normalize_top_k: bool = key(
+        False, "Let the weights of the experts that a token visits sum to 1, as Mixtral does."
+    )
     moe_lbl_in_fp32: bool = key(False, "Compute the load balancing loss in fp32.")
     moe_jitter_eps: float | None = key(None, "Multiply the router's input by uniform noise in 1 +- this.")
     moe_expert_parallel_size: int = key(1, "Ranks over which the experts of a block are spread.", unit="ranks")
@@ -18,5 +22,5 @@ class MoeSection(Section):
     moe_capacity_factor: float | None = key(
         None, "Slots of an expert in training as a multiple of its fair share; no token is dropped when left out."
     )
-    moe_eval_capacity_factor: float | None = key(None, "The same in evaluation.")
+    moe_eval_capacity_factor: float | None = key(None, "The same for the validation loss; written text drops no token.")
     moe_min_capacity: int = key(4, "Least number of slots of an expert.", unit="tokens")

@@ -42,6 +42,14 @@ class ParallelMLP(nn.Module):
         """[s, b, h] -> the input of linear2 [s, b, w/t]."""
         return self.activation(self.linear1(x))
 
+    def partial(self, x: Tensor) -> Tensor:
+        """[s, b, h] -> this rank's term of the sum over ranks: the caller sums, then adds the bias."""
+        return self.linear2.partial(self.inner(x))
+
+    def add_bias(self, total: Tensor) -> Tensor:
+        """Completes ``partial`` after the sum over ranks."""
+        return self.linear2.add_bias(total)
+
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks."""
         return self.linear2(self.inner(x))

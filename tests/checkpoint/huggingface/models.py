@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -40,6 +42,9 @@ MODELS = {
     "llama, grouped, biases": lambda: _llama(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama, wide heads, tied": lambda: _llama(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=None)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**_LLAMA, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
     "gpt2, untied, exact gelu": lambda: GPT2LMHeadModel(
         GPT2Config(**_GPT2, activation_function="gelu", tie_word_embeddings=False, n_inner=100)

@@ -80,7 +80,7 @@ def test_logits_are_theirs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pipe", "model"), [(0, 2), (2, 1)])
 def test_logits_are_theirs_on_two_ranks(pipe: int, model: int, tmp_path: Path) -> None:
     expected, loads = [], []
-    for name in ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "gpt2"):
+    for name in ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "mixtral", "gpt2"):
         theirs = save(name, tmp_path / name / "theirs")
         folder = Folder.open(tmp_path / name / "theirs")
         made = adopt(folder, tmp_path / name / "ours", model_size=model, pipe_size=pipe)

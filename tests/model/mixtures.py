@@ -1,0 +1,57 @@
+"""Small models with experts, for tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from megatron.model.mlp.balance import RouterLosses
+from megatron.model.mlp.moe import MixtureMLP
+from megatron.model.plan import layer_plan
+from megatron.parallel.topology import Topology
+from tests.model.sections import VOCABULARY, initialization_section, model_section
+
+
+def moe_section(**changes: object) -> SimpleNamespace:
+    """Four experts, two a token, in every block; nothing is dropped."""
+    values = {
+        "moe_num_experts": 4,
+        "moe_expert_interval": 1,
+        "moe_top_k": 2,
+        "moe_router_type": "topk",
+        "moe_jitter_eps": None,
+        "moe_normalize_top_k": False,
+        "moe_capacity_factor": None,
+        "moe_eval_capacity_factor": None,
+        "moe_min_capacity": 1,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": 0.0,
+    }
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**{**values, **changes})
+
+
+def mixture(
+    dtype: torch.dtype = torch.float32,
+    topology: Topology | None = None,
+    losses: RouterLosses | None = None,
+    model: dict[str, object] | None = None,
+    **changes: object,
+) -> MixtureMLP:
+    """The MLP of a block with experts. model: keys of the model section. changes: of the moe section."""
+    plan = layer_plan(
+        model_section(**(model or {})),
+        initialization_section(init_method_std=0.2),
+        SimpleNamespace(),
+        padded_vocab_size=VOCABULARY,
+        topology=topology or Topology.single(),
+        seed=7,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        moe=moe_section(**changes),
+        losses=losses,
+    )
+    made = plan[2].build().mlp
+    assert isinstance(made, MixtureMLP)
+    return made
