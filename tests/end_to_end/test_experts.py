@@ -109,10 +109,9 @@ def test_a_checkpoint_continues_with_experts_elsewhere(dataset: str, tmp_path: P
             assert series(found, name) == pytest.approx(series(whole, name)[3:], rel=1e-4), (layout, name)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "fp16"])
-def test_lower_precisions_train(precision: str, dataset: str, tmp_path: Path) -> None:
-    """Spread experts and a pipeline; the losses of the routers carry the loss scale."""
-    settings = {**EXPERTS, "precision": precision, "zero_optimization": {"stage": 1}, "train_iters": 8}
+def test_bfloat16_trains(dataset: str, tmp_path: Path) -> None:
+    """Spread experts and a pipeline, where DeepSpeed's own optimizer keeps the fp32 weights."""
+    settings = {**EXPERTS, "precision": "bfloat16", "zero_optimization": {"stage": 1}, "train_iters": 8}
     found = run(4, tmp_path, data_path=dataset, **settings, **SPREAD, pipe_parallel_size=2)
     losses = series(found, "train/lm_loss")
     assert losses[-1] < losses[0]
