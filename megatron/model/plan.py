@@ -70,9 +70,8 @@ def layer_plan(
     """The layers of a model.
 
     model, initialization, kernels, moe: the configuration's sections; without moe no block has experts.
-    padded_vocab_size [tokens], of which vocab_size exist,
-    all unless given. seed: of the run.
-    dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random: the
+    padded_vocab_size [tokens], of which vocab_size exist, all unless given. seed: of the run. dtype: of the parameters.
+    device: where the model will run; a GPU where there is one, unless given. random: the
     generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
     reset_attention, reset_positions: whether tokens see their own document only, and positions start again with it,
