@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.derive.attention import expand_attention
-from megatron.config.derive.batch import Batch, derive_batch
+from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
+from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
 from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.optimizer import derive_optimizer
 from megatron.config.derive.precision import (
@@ -19,6 +20,7 @@ from megatron.config.derive.precision import (
     fp16_block,
 )
 from megatron.config.derive.widths import head_dim
+from megatron.config.partial import NotKnown
 from megatron.config.resources import Resources
 from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
 from megatron.errors import ConfigError, Mistake
@@ -37,36 +39,58 @@ OUTPUTS = {
 }
 """Keys that only report what another key decides. Giving them another value is a contradiction."""
 
+ZERO_OUTPUTS = ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size")
+
 
 @dataclass
 class Completion:
-    """The values as they grow. values: all flat keys. given: the keys that the user wrote."""
+    """The values as they grow. values: all flat keys. given: the keys that the user wrote.
+
+    resources: None where the machines could not be found. unknown: keys whose values are wrong or follow from such;
+    asking for one raises NotKnown, which ends the step.
+    """
 
     values: dict[str, Any]
     given: Collection[str]
-    resources: Resources
+    resources: Resources | None
+    unknown: set[str] = field(default_factory=set)
     derived: set[str] = field(default_factory=set)
+    settled: set[str] = field(default_factory=set)
     mistakes: list[Mistake] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
+        if name in self.unknown:
+            raise NotKnown(name)
         return self.values[name]
+
+    def knows(self, *names: str) -> bool:
+        """Whether all these values can be judged by."""
+        return self.unknown.isdisjoint(names)
 
     def derive(self, name: str, value: Any) -> None:
         """Sets a value that follows from others; a value that stays as it was keeps its origin."""
-        if name in OUTPUTS and name in self.given and self.values[name] not in (None, value):
+        before = self.values[name]
+        if name in OUTPUTS and name in self.given and self.knows(name) and before not in (None, value):
             what, remedy = (
                 f"this follows from {OUTPUTS[name]}, which makes it {value!r}",
                 f"set {OUTPUTS[name]} instead",
             )
-            self.mistakes.append(Mistake(what, key=name, value=self.values[name], remedy=remedy))
-        if self.values[name] != value or type(self.values[name]) is not type(value):
+            self.mistakes.append(Mistake(what, key=name, value=before, remedy=remedy))
+        if before != value or type(before) is not type(value):
             self.values[name] = value
             self.derived.add(name)
+        self.settled.add(name)
+        self.unknown.discard(name)
 
     def user(self, name: str) -> Any:
         """What the user gave for the key, or None."""
-        return self.values[name] if name in self.given else None
+        return self[name] if name in self.given else None
+
+    def refuse(self, *mistakes: Mistake) -> None:
+        """Notes mistakes; their keys' values mean nothing from now on."""
+        self.mistakes += mistakes
+        self.unknown |= {mistake.key for mistake in mistakes if mistake.key is not None}
 
 
 def trains(user_script: str | None) -> bool:
@@ -74,46 +98,74 @@ def trains(user_script: str | None) -> bool:
     return user_script is None or Path(user_script).name not in INFERENCE_SCRIPTS
 
 
-def complete(values: Mapping[str, Any], given: Collection[str], resources: Resources) -> Completion:
-    """Runs every step below on the values. The mistakes of all steps are collected."""
-    draft = Completion(dict(values), given, resources)
-    for step in STEPS:
+def complete(
+    values: Mapping[str, Any], given: Collection[str], resources: Resources | None, unknown: Collection[str] = ()
+) -> Completion:
+    """Runs every step below on the values. The mistakes of all steps are collected.
+
+    unknown: keys whose values are known to be wrong. What a step cannot fill because of one is unknown in turn.
+    """
+    draft = Completion(dict(values), given, resources, set(unknown))
+    for step, fills in STEPS:
+        draft.settled = set()
         try:
             step(draft)
         except ConfigError as fault:
-            draft.mistakes += fault.mistakes
+            draft.refuse(*fault.mistakes)
+        except NotKnown:
+            pass
+        else:
+            continue
+        draft.unknown |= fills - draft.settled
     return draft
 
 
 def _required(draft: Completion) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if not draft.knows(name):
+            continue
         if draft[name] is None:
-            draft.mistakes.append(Mistake("the key is not given", key=name, remedy="every model needs it"))
+            draft.refuse(Mistake("the key is not given", key=name, remedy="every model needs it"))
         elif draft[name] < 1:
-            draft.mistakes.append(Mistake("this must be at least 1", key=name, value=draft[name]))
-    if (draft["num_layers"] or 0) > MOST_LAYERS:
-        draft.mistakes.append(Mistake(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
+            draft.refuse(Mistake("this must be at least 1", key=name, value=draft[name]))
+    if draft.knows("num_layers") and draft["num_layers"] > MOST_LAYERS:
+        draft.refuse(Mistake(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
 
 
-def _layout(draft: Completion) -> None:
+def _world(draft: Completion) -> None:
+    if draft.resources is None:
+        raise NotKnown("world_size")
     draft.derive("world_size", draft.resources.world_size)
-    if draft["model_parallel_size"] == 0:
-        draft.derive("model_parallel_size", 1)
-    draft.derive("is_pipe_parallel", draft["pipe_parallel_size"] >= 1)
     if draft.resources.accelerator == "cpu" and draft["distributed_backend"] == "nccl":
         draft.derive("distributed_backend", "gloo")
 
 
-def _model(draft: Completion) -> None:
-    layers, hidden, heads = draft["num_layers"], draft["hidden_size"], draft["num_attention_heads"]
+def _tensor_ranks(draft: Completion) -> None:
+    if draft["model_parallel_size"] == 0:
+        draft.derive("model_parallel_size", 1)
+
+
+def _pipeline(draft: Completion) -> None:
+    draft.derive("is_pipe_parallel", draft["pipe_parallel_size"] >= 1)
+
+
+def _positions(draft: Completion) -> None:
     if draft["max_position_embeddings"] is None:
         draft.derive("max_position_embeddings", draft["seq_length"])
-    if heads is not None and draft["num_kv_heads"] is None:
-        draft.derive("num_kv_heads", heads)
-    if heads is not None and hidden is not None and draft["kv_channels"] is None:
-        draft.derive("kv_channels", head_dim(hidden, heads))
-    if layers is not None and 1 <= layers <= MOST_LAYERS:
-        draft.derive("attention_config", expand_attention(draft["attention_config"], layers))
+
+
+def _key_heads(draft: Completion) -> None:
+    if draft["num_kv_heads"] is None:
+        draft.derive("num_kv_heads", draft["num_attention_heads"])
+
+
+def _head_width(draft: Completion) -> None:
+    if draft["kv_channels"] is None:
+        draft.derive("kv_channels", head_dim(draft["hidden_size"], draft["num_attention_heads"]))
+
+
+def _attention(draft: Completion) -> None:
+    draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
 
 
 def _precision(draft: Completion) -> None:
@@ -122,14 +174,17 @@ def _precision(draft: Completion) -> None:
     draft.derive("fp16", fp16_block(precision, draft["fp16"]))
     draft.derive("bf16", bf16_block(precision, draft["bf16"]))
     draft.derive("data_types", derive_data_types(precision, draft["data_types"]))
+
+
+def _loss_scale(draft: Completion) -> None:
     draft.derive("dynamic_loss_scale", draft["loss_scale"] is None)
 
 
 def _zero(draft: Completion) -> None:
-    tuned = draft["autotuning"] is not None
-    zero = derive_zero(draft["precision"] or "fp32", draft["zero_optimization"], tuned=tuned)
+    block, tuned = draft["zero_optimization"], draft["autotuning"] is not None
+    zero = derive_zero("" if block is not None else draft["precision"], block, tuned=tuned)
     draft.derive("zero_optimization", zero)
-    for name in ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"):
+    for name in ZERO_OUTPUTS:
         draft.derive(f"zero_{name}", _as_output(name, zero.get(name)))
 
 
@@ -145,10 +200,13 @@ def _as_output(name: str, value: Any) -> Any:
 
 
 def _optimizer(draft: Completion) -> None:
-    kind, rate = draft.user("optimizer_type"), draft.user("lr")
-    if draft["optimizer"] is None and rate is None and trains(draft["user_script"]):
+    block = draft["optimizer"]
+    kind, rate = (draft.user(name) if draft.knows(name) else None for name in ("optimizer_type", "lr"))
+    if block is None and not draft.knows("optimizer_type", "lr"):
+        raise NotKnown("lr")
+    if block is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
-    choice = derive_optimizer(draft["optimizer"], kind, rate, OPTIMIZER_CHOICES)
+    choice = derive_optimizer(block, kind, rate, OPTIMIZER_CHOICES)
     draft.derive("optimizer", choice.block)
     draft.derive("optimizer_type", choice.kind)
     draft.derive("lr", choice.lr)
@@ -171,24 +229,22 @@ def _clipping(draft: Completion) -> None:
 
 
 def _schedule(draft: Completion) -> None:
-    horizon = decay_horizon(draft["train_iters"], draft["lr_decay_iters"], draft["lr_decay_fraction"])
     asked = draft.user("lr_decay_iters")
     if asked is not None and asked < 1:
-        draft.mistakes.append(Mistake("it must be more than 0", key="lr_decay_iters", value=asked))
-    if draft.user("lr_decay_iters") is not None and draft.user("lr_decay_fraction") is not None:
+        raise ConfigError.of("it must be more than 0", key="lr_decay_iters", value=asked)
+    if asked is not None and draft.user("lr_decay_fraction") is not None:
         draft.warnings.append("lr_decay_fraction: has no effect, since lr_decay_iters is given")
+    horizon = asked or decay_horizon(draft["train_iters"], asked, draft["lr_decay_fraction"])
     draft.derive("lr_decay_iters", horizon)
 
 
-def _data(draft: Completion) -> None:
-    for paths_key, preferred_key, weights_key in (
-        ("train_data_paths", "pos_train_data_paths", "train_data_weights"),
-        ("valid_data_paths", "pos_valid_data_paths", "valid_data_weights"),
-        ("test_data_paths", "pos_test_data_paths", "test_data_weights"),
-    ):
-        paths = draft[paths_key] or draft[preferred_key]
-        if paths and draft[weights_key] is None:
-            draft.derive(weights_key, (1.0,) * len(paths))
+def _weights(split: str) -> Callable[[Completion], None]:
+    def step(draft: Completion) -> None:
+        paths = draft[f"{split}_data_paths"] or draft[f"pos_{split}_data_paths"]
+        if paths and draft[f"{split}_data_weights"] is None:
+            draft.derive(f"{split}_data_weights", (1.0,) * len(paths))
+
+    return step
 
 
 def _generation(draft: Completion) -> None:
@@ -197,17 +253,16 @@ def _generation(draft: Completion) -> None:
 
 
 def _batch(draft: Completion) -> None:
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     share = max(1, draft["pipe_parallel_size"]) * draft["model_parallel_size"] * draft["context_parallel_size"]
     if share < 1 or draft["world_size"] % share:
-        return  # a rule tells of the layout
+        raise NotKnown("world_size")  # a rule tells of the layout
     ranks = max(1, draft["world_size"] // share)
     if trains(draft["user_script"]):
-        batch = derive_batch(draft[names[0]], draft[names[1]], draft[names[2]], ranks)
+        batch = _training_batch(draft, ranks)
     else:
-        micro = max(1, draft[names[1]] or 1)
+        micro = max(1, draft[MICRO] or 1)
         batch = Batch(micro * ranks, micro, 1)
-    for name, value in zip(names, (batch.total, batch.micro, batch.steps), strict=True):
+    for name, value in ((TOTAL, batch.total), (MICRO, batch.micro), (STEPS_PER_BATCH, batch.steps)):
         draft.derive(name, value)
     given = draft.user("batch_size")
     if given is not None and given != batch.micro:
@@ -216,17 +271,40 @@ def _batch(draft: Completion) -> None:
     draft.derive("batch_size", batch.micro)
 
 
-STEPS: tuple[Callable[[Completion], None], ...] = (
-    _required,
-    _layout,
-    _model,
-    _precision,
-    _zero,
-    _optimizer,
-    _clipping,
-    _schedule,
-    _data,
-    _generation,
-    _batch,
+def _training_batch(draft: Completion, ranks: int) -> Batch:
+    """The batch's sizes; with one of them unknown, only whether the other two can go together at all."""
+    names = (TOTAL, MICRO, STEPS_PER_BATCH)
+    sizes = [draft[name] if draft.knows(name) else None for name in names]
+    if not draft.knows(TOTAL):
+        ConfigError.raise_any(size_mistakes(*sizes))
+    elif sizes[0] is not None or draft.knows(*names):
+        batch = derive_batch(*sizes, ranks)
+        if draft.knows(*names):
+            return batch
+    raise NotKnown("train_batch_size")
+
+
+def _fills(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
+    (_required, _fills()),
+    (_world, _fills("world_size", "distributed_backend")),
+    (_tensor_ranks, _fills("model_parallel_size")),
+    (_pipeline, _fills("is_pipe_parallel")),
+    (_positions, _fills("max_position_embeddings")),
+    (_key_heads, _fills("num_kv_heads")),
+    (_head_width, _fills("kv_channels")),
+    (_attention, _fills("attention_config")),
+    (_precision, _fills("precision", "fp16", "bf16", "data_types")),
+    (_loss_scale, _fills("dynamic_loss_scale")),
+    (_zero, _fills("zero_optimization", *(f"zero_{name}" for name in ZERO_OUTPUTS))),
+    (_optimizer, _fills("optimizer", "optimizer_type", "lr", "weight_decay")),
+    (_clipping, _fills("gradient_clipping", "clip_grad")),
+    (_schedule, _fills("lr_decay_iters")),
+    *((_weights(split), _fills(f"{split}_data_weights")) for split in ("train", "valid", "test")),
+    (_generation, _fills("text_gen_type")),
+    (_batch, _fills(TOTAL, MICRO, STEPS_PER_BATCH, "batch_size")),
 )
-"""In this order: later steps read what earlier ones derived."""
+"""In this order, since later steps read what earlier ones derived; with each, the keys that it decides."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from megatron.config.config import CATALOG, KeyFacts
-from megatron.config.merge import normal_name, read_value
+from megatron.config.merge import COMMAND_LINE, find_file, normal_name, read_value
 from megatron.config.words import accepts, members, type_in_words
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import Mistake
 from megatron.registry import nearest_name
 
 NUMBER = re.compile(r"^-[0-9.]")
@@ -22,17 +23,18 @@ NUMBER = re.compile(r"^-[0-9.]")
 
 @dataclass(frozen=True)
 class Flags:
-    """values: key -> value. rest: the arguments that are no flag of a key, in their order."""
+    """values: key -> value. rest: the arguments that are no flag of a key, in their order. mistakes: of spelling."""
 
     values: dict[str, Any]
     rest: list[str]
+    mistakes: list[Mistake]
 
 
 def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
     """Takes the flags that name a configuration key out of the arguments.
 
     others: long flags of the caller's own, such as "--dry-run", left in `rest`; any other long flag that names no
-    key is a mistake, as is a key given twice. Short flags and plain arguments are left in `rest`. Raises ConfigError.
+    key is a mistake, as is a key given twice. Short flags and plain arguments are left in `rest`.
     """
     own = {normal_name(name.lstrip("-")) for name in others}
     values: dict[str, Any] = {}
@@ -55,6 +57,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             continue
         if name not in CATALOG:
             mistakes.append(_unknown_flag(written, own))
+            position += 0 if equals else len(_values_of_unknown(name, arguments, position))
             continue
         if name in values:
             mistakes.append(Mistake("the flag is given twice", key=f"--{written}", remedy="keep one of the two"))
@@ -68,8 +71,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             mistakes.append(Mistake("the flag needs a value", key=f"--{written}", remedy=f"give {wanted}"))
             continue
         values[name] = _joined(CATALOG[name], taken)
-    ConfigError.raise_any(mistakes)
-    return Flags(values, rest)
+    return Flags(values, rest, [replace(mistake, where=COMMAND_LINE) for mistake in mistakes])
 
 
 def flag_value(facts: KeyFacts, text: str) -> Any:
@@ -78,6 +80,16 @@ def flag_value(facts: KeyFacts, text: str) -> Any:
     if kinds == [str]:
         return None if text in {"null", "~"} else text
     return read_value(text)
+
+
+def _values_of_unknown(name: str, arguments: Sequence[str], start: int) -> list[str]:
+    """What follows a flag that does not exist: the values of the nearest one, else one that is no file."""
+    close = nearest_name(name, CATALOG)
+    if close:
+        following = _values_after(CATALOG[close], arguments, start)
+    else:
+        following = [] if start >= len(arguments) or _is_flag(arguments[start]) else [arguments[start]]
+    return list(takewhile(lambda text: find_file(text) is None and not text.endswith(".py"), following))
 
 
 def _values_after(facts: KeyFacts, arguments: Sequence[str], start: int) -> list[str]:

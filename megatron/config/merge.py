@@ -47,10 +47,16 @@ class Given:
 
 @dataclass
 class Merged:
-    """What all sources together say. texts: the source of each file by name, kept for the run's record."""
+    """What all sources together say. texts: the source of each file by name, kept for the run's record.
+
+    doubtful: the mistakes of keys that were given two different values. unreadable: some file could not be read, so a
+    key that stands nowhere else may stand there.
+    """
 
     values: dict[str, Given] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    doubtful: list[Mistake] = field(default_factory=list)
+    unreadable: bool = False
     texts: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,6 +80,7 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
         path = find_file(name)
         if path is None:
             merged.mistakes.append(_no_such_file(name))
+            merged.unreadable = True
             continue
         _read_file(path, merged)
     for name, value in (flags or {}).items():
@@ -113,6 +120,7 @@ def _read_file(path: Path, merged: Merged) -> None:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
         merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+        merged.unreadable = True
         return
     merged.texts[_free_name(path.name, merged.texts)] = text
     if path.suffix == ".json":
@@ -121,8 +129,10 @@ def _read_file(path: Path, merged: Merged) -> None:
         _read_text(text, str(path), merged)
     except yaml.YAMLError as fault:
         merged.mistakes.append(_syntax_mistake(fault, path))
+        merged.unreadable = True
     except (ValueError, RecursionError) as fault:
         merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+        merged.unreadable = True
 
 
 def _free_name(name: str, taken: Mapping[str, str]) -> str:
@@ -150,6 +160,7 @@ def _read_text(text: str, name: str, merged: Merged) -> None:
         if not isinstance(root, yaml.MappingNode):
             told = Mistake("the file is not a mapping of keys to values", where=name, remedy="write `key: value` lines")
             merged.mistakes.append(told)
+            merged.unreadable = True
             return
         for key_node, value_node in root.value:
             where = f"{name}:{key_node.start_mark.line + 1}"
@@ -175,6 +186,8 @@ def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merge
             remedy="keep one of the two",
         )
         merged.mistakes.append(told)
+        if value != before.value:
+            merged.doubtful.append(told)
         return
     merged.values[normal] = Given(value, where)
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron.config.complete import Completion, complete
+from megatron.config.complete import complete
 from megatron.config.config import CATALOG, Config, unknown_key
 from megatron.config.decode import decode
-from megatron.config.legacy import modernise
-from megatron.config.merge import Given, merge
+from megatron.config.legacy import RENAMED, modernise
+from megatron.config.merge import COMMAND_LINE, Given, find_file, merge
+from megatron.config.partial import meant
 from megatron.config.resources import Resources
 from megatron.config.rules.every import violations
 from megatron.config.sections.launch import LaunchSection
@@ -24,8 +25,8 @@ from megatron.errors import UNSET, ConfigError, Mistake
 
 DEFAULT, DERIVED = "default", "derived"
 
-RULES_NEED = {"num_layers", "hidden_size", "num_attention_heads", "seq_length", "attention_config"}
-"""Keys without which no rule can be asked."""
+CHOOSE_MACHINES = frozenset(("hostfile", "include", "exclude", "num_nodes", "num_gpus", "global_num_gpus"))
+"""Keys without which nobody can say where the ranks run."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,95 @@ def resolve(
     files: Sequence[str | os.PathLike[str]],
     flags: Mapping[str, Any] | None = None,
     resources: Resources | Callable[[LaunchSection], Resources] = Resources(1),  # noqa: B008 (it is frozen)
+    mistakes: Sequence[Mistake] = (),
 ) -> Resolution:
     """Reads files and flags and returns the one configuration that they mean.
 
     files: YAML or JSON, in any order. flags: key -> value; they win over files. resources: what the machine offers,
-    or a function that finds it out from the launch section (hostfile, num_gpus, ...). Raises ConfigError with every
-    mistake that can be told at once.
+    or a function that finds it out from the launch section (hostfile, num_gpus, ...). mistakes: what was already
+    found wrong, with the command line. Raises ConfigError with every mistake that can be told: those of spelling and
+    type, and what arithmetic and rules say of the values that are good.
     """
-    merged = merge(files, flags)
-    given, mistakes, warnings = modernise(merged.values)
-    mistakes = [*merged.mistakes, *mistakes]
-    mistakes += [unknown_key(name, where=one.where) for name, one in given.items() if name not in CATALOG]
-    tuned = _left_to_autotuner(given)
-    values, unchosen = decode({name: one.value for name, one in given.items() if name not in tuned})
-    mistakes += _placed(unchosen, given)
-    refused = {mistake.key for mistake in unchosen}
+    read = _read(files, flags, mistakes)
+    found = _machines(resources, read)
+    draft = complete({**read.typed.flat(), "config_files": read.texts}, read.given.keys(), found, read.unknown)
+    read.mistakes += draft.mistakes
     try:
-        typed = Config.from_flat({name: value for name, value in values.items() if name not in refused})
+        config = Config.from_flat(draft.values)
     except ConfigError as fault:
-        mistakes += _placed(fault.mistakes, given)
-    ConfigError.raise_any(mistakes)
-    found = resources(typed.launch) if callable(resources) else resources
-    return _finish(typed, given, merged.texts, found, warnings)
+        raise ConfigError(*_in_order([*read.mistakes, *fault.mistakes], files, read.given)) from fault
+    read.mistakes += violations(config, draft.unknown)
+    lines = [*draft.warnings, *without_effect(config)]
+    warnings = [*read.warnings, *_with_where(lines, read.given)]
+    if config.launch.strict_config and draft.knows("strict_config"):
+        read.mistakes += [Mistake(line, remedy="strict_config makes this an error") for line in warnings]
+    ConfigError.raise_any(_in_order(read.mistakes, files, read.given))
+    derived = draft.derived | {"config_files"}
+    origin = {
+        name: DERIVED if name in derived else read.given[name].where if name in read.given else DEFAULT
+        for name in CATALOG
+    }
+    return Resolution(config, origin, warnings, not_supported_yet(config))
+
+
+@dataclass
+class _Read:
+    """What the sources say. typed: the good values. unknown: keys of which it is not known what the user wants."""
+
+    typed: Config
+    given: Mapping[str, Given]
+    texts: dict[str, str] | None
+    mistakes: list[Mistake]
+    warnings: list[str]
+    unknown: set[str]
+
+
+def _read(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None, before: Sequence[Mistake]) -> _Read:
+    merged = merge(files, flags)
+    given, outdated, warnings = modernise(merged.values)
+    spelling = [unknown_key(name, where=one.where) for name, one in given.items() if name not in CATALOG]
+    values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
+    refused = {mistake.key for mistake in unchosen}
+    good = {name: value for name, value in values.items() if name not in refused}
+    typed, mistyped = _typed(good)
+    wrong = [*unchosen, *mistyped]
+    unknown = {mistake.key for mistake in (*wrong, *merged.doubtful) if mistake.key in CATALOG}
+    unknown |= meant([*before, *outdated, *spelling], CATALOG.keys() - given.keys())
+    unknown |= {RENAMED[mistake.key] for mistake in outdated if mistake.key in RENAMED}
+    if merged.unreadable:
+        unknown |= CATALOG.keys() - given.keys()
+    texts = merged.texts or typed.checkpoint.config_files
+    mistakes = [*before, *merged.mistakes, *outdated, *spelling, *wrong]
+    return _Read(typed, given, texts, mistakes, warnings, {name for name in unknown if name})
+
+
+def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Mistake]]:
+    """The configuration of those values that have their key's type, and the mistakes of the others."""
+    try:
+        return Config.from_flat(values), []
+    except ConfigError as fault:
+        wrong = {mistake.key for mistake in fault.mistakes}
+        good = {name: value for name, value in values.items() if name not in wrong}
+        return Config.from_flat(good), list(fault.mistakes)
+
+
+def _machines(resources: Resources | Callable[[LaunchSection], Resources], read: _Read) -> Resources | None:
+    """What the machines offer; None where the keys that choose them are wrong."""
+    if not callable(resources):
+        return resources
+    if not read.unknown.isdisjoint(CHOOSE_MACHINES):
+        return None
+    try:
+        return resources(read.typed.launch)
+    except ConfigError as fault:
+        read.mistakes += fault.mistakes
+        return None
+
+
+def _without_auto(given: Mapping[str, Given]) -> dict[str, Given]:
+    """Leaves out the keys that the autotuner is to find."""
+    tuned = _left_to_autotuner(given)
+    return {name: one for name, one in given.items() if name not in tuned}
 
 
 def _left_to_autotuner(given: Mapping[str, Given]) -> set[str]:
@@ -78,28 +146,21 @@ def _left_to_autotuner(given: Mapping[str, Given]) -> set[str]:
     return {name for name in auto if not accepts(CATALOG[name].annotation, str)}
 
 
-def _finish(
-    typed: Config, given: Mapping[str, Given], texts: dict[str, str], resources: Resources, warnings: list[str]
-) -> Resolution:
-    """Derives what follows, applies the rules and gathers what is worth telling."""
-    before = {**typed.flat(), "config_files": texts or typed.checkpoint.config_files}
-    draft = complete(before, given.keys(), resources)
-    ConfigError.raise_any(_placed([*draft.mistakes, *_further(draft)], given))
-    config = Config.from_flat(draft.values)
-    derived = draft.derived | {"config_files"}
-    origin = {name: DERIVED if name in derived else given[name].where if name in given else DEFAULT for name in CATALOG}
-    warnings = [*warnings, *_with_where(draft.warnings, given), *_with_where(without_effect(config), given)]
-    if config.launch.strict_config and warnings:
-        raise ConfigError(*(Mistake(line, remedy="strict_config makes this an error") for line in warnings))
-    return Resolution(config, origin, warnings, not_supported_yet(config))
+def _in_order(
+    mistakes: Sequence[Mistake], files: Sequence[str | os.PathLike[str]], given: Mapping[str, Given]
+) -> list[Mistake]:
+    """The mistakes with the places where their keys were given, from the first file's first line to no place."""
+    names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
+    def place(mistake: Mistake) -> tuple[int, int]:
+        where = mistake.where or ""
+        name, _, line = where.rpartition(":")
+        if name in names and line.isdecimal():
+            return names[name], int(line)
+        return names.get(where, len(names) + (where != COMMAND_LINE)), 0
 
-def _further(draft: Completion) -> list[Mistake]:
-    """What the rules find. With mistakes before, only where the model's sizes are known, and not of the same keys."""
-    told = {mistake.key for mistake in draft.mistakes}
-    if told & RULES_NEED:
-        return []
-    return [mistake for mistake in violations(Config.from_flat(draft.values)) if mistake.key not in told]
+    once = {str(mistake): mistake for mistake in _placed(mistakes, given)}
+    return sorted(once.values(), key=place)
 
 
 def _placed(mistakes: Sequence[Mistake], given: Mapping[str, Given]) -> list[Mistake]:

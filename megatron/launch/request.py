@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.config.flags import read_flags
-from megatron.errors import ConfigError
+from megatron.config.merge import COMMAND_LINE
+from megatron.errors import ConfigError, Mistake
 
 USAGE = """\
 usage: ./deepy.py SCRIPT [-d DIR] CONF [CONF ...] [--KEY VALUE ...]
@@ -39,7 +40,10 @@ AUTOTUNING = ("tune", "run")
 
 @dataclass(frozen=True)
 class Request:
-    """What one command line asks for. arguments: the command line itself, for the record."""
+    """What one command line asks for. arguments: the command line itself, for the record.
+
+    mistakes: what is wrong with its flags, told together with what is wrong in the files.
+    """
 
     script: Path
     files: tuple[str, ...]
@@ -47,6 +51,7 @@ class Request:
     dry_run: bool = False
     as_json: bool = False
     arguments: tuple[str, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -55,32 +60,46 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def read_request(arguments: Sequence[str]) -> Request:
-    """Reads deepy.py's command line. Raises ConfigError for an unknown flag, script or form."""
-    switches, values, rest = _own_flags(arguments)
-    flags = read_flags(rest)
-    if not flags.rest:
-        raise ConfigError.of("no script is named", where="command line", remedy="./deepy.py train.py CONF ...")
-    script, *files = flags.rest
+    """Reads deepy.py's command line. Raises ConfigError where no script can be found in it."""
+    own = _own_flags(arguments)
+    flags = read_flags(own.rest)
     unknown = [word for word in flags.rest if word.startswith("-")]
-    if unknown:
-        raise ConfigError.of("there is no such flag", key=unknown[0], where="command line", remedy="./deepy.py --help")
-    chosen = dict(flags.values)
-    path = find_script(script)
-    chosen["user_script"] = script
-    if "autotuning" in values:
-        if values["autotuning"] not in AUTOTUNING:
-            raise ConfigError.of("this is tune or run", key="--autotuning", value=values["autotuning"])
-        chosen["autotuning_run"] = values["autotuning"]
-    folder = values.get("conf_dir")
+    mistakes = [*own.mistakes, *flags.mistakes]
+    what, remedy = "there is no such flag", "./deepy.py --help"
+    mistakes += [Mistake(what, word, where=COMMAND_LINE, remedy=remedy) for word in unknown]
+    words = [word for word in flags.rest if word not in unknown]
+    if not words:
+        told = Mistake("no script is named", where=COMMAND_LINE, remedy="./deepy.py train.py CONF ...")
+        raise ConfigError(*mistakes, told)
+    script, *files = words
+    try:
+        path = find_script(script)
+    except ConfigError as fault:
+        raise ConfigError(*mistakes, *fault.mistakes) from fault
+    chosen = {**flags.values, "user_script": script}
+    if "autotuning" in own.values:
+        if own.values["autotuning"] not in AUTOTUNING:
+            what = "this is tune or run"
+            mistakes.append(Mistake(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
+        chosen["autotuning_run"] = own.values["autotuning"]
+    folder = own.values.get("conf_dir")
     named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
-    return Request(path, named, chosen, "dry_run" in switches, "json" in switches, tuple(arguments))
+    asked = own.switches
+    return Request(path, named, chosen, "dry_run" in asked, "json" in asked, tuple(arguments), tuple(mistakes))
 
 
-def _own_flags(arguments: Sequence[str]) -> tuple[set[str], dict[str, str], list[str]]:
-    """The flags that are no configuration key, with their values, and all other arguments."""
-    switches: set[str] = set()
-    values: dict[str, str] = {}
-    rest: list[str] = []
+@dataclass
+class _OwnFlags:
+    """The flags that are no configuration key, with their values; rest: all other arguments."""
+
+    switches: set[str] = field(default_factory=set)
+    values: dict[str, str] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
+    found = _OwnFlags()
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -88,14 +107,15 @@ def _own_flags(arguments: Sequence[str]) -> tuple[set[str], dict[str, str], list
         written, equals, text = argument.partition("=")
         name = written[2:].replace("-", "_") if written.startswith("--") else ""
         if name in OWN_SWITCHES and not equals:
-            switches.add(name)
+            found.switches.add(name)
         elif name in OWN_VALUES:
-            if not equals and not waiting:
-                raise ConfigError.of("the flag needs a value", key=written, where="command line")
-            values[name] = text if equals else waiting.pop(0)
+            if equals or waiting:
+                found.values[name] = text if equals else waiting.pop(0)
+            else:
+                found.mistakes.append(Mistake("the flag needs a value", written, where=COMMAND_LINE))
         else:
-            rest.append(argument)
-    return switches, values, rest
+            found.rest.append(argument)
+    return found
 
 
 def find_script(name: str) -> Path:

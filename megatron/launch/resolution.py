@@ -30,7 +30,7 @@ def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolve
         hosts = tuple((host, len(slots)) for host, slots in machines.hosts.items())
         return Resources(machines.world_size, machines.accelerator, hosts)
 
-    resolution = resolve(request.files, request.flags, resources)
+    resolution = resolve(request.files, request.flags, resources, request.mistakes)
     return Resolved(resolution, found[0])
 
 

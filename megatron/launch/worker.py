@@ -171,7 +171,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     def resources(_launch: LaunchSection) -> Resources:
         return Resources(_world_size(), accelerator)
 
-    resolution: Resolution = resolve(request.files, request.flags, resources)
+    resolution: Resolution = resolve(request.files, request.flags, resources, request.mistakes)
     if restarted_by_others(os.environ):
         resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
     refuse_unsupported(resolution)

@@ -10,7 +10,7 @@ from megatron.config import CATALOG, Config, Resolution, Resources, resolve, wir
 from megatron.config.config import KeyFacts
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.words import members
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, Mistake
 from megatron.plan import make_plan
 from tests.config.small import SMALL
 
@@ -83,6 +83,48 @@ def test_a_mutated_configuration_resolves_or_is_refused_in_words(values: dict[st
     assert make_plan(resolution).text()
     again = resolve([], resolution.config.flat(), Resources(world_size))
     assert again.config == resolution.config
+
+
+WHOLE: dict[str, Any] = {
+    **SMALL,
+    "pipe_parallel_size": 1,
+    "model_parallel_size": 2,
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 4,
+    "pos_emb": "rotary",
+    "rotary_pct": 0.5,
+    "norm": "rmsnorm",
+    "num_kv_heads": 2,
+    "precision": "bfloat16",
+    "zero_optimization": {"stage": 1},
+    "min_lr": 0.0001,
+    "lr_decay_iters": 90,
+    "save": "runs/x",
+    "checkpoint_factor": 10,
+    "train_data_paths": ["a", "b"],
+    "train_data_weights": [1.0, 2.0],
+    "gradient_clipping": 1.0,
+    "split": "90,5,5",
+    "seed": 3,
+}
+"""A valid configuration in which many rules and derivations have something to say."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sets(st.sampled_from(sorted(WHOLE)), max_size=6), st.sets(st.sampled_from(sorted(WHOLE)), max_size=4))
+def test_nothing_is_told_but_what_is_wrong(mistyped: set[str], misspelt: set[str]) -> None:
+    """A wrong value or a misspelt key has no echo: everything else is judged as if it were right."""
+    values: dict[str, Any] = {name: value for name, value in WHOLE.items() if name not in misspelt}
+    values |= {f"{name}q": WHOLE[name] for name in misspelt}
+    mistyped = mistyped - misspelt
+    values |= {name: 7 if isinstance(WHOLE[name], dict) else {"wrong": 1} for name in mistyped}
+    wrong = {f"{name}q" for name in misspelt} | mistyped
+    told: tuple[Mistake, ...] = ()
+    try:
+        resolve([], values, Resources(4))
+    except ConfigError as fault:
+        told = fault.mistakes
+    assert sorted(str(mistake.key) for mistake in told) == sorted(wrong), told
 
 
 def attempt(values: dict[str, Any], world_size: int) -> Resolution | None:

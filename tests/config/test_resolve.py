@@ -43,13 +43,19 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as fault:
         resolve([path], {"eval_tasks": [1]})
     assert str(fault.value).splitlines() == [
+        f"{path}:1: num_layers = 'two': this is text; give a whole number or null",
         f"{path}:2: hiden_size: there is no such key; did you mean hidden_size?",
         f"{path}:3: norm = 'rmsnrm': there is no such choice; did you mean rmsnorm? The choices are layernorm, "
         "rmsnorm, non_parametric_layernorm, scalenorm, te_rmsnorm, te_layernorm",
-        f"{path}:1: num_layers = 'two': this is text; give a whole number or null",
-        f"{path}:5: lr = True: this is true or false; give a number or null",
         f"{path}:4: finetune = 1: this is a whole number; give true or false",
+        f"{path}:5: lr = True: this is true or false; give a number or null",
         "command line: eval_tasks = [1]: item 1 is a whole number; give a list of texts or null",
+        "num_attention_heads: the key is not given; every model needs it",
+        "seq_length: the key is not given; every model needs it",
+        "train_micro_batch_size_per_gpu: neither train_batch_size nor train_micro_batch_size_per_gpu is given; give "
+        "one of them (train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data parallel "
+        "size: ? = ? x ? x 1)",
+        "train_iters: the length of the run is not given; give train_iters",
     ]
 
 

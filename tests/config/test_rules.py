@@ -243,6 +243,14 @@ def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
     assert all(line.startswith(("command line: ", *changes, "world_size")) for line in lines)
 
 
+@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
+def test_a_mistake_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+    elsewhere = {"eval_interval": "often", "tensorbord_dir": "x", "init_method": "nromal"}
+    lines = faults(world_size, **changes, **elsewhere)
+    assert any(told in line for line in lines), "\n".join(lines)
+    assert {line.split(": ")[1].partition(" ")[0] for line in lines} >= elsewhere.keys()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -24,14 +24,19 @@ def equation(total: int | None, micro: int | None, steps: int | None, data_paral
     return f"{TOTAL} = {MICRO} x {STEPS} x data parallel size: {shown[0]} = {shown[1]} x {shown[2]} x {data_parallel}"
 
 
-def derive_batch(total: int | None, micro: int | None, steps: int | None, data_parallel: int) -> Batch:
-    """Fills in what is missing. Raises ConfigError, with the equation and its numbers, where it cannot hold."""
-    told = equation(total, micro, steps, data_parallel)
-    ConfigError.raise_any(
+def size_mistakes(total: int | None, micro: int | None, steps: int | None) -> list[Mistake]:
+    """The sizes that are less than one."""
+    return [
         Mistake("a size must be at least 1", key=name, value=value)
         for name, value in ((TOTAL, total), (MICRO, micro), (STEPS, steps))
         if value is not None and value < 1
-    )
+    ]
+
+
+def derive_batch(total: int | None, micro: int | None, steps: int | None, data_parallel: int) -> Batch:
+    """Fills in what is missing. Raises ConfigError, with the equation and its numbers, where it cannot hold."""
+    told = equation(total, micro, steps, data_parallel)
+    ConfigError.raise_any(size_mistakes(total, micro, steps))
     if total is None:
         if micro is None:
             raise ConfigError.of(
