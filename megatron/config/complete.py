@@ -16,10 +16,10 @@ from megatron.config.derive.precision import (
     bf16_block,
     derive_data_types,
     derive_precision,
-    derive_zero,
     fp16_block,
 )
 from megatron.config.derive.widths import head_dim
+from megatron.config.derive.zero import derive_zero
 from megatron.config.partial import NotKnown
 from megatron.config.resources import Resources
 from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
@@ -238,13 +238,21 @@ def _schedule(draft: Completion) -> None:
     draft.derive("lr_decay_iters", horizon)
 
 
-def _weights(split: str) -> Callable[[Completion], None]:
+def _weights(weights: str, paths: str, preferred: str) -> Callable[[Completion], None]:
     def step(draft: Completion) -> None:
-        paths = draft[f"{split}_data_paths"] or draft[f"pos_{split}_data_paths"]
-        if paths and draft[f"{split}_data_weights"] is None:
-            draft.derive(f"{split}_data_weights", (1.0,) * len(paths))
+        sets = draft[paths] or draft[preferred]
+        if sets and draft[weights] is None:
+            draft.derive(weights, (1.0,) * len(sets))
 
     return step
+
+
+WEIGHTS = {
+    "train_data_weights": ("train_data_paths", "pos_train_data_paths"),
+    "valid_data_weights": ("valid_data_paths", "pos_valid_data_paths"),
+    "test_data_weights": ("test_data_paths", "pos_test_data_paths"),
+}
+"""Keys of weights, and the lists of data sets that they weigh, of which one is given."""
 
 
 def _generation(draft: Completion) -> None:
@@ -303,7 +311,7 @@ STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
     (_optimizer, _fills("optimizer", "optimizer_type", "lr", "weight_decay")),
     (_clipping, _fills("gradient_clipping", "clip_grad")),
     (_schedule, _fills("lr_decay_iters")),
-    *((_weights(split), _fills(f"{split}_data_weights")) for split in ("train", "valid", "test")),
+    *((_weights(weights, *paths), _fills(weights)) for weights, paths in WEIGHTS.items()),
     (_generation, _fills("text_gen_type")),
     (_batch, _fills(TOTAL, MICRO, STEPS_PER_BATCH, "batch_size")),
 )

@@ -172,6 +172,9 @@ WRITTEN = {
 
 def unknown_key(name: str, *, value: object = None, where: str | None = None) -> Mistake:
     """The mistake of a key that does not exist, with the nearest one that does."""
+    if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in CATALOG for inner in value):
+        remedy = f"write its keys without {name} around them, since keys are not nested"
+        return Mistake("there is no such key", key=name, where=where, remedy=remedy)
     close = nearest_name(name, CATALOG)
     remedy = f"did you mean {close}?" if close else "configs/README.md lists every key"
     return Mistake("there is no such key", key=name, where=where, remedy=remedy)

@@ -47,6 +47,45 @@ REFUSED = {
     "learning_rate": "write optimizer: {type: Adam, params: {lr: ...}}",
     "bf16_enabled": "write precision: bfloat16",
     "max_steps": "write train_iters",
+    "num_train_epochs": "write train_epochs",
+    "num_epochs": "write train_epochs",
+    "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
+    "micro_batch_size_per_gpu": "write train_micro_batch_size_per_gpu",
+    "train_micro_batch_size": "write train_micro_batch_size_per_gpu",
+    "num_hidden_layers": "write num_layers",
+    "num_key_value_heads": "write num_kv_heads",
+    "head_dim": "write kv_channels",
+    "encoder_seq_length": "write seq_length",
+    "max_seq_length": "write seq_length",
+    "max_seq_len": "write seq_length",
+    "model_max_length": "write seq_length",
+    "rope_theta": "write rotary_emb_base",
+    "rotary_base": "write rotary_emb_base",
+    "rotary_percent": "write rotary_pct",
+    "rms_norm_eps": "write rms_norm_epsilon",
+    "layer_norm_eps": "write layernorm_epsilon",
+    "normalization": "write norm",
+    "position_embedding_type": "write pos_emb",
+    "hidden_act": "write activation",
+    "tie_word_embeddings": "write no_weight_tying, which says the opposite",
+    "untie_embeddings_and_output_weights": "write no_weight_tying",
+    "max_grad_norm": "write gradient_clipping",
+    "warmup_steps": "write warmup, the part of the decay horizon",
+    "warmup_ratio": "write warmup, the part of the decay horizon",
+    "lr_warmup_fraction": "write warmup, the part of the decay horizon",
+    "lr_warmup_samples": "write warmup, the part of the decay horizon",
+    "lr_scheduler_type": "write lr_decay_style",
+    "adam_beta1": "write optimizer: {type: Adam, params: {betas: [...]}}",
+    "adam_beta2": "write optimizer: {type: Adam, params: {betas: [...]}}",
+    "adam_eps": "write optimizer: {type: Adam, params: {eps: ...}}",
+    "gradient_checkpointing": "write checkpoint_activations",
+    "recompute_activations": "write checkpoint_activations",
+    "logging_steps": "write log_interval",
+    "eval_steps": "write eval_interval",
+    "save_steps": "write checkpoint_factor",
+    "output_dir": "write save",
+    "use_flash_attn": "write attention_config: [[[flash], all]]",
+    "zero_optimization_stage": "write zero_optimization: {stage: 1}",
 }
 """The remedy names today's spelling."""
 
@@ -58,7 +97,7 @@ def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mista
     warnings: list[str] = []
     for name, given in values.items():
         if name in REFUSED:
-            what = "this is a key of another release"
+            what = "this is a key of another release or program"
             mistakes.append(Mistake(what, name, given.value, given.where, REFUSED[name]))
         elif name in IGNORED:
             warnings.append(f"{given.where}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")

@@ -27,12 +27,25 @@ _Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Loader(_Base):  # type: ignore[misc, valid-type]
-    """The safe YAML loader, with the floats of YAML 1.2."""
+    """The safe YAML loader, with the numbers of YAML 1.2: 2e-5 is one; 1:30 and 010, which YAML 1.1 reads as 90 and
+    8, are text.
+    """
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {_INT, _FLOAT}]
+    for first, resolvers in _Base.yaml_implicit_resolvers.items()
+}
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
+Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*|[0-9][0-9_]*\.?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"
+        r"|^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -76,8 +89,13 @@ def read_value(text: str) -> Any:
 def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> Merged:
     """Reads every file, then the flags. Mistakes are collected, not raised."""
     merged = Merged()
+    seen: set[Path] = set()
     for name in files:
         path = find_file(name)
+        if path is not None and path.resolve() in seen:
+            merged.mistakes.append(Mistake("the file is named twice", where=str(path), remedy="name it once"))
+            continue
+        seen |= {path.resolve()} if path else set()
         if path is None:
             merged.mistakes.append(_no_such_file(name))
             merged.unreadable = True
@@ -128,7 +146,7 @@ def _read_file(path: Path, merged: Merged) -> None:
     try:
         _read_text(text, str(path), merged)
     except yaml.YAMLError as fault:
-        merged.mistakes.append(_syntax_mistake(fault, path))
+        merged.mistakes.append(_syntax_mistake(fault, path, text))
         merged.unreadable = True
     except (ValueError, RecursionError) as fault:
         merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
@@ -144,11 +162,21 @@ def _free_name(name: str, taken: Mapping[str, str]) -> str:
     return name
 
 
-def _syntax_mistake(fault: yaml.YAMLError, path: Path) -> Mistake:
+def _syntax_mistake(fault: yaml.YAMLError, path: Path, text: str) -> Mistake:
+    """What is not YAML, in words; the two most frequent slips are looked for, since the reader tells of neither."""
     mark = getattr(fault, "problem_mark", None)
-    where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+    line = mark.line + 1 if mark is not None else None
     problem = getattr(fault, "problem", None) or str(fault).splitlines()[0]
-    return Mistake(f"this is not YAML: {problem}", where=where, remedy="mend the line, or the one before it")
+    what = f"this is not {'JSON' if path.suffix == '.json' else 'YAML'}: {problem}"
+    remedy = "mend the line, or the one before it"
+    for number, written in enumerate(text.splitlines()[:line], 1):
+        if re.match(r" *\t", written) and number == line:
+            what, remedy = "a tab stands at the start of the line", "YAML takes spaces there"
+        elif path.suffix != ".json" and re.match(r"[A-Za-z_-]+:[^\s:]", written):
+            line, what, remedy = number, "there is no space after the colon", "write `key: value`"
+            break
+    where = f"{path}:{line}" if line is not None else str(path)
+    return Mistake(what, where=where, remedy=remedy)
 
 
 def _read_text(text: str, name: str, merged: Merged) -> None:

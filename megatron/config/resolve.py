@@ -14,7 +14,7 @@ from megatron.config.complete import complete
 from megatron.config.config import CATALOG, Config, unknown_key
 from megatron.config.decode import decode
 from megatron.config.legacy import RENAMED, modernise
-from megatron.config.merge import COMMAND_LINE, Given, find_file, merge
+from megatron.config.merge import COMMAND_LINE, Given, find_file, merge, normal_name
 from megatron.config.partial import meant
 from megatron.config.resources import Resources
 from megatron.config.rules.every import violations
@@ -93,7 +93,8 @@ class _Read:
 def _read(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None, before: Sequence[Mistake]) -> _Read:
     merged = merge(files, flags)
     given, outdated, warnings = modernise(merged.values)
-    spelling = [unknown_key(name, where=one.where) for name, one in given.items() if name not in CATALOG]
+    strange = {name: one for name, one in given.items() if name not in CATALOG}
+    spelling = [unknown_key(name, value=one.value, where=one.where) for name, one in strange.items()]
     values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
     refused = {mistake.key for mistake in unchosen}
     good = {name: value for name, value in values.items() if name not in refused}
@@ -101,6 +102,8 @@ def _read(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
     wrong = [*unchosen, *mistyped]
     unknown = {mistake.key for mistake in (*wrong, *merged.doubtful) if mistake.key in CATALOG}
     unknown |= meant([*before, *outdated, *spelling], CATALOG.keys() - given.keys())
+    nested = {str(name) for one in strange.values() if isinstance(one.value, Mapping) for name in one.value}
+    unknown |= {normal_name(name) for name in nested} & (CATALOG.keys() - given.keys())
     unknown |= {RENAMED[mistake.key] for mistake in outdated if mistake.key in RENAMED}
     if merged.unreadable:
         unknown |= CATALOG.keys() - given.keys()

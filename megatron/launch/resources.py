@@ -170,6 +170,12 @@ def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Pa
     found = local_devices(environment, devices)
     accelerator: Accelerator = "cuda" if found else "cpu"
     slots = select_slots({LOCAL: found}, wanted)[LOCAL] if found else ()
+    if (wanted.include or wanted.exclude) and not found:
+        key, value = ("include", wanted.include) if wanted.include else ("exclude", wanted.exclude)
+        what = "this machine has no accelerators to choose from"
+        raise ConfigError.of(
+            what, key=key, value=value, remedy="leave it out, or give hostfile; num_gpus sets the ranks"
+        )
     asked = wanted.global_num_gpus or (wanted.num_gpus if wanted.num_gpus and wanted.num_gpus > 0 else None)
     if accelerator == "cuda":
         world_size, available = asked or len(slots), len(slots)

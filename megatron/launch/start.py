@@ -28,7 +28,7 @@ from megatron.launch.run_directory import (
     git_revision,
     prepare_run_directory,
 )
-from megatron.launch.show import as_json, as_text
+from megatron.launch.show import as_json, as_text, values_as_text
 from megatron.launch.supervise import Outcome, Supervisor, run_elsewhere, tell, terminal_environment
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -55,7 +55,8 @@ def _run(arguments: Sequence[str]) -> int:
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     if request.dry_run:
         command = build_command(request, resolved, folder, config.launch.master_port, os.environ)
-        print(as_json(resolved, command) + "\n" if request.as_json else as_text(resolved), end="")
+        page = as_text(resolved) + values_as_text(resolved.resolution)
+        print(as_json(resolved, command) + "\n" if request.as_json else page, end="")
         return 0
     return _launch(request, resolved, folder)
 

@@ -6,8 +6,9 @@ from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import Batch, derive_batch
 from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.optimizer import derive_optimizer
-from megatron.config.derive.precision import derive_precision, derive_zero
+from megatron.config.derive.precision import derive_precision
 from megatron.config.derive.widths import mlp_width
+from megatron.config.derive.zero import derive_zero
 from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
 from megatron.errors import ConfigError
 
@@ -95,7 +96,7 @@ def test_attention_patterns(pattern: list[object] | None, layers: int, expected:
         ([[["global"], True]], "True is not a count"),
         ([[[3], 3]], "is not a list of kinds"),
         ([3], "3 is not a pair"),
-        (["global"], "this makes 1 blocks"),
+        (["global"], "this makes 1 block"),
         ([], "this makes 0 blocks"),
         ([[["global"], 10**12]], "but num_layers = 3"),
     ],
@@ -163,8 +164,8 @@ def test_optimizer_blocks() -> None:
         ({"type": "Adam"}, "the block has no params"),
         ({"type": "AdamW", "params": {}}, "did you mean adam, whose weight decay is decoupled?"),
         ({"type": "Lamb", "params": {}}, "the choices are adam, onebitadam"),
-        ({"type": "Adam", "params": {"lr": "high"}}, "lr = 'high' is not a number"),
-        ({"type": "Adam", "params": {"lr": True}}, "lr = True is not a number"),
+        ({"type": "Adam", "params": {"lr": "high"}}, "lr = 'high' is not a finite number"),
+        ({"type": "Adam", "params": {"lr": True}}, "lr = True is not a finite number"),
         ({"type": "Adam", "params": {"betas": [0.9]}}, "betas = [0.9] is not two numbers"),
         ({"type": "Adam", "params": {"beta": [0.9, 0.95]}}, "Adam has no parameter beta; did you mean betas?"),
         ({"type": "Adam", "params": {"lr": 0.5}}, "lr = 0.1: optimizer says 0.5"),

@@ -36,6 +36,12 @@ def test_files_merge_and_keep_their_lines(tmp_path: Path) -> None:
         ("e5", "e5"),
         ("1e5x", "1e5x"),
         ("0x10", 16),
+        ("1:30", "1:30"),
+        ("010", "010"),
+        ("1_000", 1000),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-7", -7),
         ("True", True),
         ("null", None),
         ("[1, 2e1]", [1, 20.0]),
@@ -99,6 +105,8 @@ def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
         ("a: !!python/object:os.system {}\n", "this is not YAML"),
         ("a: 2020-99-99\n", "cannot be read"),
         ("a: 1\n---\nb: 2\n", "this is not YAML"),
+        ("a: 1\n\tb: 2\n", ":2: a tab stands at the start of the line"),
+        ("a: 1\nb:2\nc: 3\n", ":2: there is no space after the colon; write `key: value`"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_mistake(tmp_path: Path, text: str, told: str) -> None:
@@ -107,6 +115,17 @@ def test_a_file_that_cannot_be_read_is_one_mistake(tmp_path: Path, text: str, to
     assert len(mistakes) == 1
     assert told in str(mistakes[0])
     assert str(path) in str(mistakes[0])
+
+
+def test_a_json_file_is_called_json(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", '{"a": 1,\n "b": 2 "c": 3}')
+    assert str(merge([path]).mistakes[0]).startswith(f"{path}:2: this is not JSON")
+
+
+def test_a_file_named_twice_is_one_mistake(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yml", "a: 1\nb: 2\n")
+    told = [str(mistake) for mistake in merge([path, tmp_path / "a"]).mistakes]
+    assert told == [f"{path}: the file is named twice; name it once"]
 
 
 def test_binary_files_and_folders_are_mistakes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files and flags become one Config, or every mistake at once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 import pytest
 
 from megatron.config import CATALOG, Config, Resources, resolve
+from megatron.config.support import DEAD, HINTS
+from megatron.config.words import accepts
 from megatron.errors import ConfigError
 from tests.config.small import SMALL, faults, resolved, write
+
+ALL_REASONS = {**HINTS, **DEAD}
 
 
 def test_the_origin_of_every_value_is_kept(tmp_path: Path) -> None:
@@ -79,7 +84,7 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
     assert resolution.config.checkpoint.checkpoint_factor == 10
     assert any("detect_nvlink_pairs" in line for line in resolution.warnings)
     assert faults(sparsity="all")[0].startswith(
-        "command line: sparsity = 'all': this is a key of another release; write"
+        "command line: sparsity = 'all': this is a key of another release or program; write"
     )
     assert faults(gas=2, gradient_accumulation_steps=2) == [
         "command line: gas = 2: this is an older name of gradient_accumulation_steps, which is given at command line; "
@@ -113,6 +118,40 @@ def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
     assert resolution.warnings[0].startswith("command line: bias_gelu_fusion = True: has no effect")
     with pytest.raises(ConfigError, match="strict_config makes this an error"):
         resolved(bias_gelu_fusion=True, strict_config=True)
+
+
+@pytest.mark.parametrize("name", [*HINTS, *DEAD])
+def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_path: Path) -> None:
+    facts = CATALOG[name]
+    others = [choice for choice in facts.choices if choice != facts.default]
+    examples = {bool: not facts.default, int: 7, float: 7.0, str: "x", dict: {"a": 1}}
+    others += [value for kind, value in examples.items() if accepts(facts.annotation, kind)]
+    value = others[0] if others else "x"
+    path = write(tmp_path, "a.yml", f"# one line above\n{name.replace('_', '-')}: {json.dumps(value)}\n")
+    found = resolve([path], SMALL, Resources(1))
+    assert [line for line in found.warnings if name in line] == [
+        f"{path}:2: {name} = {value!r}: has no effect; {ALL_REASONS[name]}"
+    ]
+    with pytest.raises(ConfigError, match="strict_config makes this an error"):
+        resolve([path], {**SMALL, "strict_config": True}, Resources(1))
+
+
+def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
+    broken = write(tmp_path, "model.yml", "num_layers: [2\n")
+    other = write(tmp_path, "run.yml", "train_iters: 10\nseed: -3\nnorm: rmsnrm\n")
+    with pytest.raises(ConfigError) as fault:
+        resolve([broken, other, tmp_path / "gone.yml"])
+    assert [mistake.where for mistake in fault.value.mistakes] == [
+        f"{broken}:2",
+        f"{other}:2",
+        f"{other}:3",
+        str(tmp_path / "gone.yml"),
+    ]
+
+
+def test_older_names_have_no_echo() -> None:
+    told = faults(num_layers=None, num_hidden_layers=2, train_micro_batch_size_per_gpu=None, micro_batch_size=2)
+    assert len(told) == 2
 
 
 def test_a_resolved_configuration_resolves_to_itself() -> None:

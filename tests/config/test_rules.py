@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.rules.blocks import ZERO_NAMES
+from megatron.config.derive.zero import ZERO_NAMES
 from tests.config.small import faults, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
@@ -218,6 +218,30 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
     (1, {"split": "0,0,0"}, "this is not three shares"),
+    (1, {"master_port": 99999}, "master_port = 99999: a port lies between 1 and 65535"),
+    (1, {"serve_port": 0}, "serve_port = 0: a port lies between 1 and 65535"),
+    (1, {"num_nodes": 0}, "num_nodes = 0: it must be more than 0, or -1 for all"),
+    (1, {"num_gpus": -2}, "num_gpus = -2: it must be more than 0, or -1 for all"),
+    (1, {"collective_timeout": -1.0}, "collective_timeout = -1.0: it must be more than 0"),
+    (1, {"max_restarts": -1}, "max_restarts = -1: it cannot be negative"),
+    (
+        1,
+        {"deepspeed_extra_args": {"train_batch_size": 99}},
+        "train_batch_size = 99 contradicts train_batch_size = 2; set train_batch_size at the top level",
+    ),
+    (
+        1,
+        {"zero_optimization": {"stage": 5, "overlap_com": True}},
+        "DeepSpeed knows no overlap_com in this block; did you mean overlap_comm?",
+    ),
+    (
+        1,
+        {"optimizer": {"type": "Adm", "params": {"lr": "high"}}},
+        "lr = 'high' is not a finite number; write it as 0.001 or 1.0e-8",
+    ),
+    (1, {"optimizer": {"type": "Adam", "params": {"lr": float("inf")}}}, "lr = inf is not a finite number"),
+    (1, {"attention_config": ["global"]}, "this makes 1 block, but num_layers = 2; write [[[global], all]]"),
+    (1, {"model": {"num-layers": 2}}, "model: there is no such key; write its keys without model around them"),
     (1, {"zero_stage": 2}, "zero_stage = 2: this follows from zero_optimization, which makes it 0"),
     (1, {"batch_size": 3}, "batch_size = 3: train_micro_batch_size_per_gpu = 2 means the same; leave batch_size out"),
     (

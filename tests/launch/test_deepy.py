@@ -52,6 +52,10 @@ def test_a_dry_run_prints_the_plan_writes_nothing_and_imports_no_torch(run: Run,
     done = run("train.py", "conf", "--dry-run", options=("-X", "importtime"))
     assert done.returncode == 0, done.stderr
     assert "2 ranks = no pipeline x data 2 x tensor 1" in done.stdout
+    shown = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "hidden_size 64 (conf.yml:2)" in shown
+    assert "gradient_accumulation_steps 1 (derived)" in shown
+    assert not any(line.startswith("log_interval") for line in shown)
     imported = {line.split("|")[-1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "megatron" in imported
     assert not imported & {"torch", "deepspeed", "numpy", "transformers"}
@@ -81,7 +85,31 @@ def test_a_dry_run_as_json_is_one_object_and_nothing_else(run: Run) -> None:
     assert told["launch"]["env"]["MALLOC_TRIM_THRESHOLD_"]
 
 
-def test_secrets_are_not_shown() -> None:
+def test_mistakes_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.yml").write_text("train_batch_size: 7\nhidden-size: 32\nnorm: rmsnrm\nsave: x\nseed: 0\n")
+    done = run("train.py", "conf", "more", "--eval-itres", "3", "--split", "a", "--hostfile", "none")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    starts = [line.split(": ", 2)[:2] for line in done.stderr.splitlines()]
+    assert [(where, told.partition(" ")[0]) for where, told in starts] == [
+        ("more.yml:2", "hidden_size"),
+        ("more.yml:3", "norm"),
+        ("more.yml:4", "save"),
+        ("more.yml:5", "seed"),
+        ("command line", "--eval-itres"),
+        ("command line", "hostfile"),
+        ("command line", "split"),
+    ]
+    (tmp_path / "more.yml").write_text("train_batch_size: 7\nlog-interval: often\n")
+    lines = run("train.py", "conf", "more").stderr.splitlines()
+    assert len(lines) == 2
+    assert "7 = " in lines[0]
+    assert lines[1].startswith("more.yml:2: log_interval = 'often'")
+
+
+def test_secrets_are_not_shown(run: Run) -> None:
+    for flags in (["--json"], []):
+        assert "opensesame" not in run("train.py", "conf", "--dry-run", "--serve-key", "opensesame", *flags).stdout
     shown = redacted({"WANDB_API_KEY": "abc", "OMP_NUM_THREADS": "2"})
     assert shown == {"WANDB_API_KEY": "(redacted)", "OMP_NUM_THREADS": "2"}
 
@@ -92,7 +120,7 @@ def test_every_mistake_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 7  # and what else is not given
     assert lines[0].startswith("bad.yml:1: hiden_size")
     assert "hidden_size" in lines[0]
     assert any(line.startswith("bad.yml:2: train_iters = 'abc'") for line in lines)

@@ -35,6 +35,11 @@ def test_one_process_on_the_cpus_or_as_many_as_asked(tmp_path: Path) -> None:
     assert find_machines(Wanted(global_num_gpus=2), {}, tmp_path).world_size == 2
 
 
+def test_processes_on_cpus_are_not_chosen_by_slot(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="include = 'localhost:0': this machine has no accelerators to choose from"):
+        find_machines(Wanted(include="localhost:0"), {}, tmp_path)
+
+
 def test_a_cluster_can_be_planned_but_not_started_on_a_laptop(tmp_path: Path) -> None:
     machines = find_machines(Wanted(global_num_gpus=1024), {}, tmp_path)
     assert machines.world_size == 1024

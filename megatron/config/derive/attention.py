@@ -24,7 +24,10 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[st
     else:
         kinds = tuple(kind for item in pattern for kind in _expand_item(item, pattern, num_layers))
     if len(kinds) != num_layers:
-        raise _fault(pattern, f"this makes {len(kinds)} blocks, but num_layers = {num_layers}", "let the counts add up")
+        named = kinds == tuple(pattern)
+        remedy = f"write [[[{', '.join(dict.fromkeys(kinds))}], all]]" if named else "let the counts add up"
+        blocks = "1 block" if len(kinds) == 1 else f"{len(kinds)} blocks"
+        raise _fault(pattern, f"this makes {blocks}, but num_layers = {num_layers}", remedy)
     return kinds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,14 @@ def derive_optimizer(
     """
     if block is None:
         block = {"type": kind or "adam", "params": {"lr": DEFAULT_LR if lr is None else lr}}
-    found_kind, params = _checked(block, choices)
+    ConfigError.raise_any(_form_mistakes(block))
+    found_kind, params = str(block["type"]).lower(), block["params"]
     found_lr = params.get("lr", DEFAULT_LR if lr is None else lr)
     mistakes = [
-        *_contradiction("optimizer_type", kind, found_kind, block),
+        *_kind_mistakes(block["type"], choices),
+        *(_contradiction("optimizer_type", kind, found_kind, block) if found_kind in choices else ()),
         *_contradiction("lr", lr, found_lr, block),
-        *_number_mistakes(params),
+        *_number_mistakes(block),
         *(_unknown_params(params, block) if "adam" in found_kind else ()),
     ]
     ConfigError.raise_any(mistakes)
@@ -60,19 +63,20 @@ def derive_optimizer(
     return OptimizerChoice(block, found_kind, float(found_lr), None if decay is None else float(decay))
 
 
-def _checked(block: dict[str, Any], choices: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    form = "write {type: Adam, params: {lr: 6.0e-4}}"
-    kind, params = block.get("type"), block.get("params")
-    if not isinstance(kind, str):
-        raise ConfigError.of("the block names no type", key="optimizer", value=block, remedy=form)
-    if not isinstance(params, dict):
-        raise ConfigError.of("the block has no params", key="optimizer", value=block, remedy=form)
-    if kind.lower() not in choices:
-        close = "adam, whose weight decay is decoupled" if kind.lower() == "adamw" else nearest_name(kind, choices)
-        listed = f"the choices are {', '.join(choices)}"
-        remedy = f"did you mean {close}? Otherwise {listed}" if close else listed
-        raise ConfigError.of("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)
-    return kind.lower(), params
+def _form_mistakes(block: dict[str, Any]) -> list[Mistake]:
+    remedy = "write {type: Adam, params: {lr: 6.0e-4}}"
+    faults = ["the block names no type"] if not isinstance(block.get("type"), str) else []
+    faults += ["the block has no params"] if not isinstance(block.get("params"), dict) else []
+    return [Mistake(what, key="optimizer", value=block, remedy=remedy) for what in faults]
+
+
+def _kind_mistakes(kind: str, choices: tuple[str, ...]) -> list[Mistake]:
+    if kind.lower() in choices:
+        return []
+    close = "adam, whose weight decay is decoupled" if kind.lower() == "adamw" else nearest_name(kind, choices)
+    listed = f"the choices are {', '.join(choices)}"
+    remedy = f"did you mean {close}? Otherwise {listed}" if close else listed
+    return [Mistake("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)]
 
 
 def _contradiction(key: str, given: object, found: object, block: dict[str, Any]) -> list[Mistake]:
@@ -91,18 +95,19 @@ def _unknown_params(params: dict[str, Any], block: dict[str, Any]) -> list[Mista
     return mistakes
 
 
-def _number_mistakes(params: dict[str, Any]) -> list[Mistake]:
-    mistakes = []
+def _number_mistakes(block: dict[str, Any]) -> list[Mistake]:
+    mistakes, params = [], block["params"]
     for name in ("lr", "weight_decay", "eps", "momentum"):
         value = params.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            told = f"{name} = {value!r} is not a number"
-            mistakes.append(Mistake(told, key="optimizer", value=params, remedy="write it as 0.001 or 1.0e-8"))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            told = f"{name} = {value!r} is not a finite number"
+            mistakes.append(Mistake(told, key="optimizer", value=block, remedy="write it as 0.001 or 1.0e-8"))
     betas = params.get("betas", (0.9, 0.999))
     if (
         not isinstance(betas, (list, tuple))
         or len(betas) != 2
         or not all(isinstance(beta, (int, float)) and not isinstance(beta, bool) and 0 <= beta < 1 for beta in betas)
     ):
-        mistakes.append(Mistake(f"betas = {betas!r} is not two numbers in [0, 1)", key="optimizer", value=params))
+        told = f"betas = {betas!r} is not two numbers in [0, 1)"
+        mistakes.append(Mistake(told, key="optimizer", value=block, remedy="write betas: [0.9, 0.95]"))
     return mistakes

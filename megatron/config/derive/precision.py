@@ -1,4 +1,4 @@
-"""Number format, ZeRO defaults and loss scaling, from the blocks that a user may have written."""
+"""Number format and loss scaling, from the blocks that a user may have written."""
 
 from __future__ import annotations
 
@@ -52,35 +52,3 @@ def derive_data_types(precision: str, data_types: Table | None) -> Table | None:
     if precision == "bfloat16" and not (data_types or {}).get("grad_accum_dtype"):
         return {**(data_types or {}), "grad_accum_dtype": "fp32"}
     return data_types
-
-
-def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
-    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16, whose fp32 master weights need it.
-
-    tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
-    with one that does not exist.
-    """
-    if zero is None:
-        return {
-            "stage": 1 if precision == "bfloat16" else 0,
-            "allgather_partitions": True,
-            "allgather_bucket_size": 500_000_000,
-            "overlap_comm": False,
-            "reduce_scatter": True,
-            "reduce_bucket_size": 500_000_000,
-            "contiguous_gradients": False,
-        }
-    stage = zero.get("stage")
-    if stage is None:
-        raise ConfigError.of(
-            "the block has no stage", key="zero_optimization", value=zero, remedy="add stage: 0, 1, 2 or 3"
-        )
-    stages = stage if tuned and isinstance(stage, list) else [stage]
-    if any(isinstance(one, bool) or one not in (0, 1, 2, 3) for one in stages) and not (tuned and stage == "all"):
-        raise ConfigError.of(
-            f"there is no ZeRO stage {stage!r}",
-            key="zero_optimization",
-            value=zero,
-            remedy="the stages are 0, 1, 2 and 3",
-        )
-    return zero

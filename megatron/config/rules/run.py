@@ -58,6 +58,11 @@ def counts_are_positive(config: Config) -> Iterator[Mistake]:
         "gpu_memory",
         "steps_per_print",
         "rotary_emb_base",
+        "exit_duration",
+        "collective_timeout",
+        "global_num_gpus",
+        "layernorm_epsilon",
+        "rms_norm_epsilon",
     ):
         value = values[name]
         if value is not None and value <= 0:
@@ -73,10 +78,28 @@ def counts_are_positive(config: Config) -> Iterator[Mistake]:
         "num_workers",
         "temperature",
         "top_k",
+        "max_restarts",
+        "iteration",
     ):
         value = values[name]
         if value is not None and value < 0:
             yield Mistake("it cannot be negative", key=name, value=value)
+
+
+def ports_are_ports(config: Config) -> Iterator[Mistake]:
+    """A port has 16 bits, and 0 is none."""
+    for section, name in ((config.launch, "master_port"), (config.generation, "serve_port")):
+        port = getattr(section, name)
+        if not 0 < port < 1 << 16:
+            yield Mistake("a port lies between 1 and 65535", key=name, value=port)
+
+
+def hosts_are_counted(config: Config) -> Iterator[Mistake]:
+    """-1 stands for all hosts, or for all accelerators of a host; 0 for none."""
+    for name in ("num_nodes", "num_gpus"):
+        count = getattr(config.launch, name)
+        if count is not None and (count == 0 or count < -1):
+            yield Mistake("it must be more than 0, or -1 for all", key=name, value=count)
 
 
 def fp16_loss_needs_fp16(config: Config) -> Iterator[Mistake]:

@@ -28,7 +28,11 @@ class LaunchSection(Section):
     comment: str | None = key(None, "Comment of the Slurm job.")
     account: str | None = key(None, "Account of the Slurm job.")
     autotuning_run: str | None = key(None, "tune or run: what DeepSpeed's autotuner does.")
-    distributed_backend: str = key("nccl", "Collectives library; gloo on machines without an accelerator.")
+    distributed_backend: str = key(
+        "nccl",
+        "Collectives library; gloo on machines without an accelerator.",
+        choices=("nccl", "gloo", "mpi", "ucc"),
+    )
     collective_timeout: float = key(
         600.0, "A rank that others wait for longer than this, or that hangs so long, ends the run.", unit="seconds"
     )

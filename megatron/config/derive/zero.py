@@ -1,0 +1,113 @@
+"""The ZeRO block: its default, and what may stand in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.errors import ConfigError, Mistake
+from megatron.registry import nearest_name
+
+Table = dict[str, Any]
+
+ZERO_NAMES = frozenset(
+    (
+        "stage",
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "allgather_sequential",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "cpu_offload",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "memory_efficient_linear",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "param_persistence_threshold",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+        "zenflow",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    )
+)
+"""What DeepSpeed 0.19 takes in the ZeRO block; a name that it does not know stops every worker."""
+
+
+def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
+    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16, whose fp32 master weights need it.
+
+    tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
+    with one that does not exist.
+    """
+    if zero is None:
+        return {
+            "stage": 1 if precision == "bfloat16" else 0,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 500_000_000,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 500_000_000,
+            "contiguous_gradients": False,
+        }
+    ConfigError.raise_any([*_stage_mistakes(zero, tuned=tuned), *_name_mistakes(zero)])
+    return zero
+
+
+def _stage_mistakes(zero: Table, *, tuned: bool) -> list[Mistake]:
+    stage = zero.get("stage")
+    if stage is None:
+        if any(nearest_name(str(name), ZERO_NAMES) == "stage" for name in zero if name not in ZERO_NAMES):
+            return []  # a misspelt stage, told by its name
+        return [Mistake("the block has no stage", "zero_optimization", zero, remedy="add stage: 0, 1, 2 or 3")]
+    stages = stage if tuned and isinstance(stage, list) else [stage]
+    if all(type(one) in (int, float) and one in (0, 1, 2, 3) for one in stages) or (tuned and stage == "all"):
+        return []
+    what = f"there is no ZeRO stage {stage!r}"
+    return [Mistake(what, "zero_optimization", zero, remedy="the stages are 0, 1, 2 and 3")]
+
+
+def _name_mistakes(zero: Table) -> list[Mistake]:
+    """DeepSpeed refuses unknown names in the block as well, but only once the workers run."""
+    mistakes = []
+    for name in zero:
+        if name not in ZERO_NAMES:
+            close = nearest_name(str(name), ZERO_NAMES)
+            remedy = f"did you mean {close}?" if close else "leave it out"
+            what = f"DeepSpeed knows no {name} in this block"
+            mistakes.append(Mistake(what, "zero_optimization", zero, remedy=remedy))
+    return mistakes
