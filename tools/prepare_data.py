@@ -1,11 +1,17 @@
 #!/usr/bin/env python
-"""Prepares a corpus by name, and tokenises it where a tokenizer is named.
+"""Prepares a corpus by name, and tokenises it.
 
     python prepare_data.py python_stdlib
     python prepare_data.py python_stdlib -t HFTokenizer -v data/python_stdlib/tokenizer.json
+    python prepare_data.py enwik8 -t CharLevelTokenizer
 
-Writes `<data-dir>/<DATASET>/train.jsonl` and `valid.jsonl`, and with a tokenizer `train_text_document.bin` and `.idx`,
-`valid_text_document.bin` and `.idx` beside them. What is there already is kept, unless -f is given.
+python_stdlib is made of what this machine has: `<data-dir>/python_stdlib/train.jsonl` and `valid.jsonl`, and with a
+tokenizer `train_text_document.bin` and `.idx`, `valid_text_document.bin` and `.idx` beside them.
+
+The public corpora are fetched into `<data-dir>/<name>/` and tokenised into `<name>_text_document.bin` and `.idx` there,
+an end of document after each document. Without -t they take GPT2BPETokenizer, whose files are fetched into the data
+directory. A transfer that breaks off goes on where it stopped, also in a later run. Every file's SHA-256 is compared
+with the one that is known, and stands in `SHA256SUMS`. What is there already is kept, unless -f is given.
 """
 
 from __future__ import annotations
@@ -13,24 +19,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.corpora import CORPORA, About, find_corpus, read_about
+from megatron.data.corpora import CORPORA, Corpus, find_corpus, read_about
+from megatron.data.download import Source, fetch
+from megatron.data.indexed import bin_path, idx_path
 from megatron.data.preprocess import TokenizerFacts, preprocess
-from megatron.data.progress import ProgressLine
+from megatron.data.progress import ProgressLine, TransferLine
+from megatron.data.public_corpora import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA, PublicCorpus
 from megatron.data.recipes import PlainText
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers import Tokenizer, make_tokenizer
+from tools.preprocess_data import told
 
 PARTS = ("train", "valid")
+PUBLIC_TOKENIZER = "GPT2BPETokenizer"
+NOTHING = "pass"  # the public name for doing nothing
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    listed = "\n".join(f"  {corpus.name}: {corpus.doc}" for corpus in CORPORA.values())
+    listed = "\n".join(f"  {corpus.name}: {corpus.doc}" for corpus in (*CORPORA.values(), *PUBLIC_CORPORA.values()))
     made = argparse.ArgumentParser(
         description="Prepare a corpus by name.",
         epilog=f"corpora:\n{listed}",
@@ -38,57 +51,114 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("dataset", nargs="?", default="python_stdlib", help="which corpus (default: python_stdlib)")
     made.add_argument("-d", "--data-dir", help="where corpora are kept (default: $DATA_DIR or ./data)")
-    made.add_argument("-t", "--tokenizer", help="also write token files with a tokenizer of this type")
+    made.add_argument(
+        "-t",
+        "--tokenizer",
+        help=f"write token files with a tokenizer of this type (default: {PUBLIC_TOKENIZER}; none for python_stdlib)",
+    )
     made.add_argument("-v", "--vocab-file", help="the tokenizer's file")
     made.add_argument("-m", "--merge-file", help="the tokenizer's merges, where they have a file of their own")
-    made.add_argument("-f", "--force-redownload", action="store_true", help="prepare again what is there already")
+    made.add_argument("-f", "--force-redownload", action="store_true", help="fetch and prepare again what is there")
+    made.add_argument("--mirror", help="a folder or URL that holds the files of the corpus, tried first")
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
     return made
 
 
-def prepare(dataset: str, folder: Path, *, again: bool) -> About:
-    """Prepares a corpus in a folder. Raises ConfigError and RunError."""
-    corpus = find_corpus(dataset)
-    about = None if again else read_about(folder)
+def prepare_here(corpus: Corpus, folder: Path, asked: argparse.Namespace) -> None:
+    """A corpus that is made of what the machine has. Raises ConfigError and RunError."""
+    about = None if asked.force_redownload else read_about(folder)
     if about is not None:
         print(f"{folder} holds {about.corpus} already ({about.source}); -f prepares it again")
-        return about
-    return corpus.prepare(folder)
+    else:
+        about = corpus.prepare(folder)
+    print(f"{folder}/train.jsonl: {about.train_documents:,} documents, {about.train_bytes:,} bytes")
+    print(f"{folder}/valid.jsonl: {about.valid_documents:,} documents, {about.valid_bytes:,} bytes")
+    if asked.tokenizer:
+        tokenizer = make_tokenizer(asked.tokenizer, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
+        for part in PARTS:
+            tokenise([folder / f"{part}.jsonl"], folder / part, tokenizer, asked.tokenizer, asked.workers)
 
 
-def tokenise(folder: Path, asked: argparse.Namespace) -> None:
-    """Writes the token files of both parts. Raises ConfigError and RunError."""
-    tokenizer = make_tokenizer(asked.tokenizer, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
-    for part in PARTS:
-        line = ProgressLine()
-        try:
-            result = preprocess(
-                find_text_files([str(folder / f"{part}.jsonl")]),
-                PlainText(tokenizer, append_eod=True),
-                output_prefix=str(folder / part),
-                facts=TokenizerFacts(asked.tokenizer, tokenizer.vocab_size, tokenizer.eod),
-                workers=asked.workers,
-                report=line,
-            )
-        finally:
-            line.close()
-        for written in result.outputs:
-            print(f"{written.prefix}.bin and .idx: {written.card.tokens:,} tokens")
+def prepare_public(corpus: PublicCorpus, data: Path, asked: argparse.Namespace) -> None:
+    """A corpus that is fetched. Raises ConfigError and RunError."""
+    kind = asked.tokenizer or PUBLIC_TOKENIZER
+    folder = data / corpus.folder
+    prefix = folder / corpus.folder
+    text = f"{prefix}_text_document"
+    if not asked.force_redownload and bin_path(text).exists() and idx_path(text).exists():
+        print(f"{text}.bin and .idx are there already; -f prepares them again")
+        return
+    # A tokenizer that is missing is told before gigabytes are fetched.
+    tokenizer = make_tokenizer(kind, **tokenizer_files(kind, data, asked))
+    for source in corpus.sources:
+        fetched(source, folder, asked)
+    files = [folder / source.name for source in corpus.sources]
+    workers = min(asked.workers, corpus.workers or asked.workers)
+    tokenise(files, prefix, tokenizer, kind, workers, corpus.documents)
+
+
+def tokenizer_files(kind: str, data: Path, asked: argparse.Namespace) -> dict[str, str | None]:
+    """The files that a tokenizer is made of: those of GPT-2 where the user names none."""
+    files = {"vocab_file": asked.vocab_file, "merge_file": asked.merge_file}
+    if kind == PUBLIC_TOKENIZER:
+        for name, source in (("vocab_file", GPT2_VOCAB), ("merge_file", GPT2_MERGES)):
+            if files[name] is None:
+                fetched(source, data, argparse.Namespace(mirror=asked.mirror, force_redownload=False))
+                files[name] = str(data / source.name)
+    return files
+
+
+def fetched(source: Source, folder: Path, asked: argparse.Namespace) -> None:
+    """Brings a file into the folder, and tells of it. Raises RunError."""
+    if asked.mirror:
+        place = asked.mirror if "://" in asked.mirror else Path(asked.mirror).resolve().as_uri()
+        source = replace(source, urls=(f"{place.rstrip('/')}/{source.name}", *source.urls))
+    line = TransferLine()
+    try:
+        digest = fetch(source, folder, again=asked.force_redownload, report=line)
+    finally:
+        line.close()
+    path = folder / source.name
+    print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {digest}", flush=True)
+
+
+def tokenise(
+    files: list[Path], prefix: Path, tokenizer: Tokenizer, kind: str, workers: int, documents: int | None = None
+) -> None:
+    """Writes `<prefix>_text_document.bin` and `.idx`. Raises ConfigError and RunError."""
+    line = ProgressLine(known_documents=documents)
+    try:
+        result = preprocess(
+            find_text_files(map(str, files)),
+            PlainText(tokenizer, append_eod=True),
+            output_prefix=str(prefix),
+            facts=TokenizerFacts(kind, tokenizer.vocab_size, tokenizer.eod),
+            workers=workers,
+            report=line,
+        )
+    finally:
+        line.close()
+    print(told(result))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(arguments)
-    folder = Path(asked.data_dir or os.environ.get("DATA_DIR") or "data") / asked.dataset
+    if asked.dataset == NOTHING:
+        return 0
+    data = Path(asked.data_dir or os.environ.get("DATA_DIR") or "data")
     try:
-        about = prepare(asked.dataset, folder, again=asked.force_redownload)
-        print(f"{folder}/train.jsonl: {about.train_documents:,} documents, {about.train_bytes:,} bytes")
-        print(f"{folder}/valid.jsonl: {about.valid_documents:,} documents, {about.valid_bytes:,} bytes")
-        if asked.tokenizer:
-            tokenise(folder, asked)
+        corpus = find_corpus(asked.dataset)
+        if isinstance(corpus, PublicCorpus):
+            prepare_public(corpus, data, asked)
+        else:
+            prepare_here(corpus, data / corpus.name, asked)
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The corpora that `prepare_data.py` knows by name.
+"""The corpora that `prepare_data.py` makes itself; those that it fetches are in public_corpora.py.
 
 A corpus is prepared into a folder: `train.jsonl` and `valid.jsonl` with a document a line, and `about.json`, which is
 written last and says that the folder is complete. A new corpus is one module with a `prepare(folder)` and a line here.
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron.data.public_corpora import PUBLIC_CORPORA, PublicCorpus
 from megatron.errors import ConfigError
 from megatron.registry import nearest_name
 
@@ -61,12 +62,13 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
 )
 
 
-def find_corpus(name: str) -> Corpus:
-    """The corpus of that name. Raises ConfigError, with the nearest name, when there is none."""
-    if name in CORPORA:
-        return CORPORA[name]
-    close = nearest_name(name, CORPORA)
-    choices = f"the corpora are {', '.join(CORPORA)}"
+def find_corpus(name: str) -> Corpus | PublicCorpus:
+    """The corpus of that name, in any case. Raises ConfigError, with the nearest name, when there is none."""
+    known: dict[str, Corpus | PublicCorpus] = {**CORPORA, **PUBLIC_CORPORA}
+    if name.lower() in known:
+        return known[name.lower()]
+    close = nearest_name(name, known)
+    choices = f"the corpora are {', '.join(known)}"
     remedy = f"did you mean {close}? {choices[0].upper()}{choices[1:]}" if close else choices
     raise ConfigError.of("there is no corpus of this name", key="dataset", value=name, remedy=remedy)
 

@@ -6,35 +6,30 @@ import sys
 import time
 from typing import TextIO
 
+from megatron.data.download import Transfer
 from megatron.data.preprocess import Progress
 
 TERMINAL_INTERVAL = 0.2  # seconds between two states of the live line
 PLAIN_INTERVAL = 10.0  # seconds between two lines in a file
+BAR = 20  # [characters]
 
 
-class ProgressLine:
-    """Call it with each state of the work; it prints when enough documents and time have passed.
+class _Line:
+    """A line that is written over on a terminal, and added to now and then in a file."""
 
-    every: documents between two lines at least. known_documents: how many there are, where the user knows; otherwise
-    the share of the input files that was read says how much is left.
-    """
-
-    def __init__(self, *, every: int = 100, known_documents: int | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        self._every = every
-        self._known = known_documents
-        self._documents = 0
         self._next = 0.0 if self._live else time.monotonic() + PLAIN_INTERVAL
         self._width = 0
 
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now < self._next or progress.documents < self._documents + self._every:
-            return
-        self._documents = progress.documents
-        self._next = now + (TERMINAL_INTERVAL if self._live else PLAIN_INTERVAL)
-        line = describe(progress, self._known)
+    def due(self) -> bool:
+        """Whether enough time has passed."""
+        return time.monotonic() >= self._next
+
+    def show(self, line: str) -> None:
+        """Writes it."""
+        self._next = time.monotonic() + (TERMINAL_INTERVAL if self._live else PLAIN_INTERVAL)
         if self._live:
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -48,6 +43,44 @@ class ProgressLine:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
             self._width = 0
+
+
+class ProgressLine(_Line):
+    """Call it with each state of the work; it prints when enough documents and time have passed.
+
+    every: documents between two lines at least. known_documents: how many there are, where the user knows; otherwise
+    the share of the input files that was read says how much is left.
+    """
+
+    def __init__(self, *, every: int = 100, known_documents: int | None = None, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._every = every
+        self._known = known_documents
+        self._documents = 0
+
+    def __call__(self, progress: Progress) -> None:
+        if self.due() and progress.documents >= self._documents + self._every:
+            self._documents = progress.documents
+            line = describe(progress, self._known)
+            self.show(f"{_bar(int(line.partition('%')[0]))} {line}" if self._live else line)
+
+
+class TransferLine(_Line):
+    """The same for files that are fetched."""
+
+    def __init__(self, *, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+
+    def __call__(self, transfer: Transfer) -> None:
+        if self.due():
+            share = f"{transfer.done / transfer.total:4.0%}  " if transfer.total else ""
+            whole = f" of {transfer.total / 1e6:,.1f}" if transfer.total else ""
+            self.show(f"{transfer.name}  {share}{transfer.done / 1e6:,.1f}{whole} MB")
+
+
+def _bar(percent: int) -> str:
+    done = percent * BAR // 100
+    return f"[{'#' * done}{'.' * (BAR - done)}]"
 
 
 def describe(progress: Progress, known_documents: int | None = None) -> str:

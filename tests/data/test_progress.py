@@ -4,8 +4,9 @@ import io
 
 import pytest
 
+from megatron.data.download import Transfer
 from megatron.data.preprocess import Progress
-from megatron.data.progress import ProgressLine, clock, describe
+from megatron.data.progress import ProgressLine, TransferLine, clock, describe
 
 HALF = Progress(documents=500, tokens=1_000_000, content_bytes=4_000_000, fraction=0.5, seconds=2.0)
 
@@ -34,7 +35,7 @@ def test_live_on_a_terminal():
     line = ProgressLine(every=1, stream=stream)
     line(HALF)
     line(HALF)
-    assert stream.getvalue().count("\r") == 1
+    assert stream.getvalue() == "\r[##########..........]  " + describe(HALF).lstrip()
     line.close()
     assert stream.getvalue().endswith("\r")
 
@@ -45,3 +46,14 @@ def test_quiet_in_a_file():
     line(HALF)
     line.close()
     assert stream.getvalue() == ""
+
+
+def test_a_file_that_is_fetched():
+    stream = Terminal()
+    line = TransferLine(stream=stream)
+    line(Transfer("a.zst", 25_000_000, 100_000_000))
+    assert stream.getvalue() == "\ra.zst   25%  25.0 of 100.0 MB"
+    line.close()
+    other = TransferLine(stream=Terminal())
+    other(Transfer("a.zst", 25_000_000, None))
+    assert other._stream.getvalue() == "\ra.zst  25.0 MB"
