@@ -6,7 +6,6 @@ is wanted they are -100, so their files are int32.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,23 +14,12 @@ import numpy as np
 
 from megatron.data.encode import EncodedText, Encoding, NotADocument, text_of
 from megatron.data.indexed import dtype_for_vocabulary
+from megatron.data.mending import mended
 from megatron.data.sentences import Sentences
-from megatron.errors import ConfigError, RunError
+from megatron.errors import RunError
 
 NO_LOSS = -100
 LABELS = np.dtype("<i4")
-
-
-def mended(text: str) -> str:
-    """The text with broken Unicode mended. Raises ConfigError when ftfy is not installed."""
-    try:
-        ftfy = importlib.import_module("ftfy")
-    except ModuleNotFoundError as fault:
-        raise ConfigError.of(
-            "mending Unicode needs the package ftfy, which is not installed", key="ftfy", remedy="pip install ftfy"
-        ) from fault
-    fixed: str = ftfy.fix_text(text)
-    return fixed
 
 
 @dataclass(frozen=True)
