@@ -21,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import IO, Any
 
-from megatron.data.text_files import Kind, TextFile, kind_of
+from megatron.data.text_files import Kind, TextFile, kind_of, kind_of_member
 from megatron.errors import ConfigError, RunError
 
 BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LENGTH_DIGITS = 16
 _ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memory
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+NOT_TEXT = ("not read", "the member's name does not say that it is text")
+_Content = tuple[str, Kind, bytes | None, bool]  # None: a member that is not text
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+_ENCRYPTED = 1  # bit of a zip member's flags
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Block:
 
     name: the file, and the member of an archive. content: the bytes, or None when `length` bytes from `start` of the
     file are meant. begins: whether it is the first of its file. read_bytes: bytes of all files, as they lie on disk,
-    that were read when the block ended.
+    that were read when the block ended. lost: in place of documents, why what stands here (a member of an archive, or
+    the rest of a damaged file) gives none, as a reason and a detail.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Block:
     length: int
     begins: bool
     read_bytes: int
+    lost: tuple[str, str] | None = None
 
     def load(self) -> bytes:
         """The content, without a byte order mark. Raises RunError when the file changed while it was read."""
@@ -61,7 +66,7 @@ class Block:
 
 
 def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The content of the files, in order. Raises RunError when a compressed file is damaged or cut short."""
+    """The content of the files, in order. A file that is damaged or cut short ends with a block that says so."""
     before = 0
     for file in files:
         yield from read_file(file, block_bytes, before)
@@ -81,13 +86,14 @@ def read_file(file: TextFile, block_bytes: int, before: int, span: range | None 
     with file.path.open("rb") as raw:
         try:
             for name, kind, content, begins in _contents(file, raw, block_bytes):
-                yield Block(name, kind, content, 0, len(content), begins, before + min(raw.tell(), file.bytes))
+                read_bytes = before + min(raw.tell(), file.bytes)
+                if content is None:
+                    yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, NOT_TEXT)
+                else:
+                    yield Block(name, kind, content, 0, len(content), begins, read_bytes)
         except DAMAGE as fault:
-            raise RunError.of(
-                f"the file cannot be read on from byte {raw.tell():,} of {file.bytes:,} ({fault})",
-                where=str(file.path),
-                remedy="it is damaged or was cut short; fetch it again",
-            ) from fault
+            detail = f"it cannot be read on from byte {raw.tell():,} of {file.bytes:,}: {fault or type(fault).__name__}"
+            yield Block(str(file.path), Kind.WHOLE, b"", 0, 0, True, before + file.bytes, ("damaged", detail))
 
 
 def _places(file: TextFile, block_bytes: int, before: int, span: range) -> Iterator[Block]:
@@ -116,12 +122,12 @@ def _line_start(raw: IO[bytes], position: int, size: int) -> int:
 
 
 def _exactly(file: IO[bytes], length: int) -> Iterator[bytes]:
-    while length and (piece := file.read(length)):
+    while length and (piece := file.read(min(length, BLOCK_BYTES))):
         yield piece
         length -= len(piece)
 
 
-def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:
     name = str(file.path)
     if file.kind is Kind.ZIP:
         yield from _zip(name, raw, block_bytes)
@@ -136,36 +142,44 @@ def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[tupl
             yield from _documents(name, file.kind, stream, block_bytes)
 
 
-def _tar(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+def _tar(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[_Content]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            kind = kind_of(PurePath(member.name))
-            content = archive.extractfile(member) if member.isfile() and _is_text(kind) else None
-            if content is not None and kind is not None:
-                inside = f"{name}!{member.name}"
-                with _decompressed(inside, kind[1], content) as text:
-                    yield from _documents(inside, kind[0], text, block_bytes)
+            if member.isfile() and not _hidden(member.name):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield from _member(f"{name}!{member.name}", kind_of_member(PurePath(member.name)), content, block_bytes)
 
 
-def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:
     with zipfile.ZipFile(raw) as archive:
         for member in archive.infolist():
-            kind = kind_of(PurePath(member.filename))
-            if not member.is_dir() and _is_text(kind) and kind is not None:
-                inside = f"{name}!{member.filename}"
-                with archive.open(member) as content, _decompressed(inside, kind[1], content) as text:
-                    yield from _documents(inside, kind[0], text, block_bytes)
+            if member.flag_bits & _ENCRYPTED:
+                raise zipfile.BadZipFile(f"{member.filename} is encrypted")
+            if not member.is_dir() and not _hidden(member.filename):
+                kind = kind_of_member(PurePath(member.filename))
+                with archive.open(member) as content:
+                    yield from _member(f"{name}!{member.filename}", kind, content, block_bytes)
 
 
-def _is_text(kind: tuple[Kind, str] | None) -> bool:
-    return kind is not None and kind[0] in {Kind.LINES, Kind.WHOLE, Kind.LENGTHS}
+def _hidden(name: str) -> bool:
+    """What operating systems put into archives unasked, such as .DS_Store and ._name."""
+    return PurePath(name).name.startswith(".")
 
 
-def _documents(name: str, kind: Kind, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[str, Kind, bytes, bool]]:
+def _member(name: str, kind: tuple[Kind, str] | None, content: IO[bytes], block_bytes: int) -> Iterator[_Content]:
+    if kind is None:
+        yield name, Kind.WHOLE, None, True
+        return
+    with _decompressed(name, kind[1], content) as text:
+        yield from _documents(name, kind[0], text, block_bytes)
+
+
+def _documents(name: str, kind: Kind, stream: IO[bytes], block_bytes: int) -> Iterator[_Content]:
     if kind is Kind.WHOLE:
         yield name, kind, stream.read(), True
         return
-    pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(name, stream, block_bytes)
+    pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(stream, block_bytes)
     for number, content in enumerate(pieces):
         yield name, kind, content, number == 0
 
@@ -183,25 +197,20 @@ def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def _lengths(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The documents of a .dat with their lengths, in pieces."""
+def _lengths(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The documents of a .dat with their lengths, in pieces. Raises EOFError, behind what was whole."""
     number = held_bytes = 0
     held: list[bytes] = []
+    fault = ""
     while digits := stream.read(LENGTH_DIGITS):
         number += 1
         if len(digits) != LENGTH_DIGITS or not digits.isdigit():
-            raise RunError.of(
-                f"document {number} does not start with its length in {LENGTH_DIGITS} digits",
-                where=name,
-                remedy="it is damaged, or no archive of lm_dataformat",
-            )
-        content = stream.read(int(digits))
+            fault = f"document {number} does not start with its length in {LENGTH_DIGITS} digits"
+            break
+        content = b"".join(_exactly(stream, int(digits)))
         if len(content) != int(digits):
-            raise RunError.of(
-                f"document {number} should have {int(digits):,} bytes and has {len(content):,}",
-                where=name,
-                remedy="the file was cut short; fetch it again",
-            )
+            fault = f"document {number} should have {int(digits):,} bytes and has {len(content):,}"
+            break
         held += [digits, content]
         held_bytes += LENGTH_DIGITS + len(content)
         if held_bytes >= block_bytes:
@@ -209,6 +218,8 @@ def _lengths(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
             held, held_bytes = [], 0
     if held:
         yield b"".join(held)
+    if fault:
+        raise EOFError(fault)
 
 
 def parse_lengths(content: bytes) -> Iterator[bytes]:

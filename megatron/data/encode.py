@@ -74,7 +74,7 @@ class Skipped:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.counts.items()))
-        return f"{self.total:,} lines skipped: {reasons}"
+        return f"{self.total:,} lines or files skipped: {reasons}"
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,9 @@ def records_of(
 
     What is none is put into `skipped`.
     """
+    if block.lost is not None:
+        skipped.append(SkippedRecord(block.name, 0, *block.lost))
+        return
     if block.kind is Kind.LINES:
         pieces = block.load().split(b"\n")
         # A block ends with a line's end, except the last one of a file.

@@ -3,7 +3,8 @@
     .jsonl .json    a JSON object a line, a document each
     .txt            one document
     .dat            documents one after another, each behind its length in 16 decimal digits (lm_dataformat)
-    .tar .zip       files of the kinds above, one after another in the order of the archive
+    .tar .zip       files of the kinds above, one after another in the order of the archive; also files without an
+                    ending, and .md, .rst, .tex and .text, which are one document each
 
 Each may be compressed: .gz, .bz2 and .xz are read with the standard library, .zst with the package `zstandard`; .tgz,
 .tbz2 and .txz are tar files. Members of an archive may be compressed as well.
@@ -19,6 +20,7 @@ from pathlib import Path, PurePath
 from megatron.errors import ConfigError, Mistake
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+TEXT_IN_ARCHIVES = ("", ".md", ".rst", ".tex", ".text")
 
 
 class Kind(enum.Enum):
@@ -50,6 +52,16 @@ def kind_of(name: PurePath) -> tuple[Kind, str] | None:
     if last in short and not compression:
         return Kind.TAR, short[last]
     return next(((kind, compression) for kind in Kind if last in kind.value), None)
+
+
+def kind_of_member(name: PurePath) -> tuple[Kind, str] | None:
+    """The same for a member of an archive; None for one that is not text."""
+    known = kind_of(name)
+    if known is None and name.suffix.lower() in COMPRESSED and PurePath(name.stem).suffix.lower() in TEXT_IN_ARCHIVES:
+        return Kind.WHOLE, name.suffix.lower()
+    if known is None and name.suffix.lower() in TEXT_IN_ARCHIVES:
+        return Kind.WHOLE, ""
+    return known if known is not None and known[0] not in (Kind.TAR, Kind.ZIP) else None
 
 
 def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFile]:

@@ -2,24 +2,45 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
+import zipfile
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.blocks import read_blocks
 from megatron.data.encode import Counted, records_of
 from megatron.data.text_files import find_text_files
-from megatron.errors import ConfigError, RunError
+from megatron.errors import ConfigError
 
 LINES = b"".join(json.dumps({"text": f"document {number} " * 9}).encode() + b"\n" for number in range(400))
-COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESSED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
 
 
 def content(path, **settings):
     return b"".join(block.load() for block in read_blocks(find_text_files([str(path)]), **settings))
+
+
+def documents(path, **settings):
+    """What every document is, `file:number: text`, and what is told of the rest."""
+    found, told = [], []
+    for block in read_blocks(find_text_files([str(path)]), **settings):
+        found += [
+            (block.name.removeprefix(f"{path}!"), record["text"])
+            for _, record in records_of(block, ("text",), told, Counted())
+        ]
+    return found, [str(record) for record in told]
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -29,21 +50,161 @@ def test_every_compression(tmp_path, suffix):
     assert content(path, block_bytes=1000) == LINES
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_that_was_cut_short(tmp_path, suffix):
+    """What was whole is read, and the damage is told with its place."""
     path = tmp_path / f"lines.jsonl{suffix}"
-    path.write_bytes(COMPRESSED[suffix](LINES)[:-20])
-    with pytest.raises(RunError, match="cannot be read on from byte") as caught:
-        content(path)
-    assert caught.value.mistakes[0].where == str(path)
+    whole = COMPRESSED[suffix](LINES)
+    path.write_bytes(whole[:-20])
+    found, (told,) = documents(path, block_bytes=1000)
+    assert [text for _, text in found] == [json.loads(line)["text"] for line in LINES.splitlines()[: len(found)]]
+    assert told.startswith(f"{path}: damaged (it cannot be read on from byte ")
+    assert f" of {len(whole) - 20:,}: " in told
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path, suffix):
-    path = tmp_path / f"lines.jsonl{suffix}"
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ""])
+def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
+    path = tmp_path / (f"lines.jsonl{suffix}" if suffix else "lines.zip")
     path.write_bytes(LINES)
-    with pytest.raises(RunError, match="cannot be read"):
-        content(path)
+    found, (told,) = documents(path)
+    assert found == []
+    assert "damaged" in told
+
+
+def test_a_file_of_several_compressed_frames(tmp_path):
+    """Tools that compress in pieces write them one after another."""
+    for suffix in (".gz", ".bz2", ".xz", ".zst"):
+        path = tmp_path / f"lines.jsonl{suffix}"
+        path.write_bytes(COMPRESSED[suffix](LINES[:5000]) + COMPRESSED[suffix](LINES[5000:]))
+        assert content(path, block_bytes=700) == LINES
+
+
+MEMBERS = {
+    "a/one.txt": b"one\ntwo",
+    "a/lines.jsonl": b'{"text": "first"}\n{"text": "second"}\n',
+    "readme": b"no ending",
+    "notes.md": b"# notes",
+    "more.jsonl.zst": zstandard.compress(b'{"text": "third"}'),
+    "packed.txt.gz": gzip.compress(b"packed"),
+    "old.dat.zst": zstandard.compress(b"0000000000000004abcd0000000000000000" + b"0000000000000002" + "é".encode()),
+}
+INSIDE = [
+    ("a/one.txt", "one\ntwo"),
+    ("a/lines.jsonl", "first"),
+    ("a/lines.jsonl", "second"),
+    ("readme", "no ending"),
+    ("notes.md", "# notes"),
+    ("more.jsonl.zst", "third"),
+    ("packed.txt.gz", "packed"),
+    ("old.dat.zst", "abcd"),
+    ("old.dat.zst", ""),
+    ("old.dat.zst", "é"),
+]
+
+
+def tar(members):
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, held in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(held)
+            archive.addfile(member, io.BytesIO(held))
+    return made.getvalue()
+
+
+def zipped(members):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir("a")
+        for name, held in members.items():
+            archive.writestr(name, held)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["x.tar", "x.tar.gz", "x.tgz", "x.tar.bz2", "x.tar.xz", "x.tar.zst", "x.jsonl.zst.tar"]
+)
+def test_members_of_a_tar_in_its_order(tmp_path, name):
+    suffix = {"x.tgz": ".gz", "x.jsonl.zst.tar": ".tar"}.get(name, (tmp_path / name).suffix)
+    (tmp_path / name).write_bytes(COMPRESSED["" if suffix == ".tar" else suffix](tar(MEMBERS)))
+    assert documents(tmp_path / name) == (INSIDE, [])
+
+
+def test_members_of_a_zip(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zipped(MEMBERS))
+    assert documents(tmp_path / "x.zip") == (INSIDE, [])
+
+
+@pytest.mark.parametrize(("name", "packed"), [("x.tar", tar), ("x.zip", zipped)])
+def test_members_that_are_no_text_are_told(tmp_path, name, packed):
+    members = {"b.txt": b"b", "picture.png": b"\x89PNG", "inner.zip": zipped({"a.txt": b"a"}), "__MACOSX/._b.txt": b"x"}
+    (tmp_path / name).write_bytes(packed(members | {"c.txt": b"\xff"}))
+    found, told = documents(tmp_path / name)
+    assert found == [("b.txt", "b")]
+    assert [line.removeprefix(f"{tmp_path / name}!").split(" (")[0] for line in told] == [
+        "picture.png: not read",
+        "inner.zip: not read",
+        "c.txt: not UTF-8",
+    ]
+
+
+@pytest.mark.parametrize(("name", "packed"), [("x.tar", tar), ("x.zip", zipped)])
+def test_an_archive_that_was_cut_short(tmp_path, name, packed):
+    whole = packed({"a.txt": b"a" * 2000, "b.txt": bytes(range(32, 127)) * 400})
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    found, told = documents(tmp_path / name)
+    assert len(found) == (1 if name == "x.tar" else 0)  # a zip has its list of members at its end
+    assert "damaged" in told[-1]
+
+
+def test_a_member_whose_checksum_is_wrong(tmp_path):
+    whole = zipped({"a.txt": b"first", "b.txt": bytes(range(32, 127)) * 40})
+    place = whole.index(b"b.txt") + 60
+    (tmp_path / "x.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    found, (told,) = documents(tmp_path / "x.zip")
+    assert found == [("a.txt", "first")]
+    assert "damaged" in told
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (b"0000000000000002ab00000000000000", "document 2 does not start with its length"),
+        (b"0000000000000002abgarbage, no length", "document 2 does not start with its length"),
+        (b"0000000000000002ab9999999999999999cd", "document 2 should have 9,999,999,999,999,999 bytes and has 2"),
+    ],
+)
+def test_damage_in_an_archive_of_lengths(tmp_path, held, told):
+    (tmp_path / "x.dat.zst").write_bytes(zstandard.compress(held))
+    found, (line,) = documents(tmp_path / "x.dat.zst")
+    assert [text for _, text in found] == ["ab"]
+    assert told in line
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["x.tar", "x.zip", "x.dat", "x.jsonl", "x.jsonl.zst", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.bz2"]
+    ),
+    data=st.data(),
+)
+def test_no_damage_crashes_the_reader(tmp_path_factory, name, data):
+    """Bytes changed, cut or put in anywhere: documents or a told fault come of it, nothing else."""
+    suffix = name.removeprefix("x.jsonl")
+    lines = LINES[:600]
+    whole = {"x.tar": tar(MEMBERS), "x.zip": zipped(MEMBERS), "x.dat": b"0000000000000004abcd" * 3}.get(name)
+    made = bytearray(COMPRESSED[suffix](lines) if whole is None else whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(made)))
+        made[place : place + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    path = tmp_path_factory.mktemp("text") / name
+    path.write_bytes(bytes(made) or b"x")
+    found, told = documents(path, block_bytes=100)
+    assert all(isinstance(text, str | int | None | list | dict | float) for _, text in found)
+    assert all(str(path) in line for line in told)
 
 
 @settings(max_examples=100, deadline=None)
