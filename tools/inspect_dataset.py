@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.indexed import HEADER, VERSION, IndexedDataset, bin_path, idx_path
+from megatron.data.indexed import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
@@ -42,8 +42,9 @@ def parser() -> argparse.ArgumentParser:
 def header(data: IndexedDataset, prefix: str) -> list[str]:
     """The header and the counts, a line each."""
     sizes = data.sizes
+    kind, size = ("legacy format, ", LEGACY_HEADER.size) if data.legacy else ("", HEADER.size)
     lines = [
-        f"{idx_path(prefix)}: version {VERSION}, {data.dtype.name} tokens, header of {HEADER.size} bytes",
+        f"{idx_path(prefix)}: {kind}version {VERSION}, {data.dtype.name} tokens, header of {size} bytes",
         f"{bin_path(prefix)}: {data.bin_bytes:,} bytes",
         f"documents: {len(data.document_index) - 1:,}",
         f"items: {len(data):,}",

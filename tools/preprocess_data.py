@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--split-sentences", action="store_true", help="make each sentence an item of its document")
     text.add_argument("--keep-newlines", action="store_true", help="keep white space between sentences")
     tokens = made.add_argument_group("tokenizer")
-    tokens.add_argument("--tokenizer-type", required=True, help=f"one of {', '.join(TOKENIZERS.names)}")
+    tokens.add_argument("--tokenizer-type", "--tokenizer", required=True, help=f"one of {', '.join(TOKENIZERS.names)}")
     tokens.add_argument("--vocab-file", help="the tokenizer's file: tokenizer.json for HFTokenizer")
     tokens.add_argument("--merge-file", help="the merges, where the tokenizer has them in a file of their own")
     tokens.add_argument("--tokenizer-name-or-path", help="the folder or public name of PretrainedFromHF")
@@ -68,7 +68,10 @@ def add_work_arguments(made: argparse.ArgumentParser) -> None:
     output = made.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="start of the files' paths")
     output.add_argument(
-        "--dataset-impl", choices=["lazy", "cached", "mmap"], default="mmap", help="format of the files"
+        "--dataset-impl",
+        choices=["lazy", "cached", "mmap"],
+        default="mmap",
+        help="format: lazy and cached are the legacy one",
     )
     work = made.add_argument_group("work")
     work.add_argument("--workers", type=int, default=1, help="processes; the files are the same for any number")
@@ -77,7 +80,7 @@ def add_work_arguments(made: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=["skip", "fail"],
         default="skip",
-        help="a line that is no document: leave it out, count and list it, or end the work",
+        help="a line that is no document, or a damaged file: leave it out, count and list it, or end the work",
     )
     work.add_argument("--strict", action="store_const", const="fail", dest="on_error", help="as --on-error fail")
     work.add_argument("--resume", action="store_true", help="go on where an interrupted work stopped")
@@ -117,13 +120,6 @@ def _ids(told: str) -> tuple[int, ...]:
 
 def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerFacts) -> Result:
     """Writes the token files. Raises ConfigError and RunError."""
-    if asked.dataset_impl != "mmap":
-        raise ConfigError.of(
-            "the legacy formats are not written; training reads the memory-mapped one",
-            key="dataset_impl",
-            value=asked.dataset_impl,
-            remedy="leave it out",
-        )
     files = find_text_files(name for name in asked.input.split(",") if name)
     line = ProgressLine(every=asked.log_interval, known_documents=asked.num_docs)
     try:
@@ -136,6 +132,7 @@ def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerFacts)
             strict=asked.on_error == "fail",
             resume=asked.resume,
             shard=parse_shard(asked.shard) if asked.shard else None,
+            legacy=asked.dataset_impl != "mmap",
             report=line,
         )
     finally:

@@ -81,7 +81,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("te_fp8_mha", "Transformer Engine layers", _on),
     Gap("use_bnb_optimizer", "8-bit optimizers", _on),
     Gap("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
-    Gap("data_impl", "cached data files", lambda value: value == "cached"),
     Gap("train_reward_data_paths", "learning from rewards", _on),
     Gap("pos_train_data_paths", "pairs of answers", _on),
     Gap("train_samples", "a length in samples", _given),

@@ -14,6 +14,13 @@ Two files share a prefix. Everything is little endian; the arrays stand back to 
     i64[I]        where each item starts in the .bin [bytes]
     i64[D]        document index: 0, then the number of items after each document
 
+The legacy format (`--dataset-impl lazy` and `cached` write it) has the same .bin and, in 64 bits each:
+    8 bytes       magic, b"TNTIDX\x00\x00"
+    version, 1; dtype code; bytes of a token; I; I again; D
+    I + 1         0, 1, ... I: every item has one dimension
+    I + 1         where each item starts in the .bin, and where the last one ends [tokens]
+    I, D          length of each item [tokens], and the document index
+
 An item is what was tokenised at once. Everything written here has one item a document, and training counts items.
 Megatron-LM, Megatron-Core, GPT-NeoX and datatrove read and write the same two files.
 """
@@ -25,7 +32,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,6 +42,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document index entries
+LEGACY_HEADER = struct.Struct("<8sQQQQQQ")  # magic, version, dtype code, bytes of a token, items, sizes, entries
 DTYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     {
         1: np.dtype("<u1"),
@@ -70,27 +78,22 @@ class IndexedDataset:
     """The documents of `<prefix>.bin` and `<prefix>.idx`, read through memory maps.
 
     sizes: int32 [items], the length of each item [tokens]. starts: int64 [items], where it starts [bytes].
-    document_index: int64. dtype: of a token. key: the configuration key that named the prefix, for messages.
+    document_index: int64. dtype: of a token. legacy: whether the index has the legacy format. key: the configuration
+    key that named the prefix, for messages.
     Raises ConfigError when a file is missing or of another kind, RunError when a file is damaged.
-    Opening costs the same whatever the size; `check` reads the whole index.
+    Opening costs the same whatever the size, but for a legacy index, which is converted; `check` reads the whole index.
     """
 
     def __init__(self, prefix: str | Path, *, key: str | None = None) -> None:
         self.prefix = str(prefix)
         self._key = key
         index = self._map(idx_path(prefix))
-        self.dtype, items, entries = self._header(index)
-        sizes_at = HEADER.size
-        starts_at = sizes_at + 4 * items
-        documents_at = starts_at + 8 * items
-        expected = documents_at + 8 * entries
-        if len(index) != expected:
-            self._damaged(
-                idx_path(prefix), f"it should have {expected} bytes for its {items} documents and has {len(index)}"
-            )
-        self.sizes = np.frombuffer(index, "<i4", items, sizes_at)
-        self.starts = np.frombuffer(index, "<i8", items, starts_at)
-        self.document_index = np.frombuffer(index, "<i8", entries, documents_at)
+        self.legacy = index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC
+        if self.legacy:
+            self._read_legacy(index)
+        else:
+            self._read_index(index)
+        items = len(self.sizes)
         tokens = self._map(bin_path(prefix))
         self.bin_bytes = len(tokens)
         used = int(self.starts[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if items else 0
@@ -158,31 +161,64 @@ class IndexedDataset:
                 remedy="give the path of the data without .bin or .idx, as tools/preprocess_data.py printed it",
             ) from fault
 
-    def _header(self, index: bytes | mmap.mmap) -> tuple[np.dtype, int, int]:
+    def _read_index(self, index: bytes | mmap.mmap) -> None:
         path = idx_path(self.prefix)
-        if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
-            raise ConfigError.of(
-                f"{path} has the legacy format (TNTIDX), which is not read here",
-                key=self._key,
-                value=self.prefix,
-                remedy="tokenise the text again with tools/preprocess_data.py",
-            )
         if index[: len(MAGIC)] != MAGIC:
             raise ConfigError.of(
                 f"{path} is not an index of token data: it starts with {bytes(index[: len(MAGIC)])!r}",
                 key=self._key,
                 value=self.prefix,
             )
-        if len(index) < HEADER.size:
-            self._damaged(path, f"its header has {HEADER.size} bytes and the file {len(index)}")
+        self._check_header(index, HEADER)
         version, code, items, entries = HEADER.unpack(index[: HEADER.size])[1:]
+        self._check_codes(version, code)
+        sizes_at = HEADER.size
+        starts_at = sizes_at + 4 * items
+        documents_at = starts_at + 8 * items
+        self._check_length(index, documents_at + 8 * entries, items)
+        self.dtype = DTYPES[code]
+        self.sizes = np.frombuffer(index, "<i4", items, sizes_at)
+        self.starts = np.frombuffer(index, "<i8", items, starts_at)
+        self.document_index = np.frombuffer(index, "<i8", entries, documents_at)
+
+    def _read_legacy(self, index: bytes | mmap.mmap) -> None:
+        self._check_header(index, LEGACY_HEADER)
+        version, code, width, items, sizes, entries = LEGACY_HEADER.unpack(index[: LEGACY_HEADER.size])[1:]
+        self._check_codes(version, code)
+        self.dtype = DTYPES[code]
+        if width != self.dtype.itemsize or sizes != items:
+            self._damaged(
+                idx_path(self.prefix),
+                f"it says {width} bytes a token of {self.dtype.name}, and {sizes} lengths of {items} items",
+            )
+        starts_at = LEGACY_HEADER.size + 8 * (items + 1)
+        sizes_at = starts_at + 8 * (items + 1)
+        documents_at = sizes_at + 8 * items
+        self._check_length(index, documents_at + 8 * entries, items)
+        lengths = np.frombuffer(index, "<i8", items, sizes_at)
+        if items and not (int(lengths.min()) >= 0 and int(lengths.max()) <= np.iinfo(np.int32).max):
+            self._damaged(idx_path(self.prefix), f"a length is not in [0, {np.iinfo(np.int32).max}]")
+        self.sizes = lengths.astype("<i4")
+        self.starts = np.frombuffer(index, "<i8", items, starts_at) * width
+        self.document_index = np.frombuffer(index, "<i8", entries, documents_at)
+
+    def _check_header(self, index: bytes | mmap.mmap, header: struct.Struct) -> None:
+        if len(index) < header.size:
+            self._damaged(idx_path(self.prefix), f"its header has {header.size} bytes and the file {len(index)}")
+
+    def _check_codes(self, version: int, code: int) -> None:
+        path = idx_path(self.prefix)
         if version != VERSION:
             self._damaged(path, f"it says version {version}, and only version {VERSION} is known")
         if code not in DTYPES:
             self._damaged(path, f"it says dtype code {code}, and the codes are {min(DTYPES)} to {max(DTYPES)}")
-        return DTYPES[code], items, entries
 
-    def _damaged(self, path: Path, what: str) -> None:
+    def _check_length(self, index: bytes | mmap.mmap, expected: int, items: int) -> None:
+        if len(index) != expected:
+            what = f"it should have {expected} bytes for its {items} documents and has {len(index)}"
+            self._damaged(idx_path(self.prefix), what)
+
+    def _damaged(self, path: Path, what: str) -> NoReturn:
         raise RunError.of(
             f"the data file is damaged: {what}",
             where=str(path),

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from megatron.data.card import DatasetCard
 from megatron.data.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
 from megatron.data.journal import Counts, Journal, Sidecar, task_of
@@ -22,6 +24,7 @@ from megatron.data.workers import encode_blocks
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError, Mistake, RunError
 
+LEGACY = np.dtype("<i4")  # the legacy format's type of a token, whatever the vocabulary
 MARK_INTERVAL = 5.0  # seconds between two states that are kept
 
 
@@ -81,6 +84,7 @@ def preprocess(
     strict: bool = False,
     resume: bool = False,
     shard: Shard | None = None,
+    legacy: bool = False,
     mark_interval: float = MARK_INTERVAL,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
@@ -88,20 +92,22 @@ def preprocess(
     recipe; and `<output_prefix>_skipped.jsonl` with what gave no document, if anything.
 
     strict: what gives no document ends the work. resume: go on where an interrupted work stopped. shard: this machine's
-    part. mark_interval: [s] between two states that are kept.
+    part. legacy: write the legacy format, with 4 bytes a token. mark_interval: [s] between two states that are kept.
     Raises ConfigError for impossible wishes; RunError for damaged input, a full disk, a line that strict refuses, and
     when no document is left. Nothing appears under a final name unless all of it is written.
     """
     shard = shard or Shard()
     output_prefix = _checked(recipe, workers, output_prefix, shard)
-    journal = Journal(output_prefix, task_of(files, _wishes(recipe, facts, shard)))
+    journal = Journal(output_prefix, task_of(files, _wishes(recipe, facts, shard) | {"legacy": legacy}))
     kept = journal.read() if resume else None
     counts = Counts(len(recipe.outputs)) if kept is None else kept[0]
     marks = [None] * len(recipe.outputs) if kept is None else kept[1]
     work = _Work(counts, journal, mark_interval, strict, report)
     with contextlib.ExitStack() as stack:
         writers = [
-            stack.enter_context(DatasetWriter(f"{output_prefix}_{name}", dtype, mark=mark))
+            stack.enter_context(
+                DatasetWriter(f"{output_prefix}_{name}", LEGACY if legacy else dtype, legacy=legacy, mark=mark)
+            )
             for (name, dtype), mark in zip(recipe.outputs, marks, strict=True)
         ]
         if kept is None:

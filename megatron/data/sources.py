@@ -80,7 +80,7 @@ def read_splits(
 def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
     lists = {name: getattr(data, f"{name}_data_paths") for name in NAMES}
     if data.data_path is not None:
-        return _one_set(data.data_path, data.split, wanted)
+        return _one_set(data.data_path, data.split, wanted, data.data_impl)
     if not any(lists.values()):
         raise ConfigError.of(
             "no data to train on",
@@ -94,9 +94,9 @@ def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list
     return splits, []
 
 
-def _one_set(path: str, split: str, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
+def _one_set(path: str, split: str, wanted: dict[str, int], impl: str) -> tuple[list[Split], list[str]]:
     shares = dict(zip(NAMES, split_shares(split), strict=True))
-    dataset = _open(path, "data_path")
+    dataset = _open(path, "data_path", impl)
     found, warnings = [], []
     for name, documents in split_documents(split, len(dataset)).items():
         source = Source(TokenSource(dataset), documents, 1.0, name, "data_path")
@@ -116,7 +116,11 @@ def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
     key = f"{name}_data_paths"
     paths = getattr(data, key)
     opened = [
-        TokenSource(_open(path, key), _companion(data, LABELS[name], number), _companion(data, REWARDS[name], number))
+        TokenSource(
+            _open(path, key, data.data_impl),
+            _companion(data, LABELS[name], number),
+            _companion(data, REWARDS[name], number),
+        )
         for number, path in enumerate(_counted(data, name, paths))
     ]
     weights = getattr(data, f"{name}_data_weights") or [1.0] * len(paths)
@@ -152,10 +156,14 @@ def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str
     return paths
 
 
-def _open(path: Any, key: str) -> IndexedDataset:
+def _open(path: Any, key: str, impl: str) -> IndexedDataset:
     if not isinstance(path, str):
         raise ConfigError.of("this is no path", key=key, value=path, remedy="give the prefix of .bin and .idx files")
     dataset = IndexedDataset(path, key=key)
+    own = "cached" if dataset.legacy else "mmap"
+    if impl not in ("infer", own):
+        what = f"{path}.idx has the {'legacy' if dataset.legacy else 'memory-mapped'} format, which is {own}"
+        raise ConfigError.of(what, key="data_impl", value=impl, remedy="leave it out; the file says its format")
     dataset.check()
     return dataset
 
@@ -163,7 +171,7 @@ def _open(path: Any, key: str) -> IndexedDataset:
 def _companion(data: DataSection, key: str, number: int) -> IndexedDataset | None:
     """The labels or rewards of one data set; None where there are none, which a null in the list says too."""
     path = (getattr(data, key) or {number: None})[number]
-    return None if path is None else _open(path, key)
+    return None if path is None else _open(path, key, data.data_impl)
 
 
 def _check_companions(source: TokenSource, name: str) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Self
 import numpy as np
 
 from megatron.data.card import DatasetCard, card_path
-from megatron.data.indexed import DTYPES, HEADER, MAGIC, VERSION, bin_path, idx_path
+from megatron.data.indexed import DTYPES, HEADER, LEGACY_HEADER, LEGACY_MAGIC, MAGIC, VERSION, bin_path, idx_path
 from megatron.errors import RunError
 
 LARGEST_ITEM = np.iinfo(np.int32).max
@@ -40,14 +40,15 @@ class Mark:
 class DatasetWriter:
     """A context: documents are added inside it, and the pair of files exists after it.
 
-    prefix: the files' common path. dtype: of a token. mark: where an earlier writer of the same files was; what it
-    wrote later is cut off. keep: leave the partial files when the work fails. On an exception inside the context
-    nothing appears. Raises RunError when the disk fills up, another process is writing the same files, or the partial
-    files are shorter than the mark says.
+    prefix: the files' common path. dtype: of a token. legacy: write the legacy index. mark: where an earlier writer of
+    the same files was; what it wrote later is cut off. keep: leave the partial files when the work fails. On an
+    exception inside the context nothing appears. Raises RunError when the disk fills up, another process is writing the
+    same files, or the partial files are shorter than the mark says.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype, *, mark: Mark | None = None) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype, *, legacy: bool = False, mark: Mark | None = None) -> None:
         self.prefix = str(prefix)
+        self._legacy = legacy
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.keep = False
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
@@ -154,20 +155,15 @@ class DatasetWriter:
         _to_disk(self._file)
         self._sizes.flush()
         with partial(idx_path(self.prefix)).open("wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, self._code, self.items, self.documents + 1))
-            for sizes in self._read(self._sizes, "<i4"):
-                index.write(sizes.data)
-            before = 0
-            for sizes in self._read(self._sizes, "<i4"):
-                ends = np.cumsum(sizes, dtype=np.int64) + before
-                index.write(((ends - sizes) * self.dtype.itemsize).astype("<i8").data)
-                before = int(ends[-1])
-            index.write(np.zeros(1, "<i8").data)
-            for ends in self._document_ends():
-                index.write(ends.data)
+            if self._legacy:
+                self._write_legacy(index)
+            else:
+                self._write_index(index)
             _to_disk(index)
         if self.card is not None:
-            partial(card_path(self.prefix)).write_text(self.card.to_json(), encoding="utf-8")
+            with partial(card_path(self.prefix)).open("wb") as card:
+                card.write(self.card.to_json().encode("utf-8"))
+                _to_disk(card)
         # An index of earlier data must never be seen beside the new tokens.
         idx_path(self.prefix).unlink(missing_ok=True)
         card_path(self.prefix).unlink(missing_ok=True)
@@ -180,6 +176,40 @@ class DatasetWriter:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _write_index(self, index: IO[bytes]) -> None:
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, self.items, self.documents + 1))
+        for sizes in self._read(self._sizes, "<i4"):
+            index.write(sizes.data)
+        for sizes, ends in self._ends_of_items():
+            index.write(((ends - sizes) * self.dtype.itemsize).astype("<i8").data)
+        self._write_documents(index)
+
+    def _write_legacy(self, index: IO[bytes]) -> None:
+        width = self.dtype.itemsize
+        counts = self.items, self.items, self.documents + 1
+        index.write(LEGACY_HEADER.pack(LEGACY_MAGIC, VERSION, self._code, width, *counts))
+        for first in range(0, self.items + 1, _AT_ONCE):
+            index.write(np.arange(first, min(first + _AT_ONCE, self.items + 1), dtype="<i8").data)
+        index.write(np.zeros(1, "<i8").data)
+        for _, ends in self._ends_of_items():
+            index.write(ends.astype("<i8").data)
+        for sizes in self._read(self._sizes, "<i4"):
+            index.write(sizes.astype("<i8").data)
+        self._write_documents(index)
+
+    def _write_documents(self, index: IO[bytes]) -> None:
+        index.write(np.zeros(1, "<i8").data)
+        for ends in self._document_ends():
+            index.write(ends.data)
+
+    def _ends_of_items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The length of each item, and where it ends in the .bin [tokens], many at a time."""
+        before = 0
+        for sizes in self._read(self._sizes, "<i4"):
+            ends = np.cumsum(sizes, dtype=np.int64) + before
+            yield sizes, ends
+            before = int(ends[-1])
 
     def _document_ends(self) -> Iterator[np.ndarray]:
         if self._ends is not None:

@@ -152,7 +152,7 @@ def test_a_truncated_idx(prefix, length):
     ("at", "patch", "fault", "told"),
     [
         (0, b"XXXXXXXXX", ConfigError, "not an index"),
-        (0, b"TNTIDX\0\0", ConfigError, "legacy format"),
+        (0, b"TNTIDX\0\0", RunError, "header has 56 bytes|version|dtype code|bytes a token|should have"),
         (9, struct.pack("<Q", 2), RunError, "version 2"),
         (17, b"\x09", RunError, "dtype code 9"),
         (18, struct.pack("<Q", 2**62), RunError, "should have"),
@@ -182,6 +182,64 @@ def test_check_reads_the_whole_index(prefix, at, patch, told):
     path.write_bytes(content)
     with pytest.raises(RunError, match=told):
         IndexedDataset(prefix).check()
+
+
+def write_legacy(prefix):
+    with DatasetWriter(prefix, np.dtype("<i4"), legacy=True) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(document)
+    return prefix
+
+
+def test_the_legacy_format_on_disk(tmp_path):
+    """Written out by hand from the description of the format, and read again."""
+    prefix = write_legacy(tmp_path / "p")
+    assert prefix.with_suffix(".bin").read_bytes() == struct.pack("<8i", 5, 6, 7, 8, 9, 10, 11, 12)
+    header = b"TNTIDX\x00\x00" + struct.pack("<6Q", 1, 4, 4, 3, 3, 4)
+    arrays = struct.pack("<4q", 0, 1, 2, 3) + struct.pack("<4q", 0, 3, 4, 8) + struct.pack("<3q", 3, 1, 4)
+    assert prefix.with_suffix(".idx").read_bytes() == header + arrays + struct.pack("<4q", 0, 1, 2, 3)
+    data = IndexedDataset(prefix)
+    data.check()
+    assert data.legacy
+    assert [data[item].tolist() for item in range(3)] == DOCUMENTS
+    assert (data.sizes.dtype, data.starts.tolist(), data.document_index.tolist()) == (
+        np.int32,
+        [0, 12, 16],
+        [0, 1, 2, 3],
+    )
+
+
+def damaged(content, data):
+    """Bytes changed, cut off or put in anywhere."""
+    made = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(made)))
+        made[place : place + data.draw(st.integers(0, 8))] = data.draw(
+            st.one_of(
+                st.binary(max_size=8), st.sampled_from([b"\xff" * 8, b"\x7f" * 8, bytes(8), b"\x00" * 7 + b"\x80"])
+            )
+        )
+    return bytes(made)
+
+
+@settings(max_examples=500, deadline=None)
+@given(legacy=st.booleans(), part=st.sampled_from([".idx", ".bin"]), data=st.data())
+def test_no_damage_crashes_the_reader(tmp_path_factory, legacy, part, data):
+    """A fault in words, or a data set all of whose documents can be read."""
+    folder = tmp_path_factory.mktemp("data")
+    prefix = write_legacy(folder / "p") if legacy else write(folder / "p")
+    path = prefix.with_suffix(part)
+    path.write_bytes(damaged(path.read_bytes(), data))
+    told = None
+    try:
+        found = IndexedDataset(prefix)
+        found.check()
+    except (ConfigError, RunError) as fault:
+        told = str(fault)
+    if told is not None:
+        assert str(prefix) in told
+        return
+    assert sum(len(found[item]) for item in range(len(found))) == len(found.tokens)
 
 
 @settings(max_examples=150, deadline=None)

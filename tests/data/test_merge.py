@@ -1,10 +1,12 @@
 """Merging pairs: the bytes of one work, shards included, and pairs that do not go together."""
 
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.merge import find_pairs, merge
@@ -48,6 +50,9 @@ def test_shards_merge_to_the_bytes_of_one_work(tmp_path, shards, sentences):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
         (tmp_path / "in" / f"{name}.jsonl").write_text(lines)
     (tmp_path / "in" / "b2.txt").write_text("A whole file. It is one document.")
+    packed = "".join(json.dumps({"text": text}) + "\n" for text in texts[:20]).encode()
+    (tmp_path / "in" / "b3.jsonl.gz").write_bytes(gzip.compress(packed))
+    (tmp_path / "in" / "d.jsonl.zst").write_bytes(zstandard.compress(packed))
     recipe = PlainText(CHARACTERS, append_eod=True, sentences=sentences)
     facts = TokenizerFacts("CharLevelTokenizer", 512, 0)
     files = find_text_files([str(tmp_path / "in")])
@@ -60,7 +65,7 @@ def test_shards_merge_to_the_bytes_of_one_work(tmp_path, shards, sentences):
     ]
     assert sorted(prefixes) == prefixes
     merge(prefixes, str(tmp_path / "merged"))
-    assert once.card.documents == 61
+    assert once.card.documents == 101
     assert pair(tmp_path / "merged") == pair(once.prefix)
     assert Path(f"{tmp_path}/merged.json").read_text() == Path(f"{once.prefix}.json").read_text()
 

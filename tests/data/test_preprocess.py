@@ -1,5 +1,6 @@
 """Text to token files: exact contents, the same bytes for any number of workers, and bad input."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import TokenizerFacts, preprocess
@@ -40,7 +42,7 @@ def made(path, prefix, **settings):
     return preprocess(find_text_files([str(path)]), recipe, output_prefix=str(prefix), facts=facts, **settings)
 
 
-def texts(prefix):
+def texts_of(prefix):
     data = IndexedDataset(prefix)
     data.check()
     return [CHARACTERS.decode(data[item].tolist()) for item in range(len(data))]
@@ -66,8 +68,8 @@ def test_without_the_end_of_documents(tmp_path):
 def test_each_key_has_its_own_text(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"question": "q1", "answer": "a1"}, {"question": "q2", "answer": "a2"}])
     made(path, tmp_path / "out", keys=("question", "answer"))
-    assert texts(tmp_path / "out_question_document") == ["q1", "q2"]
-    assert texts(tmp_path / "out_answer_document") == ["a1", "a2"]
+    assert texts_of(tmp_path / "out_question_document") == ["q1", "q2"]
+    assert texts_of(tmp_path / "out_answer_document") == ["a1", "a2"]
 
 
 BAD = [
@@ -89,7 +91,7 @@ def test_bad_lines_are_skipped_counted_and_placed(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"text": "\xff"}\n')
     result = made(path, tmp_path / "out")
-    assert texts(tmp_path / "out_text_document") == ["good", "also good"]
+    assert texts_of(tmp_path / "out_text_document") == ["good", "also good"]
     assert result.empty == 1
     assert result.skipped.counts == {
         "not JSON": 2,
@@ -109,6 +111,82 @@ def test_strict_ends_at_the_first_bad_line(tmp_path, workers):
     with pytest.raises(RunError, match=r"a\.jsonl:2: not JSON"):
         made(path, tmp_path / "out", strict=True, workers=workers)
     assert [child.name for child in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_was_cut_short_is_listed_or_ends_the_work(tmp_path, workers):
+    """What was whole of it is used, and so is the file behind it."""
+    generator = np.random.default_rng(1)
+    texts = [generator.bytes(3000).hex() for _ in range(400)]
+    whole = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (tmp_path / "in").mkdir()
+    cut = tmp_path / "in" / "a.jsonl.zst"
+    cut.write_bytes(whole[: len(whole) // 2])
+    lines(tmp_path / "in" / "b.jsonl", [{"text": "behind"}])
+    result = made(tmp_path / "in", tmp_path / "out", workers=workers)
+    *found, last = texts_of(tmp_path / "out_text_document")
+    assert last == "behind"
+    assert 100 < len(found) < 200
+    assert found == texts[: len(found)]
+    assert result.skipped.counts == {"damaged": 1}
+    (listed,) = [json.loads(line) for line in Path(result.sidecar).read_text().splitlines()]
+    assert (listed["file"], listed["line"], listed["reason"]) == (str(cut), 0, "damaged")
+    assert f"cannot be read on from byte {len(whole) // 2:,} of {len(whole) // 2:,}" in listed["detail"]
+    with pytest.raises(RunError, match=r"a\.jsonl\.zst: damaged \(it cannot be read on from byte"):
+        made(tmp_path / "in", tmp_path / "strict", strict=True, workers=workers)
+    assert not list(tmp_path.glob("strict*"))
+
+
+def test_nothing_but_damage(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(RunError, match=r"no document.*1 damaged"):
+        made(tmp_path / "a.jsonl.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_legacy_format(tmp_path, workers):
+    """The same documents, four bytes a token, another index."""
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "two")])
+    made(path, tmp_path / "old", legacy=True, append_eod=True, workers=workers)
+    made(path, tmp_path / "new", append_eod=True)
+    old, new = (IndexedDataset(tmp_path / f"{name}_text_document") for name in ("old", "new"))
+    assert (old.legacy, old.dtype, new.dtype) == (True, np.int32, np.uint16)
+    assert [old[item].tolist() for item in range(2)] == [new[item].tolist() for item in range(2)]
+
+
+def test_mended_text(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "schÃ¶n “so”"}, {"text": "\x00"}])
+    result = made(path, tmp_path / "out", repair=True)
+    assert texts_of(tmp_path / "out_text_document") == ['schön "so"']
+    assert result.empty == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "jsonl.zst"])
+def test_a_document_of_200_megabytes_fits_into_a_gigabyte(tmp_path, byte_pairs, kind):
+    """The peak of the process that encodes it, interpreter and libraries included."""
+    line = " ".join(itertools.islice(corpus(), 8)) + " naïve\n"
+    text = line * (200_000_000 // len(line.encode()) + 1)
+    content = text.encode() if kind == "txt" else json.dumps({"text": text}, ensure_ascii=False).encode()
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(zstandard.compress(content) if kind.endswith("zst") else content)
+    byte_pairs._tokenizer.save(str(tmp_path / "t.json"))
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--append-eod"]
+    command += ["--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "HFTokenizer"]
+    measured = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]).returncode; "
+        "print(done, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", measured, *command, "--vocab-file", str(tmp_path / "t.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, kilobytes = map(int, done.stdout.splitlines()[-1].split())
+    assert code == 0, done.stderr
+    assert kilobytes < 1_000_000
+    data = IndexedDataset(tmp_path / "out_text_document")
+    assert len(data) == 1
+    assert byte_pairs.decode(data[0][:5000].tolist()) == text[: len(byte_pairs.decode(data[0][:5000].tolist()))]
+    once = byte_pairs.encode(line)
+    assert len(data[0]) == pytest.approx(len(once) * (len(text) // len(line)), rel=1e-3)
 
 
 def test_a_file_without_documents(tmp_path):
@@ -210,7 +288,7 @@ def test_killed_midway_nothing_has_the_final_name_and_no_process_stays(tmp_path)
     assert not any(_alive(child) for child in children)
     # The next attempt writes over what was left.
     made(lines(tmp_path / "b.jsonl", [{"text": "b"}]), prefix)
-    assert texts(f"{prefix}_text_document") == ["b"]
+    assert texts_of(f"{prefix}_text_document") == ["b"]
     assert not partial.exists()
 
 

@@ -37,7 +37,11 @@ class DataSection(Section):
     neg_test_data_paths: Strings | None = key(None, f"Rejected answers for testing, {PATHS}.")
     pos_test_label_data_paths: Items | None = key(None, f"Labels of the preferred test answers, {PATHS}.")
     neg_test_label_data_paths: Items | None = key(None, f"Labels of the rejected test answers, {PATHS}.")
-    data_impl: str = key("infer", "How data files are read.", choices=("infer", "mmap", "cached"))
+    data_impl: str = key(
+        "infer",
+        "Format of the data files: mmap, cached (the legacy one) or what each .idx says.",
+        choices=("infer", "mmap", "cached"),
+    )
     dataset_impl: str = key("gpt2", "Kind of samples.", choices=("gpt2", "pairwise", "online"))
     pack_impl: str = key(
         "packed",
