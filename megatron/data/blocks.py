@@ -59,7 +59,7 @@ class Block:
         if content is None:
             with open(self.name, "rb", buffering=0) as file:
                 file.seek(self.start)
-                content = b"".join(_exactly(file, self.length))
+                content = b"".join(_exactly(file, self.length, self.length))
             if len(content) != self.length:
                 raise RunError.of("the file became shorter while it was read", where=self.name)
         return content.removeprefix(BYTE_ORDER_MARK) if self.begins else content
@@ -121,8 +121,9 @@ def _line_start(raw: IO[bytes], position: int, size: int) -> int:
     return size
 
 
-def _exactly(file: IO[bytes], length: int) -> Iterator[bytes]:
-    while length and (piece := file.read(min(length, BLOCK_BYTES))):
+def _exactly(file: IO[bytes], length: int, at_once: int) -> Iterator[bytes]:
+    """So many bytes, fewer at the end of the file. at_once: since the length may be a damaged one."""
+    while length and (piece := file.read(min(length, at_once))):
         yield piece
         length -= len(piece)
 
@@ -190,8 +191,10 @@ def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
     while content := stream.read(block_bytes):
         cut = content.rfind(b"\n") + 1
         if cut:
-            yield b"".join([*held, content[:cut]])
-            held = []
+            held.append(content[:cut])
+            whole = b"".join(held)
+            held.clear()  # a line may be most of the memory
+            yield whole
         held.append(content[cut:])
     if any(held):
         yield b"".join(held)
@@ -207,7 +210,7 @@ def _lengths(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
         if len(digits) != LENGTH_DIGITS or not digits.isdigit():
             fault = f"document {number} does not start with its length in {LENGTH_DIGITS} digits"
             break
-        content = b"".join(_exactly(stream, int(digits)))
+        content = b"".join(_exactly(stream, int(digits), BLOCK_BYTES))
         if len(content) != int(digits):
             fault = f"document {number} should have {int(digits):,} bytes and has {len(content):,}"
             break

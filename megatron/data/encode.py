@@ -16,6 +16,7 @@ import numpy as np
 from megatron.data.blocks import Block, parse_lengths
 from megatron.data.text_files import Kind
 
+_SPACE = 0x20
 EXAMPLES = 5  # skipped documents that are described at the end of the work; the sidecar file has them all
 
 
@@ -203,17 +204,19 @@ def records_of(
         skipped.append(SkippedRecord(block.name, 0, *block.lost))
         return
     if block.kind is Kind.LINES:
-        pieces = block.load().split(b"\n")
-        # A block ends with a line's end, except the last one of a file.
-        counted.records = len(pieces) - (not pieces[-1])
-        pieces.reverse()
-        for number in range(1, len(pieces) + 1):
-            line = pieces.pop()
-            if line and not line.isspace():
-                record = _json(line, block.name, number, skipped)
-                del line  # a document may be most of the memory
+        content = block.load()
+        view = memoryview(content)  # a line may be most of the memory: it is not copied
+        start = 0
+        while start < len(content):
+            counted.records += 1
+            end = content.find(b"\n", start)
+            end = len(content) if end < 0 else end
+            if start < end and not (content[start] <= _SPACE and content[start:end].isspace()):
+                record = _json(view[start:end], block.name, counted.records, skipped)
                 if record is not None:
-                    yield number, record
+                    yield counted.records, record
+                    del record
+            start = end + 1
         return
     whole = block.kind is Kind.WHOLE
     for number, content in enumerate([block.load()] if whole else parse_lengths(block.load()), 1):
@@ -226,9 +229,9 @@ def records_of(
         yield 0 if whole else number, dict.fromkeys(keys, text)
 
 
-def _json(line: bytes, name: str, number: int, skipped: list[SkippedRecord]) -> Mapping[str, Any] | None:
+def _json(line: memoryview, name: str, number: int, skipped: list[SkippedRecord]) -> Mapping[str, Any] | None:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(str(line, "utf-8"))
     except UnicodeDecodeError as fault:
         skipped.append(SkippedRecord(name, number, "not UTF-8", f"byte {fault.start} of the line"))
         return None

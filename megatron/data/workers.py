@@ -26,6 +26,7 @@ from megatron.data.encode import EncodedBlock, EncodedText, Encoder
 from megatron.errors import RunError
 
 WAITING = 2  # blocks for each worker that are read ahead or not yet taken
+WAITING_BYTES = 64 << 20  # or so much of them, where there is a very long document
 
 
 def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Generator[EncodedBlock, None, None]:
@@ -49,13 +50,13 @@ def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Ge
             idle.put(worker)
             return encoded
 
-        pending: deque[Future[EncodedBlock]] = deque()
+        pending: deque[tuple[Future[EncodedBlock], int]] = deque()
         for block in blocks:
-            pending.append(threads.submit(work, block))
-            if len(pending) > WAITING * workers:
-                yield pending.popleft().result()
+            pending.append((threads.submit(work, block), block.length))
+            while len(pending) > WAITING * workers or sum(length for _, length in pending) > WAITING_BYTES:
+                yield pending.popleft()[0].result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
 
 
 class _Worker:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class ByteLevelEngine:
         self._normalise = _normaliser_of(tokenizer, description)
         self._raw, self._normal = _added_of(description, self._normalise)
         self._core = _core(words, ranks)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self._dtype = np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
         self._tokenizer = tokenizer
         for text in _probe():
             if self.encode(text).tolist() != tokenizer.encode(text, add_special_tokens=False).ids:
@@ -88,11 +90,11 @@ class ByteLevelEngine:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text [tokens]."""
-        pieces = cut(text) if len(text) > LONG_TEXT else [text]
-        found = [ids for piece in pieces for ids in self._parts(piece)]
+        pieces: Iterable[str] = cut(text) if len(text) > LONG_TEXT else [text]
+        found = [ids.astype(self._dtype, copy=False) for piece in pieces for ids in self._parts(piece)]
         if len(found) == 1:
             return found[0]
-        return np.concatenate(found) if found else np.empty(0, np.uint32)
+        return np.concatenate(found) if found else np.empty(0, self._dtype)
 
     def _parts(self, text: str) -> list[np.ndarray]:
         if self._raw is None and self._normal is None and self._normalise is None:
@@ -124,17 +126,16 @@ class ByteLevelEngine:
         return [token.id for word, _ in words for token in tokenizer.model.tokenize(word)]
 
 
-def cut(text: str) -> list[str]:
+def cut(text: str) -> Iterator[str]:
     """A long text in pieces that begin with the space before a word; joined, they are the text again."""
-    pieces = []
     start = 0
     while len(text) - start > LONG_TEXT:
         match = _WORD_BEGINS.search(text, start + LONG_TEXT - 1)
         if match is None:
             break
-        pieces.append(text[start : match.start()])
+        yield text[start : match.start()]
         start = match.start()
-    return [*pieces, text[start:]]
+    yield text[start:]
 
 
 def make_engine(tokenizer: FastTokenizer) -> tuple[ByteLevelEngine | None, str]:

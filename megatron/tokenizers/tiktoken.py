@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,7 @@ class TiktokenTokenizer:
         self.__init__(name)  # type: ignore[misc]
 
 
-def _pieces(text: str) -> list[str]:
+def _pieces(text: str) -> Iterable[str]:
     return cut(text) if len(text) > LONG_TEXT else [text]
 
 
