@@ -1,6 +1,9 @@
 """A work that was killed goes on where it stopped, and ends with the bytes of one that was not."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
 
+ROOT = Path(__file__).parents[2]
 CHARACTERS = make_tokenizer("CharLevelTokenizer")
 FACTS = TokenizerFacts("CharLevelTokenizer", 512, 0)
 
@@ -99,4 +103,32 @@ def test_without_the_wish_it_starts_afresh(tmp_path, files):
 def test_nothing_to_resume_is_a_fresh_start(tmp_path, files):
     work(files, tmp_path / "once")
     work(files, tmp_path / "late", resume=True)
+    assert result(tmp_path, "late") == result(tmp_path, "once")
+
+
+def slow_work(prefix, *names):
+    """Run in a process of its own, which is killed: a fifth of a second a block."""
+    work(find_text_files(names), prefix, report=lambda progress: time.sleep(0.2))
+
+
+def blocks_of(journal):
+    return json.loads(journal.read_text())["counts"]["blocks"] if journal.exists() else 0
+
+
+def test_killed_for_good(tmp_path, files):
+    """No code of the first attempt runs when it ends."""
+    once = work(files, tmp_path / "once")
+    code = "import sys; from tests.data.test_resume import slow_work; slow_work(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(tmp_path / "late"), *(str(file.path) for file in files)]
+    running = subprocess.Popen(command, cwd=ROOT)
+    journal = tmp_path / "late_preprocess.journal"
+    try:
+        while running.poll() is None and blocks_of(journal) < 2:
+            time.sleep(0.01)
+        assert running.poll() is None, "it must be killed while it works"
+    finally:
+        running.kill()
+        running.wait()
+    late = work(files, tmp_path / "late", resume=True)
+    assert late.content_bytes < once.content_bytes
     assert result(tmp_path, "late") == result(tmp_path, "once")
