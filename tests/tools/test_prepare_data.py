@@ -77,10 +77,10 @@ def test_fetched_and_tokenised(tmp_path, gpt2):
     texts = [f"Document {number} has some words. " * 50 for number in range(200)]
     with serving() as server:
         server.content = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-        server.break_after = [1000]
+        server.break_after = [100]
         done = run("pile_subset", "-d", "data", *flags, "--mirror", f"{server.url}/copy", "--workers", 2, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert server.asked == [("/copy/00.jsonl.zst", None), ("/copy/00.jsonl.zst", "bytes=1000-")]
+        assert server.asked == [("/copy/00.jsonl.zst", None), ("/copy/00.jsonl.zst", "bytes=100-")]
         data = IndexedDataset(tmp_path / "data/pile_00/pile_00_text_document")
         assert len(data) == 200
         assert data[7].tolist() == [*tokenizer.encode(texts[7]), tokenizer.eod]
