@@ -1,5 +1,6 @@
 """The weight files of the public layout: written at one tensor-parallel degree, read at another."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,11 @@ from megatron.checkpoint.weights import (
     write_whole,
 )
 from megatron.errors import RunError
-from megatron.shapes import ModelDims, TensorShape, tensors
+from megatron.shapes import TensorShape, tensors
+from tests.checkpoint.saved import DIMS
 
-DIMS = ModelDims(
-    num_layers=2,
-    hidden_size=8,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-    mlp_width=12,
-    gated=True,
-    pos_emb="rotary",
-    tied=False,
-)
-TABLE = tensors(DIMS, 16)
+GROUPED = {"num_layers": 2, "num_attention_heads": 4, "head_dim": 2, "mlp_width": 12, "gated": True}
+TABLE = tensors(replace(DIMS, **GROUPED), 16)
 
 
 def model() -> dict[str, torch.Tensor]:

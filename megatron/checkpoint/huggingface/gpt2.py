@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron.checkpoint.huggingface.family import (
-    Correspondence,
-    Family,
-    Settings,
-    choose,
-    demand,
-    queries_keys_values,
-    query_key_value,
-    same,
-    transposed,
-    unlike,
-)
+from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, unlike
+from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
 from megatron.shapes import ModelDims
@@ -27,8 +14,6 @@ from megatron.shapes import ModelDims
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 """Ours -> theirs."""
 _BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
-_MATRICES = {"attention.dense": "attn.c_proj", "mlp.linear1": "mlp.c_fc", "mlp.linear2": "mlp.c_proj"}
-_NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
 
 
 def _misfits(model: ModelSection) -> list[Mistake]:
@@ -77,38 +62,21 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     }
 
 
-def _table(dims: ModelDims) -> list[Correspondence]:
-    rows = [
-        same("0.word_embeddings.weight", "transformer.wte.weight"),
-        same("0.position_embeddings.weight", "transformer.wpe.weight"),
-    ]
-    for block in range(dims.num_layers):
-        ours, theirs = f"{block + 2}.", f"transformer.h.{block}."
-        for kind in ("weight", "bias"):
-            rows += [same(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}") for name, other in _NORMS.items()]
-            rows.append(_attention(f"{ours}attention.query_key_value.{kind}", f"{theirs}attn.c_attn.{kind}", dims))
-        for name, other in _MATRICES.items():
-            rows.append(transposed(f"{ours}{name}.weight", f"{theirs}{other}.weight"))
-            rows.append(same(f"{ours}{name}.bias", f"{theirs}{other}.bias"))
-    last = dims.num_layers + 3
-    rows += [same(f"{last}.norm.{kind}", f"transformer.ln_f.{kind}") for kind in ("weight", "bias")]
-    if not dims.tied:
-        rows.append(same(f"{last + 1}.final_linear.weight", "lm_head.weight"))
-    return rows
-
-
-def _attention(ours: str, theirs: str, dims: ModelDims) -> Correspondence:
-    """Weight [3h, h] <-> [h, 3h], or bias [3h]: head by head <-> all queries, all keys, all values."""
-
-    def apart(tensor: Tensor) -> Sequence[Tensor]:
-        joined = torch.cat(queries_keys_values(tensor, dims))
-        return (joined.T if joined.dim() == 2 else joined,)
-
-    def together(tensors: Sequence[Tensor]) -> Tensor:
-        rows = tensors[0].T if tensors[0].dim() == 2 else tensors[0]
-        return query_key_value(rows.chunk(3), dims)
-
-    return Correspondence(ours, (theirs,), apart, together)
+NAMES = Names(
+    embedding="transformer.wte",
+    positions="transformer.wpe",
+    block="transformer.h.{}.",
+    input_norm="ln_1",
+    attention=("attn.c_attn",),
+    by_head=False,
+    dense="attn.c_proj",
+    mlp_norm="ln_2",
+    linear1=("mlp.c_fc",),
+    linear2="mlp.c_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    matrices_turned=True,
+)
 
 
 GPT2 = Family(
@@ -118,7 +86,7 @@ GPT2 = Family(
     misfits=_misfits,
     config=_config,
     settings=_settings,
-    table=_table,
+    table=NAMES.table,
     spare=(".attn.bias", ".attn.masked_bias"),
     prefix="transformer.",
 )

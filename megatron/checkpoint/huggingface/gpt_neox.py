@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import (
-    Correspondence,
-    Family,
-    Settings,
-    choose,
-    rotary_settings,
-    same,
-    unlike,
-)
+from megatron.checkpoint.huggingface.family import Family, Settings, choose, rotary_settings, unlike
+from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
 from megatron.shapes import ModelDims
@@ -23,12 +16,6 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
 _BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
 """Theirs -> ours."""
-_PARTS = {
-    "attention.query_key_value": "attention.query_key_value",
-    "attention.dense": "attention.dense",
-    "mlp.linear1": "mlp.dense_h_to_4h",
-    "mlp.linear2": "mlp.dense_4h_to_h",
-}
 
 
 def _misfits(model: ModelSection) -> list[Mistake]:
@@ -83,33 +70,18 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     }
 
 
-def _table(dims: ModelDims) -> list[Correspondence]:
-    rows = [same("0.word_embeddings.weight", "gpt_neox.embed_in.weight")]
-    for block in range(dims.num_layers):
-        ours, theirs = f"{block + 2}.", f"gpt_neox.layers.{block}."
-        for kind in ("weight", "bias"):
-            rows += _norms(dims, ours, theirs, kind)
-        for name, other in _PARTS.items():
-            kinds = ("weight", "bias") if dims.attention_bias or name.startswith("mlp") else ("weight",)
-            rows += [same(f"{ours}{name}.{kind}", f"{theirs}{other}.{kind}") for kind in kinds]
-    last = dims.num_layers + 3
-    rows += [same(f"{last}.norm.{kind}", f"gpt_neox.final_layer_norm.{kind}") for kind in ("weight", "bias")]
-    if not dims.tied:
-        rows.append(same(f"{last + 1}.final_linear.weight", "embed_out.weight"))
-    return rows
-
-
-def _norms(dims: ModelDims, ours: str, theirs: str, kind: str) -> list[Correspondence]:
-    """Two norms, or one that they keep twice (gpt_j_tied)."""
-    names = ("input_layernorm", "post_attention_layernorm")
-    if not dims.shared_norm:
-        return [same(f"{ours}{name}.{kind}", f"{theirs}{name}.{kind}") for name in names]
-    both = (f"{theirs}{names[0]}.{kind}", f"{theirs}{names[1]}.{kind}")
-    return [
-        Correspondence(
-            f"{ours}{names[0]}.{kind}", both, lambda tensor: (tensor, tensor), lambda tensors: tensors[0], copies=True
-        )
-    ]
+NAMES = Names(
+    embedding="gpt_neox.embed_in",
+    block="gpt_neox.layers.{}.",
+    input_norm="input_layernorm",
+    attention=("attention.query_key_value",),
+    dense="attention.dense",
+    mlp_norm="post_attention_layernorm",
+    linear1=("mlp.dense_h_to_4h",),
+    linear2="mlp.dense_4h_to_h",
+    final_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+)
 
 
 GPT_NEOX = Family(
@@ -119,7 +91,7 @@ GPT_NEOX = Family(
     misfits=_misfits,
     config=_config,
     settings=_settings,
-    table=_table,
+    table=NAMES.table,
     spare=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     prefix="gpt_neox.",
 )

@@ -16,13 +16,13 @@ from megatron.checkpoint.huggingface.family import (
     Settings,
     choose,
     demand,
-    fused,
     rotary_settings,
     same,
     stacked,
     stacked_transposed,
     unlike,
 )
+from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import Mistake
@@ -108,40 +108,6 @@ def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _table(dims: ModelDims) -> list[Correspondence]:
-    rows = [same("0.word_embeddings.weight", "model.embed_tokens.weight")]
-    for block in range(dims.num_layers):
-        ours, theirs = f"{block + 2}.", f"model.layers.{block}."
-        rows += _attention(dims, ours, theirs)
-        rows += _experts(dims, ours, theirs) if dims.has_experts(block) else _mlp(dims, ours, theirs)
-    last = dims.num_layers + 3
-    rows.append(same(f"{last}.norm.scale", "model.norm.weight"))
-    if not dims.tied:
-        rows.append(same(f"{last + 1}.final_linear.weight", "lm_head.weight"))
-    return rows
-
-
-def _attention(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
-    rows = [
-        same(f"{ours}{name}.scale", f"{theirs}{name}.weight")
-        for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    for kind in ("weight", "bias") if dims.attention_bias else ("weight",):
-        queries, keys, values = (f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv")
-        rows.append(fused(f"{ours}attention.query_key_value.{kind}", (queries, keys, values), dims))
-        rows.append(same(f"{ours}attention.dense.{kind}", f"{theirs}self_attn.o_proj.{kind}"))
-    return rows
-
-
-def _mlp(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
-    rows = []
-    for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
-        halves = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
-        rows.append(stacked(f"{ours}mlp.linear1.{kind}", halves))
-        rows.append(same(f"{ours}mlp.linear2.{kind}", f"{theirs}mlp.down_proj.{kind}"))
-    return rows
-
-
 def _experts(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
     names = [f"{theirs}block_sparse_moe.experts.{expert}" for expert in range(dims.mixture.experts)]
     return [
@@ -152,6 +118,22 @@ def _experts(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
     ]
 
 
+NAMES = Names(
+    embedding="model.embed_tokens",
+    block="model.layers.{}.",
+    input_norm="input_layernorm",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    dense="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    linear1=("mlp.up_proj", "mlp.gate_proj"),
+    linear2="mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head",
+    norm_values=(("scale", "weight"),),
+    experts=_experts,
+)
+
+
 LLAMA = Family(
     name="llama",
     model_type="llama",
@@ -159,7 +141,7 @@ LLAMA = Family(
     misfits=_llama_misfits,
     config=_llama_config,
     settings=_settings,
-    table=_table,
+    table=NAMES.table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
 )
@@ -170,7 +152,7 @@ MISTRAL = Family(
     misfits=_mistral_misfits,
     config=_mistral_config,
     settings=_mistral_settings,
-    table=_table,
+    table=NAMES.table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
 )
@@ -211,7 +193,7 @@ MIXTRAL = Family(
     misfits=_mistral_misfits,
     config=_mistral_config,
     settings=_mixtral_settings,
-    table=_table,
+    table=NAMES.table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
     experts=Experts(_mixtral_misfits, _mixtral_experts),
