@@ -25,7 +25,6 @@ def why_unknown(config: Config) -> str | None:
         (bool(model.soft_prompt_tuning), "soft prompts"),
         (bool(model.lora), "low-rank updates"),
         (model.num_unique_layers is not None, "blocks that share weights"),
-        (bool(model.opt_pos_emb_offset), "an offset of learned positions"),
     ]
     told = [reason for holds, reason in reasons if holds]
     return f"parameters are not counted yet for {' and '.join(told)}" if told else None

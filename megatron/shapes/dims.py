@@ -46,6 +46,7 @@ class ModelDims:
     mlp_bias: bool = True
     pos_emb: str = "learned"  # learned | rotary | none
     max_position_embeddings: int = 0
+    position_offset: int = 0  # rows of the learned positions before the first one
     tied: bool = True  # the output layer shares the word embedding's weight
     gpt_j_residual: bool = False
     gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
@@ -80,6 +81,7 @@ class ModelDims:
             mlp_bias=model.use_bias_in_mlp,
             pos_emb=model.pos_emb,
             max_position_embeddings=model.max_position_embeddings,
+            position_offset=getattr(model, "opt_pos_emb_offset", 0),
             tied=not model.no_weight_tying,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,

@@ -22,7 +22,7 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     """Every tensor of the model in layer order; a tied head has none of its own. padded_vocab_size [tokens]."""
     table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
     if dims.pos_emb == "learned":
-        shape = (dims.max_position_embeddings, dims.hidden_size)
+        shape = (dims.max_position_embeddings + dims.position_offset, dims.hidden_size)
         table.append(TensorShape(0, "position_embeddings.weight", shape, None, "position_embedding"))
     for block in range(dims.num_layers):
         table += block_tensors(dims, block)

@@ -66,6 +66,12 @@ def test_grouped_rows_are_cut_section_by_section() -> None:
     assert by_name["mlp.linear2.weight"].local_shape(8) == (4096, 1792)
 
 
+def test_skipped_rows_stand_before_the_learned_positions() -> None:
+    fields = {**vars(NEOX_20B), "pos_emb": "learned", "position_offset": 2, "num_layers": 1}
+    table = {tensor.name: tensor for tensor in tensors(ModelDims(**fields), 64)}
+    assert table["position_embeddings.weight"].shape == (2050, 6144)
+
+
 def test_an_uneven_cut_is_refused() -> None:
     by_name = {tensor.name: tensor for tensor in tensors(LLAMA3_8B, 128256)}
     with pytest.raises(ValueError, match="does not divide by 3"):

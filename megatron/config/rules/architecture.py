@@ -52,6 +52,20 @@ def positions_cover_sequence(config: Config) -> Iterator[Mistake]:
         )
 
 
+def skipped_positions_are_learned(config: Config) -> Iterator[Mistake]:
+    """Only a table of learned positions has rows to skip."""
+    model = config.model
+    if model.opt_pos_emb_offset < 0:
+        yield Mistake("it cannot be negative", key="opt_pos_emb_offset", value=model.opt_pos_emb_offset)
+    elif model.opt_pos_emb_offset and model.pos_emb != "learned":
+        yield Mistake(
+            f"pos_emb {model.pos_emb} has no rows to skip",
+            key="opt_pos_emb_offset",
+            value=model.opt_pos_emb_offset,
+            remedy="set pos_emb: learned, or leave it out",
+        )
+
+
 def rotary_turns_pairs(config: Config) -> Iterator[Mistake]:
     """Rotary positions turn pairs of features, on the first rotary_pct of each head."""
     model = config.model

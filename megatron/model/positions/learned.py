@@ -12,24 +12,28 @@ from megatron.parallel.initialization import Fill, ParameterSource
 
 
 class LearnedPositions(Positions, nn.Module):
-    """Parameter ``weight`` [max positions, h], whole on every rank."""
+    """Parameter ``weight`` [skipped + max positions, h], whole on every rank. skipped: rows that no position has."""
 
-    def __init__(self, max_positions: int, hidden_size: int, source: ParameterSource, fill: Fill) -> None:
+    def __init__(
+        self, max_positions: int, hidden_size: int, source: ParameterSource, fill: Fill, skipped: int = 0
+    ) -> None:
         super().__init__()
-        self.weight = source.replica("weight", (max_positions, hidden_size), fill)
+        self.skipped = skipped
+        self.weight = source.replica("weight", (skipped + max_positions, hidden_size), fill)
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module:
-        """The table of the model section's max_position_embeddings."""
-        return cls(model.max_position_embeddings, model.hidden_size, source, fill)
+        """The table of the model section's max_position_embeddings and opt_pos_emb_offset."""
+        return cls(model.max_position_embeddings, model.hidden_size, source, fill, model.opt_pos_emb_offset)
 
     def forward(self, length: int, offset: int, positions: Tensor | None = None) -> Tensor:
         """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one.
 
         positions [b, s]: of each token instead, below length; the result is then [s, b, h].
         """
-        if offset + length > self.weight.shape[0]:
-            raise IndexError(f"position {offset + length - 1} is past the {self.weight.shape[0]} learned positions")
+        rows = self.weight[self.skipped :]
+        if offset + length > rows.shape[0]:
+            raise IndexError(f"position {offset + length - 1} is past the {rows.shape[0]} learned positions")
         if positions is not None:
-            return F.embedding(positions.t(), self.weight)  # [s, b, h]
-        return self.weight[offset : offset + length].unsqueeze(1)  # [s, 1, h]
+            return F.embedding(positions.t(), rows)  # [s, b, h]
+        return rows[offset : offset + length].unsqueeze(1)  # [s, 1, h]

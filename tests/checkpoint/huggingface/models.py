@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
 )
 
@@ -23,6 +25,8 @@ VOCABULARY = 96
 _NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_NEOX, "intermediate_size": 88, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+_OPT = {**_NEOX, "word_embed_proj_dim": 64, "ffn_dim": 100, "max_position_embeddings": 64, "dropout": 0.0}
 
 
 def _neox(**changes: object) -> PreTrainedModel:
@@ -46,6 +50,10 @@ MODELS = {
         MixtralConfig(**_LLAMA, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**_OPT)),
+    "opt, untied, no biases": lambda: OPTForCausalLM(
+        OPTConfig(**_OPT, enable_bias=False, tie_word_embeddings=False, activation_function="gelu")
+    ),
     "gpt2, untied, exact gelu": lambda: GPT2LMHeadModel(
         GPT2Config(**_GPT2, activation_function="gelu", tie_word_embeddings=False, n_inner=100)
     ),

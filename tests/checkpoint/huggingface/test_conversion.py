@@ -77,17 +77,19 @@ def test_logits_are_theirs(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pipe", "model"), [(0, 2), (2, 1)])
-def test_logits_are_theirs_on_two_ranks(pipe: int, model: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pipe", "model"), [(0, 2), (2, 1), (2, 2)])
+def test_logits_are_theirs_on_several_ranks(pipe: int, model: int, tmp_path: Path) -> None:
     expected, loads = [], []
-    for name in ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "mixtral", "gpt2"):
+    names = ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "mixtral", "gpt2", "opt")
+    for name in names:
         theirs = save(name, tmp_path / name / "theirs")
         folder = Folder.open(tmp_path / name / "theirs")
         made = adopt(folder, tmp_path / name / "ours", model_size=model, pipe_size=pipe)
         loads.append((tmp_path / name / "ours", made.settings))
         with torch.no_grad():
             expected.append(theirs(tokens()).logits)
-    for found, wanted in zip(run_distributed(rank_logits, 2, pipe, model, loads)[0], expected, strict=True):
+    answers = run_distributed(rank_logits, max(1, pipe) * model, pipe, model, loads)[0]
+    for found, wanted in zip(answers, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -127,6 +129,8 @@ def change(folder: Path, **changes: object) -> Path:
         ("neox", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
         ("llama, as many kv heads", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
     ],
 )
 def test_settings_without_a_place_are_refused(name: str, changes: dict[str, object], told: str, tmp_path: Path) -> None:
@@ -161,6 +165,8 @@ NEOX = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_lengt
         ("llama", {"norm": "rmsnorm", "activation": "swiglu", "gpt_j_residual": True}, "gpt_j_residual = True"),
         ("mistral", {"norm": "rmsnorm", "activation": "swiglu"}, "use_bias_in_attn_linear = True"),
         ("gpt2", {}, "pos_emb = 'rotary'"),
+        ("gpt2", {"pos_emb": "learned", "opt_pos_emb_offset": 2}, "opt_pos_emb_offset = 2"),
+        ("opt", {"pos_emb": "learned"}, "opt_pos_emb_offset = 0"),
     ],
 )
 def test_keys_that_a_family_cannot_express_are_named(family: str, settings: dict[str, Any], told: str) -> None:
