@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -94,18 +94,19 @@ def publish(partial: Path, final: Path, written: Iterable[Written]) -> None:
         shutil.rmtree(aside)
 
 
-def retain(save: Path, keep: int | None, *, newest: int, loaded: Path | None) -> None:
+def retain(save: Path, keep: int | None, *, newest: int, loaded: Path | None, pending: Container[Path] = ()) -> None:
     """Removes the checkpoints before `newest` beyond the last `keep`, itself counted.
 
-    loaded: the one that this run started from, which stays. Those after `newest` are another run's and stay too. Each
-    loses its name first, so that a crash leaves no half of one.
+    loaded: the one that this run started from, which stays. pending: those that are still being copied elsewhere, which
+    stay for now. Those after `newest` are another run's and stay too. Each loses its name first, so that a crash leaves
+    no half of one.
     """
     if not keep:
         return
     older = [iteration for iteration in layout.iterations(save) if iteration < newest]
     for iteration in older[: max(0, len(older) - (keep - 1))]:
         directory = layout.step_directory(save, iteration)
-        if loaded is not None and directory.resolve() == loaded.resolve():
+        if directory in pending or (loaded is not None and directory.resolve() == loaded.resolve()):
             continue
         doomed = layout.partial_directory(save, iteration)
         directory.rename(doomed)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.load import vocabulary_rows
+from megatron.checkpoint.mirror import fetch_missing
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine
 from megatron.engine.engine import Engine
@@ -24,7 +25,7 @@ from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
-from megatron.parallel.bootstrap import bootstrap, device, shutdown
+from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
@@ -110,6 +111,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         vocabulary = padded_vocab_size(
             tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
         )
+        fetch_missing(config.checkpoint, Ranks.from_environment())
         vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
         work(build_inference_engine(config, topology, vocabulary), tokenizer, topology)
     finally:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
+from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
 from megatron.config import Config
 from megatron.config.derive.horizon import decay_horizon
@@ -121,6 +122,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
     vocabulary = padded_vocab_size(
         tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
     )
+    fetch_missing(config.checkpoint, Ranks.from_environment())
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), vocabulary))

@@ -160,6 +160,31 @@ def loading_is_possible(config: Config) -> Iterator[Mistake]:
         yield Mistake("nothing is loaded", key="finetune", value=True, remedy="give load, the folder of the checkpoint")
 
 
+_LEAST_PART = 5 << 20  # bytes; S3 takes no smaller one
+
+
+def buckets_are_addresses(config: Config) -> Iterator[Mistake]:
+    """`s3_path` is s3://bucket/folder and copies what `save` or `load` name, which are folders."""
+    saved = config.checkpoint
+    for name in ("save", "load"):
+        value = getattr(saved, name)
+        if value is not None and value.startswith("s3://"):
+            yield Mistake(
+                "it is a folder of this machine", key=name, value=value, remedy="give a folder, and this as s3_path"
+            )
+    if saved.s3_path is None:
+        return
+    scheme, _, rest = saved.s3_path.partition("://")
+    if scheme != "s3" or not rest.partition("/")[0]:
+        yield Mistake("it is no address in S3", key="s3_path", value=saved.s3_path, remedy="write s3://bucket/folder")
+    if saved.save is None and saved.load is None:
+        yield Mistake(
+            "there is nothing to copy", key="s3_path", value=saved.s3_path, remedy="give save or load, a folder"
+        )
+    if saved.s3_chunk_size < _LEAST_PART:
+        yield Mistake(f"S3 takes parts of {_LEAST_PART} bytes at least", key="s3_chunk_size", value=saved.s3_chunk_size)
+
+
 def run_has_a_length(config: Config) -> Iterator[Mistake]:
     """One of train_iters, train_epochs and train_samples."""
     if not trains(config.launch.user_script):

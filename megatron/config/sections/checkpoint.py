@@ -33,6 +33,8 @@ class CheckpointSection(Section):
     checkpoint_validation_with_forward_pass: bool = key(
         False, "Save logits with the checkpoint and compare them after loading."
     )
-    s3_path: str | None = key(None, "Also copy checkpoints to this s3:// address.")
-    s3_chunk_size: int = key(104857600, "Size of one uploaded part.", unit="bytes")
+    s3_path: str | None = key(
+        None, "Also copy checkpoints to this s3://bucket/folder; one that `load` lacks is fetched from there."
+    )
+    s3_chunk_size: int = key(104857600, "Size of one request of a copy to or from S3.", unit="bytes")
     config_files: Table | None = key(None, "Text of the configuration files by name; kept with the checkpoint.")
