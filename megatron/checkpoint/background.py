@@ -48,6 +48,11 @@ class BackgroundWriter:
         )
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight; does not wait."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when the save in flight, if any, is done. Raises what went wrong: OSError, RuntimeError, RunError."""
         if self._thread is not None:
@@ -69,7 +74,8 @@ class BackgroundWriter:
         with suppress(OSError, AttributeError):  # only where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         try:
-            written = list(snapshot.write(partial))
+            with files.sharing_the_interpreter():
+                written = list(snapshot.write(partial))
             _announce(partial, self.rank, written)
             if self.rank == 0:
                 complete(self._gather(partial))

@@ -11,6 +11,9 @@ import hashlib
 import json
 import os
 import pickle
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +24,11 @@ import torch
 from megatron.errors import RunError
 
 _CHUNK = 1 << 20
+_UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError),
+    *(AttributeError, TypeError, AssertionError, struct.error),
+)
+"""What torch.load raises for damaged files: whatever the code meets that trusted them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,19 @@ def write_tensors(path: Path, content: Any) -> Written:
     return Written(path, counting.size, counting.digest.hexdigest())
 
 
+@contextmanager
+def sharing_the_interpreter() -> Iterator[None]:
+    """Inside, torch.save leaves other threads alone: it holds Python's lock while it computes the CRC-32 of a tensor.
+
+    The files have none then, which torch.load does not ask for; they have a SHA-256 in the manifest.
+    """
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(True)  # torch's default
+
+
 def write_json(path: Path, content: Any) -> Written:
     """JSON to `path`, on the disk when this returns."""
     return write_text(path, json.dumps(content, indent=1))
@@ -100,18 +121,24 @@ def sync_directory(directory: Path) -> None:
 def read_tensors(path: Path) -> Any:
     """torch.load without running code, mapped into memory so that only what is used is read.
 
+    Files from before torch 1.6, which are no archives, are read whole.
     Raises RunError naming the file if it is damaged or holds anything but tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals(_allowed()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except _UNREADABLE as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError.of(
             f"the file cannot be read: {first_line}",
             where=str(path),
             remedy="it is damaged or not a checkpoint; load another iteration with --iteration N",
         ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 class Foreign:

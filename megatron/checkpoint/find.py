@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.handles import collect
+from megatron.checkpoint.publish import recover
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 
@@ -46,12 +48,18 @@ def _from_pointer(load: Path, found: list[int]) -> list[Path]:
     return [named, *older]
 
 
-def whole(load: Path, iteration: int | None, fallback: str) -> Path | None:
+def whole(load: Path, iteration: int | None, fallback: str, *, mend: bool = False) -> Path | None:
     """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
 
-    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. Raises
+    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. mend: a
+    checkpoint that a crash left between two names gets its own back first; only where no other run saves there. Raises
     RunError that names each damaged file.
     """
+    if mend and (not dist.is_initialized() or dist.get_rank() == 0):
+        with suppress(OSError):  # a folder that cannot be written is read as it is
+            recover(load)
+    if mend and dist.is_initialized():
+        dist.barrier()
     meant = candidates(load, iteration)
     for number, directory in enumerate(meant):
         faults = faults_of(directory, load)

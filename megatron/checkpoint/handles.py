@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -31,11 +31,20 @@ class Checkpointable(Protocol):
     def random(self) -> ShardedRandom:
         """The generator for draws on tensors that are cut over tensor-parallel ranks."""
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Scores [b, s, v] of tokens [b, s], fp32; collective."""
+
     def weights(self) -> dict[str, Tensor]:
-        """This rank's tensor-parallel shards of the layers it holds; collective."""
+        """This rank's tensor-parallel shards of the layers it holds, where it is the first data rank; collective."""
 
     def optimizer_slices(self) -> list[StateSlice]:
         """What this rank's part of the optimizer keeps; a slice that another rank also has is left out."""
+
+    def loss_scaling(self) -> dict[str, float]:
+        """Where a moving loss scale stands, as plain numbers; empty where there is none."""
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        """Puts a moving loss scale where it stood."""
 
     def load_optimizer(self, state: OptimizerState) -> None:
         """Puts the optimizer where `state` was."""

@@ -8,6 +8,7 @@
         state/rank_RRRRR.{json,pt}             optimizer slices of one rank, and their index
         state/rng_RRRRR.pt                     random generators of one rank
         state/run.json                         counters and layout of the run
+        state/answers.pt                       logits of a fixed input, where they are wanted
         manifest.json                          every file's size and SHA-256, written last
 
 The weight files have the names and contents of the public GPT-NeoX layout, so that public tools read them.
@@ -22,6 +23,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state"
 RUN = "state/run.json"
+ANSWERS = "state/answers.pt"
 CONFIGS = "configs"
 RESOLVED = "configs/resolved.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import files, find, layout, rng
+from megatron.checkpoint import answers, files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.save import Counters
@@ -39,7 +39,8 @@ class Checkpoint:
     """A whole checkpoint on the disk, and what the configuration wants of it.
 
     directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
-    `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored.
+    `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored. validated_in: the
+    reader's precision, where its logits are to be compared with the kept ones.
     """
 
     directory: Path
@@ -49,6 +50,7 @@ class Checkpoint:
     summed_biases: bool
     table: tuple[TensorShape, ...]
     weights: StoredWeights
+    validated_in: str | None = None
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there."""
@@ -129,7 +131,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         directory = root
         weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe))
     else:
-        found = find.whole(root, section.iteration, section.load_fallback)
+        found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only)
         if found is None:
             _nothing(config, root)
             return None
@@ -143,6 +145,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         summed_biases=config.model.gpt_j_residual,
         table=tuple(table),
         weights=weights,
+        validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
     )
 
 
@@ -231,9 +234,18 @@ def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
     state = checkpoint.optimizer()
     if state is not None:
         engine.load_optimizer(state)
+        run = checkpoint.directory / layout.RUN
+        engine.load_loss_scaling(files.read_json(run).get("loss_scaling", {}) if run.is_file() else {})
     if checkpoint.with_rng:
         _restore_rng(checkpoint, engine)
+    validate(checkpoint, engine)
     return checkpoint.counters()
+
+
+def validate(checkpoint: Checkpoint, engine: answers.Scoring) -> None:
+    """Compares the loaded model's logits with the kept ones, where that is wanted; collective. RunError."""
+    if checkpoint.validated_in is not None:
+        answers.compare(checkpoint.directory, engine, checkpoint.validated_in)
 
 
 def _restore_rng(checkpoint: Checkpoint, engine: Checkpointable) -> None:

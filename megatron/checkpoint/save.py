@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import integrity, layout, rng, slices, weights
+from megatron.checkpoint.answers import answers
 from megatron.checkpoint.background import BackgroundWriter
 from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.handles import Checkpointable, collect, together
+from megatron.checkpoint.mirror import open_mirror
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
 from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.config import Config, wire
+from megatron.config.known import known
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Counters:
 class Saver:
     """Writes the checkpoints of a run, one after another; all methods are collective but `check`.
 
-    loaded: the checkpoint that the run started from, which is never removed.
+    loaded: the checkpoint that the run started from, which is never removed. Making one raises RunError where the save
+    folder is not shared or the bucket of `s3_path` refuses, ConfigError where a package for it is missing.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Saver:
         patience = float(config.launch.collective_timeout)
         self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
         require_shared(self.save_folder, topology.rank)
+        self._mirror = open_mirror(config.checkpoint, topology.rank)
+        self._newest: Path | None = None
 
     def save(self, counters: Counters) -> Path:
         """Writes <save>/global_step<N> and points `latest` at it; returns its folder.
@@ -69,7 +75,7 @@ class Saver:
         With `checkpoint_async` it returns when everything is copied to the host's memory, and a thread writes. Raises
         RunError on every rank if any rank cannot write; the checkpoints before stay as they were.
         """
-        self.finish()
+        self._settle()
         beside = layout.partial_directory(self.save_folder, counters.iteration)
         final = layout.step_directory(self.save_folder, counters.iteration)
         is_first = self.engine.topology.rank == 0
@@ -96,15 +102,36 @@ class Saver:
         self._writer.check()
 
     def finish(self) -> None:
-        """Returns when the save in flight is complete. RunError on every rank if it failed on any."""
+        """Returns when everything is written, and copied to `s3_path`. RunError on every rank if it failed on any."""
+        self._settle()
+        if self.config.checkpoint.s3_path is not None:
+            together(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
+
+    def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
             together(self._writer.wait, "the save in flight")
 
     def _complete(self, beside: Path, final: Path, written: Sequence[Written]) -> None:
         publish(beside, final, written)
+        if self._mirror is not None:
+            self._mirror.send(final)
+        self._retain(final)
+
+    def _finish_copies(self) -> None:
+        """Waits for the copies; then the folders may go that had to wait for them."""
+        if self._mirror is None:
+            return
+        self._mirror.finish()
+        if self._newest is not None:
+            self._retain(self._newest)
+
+    def _retain(self, final: Path) -> None:
+        self._newest = final
         newest = layout.iteration_of(final)
         assert newest is not None, "the folder was named after an iteration"
-        retain(self.save_folder, self.config.checkpoint.keep_last_n_checkpoints, newest=newest, loaded=self.loaded)
+        keep = self.config.checkpoint.keep_last_n_checkpoints
+        pending = self._mirror.pending() if self._mirror is not None else ()
+        retain(self.save_folder, keep, newest=newest, loaded=self.loaded, pending=pending)
 
 
 def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int) -> Snapshot:
@@ -122,6 +149,15 @@ def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, pa
     if not config.checkpoint.no_save_rng:
         state = rng.capture(engine.random)
         snapshot.tensors[layout.rng_file(topology.rank)] = lambda: state
+    if config.checkpoint.checkpoint_validation_with_forward_pass:
+        said = answers(
+            engine,
+            length=known(config.model.seq_length),
+            vocabulary=padded_vocab_size,
+            precision=known(config.precision.precision),
+        )
+        if topology.rank == 0:
+            snapshot.tensors[layout.ANSWERS] = lambda: said
     if topology.rank == 0:
         snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters), indent=1)
         snapshot.texts[layout.RESOLVED] = wire.to_json(config)
@@ -177,5 +213,6 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         },
         "precision": config.precision.precision,
         "schedule": schedule_facts(config.schedule, config.optimizer),
+        "loss_scaling": {} if config.checkpoint.no_save_optim else engine.loss_scaling(),
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }

@@ -247,4 +247,4 @@ def _divides(shape: TensorShape, size: int) -> bool:
 
 def _storable(tensor: Tensor) -> Tensor:
     """A copy on the CPU that owns just its own storage (torch.save stores the whole storage of a view)."""
-    return tensor.detach().cpu().clone()
+    return tensor.detach().to("cpu", copy=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
@@ -105,7 +105,7 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
     stage = build_stage(_layer_plan(config, topology, padded_vocab_size), topology)
     fill(stage.parameters, checkpoint, topology)
     pack(stage)
-    return InferenceEngine(
+    engine = InferenceEngine(
         stage,
         topology,
         _cache_maker(config, topology, stage.indices),
@@ -113,6 +113,8 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
         padded_vocab_size=padded_vocab_size,
         dtype=DTYPES[known(config.precision.precision)],
     )
+    validate(checkpoint, engine)
+    return engine
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,12 @@ class PipelinedEngine:
 
     def optimizer_slices(self) -> list[StateSlice]:
         return state.read(self.deepspeed.optimizer, self._owned(), data_rank=self.topology.data.rank)
+
+    def loss_scaling(self) -> dict[str, float]:
+        return state.read_scaling(self.deepspeed.optimizer)
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        state.write_scaling(self.deepspeed.optimizer, stored)
 
     def load_optimizer(self, stored: OptimizerState) -> None:
         axis = self.topology.model

@@ -5,7 +5,7 @@ s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,11 +98,22 @@ class PlainEngine:
         return dict(enumerate(self.deepspeed.module.sequential))
 
     def weights(self) -> dict[str, Tensor]:
-        """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together."""
-        return {key: _whole(parameter) for key, parameter in self.parameters.items()}
+        """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together.
+
+        There the shards come one by one into the host's memory of those that write them, and the others get nothing.
+        """
+        keeps = self.topology.gradient.is_first
+        found = {key: _whole(parameter, keeps) for key, parameter in self.parameters.items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def optimizer_slices(self) -> list[StateSlice]:
         return state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)
+
+    def loss_scaling(self) -> dict[str, float]:
+        return state.read_scaling(self.deepspeed.optimizer)
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        state.write_scaling(self.deepspeed.optimizer, stored)
 
     def load_optimizer(self, stored: OptimizerState) -> None:
         axis = self.topology.model
@@ -129,11 +140,14 @@ def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, P
     return {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
 
 
-def _whole(parameter: Parameter) -> Tensor:
-    """The tensor-parallel shard, gathered from the ranks that ZeRO 3 or expert parallelism has spread it over."""
+def _whole(parameter: Parameter, keeps: bool) -> Tensor | None:
+    """The tensor-parallel shard, gathered from the ranks that ZeRO 3 or expert parallelism has spread it over.
+
+    keeps: whether it is wanted here; None under ZeRO 3 where it is not.
+    """
     if not hasattr(parameter, "ds_id"):
         return all_experts(parameter)
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
+        return parameter.detach().to("cpu", copy=True) if keeps else None

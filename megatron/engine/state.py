@@ -7,7 +7,7 @@ optimizer sees the parameters themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from megatron.checkpoint.slices import MASTER, OptimizerState, StateSlice
 from megatron.parallel.marks import expert_share
 
 STEP = "step"
+_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a moving loss scale of DeepSpeed keeps."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,31 @@ def write(
             if name not in state:
                 state[name] = torch.zeros_like(piece.owner)
             piece.of(state[name]).copy_(values)
-        state[STEP] = torch.tensor(float(stored.step(piece.key)), device=piece.owner.device)
+        if state:  # an optimizer that has made no update keeps nothing, and starts from that
+            state[STEP] = torch.tensor(float(stored.step(piece.key)), device=piece.owner.device)
+
+
+def read_scaling(optimizer: Any) -> dict[str, float]:
+    """Where a moving loss scale stands; empty where there is none."""
+    scaler = _moving_scaler(optimizer)
+    return {name: getattr(scaler, name) for name in _SCALING if hasattr(scaler, name)}
+
+
+def write_scaling(optimizer: Any, stored: Mapping[str, float]) -> None:
+    """Puts a moving loss scale where it stood; a run without one takes nothing over."""
+    scaler = _moving_scaler(optimizer)
+    for name, value in stored.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def _moving_scaler(optimizer: Any) -> Any:
+    """What of DeepSpeed's optimizer moves the loss scale of fp16, or None."""
+    for name, moves in (("loss_scaler", "dynamic"), ("loss_scale_config", "dynamic_loss_scale")):
+        scaler = getattr(optimizer, name, None)
+        if getattr(scaler, moves, False):
+            return scaler
+    return None
 
 
 def _pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:

@@ -67,7 +67,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "pos_valid_label_data_paths",
     ),
     "profile": ("profile_step_start", "profile_step_stop"),
-    "s3_path": ("s3_chunk_size",),
     "serve_model_weights": ("online_dataserver_ips", "online_dataserver_ports"),
     "te_fp8_mha": ("te_fp8_amax_compute_algo", "te_fp8_amax_history_len", "te_fp8_format", "te_fp8_wgrad"),
     "text_gen_type": ("precompute_model_name",),

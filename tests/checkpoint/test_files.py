@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+def test_files_from_before_archives_are_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(files.read_tensors(tmp_path / "old.pt")["a"], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_whatever_bytes_change_the_fault_is_told(archive: bool, tmp_path: Path) -> None:
+    """Reading gives values or a RunError, for any damage."""
+    path, chance = tmp_path / "weights.pt", random.Random(archive)
+    content = {"module": {"a": torch.randn(4, 3), "b": torch.ones(7).bfloat16()}, "numpy": rng.capture()["numpy"]}
+    torch.save(content, path, _use_new_zipfile_serialization=archive)
+    whole, refused, told = path.read_bytes(), 0, set()
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(chance.choice((1, 4))):
+            changed[chance.randrange(min(len(whole), chance.choice((400, 3000, len(whole)))))] = chance.randrange(256)
+        path.write_bytes(changed[: chance.choice((len(whole), chance.randrange(len(whole))))])
+        try:
+            files.read_tensors(path)
+        except RunError as error:
+            refused += 1
+            told.add(str(error).split(": ")[1])
+    assert told == {"the file cannot be read"}
+    assert refused > 100
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all"])
 def test_files_of_another_kind_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.pt"
@@ -66,8 +93,6 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_random_generators_come_back(tmp_path: Path) -> None:
-    import random
-
     import numpy
 
     files.write_tensors(tmp_path / "rng.pt", rng.capture())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import files, find, layout
-from megatron.checkpoint.publish import make_room, recover, require_shared, retain
+from megatron.checkpoint.publish import make_room, require_shared, retain
 from megatron.errors import RunError
 from tests.checkpoint.saved import save
 from tests.distributed import run_distributed
@@ -45,8 +45,9 @@ def test_an_earlier_start_removes_neither_its_own_nor_later_ones(tmp_path: Path)
 def test_a_checkpoint_between_two_names_gets_its_own_back(tmp_path: Path) -> None:
     final = save(tmp_path, 3)
     final.rename(tmp_path / "global_step3.replaced.partial")
-    recover(tmp_path)
-    assert find.whole(tmp_path, None, "error") == final
+    with pytest.raises(RunError, match="names a checkpoint that is not there"):
+        find.whole(tmp_path, None, "error")
+    assert find.whole(tmp_path, None, "error", mend=True) == final
     final.rename(tmp_path / "global_step3.replaced.partial")
     make_room(layout.partial_directory(tmp_path, 4))
     assert layout.iterations(tmp_path) == [3]
@@ -100,8 +101,7 @@ def survive(folder: Path, kills: int) -> None:
     for _ in range(kills):
         done = max(done, kill_a_saver(folder, done + 1, chance.uniform(0, 0.08)))
         tear(folder, chance)
-        recover(folder)
-        found = find.whole(folder, None, "error")
+        found = find.whole(folder, None, "error", mend=True)
         assert found is not None
         iteration = layout.iteration_of(found)
         assert iteration is not None

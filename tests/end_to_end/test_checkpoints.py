@@ -10,6 +10,7 @@ import pytest
 from megatron.checkpoint import layout
 from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.test_precision import run_fp16
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,75 @@ def test_the_vocabulary_keeps_its_padding(dataset: str, tmp_path: Path) -> None:
 
 
 def test_iterations_that_pythia_saved(dataset: str, tmp_path: Path) -> None:
-    """checkpoint_scale log with factor 2, and the start through extra_save_iters."""
+    """checkpoint_scale log with factor 2, and the start through extra_save_iters, from which a run can go on too."""
     settings = halves(dataset, tmp_path / "save", checkpoint_scale="log", extra_save_iters=[0, 12])
-    run(1, tmp_path / "parts", **{**settings, "checkpoint_factor": 2})
+    whole = run(1, tmp_path / "parts", **{**settings, "checkpoint_factor": 2})
     assert layout.iterations(tmp_path / "save") == [0, 1, 2, 4, 8, 12, 16, 20]
+    again = run(1, tmp_path / "again", data_path=dataset, load=str(tmp_path / "save"), iteration=0)
+    assert series(again, "train/lm_loss") == series(whole, "train/lm_loss")
+
+
+@pytest.mark.parametrize(
+    "target", [{}, {"model_parallel_size": 2}, {"pipe_parallel_size": 2}, {"zero_optimization": {"stage": 3}}]
+)
+def test_kept_logits_are_compared_in_any_layout(target: dict[str, Any], dataset: str, tmp_path: Path) -> None:
+    """They change nothing in the run, and a model of other settings with the same tensors is told."""
+    checked = {"checkpoint_validation_with_forward_pass": True}
+    settings = halves(dataset, tmp_path / "save", **checked)
+    run(2, tmp_path / "parts", exit_interval=10, zero_optimization={"stage": 1}, **settings)
+    assert (tmp_path / "save" / "global_step10" / layout.ANSWERS).is_file()
+    resumed = run(2, tmp_path / "parts", **{**settings, **target})
+    whole = series(run(2, tmp_path / "whole", data_path=dataset), "train/lm_loss")
+    assert series(resumed, "train/lm_loss") == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(RankFailedError, match=r"answers\.pt: the loaded model's logits differ"):
+        run(2, tmp_path / "other", **{**settings, **target, "iteration": 10, "rotary_emb_base": 500})
+
+
+def test_the_loss_scale_goes_on_where_it_stood(dataset: str, tmp_path: Path) -> None:
+    """fp16 from a scale that overflows, doubling soon: a stop while it falls and one between two doublings."""
+    scaling = {"enabled": True, "initial_scale_power": 22, "hysteresis": 2, "loss_scale_window": 3}
+    told = {"data_path": dataset, "fp16": scaling, "train_iters": 16}
+    whole = run_fp16(2, tmp_path / "whole", **told)
+    settings = halves(dataset, tmp_path / "save", **told)
+    for stop in (3, 11):
+        run_fp16(2, tmp_path / "parts", exit_interval=stop, **settings)
+    resumed = run_fp16(2, tmp_path / "parts", **settings)
+    scales = series(whole, "train/loss_scale")
+    assert len(set(scales)) > 3 and scales != sorted(scales, reverse=True), "it falls and rises"
+    for name in ("train/loss_scale", "train/lm_loss", "train/learning_rate"):
+        assert series(resumed, name) == series(whole, name), name
+
+
+def test_parts_can_be_left_out_on_either_side(dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """no_save_*, no_load_*: what is not there is an error, unless it is not wanted; the data goes on where it was."""
+    bare = halves(dataset, tmp_path / "bare", no_save_optim=True, no_save_rng=True)
+    run(1, tmp_path / "bare parts", exit_interval=10, **bare)
+    state = tmp_path / "bare" / "global_step10" / layout.STATE
+    assert [path.name for path in state.iterdir()] == ["run.json"]
+    with pytest.raises(RankFailedError, match=r"holds no optimizer state.*set no_load_optim"):
+        run(1, tmp_path / "refused", **bare)
+    whole = run(1, tmp_path / "whole", data_path=dataset)
+    full = halves(dataset, tmp_path / "full", hidden_dropout=0.1)
+    run(1, tmp_path / "full parts", exit_interval=10, **full)
+    anew = {"no_load_optim": True, "no_load_rng": True}
+    first = series(whole, "train/lm_loss")[10]
+    for settings in ({**bare, "no_load_optim": True}, {**full, **anew, "hidden_dropout": 0.0}):
+        losses = series(run(1, tmp_path / "on", **{**settings, "save": None}), "train/lm_loss")[-10:]
+        assert losses[1:] != series(whole, "train/lm_loss")[11:], "the optimizer began anew"
+        if settings.get("no_save_optim"):
+            assert losses[0] == first, "the weights and the samples are those of the undisturbed run"
+    further = {**full, "save": None, "exit_interval": 11}
+    drawn = [
+        series(run(1, tmp_path / f"drawn {without}", **further, no_load_rng=without), "train/lm_loss")
+        for without in (False, True)
+    ]
+    assert drawn[0] != drawn[1], "other dropout masks"
+
+
+def test_stopping_by_number_and_by_time(dataset: str, tmp_path: Path) -> None:
+    """exit_interval and exit_duration save at the step that they stop after, and the run is over without a fault."""
+    for name, value, last in (("exit_interval", 6, 6), ("exit_duration", 1e-9, 1)):
+        save = tmp_path / name
+        run(1, tmp_path, data_path=dataset, save=str(save), checkpoint_factor=100, **{name: value})
+        assert layout.iterations(save) == [last]
+        assert (save / layout.LATEST).read_text() == f"global_step{last}"

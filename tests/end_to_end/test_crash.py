@@ -64,16 +64,30 @@ def test_a_killed_run_goes_on_bitwise_equal(dataset: str, tmp_path: Path) -> Non
         assert series(records, name) == series(whole, name), name
 
 
-def test_sigterm_saves_and_leaves_with_success(dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
+def test_a_signal_saves_and_leaves_with_success(number: signal.Signals, dataset: str, tmp_path: Path) -> None:
     settings = {"data_path": dataset, "save": "save", "checkpoint_factor": 5, "train_iters": 100000}
     process = launch(tmp_path, settings)
     wait_for(tmp_path / "save" / "global_step5" / layout.MANIFEST, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 0, (tmp_path / "output.txt").read_text()
-    said = (tmp_path / "output.txt").read_text()
-    stopped = int(said.split("stopped after iteration ")[1].split(":")[0])
-    assert layout.iterations(tmp_path / "save")[-1] == stopped
-    assert (tmp_path / "save" / "latest").read_text() == f"global_step{stopped}"
+    ended_with_a_checkpoint(tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [{"exit_interval": 7}, {"exit_duration": 1e-6}])
+def test_a_limit_saves_and_leaves_with_success(limit: dict[str, float], dataset: str, tmp_path: Path) -> None:
+    settings = {"data_path": dataset, "save": "save", "checkpoint_factor": 1000, "train_iters": 100000, **limit}
+    assert launch(tmp_path, settings).wait(120) == 0, (tmp_path / "output.txt").read_text()
+    assert ended_with_a_checkpoint(tmp_path) == limit.get("exit_interval", 1)
+
+
+def ended_with_a_checkpoint(folder: Path) -> int:
+    """The iteration that the run says it stopped after, which it has saved."""
+    stopped = int((folder / "output.txt").read_text().split("stopped after iteration ")[1].split(":")[0])
+    assert layout.iterations(folder / "save")[-1] == stopped
+    assert (folder / "save" / "latest").read_text() == f"global_step{stopped}"
+    return stopped
 
 
 def limited_rank(rank: int, world_size: int, settings: dict[str, Any], largest_file: int) -> None:
@@ -82,9 +96,11 @@ def limited_rank(rank: int, world_size: int, settings: dict[str, Any], largest_f
     run_rank(rank, world_size, settings)
 
 
-def test_a_save_that_cannot_be_written_leaves_the_one_before(dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_that_cannot_be_written_leaves_the_one_before(background: bool, dataset: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
     settings = {"data_path": dataset, "save": str(save), "load": str(save), "checkpoint_factor": 10}
+    settings |= {"checkpoint_async": background}
     run(1, tmp_path, exit_interval=10, **settings)
     full = {**BASE, **settings, "log_dir": str(tmp_path / "logs")}
     with pytest.raises(RankFailedError, match=r"writing .*global_step20\.partial failed.*checkpoints written before"):
