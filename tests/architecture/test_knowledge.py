@@ -52,6 +52,8 @@ WHERE: dict[str, tuple[str, ...]] = {
     "starlette": ("megatron/serving/",),
     "uvicorn": ("megatron/serving/",),
     "litgpt": ("benchmarks/",),
+    "boto3": ("megatron/checkpoint/bucket.py",),
+    "botocore": ("megatron/checkpoint/bucket.py",),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),

@@ -18,6 +18,7 @@ from tests.architecture.source import PRODUCT, ROOT, imports
 INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
 # Comes with one that is declared.
 COMES_WITH = {
+    "botocore": "boto3",
     "huggingface_hub": "tokenizers",
     "jinja2": "torch",
     "packaging": "deepspeed",
