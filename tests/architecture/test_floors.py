@@ -26,6 +26,7 @@ FLOORS = {
     "plan": 4,
     "tokenizers": 4,
     "launch": 5,
+    "dashboard": 5,
     "objectives": 5,
     "engine": 6,
     "inference": 7,

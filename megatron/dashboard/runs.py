@@ -1,0 +1,140 @@
+"""What the page of a run shows: its curves, its ranks and its configuration, read from the run directory.
+
+Everything is read anew when a file has grown, so the page follows a run that is under way, from any machine that sees
+its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError
+from megatron.observe import read_metrics
+
+CONFIG, METRICS, RANKS = "config.json", "metrics.jsonl", "ranks.jsonl"
+MOST_POINTS = 1500  # of a curve on the page
+OWN_OF_A_RUN = frozenset({"config_files", "git_hash", "local_rank", "log_dir", "rank", "save", "user_script"})
+"""Keys that differ between any two runs and say nothing about them."""
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass
+class Run:
+    """One run directory. name: what the page calls it."""
+
+    name: str
+    folder: Path
+    _read: dict[str, tuple[tuple[int, int], Any]] = field(default_factory=dict)
+
+    def curves(self) -> dict[str, Curve]:
+        """Metric -> its points (iteration, value), thinned for display."""
+        found: dict[str, Curve] = self._fresh(METRICS, _curves)
+        return found
+
+    def ranks(self) -> dict[str, Any]:
+        """What each rank did in the last report, by column: `host`, `data_wait` [s], `probe` [s]; {} for one rank."""
+        found: dict[str, Any] = self._fresh(RANKS, _last_line)
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration; {} where the folder has none."""
+        found: dict[str, Any] = self._fresh(CONFIG, lambda path: json.loads(path.read_text(encoding="utf-8")))
+        return found
+
+    def age(self) -> float | None:
+        """Seconds since the last record; None before the first."""
+        path = self.folder / METRICS
+        return time.time() - path.stat().st_mtime if path.exists() else None
+
+    def _fresh(self, name: str, read: Any) -> Any:
+        path = self.folder / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return {}
+        seen = (stat.st_mtime_ns, stat.st_size)
+        if name not in self._read or self._read[name][0] != seen:
+            try:
+                self._read[name] = (seen, read(path))
+            except ValueError:  # it is being written at this moment
+                return self._read.get(name, (seen, {}))[1]
+        return self._read[name][1]
+
+
+def open_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of these folders, under the shortest names that tell them apart.
+
+    A folder may also be a `save` folder, whose logs/ is the run directory. Raises ConfigError for one that is neither.
+    """
+    found = [_run_directory(folder) for folder in folders]
+    depth = 1
+    while len({_name(folder, depth) for folder in found}) < len(set(found)):
+        depth += 1
+    return [Run(_name(folder, depth), folder) for folder in dict.fromkeys(found)]
+
+
+def snapshot(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything the page needs, as plain values that JSON can hold."""
+    shown = [
+        {"name": run.name, "folder": str(run.folder), "age": run.age(), "curves": run.curves(), "ranks": run.ranks()}
+        for run in runs
+    ]
+    return {"runs": shown, "differences": differences([run.config() for run in runs])}
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The keys on which configurations differ: {key, values}, a value for each of them; none for a single one."""
+    keys = sorted(set().union(*configs) - OWN_OF_A_RUN) if len(configs) > 1 else []
+    rows = [{"key": key, "values": [config.get(key) for config in configs]} for key in keys]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"][1:])]
+
+
+def thinned(points: Curve, most: int = MOST_POINTS) -> Curve:
+    """At most so many of the points, the lowest and the highest of each stretch, so that every spike stays visible."""
+    if len(points) <= most:
+        return points
+    width = math.ceil(2 * len(points) / most)
+    kept: Curve = []
+    for start in range(0, len(points), width):
+        stretch = points[start : start + width]
+        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def _run_directory(folder: Path) -> Path:
+    for place in (folder, folder / "logs"):
+        if (place / METRICS).is_file() or (place / CONFIG).is_file():
+            return place.resolve()
+    raise ConfigError.of(
+        f"this folder holds neither {METRICS} nor {CONFIG}",
+        where=str(folder),
+        remedy="name a run directory, or the save folder of a run",
+    )
+
+
+def _name(folder: Path, depth: int) -> str:
+    parts = [part for part in folder.parts if part != "logs"] or list(folder.parts)
+    return "/".join(parts[-depth:])
+
+
+def _curves(path: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for record in read_metrics(path):
+        for name, value in record.items():
+            if name != "iteration" and math.isfinite(value):
+                curves.setdefault(name, []).append((int(record["iteration"]), value))
+    return {name: thinned(points) for name, points in sorted(curves.items())}
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return found

@@ -1,0 +1,67 @@
+"""What the page is told of run directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.dashboard.runs import differences, open_runs, snapshot, thinned
+from megatron.errors import ConfigError
+from tests.dashboard.folders import make_run
+
+
+def test_a_run_is_read_and_read_again_when_it_grows(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", iterations=3)
+    (run,) = open_runs([folder])
+    assert [iteration for iteration, _ in run.curves()["train/lm_loss"]] == [1, 2, 3]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "train/lm_loss": 2.5}\n{"iteration": 5, "train/lm_lo')  # a torn line
+    assert run.curves()["train/lm_loss"][-1] == (4, 2.5)
+    assert run.ranks()["probe"] == [0.001, 0.002]
+    age = run.age()
+    assert age is not None and age < 60
+
+
+def test_a_save_folder_leads_to_its_logs(tmp_path: Path) -> None:
+    make_run(tmp_path / "save" / "logs")
+    (run,) = open_runs([tmp_path / "save"])
+    assert run.name == "save"
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [run.name for run in open_runs(folders)] == ["a/run", "b/run"]
+
+
+def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds neither"):
+        open_runs([tmp_path])
+
+
+def test_a_run_that_has_only_started_is_shown_empty(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    shown = snapshot(open_runs([tmp_path]))
+    assert shown["runs"][0]["curves"] == {} and shown["runs"][0]["age"] is None
+    json.dumps(shown)
+
+
+def test_only_keys_that_differ_are_told() -> None:
+    first = {"hidden_size": 64, "lr": 0.1, "save": "a"}
+    second = {"hidden_size": 64, "lr": 0.2, "save": "b", "new": True}
+    assert differences([first, second]) == [
+        {"key": "lr", "values": [0.1, 0.2]},
+        {"key": "new", "values": [None, True]},
+    ]
+    assert differences([first]) == []
+
+
+def test_thinning_keeps_ends_and_spikes() -> None:
+    points = [(iteration, 1.0) for iteration in range(100_000)]
+    points[54_321] = (54_321, 99.0)
+    points[77_777] = (77_777, -5.0)
+    kept = thinned(points)
+    assert len(kept) <= 1500 and (54_321, 99.0) in kept and (77_777, -5.0) in kept
+    assert kept == sorted(kept)
+    assert thinned(points[:100]) == points[:100]
