@@ -106,6 +106,24 @@ NORMS = Family(
     [
         Entry("layernorm", "megatron.model.norms.layernorm:LayerNorm", "Layer normalisation, arXiv:1607.06450"),
         Entry("rmsnorm", "megatron.model.norms.rmsnorm:RMSNorm", "Root mean square norm, arXiv:1910.07467"),
+        Entry(
+            "non_parametric_layernorm",
+            "megatron.model.norms.non_parametric:NonParametricLayerNorm",
+            "Layer normalisation without parameters, arXiv:2402.00838",
+        ),
+        Entry("scalenorm", "megatron.model.norms.scalenorm:ScaleNorm", "One learned length, arXiv:1910.05895"),
+        Entry(
+            "te_rmsnorm",
+            "megatron.model.norms.transformer_engine:TERMSNorm",
+            "rmsnorm by Transformer Engine's kernel, GPU",
+            extra="transformer-engine",
+        ),
+        Entry(
+            "te_layernorm",
+            "megatron.model.norms.transformer_engine:TELayerNorm",
+            "layernorm by Transformer Engine's kernel, GPU",
+            extra="transformer-engine",
+        ),
     ],
 )
 
@@ -115,6 +133,13 @@ POSITIONS = Family(
     [
         Entry("learned", "megatron.model.positions.learned:LearnedPositions", "One learned vector a position"),
         Entry("rotary", "megatron.model.positions.rotary:Rotary", "Rotary positions, arXiv:2104.09864"),
+        Entry(
+            "sinusoidal",
+            "megatron.model.positions.sinusoidal:SinusoidalPositions",
+            "Fixed sines and cosines, arXiv:1706.03762",
+        ),
+        Entry("rpe", "megatron.model.positions.rpe:RelativePositions", "T5's relative positions, arXiv:1910.10683"),
+        Entry("alibi", "megatron.model.positions.alibi:Alibi", "Scores that fall with distance, arXiv:2108.12409"),
         Entry("none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"),
     ],
 )
@@ -148,7 +173,28 @@ ATTENTION = Family(
     "attention_config",
     [
         Entry("global", "megatron.model.attention.dense:ParallelSelfAttention", "Causal attention to all positions"),
-        Entry("flash", "megatron.model.attention.dense:ParallelSelfAttention", "The same; the fast kernel is chosen"),
+        Entry("flash", "megatron.model.attention.dense:FlashSelfAttention", "The same by flash-attn, arXiv:2307.08691"),
+        Entry("local", "megatron.model.attention.dense:ParallelSelfAttention", "A window of blocks, arXiv:2004.05150"),
+        Entry(
+            "sparse_fixed",
+            "megatron.model.attention.dense:ParallelSelfAttention",
+            "Blocks of the own window and the last of each earlier one, arXiv:1904.10509",
+        ),
+        Entry(
+            "sparse_variable",
+            "megatron.model.attention.dense:ParallelSelfAttention",
+            "Windows of given sizes, global and random blocks, arXiv:1904.10509",
+        ),
+        Entry(
+            "bigbird",
+            "megatron.model.attention.dense:ParallelSelfAttention",
+            "A window of blocks, the first and random ones, arXiv:2007.14062",
+        ),
+        Entry(
+            "bslongformer",
+            "megatron.model.attention.dense:ParallelSelfAttention",
+            "A window of blocks and global ones, arXiv:2004.05150",
+        ),
     ],
 )
 

@@ -1,5 +1,7 @@
 """The phone book: names, nearest names, loading, and the extra that a missing package needs."""
 
+import importlib.util
+
 import pytest
 
 from megatron import registry
@@ -55,6 +57,8 @@ def test_a_name_stands_once() -> None:
         Family("shape", "shape", [Entry("path", "pathlib:Path", "A path")] * 2)
 
 
+GPU_EXTRAS = {"transformer-engine": "transformer_engine"}
+"""What no machine without a GPU can install, and the package that it brings."""
 FAMILIES = {name: value for name, value in vars(registry).items() if isinstance(value, Family)}
 
 
@@ -63,5 +67,10 @@ def test_every_entry_resolves(name: str) -> None:
     listed = FAMILIES[name]
     assert listed.names
     for entry in listed.names:
-        assert callable(listed.load(entry)), f"{name} {entry}"
         assert listed.entry(entry).doc
+        extra = listed.entry(entry).extra
+        if extra in GPU_EXTRAS and importlib.util.find_spec(GPU_EXTRAS[extra]) is None:
+            with pytest.raises(ConfigError, match=rf"pip install neox\[{extra}\]"):
+                listed.load(entry)
+        else:
+            assert callable(listed.load(entry)), f"{name} {entry}"

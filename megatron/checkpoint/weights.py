@@ -20,7 +20,7 @@ from megatron.checkpoint import files, layout
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.slices import VOCABULARY, cut_shard, grown, join_shards
 from megatron.errors import Mistake, RunError
-from megatron.shapes import TensorShape
+from megatron.shapes import TensorShape, key_in_table
 
 _ROW_BIASES = ("attention.dense.bias", "mlp.linear2.bias")
 _PREFIX = "sequential."
@@ -117,8 +117,11 @@ class WeightFiles:
     def keys(self) -> set[str]:
         """The keys of all stored weights."""
         if self.layers:
-            return {f"{layer}.{name}" for layer, rank in self.layers if rank == 0 for name in self._layer(layer, 0)}
-        return set(self._module(0))
+            names = [(layer, name) for layer, rank in self.layers if rank == 0 for name in self._layer(layer, 0)]
+        else:
+            split = (key.split(".", 1) for key in self._module(0))
+            names = [(int(layer), name) for layer, name in split]
+        return {key_in_table(layer, name) for layer, name in names}  # public files hold what blocks share in each
 
     def shards(self, key: str) -> list[Tensor]:
         """The tensor as every tensor-parallel rank wrote it, in rank order. RunError if a rank's is not there."""

@@ -25,8 +25,6 @@ IGNORED = {
 """Without effect on results; one warning line."""
 
 REFUSED = {
-    "sparsity": "write attention_config: [[[global], all]], or [[[sparse_variable], all]] for `all`, "
-    "or [[[sparse_variable, global], all]] for `interspersed`",
     "attention_type": "write attention_config: [[[global], all]] with the kind of attention in it",
     "mlp_type": "write activation: swiglu with use_bias_in_mlp: false for the LLaMA MLP",
     "warmup_iters": "write warmup, the part of the decay horizon",
@@ -90,13 +88,44 @@ REFUSED = {
 """The remedy names today's spelling."""
 
 
+SPARSITY: dict[object, tuple[str, ...]] = {
+    None: ("global",),
+    "none": ("global",),
+    "all": ("sparse_variable",),
+    "interspersed": ("global", "sparse_variable"),
+}
+"""What each value of `sparsity` makes of the blocks, again and again from the first on."""
+
+
+def _attention_of(values: Mapping[str, Given]) -> Given | Mistake:
+    """The attention_config that `sparsity` means."""
+    given = values["sparsity"]
+    if "attention_config" in values:
+        other = values["attention_config"]
+        what = f"attention_config, which is given at {other.where}, says what each block attends to"
+        return Mistake(what, "sparsity", given.value, given.where, "keep one of the two")
+    if isinstance(given.value, (list, dict)) or given.value not in SPARSITY:
+        return Mistake("it is none, all or interspersed", "sparsity", given.value, given.where)
+    kinds = SPARSITY[given.value]
+    layers = values["num_layers"].value if "num_layers" in values else None
+    if not isinstance(layers, int) or isinstance(layers, bool):
+        return Given([[list(kinds), "all"]], given.where)
+    return Given([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
+
+
 def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
     """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
     modern: dict[str, Given] = {}
     mistakes: list[Mistake] = []
     warnings: list[str] = []
     for name, given in values.items():
-        if name in REFUSED:
+        if name == "sparsity":
+            attention = _attention_of(values)
+            if isinstance(attention, Mistake):
+                mistakes.append(attention)
+            else:
+                modern["attention_config"] = attention
+        elif name in REFUSED:
             what = "this is a key of another release or program"
             mistakes.append(Mistake(what, name, given.value, given.where, REFUSED[name]))
         elif name in IGNORED:

@@ -22,6 +22,7 @@ from megatron.registry import (
     SCHEDULES,
     TOKENIZERS,
 )
+from megatron.sparsity import SPARSE_KINDS
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("use_qk_layernorm", "normalised queries and keys", _on),
-    Gap("sliding_window_width", "sliding window attention", _given),
-    Gap("rope_scaling", "scaled rotary positions", _on),
-    Gap("apply_query_key_layer_scaling", "scores scaled by block number", _on),
-    Gap("num_unique_layers", "blocks that share weights", _given),
     Gap("soft_prompt_tuning", "soft prompts", _on),
     Gap("lora", "low-rank updates", _on),
     Gap("use_mup", "maximal update parametrisation", _on),
@@ -105,7 +101,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("curriculum_learning", "the older curriculum, gone from DeepSpeed", _on),
     Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
     Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
-    Gap("fp16_lm_cross_entropy", "a loss in fp16", _on),
     Gap("compile", "compilation of the blocks", _on),
     Gap("lazy_mpu_init", "process groups made by the caller", _on),
 )
@@ -148,7 +143,9 @@ HINTS = {
     "mamba_selective_scan_fusion": "the plain operations run",
     "mamba_causal_conv_fusion": "the plain operations run",
     "mamba_inner_func_fusion": "the plain operations run",
-    "attention_softmax_in_fp32": "torch's fused attention already sums in fp32",
+    "attention_softmax_in_fp32": "scores and softmax are in fp32 in every attention kernel",
+    "apply_query_key_layer_scaling": "scores are made in fp32, where no scaling is needed to keep them in range",
+    "fp16_lm_cross_entropy": "the loss is taken block by block in fp32, without an fp32 copy of the logits to save",
     "fused_kernels_build_path": "nothing is compiled at run time",
     "use_cpu_initialization": "initial weights are always drawn on the CPU, so that no layout changes them",
     "rotary_save_freqs_buffer": "the frequencies are computed anew",
@@ -204,6 +201,12 @@ def without_effect(config: Config) -> list[str]:
     """One line for each key set to something other than its default that changes nothing."""
     values = config.flat()
     told = {**HINTS, **DEAD}
+    model = config.model
+    kinds = {str(kind) for kind in model.attention_config or ()}
+    if kinds and not kinds & set(SPARSE_KINDS):
+        told["sparsity_config"] = "no block is of a sparse kind"
+    if kinds and not kinds & {"global", "flash"}:
+        told["sliding_window_width"] = "it is for blocks of kind global and flash"
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
         for key, why in told.items()

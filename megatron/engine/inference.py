@@ -23,6 +23,7 @@ from megatron.model.plan import LayerPlan
 from megatron.parallel.bootstrap import device
 from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.topology import Topology
+from megatron.shapes import key_in_table
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
         if layer.tied_to is None:
             module = modules[index] = layer.build().to(device()).eval()
             functions.append(module)
-            parameters.update({f"{index}.{name}": parameter for name, parameter in module.named_parameters()})
+            for name, parameter in module.named_parameters():
+                parameters[key_in_table(index, name)] = parameter
         elif layer.tied_to in indices:
             functions.append(partial(tied_output, modules[layer.tied_to]))
         else:

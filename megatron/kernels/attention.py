@@ -5,7 +5,8 @@ to position (keys - queries + i). Fewer key/value heads than query heads means g
 i reads key/value head i // group; no kernel here copies the shared heads.
 
 Where a sequence holds several documents, `starts` says for each query where its document starts; keys before that are
-not seen. Without it no mask is made where the kernel needs none.
+not seen. A `view` hides further keys and adds to scores (see view.py). Without either no mask is made where the kernel
+needs none.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s queries, k keys, d head dim. Inputs may be
 strided views; the result is [b, n, s, d].
@@ -14,61 +15,104 @@ strided views; the result is [b, n, s, d].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.kernels.blocked_attention import blocked_attention
+from megatron.kernels.flex_attention import flex_attention, flex_unavailable
+from megatron.kernels.view import View
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-"""(q [b, n, s, d], k [b, m, k, d], v [b, m, k, d], dropout probability, starts [b, s] or None) -> [b, n, s, d]."""
+
+class AttentionKernel(Protocol):
+    """(q [b, n, s, d], k [b, m, k, d], v [b, m, k, d], dropout probability, starts [b, s] or None) -> [b, n, s, d]."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float = 0.0,
+        starts: Tensor | None = None,
+        view: View | None = None,
+    ) -> Tensor: ...
 
 
-def visible(queries: int, keys: int, device: torch.device, starts: Tensor | None = None) -> Tensor:
-    """True where the query sees the key: [queries, keys], or [b, 1, queries, keys] with starts.
+def visible(
+    queries: int, keys: int, device: torch.device, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
+    """True where the query sees the key: [queries, keys], or [b or 1, n or 1, queries, keys] with starts or a view.
 
     The queries are the last positions. starts [b, queries]: the first key that each query may see.
     """
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if view is not None and view.pattern is not None:
+        seen = view.seen(*_places(queries, keys, device))
     if starts is None:
-        return causal
-    return causal & (torch.arange(keys, device=device) >= starts[:, None, :, None])  # [b, 1, s, k]
+        return seen
+    return seen & (torch.arange(keys, device=device) >= starts[:, None, :, None])  # [b, 1, s, k]
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None) -> Tensor:
-    """The plain twin: the formula written out, with the softmax in fp32."""
+def _places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the queries [1, s, 1] and of the keys [1, 1, k]."""
+    places = torch.arange(keys, device=device)
+    return places[None, keys - queries :, None], places[None, None]
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
+    """The plain twin: the formula written out, with the scores and the softmax in fp32."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # [b, n, s, k]
-    scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], q.device, starts), float("-inf"))
+    if view is not None and view.bias is not None:
+        scores = scores + view.scores(*_places(q.shape[2], k.shape[2], q.device))
+    scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], q.device, starts, view), float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
     return weights.to(v.dtype) @ v  # [b, n, s, d]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
     """Through torch's scaled_dot_product_attention, which picks its own backend (flash, memory-efficient or plain)."""
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if starts is None and (queries == keys or queries == 1):
+    if view is not None and view.bias is not None:  # a bias in the type of a low-precision model would be coarse
+        return plain_attention(q, k, v, dropout, starts, view)
+    if starts is None and view is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=queries > 1, enable_gqa=grouped)
-    mask = visible(queries, keys, q.device, starts)
+    mask = visible(queries, keys, q.device, starts, view)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention to the keys that a mask [b, 1, s, k] shows, where the rows of a batch are of different lengths."""
+    """Attention of cached texts: a bool mask [b or 1, n or 1, s, k] shows keys, another one is added to the scores."""
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None) -> Tensor:
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
     """Blocked attention where whole sequences are attended to, and torch's own for cached or dropped attention."""
     if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
-        return blocked_attention(q, k, v, starts)
-    return sdpa_attention(q, k, v, dropout, starts)
+        return blocked_attention(q, k, v, starts, view)
+    return sdpa_attention(q, k, v, dropout, starts, view)
+
+
+def gpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
+    """Torch's flexible attention, which skips hidden blocks, where there is a view; else torch's own choice."""
+    if view is None or flex_unavailable(q, k, dropout) is not None:
+        return sdpa_attention(q, k, v, dropout, starts, view)
+    return flex_attention(q, k, v, starts, view)
 
 
 def choose_attention(device: torch.device) -> AttentionKernel:
     """The fastest attention core on this device."""
-    return cpu_attention if device.type == "cpu" else sdpa_attention
+    return cpu_attention if device.type == "cpu" else gpu_attention

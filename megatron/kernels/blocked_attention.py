@@ -3,7 +3,8 @@
 Compared with torch's scaled_dot_product_attention on a processor, the products here are large enough for the matrix
 library, and blocks of keys in the future are never computed. The weights of a block are kept for the backward pass
 while they are few, and computed again when they are many. Where a sequence holds several documents, keys before the
-earliest document of a block are not computed either.
+earliest document of a block, and keys that no query of a block sees, are not computed either. So a sliding window or
+a sparse layout costs what it shows, block by block: the seen keys are a slice, or are gathered where they lie apart.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s positions, d head dim, r rows of a block (g times
 its queries). The g query heads of one key/value head are rows of one product, so no key or value is copied.
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron.kernels.view import View
 
 QUERIES = 128
 """Queries of a block, measured best for 512 positions and heads of 32 and 64."""
@@ -47,72 +50,133 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _seen(block: slice, starts: Tensor | None) -> slice:
-    """The keys that some query of the block sees."""
-    return slice(0 if starts is None else int(starts[:, block].min()), block.stop)
+Seen = slice | Tensor
+"""Keys, as a slice or by their positions in order."""
 
 
-def _weights(rows: Tensor, keys: Tensor, block: slice, seen: slice, starts: Tensor | None) -> Tensor:
+def _seen(block: slice, starts: Tensor | None, view: View | None, device: torch.device) -> Seen:
+    """The keys that some query of the block sees; the last of them are the block's own."""
+    first = 0 if starts is None else int(starts[:, block].min())
+    if view is None or view.pattern is None:
+        return slice(first, block.stop)
+    return view.pattern.columns(block.start, block.stop, first, device)
+
+
+def _hide(scores: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: View | None) -> None:
+    """Add a view's bias and -inf for hidden keys, in place: scores [b, m, g, queries, seen]."""
+    queries = block.stop - block.start
+    future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
+    scores[..., -queries:].add_(future)
+    if starts is None and view is None:
+        return
+    rows = torch.arange(block.start, block.stop)[:, None]
+    keys = torch.arange(seen.start, seen.stop) if isinstance(seen, slice) else seen
+    if starts is not None:
+        before = keys < starts[:, block, None]  # [b, queries, seen]
+        scores.masked_fill_(before[:, None, None], float("-inf"))
+    if view is not None and view.bias is not None:
+        scores.add_(view.bias[:, _distance(rows, keys)].view(scores.shape[1:]))
+    if view is not None and view.pattern is not None:
+        hidden = ~view.pattern.sees(rows, keys[None])  # [n or 1 or none, queries, seen]
+        heads = scores.shape[1:3] if hidden.dim() == 3 and hidden.shape[0] > 1 else (1, 1)
+        scores.masked_fill_(hidden.view(*heads, *hidden.shape[-2:]), float("-inf"))
+
+
+def _distance(rows: Tensor, keys: Tensor) -> Tensor:
+    """How far each key lies before each query, [queries, seen]; 0 for later keys."""
+    return (rows - keys).clamp_(min=0)
+
+
+def _weights(
+    rows: Tensor, keys: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: View | None, batch: int
+) -> Tensor:
     """Softmax over the visible keys: rows [b * m, r, d] and fp32 keys [b * m, s, d] -> [b * m, r, seen].
 
     Scores rounded to bf16 would cost several times more precision than weights rounded to it, hence fp32.
     """
     scores = torch.bmm(rows.to(keys.dtype) / math.sqrt(rows.shape[-1]), keys[:, seen].transpose(1, 2))
-    queries = block.stop - block.start
-    future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
-    by_query = scores.unflatten(1, (-1, queries))  # [b * m, g, queries, seen]
-    by_query[..., -queries:].add_(future)
-    if starts is not None:
-        before = torch.arange(seen.start, seen.stop) < starts[:, block, None]  # [b, queries, seen]
-        by_query.unflatten(0, (len(starts), -1)).masked_fill_(before[:, None, None], float("-inf"))
+    by_head = scores.unflatten(1, (-1, block.stop - block.start)).unflatten(0, (batch, -1))
+    _hide(by_head, block, seen, starts, view)
     return torch.softmax(scores, dim=-1).to(rows.dtype)
+
+
+def _add_product(total: Tensor, seen: Seen, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right to the seen keys or values: [b * m, s, d], of [b * m, r, seen] and [b * m, r, d]."""
+    if isinstance(seen, slice):
+        total[:, seen].baddbmm_(left.transpose(1, 2), right)
+    else:
+        total.index_add_(1, seen, torch.bmm(left.transpose(1, 2), right))
+
+
+def _count(seen: Seen) -> int:
+    return seen.stop - seen.start if isinstance(seen, slice) else len(seen)
+
+
+def _add_bias_gradient(total: Tensor, grad_scores: Tensor, block: slice, seen: Seen, batch: int) -> None:
+    """Add up what the scores of a block pass on to a bias by distance: [n, distances] and [b * m, r, seen]."""
+    queries = block.stop - block.start
+    by_head = grad_scores.unflatten(1, (-1, queries)).unflatten(0, (batch, -1)).sum(0, dtype=total.dtype)
+    by_head = by_head.flatten(0, 1)  # [n, queries, seen]
+    keys = torch.arange(seen.start, seen.stop) if isinstance(seen, slice) else seen
+    distance = _distance(torch.arange(block.start, block.stop)[:, None], keys).flatten()
+    total.index_add_(1, distance, by_head.flatten(1))
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, view: View | None
+    ) -> Tensor:
         heads, length = k.shape[1:3]
         keys, values = (x.reshape(-1, length, x.shape[-1]).contiguous() for x in (k, v))  # [b * m, s, d]
-        keep = q.shape[0] * q.shape[1] * length * length // 2 * q.element_size() <= KEPT_BYTES
+        parts = [(block, _seen(block, starts, view, q.device)) for block in _blocks(length)]
+        cells = sum((block.stop - block.start) * _count(seen) for block, seen in parts)
+        keep = q.shape[0] * q.shape[1] * cells * q.element_size() <= KEPT_BYTES
         out = torch.empty(q.shape, dtype=q.dtype)
         wide_keys = _wide(keys)
         kept = []
-        for block in _blocks(length):
-            seen = _seen(block, starts)
-            weights = _weights(_rows(q, heads, block), wide_keys, block, seen, starts)
+        for block, seen in parts:
+            weights = _weights(_rows(q, heads, block), wide_keys, block, seen, starts, view, len(q))
             _put_rows(out, heads, block, torch.bmm(weights, values[:, seen]))
             if keep:
                 kept.append(weights)
-        ctx.save_for_backward(q, keys, values, starts, *kept)
-        ctx.heads = heads
+        ctx.save_for_backward(q, keys, values, bias, starts, *kept)
+        ctx.heads, ctx.parts, ctx.pattern = heads, parts, None if view is None else view.pattern
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, keys, values, starts, *kept = ctx.saved_tensors
-        heads, length = ctx.heads, q.shape[2]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        q, keys, values, bias, starts, *kept = ctx.saved_tensors
+        heads, length, batch = ctx.heads, q.shape[2], len(q)
+        view = None if ctx.pattern is None and bias is None else View(ctx.pattern, bias)
         scale = 1 / math.sqrt(q.shape[-1])
         wide_keys = keys if kept else _wide(keys)
         grad_q = torch.empty(q.shape, dtype=q.dtype)
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for number, block in enumerate(_blocks(length)):
-            seen = _seen(block, starts)
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        for number, (block, seen) in enumerate(ctx.parts):
             rows = _rows(q, heads, block)
-            weights = kept[number] if kept else _weights(rows, wide_keys, block, seen, starts)
+            weights = kept[number] if kept else _weights(rows, wide_keys, block, seen, starts, view, batch)
             grad_rows = _rows(grads[0], heads, block)
-            grad_v[:, seen].baddbmm_(weights.transpose(1, 2), grad_rows)
+            _add_product(grad_v, seen, weights, grad_rows)
             grad_weights = torch.bmm(grad_rows, values[:, seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             _put_rows(grad_q, heads, block, torch.bmm(grad_scores, keys[:, seen]).mul_(scale))
-            grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), rows)
+            _add_product(grad_k, seen, grad_scores, rows)
+            if grad_bias is not None:
+                _add_bias_gradient(grad_bias, grad_scores, block, seen, batch)
         shape = (q.shape[0], heads, length, -1)
-        return grad_q, grad_k.mul_(scale).view(shape), grad_v.view(shape), None
+        return grad_q, grad_k.mul_(scale).view(shape), grad_v.view(shape), grad_bias, None, None
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, view: View | None = None
+) -> Tensor:
     """Causal attention of whole sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d]. CPU only.
 
     starts [b, s]: the first key that each query may see, at most its own place and never falling; 0 unless given.
+    view: what else is hidden, and added to the scores; its bias gets a gradient.
     """
-    out: Tensor = _BlockedAttention.apply(q, k, v, starts)
+    bias = None if view is None else view.bias
+    out: Tensor = _BlockedAttention.apply(q, k, v, bias, starts, view)
     return out

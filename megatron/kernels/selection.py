@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from megatron.kernels.attention import AttentionKernel, choose_attention, plain_attention
+from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.rotary import RotaryKernel, plain_rotary, rotary
@@ -14,12 +18,17 @@ from megatron.kernels.rotary import RotaryKernel, plain_rotary, rotary
 
 @dataclass(frozen=True)
 class Kernels:
-    """What each part of the model calls."""
+    """What each part of the model calls. flash: the attention of blocks that name it."""
 
     linear: LinearKernel
     attention: AttentionKernel
+    flash: AttentionKernel
     rotary: RotaryKernel
     grouped: GroupedKernel = plain_grouped
+
+    def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
+        """The same, where the attention core is repeated in the backward pass: recompute(core, *inputs)."""
+        return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -27,6 +36,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return Kernels(
         linear=choose_linear(device, dtype),
         attention=choose_attention(device),
+        flash=choose_flash(device, dtype),
         rotary=rotary,
         grouped=choose_grouped(device, dtype),
     )
@@ -34,4 +44,4 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
 def plain_kernels() -> Kernels:
     """The plain twins: slower, and the reference for the others."""
-    return Kernels(linear=plain_linear, attention=plain_attention, rotary=plain_rotary)
+    return Kernels(linear=plain_linear, attention=plain_attention, flash=plain_attention, rotary=plain_rotary)

@@ -75,7 +75,7 @@ class EmbeddingLayer(nn.Module):
                 positions = positions[:, first : first + length]
             if cache is not None:
                 positions = cache.place(length).positions
-            hidden = hidden + self.position_embeddings(length, first, positions)
+            hidden = hidden + self.position_embeddings(length, first, positions, hidden.device)
         if self.dropout == 0 or not self.training:
             return hidden
         with self.draws():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.selection import Kernels
+from megatron.kernels.view import Pattern
 from megatron.model.positions.base import AttentionPositions
 from megatron.parallel.initialization import Fill
 from megatron.parallel.rng import ShardedRandom
@@ -22,10 +23,13 @@ class Parts:
     """The choices and numbers that blocks share.
 
     norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
-    attention, mlp: the class of each block. fill and output_fill: initial values of matrices, and of those that
-    add to the residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context:
-    the ranks that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the
-    `Mixture` of blocks with experts, in a model that has any.
+    attention, mlp: the class of each block. patterns: for each block, numbers of heads -> what it hides from them
+    besides what is later. relative: positions that are added to scores, a module (distances, device) -> [n/t,
+    distances] that all blocks share, or None. head_norm: makes a norm of queries or keys, or None. fill and
+    output_fill: initial values of matrices, and of those that add to the residual. Dropout is a probability. random:
+    the generator for draws on tensors cut over ranks. context: the ranks that share a sequence. reset_attention,
+    reset_positions: at each document of a sequence. mixture: the `Mixture` of blocks with experts, in a model that has
+    any.
     """
 
     dims: ModelDims
@@ -34,6 +38,9 @@ class Parts:
     activation: Callable[[Tensor], Tensor]
     attention: tuple[Callable[..., nn.Module], ...]
     mlp: tuple[Callable[..., nn.Module], ...]
+    patterns: tuple[Callable[[range], Pattern | None], ...]
+    relative: nn.Module | None
+    head_norm: Callable[[], nn.Module] | None
     fill: Fill
     output_fill: Fill
     kernels: Kernels

@@ -12,19 +12,26 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from itertools import accumulate
+from typing import Any
 
+from deepspeed import comm as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron.errors import RunError
 from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.plan import LayerPlan
 from megatron.model.recompute import Recompute, run_layers
 from megatron.parallel.topology import Topology
+from megatron.shapes import FIRST_BLOCK, key_in_table
 
 TIED = "embedding"
 """The name under which DeepSpeed keeps the module that both pipeline ends share."""
+
+RELATIVE = "relative_positions"
+"""The same for the positions that all blocks add to scores, where these are learned."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Carry = Tensor | tuple[Tensor, Tensor]
@@ -50,6 +57,8 @@ class PipelinedModel(PipelineModule):
         grid = PipeModelDataParallelTopology(
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
         )
+        self._relative = _learned_relative(plan)
+        self._blocks = [layer.index for layer in plan if "parts" in layer.arguments]
         with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
             super().__init__(
                 layers=_specs(plan),
@@ -80,15 +89,53 @@ class PipelinedModel(PipelineModule):
         self.parts = bounds
         self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """DeepSpeed asks this what stages share: the tied embedding, and positions that all blocks learn together.
+
+        RunError where the first stage has no block: it speaks for what stages share.
+        """
+        comms: dict[str, Any] = super()._index_tied_modules()
+        if not self._relative or self._topo.get_dim("pipe") == 1:
+            return comms
+        stages = sorted({self.stage_owner(index) for index in self._blocks})
+        if stages[0] != 0:
+            raise RunError.of(
+                "the first pipeline stage has no block to hold the relative positions that all blocks share",
+                remedy="give it one with pipe_partition_method, or choose other positions (pos_emb)",
+            )
+        relative = self._relative[0]
+        for data in range(self._grid.data_parallel_size):
+            for model in range(self._topo.get_dim("model")):
+                ranks = [self._topo.get_rank(pipe=stage, data=data, model=model) for stage in stages]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    self.tied_modules[RELATIVE] = relative
+                    comms[RELATIVE] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": relative}
+                    for parameter in relative.parameters():  # counted once
+                        parameter.ds_pipe_replicated = self.global_rank != ranks[0]  # type: ignore[attr-defined]
+        return comms
+
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
         """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""
-        tied = f"tied_modules.{TIED}."
-        return {name.replace(tied, "0."): parameter for name, parameter in self.named_parameters()}
+        moved = {f"tied_modules.{TIED}.": "0.", f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe."}
+        keyed = {}
+        for name, parameter in self.named_parameters():
+            for start, end in moved.items():
+                name = name.replace(start, end)
+            layer, _, rest = name.partition(".")
+            keyed[key_in_table(int(layer), rest)] = parameter
+        return keyed
 
     @property
     def layer_range(self) -> range:
         """The plan indices of this stage's layers."""
         return range(self._local_start, self._local_stop)
+
+
+def _learned_relative(plan: Sequence[LayerPlan]) -> tuple[nn.Module, ...]:
+    """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
+    relative = {layer.arguments["parts"].relative for layer in plan if "parts" in layer.arguments}
+    return tuple(module for module in relative if module is not None and list(module.parameters()))
 
 
 def _released(value: Tensor, logits: Tensor) -> Tensor:

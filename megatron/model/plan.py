@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.kernels.selection import Kernels, choose_kernels
+from megatron.kernels.view import Blocks, Pattern, Window
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Glue, Head, TiedHead
@@ -28,7 +29,8 @@ from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
 from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, WHOLE_BLOCK
-from megatron.shapes import ModelDims
+from megatron.shapes import FIRST_BLOCK, ModelDims
+from megatron.sparsity import BlockLayout, layout_of
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,19 @@ def layer_plan(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype)
     if recompute_attention is not None:
-        chosen = replace(chosen, attention=partial(recompute_attention, chosen.attention))
+        chosen = chosen.recomputed(recompute_attention)
     dims = ModelDims.of(model, moe)
     random = random or ShardedRandom(seed, topology.rank, device)
-    parts = replace(
-        _parts(model, initialization, dims, chosen, random, dtype, topology),
-        reset_attention=reset_attention,
-        reset_positions=reset_positions,
-        mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
-    )
 
     def source(layer: int) -> ParameterSource:
         return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)
 
+    parts = replace(
+        _parts(model, initialization, dims, chosen, random, topology, source(FIRST_BLOCK)),
+        reset_attention=reset_attention,
+        reset_positions=reset_positions,
+        mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
+    )
     last = dims.num_layers + 4
     vocabulary_fill = first_rows(parts.fill, vocab_size or padded_vocab_size)
     embedding = {
@@ -137,27 +139,32 @@ def _parts(
     dims: ModelDims,
     chosen: Kernels,
     random: ShardedRandom,
-    dtype: torch.dtype,
     topology: Topology,
+    first_block: ParameterSource,
 ) -> Parts:
-    """Look every named choice up, once."""
+    """Look every named choice up, once. first_block: the source of what all blocks share."""
     numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": dims.hidden_size}
     norm = NORMS.load(model.norm)
     epsilon = getattr(model, _EPSILON_KEYS[model.norm])
+    axis, positions = topology.model, POSITIONS.load(model.pos_emb)
+    head_norm = partial(_norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, partial_sum=axis.size > 1)
     return Parts(
         dims=dims,
-        norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), topology.model),
-        positions=POSITIONS.load(model.pos_emb).for_attention(model, dims.head_dim, chosen.rotary),
+        norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), axis, partial_sum=axis.sequence),
+        positions=positions.for_attention(model, dims.head_dim, chosen.rotary),
         activation=ACTIVATIONS.load(model.activation),
         attention=tuple(ATTENTION.load(kind) for kind in model.attention_config),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
+        patterns=_patterns(model),
+        relative=positions.for_scores(model, first_block.of("attention.rpe")),
+        head_norm=head_norm if dims.qk_norm else None,
         fill=INITS.load(initialization.init_method)(**numbers),
         output_fill=INITS.load(initialization.output_layer_init_method)(**numbers),
         kernels=chosen,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         random=random,
-        dtype=dtype,
+        dtype=first_block.dtype,
         context=topology.context,
     )
 
@@ -186,13 +193,34 @@ def _block(kind: str) -> type[Block]:
     return TransformerBlock
 
 
-def _norm(make: Callable[[], nn.Module], axis: Axis) -> nn.Module:
-    """A norm of the residual stream."""
+def _patterns(model: Any) -> tuple[Callable[[range], Pattern | None], ...]:
+    """What each block of the model hides from the heads of a core."""
+    window = None if model.sliding_window_width is None else Window(model.sliding_window_width)
+    made: dict[tuple[BlockLayout, range], Blocks] = {}  # blocks with one layout share its tables
+
+    def of(number: int, kind: str) -> Callable[[range], Pattern | None]:
+        layout = layout_of(kind, model.sparsity_config, number)
+        if layout is None:
+            return lambda heads: window
+        return lambda heads: made.setdefault((layout, heads), Blocks(layout, heads))
+
+    return tuple(of(number, kind) for number, kind in enumerate(model.attention_config))
+
+
+def _norm(make: Callable[[], nn.Module], axis: Axis, *, partial_sum: bool) -> nn.Module:
+    """A norm of the residual stream, or of heads. partial_sum: whether a rank of the axis sees a part of either."""
     norm = make()
-    if axis.sequence:
+    if partial_sum:
         for parameter in norm.parameters():
             mark_sequence_partial(parameter, axis)
     return norm
 
 
-_EPSILON_KEYS = {"layernorm": "layernorm_epsilon", "rmsnorm": "rms_norm_epsilon"}
+_EPSILON_KEYS = {
+    "layernorm": "layernorm_epsilon",
+    "non_parametric_layernorm": "layernorm_epsilon",
+    "te_layernorm": "layernorm_epsilon",
+    "rmsnorm": "rms_norm_epsilon",
+    "te_rmsnorm": "rms_norm_epsilon",
+    "scalenorm": "scalenorm_epsilon",
+}

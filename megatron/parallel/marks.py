@@ -48,17 +48,18 @@ def no_weight_decay(parameter: nn.Parameter) -> bool:
 
 
 def mark_tied(parameter: nn.Parameter) -> None:
-    """The parameter is used at both ends of the model; a pipeline holds a copy of it on its first and last stage."""
+    """The parameter is used by several layers; pipeline stages hold copies of it, and the first speaks for them."""
     parameter.neox_tied = True  # type: ignore[attr-defined]
 
 
 def is_tied(parameter: nn.Parameter) -> bool:
-    """Whether two pipeline stages may hold a copy of the parameter."""
+    """Whether several pipeline stages may hold a copy of the parameter."""
     return getattr(parameter, "neox_tied", False)
 
 
 def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
-    """Each rank of the axis uses the parameter on its part of the sequence only, so its gradient is a part of a sum.
+    """Each rank of the axis uses the parameter on its part of the sequence or of the heads only, so its gradient is a
+    part of a sum.
 
     The parts are summed inside autograd, before the gradient reaches the parameter: ZeRO partitions gradients as they
     arrive, and after that nobody could add them up.

@@ -102,7 +102,8 @@ class ActivationLayout:
     width: bytes of an activation. recompute: blocks in a recomputed group, 0 for none; with `first_only` that many
     blocks at the start of a stage are recomputed one by one, and the others are kept. selective: the attention core is
     recomputed. kept_share: part of a group's input that stays on the device [fraction]. dropout: masks are kept. cpu:
-    the kernels of the processor keep other tensors than those of an accelerator.
+    the kernels of the processor keep other tensors than those of an accelerator. shares: of earlier positions, what the
+    attention of each block sees [fraction]; all unless given.
     """
 
     seq_length: int
@@ -118,6 +119,7 @@ class ActivationLayout:
     kept_share: float = 1.0
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    shares: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -139,7 +141,8 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     kept += (
         _experts(dims, layout) if dims.has_experts(block) else layout.tokens * _mlp_width(dims, layout) * layout.width
     )
-    kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout)
+    share = layout.shares[block] if layout.shares else 1.0
+    kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, share)
     if layout.hidden_dropout:
         kept += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask an element
     return kept
@@ -169,11 +172,28 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     statistics = norms * layout.residual_tokens * 2 * FP32
     if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
         return (inputs + norms) * values * FP32 + statistics
+    if dims.norm == "scalenorm":  # the length is taken, then divided by
+        return inputs * values * layout.width * (1 if layout.width == FP32 else 2) + statistics
     return inputs * values * layout.width + statistics
 
 
-def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
-    """Bytes that the attention core and the projection after it keep."""
+def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Bytes that the norms of queries and keys keep: their inputs, which the projection's output holds as well."""
+    if not dims.qk_norm:
+        return 0
+    cut = layout.model_parallel_size
+    values = layout.tokens * (dims.query_size + dims.kv_size) // cut
+    heads = layout.tokens * (dims.num_attention_heads + dims.num_kv_heads) // cut
+    wide = FP32 * 2 if dims.norm == "rmsnorm" and layout.cpu else layout.width
+    return values * wide + heads * 2 * FP32
+
+
+def _attention(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
+    """Bytes that the attention core and the projection after it keep, and the norms before it."""
+    return _core(dims, layout, share) + _head_norms(dims, layout)
+
+
+def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
     cut, width, tokens = layout.model_parallel_size, layout.width, layout.tokens
     query, kv = dims.query_size // cut, dims.kv_size // cut
     heads = dims.num_attention_heads // (cut * layout.context_parallel_size)
@@ -185,8 +205,8 @@ def _attention(dims: ModelDims, layout: ActivationLayout) -> int:
         return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
     if layout.cpu:
         kept = tokens * (2 * query + 2 * kv + (0 if rotary else 2 * kv)) * width
-        weights = squares * width // 2 + tokens * 64 * dims.num_attention_heads // cut * width
-        return kept + (weights if squares * width // 2 <= KEPT_WEIGHTS else 0)
+        weights = int(squares * width // 2 * share) + tokens * 64 * dims.num_attention_heads // cut * width
+        return kept + (weights if weights <= KEPT_WEIGHTS else 0)
     features = query + 2 * kv + (query + kv if rotary else 0) + 2 * query
     return tokens * (features * width + FP32 * dims.num_attention_heads // cut)
 

@@ -8,8 +8,9 @@ from math import prod
 
 from megatron.config import Config
 from megatron.shapes import ModelDims, TensorShape, tensors
+from megatron.sparsity import SPARSE_KINDS
 
-SAME_TENSORS = {"global", "flash", "local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"}
+SAME_TENSORS = {"global", "flash", *SPARSE_KINDS}
 """Kinds of attention that differ in which positions they see, not in their weights."""
 
 
@@ -19,12 +20,8 @@ def why_unknown(config: Config) -> str | None:
     kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS)
     reasons = [
         (bool(kinds), f"blocks of kind {', '.join(kinds)}"),
-        (model.norm not in {"layernorm", "rmsnorm"}, f"norm {model.norm}"),
-        (model.pos_emb == "rpe", "relative positions"),
-        (model.use_qk_layernorm, "normalised queries and keys"),
         (bool(model.soft_prompt_tuning), "soft prompts"),
         (bool(model.lora), "low-rank updates"),
-        (model.num_unique_layers is not None, "blocks that share weights"),
     ]
     told = [reason for holds, reason in reasons if holds]
     return f"parameters are not counted yet for {' and '.join(told)}" if told else None

@@ -14,6 +14,7 @@ from megatron.plan.stages import layer_classes, stage_bounds
 from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.shapes import ModelDims, TensorShape
+from megatron.sparsity import visible_share
 
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
 
@@ -64,7 +65,11 @@ def make_plan(resolution: Resolution) -> Plan:
     assert training.train_batch_size
     assert model.seq_length
     flops = flops_per_iteration(
-        ModelDims.of(model, config.moe), table, seq_length=model.seq_length, train_batch_size=training.train_batch_size
+        ModelDims.of(model, config.moe),
+        table,
+        seq_length=model.seq_length,
+        train_batch_size=training.train_batch_size,
+        shares=visible_shares(config),
     )
     bounds = bounds_of(config, table)
     memory = memory_of(config, table, padded, bounds)
@@ -123,6 +128,18 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     return max(candidates, key=lambda memory: memory.total)
 
 
+def visible_shares(config: Config) -> tuple[float, ...]:
+    """What the attention of each block sees, of the positions before it [fraction]."""
+    model = config.model
+    assert model.attention_config
+    assert model.seq_length
+    kinds = {
+        str(kind): visible_share(str(kind), model.sparsity_config, 0, model.sliding_window_width, model.seq_length)
+        for kind in set(model.attention_config)
+    }  # random blocks differ from block to block, hardly in their number
+    return tuple(kinds[str(kind)] for kind in model.attention_config)
+
+
 def state_layout(config: Config) -> StateLayout:
     """What the configuration says about parameters, gradients and the optimizer; DeepSpeed's defaults elsewhere."""
     zero = config.deepspeed.zero_optimization or {}
@@ -167,4 +184,5 @@ def activation_layout(config: Config) -> ActivationLayout:
         kept_share=0.0 if again.checkpoint_in_cpu and not on_cpu else kept_share,
         context_parallel_size=axes.context_parallel_size,
         sequence_parallel=axes.sequence_parallel,
+        shares=visible_shares(config),
     )

@@ -1,7 +1,8 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
 from megatron.shapes.dims import MixtureDims, ModelDims
+from megatron.shapes.parts import FIRST_BLOCK, key_in_table
 from megatron.shapes.table import tensors
 from megatron.shapes.tensor import TensorShape
 
-__all__ = ["MixtureDims", "ModelDims", "TensorShape", "tensors"]
+__all__ = ["FIRST_BLOCK", "MixtureDims", "ModelDims", "TensorShape", "key_in_table", "tensors"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.shapes.dims import ModelDims
-from megatron.shapes.parts import column, norm, row
+from megatron.shapes.parts import FIRST_BLOCK, SHARED_NAME, column, norm, row
 from megatron.shapes.tensor import TensorShape
 
 
@@ -19,6 +19,12 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     sections = (query, kv, kv) if dims.grouped else ()
     table = norm(dims, layer, "input_layernorm")
     table += column(layer, "attention.query_key_value", query + 2 * kv, dims.hidden_size, dims.attention_bias, sections)
+    if dims.qk_norm:
+        table += norm(dims, layer, "attention.q_layernorm", dims.head_dim)
+        table += norm(dims, layer, "attention.k_layernorm", dims.head_dim)
+    if dims.rpe_buckets and layer == FIRST_BLOCK:
+        shape = (dims.rpe_buckets, dims.num_attention_heads)
+        table.append(TensorShape(layer, SHARED_NAME, shape, 1, "position_embedding"))
     table += row(layer, "attention.dense", dims.hidden_size, query, dims.attention_bias)
     if not dims.shared_norm:
         table += norm(dims, layer, "post_attention_layernorm")

@@ -49,6 +49,8 @@ class ModelDims:
     position_offset: int = 0  # rows of the learned positions before the first one
     tied: bool = True  # the output layer shares the word embedding's weight
     gpt_j_residual: bool = False
+    qk_norm: bool = False  # queries and keys of each head have a norm each
+    rpe_buckets: int = 0  # rows of the table of relative positions that all blocks share
     gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
     kinds: tuple[str, ...] = ()  # what mixes tokens in each block, by its name in attention_config; (): all "global"
     mixture: MixtureDims = field(default_factory=MixtureDims)
@@ -83,6 +85,8 @@ class ModelDims:
             max_position_embeddings=model.max_position_embeddings,
             position_offset=getattr(model, "opt_pos_emb_offset", 0),
             tied=not model.no_weight_tying,
+            qk_norm=model.use_qk_layernorm,
+            rpe_buckets=model.rpe_num_buckets if model.pos_emb == "rpe" else 0,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,
             kinds=tuple(getattr(model, "attention_config", None) or ()),

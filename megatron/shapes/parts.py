@@ -5,15 +5,35 @@ from __future__ import annotations
 from megatron.shapes.dims import ModelDims
 from megatron.shapes.tensor import TensorShape
 
+FIRST_BLOCK = 2
+"""Layer index of block 0."""
 
-def norm(dims: ModelDims, layer: int, name: str) -> list[TensorShape]:
-    """A norm of the residual stream."""
-    if dims.norm == "rmsnorm":
-        return [TensorShape(layer, f"{name}.scale", (dims.hidden_size,), None, "norm")]
-    table = [TensorShape(layer, f"{name}.weight", (dims.hidden_size,), None, "norm")]
-    if dims.norm_bias:
-        table.append(TensorShape(layer, f"{name}.bias", (dims.hidden_size,), None, "norm"))
-    return table
+SHARED_NAME = "attention.rpe.weight"
+"""The table of relative positions: one for all blocks, which is that of block 0."""
+
+NORM_TENSORS = {
+    "layernorm": ("weight", "bias"),
+    "rmsnorm": ("scale",),
+    "scalenorm": ("g",),
+    "non_parametric_layernorm": (),
+    "te_layernorm": ("weight", "bias"),
+    "te_rmsnorm": ("weight",),
+}
+"""What each norm holds."""
+
+
+def key_in_table(layer: int, name: str) -> str:
+    """The key "<layer>.<name>" under which the table holds a parameter that a layer has under that name."""
+    return f"{FIRST_BLOCK if name == SHARED_NAME else layer}.{name}"
+
+
+def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
+    """A norm of the residual stream, or of another number of features."""
+    size = size or dims.hidden_size
+    parts = NORM_TENSORS[dims.norm]
+    if dims.norm == "layernorm" and not dims.norm_bias:
+        parts = ("weight",)
+    return [TensorShape(layer, f"{name}.{part}", (1,) if part == "g" else (size,), None, "norm") for part in parts]
 
 
 def column(layer: int, name: str, out: int, inp: int, bias: bool, sections: tuple[int, ...] = ()) -> list[TensorShape]:

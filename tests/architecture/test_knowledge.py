@@ -45,6 +45,8 @@ WHERE: dict[str, tuple[str, ...]] = {
     ),
     "lm_eval": ("megatron/evaluation/",),
     "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
+    "flash_attn": ("megatron/kernels/flash_attention.py",),
+    "transformer_engine": ("megatron/model/norms/transformer_engine.py",),
     "matplotlib": ("tools/plot_metrics.py",),
     "numba": ("megatron/data/compiled.py",),
     "transformers": ("benchmarks/",),

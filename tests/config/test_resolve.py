@@ -78,13 +78,27 @@ def test_one_path_is_a_list_of_one() -> None:
     assert config.data.train_data_weights == (1.0,)
 
 
+def test_the_older_sparsity_says_what_each_block_attends_to() -> None:
+    kinds = {value: resolved(sparsity=value).config.model.attention_config for value in ("none", "all", "interspersed")}
+    assert kinds["none"] == resolved().config.model.attention_config
+    assert set(kinds["all"] or ()) == {"sparse_variable"}
+    assert (kinds["interspersed"] or ())[:3] == ("global", "sparse_variable", "global")[: len(kinds["all"] or ())]
+    assert resolved(sparsity="interspersed", num_layers=3).config.model.attention_config == (
+        "global",
+        "sparse_variable",
+        "global",
+    )
+    assert "it is none, all or interspersed" in faults(sparsity="some")[0]
+    assert "keep one of the two" in faults(sparsity="all", attention_config=[[["global"], "all"]])[0]
+
+
 def test_older_keys_are_understood_or_refused_by_name() -> None:
     resolution = resolved(gas=4, detect_nvlink_pairs=True, save_interval=10, save="x")
     assert resolution.config.training.gradient_accumulation_steps == 4
     assert resolution.config.checkpoint.checkpoint_factor == 10
     assert any("detect_nvlink_pairs" in line for line in resolution.warnings)
-    assert faults(sparsity="all")[0].startswith(
-        "command line: sparsity = 'all': this is a key of another release or program; write"
+    assert faults(attention_type="flash")[0].startswith(
+        "command line: attention_type = 'flash': this is a key of another release or program; write"
     )
     assert faults(gas=2, gradient_accumulation_steps=2) == [
         "command line: gas = 2: this is an older name of gradient_accumulation_steps, which is given at command line; "
@@ -94,18 +108,16 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
 
 def test_features_that_are_not_built_resolve_and_are_named() -> None:
     resolution = resolved(
-        pos_emb="alibi",
         use_mup=True,
         precision="fp16",
         zero_optimization={"stage": 0},
-        attention_config=[[["flash", "local"], "all"]],
+        attention_config=[[["flash", "mamba"], "all"]],
     )
     told = "\n".join(resolution.not_supported_yet)
     for part in (
-        "pos_emb = 'alibi'",
         "use_mup = True",
         "fp16 with fp32 master weights needs ZeRO",
-        "attention_config = 'local'",
+        "attention_config = 'mamba'",
     ):
         assert part in told
     assert "'flash'" not in told
@@ -120,6 +132,10 @@ def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
         resolved(bias_gelu_fusion=True, strict_config=True)
 
 
+NEEDS = {"fp16_lm_cross_entropy": {"precision": "fp16"}}
+"""What else a key asks for."""
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(CATALOG[name].choices) != 1])
 def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_path: Path) -> None:
     facts = CATALOG[name]
@@ -128,12 +144,13 @@ def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_
     others += [value for kind, value in examples.items() if accepts(facts.annotation, kind)]
     value = others[0] if others else "x"
     path = write(tmp_path, "a.yml", f"# one line above\n{name.replace('_', '-')}: {json.dumps(value)}\n")
-    found = resolve([path], SMALL, Resources(1))
+    small = {**SMALL, **NEEDS.get(name, {})}
+    found = resolve([path], small, Resources(1))
     assert [line for line in found.warnings if name in line] == [
         f"{path}:2: {name} = {value!r}: has no effect; {ALL_REASONS[name]}"
     ]
     with pytest.raises(ConfigError, match="strict_config makes this an error"):
-        resolve([path], {**SMALL, "strict_config": True}, Resources(1))
+        resolve([path], {**small, "strict_config": True}, Resources(1))
 
 
 def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:

@@ -62,10 +62,59 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"num_kv_heads": 2, "model_parallel_size": 4},
         "model_parallel_size = 4 does not divide it; at most 2 tensor parallel ranks can share 2 key heads",
     ),
+    (1, {"sliding_window_width": 0}, "sliding_window_width = 0: it must be at least 1"),
+    (1, {"num_unique_layers": 1}, "num_unique_layers = 1: blocks do not share weights"),
+    (1, {"pos_emb": "rpe", "rpe_num_buckets": 1}, "rpe_num_buckets = 1: it must be at least 2"),
+    (1, {"pos_emb": "rpe", "rpe_max_distance": 16}, "rpe_max_distance = 16: the first 16 of rpe_num_buckets = 32"),
+    (1, {"pos_emb": "rotary", "rope_scaling": {"type": "ntk", "factor": 2}}, "type must be one of linear, dynamic"),
+    (1, {"pos_emb": "rotary", "rope_scaling": {"type": "yarn", "factor": 2}}, "needs original_max_position"),
+    (1, {"pos_emb": "rotary", "rope_scaling": {"type": "linear", "facto": 2}}, "did you mean factor?"),
+    (1, {"pos_emb": "rotary", "rope_scaling": {"type": "linear", "factor": 0.5}}, "it is at least 1"),
+    (1, {"rope_scaling": {"type": "linear", "factor": 2}}, "pos_emb = learned has no rotary positions to scale"),
     (
         1,
-        {"num_kv_heads": 2, "attention_config": [[["local"], "all"]]},
-        "num_kv_heads = 2: attention of kind local needs as many key heads as query heads",
+        {
+            "pos_emb": "rotary",
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 8,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 4.0,
+            },
+        },
+        "low_freq_factor must be below high_freq_factor",
+    ),
+    *[
+        (1, {"attention_config": [[[kind], "all"]], "sparsity_config": options}, told)
+        for kind, options, told in [
+            ("bigbird", {"blok": 8}, "bigbird has no option blok; did you mean block?"),
+            ("local", {"num_random_blocks": 1}, "local has no option num_random_blocks"),
+            ("local", {"block": 0}, "block is a whole number from 1 on"),
+            ("sparse_fixed", {"attention": "bidirectional"}, "a language model sees no later token"),
+            ("sparse_fixed", {"num_global_blocks": 3}, "num_global_blocks = 3 does not divide num_local_blocks = 4"),
+            ("sparse_fixed", {"num_different_global_patterns": 2}, "needs different_layout_per_head: true"),
+            (
+                "sparse_variable",
+                {"local_window_blocks": []},
+                "local_window_blocks is a list of whole numbers from 1 on",
+            ),
+            ("bslongformer", {"global_block_indices": [2], "global_block_end_indices": [2]}, "each must lie above"),
+        ]
+    ],
+    (
+        2,
+        {
+            "pos_emb": "rpe",
+            "checkpoint_activations": True,
+            "partition_activations": True,
+            "zero_optimization": {"stage": 1},
+        },
+        "partition_activations = True: pos_emb = rpe has one table for all blocks",
+    ),
+    (
+        1,
+        {"num_kv_heads": 2, "attention_config": [[["rwkv"], "all"]]},
+        "num_kv_heads = 2: a block of kind rwkv needs as many key heads as query heads",
     ),
     (
         1,

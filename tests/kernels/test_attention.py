@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import blocked_attention as blocked
-from megatron.kernels.attention import choose_attention, cpu_attention, plain_attention, sdpa_attention
+from megatron.kernels.attention import (
+    choose_attention,
+    cpu_attention,
+    gpu_attention,
+    plain_attention,
+    sdpa_attention,
+)
 
 KERNELS = {"plain": plain_attention, "sdpa": sdpa_attention, "cpu": cpu_attention}
 # batch, query heads, key/value heads, queries, keys, head dim
@@ -102,7 +108,7 @@ def test_dropout_drops_and_keeps_the_mean(name: str) -> None:
 
 def test_the_choice_follows_the_device() -> None:
     assert choose_attention(torch.device("cpu")) is cpu_attention
-    assert choose_attention(torch.device("cuda")) is sdpa_attention
+    assert choose_attention(torch.device("cuda")) is gpu_attention
 
 
 STARTS = {

@@ -9,7 +9,9 @@ import torch
 
 from megatron.kernels.norms import plain_rms_norm, rms_norm
 from megatron.kernels.rotary import plain_rotary, rotary
+from megatron.model.positions.rope_scaling import frequencies
 from megatron.model.positions.rotary import Rotary
+from tests.model.sections import model_section
 
 
 @pytest.mark.parametrize("kernel", [rotary, plain_rotary])
@@ -17,7 +19,7 @@ def test_rotary_is_a_complex_rotation(kernel: object) -> None:
     """Feature i and feature i + r/2 are the real and imaginary part of a number times exp(j p base^(-2i/r))."""
     turned, base, offset = 6, 100.0, 3
     x = torch.randn(2, 3, 5, 10, generator=torch.Generator().manual_seed(0))
-    actual = Rotary(turned, base, kernel)(x, offset)  # type: ignore[arg-type]
+    actual = Rotary(frequencies(turned, base), 1.0, kernel)(x, offset)  # type: ignore[arg-type]
     for position in range(5):
         for pair in range(turned // 2):
             angle = (position + offset) * base ** (-2 * pair / turned)
@@ -32,7 +34,7 @@ def test_rotary_equals_its_plain_twin(dtype: torch.dtype, tolerance: float) -> N
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, 2, 3, 16, generator=generator).permute(1, 2, 0, 3).to(dtype).requires_grad_()
     grad = torch.randn(2, 3, 9, 16, generator=generator).to(dtype)
-    cos, sin = Rotary(8, 10000).table(9, torch.device("cpu"))
+    cos, sin = Rotary(frequencies(8, 10000)).table(9, torch.device("cpu"))
     cos, sin = cos[:9], sin[:9]
     fast, plain = rotary(x, cos, sin), plain_rotary(x, cos, sin)
     torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
@@ -41,7 +43,7 @@ def test_rotary_equals_its_plain_twin(dtype: torch.dtype, tolerance: float) -> N
 
 
 def test_a_longer_sequence_extends_the_table() -> None:
-    positions = Rotary(8, 10000)
+    positions = Rotary(frequencies(8, 10000))
     short = positions(torch.ones(1, 1, 4, 8), 0)
     long = positions(torch.ones(1, 1, 200, 8), 0)
     assert torch.equal(long[:, :, :4], short)
@@ -51,7 +53,7 @@ def test_a_longer_sequence_extends_the_table() -> None:
 @pytest.mark.parametrize("turned", [0, 3])
 def test_rotary_turns_pairs(turned: int) -> None:
     with pytest.raises(ValueError, match="pairs"):
-        Rotary(turned, 10000)
+        Rotary.for_attention(model_section(rotary_pct=turned / 8), 8, rotary)
 
 
 @pytest.mark.parametrize("kernel", [rms_norm, plain_rms_norm])

@@ -37,9 +37,8 @@ def test_parameters_agree_with_the_shape_table(options: dict[str, object]) -> No
     for name, parameter in parameters.items():
         assert shard_dim(parameter) == table[name].shard_dim, name
         assert no_weight_decay(parameter) == (table[name].kind in ("norm", "bias")), name
-        assert is_tied(parameter) == (
-            name.endswith("0.word_embeddings.weight") and not model_section(**options).no_weight_tying
-        )
+        tied = name.endswith("0.word_embeddings.weight") and not model_section(**options).no_weight_tying
+        assert is_tied(parameter) == (tied or name.endswith("attention.rpe.weight")), name
     assert any(is_sharded(parameter) for parameter in parameters.values())
 
 

@@ -89,6 +89,7 @@ def test_dims_read_from_a_model_section() -> None:
         activation="swiglu",
         norm="rmsnorm",
         use_bias_in_norms=True,
+        use_qk_layernorm=False,
         use_bias_in_attn_linear=False,
         use_bias_in_mlp=False,
         pos_emb="learned",

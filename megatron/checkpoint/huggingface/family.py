@@ -153,21 +153,8 @@ def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
     )
 
 
-def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "", usual: float = 1.0) -> tuple[int, float]:
-    """(base, part of each head that turns) from either spelling: rope_parameters, or the older single keys.
-
-    base, part: their names among the older keys. usual: the part where neither says one.
-
-    Raises ConfigError for scaled positions and for a base that is no whole number.
-    """
-    nested = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or {}
-    kind = nested.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise ConfigError.of(
-            f"positions of kind {kind} cannot be taken over", key="rope_scaling", value=kind, where="config.json"
-        )
-    theta = nested.get("rope_theta", theirs.get(base, 10000))
-    if theta != int(theta):
-        raise ConfigError.of("the base must be a whole number", key=base, value=theta, where="config.json")
-    return int(theta), float(nested.get("partial_rotary_factor", theirs.get(part, usual)))
+def special_attention(model: ModelSection, family: str) -> list[Mistake]:
+    """A mistake for every block that does not attend to all earlier positions of its window."""
+    others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
+    told = f"a {family} model has no blocks of kind {', '.join(others)}"
+    return [Mistake(told, key="attention_config", value=others)] if others else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, unlike
+from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
 from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
@@ -19,8 +19,8 @@ _BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tan
 def _misfits(model: ModelSection) -> list[Mistake]:
     wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     wanted |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
-    wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0}
-    faults = unlike(model, wanted, "GPT-2")
+    wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0, "use_qk_layernorm": False}
+    faults = unlike(model, wanted, "GPT-2") + special_attention(model, "GPT-2")
     if model.activation not in ACTIVATIONS:
         faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)

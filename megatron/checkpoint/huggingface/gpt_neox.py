@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, rotary_settings, unlike
+from megatron.checkpoint.huggingface.family import Family, Settings, choose, special_attention, unlike
 from megatron.checkpoint.huggingface.names import Names
+from megatron.checkpoint.huggingface.rotary import rotary_settings, scaling_config, scaling_misfits
 from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
 from megatron.shapes import ModelDims
@@ -20,8 +21,8 @@ THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
 
 def _misfits(model: ModelSection) -> list[Mistake]:
     wanted = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
-    wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "rope_scaling": None}
-    faults = unlike(model, wanted, "GPT-NeoX")
+    wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
+    faults = unlike(model, wanted, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
         faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
@@ -47,11 +48,12 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
         "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.hidden_dropout,
         "tie_word_embeddings": not model.no_weight_tying,
+        **scaling_config(model),
     }
 
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    base, part = rotary_settings(theirs, base="rotary_emb_base", part="rotary_pct", usual=0.25)
+    rotary = rotary_settings(theirs, base="rotary_emb_base", part="rotary_pct", usual=0.25)
     return {
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
@@ -62,8 +64,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "norm": "layernorm",
         "layernorm_epsilon": float(theirs.get("layer_norm_eps", 1e-5)),
         "pos_emb": "rotary",
-        "rotary_pct": part,
-        "rotary_emb_base": base,
+        **rotary,
         "gpt_j_residual": bool(theirs.get("use_parallel_residual", True)),
         "use_bias_in_attn_linear": bool(theirs.get("attention_bias", True)),
         "no_weight_tying": not theirs.get("tie_word_embeddings", False),

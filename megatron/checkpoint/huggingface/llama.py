@@ -1,4 +1,4 @@
-"""LLaMA, Mistral and Mixtral: `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM`.
+"""LLaMA and its kin: `LlamaForCausalLM`, `MistralForCausalLM`, `MixtralForCausalLM`, `Qwen3ForCausalLM`.
 
 They keep query, key and value apart, and the two halves of the gated MLP; ours are fused, the plain half first. They
 keep every expert apart; ours are stacked.
@@ -7,6 +7,7 @@ keep every expert apart; ours are stacked.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import (
@@ -16,13 +17,14 @@ from megatron.checkpoint.huggingface.family import (
     Settings,
     choose,
     demand,
-    rotary_settings,
     same,
+    special_attention,
     stacked,
     stacked_transposed,
     unlike,
 )
 from megatron.checkpoint.huggingface.names import Names
+from megatron.checkpoint.huggingface.rotary import rotary_settings, scaling_config, scaling_misfits
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import Mistake
@@ -34,19 +36,24 @@ _BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 
 def _misfits(model: ModelSection) -> list[Mistake]:
-    wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False, "rope_scaling": None}
-    faults = unlike(model, wanted, "LLaMA")
+    wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
+    faults = unlike(model, wanted, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
         faults.append(Mistake("a LLaMA model has a gated activation", key="activation", value=model.activation))
     return faults
 
 
 def _llama_misfits(model: ModelSection) -> list[Mistake]:
-    return _misfits(model) + unlike(model, {"sliding_window_width": None}, "LLaMA")
+    return _misfits(model) + unlike(model, {"sliding_window_width": None, "use_qk_layernorm": False}, "LLaMA")
 
 
 def _mistral_misfits(model: ModelSection) -> list[Mistake]:
-    return _misfits(model) + unlike(model, {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False}, "Mistral")
+    wanted = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "use_qk_layernorm": False}
+    return _misfits(model) + unlike(model, wanted, "Mistral")
+
+
+def _qwen_misfits(model: ModelSection) -> list[Mistake]:
+    return _misfits(model) + unlike(model, {"use_bias_in_mlp": False, "use_qk_layernorm": True}, "Qwen3")
 
 
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
@@ -64,6 +71,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
         "rms_norm_eps": model.rms_norm_epsilon,
         "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": not model.no_weight_tying,
+        **scaling_config(model),
     }
 
 
@@ -76,9 +84,15 @@ def _mistral_config(model: ModelSection, padded_vocab_size: int) -> Settings:
     return _config(model, padded_vocab_size) | {"sliding_window": model.sliding_window_width}
 
 
+def _qwen_config(model: ModelSection, padded_vocab_size: int) -> Settings:
+    window = model.sliding_window_width
+    windows = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+    return _config(model, padded_vocab_size) | windows | {"attention_bias": model.use_bias_in_attn_linear}
+
+
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    base, part = rotary_settings(theirs, base="rope_theta")
-    demand({"partial_rotary_factor": part}, {"partial_rotary_factor": 1.0})
+    rotary = rotary_settings(theirs, base="rope_theta")
+    demand({"partial_rotary_factor": rotary["rotary_pct"]}, {"partial_rotary_factor": 1.0})
     heads = theirs["num_attention_heads"]
     return {
         "num_layers": theirs["num_hidden_layers"],
@@ -92,8 +106,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "norm": "rmsnorm",
         "rms_norm_epsilon": float(theirs.get("rms_norm_eps", 1e-6)),
         "pos_emb": "rotary",
-        "rotary_pct": 1.0,
-        "rotary_emb_base": base,
+        **rotary,
         "use_bias_in_attn_linear": bool(theirs.get("attention_bias", False)),
         "use_bias_in_mlp": bool(theirs.get("mlp_bias", False)),
         "no_weight_tying": not theirs.get("tie_word_embeddings", False),
@@ -105,6 +118,14 @@ def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
     window = theirs.get("sliding_window")
     if window is not None and window < theirs["max_position_embeddings"]:
         settings["sliding_window_width"] = window
+    return settings
+
+
+def _qwen_settings(theirs: Mapping[str, Any]) -> Settings:
+    settings = _settings(theirs) | {"use_qk_layernorm": True}
+    if theirs.get("use_sliding_window"):
+        demand(theirs, {"max_window_layers": 0})
+        settings["sliding_window_width"] = theirs["sliding_window"]
     return settings
 
 
@@ -197,4 +218,16 @@ MIXTRAL = Family(
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
     experts=Experts(_mixtral_misfits, _mixtral_experts),
+)
+QWEN_NAMES = replace(NAMES, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+QWEN3 = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    misfits=_qwen_misfits,
+    config=_qwen_config,
+    settings=_qwen_settings,
+    table=QWEN_NAMES.table,
+    spare=(".rotary_emb.inv_freq",),
+    prefix="model.",
 )

@@ -27,8 +27,9 @@ class Names:
     block: what the names inside a block begin with; {} stands for its number. attention: one projection for queries,
     keys and values together, or three. by_head: where it is one, its rows stand head by head as ours do, not all
     queries first. linear1: one matrix, or its plain half and the one that the activation sees. norm_values: our and
-    their names of what a norm holds. matrices_turned: they keep matrices as [in, out]. experts: (dimensions, begin
-    of our names, of theirs) -> the rows of a block's experts, where the family has them.
+    their names of what a norm holds. head_norms: those of queries and of keys. matrices_turned: they keep matrices as
+    [in, out]. experts: (dimensions, begin of our names, of theirs) -> the rows of a block's experts, where the family
+    has them.
     """
 
     embedding: str
@@ -45,6 +46,7 @@ class Names:
     by_head: bool = True
     norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
     matrices_turned: bool = False
+    head_norms: tuple[str, str] | None = None
     experts: Callable[[ModelDims, str, str], list[Correspondence]] | None = None
 
     def table(self, dims: ModelDims) -> list[Correspondence]:
@@ -85,6 +87,11 @@ class Names:
                 continue
             rows.append(same(f"{ours}input_layernorm.{value}", names[0]))
             rows.append(same(f"{ours}post_attention_layernorm.{value}", names[1]))
+        if dims.qk_norm and self.head_norms is not None:
+            for name, other in zip(("q_layernorm", "k_layernorm"), self.head_norms, strict=True):
+                rows += [
+                    same(f"{ours}attention.{name}.{mine}", f"{theirs}{other}.{it}") for mine, it in self.norm_values
+                ]
         return rows
 
     def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> Correspondence:

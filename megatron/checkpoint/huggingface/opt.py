@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, unlike
+from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
 from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
@@ -21,7 +21,8 @@ def _misfits(model: ModelSection) -> list[Mistake]:
     wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     wanted |= {"layernorm_epsilon": 1e-5, "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": _OFFSET}
     wanted |= {"sliding_window_width": None, "use_bias_in_mlp": model.use_bias_in_attn_linear}
-    faults = unlike(model, wanted, "OPT")
+    wanted |= {"use_qk_layernorm": False}
+    faults = unlike(model, wanted, "OPT") + special_attention(model, "OPT")
     if model.activation not in ACTIVATIONS:
         faults.append(Mistake("an OPT model has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)

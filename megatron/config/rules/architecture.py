@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
+from megatron.sparsity import SPARSE_KINDS
 
 
 def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
@@ -27,15 +28,15 @@ def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
         )
 
 
-def grouped_heads_need_dense_attention(config: Config) -> Iterator[Mistake]:
-    """Fewer key heads than query heads works with global and flash attention only."""
+def grouped_heads_need_attention(config: Config) -> Iterator[Mistake]:
+    """Fewer key heads than query heads works where there are keys."""
     model = config.model
     if model.num_kv_heads == model.num_attention_heads:
         return
-    others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
-    if others or model.sparsity_config:
-        what = f"attention of kind {', '.join(others)}" if others else "sparsity_config"
-        yield Mistake(f"{what} needs as many key heads as query heads", key="num_kv_heads", value=model.num_kv_heads)
+    others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash", *SPARSE_KINDS})
+    if others:
+        what = f"a block of kind {', '.join(others)} needs as many key heads as query heads"
+        yield Mistake(what, key="num_kv_heads", value=model.num_kv_heads)
 
 
 def positions_cover_sequence(config: Config) -> Iterator[Mistake]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from megatron.config.config import Config
 from megatron.config.partial import NotKnown, partial
-from megatron.config.rules import architecture, blocks, data, experts, layout, run
+from megatron.config.rules import architecture, attention, blocks, data, experts, layout, positions, run
 from megatron.errors import Mistake
 
 Rule = Callable[[Config], Iterator[Mistake]]
@@ -23,11 +23,18 @@ RULES: tuple[Rule, ...] = (
     layout.vocabulary_divides_ranks,
     architecture.heads_divide_hidden,
     layout.heads_divide_ranks,
-    architecture.grouped_heads_need_dense_attention,
+    architecture.grouped_heads_need_attention,
     layout.mlp_width_divides_ranks,
     architecture.positions_cover_sequence,
     architecture.skipped_positions_are_learned,
     architecture.rotary_turns_pairs,
+    positions.sines_come_in_pairs,
+    positions.buckets_hold_distances,
+    positions.scaling_is_known,
+    attention.sparse_options_are_known,
+    attention.window_holds_a_token,
+    attention.blocks_have_their_own_weights,
+    attention.shared_positions_are_reduced_once,
     run.fractions_are_fractions,
     blocks.warmup_is_a_part,
     blocks.extra_arguments_only_add,

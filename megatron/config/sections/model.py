@@ -9,20 +9,7 @@ from megatron.config.key import Section, key, planned
 from megatron.config.types import Items, Table
 from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS
 
-NORM_CHOICES = planned(NORMS.names, "non_parametric_layernorm", "scalenorm", "te_rmsnorm", "te_layernorm")
-POSITION_CHOICES = planned(POSITIONS.names, "sinusoidal", "rpe", "alibi")
-ATTENTION_CHOICES = planned(
-    ATTENTION.names,
-    "local",
-    "sparse_fixed",
-    "sparse_variable",
-    "bigbird",
-    "bslongformer",
-    "gmlp",
-    "amlp",
-    "rwkv",
-    "mamba",
-)
+ATTENTION_CHOICES = planned(ATTENTION.names, "gmlp", "amlp", "rwkv", "mamba")
 
 
 class ModelSection(Section):
@@ -54,7 +41,7 @@ class ModelSection(Section):
     activation: str = key(
         "gelu", "Activation of the MLP; the gated ones use two input matrices.", choices=ACTIVATIONS.names
     )
-    norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORM_CHOICES)
+    norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS.names)
     layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
     rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
     scalenorm_epsilon: float = key(1.0e-8, "Smallest norm that scalenorm divides by.")
@@ -78,7 +65,7 @@ class ModelSection(Section):
     hidden_dropout: float = key(0.0, "Dropout on what each block adds to the residual.", unit="probability")
     attention_dropout: float = key(0.0, "Dropout on the attention probabilities.", unit="probability")
     apply_query_key_layer_scaling: bool = key(False, "Divide attention scores of block i by i and undo it in fp32.")
-    pos_emb: str = key("learned", "How positions enter the model.", choices=POSITION_CHOICES)
+    pos_emb: str = key("learned", "How positions enter the model.", choices=POSITIONS.names)
     rotary_pct: float = key(1.0, "Part of each head's width that rotary positions turn.", unit="fraction")
     rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.")
     rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")

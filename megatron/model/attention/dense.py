@@ -3,6 +3,9 @@
 The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head where every query head has
 its own key/value head, and [all q | all k | all v] where query heads share them.
 
+Besides the causal mask a block may hide keys (a sliding window, blocks of a sparse layout) and positions may be added
+to the scores; both are a View of the kernels.
+
 Context parallelism (arXiv:2309.14509): each of c ranks has its part of the sequence everywhere but in the attention
 core, before which ranks exchange parts of the sequence for heads, and after which they exchange them back.
 
@@ -14,10 +17,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
-from megatron.kernels.attention import masked_attention
-from megatron.model.cache import KVCache
+from megatron.kernels.attention import AttentionKernel, masked_attention
+from megatron.kernels.view import View
+from megatron.model.cache import KVCache, Place
 from megatron.model.parts import Parts
 from megatron.model.positions.base import document_positions
 from megatron.parallel.context import heads_for_sequence, part_of_sequence, sequence_for_heads
@@ -26,7 +31,7 @@ from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class ParallelSelfAttention(nn.Module):
-    """Attention of block ``number`` (from 0) to all earlier positions.
+    """Attention of block ``number`` (from 0) to earlier positions.
 
     ValueError where the heads or the key/value heads do not divide by the tensor-parallel degree.
     """
@@ -51,10 +56,17 @@ class ParallelSelfAttention(nn.Module):
         self.grouped = dims.grouped
         self.positions = parts.positions
         self.reset_attention, self.reset_positions = parts.reset_attention, parts.reset_positions
-        self.attend = parts.kernels.attention
+        self.attend = self.kernel(parts)
         self.dropout = parts.attention_dropout
         self.context = parts.context
         self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
+        shared = range(self.heads // self.context.size)  # n/(t c): the heads that one core sees
+        self.core_heads = slice(self.context.rank * len(shared), (self.context.rank + 1) * len(shared))
+        first = source.axis.rank * self.heads + self.core_heads.start
+        self.pattern = parts.patterns[number](range(first, first + len(shared)))
+        self.rpe = parts.relative
+        self.q_layernorm = parts.head_norm() if parts.head_norm else None
+        self.k_layernorm = parts.head_norm() if parts.head_norm else None
         self.query_key_value = ColumnParallelLinear(
             dims.hidden_size,
             dims.query_size + 2 * dims.kv_size,
@@ -73,12 +85,19 @@ class ParallelSelfAttention(nn.Module):
             kernel=parts.kernels.linear,
         )
 
+    @staticmethod
+    def kernel(parts: Parts) -> AttentionKernel:
+        """The core that computes whole sequences."""
+        return parts.kernels.attention
+
     def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
         qkv = self.query_key_value(x)
         length, batch = qkv.shape[:2]
         q, k, v = self._split(qkv)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         core = self._attend(q, k, v, document_starts) if cache is None else self._attend_cached(q, k, v, cache)
         return core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
 
@@ -92,8 +111,15 @@ class ParallelSelfAttention(nn.Module):
         starts = document_starts if self.reset_attention else None
         q, k, v = (heads_for_sequence(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
         with self.draws():
-            core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts)  # [b, n/(t c), c s, d]
+            view = self._view(q.shape[2], q.device)
+            core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
         return sequence_for_heads(core, self.context)  # [b, n/t, s, d]
+
+    def _view(self, length: int, device: torch.device) -> View | None:
+        """What is hidden and added in a sequence of that length, or None for nothing."""
+        if self.pattern is None and self.rpe is None:
+            return None
+        return View(self.pattern, None if self.rpe is None else self.rpe(length, device)[self.core_heads])
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """New positions after those in the cache: shapes as in ``_attend``. The cache may be of a higher precision."""
@@ -102,6 +128,9 @@ class ParallelSelfAttention(nn.Module):
             q = self.positions(q, cache.length, place.positions)
             k = self.positions(k, cache.length, place.positions)
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
+        view = self._view(place.end, q.device)
+        if view is not None:
+            return masked_attention(q.to(k.dtype), k, v, _shown(view, place, q.shape[2], q.device)).to(dtype)
         if place.mask is not None:  # texts of different lengths
             return masked_attention(q.to(k.dtype), k, v, place.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
@@ -119,3 +148,19 @@ class ParallelSelfAttention(nn.Module):
         parts = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
+
+
+class FlashSelfAttention(ParallelSelfAttention):
+    """The same attention through the flash-attn package where it is installed and can, else as everywhere."""
+
+    @staticmethod
+    def kernel(parts: Parts) -> AttentionKernel:
+        return parts.kernels.flash
+
+
+def _shown(view: View, place: Place, length: int, device: torch.device) -> Tensor:
+    """What the queries of cached texts see, for ``masked_attention``: [b or 1, n or 1, s, end]."""
+    keys = torch.arange(place.end, device=device)
+    queries = keys[None, place.end - length :] if place.positions is None else place.positions  # [b or 1, s]
+    queries, keys = queries[:, None, :, None], keys[None, None, None]
+    return view.seen(queries, keys) if view.bias is None else view.scores(queries, keys)

@@ -29,13 +29,21 @@ class AttentionPositions(Protocol):
 
 
 class Positions:
-    """The base of the schemes a configuration can name. Both builders return None where there is nothing to add."""
+    """The base of the schemes a configuration can name. A builder returns None where there is nothing to add."""
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module | None:
-        """A module (length, offset, positions) -> [length, 1 or b, h] whose result is added to the word embeddings.
+        """A module (length, offset, positions, device) -> [length, 1 or b, h], which is added to the word embeddings.
 
         positions: as in AttentionPositions, or None. model: the configuration's model section.
+        """
+        return None
+
+    @classmethod
+    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module | None:
+        """A module (length, device) -> [n/t, length]: added to the score of a query and a key 0, 1, ... places before.
+
+        n/t: this rank's heads. All blocks share the module.
         """
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class LearnedPositions(Positions, nn.Module):
         """The table of the model section's max_position_embeddings and opt_pos_emb_offset."""
         return cls(model.max_position_embeddings, model.hidden_size, source, fill, model.opt_pos_emb_offset)
 
-    def forward(self, length: int, offset: int, positions: Tensor | None = None) -> Tensor:
+    def forward(self, length: int, offset: int, positions: Tensor | None, device: torch.device) -> Tensor:
         """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one.
 
         positions [b, s]: of each token instead, below length; the result is then [s, b, h].

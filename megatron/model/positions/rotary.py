@@ -1,6 +1,7 @@
 """Rotary positions: queries and keys are turned by their position (arXiv:2104.09864).
 
 Only the first ``rotary_pct`` of each head's features turn; they are paired half-split, as GPT-NeoX and Llama do.
+For long contexts the frequencies are changed as rope_scaling.py says.
 Shapes: s sequence, b micro batch, n heads, d head dim, r turned features.
 """
 
@@ -13,27 +14,29 @@ from torch import Tensor
 
 from megatron.kernels.rotary import RotaryKernel, rotary
 from megatron.model.positions.base import Positions
+from megatron.model.positions.rope_scaling import scaled
 
 
 class Rotary(Positions):
-    """Turns pair i of position p by the angle p * base^(-2 i / r).
+    """Turns pair i of position p by the angle p * frequency i.
 
-    turned: number of features r that turn. It holds no parameter; the table of cosines grows when a longer sequence
-    comes and is shared by all blocks.
+    frequencies: one for each pair of the features that turn, fp32 [r/2]. factor: of cosines and sines. It holds no
+    parameter; the table of cosines grows when a longer sequence comes and is shared by all blocks.
     """
 
-    def __init__(self, turned: int, base: float, kernel: RotaryKernel = rotary) -> None:
-        if turned < 2 or turned % 2:
-            raise ValueError(f"rotary positions turn pairs of features, and {turned} is not an even number above 0")
-        self.turned = turned
-        self.base = base
+    def __init__(self, frequencies: Tensor, factor: float = 1.0, kernel: RotaryKernel = rotary) -> None:
+        self.frequencies = frequencies
+        self.factor = factor
         self.kernel = kernel
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def for_attention(cls, model: Any, head_dim: int, kernel: RotaryKernel) -> Rotary:
-        """From the model section's rotary_pct and rotary_emb_base."""
-        return cls(int(head_dim * model.rotary_pct), model.rotary_emb_base, kernel)
+        """From the model section's rotary_pct, rotary_emb_base and rope_scaling."""
+        turned = int(head_dim * model.rotary_pct)
+        if turned < 2 or turned % 2:
+            raise ValueError(f"rotary positions turn pairs of features, and {turned} is not an even number above 0")
+        return cls(*scaled(turned, model.rotary_emb_base, model.rope_scaling, model.seq_length), kernel)
 
     def __call__(self, x: Tensor, offset: int, positions: Tensor | None = None) -> Tensor:
         """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the turned ones; see base.py."""
@@ -48,8 +51,8 @@ class Rotary(Positions):
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
             room = 1 << (length - 1).bit_length()
-            steps = torch.arange(0, self.turned, 2, dtype=torch.float32, device=device) / self.turned
-            angles = torch.outer(torch.arange(room, dtype=torch.float32, device=device), 1.0 / self.base**steps)
-            known = (angles.cos(), angles.sin())
+            places = torch.arange(room, dtype=torch.float32, device=device)
+            angles = torch.outer(places, self.frequencies.to(device))
+            known = (angles.cos() * self.factor, angles.sin() * self.factor)
             self._tables[device] = known
         return known

@@ -1,0 +1,61 @@
+"""Attention through the flash-attn package (arXiv:2307.08691), for blocks of kind `flash` on a GPU in half precision.
+
+It takes a sliding window itself. What it cannot do (documents kept apart, layouts of blocks, positions added to
+scores), and every machine without it, goes the way of all other blocks, which is torch's flash backend where torch can
+use that. Twin: plain_attention.
+
+Shapes: b micro batch, n query heads, m key/value heads, s positions, d head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.attention import AttentionKernel, choose_attention
+from megatron.kernels.view import View, Window
+
+
+def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the flash-attn package cannot be used, as a sentence; None where it can."""
+    if device.type != "cuda":
+        return f"flash-attn is for GPUs, and the model is on {device.type}."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn is for fp16 and bfloat16, not {dtype}."
+    if importlib.util.find_spec("flash_attn") is None:
+        return "The package flash-attn is not installed."
+    return None
+
+
+def choose_flash(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+    """The attention core of blocks of kind `flash`."""
+    usual = choose_attention(device)
+    return usual if flash_unavailable(device, dtype) is not None else partial(flash_attention, usual)
+
+
+def flash_attention(
+    usual: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: View | None = None,
+) -> Tensor:
+    """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn cannot do."""
+    window = view.pattern if view is not None else None
+    if starts is not None or (view is not None and view.bias is not None) or not isinstance(window, Window | None):
+        return usual(q, k, v, dropout, starts, view)
+    from flash_attn import flash_attn_func
+
+    reach = -1 if window is None else window.width - 1
+    out: Tensor = flash_attn_func(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        dropout_p=dropout,
+        causal=True,
+        window_size=(reach, 0 if window else -1),
+    )
+    return out.transpose(1, 2)  # [b, n, s, d]

@@ -1,0 +1,93 @@
+"""Attention through torch.nn.attention.flex_attention, compiled on a GPU: blocks of hidden keys are never computed.
+
+The mask of blocks of a view is made once for each length, and for every batch where documents are kept apart. Twin:
+plain_attention.
+
+Shapes: b micro batch, n query heads, m key/value heads, s positions, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from megatron.kernels.view import Blocks, Pattern, View
+
+
+def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
+    """Why flexible attention cannot be used, as a sentence; None where it can."""
+    if dropout > 0:
+        return "Flexible attention has no dropout."
+    if q.shape[2] != k.shape[2]:
+        return "Flexible attention is for whole sequences; cached texts have a mask of their own."
+    if q.shape[-1] < 16:
+        return f"Flexible attention is for heads of at least 16 features, not {q.shape[-1]}."
+    return None
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: View) -> Tensor:
+    """Q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d] under the causal mask and a view; see view.py."""
+    length = q.shape[2]
+    hidden = _block_mask(view, length, q.device, starts, q.shape[0], q.shape[1])
+    attend: Any = _compiled() if q.device.type == "cuda" else flex.flex_attention
+    bias = None if view.bias is None else view.bias.to(torch.float32)
+    out: Tensor = attend(q, k, v, score_mod=_added(bias), block_mask=hidden, enable_gqa=q.shape[1] != k.shape[1])
+    return out
+
+
+def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """What flexible attention calls for each score."""
+    if bias is None:
+        return None
+
+    def added(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, (query - key).clamp(min=0)]
+
+    return added
+
+
+def _block_mask(
+    view: View, length: int, device: torch.device, starts: Tensor | None, batch: int, heads: int
+) -> flex.BlockMask:
+    """The blocks that a view and the starts of documents leave to see; without starts it is made once."""
+    if starts is None:
+        return _lasting_mask(view.pattern, length, device, heads)
+    shown, own = _shown(view.pattern, length, device)
+
+    def in_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return shown(row, head, query, key) & (key >= starts[row, query])
+
+    return flex.create_block_mask(in_document, batch, heads if own else None, length, length, device=device)
+
+
+@lru_cache(maxsize=64)
+def _lasting_mask(pattern: Pattern | None, length: int, device: torch.device, heads: int) -> flex.BlockMask:
+    shown, own = _shown(pattern, length, device)
+    return flex.create_block_mask(shown, None, heads if own else None, length, length, device=device)
+
+
+def _shown(pattern: Pattern | None, length: int, device: torch.device) -> tuple[Callable[..., Tensor], bool]:
+    """(what says whether a place is seen, whether heads differ)."""
+    if pattern is None:
+        return lambda row, head, query, key: key <= query, False
+    if not isinstance(pattern, Blocks):
+        return lambda row, head, query, key: (key <= query) & pattern.sees(query, key), False
+    size = pattern.layout.block
+    cells = pattern.table(-(-length // size), device)  # bool [heads or 1, rows, rows]
+    own = cells.shape[0] > 1
+
+    def shown(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & cells[head if own else head * 0, query // size, key // size]
+
+    return shown, own
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """Compiled on first use; torch keeps one version for each kind of call."""
+    return torch.compile(flex.flex_attention, dynamic=False)

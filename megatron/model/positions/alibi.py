@@ -1,0 +1,52 @@
+"""ALiBi (arXiv:2108.12409): scores fall with the distance of the key, in each head by its own slope.
+
+Shapes: n heads, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.positions.base import Positions
+from megatron.parallel.initialization import ParameterSource
+
+
+def slopes(heads: int) -> list[float]:
+    """The slope of each head: 2^(-8 i / n) for i = 1 .. n where n is a power of two (section 3).
+
+    Else those of the power of two below n, and then every second one of the power of two above it, as the authors do.
+    """
+    whole = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * number / whole) for number in range(1, whole + 1)]
+    between = [2 ** (-4 * number / whole) for number in range(1, 2 * whole + 1, 2)]
+    return first + between[: heads - whole]
+
+
+class Alibi(Positions, nn.Module):
+    """Adds -slope * distance to the score of a query and a key. It holds no parameter. slopes: of this rank's heads."""
+
+    def __init__(self, slopes: list[float]) -> None:
+        super().__init__()
+        self.slopes = slopes
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module:
+        """For this rank's part of the model section's heads."""
+        share = model.num_attention_heads // source.axis.size
+        first = source.axis.rank * share
+        return cls(slopes(model.num_attention_heads)[first : first + share])
+
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""
+        known = self._tables.get(device)
+        if known is None or known.shape[1] < length:
+            room = 1 << (length - 1).bit_length()
+            distances = torch.arange(room, dtype=torch.float32, device=device)
+            known = torch.outer(-torch.tensor(self.slopes, dtype=torch.float32, device=device), distances)
+            self._tables[device] = known
+        return known[:, :length]

@@ -1,0 +1,79 @@
+"""Rotary frequencies for contexts longer than those a model was first trained on (`rope_scaling`).
+
+linear (arXiv:2306.15595): every frequency is divided by `factor`.
+dynamic (NTK-aware): the base is raised so that the slowest pair reaches `factor` times further than at
+`original_max_position_embeddings`. It follows from the `seq_length` of the run and not from each text, so that a cached
+text keeps the angles its keys were turned by, and a model whose sequences are not longer than that is left as it is.
+yarn (arXiv:2309.00071): fast pairs stay, slow ones are divided by `factor`, those between are mixed; cosines and sines
+are multiplied by an attention factor, 0.1 ln(factor) + 1 unless given.
+llama3 (Llama 3.1): the same idea with bounds in wavelengths.
+
+Angles are position * frequency. r: turned features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scaled = tuple[Tensor, float]
+"""Frequencies fp32 [r/2], and a factor of cosines and sines."""
+
+
+def frequencies(turned: int, base: float) -> Tensor:
+    """Those of the paper: base^(-2 i / r), fp32 [r/2]."""
+    return 1.0 / base ** (torch.arange(0, turned, 2, dtype=torch.float32, device="cpu") / turned)
+
+
+def scaled(turned: int, base: float, scaling: Mapping[str, Any] | None, length: int) -> Scaled:
+    """The frequencies of a model. scaling: the `rope_scaling` block. length: the run's longest sequence [tokens]."""
+    if not scaling:
+        return frequencies(turned, base), 1.0
+    return _KINDS[scaling["type"]](turned, base, scaling, length)
+
+
+def _linear(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> Scaled:
+    return frequencies(turned, base) / scaling["factor"], 1.0
+
+
+def _dynamic(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> Scaled:
+    factor = scaling["factor"]
+    stretch = max(1.0, length / scaling["original_max_position_embeddings"])
+    return frequencies(turned, base * (factor * stretch - (factor - 1)) ** (turned / (turned - 2))), 1.0
+
+
+def _yarn(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> Scaled:
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def pair_of(turns: float) -> float:
+        """The pair that turns that often over the original context."""
+        return turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_of(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(pair_of(scaling.get("beta_slow", 1))), turned - 1)
+    ramp = (torch.arange(turned // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    slow = ramp.clamp(0, 1)
+    plain = frequencies(turned, base)
+    attention = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return plain / factor * slow + plain * (1 - slow), attention
+
+
+def _llama3(turned: int, base: float, scaling: Mapping[str, Any], length: int) -> Scaled:
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    plain = frequencies(turned, base)
+    turns = original * plain / (2 * math.pi)  # of each pair over the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / factor * (1 - kept) + plain * kept, 1.0
+
+
+_KINDS: dict[str, Callable[[int, float, Mapping[str, Any], int], Scaled]] = {
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+}

@@ -1,0 +1,56 @@
+"""Relative positions as in T5 (arXiv:1910.10683, section 2.1): a learned number a head for each bucket of distance.
+
+All blocks share one table, `attention.rpe.weight` of block 0. As in the public checkpoints it is multiplied by sqrt(d)
+before it is added to scores that have been divided by sqrt(d), so it weighs as much as in T5, which divides nothing.
+
+Shapes: n heads, d head dim, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.positions.base import Positions
+from megatron.parallel.initialization import ParameterSource
+from megatron.parallel.marks import mark_tied
+
+
+def buckets(length: int, count: int, max_distance: int, device: torch.device) -> Tensor:
+    """The bucket of each distance 0 .. length - 1: half of them for one distance each, then growing by a factor.
+
+    The last bucket holds every distance from max_distance on.
+    """
+    exact = count // 2
+    distance = torch.arange(length, device=device)
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (count - exact)
+    far = (exact + growth.long()).clamp(max=count - 1)
+    return torch.where(distance < exact, distance, far)
+
+
+class RelativePositions(Positions, nn.Module):
+    """Parameter ``weight`` [buckets, n/t]. scale: factor of what is added."""
+
+    def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParameterSource) -> None:
+        super().__init__()
+        self.count, self.max_distance, self.scale = count, max_distance, scale
+        self.weight = source.shard("weight", (count, heads), _xavier_normal, dim=1)
+        mark_tied(self.weight)
+
+    @classmethod
+    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module:
+        """From the model section's rpe_num_buckets and rpe_max_distance."""
+        heads, head_dim = model.num_attention_heads, model.kv_channels or model.hidden_size // model.num_attention_heads
+        return cls(model.rpe_num_buckets, model.rpe_max_distance, heads, math.sqrt(head_dim), source)
+
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""
+        places = buckets(length, self.count, self.max_distance, device)
+        return self.weight.float()[places].t() * self.scale
+
+
+def _xavier_normal(tensor: Tensor, generator: torch.Generator) -> None:
+    nn.init.xavier_normal_(tensor, generator=generator)

@@ -1,0 +1,106 @@
+"""The options of the families that every block is made of, as keys of the configuration, for conformance tests.
+
+A member that is not here is found by `tests/model/test_options.py`, which compares with the registry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.registry import ACTIVATIONS, NORMS, POSITIONS
+from megatron.sparsity import SPARSE_KINDS
+
+LAYERS = 2
+Keys = dict[str, Any]
+
+_ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 16}
+POSITION_CASES: dict[str, Keys] = {
+    "learned": {"pos_emb": "learned"},
+    "learned, offset": {"pos_emb": "learned", "opt_pos_emb_offset": 2},
+    "sinusoidal": {"pos_emb": "sinusoidal"},
+    "rotary": {"pos_emb": "rotary", "rotary_pct": 0.5},
+    "rotary, linear": {"pos_emb": "rotary", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "rotary, dynamic": {"pos_emb": "rotary", "rope_scaling": {"type": "dynamic", **_ORIGINAL}},
+    "rotary, yarn": {"pos_emb": "rotary", "rope_scaling": {"type": "yarn", **_ORIGINAL}},
+    "rotary, llama3": {"pos_emb": "rotary", "rope_scaling": {"type": "llama3", **_ORIGINAL}},
+    "rpe": {"pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 24},
+    "rpe, grouped": {"pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 24, "num_kv_heads": 2},
+    "alibi": {"pos_emb": "alibi"},
+    "none": {"pos_emb": "none"},
+}
+
+NORM_CASES: dict[str, Keys] = {
+    **{name: {"norm": name} for name in NORMS.names if not name.startswith("te_")},
+    "layernorm without bias": {"norm": "layernorm", "use_bias_in_norms": False},
+    **{
+        f"{name}, queries and keys": {"norm": name, "use_qk_layernorm": True, "num_kv_heads": 2}
+        for name in NORMS.names
+        if not name.startswith("te_")
+    },
+}
+
+_FORMS: tuple[Keys, ...] = (
+    {},
+    {"gpt_j_residual": True, "use_bias_in_mlp": False},
+    {"gpt_j_residual": True, "gpt_j_tied": True, "use_bias_in_attn_linear": False},
+    {"no_weight_tying": True, "num_kv_heads": 1, "kv_channels": 24},
+)
+ACTIVATION_CASES: dict[str, Keys] = {
+    name: {"activation": name, "intermediate_size": 200, "mlp_multiple_of": 4, **_FORMS[number % len(_FORMS)]}
+    for number, name in enumerate(ACTIVATIONS.names)
+}
+"""Each with a form of the residual, biases or heads; 200 is no multiple of 3."""
+
+ATTENTION_CASES: dict[str, Keys] = {
+    "global": {"attention_config": ["global"] * LAYERS},
+    "flash": {"attention_config": ["flash"] * LAYERS},
+    "sliding window": {"sliding_window_width": 5, "num_kv_heads": 2},
+    "local": {"attention_config": ["local"] * LAYERS, "sparsity_config": {"block": 4, "num_local_blocks": 2}},
+    "sparse_fixed": {
+        "attention_config": ["sparse_fixed"] * LAYERS,
+        "sparsity_config": {
+            "block": 4,
+            "num_local_blocks": 2,
+            "num_different_global_patterns": 2,
+            "different_layout_per_head": True,
+        },
+    },
+    "sparse_variable": {
+        "attention_config": ["sparse_variable", "global"],
+        "sparsity_config": {"block": 4, "local_window_blocks": [1, 2], "num_random_blocks": 1},
+    },
+    "bigbird": {
+        "attention_config": ["bigbird"] * LAYERS,
+        "sparsity_config": {"block": 4, "different_layout_per_head": True, "num_sliding_window_blocks": 2},
+        "pos_emb": "alibi",
+    },
+    "bslongformer": {
+        "attention_config": ["bslongformer", "local"],
+        "sparsity_config": {"block": 4, "num_sliding_window_blocks": 2},
+        "num_kv_heads": 2,
+        "pos_emb": "rpe",
+    },
+}
+
+FAMILIES: dict[str, dict[str, Keys]] = {
+    "positions": POSITION_CASES,
+    "norms": NORM_CASES,
+    "activations": ACTIVATION_CASES,
+    "attention": ATTENTION_CASES,
+}
+
+
+def uncovered() -> list[str]:
+    """Registered members that no case names. Norms that need a GPU are tested there."""
+    named = {
+        value
+        for cases in FAMILIES.values()
+        for keys in cases.values()
+        for value in keys.values()
+        if isinstance(value, str)
+    }
+    kinds = {kind for keys in ATTENTION_CASES.values() for kind in keys.get("attention_config", ())}
+    wanted = [*POSITIONS.names, *(name for name in NORMS.names if not name.startswith("te_")), *ACTIVATIONS.names]
+    return [name for name in wanted if name not in named] + [
+        kind for kind in ("global", "flash", *SPARSE_KINDS) if kind not in kinds
+    ]
