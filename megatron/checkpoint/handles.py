@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -70,6 +71,32 @@ def together(action: Callable[[], None], what: str) -> None:
     if failed.item():
         reason = str(error).splitlines()[0] if error else "another rank failed"
         raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error
+
+
+def patiently(action: Callable[[], None], what: str, beat: float = 5.0) -> None:
+    """The same for what may take longer than a collective may wait: the ranks meet every `beat` [s] until all are done.
+
+    The action runs in a thread, so it is none that needs a GPU.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except (OSError, RuntimeError, RunError) as caught:
+            errors.append(caught)
+
+    def tell() -> None:
+        if errors:
+            raise errors[0]
+
+    thread = threading.Thread(target=run, name="checkpoint-wait", daemon=True)
+    thread.start()
+    while True:
+        thread.join(beat)
+        if not any(collect([thread.is_alive()])):
+            break
+    together(tell, what)
 
 
 def collect(items: Sequence[Item]) -> list[Item]:

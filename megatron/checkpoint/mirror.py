@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.bucket import Bucket
-from megatron.checkpoint.handles import together
+from megatron.checkpoint.handles import patiently, together
 from megatron.checkpoint.huggingface.folder import is_folder
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import Mistake, RunError
@@ -149,7 +149,7 @@ def fetch_missing(section: CheckpointSection, ranks: Ranks) -> None:
     bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
     fetch = partial(_fetch, bucket, Path(section.load), section.iteration)
     for turn in (ranks.rank == 0, ranks.rank > 0 and ranks.local_rank == 0):
-        together(fetch if turn else _nothing, f"fetching from {section.s3_path}")
+        patiently(fetch if turn else _nothing, f"fetching from {section.s3_path}")
 
 
 def _nothing() -> None:

@@ -23,7 +23,7 @@ from megatron.checkpoint.answers import answers
 from megatron.checkpoint.background import BackgroundWriter
 from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
-from megatron.checkpoint.handles import Checkpointable, collect, together
+from megatron.checkpoint.handles import Checkpointable, collect, patiently, together
 from megatron.checkpoint.mirror import open_mirror
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
 from megatron.checkpoint.schedule import schedule_facts
@@ -105,11 +105,11 @@ class Saver:
         """Returns when everything is written, and copied to `s3_path`. RunError on every rank if it failed on any."""
         self._settle()
         if self.config.checkpoint.s3_path is not None:
-            together(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
+            patiently(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
 
     def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
-            together(self._writer.wait, "the save in flight")
+            patiently(self._writer.wait, "the save in flight")
 
     def _complete(self, beside: Path, final: Path, written: Sequence[Written]) -> None:
         publish(beside, final, written)

@@ -126,7 +126,7 @@ def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
     return torch.stack([part.unflatten(0, heads) for part in parts], 1).flatten(0, 2)  # [n, 3, d, ...] -> [3nd, ...]
 
 
-def unlike(model: ModelSection, wanted: Mapping[str, object], family: str) -> list[Mistake]:
+def unlike(model: ModelSection | MoeSection, wanted: Mapping[str, object], family: str) -> list[Mistake]:
     """A mistake for every key of the section whose value is not the one that the family is made of."""
     return [
         Mistake(f"a {family} model has {value!r}", key=key, value=getattr(model, key))
