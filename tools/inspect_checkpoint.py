@@ -4,7 +4,7 @@
     python tools/inspect_checkpoint.py checkpoints/my-model [--iteration N] [--norms]
     python tools/inspect_checkpoint.py --compare A B [--tolerance 0]
 
-The first prints the run's counters, layout and versions, the files with their damage, and every tensor with its shape,
+The first prints the files, their damage, the run's counters, layout and versions, and every tensor with its shape,
 type and (--norms) norm. The second tells, tensor by tensor, how far two checkpoints lie apart, whatever their layouts;
 it ends with 1 where any lies further apart than the tolerance. Both read every file's content, and run no code of it.
 """
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
     print(directory)
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        print(f"  {path.relative_to(directory)!s:46} {path.stat().st_size:>16,} bytes")
     faults = integrity.damage(directory, contents=True) if integrity.is_ours(directory) else []
     for fault in faults:
         print(f"damaged: {fault}")

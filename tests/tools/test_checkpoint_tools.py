@@ -68,11 +68,12 @@ def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_checkpoint.main([str(ours), "--norms"]) == 0
     said = capsys.readouterr().out
     assert "whole: every file is as it was written" in said
+    weights = ours / "global_step0" / layout.model_file(0)
+    assert f"{layout.model_file(0)} {weights.stat().st_size:,} bytes" in " ".join(said.split())
     line = next(line for line in said.splitlines() if line.startswith("2.mlp.linear1.weight"))
     module = files.read_tensors(ours / "global_step0" / layout.model_file(0))["module"]
     assert float(line.split()[-1]) == pytest.approx(float(module["sequential.2.mlp.linear1.weight"].norm()), rel=1e-5)
     assert "[176, 64]" in line
-    weights = ours / "global_step0" / layout.model_file(0)
     weights.write_bytes(weights.read_bytes()[:-1])
     assert inspect_checkpoint.main([str(ours)]) == 1
     assert "damaged:" in capsys.readouterr().out
