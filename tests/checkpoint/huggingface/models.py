@@ -19,11 +19,15 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 96
 _NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_NEOX, "intermediate_size": 88, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+_SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+_SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 _OPT = {**_NEOX, "word_embed_proj_dim": 64, "ffn_dim": 100, "max_position_embeddings": 64, "dropout": 0.0}
@@ -46,6 +50,11 @@ MODELS = {
     "llama, grouped, biases": lambda: _llama(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama, wide heads, tied": lambda: _llama(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=None)),
+    "mistral with a window": lambda: MistralForCausalLM(
+        MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=8)
+    ),
+    "llama 3.1, scaled positions": lambda: _llama(num_key_value_heads=2, rope_parameters=_SCALED),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, num_key_value_heads=2, head_dim=32)),
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**_LLAMA, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
     ),
