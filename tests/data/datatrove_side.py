@@ -15,8 +15,7 @@ def main(texts, tokenizer, folder):
     lines = Path(texts).read_text(encoding="utf-8").splitlines()
     documents = (Document(text=json.loads(line)["text"], id=str(number)) for number, line in enumerate(lines))
     step = MegatronDocumentTokenizer(output_folder=folder, save_filename="theirs", tokenizer_name_or_path=tokenizer)
-    for _ in step.run(documents, rank=0, world_size=1):
-        pass
+    step.run(documents, rank=0, world_size=1)
 
 
 if __name__ == "__main__":

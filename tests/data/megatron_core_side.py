@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.core.datasets import helpers
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+# A checkout on the path has a package of the same name, which would come first.
+sys.path[:] = [place for place in sys.path if not (Path(place) / "megatron" / "__init__.py").exists()]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+
+from megatron.core.datasets import helpers  # noqa: E402
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # noqa: E402
 
 
 def read(folder):

