@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "64"),
     *("--max-position-embeddings", "64", "--hidden-dropout", "0", "--attention-dropout", "0", "--warmup", "0.1"),
-    *("--train-batch-size", "8", "--train-iters", "40", "--eval-interval", "20", "--eval-iters", "2"),
-    *("--checkpoint-factor", "20", "--precision", "fp32", "--num-gpus", "1"),
+    *("--train-batch-size", "8", "--train-iters", "160", "--eval-interval", "80", "--eval-iters", "2"),
+    *("--checkpoint-factor", "80", "--precision", "fp32", "--num-gpus", "1"),
 ]
 
 
