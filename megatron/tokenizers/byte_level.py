@@ -5,7 +5,9 @@ what they look up. `tokenizers` joins two neighbours when the *pair* is in the l
 the *bytes* of both together are a token. Let t = (a, b) be a merge. If joining the bytes of t by all merges before it
 always leaves exactly a and b, the two rules never differ: as long as the ends of t are ends of tokens, what happens
 inside does not depend on what is around, so whichever two neighbours spell t, they are a and b. `unequal_merge` checks
-that for every merge; a vocabulary that a BPE trainer made passes, one that was put together by hand may not.
+that for every merge; a vocabulary that a BPE trainer made passes, one that was put together by hand may not. Some files
+(those of Llama 3, and what was converted from tiktoken) list every pair that spells a token, one after another: one of
+them must be the pair that is left; the others never stand beside one another when their turn comes, nor later.
 
 The patterns are a known few. What they mean is checked on a probe text, which holds every 61st character of Unicode;
 the tests compare every character. Where anything is unknown the fast path is not taken, and `engine` says why.
@@ -222,17 +224,23 @@ def _ranks_of(description: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray
     vocabulary = model["vocab"]
     alphabet = byte_alphabet()
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    tokens = [*alphabet, *(first + second for first, second in merges)]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    last = None
+    for first, second in merges:
+        made = first + second
+        if made not in groups or made == last:  # a later pair finds its token made already
+            groups.setdefault(made, []).append((first, second))
+        last = made
+    tokens = [*alphabet, *groups]
     never = {alphabet[byte] for byte in _NEVER_IN_UTF8}
     if any(token not in vocabulary and token not in never for token in tokens):
         raise CannotEncodeAlike("its vocabulary lacks a byte or a merged token")
     number = {token: rank for rank, token in enumerate(tokens)}
-    if len(number) != len(tokens):
-        raise CannotEncodeAlike("two of its merges make the same token")
-    parts = [(number.get(first, -1), number.get(second, -1)) for first, second in merges]
-    wrong = unequal_merge(parts, len(alphabet))
+    pairs = [[(number.get(first, -1), number.get(second, -1)) for first, second in group] for group in groups.values()]
+    wrong = unequal_merge(pairs, len(alphabet))
     if wrong is not None:
-        raise CannotEncodeAlike(f"its merge {' + '.join(merges[wrong])} may also come about in another way")
+        first, second = list(groups.values())[wrong][0]
+        raise CannotEncodeAlike(f"its merge {first} + {second} may also come about in another way")
     if model.get("ignore_merges"):
         unreached = set(vocabulary) - set(tokens) - {token["content"] for token in description["added_tokens"]}
         if unreached:
@@ -242,26 +250,35 @@ def _ranks_of(description: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray
     return ranks, np.array([vocabulary.get(token, 0) for token in tokens], np.uint32)
 
 
-def unequal_merge(merges: Sequence[tuple[int, int]], singles: int) -> int | None:
-    """The first merge whose bytes, joined by the merges before it alone, are not its two parts; None when all are.
+def unequal_merge(merges: Sequence[Sequence[tuple[int, int]]], singles: int) -> int | None:
+    """The first token whose bytes, joined by the merges before it alone, are not two parts that it lists; None when
+    there is none.
 
-    merges: for rank `singles + i` the ranks of its two parts. Whether a border between two tokens stays while their
-    bytes are joined is found by taking both apart along the border, latest merge first.
+    merges: for rank `singles + i` the pairs that make it, each as the ranks of its two parts. Whether a border between
+    two tokens stays while their bytes are joined is found by taking both apart along the border, latest merge first.
     """
     made: dict[tuple[int, int], int] = {}
-    for index, (first, second) in enumerate(merges):
+    parts: list[tuple[int, int]] = []
+    for index, pairs in enumerate(merges):
         rank = singles + index
-        if not (0 <= first < rank and 0 <= second < rank) or not _border_stays(first, second, made, merges, singles):
+        left = (
+            (first, second)
+            for first, second in pairs
+            if 0 <= first < rank and 0 <= second < rank and _border_stays(first, second, made, parts, singles)
+        )
+        pair = next(left, None)
+        if pair is None:
             return index
-        made[first, second] = rank
+        made[pair] = rank
+        parts.append(pair)
     return None
 
 
 def _border_stays(
-    left: int, right: int, made: dict[tuple[int, int], int], merges: Sequence[tuple[int, int]], singles: int
+    left: int, right: int, made: dict[tuple[int, int], int], parts: Sequence[tuple[int, int]], singles: int
 ) -> bool:
     """Whether two tokens stay apart while the bytes of both are joined by the merges in `made`."""
-    limit = singles + len(merges)
+    limit = singles + len(parts)
     while True:
         across = made.get((left, right))
         if across is not None and across < limit:
@@ -270,11 +287,11 @@ def _border_stays(
         if left > right:
             if left < singles:
                 return True
-            limit, left = left, merges[left - singles][1]
+            limit, left = left, parts[left - singles][1]
         else:
             if right < singles:
                 return True
-            limit, right = right + 1, merges[right - singles][0]
+            limit, right = right + 1, parts[right - singles][0]
 
 
 def byte_alphabet() -> list[str]:

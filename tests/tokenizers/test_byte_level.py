@@ -123,24 +123,43 @@ def test_what_may_differ_is_not_taken(trained, change, told):
 
 def test_merges_that_come_about_in_another_way():
     """The merges ab, bc and abc = a + bc: ab is joined first, so a + bc never stands there, but ab + c does."""
-    assert unequal_merge([(0, 1), (1, 2), (0, 4)], 3) == 2
-    assert unequal_merge([(0, 1), (1, 2), (3, 2)], 3) is None
-    assert unequal_merge([(0, 0), (3, 3), (3, 0)], 3) is None
-    assert unequal_merge([(0, 4)], 3) == 0
+    assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4)]], 3) == 2
+    assert unequal_merge([[(0, 1)], [(1, 2)], [(3, 2)]], 3) is None
+    assert unequal_merge([[(0, 0)], [(3, 3)], [(3, 0)]], 3) is None
+    assert unequal_merge([[(0, 4)]], 3) == 0
+
+
+def test_all_pairs_of_a_token_may_be_listed():
+    """What is left of abc is ab + c, wherever that stands in the list of its pairs."""
+    assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4), (3, 2)]], 3) is None
+    assert unequal_merge([[(0, 1)], [(1, 2)], [(3, 2), (0, 4)]], 3) is None
+    assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4), (0, 5)]], 3) == 2
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_the_proof_against_both_engines(data):
-    """Random lists of merges over three letters: what passes the check encodes alike on every short word."""
+    """Random lists of merges over three letters: what passes the check encodes alike on every short word.
+
+    With every pair of a token listed, as converters do, or one, or pairs of earlier tokens once more.
+    """
     alphabet = byte_level.byte_alphabet()
     tokens = ["a", "b", "c"]
     merges = []
+    every = data.draw(st.sampled_from(["one", "every", "repeated"]))
     for _ in range(data.draw(st.integers(1, 7))):
         pair = data.draw(st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)))
-        if "".join(pair) not in tokens:
+        made = "".join(pair)
+        if made in tokens:
+            if every == "repeated" and len(made) > 1 and pair not in merges:
+                merges.append(pair)
+            continue
+        if every == "every":
+            splits = [(made[:place], made[place:]) for place in range(1, len(made))]
+            merges += data.draw(st.permutations([split for split in splits if set(split) <= set(tokens)]))
+        else:
             merges.append(pair)
-            tokens.append("".join(pair))
+        tokens.append(made)
     vocabulary = {token: number for number, token in enumerate([*alphabet, *tokens[3:]])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

