@@ -207,6 +207,8 @@ def without_effect(config: Config) -> list[str]:
         told["sparsity_config"] = "no block is of a sparse kind"
     if kinds and not kinds & {"global", "flash"}:
         told["sliding_window_width"] = "it is for blocks of kind global and flash"
+    if not model.gpt_j_residual:
+        told["gpt_j_tied"] = "gpt_j_residual is off"
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
         for key, why in told.items()

@@ -77,3 +77,15 @@ def test_every_mismatch_is_named_at_once(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no weight files"):
         WeightFiles.open(tmp_path)
+
+
+def test_what_blocks_share_is_read_once(tmp_path: Path) -> None:
+    """Public files hold the table of relative positions in every block's file; ours in that of block 0."""
+    table = tensors(replace(DIMS, pos_emb="rpe", rpe_buckets=6, num_layers=2), 16)
+    whole = {key_of(shape): torch.randn(shape.shape) for shape in table}
+    copies = {**whole, "3.attention.rpe.weight": whole["2.attention.rpe.weight"]}
+    write_layers(tmp_path, copies, 0)
+    stored = WeightFiles.open(tmp_path)
+    assert stored.keys() == set(whole)
+    found = read_shards(stored, table, summed=False, model_rank=1, model_size=2)
+    assert torch.equal(found["2.attention.rpe.weight"], whole["2.attention.rpe.weight"][:, 1:])

@@ -136,6 +136,15 @@ NEEDS = {"fp16_lm_cross_entropy": {"precision": "fp16"}}
 """What else a key asks for."""
 
 
+def test_options_that_no_block_reads_are_told() -> None:
+    told = "\n".join(resolved(gpt_j_tied=True, sparsity_config={"block": 8}).warnings)
+    assert "gpt_j_tied = True: has no effect; gpt_j_residual is off" in told
+    assert "has no effect; no block is of a sparse kind" in told
+    local = resolved(attention_config=[[["local"], "all"]], sliding_window_width=8, sparsity_config={"block": 8})
+    assert any("sliding_window_width = 8: has no effect" in line for line in local.warnings)
+    assert not any("sparsity_config" in line for line in local.warnings)
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(CATALOG[name].choices) != 1])
 def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_path: Path) -> None:
     facts = CATALOG[name]

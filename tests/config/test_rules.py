@@ -62,6 +62,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"num_kv_heads": 2, "model_parallel_size": 4},
         "model_parallel_size = 4 does not divide it; at most 2 tensor parallel ranks can share 2 key heads",
     ),
+    (1, {"norm": "te_layernorm", "use_bias_in_norms": False}, "norm = te_layernorm always has a bias"),
     (1, {"sliding_window_width": 0}, "sliding_window_width = 0: it must be at least 1"),
     (1, {"num_unique_layers": 1}, "num_unique_layers = 1: blocks do not share weights"),
     (1, {"pos_emb": "rpe", "rpe_num_buckets": 1}, "rpe_num_buckets = 1: it must be at least 2"),

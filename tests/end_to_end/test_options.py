@@ -7,7 +7,6 @@ what a family of transformers can express gives its logits there; the rest is re
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +126,6 @@ def test_every_layout_is_one_process(family: str, tmp_path: Path) -> None:
         agree(run(2, {**PIPELINE, "zero_optimization": {"stage": 1}}), expected)
 
 
-def save_initial(config: Config) -> Tensor:
-    """Saves the initial weights and returns their logits for one text."""
-    engine = build_training_engine(config, Topology.single(), padded_vocab_size=VOCABULARY)
-    Saver(config, engine, padded_vocab_size=VOCABULARY).save(Counters(0, 0))
-    stage = build_inference_engine(config.replace(load=config.checkpoint.save), Topology.single(), VOCABULARY)
-    return stage.logits(text())
-
-
 def text() -> Tensor:
     return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(4))
 
@@ -172,7 +163,6 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
 def test_transformers_says_the_same(family: str, name: str, tmp_path: Path) -> None:
     model, further = EXPORTED[family, name]
     config = resolve([], settings_of(family, name, **further, save=str(tmp_path / "ours")), Resources(1)).config
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     (expected,) = run_distributed(saved_logits, 1, config)
     export(open_model(tmp_path / "ours"), tmp_path / "theirs", family_name=model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()
@@ -181,8 +171,12 @@ def test_transformers_says_the_same(family: str, name: str, tmp_path: Path) -> N
 
 
 def saved_logits(rank: int, world_size: int, config: Config) -> Tensor:
-    bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
-    return save_initial(config)
+    """Saves the initial weights and returns their logits for one text."""
+    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
+    engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
+    Saver(config, engine, padded_vocab_size=VOCABULARY).save(Counters(0, 0))
+    loading = config.replace(load=config.checkpoint.save)
+    return build_inference_engine(loading, topology, VOCABULARY).logits(text()).clone()
 
 
 REFUSED = {
@@ -208,8 +202,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_transformers_lacks_is_refused_by_name(name: str) -> None:
     family = next(family for family, cases in FAMILIES.items() if name in cases)
-    for further in (NEOX, LLAMA, {"activation": "gelu_tanh"}):
+    for further in (NEOX, LLAMA, {"pos_emb": "learned"}):
         keys: dict[str, Any] = {**further, **settings_of(family, name), **FAMILIES[family][name]}
         model = resolve([], keys, Resources(1)).config.model
-        for each in THEIRS.values():
-            assert REFUSED[name] in str(ConfigError(*each.misfits(model))), (name, each.name)
+        told = [str(ConfigError(*each.misfits(model))) for each in THEIRS.values()]
+        assert all(told)
+        assert any(REFUSED[name] in faults for faults in told)

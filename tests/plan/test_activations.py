@@ -30,6 +30,17 @@ BASE: dict[str, Any] = {
 NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "no_weight_tying": True}
 LLAMA = {"pos_emb": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "neox": NEOX,
+    "llama": LLAMA,
+    "dropout": DROPOUT,
+    "scalenorm, sinusoidal": {"norm": "scalenorm", "pos_emb": "sinusoidal"},
+    "non-parametric norm, alibi": {"norm": "non_parametric_layernorm", "pos_emb": "alibi"},
+    "head norms": {**NEOX, "use_qk_layernorm": True},
+    "head norms, rmsnorm": {**LLAMA, "use_qk_layernorm": True},
+    "relative positions": {"pos_emb": "rpe"},
+}
 
 
 def kept_bytes(config: Config, dtype: torch.dtype) -> int:
@@ -62,7 +73,7 @@ def kept_bytes(config: Config, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bfloat16"])
-@pytest.mark.parametrize("changes", [{}, NEOX, LLAMA, DROPOUT], ids=["gpt", "neox", "llama", "dropout"])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
     config = resolve([], {**BASE, **changes}, Resources(1)).config
     layout = ActivationLayout(

@@ -13,6 +13,7 @@ from megatron.plan.advice import gib
 from megatron.plan.memory import StateLayout, state_memory
 from megatron.plan.text import short
 from megatron.plan.vocabulary import find_vocabulary
+from tests.config.small import resolved
 from tests.plan.published import MODELS, resolution
 
 
@@ -38,6 +39,27 @@ def test_flops_agree_with_the_running_count(name: str) -> None:
     )
     tokens = 8 * (model.seq_length or 0)
     assert make_plan(found).flops_per_iteration == training_flops_per_token(shape) * tokens
+
+
+def test_flops_and_memory_follow_what_attention_sees() -> None:
+    """A window of 64 in 512: 64 * 512 - 64 * 63 / 2 pairs of a token and one that it sees, of 512 * 513 / 2."""
+    changes: dict[str, Any] = {"seq_length": 512, "max_position_embeddings": 512}
+    whole = make_plan(small(**changes))
+    window = make_plan(small(**changes, sliding_window_width=64))
+    assert whole.flops_per_iteration and window.flops_per_iteration and whole.memory and window.memory
+    assert whole.parameters == window.parameters
+    model = small(**changes).config.model
+    batch = small(**changes).config.training.train_batch_size or 0
+    products = 3 * 4 * 512 * (model.hidden_size or 0) * (model.num_layers or 0) * 512 * batch
+    share = (64 * 512 - 64 * 63 / 2) / (512 * 513 / 2)
+    assert whole.flops_per_iteration - window.flops_per_iteration == pytest.approx(products * (1 - share), rel=1e-6)
+    assert window.memory.activations < whole.memory.activations
+    half = make_plan(small(**changes, sliding_window_width=64, attention_config=[[["global", "local"], "all"]]))
+    assert half.flops_per_iteration and half.flops_per_iteration < whole.flops_per_iteration
+
+
+def small(**changes: Any) -> Resolution:
+    return resolved(**{"vocab_size": 512, **changes})
 
 
 def test_flops_follow_the_published_formula() -> None:

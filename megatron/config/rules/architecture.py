@@ -67,6 +67,13 @@ def skipped_positions_are_learned(config: Config) -> Iterator[Mistake]:
         )
 
 
+def norms_have_what_they_are_made_with(config: Config) -> Iterator[Mistake]:
+    """Transformer Engine's layernorm cannot go without its bias."""
+    if config.model.norm == "te_layernorm" and not config.model.use_bias_in_norms:
+        what = "norm = te_layernorm always has a bias"
+        yield Mistake(what, key="use_bias_in_norms", value=False, remedy="leave it out, or use norm: layernorm")
+
+
 def rotary_turns_pairs(config: Config) -> Iterator[Mistake]:
     """Rotary positions turn pairs of features, on the first rotary_pct of each head."""
     model = config.model

@@ -28,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     architecture.positions_cover_sequence,
     architecture.skipped_positions_are_learned,
     architecture.rotary_turns_pairs,
+    architecture.norms_have_what_they_are_made_with,
     positions.sines_come_in_pairs,
     positions.buckets_hold_distances,
     positions.scaling_is_known,
