@@ -130,7 +130,11 @@ class ParallelSelfAttention(nn.Module):
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
         view = self._view(place.end, q.device)
         if view is not None:
-            return masked_attention(q.to(k.dtype), k, v, _shown(view, place, q.shape[2], q.device)).to(dtype)
+            shown = _shown(view, place, q.shape[2], q.device)
+            if view.pattern is not None and place.positions is None:  # keys that no row sees cost nothing
+                seen = view.pattern.columns(place.end - q.shape[2], place.end, 0, q.device)
+                k, v, shown = k[:, :, seen], v[:, :, seen], shown[..., seen]
+            return masked_attention(q.to(k.dtype), k, v, shown).to(dtype)
         if place.mask is not None:  # texts of different lengths
             return masked_attention(q.to(k.dtype), k, v, place.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
