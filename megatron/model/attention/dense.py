@@ -56,7 +56,7 @@ class ParallelSelfAttention(nn.Module):
         self.grouped = dims.grouped
         self.positions = parts.positions
         self.reset_attention, self.reset_positions = parts.reset_attention, parts.reset_positions
-        self.attend = self.kernel(parts)
+        self.attend = self.core(parts)
         self.dropout = parts.attention_dropout
         self.context = parts.context
         self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
@@ -86,7 +86,7 @@ class ParallelSelfAttention(nn.Module):
         )
 
     @staticmethod
-    def kernel(parts: Parts) -> AttentionKernel:
+    def core(parts: Parts) -> AttentionKernel:
         """The core that computes whole sequences."""
         return parts.kernels.attention
 
@@ -158,7 +158,7 @@ class FlashSelfAttention(ParallelSelfAttention):
     """The same attention through the flash-attn package where it is installed and can, else as everywhere."""
 
     @staticmethod
-    def kernel(parts: Parts) -> AttentionKernel:
+    def core(parts: Parts) -> AttentionKernel:
         return parts.kernels.flash
 
 
