@@ -75,7 +75,7 @@ def pack(stage: Stage) -> None:
             embedding = isinstance(module, VocabParallelEmbedding)
             if not hasattr(module, "kernel") or (embedding and layer not in tied):
                 continue
-            weight = getattr(module, "weight", None)  # attention kinds have a kernel and no weight of their own
+            weight = getattr(module, "weight", None)  # a kernel may serve what owns no weight
             if isinstance(weight, Parameter) and packing_unavailable(weight) is None:
                 module.kernel = packed_linear(weight)
                 module.weight = weight if embedding else None
