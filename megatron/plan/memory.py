@@ -172,8 +172,6 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     statistics = norms * layout.residual_tokens * 2 * FP32
     if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
         return (inputs + norms) * values * FP32 + statistics
-    if dims.norm == "scalenorm":  # the length is taken, then divided by
-        return inputs * values * layout.width * (1 if layout.width == FP32 else 2) + statistics
     return inputs * values * layout.width + statistics
 
 
