@@ -17,107 +17,45 @@ from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.export import export
 from megatron.checkpoint.huggingface.families import FAMILIES as THEIRS
-from megatron.checkpoint.load import find_checkpoint
 from megatron.checkpoint.save import Counters, Saver
 from megatron.checkpoint.stored import open_model
 from megatron.config import Config, Resources, resolve
-from megatron.data.batch import MicroBatch
 from megatron.engine.build import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
 from megatron.parallel.bootstrap import bootstrap
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, tensors
 from tests.distributed import run_distributed
-from tests.options import FAMILIES, LAYERS, Keys
-
-VOCABULARY, LENGTH, STEPS, SAVED = 64, 24, 4, 2
-BASE: Keys = {
-    "num_layers": LAYERS,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "seq_length": LENGTH,
-    "max_position_embeddings": LENGTH,
-    "pos_emb": "rotary",
-    "vocab_size": VOCABULARY,
-    "make_vocab_size_divisible_by": 1,
-    "init_method_std": 0.1,
-    "train_batch_size": 4,
-    "train_iters": STEPS,
-    "gradient_clipping": 0.5,
-    "optimizer": {"type": "Adam", "params": {"lr": 1.0e-3, "eps": 1.0e-6}},
-    "precision": "fp32",
-    "checkpoint_factor": 1,
-    "distributed_backend": "gloo",
-}
-TENSOR: Keys = {"model_parallel_size": 2, "sequence_parallel": True}
-PIPELINE: Keys = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}
-CONTEXT: Keys = {"context_parallel_size": 2, "zero_optimization": {"stage": 3}}
-Curves = dict[str, list[tuple[float, float]]]
+from tests.end_to_end.engines import (
+    BASE,
+    CONTEXT,
+    LENGTH,
+    PIPELINE,
+    SAVED,
+    TENSOR,
+    VOCABULARY,
+    Curves,
+    agree,
+    train,
+)
+from tests.options import FAMILIES, Keys
 
 
-def settings_of(family: str, name: str, **changes: object) -> Keys:
+def settings_of(family: str, name: str) -> Keys:
+    """The keys of a member, as two ranks can cut it."""
     keys = {**BASE, **FAMILIES[family][name]}
     if keys.get("num_kv_heads") == 1:  # two ranks cannot share one key head
         keys["num_kv_heads"] = 2
-    return {**keys, **changes}
-
-
-def batches(config: Config, topology: Topology) -> list[MicroBatch]:
-    """This rank's micro batches of the one global batch."""
-    tokens = torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    mine = tokens.chunk(topology.data.size)[topology.data.rank]
-    parts = mine.chunk(config.training.gradient_accumulation_steps or 1)
-    return [MicroBatch(part[:, :-1], part[:, 1:].contiguous(), torch.ones(part[:, 1:].shape)) for part in parts]
-
-
-def train(rank: int, world_size: int, family: str, layout: Keys, folder: str, resumed: bool) -> Curves:
-    """Loss and gradient norm of each step of each member. Saves after SAVED steps, or goes on from what is saved."""
-    topology = None
-    curves: Curves = {}
-    for name in FAMILIES[family]:
-        place = str(Path(folder) / name)
-        keys = settings_of(family, name, **layout, save=place, **({"load": place} if resumed else {}))
-        config = resolve([], keys, Resources(world_size)).config
-        axes = config.parallelism
-        topology = topology or bootstrap(
-            pipe_parallel_size=axes.pipe_parallel_size,
-            model_parallel_size=axes.model_parallel_size,
-            context_parallel_size=axes.context_parallel_size,
-            sequence_parallel=axes.sequence_parallel,
-            seed=1,
-            backend="gloo",
-        )
-        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), VOCABULARY)) if resumed else None
-        engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
-        if checkpoint is not None:
-            state = checkpoint.optimizer()
-            assert state is not None
-            engine.load_optimizer(state)
-        curves[name] = []
-        for step in range(SAVED if resumed else 0, STEPS):
-            result = engine.train_step(iter(batches(config, topology)), 1e-3)
-            curves[name].append((float(result.loss), float(result.grad_norm)))
-            if layout == TENSOR and step + 1 == SAVED:
-                Saver(config, engine, padded_vocab_size=VOCABULARY).save(Counters(SAVED, SAVED * 4))
-    return curves
-
-
-def agree(found: Curves, expected: Curves) -> None:
-    """1e-5 for the loss; 1e-4 for the norm, which sums squares in another order."""
-    for name, curve in expected.items():
-        losses, norms = ([pair[at] for pair in curve] for at in (0, 1))
-        assert [pair[0] for pair in found[name]] == pytest.approx(losses, rel=1e-5), name
-        assert [pair[1] for pair in found[name]] == pytest.approx(norms, rel=1e-4), name
-        assert losses[-1] < losses[0], name
+    return keys
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_is_one_process(family: str, tmp_path: Path) -> None:
     def run(world_size: int, layout: Keys, *, resumed: bool = False) -> Curves:
-        found: list[Curves] = run_distributed(train, world_size, family, layout, str(tmp_path), resumed, timeout=300)
+        cases = {name: settings_of(family, name) for name in FAMILIES[family]}
+        found: list[Curves] = run_distributed(train, world_size, cases, layout, str(tmp_path), resumed, timeout=300)
         return found[0]
 
     expected = run(1, {})
+    assert all(curve[-1][0] < curve[0][0] for curve in expected.values())
     agree(run(2, TENSOR), expected)
     later = {name: curve[SAVED:] for name, curve in expected.items()}
     agree(run(2, PIPELINE, resumed=True), later)
@@ -162,7 +100,7 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
 @pytest.mark.parametrize(("family", "name"), EXPORTED, ids=str)
 def test_transformers_says_the_same(family: str, name: str, tmp_path: Path) -> None:
     model, further = EXPORTED[family, name]
-    config = resolve([], settings_of(family, name, **further, save=str(tmp_path / "ours")), Resources(1)).config
+    config = resolve([], {**settings_of(family, name), **further, "save": str(tmp_path / "ours")}, Resources(1)).config
     (expected,) = run_distributed(saved_logits, 1, config)
     export(open_model(tmp_path / "ours"), tmp_path / "theirs", family_name=model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()

@@ -1,0 +1,118 @@
+"""Every pair of model options, in a few configurations that hold all pairs, trains on one repeated batch.
+
+Each of them learns in 5 steps, and without dropout tensor parallelism or a pipeline does the same to 1e-5.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.end_to_end.engines import BASE, PIPELINE, TENSOR, Curves, agree, train
+from tests.options import ACTIVATION_CASES, ATTENTION_CASES, NORM_CASES, POSITION_CASES, Keys
+
+pytestmark = pytest.mark.long
+GROUP = 30
+"""Configurations that one call of ranks trains."""
+
+
+def only(cases: dict[str, Keys], *names: str) -> list[Keys]:
+    """Those of the named keys that each case has, without repetitions."""
+    found: list[Keys] = []
+    for case in cases.values():
+        kept = {name: case[name] for name in names if name in case}
+        if kept not in found:
+            found.append(kept)
+    return found
+
+
+INITS = [
+    "normal",
+    "scaled_normal",
+    "orthogonal",
+    "scaled_orthogonal",
+    "xavier_uniform",
+    "xavier_normal",
+    "wang_init",
+    "small_init",
+    "single_residual_scaled_normal",
+]
+FACTORS: dict[str, list[Keys]] = {
+    "positions": [
+        {name: value for name, value in case.items() if name != "num_kv_heads"} for case in POSITION_CASES.values()
+    ],
+    "norm": only(NORM_CASES, "norm", "use_bias_in_norms", "use_qk_layernorm"),
+    "activation": only(ACTIVATION_CASES, "activation", "intermediate_size", "mlp_multiple_of"),
+    "attention": only(ATTENTION_CASES, "attention_config", "sparsity_config", "sliding_window_width"),
+    "residual": [{}, {"gpt_j_residual": True}, {"gpt_j_residual": True, "gpt_j_tied": True}],
+    "heads": [{}, {"num_kv_heads": 2}, {"num_kv_heads": 2, "kv_channels": 24}],
+    "init": [{"init_method": name} for name in INITS],
+    "output": [{"output_layer_init_method": name} for name in INITS],
+    "tying": [{}, {"no_weight_tying": True}],
+    "biases": [{}, {"use_bias_in_attn_linear": False}, {"use_bias_in_mlp": False}],
+    "dropout": [{}, {"hidden_dropout": 0.1}, {"attention_dropout": 0.1}],
+    "recompute": [{}, {"checkpoint_activations": True}, {"recompute_granularity": "selective"}],
+    "layout": [TENSOR, PIPELINE],
+}
+Choice = dict[str, int]
+
+
+def pairs_of(choice: Choice) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+    """The pairs of settings that a choice holds."""
+    return set(itertools.combinations(((name, choice[name]) for name in FACTORS if name in choice), 2))
+
+
+def covering() -> list[Choice]:
+    """Choices that hold every pair of settings: each begins with a pair that is missing and adds the most of others."""
+    every = [[(name, at) for at in range(len(values))] for name, values in FACTORS.items()]
+    missing = {pair for first, second in itertools.combinations(every, 2) for pair in itertools.product(first, second)}
+    chosen: list[Choice] = []
+    while missing:
+        choice: Choice = dict(min(missing))
+        for name, values in FACTORS.items():
+            if name not in choice:
+                gains = [len(pairs_of({**choice, name: at}) & missing) for at in range(len(values))]
+                best = [at for at, gain in enumerate(gains) if gain == max(gains)]
+                choice[name] = best[len(chosen) % len(best)]
+        chosen.append(choice)
+        missing -= pairs_of(choice)
+    return chosen
+
+
+CHOICES = covering()
+
+
+def keys_of(choice: Choice) -> Keys:
+    keys = dict(BASE)
+    for name, values in FACTORS.items():
+        if name != "layout":
+            keys |= values[choice[name]]
+    return keys
+
+
+def test_every_pair_is_held() -> None:
+    held = set().union(*(pairs_of(choice) for choice in CHOICES))
+    sizes = [len(values) for values in FACTORS.values()]
+    assert len(held) == sum(first * second for first, second in itertools.combinations(sizes, 2))
+    assert len(CHOICES) >= 120
+
+
+@pytest.mark.parametrize("first", range(0, len(CHOICES), GROUP))
+def test_they_learn_and_layouts_agree(first: int) -> None:
+    group = {str(number): choice for number, choice in enumerate(CHOICES)}
+    group = dict(list(group.items())[first : first + GROUP])
+    cases = {name: keys_of(choice) for name, choice in group.items()}
+    alone: Curves = run_distributed(train, 1, cases, {}, timeout=400)[0]
+    for name, curve in alone.items():
+        assert all(math.isfinite(loss) for loss, _ in curve), cases[name]
+        assert curve[-1][0] < curve[0][0], cases[name]
+    for at, layout in enumerate(FACTORS["layout"]):
+        exact = {
+            name: keys
+            for name, keys in cases.items()
+            if group[name]["layout"] == at and not keys.get("hidden_dropout") and not keys.get("attention_dropout")
+        }
+        agree(run_distributed(train, 2, exact, layout, timeout=400)[0], {name: alone[name] for name in exact})
