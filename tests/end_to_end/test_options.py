@@ -77,6 +77,12 @@ LLAMA: Keys = {
     "no_weight_tying": True,
 }
 NEOX: Keys = {"no_weight_tying": True}
+MPT: Keys = {
+    "pos_emb": "alibi",
+    "use_bias_in_norms": False,
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+}
 EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
     ("positions", "learned"): ("gpt2", {"activation": "gelu_tanh"}),
     ("positions", "learned, offset"): ("opt", {"activation": "relu"}),
@@ -90,6 +96,9 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
     ("activations", "gelu"): ("neox", NEOX),
     ("activations", "swiglu"): ("llama", {**LLAMA, "gpt_j_residual": False, "gpt_j_tied": False}),
     ("activations", "geglu"): ("llama", {**LLAMA, "activation": "geglu", "gpt_j_residual": False, "gpt_j_tied": False}),
+    ("positions", "alibi"): ("mpt", MPT),
+    ("norms", "layernorm without bias"): ("mpt", MPT),
+    ("activations", "mish"): ("neox", NEOX),
     ("attention", "global"): ("neox", NEOX),
     ("attention", "flash"): ("neox", NEOX),
     ("attention", "sliding window"): ("mistral", LLAMA),
@@ -121,11 +130,9 @@ REFUSED = {
     "sinusoidal": "pos_emb",
     "rotary, dynamic": "rope_scaling",
     "rpe": "pos_emb",
-    "alibi": "pos_emb",
     "none": "pos_emb",
     "scalenorm": "norm",
     "non_parametric_layernorm": "norm",
-    "layernorm without bias": "use_bias_in_norms",
     "layernorm, queries and keys": "use_qk_layernorm",
     "softsign": "activation",
     "glu": "activation",

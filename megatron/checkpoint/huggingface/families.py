@@ -9,12 +9,13 @@ from megatron.checkpoint.huggingface.family import Family
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
+from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.opt import OPT
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
 
-FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT)}
+FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT)}
 
 
 def family_for(model: ModelSection, moe: MoeSection, name: str | None = None) -> Family:

@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -57,6 +59,9 @@ MODELS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, num_key_value_heads=2, head_dim=32)),
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**_LLAMA, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "mpt": lambda: MptForCausalLM(
+        MptConfig(vocab_size=VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=64, pad_token_id=None)
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**_OPT)),
