@@ -1,8 +1,8 @@
 """Every position scheme, norm, activation and kind of attention on several ranks, and for transformers.
 
 One process is the reference: tensor parallelism with sequence parallelism, a pipeline with accumulation (ZeRO 0 and 1),
-and context parallelism under ZeRO 3 give its losses and gradient norms, a pipeline goes on from what tensor parallelism saved, and
-what a family of transformers can express gives its logits there; the rest is refused by the name of a key.
+and context parallelism under ZeRO 3 give its losses and gradient norms; a pipeline goes on from what tensor parallelism
+saved; what a family of transformers can express gives its logits there, and the rest is refused by the name of a key.
 """
 
 from __future__ import annotations
