@@ -142,11 +142,13 @@ def fetch_missing(section: CheckpointSection, ranks: Ranks) -> None:
     The first rank does, and then the first rank of every host that does not see what it wrote. Raises ConfigError
     where boto3 is not installed, RunError where the bucket does not answer or holds damaged files.
     """
-    if section.load is None or section.s3_path is None or is_folder(Path(section.load)):
+    if section.s3_path is None:
+        return
+    bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
+    if section.load is None or is_folder(Path(section.load)):
         return
     if section.save is not None and Path(section.save) != Path(section.load):
         return  # the bucket holds what the run saves, which is not what it starts from
-    bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
     fetch = partial(_fetch, bucket, Path(section.load), section.iteration)
     for turn in (ranks.rank == 0, ranks.rank > 0 and ranks.local_rank == 0):
         patiently(fetch if turn else _nothing, f"fetching from {section.s3_path}")

@@ -200,8 +200,9 @@ def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(ConfigError, match=r"s3_path = 's3://models/some/run': .*boto3.*pip install neox\[s3\]"):
         open_mirror(section(tmp_path), rank=0)
-    with pytest.raises(ConfigError, match="boto3"):
-        fetch_missing(section(tmp_path), ALONE)
+    for load in (str(tmp_path), None):
+        with pytest.raises(ConfigError, match="boto3"):
+            fetch_missing(section(tmp_path, load=load), ALONE)
     assert open_mirror(section(tmp_path, s3_path=None), rank=0) is None
 
 
