@@ -36,7 +36,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
         "n_heads": model.num_attention_heads,
         "max_seq_len": model.max_position_embeddings,
         "layer_norm_epsilon": model.layernorm_epsilon,
-        "attn_config": {"alibi": True, "attn_pdrop": model.attention_dropout},
+        "attn_config": {"alibi": True},  # its attn_pdrop is a whole number there, and so is left at 0
         "no_bias": True,
         "emb_pdrop": model.hidden_dropout,
         "tie_word_embeddings": not model.no_weight_tying,
