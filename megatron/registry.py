@@ -195,8 +195,32 @@ ATTENTION = Family(
             "megatron.model.attention.dense:ParallelSelfAttention",
             "A window of blocks and global ones, arXiv:2004.05150",
         ),
+        Entry(
+            "mamba",
+            "megatron.model.mixers.mamba:MambaTransformerBlock",
+            "Selective state space, arXiv:2312.00752",
+            traits=WHOLE_BLOCK,
+        ),
+        Entry(
+            "rwkv", "megatron.model.mixers.rwkv:RWKVTransformerBlock", "RWKV-6, arXiv:2404.05892", traits=WHOLE_BLOCK
+        ),
+        Entry(
+            "gmlp",
+            "megatron.model.mixers.gmlp:GMLPTransformerBlock",
+            "Gated MLP over positions, arXiv:2105.08050",
+            traits=WHOLE_BLOCK,
+        ),
+        Entry(
+            "amlp",
+            "megatron.model.mixers.gmlp:GMLPTransformerBlock",
+            "gmlp and a small attention, arXiv:2105.08050 section 4.3",
+            traits=WHOLE_BLOCK,
+        ),
     ],
 )
+
+WITHOUT_ATTENTION = frozenset(name for name in ATTENTION.names if ATTENTION.entry(name).traits & WHOLE_BLOCK)
+"""The kinds of attention_config that are blocks of their own."""
 
 MLPS = Family(
     "MLP",

@@ -3,8 +3,8 @@
 
     python tools/convert_to_hf.py --input-dir checkpoints/my-model --output-dir my-model-hf
 
-The model's family (GPT-NeoX, LLaMA, Mistral, GPT-2) follows from its configuration, which stands in the checkpoint; for
-a checkpoint of another program give its YAML files with --config-file. What the family cannot express is refused,
+The model's family (such as GPT-NeoX, LLaMA or Mixtral) follows from its configuration, which stands in the checkpoint;
+for a checkpoint of another program give its YAML files with --config-file. What the family cannot express is refused,
 naming the key. Any layout is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
 """
 

@@ -129,7 +129,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
     weights: StoredWeights
     if is_folder(root):
         directory = root
-        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe))
+        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers))
     else:
         found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only)
         if found is None:

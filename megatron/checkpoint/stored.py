@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.slices import MASTER, OptimizerState
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, assemble, key_of
 from megatron.config import resolve, wire
+from megatron.config.sections.mixers import MixersSection
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.config.sections.tokenizer import TokenizerSection
@@ -23,6 +25,22 @@ from megatron.errors import ConfigError, RunError
 from megatron.shapes import ModelDims, TensorShape, tensors
 
 _ANY = re.compile(r"global_step\d+|\d+")
+
+
+class _Described(Protocol):
+    """What a configuration says of a model."""
+
+    @property
+    def model(self) -> ModelSection: ...
+
+    @property
+    def moe(self) -> MoeSection: ...
+
+    @property
+    def mixers(self) -> MixersSection: ...
+
+    @property
+    def tokenizer(self) -> TokenizerSection: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class StoredModel:
     directory: Path
     model: ModelSection
     moe: MoeSection
+    mixers: MixersSection
     tokenizer: TokenizerSection
     table: tuple[TensorShape, ...]
     rows: int
@@ -67,13 +86,14 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     directory = choose(path, iteration)
     if integrity.is_ours(directory):
         RunError.raise_any(integrity.damage(directory))
-    model, moe, tokenizer = _sections(directory, config_files)
+    config = _config(directory, config_files)
+    model, moe, mixers, tokenizer = config.model, config.moe, config.mixers, config.tokenizer
     weights = WeightFiles.open(directory)
     embedding = weights.shards("0.word_embeddings.weight")
     rows = sum(shard.shape[0] for shard in embedding)
-    table = tuple(tensors(ModelDims.of(model, moe), rows))
+    table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
-    stored = StoredModel(directory, model, moe, tokenizer, table, rows, weights, masters)
+    stored = StoredModel(directory, model, moe, mixers, tokenizer, table, rows, weights, masters)
     _compare(stored)
     return stored
 
@@ -99,17 +119,15 @@ def choose(path: Path, iteration: int | None) -> Path:
     raise ConfigError.of("there is no checkpoint", where=str(path), remedy="give a save folder or one of its steps")
 
 
-def _sections(directory: Path, config_files: Sequence[Path]) -> tuple[ModelSection, MoeSection, TokenizerSection]:
+def _config(directory: Path, config_files: Sequence[Path]) -> _Described:
     resolved = directory / layout.RESOLVED
     if config_files:
-        config = resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config
-        return config.model, config.moe, config.tokenizer
+        return resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config
     if not resolved.is_file():
         raise ConfigError.of(
             "nothing says what model this is", where=str(directory), remedy="give the run's YAML with --config-file"
         )
-    config = wire.from_json(resolved.read_text(encoding="utf-8"), str(resolved))
-    return config.model, config.moe, config.tokenizer
+    return wire.from_json(resolved.read_text(encoding="utf-8"), str(resolved))
 
 
 def _compare(stored: StoredModel) -> None:

@@ -37,7 +37,7 @@ from megatron.parallel.bootstrap import device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import OBJECTIVES, OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape, tensors
+from megatron.shapes import ModelDims, TensorShape, remembered, tensors
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,7 +93,7 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
     Raises ConfigError when `load` is not set or points nowhere: random weights have nothing to say.
     """
     checkpoint = find_checkpoint(
-        config, tensors(ModelDims.of(config.model, config.moe), padded_vocab_size), weights_only=True
+        config, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size), weights_only=True
     )
     if checkpoint is None:
         raise ConfigError.of(
@@ -149,6 +149,7 @@ def _layer_plan(
         reset_attention=config.data.reset_attention_mask,
         reset_positions=config.data.reset_position_ids,
         moe=config.moe,
+        mixers=config.mixers,
         losses=losses,
     )
 
@@ -197,19 +198,23 @@ def _initialize(
 
 def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
     """Makes caches for the blocks among the given plan indices (block i is layer i + 2)."""
-    dims = ModelDims.of(config.model, config.moe)
+    dims, size = ModelDims.of(config.model, config.moe, config.mixers), topology.model.size
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
 
     def make(batch: int, max_length: int) -> KVCache:
+        keeps = {
+            block: kept for block in blocks if (kept := remembered(dims, block, model_size=size, max_length=max_length))
+        }
         return KVCache(
-            len(blocks),
+            0 if len(keeps) == len(blocks) else len(blocks),
             batch,
-            dims.num_kv_heads // topology.model.size,
+            dims.num_kv_heads // size,
             max_length,
             dims.head_dim,
             dtype=cache_dtype(DTYPES[known(config.precision.precision)], device()),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
+            states=keeps,
         )
 
     return make

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron.kernels.attention import AttentionKernel, choose_attention, plain_
 from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
+from megatron.kernels.mamba import MambaKernels, choose_mamba
 from megatron.kernels.rotary import RotaryKernel, plain_rotary, rotary
 
 
@@ -25,20 +27,32 @@ class Kernels:
     flash: AttentionKernel
     rotary: RotaryKernel
     grouped: GroupedKernel = plain_grouped
+    mamba: MambaKernels = field(
+        default_factory=lambda: choose_mamba(torch.device("cpu"), convolution=False, scan=False)
+    )
 
     def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
         """The same, where the attention core is repeated in the backward pass: recompute(core, *inputs)."""
         return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest available kernels for parameters of this type on this device."""
+def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None) -> Kernels:
+    """The fastest available kernels for parameters of this type on this device.
+
+    section: the configuration's kernels section, for those that must be asked for.
+    """
+    whole = getattr(section, "mamba_inner_func_fusion", False)
     return Kernels(
         linear=choose_linear(device, dtype),
         attention=choose_attention(device),
         flash=choose_flash(device, dtype),
         rotary=rotary,
         grouped=choose_grouped(device, dtype),
+        mamba=choose_mamba(
+            device,
+            convolution=whole or getattr(section, "mamba_causal_conv_fusion", False),
+            scan=whole or getattr(section, "mamba_selective_scan_fusion", False),
+        ),
     )
 
 

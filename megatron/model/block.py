@@ -18,22 +18,36 @@ from megatron.model.cache import KVCache
 from megatron.model.parts import Parts
 from megatron.parallel.initialization import ParameterSource
 from megatron.parallel.sequence import leave
+from megatron.parallel.topology import Axis
 
 
 class Block(nn.Module):
-    """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h]."""
+    """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h].
+
+    axis: the tensor-parallel ranks, which may each hold a part of the sequence here.
+    """
+
+    def __init__(self, parts: Parts, axis: Axis) -> None:
+        super().__init__()
+        self.dropout = parts.hidden_dropout
+        self.draws = parts.random.fork if axis.sequence and self.dropout > 0 else nullcontext
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on what is added to the residual stream."""
+        if self.dropout == 0 or not self.training:
+            return x
+        with self.draws():
+            return F.dropout(x, self.dropout)
 
 
 class TransformerBlock(Block):
     """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2."""
 
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
-        super().__init__()
+        super().__init__(parts, source.axis)
         dims = parts.dims
         self.axis = source.axis
         self.parallel = dims.gpt_j_residual
-        self.dropout = parts.hidden_dropout
-        self.draws = parts.random.fork if source.axis.sequence and self.dropout > 0 else nullcontext
         self.input_layernorm = parts.norm()
         self.attention: Any = parts.attention[number](number, parts, source.of("attention"))
         if not dims.shared_norm:
@@ -48,21 +62,15 @@ class TransformerBlock(Block):
         return run(hidden, cache, document_starts)
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
-        hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), cache, starts))
-        return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
+        hidden = hidden + self.drop(self.attention(self.input_layernorm(hidden), cache, starts))
+        return hidden + self.drop(self.mlp(self.post_attention_layernorm(hidden)))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
-            return hidden + self._drop(self.attention(first, cache, starts)) + self._drop(self.mlp(second))
+            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.partial(second)
         total = self.attention.dense.add_bias(leave(total, self.axis))  # one sum over ranks for both
         return hidden + self.mlp.add_bias(total)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if self.dropout == 0 or not self.training:
-            return x
-        with self.draws():
-            return F.dropout(x, self.dropout)

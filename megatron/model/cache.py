@@ -1,15 +1,18 @@
-"""The key/value cache of generation: memory taken once, filled position by position.
+"""The cache of generation: memory taken once, filled position by position.
 
 Every row of a batch is a text of its own length. New positions of a row are stored behind the ones it has, so texts of
 different lengths grow side by side without padding between their tokens. What lies behind a row's length is left over
 from padded prompts or from earlier texts; no query may see it.
+
+Blocks without attention keep a state of a fixed size for each row instead, which every position changes. So they must
+be told which of the next positions exist (``expect``), and cannot take any back.
 
 Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, s new positions, d head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +44,7 @@ class KVCache:
     dtype: of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
     num_layers: blocks this process runs. first_layer: number of the first of them (in a pipeline, blocks of earlier
     stages come before). kv_heads: heads on this rank, m/t. max_length: positions there is room for [tokens].
+    states: number of a block -> name -> shape of what it keeps of a row, for blocks without attention.
     """
 
     def __init__(
@@ -54,12 +58,19 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         first_layer: int = 0,
+        states: Mapping[int, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self.first_layer = first_layer
         self.lengths = [0] * batch  # positions filled, of each row [tokens]
         self._place: tuple[int, Place] | None = None
+        self._coming: list[int] | None = None
+        self._states = {
+            (block, name): torch.zeros(batch, *one, dtype=torch.float32, device=device)
+            for block, kept in (states or {}).items()
+            for name, one in kept.items()
+        }
 
     @property
     def batch(self) -> int:
@@ -82,8 +93,28 @@ class KVCache:
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
         part.lengths = self.lengths[first : first + count]
-        part._place = None
+        part._place = part._coming = None
+        part._states = {key: state[first : first + count] for key, state in self._states.items()}
         return part
+
+    def expect(self, positions: Sequence[int]) -> None:
+        """How many of the next positions of each row exist; those behind them are padding. Until ``advance``."""
+        self._coming = list(positions)
+
+    def existing(self, positions: int) -> Tensor | None:
+        """Which of that many next positions exist, bool [b, s]; None where all of them do."""
+        if self._coming is None or min(self._coming) >= positions:
+            return None
+        coming = torch.tensor(self._coming, device=self.memory.device)
+        return torch.arange(positions, device=self.memory.device) < coming[:, None]
+
+    def state(self, block: int, name: str) -> Tensor:
+        """What a block keeps under a name, [b, ...]: zeros for rows that hold nothing yet. Written in place."""
+        state = self._states[block, name]
+        empty = [row for row, length in enumerate(self.lengths) if length == 0]
+        if empty:
+            state[empty] = 0
+        return state
 
     def place(self, positions: int) -> Place:
         """Where that many new positions go; worked out once for all blocks. IndexError when they do not fit."""
@@ -120,6 +151,7 @@ class KVCache:
 
     def advance(self, positions: int) -> None:
         """All blocks have stored these positions."""
+        self._coming = None
         self.set_lengths([length + positions for length in self.lengths])
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
@@ -131,6 +163,8 @@ class KVCache:
         """Copy a row over another one."""
         length = self.lengths[source]
         self.memory[:, :, target, :, :length] = self.memory[:, :, source, :, :length]
+        for state in self._states.values():
+            state[target] = state[source]
         self.lengths[target] = length
         self._place = None
 

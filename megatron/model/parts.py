@@ -22,18 +22,19 @@ from megatron.shapes import ModelDims
 class Parts:
     """The choices and numbers that blocks share.
 
-    norm: makes a norm of the hidden size. positions: turns queries and keys, or None. activation: of the MLP.
-    attention, mlp: the class of each block. patterns: for each block, numbers of heads -> what it hides from them
-    besides what is later. relative: positions that are added to scores, a module (distances, device) -> [n/t,
-    distances] that all blocks share, or None. head_norm: makes a norm of queries or keys, or None. fill and
-    output_fill: initial values of matrices, and of those that add to the residual. Dropout is a probability. random:
-    the generator for draws on tensors cut over ranks. context: the ranks that share a sequence. reset_attention,
-    reset_positions: at each document of a sequence. mixture: the `Mixture` of blocks with experts, in a model that has
-    any.
+    norm: makes a norm of the hidden size. norm_of: makes one of any width, for whole sequences. positions: turns
+    queries and keys, or None. activation: of the MLP. attention, mlp: the class of each block. patterns: for each
+    block, numbers of heads -> what it hides from them besides what is later. relative: positions that are added to
+    scores, a module (distances, device) -> [n/t, distances] that all blocks share, or None. head_norm: makes a norm
+    of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
+    residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
+    that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `Mixture` of
+    blocks with experts, in a model that has any.
     """
 
     dims: ModelDims
     norm: Callable[[], nn.Module]
+    norm_of: Callable[[int], nn.Module]
     positions: AttentionPositions | None
     activation: Callable[[Tensor], Tensor]
     attention: tuple[Callable[..., nn.Module], ...]

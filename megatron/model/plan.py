@@ -67,23 +67,24 @@ def layer_plan(
     reset_attention: bool = False,
     reset_positions: bool = False,
     moe: Any = None,
+    mixers: Any = None,
     losses: RouterLosses | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
-    model, initialization, kernels, moe: the configuration's sections; without moe no block has experts.
-    padded_vocab_size [tokens], of which vocab_size exist, all unless given. seed: of the run. dtype: of the parameters.
-    device: where the model will run; a GPU where there is one, unless given. random: the
-    generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
+    model, initialization, kernels, moe, mixers: the configuration's sections; without moe no block has experts, without
+    mixers every block has attention. padded_vocab_size [tokens], of which vocab_size exist, all unless given. seed: of
+    the run. dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random:
+    the generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
     recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
     reset_attention, reset_positions: whether tokens see their own document only, and positions start again with it,
     where the model is told where documents start. losses: of the routers, read by the engine that trains.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choose_kernels(device, dtype)
+    chosen = choose_kernels(device, dtype, kernels)
     if recompute_attention is not None:
         chosen = chosen.recomputed(recompute_attention)
-    dims = ModelDims.of(model, moe)
+    dims = ModelDims.of(model, moe, mixers)
     random = random or ShardedRandom(seed, topology.rank, device)
 
     def source(layer: int) -> ParameterSource:
@@ -112,12 +113,8 @@ def layer_plan(
         "context": topology.context,
         "random": random,
     }
-    head = {
-        "hidden_size": dims.hidden_size,
-        "vocab_size": padded_vocab_size,
-        "source": source(last),
-        "fill": vocabulary_fill,
-        "kernel": chosen.linear,
+    head = {name: embedding[name] for name in ("hidden_size", "vocab_size", "fill", "kernel")} | {
+        "source": source(last)
     }
     blocks = [
         LayerPlan(number + 2, _block(kind), {"number": number, "parts": parts, "source": source(number + 2)})
@@ -151,6 +148,7 @@ def _parts(
     return Parts(
         dims=dims,
         norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), axis, partial_sum=axis.sequence),
+        norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
         positions=positions.for_attention(model, dims.head_dim, chosen.rotary),
         activation=ACTIVATIONS.load(model.activation),
         attention=tuple(ATTENTION.load(kind) for kind in model.attention_config),

@@ -74,6 +74,27 @@ def with_copy(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     return outside, inside
 
 
+def own_part(x: Tensor, axis: Axis) -> Tensor:
+    """What every rank computed alike for the whole sequence, as the residual stream has it: [s, ...] -> this rank's
+    part of it where the axis cuts the sequence, [s/t, ...].
+    """
+    if not axis.sequence:
+        return x
+    part: Tensor = _OwnPart.apply(x, axis)
+    return part
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.chunk(axis.size)[axis.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_first(grads[0], ctx.axis), None
+
+
 class _GatherTwice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:

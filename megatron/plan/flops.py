@@ -3,7 +3,8 @@
 A matrix product with a weight costs 2 FLOPs for each of its elements and each token forward, and twice that backward.
 Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs a token for each feature
 of the query heads, counted over the whole square as is customary, not over the causal half. Of a sliding window or a
-sparse layout the visible share of the causal half is taken, and of the experts those count that a token visits. Source:
+sparse layout the visible share of the causal half is taken, and of the experts those count that a token visits. Mamba
+and RWKV update and read a state, a gMLP multiplies with a matrix of positions, counted whole as well. Source:
 Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
 
 s sequence length.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.registry import WITHOUT_ATTENTION
 from megatron.shapes import ModelDims, TensorShape
 
 
@@ -34,6 +36,21 @@ def flops_per_iteration(
     )
     if dims.tied:
         matrices += sum(tensor.count for tensor in table if tensor.kind == "word_embedding")
-    seen = dims.num_layers if shares is None else sum(shares)
-    attention = round(4 * seq_length * dims.query_size * seen)
-    return 3 * (2 * matrices + attention) * seq_length * train_batch_size
+    mixing = 0.0
+    for block in range(dims.num_layers):
+        share = 1.0 if shares is None else shares[block]
+        mixing += _mixing(dims, block, seq_length) * (1.0 if dims.kind(block) in WITHOUT_ATTENTION else share)
+    return 3 * (2 * matrices + round(mixing)) * seq_length * train_batch_size
+
+
+def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
+    """FLOPs of a token forward, between the weight products of a block: attention, or what stands for it."""
+    kind, mixers = dims.kind(block), dims.mixers
+    if kind == "mamba":  # the state fades, takes in and is read; the convolution
+        return mixers.mamba_inner * (6 * mixers.mamba_state + 2 * mixers.mamba_convolution)
+    if kind == "rwkv":  # the same, for a state as wide as a head for each of its features
+        return 6 * mixers.rwkv_attention * mixers.rwkv_head
+    if kind in {"gmlp", "amlp"}:
+        small = 4 * seq_length * mixers.gmlp_attention if kind == "amlp" else 0
+        return 2 * seq_length * mixers.gmlp_width + small
+    return 4 * seq_length * dims.query_size

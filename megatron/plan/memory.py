@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron.plan.mixers import kept_by_mixer
+from megatron.registry import WITHOUT_ATTENTION
 from megatron.shapes import ModelDims
 
 FP32 = 4
@@ -103,7 +105,7 @@ class ActivationLayout:
     blocks at the start of a stage are recomputed one by one, and the others are kept. selective: the attention core is
     recomputed. kept_share: part of a group's input that stays on the device [fraction]. dropout: masks are kept. cpu:
     the kernels of the processor keep other tensors than those of an accelerator. shares: of earlier positions, what the
-    attention of each block sees [fraction]; all unless given.
+    attention of each block sees [fraction]; all unless given. fused_scan: of Mamba.
     """
 
     seq_length: int
@@ -120,6 +122,7 @@ class ActivationLayout:
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     shares: tuple[float, ...] = ()
+    fused_scan: bool = False
 
     @property
     def tokens(self) -> int:
@@ -134,6 +137,8 @@ class ActivationLayout:
 
 def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0) -> int:
     """Bytes that autograd keeps of one block and one micro batch. block: its number."""
+    if dims.kind(block) in WITHOUT_ATTENTION:
+        return _mixer(dims, layout, dims.kind(block))
     norms = 1 if dims.shared_norm else 2
     inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
     between = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
@@ -145,6 +150,25 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     kept += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, share)
     if layout.hidden_dropout:
         kept += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask an element
+    return kept
+
+
+def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
+    """Bytes of a block without attention. RWKV's norms are counted with it."""
+    kept = kept_by_mixer(
+        dims,
+        kind,
+        tokens=layout.tokens,
+        seq_length=layout.seq_length,
+        micro_batch=layout.micro_batch,
+        cut=layout.model_parallel_size,
+        width=layout.width,
+        fused=layout.fused_scan,
+    )
+    if kind != "rwkv":
+        kept += layout.residual_tokens * dims.hidden_size * layout.width + _norm_inputs(dims, layout, norms=1, inputs=1)
+    if layout.hidden_dropout:
+        kept += (2 if kind == "rwkv" else 1) * layout.residual_tokens * dims.hidden_size
     return kept
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import prod
 
 from megatron.config import Config
+from megatron.registry import WITHOUT_ATTENTION
 from megatron.shapes import ModelDims, TensorShape, tensors
 from megatron.sparsity import SPARSE_KINDS
 
@@ -17,7 +18,7 @@ SAME_TENSORS = {"global", "flash", *SPARSE_KINDS}
 def why_unknown(config: Config) -> str | None:
     """Why the table does not describe this model, or None where it does."""
     model = config.model
-    kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS)
+    kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS - WITHOUT_ATTENTION)
     reasons = [
         (bool(kinds), f"blocks of kind {', '.join(kinds)}"),
         (bool(model.soft_prompt_tuning), "soft prompts"),
@@ -29,7 +30,7 @@ def why_unknown(config: Config) -> str | None:
 
 def model_tensors(config: Config, padded_vocab_size: int) -> list[TensorShape]:
     """Every tensor of the configured model."""
-    return tensors(ModelDims.of(config.model, config.moe), padded_vocab_size)
+    return tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size)
 
 
 def total(table: Sequence[TensorShape]) -> int:

@@ -65,7 +65,7 @@ def make_plan(resolution: Resolution) -> Plan:
     assert training.train_batch_size
     assert model.seq_length
     flops = flops_per_iteration(
-        ModelDims.of(model, config.moe),
+        ModelDims.of(model, config.moe, config.mixers),
         table,
         seq_length=model.seq_length,
         train_batch_size=training.train_batch_size,
@@ -93,7 +93,7 @@ def make_plan(resolution: Resolution) -> Plan:
 def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
     """First layer of each pipeline stage, and the number of layers at the end."""
     assert config.model.num_layers
-    classes = layer_classes(config.model.num_layers)
+    classes = layer_classes(config.model.num_layers, tuple(map(str, config.model.attention_config or ())))
     stages = max(1, config.parallelism.pipe_parallel_size)
     counts = [0] * len(classes)
     for tensor in table:
@@ -105,7 +105,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     """Memory of the rank that needs most. bounds: first layers of the pipeline stages, and the end."""
     axes, training, model = config.parallelism, config.training, config.model
     assert model.num_layers
-    dims = ModelDims.of(model, config.moe)
+    dims = ModelDims.of(model, config.moe, config.mixers)
     stages = len(bounds) - 1
     stored, layout = state_layout(config), activation_layout(config)
     candidates = []
@@ -185,4 +185,6 @@ def activation_layout(config: Config) -> ActivationLayout:
         context_parallel_size=axes.context_parallel_size,
         sequence_parallel=axes.sequence_parallel,
         shares=visible_shares(config),
+        fused_scan=not on_cpu
+        and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.config import Config
 from megatron.plan.advice import gib
 from megatron.plan.figures import Figures
+from megatron.registry import WITHOUT_ATTENTION
 
 WIDTH = 12
 
@@ -27,9 +28,12 @@ def _model(plan: Figures) -> list[str]:
     heads = f"{model.num_attention_heads} heads"
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" over {model.num_kv_heads} key heads"
-    shape = f"{model.num_layers} blocks x {model.hidden_size}, {heads} x {model.kv_channels}, MLP {model.mlp_width}"
+    shape = f"{model.num_layers} blocks x {model.hidden_size}"
+    attention = " attention" if set(kinds) - WITHOUT_ATTENTION else ""
+    if attention:
+        shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
     shape += _experts(plan.config)
-    parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)} attention"
+    parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
     return [_line("model", shape), _line("", parts), _line("vocabulary", plan.vocabulary), _line("parameters", count)]
 

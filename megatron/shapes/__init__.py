@@ -1,8 +1,18 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
-from megatron.shapes.dims import MixtureDims, ModelDims
+from megatron.shapes.dims import MixerDims, MixtureDims, ModelDims
+from megatron.shapes.mixers import remembered
 from megatron.shapes.parts import FIRST_BLOCK, key_in_table
 from megatron.shapes.table import tensors
 from megatron.shapes.tensor import TensorShape
 
-__all__ = ["FIRST_BLOCK", "MixtureDims", "ModelDims", "TensorShape", "key_in_table", "tensors"]
+__all__ = [
+    "FIRST_BLOCK",
+    "MixerDims",
+    "MixtureDims",
+    "ModelDims",
+    "TensorShape",
+    "key_in_table",
+    "remembered",
+    "tensors",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from megatron.shapes.dims import ModelDims
+from megatron.shapes.mixers import gmlp_block, mamba_block, rwkv_block
 from megatron.shapes.parts import FIRST_BLOCK, SHARED_NAME, column, norm, row
 from megatron.shapes.tensor import TensorShape
 
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
     """The tensors of block number ``block`` (from 0), which is layer ``block + 2`` of the plan."""
-    return attention_block(dims, block)
+    return BLOCKS.get(dims.kind(block), attention_block)(dims, block)
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
@@ -51,3 +52,7 @@ def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
         shape = (count * width, hidden)
         table.append(TensorShape(layer, f"mlp.experts.mlp.{name}", shape, 0, "expert", (width,) * count))
     return table
+
+
+BLOCKS = {"mamba": mamba_block, "rwkv": rwkv_block, "gmlp": gmlp_block, "amlp": gmlp_block}
+"""The kinds that are whole blocks."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.registry import ACTIVATIONS
+from megatron.registry import ACTIVATIONS, WITHOUT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,52 @@ class MixtureDims:
     def of(cls, moe: Any) -> MixtureDims:
         """Read from an object with the keys of the configuration's moe section."""
         return cls(moe.moe_num_experts, moe.moe_expert_interval, moe.moe_top_k)
+
+
+@dataclass(frozen=True)
+class MixerDims:
+    """Widths of the blocks that mix tokens by other means than attention; 0 in a model without such blocks.
+
+    mamba_*: channels, state of a channel, width of the convolution, rank of the step. rwkv_*: of the time mixing, of
+    its heads, and of the channel mixing. gmlp_*: positions that are mixed, width of each half, width of the small
+    attention.
+    """
+
+    mamba_inner: int = 0
+    mamba_state: int = 16
+    mamba_convolution: int = 4
+    mamba_rank: int = 0
+    mamba_conv_bias: bool = True
+    mamba_linear_bias: bool = False
+    rwkv_attention: int = 0
+    rwkv_head: int = 0
+    rwkv_ffn: int = 0
+    gmlp_positions: int = 0
+    gmlp_width: int = 0
+    gmlp_attention: int = 0
+
+    @classmethod
+    def of(cls, model: Any, mixers: Any) -> MixerDims:
+        """Read from objects with the keys of the configuration's model and mixers sections."""
+        hidden = model.hidden_size
+        attention = mixers.dim_att or hidden
+        return cls(
+            mamba_inner=2 * hidden,
+            mamba_rank=-(-hidden // 16),
+            mamba_conv_bias=mixers.mamba_use_bias_in_conv,
+            mamba_linear_bias=mixers.mamba_use_bias_in_linears,
+            rwkv_attention=attention,
+            rwkv_head=mixers.head_size or attention // model.num_attention_heads,
+            rwkv_ffn=mixers.ffn_dim or rwkv_ffn_width(hidden, model.intermediate_size, model.expansion_factor),
+            gmlp_positions=model.seq_length,
+            gmlp_width=model.mlp_width,
+            gmlp_attention=mixers.gmlp_attn_dim,
+        )
+
+
+def rwkv_ffn_width(hidden: int, intermediate_size: int | None, expansion_factor: float | None) -> int:
+    """The width of the channel mixing as the public layout has it: 3.5 x hidden_size unless told, down to 32s."""
+    return (intermediate_size or int((expansion_factor or 3.5) * hidden)) // 32 * 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +100,7 @@ class ModelDims:
     gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
     kinds: tuple[str, ...] = ()  # what mixes tokens in each block, by its name in attention_config; (): all "global"
     mixture: MixtureDims = field(default_factory=MixtureDims)
+    mixers: MixerDims = field(default_factory=MixerDims)
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "mlp_width"):
@@ -63,10 +110,11 @@ class ModelDims:
             raise ValueError(f"{self.num_kv_heads} key/value heads do not divide {self.num_attention_heads} heads")
 
     @classmethod
-    def of(cls, model: Any, moe: Any = None) -> ModelDims:
+    def of(cls, model: Any, moe: Any = None, mixers: Any = None) -> ModelDims:
         """Read the dimensions from objects with the configuration's keys as attributes.
 
-        model: its model section. moe: its moe section; left out, no block has experts.
+        model: its model section. moe: its moe section; left out, no block has experts. mixers: its mixers section,
+        which blocks without attention need.
         """
         heads = model.num_attention_heads
         return cls(
@@ -91,6 +139,7 @@ class ModelDims:
             gpt_j_tied=model.gpt_j_tied,
             kinds=tuple(getattr(model, "attention_config", None) or ()),
             mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
+            mixers=MixerDims() if mixers is None else MixerDims.of(model, mixers),
         )
 
     def kind(self, block: int) -> str:
@@ -99,7 +148,8 @@ class ModelDims:
 
     def has_experts(self, block: int) -> bool:
         """Whether a block has a mixture of experts in place of one MLP."""
-        return self.mixture.experts > 1 and block % self.mixture.interval == 0
+        attends = self.kind(block) not in WITHOUT_ATTENTION
+        return attends and self.mixture.experts > 1 and block % self.mixture.interval == 0
 
     @property
     def query_size(self) -> int:

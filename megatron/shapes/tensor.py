@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Kind = Literal["word_embedding", "position_embedding", "norm", "weight", "bias", "expert", "head"]
+Kind = Literal["word_embedding", "position_embedding", "norm", "weight", "bias", "expert", "spatial", "mixing", "head"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class TensorShape:
         """The shape one rank of ``size`` tensor-parallel ranks holds. ValueError where the cut is uneven."""
         if self.shard_dim is None:
             return self.shape
-        rows = sum(stop - start for start, stop in self.slices(0, size))
+        sections = self.sections or (self.shape[self.shard_dim],)
+        section_slices(tuple(set(sections)), 0, size)
+        rows = sum(sections) // size
         return (*self.shape[: self.shard_dim], rows, *self.shape[self.shard_dim + 1 :])
 
     def slices(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:

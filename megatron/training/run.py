@@ -125,7 +125,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
     fetch_missing(config.checkpoint, Ranks.from_environment())
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
-    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), vocabulary))
+    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
         config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
@@ -185,7 +185,7 @@ def _train_iters(config: Config) -> int:
 
 def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
     training, checkpoint, model = config.training, config.checkpoint, config.model
-    dims = ModelDims.of(model, config.moe)
+    dims = ModelDims.of(model, config.moe, config.mixers)
     batch = known(training.train_batch_size)
     length = known(model.seq_length)
     tokens = batch * length

@@ -56,6 +56,8 @@ WHERE: dict[str, tuple[str, ...]] = {
     "litgpt": ("benchmarks/",),
     "boto3": ("megatron/checkpoint/bucket.py",),
     "botocore": ("megatron/checkpoint/bucket.py",),
+    "causal_conv1d": ("megatron/kernels/mamba.py",),
+    "mamba_ssm": ("megatron/kernels/mamba.py",),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),

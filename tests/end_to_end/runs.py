@@ -74,6 +74,18 @@ def run(world_size: int, folder: Path, *, backend: str = "gloo", **settings: Any
     return read_metrics(log_dir / "metrics.jsonl")
 
 
+def run_files_rank(rank: int, world_size: int, files: list[Path], settings: dict[str, Any]) -> None:
+    """What one worker does with configuration files."""
+    train(resolve([str(path) for path in files], settings, Resources(world_size)).config, NeverStop())
+
+
+def run_files(files: list[Path], world_size: int, folder: Path, **settings: Any) -> list[dict[str, float]]:
+    """Trains as configuration files and some flags say, and returns the records of the metrics file."""
+    log_dir = folder / "logs"
+    run_distributed(run_files_rank, world_size, files, {"log_dir": str(log_dir), **settings}, timeout=300)
+    return read_metrics(log_dir / "metrics.jsonl")
+
+
 def series(records: list[dict[str, float]], name: str) -> list[float]:
     """One metric of every record that has it, in order of iteration."""
     return [record[name] for record in records if name in record]

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megatron.kernels.attention import choose_attention, plain_attention
+from megatron.kernels.grouped import fused_grouped, grouped_unavailable, plain_grouped
+from megatron.kernels.mamba import choose_mamba, fused_convolution, fused_scan, plain_convolution, plain_scan
 from tests.end_to_end.runs import make_dataset, run, series
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +76,44 @@ def test_attention_equals_the_plain_twin(heads: int, kv_heads: int, queries: int
     wanted = torch.autograd.grad(plain_attention(*exact, 0.0), exact, grad.double())
     for got, want in zip(torch.autograd.grad(actual, (q, k, v), grad), wanted, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=5e-2, atol=5e-2)
+
+
+def test_the_grouped_product_is_the_plain_one() -> None:
+    """Forward and backward in bfloat16, with an empty group; one rounding apart."""
+    device = torch.device("cuda")
+    assert grouped_unavailable(device, torch.bfloat16) is None
+    counts = torch.tensor([64, 0, 128, 32], device=device)
+    found = []
+    for product in (plain_grouped, fused_grouped):
+        torch.manual_seed(1)
+        rows = torch.randn(224, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        matrices = torch.randn(4, 64, 96, device=device, dtype=torch.bfloat16, requires_grad=True)
+        out = product(rows, matrices, counts)
+        out.float().square().sum().backward()
+        found.append((out, rows.grad, matrices.grad))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
+
+
+def test_spread_experts_train(dataset: str, tmp_path: Path) -> None:
+    settings = {"precision": "bfloat16", "zero_optimization": {"stage": 1}, "moe_num_experts": 4, "moe_top_k": 2}
+    settings |= {"moe_router_type": "topk", "moe_aux_loss_coeff": 0.01}
+    losses = series(run(1, tmp_path, data_path=dataset, backend="nccl", **settings), "train/lm_loss")
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_the_fused_kernels_of_mamba_are_the_plain_ones() -> None:
+    """Forward and backward in fp32; needs the extra `mamba`."""
+    chosen = choose_mamba(torch.device("cuda"), convolution=True, scan=True)
+    assert (chosen.convolution, chosen.scan) == (fused_convolution, fused_scan)
+    found = []
+    for convolution, scan in ((plain_convolution, plain_scan), (fused_convolution, fused_scan)):
+        torch.manual_seed(1)
+        shapes = [(2, 128, 64), (64, 4), (64,), (2, 128, 64), (64, 16), (2, 128, 16), (2, 128, 16), (64,), (64,)]
+        inputs = [torch.randn(*shape, device="cuda", requires_grad=True) for shape in (*shapes, (2, 128, 64))]
+        x, taps, bias, step, rate, into, out, skip, shift, gate = inputs
+        y = scan(convolution(x, taps, bias), step, -rate.exp(), into, out, skip, shift, gate)
+        y.square().sum().backward()
+        found.append([y, *(value.grad for value in inputs)])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())

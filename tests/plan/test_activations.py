@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
 }
 NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "no_weight_tying": True}
 LLAMA = {"pos_emb": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "use_bias_in_mlp": False}
+EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk"}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -40,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "head norms": {**NEOX, "use_qk_layernorm": True},
     "head norms, rmsnorm": {**LLAMA, "use_qk_layernorm": True},
     "relative positions": {"pos_emb": "rpe"},
+    "experts": EXPERTS,
+    "gated experts": {**LLAMA, **EXPERTS},
+    **{kind: {"attention_config": [[[kind], "all"]]} for kind in ("mamba", "rwkv", "gmlp", "amlp")},
 }
 
 
@@ -55,6 +59,8 @@ def kept_bytes(config: Config, dtype: torch.dtype) -> int:
         seed=1,
         dtype=dtype,
         device=torch.device("cpu"),
+        moe=config.moe,
+        mixers=config.mixers,
     )
     model = SequentialModel(plan)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -86,8 +92,10 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
         attention_dropout=config.model.attention_dropout > 0,
         cpu=True,
     )
-    dims = ModelDims.of(config.model)
-    one = kept_bytes(config.replace(num_layers=1, attention_config=("global",)), dtype)
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    one = kept_bytes(
+        config.replace(num_layers=1, attention_config=tuple(config.model.attention_config or ())[:1]), dtype
+    )
     two = kept_bytes(config, dtype)
     assert block_activations(dims, layout) == pytest.approx(two - one, rel=0.2)
     logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize  # the loss keeps them outside of autograd's hooks

@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
 
-from megatron.shapes import ModelDims, tensors
+from megatron.shapes import MixerDims, MixtureDims, ModelDims, tensors
 
 NEOX_20B = ModelDims(
     num_layers=44,
@@ -38,6 +40,47 @@ def test_public_models_have_their_published_parameter_counts() -> None:
     # Model cards: 20,554,567,680 for GPT-NeoX-20B at its vocabulary of 50,432; 8,030,261,248 for Llama 3 8B.
     assert sum(tensor.count for tensor in tensors(NEOX_20B, 50432)) == 20_554_567_680
     assert sum(tensor.count for tensor in tensors(LLAMA3_8B, 128256)) == 8_030_261_248
+
+
+def test_a_mamba_is_as_large_as_that_of_transformers() -> None:
+    """Mamba 130M, built without memory."""
+    with torch.device("meta"):
+        theirs = MambaForCausalLM(MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280))
+    mixers = MixerDims(mamba_inner=1536, mamba_rank=48)
+    fields = {"hidden_size": 768, "num_attention_heads": 12, "num_kv_heads": 12, "head_dim": 64, "mlp_width": 3072}
+    dims = ModelDims(num_layers=24, norm="rmsnorm", pos_emb="none", kinds=("mamba",) * 24, mixers=mixers, **fields)
+    count = sum(tensor.count for tensor in tensors(dims, 50280))
+    assert count == sum(parameter.numel() for parameter in theirs.parameters()) == 129_135_360
+
+
+PUBLIC = {
+    "mamba": """norm.weight norm.bias mixer.A_log mixer.D mixer.in_proj.weight mixer.conv1d.weight mixer.conv1d.bias
+        mixer.x_proj.weight mixer.dt_proj.weight mixer.dt_proj.bias mixer.out_proj.weight""",
+    "rwkv": """ln1.weight ln1.bias ln2.weight ln2.bias att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v
+        att.time_maa_r att.time_maa_g att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2
+        att.time_faaaa att.receptance.weight att.key.weight att.value.weight att.output.weight att.gate.weight
+        att.ln_x.weight att.ln_x.bias ffn.time_maa_k ffn.time_maa_r ffn.key.weight ffn.receptance.weight
+        ffn.value.weight""",
+    "gmlp": """norm.weight norm.bias input_linear.weight input_linear.bias sgu.norm.weight sgu.norm.bias sgu.proj.weight
+        sgu.proj.bias output_linear.weight output_linear.bias""",
+    "global": """input_layernorm.weight input_layernorm.bias attention.query_key_value.weight
+        attention.query_key_value.bias attention.dense.weight attention.dense.bias post_attention_layernorm.weight
+        post_attention_layernorm.bias mlp.router.layer.weight mlp.experts.mlp.w1 mlp.experts.mlp.w2""",
+}
+"""The names in public checkpoints; a block with attention has experts here."""
+
+
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_blocks_have_the_public_names(kind: str) -> None:
+    mixers = MixerDims(
+        128, mamba_rank=4, rwkv_attention=64, rwkv_head=16, rwkv_ffn=224, gmlp_positions=8, gmlp_width=64
+    )
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_width": 256}
+    mixture = MixtureDims(experts=4, interval=2)
+    dims = ModelDims(num_layers=2, kinds=(kind, "global"), mixers=mixers, mixture=mixture, **fields)
+    table = tensors(dims, 96)
+    assert {tensor.name for tensor in table if tensor.layer == 2} == set(PUBLIC[kind].split())
+    assert "mlp.linear1.weight" in {tensor.name for tensor in table if tensor.layer == 3}  # interval 2
 
 
 def test_layer_indices_and_names_are_the_public_layout() -> None:

@@ -55,7 +55,7 @@ def adopt(
     flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": "generate.py"}
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
-    dims = ModelDims.of(config.model, config.moe)
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
     rows = -(-folder.rows // model_size) * model_size
     table = tensors(dims, rows)
     weights = folder.weights(dims)

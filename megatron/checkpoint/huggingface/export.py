@@ -55,8 +55,8 @@ def export(
     takes the optimizer's fp32 copies where they were kept. largest_file: [bytes]. special: ids for config.json, such
     as eos_token_id. Raises ConfigError naming each key that the family cannot express.
     """
-    family = family_for(stored.model, stored.moe, family_name)
-    dims = ModelDims.of(stored.model, stored.moe)
+    family = family_for(stored.model, stored.moe, stored.mixers, family_name)
+    dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)
     dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
     shapes = {key_of(shape): shape for shape in stored.table}
@@ -68,6 +68,7 @@ def export(
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= family.config(stored.model, rows)
     config |= family.experts.config(stored.moe) if family.experts else {}
+    config |= family.mixers.config(stored.mixers) if family.mixers else {}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype]}
     files.write_json(output / CONFIG, config)
     return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)

@@ -9,33 +9,43 @@ from megatron.checkpoint.huggingface.family import Family
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
+from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.opt import OPT
+from megatron.config.sections.mixers import MixersSection
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
+from megatron.registry import WITHOUT_ATTENTION
 
-FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT)}
+FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA)}
 
 
-def family_for(model: ModelSection, moe: MoeSection, name: str | None = None) -> Family:
+def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> Family:
     """The family that can express a model: the named one, else the first that can.
 
     Raises ConfigError that names each key in the way.
     """
     if name is not None:
-        ConfigError.raise_any(_misfits(FAMILIES[name], model, moe))
+        ConfigError.raise_any(_misfits(FAMILIES[name], model, moe, mixers))
         return FAMILIES[name]
-    faults = {family.name: _misfits(family, model, moe) for family in FAMILIES.values()}
+    faults = {family.name: _misfits(family, model, moe, mixers) for family in FAMILIES.values()}
     for known, found in faults.items():
         if not found:
             return FAMILIES[known]
     raise ConfigError(*min(faults.values(), key=len))
 
 
-def _misfits(family: Family, model: ModelSection, moe: MoeSection) -> list[Mistake]:
+def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[Mistake]:
     """What of a model a family cannot say."""
     faults = family.misfits(model)
+    known = family.mixers.kinds if family.mixers else frozenset()
+    others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
+    if others:
+        what = f"a model of the family {family.name} has no blocks of kind {', '.join(others)}"
+        faults.append(Mistake(what, key="attention_config", value=others))
+    if family.mixers is not None:
+        faults += family.mixers.misfits(mixers)
     if family.experts is not None:
         return faults + family.experts.misfits(moe)
     if moe.moe_num_experts > 1:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.config.sections.mixers import MixersSection
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
@@ -48,6 +49,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Mixers:
+    """How a family says that its blocks have no attention.
+
+    kinds: those it knows. misfits: what of a mixers section its configuration cannot say. config: our section ->
+    config.json.
+    """
+
+    kinds: frozenset[str]
+    misfits: Callable[[MixersSection], list[Mistake]]
+    config: Callable[[MixersSection], Settings]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model type of `transformers`.
 
@@ -56,6 +70,7 @@ class Family:
     our keys; raises ConfigError where ours cannot say it. table: all tensors. spare: endings of their names that
     hold no weights (masks, tables of frequencies) and are left out. prefix: what their names begin with in a model
     with a head, which files of the bare model lack. experts: None where its blocks have none.
+    mixers: None where all of them have attention.
     """
 
     name: str
@@ -68,6 +83,7 @@ class Family:
     spare: tuple[str, ...] = ()
     prefix: str = ""
     experts: Experts | None = None
+    mixers: Mixers | None = None
 
 
 def same(ours: str, theirs: str) -> Correspondence:
@@ -126,12 +142,14 @@ def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
     return torch.stack([part.unflatten(0, heads) for part in parts], 1).flatten(0, 2)  # [n, 3, d, ...] -> [3nd, ...]
 
 
-def unlike(model: ModelSection | MoeSection, wanted: Mapping[str, object], family: str) -> list[Mistake]:
+def unlike(
+    section: ModelSection | MoeSection | MixersSection, wanted: Mapping[str, object], family: str
+) -> list[Mistake]:
     """A mistake for every key of the section whose value is not the one that the family is made of."""
     return [
-        Mistake(f"a {family} model has {value!r}", key=key, value=getattr(model, key))
+        Mistake(f"a {family} model has {value!r}", key=key, value=getattr(section, key))
         for key, value in wanted.items()
-        if getattr(model, key) != value
+        if getattr(section, key) != value
     ]
 
 

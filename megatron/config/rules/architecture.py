@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.sparsity import SPARSE_KINDS
 
 
 def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
@@ -26,17 +25,6 @@ def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
             value=model.hidden_size,
             remedy="change one of the two, or give kv_channels, the width of a head",
         )
-
-
-def grouped_heads_need_attention(config: Config) -> Iterator[Mistake]:
-    """Fewer key heads than query heads works where there are keys."""
-    model = config.model
-    if model.num_kv_heads == model.num_attention_heads:
-        return
-    others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash", *SPARSE_KINDS})
-    if others:
-        what = f"a block of kind {', '.join(others)} needs as many key heads as query heads"
-        yield Mistake(what, key="num_kv_heads", value=model.num_kv_heads)
 
 
 def positions_cover_sequence(config: Config) -> Iterator[Mistake]:

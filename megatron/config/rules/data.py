@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from megatron.config.complete import trains
 from megatron.config.config import Config
 from megatron.errors import Mistake
+from megatron.registry import WITHOUT_ATTENTION
 
 KEEP_APART = frozenset({"global", "flash"})
-"""Kinds of attention that take the starts of documents."""
+"""Kinds of attention that take the starts of documents, as blocks without attention do."""
 
 START_AGAIN = frozenset({"learned", "rotary", "none"})
 """Position schemes that take a position for each token, or that know none."""
@@ -81,7 +82,7 @@ def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
 def documents_are_kept_apart(config: Config) -> Iterator[Mistake]:
     """Every part that mixes tokens, or counts positions, must know where documents start."""
     data, model = config.data, config.model
-    others = sorted(set(map(str, model.attention_config or ())) - KEEP_APART)
+    others = sorted(set(map(str, model.attention_config or ())) - KEEP_APART - WITHOUT_ATTENTION)
     if data.reset_attention_mask and others:
         yield Mistake(
             f"blocks of kind {', '.join(others)} do not keep documents apart",

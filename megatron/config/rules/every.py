@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from megatron.config.config import Config
 from megatron.config.partial import NotKnown, partial
-from megatron.config.rules import architecture, attention, blocks, data, experts, layout, positions, run
+from megatron.config.rules import architecture, attention, blocks, data, experts, layout, mixers, positions, run
 from megatron.errors import Mistake
 
 Rule = Callable[[Config], Iterator[Mistake]]
@@ -23,7 +23,6 @@ RULES: tuple[Rule, ...] = (
     layout.vocabulary_divides_ranks,
     architecture.heads_divide_hidden,
     layout.heads_divide_ranks,
-    architecture.grouped_heads_need_attention,
     layout.mlp_width_divides_ranks,
     architecture.positions_cover_sequence,
     architecture.skipped_positions_are_learned,
@@ -46,6 +45,8 @@ RULES: tuple[Rule, ...] = (
     layout.context_needs_no_pipeline,
     layout.sequence_parallel_needs_tensor_parallel,
     run.fp16_loss_needs_fp16,
+    mixers.mixers_limit_layouts,
+    mixers.mixer_widths_divide,
     experts.experts_limit_zero,
     experts.tokens_choose_among_experts,
     experts.router_numbers_make_sense,

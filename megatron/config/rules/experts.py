@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.errors import Mistake
 
+MOST_EXPERTS = 4096
+
 
 def experts_limit_zero(config: Config) -> Iterator[Mistake]:
     """Experts are parameters of their own groups, which ZeRO 3 does not know; DeepSpeed asserts the other two."""
@@ -19,8 +21,8 @@ def experts_limit_zero(config: Config) -> Iterator[Mistake]:
         )
     if moe.moe_expert_parallel_size == 1:
         return
-    for name in ("reduce_scatter", "contiguous_gradients"):
-        if config.deepspeed.zero_stage in (1, 2) and zero.get(name) is False:
+    for name, stages in (("reduce_scatter", (1, 2)), ("contiguous_gradients", (2,))):
+        if config.deepspeed.zero_stage in stages and zero.get(name) is False:
             yield Mistake(
                 f"DeepSpeed needs {name} where experts are spread over ranks",
                 key="zero_optimization",
@@ -51,6 +53,9 @@ def tokens_choose_among_experts(config: Config) -> Iterator[Mistake]:
                 value=moe.moe_expert_parallel_size,
                 remedy="give moe_num_experts, or leave it out",
             )
+        return
+    if moe.moe_num_experts > MOST_EXPERTS:
+        yield Mistake(f"at most {MOST_EXPERTS:,}", key="moe_num_experts", value=moe.moe_num_experts)
         return
     if moe.moe_top_k > moe.moe_num_experts:
         yield Mistake(f"there are {moe.moe_num_experts} experts", key="moe_top_k", value=moe.moe_top_k)

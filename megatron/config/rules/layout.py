@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.errors import Mistake
 
+MOST_EXPANSION = 10_000
+"""Of the MLP over the hidden size; more is a mistake, and could not be counted."""
+
 
 def layout_divides_world(config: Config) -> Iterator[Mistake]:
     """The product pipe x model x context must divide the world size."""
@@ -83,6 +86,8 @@ def heads_divide_ranks(config: Config) -> Iterator[Mistake]:
     kv_heads = config.model.num_kv_heads
     assert heads is not None
     assert kv_heads is not None
+    if not _any_block(config, beside={"mamba", "gmlp", "amlp"}):
+        return
     if ranks > 0 and heads % ranks:
         yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
     if kv_heads < 1 or heads % kv_heads:
@@ -96,6 +101,11 @@ def heads_divide_ranks(config: Config) -> Iterator[Mistake]:
         )
 
 
+def _any_block(config: Config, *, beside: set[str]) -> bool:
+    """Whether there are blocks of other kinds than these."""
+    return bool(set(map(str, config.model.attention_config or ())) - beside)
+
+
 def mlp_width_divides_ranks(config: Config) -> Iterator[Mistake]:
     """The MLP's inner width is cut evenly; only one of its two sizes may be given."""
     model, ranks = config.model, config.parallelism.model_parallel_size
@@ -106,12 +116,14 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[Mistake]:
             value=model.expansion_factor,
             remedy="leave one of the two out",
         )
+    elif model.expansion_factor is not None and abs(model.expansion_factor) > MOST_EXPANSION:
+        yield Mistake(f"at most {MOST_EXPANSION:,}", key="expansion_factor", value=model.expansion_factor)
     elif model.mlp_multiple_of < 1:
         yield Mistake("it must be at least 1", key="mlp_multiple_of", value=model.mlp_multiple_of)
     elif model.mlp_width < 1:
         key = "intermediate_size" if model.intermediate_size is not None else "expansion_factor"
         yield Mistake("the MLP would have no width", key=key, value=getattr(model, key))
-    elif ranks > 0 and model.mlp_width % ranks:
+    elif ranks > 0 and model.mlp_width % ranks and _any_block(config, beside={"mamba", "rwkv"}):
         key = "intermediate_size" if model.intermediate_size is not None else "hidden_size"
         yield Mistake(
             f"the MLP's inner width is {model.mlp_width}, which model_parallel_size = {ranks} does not divide",

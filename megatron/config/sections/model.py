@@ -5,11 +5,9 @@ Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `ma
 """
 
 from megatron.config.derive.widths import mlp_width
-from megatron.config.key import Section, key, planned
+from megatron.config.key import Section, key
 from megatron.config.types import Items, Table
 from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS
-
-ATTENTION_CHOICES = planned(ATTENTION.names, "gmlp", "amlp", "rwkv", "mamba")
 
 
 class ModelSection(Section):
@@ -56,7 +54,7 @@ class ModelSection(Section):
         None,
         "Kind of attention in each block: a list of [pattern, count] pairs such as [[[global, local], 6]], where "
         "count may be `all`, or one name a block. All blocks are global when left out.",
-        choices=ATTENTION_CHOICES,
+        choices=ATTENTION.names,
     )
     sparsity_config: Table | None = key(None, "Block sizes and windows of the sparse attention kinds.")
     sliding_window_width: int | None = key(

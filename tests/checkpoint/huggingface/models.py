@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -30,6 +32,7 @@ _NEOX = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "n
 _LLAMA = {**_NEOX, "intermediate_size": 88, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 _SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
 _SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+_MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 _OPT = {**_NEOX, "word_embed_proj_dim": 64, "ffn_dim": 100, "max_position_embeddings": 64, "dropout": 0.0}
@@ -63,6 +66,8 @@ MODELS = {
     "mpt": lambda: MptForCausalLM(
         MptConfig(vocab_size=VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=64, pad_token_id=None)
     ),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**_MAMBA, tie_word_embeddings=False)),
+    "mamba, tied, no bias": lambda: MambaForCausalLM(MambaConfig(**_MAMBA, use_conv_bias=False)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**_OPT)),
     "opt, untied, no biases": lambda: OPTForCausalLM(

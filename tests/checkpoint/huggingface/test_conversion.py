@@ -80,7 +80,7 @@ def test_logits_are_theirs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pipe", "model"), [(0, 2), (2, 1), (2, 2)])
 def test_logits_are_theirs_on_several_ranks(pipe: int, model: int, tmp_path: Path) -> None:
     expected, loads = [], []
-    names = ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "mixtral", "gpt2", "opt")
+    names = ("neox", "neox, one residual, tied", "llama, grouped, biases", "mistral", "mixtral", "mamba", "gpt2", "opt")
     for name in names:
         theirs = save(name, tmp_path / name / "theirs")
         folder = Folder.open(tmp_path / name / "theirs")

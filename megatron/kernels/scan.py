@@ -1,0 +1,82 @@
+"""The plain twins of Mamba's kernels: a causal convolution of each channel, and the selective scan (arXiv:2312.00752).
+
+Both can be stopped at the starts of documents, and continued from the state that earlier positions have left.
+
+Shapes: b batch, s sequence, d channels of this rank, n state of a channel, w width of the convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """y[t] = sum over i of weight[w - 1 - i] x[t - i] + bias, channel by channel.
+
+    x [b, s, d], weight [d, w], bias [d], before [b, w - 1, d]: what came earlier, zeros at the start. starts [b, s]:
+    the first position that each one sees. Returns [b, s, d].
+    """
+    width, length = weight.shape[1], x.shape[1]
+    padded = torch.cat((before.to(x.dtype), x), dim=1)  # [b, w - 1 + s, d]
+    if starts is None:
+        y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=weight.shape[0])
+        return y.transpose(1, 2)
+    at = torch.arange(length, device=x.device)
+    y = x * weight[:, width - 1]
+    for back in range(1, width):
+        seen = (at - back >= starts).unsqueeze(-1)  # [b, s, 1]
+        shifted = padded[:, width - 1 - back : width - 1 - back + length]
+        y = y + torch.where(seen, shifted, 0) * weight[:, width - 1 - back]
+    return y if bias is None else y + bias
+
+
+def linear_scan(keep: Tensor, add: Tensor) -> Tensor:
+    """h[t] = keep[t] h[t - 1] + add[t] along dimension 1, from h = 0: [b, s, ...] -> [b, s, ...].
+
+    By doubling (Hillis and Steele 1986): after i rounds every position has gathered the last 2^i. With keep in [0, 1]
+    nothing can grow on the way.
+    """
+    length, reach = add.shape[1], 1
+    while reach < length:
+        add = torch.cat((add[:, :reach], add[:, reach:] + keep[:, reach:] * add[:, :-reach]), dim=1)
+        if 2 * reach < length:
+            keep = torch.cat((keep[:, :reach], keep[:, reach:] * keep[:, :-reach]), dim=1)
+        reach *= 2
+    return add
+
+
+def selective_scan(
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    into: Tensor,
+    out: Tensor,
+    skip: Tensor,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The state space of each channel, in fp32: h[t] = exp(step rate) h[t - 1] + step into x; y = out h + skip x.
+
+    x, step [b, s, d]; rate (A) [d, n]; into, out (B, C) [b, s, n]; skip (D) [d]. state [b, d, n]: h before the first
+    position. resets [b, s]: where h starts from nothing. valid [b, s]: which positions exist; the others leave h alone.
+    Returns y [b, s, d] and the last h [b, d, n].
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, step, into, out = (value.to(wide) for value in (x, step, into, out))
+    keep = torch.exp(step.unsqueeze(-1) * rate)  # [b, s, d, n]
+    add = (step * x).unsqueeze(-1) * into.unsqueeze(2)
+    if resets is not None:
+        keep = keep.masked_fill(resets[:, :, None, None], 0)
+    if valid is not None:
+        keep = torch.where(valid[:, :, None, None], keep, 1)
+        add = torch.where(valid[:, :, None, None], add, 0)
+    if state is not None:
+        add = torch.cat((add[:, :1] + keep[:, :1] * state.to(wide).unsqueeze(1), add[:, 1:]), dim=1)
+    states = linear_scan(keep, add)  # [b, s, d, n]
+    y = torch.einsum("bsdn,bsn->bsd", states, out) + skip * x
+    return y, states[:, -1]

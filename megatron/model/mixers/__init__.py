@@ -1,0 +1,1 @@
+"""Blocks that mix tokens by other means than attention: one file a kind."""

@@ -1,0 +1,171 @@
+"""The gMLP block and the aMLP block (arXiv:2105.08050): x + output(unit(activation(input(norm(x))))).
+
+The unit halves its input. One half is normed, mixed over the positions of the sequence by a learned matrix that no
+later position enters, and multiplies the other half. An aMLP adds a small attention of one head, on the normed input of
+the block, to what multiplies (section 4.3).
+
+Features are cut over tensor-parallel ranks, positions are not: every rank mixes its features with the same matrix. The
+norm sees all features of the half, so these are gathered for it.
+
+Shapes: s sequence, b micro batch, h hidden, f features of a half, p positions of the matrix, a width of the small
+attention, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.model.block import Block
+from megatron.model.cache import KVCache
+from megatron.model.parts import Parts
+from megatron.parallel.collectives import copy_to, gather_from, scatter_to
+from megatron.parallel.initialization import ParameterSource, zeros
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.sequence import with_copy
+
+
+class GMLPTransformerBlock(Block):
+    """Block ``number`` (from 0)."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__(parts, source.axis)
+        self.axis, hidden, width = source.axis, parts.dims.hidden_size, parts.dims.mixers.gmlp_width
+        kernel = parts.kernels.linear
+        self.norm = parts.norm()
+        self.input_linear = ColumnParallelLinear(
+            hidden,
+            2 * width,
+            source.of("input_linear"),
+            fill=parts.fill,
+            bias=True,
+            sections=(width, width),
+            kernel=kernel,
+        )
+        self.activation = parts.activation
+        self.sgu = SpatialGatingUnit(number, parts, source.of("sgu"))
+        self.output_linear = RowParallelLinear(
+            width, hidden, source.of("output_linear"), fill=parts.output_fill, bias=True, kernel=kernel
+        )
+        self.to(parts.dtype)
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        outside, inside = with_copy(self.norm(hidden), self.axis)  # [s, b, h]
+        linear = self.input_linear
+        inner = self.activation(linear.kernel(inside, linear.weight, linear.bias))  # [s, b, 2f/t]
+        gated = self.sgu(inner.transpose(0, 1), outside.transpose(0, 1), cache, document_starts)
+        return hidden + self.drop(self.output_linear(gated.transpose(0, 1)))
+
+
+class SpatialGatingUnit(nn.Module):
+    """Multiplies one half of the features with the other one, mixed over positions."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims = parts.dims.mixers
+        self.number, self.axis, self.reset = number, source.axis, parts.reset_attention
+        self.norm = parts.norm_of(dims.gmlp_width)
+        self.proj = _Places(dims.gmlp_positions, source.of("proj"))
+        small = parts.dims.kind(number) == "amlp"
+        self.attn = TinyAttention(number, parts, source.of("attn")) if small else None
+
+    def forward(self, x: Tensor, outside: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+        """X [b, s, 2f/t] and the block's normed input [b, s, h] -> [b, s, f/t]."""
+        plain, gate = x.chunk(2, dim=-1)
+        gate = scatter_to(self.norm(gather_from(gate, self.axis)), self.axis)
+        sight = Sight.of(x.shape[1], cache, document_starts if self.reset else None, x.device)
+        if cache is not None:
+            gate = sight.remember(cache.state(self.number, "gate"), gate)
+        mixed = sight.mixed(copy_to(self.proj.weight, self.axis), copy_to(self.proj.bias, self.axis), gate)
+        if self.attn is not None:
+            mixed = mixed + self.attn(outside, sight, cache)
+        return plain * mixed
+
+
+class TinyAttention(nn.Module):
+    """Attention of one head, without positions: [b, s, h] -> [b, s, f/t]."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims, hidden = parts.dims.mixers, parts.dims.hidden_size
+        self.number, self.axis, self.width = number, source.axis, dims.gmlp_attention
+        self.proj_qkv = _WholeLinear(hidden, 3 * self.width, source.of("proj_qkv"), parts)
+        self.proj_ffn = _CutLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), parts)
+
+    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+        """Every rank computes the attention alike, and the part of the output that it needs."""
+        q, k, v = self.proj_qkv(x).chunk(3, dim=-1)  # [b, s, a]
+        if cache is not None:
+            k = sight.remember(cache.state(self.number, "keys"), k)
+            v = sight.remember(cache.state(self.number, "values"), v)
+        scores = q @ k.transpose(1, 2) * self.width**-0.5  # [b, s, positions]
+        weights = scores.float().masked_fill(~sight.seen, float("-inf")).softmax(dim=-1).to(v.dtype)
+        return self.proj_ffn(copy_to(weights @ v, self.axis))
+
+
+class Sight:
+    """Which positions the new ones see. at: places of the new positions [b or 1, s]. seen: [b or 1, s, positions]."""
+
+    def __init__(self, at: Tensor, seen: Tensor) -> None:
+        self.at, self.seen = at, seen
+
+    @staticmethod
+    def of(length: int, cache: KVCache | None, starts: Tensor | None, device: torch.device) -> Sight:
+        """After those of a cache, or of a whole sequence whose documents start at `starts` [b, s]."""
+        first = torch.zeros(1, 1, dtype=torch.long, device=device)
+        if cache is not None:
+            first = torch.tensor(cache.lengths, device=device).unsqueeze(1)
+        at = first + torch.arange(length, device=device)  # [b, s]
+        places = torch.arange(length if cache is None else cache.length + length, device=device)
+        seen = places <= at.unsqueeze(-1)
+        return Sight(at, seen if starts is None else seen & (places >= starts.unsqueeze(-1)))
+
+    def remember(self, memory: Tensor, new: Tensor) -> Tensor:
+        """Stores [b, s, ...] at the new places of the memory [b, max, ...]; returns all places so far, of its type."""
+        rows = torch.arange(len(new), device=new.device).unsqueeze(1)
+        memory[rows, self.at.expand(len(new), -1)] = new.to(memory.dtype)
+        return memory[:, : self.seen.shape[-1]].to(new.dtype)
+
+    def mixed(self, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        """Weight [p, p] and bias [p] over gate [b, positions, f/t] -> [b, s, f/t]."""
+        rows = weight[self.at][..., : self.seen.shape[-1]].masked_fill(~self.seen, 0)  # [b or 1, s, positions]
+        return rows @ gate + bias[self.at].unsqueeze(-1)
+
+
+class _Places(nn.Module):
+    """``weight`` [p, p] from 0 and ``bias`` [p] from 1: at first the unit passes one half on (section 2.1)."""
+
+    def __init__(self, places: int, source: ParameterSource) -> None:
+        super().__init__()
+        self.weight = source.replica("weight", (places, places), zeros, whole_sequence=True)
+        self.bias = source.replica("bias", (places,), _ones, whole_sequence=True)
+
+
+class _WholeLinear(nn.Module):
+    """A linear layer that every rank holds whole and applies to whole sequences."""
+
+    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts) -> None:
+        super().__init__()
+        self.weight = source.replica("weight", (out, inp), parts.fill, whole_sequence=True)
+        self.bias = source.replica("bias", (out,), zeros, whole_sequence=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _CutLinear(nn.Module):
+    """A linear layer whose outputs are cut, and whose input has entered the region already."""
+
+    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts) -> None:
+        super().__init__()
+        self.weight = source.shard("weight", (out, inp), parts.fill, dim=0)
+        self.bias = source.shard("bias", (out,), zeros, dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _ones(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.fill_(1)

@@ -1,0 +1,194 @@
+"""The Mamba block (arXiv:2312.00752, section 3.4): x + mixer(norm(x)), with no MLP beside it.
+
+The mixer widens the input to two halves. One goes through a short causal convolution and a selective state space, the
+other gates the result. Channels never meet in between, so they are cut over tensor-parallel ranks; only the small
+product that makes the step and the two projections of the state (x_proj) needs a sum over ranks.
+
+Sizes and names are those of the public layout: twice the hidden size, 16 states a channel, a convolution of width 4, a
+step of rank hidden / 16.
+
+Shapes: s sequence, b micro batch, h hidden, d channels of this rank, n state of a channel, q rank of the step, w width
+of the convolution, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.kernels.mamba import MambaKernels
+from megatron.kernels.scan import causal_convolution, selective_scan
+from megatron.model.block import Block
+from megatron.model.cache import KVCache
+from megatron.model.parts import Parts
+from megatron.parallel.collectives import copy_to, reduce_from
+from megatron.parallel.initialization import ParameterSource, zeros
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.marks import mark_no_weight_decay
+from megatron.shapes import MixerDims
+
+STEP_RANGE = (0.001, 0.1)
+STEP_FLOOR = 1e-4
+"""Steps start log-uniform in this range, and not below this (section 3.6 and the reference code)."""
+
+
+class MambaTransformerBlock(Block):
+    """Block ``number`` (from 0)."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__(parts, source.axis)
+        self.norm = parts.norm()
+        self.mixer = MambaMixer(number, parts, source.of("mixer"))
+        self.to(parts.dtype)
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return hidden + self.drop(self.mixer(self.norm(hidden), cache, document_starts))
+
+
+class MambaMixer(nn.Module):
+    """Convolution, selective scan and gate. ValueError where channels do not divide by the tensor-parallel degree."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims, hidden = parts.dims.mixers, parts.dims.hidden_size
+        self.number, self.dims, self.axis = number, dims, source.axis
+        self.kernels: MambaKernels = parts.kernels.mamba
+        self.reset = parts.reset_attention
+        inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, parts.kernels.linear
+        self.A_log = source.shard("A_log", (inner, dims.mamba_state), _rates, dim=0)
+        self.D = source.shard("D", (inner,), _ones, dim=0)
+        mark_no_weight_decay(self.A_log)
+        self.in_proj = ColumnParallelLinear(
+            hidden, 2 * inner, source.of("in_proj"), fill=parts.fill, bias=bias, sections=(inner, inner), kernel=kernel
+        )
+        self.conv1d = _Convolution(dims, source.of("conv1d"))
+        self.x_proj = _SummedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), parts, bias)
+        self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
+        self.out_proj = RowParallelLinear(
+            inner, hidden, source.of("out_proj"), fill=parts.output_fill, bias=bias, kernel=kernel
+        )
+
+    def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all ranks."""
+        starts = document_starts if self.reset else None
+        x, gate = self.in_proj(x).transpose(0, 1).chunk(2, dim=-1)  # [b, s, d] each
+        if cache is None and starts is None:
+            y = self._whole(x, gate)
+        else:
+            y = self._with_state(x, cache, starts) * F.silu(gate)
+        return self.out_proj(y.transpose(0, 1))  # [s, b, h]
+
+    def _whole(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Whole sequences from nothing, by the fastest kernels: [b, s, d] -> [b, s, d]."""
+        x = self.kernels.convolution(x, self.conv1d.taps, self.conv1d.bias)
+        step, into, out = self.x_proj(x).split(self._widths, dim=-1)
+        return self.kernels.scan(x, self.dt_proj(step), self._rate, into, out, self.D, self.dt_proj.bias, gate)
+
+    def _with_state(self, x: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
+        """Sequences that continue a state, or that hold several documents: [b, s, d] -> [b, s, d], not yet gated."""
+        length, kept = x.shape[1], self.dims.mamba_convolution - 1
+        before, state, existing = x.new_zeros(x.shape[0], kept, x.shape[2]), None, None
+        if cache is not None:
+            memory, state = cache.state(self.number, "convolution"), cache.state(self.number, "state")
+            existing, before = cache.existing(length), memory.clone()
+            memory.copy_(_last(torch.cat((before, x.to(before.dtype)), dim=1), kept, existing))
+        resets = None if starts is None else starts == torch.arange(length, device=x.device)
+        x = F.silu(causal_convolution(x, self.conv1d.taps, self.conv1d.bias, before, starts))
+        step, into, out = self.x_proj(x).split(self._widths, dim=-1)
+        step = F.softplus(self.dt_proj(step).float() + self.dt_proj.bias.float())
+        y, last = selective_scan(x, step, self._rate, into, out, self.D.float(), state, resets, existing)
+        if state is not None:
+            state.copy_(last)
+        return y.to(x.dtype)
+
+    @property
+    def _widths(self) -> tuple[int, int, int]:
+        return self.dims.mamba_rank, self.dims.mamba_state, self.dims.mamba_state
+
+    @property
+    def _rate(self) -> Tensor:
+        """A [d, n], in fp32: below zero."""
+        return -torch.exp(self.A_log.float())
+
+
+def _last(seen: Tensor, count: int, existing: Tensor | None) -> Tensor:
+    """The last `count` positions of each row that exist: [b, count + s, ...] -> [b, count, ...]."""
+    if existing is None:
+        return seen[:, seen.shape[1] - count :]
+    at = existing.sum(1, keepdim=True) + torch.arange(count, device=seen.device)  # [b, count]
+    return seen.gather(1, at.unsqueeze(-1).expand(-1, -1, seen.shape[2]))
+
+
+class _Convolution(nn.Module):
+    """The parameters of a convolution of each channel: ``weight`` [d, 1, w] and ``bias`` [d], as torch has them."""
+
+    def __init__(self, dims: MixerDims, source: ParameterSource) -> None:
+        super().__init__()
+        width = dims.mamba_convolution
+        fill = _uniform(1 / math.sqrt(width))
+        self.weight = source.shard("weight", (dims.mamba_inner, 1, width), fill, dim=0)
+        self.bias = source.shard("bias", (dims.mamba_inner,), fill, dim=0) if dims.mamba_conv_bias else None
+
+    @property
+    def taps(self) -> Tensor:
+        """[d, w]."""
+        return self.weight.squeeze(1)
+
+
+class _SummedLinear(nn.Module):
+    """A row-parallel product inside a tensor-parallel region: every rank gets the whole sum, and gives a term of its
+    gradient.
+    """
+
+    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts, bias: bool) -> None:
+        super().__init__()
+        self.axis, self.kernel = source.axis, parts.kernels.linear
+        self.weight = source.shard("weight", (out, inp), parts.fill, dim=1)
+        self.bias = source.replica("bias", (out,), zeros, whole_sequence=True) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inp/t] -> [..., out]."""
+        total = reduce_from(self.kernel(x, self.weight, None), self.axis)
+        return copy_to(total if self.bias is None else total + self.bias, self.axis)
+
+
+class _StepLinear(nn.Module):
+    """From the rank of the step to the channels: ``weight`` [d, q]; ``bias`` [d] is added by who takes the softplus."""
+
+    def __init__(self, dims: MixerDims, source: ParameterSource) -> None:
+        super().__init__()
+        inner, rank = dims.mamba_inner, dims.mamba_rank
+        self.weight = source.shard("weight", (inner, rank), _uniform(rank**-0.5), dim=0)
+        self.bias = source.shard("bias", (inner,), _steps, dim=0)
+
+    def forward(self, step: Tensor) -> Tensor:
+        """[b, s, q] -> [b, s, d], without the bias."""
+        return F.linear(step, self.weight)
+
+
+def _uniform(bound: float) -> Any:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
+def _rates(tensor: Tensor, generator: torch.Generator) -> None:
+    """log(1), log(2), ... for the states of every channel (S4D-Real, arXiv:2206.11893)."""
+    tensor.copy_(torch.arange(1, tensor.shape[1] + 1).log().expand_as(tensor))
+
+
+def _ones(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.fill_(1)
+
+
+def _steps(tensor: Tensor, generator: torch.Generator) -> None:
+    """The inverse of softplus, of steps that are log-uniform."""
+    low, high = (math.log(step) for step in STEP_RANGE)
+    steps = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=STEP_FLOOR)
+    tensor.copy_(steps + torch.log(-torch.expm1(-steps)))

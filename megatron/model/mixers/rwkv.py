@@ -1,0 +1,268 @@
+"""The RWKV-6 block (arXiv:2404.05892): time mixing in place of attention, channel mixing in place of an MLP.
+
+Both look at a token and the one before it, in proportions that are learned (and, in time mixing, that depend on the
+token). Time mixing then runs a linear attention whose memory fades; see kernels/wkv.py.
+
+Names, sizes and initial values are those of the public layout: layernorms ``ln1`` and ``ln2``, ``att`` and ``ffn``;
+block 0 puts its input through ``ln1`` first. Heads and inner widths are cut over tensor-parallel ranks. What is mixed
+before a cut product is computed alike on all of them from whole sequences.
+
+Shapes: s sequence, b micro batch, h hidden, n heads of this rank, d head dim, a = n d, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.kernels.wkv import wkv
+from megatron.model.block import Block
+from megatron.model.cache import KVCache
+from megatron.model.norms.layernorm import LayerNorm
+from megatron.model.parts import Parts
+from megatron.parallel.collectives import copy_to, gather_from, reduce_from
+from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.parallel.linear import RowParallelLinear
+from megatron.parallel.marks import mark_no_weight_decay, mark_sequence_partial
+from megatron.parallel.sequence import own_part, with_copy
+from megatron.shapes.mixers import RWKV_DECAY_RANK, RWKV_MIX_RANK
+
+EPSILON = 1e-5
+GROUP_EPSILON = 64e-5
+"""Of the norm of every head: 1e-5 times 8 squared, as the public code has it."""
+
+
+class RWKVTransformerBlock(Block):
+    """Block ``number`` (from 0)."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__(parts, source.axis)
+        self.first = number == 0
+        self.ln1, self.ln2 = (_norm(parts, source) for _ in range(2))
+        self.att = TimeMixing(number, parts, source.of("att"))
+        self.ffn = ChannelMixing(number, parts, source.of("ffn"))
+        self.to(parts.dtype)
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        if self.first:
+            hidden = self.ln1(hidden)
+        hidden = hidden + self.drop(self.att(self.ln1(hidden), cache, document_starts))
+        return hidden + self.drop(self.ffn(self.ln2(hidden), cache, document_starts))
+
+
+class TimeMixing(nn.Module):
+    """Linear attention with a memory that fades. ValueError where heads do not divide by the tensor-parallel degree."""
+
+    time_maa_x: nn.Parameter
+    time_maa_w: nn.Parameter
+    time_maa_k: nn.Parameter
+    time_maa_v: nn.Parameter
+    time_maa_r: nn.Parameter
+    time_maa_g: nn.Parameter
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        dims, hidden = parts.dims, parts.dims.hidden_size
+        width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
+        self.number, self.axis = number, source.axis
+        self.shift = _Shift(number, "time", parts)
+        depth, fill = _Depth(number, dims.num_layers), parts.fill
+        powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
+        for part, power in powers.items():
+            start = depth.mixing(power, less=0.3 if part == "v" else 0.0)
+            self.register_parameter(f"time_maa_{part}", _vector(source, f"time_maa_{part}", hidden, start))
+        self.time_maa_w1 = _whole(source, "time_maa_w1", (hidden, 5 * RWKV_MIX_RANK))
+        self.time_maa_w2 = _whole(source, "time_maa_w2", (5, RWKV_MIX_RANK, hidden))
+        self.time_decay = source.shard("time_decay", (1, 1, width), depth.decay, dim=2)
+        self.time_decay_w1 = _whole(source, "time_decay_w1", (hidden, RWKV_DECAY_RANK))
+        self.time_decay_w2 = source.shard("time_decay_w2", (RWKV_DECAY_RANK, width), _small, dim=1)
+        self.time_faaaa = source.shard("time_faaaa", (width // self.head, self.head), depth.bonus, dim=0)
+        mark_no_weight_decay(self.time_decay)
+        mark_no_weight_decay(self.time_faaaa)
+        self.receptance, self.key, self.value = (
+            _Cut(hidden, width, source.of(name), fill) for name in ("receptance", "key", "value")
+        )
+        self.output = RowParallelLinear(
+            width, hidden, source.of("output"), fill=parts.output_fill, bias=False, kernel=parts.kernels.linear
+        )
+        self.gate = _Cut(hidden, width, source.of("gate"), fill)
+        self.ln_x = _HeadNorm(width, self.head, source.of("ln_x"))
+
+    def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
+        x, _ = with_copy(x, self.axis)
+        x = x.transpose(0, 1)  # [b, s, h]
+        change, starts, existing = self.shift(x, cache, document_starts)
+        mixed, faded = self._mixed(x, change)
+        r, k, v, g = (F.linear(one, layer.weight) for one, layer in zip(mixed, self._layers, strict=True))
+        decay = self.time_decay + faded @ self.time_decay_w2  # [b, s, a]
+        log_decay = -torch.exp(decay.float() if decay.dtype != torch.float64 else decay)
+        r, k, v, log_decay = (one.unflatten(-1, (-1, self.head)) for one in (r, k, v, log_decay))  # [b, s, n, d]
+        state = None if cache is None else cache.state(self.number, "state")
+        if existing is not None:  # padding neither adds to the memory nor lets it fade
+            k, log_decay = k * existing[..., None, None], log_decay * existing[..., None, None]
+        y, last = wkv(r, k, v, log_decay, self.time_faaaa, state, starts)
+        if state is not None:
+            state.copy_(last)
+        y = self.ln_x(y.to(x.dtype)) * F.silu(g)
+        return self.output(y.transpose(0, 1))
+
+    def _mixed(self, x: Tensor, change: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The inputs of receptance, key, value and gate, and that of the decay after its first product."""
+        low = torch.tanh((x + change * self.time_maa_x) @ self.time_maa_w1)  # [b, s, 5 * rank]
+        more = torch.einsum("bsir,irh->ibsh", low.unflatten(-1, (5, -1)), self.time_maa_w2)
+        starts = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        w, k, v, r, g = (x + change * (start + one) for start, one in zip(starts, more, strict=True))
+        faded = copy_to(torch.tanh(w @ self.time_decay_w1), self.axis)
+        return copy_to(torch.stack((r, k, v, g)), self.axis).unbind(), faded
+
+    @property
+    def _layers(self) -> tuple[_Cut, ...]:
+        return self.receptance, self.key, self.value, self.gate
+
+
+class ChannelMixing(nn.Module):
+    """sigmoid(receptance(r)) * value(relu(key(k))²), where r and k mix a token with the one before."""
+
+    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        hidden, width = parts.dims.hidden_size, parts.dims.mixers.rwkv_ffn
+        self.axis = source.axis
+        self.shift = _Shift(number, "channel", parts)
+        start = _Depth(number, parts.dims.num_layers).mixing(1.0)
+        self.time_maa_k = _vector(source, "time_maa_k", hidden, start)
+        self.time_maa_r = _vector(source, "time_maa_r", hidden, start)
+        self.key = _Cut(hidden, width, source.of("key"), parts.fill)
+        self.receptance = _Cut(hidden, hidden, source.of("receptance"), parts.fill)
+        self.value = RowParallelLinear(
+            width, hidden, source.of("value"), fill=parts.output_fill, bias=False, kernel=parts.kernels.linear
+        )
+
+    def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
+        x, _ = with_copy(x, self.axis)
+        x = x.transpose(0, 1)  # [b, s, h]
+        change, _, _ = self.shift(x, cache, document_starts)
+        mixed = torch.stack((x + change * self.time_maa_k, x + change * self.time_maa_r))
+        k, r = copy_to(mixed, self.axis).unbind()
+        inner = torch.relu(F.linear(k, self.key.weight)).square()
+        value = reduce_from(self.value.partial(inner), self.axis)  # [b, s, h]
+        receptance = gather_from(F.linear(r, self.receptance.weight), self.axis)
+        out: Tensor = torch.sigmoid(receptance) * value
+        return own_part(out.transpose(0, 1), self.axis)
+
+
+class _Shift:
+    """The step from the token before to each token, as x[t - 1] - x[t]; 0 stands before the first of a document."""
+
+    def __init__(self, number: int, name: str, parts: Parts) -> None:
+        self._number, self._name, self._reset = number, name, parts.reset_attention
+
+    def __call__(
+        self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[b, s, h] -> the step [b, s, h], the starts of documents [b, s] where they are kept apart, and which
+        positions exist [b, s] where some do not.
+        """
+        starts = document_starts if self._reset else None
+        existing = None if cache is None else cache.existing(x.shape[1])
+        before = torch.zeros_like(x[:, :1])
+        if cache is not None:
+            memory = cache.state(self._number, self._name)
+            before = memory.to(x.dtype).unsqueeze(1).clone()
+            last = x[:, -1]
+            if existing is not None:
+                at = existing.sum(1)
+                last = torch.cat((before, x), dim=1)[torch.arange(len(x), device=x.device), at]
+            memory.copy_(last)
+        shifted = torch.cat((before, x[:, :-1]), dim=1)
+        if starts is not None:
+            first = starts == torch.arange(x.shape[1], device=x.device)
+            shifted = shifted.masked_fill(first.unsqueeze(-1), 0)
+        return shifted - x, starts, existing
+
+
+class _Cut(nn.Module):
+    """A matrix whose outputs are cut: ``weight`` [out/t, in]. Its input has entered the region already."""
+
+    def __init__(self, inp: int, out: int, source: ParameterSource, fill: Fill) -> None:
+        super().__init__()
+        self.weight = source.shard("weight", (out, inp), fill, dim=0)
+
+
+class _HeadNorm(nn.Module):
+    """A layernorm of every head: [b, s, n, d] -> [b, s, a]. Its ``weight`` and ``bias`` [a] are cut with the heads."""
+
+    def __init__(self, width: int, head: int, source: ParameterSource) -> None:
+        super().__init__()
+        self.head = head
+        self.weight = source.shard("weight", (width,), _ones, dim=0)
+        self.bias = source.shard("bias", (width,), _zeros, dim=0)
+
+    def forward(self, y: Tensor) -> Tensor:
+        normed = F.layer_norm(y, (self.head,), eps=GROUP_EPSILON).flatten(-2)
+        return normed * self.weight + self.bias
+
+
+class _Depth:
+    """Initial values that depend on how deep a block lies and on the place of a feature (the public code's)."""
+
+    def __init__(self, number: int, blocks: int) -> None:
+        self.rises = number / max(1, blocks - 1)
+        self.falls = 1 - number / blocks
+
+    def mixing(self, power: float, less: float = 0.0) -> Fill:
+        """1 - (i / h)^(power * falls) - less * rises."""
+
+        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+            places = torch.arange(tensor.numel()) / tensor.numel()
+            tensor.copy_((1 - places ** (power * self.falls) - less * self.rises).view_as(tensor))
+
+        return fill
+
+    def decay(self, tensor: Tensor, generator: torch.Generator) -> None:
+        """From -6 to -1, later for deeper blocks."""
+        places = torch.arange(tensor.numel()) / max(1, tensor.numel() - 1)
+        tensor.copy_((-6 + 5 * places ** (0.7 + 1.3 * self.rises)).view_as(tensor))
+
+    def bonus(self, tensor: Tensor, generator: torch.Generator) -> None:
+        """Rises * (1 - place), with a zigzag of 0.1."""
+        places = torch.arange(tensor.numel())
+        zigzag = ((places + 1) % 3 - 1) * 0.1
+        tensor.copy_((self.rises * (1 - places / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
+
+
+def _vector(source: ParameterSource, name: str, size: int, fill: Fill) -> nn.Parameter:
+    """A parameter [1, 1, size] of whole sequences that weight decay leaves alone."""
+    parameter = source.replica(name, (1, 1, size), fill, whole_sequence=True)
+    mark_no_weight_decay(parameter)
+    return parameter
+
+
+def _whole(source: ParameterSource, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+    return source.replica(name, shape, _small, whole_sequence=True)
+
+
+def _norm(parts: Parts, source: ParameterSource) -> nn.Module:
+    """A layernorm of the residual stream, whatever `norm` says."""
+    norm = LayerNorm(parts.dims.hidden_size, EPSILON, bias=True)
+    if source.axis.sequence:
+        for parameter in norm.parameters():
+            mark_sequence_partial(parameter, source.axis)
+    return norm
+
+
+def _small(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.uniform_(-1e-4, 1e-4, generator=generator)
+
+
+def _ones(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.fill_(1)
+
+
+def _zeros(tensor: Tensor, generator: Any) -> None:
+    tensor.zero_()

@@ -1,0 +1,108 @@
+"""What mixtures of experts and blocks without attention cannot do is refused, each rule in its own words."""
+
+from typing import Any
+
+import pytest
+
+from tests.config.small import faults, resolved
+
+CASES: list[tuple[int, dict[str, Any], str]] = [
+    (
+        1,
+        {"moe_num_experts": 2, "zero_optimization": {"stage": 3}},
+        "experts do not work with ZeRO 3; use stage 0, 1 or 2",
+    ),
+    (1, {"moe_num_experts": 2, "moe_top_k": 3}, "moe_top_k = 3: there are 2 experts"),
+    (2, {"moe_expert_parallel_size": 2}, "there are no experts to spread (moe_num_experts = 1); give moe_num_experts"),
+    (
+        2,
+        {"moe_num_experts": 3, "moe_expert_parallel_size": 2},
+        "moe_expert_parallel_size = 2: it does not divide moe_num_experts = 3",
+    ),
+    (
+        2,
+        {"moe_num_experts": 4, "moe_expert_parallel_size": 2, "model_parallel_size": 2},
+        "experts are spread over data-parallel ranks, of which there are 1; choose a divisor of 1",
+    ),
+    (
+        2,
+        {
+            "moe_num_experts": 4,
+            "moe_expert_parallel_size": 2,
+            "zero_optimization": {"stage": 1, "reduce_scatter": False},
+        },
+        "DeepSpeed needs reduce_scatter where experts are spread over ranks; leave reduce_scatter out",
+    ),
+    (
+        2,
+        {
+            "moe_num_experts": 4,
+            "moe_expert_parallel_size": 2,
+            "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        },
+        "DeepSpeed's norm of offloaded gradients does not count experts that are spread over ranks",
+    ),
+    (
+        1,
+        {"moe_num_experts": 4, "moe_normalize_top_k": True},
+        "the weight of a single expert would always be 1, and the router would learn nothing",
+    ),
+    (1, {"moe_num_experts": 4, "moe_expert_interval": 0}, "moe_expert_interval = 0: it must be at least 1"),
+    (1, {"moe_capacity_factor": 0.0}, "moe_capacity_factor = 0.0: it must be more than 0"),
+    (1, {"moe_z_loss_coeff": -1.0}, "moe_z_loss_coeff = -1.0: it cannot be negative"),
+    (
+        2,
+        {"attention_config": [[["mamba"], "all"]], "context_parallel_size": 2},
+        "blocks of kind mamba run through the sequence in order, so ranks cannot share it; use model_parallel_size",
+    ),
+    (
+        1,
+        {"attention_config": [[["rwkv"], "all"]], "zero_optimization": {"stage": 3}},
+        "blocks of kind rwkv read parameters that ZeRO 3 gathers only for the part that holds them",
+    ),
+    (
+        1,
+        {"attention_config": [[["mamba"], "all"]], "attention_dropout": 0.1},
+        "attention_dropout = 0.1: no block has attention; set it to 0",
+    ),
+    (
+        1,
+        {"attention_config": [[["mamba"], "all"]], "pos_emb": "alibi"},
+        "pos_emb = 'alibi': this changes attention, and no block has any; use none, learned or sinusoidal",
+    ),
+    (
+        1,
+        {"attention_config": [[["rwkv", "global"], "all"]], "pos_emb": "rpe"},
+        "the first block holds the table of all blocks, and it is of kind rwkv; let the first block have attention",
+    ),
+    (1, {"attention_config": [[["rwkv"], "all"]], "head_size": 7}, "head_size = 7: 4 heads of 64 features are 16 wide"),
+    (1, {"attention_config": [[["rwkv"], "all"]], "dim_att": 66}, "num_attention_heads = 4 does not divide it"),
+    (
+        1,
+        {"attention_config": [[["gmlp"], "all"]], "activation": "swiglu"},
+        "a gMLP gates by itself, and needs an activation that keeps the width; use gelu or the like",
+    ),
+    (1, {"attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 0}, "gmlp_attn_dim = 0: it must be at least 1"),
+    (1, {"expansion_factor": 1.0e300}, "expansion_factor = 1e+300: at most 10,000"),
+    (1, {"moe_num_experts": 5000}, "moe_num_experts = 5000: at most 4,096"),
+    (1, {"moe_jitter_eps": 1.5}, "moe_jitter_eps = 1.5: it must lie between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+    lines = faults(world_size, **changes)
+    assert any(told in line for line in lines), "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"moe_num_experts": 4, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 2}}),
+        (2, {"attention_config": [[["mamba"], "all"]], "model_parallel_size": 2, "num_attention_heads": 1}),
+        (2, {"attention_config": [[["rwkv", "global"], "all"]], "model_parallel_size": 2, "sequence_parallel": True}),
+        (1, {"attention_config": [[["gmlp", "amlp"], "all"]], "reset_attention_mask": True}),
+    ],
+)
+def test_what_no_rule_forbids(world_size: int, changes: dict[str, Any]) -> None:
+    assert resolved(world_size, **changes).not_supported_yet == []
