@@ -41,19 +41,24 @@ class Written:
 
 
 class _Counting:
-    """A file that measures and digests what passes through it."""
+    """A file that measures and digests what passes through it. fault: the first thing that went wrong in writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256()
+        self.fault: OSError | None = None
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
         for start in range(0, len(view), _CHUNK):
             piece = view[start : start + _CHUNK]
             self.digest.update(piece)
-            self._file.write(piece)
+            try:
+                self._file.write(piece)
+            except OSError as fault:
+                self.fault = self.fault or fault
+                raise
         self.size += len(view)
         return len(view)
 
@@ -62,11 +67,16 @@ class _Counting:
 
 
 def write_tensors(path: Path, content: Any) -> Written:
-    """torch.save to `path`, on the disk when this returns."""
+    """torch.save to `path`, on the disk when this returns. OSError where the disk is full or refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         counting = _Counting(file)
-        torch.save(content, counting)  # type: ignore[arg-type]
+        try:
+            torch.save(content, counting)  # type: ignore[arg-type]
+        except RuntimeError:
+            if counting.fault is not None:  # torch tells where it stood, not that the disk is full
+                raise counting.fault from None
+            raise
         flush_to_disk(file)
     return Written(path, counting.size, counting.digest.hexdigest())
 
