@@ -1,6 +1,6 @@
 """Time of each kind of attention, forward and backward, beside full causal attention in the same run, on this device.
 
-    python benchmarks/attention.py [--length 4096] [--block 32] [--rounds 5]
+    python benchmarks/attention.py [--length 4096] [--block 32] [--rounds 5] [--processor-time]
 
 One layer's core: 8 heads of 64, micro batch 1. Rounds alternate between the kinds; the medians are told, with the share
 of the causal half that each kind sees, which is what its arithmetic is reduced to.
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="positions [tokens]")
     parser.add_argument("--block", type=int, default=32, help="block of the sparse kinds [tokens]")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processor-time", action="store_true", help="count the processor's time, one thread")
     told = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.process_time if told.processor_time else time.perf_counter
+    if told.processor_time:
+        torch.set_num_threads(1)
     window = 8 * told.block
     patterns: dict[str, tuple[Pattern | None, float]] = {
         "global": (None, 1.0),
@@ -53,22 +58,22 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in patterns}
     for _ in range(told.rounds + 1):
         for name, (pattern, _) in patterns.items():
-            times[name].append(seconds(pattern, told.length, device))
+            times[name].append(seconds(pattern, told.length, device, clock))
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round builds masks
     print(f"{'kind':<18}{'seen':>8}{'time [ms]':>12}{'of global':>12}")
     for name, (_, share) in patterns.items():
         print(f"{name:<18}{share:>8.3f}{1000 * medians[name]:>12.1f}{medians[name] / medians['global']:>12.3f}")
 
 
-def seconds(pattern: Pattern | None, length: int, device: torch.device) -> float:
+def seconds(pattern: Pattern | None, length: int, device: torch.device, clock: Callable[[], float]) -> float:
     """One forward and backward pass [s]."""
     q, k, v = (torch.randn(1, HEADS, length, SIZE, device=device, requires_grad=True) for _ in range(3))
-    start = time.perf_counter()
+    start = clock()
     view = None if pattern is None else View(pattern)
     choose_attention(device)(q, k, v, 0.0, None, view).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":
