@@ -89,5 +89,5 @@ def _shown(pattern: Pattern | None, length: int, device: torch.device) -> tuple[
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compiled on first use; torch keeps one version for each kind of call."""
-    return torch.compile(flex.flex_attention, dynamic=False)
+    """Compiled on first use; from the second length on torch makes a version for every length."""
+    return torch.compile(flex.flex_attention)
