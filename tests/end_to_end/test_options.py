@@ -19,7 +19,7 @@ from megatron.checkpoint.huggingface.export import export
 from megatron.checkpoint.huggingface.families import FAMILIES as THEIRS
 from megatron.checkpoint.save import Counters, Saver
 from megatron.checkpoint.stored import open_model
-from megatron.config import Config, Resources, resolve
+from megatron.config import Resources, resolve
 from megatron.engine.build import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
 from megatron.parallel.bootstrap import bootstrap
@@ -47,20 +47,30 @@ def settings_of(family: str, name: str) -> Keys:
     return keys
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_layout_is_one_process(family: str, tmp_path: Path) -> None:
-    def run(world_size: int, layout: Keys, *, resumed: bool = False) -> Curves:
-        cases = {name: settings_of(family, name) for name in FAMILIES[family]}
-        found: list[Curves] = run_distributed(train, world_size, cases, layout, str(tmp_path), resumed, timeout=300)
-        return found[0]
+def run(world_size: int, family: str, layout: Keys, folder: Path | None = None, *, resumed: bool = False) -> Curves:
+    """The curves of every member of a family."""
+    cases = {name: settings_of(family, name) for name in FAMILIES[family]}
+    place = "" if folder is None else str(folder)
+    found: list[Curves] = run_distributed(train, world_size, cases, layout, place, resumed, timeout=400)
+    return found[0]
 
-    expected = run(1, {})
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_and_pipeline_ranks_are_one_process(family: str, tmp_path: Path) -> None:
+    expected = run(1, family, {})
     assert all(curve[-1][0] < curve[0][0] for curve in expected.values())
-    agree(run(2, TENSOR), expected)
+    agree(run(2, family, TENSOR, tmp_path), expected)
     later = {name: curve[SAVED:] for name, curve in expected.items()}
-    agree(run(2, PIPELINE, resumed=True), later)
-    agree(run(2, CONTEXT), expected)
-    agree(run(2, {**PIPELINE, "zero_optimization": {"stage": 1}}), expected)
+    agree(run(2, family, PIPELINE, tmp_path, resumed=True), later)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout", [CONTEXT, {**PIPELINE, "zero_optimization": {"stage": 1}}], ids=["cp2zero3", "pp2zero1"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_layouts_are_one_process(family: str, layout: Keys) -> None:
+    agree(run(2, family, layout), run(1, family, {}))
 
 
 def text() -> Tensor:
@@ -105,24 +115,36 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
 """(family, member) -> the family of transformers that has it, and what else such a model needs."""
 
 
+def saved_logits(rank: int, world_size: int, cases: dict[str, Keys], folder: str) -> dict[str, Tensor]:
+    """Saves the initial weights of each case and returns their logits for one text."""
+    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
+    found = {}
+    for name, keys in cases.items():
+        config = resolve([], {**keys, "save": str(Path(folder) / name)}, Resources(1)).config
+        engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
+        Saver(config, engine, padded_vocab_size=VOCABULARY).save(Counters(0, 0))
+        loading = config.replace(load=config.checkpoint.save)
+        found[name] = build_inference_engine(loading, topology, VOCABULARY).logits(text()).clone()
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Checkpoints of every exported member, and the logits of each."""
+    folder = tmp_path_factory.mktemp("saved")
+    cases = {name: {**settings_of(family, name), **further} for (family, name), (_, further) in EXPORTED.items()}
+    return folder, run_distributed(saved_logits, 1, cases, str(folder), timeout=300)[0]
+
+
 @pytest.mark.parametrize(("family", "name"), EXPORTED, ids=str)
-def test_transformers_says_the_same(family: str, name: str, tmp_path: Path) -> None:
-    model, further = EXPORTED[family, name]
-    config = resolve([], {**settings_of(family, name), **further, "save": str(tmp_path / "ours")}, Resources(1)).config
-    (expected,) = run_distributed(saved_logits, 1, config)
-    export(open_model(tmp_path / "ours"), tmp_path / "theirs", family_name=model)
+def test_transformers_says_the_same(
+    family: str, name: str, saved: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, expected = saved
+    export(open_model(folder / name), tmp_path / "theirs", family_name=EXPORTED[family, name][0])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(text()).logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def saved_logits(rank: int, world_size: int, config: Config) -> Tensor:
-    """Saves the initial weights and returns their logits for one text."""
-    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
-    engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
-    Saver(config, engine, padded_vocab_size=VOCABULARY).save(Counters(0, 0))
-    loading = config.replace(load=config.checkpoint.save)
-    return build_inference_engine(loading, topology, VOCABULARY).logits(text()).clone()
+        torch.testing.assert_close(theirs(text()).logits, expected[name], rtol=1e-4, atol=1e-5)
 
 
 REFUSED = {
