@@ -87,7 +87,7 @@ class Blocks:
         if known is None or known.shape[1] < rows:
             room = 1 << (rows - 1).bit_length()
             known = torch.zeros(len(self.heads), room, room, dtype=torch.bool)
-            for row, by_head in enumerate(self._seen(room)):
+            for row, by_head in enumerate(self._seen(room)[:room]):
                 for head, columns in enumerate(by_head):
                     known[head, row, columns] = True
             known = known.to(device)

@@ -118,6 +118,17 @@ def test_weights_computed_again_give_the_same_gradients(pattern: str, monkeypatc
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_a_layout_grows_with_the_sequences() -> None:
+    """A long sequence first, then a short one, then a longer one, each as a layout that nobody has read yet says."""
+    grown = blocks("bigbird", SPARSE)
+    (q, k, v, _), _ = inputs(torch.float32)
+    for length in (200, 30, 210):
+        parts = [part[:, :, :length].detach() for part in (q, k, v)]
+        fresh = cpu_attention(*parts, 0.0, None, View(blocks("bigbird", SPARSE)))
+        torch.testing.assert_close(cpu_attention(*parts, 0.0, None, View(grown)), fresh, rtol=0, atol=0)
+        torch.testing.assert_close(fresh, plain_attention(*parts, 0.0, None, View(grown)), rtol=1e-4, atol=1e-5)
+
+
 def test_hidden_keys_are_not_computed() -> None:
     """The saving: the keys that the blocks of queries multiply with, of those that full causal attention does."""
     length, device = 4096, torch.device("cpu")
