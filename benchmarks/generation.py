@@ -26,7 +26,7 @@ from megatron.config import Config, resolve
 from megatron.engine.inference import InferenceEngine, build_stage, pack
 from megatron.inference.decode import Limits, Text, decode
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.model.cache import KVCache
+from megatron.model.cache import KVCache, cache_dtype
 from megatron.model.plan import layer_plan
 from megatron.parallel.topology import Topology
 
@@ -81,8 +81,8 @@ def twin(dtype: torch.dtype) -> torch.nn.Module:
     return model.to(dtype).eval()
 
 
-def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
-    """This project's token loop on the twin's weights."""
+def our_engine(model: torch.nn.Module, dtype: torch.dtype) -> InferenceEngine:
+    """This project's engine with the twin's weights."""
     config, topology = _config(), Topology.single()
     plan = layer_plan(
         config.model,
@@ -100,11 +100,21 @@ def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
         for key, parameter in stage.parameters.items():
             parameter.copy_(weights[_twin_name(key)])
     pack(stage)
+    size = HIDDEN // HEADS
+    kept = cache_dtype(dtype, torch.device("cpu"), size)
+    return InferenceEngine(
+        stage,
+        topology,
+        lambda batch, length: KVCache(LAYERS, batch, HEADS, length, size, dtype=kept),
+        HIDDEN,
+        VOCABULARY,
+        dtype,
+    )
 
-    def cache(batch: int, length: int) -> KVCache:
-        return KVCache(LAYERS, batch, HEADS, length, HIDDEN // HEADS, dtype=torch.float32)
 
-    engine = InferenceEngine(stage, topology, cache, HIDDEN, VOCABULARY, dtype)
+def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
+    """This project's token loop on the twin's weights."""
+    engine = our_engine(model, dtype)
 
     def generate(prompts: Tensor, new: int) -> list[list[int]]:
         limits = Limits(-1, new, PROMPT + new)

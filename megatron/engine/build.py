@@ -211,7 +211,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             dims.num_kv_heads // size,
             max_length,
             dims.head_dim,
-            dtype=cache_dtype(DTYPES[known(config.precision.precision)], device()),
+            dtype=cache_dtype(DTYPES[known(config.precision.precision)], device(), dims.head_dim),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
             states=keeps,

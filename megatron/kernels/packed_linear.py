@@ -29,7 +29,7 @@ def packing_unavailable(weight: Tensor) -> str | None:
     return None
 
 
-def packed_linear(weight: Tensor, rows: int = 1) -> LinearKernel:
+def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
     """A kernel of this one weight [out, in]; it holds its own copy and reads no other.
 
     rows: how many rows of x are usual, which the layout is chosen for; any number works.

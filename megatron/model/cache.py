@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.kernels.decode_attention import Table, choose_decode_attention, native_attention_unavailable
+
 
 @dataclass(frozen=True)
 class Place:
@@ -25,17 +27,20 @@ class Place:
 
     end: positions that the longest row has afterwards [tokens]. positions: the new ones, [b, s], and mask: which keys a
     query sees, bool [b, 1, s, end], where the rows are of different lengths. Both are None where they are equally long,
-    so that the queries are the last positions of all rows.
+    so that the queries are the last positions of all rows. ends: positions that each row has afterwards, int64 [b].
     """
 
     end: int
     positions: Tensor | None = None
     mask: Tensor | None = None
+    ends: Tensor | None = None
 
 
-def cache_dtype(model: torch.dtype, device: torch.device) -> torch.dtype:
-    """The best type of a cache for a model of that type: on a CPU attention to one query is fastest in fp32."""
-    return torch.float32 if device.type == "cpu" else model
+def cache_dtype(model: torch.dtype, device: torch.device, head_dim: int) -> torch.dtype:
+    """The best type of a cache for a model of that type: torch's attention to one query is fastest in fp32 on a CPU."""
+    if device.type != "cpu" or native_attention_unavailable(device, model, head_dim) is None:
+        return model
+    return torch.float32
 
 
 class KVCache:
@@ -44,6 +49,7 @@ class KVCache:
     dtype: of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
     num_layers: blocks this process runs. first_layer: number of the first of them (in a pipeline, blocks of earlier
     stages come before). kv_heads: heads on this rank, m/t. max_length: positions there is room for [tokens].
+    one_query: attention of one new position a row, where there is a kernel for that.
     states: number of a block -> name -> shape of what it keeps of a row, for blocks without attention.
     """
 
@@ -62,6 +68,7 @@ class KVCache:
     ) -> None:
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
+        self.one_query = choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
         self.lengths = [0] * batch  # positions filled, of each row [tokens]
         self._place: tuple[int, Place] | None = None
@@ -92,6 +99,7 @@ class KVCache:
         part = object.__new__(KVCache)
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
+        part.one_query = self.one_query
         part.lengths = self.lengths[first : first + count]
         part._place = part._coming = None
         part._states = {key: state[first : first + count] for key, state in self._states.items()}
@@ -126,12 +134,13 @@ class KVCache:
         end = self.length + positions
         if end > self.max_length:
             raise IndexError(f"{end} positions do not fit a cache of {self.max_length}")
+        ends = torch.tensor([length + positions for length in self.lengths])
         if min(self.lengths) == self.length:
-            return Place(end)
+            return Place(end, ends=ends)
         device = self.memory.device
         starts = torch.tensor(self.lengths, device=device)
         at = starts[:, None] + torch.arange(positions, device=device)  # [b, s]
-        return Place(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None])
+        return Place(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None], ends)
 
     def update(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [b, m/t, s, d] of the next s positions of a block; returns all of its positions so far.
@@ -148,6 +157,16 @@ class KVCache:
             stored[0].transpose(1, 2)[row, place.positions] = keys.transpose(1, 2).to(stored.dtype)  # [b, s, m/t, d]
             stored[1].transpose(1, 2)[row, place.positions] = values.transpose(1, 2).to(stored.dtype)
         return stored[0, :, :, : place.end], stored[1, :, :, : place.end]  # [b, m/t, end, d]
+
+    def attend_one(self, block: int, q: Tensor, k: Tensor, v: Tensor, table: Table | None) -> Tensor:
+        """Stores one new position of every row and attends to it and all before it, with ``one_query``.
+
+        q [b, n/t, d], k and v [b, m/t, d]; table: of the angles that turn q and k, or None. Returns [b, n/t, d].
+        """
+        ends = self.place(1).ends
+        assert self.one_query is not None and ends is not None, "the caller asks for one_query first"
+        keys, values = self.memory[block - self.first_layer]  # [b, m/t, max, d]
+        return self.one_query(q, k, v, keys, values, ends, table)
 
     def advance(self, positions: int) -> None:
         """All blocks have stored these positions."""

@@ -6,6 +6,7 @@ import torch
 from megatron.inference import decode as decode_module
 from megatron.inference.decode import Limits, Text, TokenLoop, decode
 from megatron.inference.sampling import Sampler, Sampling
+from megatron.registry import POSITIONS
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config, transformers_twin
 
 GREEDY = Sampling()
@@ -37,13 +38,20 @@ def text(engine, prompt, **how):
     return made
 
 
-SCHEMES = {"rotary": {}, "learned": {"rotary_pct": 1.0}, "none": {"rotary_pct": 1.0}}
+SCHEMES = {
+    **{name: {"pos_emb": name, "rotary_pct": 0.5 if name == "rotary" else 1.0} for name in POSITIONS.names},
+    "window": {"sliding_window_width": 8},
+}
+WIDTHS = {"torch": {}, "compiled": {"hidden_size": 64}}
+"""Heads of 8 features attend through torch, heads of 16 through the compiled loop."""
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3, top_k=50)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_side_by_side_equals_one_by_one_cached_or_not(sampling, scheme):
-    engine = SmallEngine(small_config(pos_emb=scheme, **SCHEMES[scheme]))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_side_by_side_equals_one_by_one_cached_or_not(sampling, scheme, width):
+    engine = SmallEngine(small_config(**SCHEMES[scheme], **WIDTHS[width]))
+    assert (engine.new_cache(1, 1).one_query is None) == (width == "torch")
     alone = texts(engine, PROMPTS, sampling=sampling)
     assert [len(made) for made in alone] == [SEQUENCE - len(prompt) for prompt in PROMPTS]
     assert texts(engine, PROMPTS, sampling=sampling, cached=False) == alone
@@ -52,9 +60,10 @@ def test_side_by_side_equals_one_by_one_cached_or_not(sampling, scheme):
     assert texts(engine, PROMPTS, rows=3, sampling=sampling, cached=False) == alone
 
 
-def test_grouped_queries_side_by_side():
-    engine = SmallEngine(small_config(num_kv_heads=2))
-    assert texts(engine, PROMPTS, rows=4) == texts(engine, PROMPTS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_grouped_queries_side_by_side(width):
+    engine = SmallEngine(small_config(num_kv_heads=2, **WIDTHS[width]))
+    assert texts(engine, PROMPTS, rows=4) == texts(engine, PROMPTS) == texts(engine, PROMPTS, cached=False)
 
 
 def test_long_prompts_join_in_groups(engine, monkeypatch):

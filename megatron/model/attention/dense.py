@@ -124,11 +124,14 @@ class ParallelSelfAttention(nn.Module):
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """New positions after those in the cache: shapes as in ``_attend``. The cache may be of a higher precision."""
         place, dtype = cache.place(q.shape[2]), q.dtype
+        view = self._view(place.end, q.device)
+        if view is None and cache.one_query is not None and q.shape[2] == 1 and dtype == cache.memory.dtype:
+            table = None if self.positions is None else self.positions.table(place.end, q.device)
+            return cache.attend_one(self.number, q[:, :, 0], k[:, :, 0], v[:, :, 0], table).unsqueeze(2)
         if self.positions is not None:
             q = self.positions(q, cache.length, place.positions)
             k = self.positions(k, cache.length, place.positions)
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
-        view = self._view(place.end, q.device)
         if view is not None:
             shown = _shown(view, place, q.shape[2], q.device)
             if view.pattern is not None and place.positions is None:  # keys that no row sees cost nothing

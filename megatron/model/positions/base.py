@@ -27,6 +27,9 @@ class AttentionPositions(Protocol):
         positions [b, s], below s: of each token, in place of offset, offset + 1, ...
         """
 
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of at least ``length`` positions, fp32 [length, r/2] each; r features turn, half-split."""
+
 
 class Positions:
     """The base of the schemes a configuration can name. A builder returns None where there is nothing to add."""

@@ -1,0 +1,90 @@
+"""Attention of one new position a text over a key/value cache, on the CPU: what decoding repeats for every token.
+
+torch's kernel for it reads a bfloat16 cache six times slower than an fp32 one, wants a mask where texts differ in
+length, and needs a dozen small operations around it. The compiled loop (csrc/decode.cpp) turns the query and the key
+(rotary positions), stores key and value, and reads the cache at the speed of memory, each text to its own end.
+
+Shapes: b texts, n query heads, m key/value heads (n = g * m), k positions of the cache, d head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.native import library
+from megatron.kernels.rotary import plain_rotary
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of positions, fp32 [at least k, r/2]; r features of a head turn."""
+DecodeKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Table | None], Tensor]
+"""(q [b, n, d], k and v [b, m, d], keys and values [b, m, k, d], ends [b], table) -> [b, n, d].
+
+k and v are stored in keys and values at position ends - 1; ends, int64 on the CPU: positions that each text then has.
+"""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def choose_decode_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodeKernel | None:
+    """The compiled loop where it can be used; None where attention goes through torch."""
+    return native_decode_attention if native_attention_unavailable(device, dtype, head_dim) is None else None
+
+
+def native_attention_unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the compiled loop cannot be used, as a sentence; None where it can. May compile it."""
+    if device.type != "cpu":
+        return f"The compiled attention is for the CPU, and the model is on {device.type}."
+    if dtype not in _DTYPES:
+        return f"The compiled attention knows fp32 and bfloat16, not {dtype}."
+    if head_dim % 16:
+        return f"The compiled attention takes heads of a multiple of 16 features, not {head_dim}."
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def plain_decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
+) -> Tensor:
+    """The plain twin, in float64: see DecodeKernel."""
+    row, newest = torch.arange(len(ends)), ends - 1
+    if table is not None:
+        cos, sin = (angles[newest][:, None] for angles in table)  # [b, 1, r/2]
+        q, k = plain_rotary(q, cos, sin), plain_rotary(k, cos, sin)
+    keys[row, :, newest], values[row, :, newest] = k, v
+    group = q.shape[1] // k.shape[1]
+    found = []
+    for queries, some_keys, some_values, end in zip(q, keys, values, ends.tolist(), strict=True):
+        seen, weighed = (x[:, :end].double().repeat_interleave(group, dim=0) for x in (some_keys, some_values))
+        scores = torch.einsum("nd,nkd->nk", queries.double(), seen) / math.sqrt(q.shape[-1])
+        found.append(torch.einsum("nk,nkd->nd", scores.softmax(-1), weighed).to(q.dtype))
+    return torch.stack(found)
+
+
+def native_decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
+) -> Tensor:
+    """The compiled loop: see DecodeKernel. All of one type; the features of a head lie side by side."""
+    loaded = library()
+    assert isinstance(loaded, ctypes.CDLL), "native_attention_unavailable said that it can be used"
+    assert q.dtype == k.dtype == keys.dtype and keys.stride() == values.stride()
+    assert q.stride(2) == k.stride(2) == v.stride(2) == keys.stride(3) == 1
+    batch, heads, size = q.shape
+    shared = k.shape[1]
+    out = torch.empty(batch, heads, size, dtype=q.dtype)
+    cos, sin = table or (None, None)
+    half = 0 if cos is None else cos.shape[1]
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3])
+    loaded.neox_decode(
+        *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, keys, values, cos, sin, ends, out)),
+        (ctypes.c_int64 * 5)(batch, shared, heads // shared, size, half),
+        (ctypes.c_int64 * 9)(*strides),
+        ctypes.c_float(1.0 / math.sqrt(size)),
+        ctypes.c_int(q.dtype == torch.bfloat16),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
