@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FEW = 1024
+"""The likeliest tokens that a nucleus is first sought among."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -105,11 +108,27 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _within_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Leaves out a token when the likelier ones together exceed top_p already."""
-    ordered, order = logits.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(0)
+    kept = _nucleus(logits, top_p, _FEW) if len(logits) > _FEW else None
+    if kept is None:
+        kept = _nucleus(logits, top_p, len(logits))
+        assert kept is not None, "nothing lies beyond the whole vocabulary"
+    outside = torch.ones_like(logits, dtype=torch.bool).index_fill(0, kept, False)
+    return logits.masked_fill(outside, -math.inf)
+
+
+def _nucleus(logits: Tensor, top_p: float, among: int) -> Tensor | None:
+    """The ids of the nucleus, the likeliest first, equally likely ones by id; sought among the `among` likeliest.
+
+    Returns None where it may reach beyond those. To sort a whole vocabulary costs several times a topk.
+    """
+    near = torch.topk(logits, among, sorted=False).indices.sort().values
+    order = near[logits[near].sort(descending=True, stable=True).indices]
+    probabilities = logits.softmax(0)[order]
     before = probabilities.cumsum(0) - probabilities
     before[0] = 0.0  # exact, so that the likeliest token always stays
-    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before > top_p), -math.inf)
+    inside = order[before <= top_p]
+    reaches_beyond = bool(logits[inside[-1]] == logits[order[-1]])
+    return None if among < len(logits) and reaches_beyond else inside
 
 
 def _last_possible(cumulative: Tensor) -> int:

@@ -49,6 +49,21 @@ def test_the_distribution_is_the_defined_one(case):
     assert found == pytest.approx(expected(LOGITS, **case), abs=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_nucleus_of_a_large_vocabulary_is_the_defined_one(spread, top_p, ties):
+    """Whether few tokens hold it or thousands, and where equally likely ones stand at its border."""
+    logits = numpy.random.default_rng(8).normal(scale=spread, size=6000).astype(numpy.float32).astype(float)
+    if ties:
+        logits = numpy.round(logits / spread) * spread
+    found = distribution(torch.tensor(logits, dtype=torch.float32), Sampling(top_p=top_p)).numpy()
+    wanted = expected(logits, top_p=top_p)
+    differing = (found > 0) != (wanted > 0)  # a sum in fp32 may put the border one token further
+    assert differing.sum() <= 1
+    assert found == pytest.approx(wanted, abs=2e-3 if differing.any() else 1e-5)
+
+
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_draws_follow_the_distribution(case):
     """Chi-square over 4,000 draws; the bound is the 99.9th percentile, and the seed is fixed."""
