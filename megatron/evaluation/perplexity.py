@@ -103,11 +103,11 @@ def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
     """
     pairs = []
     for number, text in enumerate(texts, 1):
-        stripped = text.strip()
-        before, _, word = stripped.rpartition(" ")
-        if not before.strip():
+        words = text.split()
+        if len(words) < 2:
             raise ConfigError.of(f"text {number} has no word before its last one", key="eval_cloze")
-        pairs.append(Pair(tuple(tokenizer.encode(before)), tuple(tokenizer.encode(" " + word))))
+        before = text[: text.rindex(words[-1])].strip()
+        pairs.append(Pair(tuple(tokenizer.encode(before)), tuple(tokenizer.encode(" " + words[-1]))))
     return pairs
 
 

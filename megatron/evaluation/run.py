@@ -44,7 +44,7 @@ def evaluate(config: Config) -> None:
     tasks, chat = _load_tasks(config)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        results = _run_tasks(config, tasks, _harness_model(config, engine, tokenizer, topology.data, chat), topology)
+        results = _run_tasks(config, tasks, _harness_model(config, engine, tokenizer, topology, chat), topology)
         if topology.rank == 0:
             _publish(config, results)
             _report(config, flat_metrics(results), known_iteration(config))
@@ -68,7 +68,7 @@ def live_evaluation(
     replicas = Axis("data") if spread else topology.data
     parallelism = config.parallelism
     whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
-    model = _harness_model(config, engine, tokenizer, replicas, chat, cached=whole)
+    model = _harness_model(config, engine, tokenizer, topology, chat, replicas=replicas, cached=whole)
 
     def run() -> dict[str, float]:
         return flat_metrics(_run_tasks(config, tasks, model, topology))
@@ -182,33 +182,37 @@ def _harness_model(
     config: Config,
     engine: Engine,
     tokenizer: Tokenizer,
-    replicas: Axis,
+    topology: Topology,
     chat: ChatTemplate | None,
     *,
+    replicas: Axis | None = None,
     cached: bool = True,
 ) -> Any:
     from megatron.evaluation.adapter import HarnessModel
 
+    vocabulary = f"{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}"
+    # Each rank keeps the requests it builds, so that ranks never take old ones and new ones together.
+    place = "" if topology.world_size == 1 else f"-{topology.rank}of{topology.world_size}"
     return HarnessModel(
         engine,
         tokenizer,
         max_length=context_length(config),
         batch_size=batch_size(config),
         seed=config.training.seed,
-        replicas=replicas,
+        replicas=replicas or topology.data,
         cached=cached,
         chat=chat,
-        name=f"{config.tokenizer.tokenizer_type}-{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}",
+        name=f"{config.tokenizer.tokenizer_type}-{vocabulary}{place}",
     )
 
 
 def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> dict[str, Any]:
     section = config.evaluation
-    # Error bars are drawn from many resamplings, and built requests are kept on disk: one rank is enough for those.
+    # Error bars are drawn from many resamplings: one rank is enough for those.
     arguments = {
         "bootstrap_iters": 10000 if topology.rank == 0 else 0,
         "apply_chat_template": section.eval_chat_template,
-        "cache_requests": section.eval_cache_requests and topology.rank == 0,
+        "cache_requests": section.eval_cache_requests,
     }
     results: dict[str, Any] = tasks.run(
         model, limit=section.eval_limit, **(arguments | dict(section.eval_model_args or {}))

@@ -174,6 +174,20 @@ def test_limit_fewshot_and_wildcards(engine, folder):
     assert "small_choice" in table and "|Value" in table.replace(" ", "")
 
 
+def test_built_requests_are_kept_for_the_next_run(engine, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+
+    def run():
+        results = Tasks(["small_choice"], str(folder)).run(model(engine), bootstrap_iters=0, cache_requests=True)
+        return [sample["resps"] for sample in samples(results, "small_choice")]
+
+    first = run()
+    (kept,) = tmp_path.iterdir()
+    assert "small_choice" in kept.name
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.construct_requests", None)  # nothing is built any more
+    assert run() == first
+
+
 def test_a_context_that_leaves_no_room_keeps_its_end(engine):
     answerer = model(engine)
     long, short = "x" * 100 + "the end of it", ("x" * 100 + "the end of it")[-(SEQUENCE - 5) :]

@@ -57,8 +57,9 @@ def test_every_token_but_the_first_counts_once_in_its_window(scorer, overlap):
 
 def test_the_last_word_must_be_whole():
     tokenizer = CharLevelTokenizer()
-    pairs = cloze_pairs(["the cat sat on the mat ", "a b"], tokenizer)
-    assert [tokenizer.decode(pair.continuation) for pair in pairs] == [" mat", " b"]
+    pairs = cloze_pairs(["the cat sat on the mat ", "a b", "mat and\nmat"], tokenizer)
+    assert [tokenizer.decode(pair.continuation) for pair in pairs] == [" mat", " b", " mat"]
+    assert tokenizer.decode(pairs[2].context) == "mat and"
     assert tokenizer.decode(pairs[0].context) == "the cat sat on the"
 
     def knows(asked: list[Pair]) -> list[Score]:
