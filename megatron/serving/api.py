@@ -36,6 +36,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     413: {"description": f"The body is larger than {MOST_BYTES} bytes."},
     429: {"description": "Too many requests wait; come again after the time in Retry-After."},
     503: {"description": "The service is shutting down."},
+    "4XX": {"description": "Another mistake in the request; the message says which."},
+}
+
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The completion; with `stream` as server-sent events, the last of which is [DONE].",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
 }
 
 
@@ -139,7 +147,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         desk.check_key(request)
         return {"object": "list", "data": [{"id": desk.model, "object": "model", "created": 0, "owned_by": "neox"}]}
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAM)
     async def completions(body: Completion, request: Request) -> Response | dict[str, Any]:
         desk.check_key(request)
         texts, lengths = desk.begin(
@@ -243,17 +251,18 @@ def _add_megatron(app: FastAPI, desk: Desk) -> None:
 
 def _add_observation(app: FastAPI, desk: Desk) -> None:
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"
 
     @app.get("/", include_in_schema=False)
     async def home() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/health")
     async def health() -> JSONResponse:
         closing = desk.service.closing
         return JSONResponse({"status": "closing" if closing else "ok"}, status_code=503 if closing else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> PlainTextResponse:
         desk.check_key(request)
         return PlainTextResponse(exposition(desk.service), media_type="text/plain; version=0.0.4")
