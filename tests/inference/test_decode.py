@@ -46,12 +46,19 @@ WIDTHS = {"torch": {}, "compiled": {"hidden_size": 64}}
 """Heads of 8 features attend through torch, heads of 16 through the compiled loop."""
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3, top_k=50)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_side_by_side_equals_one_by_one_cached_or_not(sampling, scheme, width):
+def test_every_scheme_side_by_side_without_a_cache_and_with_one(scheme, width):
     engine = SmallEngine(small_config(**SCHEMES[scheme], **WIDTHS[width]))
     assert (engine.new_cache(1, 1).one_query is None) == (width == "torch")
+    plain = texts(engine, PROMPTS, rows=5, cached=False, maximum=20)
+    assert texts(engine, PROMPTS, rows=3, maximum=20) == plain
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3, top_k=50)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_side_by_side_equals_one_by_one_cached_or_not(sampling, width):
+    engine = SmallEngine(small_config(**WIDTHS[width]))
     alone = texts(engine, PROMPTS, sampling=sampling)
     assert [len(made) for made in alone] == [SEQUENCE - len(prompt) for prompt in PROMPTS]
     assert texts(engine, PROMPTS, sampling=sampling, cached=False) == alone
