@@ -25,6 +25,8 @@ class Entry:
 
     target: `module:attr`. extra: the pip extra that installs what the target imports. traits: what others must know
     about the part without importing it; "gated" marks an activation whose first linear layer has two halves.
+    settings: what the block that names the part may set beside what all parts of its kind take.
+    moments: of an optimizer, the fp32 numbers that it keeps for each parameter.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Entry:
     doc: str
     extra: str | None = None
     traits: frozenset[str] = frozenset()
+    settings: tuple[str, ...] = ()
+    moments: float = 0.0
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
@@ -260,10 +264,64 @@ INITS = Family(
     ],
 )
 
+WHOLE = frozenset({"whole"})  # needs whole tensors, which ZeRO makes flat pieces of
+PIECES = frozenset({"pieces"})  # whole tensors put together again from the pieces of ZeRO 1, in bfloat16
+LOCAL = frozenset({"local", "moments"})  # exchanges something else than gradients, which ZeRO sums itself
+IN_MEMORY = frozenset({"host", "moments"})  # updates parameters in the host's memory
+MOMENTS = frozenset({"moments"})  # keeps the two moments of Adam, so that one can go on with the state of another
+ADAM = ("betas", "eps", "bias_correction", "adam_w_mode")
+TORCH_ADAM = (*ADAM, "amsgrad")
+ONE_BIT = ("betas", "eps", "freeze_step", "cuda_aware", "comm_backend_name")
+SM3 = ("momentum", "beta", "eps")
+ADAFACTOR = ("beta2_decay", "eps", "d")
+MUON = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn", "betas", "eps")
+
+
+def _optimizer(
+    name: str,
+    target: str,
+    doc: str,
+    *settings: str,
+    moments: float,
+    traits: frozenset[str] = frozenset(),
+    extra: str | None = None,
+) -> Entry:
+    return Entry(name, f"megatron.optim.{target}", doc, extra, traits, settings, moments)
+
+
 OPTIMIZERS = Family(
     "optimizer",
     "optimizer",
-    [Entry("adam", "megatron.optim.adamw:build", "Adam with decoupled weight decay, arXiv:1711.05101")],
+    [
+        _optimizer(
+            "adam", "adam:build", "Adam, arXiv:1711.05101", *TORCH_ADAM, "torch_adam", moments=2, traits=MOMENTS
+        ),
+        _optimizer("cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", *ADAM, moments=2, traits=IN_MEMORY),
+        _optimizer(
+            "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", *TORCH_ADAM, moments=2, traits=MOMENTS
+        ),
+        _optimizer("onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", *ONE_BIT, moments=3, traits=LOCAL),
+        _optimizer("sgd", "sgd:build", "Descent with momentum", "momentum", "dampening", "nesterov", moments=1),
+        _optimizer("lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, extra="optimizers"),
+        _optimizer(
+            "madgrad_wd", "madgrad:build", "MADGRAD, arXiv:2101.11075", "momentum", "eps", moments=3, extra="optimizers"
+        ),
+        _optimizer("sm3", "sm3:build", "SM3, arXiv:1901.11150", *SM3, moments=1, traits=WHOLE, extra="optimizers"),
+        _optimizer("adafactor", "adafactor:build", "Adafactor, arXiv:1804.04235", *ADAFACTOR, moments=0, traits=WHOLE),
+        _optimizer("muon", "muon:build", "Muon, arXiv:2502.16982", *MUON, moments=2, traits=WHOLE | PIECES),
+    ],
+)
+
+EIGHT_BIT = Family(
+    "8-bit optimizer",
+    "use_bnb_optimizer",
+    [
+        _optimizer("adam", "eight_bit:build_adam", "8-bit Adam", "betas", "eps", moments=0.5, extra="bitsandbytes"),
+        _optimizer("lion", "eight_bit:build_lion", "8-bit Lion", "betas", moments=0.25, extra="bitsandbytes"),
+        _optimizer(
+            "sgd", "eight_bit:build_sgd", "8-bit descent", "momentum", "nesterov", moments=0.25, extra="bitsandbytes"
+        ),
+    ],
 )
 
 SCHEDULES = Family(
@@ -274,6 +332,8 @@ SCHEDULES = Family(
         Entry("linear", "megatron.optim.schedule:linear", "Falls on a straight line to zero or min_lr"),
         Entry("cosine", "megatron.optim.schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"),
         Entry("exponential", "megatron.optim.schedule:exponential", "Halves over the horizon"),
+        Entry("inverse_sqrt", "megatron.optim.schedule:inverse_sqrt", "Falls as 1/sqrt(step), arXiv:1706.03762"),
+        Entry("wsd", "megatron.optim.schedule:wsd", "Stays at the peak, falls at the end, arXiv:2404.06395"),
     ],
 )
 
@@ -317,5 +377,7 @@ SINKS = Family(
     [
         Entry("jsonl", "megatron.observe.sinks.jsonl:JsonLines", "metrics.jsonl in the run directory"),
         Entry("tensorboard", "megatron.observe.sinks.tensorboard:TensorBoard", "Event files", extra="tensorboard"),
+        Entry("wandb", "megatron.observe.sinks.wandb:WeightsAndBiases", "A Weights & Biases run", extra="wandb"),
+        Entry("comet", "megatron.observe.sinks.comet:Comet", "A Comet experiment", extra="comet"),
     ],
 )

@@ -25,6 +25,7 @@ from megatron.config import Config
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
+from megatron.registry import OPTIMIZERS
 from megatron.shapes import ModelDims, TensorShape
 
 _log = get_logger(__name__)
@@ -40,7 +41,7 @@ class Checkpoint:
 
     directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
     `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored. validated_in: the
-    reader's precision, where its logits are to be compared with the kept ones.
+    reader's precision, where its logits are to be compared with the kept ones. optimizer_type: the reader's.
     """
 
     directory: Path
@@ -51,11 +52,13 @@ class Checkpoint:
     table: tuple[TensorShape, ...]
     weights: StoredWeights
     validated_in: str | None = None
+    optimizer_type: str = "adam"
 
     def optimizer(self) -> OptimizerState | None:
-        """The stored optimizer state. RunError if it is wanted and not there."""
+        """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
         if not self.with_optimizer:
             return None
+        self._same_optimizer()
         state = OptimizerState.open(self.directory, {key_of(shape): shape for shape in self.table}, self.rows)
         if state is None:
             raise RunError.of(
@@ -64,6 +67,19 @@ class Checkpoint:
                 remedy="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
         return state.with_weights(self._shard) if self._is_full_precision() else state
+
+    def _same_optimizer(self) -> None:
+        """The forms of Adam can go on with each other's state; any other optimizer only with its own."""
+        path, own = self.directory / layout.RUN, self.optimizer_type
+        stored = files.read_json(path).get("optimizer", own) if path.is_file() else own
+        alike = all(name in OPTIMIZERS and "moments" in OPTIMIZERS.entry(name).traits for name in (stored, own))
+        if stored != own and not alike:
+            raise ConfigError.of(
+                f"the checkpoint {self.directory} was trained with {stored}",
+                key="optimizer",
+                value=own,
+                remedy="set no_load_optim to start the optimizer anew",
+            )
 
     def _shard(self, key: str, model_rank: int, model_size: int) -> Tensor:
         """A weight as stored, which is the fp32 copy of a run in a lower precision."""
@@ -146,6 +162,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         table=tuple(table),
         weights=weights,
         validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
+        optimizer_type=config.optimizer.optimizer_type,
     )
 
 

@@ -214,5 +214,6 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         "precision": config.precision.precision,
         "schedule": schedule_facts(config.schedule, config.optimizer),
         "loss_scaling": {} if config.checkpoint.no_save_optim else engine.loss_scaling(),
+        "optimizer": config.optimizer.optimizer_type,
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }

@@ -10,7 +10,16 @@ from megatron.config.sections.optimizer import OptimizerSection
 from megatron.config.sections.schedule import ScheduleSection
 from megatron.errors import ConfigError, Mistake
 
-_KEYS = ("lr_decay_style", "lr_decay_iters", "min_lr", "warmup")
+_KEYS = (
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "min_lr",
+    "warmup",
+    "warmup_iters",
+    "wsd_decay_fraction",
+    "wsd_decay_style",
+)
 
 
 def schedule_facts(schedule: ScheduleSection, optimizer: OptimizerSection) -> dict[str, Any]:

@@ -27,13 +27,17 @@ VOCABULARY = ("word_embedding", "head")
 MASTER = "master"
 """The fp32 copy of a parameter that is trained in a lower precision."""
 
+WEIGHTS = (MASTER, "x0")
+"""State that holds weights: MADGRAD keeps the first ones."""
+
 
 @dataclass(frozen=True)
 class StateSlice:
     """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
 
     key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
-    step: number of updates made [steps].
+    step: number of updates made [steps]. whole: values of any shape that belong to the global tensor as a whole.
+    model_rank: whose shard it is, where it is not the writer's.
     """
 
     key: str
@@ -41,20 +45,30 @@ class StateSlice:
     stop: int
     step: int
     tensors: dict[str, Tensor]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    model_rank: int | None = None
 
 
 def index(slices: Sequence[StateSlice], *, model_rank: int, model_size: int) -> dict[str, Any]:
     """What the slices of one global rank are, without their values."""
-    entries = [
-        {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step, "names": sorted(piece.tensors)}
-        for piece in slices
-    ]
+    entries = []
+    for piece in slices:
+        entry = {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step}
+        entry |= {"names": sorted(piece.tensors)}
+        if piece.whole:
+            entry["whole"] = sorted(piece.whole)
+        if piece.model_rank is not None:
+            entry["model_rank"] = piece.model_rank
+        entries.append(entry)
     return {"model_rank": model_rank, "model_size": model_size, "slices": entries}
 
 
 def values(slices: Sequence[StateSlice]) -> list[dict[str, Tensor]]:
     """The values of the slices, in order; copies in the host's memory."""
-    return [{name: tensor.detach().cpu().clone() for name, tensor in piece.tensors.items()} for piece in slices]
+    return [
+        {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.whole}.items()}
+        for piece in slices
+    ]
 
 
 def write(
@@ -79,6 +93,7 @@ class _Place:
     stop: int
     step: int
     names: tuple[str, ...]
+    whole: tuple[str, ...]
 
 
 @dataclass
@@ -113,11 +128,12 @@ class OptimizerState:
                 place = _Place(
                     path.with_suffix(".pt"),
                     position,
-                    facts["model_rank"],
+                    entry.get("model_rank", facts["model_rank"]),
                     entry["start"],
                     entry["stop"],
                     entry["step"],
                     tuple(entry["names"]),
+                    tuple(entry.get("whole", ())),
                 )
                 places.setdefault(entry["key"], []).append(place)
         if not places:
@@ -128,8 +144,7 @@ class OptimizerState:
 
     def names(self, key: str) -> tuple[str, ...]:
         """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
-        found = self.places.get(key)
-        names = found[0].names if found else ()
+        names = tuple(dict.fromkeys(name for place in self.places.get(key, ()) for name in place.names))
         return names if MASTER in names or self.weights is None or not names else (*names, MASTER)
 
     def with_weights(self, weights: Callable[[str, int, int], Tensor]) -> OptimizerState:
@@ -140,10 +155,26 @@ class OptimizerState:
         """The number of updates the parameter has seen [steps]."""
         return self.places[key][0].step
 
+    def whole(self, key: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of the global tensor as a whole, by name; copies.
+
+        Where the reader's vocabulary has more rows, those that the writer did not have are zero, as no token has
+        trained them.
+        """
+        rows, now = self._as_written(key).shape[0], self.shapes[key].shape[0]
+        found = {}
+        for place in self.places.get(key, ()):
+            for name in place.whole:
+                value = self._load(place.file)[place.position][name].clone()
+                if now > rows and value.dim() and value.shape[0] == rows:
+                    value = torch.cat((value, value.new_zeros(now - rows, *value.shape[1:])))
+                found[name] = value
+        return found
+
     def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
         """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
         shape = self.shapes[key]
-        if name == MASTER and self.weights is not None and MASTER not in self.places[key][0].names:
+        if name == MASTER and self.weights is not None and not any(MASTER in place.names for place in self.places[key]):
             return self.weights(key, model_rank, model_size)
         if shape.shard_dim is None:
             return self._source_shard(key, name, 0).flatten()
@@ -151,7 +182,7 @@ class OptimizerState:
         if model_size == self.model_size and written is shape:
             return self._source_shard(key, name, model_rank).flatten()
         whole = join_shards(written, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
-        whole = grown(shape, whole, zero=name != MASTER)
+        whole = grown(shape, whole, zero=name not in WEIGHTS)
         return cut_shard(shape, whole, model_rank, model_size).flatten()
 
     def _as_written(self, key: str) -> TensorShape:
@@ -168,7 +199,7 @@ class OptimizerState:
         flat = shard.view(-1)
         covered = 0
         for place in self.places[key]:
-            if place.model_rank == model_rank:
+            if place.model_rank == model_rank and name in place.names:
                 flat[place.start : place.stop] = self._load(place.file)[place.position][name]
                 covered += place.stop - place.start
         if covered != flat.numel():

@@ -11,7 +11,7 @@ from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
 from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
 from megatron.config.derive.horizon import decay_horizon
-from megatron.config.derive.optimizer import derive_optimizer
+from megatron.config.derive.optimizer import WITHOUT_EFFECT, derive_optimizer
 from megatron.config.derive.precision import (
     bf16_block,
     derive_data_types,
@@ -22,8 +22,8 @@ from megatron.config.derive.widths import head_dim
 from megatron.config.derive.zero import derive_zero
 from megatron.config.partial import NotKnown
 from megatron.config.resources import Resources
-from megatron.config.sections.optimizer import OPTIMIZER_CHOICES
 from megatron.errors import ConfigError, Mistake
+from megatron.registry import OPTIMIZERS
 
 MOST_LAYERS = 10_000
 INFERENCE_SCRIPTS = frozenset({"generate.py", "evaluate.py", "eval.py"})
@@ -206,7 +206,10 @@ def _optimizer(draft: Completion) -> None:
         raise NotKnown("lr")
     if block is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
-    choice = derive_optimizer(block, kind, rate, OPTIMIZER_CHOICES)
+    choice = derive_optimizer(block, kind, rate, OPTIMIZERS.names)
+    for name, why in WITHOUT_EFFECT.items():
+        if name in choice.block["params"]:
+            draft.warnings.append(f"optimizer: its parameter {name} has no effect; {why}")
     draft.derive("optimizer", choice.block)
     draft.derive("optimizer_type", choice.kind)
     draft.derive("lr", choice.lr)
@@ -229,13 +232,15 @@ def _clipping(draft: Completion) -> None:
 
 
 def _schedule(draft: Completion) -> None:
-    asked = draft.user("lr_decay_iters")
+    counts_samples = draft["train_samples"] is not None
+    name, length = ("lr_decay_samples", "train_samples") if counts_samples else ("lr_decay_iters", "train_iters")
+    asked = draft.user(name)
     if asked is not None and asked < 1:
-        raise ConfigError.of("it must be more than 0", key="lr_decay_iters", value=asked)
+        raise ConfigError.of("it must be more than 0", key=name, value=asked)
     if asked is not None and draft.user("lr_decay_fraction") is not None:
-        draft.warnings.append("lr_decay_fraction: has no effect, since lr_decay_iters is given")
-    horizon = asked or decay_horizon(draft["train_iters"], asked, draft["lr_decay_fraction"])
-    draft.derive("lr_decay_iters", horizon)
+        draft.warnings.append(f"lr_decay_fraction: has no effect, since {name} is given")
+    horizon = asked or decay_horizon(draft[length], asked, draft["lr_decay_fraction"])
+    draft.derive(name, horizon)
 
 
 def _weights(weights: str, paths: str, preferred: str) -> Callable[[Completion], None]:

@@ -22,7 +22,6 @@ HANDED_ON = (
     "comms_logger",
     "autotuning",
     "activation_checkpointing",
-    "data_efficiency",
     "tensorboard",
     "wandb",
     "csv_monitor",

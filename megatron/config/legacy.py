@@ -27,8 +27,7 @@ IGNORED = {
 REFUSED = {
     "attention_type": "write attention_config: [[[global], all]] with the kind of attention in it",
     "mlp_type": "write activation: swiglu with use_bias_in_mlp: false for the LLaMA MLP",
-    "warmup_iters": "write warmup, the part of the decay horizon",
-    "lr_warmup_iters": "write warmup, the part of the decay horizon",
+    "lr_warmup_iters": "write warmup_iters",
     "decay_lr_to": "write min_lr, the learning rate itself",
     "fp8_margin": "write te_fp8_margin",
     "hf_tokenizer": "write tokenizer_type: HFTokenizer with vocab_file",

@@ -74,31 +74,15 @@ GAPS: tuple[Gap, ...] = (
     Gap("te_layernorm_mlp", "Transformer Engine layers", _on),
     Gap("te_mha", "Transformer Engine layers", _on),
     Gap("te_fp8_mha", "Transformer Engine layers", _on),
-    Gap("use_bnb_optimizer", "8-bit optimizers", _on),
     Gap("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
     Gap("train_reward_data_paths", "learning from rewards", _on),
     Gap("pos_train_data_paths", "pairs of answers", _on),
-    Gap("train_samples", "a length in samples", _given),
-    Gap("lr_decay_samples", "a decay horizon in samples", _given),
-    Gap("rampup_batch_size", "a growing batch", _given),
-    Gap("char_level_ppl", "perplexity a character", _on),
     Gap("serve_model_weights", "serving weights while training", _on),
-    Gap("use_wandb", "Weights & Biases", _on),
-    Gap("use_comet", "Comet", _on),
-    Gap("log_grad_norm", "gradient norms of single parameters", _on),
-    Gap("log_grad_pct_zeros", "shares of zeros in gradients", _on),
-    Gap("log_param_norm", "parameter norms", _on),
-    Gap("log_optimizer_states", "norms of optimizer state", _on),
-    Gap("log_gradient_noise_scale", "the gradient noise scale", _on),
-    Gap("memory_profiling", "memory snapshots", _on),
-    Gap("profile", "traces of steps", _on),
     Gap("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
     Gap("autotuning", "DeepSpeed's autotuner", _on),
-    Gap("data_efficiency", "DeepSpeed's curriculum", _on),
     Gap("amp", "Apex mixed precision, gone from DeepSpeed; precision: bfloat16 replaces it", _on),
     Gap("sparse_gradients", "sparse gradients, gone from DeepSpeed", _on),
     Gap("sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on),
-    Gap("curriculum_learning", "the older curriculum, gone from DeepSpeed", _on),
     Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
     Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
     Gap("compile", "compilation of the blocks", _on),
@@ -119,16 +103,7 @@ def _fp16_without_zero(config: Config) -> str | None:
     return None
 
 
-def _adam_variants(config: Config) -> str | None:
-    params = config.optimizer.params
-    plain = {"bias_correction": True, "adam_w_mode": True, "amsgrad": False}
-    asked = [f"{name} = {params[name]!r}" for name, value in plain.items() if params.get(name, value) != value]
-    if config.optimizer.optimizer_type != "adam" or not asked:
-        return None
-    return f"optimizer = {{params: {', '.join(asked)}}}: not built yet: other forms of Adam"
-
-
-COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_bfloat16_without_zero, _fp16_without_zero, _adam_variants)
+COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_bfloat16_without_zero, _fp16_without_zero)
 """Gaps that several keys make together."""
 
 HINTS = {
@@ -170,7 +145,7 @@ DEAD = {
     "moe_lbl_in_fp32": "the loss is always computed in fp32",
     "onnx_safe": "nothing reads it",
     "scheduler": "lr_decay_style and its companions decide",
-    "curriculum_seqlen": "nothing reads it",
+    "curriculum_seqlen": "curriculum_learning decides",
     "comet_experiment": "nothing reads it",
     "output_layer_parallelism": "there is one way to cut the output layer",
     "do_train": "the data decides",

@@ -39,6 +39,10 @@ class MicroBatch:
         """The batch in page-locked memory, from where a copy to a GPU runs beside computation."""
         return self._each(Tensor.pin_memory)
 
+    def first(self, length: int) -> MicroBatch:
+        """The first tokens of every sequence."""
+        return self._each(lambda tensor: tensor[:, :length].contiguous())
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = (getattr(self, field.name) for field in fields(self))
         return MicroBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -33,10 +35,13 @@ from megatron.model.plan import LayerPlan, layer_plan
 from megatron.model.sequential import SequentialModel
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.groups import parameter_groups
+from megatron.optim.muon import finds_groups
+from megatron.optim.onebit import OnebitAdam
+from megatron.optim.request import Request
 from megatron.parallel.bootstrap import device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
-from megatron.registry import OBJECTIVES, OPTIMIZERS
+from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import ModelDims, TensorShape, remembered, tensors
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -176,8 +181,11 @@ def _initialize(
     """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
     section = config.optimizer
     groups = parameter_groups(parameters.values(), section.weight_decay)
-    build = OPTIMIZERS.load(section.optimizer_type)
-    optimizer = build(groups, lr=section.lr, betas=section.betas, eps=section.eps)
+    family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
+    build = family.load(section.optimizer_type)
+    optimizer = build(
+        groups, Request(known(section.lr), topology, section.params, pieces=config.deepspeed.zero_stage != 0)
+    )
     clipper = None
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
@@ -187,13 +195,25 @@ def _initialize(
             model=model,
             optimizer=optimizer,
             config=deepspeed_config(config),
-            mpu=None if config.parallelism.is_pipe_parallel else topology,
+            mpu=None if config.parallelism.is_pipe_parallel or finds_groups(optimizer) else topology,
             dist_init_required=False,
         )
+    if isinstance(optimizer, OnebitAdam):
+        optimizer.on_freeze = partial(_keep_gradients_apart, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
     return initialised, clipper
+
+
+def _keep_gradients_apart(initialised: Any, clipper: GradientClipper | None) -> None:
+    """From now on the optimizer exchanges what data-parallel ranks know; DeepSpeed sums no gradients any more."""
+    if hasattr(initialised, "pipeline_enable_backward_allreduce"):
+        initialised.pipeline_enable_backward_allreduce = False
+    else:
+        initialised.enable_backward_allreduce = False
+    if clipper is not None:
+        clipper.gradients_are_apart = True
 
 
 def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:

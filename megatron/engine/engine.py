@@ -21,7 +21,8 @@ class StepResult:
     """What one optimizer step measured. Values stay on the device until someone reads them.
 
     loss: mean over the global batch [nats a token]. grad_norm: before clipping. loss_scale: 1 unless fp16.
-    skipped: whether the update was left out because gradients overflowed. more: what else the model measured, by name.
+    skipped: whether the update was left out because gradients were not finite. more: what else the model measured, by
+    name.
     """
 
     loss: Tensor
@@ -48,6 +49,9 @@ class Engine(Protocol):
 
 class TrainingEngine(Engine, Protocol):
     """An engine with an optimizer."""
+
+    def prepare(self, micro_batches: int, length: int) -> None:
+        """The coming steps take that many micro batches a rank, of sequences of that length [tokens]."""
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         """One update from the next `gradient accumulation` micro batches, at the given rate."""

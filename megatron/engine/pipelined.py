@@ -19,6 +19,7 @@ from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, through_stages
+from megatron.engine.shape import accumulate
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
@@ -34,7 +35,8 @@ class PipelinedEngine:
     """One stage in one PipelineEngine. See engine.py for what the methods promise.
 
     deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
-    clipper: present at ZeRO 0. router_losses: present where blocks have experts.
+    clipper: present at ZeRO 0. router_losses: present where blocks have experts. length: of the sequences of the last
+    step [tokens].
     """
 
     deepspeed: Any
@@ -48,6 +50,13 @@ class PipelinedEngine:
     dtype: torch.dtype
     router_losses: RouterLosses | None = None
     pipelined: bool = True
+    length: int | None = None
+
+    def prepare(self, micro_batches: int, length: int) -> None:
+        accumulate(self.deepspeed, micro_batches)
+        if length != self.length:
+            self.deepspeed.reset_activation_shape()
+            self.length = length
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         engine = self.deepspeed
@@ -59,11 +68,16 @@ class PipelinedEngine:
         loss = engine.train_batch(_pairs(batches))
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
+        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
-        return StepResult(as_tensor(loss), norm, learning_rate, scale, engine.skipped_steps > skipped_before, more)
+        return StepResult(as_tensor(loss), norm, learning_rate, scale, skipped, more)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
+        self.deepspeed.reset_activation_shape()  # training may have shorter sequences
+        try:
+            return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
+        finally:
+            self.deepspeed.reset_activation_shape()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
@@ -92,10 +106,10 @@ class PipelinedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Key -> this rank's shards of the layers its stage owns."""
-        return {key: all_experts(parameter) for key, parameter in self._owned().items()}
+        return {key: all_experts(parameter) for key, parameter in self.owned().items()}
 
     def optimizer_slices(self) -> list[StateSlice]:
-        return state.read(self.deepspeed.optimizer, self._owned(), data_rank=self.topology.data.rank)
+        return state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.data.rank)
 
     def loss_scaling(self) -> dict[str, float]:
         return state.read_scaling(self.deepspeed.optimizer)
@@ -107,7 +121,7 @@ class PipelinedEngine:
         axis = self.topology.model
         state.write(self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size)
 
-    def _owned(self) -> dict[str, Parameter]:
+    def owned(self) -> dict[str, Parameter]:
         """Without the copy of a tied weight that the last stage holds: the first stage speaks for it."""
         first = self.topology.pipe.is_first
         return {key: parameter for key, parameter in self.parameters.items() if first or not is_tied(parameter)}

@@ -21,6 +21,7 @@ from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
+from megatron.engine.shape import accumulate
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
@@ -54,6 +55,9 @@ class PlainEngine:
     router_losses: RouterLosses | None = None
     pipelined: bool = False
 
+    def prepare(self, micro_batches: int, length: int) -> None:
+        accumulate(self.deepspeed, micro_batches)
+
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         engine = self.deepspeed
         engine.module.train()
@@ -71,8 +75,9 @@ class PlainEngine:
         mean = self._data_mean(total / engine.gradient_accumulation_steps())
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
+        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
-        return StepResult(mean, norm, learning_rate, scale, engine.skipped_steps > skipped_before, more)
+        return StepResult(mean, norm, learning_rate, scale, skipped, more)
 
     @torch.no_grad()
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
@@ -105,6 +110,10 @@ class PlainEngine:
         keeps = self.topology.gradient.is_first
         found = {key: _whole(parameter, keeps) for key, parameter in self.parameters.items()}
         return {key: value for key, value in found.items() if value is not None}
+
+    def owned(self) -> dict[str, Parameter]:
+        """Key -> parameter that this rank answers for."""
+        return self.parameters
 
     def optimizer_slices(self) -> list[StateSlice]:
         return state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)

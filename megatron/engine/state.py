@@ -17,11 +17,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.checkpoint.slices import MASTER, OptimizerState, StateSlice
+from megatron.optim.kept import Kept, kept, restore
+from megatron.optim.onebit import SERVER_ERROR, WORKER_ERROR, OnebitAdam
+from megatron.optim.request import STEP
+from megatron.optim.whole import Dealt
 from megatron.parallel.marks import expert_share
 
-STEP = "step"
 _SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a moving loss scale of DeepSpeed keeps."""
+RANKED = (WORKER_ERROR, SERVER_ERROR)
+"""State that differs between data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,24 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
 
     optimizer: DeepSpeed's or torch's. parameters: key -> parameter of this rank's model.
     """
-    inner = _inner(optimizer)
-    slices = []
-    for piece in _pieces(optimizer, parameters, data_rank):
-        state = inner.state.get(piece.owner, {})
-        tensors = {name: piece.of(value) for name, value in state.items() if _is_elementwise(value, piece.owner)}
+    inner = inner_optimizer(optimizer)
+    slices: list[StateSlice] = []
+    found: dict[Tensor, Kept] = {}
+    for piece in pieces(optimizer, parameters, data_rank):
+        dealt = getattr(inner, "dealt", {}).get(piece.parameter)
+        if dealt is not None:
+            slices += _dealt_slices(piece.key, dealt, inner)
+            continue
+        if piece.owner not in found:
+            found[piece.owner] = kept(inner, piece.owner, apart=RANKED)
+        one = found[piece.owner]
+        tensors = {name: piece.of(value) for name, value in one.elementwise.items()}
         if piece.has_master:
             tensors[MASTER] = piece.of(piece.owner.detach())
-        step = int(state[STEP]) if STEP in state else 0
         start, stop = piece.base + piece.start, piece.base + piece.stop
-        slices.append(StateSlice(piece.key, start, stop, step, tensors))
+        slices.append(StateSlice(piece.key, start, stop, one.step, tensors, one.whole))
+    if isinstance(inner, OnebitAdam):
+        slices += _errors(inner, parameters)
     return slices
 
 
@@ -74,21 +87,31 @@ def write(
     optimizer: Any, parameters: dict[str, Parameter], stored: OptimizerState, *, model_rank: int, model_size: int
 ) -> None:
     """Fills the optimizer with stored state, cut for this rank's layout."""
-    inner = _inner(optimizer)
+    inner = inner_optimizer(optimizer)
     shard = {"model_rank": model_rank, "model_size": model_size}
-    for piece in _pieces(optimizer, parameters, data_rank=0):
-        state = inner.state[piece.owner]
-        for name in stored.names(piece.key):
+    filled: dict[Tensor, Kept] = {}
+    for piece in pieces(optimizer, parameters, data_rank=0):
+        dealt = getattr(inner, "dealt", {}).get(piece.parameter)
+        if dealt is not None:
+            _write_dealt(piece.key, dealt, inner, stored)
+            continue
+        if piece.owner not in filled:
+            filled[piece.owner] = Kept(stored.step(piece.key), {}, stored.whole(piece.key))
+        for name in _plain_names(stored, piece.key):
             values = stored.shard(piece.key, name, **shard)[piece.base + piece.start : piece.base + piece.stop]
             if name == MASTER:
                 if piece.has_master:
                     piece.of(piece.owner.detach()).copy_(values)
                 continue
-            if name not in state:
-                state[name] = torch.zeros_like(piece.owner)
-            piece.of(state[name]).copy_(values)
-        if state:  # an optimizer that has made no update keeps nothing, and starts from that
-            state[STEP] = torch.tensor(float(stored.step(piece.key)), device=piece.owner.device)
+            elementwise = filled[piece.owner].elementwise
+            if name not in elementwise:
+                elementwise[name] = torch.zeros_like(piece.owner)
+            piece.of(elementwise[name]).copy_(values)
+    for owner, found in filled.items():
+        if found.elementwise or found.whole:  # one that has made no update keeps nothing, and starts from that
+            restore(inner, owner, found)
+    if isinstance(inner, OnebitAdam):
+        _write_errors(inner, parameters, stored, shard)
 
 
 def read_scaling(optimizer: Any) -> dict[str, float]:
@@ -114,7 +137,74 @@ def _moving_scaler(optimizer: Any) -> Any:
     return None
 
 
-def _pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:
+def _dealt_slices(key: str, dealt: Dealt, inner: torch.optim.Optimizer) -> Iterator[StateSlice]:
+    """State of a tensor that its owner updates whole, as the slices of every tensor-parallel rank."""
+    if dealt.whole is None:
+        return
+    one = kept(inner, dealt.whole)
+    size = dealt.whole.numel() // dealt.shard.numel()
+    for rank in range(size):
+        tensors = {name: dealt.cut(value, rank, size).flatten() for name, value in one.elementwise.items()}
+        whole = one.whole if rank == 0 else {}
+        yield StateSlice(key, 0, dealt.shard.numel(), one.step, tensors, whole, model_rank=rank)
+
+
+def _write_dealt(key: str, dealt: Dealt, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
+    if dealt.whole is None:
+        return
+    whole = dealt.whole
+    tensors = {
+        name: stored.shard(key, name, model_rank=0, model_size=1).view(whole.shape).to(whole.device)
+        for name in _plain_names(stored, key)
+        if name != MASTER
+    }
+    found = Kept(stored.step(key), tensors, stored.whole(key))
+    if found.elementwise or found.whole:
+        restore(inner, whole, found)
+
+
+def _plain_names(stored: OptimizerState, key: str) -> list[str]:
+    """What is stored of a parameter, without what belongs to single data-parallel ranks."""
+    return [name for name in stored.names(key) if not name.startswith(RANKED)]
+
+
+def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[StateSlice]:
+    """What compression left out: each rank's own error for whole shards, and its part of the servers' error."""
+    for key, parameter in parameters.items():
+        state = inner.state.get(parameter, {})
+        if WORKER_ERROR not in state:
+            continue
+        own = {f"{WORKER_ERROR}.{inner.data_rank}": state[WORKER_ERROR].flatten()}
+        start, stop = inner.server_range(parameter)
+        yield StateSlice(key, 0, parameter.numel(), int(state[STEP]), own)
+        if start < stop:
+            yield StateSlice(key, start, stop, int(state[STEP]), {SERVER_ERROR: state[SERVER_ERROR]})
+
+
+def _write_errors(
+    inner: OnebitAdam, parameters: dict[str, Parameter], stored: OptimizerState, shard: dict[str, int]
+) -> None:
+    """Gives the errors back.
+
+    Where the number of data-parallel ranks changed each takes the mean of the workers' errors, which leaves the error
+    of the mean momentum as it was.
+    """
+    for key, parameter in parameters.items():
+        names = [name for name in stored.names(key) if name.startswith(WORKER_ERROR)]
+        if not names:
+            continue
+        own = f"{WORKER_ERROR}.{inner.data_rank}"
+        chosen = [own] if len(names) == inner.data_size else names
+        errors = [stored.shard(key, name, **shard) for name in chosen]
+        error = torch.stack(errors).mean(0) if len(errors) > 1 else errors[0]
+        start, stop = inner.server_range(parameter)
+        state = inner.state[parameter]
+        state[WORKER_ERROR] = error.view(parameter.shape).to(parameter.device)
+        state[SERVER_ERROR] = stored.shard(key, SERVER_ERROR, **shard)[start:stop].to(parameter.device)
+    inner.resume()
+
+
+def pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:
     """This rank's pieces. A parameter that no ZeRO cuts belongs to the first data rank that holds it."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_pieces(optimizer, parameters)
@@ -124,7 +214,7 @@ def _pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) ->
             mapping = parameter._hp_mapping
             if mapping is not None:
                 address, range_ = mapping.hp_fragment_address, mapping.lp_fragment_address
-                owner = _inner(optimizer).param_groups[mapping.param_group_index]["params"][0]
+                owner = inner_optimizer(optimizer).param_groups[mapping.param_group_index]["params"][0]
                 stop = range_.start + range_.numel
                 yield Piece(key, parameter, range_.start, stop, owner, address.start, _base(parameter))
         elif data_rank // expert_share(parameter)[1] == 0:
@@ -146,10 +236,6 @@ def _stage3_pieces(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator
             yield Piece(key, parameter, start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer that does the updates."""
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-
-
-def _is_elementwise(value: Any, owner: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == owner.shape and value.dim() > 0

@@ -15,6 +15,7 @@ from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.parallel.initialization import Fill, ParameterSource
 from megatron.parallel.linear import ColumnParallelLinear
+from megatron.parallel.marks import mark_table
 
 
 class Glue(nn.Module):
@@ -48,6 +49,7 @@ class Head(nn.Module):
         self.final_linear = ColumnParallelLinear(
             hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
         )
+        mark_table(self.final_linear.weight)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""

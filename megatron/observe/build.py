@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.log import get_logger
+from megatron.observe.account import wandb_key
 from megatron.observe.console import Console
 from megatron.observe.reporter import Reporter
-from megatron.observe.sinks.base import Observe
+from megatron.observe.sinks.base import Observe, Start
 from megatron.registry import SINKS
+
+_log = get_logger(__name__)
 
 
 def chosen_sinks(observe: Observe) -> list[str]:
@@ -15,16 +23,35 @@ def chosen_sinks(observe: Observe) -> list[str]:
         chosen.append("jsonl")
     if observe.tensorboard_dir is not None:
         chosen.append("tensorboard")
+    if wants_wandb(observe):
+        chosen.append("wandb")
+    if observe.use_comet:
+        chosen.append("comet")
     return chosen
 
 
-def build_reporter(observe: Observe, rank: int, *, start_iteration: int = 0) -> Reporter:
-    """The reporter of this rank: rank 0 speaks, the others are silent.
+def wants_wandb(observe: Observe) -> bool:
+    """`use_wandb`; where it is left out, whether the user has a key for that server and the package is installed."""
+    if observe.use_wandb is not None:
+        return observe.use_wandb
+    if wandb_key(observe.wandb_host) is None:
+        return False
+    installed = find_spec("wandb") is not None
+    if not installed:
+        _log.warning("there is a key for Weights & Biases and no package wandb: pip install neox[wandb] to log there")
+    return installed
 
-    start_iteration: the iteration [steps] that the run continues after. Raises ConfigError when a sink's package is
-    missing.
+
+def build_reporter(
+    observe: Observe, rank: int, *, start_iteration: int = 0, settings: Mapping[str, Any] | None = None
+) -> Reporter:
+    """The reporter of this rank: rank 0 speaks, the others are silent, but for wandb_init_all_ranks.
+
+    start_iteration: the iteration [steps] that the run continues after. settings: the whole configuration, for services
+    that show it. Raises ConfigError when a sink's package is missing.
     """
+    start = Start(start_iteration, rank, settings or {})
     if rank != 0:
-        return Reporter()
-    sinks = [SINKS.load(name).open(observe, start_iteration) for name in chosen_sinks(observe)]
-    return Reporter(sinks, Console())
+        everywhere = observe.wandb_init_all_ranks and wants_wandb(observe)
+        return Reporter([SINKS.load("wandb").open(observe, start)] if everywhere else [])
+    return Reporter([SINKS.load(name).open(observe, start) for name in chosen_sinks(observe)], Console())

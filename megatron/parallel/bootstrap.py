@@ -7,22 +7,19 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started alone is a 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 import socket
 import sys
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy
 import torch
 import torch.distributed as dist
 
-from megatron import extensions
 from megatron.errors import ConfigError
+from megatron.parallel.compiling import turn_to_compile
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting, record_collectives
 
@@ -139,39 +136,17 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
 
 
 def load_cpu_collectives() -> None:
-    """Loads DeepSpeed's compiled CPU collectives, compiling them first where that was never done.
-
-    torch guards the folder with a file that must not be there; a process that is killed in that moment leaves it, and
-    every later one waits for it without end. So processes take turns by a lock that the kernel releases, and whoever
-    has it knows that such a file is nobody's.
-    """
+    """Loads DeepSpeed's compiled CPU collectives, compiling them first where that was never done."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if get_accelerator().device_name() != "cpu" or builder is None:
         return
     if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return  # DeepSpeed does without it as well
-    own_programs_first(os.environ)
-    os.environ.setdefault(extensions.VARIABLE, str(extensions.extensions_folder(os.environ)))
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "in_use").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
+    with turn_to_compile(builder):
         builder.load(verbose=False)
-
-
-def own_programs_first(environment: MutableMapping[str, str]) -> None:
-    """Puts the folder of this interpreter first in PATH, as an activated virtual environment does.
-
-    DeepSpeed asks ninja whether its compiled collectives are up to date. Two versions of ninja do not believe each
-    other's records, so finding now one and now the other would compile them again, for half a minute, every time.
-    """
-    programs = str(Path(sys.executable).parent)
-    others = [part for part in environment.get("PATH", "").split(os.pathsep) if part and part != programs]
-    environment["PATH"] = os.pathsep.join([programs, *others])
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.kernels.linear import LinearKernel, plain_linear
 from megatron.parallel.collectives import copy_to
 from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.parallel.marks import mark_table
 from megatron.parallel.sequence import gathered_linear, leave
 
 
@@ -30,6 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         self.axis = source.axis
         self.kernel = kernel
         self.weight = source.shard("weight", (vocab_size, hidden_size), fill, dim=0)
+        mark_table(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
 
     def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:

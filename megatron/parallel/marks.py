@@ -57,6 +57,16 @@ def is_tied(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "neox_tied", False)
 
 
+def mark_table(parameter: nn.Parameter) -> None:
+    """The matrix is a table with a row a token or a position, or the output layer: it maps no features to features."""
+    parameter.neox_table = True  # type: ignore[attr-defined]
+
+
+def is_table(parameter: nn.Parameter) -> bool:
+    """Whether the rows of the matrix belong to tokens or positions."""
+    return getattr(parameter, "neox_table", False)
+
+
 def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
     """Each rank of the axis uses the parameter on its part of the sequence or of the heads only, so its gradient is a
     part of a sum.

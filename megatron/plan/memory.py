@@ -1,6 +1,7 @@
 """Memory of one rank by component: parameters, gradients, optimizer, activations. All in bytes.
 
-The optimizer is Adam: two fp32 moments, and an fp32 copy of the parameters wherever DeepSpeed keeps one. What each
+The optimizer keeps some fp32 numbers a parameter (Adam two), and there is an fp32 copy of the parameters wherever
+DeepSpeed keeps one. What each
 ZeRO stage keeps follows from DeepSpeed 0.19 (bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py); gradients are
 counted at their peak, when the last micro batch has been backpropagated.
 
@@ -51,6 +52,7 @@ class StateLayout:
     width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket. buffers: buffers of
     that size that are made outright, 0 where gradients are reduced where they stand. summed: bytes of an accumulated
     gradient. gathered: elements that ZeRO 3 may hold together. expert_parallel_size: ranks that share the experts.
+    moments: fp32 numbers that the optimizer keeps of each parameter.
     """
 
     width: int
@@ -61,6 +63,7 @@ class StateLayout:
     summed: int = FP32
     gathered: int = 1_000_000_000
     expert_parallel_size: int = 1
+    moments: float = 2
 
 
 def state_memory(count: int, layout: StateLayout, experts: int = 0) -> tuple[int, int, int]:
@@ -72,13 +75,13 @@ def state_memory(count: int, layout: StateLayout, experts: int = 0) -> tuple[int
     local = experts // layout.expert_parallel_size
     share = -(-count // layout.ranks) + -(-local // max(1, layout.ranks // layout.expert_parallel_size))
     count += local
-    moments = 2 * FP32
+    moments = layout.moments * FP32
     if stage == 0:
-        return width * count, width * count, moments * count + (FP32 * count if width < FP32 else 0)
+        return width * count, width * count, int(moments * count) + (FP32 * count if width < FP32 else 0)
     parameters = width * count
     if stage == 3:
         parameters = width * (share + min(count, layout.gathered))
-    return parameters, _zero_gradients(count, share, layout), (moments + FP32) * share
+    return parameters, _zero_gradients(count, share, layout), int((moments + FP32) * share)
 
 
 def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:

@@ -13,6 +13,7 @@ from megatron.plan.parameters import model_tensors, on_rank, split_experts, tota
 from megatron.plan.stages import layer_classes, stage_bounds
 from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
+from megatron.registry import EIGHT_BIT, OPTIMIZERS
 from megatron.shapes import ModelDims, TensorShape
 from megatron.sparsity import visible_share
 
@@ -147,6 +148,7 @@ def state_layout(config: Config) -> StateLayout:
     width = WIDTHS[config.precision.precision or "fp32"]
     summed = (config.precision.data_types or {}).get("grad_accum_dtype") or config.precision.precision
     buffers = 2 if zero.get("overlap_comm") and stage != 3 else 1
+    family = EIGHT_BIT if config.optimizer.use_bnb_optimizer else OPTIMIZERS
     gathered = [zero.get(f"stage3_max_{name}", 1_000_000_000) for name in ("live_parameters", "reuse_distance")]
     return StateLayout(
         width,
@@ -157,6 +159,7 @@ def state_layout(config: Config) -> StateLayout:
         summed=WIDTHS.get(str(summed), width),
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
+        moments=family.entry(config.optimizer.optimizer_type).moments,
     )
 
 

@@ -4,7 +4,7 @@ from megatron.shapes.dims import MixerDims, MixtureDims, ModelDims
 from megatron.shapes.mixers import remembered
 from megatron.shapes.parts import FIRST_BLOCK, key_in_table
 from megatron.shapes.table import tensors
-from megatron.shapes.tensor import TensorShape
+from megatron.shapes.tensor import TensorShape, section_slices
 
 __all__ = [
     "FIRST_BLOCK",
@@ -14,5 +14,6 @@ __all__ = [
     "TensorShape",
     "key_in_table",
     "remembered",
+    "section_slices",
     "tensors",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.config.sections.training import TrainingSection
 
@@ -14,4 +15,5 @@ def samples_wanted(training: TrainingSection, iterations: int) -> dict[str, int]
     batch = known(training.train_batch_size)
     per_evaluation = training.eval_iters * batch
     evaluations = iterations // training.eval_interval + 1 if training.eval_interval else 1
-    return {"train": iterations * batch, "valid": evaluations * per_evaluation, "test": per_evaluation}
+    train = Ramp.of(batch, training.rampup_batch_size).consumed(iterations)
+    return {"train": train, "valid": evaluations * per_evaluation, "test": per_evaluation}

@@ -5,8 +5,7 @@ Everything it uses is handed to it (see run.py, which wires it), so this page is
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,10 +17,12 @@ from torch import Tensor
 from megatron.data.batch import MicroBatch
 from megatron.engine.engine import StepResult, TrainingEngine
 from megatron.errors import RunError
+from megatron.evaluation.characters import Characters
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import StepClock
 from megatron.optim.schedule import Schedule
 from megatron.training import triggers
+from megatron.training.sizes import StepSize, StepSizes
 from megatron.training.state import RunState
 
 
@@ -29,8 +30,9 @@ from megatron.training.state import RunState
 class Plan:
     """The numbers of a run, all derived before it starts.
 
-    total, log_interval, eval_interval, eval_iters, exit_interval [steps]; exit_minutes [minutes]; samples, tokens a
-    step; micro_batches a step and data-parallel rank; flops a step on one GPU; peak_flops: [FLOP/s], 0 if unknown;
+    total, log_interval, eval_interval, eval_iters, exit_interval [steps]; exit_minutes [minutes]; samples a step, and
+    micro_batches a step and data-parallel rank, of a whole batch; sizes: of each step; flops: of a sequence of some
+    length on one GPU; peak_flops: [FLOP/s], 0 if unknown; counts_samples: the schedule counts samples and no steps;
     overflow_limit [steps].
     """
 
@@ -44,13 +46,17 @@ class Plan:
     save_factor: float | None
     save_extra: tuple[int, ...]
     samples: int
-    tokens: int
     micro_batches: int
-    flops: float
+    sizes: StepSizes
+    flops: Callable[[int], float]
     peak_flops: float
     world_size: int
-    stop_on_nan: bool
     overflow_limit: int = 50
+    counts_samples: bool = False
+
+    def reports(self, iteration: int) -> bool:
+        """Whether the iteration is reported."""
+        return triggers.every(iteration, self.log_interval) or iteration in (1, self.total)
 
 
 class BatchSource(Protocol):
@@ -64,7 +70,8 @@ class Parts:
     """What the loop works with.
 
     save: writes a checkpoint of the state, None when nothing is saved. check_saves: raises if one that is still being
-    written has failed.
+    written has failed. judge: looks at each step before it counts. recording: around each step. measure: further
+    metrics of a report. characters: counts them in evaluations.
     """
 
     engine: TrainingEngine
@@ -77,14 +84,17 @@ class Parts:
     check_saves: Callable[[], None]
     synchronize: Callable[[], None]
     peak_memory: Callable[[], int]
-    recording: Callable[[int], AbstractContextManager[None]] = lambda iteration: nullcontext()
+    judge: Callable[[RunState, StepSize, StepResult], None] = lambda state, size, result: None
+    recording: Callable[[int, StepSize], AbstractContextManager[None]] = lambda iteration, size: nullcontext()
+    measure: Callable[[], Mapping[str, float]] = dict
+    characters: Characters | None = None
     evaluate_tasks: Callable[[], dict[str, float]] | None = None  # scores the model on tasks, where there are any
 
 
 def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     """Trains up to the last iteration, or until asked to stop; returns why it stopped early.
 
-    The last state is saved in either case. Raises RunError when the loss is not a number and `on_nan` says stop.
+    The last state is saved in either case. Raises RunError where `judge` does.
     """
     batches = parts.train.batches(state.consumed_samples)
     window = _Window(StepClock(parts.synchronize))
@@ -94,12 +104,15 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     if parts.save is not None and state.iteration == 0 and _save_due(plan, state):
         parts.save(state)
     while state.iteration < plan.total and reason is None:
-        with parts.recording(state.iteration + 1):
-            result = parts.engine.train_step(batches, parts.schedule.rate(state.updates + 1))
-        state.advance(samples=plan.samples, tokens=plan.tokens, skipped=result.skipped)
-        window.add(result)
+        size = plan.sizes.of(state.iteration, state.consumed_samples)
+        parts.engine.prepare(size.micro_batches, size.length)
+        with parts.recording(state.iteration + 1, size):
+            result = parts.engine.train_step(size.of(batches), parts.schedule.rate(_place(plan, state, size)))
+        parts.judge(state, size, result)
+        state.advance(samples=size.samples, tokens=size.tokens, skipped=result.skipped)
+        window.add(result, size)
         overflows.add(result, state.iteration)
-        if triggers.every(state.iteration, plan.log_interval) or state.iteration in (1, plan.total):
+        if plan.reports(state.iteration):
             _report(plan, parts, state, window)
         else:
             parts.reporter.progress(state.iteration)
@@ -123,11 +136,19 @@ def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validat
     assert parts.valid is not None, "there is validation data wherever an evaluation is due"
     number = (state.iteration - 1) // plan.eval_interval if plan.eval_interval else 0
     batches = parts.valid.batches(number * plan.eval_iters * plan.samples)
-    loss = parts.engine.eval_loss(batches, plan.eval_iters * plan.micro_batches)
-    parts.reporter.evaluation(state.iteration, split, {"lm_loss": loss})
+    parts.reporter.evaluation(state.iteration, split, losses := evaluation_metrics(plan, parts, batches))
     if parts.evaluate_tasks is not None:
         parts.reporter.evaluation(state.iteration, "eval", parts.evaluate_tasks())
-    return loss
+    return losses["lm_loss"]
+
+
+def evaluation_metrics(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> dict[str, float]:
+    """The loss of one evaluation over these batches, and what follows from it."""
+    counted = batches if parts.characters is None else parts.characters.counted(batches)
+    loss = parts.engine.eval_loss(counted, plan.eval_iters * plan.micro_batches)
+    if parts.characters is None:
+        return {"lm_loss": loss}
+    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": parts.characters.perplexity(loss)}
 
 
 @dataclass
@@ -158,25 +179,30 @@ class _Window:
 
     clock: StepClock
     losses: list[Tensor] = field(default_factory=list)
+    sizes: list[StepSize] = field(default_factory=list)
     last: StepResult | None = None
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, size: StepSize) -> None:
         self.clock.count()
         self.losses.append(result.loss)
+        self.sizes.append(size)
         self.last = result
 
-    def take(self) -> tuple[float, StepResult]:
-        """Mean loss of the window and its last step; empties it."""
+    def take(self) -> tuple[float, StepResult, list[StepSize]]:
+        """Mean loss of the window, its last step and the sizes of its steps; empties it."""
         assert self.last is not None, "a report follows a step"
-        mean = float(torch.stack(self.losses).mean())
+        losses = torch.stack(self.losses)
+        finite = losses[losses.isfinite()]  # a step that was left out may have had no number
+        mean, sizes = float((finite if len(finite) else losses).mean()), list(self.sizes)
         self.losses.clear()
-        return mean, self.last
+        self.sizes.clear()
+        return mean, self.last, sizes
 
 
 def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
     seconds = window.clock.lap()
-    loss, last = window.take()
-    flops_per_second = plan.flops / seconds
+    loss, last, sizes = window.take()
+    flops_per_second = sum(size.samples * plan.flops(size.length) for size in sizes) / len(sizes) / seconds
     metrics = {
         "train/lm_loss": loss,
         "train/learning_rate": last.learning_rate,
@@ -184,20 +210,19 @@ def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
         "train/loss_scale": last.loss_scale,
         "consumed_tokens": float(state.consumed_tokens),
         "runtime/iteration_time": seconds,
-        "runtime/tokens_per_sec": plan.tokens / seconds,
+        "runtime/tokens_per_sec": sum(size.tokens for size in sizes) / len(sizes) / seconds,
         "runtime/flops_per_sec_per_gpu": flops_per_second,
         "runtime/peak_memory_bytes": float(parts.peak_memory()),
     }
     metrics |= {f"train/{name}": float(value) for name, value in last.more.items()}
     if plan.peak_flops > 0:
         metrics["runtime/model_flops_utilization"] = flops_per_second / plan.peak_flops
-    parts.reporter.train(state.iteration, metrics, total_iterations=plan.total)
-    if plan.stop_on_nan and not math.isfinite(loss):
-        raise RunError.of(
-            f"the training loss became {loss} between the last report and iteration {state.iteration}",
-            where="training",
-            remedy="go on from an earlier checkpoint with --iteration N and a lower learning rate, or set on_nan",
-        )
+    parts.reporter.train(state.iteration, {**metrics, **parts.measure()}, total_iterations=plan.total)
+
+
+def _place(plan: Plan, state: RunState, size: StepSize) -> int:
+    """Where the learning-rate schedule is asked for the coming step."""
+    return state.consumed_samples + size.samples if plan.counts_samples else state.updates + 1
 
 
 def _evaluation_due(plan: Plan, parts: Parts, state: RunState) -> bool:

@@ -7,7 +7,6 @@ weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loo
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -19,17 +18,19 @@ from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocab
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
 from megatron.config import Config
+from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.horizon import decay_horizon
+from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
 from megatron.engine.build import DTYPES, build_training_engine
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
+from megatron.evaluation.characters import Characters
 from megatron.evaluation.run import live_evaluation
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
-from megatron.observe.fingerprint import Fingerprints
 from megatron.observe.memory import peak_memory_bytes
 from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
@@ -42,9 +43,13 @@ from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.training.diagnosis import Diagnosis
+from megatron.training.instruments import Instruments, build_instruments
+from megatron.training.judgement import Judge
 from megatron.training.lengths import samples_wanted
-from megatron.training.loop import Parts, Plan, run_loop
+from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
 from megatron.training.roll_call import roll_call
+from megatron.training.sizes import StepSizes
 from megatron.training.state import RunState
 from megatron.training.watch import Watch, watched
 
@@ -87,9 +92,12 @@ def train(config: Config, stop: Stop) -> None:
 
 
 def _with_length(config: Config) -> Config:
-    """The configuration in which passes over the data have become steps, which the data alone can tell."""
+    """The configuration in which samples, or passes over the data, which the data alone can tell, have become steps."""
     training, schedule = config.training, config.schedule
-    if training.train_epochs is None or training.train_batch_size is None:
+    full = known(training.train_batch_size)
+    if training.train_samples is not None:
+        return config.replace(train_iters=Ramp.of(full, training.rampup_batch_size).steps(training.train_samples))
+    if training.train_epochs is None:
         return config
     samples = epoch_samples(
         config.data,
@@ -99,10 +107,10 @@ def _with_length(config: Config) -> Config:
         is_builder=_builds_index_maps(config),
         barrier=_barrier,
     )
-    steps = samples // training.train_batch_size
+    steps = samples // full
     if steps < 1:
         raise ConfigError.of(
-            f"{training.train_epochs} passes give {samples} samples, and a step takes {training.train_batch_size}",
+            f"{training.train_epochs} passes give {samples} samples, and a step takes {full}",
             key="train_epochs",
             value=training.train_epochs,
             remedy="raise it, or lower train_batch_size",
@@ -132,16 +140,27 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
     )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
-    reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration)
+    reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat())
     try:
         plan = _plan(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint)
         parts = _parts(config, engine, data, reporter, stop, saver)
         parts = replace(parts, evaluate_tasks=live_evaluation(config, engine, tokenizer, topology))
+        if config.training.char_level_ppl:
+            parts = replace(parts, characters=Characters(tokenizer))
+        instruments = build_instruments(
+            config.observe,
+            engine,
+            max_norm=config.optimizer.gradient_clipping,
+            due=plan.reports,
+            tell=reporter.message,
+        )
+        parts = _watched(config, engine, data, parts, instruments)
         parts = watched(parts, watch)
         limit_waiting(config.launch.collective_timeout)
         _introduce(config, topology, data, state, reporter)
         reason = run_loop(plan, parts, state)
+        instruments.close()
         if saver is not None:
             saver.finish()
         if reason is not None:
@@ -187,9 +206,7 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
     training, checkpoint, model = config.training, config.checkpoint, config.model
     dims = ModelDims.of(model, config.moe, config.mixers)
     batch = known(training.train_batch_size)
-    length = known(model.seq_length)
-    tokens = batch * length
-    flops = flops_per_iteration(dims, tensors(dims, vocabulary), seq_length=length, train_batch_size=batch)
+    table = tensors(dims, vocabulary)
     peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
@@ -203,13 +220,20 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         save_factor=checkpoint.checkpoint_factor,
         save_extra=tuple(checkpoint.extra_save_iters or ()),
         samples=batch,
-        tokens=tokens,
         micro_batches=known(training.gradient_accumulation_steps),
-        flops=flops / topology.world_size,
+        sizes=StepSizes(
+            Ramp.of(batch, training.rampup_batch_size),
+            share=known(training.train_micro_batch_size_per_gpu) * topology.data.size,
+            lengths=curriculum_lengths(config.deepspeed.curriculum_learning, known(model.seq_length)),
+            whole=known(model.seq_length),
+        ),
+        flops=lambda length: (
+            flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
+        ),
         peak_flops=peak.flops_per_second,
         world_size=topology.world_size,
-        stop_on_nan=training.on_nan == "stop",
         overflow_limit=config.precision.overflow_limit,
+        counts_samples=training.train_samples is not None,
     )
 
 
@@ -221,12 +245,17 @@ def _parts(
     stop: Stop,
     saver: Saver | None,
 ) -> Parts:
+    section = config.schedule
+    horizon = section.lr_decay_samples if config.training.train_samples is not None else section.lr_decay_iters
     schedule = build_schedule(
-        SCHEDULES.load(config.schedule.lr_decay_style),
+        SCHEDULES.load(section.lr_decay_style),
         peak=known(config.optimizer.lr),
-        floor=config.schedule.min_lr,
-        warmup_fraction=config.schedule.warmup,
-        horizon=known(config.schedule.lr_decay_iters),
+        floor=section.min_lr,
+        warmup_fraction=section.warmup,
+        warmup=section.warmup_iters,
+        horizon=known(horizon),
+        tail=section.wsd_decay_fraction,
+        tail_shape=section.wsd_decay_style,
     )
     assert data.train is not None
     return Parts(
@@ -240,7 +269,6 @@ def _parts(
         check_saves=saver.check if saver else no_wait,
         synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
         peak_memory=lambda: peak_memory_bytes(device()),
-        recording=_recorder(config, engine),
     )
 
 
@@ -262,12 +290,21 @@ def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
     return save
 
 
-def _recorder(config: Config, engine: PlainEngine | PipelinedEngine) -> Callable[[int], AbstractContextManager[None]]:
-    section = config.observe
-    if section.fingerprint_interval is None or section.log_dir is None:
-        return lambda iteration: nullcontext()
-    rank, interval = engine.topology.rank, section.fingerprint_interval
-    return Fingerprints(Path(section.log_dir), rank, interval, engine.layers(), engine.parameters).recording
+def _watched(
+    config: Config, engine: PlainEngine | PipelinedEngine, data: Data, parts: Parts, instruments: Instruments
+) -> Parts:
+    """The parts with those that look at the run."""
+    training = config.training
+    assert data.train is not None
+    diagnosis = Diagnosis(engine, data.train, known(training.train_micro_batch_size_per_gpu))
+    judge = Judge(
+        diagnosis,
+        training.on_nan,
+        config.observe.loss_spike_factor,
+        scaled=config.precision.precision == "fp16",
+        tell=parts.reporter.message,
+    )
+    return replace(parts, judge=judge.judge, recording=instruments.recording, measure=instruments.measure)
 
 
 def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
@@ -284,8 +321,8 @@ def _introduce(config: Config, topology: Topology, data: Data, state: RunState, 
 def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
     """The last word: the loss on the test split, from its first sample on."""
     assert data.test is not None
-    loss = parts.engine.eval_loss(data.test.batches(0), plan.eval_iters * plan.micro_batches)
-    parts.reporter.evaluation(state.iteration, "test", {"lm_loss": loss})
+    metrics = evaluation_metrics(plan, parts, data.test.batches(0))
+    parts.reporter.evaluation(state.iteration, "test", metrics)
 
 
 def _barrier() -> None:

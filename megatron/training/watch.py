@@ -23,6 +23,7 @@ from megatron.parallel.pulse import SAVING, STALE, TASKS, Heart, Pulse, suspects
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import failed_in_a_collective, flight_record
 from megatron.training.loop import BatchSource, Parts
+from megatron.training.sizes import StepSize
 
 FAILURES = "failures"
 
@@ -101,10 +102,10 @@ def watched(parts: Parts, watch: Watch) -> Parts:
     """The same parts of a training loop, telling the watch what is going on."""
 
     @contextmanager
-    def recording(iteration: int) -> Iterator[None]:
+    def recording(iteration: int, size: StepSize) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(watch.doing("training", iteration))
-            stack.enter_context(parts.recording(iteration))
+            stack.enter_context(parts.recording(iteration, size))
             yield
 
     def told(what: str, work: Callable[P, R]) -> Callable[P, R]:

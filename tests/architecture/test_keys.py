@@ -38,8 +38,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "mamba_use_bias_in_linears",
     ),
     "attention_config:rwkv": ("dim_att", "ffn_dim", "head_size"),
-    "log_gradient_noise_scale": ("gradient_noise_scale_cpu_offload", "gradient_noise_scale_n_batches"),
-    "memory_profiling": ("memory_profiling_path",),
     "moe_num_experts": (
         "moe_aux_loss_coeff",
         "moe_capacity_factor",
@@ -66,7 +64,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "pos_valid_data_paths",
         "pos_valid_label_data_paths",
     ),
-    "profile": ("profile_step_start", "profile_step_stop"),
     "serve_model_weights": ("online_dataserver_ips", "online_dataserver_ports"),
     "te_fp8_mha": ("te_fp8_amax_compute_algo", "te_fp8_amax_history_len", "te_fp8_format", "te_fp8_wgrad"),
     "text_gen_type": ("precompute_model_name",),
@@ -74,21 +71,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "train_impl:kto": ("kto_beta", "kto_desirable_weight", "kto_fp32", "kto_undesirable_weight"),
     "train_impl:reinforce": ("fp32_reinforce", "kl_div_beta", "kl_impl", "reinforce_leave_one_out"),
     "train_impl:rm": ("z_loss",),
-    "use_comet": ("comet_experiment_name", "comet_others", "comet_project", "comet_tags", "comet_workspace"),
     "use_mup": (
         "base_shapes_file",
         "mup_embedding_mult",
         "mup_init_scale",
         "mup_rp_embedding_mult",
         "mup_width_scale",
-    ),
-    "use_wandb": (
-        "wandb_group",
-        "wandb_host",
-        "wandb_init_all_ranks",
-        "wandb_project",
-        "wandb_run_name",
-        "wandb_team",
     ),
 }
 

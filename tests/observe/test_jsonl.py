@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron.errors import ConfigError
+from megatron.observe.sinks.base import Start
 from megatron.observe.sinks.jsonl import JsonLines, read_metrics
 
 
@@ -70,7 +71,7 @@ def test_a_torn_last_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
 
 def test_without_a_run_directory_it_names_the_key():
     with pytest.raises(ConfigError, match="log_dir"):
-        JsonLines.open(SimpleNamespace(log_dir=None, tensorboard_dir=None), 0)
+        JsonLines.open(SimpleNamespace(log_dir=None, tensorboard_dir=None), Start())
 
 
 def test_reading_what_is_not_there_says_so(tmp_path):

@@ -3,10 +3,10 @@
 import io
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 
+from megatron.config.sections.observe import ObserveSection
 from megatron.observe import Reporter, build_reporter, read_metrics
 from megatron.observe.console import Console
 from megatron.observe.reporter import perplexity
@@ -57,7 +57,7 @@ def test_a_full_disk_is_told_once_and_the_other_sink_goes_on(monkeypatch):
 
 
 def test_rank_0_writes_and_other_ranks_are_silent(tmp_path, capsys):
-    observe = SimpleNamespace(log_dir=str(tmp_path), tensorboard_dir=str(tmp_path / "board"))
+    observe = ObserveSection(log_dir=str(tmp_path), tensorboard_dir=str(tmp_path / "board"))
     for rank in (0, 1):
         reporter = build_reporter(observe, rank)
         reporter.train(1, {"train/lm_loss": 2.0}, total_iterations=4)
@@ -70,7 +70,7 @@ def test_rank_0_writes_and_other_ranks_are_silent(tmp_path, capsys):
 def test_tensorboard_holds_the_scalars_and_hides_what_was_done_again(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    observe = SimpleNamespace(log_dir=None, tensorboard_dir=str(tmp_path))
+    observe = ObserveSection(log_dir=None, tensorboard_dir=str(tmp_path))
     for start, last, offset in ((0, 5, 0.0), (3, 4, 10.0)):
         reporter = build_reporter(observe, 0, start_iteration=start)
         for iteration in range(start + 1, last + 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.extensions import extensions_folder
-from megatron.parallel.bootstrap import own_programs_first
+from megatron.parallel.compiling import own_programs_first
 from tests.distributed import run_distributed
 
 

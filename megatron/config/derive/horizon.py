@@ -1,4 +1,4 @@
-"""How many steps the learning rate decays over."""
+"""How long the learning rate decays: in steps, or in samples where the run's length is given in samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 def decay_horizon(train_iters: int | None, decay_iters: int | None, decay_fraction: float | None) -> int | None:
     """The horizon [steps]: lr_decay_iters, else lr_decay_fraction x train_iters, else train_iters; at least 1.
 
-    None where the length of the run is not known either.
+    None where the length of the run is not known either. With samples in place of steps it is the horizon in samples.
     """
     if decay_iters is not None:
         return max(1, decay_iters)

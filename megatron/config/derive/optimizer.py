@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.errors import ConfigError, Mistake
-from megatron.registry import nearest_name
+from megatron.registry import OPTIMIZERS, nearest_name
 
 DEFAULT_LR = 1.0e-3
 
-ADAM_PARAMS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "bias_correction",
-    "adam_w_mode",
-    "amsgrad",
-    "max_grad_norm",
-    "torch_adam",
-    "freeze_step",
-    "cuda_aware",
-    "comm_backend_name",
-)
-"""What the params of any Adam may name; gradient_clipping decides where max_grad_norm is given."""
+COMMON_PARAMS = ("lr", "weight_decay", "max_grad_norm")
+"""What the params of any optimizer may name; gradient_clipping decides where max_grad_norm is given."""
+
+NUMBERS = ("lr", "weight_decay", "max_grad_norm", "eps", "momentum", "dampening", "beta", "beta2_decay", "d")
+COUNTS = ("freeze_step", "ns_steps")
+SWITCHES = ("bias_correction", "adam_w_mode", "amsgrad", "torch_adam", "nesterov", "cuda_aware")
+CHOICES = {"adjust_lr_fn": ("match_rms_adamw", "original")}
+
+
+WITHOUT_EFFECT = {
+    "torch_adam": "torch's fused kernel always runs",
+    "cuda_aware": "torch.distributed carries the momenta",
+    "comm_backend_name": "torch.distributed carries the momenta",
+    "max_grad_norm": "gradient_clipping decides",
+}
+"""Parameters that public configurations may carry and nothing reads."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def derive_optimizer(
         *_kind_mistakes(block["type"], choices),
         *(_contradiction("optimizer_type", kind, found_kind, block) if found_kind in choices else ()),
         *_contradiction("lr", lr, found_lr, block),
-        *_number_mistakes(block),
-        *(_unknown_params(params, block) if "adam" in found_kind else ()),
+        *_wrong_values(found_kind, block),
+        *(_unknown_params(found_kind, params, block) if found_kind in choices else ()),
     ]
     ConfigError.raise_any(mistakes)
     decay = params.get("weight_decay")
@@ -85,29 +86,41 @@ def _contradiction(key: str, given: object, found: object, block: dict[str, Any]
     return [Mistake(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")]
 
 
-def _unknown_params(params: dict[str, Any], block: dict[str, Any]) -> list[Mistake]:
+def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) -> list[Mistake]:
     mistakes = []
+    known = (*COMMON_PARAMS, *OPTIMIZERS.entry(kind).settings)
     for name in params:
-        if name not in ADAM_PARAMS:
-            close = nearest_name(str(name), ADAM_PARAMS)
-            remedy = f"did you mean {close}?" if close else f"the parameters are {', '.join(ADAM_PARAMS)}"
-            mistakes.append(Mistake(f"Adam has no parameter {name}", key="optimizer", value=block, remedy=remedy))
+        if name not in known:
+            close = nearest_name(str(name), known)
+            remedy = f"did you mean {close}?" if close else f"the parameters are {', '.join(known)}"
+            mistakes.append(Mistake(f"{kind} has no parameter {name}", key="optimizer", value=block, remedy=remedy))
     return mistakes
 
 
-def _number_mistakes(block: dict[str, Any]) -> list[Mistake]:
-    mistakes, params = [], block["params"]
-    for name in ("lr", "weight_decay", "eps", "momentum"):
-        value = params.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            told = f"{name} = {value!r} is not a finite number"
-            mistakes.append(Mistake(told, key="optimizer", value=block, remedy="write it as 0.001 or 1.0e-8"))
-    betas = params.get("betas", (0.9, 0.999))
-    if (
-        not isinstance(betas, (list, tuple))
-        or len(betas) != 2
-        or not all(isinstance(beta, (int, float)) and not isinstance(beta, bool) and 0 <= beta < 1 for beta in betas)
-    ):
-        told = f"betas = {betas!r} is not two numbers in [0, 1)"
-        mistakes.append(Mistake(told, key="optimizer", value=block, remedy="write betas: [0.9, 0.95]"))
-    return mistakes
+def _wrong_values(kind: str, block: dict[str, Any]) -> list[Mistake]:
+    """Values of a wrong kind, of the parameters that the optimizer has."""
+    told = []
+    known = (*COMMON_PARAMS, *(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else ()))
+    for name, value in block["params"].items():
+        if name not in known:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if name in NUMBERS and not number:
+            told.append((f"{name} = {value!r} is not a finite number", "write it as 0.001 or 1.0e-8"))
+        elif name in ("momentum", "beta", "dampening") and not 0 <= value < 1:
+            told.append((f"{name} = {value!r} is not in [0, 1)", "such as 0.9"))
+        elif name in COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            told.append((f"{name} = {value!r} is not a number of steps", "write a whole number above 0"))
+        elif name in SWITCHES and not isinstance(value, bool):
+            told.append((f"{name} = {value!r} is neither true nor false", "write true or false"))
+        elif name in CHOICES and value not in CHOICES[name]:
+            told.append((f"there is no {name} = {value!r}", f"the choices are {', '.join(CHOICES[name])}"))
+        elif name == "betas" and not _are_betas(value):
+            told.append((f"betas = {value!r} is not two numbers in [0, 1)", "write betas: [0.9, 0.95]"))
+    return [Mistake(what, key="optimizer", value=block, remedy=remedy) for what, remedy in told]
+
+
+def _are_betas(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(isinstance(beta, (int, float)) and not isinstance(beta, bool) and 0 <= beta < 1 for beta in value)

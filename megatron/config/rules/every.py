@@ -11,7 +11,19 @@ from contextlib import suppress
 
 from megatron.config.config import Config
 from megatron.config.partial import NotKnown, partial
-from megatron.config.rules import architecture, attention, blocks, data, experts, layout, mixers, positions, run
+from megatron.config.rules import (
+    architecture,
+    attention,
+    blocks,
+    data,
+    experts,
+    layout,
+    length,
+    mixers,
+    optimizer,
+    positions,
+    run,
+)
 from megatron.errors import Mistake
 
 Rule = Callable[[Config], Iterator[Mistake]]
@@ -36,13 +48,20 @@ RULES: tuple[Rule, ...] = (
     attention.blocks_have_their_own_weights,
     attention.shared_positions_are_reduced_once,
     run.fractions_are_fractions,
-    blocks.warmup_is_a_part,
+    length.warmup_is_a_part,
     blocks.extra_arguments_only_add,
     run.counts_are_positive,
     run.ports_are_ports,
     run.hosts_are_counted,
     layout.pipeline_limits_zero,
     layout.context_needs_no_pipeline,
+    optimizer.whole_tensors_need_no_zero,
+    optimizer.momenta_are_exchanged_once,
+    optimizer.pieces_need_full_precision,
+    optimizer.spread_experts_are_pieces,
+    optimizer.host_memory_holds_parameters,
+    optimizer.eight_bits_are_built,
+    optimizer.nesterov_needs_momentum,
     layout.sequence_parallel_needs_tensor_parallel,
     run.fp16_loss_needs_fp16,
     mixers.mixers_limit_layouts,
@@ -50,12 +69,17 @@ RULES: tuple[Rule, ...] = (
     experts.experts_limit_zero,
     experts.tokens_choose_among_experts,
     experts.router_numbers_make_sense,
-    run.learning_rates_are_ordered,
+    length.learning_rates_are_ordered,
     run.saving_is_scheduled,
     run.loading_is_possible,
     run.buckets_are_addresses,
-    run.run_has_a_length,
+    length.run_has_a_length,
+    length.horizon_counts_what_the_run_counts,
+    length.batch_grows_in_whole_steps,
+    length.curriculum_is_one_of_ours,
     run.recomputation_is_one_thing,
+    run.snapshots_need_a_gpu,
+    run.noise_needs_several_batches,
     data.data_has_one_source,
     data.lists_are_as_long_as_their_paths,
     data.split_is_readable,

@@ -22,7 +22,7 @@ def deepspeed_is_on(config: Config) -> Iterator[Mistake]:
 def fractions_are_fractions(config: Config) -> Iterator[Mistake]:
     """Probabilities and shares lie in [0, 1]."""
     sections = (config.model, config.schedule, config.generation)
-    names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "top_p", "min_p")
+    names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "wsd_decay_fraction", "top_p", "min_p")
     for section in sections:
         for name in names:
             value = getattr(section, name, None)
@@ -113,20 +113,6 @@ def fp16_loss_needs_fp16(config: Config) -> Iterator[Mistake]:
         )
 
 
-def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:
-    """The floor of the schedule is not above its peak; the schedule has one source on resuming."""
-    rate, floor = config.optimizer.lr, config.schedule.min_lr
-    if rate is not None and floor > rate:
-        yield Mistake(f"it is above the learning rate {rate}", key="min_lr", value=floor)
-    if config.schedule.override_lr_scheduler and config.schedule.use_checkpoint_lr_scheduler:
-        yield Mistake(
-            "override_lr_scheduler asks for the opposite",
-            key="use_checkpoint_lr_scheduler",
-            value=True,
-            remedy="keep one",
-        )
-
-
 def saving_is_scheduled(config: Config) -> Iterator[Mistake]:
     """`save` says where; checkpoint_factor or extra_save_iters say when."""
     saving = config.checkpoint
@@ -185,22 +171,6 @@ def buckets_are_addresses(config: Config) -> Iterator[Mistake]:
         yield Mistake(f"S3 takes parts of {_LEAST_PART} bytes at least", key="s3_chunk_size", value=saved.s3_chunk_size)
 
 
-def run_has_a_length(config: Config) -> Iterator[Mistake]:
-    """One of train_iters, train_epochs and train_samples."""
-    if not trains(config.launch.user_script):
-        return
-    names = ("train_iters", "train_epochs", "train_samples")
-    given = [name for name in names if getattr(config.training, name) is not None]
-    if not given:
-        yield Mistake("the length of the run is not given", key="train_iters", remedy="give train_iters")
-    if len(given) > 1:
-        yield Mistake(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
-    for name in given:
-        value = getattr(config.training, name)
-        if value < 0 or (value == 0 and name != "train_iters"):
-            yield Mistake("a run cannot have this length", key=name, value=value)
-
-
 def recomputation_is_one_thing(config: Config) -> Iterator[Mistake]:
     """Whole blocks or their attention core, not both."""
     again = config.recompute
@@ -211,3 +181,36 @@ def recomputation_is_one_thing(config: Config) -> Iterator[Mistake]:
             value="selective",
             remedy="leave one of the two out",
         )
+
+
+def snapshots_need_a_gpu(config: Config) -> Iterator[Mistake]:
+    """Memory snapshots are those of the GPU's allocator; the steps to look at follow one another."""
+    observe = config.observe
+    if observe.memory_profiling and config.launch.distributed_backend == "gloo":
+        yield Mistake(
+            "a memory snapshot is one of the GPU's allocator, and this run is on CPUs",
+            key="memory_profiling",
+            value=True,
+            remedy="leave it out; runtime/peak_memory_bytes tells the peak here",
+        )
+    if (observe.profile or observe.memory_profiling) and not 0 < observe.profile_step_start < observe.profile_step_stop:
+        yield Mistake(
+            f"there is no step from {observe.profile_step_start} up to before {observe.profile_step_stop}",
+            key="profile_step_stop",
+            value=observe.profile_step_stop,
+            remedy="make it greater than profile_step_start, which counts from 1",
+        )
+
+
+def noise_needs_several_batches(config: Config) -> Iterator[Mistake]:
+    """The noise scale compares single batches with the mean of several."""
+    observe = config.observe
+    if observe.log_gradient_noise_scale and observe.gradient_noise_scale_n_batches < 2:
+        yield Mistake(
+            "a mean of one batch is that batch",
+            key="gradient_noise_scale_n_batches",
+            value=observe.gradient_noise_scale_n_batches,
+            remedy="use 2 or more",
+        )
+    if observe.loss_spike_factor is not None and observe.loss_spike_factor <= 1:
+        yield Mistake("it must be above 1", key="loss_spike_factor", value=observe.loss_spike_factor)

@@ -32,8 +32,12 @@ class DeepspeedSection(Section):
     autotuning: Table | None = key(None, "DeepSpeed's autotuner: {enabled, ...}.")
     activation_checkpointing: Table | None = key(None, "DeepSpeed's activation checkpointing block.")
     sparse_attention: Table | None = key(None, "DeepSpeed's sparse attention; gone from DeepSpeed.")
-    data_efficiency: Table | None = key(None, "DeepSpeed's curriculum and sampling: {enabled, ...}.")
-    curriculum_learning: Table | None = key(None, "The older curriculum block; data_efficiency replaced it.")
+    data_efficiency: Table | None = key(
+        None, "DeepSpeed's own data sampling, which does not work here; curriculum_learning does."
+    )
+    curriculum_learning: Table | None = key(
+        None, "Sequences that grow: {enabled, min_difficulty, max_difficulty, schedule_type, schedule_config}."
+    )
     curriculum_seqlen: int = key(0, "Sequence length reached by the curriculum.", unit="tokens")
     tensorboard: Table | None = key(None, "DeepSpeed's own TensorBoard monitor; tensorboard_dir is ours.")
     wandb: Table | None = key(None, "DeepSpeed's own Weights & Biases monitor; use_wandb is ours.")

@@ -36,6 +36,14 @@ class ObserveSection(Section):
     log_grad_norm: bool = key(False, "Log the gradient norm of each parameter.")
     log_grad_pct_zeros: bool = key(False, "Log the share of zeros in each gradient.")
     log_param_norm: bool = key(False, "Log the norm of each parameter.")
+    log_norms_by: str = key(
+        "parameter",
+        "Whether those norms and shares are of each parameter or of each layer.",
+        choices=("parameter", "layer"),
+    )
+    loss_spike_factor: float | None = key(
+        None, "A loss this many times its running mean is told, with its samples; none is when left out."
+    )
     log_optimizer_states: bool = key(False, "Log norms of the optimizer's state.")
     log_gradient_noise_scale: bool = key(False, "Estimate the gradient noise scale, arXiv:1812.06162.")
     gradient_noise_scale_n_batches: int = key(5, "Batches in one estimate.", unit="batches")

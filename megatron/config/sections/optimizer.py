@@ -1,19 +1,15 @@
 """The optimizer. `optimizer: {type, params}` is what a user writes; `optimizer_type` and `lr` follow from it."""
 
-from megatron.config.key import Section, key, planned
+from megatron.config.key import Section, key
 from megatron.config.types import Table
 from megatron.registry import OPTIMIZERS
-
-OPTIMIZER_CHOICES = planned(
-    OPTIMIZERS.names, "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion"
-)
 
 
 class OptimizerSection(Section):
     """Optimizer, weight decay and clipping."""
 
     optimizer: Table | None = key(None, "The optimizer: {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95]}}.")
-    optimizer_type: str = key("adam", "Kind of optimizer; follows from optimizer.", choices=OPTIMIZER_CHOICES)
+    optimizer_type: str = key("adam", "Kind of optimizer; follows from optimizer.", choices=OPTIMIZERS.names)
     lr: float | None = key(None, "Peak learning rate; follows from optimizer.")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.")
     gradient_clipping: float = key(1.0, "Largest norm of the whole gradient; 0 does not clip.")
@@ -25,14 +21,3 @@ class OptimizerSection(Section):
         """The optimizer's own settings as the user wrote them."""
         params = (self.optimizer or {}).get("params") or {}
         return dict(params)
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Decay of Adam's first and second moment; (0.9, 0.999) when not given."""
-        first, second = self.params.get("betas", (0.9, 0.999))
-        return float(first), float(second)
-
-    @property
-    def eps(self) -> float:
-        """Added to the root of Adam's second moment; 1e-8 when not given."""
-        return float(self.params.get("eps", 1.0e-8))

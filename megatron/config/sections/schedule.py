@@ -15,9 +15,16 @@ class ScheduleSection(Section):
     lr_decay_fraction: float | None = key(
         None, "Horizon as a part of train_iters, where lr_decay_iters is not given.", unit="fraction"
     )
-    lr_decay_samples: int | None = key(None, "Horizon counted in samples, with train_samples.", unit="samples")
+    lr_decay_samples: int | None = key(
+        None, "Horizon counted in samples, with train_samples, which it is unless given.", unit="samples"
+    )
     min_lr: float = key(0.0, "The decay never goes below this learning rate.")
     warmup: float = key(0.01, "Part of the horizon in which the rate rises on a line to its peak.", unit="fraction")
+    warmup_iters: int | None = key(None, "Length of the warmup in steps, in place of warmup.", unit="steps")
+    wsd_decay_fraction: float = key(
+        0.1, "With lr_decay_style wsd, the last part of the horizon, in which the rate falls.", unit="fraction"
+    )
+    wsd_decay_style: str = key("linear", "Shape of that fall.", choices=("linear", "cosine", "sqrt"))
     override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
     use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
     scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")

@@ -35,5 +35,9 @@ class TrainingSection(Section):
     deterministic: bool = key(False, "Use only operations that give the same bits on every run.")
     exit_interval: int | None = key(None, "Stop when the iteration is a multiple of this.", unit="steps")
     exit_duration: float | None = key(None, "Save and stop after this long.", unit="minutes")
-    on_nan: str = key("stop", "What a loss that is not a number does.", choices=("stop", "skip", "continue"))
+    on_nan: str = key(
+        "stop",
+        "What follows a loss or gradient that is not finite; its step is never applied.",
+        choices=("stop", "skip"),
+    )
     char_level_ppl: bool = key(False, "Report perplexity a character too.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.model.positions.base import Positions
 from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.parallel.marks import mark_table
 
 
 class LearnedPositions(Positions, nn.Module):
@@ -21,6 +22,7 @@ class LearnedPositions(Positions, nn.Module):
         super().__init__()
         self.skipped = skipped
         self.weight = source.replica("weight", (skipped + max_positions, hidden_size), fill)
+        mark_table(self.weight)
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron.model.positions.base import Positions
 from megatron.parallel.initialization import ParameterSource
-from megatron.parallel.marks import mark_tied
+from megatron.parallel.marks import mark_table, mark_tied
 
 
 def buckets(length: int, count: int, max_distance: int, device: torch.device) -> Tensor:
@@ -38,6 +38,7 @@ class RelativePositions(Positions, nn.Module):
         super().__init__()
         self.count, self.max_distance, self.scale = count, max_distance, scale
         self.weight = source.shard("weight", (count, heads), _xavier_normal, dim=1)
+        mark_table(self.weight)
         mark_tied(self.weight)
 
     @classmethod

@@ -1,14 +1,14 @@
 """What every sink is.
 
-A sink is a class with a classmethod `open(observe, start_iteration)`. `observe` is the configuration's section of that
-name, from which the sink reads its own keys; `start_iteration` is the iteration [steps] that the run continues after, 0
-for a fresh run. To add one: a new file here and one line in the registry's SINKS.
+A sink is a class with a classmethod `open(observe, start)`. `observe` is the configuration's section of that name, from
+which the sink reads its own keys. To add one: a new file here and one line in the registry's SINKS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 
 class Observe(Protocol):
@@ -20,12 +20,64 @@ class Observe(Protocol):
     @property
     def tensorboard_dir(self) -> str | None: ...
 
+    @property
+    def use_wandb(self) -> bool | None: ...
+
+    @property
+    def wandb_group(self) -> str | None: ...
+
+    @property
+    def wandb_run_name(self) -> str | None: ...
+
+    @property
+    def wandb_team(self) -> str | None: ...
+
+    @property
+    def wandb_project(self) -> str: ...
+
+    @property
+    def wandb_host(self) -> str: ...
+
+    @property
+    def wandb_init_all_ranks(self) -> bool: ...
+
+    @property
+    def use_comet(self) -> bool | None: ...
+
+    @property
+    def comet_workspace(self) -> str | None: ...
+
+    @property
+    def comet_project(self) -> str | None: ...
+
+    @property
+    def comet_experiment_name(self) -> str | None: ...
+
+    @property
+    def comet_tags(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def comet_others(self) -> dict[str, Any] | None: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the run stands when a sink opens.
+
+    iteration: that the run continues after, 0 for a fresh run [steps]. rank: of this process. settings: key -> value
+    of the whole configuration, for services that show them.
+    """
+
+    iteration: int = 0
+    rank: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
 
 class Sink(Protocol):
     """Takes metric records, in the order of the run."""
 
     @classmethod
-    def open(cls, observe: Observe, start_iteration: int) -> Self:
+    def open(cls, observe: Observe, start: Start) -> Self:
         """Starts the sink. Raises ConfigError when an optional package or a needed key is missing."""
         ...
 

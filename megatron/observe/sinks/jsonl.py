@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from megatron.errors import ConfigError
-from megatron.observe.sinks.base import Observe
+from megatron.observe.sinks.base import Observe, Start
 
 FILE_NAME = "metrics.jsonl"
 _TRAINING_MARK = "train/lm_loss"
@@ -32,7 +32,7 @@ class JsonLines:
             self._file.write("\n")
 
     @classmethod
-    def open(cls, observe: Observe, start_iteration: int) -> Self:
+    def open(cls, observe: Observe, start: Start) -> Self:
         """The sink in the run directory."""
         if observe.log_dir is None:
             raise ConfigError.of(

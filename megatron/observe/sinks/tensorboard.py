@@ -11,7 +11,7 @@ from typing import Self
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron.errors import ConfigError
-from megatron.observe.sinks.base import Observe
+from megatron.observe.sinks.base import Observe, Start
 
 
 class TensorBoard:
@@ -26,13 +26,13 @@ class TensorBoard:
         )
 
     @classmethod
-    def open(cls, observe: Observe, start_iteration: int) -> Self:
+    def open(cls, observe: Observe, start: Start) -> Self:
         """The sink at `tensorboard_dir`, which must be set."""
         if observe.tensorboard_dir is None:
             raise ConfigError.of(
                 "TensorBoard needs a directory", key="tensorboard_dir", value=None, remedy="name a directory"
             )
-        return cls(observe.tensorboard_dir, start_iteration)
+        return cls(observe.tensorboard_dir, start.iteration)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -1,0 +1,21 @@
+"""How much an engine takes in one step, which may grow while a run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def accumulate(deepspeed: Any, micro_batches: int) -> None:
+    """Makes a step of that many micro batches; to be called between steps.
+
+    DeepSpeed finds the end of a step by counting all micro batches so far, so the count starts again.
+    """
+    if deepspeed.gradient_accumulation_steps() == micro_batches:
+        return
+    ranks = deepspeed.train_batch_size() // (
+        deepspeed.train_micro_batch_size_per_gpu() * deepspeed.gradient_accumulation_steps()
+    )
+    deepspeed.set_train_batch_size(deepspeed.train_micro_batch_size_per_gpu() * micro_batches * ranks)
+    deepspeed.micro_steps = 0
+    if hasattr(deepspeed.optimizer, "gradient_accumulation_steps"):
+        deepspeed.optimizer.gradient_accumulation_steps = micro_batches

@@ -1,0 +1,26 @@
+"""Whether this user has a key for a logging service, found without importing the service's package."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlparse
+
+
+def wandb_key(host: str) -> str | None:
+    """The key for a Weights & Biases server: WANDB_API_KEY, the netrc entry of its host, or any text for a local one.
+
+    host: the key wandb_host, such as https://api.wandb.ai.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return os.environ["WANDB_API_KEY"]
+    if "WANDB_LOCAL" in os.environ:
+        return "local"
+    name = urlparse(host).hostname or host
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        found = netrc.netrc(str(path)).authenticators(name)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return found[2] if found else None

@@ -1,0 +1,41 @@
+"""SM3 (arXiv:1901.11150, algorithm SM3-II): second moments as one number a row and one a column of each matrix.
+
+The package's SM3 has no weight decay; it is decoupled here, like that of the other optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_optimizer import SM3
+
+from megatron.optim.request import Groups, Request
+from megatron.optim.whole import over_whole_tensors
+
+
+class DecayedSM3(SM3):  # type: ignore[misc]
+    """SM3 after a decay of the weights by lr x weight_decay."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        for group in self.param_groups:
+            decay = group["lr"] * group["weight_decay"]
+            weights = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if decay and weights:
+                torch._foreach_mul_(weights, 1 - decay)
+        return super().step(closure)
+
+
+def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
+    """The SM3 of the package pytorch-optimizer; momentum averages its updates, beta its squared gradients."""
+    make = partial(
+        DecayedSM3,
+        lr=request.lr,
+        momentum=request.number("momentum", 0.0),
+        beta=request.number("beta", 0.0),
+        eps=request.number("eps", 1.0e-30),
+    )
+    return over_whole_tensors(groups, make, request.topology.model)

@@ -1,0 +1,89 @@
+"""Which optimizer may name what, and in which layout it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.registry import EIGHT_BIT, OPTIMIZERS
+from tests.config.small import resolved
+
+VALUES: dict[str, Any] = {
+    "betas": [0.9, 0.99],
+    "freeze_step": 5,
+    "ns_steps": 5,
+    "adjust_lr_fn": "original",
+    "beta2_decay": -0.8,
+    "comm_backend_name": "nccl",
+    "momentum": 0.9,
+}
+
+
+def chosen(name: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": name, "params": {"lr": 1e-3, **params}}}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names)
+def test_every_setting_is_taken_and_any_other_is_named(name: str) -> None:
+    settings = OPTIMIZERS.entry(name).settings
+    for setting in settings:
+        value = VALUES.get(setting, setting in {"torch_adam", "nesterov"} or 0.5)
+        value = True if setting in {"bias_correction", "adam_w_mode", "amsgrad", "cuda_aware"} else value
+        value = False if setting == "nesterov" and name == "sgd" else value
+        assert resolved(**chosen(name, **{setting: value})).config.optimizer.optimizer_type == name
+    with pytest.raises(ConfigError, match=f"{name} has no parameter warp"):
+        resolved(**chosen(name, warp=1))
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"momentum": "0.9"}, "momentum = '0.9' is not a finite number"),
+        ({"momentum": 1.5}, r"momentum = 1.5 is not in \[0, 1\)"),
+        ({"nesterov": 1}, "neither true nor false"),
+        ({"nesterov": True}, "nesterov needs a momentum"),
+        ({"momentun": 0.9}, "did you mean momentum"),
+    ],
+)
+def test_wrong_values_are_told(params: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        resolved(**chosen("sgd", **params))
+
+
+@pytest.mark.parametrize("name", ["sm3", "adafactor", "muon", "onebitadam"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_needs_whole_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):
+        resolved(zero_optimization={"stage": stage}, **chosen(name))
+    with pytest.raises(ConfigError, match=rf"{name} works on whole fp32 tensors"):
+        resolved(precision="bfloat16", zero_optimization={"stage": 0}, **chosen(name))
+
+
+def test_muon_goes_on_in_bfloat16_as_deepspeed_s() -> None:
+    low = {"precision": "bfloat16", "zero_optimization": {"stage": 1}}
+    resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original"))
+    with pytest.raises(ConfigError, match="adjust_lr_fn: original"):
+        resolved(**low, pipe_parallel_size=0, **chosen("muon"))
+    with pytest.raises(ConfigError, match="data parallelism alone"):
+        resolved(**low, pipe_parallel_size=1, **chosen("muon", adjust_lr_fn="original"))
+    with pytest.raises(ConfigError, match="before anyone can look"):
+        resolved(**low, pipe_parallel_size=0, log_grad_norm=True, **chosen("muon", adjust_lr_fn="original"))
+
+
+def test_an_optimizer_of_the_host_needs_its_memory() -> None:
+    with pytest.raises(ConfigError, match=r"cpu_adam updates in the host's memory.*offload_optimizer"):
+        resolved(accelerator="cuda", **chosen("cpu_adam"))
+    offloaded = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    resolved(accelerator="cuda", zero_optimization=offloaded, **chosen("cpu_adam"))
+    resolved(**chosen("cpu_adam"))
+
+
+def test_eight_bits_are_for_some() -> None:
+    for name in EIGHT_BIT.names:
+        resolved(use_bnb_optimizer=True, **chosen(name))
+    with pytest.raises(ConfigError, match=r"bitsandbytes has no muon.*adam, lion, sgd"):
+        resolved(use_bnb_optimizer=True, **chosen("muon"))
+    with pytest.raises(ConfigError, match=r"8-bit adam has no parameter amsgrad"):
+        resolved(use_bnb_optimizer=True, **chosen("adam", amsgrad=True))

@@ -1,0 +1,292 @@
+"""Every registered optimizer: 50 steps against an independent implementation, which parameters decay, what it keeps.
+
+The references are other packages' optimizers where there are any, else the paper's formula in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.optim.eight_bit import codes, numbers
+from megatron.optim.groups import parameter_groups
+from megatron.optim.kept import kept, restore
+from megatron.optim.request import Request
+from megatron.parallel.marks import mark_no_weight_decay, mark_table
+from megatron.parallel.topology import Topology
+from megatron.registry import EIGHT_BIT, OPTIMIZERS
+
+STEPS, LR, DECAY = 50, 1.0e-2, 0.1
+MATRIX, TABLE, VECTOR = (6, 10), (12, 6), (10,)
+
+
+def parameters(dtype: torch.dtype = torch.float32, scale: int = 1) -> list[Parameter]:
+    """A matrix, a table of tokens and a vector without decay; the same values every time."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for shape in (MATRIX, TABLE, VECTOR):
+        grown = (shape[0] * scale, *shape[1:])
+        made.append(Parameter(torch.randn(grown, generator=generator).to(dtype)))
+    mark_table(made[1])
+    mark_no_weight_decay(made[2])
+    return made
+
+
+def gradients(step: int, params: list[Parameter]) -> list[Tensor]:
+    """Gradients of a noisy bowl: they depend on the weights, so a wrong step shows in all later ones."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return [0.3 * p.detach() + torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+
+
+def ours(name: str, settings: dict[str, Any], steps: int = STEPS, **more: Any) -> list[Tensor]:
+    """The weights after some steps of the registered optimizer, its rate falling as a schedule's does."""
+    params = parameters(**more)
+    optimizer = OPTIMIZERS.load(name)(parameter_groups(params, DECAY), Request(LR, Topology.single(), settings))
+    return run(optimizer, params, steps)
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int = STEPS) -> list[Tensor]:
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        for parameter, gradient in zip(params, gradients(step, params), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in params]
+
+
+def rate(step: int) -> float:
+    return LR * (1 - step / (2 * STEPS))
+
+
+Update = Callable[[int, int, Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+
+def formula(update: Update) -> list[Tensor]:
+    """The weights by a formula in float64. update(step from 1, index, weight, gradient, state) -> the new weight."""
+    params = parameters(torch.float64)
+    states: list[dict[str, Tensor]] = [{} for _ in params]
+    for step in range(STEPS):
+        grads = gradients(step, params)
+        for index, parameter in enumerate(params):
+            parameter.data = update(step + 1, index, parameter.data, grads[index], states[index])
+    return [parameter.detach() for parameter in params]
+
+
+def decay(index: int) -> float:
+    return 0.0 if index == 2 else DECAY
+
+
+def adam(correct: bool = True, decoupled: bool = True, amsgrad: bool = False) -> Update:
+    def update(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        lr = rate(step - 1)
+        gradient = gradient if decoupled else gradient + decay(index) * weight
+        first = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient
+        second = state["v"] = 0.95 * state.get("v", 0.0) + 0.05 * gradient**2
+        if amsgrad:
+            second = state["max"] = torch.maximum(state.get("max", torch.zeros_like(second)), second)
+        c1, c2 = (1 - 0.9**step, 1 - 0.95**step) if correct else (1.0, 1.0)
+        weight = weight * (1 - lr * decay(index)) if decoupled else weight
+        return weight - lr * (first / c1) / ((second / c2).sqrt() + 1e-6)
+
+    return update
+
+
+def lion(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    momentum = state.get("m", torch.zeros_like(weight))
+    state["m"] = 0.99 * momentum + 0.01 * gradient
+    return weight - rate(step - 1) * ((0.9 * momentum + 0.1 * gradient).sign() + decay(index) * weight)
+
+
+def sgd(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    gradient = gradient + decay(index) * weight
+    state["m"] = 0.9 * state.get("m", 0.0) + gradient
+    return weight - rate(step - 1) * (gradient + 0.9 * state["m"])
+
+
+def madgrad(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Algorithm 1, with the weights of the last step decayed; the package adds eps to the rate."""
+    first = state.setdefault("x0", weight.clone())
+    lr = rate(step - 1) + 1e-6
+    factor = lr * math.sqrt(step)
+    state["s"] = state.get("s", 0.0) + factor * gradient
+    state["v"] = state.get("v", 0.0) + factor * gradient**2
+    target = first - state["s"] / (state["v"].pow(1 / 3) + 1e-6)
+    return 0.9 * weight + 0.1 * target - lr * decay(index) * weight
+
+
+def sm3(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Algorithm SM3-II; the momentum is a mean of updates."""
+    weight = weight * (1 - rate(step - 1) * decay(index))
+    if gradient.dim() == 1:
+        second = state["v"] = state.get("v", 0.0) + gradient**2
+    else:
+        rows = state.get("rows", gradient.new_zeros(gradient.shape[0], 1))
+        columns = state.get("columns", gradient.new_zeros(1, gradient.shape[1]))
+        second = torch.minimum(rows, columns) + gradient**2
+        state["rows"], state["columns"] = second.amax(1, keepdim=True), second.amax(0, keepdim=True)
+    state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient / (second + 1e-30).sqrt()
+    return weight - rate(step - 1) * state["m"]
+
+
+def adafactor(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Algorithms 4 and 5 with relative steps (section 8) and the second moment's rate 1 - t^-0.8 (section 7.2)."""
+    keep = 1 - step**-0.8
+    square = gradient**2
+    if gradient.dim() == 1:
+        second = state["v"] = keep * state.get("v", 0.0) + (1 - keep) * square
+    else:
+        rows = state["rows"] = keep * state.get("rows", 0.0) + (1 - keep) * square.mean(1, keepdim=True)
+        columns = state["columns"] = keep * state.get("columns", 0.0) + (1 - keep) * square.mean(0, keepdim=True)
+        second = rows * columns / rows.mean()
+    step_size = gradient / second.sqrt()
+    step_size = step_size / max(1.0, float(step_size.square().mean().sqrt()))
+    size = max(1e-3, float(weight.square().mean().sqrt())) * min(rate(step - 1), 1 / math.sqrt(step))
+    return weight * (1 - rate(step - 1) * decay(index)) - size * step_size
+
+
+ADAM = {"betas": [0.9, 0.95], "eps": 1.0e-6}
+CASES: list[tuple[str, dict[str, Any], Update]] = [
+    ("adam", ADAM, adam()),
+    ("adam", {**ADAM, "bias_correction": False}, adam(correct=False)),
+    ("adam", {**ADAM, "adam_w_mode": False}, adam(decoupled=False)),
+    ("adam", {**ADAM, "amsgrad": True}, adam(amsgrad=True)),
+    ("adam", {**ADAM, "bias_correction": False, "adam_w_mode": False}, adam(correct=False, decoupled=False)),
+    ("adam", {**ADAM, "bias_correction": False, "amsgrad": True}, adam(correct=False, amsgrad=True)),
+    ("cpu_torch_adam", ADAM, adam()),
+    ("cpu_torch_adam", {**ADAM, "bias_correction": False}, adam(correct=False)),
+    ("cpu_adam", ADAM, adam()),
+    ("cpu_adam", {**ADAM, "bias_correction": False}, adam(correct=False)),
+    ("cpu_adam", {**ADAM, "adam_w_mode": False}, adam(decoupled=False)),
+    ("onebitadam", {**ADAM, "freeze_step": STEPS}, adam()),
+    ("lion", {}, lion),
+    ("sgd", {"momentum": 0.9, "nesterov": True}, sgd),
+    ("madgrad_wd", {}, madgrad),
+    ("sm3", {"momentum": 0.9}, sm3),
+    ("adafactor", {}, adafactor),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "update"), CASES, ids=lambda value: str(value)[:60])
+def test_fifty_steps_follow_the_formula(name: str, settings: dict[str, Any], update: Update) -> None:
+    """fp32 against float64 over 50 steps: 1e-4 of weights around 1; a step of theirs is 1e-2."""
+    for got, expected in zip(ours(name, settings), formula(update), strict=True):
+        assert got == pytest.approx(expected.float(), abs=1e-4)
+
+
+def test_muon_is_torch_s_for_matrices_and_adamw_elsewhere() -> None:
+    matrix, table, vector = ours("muon", ADAM)
+    params = parameters()
+    muon = torch.optim.Muon(params[:1], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    other = torch.optim.AdamW(parameter_groups(params[1:], DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    for step in range(STEPS):
+        for group in [*muon.param_groups, *other.param_groups]:
+            group["lr"] = rate(step)
+        for parameter, gradient in zip(params, gradients(step, params), strict=True):
+            parameter.grad = gradient
+        muon.step()
+        other.step()
+    assert torch.equal(matrix, params[0])
+    for got, expected in ((table, params[1]), (vector, params[2])):
+        assert got == pytest.approx(expected.detach(), abs=1e-6)
+
+
+def test_muon_s_step_has_singular_values_near_one() -> None:
+    """Without decay and momentum a step is rate x 0.2 x sqrt(10) times a matrix whose singular values are about 1."""
+    (parameter, *_) = parameters()
+    before = parameter.detach().clone()
+    settings = {"momentum": 0.0, "nesterov": False}
+    build = OPTIMIZERS.load("muon")
+    optimizer = build(parameter_groups([parameter], 0.0), Request(LR, Topology.single(), settings))
+    parameter.grad = gradients(0, [parameter])[0]
+    optimizer.step()
+    values = torch.linalg.svdvals((before - parameter.detach()) / (LR * 0.2 * math.sqrt(10)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_every_optimizer_is_compared_with_something() -> None:
+    assert {name for name, _, _ in CASES} | {"muon"} == set(OPTIMIZERS.names)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"onebitadam": {"freeze_step": 3}, "sgd": {"momentum": 0.9}}
+
+
+def build(name: str, params: list[Parameter], eight_bit: bool = False) -> torch.optim.Optimizer:
+    family = EIGHT_BIT if eight_bit else OPTIMIZERS
+    groups = parameter_groups(params, DECAY)
+    return family.load(name)(groups, Request(LR, Topology.single(), SETTINGS.get(name, {})))
+
+
+MEMBERS = [*((name, False) for name in OPTIMIZERS.names), *((name, True) for name in EIGHT_BIT.names)]
+
+
+@pytest.mark.parametrize(("name", "eight_bit"), MEMBERS)
+def test_what_is_kept_is_all_that_there_is(name: str, eight_bit: bool) -> None:
+    """An optimizer that was given what another one kept goes on with the same bits; tensors of 7,200 elements have
+    eight-bit state.
+    """
+    first, second = parameters(scale=120), parameters(scale=120)
+    optimizer = build(name, first, eight_bit)
+    run(optimizer, first, 6)
+    again = build(name, second, eight_bit)
+    for old, new in zip(first, second, strict=True):
+        new.data.copy_(old.data)
+        found = kept(optimizer, old)
+        assert found.elementwise or found.whole
+        copies = [{key: value.clone() for key, value in part.items()} for part in (found.elementwise, found.whole)]
+        restore(again, new, type(found)(found.step, *copies))
+    for step in range(6, 12):
+        for one, params in ((optimizer, first), (again, second)):
+            for group in one.param_groups:
+                group["lr"] = rate(step)
+            for parameter, gradient in zip(params, gradients(step, params), strict=True):
+                parameter.grad = gradient
+            one.step()
+    for old, new in zip(first, second, strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize(("name", "eight_bit"), MEMBERS)
+def test_marked_parameters_do_not_decay(name: str, eight_bit: bool) -> None:
+    """Without a gradient a step is decay alone; the vector's mark exempts it."""
+    params = [Parameter(torch.ones(p.shape)) for p in parameters()]
+    mark_no_weight_decay(params[2])
+    optimizer = build(name, params, eight_bit)
+    for parameter in params:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(params[2].detach(), torch.ones(VECTOR))
+    assert (params[0] < 1).all()
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT.names)
+def test_eight_bits_stay_near_thirty_two(name: str) -> None:
+    """50 steps over tensors of 7,200 elements: the mean difference is below a tenth of the way that was gone."""
+    params, start = parameters(scale=120), parameters(scale=120)
+    low = run(build(name, params, eight_bit=True), params)
+    params = parameters(scale=120)
+    settings = {"momentum": 0.9} if name == "sgd" else {}
+    exact = run(
+        OPTIMIZERS.load(name)(parameter_groups(params, DECAY), Request(LR, Topology.single(), settings)), params
+    )
+    for got, expected, begin in zip(low, exact, start, strict=True):
+        assert (got - expected).abs().mean() < 0.1 * (expected - begin).abs().mean()
+    assert not torch.equal(low[0], exact[0])
+
+
+def test_codes_are_numbers_and_back() -> None:
+    table = torch.linspace(-0.9, 1.0, 256)
+    stored = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    stored[:2], stored[256:258] = torch.tensor([255, 0]), torch.tensor([0, 1])
+    stored[300], stored[600], stored[800] = 255, 255, 0
+    scales = torch.tensor([0.5, 3e-7, 2e4, 1.0])
+    again, scales_again = codes(numbers(stored, scales, table), table)
+    assert torch.equal(again, stored)
+    assert scales_again == pytest.approx(scales, rel=1e-6)
