@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron.errors import RunError
+from megatron.model.block import TransformerBlock
 from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.plan import LayerPlan
@@ -58,7 +59,7 @@ class PipelinedModel(PipelineModule):
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
         )
         self._relative = _learned_relative(plan)
-        self._blocks = [layer.index for layer in plan if "parts" in layer.arguments]
+        self._attending = [layer.index for layer in plan if issubclass(layer.layer, TransformerBlock)]
         with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
             super().__init__(
                 layers=_specs(plan),
@@ -97,7 +98,7 @@ class PipelinedModel(PipelineModule):
         comms: dict[str, Any] = super()._index_tied_modules()
         if not self._relative or self._topo.get_dim("pipe") == 1:
             return comms
-        stages = sorted({self.stage_owner(index) for index in self._blocks})
+        stages = sorted({self.stage_owner(index) for index in self._attending})
         if stages[0] != 0:
             raise RunError.of(
                 "the first pipeline stage has no block to hold the relative positions that all blocks share",
