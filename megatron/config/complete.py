@@ -140,6 +140,15 @@ def _world(draft: Completion) -> None:
         draft.derive("distributed_backend", "gloo")
 
 
+def _launcher(draft: Completion) -> None:
+    if draft["deepspeed_slurm"] or draft["launcher"] == "slurm":
+        return
+    if draft["comment"] is not None:
+        draft.warnings.append("comment: has no effect, since only srun takes it")
+    if draft["account"] is not None:
+        draft.warnings.append("account: has no effect, since only srun takes it")
+
+
 def _tensor_ranks(draft: Completion) -> None:
     if draft["model_parallel_size"] == 0:
         draft.derive("model_parallel_size", 1)
@@ -304,6 +313,7 @@ def _fills(*names: str) -> frozenset[str]:
 STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
     (_required, _fills()),
     (_world, _fills("world_size", "distributed_backend")),
+    (_launcher, _fills()),
     (_tensor_ranks, _fills("model_parallel_size")),
     (_pipeline, _fills("is_pipe_parallel")),
     (_positions, _fills("max_position_embeddings")),

@@ -123,8 +123,6 @@ HINTS = {
     "use_cpu_initialization": "initial weights are always drawn on the CPU, so that no layout changes them",
     "rotary_save_freqs_buffer": "the frequencies are computed anew",
     "deepspeed_activation_checkpointing": "recomputation does not depend on it",
-    "account": "sbatch and srun take it",
-    "comment": "sbatch and srun take it",
 }
 """Wishes about speed that nothing takes up; results do not change."""
 

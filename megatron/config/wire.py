@@ -1,6 +1,6 @@
 """Config <-> worker: a file in the run directory, or base64 text where no file system is shared.
 
-The form is JSON with every flat key, so a worker derives nothing again.
+The form is JSON with flat keys, derived ones too, so a worker derives nothing again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
-from megatron.config.config import Config
+from megatron.config.config import CATALOG, Config
 from megatron.errors import ConfigError
 
 
@@ -50,12 +50,18 @@ def read(path: str | os.PathLike[str]) -> Config:
 
 
 def encode(config: Config) -> str:
-    """The configuration as compressed base64 text, safe in a URL and on a command line."""
-    return base64.urlsafe_b64encode(zlib.compress(to_json(config).encode())).decode()
+    """The configuration as compressed base64 text, safe in a URL and short enough for a command line.
+
+    Only values that are not defaults are in it, and no texts of the sources, which the run directory keeps.
+    """
+    found = {name: value for name, value in config.flat().items() if value != CATALOG[name].default}
+    found.pop("config_files", None)
+    plain = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    return base64.urlsafe_b64encode(zlib.compress(plain.encode(), 9)).decode()
 
 
 def decode(text: str) -> Config:
-    """The inverse of `encode`. Raises ConfigError where the text is damaged."""
+    """The inverse of `encode`, but for `config_files`. Raises ConfigError where the text is damaged."""
     try:
         plain = zlib.decompress(base64.urlsafe_b64decode(text.encode())).decode()
     except (ValueError, zlib.error) as fault:

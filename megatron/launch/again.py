@@ -6,7 +6,7 @@ was asked for are not failures.
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any
 from megatron.checkpoint import layout
 from megatron.config import Config
 from megatron.errors import RunError
+from megatron.launch.reach import ask
 from megatron.launch.request import Request
 from megatron.launch.resolution import Resolved, resolve_request
 from megatron.launch.supervise import MISTAKE, Outcome
 
-PROBE_SECONDS = 10.0  # for a host to answer
 COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """How torchrun and Slurm say that they started a job again."""
 
@@ -78,12 +78,5 @@ def _fewer(hosts: Sequence[str], config: Config) -> dict[str, Any]:
 
 
 def answers_ssh(host: str) -> bool:
-    """Whether a host lets this user in by ssh, without a password, within PROBE_SECONDS."""
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={PROBE_SECONDS:.0f}"]
-    try:
-        done = subprocess.run(
-            ["ssh", *options, host, "true"], capture_output=True, timeout=2 * PROBE_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+    """Whether a host lets this user in by ssh, without a password, in time."""
+    return ask(host, os.environ).fault is None

@@ -1,9 +1,9 @@
 """The command line and environment that start the workers.
 
 On this host DeepSpeed's per-node launcher is called directly; its runner would only choose the same command after
-importing DeepSpeed once more. For other hosts the runner starts that launcher on each, through pdsh or another tool.
-Either way every rank is a `megatron.launch.rank`, and the workers read the configuration from a file: a command line
-that carries it is cut or mangled by some schedulers.
+importing DeepSpeed once more. `elsewhere` has the commands for other hosts. Either way every rank is a
+`megatron.launch.rank`, and the workers read the configuration from a file: a command line that carries it is cut or
+mangled by some schedulers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Mapping
@@ -30,22 +31,32 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESH
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks meet and who starts them on other hosts: keys of the launch section."""
+    """Where the ranks meet and who starts them: keys of the launch section.
+
+    launcher: one of `elsewhere.LAUNCHERS`, torchrun or local. supervisor: the address at which ranks on other hosts
+    report to deepy.py, None where none listens. node: number of this host among those that run torchrun.
+    """
 
     master_addr: str | None = None
     master_port: int = DEFAULT_PORT
     launcher: str = "pdsh"
-    force_multi: bool = False
-    no_ssh_check: bool = False
-    hostfile: Path | None = None
+    launcher_args: str = ""
+    comment: str | None = None
+    account: str | None = None
+    supervisor: str | None = None
+    node: int = 0
 
 
 @dataclass(frozen=True)
 class Command:
-    """argv: what to execute. environment: only the variables that are set on top of the caller's."""
+    """argv: what to execute. environment: only the variables that are set on top of the caller's.
+
+    hostfile: what must stand in the file that argv names as one, None where it names none.
+    """
 
     argv: tuple[str, ...]
     environment: dict[str, str]
+    hostfile: str | None = None
 
 
 def workers_environment(machines: Machines, caller: Mapping[str, str]) -> dict[str, str]:
@@ -89,35 +100,29 @@ def local_command(
     return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
 
 
-def many_hosts_command(
+def torchrun_command(
     machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
-    """DeepSpeed's runner. The hosts and slots chosen here are handed on as its --include.
-
-    The runner exports few variables to other hosts, so the workers' travel as arguments of megatron.launch.rank.
-    """
-    include = "@".join(f"{host}:{','.join(str(slot) for slot in slots)}" for host, slots in machines.hosts.items())
-    options = [f"--hostfile={where.hostfile}", f"--include={include}", f"--master_port={where.master_port}"]
-    options += [f"--launcher={where.launcher}", "--log_level=error", "--no_local_rank", "--module"]
-    if where.master_addr:
-        options.append(f"--master_addr={where.master_addr}")
-    if where.no_ssh_check:
-        options.append("--no_ssh_check")
-    if where.force_multi or len(machines.hosts) > 1 or not machines.is_local:
-        options.append("--force_multi")
-    settings = [f"{name}={value}" for name, value in workers_environment(machines, caller).items()]
+    """Torchrun on this host, one of as many as the run has; the others start theirs in the same way."""
+    hosts = list(machines.hosts)
+    here = hosts[where.node]
     argv = (
         sys.executable,
         "-m",
-        "deepspeed.launcher.runner",
-        *options,
+        "torch.distributed.run",
+        f"--nnodes={len(hosts)}",
+        f"--node-rank={where.node}",
+        f"--nproc-per-node={len(machines.hosts[here])}",
+        f"--master-addr={where.master_addr or '127.0.0.1'}",
+        f"--master-port={where.master_port}",
+        *shlex.split(where.launcher_args),
+        "--module",
         RANK_MODULE,
         "--log-dir",
         str(log_dir),
-        *settings,
         *worker,
     )
-    return Command(argv, search_paths(caller))
+    return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
 
 
 def free_port(port: int, *, given: bool) -> int:

@@ -13,9 +13,10 @@ DeepSpeed's launcher starts one of these per rank. It exists for what that launc
   and what that has started with it; when this process is killed the worker is too; and the socket's end means that
   deepy.py is gone.
 
+On other hosts the socket is a TCP connection, and rank 0's output goes the way that the launcher there carries it.
 The socket speaks JSON lines. Up: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. Down: one byte with the
-terminal's descriptors (rank 0), then {"signal"}. Without the socket (another host) all the rest works.
-Only the standard library is imported: this stands in front of every start.
+terminal's descriptors (rank 0), then {"signal"}. Where no connection is possible all the rest works.
+Little is imported: this stands in front of every start.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron.errors import ConfigError
+from megatron.launch.place import adopt_place
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SOCKET_VARIABLE = "NEOX_SUPERVISOR"
+NETWORK = "tcp://"
+CONNECT_SECONDS = 10.0
 PARENT_GONE = signal.SIGUSR2
 TAIL_LINES = 40
 DRAIN_SECONDS = 1.0  # how long output may still come after the worker ended
@@ -62,11 +68,29 @@ class Link:
         self.terminal: list[int] = []
         self.socket: socket.socket | None = None
         self._pending = b""
-        if address:
+        if address and address.startswith(NETWORK):
+            self._connect_from_afar(address)
+        elif address:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(address)
             self.tell()
             _, self.terminal, _, _ = socket.recv_fds(self.socket, 1, 3)
+
+    def _connect_from_afar(self, address: str) -> None:
+        """From another host, by tcp://HOST:PORT/WORD; the word shows that this is a rank of that launch."""
+        place, _, word = address.removeprefix(NETWORK).partition("/")
+        host, _, port = place.rpartition(":")
+        try:
+            self.socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        except OSError as fault:
+            told = f"rank {self.rank}: deepy.py cannot be reached at {place} ({fault}); a stop signal will not arrive"
+            print(told, file=sys.stderr, flush=True)
+            return
+        self.socket.settimeout(None)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        self.tell(word=word, host=os.uname().nodename)
 
     def tell(self, **facts: Any) -> None:
         if self.socket is not None:
@@ -135,7 +159,7 @@ class Worker:
     def __init__(self, command: list[str], link: Link, record: Record) -> None:
         self._link, self._record = link, record
         shown = dict(zip((0, 1, 2), link.terminal, strict=False))
-        if not shown and link.socket is None and link.rank == 0:
+        if not shown and link.rank == 0 and (link.socket is None or link.socket.family != socket.AF_UNIX):
             shown = {0: 0, 1: 1, 2: 2}
         self.process = subprocess.Popen(
             command,
@@ -219,6 +243,11 @@ def main(arguments: list[str]) -> int:
     while rest and "=" in rest[0]:
         name, _, value = rest.pop(0).partition("=")
         os.environ[name] = value
+    try:
+        adopt_place(os.environ)
+    except ConfigError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
     rank = int(os.environ.get("RANK", "0"))
     link = Link(rank, os.environ.pop(SOCKET_VARIABLE, None))
     record = Record(None if folder is None else folder / f"rank_{rank}.log")

@@ -43,7 +43,15 @@ def wanted_machines(launch: LaunchSection) -> Wanted:
         num_nodes=launch.num_nodes,
         num_gpus=launch.num_gpus,
         global_num_gpus=launch.global_num_gpus,
+        launcher=launcher_of(launch),
     )
+
+
+def launcher_of(launch: LaunchSection) -> str:
+    """The launcher that the keys ask for; deepspeed_slurm and deepspeed_mpi are other ways to name one."""
+    if launch.deepspeed_slurm:
+        return "slurm"
+    return "openmpi" if launch.deepspeed_mpi and launch.launcher == "pdsh" else launch.launcher
 
 
 def refuse_unsupported(resolution: Resolution) -> None:

@@ -1,9 +1,9 @@
 """Where the ranks run: a hostfile, the accelerators of this machine, or processes on its CPUs.
 
-Order: a hostfile (the key, then the environment's DLTS_HOSTFILE, then /job/hostfile), the local accelerators, CPU
-processes. They are counted from device files and environment variables, since asking torch costs seconds.
-`global_num_gpus` states the size of the world; without a hostfile that is also a way to plan a run for a cluster from
-a laptop.
+Order: a hostfile (the key, then the environment's DLTS_HOSTFILE, then /job/hostfile), the scheduler where launcher
+names one, the local accelerators, CPU processes. Accelerators are counted from device files and environment variables,
+since asking torch costs seconds. `global_num_gpus` states the size of the world; without a hostfile that is also a way
+to plan a run for a cluster from a laptop.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from megatron.errors import ConfigError
+from megatron.launch.place import expand_hosts
 
+SCHEDULERS = frozenset(("slurm", "jsrun", "flux"))
+"""Launchers that know the hosts of a job by themselves."""
 DEFAULT_HOSTFILE = "/job/hostfile"
 LOCAL = "localhost"
 PROCESSES_PER_CORE = 4  # more CPU ranks than this a core would only stop the machine
@@ -31,13 +34,14 @@ class Machines:
     """hosts: host -> device numbers (or names), one rank each, in rank order. accelerator: "cuda" or "cpu".
 
     world_size: what the run is planned for; it differs from the number of slots only in a plan that cannot start here.
-    shortage: why it cannot start here, else None.
+    shortage: why it cannot start here, else None. named: the hosts' names are known; a scheduler may choose them later.
     """
 
     hosts: Slots
     accelerator: Accelerator
     world_size: int
     shortage: str | None = None
+    named: bool = True
 
     @property
     def is_local(self) -> bool:
@@ -54,18 +58,34 @@ class Wanted:
     num_nodes: int = -1
     num_gpus: int | None = None
     global_num_gpus: int | None = None
+    launcher: str = "pdsh"
 
 
 def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Machines:
     """The machines of a run. Raises ConfigError for a missing or wrong hostfile and for slots that are not there."""
     path = hostfile_in_use(wanted, environment)
-    if path is None:
-        return _on_this_machine(wanted, environment, devices)
-    hosts: Slots = {host: tuple(range(count)) for host, count in read_hostfile(path).items()}
+    if path is not None:
+        return _chosen(f"the hostfile {path}", _numbered(read_hostfile(path)), wanted, environment, devices)
+    if wanted.launcher in SCHEDULERS:
+        return _from_scheduler(wanted, environment, devices)
+    if wanted.launcher == "torchrun" and wanted.num_nodes > 1:
+        here = _on_this_machine(replace(wanted, num_nodes=-1, global_num_gpus=None), environment, devices)
+        hosts = {f"node-{number}": here.hosts[LOCAL] for number in range(wanted.num_nodes)}
+        ranks = sum(len(slots) for slots in hosts.values())
+        return Machines(hosts, here.accelerator, ranks, here.shortage, named=False)
+    return _on_this_machine(wanted, environment, devices)
+
+
+def _numbered(counts: Mapping[str, int]) -> Slots:
+    return {host: tuple(range(count)) for host, count in counts.items()}
+
+
+def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Machines:
+    """What the keys choose of the hosts that `source` offers."""
     hosts = select_slots(hosts, wanted)
     if wanted.num_nodes > len(hosts):
         raise ConfigError.of(
-            f"the hostfile {path} offers {len(hosts)} hosts",
+            f"{source} offers {len(hosts)} hosts",
             key="num_nodes",
             value=wanted.num_nodes,
             remedy="add hosts or ask for fewer",
@@ -77,12 +97,45 @@ def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path 
     ranks = sum(len(slots) for slots in hosts.values())
     if wanted.global_num_gpus is not None and wanted.global_num_gpus != ranks:
         raise ConfigError.of(
-            f"the hostfile {path} gives {ranks} ranks",
+            f"{source} gives {ranks} ranks",
             key="global_num_gpus",
             value=wanted.global_num_gpus,
             remedy="leave the key out, or choose hosts with include, exclude, num_nodes and num_gpus",
         )
     return Machines(hosts, _accelerator_of(hosts, environment, devices), ranks)
+
+
+def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Machines:
+    """The hosts of a scheduler's allocation; outside of one, as many as num_nodes says, whose names are not known."""
+    counts = allocated(environment) if wanted.launcher == "slurm" else {}
+    if counts:
+        if wanted.num_gpus is not None and wanted.num_gpus > 0:
+            counts = dict.fromkeys(counts, wanted.num_gpus)
+        return _chosen("the allocation", _numbered(counts), wanted, environment, devices)
+    if wanted.num_nodes > 0 and wanted.num_gpus is not None and wanted.num_gpus > 0:
+        hosts = _numbered({f"node-{number}": wanted.num_gpus for number in range(wanted.num_nodes)})
+        accelerator = _accelerator_of(hosts, environment, devices)
+        return Machines(hosts, accelerator, wanted.num_nodes * wanted.num_gpus, named=False)
+    plan = _on_this_machine(wanted, environment, devices)
+    remedy = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if wanted.launcher == "slurm" else "")
+    return replace(plan, shortage=f"nothing tells {wanted.launcher} which hosts to use; {remedy}")
+
+
+def allocated(environment: Mapping[str, str]) -> dict[str, int]:
+    """The hosts of Slurm's allocation and the ranks for each; {} outside of one.
+
+    As many as --ntasks-per-node asked for, else as the host has GPUs for the job, else as Slurm counts tasks.
+    """
+    hosts = list(expand_hosts(environment.get("SLURM_JOB_NODELIST", "")))
+    if not hosts:
+        return {}
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        if environment.get(name, "").isdecimal():
+            return dict.fromkeys(hosts, int(environment[name]))
+    counts: list[int] = []
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", environment.get("SLURM_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    return dict(zip(hosts, counts or [1] * len(hosts), strict=False))
 
 
 def _accelerator_of(hosts: Slots, environment: Mapping[str, str], devices: Path) -> Accelerator:
@@ -95,6 +148,8 @@ def _accelerator_of(hosts: Slots, environment: Mapping[str, str], devices: Path)
 
 def hostfile_in_use(wanted: Wanted, environment: Mapping[str, str]) -> Path | None:
     """The hostfile that decides, if one does. Raises ConfigError where the one that is named does not exist."""
+    if wanted.launcher == "local" and wanted.hostfile is None:
+        return None
     if wanted.hostfile is not None:
         path = Path(wanted.hostfile)
         # The public configurations name the default even where it does not exist.

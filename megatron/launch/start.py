@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.config import Config, wire
@@ -16,12 +17,14 @@ from megatron.launch.command import (
     Rendezvous,
     free_port,
     local_command,
-    many_hosts_command,
+    torchrun_command,
 )
+from megatron.launch.elsewhere import HOSTFILE, OVER_SSH, command_elsewhere
 from megatron.launch.preflight import check
+from megatron.launch.reach import check_hosts, check_launcher, node_number, own_address
 from megatron.launch.request import USAGE, Request, read_request, wants_help
-from megatron.launch.resolution import Resolved, refuse_unsupported, resolve_request, wanted_machines
-from megatron.launch.resources import Machines, hostfile_in_use
+from megatron.launch.resolution import Resolved, launcher_of, refuse_unsupported, resolve_request
+from megatron.launch.resources import SCHEDULERS, Machines, local_names
 from megatron.launch.run_directory import (
     CONFIG_FILE,
     choose_run_directory,
@@ -29,7 +32,7 @@ from megatron.launch.run_directory import (
     prepare_run_directory,
 )
 from megatron.launch.show import as_json, as_text, values_as_text
-from megatron.launch.supervise import Outcome, Supervisor, run_elsewhere, tell, terminal_environment
+from megatron.launch.supervise import Network, Outcome, Supervisor, tell, terminal_environment
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -43,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         return fault.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads the plan has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -54,9 +60,9 @@ def _run(arguments: Sequence[str]) -> int:
     config = resolved.resolution.config
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     if request.dry_run:
-        command = build_command(request, resolved, folder, config.launch.master_port, os.environ)
+        command = build_command(request, resolved, folder, rendezvous(resolved, os.environ), os.environ)
         page = as_text(resolved) + values_as_text(resolved.resolution)
-        print(as_json(resolved, command) + "\n" if request.as_json else page, end="")
+        print(as_json(resolved, command) + "\n" if request.as_json else page, end="", flush=True)
         return 0
     return _launch(request, resolved, folder)
 
@@ -64,12 +70,13 @@ def _run(arguments: Sequence[str]) -> int:
 def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     """Runs the workers, again and again while they fail and `max_restarts` allows; returns the exit code."""
     launch = resolved.resolution.config.launch
+    by_ssh = launcher_of(launch) in OVER_SSH
     outcome = _attempt(request, resolved, folder)
     for number in range(1, launch.max_restarts + 1):
         if not again.failed(outcome):
             break
         resolved = again.resolve_again(
-            request, resolved, os.environ, answers=None if launch.no_ssh_check else again.answers_ssh
+            request, resolved, os.environ, answers=again.answers_ssh if by_ssh and not launch.no_ssh_check else None
         )
         whence = "from its newest checkpoint" if again.going_on(resolved.resolution.config) else "from its beginning"
         ranks = resolved.machines.world_size
@@ -91,42 +98,87 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     caller = dict(os.environ)
     check(machines.accelerator, caller, precision=config.precision.precision)
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
-    port = config.launch.master_port
-    if machines.is_local:
-        port = free_port(port, given=resolved.resolution.origin["master_port"] != "default")
+    launcher = launcher_of(config.launch)
+    here = starts_here(machines, launcher, force=forced(config))
+    where = _meeting(resolved, caller, here=here)
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
     sources = config.checkpoint.config_files or {}
+    network = None if here else Network.open()
+    if network is not None:
+        towards = where.master_addr or (next(iter(machines.hosts)) if machines.named else None)
+        where = replace(where, supervisor=network.address(own_address(towards)))
     prepare_run_directory(folder, wire.to_json(config), sources, ["deepy.py", *request.arguments])
-    command = build_command(request, resolved, folder, port, caller)
+    command = build_command(request, resolved, folder, where, caller)
+    if command.hostfile is not None:
+        (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
     environment = {**caller, **command.environment, **terminal_environment()}
-    if not starts_here(machines, config):
-        return Outcome(run_elsewhere(command.argv, environment))
     talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
-    supervisor = Supervisor(machines.world_size, interrupts_answers=talks)
+    ranks = len(machines.hosts[list(machines.hosts)[where.node]]) if launcher == "torchrun" else machines.world_size
+    supervisor = Supervisor(ranks, interrupts_answers=talks, network=network)
     outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
     tell(outcome)
     return outcome
 
 
-def starts_here(machines: Machines, config: Config) -> bool:
+def forced(config: Config) -> bool:
+    """Whether a launcher for several hosts is to be used even for one."""
+    return config.launch.force_multi or config.launch.deepspeed_mpi
+
+
+def starts_here(machines: Machines, launcher: str, *, force: bool = False) -> bool:
     """Whether the workers are processes of this host, started without a tool for many hosts."""
-    return machines.is_local and len(machines.hosts) == 1 and not config.launch.force_multi
+    if launcher == "torchrun":
+        return True
+    return machines.is_local and len(machines.hosts) == 1 and not force and launcher not in SCHEDULERS
 
 
-def build_command(request: Request, resolved: Resolved, folder: Path, port: int, caller: Mapping[str, str]) -> Command:
+def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
+    """Where the ranks meet, once the launcher and its hosts have been found to be there. Raises ConfigError."""
+    launch, machines = resolved.resolution.config.launch, resolved.machines
+    where = rendezvous(resolved, caller)
+    given = resolved.resolution.origin["master_port"] != "default"
+    if len(machines.hosts) == 1 and machines.is_local:
+        where = replace(where, master_port=free_port(launch.master_port, given=given))
+    if where.launcher == "torchrun":
+        node = node_number(list(machines.hosts), caller, local_names())
+        if len(machines.hosts) > 1 and where.master_addr is None:
+            what = "the hosts do not know where they meet"
+            raise ConfigError.of(what, key="master_addr", remedy="give the address of the first host")
+        return replace(where, node=node)
+    if here:
+        return where
+    if where.launcher == "local":
+        hosts = ", ".join(machines.hosts)
+        what = f"the hostfile names other hosts: {hosts}"
+        raise ConfigError.of(what, key="launcher", value="local", remedy="name a launcher for several hosts")
+    check_launcher(where.launcher, caller)
+    if launch.no_ssh_check:
+        return where
+    address = check_hosts(where.launcher, list(machines.hosts), caller)
+    return replace(where, master_addr=where.master_addr or address)
+
+
+def rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
+    """Where the ranks meet and who starts them, as far as the keys and the environment say."""
+    launch = resolved.resolution.config.launch
+    return Rendezvous(
+        master_addr=launch.master_addr or caller.get("MASTER_ADDR"),
+        master_port=launch.master_port or DEFAULT_PORT,
+        launcher=launcher_of(launch),
+        launcher_args=launch.launcher_args,
+        comment=launch.comment,
+        account=launch.account,
+    )
+
+
+def build_command(
+    request: Request, resolved: Resolved, folder: Path, where: Rendezvous, caller: Mapping[str, str]
+) -> Command:
     """The command that starts the workers of this request."""
     config, machines = resolved.resolution.config, resolved.machines
-    launch = config.launch
-    where = Rendezvous(
-        master_addr=launch.master_addr or caller.get("MASTER_ADDR"),
-        master_port=port or DEFAULT_PORT,
-        launcher="slurm" if launch.deepspeed_slurm else launch.launcher,
-        force_multi=launch.force_multi or launch.deepspeed_slurm or launch.deepspeed_mpi,
-        no_ssh_check=launch.no_ssh_check,
-        hostfile=hostfile_in_use(wanted_machines(launch), caller),
-    )
-    worker = (str(request.script), *_handed_over(config, folder, shared=starts_here(machines, config)))
-    build = local_command if starts_here(machines, config) else many_hosts_command
+    here = starts_here(machines, where.launcher, force=forced(config))
+    worker = (str(request.script), *_handed_over(config, folder, shared=here))
+    build = torchrun_command if where.launcher == "torchrun" else local_command if here else command_elsewhere
     return build(machines, where, worker, folder, caller)
 
 

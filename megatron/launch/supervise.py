@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.launch.rank import CHUNK, SOCKET_VARIABLE, die_with_parent, shell_code
+from megatron.launch.rank import CHUNK, NETWORK, SOCKET_VARIABLE, die_with_parent, shell_code
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -44,6 +45,7 @@ class Rank:
     pid: int | None = None
     code: int | None = None
     tail: list[str] = field(default_factory=list)
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Outcome:
     failed: int | None = None
     tail: tuple[str, ...] = ()
     stopped_by: signal.Signals | None = None
+    host: str | None = None
 
 
 def terminal_environment() -> dict[str, str]:
@@ -63,15 +66,35 @@ def terminal_environment() -> dict[str, str]:
     return {"NEOX_TTY": "1", "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)}
 
 
-class Supervisor:
-    """One launch on this host.
+@dataclass
+class Network:
+    """Where ranks on other hosts report. word: what they must say first."""
 
-    interrupts_answers: Ctrl-C is for the workers to answer, each time, and ends nothing.
+    listener: socket.socket
+    word: str
+
+    @classmethod
+    def open(cls) -> Network:
+        """Listens at a free port, on every address of this host."""
+        listener = socket.create_server(("", 0), backlog=4096)
+        return cls(listener, secrets.token_hex(16))
+
+    def address(self, host: str) -> str:
+        """How ranks reach it, by a name or number of this host."""
+        return f"{NETWORK}{host}:{self.listener.getsockname()[1]}/{self.word}"
+
+
+class Supervisor:
+    """One launch.
+
+    interrupts_answers: Ctrl-C is for the workers to answer, each time, and ends nothing. network: where ranks on other
+    hosts report; None for a launch on this host.
     """
 
-    def __init__(self, world_size: int, *, interrupts_answers: bool = False) -> None:
+    def __init__(self, world_size: int, *, interrupts_answers: bool = False, network: Network | None = None) -> None:
         self._world_size = world_size
         self._interrupts_answers = interrupts_answers
+        self._network = network
         self._ranks: dict[int, Rank] = {}
         self._first: Rank | None = None  # that failed
         self._stop: signal.Signals | None = None
@@ -85,22 +108,17 @@ class Supervisor:
         environment: the whole environment of the launcher. launcher_log: where its own output goes.
         """
         with ExitStack() as cleanup:
-            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="neox-"))
             cleanup.enter_context(self._selector)
-            address = os.path.join(folder, "supervisor")
-            listener = cleanup.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(address)
-            listener.listen(self._world_size)
-            self._selector.register(listener, selectors.EVENT_READ, self._accept)
+            whole = {**environment, **self._listen(cleanup)}
             self._watch_signals(cleanup)
             log = cleanup.enter_context(launcher_log.open("ab"))
             start_of_output = log.tell()
             launcher = subprocess.Popen(
                 list(command),
-                env={**environment, SOCKET_VARIABLE: address},
+                env=whole,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=log if self._network is None else None,
+                stderr=log if self._network is None else None,
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
             )
@@ -109,7 +127,33 @@ class Supervisor:
             )  # whoever loses its parent becomes a child of this process
             cleanup.callback(_end_all, launcher)
             self._serve(launcher)
+            if self._network is not None:
+                self._let_go(launcher)
             return self._outcome(launcher, launcher_log, start_of_output)
+
+    def _listen(self, cleanup: ExitStack) -> dict[str, str]:
+        """Opens the socket at which ranks report; returns the variable that names it to ranks of this host."""
+        if self._network is not None:
+            listener, found = cleanup.enter_context(self._network.listener), {}
+        else:
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="neox-"))
+            address = os.path.join(folder, "supervisor")
+            listener, found = cleanup.enter_context(socket.socket(socket.AF_UNIX)), {SOCKET_VARIABLE: address}
+            listener.bind(address)
+            listener.listen(self._world_size)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        return found
+
+    def _let_go(self, launcher: subprocess.Popen[bytes]) -> None:
+        """Ends ranks on other hosts by closing their links, and gives the launcher time to see it; then asks it."""
+        for link in list(self._pending):
+            link.close()
+        for ask in (None, signal.SIGINT, signal.SIGTERM):
+            if ask is not None:
+                launcher.send_signal(ask)
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(END_SECONDS)
+                return
 
     def _watch_signals(self, cleanup: ExitStack) -> None:
         """Signals wake the loop; the handlers themselves do nothing. An ignored SIGHUP (nohup) stays ignored."""
@@ -165,14 +209,30 @@ class Supervisor:
             return
         *lines, self._pending[link] = (self._pending[link] + received).split(b"\n")
         for line in lines:
-            self._told(link, json.loads(line))
+            facts = self._facts(link, line)
+            if facts is None:  # no rank of this launch
+                self._selector.unregister(link)
+                link.close()
+                return
+            self._told(link, facts)
+
+    def _facts(self, link: socket.socket, line: bytes) -> dict[str, Any] | None:
+        """What a rank tells; from the network, only once it has shown the word."""
+        known = self._network is None or any(each.link is link for each in self._ranks.values())
+        try:
+            facts: dict[str, Any] = json.loads(line)
+            shown = known or (self._network is not None and facts.get("word") == self._network.word)
+            return facts if shown and isinstance(facts.get("rank"), int) else None
+        except (ValueError, AttributeError):
+            return None
 
     def _told(self, link: socket.socket, facts: dict[str, Any]) -> None:
         number = facts["rank"]
         if number not in self._ranks:
-            self._ranks[number] = Rank(number, link)
-            with suppress(OSError):
-                socket.send_fds(link, [b"."], [0, 1, 2] if number == 0 else [])
+            self._ranks[number] = Rank(number, link, host=facts.get("host"))
+            if self._network is None:
+                with suppress(OSError):
+                    socket.send_fds(link, [b"."], [0, 1, 2] if number == 0 else [])
             if self._stop is not None:
                 self._send(self._ranks[number], self._stop)
         each = self._ranks[number]
@@ -221,33 +281,16 @@ class Supervisor:
     def _outcome(self, launcher: subprocess.Popen[bytes], log: Path, start: int) -> Outcome:
         if self._first is not None:
             assert self._first.code is not None
-            return Outcome(self._first.code, self._first.rank, tuple(self._first.tail), self._stop)
-        if self._finished():
+            return Outcome(
+                self._first.code, self._first.rank, tuple(self._first.tail), self._stop, host=self._first.host
+            )
+        unseen = self._network is not None and launcher.poll() == 0  # some may not have been able to connect
+        if self._finished() or (unseen and all(each.code == 0 for each in self._ranks.values())):
             return Outcome(0, stopped_by=self._stop)
         if self._stop is not None:
             return Outcome(shell_code(-self._stop), stopped_by=self._stop)
         said = log.read_bytes()[start:].decode(errors="replace").splitlines()
         return Outcome(shell_code(launcher.poll() or 1), tail=tuple(said[-40:]))
-
-
-def run_elsewhere(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs DeepSpeed's runner for several hosts on this terminal and returns its exit code.
-
-    A stop signal goes to the runner, which ends the remote workers in its own way.
-    """
-    runner = subprocess.Popen(
-        list(command),
-        env=dict(environment),
-        start_new_session=True,
-        preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
-    )
-    before = {each: signal.signal(each, lambda number, _frame: runner.send_signal(number)) for each in STOP_SIGNALS}
-    try:
-        return shell_code(runner.wait())
-    finally:
-        _end_all(runner)
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _end_all(launcher: subprocess.Popen[bytes]) -> None:
@@ -294,4 +337,5 @@ def tell(outcome: Outcome) -> None:
         killed = outcome.code > 128
         how = f"signal {signal.Signals(outcome.code - 128).name}" if killed else f"exit code {outcome.code}"
         lines = [f"[rank {outcome.failed}] {line}" for line in outcome.tail]
-        _say("\n".join([*lines, f"rank {outcome.failed} failed first, with {how}; its last lines stand above"]))
+        place = f" on {outcome.host}" if outcome.host else ""
+        _say("\n".join([*lines, f"rank {outcome.failed}{place} failed first, with {how}; its last lines stand above"]))

@@ -17,13 +17,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from megatron import log
 from megatron.config import Config, Resolution, Resources, resolve, wire
 from megatron.config.sections.launch import LaunchSection
 from megatron.errors import ConfigError, RunError
 from megatron.launch.again import going_on, restarted_by_others
+from megatron.launch.place import adopt_place
 from megatron.launch.request import read_request
 from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
@@ -31,13 +32,6 @@ from megatron.launch.run_directory import choose_run_directory, prepare_run_dire
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
 INTERRUPTED = 130  # 128 + SIGINT
-# Our name -> what other launchers call it: Slurm, OpenMPI, and MPICH with its relatives.
-ALIASES = {
-    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
-    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
-    "MASTER_ADDR": ("SLURM_LAUNCH_NODE_IPADDR",),
-}
 
 
 class StopSignal:
@@ -76,7 +70,11 @@ def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | No
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _adopt_place(os.environ)
+        adopt_place(os.environ)
+    except ConfigError as fault:
+        print(fault, file=sys.stderr, flush=True)
+        return ConfigError.exit_code
+    try:
         log.configure()
         config = worker_config(given)
     except ConfigError as fault:
@@ -114,20 +112,6 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def _adopt_place(environment: Any) -> None:
-    """Writes the place that Slurm or MPI gives this process under the names that torch.distributed reads."""
-    if "RANK" in environment:
-        return
-    for name, aliases in ALIASES.items():
-        found = next((environment[alias] for alias in aliases if environment.get(alias)), None)
-        if found is not None:
-            environment.setdefault(name, found)
-    if int(environment.get("WORLD_SIZE") or 1) > 1:
-        job = environment.get("SLURM_JOB_ID") or environment.get("PMIX_ID") or "0"
-        number = int("".join(character for character in job if character.isdecimal()) or 0)
-        environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
 
 
 def worker_config(arguments: Sequence[str]) -> Config:

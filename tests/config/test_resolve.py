@@ -159,6 +159,13 @@ def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_
         resolve([path], {**small, "strict_config": True}, Resources(1))
 
 
+def test_what_only_srun_takes_is_a_warning_elsewhere() -> None:
+    told = "command line: comment: has no effect, since only srun takes it"
+    assert told in resolved(comment="x").warnings
+    assert resolved(comment="x", account="y", launcher="slurm").warnings == []
+    assert len(resolved(comment="x", account="y").warnings) == 2
+
+
 def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
     broken = write(tmp_path, "model.yml", "num_layers: [2\n")
     other = write(tmp_path, "run.yml", "train_iters: 10\nseed: -3\nnorm: rmsnrm\n")

@@ -235,6 +235,14 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"serve_port": 0}, "serve_port = 0: a port lies between 1 and 65535"),
     (1, {"num_nodes": 0}, "num_nodes = 0: it must be more than 0, or -1 for all"),
     (1, {"num_gpus": -2}, "num_gpus = -2: it must be more than 0, or -1 for all"),
+    (
+        1,
+        {"deepspeed_slurm": True, "launcher": "openmpi"},
+        "deepspeed_slurm = True: launcher = openmpi asks for another one; leave one of the two out",
+    ),
+    (1, {"deepspeed_mpi": True, "launcher": "flux"}, "deepspeed_mpi = True: launcher = flux asks for another one"),
+    (1, {"deepspeed_mpi": True, "deepspeed_slurm": True}, "deepspeed_mpi = True: deepspeed_slurm asks for srun"),
+    (1, {"launcher": "local", "force_multi": True}, "force_multi = True: launcher = local starts nothing elsewhere"),
     (1, {"collective_timeout": -1.0}, "collective_timeout = -1.0: it must be more than 0"),
     (1, {"max_restarts": -1}, "max_restarts = -1: it cannot be negative"),
     (

@@ -16,7 +16,6 @@ from megatron.launch.command import (
     Rendezvous,
     free_port,
     local_command,
-    many_hosts_command,
     search_paths,
     workers_environment,
 )
@@ -35,17 +34,6 @@ def test_the_local_command_is_deepspeeds_launcher_with_a_rank_around_each_worker
     assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [0, 1]}
     assert "--master_port=1234" in command.argv
     assert command.argv[-7:] == ("--module", "megatron.launch.rank", "--log-dir", "/run", *WORKER)
-
-
-def test_the_runner_gets_exactly_the_hosts_that_were_chosen() -> None:
-    where = Rendezvous(master_port=1234, launcher="openmpi", no_ssh_check=True, hostfile=Path("/hosts"))
-    command = many_hosts_command(CLUSTER, where, WORKER, Path("/run"), {})
-    assert command.argv[2] == "deepspeed.launcher.runner"
-    for option in ("--include=first:0,1@second:3", "--hostfile=/hosts", "--launcher=openmpi", "--force_multi"):
-        assert option in command.argv
-    assert "--no_ssh_check" in command.argv
-    assert "DS_ACCELERATOR=cuda" in command.argv  # the runner would not export it
-    assert command.argv[-3:] == WORKER
 
 
 def test_cpu_workers_share_the_cores_and_keep_their_memory() -> None:

@@ -107,6 +107,15 @@ def test_mistakes_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run:
     assert lines[1].startswith("more.yml:2: log_interval = 'often'")
 
 
+def test_a_reader_that_leaves_is_no_fault(run: Run, tmp_path: Path) -> None:
+    script = (
+        f"'{sys.executable}' '{ROOT}/deepy.py' train.py conf --dry-run --json | head -c 10; exit ${{PIPESTATUS[0]}}"
+    )
+    run("--help")  # writes nothing; the fixture has written the configuration
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_secrets_are_not_shown(run: Run) -> None:
     for flags in (["--json"], []):
         assert "opensesame" not in run("train.py", "conf", "--dry-run", "--serve-key", "opensesame", *flags).stdout

@@ -13,7 +13,7 @@ from megatron.errors import RunError
 from megatron.launch.request import read_request
 from megatron.launch.resolution import resolve_request
 from megatron.launch.run_directory import choose_run_directory, git_revision, prepare_run_directory
-from megatron.launch.start import build_command
+from megatron.launch.start import build_command, rendezvous
 from tests.config.small import SMALL
 
 TRAIN = Path("/somewhere/train.py")
@@ -64,7 +64,7 @@ def started(tmp_path: Path, *flags: str) -> tuple[str, ...]:
     paths.write_text(json.dumps({**SMALL, "hostfile": str(hosts), "log_dir": str(tmp_path / "run")}))
     request = read_request(["train.py", str(paths), "--launcher", "pdsh", *flags])
     resolved = resolve_request(request, {})
-    return build_command(request, resolved, tmp_path / "run", 29500, {}).argv
+    return build_command(request, resolved, tmp_path / "run", rendezvous(resolved, {}), {}).argv
 
 
 def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Pa
     name, text = started(tmp_path, "--use_shared_fs", "false")[-2:]
     assert name == "--megatron-config"
     assert wire.decode(text).flat()["num_layers"] == SMALL["num_layers"]
-    assert len(text) < 8000
+    assert len(text) < 1500
 
 
 def test_the_revision_of_a_checkout_is_kept(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     run.counts_are_positive,
     run.ports_are_ports,
     run.hosts_are_counted,
+    run.one_launcher_is_named,
     layout.pipeline_limits_zero,
     layout.context_needs_no_pipeline,
     optimizer.whole_tensors_need_no_zero,

@@ -102,6 +102,22 @@ def hosts_are_counted(config: Config) -> Iterator[Mistake]:
             yield Mistake("it must be more than 0, or -1 for all", key=name, value=count)
 
 
+def one_launcher_is_named(config: Config) -> Iterator[Mistake]:
+    """deepspeed_slurm and deepspeed_mpi name a launcher as well."""
+    launch = config.launch
+    if launch.deepspeed_slurm and launch.launcher not in {"pdsh", "slurm"}:
+        what = f"launcher = {launch.launcher} asks for another one"
+        yield Mistake(what, key="deepspeed_slurm", value=True, remedy="leave one of the two out")
+    if launch.deepspeed_mpi and launch.launcher not in {"pdsh", "openmpi", "mpich", "impi", "mvapich"}:
+        what = f"launcher = {launch.launcher} asks for another one"
+        yield Mistake(what, key="deepspeed_mpi", value=True, remedy="leave one of the two out")
+    if launch.deepspeed_mpi and launch.deepspeed_slurm:
+        yield Mistake("deepspeed_slurm asks for srun", key="deepspeed_mpi", value=True, remedy="keep one of the two")
+    if launch.launcher == "local" and launch.force_multi:
+        what = "launcher = local starts nothing elsewhere"
+        yield Mistake(what, key="force_multi", value=True, remedy="leave one of the two out")
+
+
 def fp16_loss_needs_fp16(config: Config) -> Iterator[Mistake]:
     """The loss can be computed in fp16 only where the logits are fp16."""
     if config.kernels.fp16_lm_cross_entropy and config.precision.precision != "fp16":

@@ -18,12 +18,13 @@ class LaunchSection(Section):
     master_port: int = key(29500, "Port at which the ranks meet.")
     launcher: str = key(
         "pdsh",
-        "How workers on other hosts are started.",
-        choices=("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "local"),
+        "How workers are started: pdsh and the MPIs on other hosts only, torchrun on every host that runs deepy.py.",
+        choices=("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm", "torchrun", "jsrun", "flux", "local"),
     )
+    launcher_args: str = key("", "Further arguments of the launcher, as one text.")
     force_multi: bool = key(False, "Use the launcher for several hosts even on one.")
     no_ssh_check: bool = key(False, "Do not try the hosts before starting.")
-    deepspeed_mpi: bool = key(False, "The ranks are already started by MPI.")
+    deepspeed_mpi: bool = key(False, "Start the ranks with mpirun; OpenMPI's, unless launcher names another.")
     deepspeed_slurm: bool = key(False, "Start the ranks with srun.")
     comment: str | None = key(None, "Comment of the Slurm job.")
     account: str | None = key(None, "Account of the Slurm job.")

@@ -1,0 +1,135 @@
+"""A process's place in the world, whoever started it, under the names that torch.distributed reads.
+
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set by DeepSpeed's launcher, torchrun and Kubernetes'
+operators. Slurm, the MPIs, jsrun and Flux have names of their own, and most of them tell nobody where rank 0 is.
+Only the standard library is imported: this stands in front of every start.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator, Mapping, MutableMapping
+
+from megatron.errors import ConfigError
+
+ALIASES: Mapping[str, tuple[str, str, str]] = {
+    "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+"""Who starts processes -> what it calls the rank, the number of ranks and the rank on a host.
+
+The MPIs stand before the schedulers under which they may run, whose numbers are then those of their helpers.
+"""
+
+ON_ONE_HOST = {
+    "OMPI_COMM_WORLD_LOCAL_SIZE": None,
+    "MV2_COMM_WORLD_LOCAL_SIZE": None,
+    "MPI_LOCALNRANKS": None,
+    "JSM_NAMESPACE_LOCAL_SIZE": None,
+    "SLURM_STEP_NUM_NODES": "1",
+    "FLUX_JOB_NNODES": "1",
+}
+"""Variables that tell that all ranks share a host: by this value, or (None) by the number of all ranks."""
+
+JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+FIRST_PORT, PORTS = 20_000, 10_000
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def adopt_place(environment: MutableMapping[str, str]) -> None:
+    """Completes the environment. Raises ConfigError where it names a place that cannot be."""
+    if "RANK" not in environment:
+        for names in _started_by(environment):
+            for name, alias in zip(NAMES, names, strict=True):
+                if environment.get(alias):
+                    environment.setdefault(name, environment[alias])
+            break
+    place = {name: _number(name, environment[name]) for name in NAMES if name in environment}
+    if "RANK" in place and "WORLD_SIZE" not in place:
+        remedy = "set WORLD_SIZE, the number of processes, as well"
+        raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", where="environment", remedy=remedy)
+    size = place.get("WORLD_SIZE", 1)
+    if place.get("RANK", 0) >= size:
+        raise ConfigError.of(f"there are {size} ranks", key="RANK", value=place["RANK"], where="environment")
+    if size > 1:
+        if "RANK" not in place:
+            told = f"WORLD_SIZE = {size} and no RANK"
+            raise ConfigError.of(f"the environment has {told}", where="environment", remedy="set RANK for each process")
+        environment.setdefault("LOCAL_RANK", "0")
+        _meet(environment, size)
+
+
+def _started_by(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """The names of whoever has started this process; a batch script of Slurm is no task of several."""
+    for starter, names in ALIASES.items():
+        batch_script = starter == "Slurm" and "SLURM_STEP_ID" not in environment
+        if all(environment.get(name) for name in names) and not batch_script:
+            yield names
+
+
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ConfigError.of("this is not a number", key=name, value=text, where="environment")
+    return int(text)
+
+
+def _meet(environment: MutableMapping[str, str], size: int) -> None:
+    """Where the ranks meet: at rank 0's host, and at a port that all of them find in the job's number."""
+    if "MASTER_ADDR" not in environment:
+        alone = any(environment.get(name) == (value or str(size)) for name, value in ON_ONE_HOST.items())
+        found = "127.0.0.1" if alone else _first_host(environment)
+        if found is None:
+            raise ConfigError.of(
+                f"nothing says where the {size} ranks meet",
+                key="MASTER_ADDR",
+                where="environment",
+                remedy="set it to the address of rank 0's host, the same for all",
+            )
+        environment["MASTER_ADDR"] = found
+    job = next((environment[name] for name in JOBS if environment.get(name)), "0")
+    digits = int("".join(re.findall(r"\d", job)) or 0) + int(environment.get("SLURM_STEP_ID") or 0)
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + digits % PORTS))
+
+
+def _first_host(environment: Mapping[str, str]) -> str | None:
+    """Rank 0's host, as the scheduler names it; where that is no name of the network, the one that called srun."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if hosts:
+        first = next(iter(expand_hosts(hosts)))
+        return first if _resolves(first) else environment.get("SLURM_LAUNCH_NODE_IPADDR") or first
+    slots = (environment.get("LSB_MCPU_HOSTS") or "").split()[::2]
+    if len(slots) > 1:
+        return slots[1]  # the first is the host of the batch script
+    return slots[0] if slots else None
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def expand_hosts(text: str) -> Iterator[str]:
+    """The hosts of a list as Slurm and Flux write it: `a[01-03,7]-ib,b` is a01-ib, a02-ib, a03-ib, a07-ib and b."""
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        yield from _expand(part.strip())
+
+
+def _expand(part: str) -> Iterator[str]:
+    found = re.match(r"([^\[]*)\[([^\]]*)\](.*)", part)
+    if found is None:
+        yield part
+        return
+    before, ranges, after = found.groups()
+    for one in ranges.split(","):
+        first, _, last = one.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            for rest in _expand(after):
+                yield f"{before}{number:0{len(first)}d}{rest}"
