@@ -296,11 +296,11 @@ def _batch(draft: Completion) -> None:
 def _training_batch(draft: Completion, ranks: int) -> Batch:
     """The batch's sizes; with one of them unknown, only whether the other two can go together at all."""
     names = (TOTAL, MICRO, STEPS_PER_BATCH)
-    sizes = [draft[name] if draft.knows(name) else None for name in names]
+    total, micro, steps = (draft[name] if draft.knows(name) else None for name in names)
     if not draft.knows(TOTAL):
-        ConfigError.raise_any(size_mistakes(*sizes))
-    elif sizes[0] is not None or draft.knows(*names):
-        batch = derive_batch(*sizes, ranks)
+        ConfigError.raise_any(size_mistakes(total, micro, steps))
+    elif total is not None or draft.knows(*names):
+        batch = derive_batch(total, micro, steps, ranks)
         if draft.knows(*names):
             return batch
     raise NotKnown("train_batch_size")

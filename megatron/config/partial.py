@@ -57,4 +57,6 @@ class _PartialSection:
         if name in self._unknown:
             raise NotKnown(name)
         derived = getattr(type(self._section), name, None)
-        return derived.fget(self) if isinstance(derived, property) else getattr(self._section, name)
+        if isinstance(derived, property) and derived.fget is not None:
+            return derived.fget(self)
+        return getattr(self._section, name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import ConfigError
-from megatron.launch.command import RANK_MODULE, Command, Rendezvous, search_paths, workers_environment
+from megatron.launch.command import DEFAULT_PORT, RANK_MODULE, Command, Rendezvous, search_paths, workers_environment
 from megatron.launch.rank import SOCKET_VARIABLE
 from megatron.launch.request import CHECKOUT
 from megatron.launch.resources import Machines
@@ -71,6 +71,10 @@ def command_elsewhere(
         launch.whole_hosts()
     if build in (_mpi, _even_mpi, _jsrun, _flux):
         settings += [f"MASTER_ADDR={where.master_addr or launch.first}", f"MASTER_PORT={where.master_port}"]
+    if build is _slurm and where.master_addr is not None:
+        settings.append(f"MASTER_ADDR={where.master_addr}")
+    if build is _slurm and where.master_port != DEFAULT_PORT:
+        settings.append(f"MASTER_PORT={where.master_port}")
     rank = ("--log-dir", str(log_dir), *settings, *worker)
     hostfile = "".join(f"{host} slots={_slots_in_file(slots)}\n" for host, slots in machines.hosts.items())
     return Command(build(Launch(machines, where, rank, log_dir)), search_paths(caller), hostfile)
@@ -165,7 +169,7 @@ LAUNCHERS: Mapping[str, Callable[[Launch], tuple[str, ...]]] = {
 """A launcher is one function of a Launch, which returns the argv that starts all ranks."""
 
 PROGRAMS = {
-    "pdsh": ("pdsh",),
+    "pdsh": ("pdsh", "ssh"),
     "openmpi": ("mpirun", "ompi_info"),
     "mpich": ("mpirun",),
     "impi": ("mpirun",),

@@ -15,6 +15,7 @@ from megatron.launch.elsewhere import OVER_SSH, PROGRAMS
 
 PROBE_SECONDS = 10.0  # for a host to answer
 AT_ONCE = 32
+ANYWHERE = "192.0.2.1"  # an address that RFC 5737 gives to nobody
 INSTALLED_BY = {"pdsh": "apt install pdsh", "slurm": "apt install slurm-client", "openmpi": "apt install openmpi-bin"}
 
 
@@ -80,21 +81,21 @@ def ask(host: str, environment: Mapping[str, str]) -> Answer:
 
 
 def own_address(towards: str | None) -> str:
-    """The address of this host in the network that leads to another one; its name where that is not known."""
-    if towards is not None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((towards, 9))  # nothing is sent
-                found = str(probe.getsockname()[0])
-            except OSError:
-                found = ""
-        if found and not found.startswith("127."):
+    """The address of this host in the network that leads to another one, or to anywhere; else its name."""
+    for other in (towards, ANYWHERE):
+        found = _source_address(other) if other is not None else None
+        if found is not None and not found.startswith("127."):
             return found
-    name = socket.gethostname()
-    try:
-        return str(socket.gethostbyname(name))
-    except OSError:
-        return name
+    return socket.gethostname()
+
+
+def _source_address(towards: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))  # nothing is sent
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
 
 
 def node_number(hosts: Sequence[str], environment: Mapping[str, str], names: frozenset[str]) -> int:

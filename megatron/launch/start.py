@@ -137,7 +137,7 @@ def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Re
     launch, machines = resolved.resolution.config.launch, resolved.machines
     where = rendezvous(resolved, caller)
     given = resolved.resolution.origin["master_port"] != "default"
-    if len(machines.hosts) == 1 and machines.is_local:
+    if next(iter(machines.hosts)) in local_names():
         where = replace(where, master_port=free_port(launch.master_port, given=given))
     if where.launcher == "torchrun":
         node = node_number(list(machines.hosts), caller, local_names())

@@ -18,7 +18,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RunError
 from megatron.parallel.compiling import turn_to_compile
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting, record_collectives
@@ -129,10 +129,17 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
-        deepspeed.init_distributed(
-            backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
-        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
+            deepspeed.init_distributed(
+                backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
+            )
+    except dist.DistNetworkError as fault:
+        raise RunError.of(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {fault}",
+            where=f"rank {ranks.rank}",
+            remedy="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
+        ) from fault
 
 
 def load_cpu_collectives() -> None:

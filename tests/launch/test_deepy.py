@@ -114,6 +114,7 @@ def test_a_reader_that_leaves_is_no_fault(run: Run, tmp_path: Path) -> None:
     run("--help")  # writes nothing; the fixture has written the configuration
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) == 10
 
 
 def test_secrets_are_not_shown(run: Run) -> None:

@@ -25,18 +25,22 @@ EVEN = Machines({"first": (0, 1), "second": (0, 1)}, "cuda", 4)
 PICKED = Machines({"first": (0, 1), "second": (3,)}, "cuda", 3)
 UNEVEN = Machines({"first": (0, 1), "second": (0,)}, "cuda", 3)
 RUN = Path("/run")
+PORTS = {"slurm": 29500}  # the default, of which srun is told nothing
 
 
 def argv(launcher: str, machines: Machines = EVEN, **more: object) -> str:
-    where = Rendezvous(launcher=launcher, master_port=1234, **more)  # type: ignore[arg-type]
+    port = PORTS.get(launcher, 1234)
+    where = Rendezvous(launcher=launcher, **{"master_port": port, **more})  # type: ignore[arg-type]
     return shlex.join(command_elsewhere(machines, where, WORKER, RUN, {"PATH": "/bin"}).argv)
 
 
 def runner(launcher: str, options: str, master: str = "first", arguments: str = "") -> str:
     given = f" {shlex.quote(f'--launcher_args={arguments}')}" if arguments else ""
+    port = PORTS.get(launcher, 1234)
     return (
         f"{sys.executable} -m deepspeed.launcher.runner --hostfile=/run/hostfile --master_addr={master} "
-        f"--master_port=1234 --launcher={launcher}{given} --force_multi --no_ssh_check --log_level=error {options}"
+        f"--master_port={port} --launcher={launcher}{given} "
+        f"--force_multi --no_ssh_check --log_level=error {options}"
     )
 
 
@@ -118,6 +122,7 @@ def test_what_the_user_adds() -> None:
     assert " -g 2 " in argv("jsrun", launcher_args="-g 2")
     assert "NEOX_SUPERVISOR=tcp://me:1/x" in argv("pdsh", supervisor="tcp://me:1/x")
     assert "MASTER_ADDR=there" in argv("openmpi", master_addr="there")
+    assert "MASTER_ADDR=there MASTER_PORT=77" in argv("slurm", master_addr="there", master_port=77)
 
 
 def test_torchrun_on_one_host_of_two() -> None:
@@ -208,6 +213,28 @@ def test_ranks_elsewhere_report_over_the_network(flux: Deepy) -> None:
     assert code == 0, err
     assert out == "said by 0 29500 2\n"
     assert (flux.folder / "run/work/rank_1.log").read_text() == "said by 1 29500 2\n"
+
+
+def test_torchrun_on_this_host(deepy: Deepy) -> None:
+    code, out, err = deepy.run("print('said by', rank, os.environ['LOCAL_WORLD_SIZE'])", "--launcher", "torchrun")
+    assert code == 0, err
+    assert out == "said by 0 2\n"
+    assert (deepy.folder / "run/work/rank_1.log").read_text() == "said by 1 2\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--launcher", "torchrun", "--num-nodes", "2"], "NODE_RANK: nothing says which of the 2 hosts this is"),
+        (["--launcher", "local", "--hostfile", "hosts"], "launcher = 'local': the hostfile names other hosts: far"),
+        (["--launcher", "jsrun", "--hostfile", "hosts"], "launcher = 'jsrun': there is no jsrun on this host"),
+    ],
+)
+def test_launches_that_cannot_be(deepy: Deepy, flags: list[str], told: str) -> None:
+    (deepy.folder / "hosts").write_text("far slots=2\n")
+    code, _, err = deepy.run("", *flags)
+    assert code == 2
+    assert told in err
 
 
 def test_a_failure_elsewhere_names_rank_host_and_last_lines(flux: Deepy) -> None:

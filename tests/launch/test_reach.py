@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launch.reach import ask, check_hosts, own_address
+from megatron.launch.reach import ask, check_hosts, check_launcher, own_address
 
 SSH = """\
 #!/bin/sh
@@ -50,9 +50,11 @@ def test_every_host_that_fails_is_named(environment: dict[str, str], monkeypatch
     assert check_hosts("slurm", ["silent"], environment) is None  # srun needs no ssh
 
 
-def test_a_host_without_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert str(ask("good", {}).fault).startswith("there is no ssh on this host")
+def test_a_host_without_ssh(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="launcher = 'pdsh': there is no pdsh and no ssh on this host"):
+        check_launcher("pdsh", {"PATH": str(tmp_path)})
+    (tmp_path / "flux").touch(0o755)
+    check_launcher("flux", {"PATH": str(tmp_path)})
 
 
 def test_own_address() -> None:
