@@ -110,8 +110,11 @@ def _pdsh(launch: Launch) -> tuple[str, ...]:
 
 
 def _mpi(launch: Launch) -> tuple[str, ...]:
-    """OpenMPI. The workers do not speak MPI, so the network that its own messages take does not matter."""
-    return (*_runner(launch, "--module"), RANK_MODULE, *launch.rank)
+    """OpenMPI. The workers do not speak MPI, so the network that its own messages take does not matter.
+
+    The rank's file is named, since DeepSpeed's runner for MPICH takes its own helper for a module otherwise.
+    """
+    return (*_runner(launch), str(RANK_FILE), *launch.rank)
 
 
 def _even_mpi(launch: Launch) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ LINES = {
         f"--include=first:0,1@second:0,1 --no_local_rank --module megatron.launch.rank {SETTINGS} {SCRIPT}",
     ),
     **{
-        name: runner(name, f"--module megatron.launch.rank {SETTINGS} {MEETING} {SCRIPT}")
+        name: runner(name, f"{RANK_FILE} {SETTINGS} {MEETING} {SCRIPT}")
         for name in ("openmpi", "mpich", "impi", "mvapich")
     },
     "slurm": runner(
@@ -87,8 +87,8 @@ def test_the_options_of_deepspeeds_runner_are_its_own() -> None:
             continue
         found = parse_args(shlex.split(line)[3:])
         assert (found.launcher, found.force_multi, found.no_ssh_check) == (name, True, True)
-        assert found.user_script == (str(RANK_FILE) if name == "slurm" else "megatron.launch.rank")
-        assert found.module == (name != "slurm")
+        assert found.user_script == ("megatron.launch.rank" if name == "pdsh" else str(RANK_FILE))
+        assert found.module == (name == "pdsh")
         assert found.user_args[-3:] == list(WORKER)
 
 
