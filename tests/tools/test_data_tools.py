@@ -55,7 +55,6 @@ def test_token_files_hold_the_text(work):
         (["--input", "missing.jsonl"], 2, "input = 'missing.jsonl': cannot read the file"),
         (["--vocab-file", "missing.json"], 2, "vocab_file = 'missing.json': cannot read"),
         (["--tokenizer-type", "HFTokeniser"], 2, "did you mean HFTokenizer"),
-        (["--dataset-impl", "lazy"], 2, "dataset_impl = 'lazy'"),
         (["--jsonl-keys", "body"], 1, "50 without the key 'body'"),
     ],
 )
@@ -72,6 +71,17 @@ def test_mistakes_are_one_line_and_an_exit_code(work, tmp_path, flags, code, tol
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("impl", ["lazy", "cached"])
+def test_the_legacy_format(work, tmp_path, impl):
+    flags = ("--input", "a.jsonl", "--output-prefix", tmp_path / "p", "--dataset-impl", impl)
+    done = run("tools/preprocess_data.py", *flags, "--tokenizer-type", "CharLevelTokenizer", cwd=work)
+    assert done.returncode == 0, done.stderr
+    data = IndexedDataset(tmp_path / "p_text_document")
+    assert (data.legacy, len(data), data.dtype.name) == (True, 50, "int32")
+    inspected = run("tools/inspect_dataset.py", tmp_path / "p_text_document", "--check", cwd=work)
+    assert "legacy format, version 1" in inspected.stdout
 
 
 def test_a_tokenizer_needs_text(work):
