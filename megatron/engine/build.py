@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -28,6 +29,7 @@ from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.errors import ConfigError
+from megatron.model.block import Block
 from megatron.model.cache import KVCache, cache_dtype
 from megatron.model.mlp.balance import RouterLosses
 from megatron.model.pipelined import PipelinedModel
@@ -190,6 +192,7 @@ def _initialize(
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
         clipper.attach(optimizer)
+    _gather_blocks_whole(model)
     with redirect_stdout(io.StringIO()):  # its optimizers print their memory at every stage of their making
         initialised, *_ = deepspeed.initialize(
             model=model,
@@ -214,6 +217,13 @@ def _keep_gradients_apart(initialised: Any, clipper: GradientClipper | None) -> 
         initialised.enable_backward_allreduce = False
     if clipper is not None:
         clipper.gradients_are_apart = True
+
+
+def _gather_blocks_whole(model: Module) -> None:
+    """Tells ZeRO 3 of blocks whose parameters are needed together; the other stages do not ask."""
+    for module in model.modules():
+        if isinstance(module, Block) and module.gathered_whole:
+            set_z3_leaf_module(module, True)
 
 
 def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:

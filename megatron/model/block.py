@@ -24,8 +24,11 @@ from megatron.parallel.topology import Axis
 class Block(nn.Module):
     """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h].
 
-    axis: the tensor-parallel ranks, which may each hold a part of the sequence here.
+    axis: the tensor-parallel ranks, which may each hold a part of the sequence here. gathered_whole: parts read each
+    other's parameters, so ZeRO 3 must gather those of the block together.
     """
+
+    gathered_whole = False
 
     def __init__(self, parts: Parts, axis: Axis) -> None:
         super().__init__()

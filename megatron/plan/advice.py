@@ -36,7 +36,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
     if not config.recompute.checkpoint_activations:
         yield "checkpoint_activations: true", config.replace(checkpoint_activations=True)
     if isinstance(stage, int) and axes.data_parallel_size > 1:
-        limit = 1 if axes.is_pipe_parallel else 2 if config.moe.moe_num_experts > 1 else 3
+        limit = 1 if axes.is_pipe_parallel else 2 if config.moe.moe_expert_parallel_size > 1 else 3
         for higher in range(stage + 1, limit + 1):
             block = {**(config.deepspeed.zero_optimization or {}), "stage": higher}
             told = f"zero_optimization: {{stage: {higher}}}"

@@ -8,9 +8,9 @@ from tests.config.small import faults, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
-        1,
-        {"moe_num_experts": 2, "zero_optimization": {"stage": 3}},
-        "experts do not work with ZeRO 3; use stage 0, 1 or 2",
+        2,
+        {"moe_num_experts": 2, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}},
+        "ZeRO 3 cuts parameters over all data-parallel ranks, also those that hold other experts; use stage 0, 1 or 2",
     ),
     (1, {"moe_num_experts": 2, "moe_top_k": 3}, "moe_top_k = 3: there are 2 experts"),
     (2, {"moe_expert_parallel_size": 2}, "there are no experts to spread (moe_num_experts = 1); give moe_num_experts"),
@@ -57,11 +57,6 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (
         1,
-        {"attention_config": [[["rwkv"], "all"]], "zero_optimization": {"stage": 3}},
-        "blocks of kind rwkv read parameters that ZeRO 3 gathers only for the part that holds them",
-    ),
-    (
-        1,
         {"attention_config": [[["mamba"], "all"]], "attention_dropout": 0.1},
         "attention_dropout = 0.1: no block has attention; set it to 0",
     ),
@@ -102,6 +97,8 @@ def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
         (2, {"attention_config": [[["mamba"], "all"]], "model_parallel_size": 2, "num_attention_heads": 1}),
         (2, {"attention_config": [[["rwkv", "global"], "all"]], "model_parallel_size": 2, "sequence_parallel": True}),
         (1, {"attention_config": [[["gmlp", "amlp"], "all"]], "reset_attention_mask": True}),
+        (2, {"attention_config": [[["rwkv", "mamba"], "all"]], "zero_optimization": {"stage": 3}}),
+        (2, {"moe_num_experts": 2, "zero_optimization": {"stage": 3}}),
     ],
 )
 def test_what_no_rule_forbids(world_size: int, changes: dict[str, Any]) -> None:

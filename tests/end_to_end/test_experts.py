@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {**SPREAD, "zero_optimization": {"stage": 1, "contiguous_gradients": False}},
     ),
     "data 4, experts 2, ZeRO 2": (4, {**SPREAD, "zero_optimization": {"stage": 2}}),
+    "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
     "context 2, experts 2": (2, {**SPREAD, "context_parallel_size": 2}),
     "pipeline 2": (2, {"pipe_parallel_size": 2}),
     "pipeline 2, data 2, experts 2": (4, {"pipe_parallel_size": 2, **SPREAD}),

@@ -11,16 +11,17 @@ MOST_EXPERTS = 4096
 
 
 def experts_limit_zero(config: Config) -> Iterator[Mistake]:
-    """Experts are parameters of their own groups, which ZeRO 3 does not know; DeepSpeed asserts the other two."""
+    """Spread experts are parameters of their own groups, which ZeRO 3 does not know; DeepSpeed asserts the others."""
     moe, zero = config.moe, config.deepspeed.zero_optimization or {}
-    if moe.moe_num_experts == 1:
+    if moe.moe_expert_parallel_size == 1:
         return
     if config.deepspeed.zero_stage == 3:
         yield Mistake(
-            "experts do not work with ZeRO 3", key="zero_optimization", value=zero, remedy="use stage 0, 1 or 2"
+            "ZeRO 3 cuts parameters over all data-parallel ranks, also those that hold other experts",
+            key="zero_optimization",
+            value=zero,
+            remedy="use stage 0, 1 or 2, or moe_expert_parallel_size: 1",
         )
-    if moe.moe_expert_parallel_size == 1:
-        return
     for name, stages in (("reduce_scatter", (1, 2)), ("contiguous_gradients", (2,))):
         if config.deepspeed.zero_stage in stages and zero.get(name) is False:
             yield Mistake(

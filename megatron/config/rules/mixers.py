@@ -14,7 +14,7 @@ def _kinds(config: Config) -> list[str]:
 
 
 def mixers_limit_layouts(config: Config) -> Iterator[Mistake]:
-    """Such a block needs whole sequences, and reads parameters of its parts, which ZeRO 3 would have given away."""
+    """Such a block needs whole sequences."""
     kinds, axes = _kinds(config), config.parallelism
     if not kinds:
         return
@@ -24,13 +24,6 @@ def mixers_limit_layouts(config: Config) -> Iterator[Mistake]:
             key="context_parallel_size",
             value=axes.context_parallel_size,
             remedy="use model_parallel_size with sequence_parallel",
-        )
-    if config.deepspeed.zero_stage == 3:
-        yield Mistake(
-            f"blocks of kind {', '.join(kinds)} read parameters that ZeRO 3 gathers only for the part that holds them",
-            key="zero_optimization",
-            value=config.deepspeed.zero_optimization,
-            remedy="use stage 0, 1 or 2",
         )
     yield from _attention_has_a_block(config)
 

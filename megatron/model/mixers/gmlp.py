@@ -29,6 +29,8 @@ from megatron.parallel.sequence import with_copy
 class GMLPTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
+    gathered_whole = True
+
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
         super().__init__(parts, source.axis)
         self.axis, hidden, width = source.axis, parts.dims.hidden_size, parts.dims.mixers.gmlp_width

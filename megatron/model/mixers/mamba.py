@@ -39,6 +39,8 @@ STEP_FLOOR = 1e-4
 class MambaTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
+    gathered_whole = True
+
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
         super().__init__(parts, source.axis)
         self.norm = parts.norm()

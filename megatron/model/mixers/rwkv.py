@@ -38,6 +38,8 @@ GROUP_EPSILON = 64e-5
 class RWKVTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
+    gathered_whole = True
+
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
         super().__init__(parts, source.axis)
         self.first = number == 0

@@ -111,16 +111,25 @@ class RouterLayer(nn.Module):
 
     def __init__(self, parts: Parts, source: ParameterSource) -> None:
         super().__init__()
-        shape = (parts.dims.mixture.experts, parts.dims.hidden_size)
-        self.layer = nn.Module()
-        self.layer.weight = source.of("layer").replica("weight", shape, parts.fill, whole_sequence=True)
+        self.layer = _WideLinear(parts, source.of("layer"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, h] -> [n, all experts]."""
-        weight = self.layer.weight
-        assert isinstance(weight, Tensor)
+        logits: Tensor = self.layer(tokens)
+        return logits
+
+
+class _WideLinear(nn.Module):
+    """A product in fp32 at least: ``weight`` [all experts, h]."""
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        shape = (parts.dims.mixture.experts, parts.dims.hidden_size)
+        self.weight = source.replica("weight", shape, parts.fill, whole_sequence=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        return F.linear(tokens.to(wide), weight.to(wide))
+        return F.linear(tokens.to(wide), self.weight.to(wide))
 
 
 @dataclass(frozen=True)
