@@ -192,6 +192,8 @@ def _loss_scale(draft: Completion) -> None:
 def _zero(draft: Completion) -> None:
     block, tuned = draft["zero_optimization"], draft["autotuning"] is not None
     zero = derive_zero("" if block is not None else draft["precision"], block, tuned=tuned)
+    if block is None and draft["moe_expert_parallel_size"] > 1:  # DeepSpeed needs it where experts are spread
+        zero = {**zero, "contiguous_gradients": True}
     draft.derive("zero_optimization", zero)
     for name in ZERO_OUTPUTS:
         draft.derive(f"zero_{name}", _as_output(name, zero.get(name)))

@@ -38,6 +38,15 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {
             "moe_num_experts": 4,
             "moe_expert_parallel_size": 2,
+            "zero_optimization": {"stage": 1, "contiguous_gradients": False},
+        },
+        "DeepSpeed needs contiguous_gradients where experts are spread over ranks; leave contiguous_gradients out",
+    ),
+    (
+        2,
+        {
+            "moe_num_experts": 4,
+            "moe_expert_parallel_size": 2,
             "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         },
         "DeepSpeed's norm of offloaded gradients does not count experts that are spread over ranks",
@@ -88,6 +97,12 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
     lines = faults(world_size, **changes)
     assert any(told in line for line in lines), "\n".join(lines)
+
+
+def test_spread_experts_get_the_zero_block_that_they_need() -> None:
+    changes = {"moe_num_experts": 4, "moe_expert_parallel_size": 2, "precision": "bfloat16"}
+    block = resolved(2, **changes).config.deepspeed.zero_optimization or {}
+    assert (block["stage"], block["contiguous_gradients"]) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2": (2, {}),
     "data 2, experts 2": (2, SPREAD),
     "data 2, experts 2, ZeRO 1": (2, {**SPREAD, "zero_optimization": {"stage": 1}}),
-    "data 2, experts 2, ZeRO 1, gradients apart": (
-        2,
-        {**SPREAD, "zero_optimization": {"stage": 1, "contiguous_gradients": False}},
-    ),
     "data 4, experts 2, ZeRO 2": (4, {**SPREAD, "zero_optimization": {"stage": 2}}),
     "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
     "context 2, experts 2": (2, {**SPREAD, "context_parallel_size": 2}),

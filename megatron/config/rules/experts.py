@@ -22,8 +22,8 @@ def experts_limit_zero(config: Config) -> Iterator[Mistake]:
             value=zero,
             remedy="use stage 0, 1 or 2, or moe_expert_parallel_size: 1",
         )
-    for name, stages in (("reduce_scatter", (1, 2)), ("contiguous_gradients", (2,))):
-        if config.deepspeed.zero_stage in stages and zero.get(name) is False:
+    for name in ("reduce_scatter", "contiguous_gradients"):  # without the second one gradients go wrong, unsaid
+        if config.deepspeed.zero_stage in (1, 2) and zero.get(name) is False:
             yield Mistake(
                 f"DeepSpeed needs {name} where experts are spread over ranks",
                 key="zero_optimization",
