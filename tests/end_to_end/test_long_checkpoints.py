@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def kill_after(process: Any, seconds: float) -> bool:
         if process.poll() is not None:
             return False
         time.sleep(0.02)
-    for member in [*family.children(recursive=True), family]:
-        member.send_signal(signal.SIGKILL)
+    for member in [family, *family.children(recursive=True)]:  # the launcher first, so that it ends nobody itself
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     process.wait(30)
     return True
 
