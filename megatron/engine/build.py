@@ -40,13 +40,30 @@ from megatron.optim.groups import parameter_groups
 from megatron.optim.muon import finds_groups
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.request import Request
-from megatron.parallel.bootstrap import device
+from megatron.parallel.bootstrap import bootstrap, device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import ModelDims, TensorShape, remembered, tensors
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+
+
+def join(config: Config) -> Topology:
+    """Joins the process group of the layout that the configuration asks for, and seeds the generators."""
+    axes = config.parallelism
+    return bootstrap(
+        pipe_parallel_size=axes.pipe_parallel_size,
+        model_parallel_size=axes.model_parallel_size,
+        seed=config.training.seed,
+        context_parallel_size=axes.context_parallel_size,
+        expert_parallel_size=config.moe.moe_expert_parallel_size,
+        sequence_parallel=axes.sequence_parallel,
+        fp32_allreduce=config.precision.fp32_allreduce,
+        backend=config.launch.distributed_backend,
+        timeout_seconds=config.launch.collective_timeout,
+        deterministic=config.training.deterministic,
+    )
 
 
 def build_training_engine(
@@ -170,7 +187,7 @@ def _router_losses(config: Config) -> RouterLosses | None:
 def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
     objective = OBJECTIVES.load(config.training.train_impl)()
 
-    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, tokens: Tensor) -> Tensor:
         value: Tensor = objective.loss(logits, labels, loss_mask, topology.model, tokens=tokens, vocabulary=vocab_size)
         return value
 

@@ -20,9 +20,9 @@ from megatron.model.cache import KVCache
 class StepResult:
     """What one optimizer step measured. Values stay on the device until someone reads them.
 
-    loss: mean over the global batch [nats a token]. grad_norm: before clipping. loss_scale: 1 unless fp16.
-    skipped: whether the update was left out because gradients were not finite. more: what else the model measured, by
-    name.
+    loss: mean over all unmasked tokens of the global batch [nats a token]. grad_norm: before clipping.
+    loss_scale: 1 unless fp16. skipped: whether the update was left out because gradients were not finite.
+    more: what else the model measured, by name.
     """
 
     loss: Tensor
@@ -57,7 +57,7 @@ class TrainingEngine(Engine, Protocol):
         """One update from the next `gradient accumulation` micro batches, at the given rate."""
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean loss over the next `count` micro batches of every data-parallel rank [nats a token]."""
+        """Mean over all unmasked tokens of the next `count` micro batches of every data rank [nats a token]."""
 
 
 def loss_scale(optimizer: Any) -> float:

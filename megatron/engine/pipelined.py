@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -20,6 +22,7 @@ from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, through_stages
 from megatron.engine.shape import accumulate
+from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
@@ -27,7 +30,7 @@ from megatron.parallel.marks import is_tied
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
-Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -65,7 +68,7 @@ class PipelinedEngine:
         skipped_before = engine.skipped_steps
         if self.router_losses is not None:
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
-        loss = engine.train_batch(_pairs(batches))
+        loss = engine.train_batch(self._step(batches))
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
         skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
@@ -73,11 +76,25 @@ class PipelinedEngine:
         return StepResult(as_tensor(loss), norm, learning_rate, scale, skipped, more)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        tokens = torch.zeros((), dtype=torch.float64, device=self.deepspeed.device)
+        one = torch.ones((), device=self.deepspeed.device)
+
+        def counted() -> Iterator[Pair]:
+            for batch in islice(batches, count):
+                tokens.add_(unmasked([batch]).to(tokens.device))
+                yield _pair(batch, one)
+
         self.deepspeed.reset_activation_shape()  # training may have shorter sequences
-        try:
-            return float(self.deepspeed.eval_batch(_pairs(batches), num_micro_batches=count))
+        try:  # the mean of the sums of micro batches and ranks
+            mean = self.deepspeed.eval_batch(counted(), num_micro_batches=count)
         finally:
             self.deepspeed.reset_activation_shape()
+        if not self.topology.pipe.is_last:
+            tokens.zero_()  # the stages between the ends read no samples; the last one speaks for all
+        sum_over_data(tokens, self.topology)
+        if self.topology.pipe.size > 1:
+            dist.all_reduce(tokens, group=self.topology.pipe.group)
+        return float(mean) * count * self.topology.data.size / max(1.0, float(tokens))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
@@ -121,14 +138,21 @@ class PipelinedEngine:
         axis = self.topology.model
         state.write(self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size)
 
+    def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
+        """The pairs of one step, drawn at the ends of the pipeline: the stages between need none."""
+        if not (self.topology.pipe.is_first or self.topology.pipe.is_last):
+            return iter(())
+        step = [next(batches) for _ in range(self.deepspeed.micro_batches)]
+        tokens = tokens_a_share(step, self.topology, self.deepspeed.device)
+        return iter([_pair(batch, tokens) for batch in step])
+
     def owned(self) -> dict[str, Parameter]:
         """Without the copy of a tied weight that the last stage holds: the first stage speaks for it."""
         first = self.topology.pipe.is_first
         return {key: parameter for key, parameter in self.parameters.items() if first or not is_tied(parameter)}
 
 
-def _pairs(batches: Iterator[MicroBatch]) -> Iterator[Pair]:
-    """Micro batches as the PipelineEngine takes them: (inputs, what the loss needs)."""
-    for batch in batches:
-        starts = batch.document_starts
-        yield batch.tokens if starts is None else (batch.tokens, starts), (batch.labels, batch.loss_mask)
+def _pair(batch: MicroBatch, tokens: Tensor) -> Pair:
+    """A micro batch as the PipelineEngine takes it: (inputs, what the loss needs)."""
+    starts = batch.document_starts
+    return batch.tokens if starts is None else (batch.tokens, starts), (batch.labels, batch.loss_mask, tokens)

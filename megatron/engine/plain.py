@@ -22,6 +22,7 @@ from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
 from megatron.engine.shape import accumulate
+from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
@@ -30,10 +31,8 @@ from megatron.parallel.context import part_of_sequence
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 
-Loss = Callable[..., Tensor]
-"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses divided by
-`tokens`, by their number where that is None. Context-parallel ranks divide by the mean number of unmasked tokens in
-their parts of the sequences, so that the mean over them is that of the whole."""
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses / tokens."""
 
 
 @dataclass
@@ -67,12 +66,14 @@ class PlainEngine:
         skipped_before = engine.skipped_steps
         if self.router_losses is not None:
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
-        for _ in range(engine.gradient_accumulation_steps()):
-            loss = self._forward(next(batches))
+        step = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+        tokens = tokens_a_share(step, self.topology, engine.device)
+        for batch in step:
+            loss = self._forward(batch, tokens)
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        mean = self._data_mean(total / engine.gradient_accumulation_steps())
+        mean = self._sum(total) / (len(step) * self.topology.gradient.size)
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         scale = loss_scale(engine.optimizer)
         skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
@@ -82,10 +83,13 @@ class PlainEngine:
     @torch.no_grad()
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         self.deepspeed.module.eval()
-        total = torch.zeros((), device=self.deepspeed.device)
+        total, tokens = torch.zeros(2, dtype=torch.float64, device=self.deepspeed.device)
+        one = torch.ones((), device=self.deepspeed.device)
         for _ in range(count):
-            total += self._forward(next(batches))
-        return float(self._data_mean(total / count))
+            batch = next(batches)
+            total += self._forward(batch, one)
+            tokens += unmasked([batch]).to(tokens.device)
+        return float(self._sum(total) / sum_over_data(tokens, self.topology).clamp(min=1))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
@@ -128,20 +132,19 @@ class PlainEngine:
         axis = self.topology.model
         state.write(self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size)
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
+    def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
+        """The sum of the losses of this rank's part of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
         part = partial(part_of_sequence, axis=self.topology.context)
-        shares = self.topology.context.size
-        tokens = batch.loss_mask.sum().clamp(min=1) / shares if shares > 1 else None
         logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
         return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
 
-    def _data_mean(self, value: Tensor) -> Tensor:
-        """Mean over the data-parallel ranks, and over those that share their sequences."""
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum, in place, over the data-parallel ranks and those that share their sequences."""
         axis = self.topology.gradient
         if axis.size > 1:
             dist.all_reduce(value, group=axis.group)
-        return value / axis.size
+        return value
 
 
 def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, Parameter]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.checkpoint.load import vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.config import Config
-from megatron.engine.build import build_inference_engine
+from megatron.engine.build import build_inference_engine, join
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.inference import modes
@@ -25,7 +25,7 @@ from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
-from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
+from megatron.parallel.bootstrap import Ranks, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
@@ -98,14 +98,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
 
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
     """
-    topology = bootstrap(
-        pipe_parallel_size=config.parallelism.pipe_parallel_size,
-        model_parallel_size=config.parallelism.model_parallel_size,
-        seed=config.training.seed,
-        backend=config.launch.distributed_backend,
-        timeout_seconds=config.launch.collective_timeout,
-        deterministic=config.training.deterministic,
-    )
+    topology = join(config)
     try:
         tokenizer = build_tokenizer(config.tokenizer)
         vocabulary = padded_vocab_size(

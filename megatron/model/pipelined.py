@@ -34,7 +34,7 @@ TIED = "embedding"
 RELATIVE = "relative_positions"
 """The same for the positions that all blocks add to scores, where these are learned."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Carry = Tensor | tuple[Tensor, Tensor]
 
 
@@ -42,8 +42,7 @@ class PipelinedModel(PipelineModule):
     """One stage of the model.
 
     partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
-    loss: (logits [s, b, v/t], labels [b, s],
-    loss mask [b, s]) -> scalar, called on the last stage.
+    loss: (logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens []) -> scalar, called on the last stage.
     """
 
     def __init__(

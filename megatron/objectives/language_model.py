@@ -21,16 +21,14 @@ class LanguageModel:
         loss_mask: Tensor,
         axis: Axis,
         *,
-        tokens: Tensor | None = None,
+        tokens: Tensor,
         vocabulary: int | None = None,
     ) -> Tensor:
-        """The mean over the micro batch's unmasked tokens, an fp32 scalar; 0 where every token is masked.
+        """The sum over the micro batch's unmasked tokens, divided by `tokens`: an fp32 scalar.
 
         logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
         tensor-parallel axis; all of its ranks get the same loss. Where a gradient is needed the logits are
-        overwritten with it. tokens: what the sum is divided by instead, where these are parts of sequences.
+        overwritten with it. tokens: the engine's count, one for all micro batches of a step (engine/tokens.py).
         vocabulary: the ids that exist [tokens]; logits past them have no probability.
         """
-        mask = loss_mask.t().float()  # [s, b]
-        tokens = mask.sum().clamp(min=1) if tokens is None else tokens
-        return weighted_cross_entropy(logits, labels.t(), mask / tokens, axis, vocabulary)
+        return weighted_cross_entropy(logits, labels.t(), loss_mask.t().float() / tokens, axis, vocabulary)

@@ -23,7 +23,7 @@ from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
-from megatron.engine.build import DTYPES, build_training_engine
+from megatron.engine.build import DTYPES, build_training_engine, join
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
@@ -36,7 +36,7 @@ from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
-from megatron.parallel.bootstrap import Ranks, bootstrap, device, shutdown
+from megatron.parallel.bootstrap import Ranks, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting
 from megatron.plan.flops import flops_per_iteration
@@ -68,18 +68,7 @@ def train(config: Config, stop: Stop) -> None:
 
     Raises ConfigError for mistakes that only show here (missing data, nothing to load), RunError for later faults.
     """
-    topology = bootstrap(
-        pipe_parallel_size=config.parallelism.pipe_parallel_size,
-        model_parallel_size=config.parallelism.model_parallel_size,
-        seed=config.training.seed,
-        context_parallel_size=config.parallelism.context_parallel_size,
-        expert_parallel_size=config.moe.moe_expert_parallel_size,
-        sequence_parallel=config.parallelism.sequence_parallel,
-        fp32_allreduce=config.precision.fp32_allreduce,
-        backend=config.launch.distributed_backend,
-        timeout_seconds=config.launch.collective_timeout,
-        deterministic=config.training.deterministic,
-    )
+    topology = join(config)
     folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
     watch = Watch(topology, folder, config.launch.collective_timeout)
     try:

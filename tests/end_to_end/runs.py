@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from megatron.config import Resources, resolve
+from megatron.data.indexed import IndexedDataset
 from megatron.data.writer import DatasetWriter
 from megatron.observe.sinks.jsonl import read_metrics
 from megatron.training.run import train
@@ -62,15 +63,36 @@ def make_dataset(folder: Path) -> str:
     return str(prefix)
 
 
+def make_documents(folder: Path, longest: int = 120) -> tuple[str, str]:
+    """Documents of 3 to `longest` tokens of that text, and labels that leave out all, half or none of each.
+
+    Returns the two prefixes.
+    """
+    text = IndexedDataset(make_dataset(folder)).tokens.astype(numpy.int32)
+    generator = numpy.random.default_rng(0)
+    with (
+        DatasetWriter(folder / "short", numpy.dtype("<i4")) as tokens,
+        DatasetWriter(folder / "labels", numpy.dtype("<i4")) as labels,
+    ):
+        for piece in numpy.split(text, numpy.cumsum(generator.integers(3, longest + 1, 2000)))[:-1]:
+            left_out = len(piece) * generator.integers(3) // 2
+            tokens.add_document(piece)
+            labels.add_document(numpy.where(numpy.arange(len(piece)) < left_out, -100, piece))
+    return str(folder / "short"), str(folder / "labels")
+
+
 def run_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
     """What one worker does: resolve, then train."""
     train(resolve([], settings, Resources(world_size)).config, NeverStop())
 
 
-def run(world_size: int, folder: Path, *, backend: str = "gloo", **settings: Any) -> list[dict[str, float]]:
-    """Trains on that many ranks and returns the records of its metrics file."""
+def run(
+    world_size: int, folder: Path, *, backend: str = "gloo", timeout: float = 300, **settings: Any
+) -> list[dict[str, float]]:
+    """Trains on that many ranks and returns the records of its metrics file. timeout [s]: of the whole run."""
     log_dir = folder / "logs"
-    run_distributed(run_rank, world_size, {**BASE, "log_dir": str(log_dir), **settings}, timeout=300, backend=backend)
+    values = {**BASE, "log_dir": str(log_dir), **settings}
+    run_distributed(run_rank, world_size, values, timeout=timeout, backend=backend)
     return read_metrics(log_dir / "metrics.jsonl")
 
 

@@ -10,12 +10,14 @@ import pytest
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.writer import DatasetWriter
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import make_documents, run, series
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
+    "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
     "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
     "context 2": (2, {"context_parallel_size": 2}),
+    "data 2, ZeRO 3": (2, {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 3}}),
+    "accumulation 8": (1, {"gradient_accumulation_steps": 8}),
     "recomputed": (1, {"checkpoint_activations": True}),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,18 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Documents of 3 to 40 tokens, and labels that leave out the first half of each."""
-    folder = tmp_path_factory.mktemp("data")
-    text = IndexedDataset(make_dataset(folder)).tokens.astype(numpy.int32)
-    generator = numpy.random.default_rng(0)
-    with (
-        DatasetWriter(folder / "short", numpy.dtype("<i4")) as tokens,
-        DatasetWriter(folder / "labels", numpy.dtype("<i4")) as labels,
-    ):
-        for piece in numpy.split(text, numpy.cumsum(generator.integers(3, 41, 2000)))[:-1]:
-            tokens.add_document(piece)
-            labels.add_document(numpy.where(numpy.arange(len(piece)) < len(piece) // 2, -100, piece))
-    return str(folder / "short"), str(folder / "labels")
+    return make_documents(tmp_path_factory.mktemp("data"), longest=40)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -52,8 +43,6 @@ def test_layouts_agree(settings: str, short_documents: tuple[str, str], tmp_path
     tokens, labels = short_documents
     common = {
         "train_iters": 4,
-        # Each micro batch has a mean of its own over the tokens that count, so all layouts take the same ones.
-        "gradient_accumulation_steps": 2,
         "eval_interval": 2,
         "eval_iters": 1,
         "train_data_paths": [tokens],

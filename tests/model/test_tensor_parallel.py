@@ -50,7 +50,7 @@ def one_rank(options: dict[str, object]) -> dict[str, object]:
     ids, labels, mask = batch()
     logits = model(ids)
     seen = logits.detach().clone()
-    loss = LanguageModel().loss(logits, labels, mask, Topology.single().model)
+    loss = LanguageModel().loss(logits, labels, mask, Topology.single().model, tokens=mask.sum())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"initial": initial, "model": model, "logits": seen, "loss": loss.item(), "gradients": gradients}
@@ -64,7 +64,7 @@ def cut_model(rank: int, size: int, options: dict[str, object], values: dict[str
     ids, labels, mask = batch()
     logits = model(ids)
     seen = all_gather_last(logits.detach(), topology.model)
-    loss = LanguageModel().loss(logits, labels, mask, topology.model)
+    loss = LanguageModel().loss(logits, labels, mask, topology.model, tokens=mask.sum())
     loss.backward()
     cached = cached_logits(model, ids, options, topology.model)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -136,13 +136,13 @@ def test_bf16_logits_give_fp32_losses() -> None:
     torch.testing.assert_close(losses.double().flatten(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_objective_is_the_mean_over_unmasked_tokens() -> None:
+def test_the_objective_is_the_sum_over_unmasked_tokens_by_their_count() -> None:
     values, targets, _ = problem()
     logits, labels = values[1:].float(), targets[1:].t()
     mask = torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1]])
     losses, _ = reference()
-    expected = (losses[1:].t() * mask).sum() / mask.sum()
-    loss = LanguageModel().loss(logits, labels, mask, ONE)
+    expected = (losses[1:].t() * mask).sum() / 20
+    loss = LanguageModel().loss(logits, labels, mask, ONE, tokens=torch.tensor(20.0))
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_the_objective_is_the_mean_over_unmasked_tokens() -> None:
 def test_a_fully_masked_micro_batch_has_loss_zero_and_gradient_zero() -> None:
     values, targets, _ = problem()
     leaf = values.float().requires_grad_()
-    loss = LanguageModel().loss(leaf * 1, targets.t(), torch.zeros(3, 5), ONE)
+    loss = LanguageModel().loss(leaf * 1, targets.t(), torch.zeros(3, 5), ONE, tokens=torch.ones(()))
     loss.backward()
     assert loss.item() == 0.0
     assert torch.count_nonzero(leaf.grad) == 0

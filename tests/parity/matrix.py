@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import RankFailedError
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import make_documents, run, series
 
 MOST_RANKS = 8
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
@@ -58,7 +58,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "gpt_j_tied": True,
         "num_kv_heads": None,
     },
+    # documents kept apart, of which labels leave out all, half or none
+    "labels": {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "eod_mask_loss": True,
+        "use_bias_in_attn_linear": False,
+        "use_bias_in_mlp": False,
+    },
 }
+LABELLED = "labels"
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,12 @@ class Comparison:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._data = make_dataset(folder)
+        tokens, labels = make_documents(folder)
+        self._data = {"data_path": str(folder / "text")}
+        self._labelled = {
+            **{f"{split}_data_paths": [tokens] for split in ("train", "valid")},
+            **{f"{split}_label_data_paths": [labels] for split in ("train", "valid")},
+        }
         self._single: dict[str, list[dict[str, float]]] = {}
 
     def single(self, model: str) -> list[dict[str, float]]:
@@ -181,7 +195,8 @@ class Comparison:
 
     def _run(self, ranks: int, model: str, settings: dict[str, Any]) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            return run(ranks, Path(folder), data_path=self._data, **TINY | MODELS[model] | settings)
+            data = self._labelled if model == LABELLED else self._data
+            return run(ranks, Path(folder), **TINY | data | MODELS[model] | settings)
 
 
 def relative(values: list[float], expected: list[float]) -> float:

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_iter
 
 from megatron.config import Resources, resolve
 from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine
+from megatron.engine.build import build_training_engine, join
 from megatron.model.block import Block
 from megatron.model.head import Head
 from megatron.model.mlp.dense import ParallelMLP
 from megatron.model.mlp.moe import ExpertStack
-from megatron.parallel.bootstrap import bootstrap
 
 Storages = dict[int, int]
 """Address of a storage -> its size [bytes]."""
@@ -128,13 +127,7 @@ def _everything() -> Storages:
 def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int) -> dict[str, int]:
     """Trains two steps of the configured model on random tokens and returns the bytes of each component."""
     config = resolve([], settings, Resources(world_size)).config
-    topology = bootstrap(
-        pipe_parallel_size=config.parallelism.pipe_parallel_size,
-        model_parallel_size=config.parallelism.model_parallel_size,
-        expert_parallel_size=config.moe.moe_expert_parallel_size,
-        seed=1,
-        backend="gloo",
-    )
+    topology = join(config)
     engine = build_training_engine(config, topology, padded_vocab_size=vocabulary)
     batch, length = config.training.train_micro_batch_size_per_gpu or 0, config.model.seq_length or 0
     tokens = torch.randint(0, vocabulary, (batch, length))

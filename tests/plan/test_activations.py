@@ -74,7 +74,8 @@ def kept_bytes(config: Config, dtype: torch.dtype) -> int:
 
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        LanguageModel().loss(model(tokens), tokens, torch.ones(tokens.shape), topology.model)
+        mask = torch.ones(tokens.shape)
+        LanguageModel().loss(model(tokens), tokens, mask, topology.model, tokens=mask.sum())
     return sum(storage.nbytes() for storage in kept.values())
 
 
