@@ -9,6 +9,7 @@ Shapes: any leading dimensions; t tensor-parallel degree; the last dimension is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,64 +50,54 @@ def local_slice(x: Tensor, axis: Axis) -> Tensor:
     return x.chunk(axis.size, dim=-1)[axis.rank].contiguous()
 
 
-class _CopyTo(torch.autograd.Function):
+def summed(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of every rank's ``x``, without a gradient; ``x`` stays as it is."""
+    return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+
+def unchanged(x: Tensor, axis: Axis) -> Tensor:
+    """``x`` itself."""
+    return x.view_as(x)
+
+
+Move = Callable[[Tensor, Axis], Tensor]
+"""Something that ranks of an axis do with their tensors, without a gradient."""
+
+
+class _Paired(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _GatherFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather_last(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, there: Move, back: Move) -> Tensor:
+        ctx.axis, ctx.back = axis, back
+        return there(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return local_slice(grads[0], ctx.axis), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.axis), None, None, None
 
 
-class _ScatterTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return local_slice(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_last(grads[0], ctx.axis), None
+def paired(x: Tensor, axis: Axis, there: Move, back: Move) -> Tensor:
+    """``there(x, axis)``, whose gradient goes through ``back``; with one rank ``x``."""
+    if axis.size == 1:
+        return x
+    out: Tensor = _Paired.apply(x, axis, there, back)
+    return out
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Enter a tensor-parallel region: the same ``x`` on all ranks, its gradient summed over them."""
-    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+    return paired(x, axis, unchanged, summed)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Leave a tensor-parallel region: the sum of the ranks' ``x`` on all of them, the gradient unchanged."""
-    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+    return paired(x, axis, summed, unchanged)
 
 
 def gather_from(x: Tensor, axis: Axis) -> Tensor:
     """Join slices of the last dimension: [..., n/t] -> [..., n]; the gradient is this rank's slice."""
-    return x if axis.size == 1 else _GatherFrom.apply(x, axis)
+    return paired(x, axis, all_gather_last, local_slice)
 
 
 def scatter_to(x: Tensor, axis: Axis) -> Tensor:
     """Keep this rank's slice of the last dimension: [..., n] -> [..., n/t]; the gradient is gathered."""
-    return x if axis.size == 1 else _ScatterTo.apply(x, axis)
+    return paired(x, axis, local_slice, all_gather_last)

@@ -9,29 +9,22 @@ Shapes: b micro batch, n heads, s sequence of one rank, d head dim, c context-pa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.parallel.collectives import paired
 from megatron.parallel.topology import Axis
 
 
 def heads_for_sequence(x: Tensor, axis: Axis) -> Tensor:
     """Part of the sequence, all heads -> the whole sequence, this rank's heads: [b, n, s, d] -> [b, n/c, c s, d]."""
-    if axis.size == 1:
-        return x
-    out: Tensor = _Exchange.apply(x, axis, 1, 2)
-    return out
+    return paired(x, axis, _parts_to_heads, _heads_to_parts)
 
 
 def sequence_for_heads(x: Tensor, axis: Axis) -> Tensor:
     """The way back, from the whole sequence of this rank's heads: [b, n/c, c s, d] -> [b, n, s, d]."""
-    if axis.size == 1:
-        return x
-    out: Tensor = _Exchange.apply(x, axis, 2, 1)
-    return out
+    return paired(x, axis, _heads_to_parts, _parts_to_heads)
 
 
 def _exchange(x: Tensor, axis: Axis, cut: int, join: int) -> Tensor:
@@ -42,15 +35,12 @@ def _exchange(x: Tensor, axis: Axis, cut: int, join: int) -> Tensor:
     return torch.cat(received.unbind(0), dim=join)
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, join: int) -> Tensor:
-        ctx.axis, ctx.cut, ctx.join = axis, cut, join
-        return _exchange(x, axis, cut, join)
+def _parts_to_heads(x: Tensor, axis: Axis) -> Tensor:
+    return _exchange(x, axis, cut=1, join=2)  # [b, n/c, c s, d]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.axis, ctx.join, ctx.cut), None, None, None
+
+def _heads_to_parts(x: Tensor, axis: Axis) -> Tensor:
+    return _exchange(x, axis, cut=2, join=1)  # [b, n, s, d]
 
 
 def part_of_sequence(x: Tensor, axis: Axis) -> Tensor:

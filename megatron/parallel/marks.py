@@ -6,10 +6,9 @@ parameter names. DeepSpeed reads two attributes of its own, which are set here a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from megatron.parallel.collectives import all_reduce
+from megatron.parallel.collectives import summed
 from megatron.parallel.topology import Axis, expert_group_name
 
 
@@ -74,12 +73,8 @@ def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
     The parts are summed inside autograd, before the gradient reaches the parameter: ZeRO partitions gradients as they
     arrive, and after that nobody could add them up.
     """
-
-    def whole(gradient: Tensor) -> Tensor:
-        return all_reduce(gradient.clone(memory_format=torch.contiguous_format), axis)
-
     parameter.neox_sequence_partial = True  # type: ignore[attr-defined]
-    parameter.register_hook(whole)
+    parameter.register_hook(lambda gradient: summed(gradient, axis))
 
 
 def is_sequence_partial(parameter: nn.Parameter) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.kernels.linear import LinearKernel, pieces_of
-from megatron.parallel.collectives import LOW_PRECISION, copy_to, reduce_from
+from megatron.parallel.collectives import LOW_PRECISION, copy_to, paired, reduce_from
 from megatron.parallel.topology import Axis
 
 
@@ -46,10 +46,7 @@ def leave(x: Tensor, axis: Axis) -> Tensor:
 
     Where the axis cuts the sequence each rank keeps its part of it, [s/t, ...].
     """
-    if not axis.sequence:
-        return reduce_from(x, axis)
-    part: Tensor = _ReduceScatter.apply(x, axis)
-    return part
+    return paired(x, axis, reduce_scatter_first, all_gather_first) if axis.sequence else reduce_from(x, axis)
 
 
 def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
@@ -106,17 +103,6 @@ class _GatherTwice(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         axis = ctx.axis
         return grads[0].chunk(axis.size)[axis.rank] + reduce_scatter_first(grads[1], axis), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter_first(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_first(grads[0], ctx.axis), None
 
 
 class _GatheredLinear(torch.autograd.Function):
