@@ -58,8 +58,9 @@ def bootstrap(
     """Joins the process group, picks the device, seeds the generators and returns this rank's Topology.
 
     backend: the wish of the configuration; a machine without CUDA always talks gloo. timeout_seconds [s]: how long
-    a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators get
-    seed + data (and context) rank, so that replicas draw different dropout masks and the ranks of one replica the same.
+    a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators of every stage,
+    data and context rank get a number of their own after it, so that no two of them draw the same dropout masks, and
+    the tensor-parallel ranks of one place the same one.
     Raises ConfigError if the world size does not fit the layout.
     """
     ranks = Ranks.from_environment()
@@ -89,7 +90,7 @@ def bootstrap(
         expert=expert_parallel_size,
     )
     limit_waiting(timeout_seconds)
-    seed_generators(seed + topology.gradient.rank)
+    seed_generators(seed + topology.pipe.rank * topology.gradient.size + topology.gradient.rank)
     return topology
 
 
