@@ -7,12 +7,15 @@ stays in a cache (see extensions.py); from then on only ninja is asked, whether 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from megatron.errors import ConfigError, Mistake
 from megatron.extensions import extensions_folder
@@ -25,8 +28,14 @@ FP16_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}
 """What Linux calls arithmetic in fp16 among a processor's abilities, on x86 and on ARM."""
 
 
-def check(accelerator: str, environment: Mapping[str, str], *, precision: str | None = None) -> None:
-    """Raises ConfigError for everything that is missing, all at once."""
+def check(
+    accelerator: str,
+    environment: Mapping[str, str],
+    *,
+    precision: str | None = None,
+    zero: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ConfigError for everything that is missing, all at once. zero: the ZeRO block."""
     missing = [
         Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
@@ -41,6 +50,8 @@ def check(accelerator: str, environment: Mapping[str, str], *, precision: str | 
                 remedy="write precision: bfloat16, which needs no loss scale, or fp32",
             )
         )
+    if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
+        missing += missing_for_disk(environment)
     if accelerator == "cpu":
         folder = op_folder(environment)
         missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
@@ -55,6 +66,23 @@ def computes_in_fp16(facts: Path) -> bool:
         return False
     lines = [line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))]
     return any(FP16_FLAGS & set(line.split()) for line in lines)
+
+
+def missing_for_disk(environment: Mapping[str, str]) -> list[Mistake]:
+    """What offloading to a disk needs: DeepSpeed compiles its reader and writer against libaio."""
+    flags = [*shlex.split(environment.get("CFLAGS", "")), *shlex.split(environment.get("LDFLAGS", ""))]
+    command = [environment.get("CXX") or "g++", "-x", "c++", "-", "-o", os.devnull, *flags, "-laio"]
+    program = "#include <libaio.h>\nint main() { io_context_t context = 0; return io_setup(1, &context); }\n"
+    try:
+        built = subprocess.run(
+            command, check=False, input=program, text=True, capture_output=True, env=dict(environment)
+        )
+    except FileNotFoundError:
+        return [Mistake("there is no C++ compiler: offloading to a disk needs one", remedy="install g++")]
+    if built.returncode == 0:
+        return []
+    what = "there is no libaio: offloading to a disk (device: nvme) needs it"
+    return [Mistake(what, key="zero_optimization", remedy="install it (Debian: libaio-dev), or write device: cpu")]
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:

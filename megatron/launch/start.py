@@ -96,7 +96,12 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     if machines.shortage is not None:
         raise ConfigError.of(machines.shortage)
     caller = dict(os.environ)
-    check(machines.accelerator, caller, precision=config.precision.precision)
+    check(
+        machines.accelerator,
+        caller,
+        precision=config.precision.precision,
+        zero=config.deepspeed.zero_optimization,
+    )
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)
     here = starts_here(machines, launcher, force=forced(config))

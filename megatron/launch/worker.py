@@ -25,6 +25,7 @@ from megatron.config.sections.launch import LaunchSection
 from megatron.errors import ConfigError, RunError
 from megatron.launch.again import going_on, restarted_by_others
 from megatron.launch.place import adopt_place
+from megatron.launch.preflight import check
 from megatron.launch.request import read_request
 from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
@@ -160,6 +161,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
     refuse_unsupported(resolution)
     config = resolution.config
+    check(accelerator, os.environ, precision=config.precision.precision, zero=config.deepspeed.zero_optimization)
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))
     if _rank() == 0:

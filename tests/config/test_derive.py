@@ -125,8 +125,12 @@ def test_precision_follows_from_the_blocks() -> None:
 
 def test_zero_defaults() -> None:
     assert derive_zero("fp32", None)["stage"] == 0
-    assert derive_zero("bfloat16", None)["stage"] == 1
+    assert derive_zero("bfloat16", None)["stage"] == derive_zero("fp16", None)["stage"] == 1
     assert derive_zero("fp32", {"stage": 2}) == {"stage": 2}
+    older = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True}
+    moved = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert derive_zero("fp32", older) == {"stage": 3, **moved}
+    assert derive_zero("fp32", {"stage": 3, "cpu_offload": False}) == {"stage": 3, "cpu_offload": False}
     assert derive_zero("fp32", {"stage": [0, 1]}, tuned=True) == {"stage": [0, 1]}
     with pytest.raises(ConfigError, match="the block has no stage; add stage: 0, 1, 2 or 3"):
         derive_zero("fp32", {"overlap_comm": True})

@@ -154,6 +154,33 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 1, "overlap_com": True}},
         "DeepSpeed knows no overlap_com in this block; did you mean overlap_comm?",
     ),
+    *(
+        (2, {"zero_optimization": block}, told)
+        for block, told in (
+            (
+                {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+                "offload_optimizer to cpu needs stage 1; use stage 1",
+            ),
+            ({"stage": 0, "cpu_offload": True}, "offload_optimizer to cpu needs stage 1; use stage 1 or more"),
+            (
+                {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+                "an offload_optimizer of ratio 0.5 needs DeepSpeed's own Adam; leave ratio out",
+            ),
+            ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param to cpu needs stage 3; use stage 3"),
+            (
+                {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}},
+                "offload_optimizer to nvme needs stage 3; use stage 3",
+            ),
+            (
+                {"stage": 3, "offload_param": {"device": "nvme"}},
+                "offload_param has no nvme_path; name the folder of the disk to use",
+            ),
+            (
+                {"stage": 3, "offload_optimizer": {"device": "disk"}},
+                "offload_optimizer knows no device 'disk'; write device: cpu, nvme or none",
+            ),
+        )
+    ),
     (1, {"zero_optimization": 2}, "zero_optimization = 2: this is a whole number; write {stage: 1}"),
     (1, {"fp16": True}, "fp16 = True: this is true or false; write precision: fp16, or {enabled: true}"),
     (1, {"pos_emb": "rope"}, "there is no such choice; did you mean rotary?"),
@@ -165,6 +192,15 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"pipe_parallel_size": 1, "zero_optimization": {"stage": 2}},
         "the pipeline engine (pipe_parallel_size = 1) does not work with ZeRO stage 2; use stage 0 or 1, or "
         "pipe_parallel_size: 0",
+    ),
+    *(
+        (
+            2,
+            {"precision": precision, "zero_optimization": {"stage": 0}},
+            f"without ZeRO DeepSpeed neither sums {precision} gradients in fp32 nor counts their norm over pipeline "
+            "stages; use stage 1, which costs nothing beside stage 0, or leave the block out",
+        )
+        for precision in ("fp16", "bfloat16")
     ),
     (1, {"fp16_lm_cross_entropy": True}, "fp16_lm_cross_entropy = True: the precision is fp32; leave it out"),
     (
@@ -310,9 +346,14 @@ def test_a_mistake_elsewhere_hides_no_rule(world_size: int, changes: dict[str, A
         {"train_iters": 0},
         {"num_kv_heads": 1},
         {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}},
         {"pipe_parallel_size": 1, "zero_optimization": {"stage": 1}},
         {"weight_decay": 0.1, "optimizer": {"type": "Adam", "params": {"weight_decay": 0.1}}},
-        {"precision": "bfloat16", "zero_optimization": {"stage": 0}},
+        {"precision": "bfloat16"},
+        {"precision": "fp16"},
+        {"precision": "bfloat16", "zero_optimization": {"stage": 0}, "user_script": "generate.py"},
         {"autotuning": {"enabled": True}, "zero_optimization": {"stage": [0, 1]}, "train_batch_size": "auto"},
     ],
 )

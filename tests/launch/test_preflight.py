@@ -98,3 +98,19 @@ def test_fp16_needs_a_processor_that_has_it(
 
 def test_a_machine_that_does_not_say_computes_no_fp16(tmp_path: Path) -> None:
     assert not preflight.computes_in_fp16(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_disk_needs_libaio(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is asked, with the flags that DeepSpeed's build will get."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-I/elsewhere*-laio) exit {0 if there else 1};; esac\nexit 3\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "CFLAGS": "-I/elsewhere"}
+    to_disk = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}
+    if there:
+        check("cuda", environment, zero=to_disk)
+    else:
+        with pytest.raises(ConfigError, match="there is no libaio: offloading to a disk"):
+            check("cuda", environment, zero=to_disk)
+    check("cuda", environment, zero={"stage": 3, "offload_param": {"device": "cpu"}})

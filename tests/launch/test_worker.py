@@ -13,6 +13,7 @@ import pytest
 
 from megatron.config import Config, wire
 from megatron.errors import ConfigError, Mistake, RunError
+from megatron.launch import preflight
 from megatron.launch.worker import StopSignal, run_door, worker_config
 from tests.launch.conftest import CONFIG, ROOT
 
@@ -47,6 +48,18 @@ def test_the_configuration_arrives_as_a_file_or_as_text(config: Config, tmp_path
         [f"--megatron-config={wire.encode(config)}"],
     ):
         assert worker_config(handed).model.num_layers == 3
+
+
+def test_started_alone_the_worker_refuses_what_its_processor_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "conf.yml").write_text(CONFIG)
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu\n")
+    monkeypatch.setattr(preflight, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "conf.yml"])
+    with pytest.raises(ConfigError, match="this processor does not compute in fp16"):
+        worker_config(["conf.yml", "--precision", "fp16"])
+    assert not list(tmp_path.glob("runs*"))  # before anything is written
 
 
 def test_started_alone_the_worker_resolves_its_files_and_keeps_a_run_directory(

@@ -9,6 +9,9 @@ from megatron.registry import nearest_name
 
 Table = dict[str, Any]
 
+OLDER_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+"""Switches of the ZeRO block that DeepSpeed took before it had more than one place to move things to."""
+
 ZERO_NAMES = frozenset(
     (
         "stage",
@@ -69,14 +72,14 @@ ZERO_NAMES = frozenset(
 
 
 def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
-    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16, whose fp32 master weights need it.
+    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16 and fp16, whose fp32 weights need it.
 
     tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
     with one that does not exist.
     """
     if zero is None:
         return {
-            "stage": 1 if precision == "bfloat16" else 0,
+            "stage": 0 if precision == "fp32" else 1,
             "allgather_partitions": True,
             "allgather_bucket_size": 500_000_000,
             "overlap_comm": False,
@@ -85,6 +88,9 @@ def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> T
             "contiguous_gradients": False,
         }
     ConfigError.raise_any([*_stage_mistakes(zero, tuned=tuned), *_name_mistakes(zero)])
+    for old, name in OLDER_OFFLOAD.items():
+        if zero.get(old) is True:
+            zero = {name: {"device": "cpu"}, **{key: value for key, value in zero.items() if key != old}}
     return zero
 
 
