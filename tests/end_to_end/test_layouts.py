@@ -48,9 +48,11 @@ def test_padding_of_the_vocabulary_changes_nothing(tied: bool, dataset: str, tmp
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_two_runs_are_bitwise_equal(deterministic: bool, dataset: str, tmp_path: Path) -> None:
-    settings = {"data_path": dataset, "deterministic": deterministic, **DROPOUT}
-    assert curves(run(1, tmp_path / "one", **settings)) == curves(run(1, tmp_path / "two", **settings))
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+def test_two_runs_are_bitwise_equal(layout: str, deterministic: bool, dataset: str, tmp_path: Path) -> None:
+    world_size, settings = LAYOUTS.get(layout, (1, {}))
+    keys = {"data_path": dataset, "deterministic": deterministic, **DROPOUT, "train_iters": 3, **settings}
+    assert curves(run(world_size, tmp_path / "one", **keys)) == curves(run(world_size, tmp_path / "two", **keys))
 
 
 def last_losses(records: list[dict[str, float]]) -> list[float]:

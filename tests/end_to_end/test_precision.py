@@ -66,13 +66,24 @@ def _without_zero0(settings: dict[str, Any]) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 1}, **settings}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (1, {}),
+        (2, {"zero_optimization": {"stage": 2}}),
+        (2, {"zero_optimization": {"stage": 3}}),
+        (2, {"pipe_parallel_size": 2}),
+        (2, {"model_parallel_size": 2, "sequence_parallel": True}),
+    ],
+    ids=str,
+)
 def test_fp16_lowers_its_loss_scale_and_follows_fp32(
-    world_size: int, dataset: str, fp32: list[float], tmp_path: Path
+    layout: tuple[int, dict[str, Any]], dataset: str, fp32: list[float], tmp_path: Path
 ) -> None:
     """From 2^24 on gradients overflow; steps are skipped until the scale fits, and then the losses are fp32's."""
     scaling = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 1000}
-    records = run_fp16(world_size, tmp_path, data_path=dataset, fp16=scaling, train_iters=16)
+    world_size, settings = layout
+    records = run_fp16(world_size, tmp_path, data_path=dataset, fp16=scaling, train_iters=16, **settings)
     scales = series(records, "train/loss_scale")
     assert scales[0] < 2**24
     skipped = sum(later < earlier for earlier, later in zip([2**24, *scales], scales, strict=False))
@@ -81,6 +92,12 @@ def test_fp16_lowers_its_loss_scale_and_follows_fp32(
     losses = series(records, "train/lm_loss")
     assert losses[skipped] == pytest.approx(fp32[0], abs=0.3)  # other samples, the same weights
     assert losses[-1] < losses[0]
+
+
+def test_a_fixed_loss_scale_stays(dataset: str, fp32: list[float], tmp_path: Path) -> None:
+    records = run_fp16(1, tmp_path, data_path=dataset, fp16={"enabled": True, "loss_scale": 128}, train_iters=20)
+    assert set(series(records, "train/loss_scale")) == {128}
+    assert series(records, "train/lm_loss") == pytest.approx(fp32, abs=0.02)
 
 
 def test_endless_overflows_stop_the_run(dataset: str, tmp_path: Path) -> None:
@@ -95,6 +112,7 @@ def test_endless_overflows_stop_the_run(dataset: str, tmp_path: Path) -> None:
     [
         {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
+        {"stage": 2, "cpu_offload": True},
         {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     ],
     ids=str,
@@ -103,6 +121,13 @@ def test_offload_changes_no_loss(offload: dict[str, Any], dataset: str, fp32: li
     """On a CPU host memory is the device's memory, so only the way through DeepSpeed is another."""
     losses = series(run(2, tmp_path, data_path=dataset, zero_optimization=offload), "train/lm_loss")
     assert losses == pytest.approx(fp32, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_in_bfloat16(stage: int, dataset: str, fp32: list[float], tmp_path: Path) -> None:
+    offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    records = run(2, tmp_path, data_path=dataset, precision="bfloat16", zero_optimization=offload)
+    assert series(records, "train/lm_loss") == pytest.approx(fp32, abs=0.02)
 
 
 @pytest.mark.gpu
