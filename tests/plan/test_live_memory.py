@@ -75,8 +75,19 @@ def test_layout(layout: str, recompute: dict[str, Any]) -> None:
         (2, {**AGAIN, "model_parallel_size": 2, "partition_activations": True}),
         (1, {**LLAMA, **AGAIN}),
         (2, {"zero_optimization": {"stage": 1, **BUCKETS}}),
+        (2, {"model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"context_parallel_size": 2}),
     ],
-    ids=["groups of 2", "the first 3 blocks", "attention core", "partitioned", "llama", "ZeRO 1, fp32"],
+    ids=[
+        "groups of 2",
+        "the first 3 blocks",
+        "attention core",
+        "partitioned",
+        "llama",
+        "ZeRO 1, fp32",
+        "sequence",
+        "context",
+    ],
 )
 def test_ways(world_size: int, settings: dict[str, Any]) -> None:
     compare(world_size, **settings)
