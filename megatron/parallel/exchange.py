@@ -8,12 +8,13 @@ Shapes: m rows, h their width, p ranks of the axis.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.parallel.collectives import paired
 from megatron.parallel.topology import Axis
 
 
@@ -31,24 +32,15 @@ def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis
 
     sent, received: rows for and from each rank.
     """
-    if axis.size == 1:
-        return rows
-    came: Tensor = _ExchangeRows.apply(rows, sent, received, axis)
-    return came
+    return paired(
+        rows,
+        axis,
+        partial(_exchange, sent=sent, received=received),
+        partial(_exchange, sent=received, received=sent),
+    )
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+def _exchange(rows: Tensor, axis: Axis, *, sent: list[int], received: list[int]) -> Tensor:
     came = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(came, rows.contiguous(), received, sent, group=axis.group)
     return came
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
-        ctx.sent, ctx.received, ctx.axis = sent, received, axis
-        return _exchange(rows, sent, received, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.received, ctx.sent, ctx.axis), None, None, None
