@@ -114,6 +114,17 @@ def test_features_that_are_not_built_resolve_and_are_named() -> None:
     assert resolved().not_supported_yet == []
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bfloat16"])
+def test_half_precision_runs_under_zero_only(precision: str) -> None:
+    """Without a block it gets stage 1; a public configuration that says stage 0 resolves, and is not launched."""
+    assert resolved(precision=precision).config.deepspeed.zero_stage == 1
+    assert resolved(precision=precision).not_supported_yet == []
+    (told,) = resolved(precision=precision, zero_optimization={"stage": 0}).not_supported_yet
+    assert told.startswith(
+        f"zero_optimization = {{stage: 0}}: without ZeRO DeepSpeed neither sums {precision} gradients"
+    )
+
+
 def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
     resolution = resolved(bias_gelu_fusion=True, mup_attn_temp=2.0, deepscale=False)
     assert len(resolution.warnings) == 2

@@ -193,15 +193,6 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "the pipeline engine (pipe_parallel_size = 1) does not work with ZeRO stage 2; use stage 0 or 1, or "
         "pipe_parallel_size: 0",
     ),
-    *(
-        (
-            2,
-            {"precision": precision, "zero_optimization": {"stage": 0}},
-            f"without ZeRO DeepSpeed neither sums {precision} gradients in fp32 nor counts their norm over pipeline "
-            "stages; use stage 1, which costs nothing beside stage 0, or leave the block out",
-        )
-        for precision in ("fp16", "bfloat16")
-    ),
     (1, {"fp16_lm_cross_entropy": True}, "fp16_lm_cross_entropy = True: the precision is fp32; leave it out"),
     (
         1,
@@ -353,7 +344,7 @@ def test_a_mistake_elsewhere_hides_no_rule(world_size: int, changes: dict[str, A
         {"weight_decay": 0.1, "optimizer": {"type": "Adam", "params": {"weight_decay": 0.1}}},
         {"precision": "bfloat16"},
         {"precision": "fp16"},
-        {"precision": "bfloat16", "zero_optimization": {"stage": 0}, "user_script": "generate.py"},
+        {"precision": "bfloat16", "zero_optimization": {"stage": 0}},
         {"autotuning": {"enabled": True}, "zero_optimization": {"stage": [0, 1]}, "train_batch_size": "auto"},
     ],
 )

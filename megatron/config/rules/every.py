@@ -56,7 +56,6 @@ RULES: tuple[Rule, ...] = (
     run.hosts_are_counted,
     run.one_launcher_is_named,
     layout.pipeline_limits_zero,
-    layout.half_precision_needs_zero,
     layout.context_needs_no_pipeline,
     optimizer.whole_tensors_need_no_zero,
     optimizer.momenta_are_exchanged_once,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megatron.config.complete import trains
 from megatron.config.config import Config
 from megatron.errors import Mistake
 
@@ -144,19 +143,6 @@ def pipeline_limits_zero(config: Config) -> Iterator[Mistake]:
             key="zero_optimization",
             value=config.deepspeed.zero_optimization,
             remedy="use stage 0 or 1, or pipe_parallel_size: 0",
-        )
-
-
-def half_precision_needs_zero(config: Config) -> Iterator[Mistake]:
-    """Training in 16 bits keeps fp32 weights and sums gradients in fp32, which DeepSpeed does from ZeRO 1 on."""
-    precision, section = config.precision.precision, config.deepspeed
-    if precision in ("fp16", "bfloat16") and section.zero_stage == 0 and trains(config.launch.user_script):
-        yield Mistake(
-            f"without ZeRO DeepSpeed neither sums {precision} gradients in fp32 nor counts their norm over pipeline "
-            "stages",
-            key="zero_optimization",
-            value=section.zero_optimization,
-            remedy="use stage 1, which costs nothing beside stage 0, or leave the block out",
         )
 
 
