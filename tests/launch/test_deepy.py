@@ -145,13 +145,13 @@ def test_a_mistake_in_the_machines_has_its_place(run: Run) -> None:
 
 
 def test_what_is_not_built_is_planned_but_not_launched(run: Run, tmp_path: Path) -> None:
-    asked = ("train.py", "conf", "--optimizer_type", "lion", "--optimizer", "{type: lion, params: {lr: 1e-3}}")
+    asked = ("train.py", "conf", "--lora", "{rank: 8}")
     planned = run(*asked, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["not_supported_yet"]
     launched = run(*asked)
     assert launched.returncode == 2
-    assert "optimizer" in launched.stderr
+    assert "lora" in launched.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ def masks(rank: int, size: int, sequence: bool) -> tuple[Tensor, Tensor]:
     topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=sequence)
     model = build(topology, hidden_dropout=RATE)
     block = model.sequential[2]
-    kept = block._drop(torch.ones(4096 // (size if sequence else 1), 1, 16))
+    kept = block.drop(torch.ones(4096 // (size if sequence else 1), 1, 16))
     return kept, torch.rand(4)
 
 
