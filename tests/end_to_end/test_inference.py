@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from megatron.config import Resources, resolve
-from megatron.evaluation.run import evaluate, measure_text
+from megatron.data.indexed import IndexedDataset
+from megatron.data.writer import DatasetWriter
+from megatron.evaluation.run import evaluate, measure_perplexity, measure_text
 from megatron.inference import run as inference_run
 from megatron.inference.run import generate
 from tests.distributed import RankFailedError, run_distributed
@@ -51,6 +54,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents), encoding="utf-8")
     (folder / "cloze.yaml").write_text(TASK, encoding="utf-8")
+    words = [{"text": f"return {number} if number else None"} for number in range(5)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(each) + "\n" for each in words), encoding="utf-8")
+    with DatasetWriter(folder / "items", numpy.dtype(numpy.uint16)) as writer:
+        for size in (20, 32, 90):
+            writer.add_document(numpy.frombuffer(__doc__.encode()[:size], numpy.uint8).astype(numpy.uint16))
     return folder
 
 
@@ -61,7 +69,9 @@ def use_rank(rank: int, world_size: int, folder: str, settings: dict[str, Any]) 
     config = resolve([], settings, Resources(world_size)).config
     generate(config.replace(sample_output_file="greedy.jsonl"))
     generate(config.replace(sample_output_file="sampled.jsonl", temperature=0.9, top_p=0.9, num_samples=2))
+    generate(config.replace(text_gen_type="precompute", data_path="items", precompute_model_name="scored"))
     measure_text(config)
+    measure_perplexity(config)
     evaluate(config)
 
 
@@ -69,7 +79,8 @@ def use(trained: Path, folder: Path, layout: str, **others: Any) -> dict[str, An
     """What the entry points write on a layout."""
     world_size, settings = LAYOUTS[layout]
     folder.mkdir()
-    for name in ("documents.jsonl", "cloze.yaml", "prompts.txt", "valid.txt"):
+    files = ("documents.jsonl", "cloze.yaml", "prompts.txt", "valid.txt", "words.jsonl", "items.bin", "items.idx")
+    for name in files:
         (folder / name).write_bytes((trained / name).read_bytes())
     wanted = {
         "load": str(trained / "save"),
@@ -77,6 +88,7 @@ def use(trained: Path, folder: Path, layout: str, **others: Any) -> dict[str, An
         "sample_input_file": "prompts.txt",
         "maximum_tokens": 12,
         "eval_text": "valid.txt",
+        "eval_cloze": "words.jsonl",
         "eval_tasks": ["small_cloze"],
         "eval_include_path": ".",
         "eval_batch_size": 4,
@@ -89,6 +101,8 @@ def use(trained: Path, folder: Path, layout: str, **others: Any) -> dict[str, An
         for name in ("greedy", "sampled")
     }
     written["bits"] = json.loads((folder / "bits_per_byte.json").read_text())
+    written["perplexity"] = json.loads((folder / "perplexity.json").read_text())
+    written["scored"] = numpy.concatenate(list(IndexedDataset(str(folder / "items_scored"))))
     written["results"] = json.loads(results.read_text())
     return written
 
@@ -110,6 +124,8 @@ def test_the_files_hold_what_was_asked_for(alone: dict[str, Any]) -> None:
     assert len(set(texts(alone["sampled"]))) == 6
     assert alone["bits"]["bytes"] == 600
     assert 0 < alone["bits"]["bits_per_byte"] < 9  # even 8 steps of training are worth something beyond a uniform guess
+    assert len(alone["scored"]) == 20 + 32 + 90 and (alone["scored"] < 0).sum() == 20 + 32 + 90 - 3
+    assert alone["perplexity"]["cloze_texts"] == 5 and alone["perplexity"]["words"] > 50
     assert alone["results"]["n-samples"]["small_cloze"]["effective"] == 9
     assert alone["results"]["config"]["model_args"]["num_layers"] == 4
 
@@ -120,6 +136,8 @@ def test_every_layout_says_the_same(layout: str, trained: Path, alone: dict[str,
     assert texts(found["greedy"]) == texts(alone["greedy"])
     assert texts(found["sampled"]) == texts(alone["sampled"])
     assert found["bits"]["bits_per_byte"] == pytest.approx(alone["bits"]["bits_per_byte"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+    assert found["scored"] == pytest.approx(alone["scored"], abs=1e-4)
     assert found["results"]["results"] == alone["results"]["results"]
 
 
