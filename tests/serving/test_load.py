@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import random
 import time
 from pathlib import Path
@@ -81,19 +82,39 @@ def test_many_clients_for_five_minutes(engine):
 
 @pytest.mark.long
 def test_no_request_that_the_description_allows_or_forbids_breaks_it(engine):
+    """Answers are as described, and what the description forbids is refused with a message."""
     import schemathesis
-    from hypothesis import HealthCheck, given, settings
-    from schemathesis.checks import not_a_server_error
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis import GenerationMode, checks
 
+    checks.load_all_checks()
+    names = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
+    wanted = checks.CHECKS.get_by_names([*names, "negative_data_rejection"])
+    seen = {}
     with running(engine=engine) as found:
         schema = schemathesis.openapi.from_url(f"{found.url}/openapi.json")
-        for operation in schema.get_all_operations():
-            wanted = operation.ok()
+        operations = [each.ok() for each in schema.get_all_operations()]
+        assert {each.path for each in operations} == {"/v1/models", "/v1/completions", "/api", "/health", "/metrics"}
+        for operation, mode in itertools.product(operations, GenerationMode):
+            if mode is GenerationMode.NEGATIVE and operation.method == "get":
+                continue  # nothing is forbidden there
 
-            @given(case=wanted.as_strategy())
-            @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-            def send(case):
-                case.call_and_validate(checks=[not_a_server_error])
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(
+                max_examples=40,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            def send(case, mode=mode):
+                answer = case.call_and_validate(checks=wanted)
+                seen.setdefault((case.path, mode), set()).add(answer.status_code)
+                if answer.status_code >= 400:
+                    assert answer.json()["error"]["message"]
 
             send()
         idle(found)
+    assert 200 in seen["/v1/completions", GenerationMode.POSITIVE] and 200 in seen["/api", GenerationMode.POSITIVE]
+    assert seen["/v1/completions", GenerationMode.NEGATIVE] == seen["/api", GenerationMode.NEGATIVE] == {400}
