@@ -29,6 +29,7 @@ from tests.distributed import run_distributed
 from tests.end_to_end.runs import BASE, run
 from tools import convert_to_hf
 
+pytestmark = pytest.mark.long
 SEQUENCE, NEW, PROMPTS = 128, 24, 50
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
