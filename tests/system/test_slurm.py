@@ -60,14 +60,16 @@ def test_a_cancelled_job_has_saved(slurm: Slurm, dataset: str, tmp_path: Path) -
 
 
 def test_a_requeued_job_goes_on(slurm: Slurm, dataset: str, undisturbed: list[float], tmp_path: Path) -> None:
-    """`load` is not given: that Slurm has started the job before is enough to go on."""
-    write(tmp_path, dataset, load=None)
-    job = submit(slurm, tmp_path, "srun", *TRAIN)
+    """`load` is not given: that Slurm has started the job before is enough to go on. Only the second start ends."""
+    write(tmp_path, dataset, load=None, train_iters=ENDLESS)
+    job = submit(slurm, tmp_path, "srun", *TRAIN, "${SLURM_RESTART_COUNT:+--exit-interval 20}")
     wait_until_saved(tmp_path)
     slurm.call("scontrol", "requeue", job, cwd=tmp_path)
     slurm.wait(job, "COMPLETED", seconds=180)
-    assert last_saved(tmp_path) == 20
-    assert losses(tmp_path)[-5:] == pytest.approx(undisturbed[-5:], rel=1e-6)
+    said = (tmp_path / "job.txt").read_text()
+    assert "stopped after iteration" in said.partition("JOB REQUEUE")[2]
+    assert last_saved(tmp_path) % 20 == 0
+    assert losses(tmp_path)[:20] == pytest.approx(undisturbed, rel=1e-6)
 
 
 def test_deepy_in_a_batch_job_uses_the_nodes_of_the_job(
