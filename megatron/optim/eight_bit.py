@@ -2,7 +2,8 @@
 
 State is quantised in blocks of 256 elements of whatever tensor the optimizer steps, so blocks end elsewhere in another
 layout. A checkpoint therefore holds the state as numbers, which any layout can cut and the 32-bit optimizer can read;
-quantising them again in the same blocks gives back the same bytes. Tensors of less than 4,096 elements keep 32 bits.
+quantising them again in the same blocks gives back the same codes, and scales that differ by rounding alone. Tensors
+of less than 4,096 elements keep 32 bits.
 """
 
 from __future__ import annotations
