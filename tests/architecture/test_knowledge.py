@@ -47,7 +47,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "pytorch_optimizer": ("megatron/optim/",),
     "wandb": ("megatron/observe/sinks/wandb.py",),
     "comet_ml": ("megatron/observe/sinks/comet.py",),
-    "lm_eval": ("megatron/evaluation/",),
+    "lm_eval": ("megatron/evaluation/", "benchmarks/"),
     "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
     "flash_attn": ("megatron/kernels/flash_attention.py",),
     "transformer_engine": ("megatron/model/norms/transformer_engine.py",),
