@@ -31,6 +31,8 @@ _ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memor
 NOT_TEXT = ("not read", "the member's name does not say that it is text")
 _Content = tuple[str, Kind, bytes | None, bool]  # None: a member that is not text
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+"""What the readers of compressed files and archives raise; zipfile's NotImplementedError is an unknown compression."""
+
 _ENCRYPTED = 1  # bit of a zip member's flags
 
 
