@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.kernels.processor import widens
 from megatron.kernels.view import View
 
 QUERIES = 128
@@ -177,6 +178,8 @@ def blocked_attention(
     starts [b, s]: the first key that each query may see, at most its own place and never falling; 0 unless given.
     view: what else is hidden, and added to the scores; its bias gets a gradient.
     """
+    if widens(q.device, q.dtype):
+        return blocked_attention(q.float(), k.float(), v.float(), starts, view).to(q.dtype)
     bias = None if view is None else view.bias
     out: Tensor = _BlockedAttention.apply(q, k, v, bias, starts, view)
     return out

@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.processor import widens
+
 GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [m, in], matrices [e, in, out], rows of each group [e]) -> [m, out]."""
 
 
 def plain_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """The plain twin: one product a group. An empty group gives its matrix a gradient of zeros."""
+    if widens(rows.device, rows.dtype):
+        return plain_grouped(rows.float(), matrices.float(), counts).to(rows.dtype)
     parts = rows.split(counts.tolist())
     return torch.cat([part @ matrix for part, matrix in zip(parts, matrices.unbind(), strict=True)])
 

@@ -2,7 +2,8 @@
 
 In fp32 on an x86 processor torch.nn.functional.linear goes through MKL, which on AMD processors reaches less than half
 of what oneDNN does; oneDNN's product is reached by one operator that knows no gradient, so the gradient is written out
-here. In lower precisions, and on accelerators, torch already takes the fast way.
+here. In lower precisions, and on accelerators, torch already takes the fast way; on a processor without instructions
+for 16 bits the product is taken in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
 """
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.kernels.processor import widens
 
 LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
@@ -41,6 +44,8 @@ def onednn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernel:
     """The fastest product for parameters of this type on this device."""
+    if widens(device, dtype):
+        return widened_linear
     return onednn_linear if onednn_unavailable(device, dtype) is None else plain_linear
 
 
@@ -76,27 +81,49 @@ def pieces_of(kernel: LinearKernel) -> LinearPieces:
     """What a kernel is made of."""
     if kernel is onednn_linear:
         return LinearPieces(_product, _weight_gradient)
+    if kernel is widened_linear:
+        return LinearPieces(_widened_product, _widened_weight_gradient)
     return LinearPieces(kernel, _plain_weight_gradient)
 
 
-class _OneDNNLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+def _wide_pieces() -> LinearPieces:
+    return pieces_of(choose_linear(torch.device("cpu"), torch.float32))
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide_bias = None if bias is None else bias.float()
+    return _wide_pieces().product(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+
+def _widened_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return _wide_pieces().weight_gradient(grad.float(), x.float()).to(grad.dtype)
+
+
+class _PiecewiseLinear(torch.autograd.Function):
+    """A linear layer whose gradient is written out from the pieces of its kernel."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pieces: LinearPieces) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias, ctx.pieces = bias is not None, pieces
+        return pieces.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         flat = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
-        grad_x = _product(flat, weight.t(), None).view(x.shape) if need_x else None
-        grad_weight = _weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
+        grad_x = ctx.pieces.product(flat, weight.t(), None).view(x.shape) if need_x else None
+        grad_weight = ctx.pieces.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product through oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
-    return _OneDNNLinear.apply(x, weight, bias)
+    return _PiecewiseLinear.apply(x, weight, bias, pieces_of(onednn_linear))
+
+
+def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of 16-bit tensors in fp32, rounded once, [..., in] -> [..., out]."""
+    return _PiecewiseLinear.apply(x, weight, bias, pieces_of(widened_linear))

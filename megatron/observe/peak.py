@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron.kernels.linear import choose_linear
+from megatron.kernels.processor import widens
+
 # (part of the device's name, dense TFLOP/s); the first match wins, so that longer names stand before shorter ones.
 # Sources: the makers' data sheets; for GeForce cards the architecture whitepapers, with fp32 accumulation.
 DENSE_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -89,13 +92,14 @@ def known_gpu_peak(device_name: str) -> Peak | None:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, name: str) -> Peak:
-    """The best rate of a square matrix product in `dtype`, over both of the CPU's product libraries."""
+    """The best rate of a square matrix product in `dtype`: torch's own, or that of the layers."""
     size = _MEASURE_SIZE if device.type == "cpu" else 8 * _MEASURE_SIZE
     left = torch.ones(size, size, device=device, dtype=dtype)
     right = torch.ones(size, size, device=device, dtype=dtype)
-    products = [lambda: torch.mm(left, right)]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype != torch.float64:
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    layer = choose_linear(device, dtype)
+    products = [lambda: layer(left, right, None)]
+    if not widens(device, dtype):
+        products.append(lambda: torch.mm(left, right))
     best = min(_best_seconds(product, device, _MEASURE_SECONDS / len(products)) for product in products)
     kind = str(dtype).removeprefix("torch.")
     return Peak(2 * size**3 / best, f"{name}, {kind} matrix product")

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.kernels.linear import choose_linear, onednn_linear, onednn_unavailable, plain_linear
+from megatron.kernels import grouped, linear, processor
+from megatron.kernels.linear import choose_linear, onednn_linear, onednn_unavailable, plain_linear, widened_linear
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,45 @@ def test_a_frozen_weight_costs_no_gradient() -> None:
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 8))
 
 
-def test_the_choice_is_told_as_a_sentence() -> None:
+@pytest.mark.parametrize("kernel", [plain_linear, widened_linear])
+def test_bfloat16_rounds_once(kernel: object) -> None:
+    """Of exact products and sums in fp32 only the result is rounded, to 8 bits; sums of 64 terms add little."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 3, 64), (96, 64), (96,)]
+    low = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    grad = torch.randn(7, 3, 96, generator=generator).bfloat16()
+    actual, expected = kernel(*low), F.linear(*exact)  # type: ignore[operator]
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
+    for got, want in zip(
+        torch.autograd.grad(actual, low, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    ):
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_processor_without_bfloat16_multiplies_in_fp32(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert processor.widens(CPU, torch.bfloat16) is not supported
+    assert not processor.widens(CPU, torch.float32)
+    assert not processor.widens(torch.device("cuda"), torch.bfloat16)
+    assert choose_linear(CPU, torch.bfloat16) is (plain_linear if supported else widened_linear)
+
+
+def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, matrices, counts = torch.randn(9, 32), torch.randn(3, 32, 16), torch.tensor([4, 0, 5])
+    monkeypatch.setattr(grouped, "widens", lambda device, dtype: dtype == torch.bfloat16)
+    low_rows, low_matrices = rows.bfloat16(), matrices.bfloat16()
+    got = grouped.plain_grouped(low_rows, low_matrices, counts)
+    assert got.dtype == torch.bfloat16
+    wanted = grouped.plain_grouped(low_rows.double(), low_matrices.double(), counts)
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_the_choice_is_told_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "widens", lambda device, dtype: False)
     assert onednn_unavailable(CPU, torch.float32) is None
     assert choose_linear(CPU, torch.float32) is onednn_linear
     for device, dtype, word in ((CPU, torch.bfloat16, "bfloat16"), (torch.device("cuda"), torch.float32, "cuda")):

@@ -1,0 +1,19 @@
+"""What a processor multiplies itself."""
+
+from __future__ import annotations
+
+import torch
+
+_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrices of this type are better multiplied as fp32.
+
+    A processor without instructions for 16 bits (x86 before AVX-512) multiplies them element by element. As fp32 the
+    products are exact, so only the order of the sums is another, and a result is rounded once, as it is elsewhere.
+    """
+    if device.type != "cpu" or dtype not in _SUPPORT:
+        return False
+    asked = getattr(torch.ops.mkldnn, _SUPPORT[dtype], None) if torch.backends.mkldnn.is_available() else None
+    return asked is None or not asked()
