@@ -3,7 +3,7 @@
     def norms(rank: int, world_size: int, scale: float) -> float: ...
     first, second = run_distributed(norms, 2, 0.5)
 
-Importing torch and DeepSpeed costs seconds a process, so a server process imports them once (multiprocessing's
+Importing torch, DeepSpeed and this package costs seconds a process, so a server process imports them once (multiprocessing's
 forkserver) and every rank is a fork of it: a call costs about a second. The function and its arguments travel by plain
 pickle, since torch's own pickling shares memory with a process that is about to end. A rank whose server dies is killed
 by the kernel, so an interrupted test run leaves nothing behind.
@@ -42,6 +42,7 @@ PRELOADED = [
     "torch.utils.cpp_extension",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "megatron.training.run",
 ]
 PR_SET_PDEATHSIG = 1  # prctl(2)
 OUTPUT_SHOWN = 4000  # [characters] of a rank's own output in the error of a failed call
