@@ -191,7 +191,13 @@ def _loss_scale(draft: Completion) -> None:
 
 def _zero(draft: Completion) -> None:
     block, tuned = draft["zero_optimization"], draft["autotuning"] is not None
-    zero = derive_zero("" if block is not None else draft["precision"], block, tuned=tuned)
+    precision = "" if block is not None and not draft.knows("precision") else draft["precision"]
+    zero = derive_zero(precision, block, tuned=tuned)
+    if block is not None and block.get("stage") == 0 and zero["stage"] == 1:
+        draft.warnings.append(
+            f"zero_optimization = {{stage: 0}}: runs as stage 1, since DeepSpeed sums {precision} gradients in fp32 "
+            "from there on; the optimizer state is shared out among the data-parallel ranks, and no result changes"
+        )
     if block is None and draft["moe_expert_parallel_size"] > 1:  # DeepSpeed needs it where experts are spread
         zero = {**zero, "contiguous_gradients": True}
     draft.derive("zero_optimization", zero)

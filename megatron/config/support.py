@@ -41,14 +41,6 @@ def _on(value: Any) -> bool:
     return bool(value)
 
 
-def _more_than_one(value: Any) -> bool:
-    return value is not None and value > 1
-
-
-def _given(value: Any) -> bool:
-    return value is not None
-
-
 FAMILIES = {
     "norm": NORMS,
     "pos_emb": POSITIONS,
@@ -89,20 +81,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("lazy_mpu_init", "process groups made by the caller", _on),
 )
 
-
-def _half_without_zero(config: Config) -> str | None:
-    """Training in 16 bits keeps fp32 weights and sums gradients in fp32, which DeepSpeed does from ZeRO 1 on."""
-    precision = config.precision.precision
-    if precision not in ("fp16", "bfloat16") or config.deepspeed.zero_stage != 0:
-        return None
-    return (
-        f"zero_optimization = {{stage: 0}}: without ZeRO DeepSpeed neither sums {precision} gradients in fp32 nor "
-        "counts their norm over pipeline stages; use stage 1, which costs nothing beside stage 0"
-    )
-
-
-COMBINATIONS: tuple[Callable[[Config], str | None], ...] = (_half_without_zero,)
-"""Gaps that several keys make together."""
 
 HINTS = {
     "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",
@@ -162,7 +140,6 @@ def not_supported_yet(config: Config) -> list[str]:
     lines += [
         f"{gap.key} = {values[gap.key]!r}: not built yet: {gap.told}" for gap in GAPS if gap.asked(values[gap.key])
     ]
-    lines += [told for combination in COMBINATIONS if (told := combination(config)) is not None]
     return lines
 
 

@@ -127,6 +127,8 @@ def test_zero_defaults() -> None:
     assert derive_zero("fp32", None)["stage"] == 0
     assert derive_zero("bfloat16", None)["stage"] == derive_zero("fp16", None)["stage"] == 1
     assert derive_zero("fp32", {"stage": 2}) == {"stage": 2}
+    assert derive_zero("fp32", {"stage": 0}) == {"stage": 0}
+    assert derive_zero("bfloat16", {"stage": 0}) == derive_zero("fp16", {"stage": 0}) == {"stage": 1}
     older = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True}
     moved = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     assert derive_zero("fp32", older) == {"stage": 3, **moved}

@@ -9,6 +9,8 @@ from megatron.registry import nearest_name
 
 Table = dict[str, Any]
 
+HALF = ("bfloat16", "fp16")
+
 OLDER_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 """Switches of the ZeRO block that DeepSpeed took before it had more than one place to move things to."""
 
@@ -74,6 +76,8 @@ ZERO_NAMES = frozenset(
 def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
     """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16 and fp16, whose fp32 weights need it.
 
+    A stage 0 that is written in 16 bits becomes 1 as well: without ZeRO DeepSpeed neither sums 16-bit gradients in fp32
+    nor counts their norm over pipeline stages, and the two stages compute the same. precision: "" where it is unknown.
     tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
     with one that does not exist.
     """
@@ -91,7 +95,7 @@ def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> T
     for old, name in OLDER_OFFLOAD.items():
         if zero.get(old) is True:
             zero = {name: {"device": "cpu"}, **{key: value for key, value in zero.items() if key != old}}
-    return zero
+    return {**zero, "stage": 1} if precision in HALF and zero["stage"] == 0 else zero
 
 
 def _stage_mistakes(zero: Table, *, tuned: bool) -> list[Mistake]:

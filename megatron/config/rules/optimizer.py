@@ -13,10 +13,12 @@ def whole_tensors_need_no_zero(config: Config) -> Iterator[Mistake]:
     """ZeRO cuts parameters into flat pieces, which have no rows and columns."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
     traits = OPTIMIZERS.entry(kind).traits
-    if "whole" not in traits or stage in (0, None):
+    if "whole" not in traits:
         return
     if "pieces" in traits and config.precision.precision == "bfloat16":
         yield from _matrices_from_pieces(config)
+        return
+    if not _asked_for_pieces(config):
         return
     yield Mistake(
         f"{kind} looks at the rows and columns of a matrix, and ZeRO stage {stage} makes flat pieces of it",
@@ -24,6 +26,12 @@ def whole_tensors_need_no_zero(config: Config) -> Iterator[Mistake]:
         value=config.optimizer.optimizer,
         remedy="use zero_optimization: {stage: 0}, or adam, lion or sgd",
     )
+
+
+def _asked_for_pieces(config: Config) -> bool:
+    """Whether ZeRO was chosen. In 16 bits stage 1 stands for 0 too, and precision is what to change."""
+    stage = config.deepspeed.zero_stage
+    return stage not in (0, None) and not (stage == 1 and config.precision.precision != "fp32")
 
 
 def _matrices_from_pieces(config: Config) -> Iterator[Mistake]:
@@ -57,7 +65,7 @@ def _matrices_from_pieces(config: Config) -> Iterator[Mistake]:
 def momenta_are_exchanged_once(config: Config) -> Iterator[Mistake]:
     """1-bit Adam sums no gradients, which ZeRO does as they arrive, and keeps fp32 momenta."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
-    if "local" in OPTIMIZERS.entry(kind).traits and stage not in (0, None):
+    if "local" in OPTIMIZERS.entry(kind).traits and _asked_for_pieces(config):
         yield Mistake(
             f"{kind} exchanges momenta in place of gradients, and ZeRO stage {stage} sums gradients",
             key="optimizer",
@@ -67,7 +75,7 @@ def momenta_are_exchanged_once(config: Config) -> Iterator[Mistake]:
 
 
 def pieces_need_full_precision(config: Config) -> Iterator[Mistake]:
-    """DeepSpeed keeps the fp32 copies of low-precision weights as flat pieces, at ZeRO 0 too."""
+    """DeepSpeed keeps the fp32 copies of low-precision weights as flat pieces."""
     kind, precision = config.optimizer.optimizer_type, config.precision.precision
     traits = OPTIMIZERS.entry(kind).traits
     if "pieces" in traits and precision == "bfloat16" and config.deepspeed.zero_stage == 1:

@@ -13,7 +13,7 @@ class DeepspeedSection(Section):
 
     deepspeed: bool = key(True, "Train through DeepSpeed; there is no other way.")
     zero_optimization: Table | None = key(
-        None, "ZeRO: {stage: 0 | 1 | 2 | 3, ...}; stage 0 when left out, stage 1 for bfloat16. arXiv:1910.02054."
+        None, "ZeRO: {stage: 0 | 1 | 2 | 3, ...}; 0 when left out. In 16 bits 0 is run as 1. arXiv:1910.02054."
     )
     zero_stage: int | str | Integers | None = key(None, "ZeRO stage; follows from zero_optimization.")
     zero_reduce_scatter: bool | None = key(None, "Follows from zero_optimization.")
