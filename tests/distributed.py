@@ -3,10 +3,10 @@
     def norms(rank: int, world_size: int, scale: float) -> float: ...
     first, second = run_distributed(norms, 2, 0.5)
 
-Importing torch, DeepSpeed and this package costs seconds a process, so a server process imports them once (multiprocessing's
-forkserver) and every rank is a fork of it: a call costs about a second. The function and its arguments travel by plain
-pickle, since torch's own pickling shares memory with a process that is about to end. A rank whose server dies is killed
-by the kernel, so an interrupted test run leaves nothing behind.
+Importing torch, DeepSpeed and this package costs seconds a process, so a server process imports them once
+(multiprocessing's forkserver) and every rank is a fork of it: a call costs about a second. The function and its
+arguments travel by plain pickle, since torch's own pickling shares memory with a process that is about to end. A rank
+whose server dies is killed by the kernel, so an interrupted test run leaves nothing behind.
 """
 
 from __future__ import annotations
