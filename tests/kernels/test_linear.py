@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from megatron.kernels import grouped, linear, processor
 from megatron.kernels.linear import choose_linear, onednn_linear, onednn_unavailable, plain_linear, widened_linear
+from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 
 CPU = torch.device("cpu")
 
@@ -94,3 +95,16 @@ def test_the_choice_is_told_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> No
         assert word in sentence
         assert sentence.endswith(".")
         assert choose_linear(device, dtype) is plain_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_give_the_same_product(dtype: torch.dtype, bias: bool) -> None:
+    """On any processor; one without bfloat16 keeps such weights in fp32."""
+    weight, x, added = (torch.randn(shape).to(dtype) for shape in ((96, 64), (3, 5, 64), (96,)))
+    assert packing_unavailable(weight) is None
+    packed = packed_linear(weight)
+    got = packed(x, torch.empty(0), added if bias else None)
+    assert got.dtype == dtype
+    wanted = F.linear(x.double(), weight.double(), added.double() if bias else None)
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
