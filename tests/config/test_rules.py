@@ -248,13 +248,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (
         1,
-        {"reset_attention_mask": True, "attention_config": [[["global", "local"], "all"]]},
-        "reset_attention_mask = True: blocks of kind local do not keep documents apart; use flash or global attention",
-    ),
-    (
-        1,
-        {"reset_position_ids": True, "pos_emb": "sinusoidal"},
-        "reset_position_ids = True: pos_emb = sinusoidal does not start again; use learned, none, rotary",
+        {"reset_position_ids": True, "pos_emb": "alibi"},
+        "reset_position_ids = True: pos_emb = alibi counts distances, which start again only where documents are kept",
     ),
     (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
     (1, {"split": "0,0,0"}, "this is not three shares"),

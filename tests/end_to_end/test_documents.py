@@ -30,6 +30,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "no_weight_tying": False,
         "pack_impl": "pack_until_overflow",
     },
+    "alibi, sparse": {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "pos_emb": "alibi",
+        "attention_config": [[["local", "bigbird"], "all"]],
+        "sparsity_config": {"block": 4},
+    },
+    "rpe, window": {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "pos_emb": "rpe",
+        "sliding_window_width": 12,
+    },
+    "sinusoidal, fixed": {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "pos_emb": "sinusoidal",
+        "attention_config": [[["sparse_fixed", "bslongformer"], "all"]],
+        "sparsity_config": {"block": 4},
+    },
 }
 
 

@@ -302,7 +302,7 @@ def test_cached_is_uncached(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_are_kept_apart(kind: str) -> None:
+def test_distances_start_again_with_attention(kind: str) -> None:
     """What stands before a document changes nothing in it; the state of a document starts from nothing."""
     model = build(kind, reset=True)
     disturb(model)

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from megatron.config.complete import trains
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.registry import WITHOUT_ATTENTION
 
-KEEP_APART = frozenset({"global", "flash"})
-"""Kinds of attention that take the starts of documents, as blocks without attention do."""
-
-START_AGAIN = frozenset({"learned", "rotary", "none"})
-"""Position schemes that take a position for each token, or that know none."""
+DISTANCES = frozenset({"rpe", "alibi"})
+"""Position schemes that know how far a key lies before a query, and nothing else."""
 
 
 def data_has_one_source(config: Config) -> Iterator[Mistake]:
@@ -79,21 +75,13 @@ def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
         )
 
 
-def documents_are_kept_apart(config: Config) -> Iterator[Mistake]:
-    """Every part that mixes tokens, or counts positions, must know where documents start."""
+def distances_start_again_with_attention(config: Config) -> Iterator[Mistake]:
+    """A distance within a document is the same wherever the document lies; between documents there is none."""
     data, model = config.data, config.model
-    others = sorted(set(map(str, model.attention_config or ())) - KEEP_APART - WITHOUT_ATTENTION)
-    if data.reset_attention_mask and others:
+    if data.reset_position_ids and not data.reset_attention_mask and model.pos_emb in DISTANCES:
         yield Mistake(
-            f"blocks of kind {', '.join(others)} do not keep documents apart",
-            key="reset_attention_mask",
-            value=True,
-            remedy=f"use {' or '.join(sorted(KEEP_APART))} attention, or leave it out",
-        )
-    if data.reset_position_ids and model.pos_emb not in START_AGAIN:
-        yield Mistake(
-            f"pos_emb = {model.pos_emb} does not start again",
+            f"pos_emb = {model.pos_emb} counts distances, which start again only where documents are kept apart",
             key="reset_position_ids",
             value=True,
-            remedy=f"use {', '.join(sorted(START_AGAIN))}, or leave it out",
+            remedy="set reset_attention_mask: true as well, or leave it out",
         )

@@ -86,7 +86,7 @@ RULES: tuple[Rule, ...] = (
     data.lists_are_as_long_as_their_paths,
     data.split_is_readable,
     data.passes_need_no_weights,
-    data.documents_are_kept_apart,
+    data.distances_start_again_with_attention,
 )
 
 
