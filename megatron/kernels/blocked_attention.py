@@ -101,12 +101,22 @@ def _weights(
     return torch.softmax(scores, dim=-1).to(rows.dtype)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right, [b * m, ., .]; in fp32 and rounded once where the processor cannot multiply their type."""
+    if widens(left.device, left.dtype):
+        return torch.bmm(left.float(), right.float()).to(left.dtype)
+    return torch.bmm(left, right)
+
+
 def _add_product(total: Tensor, seen: Seen, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right to the seen keys or values: [b * m, s, d], of [b * m, r, seen] and [b * m, r, d]."""
-    if isinstance(seen, slice):
-        total[:, seen].baddbmm_(left.transpose(1, 2), right)
+    left = left.transpose(1, 2)
+    if not isinstance(seen, slice):
+        total.index_add_(1, seen, _product(left, right))
+    elif widens(left.device, left.dtype):
+        total[:, seen].add_(_product(left, right))
     else:
-        total.index_add_(1, seen, torch.bmm(left.transpose(1, 2), right))
+        total[:, seen].baddbmm_(left, right)
 
 
 def _count(seen: Seen) -> int:
@@ -138,7 +148,7 @@ class _BlockedAttention(torch.autograd.Function):
         kept = []
         for block, seen in parts:
             weights = _weights(_rows(q, heads, block), wide_keys, block, seen, starts, view, len(q))
-            _put_rows(out, heads, block, torch.bmm(weights, values[:, seen]))
+            _put_rows(out, heads, block, _product(weights, values[:, seen]))
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(q, keys, values, bias, starts, *kept)
@@ -160,9 +170,9 @@ class _BlockedAttention(torch.autograd.Function):
             weights = kept[number] if kept else _weights(rows, wide_keys, block, seen, starts, view, batch)
             grad_rows = _rows(grads[0], heads, block)
             _add_product(grad_v, seen, weights, grad_rows)
-            grad_weights = torch.bmm(grad_rows, values[:, seen].transpose(1, 2))
+            grad_weights = _product(grad_rows, values[:, seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            _put_rows(grad_q, heads, block, torch.bmm(grad_scores, keys[:, seen]).mul_(scale))
+            _put_rows(grad_q, heads, block, _product(grad_scores, keys[:, seen]).mul_(scale))
             _add_product(grad_k, seen, grad_scores, rows)
             if grad_bias is not None:
                 _add_bias_gradient(grad_bias, grad_scores, block, seen, batch)
@@ -178,8 +188,6 @@ def blocked_attention(
     starts [b, s]: the first key that each query may see, at most its own place and never falling; 0 unless given.
     view: what else is hidden, and added to the scores; its bias gets a gradient.
     """
-    if widens(q.device, q.dtype):
-        return blocked_attention(q.float(), k.float(), v.float(), starts, view).to(q.dtype)
     bias = None if view is None else view.bias
     out: Tensor = _BlockedAttention.apply(q, k, v, bias, starts, view)
     return out

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.linear import widened_linear
 from megatron.kernels.processor import widens
 
 GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,10 +22,13 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def plain_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """The plain twin: one product a group. An empty group gives its matrix a gradient of zeros."""
-    if widens(rows.device, rows.dtype):
-        return plain_grouped(rows.float(), matrices.float(), counts).to(rows.dtype)
+    product = _widened if widens(rows.device, rows.dtype) else torch.mm
     parts = rows.split(counts.tolist())
-    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices.unbind(), strict=True)])
+    return torch.cat([product(part, matrix) for part, matrix in zip(parts, matrices.unbind(), strict=True)])
+
+
+def _widened(rows: Tensor, matrix: Tensor) -> Tensor:
+    return widened_linear(rows, matrix.t(), None) if len(rows) else rows @ matrix
 
 
 def grouped_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

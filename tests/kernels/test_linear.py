@@ -78,11 +78,16 @@ def test_a_processor_without_bfloat16_multiplies_in_fp32(supported: bool, monkey
 def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, matrices, counts = torch.randn(9, 32), torch.randn(3, 32, 16), torch.tensor([4, 0, 5])
     monkeypatch.setattr(grouped, "widens", lambda device, dtype: dtype == torch.bfloat16)
-    low_rows, low_matrices = rows.bfloat16(), matrices.bfloat16()
-    got = grouped.plain_grouped(low_rows, low_matrices, counts)
+    low = [rows.bfloat16().requires_grad_(), matrices.bfloat16().requires_grad_()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    got, wanted = grouped.plain_grouped(*low, counts), grouped.plain_grouped(*exact, counts)
     assert got.dtype == torch.bfloat16
-    wanted = grouped.plain_grouped(low_rows.double(), low_matrices.double(), counts)
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+    grad = torch.randn(9, 16).bfloat16()
+    for some, others in zip(
+        torch.autograd.grad(got, low, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(some.double(), others, rtol=2**-8, atol=1e-5)
 
 
 def test_the_choice_is_told_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
