@@ -37,7 +37,7 @@ def documents(path, **settings):
     found, told = [], []
     for block in read_blocks(find_text_files([str(path)]), **settings):
         found += [
-            (block.name.removeprefix(f"{path}!"), record["text"])
+            (block.name.removeprefix(f"{path}!"), record.get("text"))
             for _, record in records_of(block, ("text",), told, Counted())
         ]
     return found, [str(record) for record in told]

@@ -167,7 +167,7 @@ def test_the_losses_are_in_the_gradient(router: str) -> None:
     counts = experts.flatten().bincount(minlength=4)
     more = 0.3 * load_balance(scores.softmax(-1), counts, ALONE) + 0.2 * z_loss(scores)
     (0.25 * (mlp(x).square().sum() + more)).backward()
-    torch.testing.assert_close(found, weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-5)
     told = losses.take(Topology.single(), torch.device("cpu"))
     assert told["moe_z_loss"].item() == pytest.approx(z_loss(scores).item(), rel=1e-6)
     assert told["moe_dropped"].item() == 0
