@@ -26,7 +26,7 @@ def roll_call(config_text: str, folder: Path | None, *, shared: bool) -> list[st
     facts = take_census(hashlib.sha256(config_text.encode()).hexdigest(), folder)
     if len(hosts(facts)) > 1:
         _log.info("the hosts of this run:\n%s", table(facts))
-        for line in warnings(facts):
+        for line in warnings(facts, shared=shared):
             _log.info("%s", line)
         RunError.raise_any(judge(facts, shared=shared))
     return [each.host for each in facts]

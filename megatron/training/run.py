@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
+from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.horizon import decay_horizon
@@ -120,6 +121,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
     )
     fetch_missing(config.checkpoint, Ranks.from_environment())
+    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
