@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.handles import collect
 from megatron.checkpoint.publish import recover
+from megatron.checkpoint.spread import Sharing, one_folder
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 
@@ -48,21 +49,24 @@ def _from_pointer(load: Path, found: list[int]) -> list[Path]:
     return [named, *older]
 
 
-def whole(load: Path, iteration: int | None, fallback: str, *, mend: bool = False) -> Path | None:
+def whole(
+    load: Path, iteration: int | None, fallback: str, *, mend: bool = False, sharing: Sharing | None = None
+) -> Path | None:
     """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
 
     fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. mend: a
-    checkpoint that a crash left between two names gets its own back first; only where no other run saves there. Raises
-    RunError that names each damaged file.
+    checkpoint that a crash left between two names gets its own back first; only where no other run saves there.
+    sharing: which ranks see the same folder, None for all. Raises RunError that names each damaged file.
     """
-    if mend and (not dist.is_initialized() or dist.get_rank() == 0):
+    sharing = sharing or one_folder()
+    if mend and sharing.leads:
         with suppress(OSError):  # a folder that cannot be written is read as it is
             recover(load)
     if mend and dist.is_initialized():
         dist.barrier()
-    meant = candidates(load, iteration)
+    meant = _on_all(candidates(load, iteration), sharing)
     for number, directory in enumerate(meant):
-        faults = faults_of(directory, load)
+        faults = faults_of(directory, load, sharing)
         if not faults:
             if number:
                 _log.warning("going on from %s instead", directory)
@@ -74,16 +78,23 @@ def whole(load: Path, iteration: int | None, fallback: str, *, mend: bool = Fals
     return None
 
 
-def faults_of(directory: Path, load: Path) -> list[Mistake]:
+def _on_all(found: list[Path], sharing: Sharing) -> list[Path]:
+    """Those that every host has, where hosts have folders of their own; collective."""
+    if len(sharing.groups) == 1:
+        return found
+    lists = collect([[path.name for path in found]])
+    return [path for path in found if all(path.name in names for names in lists)]
+
+
+def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[Mistake]:
     """What is wrong with a checkpoint, the same list on every rank; collective."""
     if not directory.is_dir() or directory == load:
         return [Mistake("names a checkpoint that is not there", where=str(load / layout.LATEST))]
     if not integrity.is_ours(directory):
         empty = not layout.model_files(directory) and not layout.layer_files(directory)
         return [Mistake("no weight files", where=str(directory))] if empty else []
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        mine = integrity.damage(directory, contents=True, share=(rank, size))
+        mine = integrity.damage(directory, contents=True, share=sharing.share)
     except RunError as error:
         mine = list(error.mistakes)
     return sorted(set(collect(mine)), key=str)

@@ -20,6 +20,7 @@ from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.save import Counters
 from megatron.checkpoint.schedule import schedule_facts, schedule_to_use
 from megatron.checkpoint.slices import MASTER, OptimizerState
+from megatron.checkpoint.spread import by_host, one_folder
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, key_of, read_shards
 from megatron.config import Config
 from megatron.errors import ConfigError, Mistake, RunError
@@ -147,7 +148,8 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         directory = root
         weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers))
     else:
-        found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only)
+        sharing = one_folder() if config.data.use_shared_fs else by_host()
+        found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only, sharing=sharing)
         if found is None:
             _nothing(config, root)
             return None

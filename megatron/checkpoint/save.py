@@ -28,8 +28,10 @@ from megatron.checkpoint.mirror import open_mirror
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
 from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
+from megatron.checkpoint.spread import Item, Sharing, by_looking, one_folder, spread
 from megatron.config import Config, wire
 from megatron.config.known import known
+from megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Counters:
 class Saver:
     """Writes the checkpoints of a run, one after another; all methods are collective but `check`.
 
-    loaded: the checkpoint that the run started from, which is never removed. Making one raises RunError where the save
-    folder is not shared or the bucket of `s3_path` refuses, ConfigError where a package for it is missing.
+    loaded: the checkpoint that the run started from, which is never removed. Where hosts share no files
+    (`use_shared_fs: false`) each gets the whole checkpoint. Making one raises RunError where the save folder is not
+    shared and should be, or the bucket of `s3_path` refuses, ConfigError where a package for it is missing or
+    `checkpoint_async` cannot be.
     """
 
     def __init__(
@@ -65,7 +69,10 @@ class Saver:
         topology = engine.topology
         patience = float(config.launch.collective_timeout)
         self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
-        require_shared(self.save_folder, topology.rank)
+        if config.data.use_shared_fs:
+            require_shared(self.save_folder, topology.rank)
+        self._sharing = one_folder() if config.data.use_shared_fs else by_looking(self.save_folder)
+        _refuse_in_background(config, self._sharing)
         self._mirror = open_mirror(config.checkpoint, topology.rank)
         self._newest: Path | None = None
 
@@ -78,21 +85,21 @@ class Saver:
         self._settle()
         beside = layout.partial_directory(self.save_folder, counters.iteration)
         final = layout.step_directory(self.save_folder, counters.iteration)
-        is_first = self.engine.topology.rank == 0
+        leads = self._sharing.leads
         snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size)
         if self.config.checkpoint.checkpoint_async:
             snapshot = snapshot.held()
-            together(lambda: make_room(beside) if is_first else None, f"preparing {beside}")
+            together(lambda: make_room(beside) if leads else None, f"preparing {beside}")
             self._writer.start(beside, snapshot, lambda written: self._complete(beside, final, written))
             return final
         written: list[Written] = []
         try:
-            together(lambda: make_room(beside) if is_first else None, f"preparing {beside}")
+            together(lambda: make_room(beside) if leads else None, f"preparing {beside}")
             together(lambda: written.extend(snapshot.write(beside)), f"writing {beside}")
-            everyone = collect(written)
-            together(lambda: self._complete(beside, final, everyone) if is_first else None, f"completing {final}")
+            everyone = self._everywhere(beside, written)
+            together(lambda: self._complete(beside, final, everyone) if leads else None, f"completing {final}")
         except Exception:
-            if is_first:
+            if leads:
                 shutil.rmtree(beside, ignore_errors=True)
             raise
         return final
@@ -110,6 +117,16 @@ class Saver:
     def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
             patiently(self._writer.wait, "the save in flight")
+
+    def _everywhere(self, beside: Path, written: Sequence[Written]) -> list[Written]:
+        """What all ranks have written, once it is in the folder of every host."""
+        sharing = self._sharing
+        mine = [(str(each.path.relative_to(beside)), each.size, each.sha256, sharing.rank) for each in written]
+        everyone = collect(mine)
+        if len(sharing.groups) > 1:
+            items = [Item(name, size, owner) for name, size, _, owner in everyone]
+            spread(items, beside, beside, lambda item: sharing.leads and item.owner not in sharing.members)
+        return [Written(beside / name, size, sha256) for name, size, sha256, _ in everyone]
 
     def _complete(self, beside: Path, final: Path, written: Sequence[Written]) -> None:
         publish(beside, final, written)
@@ -132,6 +149,17 @@ class Saver:
         keep = self.config.checkpoint.keep_last_n_checkpoints
         pending = self._mirror.pending() if self._mirror is not None else ()
         retain(self.save_folder, keep, newest=newest, loaded=self.loaded, pending=pending)
+
+
+def _refuse_in_background(config: Config, sharing: Sharing) -> None:
+    """ConfigError where a thread would have to send what it has written to other hosts."""
+    if config.checkpoint.checkpoint_async and len(sharing.groups) > 1:
+        raise ConfigError.of(
+            "the hosts share no folder, and what is saved in the background cannot be sent to the others meanwhile",
+            key="checkpoint_async",
+            value=True,
+            remedy="set it to false, or save to a file system that all hosts share and set use_shared_fs: true",
+        )
 
 
 def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int) -> Snapshot:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.load import vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
+from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine, join
 from megatron.engine.engine import Engine
@@ -105,6 +106,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
             tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
         )
         fetch_missing(config.checkpoint, Ranks.from_environment())
+        bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
         vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
         work(build_inference_engine(config, topology, vocabulary), tokenizer, topology)
     finally:

@@ -30,9 +30,13 @@ def failed(outcome: Outcome) -> bool:
 
 
 def going_on(config: Config) -> dict[str, Any]:
-    """The keys that let a run go on from its newest checkpoint; none while it has not saved one."""
+    """The keys that let a run go on from its newest checkpoint; none while it has not saved one.
+
+    Where hosts share no files this one may lack what others have saved, so a run that starts from nothing else looks.
+    """
     save = config.checkpoint.save
-    if save is None or not (Path(save) / layout.LATEST).is_file():
+    looks = not config.data.use_shared_fs and config.checkpoint.load in (None, save)
+    if save is None or not (looks or (Path(save) / layout.LATEST).is_file()):
         return {}
     return {"load": save, "iteration": None, "finetune": False, "load_fallback": "previous"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,15 +43,20 @@ def wants_wandb(observe: Observe) -> bool:
 
 
 def build_reporter(
-    observe: Observe, rank: int, *, start_iteration: int = 0, settings: Mapping[str, Any] | None = None
+    observe: Observe,
+    rank: int,
+    *,
+    start_iteration: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    hosts: Sequence[str] = (),
 ) -> Reporter:
     """The reporter of this rank: rank 0 speaks, the others are silent, but for wandb_init_all_ranks.
 
     start_iteration: the iteration [steps] that the run continues after. settings: the whole configuration, for services
-    that show it. Raises ConfigError when a sink's package is missing.
+    that show it. hosts: of each rank, for the terminal. Raises ConfigError when a sink's package is missing.
     """
     start = Start(start_iteration, rank, settings or {})
     if rank != 0:
         everywhere = observe.wandb_init_all_ranks and wants_wandb(observe)
         return Reporter([SINKS.load("wandb").open(observe, start)] if everywhere else [])
-    return Reporter([SINKS.load(name).open(observe, start) for name in chosen_sinks(observe)], Console())
+    return Reporter([SINKS.load(name).open(observe, start) for name in chosen_sinks(observe)], Console(hosts=hosts))

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 _ERASE_LINE = "\r\x1b[2K"
@@ -28,7 +28,10 @@ def is_live(stream: TextIO, environment: Mapping[str, str]) -> bool:
 
 
 class Console:
-    """Prints what the reporter hears. `live`: rewrite one line; else every report is a line of its own."""
+    """Prints what the reporter hears. `live`: rewrite one line; else every report is a line of its own.
+
+    hosts: of each rank, to name that of the slowest.
+    """
 
     def __init__(
         self,
@@ -36,10 +39,12 @@ class Console:
         *,
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        hosts: Sequence[str] = (),
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self.live = is_live(self._stream, os.environ) if live is None else live
         self._clock = clock
+        self._hosts = hosts
         self._line = ""  # what stands on the live line now
         self._metrics: Mapping[str, float] = {}
         self._total = 0
@@ -50,7 +55,7 @@ class Console:
         """Shows a training record."""
         self._metrics, self._total = metrics, total_iterations
         self._smooth(metrics.get("runtime/iteration_time"))
-        line = training_line(iteration, total_iterations, metrics, self._seconds_left(iteration))
+        line = self._training_line(iteration)
         if self.live:
             self._draw(line)
         else:
@@ -60,7 +65,7 @@ class Console:
         """Moves the live line on between two training records, without new values; at most five times a second."""
         if not self.live or not self._line or self._clock() - self._drawn_at < _REDRAW_SECONDS:
             return
-        self._draw(training_line(iteration, self._total, self._metrics, self._seconds_left(iteration)))
+        self._draw(self._training_line(iteration))
 
     def evaluation(self, iteration: int, split: str, metrics: Mapping[str, float]) -> None:
         """Shows an evaluation, on a line that stays."""
@@ -76,6 +81,9 @@ class Console:
             self._stream.write("\n")
             self._line = ""
         self._stream.flush()
+
+    def _training_line(self, iteration: int) -> str:
+        return training_line(iteration, self._total, self._metrics, self._seconds_left(iteration), self._hosts)
 
     def _print(self, text: str) -> None:
         kept = self._line
@@ -107,10 +115,15 @@ class Console:
 
 
 def training_line(
-    iteration: int, total_iterations: int, metrics: Mapping[str, float], seconds_left: float | None
+    iteration: int,
+    total_iterations: int,
+    metrics: Mapping[str, float],
+    seconds_left: float | None,
+    hosts: Sequence[str] = (),
 ) -> str:
     """`iteration 120/3,000 | loss 4.1234 | 12,345 tokens/s | MFU 41.2 % | 3m 20s left | lr 3.00e-04 | grad norm 1.02`.
 
+    On several ranks the slowest follows, with its host and its time over that of the median one.
     Parts whose metric is missing are left out. What matters most stands first, since a narrow terminal cuts the end.
     """
     parts = [f"iteration {iteration:,}/{total_iterations:,}"]
@@ -128,6 +141,9 @@ def training_line(
         parts.append(f"grad norm {metrics['train/grad_norm']:.3g}")
     if metrics.get("train/loss_scale", 1.0) != 1.0:
         parts.append(f"loss scale {metrics['train/loss_scale']:g}")
+    if "runtime/slowest_rank" in metrics and hosts:
+        slowest = int(metrics["runtime/slowest_rank"])
+        parts.append(f"slowest rank {slowest} ({hosts[slowest]}) {metrics['runtime/slowest_rank_ratio']:.2f}x")
     return " | ".join(parts)
 
 

@@ -3,8 +3,9 @@
 Metric names are a contract with everything that reads them (dashboards, tools/plot_metrics.py):
 `train/lm_loss` [nats], `train/learning_rate`, `train/grad_norm`, `train/loss_scale`, `consumed_tokens` [tokens],
 `runtime/iteration_time` [s], `runtime/tokens_per_sec`, `runtime/flops_per_sec_per_gpu` [FLOP/s],
-`runtime/model_flops_utilization` [fraction], `runtime/peak_memory_bytes` [bytes]; per evaluation `<split>/lm_loss` and
-`<split>/lm_loss_ppl`, where split is `validation` or `test`.
+`runtime/model_flops_utilization` [fraction], `runtime/peak_memory_bytes` [bytes], `runtime/data_wait` [s a step] of the
+rank that waits longest, and on several ranks `runtime/slowest_rank` and `runtime/slowest_rank_ratio` (see pace.py); per
+evaluation `<split>/lm_loss` and `<split>/lm_loss_ppl`, where split is `validation` or `test`.
 """
 
 from __future__ import annotations

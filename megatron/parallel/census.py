@@ -116,13 +116,16 @@ def judge(facts: Sequence[Facts], *, shared: bool) -> list[Mistake]:
     return mistakes
 
 
-def warnings(facts: Sequence[Facts]) -> list[str]:
-    """What is odd without being wrong."""
-    return [
+def warnings(facts: Sequence[Facts], *, shared: bool) -> list[str]:
+    """What is odd without being wrong. shared: all hosts should see one folder."""
+    told = [
         f"the clock of host {ranks[0].host} is {ranks[0].clock:+.1f} s off; times in logs do not compare"
         for ranks in hosts(facts).values()
         if abs(ranks[0].clock) > SKEW_SECONDS
     ]
+    if not shared and all(each.visible for each in facts):
+        told.append("all hosts see the run directory; with use_shared_fs: true one of them writes for all")
+    return told
 
 
 def table(facts: Sequence[Facts]) -> str:

@@ -1,12 +1,12 @@
-"""Everything that looks at a run while it trains: fingerprints, norms, the noise scale, traces, memory snapshots.
+"""Everything that looks at a run while it trains: pace, fingerprints, norms, the noise scale, traces, memory.
 
 The loop knows two of its functions: `recording`, around each step, and `measure`, for each report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from megatron.engine.state import inner_optimizer
 from megatron.engine.statistics import GradientTap, NoiseScale, Statistics, Wanted
 from megatron.errors import ConfigError
 from megatron.observe.fingerprint import Fingerprints
+from megatron.observe.pace import Pace
 from megatron.observe.profile import MemoryRecorder, Tracer
 from megatron.optim.onebit import OnebitAdam
+from megatron.parallel.bootstrap import device
 from megatron.training.sizes import StepSize
 
 Recorder = Callable[[int, StepSize], AbstractContextManager[None]]
@@ -26,11 +28,15 @@ Recorder = Callable[[int, StepSize], AbstractContextManager[None]]
 
 @dataclass
 class Instruments:
-    """recorders: around the step of an iteration. meters: metrics for a report; collective. closers: at the end."""
+    """recorders: around the step of an iteration. meters: metrics for a report; collective. closers: at the end.
+
+    waiting: around every wait for training data.
+    """
 
     recorders: list[Recorder] = field(default_factory=list)
     meters: list[Callable[[], dict[str, float]]] = field(default_factory=list)
     closers: list[Callable[[], None]] = field(default_factory=list)
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def recording(self, iteration: int, size: StepSize) -> Iterator[None]:
@@ -54,17 +60,21 @@ def build_instruments(
     observe: ObserveSection,
     engine: PlainEngine | PipelinedEngine,
     *,
+    hosts: Sequence[str],
     max_norm: float,
     due: Callable[[int], bool],
     tell: Callable[[str], None],
 ) -> Instruments:
     """Watches what the section asks for.
 
-    max_norm: of clipping. due: whether an iteration is reported. tell: speaks to the user. ConfigError where something
-    cannot be watched on this machine.
+    hosts: of each rank. max_norm: of clipping. due: whether an iteration is reported. tell: speaks to the user.
+    ConfigError where something cannot be watched on this machine.
     """
-    instruments = Instruments()
     rank = engine.topology.rank
+    folder = None if observe.log_dir is None else Path(observe.log_dir)
+    pace = Pace(rank, hosts, device(), folder, tell)
+    instruments = Instruments(waiting=pace.waiting, meters=[pace.measure])
+    instruments.recorders.append(lambda iteration, size: pace.recording(iteration))
     _add_files(instruments, observe, engine, rank, tell)
     optimizer = inner_optimizer(engine.deepspeed.optimizer)
     if isinstance(optimizer, OnebitAdam):

@@ -6,7 +6,7 @@ weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
+from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.horizon import decay_horizon
@@ -74,8 +75,8 @@ def train(config: Config, stop: Stop) -> None:
     try:
         with watch.over():
             alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
-            roll_call(alike, folder, shared=config.data.use_shared_fs)
-            _train(_with_length(config), topology, stop, watch)
+            hosts = roll_call(alike, folder, shared=config.data.use_shared_fs)
+            _train(_with_length(config), topology, stop, watch, hosts)
     finally:
         shutdown()
 
@@ -114,12 +115,13 @@ def _builds_index_maps(config: Config) -> bool:
     return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0
 
 
-def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None:
+def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
     tokenizer = build_tokenizer(config.tokenizer)
     vocabulary = padded_vocab_size(
         tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
     )
     fetch_missing(config.checkpoint, Ranks.from_environment())
+    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
     data = _build_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
@@ -129,7 +131,9 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
     )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
-    reporter = build_reporter(config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat())
+    reporter = build_reporter(
+        config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat(), hosts=hosts
+    )
     try:
         plan = _plan(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint)
@@ -140,12 +144,13 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch) -> None
         instruments = build_instruments(
             config.observe,
             engine,
+            hosts=hosts,
             max_norm=config.optimizer.gradient_clipping,
             due=plan.reports,
             tell=reporter.message,
         )
         parts = _watched(config, engine, data, parts, instruments)
-        parts = watched(parts, watch)
+        parts = watched(parts, watch, instruments.waiting)
         limit_waiting(config.launch.collective_timeout)
         _introduce(config, topology, data, state, reporter)
         reason = run_loop(plan, parts, state)

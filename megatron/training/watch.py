@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -98,8 +98,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def watched(parts: Parts, watch: Watch) -> Parts:
-    """The same parts of a training loop, telling the watch what is going on."""
+def watched(parts: Parts, watch: Watch, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Parts:
+    """The same parts of a training loop, telling the watch what is going on; `waiting` is around waits for its data."""
 
     @contextmanager
     def recording(iteration: int, size: StepSize) -> Iterator[None]:
@@ -119,7 +119,7 @@ def watched(parts: Parts, watch: Watch) -> Parts:
     return replace(
         parts,
         recording=recording,
-        train=WatchedBatches(parts.train, watch),
+        train=WatchedBatches(parts.train, watch, waiting),
         valid=parts.valid and WatchedBatches(parts.valid, watch),
         save=parts.save and told(SAVING, parts.save),
         evaluate_tasks=parts.evaluate_tasks and told(TASKS, parts.evaluate_tasks),
@@ -127,16 +127,18 @@ def watched(parts: Parts, watch: Watch) -> Parts:
 
 
 class WatchedBatches:
-    """A source that says when its batches are waited for."""
+    """A source that says when its batches are waited for, to the watch and to `waiting`."""
 
-    def __init__(self, source: BatchSource, watch: Watch) -> None:
-        self._source, self._watch = source, watch
+    def __init__(
+        self, source: BatchSource, watch: Watch, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._source, self._watch, self._waiting = source, watch, waiting
 
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         """As the source's own."""
         batches = self._source.batches(consumed_samples)
         while True:
-            with self._watch.doing("reading data"):
+            with self._watch.doing("reading data"), self._waiting():
                 batch = next(batches, None)
             if batch is None:
                 return

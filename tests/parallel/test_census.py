@@ -64,7 +64,10 @@ def test_without_a_shared_file_system_none_is_asked_for() -> None:
 
 def test_a_clock_that_is_off_is_a_warning() -> None:
     assert judge(three_hosts(clock=60.0), shared=True) == []
-    (line,) = warnings(three_hosts(clock=60.0))
+    assert warnings(three_hosts(visible=False), shared=False) == []
+    (line,) = warnings(three_hosts(), shared=False)
+    assert line.startswith("all hosts see the run directory")
+    (line,) = warnings(three_hosts(clock=60.0), shared=True)
     assert line == "the clock of host b is +60.0 s off; times in logs do not compare"
 
 

@@ -55,5 +55,7 @@ class DataSection(Section):
     eod_mask_loss: bool = key(False, "Leave out the loss of positions whose input is the end of a document.")
     num_workers: int = key(2, "Background workers of each data loader.", unit="processes")
     mmap_warmup: bool = key(False, "Read the data files once at the start, to fill the page cache.")
-    use_shared_fs: bool = key(True, "All hosts see the same files, so one rank builds the index maps for all.")
+    use_shared_fs: bool = key(
+        True, "All hosts see the same files: one rank builds the index maps, and there is one copy of a checkpoint."
+    )
     short_seq_prob: float = key(0.1, "Share of short samples in masked language models.", unit="probability")
