@@ -102,7 +102,7 @@ def _weights(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The product left right, [b * m, ., .]; in fp32 and rounded once where the processor cannot multiply their type."""
+    """The product left right, [b * m, ., .]; in fp32, rounded once, where the processor cannot multiply their type."""
     if widens(left.device, left.dtype):
         return torch.bmm(left.float(), right.float()).to(left.dtype)
     return torch.bmm(left, right)

@@ -26,7 +26,8 @@ _TALKING = (os.path.join("torch", "distributed", "distributed_c10d.py"), os.path
 def record_collectives() -> None:
     """Switches torch's flight recorder on; before the first process group is made."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(RECORDED))
+    if torch.__version__ < "2.13":  # later releases warn of the older name
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(RECORDED))
 
 
 def limit_waiting(seconds: float) -> None:
