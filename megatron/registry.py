@@ -266,9 +266,12 @@ INITS = Family(
 
 WHOLE = frozenset({"whole"})  # needs whole tensors, which ZeRO makes flat pieces of
 PIECES = frozenset({"pieces"})  # whole tensors put together again from the pieces of ZeRO 1, in bfloat16
-LOCAL = frozenset({"local", "moments"})  # exchanges something else than gradients, which ZeRO sums itself
-IN_MEMORY = frozenset({"host", "moments"})  # updates parameters in the host's memory
-MOMENTS = frozenset({"moments"})  # keeps the two moments of Adam, so that one can go on with the state of another
+# Its step has a size of its own in every entry, whatever the gradient's size, or is as large as the gradient: muP has
+# rules for both.
+ENTRYWISE, PROPORTIONAL = frozenset({"entrywise"}), frozenset({"proportional"})
+MOMENTS = ENTRYWISE | {"moments"}  # keeps the two moments of Adam, so that one can go on with the state of another
+LOCAL = MOMENTS | {"local"}  # exchanges something else than gradients, which ZeRO sums itself
+IN_MEMORY = MOMENTS | {"host"}  # updates parameters in the host's memory
 ADAM = ("betas", "eps", "bias_correction", "adam_w_mode")
 TORCH_ADAM = (*ADAM, "amsgrad")
 ONE_BIT = ("betas", "eps", "freeze_step", "cuda_aware", "comm_backend_name")
@@ -301,8 +304,19 @@ OPTIMIZERS = Family(
             "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", *TORCH_ADAM, moments=2, traits=MOMENTS
         ),
         _optimizer("onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", *ONE_BIT, moments=3, traits=LOCAL),
-        _optimizer("sgd", "sgd:build", "Descent with momentum", "momentum", "dampening", "nesterov", moments=1),
-        _optimizer("lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, extra="optimizers"),
+        _optimizer(
+            "sgd",
+            "sgd:build",
+            "Descent with momentum",
+            "momentum",
+            "dampening",
+            "nesterov",
+            moments=1,
+            traits=PROPORTIONAL,
+        ),
+        _optimizer(
+            "lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, traits=ENTRYWISE, extra="optimizers"
+        ),
         _optimizer(
             "madgrad_wd", "madgrad:build", "MADGRAD, arXiv:2101.11075", "momentum", "eps", moments=3, extra="optimizers"
         ),
