@@ -24,11 +24,11 @@ from megatron.parallel.topology import Axis
 class EmbeddingLayer(nn.Module):
     """Word embeddings, positions and dropout.
 
-    positions: the scheme, or None for a copy that only serves as the output layer of a pipeline's last stage.
-    model: the configuration's model section, read by the position scheme. tied: the word embedding is the output
-    layer's matrix too. context: the ranks that share a sequence. random: for dropout on a cut sequence.
-    reset_positions: positions start again with each document. multiplier: of what it puts out. output_multiplier: of
-    what it takes in as the output layer.
+    fill, position_fill: initial values of words and positions. positions: the scheme, or None for a copy that only
+    serves as the output layer of a pipeline's last stage. model: the configuration's model section, read by the
+    position scheme. tied: the word embedding is the output layer's matrix too. context: the ranks that share a
+    sequence. random: for dropout on a cut sequence. reset_positions: positions start again with each document.
+    multiplier: of what it puts out. output_multiplier: of what it takes in as the output layer.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class EmbeddingLayer(nn.Module):
         source: ParameterSource,
         *,
         fill: Fill,
+        position_fill: Fill,
         kernel: LinearKernel,
         positions: type[Positions] | None,
         model: object,
@@ -62,7 +63,9 @@ class EmbeddingLayer(nn.Module):
         if tied:
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings = (
-            positions.for_embedding(model, source.of("position_embeddings"), fill) if positions is not None else None
+            positions.for_embedding(model, source.of("position_embeddings"), position_fill)
+            if positions is not None
+            else None
         )
         self.to(dtype)
 

@@ -118,6 +118,7 @@ def layer_plan(
         "hidden_size": dims.hidden_size,
         "source": source(0),
         "fill": vocabulary_fill,
+        "position_fill": parts.fill,
         "kernel": chosen.linear,
         "positions": POSITIONS.load(model.pos_emb),
         "model": model,
