@@ -131,6 +131,9 @@ NORMS = Family(
     ],
 )
 
+FIXED_SCORES = frozenset({"fixed scores"})
+"""Marks positions that add to scores what no weight holds."""
+
 POSITIONS = Family(
     "position scheme",
     "pos_emb",
@@ -143,7 +146,12 @@ POSITIONS = Family(
             "Fixed sines and cosines, arXiv:1706.03762",
         ),
         Entry("rpe", "megatron.model.positions.rpe:RelativePositions", "T5's relative positions, arXiv:1910.10683"),
-        Entry("alibi", "megatron.model.positions.alibi:Alibi", "Scores that fall with distance, arXiv:2108.12409"),
+        Entry(
+            "alibi",
+            "megatron.model.positions.alibi:Alibi",
+            "Scores that fall with distance, arXiv:2108.12409",
+            traits=FIXED_SCORES,
+        ),
         Entry("none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"),
     ],
 )
@@ -275,6 +283,7 @@ IN_MEMORY = MOMENTS | {"host"}  # updates parameters in the host's memory
 ADAM = ("betas", "eps", "bias_correction", "adam_w_mode")
 TORCH_ADAM = (*ADAM, "amsgrad")
 ONE_BIT = ("betas", "eps", "freeze_step", "cuda_aware", "comm_backend_name")
+SGD = ("momentum", "dampening", "nesterov")
 SM3 = ("momentum", "beta", "eps")
 ADAFACTOR = ("beta2_decay", "eps", "d")
 MUON = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn", "betas", "eps")
@@ -304,16 +313,7 @@ OPTIMIZERS = Family(
             "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", *TORCH_ADAM, moments=2, traits=MOMENTS
         ),
         _optimizer("onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", *ONE_BIT, moments=3, traits=LOCAL),
-        _optimizer(
-            "sgd",
-            "sgd:build",
-            "Descent with momentum",
-            "momentum",
-            "dampening",
-            "nesterov",
-            moments=1,
-            traits=PROPORTIONAL,
-        ),
+        _optimizer("sgd", "sgd:build", "Descent with momentum", *SGD, moments=1, traits=PROPORTIONAL),
         _optimizer(
             "lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, traits=ENTRYWISE, extra="optimizers"
         ),

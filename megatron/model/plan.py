@@ -89,7 +89,7 @@ def layer_plan(
         chosen = chosen.recomputed(recompute_attention)
     dims = ModelDims.of(model, moe, mixers)
     random = random or ShardedRandom(seed, topology.rank, device)
-    base, multipliers = base_widths(mup), Multipliers.of(mup, dims)
+    base = base_widths(mup)
     rescale = None if base is None else rescaling(growths(dims, base), mup.mup_init_scale)
 
     def source(layer: int) -> ParameterSource:
@@ -104,7 +104,7 @@ def layer_plan(
             random,
             topology,
             source(FIRST_BLOCK),
-            multipliers,
+            Multipliers.of(mup, dims),
             dims.hidden_size if base is None else base.hidden_size,
         ),
         reset_attention=reset_attention,
@@ -112,29 +112,14 @@ def layer_plan(
         mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
     )
     last = dims.num_layers + 4
-    vocabulary_fill = FirstRows(parts.fill, vocab_size or padded_vocab_size)
-    embedding = {
+    table = {
         "vocab_size": padded_vocab_size,
         "hidden_size": dims.hidden_size,
-        "source": source(0),
-        "fill": vocabulary_fill,
-        "position_fill": parts.fill,
+        "fill": FirstRows(parts.fill, vocab_size or padded_vocab_size),
         "kernel": chosen.linear,
-        "positions": POSITIONS.load(model.pos_emb),
-        "model": model,
-        "dropout": parts.hidden_dropout,
-        "reset_positions": reset_positions,
-        "tied": dims.tied,
-        "dtype": dtype,
-        "context": topology.context,
-        "random": random,
-        "multiplier": multipliers.embedding,
-        "output_multiplier": multipliers.output,
     }
-    head = {name: embedding[name] for name in ("hidden_size", "vocab_size", "fill", "kernel")} | {
-        "source": source(last),
-        "multiplier": multipliers.output,
-    }
+    embedding = {**table, **_embedding(model, parts), "source": source(0)}
+    head = {**table, "source": source(last), "multiplier": parts.multipliers.output}
     blocks = [
         LayerPlan(number + 2, _block(kind), {"number": number, "parts": parts, "source": source(number + 2)})
         for number, kind in enumerate(model.attention_config)
@@ -147,6 +132,23 @@ def layer_plan(
         LayerPlan(last - 1, FinalNorm, {"norm": parts.norm, "dtype": dtype}),
         LayerPlan(last, TiedHead, tied_to=0) if dims.tied else LayerPlan(last, Head, head),
     ]
+
+
+def _embedding(model: Any, parts: Parts) -> dict[str, Any]:
+    """What the embedding has that an output layer has not."""
+    return {
+        "position_fill": parts.fill,
+        "positions": POSITIONS.load(model.pos_emb),
+        "model": model,
+        "dropout": parts.hidden_dropout,
+        "reset_positions": parts.reset_positions,
+        "tied": parts.dims.tied,
+        "dtype": parts.dtype,
+        "context": parts.context,
+        "random": parts.random,
+        "multiplier": parts.multipliers.embedding,
+        "output_multiplier": parts.multipliers.output,
+    }
 
 
 def _parts(
