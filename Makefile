@@ -37,6 +37,7 @@ $(VENV)/.base-installed: $(REQUIREMENTS)
 $(VENV)/.dev-installed: $(VENV)/.base-installed
 	@echo "installing the test tools into $(VENV)"
 	@$(PY) $(CONSTRAINED) --no-build-isolation -e '.[dev]'
+	@$(PY) $(CONSTRAINED) --no-build-isolation --no-deps -r requirements/alone.txt
 	@touch $@
 
 install: $(VENV)/.base-installed ## make VENV and install what a run needs

@@ -3,11 +3,18 @@
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import StopSignal, run_door
+from megatron.launch.worker import StopSignal, run_door, wrote_base_shapes
 
 
 def main(config: Config) -> None:
-    """Trains as the configuration says, until the end or a stop signal."""
+    """Trains as the configuration says, until the end or a stop signal; or does what it asks for in place of that."""
+    if wrote_base_shapes(config):
+        return
+    if config.mup.coord_check:
+        from megatron.training.coord_check import coord_check
+
+        coord_check(config)
+        return
     stop = StopSignal.install()  # first, so that a signal which comes while torch is imported is not lost
     from megatron.training.run import train
 

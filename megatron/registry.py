@@ -131,6 +131,9 @@ NORMS = Family(
     ],
 )
 
+FIXED_SCORES = frozenset({"fixed scores"})
+"""Marks positions that add to scores what no weight holds."""
+
 POSITIONS = Family(
     "position scheme",
     "pos_emb",
@@ -143,7 +146,12 @@ POSITIONS = Family(
             "Fixed sines and cosines, arXiv:1706.03762",
         ),
         Entry("rpe", "megatron.model.positions.rpe:RelativePositions", "T5's relative positions, arXiv:1910.10683"),
-        Entry("alibi", "megatron.model.positions.alibi:Alibi", "Scores that fall with distance, arXiv:2108.12409"),
+        Entry(
+            "alibi",
+            "megatron.model.positions.alibi:Alibi",
+            "Scores that fall with distance, arXiv:2108.12409",
+            traits=FIXED_SCORES,
+        ),
         Entry("none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"),
     ],
 )
@@ -266,12 +274,16 @@ INITS = Family(
 
 WHOLE = frozenset({"whole"})  # needs whole tensors, which ZeRO makes flat pieces of
 PIECES = frozenset({"pieces"})  # whole tensors put together again from the pieces of ZeRO 1, in bfloat16
-LOCAL = frozenset({"local", "moments"})  # exchanges something else than gradients, which ZeRO sums itself
-IN_MEMORY = frozenset({"host", "moments"})  # updates parameters in the host's memory
-MOMENTS = frozenset({"moments"})  # keeps the two moments of Adam, so that one can go on with the state of another
+# Its step has a size of its own in every entry, whatever the gradient's size, or is as large as the gradient: muP has
+# rules for both.
+ENTRYWISE, PROPORTIONAL = frozenset({"entrywise"}), frozenset({"proportional"})
+MOMENTS = ENTRYWISE | {"moments"}  # keeps the two moments of Adam, so that one can go on with the state of another
+LOCAL = MOMENTS | {"local"}  # exchanges something else than gradients, which ZeRO sums itself
+IN_MEMORY = MOMENTS | {"host"}  # updates parameters in the host's memory
 ADAM = ("betas", "eps", "bias_correction", "adam_w_mode")
 TORCH_ADAM = (*ADAM, "amsgrad")
 ONE_BIT = ("betas", "eps", "freeze_step", "cuda_aware", "comm_backend_name")
+SGD = ("momentum", "dampening", "nesterov")
 SM3 = ("momentum", "beta", "eps")
 ADAFACTOR = ("beta2_decay", "eps", "d")
 MUON = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn", "betas", "eps")
@@ -301,8 +313,10 @@ OPTIMIZERS = Family(
             "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", *TORCH_ADAM, moments=2, traits=MOMENTS
         ),
         _optimizer("onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", *ONE_BIT, moments=3, traits=LOCAL),
-        _optimizer("sgd", "sgd:build", "Descent with momentum", "momentum", "dampening", "nesterov", moments=1),
-        _optimizer("lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, extra="optimizers"),
+        _optimizer("sgd", "sgd:build", "Descent with momentum", *SGD, moments=1, traits=PROPORTIONAL),
+        _optimizer(
+            "lion", "lion:build", "Lion, arXiv:2302.06675", "betas", moments=1, traits=ENTRYWISE, extra="optimizers"
+        ),
         _optimizer(
             "madgrad_wd", "madgrad:build", "MADGRAD, arXiv:2101.11075", "momentum", "eps", moments=3, extra="optimizers"
         ),

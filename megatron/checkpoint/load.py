@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.checkpoint import answers, files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
+from megatron.checkpoint.parametrisation import same_parametrisation
 from megatron.checkpoint.save import Counters
 from megatron.checkpoint.schedule import schedule_facts, schedule_to_use
 from megatron.checkpoint.slices import MASTER, OptimizerState
@@ -154,6 +155,9 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
             _nothing(config, root)
             return None
         directory = found
+        if (directory / layout.RUN).is_file():
+            stored = files.read_json(directory / layout.RUN).get("mup", {})
+            same_parametrisation(stored, config.mup, directory)
         weights = WeightFiles.open(directory)
     return Checkpoint(
         directory,

@@ -25,6 +25,7 @@ from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.handles import Checkpointable, collect, patiently, together
 from megatron.checkpoint.mirror import open_mirror
+from megatron.checkpoint.parametrisation import parametrisation_facts
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
 from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
@@ -243,5 +244,6 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         "schedule": schedule_facts(config.schedule, config.optimizer),
         "loss_scaling": {} if config.checkpoint.no_save_optim else engine.loss_scaling(),
         "optimizer": config.optimizer.optimizer_type,
+        "mup": parametrisation_facts(config.mup),
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }

@@ -20,6 +20,7 @@ from megatron.config import resolve, wire
 from megatron.config.sections.mixers import MixersSection
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
+from megatron.config.sections.mup import MupSection
 from megatron.config.sections.tokenizer import TokenizerSection
 from megatron.errors import ConfigError, RunError
 from megatron.shapes import ModelDims, TensorShape, tensors
@@ -40,6 +41,9 @@ class _Described(Protocol):
     def mixers(self) -> MixersSection: ...
 
     @property
+    def mup(self) -> MupSection: ...
+
+    @property
     def tokenizer(self) -> TokenizerSection: ...
 
 
@@ -54,6 +58,7 @@ class StoredModel:
     model: ModelSection
     moe: MoeSection
     mixers: MixersSection
+    mup: MupSection
     tokenizer: TokenizerSection
     table: tuple[TensorShape, ...]
     rows: int
@@ -93,7 +98,7 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     rows = sum(shard.shape[0] for shard in embedding)
     table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
-    stored = StoredModel(directory, model, moe, mixers, tokenizer, table, rows, weights, masters)
+    stored = StoredModel(directory, model, moe, mixers, config.mup, tokenizer, table, rows, weights, masters)
     _compare(stored)
     return stored
 

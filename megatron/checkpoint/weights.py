@@ -30,7 +30,7 @@ _TABLES = ("attention.rotary_emb.inv_freq", "attention.masked_bias", "attention.
 
 def key_of(shape: TensorShape) -> str:
     """The key of a tensor of the table."""
-    return f"{shape.layer}.{shape.name}"
+    return shape.key
 
 
 def whole_content(weights: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:

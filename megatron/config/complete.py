@@ -11,6 +11,7 @@ from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
 from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
 from megatron.config.derive.horizon import decay_horizon
+from megatron.config.derive.mup import read_base_shapes
 from megatron.config.derive.optimizer import WITHOUT_EFFECT, derive_optimizer
 from megatron.config.derive.precision import (
     bf16_block,
@@ -36,6 +37,7 @@ OUTPUTS = {
     "zero_reduce_bucket_size": "zero_optimization",
     "zero_allgather_bucket_size": "zero_optimization",
     "dynamic_loss_scale": "loss_scale",
+    "mup_base_widths": "base_shapes_file",
 }
 """Keys that only report what another key decides. Giving them another value is a contradiction."""
 
@@ -238,6 +240,11 @@ def _optimizer(draft: Completion) -> None:
         draft.derive("weight_decay", choice.weight_decay)
 
 
+def _base_model(draft: Completion) -> None:
+    if draft["use_mup"] and draft["base_shapes_file"] is not None and not draft["save_base_shapes"]:
+        draft.derive("mup_base_widths", read_base_shapes(draft["base_shapes_file"])["widths"])
+
+
 def _clipping(draft: Completion) -> None:
     clip, gradient = draft.user("clip_grad"), draft.user("gradient_clipping")
     if clip is not None and gradient is not None and clip != gradient:
@@ -332,6 +339,7 @@ STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
     (_loss_scale, _fills("dynamic_loss_scale")),
     (_zero, _fills("zero_optimization", *(f"zero_{name}" for name in ZERO_OUTPUTS))),
     (_optimizer, _fills("optimizer", "optimizer_type", "lr", "weight_decay")),
+    (_base_model, _fills("mup_base_widths")),
     (_clipping, _fills("gradient_clipping", "clip_grad")),
     (_schedule, _fills("lr_decay_iters")),
     *((_weights(weights, *paths), _fills(weights)) for weights, paths in WEIGHTS.items()),

@@ -58,9 +58,6 @@ FAMILIES = {
 GAPS: tuple[Gap, ...] = (
     Gap("soft_prompt_tuning", "soft prompts", _on),
     Gap("lora", "low-rank updates", _on),
-    Gap("use_mup", "maximal update parametrisation", _on),
-    Gap("coord_check", "maximal update parametrisation", _on),
-    Gap("save_base_shapes", "maximal update parametrisation", _on),
     Gap("te_columnparallel", "Transformer Engine layers", _on),
     Gap("te_rowparallel", "Transformer Engine layers", _on),
     Gap("te_layernorm_mlp", "Transformer Engine layers", _on),
@@ -114,8 +111,6 @@ DEAD = {
     "loss_scale": "the fp16 block decides",
     "loss_scale_window": "the fp16 block decides",
     "min_scale": "the fp16 block decides",
-    "mup_attn_temp": "nothing reads it",
-    "mup_output_temp": "nothing reads it",
     "moe_lbl_in_fp32": "the loss is always computed in fp32",
     "onnx_safe": "nothing reads it",
     "scheduler": "lr_decay_style and its companions decide",
@@ -155,6 +150,8 @@ def without_effect(config: Config) -> list[str]:
         told["sliding_window_width"] = "it is for blocks of kind global and flash"
     if not model.gpt_j_residual:
         told["gpt_j_tied"] = "gpt_j_residual is off"
+    if not config.mup.coord_check:
+        told["mup_width_scale"] = "only coord_check reads it; which dimensions grow is known of every tensor"
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
         for key, why in told.items()

@@ -36,7 +36,7 @@ from megatron.model.pipelined import PipelinedModel
 from megatron.model.plan import LayerPlan, layer_plan
 from megatron.model.sequential import SequentialModel
 from megatron.optim.clipping import GradientClipper
-from megatron.optim.groups import parameter_groups
+from megatron.optim.groups import equally_many, parameter_groups
 from megatron.optim.muon import finds_groups
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.request import Request
@@ -44,7 +44,7 @@ from megatron.parallel.bootstrap import bootstrap, device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape, remembered, tensors
+from megatron.shapes import ModelDims, TensorShape, learning_rates, remembered, tensors
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -174,6 +174,7 @@ def _layer_plan(
         reset_positions=config.data.reset_position_ids,
         moe=config.moe,
         mixers=config.mixers,
+        mup=config.mup,
         losses=losses,
     )
 
@@ -199,7 +200,9 @@ def _initialize(
 ) -> tuple[object, GradientClipper | None]:
     """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
     section = config.optimizer
-    groups = parameter_groups(parameters.values(), section.weight_decay)
+    groups = parameter_groups(parameters.values(), section.weight_decay, _rates(config, parameters))
+    if config.deepspeed.zero_stage != 0:
+        groups = equally_many(groups, topology.pipe, device())
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     build = family.load(section.optimizer_type)
     optimizer = build(
@@ -224,6 +227,14 @@ def _initialize(
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
     return initialised, clipper
+
+
+def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:
+    """Factors of the learning rate under muP; {} without it."""
+    entrywise = "entrywise" in OPTIMIZERS.entry(config.optimizer.optimizer_type).traits
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    rates = learning_rates(config.mup, dims, entrywise=entrywise)
+    return {parameter: rates[key] for key, parameter in parameters.items() if key in rates}
 
 
 def _keep_gradients_apart(initialised: Any, clipper: GradientClipper | None) -> None:

@@ -26,6 +26,7 @@ from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
+from megatron.optim.groups import set_learning_rate
 from megatron.parallel.marks import is_tied
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
@@ -63,8 +64,7 @@ class PipelinedEngine:
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         engine = self.deepspeed
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(engine.optimizer.param_groups, learning_rate)
         skipped_before = engine.skipped_steps
         if self.router_losses is not None:
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()

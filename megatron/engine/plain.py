@@ -26,6 +26,7 @@ from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
+from megatron.optim.groups import set_learning_rate
 from megatron.parallel.bootstrap import device
 from megatron.parallel.context import part_of_sequence
 from megatron.parallel.rng import ShardedRandom
@@ -60,8 +61,7 @@ class PlainEngine:
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         engine = self.deepspeed
         engine.module.train()
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(engine.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=engine.device)
         skipped_before = engine.skipped_steps
         if self.router_losses is not None:

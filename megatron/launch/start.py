@@ -33,6 +33,7 @@ from megatron.launch.run_directory import (
 )
 from megatron.launch.show import as_json, as_text, values_as_text
 from megatron.launch.supervise import Network, Outcome, Supervisor, tell, terminal_environment
+from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -58,11 +59,15 @@ def _run(arguments: Sequence[str]) -> int:
     request = read_request(arguments)
     resolved = resolve_request(request, os.environ)
     config = resolved.resolution.config
+    check_base_shapes(config)
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     if request.dry_run:
         command = build_command(request, resolved, folder, rendezvous(resolved, os.environ), os.environ)
         page = as_text(resolved) + values_as_text(resolved.resolution)
         print(as_json(resolved, command) + "\n" if request.as_json else page, end="", flush=True)
+        return 0
+    if config.mup.save_base_shapes:
+        print(write_base_shapes(config))
         return 0
     return _launch(request, resolved, folder)
 

@@ -30,6 +30,7 @@ from megatron.launch.request import read_request
 from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
 from megatron.launch.run_directory import choose_run_directory, prepare_run_directory
+from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
 INTERRUPTED = 130  # 128 + SIGINT
@@ -115,6 +116,13 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def wrote_base_shapes(config: Config) -> bool:
+    """Whether the configuration asks for its base shapes and nothing else; the first rank has then written them."""
+    if config.mup.save_base_shapes and _rank() == 0:
+        print(write_base_shapes(config))
+    return config.mup.save_base_shapes
+
+
 def worker_config(arguments: Sequence[str]) -> Config:
     """The configuration of a worker.
 
@@ -161,6 +169,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
     refuse_unsupported(resolution)
     config = resolution.config
+    check_base_shapes(config)
     check(accelerator, os.environ, precision=config.precision.precision, zero=config.deepspeed.zero_optimization)
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))

@@ -24,10 +24,11 @@ from megatron.parallel.topology import Axis
 class EmbeddingLayer(nn.Module):
     """Word embeddings, positions and dropout.
 
-    positions: the scheme, or None for a copy that only serves as the output layer of a pipeline's last stage.
-    model: the configuration's model section, read by the position scheme. tied: the word embedding is the output
-    layer's matrix too. context: the ranks that share a sequence. random: for dropout on a cut sequence.
-    reset_positions: positions start again with each document.
+    fill, position_fill: initial values of words and positions. positions: the scheme, or None for a copy that only
+    serves as the output layer of a pipeline's last stage. model: the configuration's model section, read by the
+    position scheme. tied: the word embedding is the output layer's matrix too. context: the ranks that share a
+    sequence. random: for dropout on a cut sequence. reset_positions: positions start again with each document.
+    multiplier: of what it puts out. output_multiplier: of what it takes in as the output layer.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class EmbeddingLayer(nn.Module):
         source: ParameterSource,
         *,
         fill: Fill,
+        position_fill: Fill,
         kernel: LinearKernel,
         positions: type[Positions] | None,
         model: object,
@@ -46,8 +48,11 @@ class EmbeddingLayer(nn.Module):
         context: Axis,
         random: ShardedRandom,
         reset_positions: bool = False,
+        multiplier: float = 1.0,
+        output_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
+        self.multiplier, self.output_multiplier = multiplier, output_multiplier
         self.reset_positions = reset_positions
         self.dropout = dropout
         self.axis, self.context = source.axis, context
@@ -58,7 +63,9 @@ class EmbeddingLayer(nn.Module):
         if tied:
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings = (
-            positions.for_embedding(model, source.of("position_embeddings"), fill) if positions is not None else None
+            positions.for_embedding(model, source.of("position_embeddings"), position_fill)
+            if positions is not None
+            else None
         )
         self.to(dtype)
 
@@ -76,6 +83,8 @@ class EmbeddingLayer(nn.Module):
             if cache is not None:
                 positions = cache.place(length).positions
             hidden = hidden + self.position_embeddings(length, first, positions, hidden.device)
+        if self.multiplier != 1.0:
+            hidden = hidden * self.multiplier
         if self.dropout == 0 or not self.training:
             return hidden
         with self.draws():
@@ -88,4 +97,6 @@ class EmbeddingLayer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""
+        if self.output_multiplier != 1.0:
+            hidden = hidden * self.output_multiplier
         return self.word_embeddings(hidden, as_output_layer=True)

@@ -40,12 +40,20 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]."""
+    """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]. multiplier: of what it takes in."""
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, source: ParameterSource, *, fill: Fill, kernel: LinearKernel
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        source: ParameterSource,
+        *,
+        fill: Fill,
+        kernel: LinearKernel,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
+        self.multiplier = multiplier
         self.final_linear = ColumnParallelLinear(
             hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
         )
@@ -53,7 +61,7 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""
-        return self.final_linear(hidden)
+        return self.final_linear(hidden if self.multiplier == 1.0 else hidden * self.multiplier)
 
 
 class TiedHead(nn.Module):

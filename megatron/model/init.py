@@ -1,17 +1,32 @@
 """How weight matrices start: one function for each initialisation a configuration can name.
 
 Each function takes the run's numbers and returns a Fill, which draws a full matrix [out, in] in place.
-L is the number of blocks, h the hidden size, std the deviation `init_method_std`.
+L is the number of blocks, h the hidden size, std the deviation `init_method_std`. With muP h is that of the base model,
+and `rescaling` makes of what is drawn what a wider model than the base starts from.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron.parallel.initialization import Fill
+from megatron.parallel.initialization import Fill, FirstRows, Rescale
+from megatron.shapes import Growth
+
+
+@dataclass(frozen=True)
+class FillByShape:
+    """A Fill whose deviation depends on the shape. deviation: maps [out, in] to it, up to a constant factor."""
+
+    draw: Fill
+    deviation: Callable[[Sequence[float]], float]
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        self.draw(tensor, generator)
 
 
 def _normal(std: float) -> Fill:
@@ -52,7 +67,7 @@ def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> Fill:
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_uniform_(tensor, generator=generator)
 
-    return fill
+    return FillByShape(fill, _by_sum)
 
 
 def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
@@ -61,14 +76,18 @@ def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_normal_(tensor, generator=generator)
 
-    return fill
+    return FillByShape(fill, _by_sum)
+
+
+def _by_sum(shape: Sequence[float]) -> float:
+    return sum(shape) ** -0.5
 
 
 def _orthogonal(gain: float) -> Fill:
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.orthogonal_(tensor, gain=gain, generator=generator)
 
-    return fill
+    return FillByShape(fill, lambda shape: max(shape) ** -0.5)
 
 
 def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
@@ -79,3 +98,29 @@ def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
 def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
     """Orthogonal rows or columns of length 1 / sqrt(2 L)."""
     return _orthogonal(1 / math.sqrt(2 * num_layers))
+
+
+def rescaling(growths: Mapping[str, Growth], factor: float) -> Rescale:
+    """Initial values under muP: the deviation that the tensor has in the base model, over sqrt(width) for a matrix.
+
+    growths: by key. factor: of all of them.
+    """
+
+    def rescale(key: str, fill: Fill, transposed: bool) -> Fill:
+        if isinstance(fill, FirstRows):
+            return FirstRows(rescale(key, fill.fill, transposed), fill.rows)
+        growth = growths[key]
+        ratios = [ratio or 1.0 for ratio in growth.ratios][:: -1 if transposed else 1]
+
+        def rescaled(tensor: Tensor, generator: torch.Generator) -> None:
+            fill(tensor, generator)
+            wanted = factor * growth.deviation
+            if isinstance(fill, FillByShape):
+                base = [size / ratio for size, ratio in zip(tensor.shape, ratios, strict=True)]
+                wanted *= fill.deviation(base) / fill.deviation(tensor.shape)
+            if wanted != 1.0:
+                tensor.mul_(wanted)
+
+        return rescaled
+
+    return rescale

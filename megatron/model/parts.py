@@ -15,7 +15,7 @@ from megatron.model.positions.base import AttentionPositions
 from megatron.parallel.initialization import Fill
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis
-from megatron.shapes import ModelDims
+from megatron.shapes import ModelDims, Multipliers
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parts:
     of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
     residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
     that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `Mixture` of
-    blocks with experts, in a model that has any.
+    blocks with experts, in a model that has any. multipliers: the factors of muP.
     """
 
     dims: ModelDims
@@ -53,3 +53,4 @@ class Parts:
     reset_positions: bool = False
     context: Axis = field(default_factory=lambda: Axis("context"))
     mixture: Any = None
+    multipliers: Multipliers = field(default_factory=Multipliers)

@@ -21,15 +21,16 @@ from megatron.kernels.view import Blocks, Pattern, Window
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.head import FinalNorm, Glue, Head, TiedHead
+from megatron.model.init import rescaling
 from megatron.model.mlp.balance import RouterLosses
 from megatron.model.mlp.moe import Mixture
 from megatron.model.parts import Parts
-from megatron.parallel.initialization import ParameterSource, first_rows
+from megatron.parallel.initialization import FirstRows, ParameterSource
 from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
 from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, WHOLE_BLOCK
-from megatron.shapes import FIRST_BLOCK, ModelDims
+from megatron.shapes import FIRST_BLOCK, ModelDims, Multipliers, base_widths, growths
 from megatron.sparsity import BlockLayout, layout_of
 
 
@@ -68,17 +69,19 @@ def layer_plan(
     reset_positions: bool = False,
     moe: Any = None,
     mixers: Any = None,
+    mup: Any = None,
     losses: RouterLosses | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
-    model, initialization, kernels, moe, mixers: the configuration's sections; without moe no block has experts, without
-    mixers every block has attention. padded_vocab_size [tokens], of which vocab_size exist, all unless given. seed: of
-    the run. dtype: of the parameters. device: where the model will run; a GPU where there is one, unless given. random:
-    the generator for draws on tensors cut over ranks, kept by whoever saves its state; a new one unless given.
-    recompute_attention: called as f(attention core, *inputs), repeats the core in the backward pass.
-    reset_attention, reset_positions: whether tokens see their own document only, and positions start again with it,
-    where the model is told where documents start. losses: of the routers, read by the engine that trains.
+    model, initialization, kernels, moe, mixers, mup: the configuration's sections; without moe no block has experts,
+    without mixers every block has attention, without mup it is an ordinary model. padded_vocab_size [tokens], of which
+    vocab_size exist, all unless given. seed: of the run. dtype: of the parameters. device: where the model will run; a
+    GPU where there is one, unless given. random: the generator for draws on tensors cut over ranks, kept by whoever
+    saves its state; a new one unless given. recompute_attention: called as f(attention core, *inputs), repeats the core
+    in the backward pass. reset_attention, reset_positions: whether tokens see their own document only, and positions
+    start again with it, where the model is told where documents start. losses: of the routers, read by the engine that
+    trains.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_kernels(device, dtype, kernels)
@@ -86,36 +89,37 @@ def layer_plan(
         chosen = chosen.recomputed(recompute_attention)
     dims = ModelDims.of(model, moe, mixers)
     random = random or ShardedRandom(seed, topology.rank, device)
+    base = base_widths(mup)
+    rescale = None if base is None else rescaling(growths(dims, base), mup.mup_init_scale)
 
     def source(layer: int) -> ParameterSource:
-        return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype)
+        return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype, rescale=rescale)
 
     parts = replace(
-        _parts(model, initialization, dims, chosen, random, topology, source(FIRST_BLOCK)),
+        _parts(
+            model,
+            initialization,
+            dims,
+            chosen,
+            random,
+            topology,
+            source(FIRST_BLOCK),
+            Multipliers.of(mup, dims),
+            dims.hidden_size if base is None else base.hidden_size,
+        ),
         reset_attention=reset_attention,
         reset_positions=reset_positions,
         mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
     )
     last = dims.num_layers + 4
-    vocabulary_fill = first_rows(parts.fill, vocab_size or padded_vocab_size)
-    embedding = {
+    table = {
         "vocab_size": padded_vocab_size,
         "hidden_size": dims.hidden_size,
-        "source": source(0),
-        "fill": vocabulary_fill,
+        "fill": FirstRows(parts.fill, vocab_size or padded_vocab_size),
         "kernel": chosen.linear,
-        "positions": POSITIONS.load(model.pos_emb),
-        "model": model,
-        "dropout": parts.hidden_dropout,
-        "reset_positions": reset_positions,
-        "tied": dims.tied,
-        "dtype": dtype,
-        "context": topology.context,
-        "random": random,
     }
-    head = {name: embedding[name] for name in ("hidden_size", "vocab_size", "fill", "kernel")} | {
-        "source": source(last)
-    }
+    embedding = {**table, **_embedding(model, parts), "source": source(0)}
+    head = {**table, "source": source(last), "multiplier": parts.multipliers.output}
     blocks = [
         LayerPlan(number + 2, _block(kind), {"number": number, "parts": parts, "source": source(number + 2)})
         for number, kind in enumerate(model.attention_config)
@@ -130,6 +134,23 @@ def layer_plan(
     ]
 
 
+def _embedding(model: Any, parts: Parts) -> dict[str, Any]:
+    """What the embedding has that an output layer has not."""
+    return {
+        "position_fill": parts.fill,
+        "positions": POSITIONS.load(model.pos_emb),
+        "model": model,
+        "dropout": parts.hidden_dropout,
+        "reset_positions": parts.reset_positions,
+        "tied": parts.dims.tied,
+        "dtype": parts.dtype,
+        "context": parts.context,
+        "random": parts.random,
+        "multiplier": parts.multipliers.embedding,
+        "output_multiplier": parts.multipliers.output,
+    }
+
+
 def _parts(
     model: Any,
     initialization: Any,
@@ -138,9 +159,14 @@ def _parts(
     random: ShardedRandom,
     topology: Topology,
     first_block: ParameterSource,
+    multipliers: Multipliers,
+    initial_width: int,
 ) -> Parts:
-    """Look every named choice up, once. first_block: the source of what all blocks share."""
-    numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": dims.hidden_size}
+    """Look every named choice up, once.
+
+    first_block: the source of what all blocks share. initial_width: the hidden size that initialisations speak of.
+    """
+    numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": initial_width}
     norm = NORMS.load(model.norm)
     epsilon = getattr(model, _EPSILON_KEYS[model.norm])
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
@@ -154,7 +180,7 @@ def _parts(
         attention=tuple(ATTENTION.load(kind) for kind in model.attention_config),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model),
-        relative=positions.for_scores(model, first_block.of("attention.rpe")),
+        relative=positions.for_scores(model, first_block.of("attention.rpe"), multipliers),
         head_norm=head_norm if dims.qk_norm else None,
         fill=INITS.load(initialization.init_method)(**numbers),
         output_fill=INITS.load(initialization.output_layer_init_method)(**numbers),
@@ -164,6 +190,7 @@ def _parts(
         random=random,
         dtype=first_block.dtype,
         context=topology.context,
+        multipliers=multipliers,
     )
 
 

@@ -19,6 +19,8 @@ from megatron.parallel.topology import Axis
 
 Fill = Callable[[Tensor, torch.Generator], None]
 """Fills a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""
+Rescale = Callable[[str, Fill, bool], Fill]
+"""(key of a tensor, its Fill, whether it is filled as its transpose) -> the Fill to use instead."""
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:
@@ -26,21 +28,24 @@ def zeros(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.zero_()
 
 
-def first_rows(fill: Fill, rows: int) -> Fill:
+@dataclass(frozen=True)
+class FirstRows:
     """Fills the first rows only, as if there were no others, which are 0: padding then changes no initial value."""
 
-    def padded(tensor: Tensor, generator: torch.Generator) -> None:
-        fill(tensor[:rows], generator)
-        tensor[rows:].zero_()
+    fill: Fill
+    rows: int
 
-    return padded
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        self.fill(tensor[: self.rows], generator)
+        tensor[self.rows :].zero_()
 
 
 @dataclass(frozen=True)
 class ParameterSource:
     """Makes the parameters of one module.
 
-    seed: of the run. layer: index in the layer plan. prefix: dotted name of the module inside its layer.
+    seed: of the run. layer: index in the layer plan. prefix: dotted name of the module inside its layer. rescale: how
+    initial values differ from what a Fill draws; not at all unless given.
     """
 
     seed: int
@@ -48,6 +53,7 @@ class ParameterSource:
     axis: Axis
     dtype: torch.dtype = torch.float32
     prefix: str = ""
+    rescale: Rescale | None = None
 
     def of(self, module: str) -> ParameterSource:
         """The source of a submodule."""
@@ -59,7 +65,7 @@ class ParameterSource:
         It acts between tensor-parallel regions; with sequence parallelism that is on a part of the sequence, unless
         whole_sequence says that every rank sees all of it.
         """
-        parameter = nn.Parameter(self._draw(name, shape, fill).to(self.dtype))
+        parameter = nn.Parameter(self._draw(name, shape, self._rescaled(name, fill)).to(self.dtype))
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
         if self.axis.sequence and not whole_sequence:
@@ -77,6 +83,7 @@ class ParameterSource:
         """
         if count % over.size:
             raise ValueError(f"{count} experts do not divide by {over.size} expert-parallel ranks")
+        fill = self._rescaled(name, fill, transposed=transposed)
         parts = []
         for expert in range(over.rank * (count // over.size), (over.rank + 1) * (count // over.size)):
             full = self._draw(f"{name}.{expert}", shape[::-1] if transposed else shape, fill)
@@ -93,7 +100,7 @@ class ParameterSource:
 
         ValueError where a section does not divide by the tensor-parallel degree.
         """
-        full = self._draw(name, shape, fill)
+        full = self._draw(name, shape, self._rescaled(name, fill))
         pieces = [_piece(part, dim, self.axis) for part in full.split(list(sections or (shape[dim],)), dim=dim)]
         local = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
         # A clone, so that the full tensor's memory is given back.
@@ -102,6 +109,11 @@ class ParameterSource:
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
         return parameter
+
+    def _rescaled(self, name: str, fill: Fill, *, transposed: bool = False) -> Fill:
+        if self.rescale is None or fill is zeros:
+            return fill
+        return self.rescale(f"{self.layer}.{self.prefix}{name}", fill, transposed)
 
     def _draw(self, name: str, shape: tuple[int, ...], fill: Fill) -> Tensor:
         """The full tensor, always drawn on the CPU; under `torch.device("meta")` its shape alone."""

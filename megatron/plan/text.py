@@ -6,6 +6,7 @@ from megatron.config import Config
 from megatron.plan.advice import gib
 from megatron.plan.figures import Figures
 from megatron.registry import WITHOUT_ATTENTION
+from megatron.shapes import base_widths
 
 WIDTH = 12
 
@@ -35,7 +36,17 @@ def _model(plan: Figures) -> list[str]:
     shape += _experts(plan.config)
     parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
-    return [_line("model", shape), _line("", parts), _line("vocabulary", plan.vocabulary), _line("parameters", count)]
+    lines = [_line("model", shape), _line("", parts), *_base(plan.config)]
+    return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count)]
+
+
+def _base(config: Config) -> list[str]:
+    """The model that muP compares this one with."""
+    base = base_widths(config.mup) if config.mup.mup_base_widths else None
+    if base is None or config.model.hidden_size is None:
+        return []
+    ratio = config.model.hidden_size / base.hidden_size
+    return [_line("muP", f"{ratio:g} x as wide as the base of {base.hidden_size} in {config.mup.base_shapes_file}")]
 
 
 def _experts(config: Config) -> str:

@@ -5,14 +5,22 @@ from megatron.shapes.mixers import remembered
 from megatron.shapes.parts import FIRST_BLOCK, key_in_table
 from megatron.shapes.table import tensors
 from megatron.shapes.tensor import TensorShape, section_slices
+from megatron.shapes.widths import Growth, Multipliers, Widths, base_shapes, base_widths, growths, learning_rates
 
 __all__ = [
     "FIRST_BLOCK",
+    "Growth",
     "MixerDims",
     "MixtureDims",
     "ModelDims",
+    "Multipliers",
     "TensorShape",
+    "Widths",
+    "base_shapes",
+    "base_widths",
+    "growths",
     "key_in_table",
+    "learning_rates",
     "remembered",
     "section_slices",
     "tensors",

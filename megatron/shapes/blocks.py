@@ -50,7 +50,8 @@ def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
     table = [TensorShape(layer, "mlp.router.layer.weight", (count, hidden), None, "weight")]
     for name in ("w1", "w3", "w2") if dims.gated else ("w1", "w2"):
         shape = (count * width, hidden)
-        table.append(TensorShape(layer, f"mlp.experts.mlp.{name}", shape, 0, "expert", (width,) * count))
+        inputs = 0 if name == "w2" else 1
+        table.append(TensorShape(layer, f"mlp.experts.mlp.{name}", shape, 0, "expert", (width,) * count, inputs))
     return table
 
 

@@ -56,11 +56,11 @@ def _time_mixing(dims: ModelDims, block: int) -> list[TensorShape]:
 
     table = [mixing(f"time_maa_{part}", (1, 1, hidden)) for part in "xwkvrg"]
     table += [
-        TensorShape(layer, "att.time_maa_w1", (hidden, 5 * RWKV_MIX_RANK), None, "weight"),
-        TensorShape(layer, "att.time_maa_w2", (5, RWKV_MIX_RANK, hidden), None, "weight"),
+        TensorShape(layer, "att.time_maa_w1", (hidden, 5 * RWKV_MIX_RANK), None, "weight", inputs=0),
+        TensorShape(layer, "att.time_maa_w2", (5, RWKV_MIX_RANK, hidden), None, "weight", inputs=1),
         mixing("time_decay", (1, 1, width), 2),
-        TensorShape(layer, "att.time_decay_w1", (hidden, RWKV_DECAY_RANK), None, "weight"),
-        TensorShape(layer, "att.time_decay_w2", (RWKV_DECAY_RANK, width), 1, "weight"),
+        TensorShape(layer, "att.time_decay_w1", (hidden, RWKV_DECAY_RANK), None, "weight", inputs=0),
+        TensorShape(layer, "att.time_decay_w2", (RWKV_DECAY_RANK, width), 1, "weight", inputs=0),
         mixing("time_faaaa", (width // head, head), 0),
     ]
     for name in ("receptance", "key", "value"):

@@ -19,6 +19,12 @@ class TensorShape:
     shard_dim: int | None  # dimension cut by tensor parallelism; None: every rank holds all of it
     kind: Kind
     sections: tuple[int, ...] = ()  # sizes along shard_dim that are cut one by one; (): one section
+    inputs: int = -1  # dimension that a product with the matrix sums over
+
+    @property
+    def key(self) -> str:
+        """Its name in the whole model: `<layer>.<name>`."""
+        return f"{self.layer}.{self.name}"
 
     @property
     def count(self) -> int:

@@ -123,7 +123,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
     fetch_missing(config.checkpoint, Ranks.from_environment())
     bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
     vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
-    data = _build_data(config, topology, tokenizer)
+    data = build_run_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
@@ -165,7 +165,8 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         reporter.close()
 
 
-def _build_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
+def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
+    """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
     training = config.training
     wanted = samples_wanted(training, _train_iters(config))
     data = build_data(

@@ -71,13 +71,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "train_impl:kto": ("kto_beta", "kto_desirable_weight", "kto_fp32", "kto_undesirable_weight"),
     "train_impl:reinforce": ("fp32_reinforce", "kl_div_beta", "kl_impl", "reinforce_leave_one_out"),
     "train_impl:rm": ("z_loss",),
-    "use_mup": (
-        "base_shapes_file",
-        "mup_embedding_mult",
-        "mup_init_scale",
-        "mup_rp_embedding_mult",
-        "mup_width_scale",
-    ),
 }
 
 

@@ -57,6 +57,7 @@ NEW = {
     "recompute_granularity",
     "recompute_method",
     "lora",
+    "mup_base_widths",
 }
 
 

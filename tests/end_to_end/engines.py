@@ -72,7 +72,8 @@ def train(
             seed=1,
             backend="gloo",
         )
-        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model), VOCABULARY)) if resumed else None
+        table = tensors(ModelDims.of(config.model, config.moe), VOCABULARY)
+        checkpoint = find_checkpoint(config, table) if resumed else None
         engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
         if checkpoint is not None:
             state = checkpoint.optimizer()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.registry import INITS
+from tests.model.sections import build
 
 OUT, IN, LAYERS, HIDDEN, STD = 384, 256, 6, 256, 0.03
 EXPECTED = {
@@ -50,3 +51,10 @@ def test_orthogonal_columns(name: str, length: float) -> None:
 
 def test_uniform_stays_in_its_bounds() -> None:
     assert drawn("xavier_uniform").abs().max() <= math.sqrt(6 / (256 + 384))
+
+
+def test_positions_past_the_size_of_the_vocabulary_start_like_the_others() -> None:
+    """The rows that pad a vocabulary start from 0; a table of positions has no such rows."""
+    model = build(vocabulary=16, pos_emb="learned", max_position_embeddings=64)
+    rows = dict(model.named_parameters())["sequential.0.position_embeddings.weight"].detach()
+    assert rows[16:].std().item() == pytest.approx(0.02, rel=0.1)

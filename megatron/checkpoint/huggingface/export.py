@@ -18,12 +18,13 @@ from megatron.checkpoint import files
 from megatron.checkpoint.huggingface import safetensors
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import Correspondence
+from megatron.checkpoint.huggingface.folded import fold, fold_misfits
 from megatron.checkpoint.huggingface.folder import CONFIG, INDEX, WHOLE
 from megatron.checkpoint.huggingface.safetensors import Promise
 from megatron.checkpoint.stored import StoredModel
 from megatron.checkpoint.weights import key_of
-from megatron.errors import RunError
-from megatron.shapes import ModelDims, TensorShape
+from megatron.errors import ConfigError, RunError
+from megatron.shapes import ModelDims, Multipliers, TensorShape
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -52,9 +53,11 @@ def export(
     """Writes the folder.
 
     family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
-    takes the optimizer's fp32 copies where they were kept. largest_file: [bytes]. special: ids for config.json, such
-    as eos_token_id. Raises ConfigError naming each key that the family cannot express.
+    takes the optimizer's fp32 copies where they were kept. The factors of muP go into the weights. largest_file:
+    [bytes]. special: ids for config.json, such as eos_token_id. Raises ConfigError naming each key that the family
+    cannot express.
     """
+    ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     family = family_for(stored.model, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)
@@ -86,7 +89,8 @@ def _promises(
 
 def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
     whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
-    return row.apart(whole)[part]
+    dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
+    return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
 
 
 def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:

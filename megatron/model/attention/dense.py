@@ -65,6 +65,7 @@ class ParallelSelfAttention(nn.Module):
         first = source.axis.rank * self.heads + self.core_heads.start
         self.pattern = parts.patterns[number](range(first, first + len(shared)))
         self.rpe = parts.relative
+        self.query_factor = parts.multipliers.query
         self.q_layernorm = parts.head_norm() if parts.head_norm else None
         self.k_layernorm = parts.head_norm() if parts.head_norm else None
         self.query_key_value = ColumnParallelLinear(
@@ -98,6 +99,8 @@ class ParallelSelfAttention(nn.Module):
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if self.query_factor != 1.0:
+            q = q * self.query_factor
         core = self._attend(q, k, v, document_starts) if cache is None else self._attend_cached(q, k, v, cache)
         return core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
 

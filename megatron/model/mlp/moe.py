@@ -107,16 +107,20 @@ class MixtureMLP(nn.Module):
 
 
 class RouterLayer(nn.Module):
-    """The logits of every expert, computed in fp32 at least (arXiv:2101.03961, section 2.4)."""
+    """The logits of every expert, computed in fp32 at least (arXiv:2101.03961, section 2.4).
+
+    It sums over features and has as many outputs at any width, so to muP it is an output layer.
+    """
 
     def __init__(self, parts: Parts, source: ParameterSource) -> None:
         super().__init__()
         self.layer = _WideLinear(parts, source.of("layer"))
+        self.multiplier = parts.multipliers.router
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, h] -> [n, all experts]."""
         logits: Tensor = self.layer(tokens)
-        return logits
+        return logits if self.multiplier == 1.0 else logits * self.multiplier
 
 
 class _WideLinear(nn.Module):

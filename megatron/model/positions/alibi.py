@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron.model.positions.base import Positions
 from megatron.parallel.initialization import ParameterSource
+from megatron.shapes import Multipliers
 
 
 def slopes(heads: int) -> list[float]:
@@ -35,11 +36,12 @@ class Alibi(Positions, nn.Module):
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module:
+    def for_scores(cls, model: Any, source: ParameterSource, multipliers: Multipliers) -> nn.Module:
         """For this rank's part of the model section's heads."""
         share = model.num_attention_heads // source.axis.size
         first = source.axis.rank * share
-        return cls(slopes(model.num_attention_heads)[first : first + share])
+        every = [slope * multipliers.scores for slope in slopes(model.num_attention_heads)]
+        return cls(every[first : first + share])
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""

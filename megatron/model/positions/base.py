@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron.kernels.rotary import RotaryKernel
 from megatron.parallel.initialization import Fill, ParameterSource
+from megatron.shapes import Multipliers
 
 
 def document_positions(document_starts: Tensor | None) -> Tensor | None:
@@ -43,7 +44,7 @@ class Positions:
         return None
 
     @classmethod
-    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module | None:
+    def for_scores(cls, model: Any, source: ParameterSource, multipliers: Multipliers) -> nn.Module | None:
         """A module (length, device) -> [n/t, length]: added to the score of a query and a key 0, 1, ... places before.
 
         n/t: this rank's heads. All blocks share the module.

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.model.init import xavier_normal
 from megatron.model.positions.base import Positions
 from megatron.parallel.initialization import ParameterSource
 from megatron.parallel.marks import mark_table, mark_tied
+from megatron.shapes import Multipliers
 
 
 def buckets(length: int, count: int, max_distance: int, device: torch.device) -> Tensor:
@@ -37,21 +39,19 @@ class RelativePositions(Positions, nn.Module):
     def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParameterSource) -> None:
         super().__init__()
         self.count, self.max_distance, self.scale = count, max_distance, scale
-        self.weight = source.shard("weight", (count, heads), _xavier_normal, dim=1)
+        fill = xavier_normal(std=1.0, num_layers=1, hidden_size=1)  # none of which it looks at
+        self.weight = source.shard("weight", (count, heads), fill, dim=1)
         mark_table(self.weight)
         mark_tied(self.weight)
 
     @classmethod
-    def for_scores(cls, model: Any, source: ParameterSource) -> nn.Module:
+    def for_scores(cls, model: Any, source: ParameterSource, multipliers: Multipliers) -> nn.Module:
         """From the model section's rpe_num_buckets and rpe_max_distance."""
         heads, head_dim = model.num_attention_heads, model.kv_channels or model.hidden_size // model.num_attention_heads
-        return cls(model.rpe_num_buckets, model.rpe_max_distance, heads, math.sqrt(head_dim), source)
+        scale = math.sqrt(head_dim) * multipliers.relative * multipliers.scores
+        return cls(model.rpe_num_buckets, model.rpe_max_distance, heads, scale, source)
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""
         places = buckets(length, self.count, self.max_distance, device)
         return self.weight.float()[places].t() * self.scale
-
-
-def _xavier_normal(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.xavier_normal_(tensor, generator=generator)
