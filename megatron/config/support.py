@@ -56,8 +56,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("soft_prompt_tuning", "soft prompts", _on),
-    Gap("lora", "low-rank updates", _on),
     Gap("use_mup", "maximal update parametrisation", _on),
     Gap("coord_check", "maximal update parametrisation", _on),
     Gap("save_base_shapes", "maximal update parametrisation", _on),

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.adapters import SoftPrompt
 from megatron.kernels.linear import LinearKernel
 from megatron.model.cache import KVCache
 from megatron.model.positions.base import Positions, document_positions
+from megatron.model.prompt import LearnedPrompt
 from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.initialization import Fill, ParameterSource
 from megatron.parallel.marks import mark_tied
@@ -27,7 +29,7 @@ class EmbeddingLayer(nn.Module):
     positions: the scheme, or None for a copy that only serves as the output layer of a pipeline's last stage.
     model: the configuration's model section, read by the position scheme. tied: the word embedding is the output
     layer's matrix too. context: the ranks that share a sequence. random: for dropout on a cut sequence.
-    reset_positions: positions start again with each document.
+    reset_positions: positions start again with each document. prompt: a learned one takes the first positions.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class EmbeddingLayer(nn.Module):
         context: Axis,
         random: ShardedRandom,
         reset_positions: bool = False,
+        prompt: SoftPrompt | None = None,
     ) -> None:
         super().__init__()
         self.reset_positions = reset_positions
@@ -60,6 +63,9 @@ class EmbeddingLayer(nn.Module):
         self.position_embeddings = (
             positions.for_embedding(model, source.of("position_embeddings"), fill) if positions is not None else None
         )
+        self.soft_prompt: LearnedPrompt | None = None
+        if prompt is not None and positions is not None:
+            self.soft_prompt = LearnedPrompt(prompt, hidden_size, source.of("soft_prompt"))
         self.to(dtype)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -68,8 +74,10 @@ class EmbeddingLayer(nn.Module):
         document_starts [b, s]: where the document of each token starts.
         """
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
+        length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
+        if self.soft_prompt is not None:
+            hidden = self.soft_prompt(hidden, first)
         if self.position_embeddings is not None:
-            length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
             positions = document_positions(document_starts) if self.reset_positions else None
             if positions is not None:
                 positions = positions[:, first : first + length]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.kernels.selection import Kernels
 from megatron.kernels.view import Pattern
 from megatron.model.positions.base import AttentionPositions
 from megatron.parallel.initialization import Fill
+from megatron.parallel.low_rank import Update
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis
 from megatron.shapes import ModelDims
@@ -29,7 +30,7 @@ class Parts:
     of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
     residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
     that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `Mixture` of
-    blocks with experts, in a model that has any.
+    blocks with experts, in a model that has any. updates: target of `lora` -> the low-rank update of such matrices.
     """
 
     dims: ModelDims
@@ -53,3 +54,4 @@ class Parts:
     reset_positions: bool = False
     context: Axis = field(default_factory=lambda: Axis("context"))
     mixture: Any = None
+    updates: Mapping[str, Update] = field(default_factory=dict)

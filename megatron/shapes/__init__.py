@@ -1,5 +1,6 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
+from megatron.shapes.adapters import DOWN, PROMPT, UP, is_added, trained
 from megatron.shapes.dims import MixerDims, MixtureDims, ModelDims
 from megatron.shapes.mixers import remembered
 from megatron.shapes.parts import FIRST_BLOCK, key_in_table
@@ -7,13 +8,18 @@ from megatron.shapes.table import tensors
 from megatron.shapes.tensor import TensorShape, section_slices
 
 __all__ = [
+    "DOWN",
     "FIRST_BLOCK",
+    "PROMPT",
+    "UP",
     "MixerDims",
     "MixtureDims",
     "ModelDims",
     "TensorShape",
+    "is_added",
     "key_in_table",
     "remembered",
     "section_slices",
     "tensors",
+    "trained",
 ]
