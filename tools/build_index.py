@@ -29,7 +29,7 @@ from megatron.training.lengths import samples_wanted
 
 def requests_of(config: Config) -> list[IndexRequest]:
     """The index maps that a run of this configuration asks for."""
-    training, seq_length = config.training, known(config.model.seq_length)
+    training, seq_length = config.training, known(config.model.text_length)
     iterations = training.train_iters
     if training.train_epochs is not None:
         samples = epoch_samples(

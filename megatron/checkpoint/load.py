@@ -28,7 +28,7 @@ from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
 from megatron.registry import OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape
+from megatron.shapes import DOWN, PROMPT, ModelDims, TensorShape, is_added
 
 _log = get_logger(__name__)
 
@@ -43,7 +43,8 @@ class Checkpoint:
 
     directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
     `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored. validated_in: the
-    reader's precision, where its logits are to be compared with the kept ones. optimizer_type: the reader's.
+    reader's precision, where its logits are to be compared with the kept ones. optimizer_type: the reader's. may_add:
+    what is trained beside a frozen model may be missing, and starts anew.
     """
 
     directory: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     weights: StoredWeights
     validated_in: str | None = None
     optimizer_type: str = "adam"
+    may_add: bool = False
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
@@ -169,6 +171,7 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
         weights=weights,
         validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
         optimizer_type=config.optimizer.optimizer_type,
+        may_add=section.finetune and not weights_only,
     )
 
 
@@ -218,17 +221,23 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
     """The tensor-parallel shards of the wanted tensors, by key; reports what matched.
 
     With an optimizer that kept fp32 copies those are returned, since they are the more precise ones.
-    Raises RunError naming every tensor that is missing, unexpected or has another shape.
+    What `finetune` adds to the model and the checkpoint lacks is left out. Raises RunError naming every tensor that is
+    missing, unexpected or has another shape.
     """
     stored = checkpoint.weights
-    expected, found = {key_of(shape) for shape in checkpoint.table}, stored.keys()
+    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if is_added(shape)}
+    expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
+    anew = added.intersection(missing) if checkpoint.may_add else set()
+    missing = [key for key in missing if key not in anew]
     counts = (len(expected & found), len(missing), len(unexpected))
-    _log.info("%s: %d tensors matched, %d missing, %d unexpected", checkpoint.directory, *counts)
+    asked = f", {len(anew)} added to it as asked for" if anew else ""
+    _log.info("%s: %d tensors matched, %d missing, %d unexpected%s", checkpoint.directory, *counts, asked)
     if unexpected or missing:
-        raise RunError(*_strangers(unexpected, missing, str(checkpoint.directory)))
+        raise RunError(*_strangers(unexpected, missing, added, str(checkpoint.directory)))
     axis = topology.model
     summed = checkpoint.summed_biases
+    wanted = [shape for shape in wanted if key_of(shape) not in anew]
     result = read_shards(stored, wanted, summed=summed, model_rank=axis.rank, model_size=axis.size)
     state = checkpoint.optimizer()
     if state is not None:
@@ -239,8 +248,15 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
     return result
 
 
-def _strangers(unexpected: list[str], missing: list[str], where: str) -> list[Mistake]:
+def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[Mistake]:
+    """added: the keys of what is trained beside a frozen model."""
     remedy = "give the configuration the shape of the checkpoint, or load another one"
+    if added.issuperset(missing) and missing:
+        remedy = "set finetune: true to start them beside the checkpoint's model"
+    elif any(f".{DOWN}." in key for key in unexpected):
+        remedy = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
+    elif f"0.{PROMPT}" in unexpected:
+        remedy = "give the configuration the soft_prompt_tuning of the checkpoint"
     told = {
         "the checkpoint has tensors that the model lacks": unexpected,
         "the model has tensors that the checkpoint lacks": missing,

@@ -181,7 +181,7 @@ def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, pa
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         said = answers(
             engine,
-            length=known(config.model.seq_length),
+            length=known(config.model.text_length),
             vocabulary=padded_vocab_size,
             precision=known(config.precision.precision),
         )

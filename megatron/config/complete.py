@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.config.derive.adapters import derive_lora, derive_soft_prompt
 from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
 from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
@@ -179,6 +180,14 @@ def _attention(draft: Completion) -> None:
     draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
 
 
+def _adapters(draft: Completion) -> None:
+    for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
+        asked = draft[name] if draft.knows(name) else None
+        draft.derive(name, derive(asked))
+        if asked is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:
+            draft.warnings.append(f"{name}: load is not set, so what stays frozen are random weights")
+
+
 def _precision(draft: Completion) -> None:
     precision = derive_precision(draft["precision"], draft["fp16"], draft["bf16"])
     draft.derive("precision", precision)
@@ -335,6 +344,7 @@ STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
     (_key_heads, _fills("num_kv_heads")),
     (_head_width, _fills("kv_channels")),
     (_attention, _fills("attention_config")),
+    (_adapters, _fills()),
     (_precision, _fills("precision", "fp16", "bf16", "data_types")),
     (_loss_scale, _fills("dynamic_loss_scale")),
     (_zero, _fills("zero_optimization", *(f"zero_{name}" for name in ZERO_OUTPUTS))),

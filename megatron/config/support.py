@@ -56,8 +56,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("soft_prompt_tuning", "soft prompts", _on),
-    Gap("lora", "low-rank updates", _on),
     Gap("te_columnparallel", "Transformer Engine layers", _on),
     Gap("te_rowparallel", "Transformer Engine layers", _on),
     Gap("te_layernorm_mlp", "Transformer Engine layers", _on),

@@ -43,6 +43,15 @@ class MicroBatch:
         """The first tokens of every sequence."""
         return self._each(lambda tensor: tensor[:, :length].contiguous())
 
+    def behind(self, prompt: int) -> MicroBatch:
+        """The same behind so many places for the vectors of a learned prompt, where no label counts.
+
+        ValueError where documents are kept apart: only the first of a sequence would see the prompt.
+        """
+        if self.document_starts is not None:
+            raise ValueError("documents that are kept apart do not share a prompt")
+        return self._each(lambda tensor: torch.nn.functional.pad(tensor, (prompt, 0)))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = (getattr(self, field.name) for field in fields(self))
         return MicroBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
@@ -56,13 +65,15 @@ def make_batch(
     labels: Tensor | None = None,
     borders: Tensor | None = None,
     rewards: Tensor | None = None,
+    prompt: int = 0,
 ) -> MicroBatch:
     """The micro-batch of some samples, int64 [b, s + 1].
 
     eod_mask_loss: positions whose input token ends a document do not count; their label is the first token of another
     document, which nothing announces. labels: int64 [b, s + 1], the samples with IGNORED where a token is not to be
     predicted; the samples themselves unless given. borders: bool [b, s + 1], True where a document starts; documents
-    then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1].
+    then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1]. prompt: places before
+    every sequence for the vectors of a learned prompt, where no label counts; the batch is [b, prompt + s].
     """
     tokens = samples[:, :-1].contiguous()  # [b, s]
     targets = (samples if labels is None else labels)[:, 1:].contiguous()  # [b, s]
@@ -73,13 +84,14 @@ def make_batch(
         counted = targets >= 0
         loss_mask *= counted
         targets *= counted
-    return MicroBatch(
+    batch = MicroBatch(
         tokens,
         targets,
         loss_mask,
         document_starts=None if borders is None else document_starts(tokens, borders[:, :-1], eod),
         rewards=None if rewards is None else rewards[:, :-1].contiguous(),
     )
+    return batch.behind(prompt) if prompt else batch
 
 
 def document_starts(tokens: Tensor, borders: Tensor, eod: int) -> Tensor:

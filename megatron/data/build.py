@@ -47,13 +47,15 @@ def build_data(
     is_builder: bool,
     barrier: Callable[[], None],
     train_epochs: int | None = None,
+    prompt: int = 0,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
     eod: the id that ends a document. seq_length: [tokens]. seed: of the sample order. micro_batch: samples of one rank
     at once. *_samples: how many all ranks together will take over the whole run. is_builder: whether this rank writes
     the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
-    that the training data is laid out for; train_samples are at most those of epoch_samples.
+    that the training data is laid out for; train_samples are at most those of epoch_samples. prompt: places before each
+    sequence of seq_length tokens for the vectors of a learned prompt.
     Raises ConfigError when no data is named, files are missing or a needed split is empty; RunError when a file is
     damaged.
     """
@@ -77,6 +79,7 @@ def build_data(
             documents=data.reset_attention_mask or data.reset_position_ids,
             workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
+            prompt=prompt,
         )
         plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
     if data.mmap_warmup:

@@ -27,7 +27,7 @@ class Loader:
     samples: the data set. sampler: the rank's share of it. eod: the id that ends a document; eod_mask_loss: its label
     does not count. labels, rewards: read them too; labels tell padding and tokens that are not to be predicted.
     documents: say where the document of each token starts. workers: background threads, 0 for none.
-    pin_memory: serve batches in page-locked memory.
+    pin_memory: serve batches in page-locked memory. prompt: places before every sequence for a learned prompt.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Loader:
         documents: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
+        prompt: int = 0,
     ) -> None:
         self.samples = samples
         self._sampler = sampler
@@ -50,6 +51,7 @@ class Loader:
         self._wanted = {"labels": labels, "rewards": rewards, "borders": documents}
         self._workers = workers
         self._pin_memory = pin_memory
+        self._prompt = prompt
 
     def __len__(self) -> int:
         """The number of samples that can be served to all ranks together."""
@@ -89,6 +91,7 @@ class Loader:
             torch.from_numpy(samples),
             eod=self._eod,
             eod_mask_loss=self._eod_mask_loss,
+            prompt=self._prompt,
             **{name: torch.from_numpy(array) for name, array in extras.items()},
         )
         return batch.pin_memory() if self._pin_memory else batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
 from megatron.engine.experts import own_experts
+from megatron.engine.frozen import for_the_optimizer, freeze, norm_of_nothing, start_prompt
 from megatron.engine.inference import InferenceEngine, build_stage, pack
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
@@ -44,7 +46,7 @@ from megatron.parallel.bootstrap import bootstrap, device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape, learning_rates, remembered, tensors
+from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,8 +75,12 @@ def build_training_engine(
     padded_vocab_size: int,
     vocab_size: int | None = None,
     checkpoint: Checkpoint | None = None,
+    prompt_tokens: Sequence[int] = (),
 ) -> PlainEngine | PipelinedEngine:
-    """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later)."""
+    """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later).
+
+    prompt_tokens: whose vectors a learned prompt starts as, where it is not in the checkpoint.
+    """
     _quieten()
     random = ShardedRandom(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
@@ -91,10 +97,13 @@ def build_training_engine(
         model = SequentialModel(plan, recompute).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(plan))
-    if checkpoint is not None:
-        fill(parameters, checkpoint, topology)
+    filled = fill(parameters, checkpoint, topology) if checkpoint is not None else set()
+    if prompt_tokens and f"0.{PROMPT}" not in filled:
+        start_prompt(parameters, prompt_tokens, topology.model)
+    freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
     cache = _cache_maker(config, topology, layers)
+    prompt = prompt_length(config.model.soft_prompt_tuning)
     if config.parallelism.is_pipe_parallel:
         return PipelinedEngine(
             initialised,
@@ -107,8 +116,9 @@ def build_training_engine(
             padded_vocab_size=padded_vocab_size,
             dtype=DTYPES[known(config.precision.precision)],
             router_losses=losses,
+            prompt=prompt,
         )
-    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses)
+    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses, prompt=prompt)
 
 
 def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:
@@ -136,18 +146,20 @@ def build_inference_engine(config: Config, topology: Topology, padded_vocab_size
         hidden_size=known(config.model.hidden_size),
         padded_vocab_size=padded_vocab_size,
         dtype=DTYPES[known(config.precision.precision)],
+        prompt=prompt_length(config.model.soft_prompt_tuning),
     )
     validate(checkpoint, engine)
     return engine
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> None:
-    """Copies stored weights into parameters, by key."""
+def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> set[str]:
+    """Copies stored weights into parameters, by key; the keys. What the run starts anew is not among them."""
     table: dict[str, TensorShape] = {f"{shape.layer}.{shape.name}": shape for shape in checkpoint.table}
     stored = read_weights(checkpoint, topology, [table[key] for key in parameters])
-    for key, parameter in parameters.items():
-        parameter.copy_(own_experts(parameter, stored[key]))
+    for key, value in stored.items():
+        parameters[key].copy_(own_experts(parameters[key], value))
+    return set(stored)
 
 
 def _layer_plan(
@@ -200,7 +212,8 @@ def _initialize(
 ) -> tuple[object, GradientClipper | None]:
     """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
     section = config.optimizer
-    groups = parameter_groups(parameters.values(), section.weight_decay, _rates(config, parameters))
+    trained = for_the_optimizer(model, parameters.values())
+    groups = parameter_groups(trained, section.weight_decay, _rates(config, parameters))
     if config.deepspeed.zero_stage != 0:
         groups = equally_many(groups, topology.pipe, device())
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
@@ -221,6 +234,7 @@ def _initialize(
             mpu=None if config.parallelism.is_pipe_parallel or finds_groups(optimizer) else topology,
             dist_init_required=False,
         )
+    norm_of_nothing(initialised.optimizer)
     if isinstance(optimizer, OnebitAdam):
         optimizer.on_freeze = partial(_keep_gradients_apart, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
@@ -260,6 +274,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
 
     def make(batch: int, max_length: int) -> KVCache:
+        max_length += dims.prompt
         keeps = {
             block: kept for block in blocks if (kept := remembered(dims, block, model_size=size, max_length=max_length))
         }
@@ -273,6 +288,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             device=device(),
             first_layer=blocks[0] if blocks else 0,
             states=keeps,
+            prompt=dims.prompt,
         )
 
     return make

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.engine.forward import through_stages
+from megatron.engine.prompt import behind, places_before, shifted
 from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
@@ -84,7 +85,7 @@ def pack(stage: Stage) -> None:
 
 @dataclass
 class InferenceEngine:
-    """Scores tokens; see engine.py for what the methods promise."""
+    """Scores tokens; see engine.py for what the methods promise. prompt: vectors of a learned prompt before texts."""
 
     stage: Stage
     topology: Topology
@@ -92,12 +93,15 @@ class InferenceEngine:
     hidden_size: int
     padded_vocab_size: int
     dtype: torch.dtype
+    prompt: int = 0
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        return through_stages(
+        places = places_before(self.prompt, cache)
+        at = shifted(at, tokens.shape[1], places)
+        logits = through_stages(
             self.stage.functions,
-            tokens,
+            behind(tokens, places),
             cache,
             self.topology,
             hidden_size=self.hidden_size,
@@ -105,6 +109,7 @@ class InferenceEngine:
             dtype=self.dtype,
             at=None if at is None else at.to(device()),
         )
+        return logits[:, places:] if at is None else logits
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)

@@ -21,6 +21,7 @@ from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, through_stages
+from megatron.engine.prompt import behind, places_before
 from megatron.engine.shape import accumulate
 from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
@@ -40,7 +41,7 @@ class PipelinedEngine:
 
     deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
     clipper: present at ZeRO 0. router_losses: present where blocks have experts. length: of the sequences of the last
-    step [tokens].
+    step [tokens]. prompt: vectors of a learned prompt before every text.
     """
 
     deepspeed: Any
@@ -55,6 +56,7 @@ class PipelinedEngine:
     router_losses: RouterLosses | None = None
     pipelined: bool = True
     length: int | None = None
+    prompt: int = 0
 
     def prepare(self, micro_batches: int, length: int) -> None:
         accumulate(self.deepspeed, micro_batches)
@@ -100,16 +102,17 @@ class PipelinedEngine:
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         module = self.deepspeed.module
         module.eval()
+        places = places_before(self.prompt, cache)
         logits = through_stages(
             module.forward_funcs,
-            for_sequence_cuts(tokens, cache, self.topology),
+            for_sequence_cuts(behind(tokens, places), cache, self.topology),
             cache,
             self.topology,
             hidden_size=self.hidden_size,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
-        logits = logits[:, : tokens.shape[1]]
+        logits = logits[:, places : places + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

@@ -21,6 +21,7 @@ from megatron.engine import state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.experts import all_experts
 from megatron.engine.forward import for_sequence_cuts, gather_context, gather_vocabulary
+from megatron.engine.prompt import behind, places_before
 from megatron.engine.shape import accumulate
 from megatron.engine.tokens import sum_over_data, tokens_a_share, unmasked
 from megatron.model.cache import KVCache
@@ -42,7 +43,7 @@ class PlainEngine:
 
     deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
     random: for draws on cut tensors. clipper: present where the gradient norm and clipping are ours (ZeRO 0).
-    router_losses: present where blocks have experts.
+    router_losses: present where blocks have experts. prompt: vectors of a learned prompt before every text.
     """
 
     deepspeed: Any
@@ -54,6 +55,7 @@ class PlainEngine:
     clipper: GradientClipper | None
     router_losses: RouterLosses | None = None
     pipelined: bool = False
+    prompt: int = 0
 
     def prepare(self, micro_batches: int, length: int) -> None:
         accumulate(self.deepspeed, micro_batches)
@@ -94,9 +96,10 @@ class PlainEngine:
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         self.deepspeed.module.eval()
-        part = for_sequence_cuts(tokens.to(device()), cache, self.topology)
+        places = places_before(self.prompt, cache)
+        part = for_sequence_cuts(behind(tokens.to(device()), places), cache, self.topology)
         logits = gather_vocabulary(self.deepspeed(part, cache), self.topology)
-        logits = gather_context(logits, self.topology)[:, : tokens.shape[1]]
+        logits = gather_context(logits, self.topology)[:, places : places + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

@@ -205,7 +205,8 @@ def _write_errors(
 
 
 def pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:
-    """This rank's pieces. A parameter that no ZeRO cuts belongs to the first data rank that holds it."""
+    """This rank's pieces of what is trained; what no ZeRO cuts belongs to the first data rank that holds it."""
+    parameters = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_pieces(optimizer, parameters)
         return

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.engine.engine import Engine
 from megatron.inference.sampling import Sampler, choose_all
+from megatron.model.cache import KVCache
 
 PROMPT_TOKENS = 4096
 """Most tokens, padding included, of the prompts that run through the model together."""
@@ -106,7 +107,7 @@ class TokenLoop:
             cache = None if self._cache is None else self._cache.rows(first, len(group))
             if cache is not None:
                 cache.reset()
-                cache.expect([len(text.tokens) for text in group])
+                cache.expect([cache.prompt + len(text.tokens) for text in group])
             tokens, last = _padded([text.tokens for text in group])
             self.texts += group
             steps += self._choose(group, self._engine.logits(tokens, cache, last))
@@ -122,7 +123,7 @@ class TokenLoop:
             tokens, last = _padded([text.tokens for text in texts])
             return self._choose(texts, self._engine.logits(tokens, None, last))
         cache = self._cache.rows(0, len(texts))
-        cache.set_lengths([len(text.tokens) - 1 for text in texts])
+        cache.set_lengths([_held(text, cache) for text in texts])
         tokens = torch.tensor([text.tokens[-1:] for text in texts])  # [b, 1]
         return self._choose(texts, self._engine.logits(tokens, cache)[:, 0])
 
@@ -134,7 +135,7 @@ class TokenLoop:
             return
         self.texts[at] = last
         if self._cache is not None:
-            self._cache.lengths[len(self.texts)] = len(last.tokens) - 1
+            self._cache.lengths[len(self.texts)] = _held(last, self._cache)
             self._cache.move(len(self.texts), at)
 
     @torch.no_grad()
@@ -150,6 +151,11 @@ class TokenLoop:
     def _drop_ended(self) -> None:
         for text in [text for text in self.texts if text.ended]:
             self.leave(text)
+
+
+def _held(text: Text, cache: KVCache) -> int:
+    """Positions of a text that its row holds: all but the last token's, which has not run through the model yet."""
+    return cache.prompt + len(text.tokens) - 1
 
 
 def decode(engine: Engine, texts: Sequence[Text], *, rows: int, cached: bool = True) -> Iterator[Step]:

@@ -114,10 +114,10 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
 
 
 def context_length(config: Config) -> int:
-    """The most tokens that the model reads at once."""
-    if config.model.seq_length is None:
+    """The most tokens that the model reads at once, beside a learned prompt."""
+    if config.model.text_length is None:
         raise ConfigError.of("the length of the model's context is not given", key="seq_length", value=None)
-    return config.model.seq_length
+    return config.model.text_length
 
 
 def _contexts(config: Config, mode: str) -> list[str]:

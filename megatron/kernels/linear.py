@@ -104,7 +104,7 @@ class _PiecewiseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pieces: LinearPieces) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no input
         ctx.has_bias, ctx.pieces = bias is not None, pieces
         return pieces.product(x, weight, bias)
 
@@ -113,7 +113,9 @@ class _PiecewiseLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         flat = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
-        grad_x = ctx.pieces.product(flat, weight.t(), None).view(x.shape) if need_x else None
+        grad_x = None
+        if need_x:
+            grad_x = ctx.pieces.product(flat, weight.t(), None).view(*grads[0].shape[:-1], weight.shape[1])
         grad_weight = ctx.pieces.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
         return grad_x, grad_weight, grad_bias, None

@@ -50,7 +50,8 @@ class KVCache:
     num_layers: blocks this process runs. first_layer: number of the first of them (in a pipeline, blocks of earlier
     stages come before). kv_heads: heads on this rank, m/t. max_length: positions there is room for [tokens].
     one_query: attention of one new position a row, where there is a kernel for that.
-    states: number of a block -> name -> shape of what it keeps of a row, for blocks without attention.
+    states: number of a block -> name -> shape of what it keeps of a row, for blocks without attention. prompt:
+    positions that a learned prompt takes before the tokens of every row; lengths and max_length count them.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class KVCache:
         device: torch.device | str = "cpu",
         first_layer: int = 0,
         states: Mapping[int, Mapping[str, tuple[int, ...]]] | None = None,
+        prompt: int = 0,
     ) -> None:
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self.one_query = choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
+        self.prompt = prompt
         self.lengths = [0] * batch  # positions filled, of each row [tokens]
         self._place: tuple[int, Place] | None = None
         self._coming: list[int] | None = None
@@ -99,6 +102,7 @@ class KVCache:
         part = object.__new__(KVCache)
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
+        part.prompt = self.prompt
         part.one_query = self.one_query
         part.lengths = self.lengths[first : first + count]
         part._place = part._coming = None

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.adapters import SoftPrompt
 from megatron.kernels.linear import LinearKernel
 from megatron.model.cache import KVCache
 from megatron.model.positions.base import Positions, document_positions
+from megatron.model.prompt import LearnedPrompt
 from megatron.parallel.embedding import VocabParallelEmbedding
 from megatron.parallel.initialization import Fill, ParameterSource
 from megatron.parallel.marks import mark_tied
@@ -28,7 +30,8 @@ class EmbeddingLayer(nn.Module):
     serves as the output layer of a pipeline's last stage. model: the configuration's model section, read by the
     position scheme. tied: the word embedding is the output layer's matrix too. context: the ranks that share a
     sequence. random: for dropout on a cut sequence. reset_positions: positions start again with each document.
-    multiplier: of what it puts out. output_multiplier: of what it takes in as the output layer.
+    prompt: a learned one takes the first positions. multiplier: of what it puts out. output_multiplier: of what it
+    takes in as the output layer.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class EmbeddingLayer(nn.Module):
         reset_positions: bool = False,
         multiplier: float = 1.0,
         output_multiplier: float = 1.0,
+        prompt: SoftPrompt | None = None,
     ) -> None:
         super().__init__()
         self.multiplier, self.output_multiplier = multiplier, output_multiplier
@@ -67,6 +71,9 @@ class EmbeddingLayer(nn.Module):
             if positions is not None
             else None
         )
+        self.soft_prompt: LearnedPrompt | None = None
+        if prompt is not None and positions is not None:
+            self.soft_prompt = LearnedPrompt(prompt, hidden_size, source.of("soft_prompt"))
         self.to(dtype)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -75,8 +82,10 @@ class EmbeddingLayer(nn.Module):
         document_starts [b, s]: where the document of each token starts.
         """
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
+        length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
+        if self.soft_prompt is not None:
+            hidden = self.soft_prompt(hidden, first)
         if self.position_embeddings is not None:
-            length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
             positions = document_positions(document_starts) if self.reset_positions else None
             if positions is not None:
                 positions = positions[:, first : first + length]

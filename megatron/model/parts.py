@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.kernels.selection import Kernels
 from megatron.kernels.view import Pattern
 from megatron.model.positions.base import AttentionPositions
 from megatron.parallel.initialization import Fill
+from megatron.parallel.low_rank import Update
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis
 from megatron.shapes import ModelDims, Multipliers
@@ -29,7 +30,8 @@ class Parts:
     of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
     residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
     that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `Mixture` of
-    blocks with experts, in a model that has any. multipliers: the factors of muP.
+    blocks with experts, in a model that has any. multipliers: the factors of muP. updates: target of `lora` -> the
+    low-rank update of such matrices.
     """
 
     dims: ModelDims
@@ -54,3 +56,4 @@ class Parts:
     context: Axis = field(default_factory=lambda: Axis("context"))
     mixture: Any = None
     multipliers: Multipliers = field(default_factory=Multipliers)
+    updates: Mapping[str, Update] = field(default_factory=dict)

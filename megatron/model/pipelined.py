@@ -17,7 +17,7 @@ from typing import Any
 from deepspeed import comm as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from megatron.errors import RunError
 from megatron.model.block import TransformerBlock
@@ -74,9 +74,9 @@ class PipelinedModel(PipelineModule):
         Where documents are kept apart, the places where they start [b, s] go from stage to stage beside it.
         """
         if isinstance(forward_input, Tensor):
-            return run_layers(self.forward_funcs, forward_input, None, self.recompute)
+            return _differentiable(run_layers(self.forward_funcs, forward_input, None, self.recompute))
         carry, document_starts = forward_input
-        carry = run_layers(self.forward_funcs, carry, None, self.recompute, document_starts)
+        carry = _differentiable(run_layers(self.forward_funcs, carry, None, self.recompute, document_starts))
         return carry if self._local_stop == self._num_layers else (carry, document_starts)
 
     def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
@@ -88,6 +88,11 @@ class PipelinedModel(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = bounds
         self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """DeepSpeed asks this whose gradients it must add up; frozen weights have none."""
+        found = super().get_tied_weights_and_groups()
+        return [(weight, group) for weight, group in found if weight.requires_grad]
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """DeepSpeed asks this what stages share: the tied embedding, and positions that all blocks learn together.
@@ -136,6 +141,11 @@ def _learned_relative(plan: Sequence[LayerPlan]) -> tuple[nn.Module, ...]:
     """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
     relative = {layer.arguments["parts"].relative for layer in plan if "parts" in layer.arguments}
     return tuple(module for module in relative if module is not None and list(module.parameters()))
+
+
+def _differentiable(carry: Tensor) -> Tensor:
+    """What goes on to the next stage: DeepSpeed sends a gradient back through it, also to a stage that is frozen."""
+    return carry if carry.requires_grad or not is_grad_enabled() else carry.requires_grad_()
 
 
 def _released(value: Tensor, logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.adapters import LowRank, soft_prompt
 from megatron.kernels.selection import Kernels, choose_kernels
 from megatron.kernels.view import Blocks, Pattern, Window
 from megatron.model.block import Block, TransformerBlock
@@ -26,6 +27,7 @@ from megatron.model.mlp.balance import RouterLosses
 from megatron.model.mlp.moe import Mixture
 from megatron.model.parts import Parts
 from megatron.parallel.initialization import FirstRows, ParameterSource
+from megatron.parallel.low_rank import Update
 from megatron.parallel.marks import mark_sequence_partial
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Axis, Topology
@@ -110,6 +112,7 @@ def layer_plan(
         reset_attention=reset_attention,
         reset_positions=reset_positions,
         mixture=_mixture(moe, topology, losses) if dims.mixture.experts > 1 else None,
+        updates=_updates(dims.low_rank, random),
     )
     last = dims.num_layers + 4
     table = {
@@ -148,6 +151,7 @@ def _embedding(model: Any, parts: Parts) -> dict[str, Any]:
         "random": parts.random,
         "multiplier": parts.multipliers.embedding,
         "output_multiplier": parts.multipliers.output,
+        "prompt": soft_prompt(getattr(model, "soft_prompt_tuning", None)),
     }
 
 
@@ -208,6 +212,13 @@ def _mixture(moe: Any, topology: Topology, losses: RouterLosses | None) -> Mixtu
         batch=topology.gradient,
         context=topology.context,
     )
+
+
+def _updates(asked: LowRank | None, random: ShardedRandom) -> dict[str, Update]:
+    """The update of each targeted matrix, by the name of the target."""
+    if asked is None:
+        return {}
+    return dict.fromkeys(asked.targets, Update(asked.rank, asked.scale, asked.dropout, random))
 
 
 def _block(kind: str) -> type[Block]:

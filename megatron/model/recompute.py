@@ -61,6 +61,8 @@ class Recompute:
                 value = layer(value, None, document_starts)
             return value
 
+        if not carry.requires_grad:  # nothing before is trained, and DeepSpeed's function follows its input alone
+            carry = carry.detach().requires_grad_()
         return self.checkpoint(_Replayed(forward, self.random), carry)
 
 

@@ -31,7 +31,8 @@ class GradientClipper:
 
     def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:
         """max_norm: the largest norm left alone; 0 computes the norm and scales nothing."""
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._held = list(parameters)
+        self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
         self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
         self._replica, self._expert = topology.replica, topology.expert
         self._spread = [parameter for parameter in self._counted if expert_share(parameter)[1] > 1]
@@ -50,11 +51,12 @@ class GradientClipper:
     def clip(self) -> None:
         """Computes `norm`, the same on every rank of the replica, and clips in place."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if not gradients:
-            return
-        square = _square(self._counted, gradients[0].device)
+        if self._parameters and not gradients:
+            return  # on no rank then; one that trains nothing itself takes part in the sums of the others
+        device = self._held[0].device
+        square = _square(self._counted, device)
         if self._expert.size > 1:
-            spread = _square(self._spread, gradients[0].device)
+            spread = _square(self._spread, device)
             dist.all_reduce(spread, group=self._expert.group)
             square = square + spread
         if self._replica.size > 1:
@@ -71,7 +73,8 @@ class GradientClipper:
         elif self._max_norm > 0:
             factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
             self.factor = float(factor)
-            torch._foreach_mul_(gradients, factor)
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
 
 
 def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:

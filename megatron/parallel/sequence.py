@@ -52,7 +52,7 @@ def leave(x: Tensor, axis: Axis) -> Tensor:
 def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
     """The product of the whole sequence with this rank's weight: [s/t, ..., in] -> [s, ..., out].
 
-    Only the part x is kept for the backward pass, which gathers the sequence once more.
+    Only the part x is kept for the backward pass, which gathers the sequence once more; with a frozen weight nothing.
     """
     out: Tensor = _GatheredLinear.apply(x, weight, bias, axis, kernel)
     return out
@@ -108,7 +108,7 @@ class _GatherTwice(torch.autograd.Function):
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.has_bias, ctx.axis, ctx.pieces = bias is not None, axis, pieces_of(kernel)
         product: Tensor = ctx.pieces.product(all_gather_first(x, axis), weight, bias)
         return product
@@ -121,7 +121,7 @@ class _GatheredLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if need_x:
             whole = ctx.pieces.product(rows, weight.t(), None)
-            grad_x = reduce_scatter_first(whole.view(x.shape[0] * ctx.axis.size, *x.shape[1:]), ctx.axis)
+            grad_x = reduce_scatter_first(whole.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
             gathered = all_gather_first(x, ctx.axis)
             grad_weight = ctx.pieces.weight_gradient(rows, gathered.view(-1, weight.shape[1]))

@@ -1,5 +1,6 @@
 """The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
 
+from megatron.shapes.adapters import DOWN, PROMPT, UP, is_added, trained
 from megatron.shapes.dims import MixerDims, MixtureDims, ModelDims
 from megatron.shapes.mixers import remembered
 from megatron.shapes.parts import FIRST_BLOCK, key_in_table
@@ -8,7 +9,10 @@ from megatron.shapes.tensor import TensorShape, section_slices
 from megatron.shapes.widths import Growth, Multipliers, Widths, base_shapes, base_widths, growths, learning_rates
 
 __all__ = [
+    "DOWN",
     "FIRST_BLOCK",
+    "PROMPT",
+    "UP",
     "Growth",
     "MixerDims",
     "MixtureDims",
@@ -19,9 +23,11 @@ __all__ = [
     "base_shapes",
     "base_widths",
     "growths",
+    "is_added",
     "key_in_table",
     "learning_rates",
     "remembered",
     "section_slices",
     "tensors",
+    "trained",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.shapes.adapters import with_updates
 from megatron.shapes.dims import ModelDims
 from megatron.shapes.mixers import gmlp_block, mamba_block, rwkv_block
 from megatron.shapes.parts import FIRST_BLOCK, SHARED_NAME, column, norm, row
@@ -10,7 +11,7 @@ from megatron.shapes.tensor import TensorShape
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
     """The tensors of block number ``block`` (from 0), which is layer ``block + 2`` of the plan."""
-    return BLOCKS.get(dims.kind(block), attention_block)(dims, block)
+    return with_updates(BLOCKS.get(dims.kind(block), attention_block)(dims, block), dims.low_rank)
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:

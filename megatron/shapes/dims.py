@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.adapters import LowRank, low_rank, prompt_length
 from megatron.registry import ACTIVATIONS, WITHOUT_ATTENTION
 
 
@@ -101,6 +102,8 @@ class ModelDims:
     kinds: tuple[str, ...] = ()  # what mixes tokens in each block, by its name in attention_config; (): all "global"
     mixture: MixtureDims = field(default_factory=MixtureDims)
     mixers: MixerDims = field(default_factory=MixerDims)
+    low_rank: LowRank | None = None  # updates of matrices; everything else is frozen then
+    prompt: int = 0  # vectors of a learned prompt; everything else is frozen then
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "mlp_width"):
@@ -140,6 +143,8 @@ class ModelDims:
             kinds=tuple(getattr(model, "attention_config", None) or ()),
             mixture=MixtureDims() if moe is None else MixtureDims.of(moe),
             mixers=MixerDims() if mixers is None else MixerDims.of(model, mixers),
+            low_rank=low_rank(getattr(model, "lora", None)),
+            prompt=prompt_length(getattr(model, "soft_prompt_tuning", None)),
         )
 
     def kind(self, block: int) -> str:
@@ -150,6 +155,11 @@ class ModelDims:
         """Whether a block has a mixture of experts in place of one MLP."""
         attends = self.kind(block) not in WITHOUT_ATTENTION
         return attends and self.mixture.experts > 1 and block % self.mixture.interval == 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only what was added to the model is trained."""
+        return self.low_rank is not None or self.prompt > 0
 
     @property
     def query_size(self) -> int:

@@ -12,6 +12,7 @@ heads as query heads the QKV rows are interleaved head by head, [q, k, v] for ea
 
 from __future__ import annotations
 
+from megatron.shapes.adapters import prompt_tensor
 from megatron.shapes.blocks import block_tensors
 from megatron.shapes.dims import ModelDims
 from megatron.shapes.parts import norm
@@ -24,6 +25,8 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     if dims.pos_emb == "learned":
         shape = (dims.max_position_embeddings + dims.position_offset, dims.hidden_size)
         table.append(TensorShape(0, "position_embeddings.weight", shape, None, "position_embedding"))
+    if dims.prompt:
+        table.append(prompt_tensor(dims.prompt, dims.hidden_size))
     for block in range(dims.num_layers):
         table += block_tensors(dims, block)
     table += norm(dims, dims.num_layers + 3, "norm")

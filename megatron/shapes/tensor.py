@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Kind = Literal["word_embedding", "position_embedding", "norm", "weight", "bias", "expert", "spatial", "mixing", "head"]
+Kind = Literal[
+    "word_embedding",
+    "position_embedding",
+    "norm",
+    "weight",
+    "bias",
+    "expert",
+    "spatial",
+    "mixing",
+    "head",
+    "adapter",
+    "prompt",
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megatron.adapters import prompt_length, soft_prompt
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
@@ -92,7 +93,7 @@ def _with_length(config: Config) -> Config:
     samples = epoch_samples(
         config.data,
         epochs=training.train_epochs,
-        seq_length=known(config.model.seq_length),
+        seq_length=known(config.model.text_length),
         seed=training.seed,
         is_builder=_builds_index_maps(config),
         barrier=_barrier,
@@ -127,7 +128,12 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
-        config, topology, padded_vocab_size=vocabulary, vocab_size=tokenizer.vocab_size, checkpoint=checkpoint
+        config,
+        topology,
+        padded_vocab_size=vocabulary,
+        vocab_size=tokenizer.vocab_size,
+        checkpoint=checkpoint,
+        prompt_tokens=_prompt_tokens(config, tokenizer),
     )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
@@ -165,6 +171,18 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         reporter.close()
 
 
+def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The tokens whose vectors a learned prompt starts as; none where it is drawn, or there is none."""
+    prompt = soft_prompt(config.model.soft_prompt_tuning)
+    if prompt is None or not prompt.init_string:
+        return []
+    tokens = list(tokenizer.encode(prompt.init_string))
+    if not tokens:
+        what = "init_string has no token"
+        raise ConfigError.of(what, key="soft_prompt_tuning", value=config.model.soft_prompt_tuning)
+    return tokens
+
+
 def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
     """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
     training = config.training
@@ -172,7 +190,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
     data = build_data(
         config.data,
         eod=tokenizer.eod,
-        seq_length=known(config.model.seq_length),
+        seq_length=known(config.model.text_length),
         seed=training.seed,
         micro_batch=known(training.train_micro_batch_size_per_gpu),
         data_rank=topology.data.rank,
@@ -183,6 +201,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         is_builder=_builds_index_maps(config),
         barrier=_barrier,
         train_epochs=training.train_epochs,
+        prompt=prompt_length(config.model.soft_prompt_tuning),
     )
     if data.train is None:
         raise ConfigError.of(

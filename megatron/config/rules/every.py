@@ -12,6 +12,7 @@ from contextlib import suppress
 from megatron.config.config import Config
 from megatron.config.partial import NotKnown, partial
 from megatron.config.rules import (
+    adapters,
     architecture,
     attention,
     blocks,
@@ -93,6 +94,10 @@ RULES: tuple[Rule, ...] = (
     data.split_is_readable,
     data.passes_need_no_weights,
     data.distances_start_again_with_attention,
+    adapters.one_thing_is_trained,
+    adapters.widths_are_those_of_the_model,
+    adapters.updates_have_matrices,
+    adapters.prompts_leave_room,
 )
 
 

@@ -4,6 +4,7 @@ Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `ma
 `attention_config` are filled in by `megatron.config.derive` when the user leaves them out.
 """
 
+from megatron.adapters import prompt_length
 from megatron.config.derive.widths import mlp_width
 from megatron.config.key import Section, key
 from megatron.config.types import Items, Table
@@ -76,12 +77,25 @@ class ModelSection(Section):
     num_unique_layers: int | None = key(None, "Number of blocks with weights of their own when blocks share weights.")
     param_sharing_style: str = key("grouped", "How blocks share weights when num_unique_layers is set.")
     soft_prompt_tuning: Table | None = key(
-        None, "Train only a prompt: {enabled, num_tokens, init_string, init_range}, everything else frozen."
+        None,
+        "Train only a prompt of vectors before every text, everything else frozen: {num_tokens: 10, init_string: text "
+        "whose vectors it starts as, init_range: 0.5, enabled: true}, arXiv:2104.08691. It takes num_tokens of "
+        "seq_length.",
     )
-    lora: Table | None = key(None, "Train low-rank updates only: {rank, alpha, dropout, targets}, arXiv:2106.09685.")
+    lora: Table | None = key(
+        None,
+        "Train only low-rank updates W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
+        "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given}, "
+        "arXiv:2106.09685.",
+    )
     output_layer_parallelism: str = key(
         "column", "How the output layer is cut by tensor parallelism.", choices=("column",)
     )
+
+    @property
+    def text_length(self) -> int | None:
+        """What seq_length leaves for a text beside a learned prompt [tokens]."""
+        return None if self.seq_length is None else self.seq_length - prompt_length(self.soft_prompt_tuning)
 
     @property
     def mlp_width(self) -> int:

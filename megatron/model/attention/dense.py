@@ -76,6 +76,7 @@ class ParallelSelfAttention(nn.Module):
             bias=dims.attention_bias,
             sections=(dims.query_size, dims.kv_size, dims.kv_size) if dims.grouped else (),
             kernel=parts.kernels.linear,
+            update=parts.updates.get("query_key_value"),
         )
         self.dense = RowParallelLinear(
             dims.query_size,
@@ -84,6 +85,7 @@ class ParallelSelfAttention(nn.Module):
             fill=parts.output_fill,
             bias=dims.attention_bias,
             kernel=parts.kernels.linear,
+            update=parts.updates.get("dense"),
         )
 
     @staticmethod

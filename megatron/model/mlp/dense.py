@@ -27,6 +27,7 @@ class ParallelMLP(nn.Module):
             bias=dims.mlp_bias,
             sections=sections,
             kernel=kernel,
+            update=parts.updates.get("dense_h_to_4h"),
         )
         self.activation = parts.activation
         self.linear2 = RowParallelLinear(
@@ -36,6 +37,7 @@ class ParallelMLP(nn.Module):
             fill=parts.output_fill,
             bias=dims.mlp_bias,
             kernel=kernel,
+            update=parts.updates.get("dense_4h_to_h"),
         )
 
     def inner(self, x: Tensor) -> Tensor:
