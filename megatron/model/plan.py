@@ -89,9 +89,8 @@ def layer_plan(
     chosen = choose_kernels(device, dtype, kernels)
     if recompute_attention is not None:
         chosen = chosen.recomputed(recompute_attention)
-    dims = ModelDims.of(model, moe, mixers)
+    dims, base = ModelDims.of(model, moe, mixers), base_widths(mup)
     random = random or ShardedRandom(seed, topology.rank, device)
-    base = base_widths(mup)
     rescale = None if base is None else rescaling(growths(dims, base), mup.mup_init_scale)
 
     def source(layer: int) -> ParameterSource:

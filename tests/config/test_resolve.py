@@ -107,9 +107,9 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
 
 
 def test_features_that_are_not_built_resolve_and_are_named() -> None:
-    resolution = resolved(use_mup=True, te_mha=True)
+    resolution = resolved(te_rowparallel=True, te_mha=True)
     told = "\n".join(resolution.not_supported_yet)
-    for part in ("use_mup = True", "te_mha = True"):
+    for part in ("te_rowparallel = True", "te_mha = True"):
         assert part in told
     assert resolved().not_supported_yet == []
 
@@ -128,7 +128,7 @@ def test_half_precision_runs_under_zero(precision: str) -> None:
 
 
 def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
-    resolution = resolved(bias_gelu_fusion=True, mup_attn_temp=2.0, deepscale=False)
+    resolution = resolved(bias_gelu_fusion=True, te_fp8_margin=2, deepscale=False)
     assert len(resolution.warnings) == 2
     assert resolution.warnings[0].startswith("command line: bias_gelu_fusion = True: has no effect")
     with pytest.raises(ConfigError, match="strict_config makes this an error"):
