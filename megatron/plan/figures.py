@@ -13,13 +13,15 @@ class Figures:
     """What a run will be. The sizes are those of the configuration.
 
     parameters, flops_per_iteration and memory are None where the vocabulary is not known; `unknown` then says why.
-    memory: that of the rank that needs most. budget [bytes]: from gpu_memory. advice: what to change when it is
-    exceeded. stages: first layer of each pipeline stage, and the number of layers at the end.
+    trainable: of the parameters, where others are frozen. memory: that of the rank that needs most. budget [bytes]:
+    from gpu_memory. advice: what to change when it is exceeded. stages: first layer of each pipeline stage, and the
+    number of layers at the end.
     """
 
     config: Config
     vocabulary: str
     parameters: int | None = None
+    trainable: int | None = None
     flops_per_iteration: int | None = None
     memory: Memory | None = None
     unknown: str | None = None

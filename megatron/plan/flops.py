@@ -1,6 +1,7 @@
 """Model FLOPs of one iteration: what training needs, whatever is recomputed.
 
-A matrix product with a weight costs 2 FLOPs for each of its elements and each token forward, and twice that backward.
+A matrix product with a weight costs 2 FLOPs for each of its elements and each token forward, and twice that backward:
+for the gradient of the input and for that of the weight, which a frozen one does not need.
 Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs a token for each feature
 of the query heads, counted over the whole square as is customary, not over the causal half. Of a sliding window or a
 sparse layout the visible share of the causal half is taken, and of the experts those count that a token visits. Mamba
@@ -30,6 +31,7 @@ def flops_per_iteration(
 
     shares: of the earlier positions, what each block's attention sees [fraction]; all unless given.
     """
+    updates = sum(tensor.count for tensor in table if tensor.kind == "adapter")
     matrices = sum(tensor.count for tensor in table if tensor.kind in {"weight", "head"})
     matrices += (
         sum(tensor.count for tensor in table if tensor.kind == "expert") * dims.mixture.top_k // dims.mixture.experts
@@ -40,7 +42,8 @@ def flops_per_iteration(
     for block in range(dims.num_layers):
         share = 1.0 if shares is None else shares[block]
         mixing += _mixing(dims, block, seq_length) * (1.0 if dims.kind(block) in WITHOUT_ATTENTION else share)
-    return 3 * (2 * matrices + round(mixing)) * seq_length * train_batch_size
+    products = 2 * matrices * (2 if dims.frozen else 3) + 2 * updates * 3
+    return (products + 3 * round(mixing)) * seq_length * train_batch_size
 
 
 def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:

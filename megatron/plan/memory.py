@@ -66,21 +66,22 @@ class StateLayout:
     moments: float = 2
 
 
-def state_memory(count: int, layout: StateLayout, experts: int = 0) -> tuple[int, int, int]:
+def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int | None = None) -> tuple[int, int, int]:
     """Bytes of parameters, gradients and optimizer on this rank.
 
     count: parameters that every data parallel rank holds. experts: those of the experts of all ranks that share them.
+    trained: how many of `count` are, where all others and the experts are frozen; all of them unless given.
     """
     width, stage = layout.width, layout.zero_stage
     local = experts // layout.expert_parallel_size
     share = -(-count // layout.ranks) + -(-local // max(1, layout.ranks // layout.expert_parallel_size))
     count += local
+    parameters = width * (share + min(count, layout.gathered)) if stage == 3 else width * count
+    if trained is not None:
+        count, share = trained, -(-trained // layout.ranks)
     moments = layout.moments * FP32
     if stage == 0:
-        return width * count, width * count, int(moments * count) + (FP32 * count if width < FP32 else 0)
-    parameters = width * count
-    if stage == 3:
-        parameters = width * (share + min(count, layout.gathered))
+        return parameters, width * count, int(moments * count) + (FP32 * count if width < FP32 else 0)
     return parameters, _zero_gradients(count, share, layout), int((moments + FP32) * share)
 
 
@@ -144,8 +145,8 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
         return _mixer(dims, layout, dims.kind(block))
     norms = 1 if dims.shared_norm else 2
     inputs = 1 if dims.gpt_j_residual else 2  # norms of a parallel residual read the same tensor
-    between = norms * dims.hidden_size  # outputs of the norms, inputs of the linear layers
-    kept = layout.residual_tokens * between * layout.width
+    between = _between(dims, block) * dims.hidden_size  # outputs of the norms, inputs of the linear layers
+    kept = layout.residual_tokens * between * layout.width + _updates(dims, layout, block)
     kept += (
         _experts(dims, layout) if dims.has_experts(block) else layout.tokens * _mlp_width(dims, layout) * layout.width
     )
@@ -154,6 +155,30 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     if layout.hidden_dropout:
         kept += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask an element
     return kept
+
+
+def _between(dims: ModelDims, block: int) -> int:
+    """How many outputs of norms are kept for the gradients of what reads them."""
+    attention = dims.keeps_input("query_key_value")
+    mlp = dims.keeps_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
+    return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
+
+
+def _updates(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
+    """Bytes that low-rank updates keep: their narrow products, and the masks of dropout with the inputs it made."""
+    asked = dims.low_rank
+    if asked is None:
+        return 0
+    widths = {"query_key_value": dims.hidden_size, "dense": dims.query_size // layout.model_parallel_size}
+    if not dims.has_experts(block):
+        widths |= {"dense_h_to_4h": dims.hidden_size, "dense_4h_to_h": dims.mlp_width // layout.model_parallel_size}
+    inputs = [width for name, width in widths.items() if name in asked.targets]
+    kept = len(inputs) * asked.rank * layout.width
+    if asked.dropout > 0:
+        kept += sum(inputs) * (layout.width if layout.cpu else 1)
+        both = dims.shared_norm and {"query_key_value", "dense_h_to_4h"} <= set(asked.targets)
+        kept += dims.hidden_size * layout.width if both else 0  # one output of a norm, dropped from twice
+    return layout.tokens * kept
 
 
 def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
@@ -178,7 +203,7 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
 def _mlp_width(dims: ModelDims, layout: ActivationLayout) -> int:
     """Features that an MLP keeps of a token, besides its input."""
     inner = dims.mlp_width // layout.model_parallel_size
-    return 4 * inner if dims.gated else 2 * inner
+    return ((4 if dims.gated else 2) - (not dims.keeps_input("dense_4h_to_h"))) * inner
 
 
 def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
@@ -188,8 +213,8 @@ def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
     input in fp32 and some numbers for each expert: logits, probabilities and their logarithms.
     """
     visits = layout.tokens * dims.mixture.top_k
-    features = 2 * dims.hidden_size + _mlp_width(dims, layout)
-    router = 0 if layout.width == FP32 else dims.hidden_size * FP32
+    features = (1 if dims.frozen else 2) * dims.hidden_size + _mlp_width(dims, layout)
+    router = 0 if layout.width == FP32 or dims.frozen else dims.hidden_size * FP32
     return visits * features * layout.width + layout.tokens * (router + 4 * dims.mixture.experts * FP32)
 
 
@@ -198,7 +223,7 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     values = layout.residual_tokens * dims.hidden_size
     statistics = norms * layout.residual_tokens * 2 * FP32
     if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
-        return (inputs + norms) * values * FP32 + statistics
+        return (inputs if dims.frozen else inputs + norms) * values * FP32 + statistics
     return inputs * values * layout.width + statistics
 
 
@@ -215,7 +240,8 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
 
 def _attention(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
     """Bytes that the attention core and the projection after it keep, and the norms before it."""
-    return _core(dims, layout, share) + _head_norms(dims, layout)
+    projected = 0 if dims.keeps_input("dense") else dims.query_size // layout.model_parallel_size
+    return _core(dims, layout, share) + _head_norms(dims, layout) - layout.tokens * projected * layout.width
 
 
 def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
@@ -239,7 +265,7 @@ def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
     """Bytes of the final norm and of the logits, whose place their gradient takes."""
     logits = layout.tokens * padded_vocab_size // layout.model_parallel_size * layout.width
-    output = layout.residual_tokens * dims.hidden_size * layout.width
+    output = 0 if dims.frozen else layout.residual_tokens * dims.hidden_size * layout.width
     return output + _norm_inputs(dims, layout, norms=1, inputs=1) + logits
 
 

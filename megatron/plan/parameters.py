@@ -19,13 +19,7 @@ def why_unknown(config: Config) -> str | None:
     """Why the table does not describe this model, or None where it does."""
     model = config.model
     kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS - WITHOUT_ATTENTION)
-    reasons = [
-        (bool(kinds), f"blocks of kind {', '.join(kinds)}"),
-        (bool(model.soft_prompt_tuning), "soft prompts"),
-        (bool(model.lora), "low-rank updates"),
-    ]
-    told = [reason for holds, reason in reasons if holds]
-    return f"parameters are not counted yet for {' and '.join(told)}" if told else None
+    return f"parameters are not counted yet for blocks of kind {', '.join(kinds)}" if kinds else None
 
 
 def model_tensors(config: Config, padded_vocab_size: int) -> list[TensorShape]:

@@ -14,7 +14,7 @@ from megatron.plan.stages import layer_classes, stage_bounds
 from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape
+from megatron.shapes import ModelDims, TensorShape, trained
 from megatron.sparsity import visible_share
 
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
@@ -35,6 +35,7 @@ class Plan(Figures):
             "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "parameters": self.parameters,
+            **({} if self.trainable is None else {"trainable_parameters": self.trainable}),
             "flops_per_iteration": self.flops_per_iteration,
             "memory_per_rank_bytes": self.memory.json() if self.memory else None,
         }
@@ -62,11 +63,12 @@ def make_plan(resolution: Resolution) -> Plan:
         return Plan(config, vocabulary.told, unknown=unknown, budget=budget, warnings=warned, not_supported_yet=unbuilt)
     padded = vocabulary.padded
     table = model_tensors(config, padded)
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
     training, model = config.training, config.model
     assert training.train_batch_size
     assert model.seq_length
     flops = flops_per_iteration(
-        ModelDims.of(model, config.moe, config.mixers),
+        dims,
         table,
         seq_length=model.seq_length,
         train_batch_size=training.train_batch_size,
@@ -81,6 +83,7 @@ def make_plan(resolution: Resolution) -> Plan:
         config,
         f"{padded:,} rows from {vocabulary.told}",
         parameters=total(table),
+        trainable=total(trained(table)) if dims.frozen else None,
         flops_per_iteration=flops,
         memory=memory,
         budget=budget,
@@ -114,6 +117,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     held = zip(
         on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
+        on_rank(trained(table), bounds, axes.model_parallel_size, tied=False),
         strict=True,
     )
     for stage, counts in enumerate(held):
@@ -125,7 +129,8 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
             padded_vocab_size=padded_vocab_size if stage == stages - 1 else None,
             pipelined=stages > 1,
         )
-        candidates.append(Memory(*state_memory(counts[0], stored, counts[1]), activations))
+        changed = counts[2] if dims.frozen else None
+        candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), activations))
     return max(candidates, key=lambda memory: memory.total)
 
 

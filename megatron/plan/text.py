@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.adapters import low_rank, soft_prompt
 from megatron.config import Config
 from megatron.plan.advice import gib
 from megatron.plan.figures import Figures
@@ -37,7 +38,7 @@ def _model(plan: Figures) -> list[str]:
     parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
     count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
     lines = [_line("model", shape), _line("", parts), *_base(plan.config)]
-    return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count)]
+    return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count), *_trained(plan)]
 
 
 def _base(config: Config) -> list[str]:
@@ -47,6 +48,21 @@ def _base(config: Config) -> list[str]:
         return []
     ratio = config.model.hidden_size / base.hidden_size
     return [_line("muP", f"{ratio:g} x as wide as the base of {base.hidden_size} in {config.mup.base_shapes_file}")]
+
+
+def _trained(plan: Figures) -> list[str]:
+    """What is trained, where the rest is frozen."""
+    model = plan.config.model
+    updates, prompt = low_rank(model.lora), soft_prompt(model.soft_prompt_tuning)
+    if updates is not None:
+        told = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
+    elif prompt is not None:
+        told = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"
+    else:
+        return []
+    if plan.trainable is not None and plan.parameters:
+        told = f"{plan.trainable:,} of them ({plan.trainable / plan.parameters:.2%}): {told}"
+    return [_line("trained", told)]
 
 
 def _experts(config: Config) -> str:

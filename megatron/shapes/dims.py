@@ -161,6 +161,13 @@ class ModelDims:
         """Whether only what was added to the model is trained."""
         return self.low_rank is not None or self.prompt > 0
 
+    def keeps_input(self, target: str) -> bool:
+        """Whether what a matrix of the blocks reads is needed again for a gradient: its own, or that of its update.
+
+        target: a name of `lora`'s targets.
+        """
+        return not self.frozen or (self.low_rank is not None and target in self.low_rank.targets)
+
     @property
     def query_size(self) -> int:
         """Width of all query heads together."""

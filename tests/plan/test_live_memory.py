@@ -45,6 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2": (2, {"model_parallel_size": 2}),
     "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
 }
+UPDATES = {"lora": {"rank": 8, "targets": "all"}}
 AGAIN = {"checkpoint_activations": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 8, "num_kv_heads": 2, "use_bias_in_mlp": False}
 
@@ -79,6 +80,12 @@ def test_layout(layout: str, recompute: dict[str, Any]) -> None:
         (2, {"zero_optimization": {"stage": 1, **BUCKETS}}),
         (2, {"model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"context_parallel_size": 2}),
+        (1, UPDATES),
+        (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {**UPDATES, "precision": "bfloat16", "zero_optimization": {"stage": 2, **BUCKETS}}),
+        (2, {**UPDATES, "zero_optimization": {"stage": 3, **BUCKETS, **GATHERED}}),
+        (2, {**UPDATES, **AGAIN, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
+        (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
     ],
     ids=[
         "groups of 2",
@@ -89,6 +96,12 @@ def test_layout(layout: str, recompute: dict[str, Any]) -> None:
         "ZeRO 1, fp32",
         "sequence",
         "context",
+        "updates",
+        "updates, sequence",
+        "updates, ZeRO 2, bfloat16",
+        "updates, ZeRO 3",
+        "updates, pipeline 2, recomputed",
+        "prompt",
     ],
 )
 def test_ways(world_size: int, settings: dict[str, Any]) -> None:

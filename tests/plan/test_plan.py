@@ -97,10 +97,26 @@ def test_an_unknown_vocabulary_is_told_and_not_guessed() -> None:
     assert "unknown: the size of the vocabulary is not known" in plan.text()
 
 
-def test_a_model_that_the_table_does_not_describe_is_not_counted() -> None:
+def test_what_is_trained_beside_a_frozen_model_is_told() -> None:
+    """20B with rank 8 on queries, keys and values: 44 x 8 x (6144 + 3 x 6144) parameters of 20.6 billion."""
+    whole = make_plan(resolution("20B"))
     plan = make_plan(resolution("20B", lora={"rank": 8}))
-    assert plan.parameters is None
-    assert "low-rank updates" in str(plan.unknown)
+    trained = 44 * 8 * 4 * 6144
+    assert plan.json()["trainable_parameters"] == plan.trainable == trained
+    assert plan.parameters == 20_554_567_680 + trained
+    assert "8,650,752 of them (0.04%): updates of rank 8 to query_key_value, scale 1" in plan.text()
+    assert plan.memory is not None
+    assert whole.memory is not None
+    assert plan.memory.optimizer < whole.memory.optimizer / 1000
+    assert plan.memory.parameters < whole.memory.parameters * 1.001
+    matrices = 44 * 12 * 6144**2 + 6144 * 50432
+    assert whole.flops_per_iteration is not None
+    assert plan.flops_per_iteration is not None
+    saved = whole.flops_per_iteration - plan.flops_per_iteration
+    assert saved == (2 * matrices - 6 * trained) * 2048 * plan.json()["train_batch_size"]  # no gradients of matrices
+    prompt = make_plan(resolution("20B", soft_prompt_tuning={"num_tokens": 20}))
+    assert prompt.trainable == 20 * 6144
+    assert "a prompt of 20 vectors, which leaves 2028 tokens to a text" in prompt.text()
 
 
 def test_mixtral_has_its_published_size() -> None:
