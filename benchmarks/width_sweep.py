@@ -2,7 +2,7 @@
 
     make quickstart                                   # for its text and tokens, or name others
     python benchmarks/width_sweep.py [--results sweep.jsonl] [--widths 64 128 256] [--log2-rates -10 -9 ... -4]
-        [--steps 300] [--tokens PREFIX --vocab-file FILE]
+        [--steps 200] [--tokens PREFIX --vocab-file FILE]
 
 Every model trains alone in this process, on the same batches, and its line goes to the results as soon as it is done; a
 second call goes on from there. The figure is the training loss, the mean of the last tenth of the steps. The table has
@@ -58,7 +58,7 @@ def settings(asked: argparse.Namespace, width: int) -> dict[str, Any]:
         "make_vocab_size_divisible_by": 64,
         "train_data_paths": [asked.tokens],
         "split": "100,0,0",
-        "train_batch_size": 16,
+        "train_batch_size": 8,
         "train_iters": asked.steps,
         "num_workers": 0,
         "precision": "fp32",
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/width_sweep.jsonl"))
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help=f"multiples of {HEAD}")
     parser.add_argument("--log2-rates", type=int, nargs="+", default=[-10, -9, -8, -7, -6, -5, -4])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", default="runs/quickstart/tokens/train_text_document")
     parser.add_argument("--vocab-file", default="runs/quickstart/tokenizer.json")
     asked = parser.parse_args()

@@ -68,6 +68,7 @@ def train(
             pipe_parallel_size=axes.pipe_parallel_size,
             model_parallel_size=axes.model_parallel_size,
             context_parallel_size=axes.context_parallel_size,
+            expert_parallel_size=config.moe.moe_expert_parallel_size,
             sequence_parallel=axes.sequence_parallel,
             seed=1,
             backend="gloo",

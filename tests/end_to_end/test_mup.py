@@ -116,6 +116,13 @@ def test_zero_is_one_process(layout: Keys, cases: dict[str, Keys], single: Curve
     agree(run(cases, layout), single)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_experts_on_other_ranks_are_one_process(stage: int, cases: dict[str, Keys], single: Curves) -> None:
+    """Two groups of experts, by the inputs of their matrices, that DeepSpeed knows by one name."""
+    layout = {"moe_expert_parallel_size": 2, "zero_optimization": {"stage": stage}}
+    agree(run({"experts": cases["experts"]}, layout), {"experts": single["experts"]})
+
+
 def test_stages_without_a_table_are_one_process(tmp_path: Path) -> None:
     """Four blocks on four stages: those in the middle have a group of parameters less than the ends."""
     parts, wide = CASES["tied, wider heads"]
