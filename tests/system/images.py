@@ -90,10 +90,14 @@ class Machine:
     cwd: str = "/"
     variables: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def home(self) -> str:
+        """The user's own folder."""
+        return f"/home/{self.user}" if self.user != "root" else "/root"
+
     def call(self, command: str, *, seconds: float = 3000) -> str:
         """Runs a shell command inside; returns what it printed on both outputs."""
-        home = f"/home/{self.user}" if self.user != "root" else "/root"
-        environment = {"PATH": PATH, "HOME": home, **pip_of_here(), **self.variables}
+        environment = {"PATH": PATH, "HOME": self.home, **pip_of_here(), **self.variables}
         inside = f"cd {shlex.quote(self.cwd)} && {command}"
         done = subprocess.run(
             ["chroot", f"--userspec={self.user}", str(self.folder), "/bin/sh", "-c", inside],

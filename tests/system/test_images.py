@@ -78,7 +78,7 @@ def trains(machine: Machine, root: Path) -> None:
     (root / "home/neox/text.jsonl").write_text("\n".join(text) + "\n")
     settings = {**BASE, "train_iters": 2, "eval_iters": 0, "num_gpus": 2, "data_path": "text_text_document"}
     (root / "home/neox/run.json").write_text(json.dumps({**settings, "save": "save", "log_dir": "logs"}))
-    machine.cwd = "/home/neox"
+    machine.cwd = machine.home
     prepare = "python /opt/neox/tools/preprocess_data.py --input text.jsonl --output-prefix text --append-eod"
     machine.call(f"{prepare} --tokenizer-type CharLevelTokenizer")
     said = machine.call("python /opt/neox/deepy.py train.py run.json")
