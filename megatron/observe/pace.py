@@ -61,6 +61,16 @@ class Ranking:
         return self.step / max(self.step - max(more, 0.0), 0.01 * self.step)
 
 
+def settled(rankings: Sequence[Ranking]) -> Ranking:
+    """The median of each rank's figures over several reports, since a single product may meet with anything."""
+
+    def medians(columns: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(statistics.median(of_a_rank) for of_a_rank in zip(*columns, strict=True))
+
+    step = statistics.median(each.step for each in rankings)
+    return Ranking(step, medians([each.data_wait for each in rankings]), medians([each.probe for each in rankings]))
+
+
 class Probe:
     """A fixed matrix product on this rank's device. device: where."""
 
@@ -108,6 +118,7 @@ class Pace:
         self._waited = 0.0
         self._since: float | None = None
         self._judge = Judge(hosts)
+        self._last: deque[Ranking] = deque(maxlen=REPORTS)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -148,7 +159,8 @@ class Pace:
         return Ranking(statistics.median(step), tuple(wait), tuple(probe))
 
     def _report(self, ranking: Ranking) -> dict[str, float]:
-        slowness = ranking.slowness()
+        self._last.append(ranking)
+        slowness = settled(self._last).slowness()
         slowest = max(range(len(slowness)), key=slowness.__getitem__)
         for sentence in self._judge.sentences(ranking):
             self._tell(sentence)

@@ -6,6 +6,7 @@ weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.adapters import prompt_length, soft_prompt
+from megatron.checkpoint.handles import collect
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.save import Counters, Saver
@@ -31,6 +33,7 @@ from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
 from megatron.evaluation.characters import Characters
 from megatron.evaluation.run import live_evaluation
+from megatron.launch.again import going_on, restarted_by_others
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.observe.memory import peak_memory_bytes
@@ -71,6 +74,7 @@ def train(config: Config, stop: Stop) -> None:
     Raises ConfigError for mistakes that only show here (missing data, nothing to load), RunError for later faults.
     """
     topology = join(config)
+    config = _alike_after_a_restart(config)
     folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
     watch = Watch(topology, folder, config.launch.collective_timeout)
     try:
@@ -80,6 +84,12 @@ def train(config: Config, stop: Stop) -> None:
             _train(_with_length(config), topology, stop, watch, hosts)
     finally:
         shutdown()
+
+
+def _alike_after_a_restart(config: Config) -> Config:
+    """The same start on every rank: torchrun counts restarts on each host for itself, and all start again together."""
+    again = any(collect([restarted_by_others(os.environ)]))
+    return config.replace(**going_on(config)) if again else config
 
 
 def _with_length(config: Config) -> Config:

@@ -33,6 +33,11 @@ def test_when_all_wait_alike_none_is_slow():
     assert Ranking(1.0, (0.9,) * 4, (1e-3,) * 4).slowness() == [1.0] * 4
 
 
+def test_a_single_outlier_does_not_show():
+    odd = Ranking(9.0, (0.01, 0.02, 0.01, 5.0), (1e-3, 1.1e-3, 9e-3, 0.9e-3))
+    assert pace.settled([EVEN, odd, EVEN]) == EVEN
+
+
 def slow(rank: int) -> Ranking:
     return Ranking(1.0, EVEN.data_wait, tuple(2e-3 if number == rank else 1e-3 for number in range(4)))
 

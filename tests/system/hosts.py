@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "pdsh", "mpirun.openmpi", "mpirun.mpich")
+PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "unshare", "pdsh", "mpirun.openmpi", "mpirun.mpich")
 BRIDGE, NETWORK = "neox-bridge", "10.213.77"
 LOGIN, FIRST, SECOND = "neox-login", "neox-one", "neox-two"
 ADDRESSES = {LOGIN: f"{NETWORK}.1", FIRST: f"{NETWORK}.11", SECOND: f"{NETWORK}.12"}
@@ -66,6 +66,16 @@ class Hosts:
         """Lets the user in by key, or not."""
         key = (self.folder / "user_key.pub").read_text() if user else ""
         (self.folder / f"{host}.keys").write_text(key)
+
+    def link(self, host: str, state: str) -> None:
+        """Puts the cable between a host and the others "down" or "up"."""
+        _ip("link", "set", f"neox-v{list(ADDRESSES).index(host)}", state)
+
+    def limit(self, host: str, rate: str | None) -> None:
+        """Lets a host send no faster than a rate such as "20mbit"; None for as fast as it can."""
+        filtered = ["tbf", "rate", rate, "burst", "64kb", "latency", "500ms"] if rate else []
+        change = ["replace" if rate else "del", "dev", "eth0", "root", *filtered]
+        subprocess.run(["tc", "-n", host, "qdisc", *change], check=True, capture_output=True)
 
     def workers(self) -> list[str]:
         """The command lines of all Python processes on the hosts."""

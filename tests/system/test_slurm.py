@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.scripts import EXAMPLES, SMALL, flags, write_text
 from tests.system.slurm import Slurm, cluster
 from tests.system.training import (
     DEEPY,
     ENDLESS,
+    ROOT,
     TRAIN,
     last_saved,
     losses,
@@ -107,6 +109,31 @@ def test_a_failing_rank_is_named_with_its_node(slurm: Slurm, dataset: str, tmp_p
     assert done.returncode in (1, 2)
     assert str(tmp_path / "nothing") in done.stderr
     assert slurm.call("squeue", "-h", cwd=tmp_path) == ""
+
+
+def test_the_pythia_example_prepares_trains_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    """Both scripts as they stand, but for nodes, tasks and GPUs, which a cluster of two small nodes does not have."""
+    write_text(tmp_path / "text" / "one.jsonl", 20)
+    write_text(tmp_path / "text" / "two.jsonl", 30)
+    for name in ("prepare-data.sbatch", "train.sbatch"):
+        script = (EXAMPLES / "pythia_slurm" / name).read_text()
+        sized = re.sub(r"#SBATCH --nodes=4 .*", "#SBATCH --nodes=2 --ntasks-per-node=1", script)
+        (tmp_path / name).write_text(sized)
+    small = {**SMALL, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "lr_decay_iters": 20}
+    small |= {"vocab_size": 500, "attention_config": [[["flash"], 2]], "num_workers": 0, "extra_save_iters": [5]}
+    environment = {"NEOX": str(ROOT), "WORK": str(tmp_path / "work"), "TEXT": str(tmp_path / "text")}
+    here = Slurm({**slurm.environment, **environment, "TOKENS": "500", "RANKS": "2"})
+    job = here.call("sbatch", "--parsable", "prepare-data.sbatch", *flags(small), cwd=tmp_path).strip()
+    here.wait(job, "COMPLETED", "FAILED", seconds=240)
+    said = next(tmp_path.glob(f"pythia-data-{job}.txt")).read_text()
+    assert here.state(job) == "COMPLETED", said
+    assert len(list((tmp_path / "work" / "shards").glob("*.idx"))) == 2
+    for more in (["--exit-interval", "10"], []):
+        job = here.call("sbatch", "--parsable", "train.sbatch", *flags(small), *more, cwd=tmp_path).strip()
+        here.wait(job, "COMPLETED", "FAILED", seconds=240)
+        said = next(tmp_path.glob(f"pythia-{job}.txt")).read_text()
+        assert here.state(job) == "COMPLETED", said
+    assert "continuing after iteration 10" in said and "iteration 20/20" in said
 
 
 def _grown(path: Path, text: str, seconds: float = 60) -> str:
