@@ -6,6 +6,9 @@
 The model's family (such as GPT-NeoX, LLaMA or Mixtral) follows from its configuration, which stands in the checkpoint;
 for a checkpoint of another program give its YAML files with --config-file. What the family cannot express is refused,
 naming the key. Any layout is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
+
+Low-rank updates (`lora`) are merged into the weights. With --adapter-only what was trained beside the frozen model, the
+updates or a soft prompt, becomes a folder of its own that `peft` loads on top of that model.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.checkpoint.huggingface.adopt import copy_tokenizer
 from megatron.checkpoint.huggingface.export import PRECISIONS, export, refuse_existing
 from megatron.checkpoint.huggingface.families import FAMILIES
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.huggingface.peft import export_adapter
+from megatron.checkpoint.merge import merged
+from megatron.checkpoint.stored import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -43,6 +48,15 @@ def parser() -> argparse.ArgumentParser:
         "--max-shard-size", "--max_shard_size", type=float, default=5.0, help="largest file [GiB] (default: 5)"
     )
     made.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder of tokenizer files, to copy")
+    made.add_argument(
+        "--adapter-only",
+        "--adapter_only",
+        action="store_true",
+        help="write low-rank updates or a soft prompt as a folder of peft, without the model",
+    )
+    made.add_argument(
+        "--base-model", "--base_model", help="with --adapter-only: the frozen model's folder or name in transformers"
+    )
     made.add_argument("--no-save-tokenizer", "--no_save_tokenizer", action="store_true", help="write the model only")
     return made
 
@@ -53,9 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         refuse_existing(asked.output_dir)
         stored = open_model(asked.input_dir, iteration=asked.iteration, config_files=asked.config_file)
+        if asked.adapter_only:
+            return _adapter(asked, stored)
         source = asked.tokenizer or _known(stored.tokenizer.vocab_file)
         made = export(
-            stored,
+            merged(stored),
             asked.output_dir,
             family_name=asked.architecture,
             precision=asked.precision,
@@ -70,6 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "
         f"vocabulary {made.rows:,}, from {stored.directory}"
+    )
+    return 0
+
+
+def _adapter(asked: argparse.Namespace, stored: StoredModel) -> int:
+    chosen = {"family_name": asked.architecture, "precision": asked.precision, "base_model": asked.base_model}
+    made = export_adapter(stored, asked.output_dir, **chosen)
+    print(
+        f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, from {stored.directory}"
     )
     return 0
 

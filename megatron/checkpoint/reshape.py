@@ -31,7 +31,7 @@ def reshape(
     Raises ConfigError where the sizes do not fit the model.
     """
     stored = open_model(load, iteration=iteration, config_files=config_files)
-    ConfigError.raise_any(_uneven(stored.table, model_size))
+    refuse_uneven(stored.table, model_size)
     number = layout.iteration_of(stored.directory) or 0
     final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
@@ -39,7 +39,7 @@ def reshape(
     make_room(partial)
     try:
         summed = stored.model.gpt_j_residual
-        facts = _facts(stored, number, model_size)
+        facts = facts_of(stored, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
         written = write_weights(partial, stored.table, stored.whole, summed=summed, facts=facts, **sizes)
         written += _taken_over(stored.directory, partial)
@@ -47,6 +47,11 @@ def reshape(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def refuse_uneven(table: Sequence[TensorShape], model_size: int) -> None:
+    """ConfigError where so many tensor-parallel ranks cannot share the model."""
+    ConfigError.raise_any(_uneven(table, model_size))
 
 
 def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[Mistake]:
@@ -58,7 +63,8 @@ def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[Mistake]:
             return
 
 
-def _facts(stored: StoredModel, iteration: int, model_size: int) -> dict[str, object]:
+def facts_of(stored: StoredModel, iteration: int, model_size: int) -> dict[str, object]:
+    """What the model files of a rewritten checkpoint say beside the weights."""
     run = stored.directory / layout.RUN
     counters = files.read_json(run)["counters"] if run.is_file() else {}
     return public_facts(

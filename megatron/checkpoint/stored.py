@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     directory = choose(path, iteration)
     if integrity.is_ours(directory):
         RunError.raise_any(integrity.damage(directory))
-    config = _config(directory, config_files)
+    config: _Described = describe(directory, config_files)
     model, moe, mixers, tokenizer = config.model, config.moe, config.mixers, config.tokenizer
     weights = WeightFiles.open(directory)
     embedding = weights.shards("0.word_embeddings.weight")
@@ -124,7 +124,8 @@ def choose(path: Path, iteration: int | None) -> Path:
     raise ConfigError.of("there is no checkpoint", where=str(path), remedy="give a save folder or one of its steps")
 
 
-def _config(directory: Path, config_files: Sequence[Path]) -> _Described:
+def describe(directory: Path, config_files: Sequence[Path]) -> Any:
+    """The configuration of a checkpoint: of the YAML files, else the one that stands in it. ConfigError without."""
     resolved = directory / layout.RESOLVED
     if config_files:
         return resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.adapters import prompt_length
 from megatron.checkpoint.load import find_checkpoint
 from megatron.checkpoint.save import Counters, Saver
 from megatron.config import Config, Resources, resolve
@@ -47,7 +48,9 @@ def batches(config: Config, topology: Topology) -> list[MicroBatch]:
     tokens = torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     mine = tokens.chunk(topology.data.size)[topology.data.rank]
     parts = mine.chunk(config.training.gradient_accumulation_steps or 1)
-    return [MicroBatch(part[:, :-1], part[:, 1:].contiguous(), torch.ones(part[:, 1:].shape)) for part in parts]
+    made = [MicroBatch(part[:, :-1], part[:, 1:].contiguous(), torch.ones(part[:, 1:].shape)) for part in parts]
+    prompt = prompt_length(config.model.soft_prompt_tuning)
+    return [batch.first(LENGTH - prompt).behind(prompt) for batch in made] if prompt else made
 
 
 def train(

@@ -27,7 +27,8 @@ class Correspondence:
     """One tensor of ours and those of theirs that hold the same values.
 
     ours: "<layer>.<name>". apart: ours -> theirs, in the order of their names; it works on shapes alone too (the meta
-    device). together: theirs -> ours. copies: their tensors must agree, and ours is any of them.
+    device). together: theirs -> ours. copies: their tensors must agree, and ours is any of them. turned: they keep a
+    matrix as [in, out].
     """
 
     ours: str
@@ -35,6 +36,7 @@ class Correspondence:
     apart: Callable[[Tensor], Sequence[Tensor]]
     together: Callable[[Sequence[Tensor]], Tensor]
     copies: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def same(ours: str, theirs: str) -> Correspondence:
 
 def transposed(ours: str, theirs: str) -> Correspondence:
     """A matrix that they keep as [in, out]."""
-    return Correspondence(ours, (theirs,), lambda tensor: (tensor.T,), lambda tensors: tensors[0].T)
+    return Correspondence(ours, (theirs,), lambda tensor: (tensor.T,), lambda tensors: tensors[0].T, turned=True)
 
 
 def stacked(ours: str, theirs: tuple[str, ...]) -> Correspondence:

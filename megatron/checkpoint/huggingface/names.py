@@ -109,7 +109,8 @@ class Names:
         def together(tensors: Sequence[Tensor]) -> Tensor:
             return query_key_value(self._turned(tensors[0]).chunk(3), dims)
 
-        return Correspondence(ours, (theirs,), apart, together)
+        turned = self.matrices_turned and ours.endswith(".weight")
+        return Correspondence(ours, (theirs,), apart, together, turned=turned)
 
     def _linear(self, ours: str, theirs: str) -> Correspondence:
         turned = self.matrices_turned and ours.endswith(".weight")

@@ -171,7 +171,7 @@ class Experts(nn.Module):
         assert parts.mixture is not None
         self.axis = parts.mixture.axis
         self.mlp = ExpertStack(parts, source.of("mlp"), self.axis)
-        if self.axis.size > 1:
+        if self.axis.size > 1 and not parts.dims.frozen:  # frozen ones have no gradients to keep apart
             from megatron.model.mlp.deepspeed_mark import DeepSpeedExperts
 
             self.mark = DeepSpeedExperts(parts.dims.mixture.experts)
