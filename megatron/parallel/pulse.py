@@ -94,12 +94,21 @@ class Heart:
             self._pulse = replace(self._pulse, doing=before.doing, since=time.time())
 
     def everyone(self, world_size: int) -> list[Pulse]:
-        """The records of all ranks that told anything and whose store can be reached."""
-        try:
-            told = [_key(rank) for rank in range(world_size) if self._store.check([_key(rank)])]
-            return [Pulse(**json.loads(self._store.get(key))) for key in told]
-        except RuntimeError:  # the store went with the rank that kept it
-            return []
+        """The records of all ranks that told anything; none where the store cannot be reached within STALE [s].
+
+        A host that is cut off gets no answer at all, and the network's own patience is a quarter of an hour.
+        """
+        found: list[list[Pulse]] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store went with the rank that kept it
+                told = [_key(rank) for rank in range(world_size) if self._store.check([_key(rank)])]
+                found.append([Pulse(**json.loads(self._store.get(key))) for key in told])
+
+        asking = threading.Thread(target=ask, name="heart-asks", daemon=True)
+        asking.start()
+        asking.join(STALE)
+        return found[0] if found else []
 
     def now(self) -> Pulse:
         """This rank's record at this moment."""

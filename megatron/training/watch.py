@@ -65,7 +65,8 @@ class Watch:
         mine = self._heart.now()
         with self._heart.doing("failing"):
             time.sleep(STALE)  # a rank that is gone must have grown silent
-        found = suspects(self._heart.everyone(self._world_size), self._world_size, time.time())
+        pulses = self._heart.everyone(self._world_size)
+        found = suspects(pulses, self._world_size, time.time()) if pulses else [_unreachable(mine)]
         blamed = "; ".join(found) or "no rank stands out: the network between them may be cut"
         first_line = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         return RunError.of(
@@ -92,6 +93,11 @@ class Watch:
             with (folder / f"rank_{self._rank}.txt").open("w") as file:
                 print(text, file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def _unreachable(mine: Pulse) -> str:
+    first = os.environ.get("MASTER_ADDR", "rank 0's host")
+    return f"nothing is heard from {first}, where the ranks met: it is gone, or this host ({mine.host}) is cut off"
 
 
 P = ParamSpec("P")
