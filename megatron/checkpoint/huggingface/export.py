@@ -20,6 +20,7 @@ from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import Correspondence
 from megatron.checkpoint.huggingface.folder import CONFIG, INDEX, WHOLE
 from megatron.checkpoint.huggingface.safetensors import Promise
+from megatron.checkpoint.merge import merged
 from megatron.checkpoint.stored import StoredModel
 from megatron.checkpoint.weights import key_of
 from megatron.errors import RunError
@@ -53,8 +54,9 @@ def export(
 
     family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
     takes the optimizer's fp32 copies where they were kept. largest_file: [bytes]. special: ids for config.json, such
-    as eos_token_id. Raises ConfigError naming each key that the family cannot express.
+    as eos_token_id. Low-rank updates are merged. Raises ConfigError naming each key that the family cannot express.
     """
+    stored = merged(stored)
     family = family_for(stored.model, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)
