@@ -24,7 +24,6 @@ from megatron.checkpoint.huggingface.adopt import copy_tokenizer
 from megatron.checkpoint.huggingface.export import PRECISIONS, export, refuse_existing
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.peft import export_adapter
-from megatron.checkpoint.merge import merged
 from megatron.checkpoint.stored import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
 
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _adapter(asked, stored)
         source = asked.tokenizer or _known(stored.tokenizer.vocab_file)
         made = export(
-            merged(stored),
+            stored,
             asked.output_dir,
             family_name=asked.architecture,
             precision=asked.precision,

@@ -11,6 +11,7 @@ from megatron.config.derive.widths import mlp_width
 from megatron.config.derive.zero import derive_zero
 from megatron.errors import ConfigError
 from megatron.registry import OPTIMIZERS
+from tests.config.small import resolved
 
 
 @pytest.mark.parametrize(
@@ -182,3 +183,24 @@ def test_optimizer_blocks_that_are_refused(block: dict[str, object], told: str) 
     with pytest.raises(ConfigError) as fault:
         derive_optimizer(block, "adam", 0.1, OPTIMIZERS.names)
     assert told in str(fault.value)
+
+
+def test_what_is_trained_beside_a_model_is_told_whole() -> None:
+    """Defaults, one name in place of a list, the names of linear layers, and blocks that are switched off."""
+    model = resolved(lora={"rank": 8}).config.model
+    assert model.lora == {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": ["query_key_value"]}
+    every = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    assert resolved(lora={"rank": 2, "alpha": 4, "targets": "all"}).config.model.lora["targets"] == every
+    named = resolved(lora={"rank": 2, "targets": ["linear2", "dense"], "enabled": True}).config.model.lora
+    assert named["targets"] == ["dense", "dense_4h_to_h"]
+    assert resolved(lora={"enabled": False, "rank": 3}).config.model.lora is None
+    prompt = {"enabled": True, "num_tokens": 10, "init_string": "", "init_range": 0.5}  # the public defaults
+    assert resolved(soft_prompt_tuning={"enabled": True}).config.model.soft_prompt_tuning == prompt
+    assert resolved(soft_prompt_tuning={"num_tokens": 4}).config.model.text_length == 28
+    assert resolved(soft_prompt_tuning={"enabled": False}).config.model.soft_prompt_tuning is None
+
+
+def test_random_weights_are_not_frozen_in_silence() -> None:
+    told = "lora: load is not set, so what stays frozen are random weights"
+    assert any(told in line for line in resolved(lora={"rank": 8}).warnings)
+    assert resolved(lora={"rank": 8}, load="somewhere").warnings == []

@@ -47,6 +47,8 @@ def model_section(**changes: object) -> SimpleNamespace:
         "seq_length": 64,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "lora": None,
+        "soft_prompt_tuning": None,
     }
     unknown = changes.keys() - values.keys() - {"attention_config"}
     assert not unknown, unknown

@@ -22,13 +22,19 @@ OPTIONS = [
     {**LLAMA, "num_kv_heads": 2},
     {**LLAMA, "num_kv_heads": 1, "kv_channels": 24, "no_weight_tying": False},
 ]
+ADDED = [
+    {"lora": {"rank": 3, "targets": "all"}},
+    {**LLAMA, "num_kv_heads": 2, "gpt_j_residual": True, "lora": {"rank": 3, "targets": ["dense", "linear1"]}},
+    {"soft_prompt_tuning": {"num_tokens": 3}, "pos_emb": "learned", "no_weight_tying": False},
+]
+"""What is trained beside a frozen model."""
 
 
 def ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + ADDED)
 def test_parameters_agree_with_the_shape_table(options: dict[str, object]) -> None:
     model = build(**options)
     table = {f"sequential.{t.layer}.{t.name}": t for t in tensors(ModelDims.of(model_section(**options)), VOCABULARY)}
@@ -53,7 +59,7 @@ def test_every_parameter_receives_a_gradient(options: dict[str, object]) -> None
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + ADDED)
 def test_cached_logits_equal_uncached(options: dict[str, object]) -> None:
     """A prompt, a chunk of several tokens, then single tokens; then another prompt in the same, reset cache."""
     model = build(std=0.1, **options).eval()

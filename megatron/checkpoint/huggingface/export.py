@@ -21,6 +21,7 @@ from megatron.checkpoint.huggingface.family import Correspondence
 from megatron.checkpoint.huggingface.folded import fold, fold_misfits
 from megatron.checkpoint.huggingface.folder import CONFIG, INDEX, WHOLE
 from megatron.checkpoint.huggingface.safetensors import Promise
+from megatron.checkpoint.merge import merged
 from megatron.checkpoint.stored import StoredModel
 from megatron.checkpoint.weights import key_of
 from megatron.errors import ConfigError, RunError
@@ -53,11 +54,12 @@ def export(
     """Writes the folder.
 
     family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
-    takes the optimizer's fp32 copies where they were kept. The factors of muP go into the weights. largest_file:
-    [bytes]. special: ids for config.json, such as eos_token_id. Raises ConfigError naming each key that the family
-    cannot express.
+    takes the optimizer's fp32 copies where they were kept. The factors of muP go into the weights, and so do low-rank
+    updates. largest_file: [bytes]. special: ids for config.json, such as eos_token_id. Raises ConfigError naming each
+    key that the family cannot express.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
+    stored = merged(stored)
     family = family_for(stored.model, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)

@@ -1,0 +1,206 @@
+"""Low-rank updates and soft prompts against the package `peft`: the same training, and exports that it loads.
+
+Models of transformers are the frozen part; ours reads their folder. What is trained here is exported and loaded by peft
+on top of the same model, and what is merged is loaded by transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron.checkpoint.huggingface.export import export
+from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.huggingface.peft import export_adapter
+from megatron.checkpoint.load import find_checkpoint
+from megatron.checkpoint.save import Counters, Saver
+from megatron.checkpoint.stored import open_model
+from megatron.config import Config, Resources, resolve
+from megatron.data.batch import MicroBatch
+from megatron.engine.build import build_training_engine, join
+from megatron.errors import ConfigError
+from megatron.parallel.topology import Topology
+from megatron.shapes import ModelDims, tensors
+from tests.checkpoint.huggingface.models import VOCABULARY, make, save, tokens
+from tests.distributed import run_distributed
+
+STEPS, RATE, CLIP, DECAY = 10, 5e-3, 0.5, 0.1
+LENGTH = 24
+UPDATES = {"lora": {"rank": 4, "alpha": 12, "targets": "all"}}
+ROWS = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "dense_4h_to_h"]}}
+PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
+Found = tuple[list[float], list[float], Tensor]
+
+
+def batch() -> Tensor:
+    """Token ids [4, LENGTH + 1]."""
+    return torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(8))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of transformers, what is trained beside it, and the folder of both."""
+
+    name: str
+    added: dict[str, Any]
+    folder: Path
+
+    @property
+    def prompt(self) -> int:
+        """Vectors of the prompt."""
+        return int(self.added.get("soft_prompt_tuning", {}).get("num_tokens", 0))
+
+    def config(self, world_size: int, **layout: int) -> Config:
+        """Training on one batch, from the folder of transformers."""
+        keys = {
+            **Folder.open(self.folder / "theirs").settings(),
+            "vocab_size": VOCABULARY,
+            "make_vocab_size_divisible_by": 1,
+            "seq_length": LENGTH + self.prompt,
+            "load": str(self.folder / "theirs"),
+            "finetune": True,
+            "save": str(self.folder / "ours"),
+            "checkpoint_factor": 1,
+            "train_batch_size": 4,
+            "train_iters": STEPS,
+            "gradient_clipping": CLIP,
+            "weight_decay": DECAY,
+            **self.added,
+            **layout,
+            "optimizer": {"type": "Adam", "params": {"lr": RATE, "eps": 1e-8}},
+        }
+        return resolve([], keys, Resources(world_size)).config
+
+
+def trained(rank: int, world_size: int, cases: list[Case], layout: dict[str, int]) -> list[Found]:
+    """For each case losses and gradient norms of STEPS steps, and the model's logits afterwards.
+
+    Checkpoints of the start and of the end are saved.
+    """
+    topology: Topology | None = None
+    found = []
+    for case in cases:
+        config = case.config(world_size, **layout)
+        topology = topology or join(config)
+        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), VOCABULARY))
+        engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
+        saver = Saver(config, engine, padded_vocab_size=VOCABULARY)
+        saver.save(Counters(0))
+        rows = batch()
+        one = MicroBatch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(4, LENGTH)).behind(case.prompt)
+        steps = [engine.train_step(iter([one]), RATE) for _ in range(STEPS)]
+        logits = engine.logits(tokens())
+        saver.save(Counters(STEPS))
+        found.append(([float(step.loss) for step in steps], [float(step.grad_norm) for step in steps], logits))
+    return found
+
+
+def train(cases: list[Case], ranks: int, **layout: int) -> dict[str, tuple[Case, Found]]:
+    """All cases, by their names and what is trained."""
+    for case in cases:
+        save(case.name, case.folder / "theirs")
+    found = run_distributed(trained, ranks, cases, layout, timeout=400)[0]
+    return {case.folder.name: (case, one) for case, one in zip(cases, found, strict=True)}
+
+
+def with_adapter(case: Case, iteration: int) -> PeftModel:
+    """What was exported of an iteration, on top of the model, by peft; without dropout."""
+    place = case.folder / f"adapter{iteration}"
+    export_adapter(open_model(case.folder / "ours", iteration=iteration), place)
+    return PeftModel.from_pretrained(make(case.name), place).eval()
+
+
+def theirs(case: Case) -> tuple[list[float], list[float]]:
+    """The same steps by peft and torch, from what our run started with."""
+    model = with_adapter(case, 0)
+    parameters = [one for name, one in model.named_parameters() if "lora_" in name or "prompt_encoder" in name]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+    for parameter in parameters:
+        parameter.requires_grad_()
+    rows = batch()
+    losses, norms = [], []
+    for _ in range(STEPS):
+        logits = model(input_ids=rows[:, :-1]).logits[:, case.prompt :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms
+
+
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox, updates": ("neox", UPDATES),
+    "gpt2, updates": ("gpt2", UPDATES),
+    "llama, updates": ("llama, grouped, biases", ROWS),
+    "neox, prompt": ("neox", PROMPT),
+    "gpt2, prompt": ("gpt2", PROMPT),
+}
+EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
+EXPORTS += ["mpt", "gpt2", "opt"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
+    folder = tmp_path_factory.mktemp("alone")
+    cases = {**ALONE, "mixtral": ("mixtral", {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}})}
+    return train([Case(name, added, folder / told) for told, (name, added) in cases.items()], 1)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
+    """Trained on two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("cut")
+    return train([Case(name, UPDATES, folder / name) for name in EXPORTS], 2, model_parallel_size=2)
+
+
+@pytest.mark.parametrize("told", ALONE)
+def test_training_is_that_of_peft(told: str, alone: dict[str, tuple[Case, Found]]) -> None:
+    """Ten steps of Adam with clipping and weight decay from the same start; the end says the same to 1e-5."""
+    case, (losses, norms, logits) = alone[told]
+    expected, expected_norms = theirs(case)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert expected[-1] < expected[0] - 0.01, "it learns, else the comparison proves little"
+    assert max(expected_norms) > CLIP or case.prompt, "clipping is active"
+    with torch.no_grad():
+        said = with_adapter(case, STEPS)(input_ids=tokens()).logits[:, case.prompt :]
+    torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_updates_of_every_family_are_loaded(name: str, cut: dict[str, tuple[Case, Found]]) -> None:
+    """As a folder of peft on top of the model, and merged into it."""
+    case, (_, _, logits) = cut[name]
+    export(open_model(case.folder / "ours"), case.folder / "whole")
+    with torch.no_grad():
+        before = make(name)(input_ids=tokens()).logits
+        whole = AutoModelForCausalLM.from_pretrained(case.folder / "whole").eval()(tokens()).logits
+        said = with_adapter(case, STEPS)(input_ids=tokens()).logits
+    torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, logits, rtol=1e-5, atol=1e-5)
+    assert (before - logits).abs().max() > 0.05, "the updates matter"
+
+
+def test_mixtral_takes_updates_of_its_attention(alone: dict[str, tuple[Case, Found]]) -> None:
+    case, (_, _, logits) = alone["mixtral"]
+    with torch.no_grad():
+        said = with_adapter(case, STEPS)(input_ids=tokens()).logits
+    torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_told(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
+    stored = open_model(alone["neox, prompt"][0].folder / "ours")
+    with pytest.raises(ConfigError, match=r"no part of any matrix, so it cannot be merged.*--adapter-only"):
+        export(stored, tmp_path / "whole")
+    with pytest.raises(ConfigError, match="norm = 'layernorm': a LLaMA model has 'rmsnorm'"):
+        export_adapter(stored, tmp_path / "llama", family_name="llama")
+    assert not list(tmp_path.iterdir())
