@@ -1,0 +1,73 @@
+"""What cannot be trained beside a frozen model is refused, each fault in its own words."""
+
+from typing import Any
+
+import pytest
+
+from tests.config.small import faults
+
+CASES: list[tuple[int, dict[str, Any], str]] = [
+    *[
+        (1, {"lora": block}, told)
+        for block, told in [
+            ({}, "rank is a whole number from 1 on, not None; write {rank: 8, targets: all}, or the like"),
+            ({"rank": 0}, "rank is a whole number from 1 on, not 0"),
+            ({"rank": 2.5}, "rank is a whole number from 1 on, not 2.5"),
+            ({"rank": 4, "alpha": 0}, "alpha is a number above 0, not 0"),
+            ({"rank": 4, "dropout": 1.0}, "dropout is a probability below 1, not 1.0"),
+            ({"rnk": 4}, "it has no rnk; did you mean rank?"),
+            ({"rank": 4, "targets": "dens"}, "there is no matrix dens; did you mean dense?"),
+            ({"rank": 4, "targets": ["q_proj"]}, "(queries, keys and values are one matrix) and all"),
+            ({"rank": 4, "targets": []}, "targets is a list of matrices, or all, not []"),
+            ({"rank": 4, "enabled": "no"}, "enabled is true or false, not 'no'"),
+        ]
+    ],
+    (
+        1,
+        {"lora": {"rank": 4}, "attention_config": [[["mamba"], "all"]], "pos_emb": "none"},
+        "no block has attention, and blocks of kind mamba take no low-rank updates",
+    ),
+    (
+        1,
+        {"lora": {"rank": 4, "targets": "all"}, "moe_num_experts": 4, "moe_router_type": "topk"},
+        "every block has experts in place of its MLP, so no block has a dense_h_to_4h; experts take no low-rank "
+        "updates; write targets: [query_key_value, dense]",
+    ),
+    (1, {"lora": {"rank": 4}, "soft_prompt_tuning": {}}, "a soft prompt is trained alone; keep one of the two"),
+    *[
+        (1, {"soft_prompt_tuning": block}, told)
+        for block, told in [
+            ({"num_tokens": 0}, "num_tokens is a whole number from 1 on, not 0"),
+            ({"n_tokens": 4}, "it has no n_tokens; did you mean num_tokens?"),
+            ({"init_string": 4}, "init_string is text, not 4"),
+            ({"init_range": -1}, "init_range is a number above 0, not -1"),
+            ({"num_tokens": 32}, "its 32 vectors leave no room for a text in seq_length = 32"),
+        ]
+    ],
+    (
+        1,
+        {"soft_prompt_tuning": {"num_tokens": 4}, "reset_attention_mask": True},
+        "reset_attention_mask = True: only the first document of a sample would see the soft prompt",
+    ),
+    (
+        1,
+        {
+            "soft_prompt_tuning": {"num_tokens": 8},
+            "curriculum_learning": {
+                "enabled": True,
+                "min_difficulty": 8,
+                "max_difficulty": 32,
+                "schedule_type": "fixed_linear",
+                "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
+            },
+        },
+        "the shortest sequences are not longer than a prompt of 8 vectors",
+    ),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+    lines = faults(world_size, **changes)
+    assert any(told in line for line in lines), "\n".join(lines)
+    assert all(line.startswith(("command line: ", *changes)) for line in lines)
