@@ -27,7 +27,6 @@ LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
 """Relative to one process: sums in another order differ by about 1e-7 a step, which ten steps of Adam enlarge."""
 
 TINY: dict[str, Any] = {
-    "num_layers": 4,
     "hidden_size": 64,
     "num_attention_heads": 16,
     "num_kv_heads": 8,
@@ -96,9 +95,15 @@ class Row:
             return False
         return not (self.sp and self.tp == 1)
 
+    @property
+    def layers(self) -> int:
+        """Blocks of the model: two, or one for each stage; more would only take longer."""
+        return max(2, self.pp)
+
     def settings(self) -> dict[str, Any]:
         """The keys of the configuration."""
         return {
+            "num_layers": self.layers,
             "model_parallel_size": self.tp,
             "pipe_parallel_size": self.pp,
             "context_parallel_size": self.cp,
@@ -166,7 +171,7 @@ class Deviation:
 
 
 class Comparison:
-    """Runs layouts on one data set and compares them with one process, which runs once for each model."""
+    """Runs layouts on one data set and compares them with one process, which runs once for each model and depth."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -176,17 +181,18 @@ class Comparison:
             **{f"{split}_data_paths": [tokens] for split in ("train", "valid")},
             **{f"{split}_label_data_paths": [labels] for split in ("train", "valid")},
         }
-        self._single: dict[str, list[dict[str, float]]] = {}
+        self._single: dict[tuple[str, int], list[dict[str, float]]] = {}
 
-    def single(self, model: str) -> list[dict[str, float]]:
+    def single(self, model: str, layers: int) -> list[dict[str, float]]:
         """The records of one process."""
-        if model not in self._single:
-            self._single[model] = self._run(1, model, {})
-        return self._single[model]
+        key = (model, layers)
+        if key not in self._single:
+            self._single[key] = self._run(1, model, {"num_layers": layers})
+        return self._single[key]
 
     def of(self, row: Row, model: str, **more: Any) -> Deviation:
         """What a layout differs by. RankFailedError if it cannot run."""
-        expected, got = self.single(model), self._run(row.ranks, model, {**row.settings(), **more})
+        expected, got = self.single(model, row.layers), self._run(row.ranks, model, {**row.settings(), **more})
         losses = [
             relative(series(got, name), series(expected, name)) for name in ("train/lm_loss", "validation/lm_loss")
         ]
