@@ -180,33 +180,20 @@ ACTIVATIONS = Family(
     ],
 )
 
+DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
+"""Attention of every kind that only hides keys."""
+
 ATTENTION = Family(
     "attention kind",
     "attention_config",
     [
-        Entry("global", "megatron.model.attention.dense:ParallelSelfAttention", "Causal attention to all positions"),
+        Entry("global", DENSE, "Causal attention to all positions"),
         Entry("flash", "megatron.model.attention.dense:FlashSelfAttention", "The same by flash-attn, arXiv:2307.08691"),
-        Entry("local", "megatron.model.attention.dense:ParallelSelfAttention", "A window of blocks, arXiv:2004.05150"),
-        Entry(
-            "sparse_fixed",
-            "megatron.model.attention.dense:ParallelSelfAttention",
-            "Blocks of the own window and the last of each earlier one, arXiv:1904.10509",
-        ),
-        Entry(
-            "sparse_variable",
-            "megatron.model.attention.dense:ParallelSelfAttention",
-            "Windows of given sizes, global and random blocks, arXiv:1904.10509",
-        ),
-        Entry(
-            "bigbird",
-            "megatron.model.attention.dense:ParallelSelfAttention",
-            "A window of blocks, the first and random ones, arXiv:2007.14062",
-        ),
-        Entry(
-            "bslongformer",
-            "megatron.model.attention.dense:ParallelSelfAttention",
-            "A window of blocks and global ones, arXiv:2004.05150",
-        ),
+        Entry("local", DENSE, "A window of blocks, arXiv:2004.05150"),
+        Entry("sparse_fixed", DENSE, "The own window and the last block of each earlier one, arXiv:1904.10509"),
+        Entry("sparse_variable", DENSE, "Windows of given sizes, global and random blocks, arXiv:1904.10509"),
+        Entry("bigbird", DENSE, "A window of blocks, the first and random ones, arXiv:2007.14062"),
+        Entry("bslongformer", DENSE, "A window of blocks and global ones, arXiv:2004.05150"),
         Entry(
             "mamba",
             "megatron.model.mixers.mamba:MambaTransformerBlock",
@@ -393,5 +380,19 @@ SINKS = Family(
         Entry("tensorboard", "megatron.observe.sinks.tensorboard:TensorBoard", "Event files", extra="tensorboard"),
         Entry("wandb", "megatron.observe.sinks.wandb:WeightsAndBiases", "A Weights & Biases run", extra="wandb"),
         Entry("comet", "megatron.observe.sinks.comet:Comet", "A Comet experiment", extra="comet"),
+    ],
+)
+
+TE_LAYERS = Family(
+    "layer of Transformer Engine",
+    "te_*",
+    [
+        Entry(name, f"megatron.model.transformer_engine:{function}", doc, extra="transformer-engine")
+        for name, function, doc in (
+            ("te_columnparallel", "columns", "Products of column-parallel layers, GPU"),
+            ("te_rowparallel", "rows", "Products of row-parallel layers, GPU"),
+            ("te_mha", "attention", "The attention core and the products beside it, GPU"),
+            ("te_layernorm_mlp", "norm_mlp", "The norm before the MLP and the MLP in one layer, GPU"),
+        )
     ],
 )

@@ -56,11 +56,6 @@ FAMILIES = {
 """Keys that name a part: a name that the family does not list is not built."""
 
 GAPS: tuple[Gap, ...] = (
-    Gap("te_columnparallel", "Transformer Engine layers", _on),
-    Gap("te_rowparallel", "Transformer Engine layers", _on),
-    Gap("te_layernorm_mlp", "Transformer Engine layers", _on),
-    Gap("te_mha", "Transformer Engine layers", _on),
-    Gap("te_fp8_mha", "Transformer Engine layers", _on),
     Gap("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
     Gap("train_reward_data_paths", "learning from rewards", _on),
     Gap("pos_train_data_paths", "pairs of answers", _on),
@@ -100,7 +95,6 @@ HINTS = {
 DEAD = {
     "param_sharing_style": "nothing reads it",
     "weight_server_port": "nothing reads it",
-    "te_fp8_margin": "nothing reads it",
     "short_seq_prob": "it belongs to masked language models",
     "adlr_autoresume_interval": "nothing reads it",
     "deepscale": "it is an older name of DeepSpeed",
@@ -120,6 +114,9 @@ DEAD = {
     "do_test": "the data decides",
 }
 """Keys that public configurations may carry and nothing reads."""
+
+
+FP8_RECIPE = ("te_fp8_format", "te_fp8_wgrad", "te_fp8_amax_history_len", "te_fp8_amax_compute_algo", "te_fp8_margin")
 
 
 def not_supported_yet(config: Config) -> list[str]:
@@ -148,6 +145,8 @@ def without_effect(config: Config) -> list[str]:
         told["sliding_window_width"] = "it is for blocks of kind global and flash"
     if not model.gpt_j_residual:
         told["gpt_j_tied"] = "gpt_j_residual is off"
+    if not config.transformer_engine.te_fp8_mha:
+        told |= dict.fromkeys(FP8_RECIPE, "te_fp8_mha is off")
     if not config.mup.coord_check:
         told["mup_width_scale"] = "only coord_check reads it; which dimensions grow is known of every tensor"
     return [

@@ -30,6 +30,7 @@ from megatron.engine.inference import InferenceEngine, build_stage, pack
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
+from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.errors import ConfigError
 from megatron.model.block import Block
 from megatron.model.cache import KVCache, cache_dtype
@@ -97,6 +98,7 @@ def build_training_engine(
         model = SequentialModel(plan, recompute).to(device())
         parameters = keyed_parameters(model)
         layers = range(len(plan))
+    use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
     filled = fill(parameters, checkpoint, topology) if checkpoint is not None else set()
     if prompt_tokens and f"0.{PROMPT}" not in filled:
         start_prompt(parameters, prompt_tokens, topology.model)

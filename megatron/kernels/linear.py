@@ -24,6 +24,17 @@ LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
 
 
+@dataclass(frozen=True)
+class BoundLinear:
+    """The kernel of one layer, which holds that layer's weight and bias and writes out its own gradient."""
+
+    product: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.product(x)
+
+
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain twin: torch's own linear, [..., in] -> [..., out]."""
     return F.linear(x, weight, bias)

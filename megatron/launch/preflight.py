@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron.config import Config
 from megatron.errors import ConfigError, Mistake
 from megatron.extensions import extensions_folder
 
@@ -34,8 +35,12 @@ def check(
     *,
     precision: str | None = None,
     zero: Mapping[str, Any] | None = None,
+    gpu_layers: Iterable[str] = (),
 ) -> None:
-    """Raises ConfigError for everything that is missing, all at once. zero: the ZeRO block."""
+    """Raises ConfigError for everything that is missing, all at once.
+
+    zero: the ZeRO block. gpu_layers: keys that ask for layers which only a GPU computes.
+    """
     missing = [
         Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
@@ -50,12 +55,20 @@ def check(
                 remedy="write precision: bfloat16, which needs no loss scale, or fp32",
             )
         )
+    if accelerator == "cpu":
+        what, remedy = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
+        missing += [Mistake(what, key=key, value=True, remedy=remedy) for key in gpu_layers]
     if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
         missing += missing_for_disk(environment)
     if accelerator == "cpu":
         folder = op_folder(environment)
         missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
     ConfigError.raise_any(missing)
+
+
+def gpu_layers(config: Config, script: str | Path) -> tuple[str, ...]:
+    """Keys that ask for layers which only a GPU computes; only training uses them."""
+    return config.transformer_engine.layers if Path(script).name == "train.py" else ()
 
 
 def computes_in_fp16(facts: Path) -> bool:

@@ -20,7 +20,7 @@ from megatron.launch.command import (
     torchrun_command,
 )
 from megatron.launch.elsewhere import HOSTFILE, OVER_SSH, command_elsewhere
-from megatron.launch.preflight import check
+from megatron.launch.preflight import check, gpu_layers
 from megatron.launch.reach import check_hosts, check_launcher, node_number, own_address
 from megatron.launch.request import USAGE, Request, read_request, wants_help
 from megatron.launch.resolution import Resolved, launcher_of, refuse_unsupported, resolve_request
@@ -106,6 +106,7 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
         caller,
         precision=config.precision.precision,
         zero=config.deepspeed.zero_optimization,
+        gpu_layers=gpu_layers(config, request.script),
     )
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)

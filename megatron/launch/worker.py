@@ -25,7 +25,7 @@ from megatron.config.sections.launch import LaunchSection
 from megatron.errors import ConfigError, RunError
 from megatron.launch.again import going_on, restarted_by_others
 from megatron.launch.place import adopt_place
-from megatron.launch.preflight import check
+from megatron.launch.preflight import check, gpu_layers
 from megatron.launch.request import read_request
 from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
@@ -170,7 +170,13 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     refuse_unsupported(resolution)
     config = resolution.config
     check_base_shapes(config)
-    check(accelerator, os.environ, precision=config.precision.precision, zero=config.deepspeed.zero_optimization)
+    check(
+        accelerator,
+        os.environ,
+        precision=config.precision.precision,
+        zero=config.deepspeed.zero_optimization,
+        gpu_layers=gpu_layers(config, script),
+    )
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))
     if _rank() == 0:

@@ -8,7 +8,8 @@ Shapes: s sequence, b micro batch, h hidden. With sequence parallelism the resid
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,7 +45,13 @@ class Block(nn.Module):
 
 
 class TransformerBlock(Block):
-    """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2."""
+    """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2.
+
+    norm_mlp: where set, computes the MLP of a normed input in one go. region: what a training step is computed within.
+    """
+
+    norm_mlp: Callable[[Tensor], Tensor] | None = None
+    region: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
         super().__init__(parts, source.axis)
@@ -62,14 +69,19 @@ class TransformerBlock(Block):
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]. document_starts [b, s]: where the document of each token starts."""
         run = self._parallel if self.parallel else self._sequential
-        return run(hidden, cache, document_starts)
+        with self.region() if self.training else nullcontext():
+            return run(hidden, cache, document_starts)
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         hidden = hidden + self.drop(self.attention(self.input_layernorm(hidden), cache, starts))
+        if self.norm_mlp is not None:
+            return hidden + self.drop(self.norm_mlp(hidden))
         return hidden + self.drop(self.mlp(self.post_attention_layernorm(hidden)))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)
+        if self.norm_mlp is not None:
+            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.norm_mlp(hidden))
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
             return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))

@@ -161,6 +161,7 @@ def _use_deterministic_algorithms(deterministic: bool) -> None:
     """Only deterministic kernels, or an error from the op that has none (cuBLAS needs its workspace fixed)."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention reads it
         torch.use_deterministic_algorithms(True)
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.kernels.linear import LinearKernel, plain_linear
-from megatron.parallel.collectives import copy_to
+from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear
 from megatron.parallel.initialization import Fill, ParameterSource, zeros
 from megatron.parallel.low_rank import Factor, Update, first_factor
 from megatron.parallel.marks import mark_sequence_partial
-from megatron.parallel.sequence import gathered_linear, leave
+from megatron.parallel.sequence import enter, gathered_linear, leave
 
 
 class ColumnParallelLinear(nn.Module):
@@ -64,10 +63,10 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in], equal on all ranks (with sequence parallelism [s/t, .., in]) -> [..., out/t]."""
-        if self.axis.sequence:
+        if self.axis.sequence and not isinstance(self.kernel, BoundLinear):
             y = gathered_linear(x, self.weight, self.bias, self.axis, self.kernel)  # [s, .., out/t]
         else:
-            y = self.kernel(copy_to(x, self.axis), self.weight, self.bias)  # [..., out/t]
+            y = self.kernel(enter(x, self.axis), self.weight, self.bias)  # [s, .., out/t]
         if self.update is None:
             return y
         dropped = self.update.drop(x, training=self.training, cut=self.axis.sequence)

@@ -41,6 +41,14 @@ def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     return part.to(x.dtype)
 
 
+def enter(x: Tensor, axis: Axis) -> Tensor:
+    """Enter a tensor-parallel region with the whole ``x`` [s, ...], whose gradient the ranks each give a term of.
+
+    Where the axis cuts the sequence ``x`` is this rank's part of it, [s/t, ...].
+    """
+    return paired(x, axis, all_gather_first, reduce_scatter_first) if axis.sequence else copy_to(x, axis)
+
+
 def leave(x: Tensor, axis: Axis) -> Tensor:
     """Leave a tensor-parallel region with the sum of the ranks' ``x`` [s, ...].
 

@@ -51,7 +51,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "lm_eval": ("megatron/evaluation/", "benchmarks/"),
     "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
     "flash_attn": ("megatron/kernels/flash_attention.py",),
-    "transformer_engine": ("megatron/model/norms/transformer_engine.py",),
+    "transformer_engine": ("megatron/model/norms/transformer_engine.py", "megatron/kernels/transformer_engine.py"),
     "matplotlib": ("tools/plot_metrics.py", "megatron/training/coordinate_picture.py"),
     "numba": ("megatron/data/compiled.py",),
     "transformers": ("benchmarks/",),

@@ -107,9 +107,9 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
 
 
 def test_features_that_are_not_built_resolve_and_are_named() -> None:
-    resolution = resolved(te_rowparallel=True, te_mha=True)
+    resolution = resolved(adlr_autoresume=True, lazy_mpu_init=True)
     told = "\n".join(resolution.not_supported_yet)
-    for part in ("te_rowparallel = True", "te_mha = True"):
+    for part in ("adlr_autoresume = True", "lazy_mpu_init = True"):
         assert part in told
     assert resolved().not_supported_yet == []
 

@@ -145,13 +145,13 @@ def test_a_mistake_in_the_machines_has_its_place(run: Run) -> None:
 
 
 def test_what_is_not_built_is_planned_but_not_launched(run: Run, tmp_path: Path) -> None:
-    asked = ("train.py", "conf", "--te_rowparallel", "true")
+    asked = ("train.py", "conf", "--lazy_mpu_init", "true")
     planned = run(*asked, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["not_supported_yet"]
     launched = run(*asked)
     assert launched.returncode == 2
-    assert "te_rowparallel" in launched.stderr
+    assert "lazy_mpu_init" in launched.stderr
     assert not (tmp_path / "run").exists()
 
 

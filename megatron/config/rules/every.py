@@ -25,6 +25,7 @@ from megatron.config.rules import (
     optimizer,
     positions,
     run,
+    transformer_engine,
 )
 from megatron.errors import Mistake
 
@@ -98,6 +99,8 @@ RULES: tuple[Rule, ...] = (
     adapters.widths_are_those_of_the_model,
     adapters.updates_have_matrices,
     adapters.prompts_leave_room,
+    transformer_engine.norm_and_mlp_are_one_layer,
+    transformer_engine.fp8_has_layers,
 )
 
 

@@ -14,6 +14,7 @@ class TELayerNorm(nn.Module):
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
+        self.epsilon = epsilon
         inner = te.LayerNorm(hidden_size, eps=epsilon, device=torch.get_default_device())
         self.weight, self.bias = inner.weight, inner.bias
         self._inner = (inner,)  # in a tuple, so that the parameters keep their one name
@@ -30,6 +31,7 @@ class TERMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
+        self.epsilon = epsilon
         inner = te.RMSNorm(hidden_size, eps=epsilon, device=torch.get_default_device())
         self.weight = inner.weight
         self._inner = (inner,)

@@ -1,0 +1,47 @@
+"""From the transformer_engine section to the blocks of a built model that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from megatron.config.sections.transformer_engine import TransformerEngineSection
+from megatron.model.block import TransformerBlock
+from megatron.parallel.topology import Topology
+from megatron.registry import TE_LAYERS
+
+
+def use_transformer_engine(
+    section: TransformerEngineSection, model: Module, topology: Topology, recompute: Callable[..., Tensor] | None
+) -> None:
+    """Makes the parts that the section names go through the package. recompute: repeats attention cores.
+
+    Raises ConfigError when the package is asked for and missing.
+    """
+    asked = [TE_LAYERS.load(name) for name in section.layers]
+    if not asked:
+        return
+    region = _fp8_region(section, topology) if section.te_fp8_mha else None
+    for block in model.modules():
+        if not isinstance(block, TransformerBlock):
+            continue
+        for take in asked:
+            take(block, recompute)
+        block.gathered_whole = True  # the package reads parameters that are not its own
+        if region is not None:
+            block.region = region
+
+
+def _fp8_region(section: TransformerEngineSection, topology: Topology) -> Callable[[], Any]:
+    from megatron.kernels.transformer_engine import fp8_region
+
+    return fp8_region(
+        hybrid=section.te_fp8_format == "hybrid",
+        history=section.te_fp8_amax_history_len,
+        algorithm=section.te_fp8_amax_compute_algo,
+        margin=section.te_fp8_margin,
+        group=topology.model.group if topology.model.size > 1 else None,
+    )

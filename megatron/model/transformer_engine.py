@@ -1,0 +1,79 @@
+"""Which parts of a block NVIDIA's Transformer Engine computes. The parameters stay where they are, under their names.
+
+Each function here makes one part of a built block go through the package; the engine calls those that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from megatron.kernels.transformer_engine import Attention, NormMLPWeights, linear_of, norm_mlp_of
+from megatron.model.block import TransformerBlock
+from megatron.model.mlp.dense import ParallelMLP
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+Layer = ColumnParallelLinear | RowParallelLinear
+Recompute = Callable[..., Tensor] | None
+"""recompute(attention core, *inputs) repeats the core in the backward pass; None where it is kept."""
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
+"""What the package calls an activation. Its gelu is the tanh form."""
+
+
+def _layers(block: TransformerBlock) -> Iterable[Layer]:
+    found: list[Layer] = [block.attention.query_key_value, block.attention.dense]
+    if isinstance(block.mlp, ParallelMLP):
+        found += [block.mlp.linear1, block.mlp.linear2]
+    return found
+
+
+def _take(layers: Iterable[Layer], kind: type[Layer]) -> None:
+    for layer in layers:
+        if isinstance(layer, kind):
+            alone = layer.axis.size == 1 or kind is ColumnParallelLinear
+            layer.kernel = linear_of(layer.weight, layer.bias if alone else None)  # else added after the sum over ranks
+
+
+def columns(block: TransformerBlock, recompute: Recompute) -> None:
+    """The products of column-parallel layers."""
+    _take(_layers(block), ColumnParallelLinear)
+
+
+def rows(block: TransformerBlock, recompute: Recompute) -> None:
+    """The products of row-parallel layers."""
+    _take(_layers(block), RowParallelLinear)
+
+
+def attention(block: TransformerBlock, recompute: Recompute) -> None:
+    """The attention core, and the products before and after it."""
+    for layer in (block.attention.query_key_value, block.attention.dense):
+        _take([layer], type(layer))
+    core = Attention(block.attention.attend)
+    block.attention.attend = core if recompute is None else partial(recompute, core)
+
+
+def norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
+    """The norm before the MLP and the MLP, in one layer."""
+    norm: Any = block.post_attention_layernorm
+    mlp = block.mlp
+    weight = getattr(norm, "weight", None)
+    weights = NormMLPWeights(
+        norm=norm.scale if weight is None else weight,
+        norm_bias=getattr(norm, "bias", None),
+        first=mlp.linear1.weight,
+        first_bias=mlp.linear1.bias,
+        second=mlp.linear2.weight,
+        second_bias=mlp.linear2.bias,
+    )
+    block.norm_mlp = norm_mlp_of(
+        weights,
+        epsilon=norm.epsilon,
+        activation=ACTIVATIONS[mlp.activation.__name__],
+        ranks=block.axis.size,
+        group=block.axis.group,
+        sequence_parallel=block.axis.sequence,
+    )
