@@ -52,8 +52,8 @@ def batches(shape: Shape) -> Iterator[MicroBatch]:
         yield make_batch(torch.randint(shape.vocabulary, size, generator=generator), eod=0, eod_mask_loss=False)
 
 
-def ours(shape: Shape, precision: str) -> Step:
-    """A step of our engine through DeepSpeed."""
+def ours(shape: Shape, precision: str, *, compiled: bool = False) -> Step:
+    """A step of our engine through DeepSpeed, by wish with its blocks through torch.compile."""
     settings = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -65,6 +65,7 @@ def ours(shape: Shape, precision: str) -> Step:
         "gpt_j_residual": True,
         "no_weight_tying": True,
         "precision": precision,
+        "compile": compiled,
         "zero_optimization": {"stage": 0 if precision == "fp32" else 1},
         "optimizer": {"type": "Adam", "params": {"lr": RATE, "betas": [0.9, 0.95]}},
         "train_micro_batch_size_per_gpu": shape.micro_batch,

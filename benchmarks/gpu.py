@@ -38,6 +38,7 @@ WARM_UP = 5
 
 CONTENDERS: dict[str, Callable[[Shape, str], Step]] = {
     "ours": ours,
+    "ours, compile": partial(ours, compiled=True),
     "transformers": transformers_loop,
     "transformers, torch.compile": partial(transformers_loop, compiled=True),
 }

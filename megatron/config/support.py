@@ -67,7 +67,6 @@ GAPS: tuple[Gap, ...] = (
     Gap("sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on),
     Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
     Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
-    Gap("compile", "compilation of the blocks", _on),
     Gap("lazy_mpu_init", "process groups made by the caller", _on),
 )
 

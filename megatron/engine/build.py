@@ -24,6 +24,7 @@ from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, 
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.known import known
+from megatron.engine.compiled import compile_blocks
 from megatron.engine.experts import own_experts
 from megatron.engine.frozen import for_the_optimizer, freeze, norm_of_nothing, start_prompt
 from megatron.engine.inference import InferenceEngine, build_stage, pack
@@ -99,6 +100,8 @@ def build_training_engine(
         parameters = keyed_parameters(model)
         layers = range(len(plan))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
+    if config.kernels.compile:
+        compile_blocks(model, _shape_in_blocks(config, topology))
     filled = fill(parameters, checkpoint, topology) if checkpoint is not None else set()
     if prompt_tokens and f"0.{PROMPT}" not in filled:
         start_prompt(parameters, prompt_tokens, topology.model)
@@ -191,6 +194,12 @@ def _layer_plan(
         mup=config.mup,
         losses=losses,
     )
+
+
+def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]:
+    """What the blocks of this rank compute on, [s, b, h]; one sample stands for all."""
+    length = known(config.model.seq_length) // topology.context.size
+    return length // (topology.model.size if topology.model.sequence else 1), 1, known(config.model.hidden_size)
 
 
 def _router_losses(config: Config) -> RouterLosses | None:

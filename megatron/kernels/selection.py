@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention import AttentionKernel, choose_attention, plain_attention
+from megatron.kernels.attention import AttentionKernel, choose_attention, plain_attention, sdpa_attention
 from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
@@ -42,9 +42,10 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
     section: the configuration's kernels section, for those that must be asked for.
     """
     whole = getattr(section, "mamba_inner_func_fusion", False)
+    compiled = getattr(section, "compile", False)  # by a compiler that sees into torch's own kernels only
     return Kernels(
-        linear=choose_linear(device, dtype),
-        attention=choose_attention(device),
+        linear=plain_linear if compiled else choose_linear(device, dtype),
+        attention=sdpa_attention if compiled and device.type == "cpu" else choose_attention(device),
         flash=choose_flash(device, dtype),
         rotary=rotary,
         grouped=choose_grouped(device, dtype),

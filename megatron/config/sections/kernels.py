@@ -6,7 +6,7 @@ from megatron.config.key import Section, key
 class KernelsSection(Section):
     """Fused kernels and compilation."""
 
-    compile: bool = key(False, "Compile the blocks with torch.compile.")
+    compile: bool = key(False, "Compile blocks of attention and MLP with torch.compile.")
     scaled_upper_triang_masked_softmax_fusion: bool = key(False, "Fuse scale, causal mask and softmax.")
     scaled_masked_softmax_fusion: bool = key(False, "Fuse scale, a given mask and softmax.")
     bias_gelu_fusion: bool = key(False, "Fuse the MLP's bias and gelu.")
