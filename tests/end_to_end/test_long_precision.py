@@ -68,7 +68,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(LAYOUTS, 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(LAYOUTS, 2)))
 def test_losses_stay_together(one: str, other: str, losses: Any) -> None:
     pairs = list(zip(losses(one), losses(other), strict=True))
     apart = sum(abs(first - second) for first, second in pairs[-LAST:]) / LAST
