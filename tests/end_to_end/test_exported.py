@@ -88,7 +88,7 @@ def write_tasks(folder: Path, texts: list[str]) -> None:
     """The four sets and their task files."""
     chance = random.Random(4)
     sentences = [text.split(". ") for text in texts]
-    told = [parts for parts in sentences if len(parts) > 3 and all(len(part) > 15 for part in parts[:3])]
+    told = [parts for parts in sentences if len(parts) > 3 and all(15 < len(part) < 200 for part in parts[:3])]
     endings = [parts[2] for parts in told]
     choices = []
     for number, parts in enumerate(told[:30]):
