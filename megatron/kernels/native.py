@@ -20,8 +20,8 @@ from pathlib import Path
 from megatron.extensions import extensions_folder
 from megatron.log import get_logger
 
-SOURCE = Path(__file__).parent / "csrc" / "decode.cpp"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("decode.cpp", "linear.cpp"))
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 SWITCH = "NEOX_NATIVE_KERNELS"
 """Set to 0, this variable of the environment leaves the library out."""
 _SECONDS = 300.0
@@ -46,18 +46,18 @@ def compiled(folder: Path, compiler: str) -> Path | str:
         return f"There is no C++ compiler ({compiler}; the variable CXX names another)."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"decode-{_fingerprint(program)}.so"
+        file = folder / f"kernels-{_fingerprint(program)}.so"
         with (folder / "in_use").open("w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             if not file.exists():
                 partial = file.with_suffix(f".{os.getpid()}")
-                command = [program, *FLAGS, str(SOURCE), "-o", str(partial)]
+                command = [program, *FLAGS, *map(str, SOURCES), "-o", str(partial)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
                 partial.replace(file)
     except subprocess.CalledProcessError as error:
-        return f"{program} cannot compile {SOURCE.name}: {(error.stderr or '').strip()[:500] or error}."
+        return f"{program} cannot compile {SOURCES[0].parent}: {(error.stderr or '').strip()[:500] or error}."
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{SOURCE.name} cannot be compiled into {folder}: {error}."
+        return f"{SOURCES[0].parent} cannot be compiled into {folder}: {error}."
     return file
 
 
@@ -68,5 +68,6 @@ def _fingerprint(program: str) -> str:
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.is_file() else []
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, version, platform.machine(), *processor]
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    parts = [*sources, *FLAGS, version, platform.machine(), *processor]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -2,18 +2,25 @@
 
 oneDNN reads a weight fastest in blocks of its own; with a plain matrix it lays the blocks out anew in every call, which
 for the few rows of a decoding step costs more than the product. A packed weight cannot be trained or saved. On a
-processor without instructions for bfloat16 such a weight is kept, and multiplied, in fp32.
+processor without instructions for bfloat16 a compiled loop (csrc/linear.cpp) reads such a weight as it is for a few
+rows; without a compiler the weight is kept, and multiplied, in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from megatron.kernels.linear import LinearKernel
+from megatron.kernels.linear import LinearKernel, widened_linear
+from megatron.kernels.native import library
 from megatron.kernels.processor import widens
+
+FEW = 16
+"""Rows up to which reading the weight costs more than multiplying."""
 
 
 def packing_unavailable(weight: Tensor) -> str | None:
@@ -35,12 +42,45 @@ def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
     rows: how many rows of x are usual, which the layout is chosen for; any number works.
     """
     if widens(weight.device, weight.dtype):
+        if few_rows_unavailable(weight) is None:
+            return few_rows_linear(weight.detach())
         return _rounded(packed_linear(weight.float(), rows), weight.dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     product = torch.ops.mkldnn._linear_pointwise.default
 
     def kernel(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = product(x, packed, bias, "none", [], "")
+        return out
+
+    return kernel
+
+
+def few_rows_unavailable(weight: Tensor) -> str | None:
+    """Why the compiled loop cannot take a weight, as a sentence; None where it can. May compile it."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return f"The compiled product is for bfloat16 on the CPU, not for {weight.dtype} on {weight.device.type}."
+    if weight.shape[1] % 16 or not weight.is_contiguous():
+        return "The compiled product takes contiguous rows of a multiple of 16 elements."
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def few_rows_linear(weight: Tensor) -> LinearKernel:
+    """A kernel of this one bfloat16 weight [out, in], which it reads as it is. Many rows are multiplied in fp32."""
+    loaded = library()
+    assert isinstance(loaded, ctypes.CDLL), "few_rows_unavailable said that it can be used"
+    out_features, in_features = weight.shape
+
+    def kernel(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.numel() // in_features
+        if rows > FEW:
+            return widened_linear(x, weight, bias)
+        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
+        loaded.neox_few_rows(
+            *(None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (x, weight, bias, out)),
+            (ctypes.c_int64 * 3)(rows, out_features, in_features),
+            ctypes.c_int(torch.get_num_threads()),
+        )
         return out
 
     return kernel

@@ -71,7 +71,8 @@ def test_it_is_compiled_once_and_a_missing_compiler_is_told(tmp_path):
     assert "no C++ compiler" in native.compiled(tmp_path, "no-such-compiler")
     (tmp_path / "broken").write_text("#!/bin/sh\necho no >&2; test $1 = --version\n")
     (tmp_path / "broken").chmod(0o755)
-    assert "cannot compile decode.cpp: no" in native.compiled(tmp_path, str(tmp_path / "broken"))
+    told = native.compiled(tmp_path, str(tmp_path / "broken"))
+    assert "cannot compile" in told and told.endswith(": no.")
 
 
 def test_it_can_be_switched_off(monkeypatch):

@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron.kernels import grouped, linear, processor
+from megatron.kernels import packed_linear as packed_linear_module
 from megatron.kernels.linear import choose_linear, onednn_linear, onednn_unavailable, plain_linear, widened_linear
-from megatron.kernels.packed_linear import packed_linear, packing_unavailable
+from megatron.kernels.packed_linear import (
+    few_rows_linear,
+    few_rows_unavailable,
+    packed_linear,
+    packing_unavailable,
+)
 
 CPU = torch.device("cpu")
 
@@ -113,3 +119,31 @@ def test_packed_weights_give_the_same_product(dtype: torch.dtype, bias: bool) ->
     assert got.dtype == dtype
     wanted = F.linear(x.double(), weight.double(), added.double() if bias else None)
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 17])
+@pytest.mark.parametrize(("out", "width"), [(96, 64), (51, 48), (3, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_of_bfloat16_are_rounded_once(rows: int, out: int, width: int, bias: bool) -> None:
+    """The compiled loop beside float64, within half a unit of the last place of bfloat16."""
+    weight, x, added = (torch.randn(shape).bfloat16() for shape in ((out, width), (rows, 1, width), (out,)))
+    assert few_rows_unavailable(weight) is None
+    got = few_rows_linear(weight)(x, torch.empty(0), added if bias else None)
+    wanted = F.linear(x.double(), weight.double(), added.double() if bias else None)
+    assert got.shape == (rows, 1, out)
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_what_the_compiled_product_cannot_take_is_told() -> None:
+    for weight in (torch.randn(8, 16), torch.randn(8, 24).bfloat16(), torch.randn(16, 16).bfloat16().t()[:, ::2]):
+        sentence = few_rows_unavailable(weight)
+        assert sentence is not None
+        assert sentence.endswith(".")
+
+
+def test_without_a_compiler_bfloat16_is_packed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear_module, "library", lambda: "There is none.")
+    monkeypatch.setattr(packed_linear_module, "widens", lambda _device, dtype: dtype == torch.bfloat16)
+    weight, x = torch.randn(96, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    wanted = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(packed_linear(weight)(x, weight, None).double(), wanted, rtol=2**-8, atol=1e-5)
