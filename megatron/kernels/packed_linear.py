@@ -15,12 +15,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron.kernels.linear import LinearKernel, widened_linear
+from megatron.kernels.linear import LinearKernel, choose_linear, pieces_of
 from megatron.kernels.native import library
 from megatron.kernels.processor import widens
 
 FEW = 16
-"""Rows up to which reading the weight costs more than multiplying."""
+"""Rows of x up to which reading the weight costs more than multiplying."""
+
+BLOCK = 512
+"""Rows of a weight whose fp32 copy is made at once."""
 
 
 def packing_unavailable(weight: Tensor) -> str | None:
@@ -74,7 +77,7 @@ def few_rows_linear(weight: Tensor) -> LinearKernel:
     def kernel(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.numel() // in_features
         if rows > FEW:
-            return widened_linear(x, weight, bias)
+            return _in_blocks(x, weight, bias)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
         loaded.neox_few_rows(
             *(None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (x, weight, bias, out)),
@@ -84,6 +87,16 @@ def few_rows_linear(weight: Tensor) -> LinearKernel:
         return out
 
     return kernel
+
+
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in fp32, some rows of the weight at a time, so that their fp32 copies stay in the cache."""
+    blocks = weight.split(BLOCK)
+    biases = [None] * len(blocks) if bias is None else bias.float().split(BLOCK)
+    product = pieces_of(choose_linear(x.device, torch.float32)).product
+    wide = x.float()
+    found = [product(wide, block.float(), some).to(x.dtype) for block, some in zip(blocks, biases, strict=True)]
+    return torch.cat(found, dim=-1)
 
 
 def _rounded(wide: LinearKernel, dtype: torch.dtype) -> LinearKernel:
