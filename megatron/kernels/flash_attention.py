@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import AttentionKernel, choose_attention
-from megatron.kernels.view import View, Window
+from megatron.kernels.view import View, reach
 
 
 def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,16 +46,15 @@ def flash_attention(
     view: View | None = None,
 ) -> Tensor:
     """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn cannot do."""
-    window = view.pattern if view is not None else None
-    if starts is not None or (view is not None and view.bias is not None) or not isinstance(window, Window | None):
+    behind = reach(starts, view)
+    if behind is None:
         return usual(q, k, v, dropout, starts, view)
     from flash_attn import flash_attn_func
 
-    reach = -1 if window is None else window.width - 1
     out: Tensor = flash_attn_func(
         *(x.transpose(1, 2) for x in (q, k, v)),
         dropout_p=dropout,
         causal=True,
-        window_size=(reach, 0 if window else -1),
+        window_size=(behind, -1 if behind < 0 else 0),
     )
     return out.transpose(1, 2)  # [b, n, s, d]

@@ -20,7 +20,9 @@ from pathlib import Path
 from megatron.extensions import extensions_folder
 from megatron.log import get_logger
 
-SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("decode.cpp", "linear.cpp"))
+FOLDER = Path(__file__).parent / "csrc"
+SOURCES = tuple(FOLDER / name for name in ("decode.cpp", "linear.cpp"))
+HEADERS = (FOLDER / "bfloat16.h",)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 SWITCH = "NEOX_NATIVE_KERNELS"
 """Set to 0, this variable of the environment leaves the library out."""
@@ -55,9 +57,9 @@ def compiled(folder: Path, compiler: str) -> Path | str:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
                 partial.replace(file)
     except subprocess.CalledProcessError as error:
-        return f"{program} cannot compile {SOURCES[0].parent}: {(error.stderr or '').strip()[:500] or error}."
+        return f"{program} cannot compile {FOLDER}: {(error.stderr or '').strip()[:500] or error}."
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{SOURCES[0].parent} cannot be compiled into {folder}: {error}."
+        return f"{FOLDER} cannot be compiled into {folder}: {error}."
     return file
 
 
@@ -68,6 +70,6 @@ def _fingerprint(program: str) -> str:
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.is_file() else []
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    sources = [source.read_text(encoding="utf-8") for source in (*HEADERS, *SOURCES)]
     parts = [*sources, *FLAGS, version, platform.machine(), *processor]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from transformer_engine.common.recipe import DelayedScaling, Format
 
 from megatron.kernels.attention import AttentionKernel
 from megatron.kernels.linear import BoundLinear
-from megatron.kernels.view import View, Window
+from megatron.kernels.view import View, reach
 
 WITHOUT_MEMORY = "meta"
 
@@ -58,16 +58,15 @@ class Attention:
         view: View | None = None,
     ) -> Tensor:
         """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]."""
-        window = view.pattern if view is not None else None
-        added = view is not None and view.bias is not None
-        if starts is not None or added or not isinstance(window, Window | None) or q.shape[2] != k.shape[2]:
+        behind = reach(starts, view)
+        if behind is None or q.shape[2] != k.shape[2]:
             return self._usual(q, k, v, dropout, starts, view)
         batch, heads, length, size = q.shape
         core = self._core(heads, k.shape[1], size, dropout)
         out: Tensor = core(
             *(part.permute(2, 0, 1, 3).contiguous() for part in (q, k, v)),
             attn_mask_type="causal",
-            window_size=(-1 if window is None else window.width - 1, 0),
+            window_size=(behind, 0),
         )  # [s, b, n d]
         return out.view(length, batch, heads, size).permute(1, 2, 0, 3)
 

@@ -126,3 +126,17 @@ class View:
         """Which keys are seen, bool [..., n or 1, s, k]; positions as in ``scores``."""
         seen = keys <= queries
         return seen if self.pattern is None else seen & self.pattern.sees(queries, keys)
+
+
+def reach(starts: Tensor | None, view: View | None) -> int | None:
+    """How many earlier positions every query sees, -1 for all of them: what the kernels of packages can be told.
+
+    None where more is asked: documents kept apart, another pattern than a window, positions added to the scores.
+    """
+    if starts is not None:
+        return None
+    if view is None:
+        return -1
+    if view.bias is not None or not isinstance(view.pattern, Window | None):
+        return None
+    return -1 if view.pattern is None else view.pattern.width - 1

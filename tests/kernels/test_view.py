@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.kernels import blocked_attention as blocked
 from megatron.kernels.attention import cpu_attention, plain_attention, sdpa_attention
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
-from megatron.kernels.view import Blocks, View, Window
+from megatron.kernels.view import Blocks, View, Window, reach
 from megatron.sparsity import layout_of
 
 HEADS, KV_HEADS, LENGTH, SIZE = 4, 2, 210, 16
@@ -154,3 +154,10 @@ def test_scores_beyond_fp16_stay_finite() -> None:
     v = torch.eye(4, 64, dtype=torch.float16)[None, None]
     assert (q[0, 0, 0].double() @ k[0, 0, 3].double()) / 8 > 1e5
     torch.testing.assert_close(cpu_attention(q, k, v), v, rtol=0, atol=1e-3)  # each query sees the last key only
+
+
+def test_what_packages_can_be_told() -> None:
+    starts, bias = torch.zeros(1, 4), torch.zeros(2, 4)
+    assert reach(None, None) == reach(None, View()) == -1
+    assert reach(None, View(Window(5))) == 4
+    assert reach(starts, None) is reach(None, View(None, bias)) is reach(None, View(Window(5), bias)) is None

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -23,29 +25,11 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-template <class V, class T>
-inline V load(const T* from) {
-    V found;
-    std::memcpy(&found, from, sizeof(V));
-    return found;
-}
-
 inline float wide(float x) { return x; }
-
-inline float wide(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float found;
-    std::memcpy(&found, &bits, 4);
-    return found;
-}
 
 inline void narrow(float x, float* to) { *to = x; }
 
-inline void narrow(float x, uint16_t* to) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *to = std::isnan(x) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline void narrow(float x, uint16_t* to) { *to = rounded(x); }
 
 // STEP elements of two rows: their products, added to 16 sums.
 template <class T>

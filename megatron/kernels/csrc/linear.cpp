@@ -5,10 +5,11 @@
 // A word of 32 bits holds two neighbours of a row; shifted or masked, each is a float. So rows of x are laid out likewise
 // first: of every 16 elements the even ones, then the odd ones.
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "bfloat16.h"
 
 namespace {
 
@@ -16,26 +17,6 @@ constexpr int W = 8;  // floats of a vector
 constexpr int STEP = 2 * W;
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
-
-template <class V, class T>
-inline V load(const T* from) {
-    V found;
-    std::memcpy(&found, from, sizeof(V));
-    return found;
-}
-
-inline float wide(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float found;
-    std::memcpy(&found, &bits, 4);
-    return found;
-}
-
-inline uint16_t narrow(float x) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return std::isnan(x) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 struct Sizes {
     int64_t rows, out, in;
@@ -64,7 +45,7 @@ void tile(const float* x, const uint16_t* w, const uint16_t* bias, uint16_t* y, 
         for (int c = 0; c < C; c++) {
             float total = bias ? wide(bias[c]) : 0.0f;
             for (int lane = 0; lane < W; lane++) total += sums[r][c][lane];
-            y[r * s.out + c] = narrow(total);
+            y[r * s.out + c] = rounded(total);
         }
 }
 
