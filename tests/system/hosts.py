@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -79,12 +80,23 @@ class Hosts:
 
     def workers(self) -> list[str]:
         """The command lines of all Python processes on the hosts."""
-        found = []
-        for host in ADDRESSES:
-            for pid in subprocess.check_output(["ip", "netns", "pids", host], text=True).split():
-                with suppress(OSError):
-                    line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-                    found += [line] if "python" in line else []
+        return [line for host in ADDRESSES for line in self._python(host).values()]
+
+    def lose(self, host: str) -> None:
+        """Takes a host away as its power supply may: nothing of it answers, and its Python processes are gone."""
+        self.link(host, "down")
+        for pid in self._python(host):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _python(self, host: str) -> dict[int, str]:
+        """Command lines of a host's Python processes by their number."""
+        found = {}
+        for pid in subprocess.check_output(["ip", "netns", "pids", host], text=True).split():
+            with suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                if "python" in line:
+                    found[int(pid)] = line
         return found
 
     def wait_until_idle(self, seconds: float = 20) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.runs import run, series
 from tests.system.hosts import FIRST, LOGIN, SECOND, Hosts, hosts
-from tests.system.training import DEEPY, ENDLESS, TRAIN, losses, wait_until_saved, write
+from tests.system.training import DEEPY, ENDLESS, SCHEDULE, TRAIN, losses, wait_until_saved, write
 
 pytestmark = pytest.mark.system
 
@@ -69,6 +70,26 @@ def test_deepy_ends_when_a_link_is_cut(machines: Hosts, dataset: str, tmp_path: 
     finally:
         machines.link(SECOND, "up")
         process.kill()
+    machines.wait_until_idle(60)
+
+
+def test_the_run_goes_on_without_a_host_that_is_gone(machines: Hosts, dataset: str, tmp_path: Path) -> None:
+    """One rank is left of two, and takes twice the micro-batches: the losses of a run that lost nobody."""
+    schedule = {**SCHEDULE, "train_iters": 100, "lr_decay_iters": 100}
+    (tmp_path / "hostfile").write_text(f"{FIRST} slots=1\n{SECOND} slots=1\n")
+    write(tmp_path, dataset, **schedule, hostfile="hostfile", collective_timeout=LIMIT, max_restarts=1)
+    process = machines.start(LOGIN, DEEPY, tmp_path)
+    try:
+        wait_until_saved(tmp_path)
+        machines.lose(SECOND)
+        out, err = process.communicate(timeout=LIMIT + 150)
+    finally:
+        machines.link(SECOND, "up")
+        process.kill()
+    assert process.returncode == 0, out + err
+    assert "restart 1 of 1: the run goes on from its newest checkpoint, on 1 ranks" in err, out + err
+    whole = series(run(2, tmp_path / "whole", data_path=dataset, **schedule), "train/lm_loss")
+    assert losses(tmp_path) == pytest.approx(whole, rel=1e-5)
     machines.wait_until_idle(60)
 
 
