@@ -23,6 +23,7 @@ from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.derive.zero import REDUCTION_BUCKET
 from megatron.config.known import known
 from megatron.engine.compiled import compile_blocks
 from megatron.engine.experts import own_experts
@@ -241,7 +242,7 @@ def _initialize(
         initialised, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=_fitted(deepspeed_config(config), sum(one.numel() for one in trained if one.requires_grad)),
             mpu=None if config.parallelism.is_pipe_parallel or finds_groups(optimizer) else topology,
             dist_init_required=False,
         )
@@ -252,6 +253,15 @@ def _initialize(
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
     return initialised, clipper
+
+
+def _fitted(settings: dict[str, Any], elements: int) -> dict[str, Any]:
+    """The same for DeepSpeed, with a reduction bucket that all gradients of this rank fill; it makes one outright."""
+    zero = settings["zero_optimization"] or {}
+    if zero.get("stage", 0) == 0:
+        return settings
+    asked = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": max(1, min(int(asked), elements))}}
 
 
 def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:

@@ -49,8 +49,8 @@ class Memory:
 class StateLayout:
     """What decides the memory of parameters, gradients and optimizer.
 
-    width: bytes of a parameter. ranks: data parallel size. bucket: elements of a reduction bucket. buffers: buffers of
-    that size that are made outright, 0 where gradients are reduced where they stand. summed: bytes of an accumulated
+    width: bytes of a parameter. ranks: data parallel size. bucket: most elements of a reduction bucket. buffers: such
+    buckets that are made outright, 0 where gradients are reduced where they stand. summed: bytes of an accumulated
     gradient. gathered: elements that ZeRO 3 may hold together. expert_parallel_size: ranks that share the experts.
     moments: fp32 numbers that the optimizer keeps of each parameter.
     """
@@ -92,7 +92,7 @@ def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:
     width, whole, flat, sums = layout.width, layout.width * count, FP32 * share, layout.summed * share
     if layout.zero_stage == 1 and width < layout.summed:
         return whole + layout.summed * count  # every gradient is summed in fp32
-    staged = layout.buffers * layout.bucket * width
+    staged = layout.buffers * min(count, layout.bucket) * width  # no larger than what fills them
     if layout.zero_stage == 1:
         return max(whole, sums + flat) + staged
     under_way = 0 if layout.buffers else width * min(count, layout.bucket)

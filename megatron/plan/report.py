@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config import Config, Resolution
+from megatron.config.derive.zero import REDUCTION_BUCKET
 from megatron.plan.advice import advice
 from megatron.plan.figures import Figures
 from megatron.plan.flops import flops_per_iteration
@@ -159,7 +160,7 @@ def state_layout(config: Config) -> StateLayout:
         width,
         stage if isinstance(stage, int) else 0,  # the autotuner may still choose
         config.parallelism.data_parallel_size,
-        config.deepspeed.zero_reduce_bucket_size or 500_000_000,
+        config.deepspeed.zero_reduce_bucket_size or REDUCTION_BUCKET,
         buffers=buffers if zero.get("contiguous_gradients", True) else 0,
         summed=WIDTHS.get(str(summed), width),
         expert_parallel_size=config.moe.moe_expert_parallel_size,

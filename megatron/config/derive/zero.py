@@ -11,6 +11,8 @@ Table = dict[str, Any]
 
 HALF = ("bfloat16", "fp16")
 
+REDUCTION_BUCKET = 500_000_000  # [elements] DeepSpeed's default
+
 OLDER_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 """Switches of the ZeRO block that DeepSpeed took before it had more than one place to move things to."""
 
@@ -88,7 +90,7 @@ def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> T
             "allgather_bucket_size": 500_000_000,
             "overlap_comm": False,
             "reduce_scatter": True,
-            "reduce_bucket_size": 500_000_000,
+            "reduce_bucket_size": REDUCTION_BUCKET,
             "contiguous_gradients": False,
         }
     ConfigError.raise_any([*_stage_mistakes(zero, tuned=tuned), *_name_mistakes(zero)])
