@@ -46,7 +46,7 @@ def converse(
     prompt_end: str,
     *,
     speaks: bool,
-    share: Callable[[str | None], str | None],
+    share: Callable[[Callable[[], str | None]], str | None],
     any_rank: Callable[[bool], bool] = bool,
     interruption: Interruption | None = None,
     source: TextIO | None = None,
@@ -69,7 +69,7 @@ def converse(
     prompts = _typed(source, prompt_end, say) if speaks else iter(())
     turns: list[str] = []
     index = 0
-    while (prompt := share(next(prompts, None))) is not None:
+    while (prompt := share(lambda: next(prompts, None))) is not None:
         if prompt.strip() == FORGET:
             turns.clear()
             continue

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-
-import torch
-import torch.distributed as dist
+from functools import partial
+from pathlib import Path
 
 from megatron.checkpoint.load import vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
@@ -26,8 +25,11 @@ from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
-from megatron.parallel.bootstrap import Ranks, device, shutdown
+from megatron.inference.together import any_rank, share_prompt
+from megatron.parallel.bootstrap import Ranks, shutdown
+from megatron.parallel.pulse import ASKING
 from megatron.parallel.topology import Topology
+from megatron.parallel.watch import Watch
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size
@@ -54,8 +56,8 @@ def generate(config: Config) -> None:
                 generator,
                 section.prompt_end,
                 speaks=speaks,
-                share=_share,
-                any_rank=_any_rank,
+                share=partial(share_prompt, limit=config.launch.collective_timeout),
+                any_rank=any_rank,
                 interruption=Interruption.install(lambda text: print(text, end="", flush=True) if speaks else None),
             )
         else:
@@ -100,17 +102,26 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
     """
     topology = join(config)
+    folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
+    watch = Watch(topology, folder, config.launch.collective_timeout)
     try:
-        tokenizer = build_tokenizer(config.tokenizer)
-        vocabulary = padded_vocab_size(
-            tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
-        )
-        fetch_missing(config.checkpoint, Ranks.from_environment())
-        bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
-        vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
-        work(build_inference_engine(config, topology, vocabulary), tokenizer, topology)
+        with watch.over():
+            engine, tokenizer = _model(config, topology)
+            with watch.doing(ASKING):
+                work(engine, tokenizer, topology)
     finally:
         shutdown()
+
+
+def _model(config: Config, topology: Topology) -> tuple[Engine, Tokenizer]:
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocabulary = padded_vocab_size(
+        tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
+    )
+    fetch_missing(config.checkpoint, Ranks.from_environment())
+    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
+    vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
+    return build_inference_engine(config, topology, vocabulary), tokenizer
 
 
 def context_length(config: Config) -> int:
@@ -147,21 +158,3 @@ def _settings(config: Config) -> Settings:
         return_logits=section.return_logits,
         batch_size=section.generation_batch_size,
     )
-
-
-def _share(prompt: str | None) -> str | None:
-    """Rank 0's prompt, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return prompt
-    held = [prompt]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def _any_rank(holds: bool) -> bool:
-    """Whether it holds on any rank, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    flag = torch.tensor([float(holds)], device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())

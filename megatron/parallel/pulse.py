@@ -20,10 +20,15 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron.parallel.bootstrap import host_name
-from megatron.parallel.waiting import collective_in_progress, device_collective_in_progress, standing
+from megatron.parallel.waiting import (
+    collective_in_progress,
+    device_collective_in_progress,
+    failed_in_a_collective,
+    standing,
+)
 
-STARTING, SAVING, TASKS = "starting", "saving", "evaluating tasks"
-UNLIMITED = frozenset({STARTING, SAVING, TASKS})
+STARTING, SAVING, TASKS, ASKING = "starting", "saving", "evaluating tasks", "asking the model"
+UNLIMITED = frozenset({STARTING, SAVING, TASKS, ASKING})
 """What may take any time; the collectives in it have their limit all the same."""
 BEAT = 1.0  # [s] between two records of a rank
 STALE = 4.0  # [s] after which a record is old
@@ -49,11 +54,16 @@ class Pulse:
     waiting_in: str | None = None
     at: str | None = None
 
+    @property
+    def when(self) -> str:
+        """The iteration as a part of a sentence; "" before the first, and where there are none."""
+        return f" at iteration {self.iteration}" if self.iteration else ""
+
     def __str__(self) -> str:
-        place = f"rank {self.rank} (host {self.host}, stage {self.stage})"
+        place = f"rank {self.rank} (host {self.host}, stage {self.stage}){self.when}"
         waits = f", waiting for others in {self.waiting_in}" if self.waiting_in else ""
         stands = f", standing at {self.at}" if self.at and not self.waiting_in else ""
-        return f"{place} at iteration {self.iteration}: {self.doing} for {self.heard - self.since:.0f} s{waits}{stands}"
+        return f"{place}: {self.doing} for {self.heard - self.since:.0f} s{waits}{stands}"
 
 
 class Heart:
@@ -83,15 +93,23 @@ class Heart:
 
     @contextmanager
     def doing(self, what: str, iteration: int | None = None) -> Iterator[None]:
-        """Says what the enclosed work is; afterwards what was said before holds again, from then on."""
+        """Says what the enclosed work is; afterwards what was said before holds again, from then on.
+
+        Not where a collective failed in it: then this is what others shall read.
+        """
         before = self._pulse
         self._pulse = replace(
             before, doing=what, since=time.time(), iteration=before.iteration if iteration is None else iteration
         )
+        failed = False
         try:
             yield
+        except Exception as fault:
+            failed = failed_in_a_collective(fault)
+            raise
         finally:
-            self._pulse = replace(self._pulse, doing=before.doing, since=time.time())
+            if not failed:
+                self._pulse = replace(self._pulse, doing=before.doing, since=time.time())
 
     def everyone(self, world_size: int) -> list[Pulse]:
         """The records of all ranks that told anything; none where the store cannot be reached within STALE [s].

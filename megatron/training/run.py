@@ -45,6 +45,7 @@ from megatron.optim.schedule import build as build_schedule
 from megatron.parallel.bootstrap import Ranks, device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting
+from megatron.parallel.watch import Watch
 from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
@@ -57,7 +58,7 @@ from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
 from megatron.training.roll_call import roll_call
 from megatron.training.sizes import StepSizes
 from megatron.training.state import RunState
-from megatron.training.watch import Watch, watched
+from megatron.training.watch import watched
 
 _log = get_logger(__name__)
 

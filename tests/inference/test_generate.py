@@ -154,9 +154,9 @@ def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):
     out = io.StringIO()
     shared = []
 
-    def share(prompt):
-        shared.append(prompt)
-        return prompt
+    def share(ask):
+        shared.append(ask())
+        return shared[-1]
 
     source = io.StringIO("hello\n\nwhat\nis it?<end>\n")
     converse(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
@@ -176,7 +176,7 @@ def answers(engine, typed, interruption=None, **settings):
         TextGenerator(engine, Spelling(), Settings(**{**DEFAULTS, "sampling": Sampling(), **settings})),
         "\n",
         speaks=True,
-        share=lambda prompt: prompt,
+        share=lambda ask: ask(),
         interruption=interruption,
         source=io.StringIO("".join(line + "\n" for line in typed)),
         target=out,

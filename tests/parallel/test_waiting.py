@@ -68,3 +68,8 @@ def test_a_thread_in_no_collective_waits_for_nobody() -> None:
 def test_an_ordinary_error_is_no_collective_that_failed() -> None:
     assert not failed_in_a_collective(RuntimeError("shapes do not match"))
     assert not failed_in_a_collective(ValueError("gloo"))
+
+
+def test_where_there_are_no_iterations_none_is_told() -> None:
+    assert "stage 0): training for" in str(pulse(1, iteration=0))
+    assert "stage 0) at iteration 5: training for" in str(pulse(1))
