@@ -77,7 +77,9 @@ def trains(machine: Machine, root: Path) -> None:
     text = [json.dumps({"text": "one line of text after another " * 40}) for _ in range(60)]
     (root / "home/neox/text.jsonl").write_text("\n".join(text) + "\n")
     settings = {**BASE, "train_iters": 2, "eval_iters": 0, "num_gpus": 2, "data_path": "text_text_document"}
-    (root / "home/neox/run.json").write_text(json.dumps({**settings, "save": "save", "log_dir": "logs"}))
+    (root / "home/neox/run.json").write_text(
+        json.dumps({**settings, "save": "save", "checkpoint_factor": 2, "log_dir": "logs"})
+    )
     machine.cwd = machine.home
     prepare = "python /opt/neox/tools/preprocess_data.py --input text.jsonl --output-prefix text --append-eod"
     machine.call(f"{prepare} --tokenizer-type CharLevelTokenizer")
