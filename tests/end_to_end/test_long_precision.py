@@ -40,7 +40,7 @@ STEADY: dict[str, Any] = {
     "peak_theoretical_tflops": 1.0,
 }
 """A third of the quickstart's rate, and as many steps of warmup. At half its rate what bfloat16 rounds grows tenfold in
-200 steps, and with six steps of warmup runs pass spikes of the gradient norm where even two fp32 layouts part."""
+200 steps, and with six steps of warmup runs pass spikes of the gradient norm at which they part."""
 
 
 @pytest.fixture(scope="module")
