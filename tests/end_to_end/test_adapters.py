@@ -16,12 +16,15 @@ from megatron.config import Resources, resolve
 from megatron.evaluation.run import measure_text
 from megatron.inference import run as inference_run
 from megatron.inference.run import generate
+from megatron.registry import OPTIMIZERS
 from megatron.shapes import is_added
 from tests.distributed import RankFailedError, run_distributed
 from tests.end_to_end.engines import CONTEXT, PIPELINE, SAVED, TENSOR, Curves, agree, train
 from tests.end_to_end.runs import BASE, make_dataset, run, series
 from tests.end_to_end.test_families import LAYOUTS as FAMILY_LAYOUTS
 from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same, same
+from tests.end_to_end.test_optimizers import LAYOUTS as OPTIMIZER_LAYOUTS
+from tests.end_to_end.test_optimizers import PARAMS, TOLERANCE
 from tests.options import Keys
 
 UPDATES: Keys = {"lora": {"rank": 4, "alpha": 16, "targets": "all"}}
@@ -245,3 +248,16 @@ def read_said(folder: Path, cases: dict[str, Keys]) -> dict[str, Any]:
         bits = json.loads((folder / f"{name}.bits.json").read_text())
         said[name] = (cached, round(bits["bits_per_byte"], 4))
     return said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OPTIMIZERS.names)
+@pytest.mark.parametrize("layout", ["tensor 2", "pipeline 2"])
+def test_every_optimizer_trains_updates(name: str, layout: str, tuning: dict[str, Any], tmp_path: Path) -> None:
+    """Pieces of low rank are matrices too, which some optimizers factor or make orthogonal."""
+    ranks, keys = OPTIMIZER_LAYOUTS[layout]
+    settings = {**tuning, **UPDATES, "optimizer": {"type": name, "params": PARAMS[name]}}
+    alone = series(run(1, tmp_path / "alone", **settings), "train/lm_loss")
+    many = series(run(ranks, tmp_path / "many", **settings, **keys), "train/lm_loss")
+    assert many == pytest.approx(alone, rel=TOLERANCE.get(name, 1e-5))
+    assert alone[-1] < alone[0]
