@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.adapters import prompt_length
-from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
+from megatron.checkpoint.mirror import fetch_missing
+from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.derive.zero import REDUCTION_BUCKET
@@ -45,11 +47,14 @@ from megatron.optim.groups import equally_many, parameter_groups
 from megatron.optim.muon import finds_groups
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.request import Request
-from megatron.parallel.bootstrap import bootstrap, device
+from megatron.parallel.bootstrap import Ranks, bootstrap, device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
+from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.build import build_tokenizer
+from megatron.tokenizers.padding import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -125,6 +130,15 @@ def build_training_engine(
             prompt=prompt,
         )
     return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses, prompt=prompt)
+
+
+def build_vocabulary(config: Config, topology: Topology) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the rows of the embedding: those of a checkpoint to load, fetched if need be."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
+    fetch_missing(config.checkpoint, Ranks.from_environment())
+    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
+    return tokenizer, vocabulary_rows(config, rows, tokens=tokenizer.vocab_size, model_size=topology.model.size)
 
 
 def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:

@@ -12,11 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron.checkpoint.load import vocabulary_rows
-from megatron.checkpoint.mirror import fetch_missing
-from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
-from megatron.engine.build import build_inference_engine, join
+from megatron.engine.build import build_inference_engine, build_vocabulary, join
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.inference import modes
@@ -26,13 +23,11 @@ from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
 from megatron.inference.together import any_rank, share_prompt
-from megatron.parallel.bootstrap import Ranks, shutdown
+from megatron.parallel.bootstrap import shutdown
 from megatron.parallel.pulse import ASKING
 from megatron.parallel.topology import Topology
 from megatron.parallel.watch import Watch
 from megatron.tokenizers.base import Tokenizer
-from megatron.tokenizers.build import build_tokenizer
-from megatron.tokenizers.padding import padded_vocab_size
 
 
 def generate(config: Config) -> None:
@@ -106,22 +101,12 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
     watch = Watch(topology, folder, config.launch.collective_timeout)
     try:
         with watch.over():
-            engine, tokenizer = _model(config, topology)
+            tokenizer, rows = build_vocabulary(config, topology)
+            engine = build_inference_engine(config, topology, rows)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)
     finally:
         shutdown()
-
-
-def _model(config: Config, topology: Topology) -> tuple[Engine, Tokenizer]:
-    tokenizer = build_tokenizer(config.tokenizer)
-    vocabulary = padded_vocab_size(
-        tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
-    )
-    fetch_missing(config.checkpoint, Ranks.from_environment())
-    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
-    vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
-    return build_inference_engine(config, topology, vocabulary), tokenizer
 
 
 def context_length(config: Config) -> int:

@@ -18,17 +18,15 @@ import torch.distributed as dist
 
 from megatron.adapters import prompt_length, soft_prompt
 from megatron.checkpoint.handles import collect
-from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore, vocabulary_rows
-from megatron.checkpoint.mirror import fetch_missing
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
 from megatron.checkpoint.save import Counters, Saver
-from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
-from megatron.engine.build import DTYPES, build_training_engine, join
+from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
 from megatron.errors import ConfigError
@@ -49,7 +47,7 @@ from megatron.parallel.watch import Watch
 from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
-from megatron.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.tokenizers import Tokenizer
 from megatron.training.diagnosis import Diagnosis
 from megatron.training.instruments import Instruments, build_instruments
 from megatron.training.judgement import Judge
@@ -129,13 +127,7 @@ def _builds_index_maps(config: Config) -> bool:
 
 
 def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
-    tokenizer = build_tokenizer(config.tokenizer)
-    vocabulary = padded_vocab_size(
-        tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size
-    )
-    fetch_missing(config.checkpoint, Ranks.from_environment())
-    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
-    vocabulary = vocabulary_rows(config, vocabulary, tokens=tokenizer.vocab_size, model_size=topology.model.size)
+    tokenizer, vocabulary = build_vocabulary(config, topology)
     data = build_run_data(config, topology, tokenizer)
     checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
     config = checkpoint.schedule(config) if checkpoint else config
