@@ -105,8 +105,11 @@ class BackgroundWriter:
 
 
 def _announce(partial: Path, rank: int, written: Sequence[Written]) -> None:
+    """The last that this rank does here: the first one may give the folder its final name a moment later."""
     entries = [[str(each.path.relative_to(partial)), each.size, each.sha256] for each in written]
-    files.replace_text(partial / layout.written_file(rank), json.dumps(entries))
+    path = partial / layout.written_file(rank)
+    files.sync_directory(path.parent)
+    files.replace_text(path, json.dumps(entries), lasting=False)
 
 
 def _as_run_error(partial: Path, error: Exception) -> RunError:

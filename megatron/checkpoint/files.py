@@ -109,14 +109,18 @@ def write_text(path: Path, text: str) -> Written:
     return Written(path, counting.size, counting.digest.hexdigest())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Puts a small text under a name at once: readers see the old text or the new one, never a part."""
+def replace_text(path: Path, text: str, *, lasting: bool = True) -> None:
+    """Puts a small text under a name at once: readers see the old text or the new one, never a part.
+
+    lasting: the name survives a power cut too; not for one whose reader may move the folder as soon as it is there.
+    """
     beside = path.with_name(path.name + ".new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         flush_to_disk(file)
     os.replace(beside, path)
-    sync_directory(path.parent)
+    if lasting:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -39,6 +40,26 @@ def test_it_returns_at_once_and_completes_when_all_ranks_have_written(tmp_path: 
     assert torch.serialization.get_crc32_options(), "whoever saves next has his checksums"
     assert (final / layout.rng_file(1)).is_file()
     assert not list(final.rglob("written_*"))
+
+
+def test_the_folder_may_get_its_name_as_soon_as_all_have_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank sees the second one's list, and completes the checkpoint, before the second does anything more."""
+    partial, final = layout.partial_directory(tmp_path, 4), layout.step_directory(tmp_path, 4)
+    make_room(partial)
+    replace = os.replace
+
+    def replaced_and_completed(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target == partial / layout.written_file(1):
+            partial.rename(final)
+
+    monkeypatch.setattr(os, "replace", replaced_and_completed)
+    second = BackgroundWriter(1, 2, 30)
+    second.start(partial, Snapshot({layout.rng_file(1): lambda: torch.ones(2)}), lambda written: None)
+    second.wait()
+    assert (final / layout.rng_file(1)).is_file()
 
 
 def test_a_failure_is_told_by_the_next_look(tmp_path: Path) -> None:
