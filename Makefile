@@ -43,7 +43,7 @@ $(VENV)/.dev-installed: $(VENV)/.base-installed
 install: $(VENV)/.base-installed ## make VENV and install what a run needs
 install-dev: $(VENV)/.dev-installed ## the same with the test tools
 
-quickstart: install ## prepare text, train, evaluate and sample a small model, about 5 minutes on 2 cores
+quickstart: install ## prepare text, train, evaluate and sample a small model, 5 to 10 minutes on 2 cores
 	@$(PY) tools/quickstart.py $(ARGS)
 
 test: install-dev ## run the test suite
