@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine, build_vocabulary, join
@@ -22,8 +21,8 @@ from megatron.inference.conversation import Interruption, converse
 from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
-from megatron.inference.together import any_rank, share_prompt
-from megatron.parallel.bootstrap import shutdown
+from megatron.inference.together import share_prompt
+from megatron.parallel.bootstrap import any_rank, shutdown
 from megatron.parallel.pulse import ASKING
 from megatron.parallel.topology import Topology
 from megatron.parallel.watch import Watch
@@ -97,8 +96,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
     """
     topology = join(config)
-    folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
-    watch = Watch(topology, folder, config.launch.collective_timeout)
+    watch = Watch(topology, config.observe.folder, config.launch.collective_timeout)
     try:
         with watch.over():
             tokenizer, rows = build_vocabulary(config, topology)

@@ -1,4 +1,4 @@
-"""What the ranks of a conversation tell each other: the prompt that was typed, and whether someone wants it to stop."""
+"""How the ranks of a conversation hear the prompt that a person types at one of them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,6 @@ def share_prompt(ask: Callable[[], str | None], *, limit: float) -> str | None:
     while not (heard := send([])):
         pass
     return heard[0]
-
-
-def any_rank(holds: bool) -> bool:
-    """Whether it holds on any rank, on every rank. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    flag = torch.tensor([float(holds)], device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 def _send(answer: Answer, *, place: torch.device) -> Answer:

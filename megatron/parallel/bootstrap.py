@@ -106,6 +106,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def any_rank(holds: bool) -> bool:
+    """Whether it holds on any rank, on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return holds
+    flag = torch.tensor([float(holds)], device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 def seed_generators(seed: int) -> None:
     """Seeds Python's, numpy's and torch's (all devices) generators."""
     random.seed(seed)

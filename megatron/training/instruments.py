@@ -71,8 +71,7 @@ def build_instruments(
     ConfigError where something cannot be watched on this machine.
     """
     rank = engine.topology.rank
-    folder = None if observe.log_dir is None else Path(observe.log_dir)
-    pace = Pace(rank, hosts, device(), folder, tell)
+    pace = Pace(rank, hosts, device(), observe.folder, tell)
     instruments = Instruments(waiting=pace.waiting, meters=[pace.measure])
     instruments.recorders.append(lambda iteration, size: pace.recording(iteration))
     _add_files(instruments, observe, engine, rank, tell)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.data.batch import MicroBatch
@@ -21,6 +20,7 @@ from megatron.evaluation.characters import Characters
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import StepClock
 from megatron.optim.schedule import Schedule
+from megatron.parallel.bootstrap import any_rank
 from megatron.training import triggers
 from megatron.training.sizes import StepSize, StepSizes
 from megatron.training.state import RunState
@@ -50,7 +50,6 @@ class Plan:
     sizes: StepSizes
     flops: Callable[[int], float]
     peak_flops: float
-    world_size: int
     overflow_limit: int = 50
     counts_samples: bool = False
 
@@ -244,11 +243,4 @@ def _reason_to_stop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     )
     if parts.stop_requested():
         reason = "a signal asked for it"
-    if plan.world_size == 1:
-        return reason
-    flag = torch.tensor([float(reason is not None)])
-    flag = flag.cuda() if dist.get_backend() == "nccl" else flag
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if flag.item():
-        return reason or "another rank asked for it"
-    return None
+    return (reason or "another rank asked for it") if any_rank(reason is not None) else None

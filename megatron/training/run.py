@@ -10,7 +10,6 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -75,7 +74,7 @@ def train(config: Config, stop: Stop) -> None:
     """
     topology = join(config)
     config = _alike_after_a_restart(config)
-    folder = None if config.observe.log_dir is None else Path(config.observe.log_dir)
+    folder = config.observe.folder
     watch = Watch(topology, folder, config.launch.collective_timeout)
     try:
         with watch.over():
@@ -250,7 +249,6 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
             flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
         ),
         peak_flops=peak.flops_per_second,
-        world_size=topology.world_size,
         overflow_limit=config.precision.overflow_limit,
         counts_samples=training.train_samples is not None,
     )

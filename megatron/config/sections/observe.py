@@ -1,5 +1,6 @@
 """What is measured and where it is written."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron.config.key import Section, key
@@ -53,3 +54,8 @@ class ObserveSection(Section):
     profile: bool = key(False, "Trace some steps with the torch profiler.")
     profile_step_start: int = key(10, "First traced step.", unit="steps")
     profile_step_stop: int = key(12, "Tracing stops before this step.", unit="steps")
+
+    @property
+    def folder(self) -> Path | None:
+        """The run directory as a path; None where nothing is written."""
+        return None if self.log_dir is None else Path(self.log_dir)
