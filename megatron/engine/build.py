@@ -271,11 +271,11 @@ def _initialize(
 
 def _fitted(settings: dict[str, Any], elements: int) -> dict[str, Any]:
     """The same for DeepSpeed, with a reduction bucket that all gradients of this rank fill; it makes one outright."""
-    zero = settings["zero_optimization"] or {}
-    if zero.get("stage", 0) == 0:
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 0:
         return settings
     asked = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
-    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": max(1, min(int(asked), elements))}}
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": min(int(asked), elements)}}
 
 
 def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:

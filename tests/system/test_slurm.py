@@ -73,11 +73,8 @@ def test_a_requeued_job_goes_on(slurm: Slurm, dataset: str, tmp_path: Path) -> N
     said = (tmp_path / "job.txt").read_text()
     assert "stopped after iteration" in said.partition("JOB REQUEUE")[2]
     assert last_saved(tmp_path) % 20 == 0
-    endless = {
-        **SCHEDULE,
-        "train_iters": ENDLESS,
-        "exit_interval": 20,
-    }  # the order of the data follows from train_iters
+    # The order of the data follows from train_iters.
+    endless = {**SCHEDULE, "train_iters": ENDLESS, "exit_interval": 20}
     whole = series(run(2, tmp_path / "whole", data_path=dataset, **endless), "train/lm_loss")
     assert losses(tmp_path)[:20] == pytest.approx(whole, rel=1e-6)
 
