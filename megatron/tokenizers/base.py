@@ -10,12 +10,16 @@ processes. The promises, which one conformance test checks for every registered 
   are parted by the caller, who appends `eod` itself. (A vocabulary that cannot spell a character says so with its
   token for unknown text, which is the one exception.)
 - Nothing is added by `encode`: no beginning-of-text token, no padding, no truncation, whatever the file says.
+- `encode_with_special_tokens` is for text that a model reads, such as a prompt or what a chat template made: special
+  tokens that the text spells become their ids. It adds nothing either; what a tokenizer puts before a text is
+  `prefix_ids`. What it would put behind one (an end token) has no place where a model goes on with the text.
 - `encode_batch(texts)` and `encode_arrays(texts)` equal `[encode(text) for text in texts]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -33,6 +37,10 @@ class Tokenizer(Protocol):
 
     vocab_size: how many ids there are [tokens], before any padding. eod: the id that ends a document.
     lossless: whether decoding gives every text back unchanged. engine: what `encode_arrays` runs on, for people.
+    begin: the id that stands before
+    a text that has nothing before it: a begin token where the tokenizer names one, else `eod`.
+    special_tokens: the text of every special token that has one, and its id. prefix_ids: the ids that the tokenizer
+    itself puts before a text that a model reads, such as LLaMA's `<s>`; empty for most.
     """
 
     @property
@@ -47,8 +55,21 @@ class Tokenizer(Protocol):
     @property
     def engine(self) -> str: ...
 
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]: ...
+
     def encode(self, text: str) -> list[int]:
         """The token ids of one text; an empty text has none."""
+        ...
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The token ids of one text, where special tokens that it spells are their ids; nothing is added."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -67,3 +88,15 @@ class Tokenizer(Protocol):
 def as_array(ids: Sequence[int]) -> np.ndarray:
     """Ids as an array [tokens]."""
     return np.array(ids, np.int32)
+
+
+def split_at(text: str, tokens: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
+    """The stretches of a text, without empty ones: ordinary text with None, and a token's text with its id.
+
+    Where two tokens begin at the same place the longer one is meant.
+    """
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if longest_first else [text]
+    for at, part in enumerate(parts):
+        if part:
+            yield part, tokens[part] if at % 2 else None

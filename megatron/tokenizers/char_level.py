@@ -7,7 +7,8 @@ unused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,9 +21,11 @@ class CharLevelTokenizer:
     """Bytes as tokens. Takes the arguments that every tokenizer takes and needs none of them."""
 
     vocab_size = _VOCABULARY
-    eod = _END_OF_DOCUMENT
+    eod = begin = _END_OF_DOCUMENT
     lossless = True
     engine = "bytes"
+    special_tokens: Mapping[str, int] = MappingProxyType({})  # the end of a document has no spelling
+    prefix_ids: tuple[int, ...] = ()
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
         pass
@@ -33,6 +36,10 @@ class CharLevelTokenizer:
         if 0 in encoded:
             return [byte or _NUL_BYTE for byte in encoded]
         return list(encoded)
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The same: no text spells a special token."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of each text."""

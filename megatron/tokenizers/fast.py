@@ -4,32 +4,44 @@ The end of a document is one special token. The file's own wishes that would cha
 special tokens spelt in a text, added beginning and end tokens, truncation and padding. Whole corpora are encoded by
 the engine of `byte_level.py` where it gives the same ids.
 
+What a model reads (`encode_with_special_tokens`) is encoded by a second copy, which keeps to the file and to the
+tokenizer_config.json beside it.
+
 Source: https://huggingface.co/docs/tokenizers (Tokenizer.encode_special_tokens, encode_batch_fast).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, as_array
+from megatron.tokenizers.beside import Beside
 from megatron.tokenizers.byte_level import ByteLevelEngine, make_engine
 
 
 class FromTokenizers:
     """A tokenizer of the library made ready for training sets.
 
-    tokenizer: as its file describes it. eod: the token that ends a document. where: the file, for messages.
-    Raises ConfigError when the vocabulary has no such token.
+    tokenizer: as its file describes it. eod: the token that ends a document. where: the file, for messages. beside:
+    what tokenizer_config.json says. own: how the file describes the end token, where that is not to be read from the
+    tokenizer. Raises ConfigError when the vocabulary has no such token.
     """
 
-    def __init__(self, tokenizer: FastTokenizer, eod: str, where: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        eod: str,
+        where: str | None,
+        beside: Beside | None = None,
+        own: AddedToken | None = None,
+    ) -> None:
         number = tokenizer.token_to_id(eod)
         if number is None:
             raise ConfigError.of(
@@ -38,6 +50,8 @@ class FromTokenizers:
                 value=where,
                 remedy=f"add {eod} to the special tokens of the file",
             )
+        self._own = own or tokenizer.get_added_tokens_decoder().get(number)
+        self._beside = beside or Beside()
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # Whatever the file calls it, the end of a document is special: no text may spell it.
@@ -61,9 +75,58 @@ class FromTokenizers:
         """What encodes whole corpora, in words."""
         return self._engine[1]
 
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The text of each special token and its id: those of the file and those that tokenizer_config.json names."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        found = {token.content: number for number, token in sorted(added.items()) if token.special}
+        named = {text: self._tokenizer.token_to_id(text) for text in self._beside.special}
+        return found | {text: number for text, number in named.items() if number is not None}
+
+    @cached_property
+    def begin(self) -> int:
+        """The begin token, or else the end token, that tokenizer_config.json names; the end of a document without."""
+        named = (self._beside.begin, self._beside.end)
+        ids = [self._tokenizer.token_to_id(text) for text in named if text is not None]
+        return next((number for number in ids if number is not None), self.eod)
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What the file's post-processor puts before a text; where it has none, the begin token that is asked for."""
+        begin = self._beside.begin if self._beside.adds_begin else None
+        number = None if begin is None else self._tokenizer.token_to_id(begin)
+        return self._processed_prefix() if number is None else (number,)
+
+    def _processed_prefix(self) -> tuple[int, ...]:
+        for text in ("a", "0", ".", " "):
+            plain, whole = (self._tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True))
+            for start in range(len(whole) - len(plain) + 1) if plain else ():
+                if whole[start : start + len(plain)] == plain:
+                    return tuple(whole[:start])
+        return ()
+
+    @cached_property
+    def _reader(self) -> FastTokenizer:
+        """The tokenizer as the file and tokenizer_config.json describe it, for text that a model reads."""
+        reader = FastTokenizer.from_str(self._tokenizer.to_str())
+        if self._own is not None:
+            flags = {name: getattr(self._own, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            reader.add_special_tokens([AddedToken(self._own.content, special=True, **flags)])
+        known = {token.content for token in reader.get_added_tokens_decoder().values()}
+        reader.add_special_tokens([AddedToken(text) for text in self.special_tokens if text not in known])
+        if self._beside.blank is not None and '"\u2581"' in f"{reader.normalizer!r}{reader.pre_tokenizer!r}":
+            reader.normalizer = None
+            reader.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", self._beside.blank, split=False)
+        return reader
+
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The token ids of one text, where special tokens that it spells are their ids."""
+        ids: list[int] = self._reader.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -82,13 +145,13 @@ class FromTokenizers:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def __getstate__(self) -> tuple[str, str, str | None]:
+    def __getstate__(self) -> tuple[str, str, str | None, Beside, AddedToken | None]:
         """The file's text: what is set on top of it is set again in `__setstate__`."""
-        return self._tokenizer.to_str(), self._eod_token, self._where
+        return self._tokenizer.to_str(), self._eod_token, self._where, self._beside, self._own
 
-    def __setstate__(self, state: tuple[str, str, str | None]) -> None:
-        content, eod, where = state
-        FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, where)
+    def __setstate__(self, state: tuple[str, str, str | None, Beside, AddedToken | None]) -> None:
+        content, eod, where, beside, own = state
+        FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, where, beside, own)
 
 
 def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.beside import read_beside
 from megatron.tokenizers.fast import FromTokenizers, read_file
 
 KIND = "GPT2BPETokenizer"
@@ -25,7 +26,7 @@ class GPT2BPETokenizer(FromTokenizers):
         vocabulary = read_file(vocab_file, kind=KIND, key="vocab_file", needs="a vocab.json")
         merges = read_file(merge_file, kind=KIND, key="merge_file", needs="a merges.txt")
         tokenizer = gpt2_bpe(vocabulary, merges, vocab_file, merge_file)
-        super().__init__(tokenizer, END_OF_DOCUMENT, vocab_file)
+        super().__init__(tokenizer, END_OF_DOCUMENT, vocab_file, read_beside(vocab_file))
 
 
 def gpt2_bpe(vocabulary: str, merges: str, vocab_file: str | None, merge_file: str | None) -> FastTokenizer:

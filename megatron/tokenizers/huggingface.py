@@ -5,7 +5,10 @@ The end of a document is the token `<|endoftext|>`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.beside import read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse, read_file
 
 __all__ = ["END_OF_DOCUMENT", "HFTokenizer"]
@@ -20,4 +23,5 @@ class HFTokenizer(FromTokenizers):
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
         needs = "a tokenizer.json, such as one that tools/train_tokenizer.py writes"
         content = read_file(vocab_file, kind="HFTokenizer", key="vocab_file", needs=needs)
-        super().__init__(parse(content, vocab_file), END_OF_DOCUMENT, vocab_file)
+        beside = replace(read_beside(vocab_file), adds_begin=False)  # the file's post-processor says it
+        super().__init__(parse(content, vocab_file), END_OF_DOCUMENT, vocab_file, beside)

@@ -8,15 +8,15 @@ is the model's end-of-text token, which tokenizer_config.json names.
 from __future__ import annotations
 
 import importlib
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.beside import Beside, read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
 
@@ -41,7 +41,7 @@ class PretrainedFromHF(FromTokenizers):
             )
         files = _files_of(vocab_file)
         tokenizer = _tokenizer_of(files, vocab_file)
-        super().__init__(tokenizer, _end_of_text(files, tokenizer, vocab_file), vocab_file)
+        super().__init__(tokenizer, _end_of_text(files, tokenizer, vocab_file), vocab_file, _beside(files))
 
 
 class HFGPT2Tokenizer(FromTokenizers):
@@ -52,7 +52,7 @@ class HFGPT2Tokenizer(FromTokenizers):
         files = _files_of(name)
         tokenizer = _tokenizer_of(files, name)
         tokenizer.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
-        super().__init__(tokenizer, _end_of_text(files, tokenizer, name), name)
+        super().__init__(tokenizer, _end_of_text(files, tokenizer, name), name, _beside(files))
 
 
 def _files_of(name: str) -> dict[str, Path]:
@@ -82,6 +82,12 @@ def _files_of(name: str) -> dict[str, Path]:
     return found
 
 
+def _beside(files: dict[str, Path]) -> Beside:
+    """What tokenizer_config.json says; a tokenizer.json says itself what it puts before a text."""
+    beside = read_beside(files.get("tokenizer_config.json"))
+    return replace(beside, adds_begin=False) if "tokenizer.json" in files else beside
+
+
 def _tokenizer_of(files: dict[str, Path], name: str) -> FastTokenizer:
     if "tokenizer.json" in files:
         return parse(_read(files["tokenizer.json"], name), name)
@@ -105,7 +111,7 @@ def _read(path: Path, name: str) -> str:
 
 def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) -> str:
     """The token that tokenizer_config.json calls the end of text, else a usual one that the vocabulary has."""
-    named = _configured_end(files.get("tokenizer_config.json"))
+    named = read_beside(files.get("tokenizer_config.json")).end
     for token in (named, *_ENDS):
         if token is not None and tokenizer.token_to_id(token) is not None:
             return token
@@ -115,12 +121,3 @@ def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) ->
         value=name,
         remedy='write {"eos_token": "..."} into tokenizer_config.json beside tokenizer.json',
     )
-
-
-def _configured_end(path: Path | None) -> str | None:
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))["eos_token"] if path is not None else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    found = found.get("content") if isinstance(found, dict) else found
-    return found if isinstance(found, str) else None

@@ -3,19 +3,29 @@
 The piece `<|endoftext|>` ends a document where the model has one, else its end-of-sentence piece does. A text that
 spells the end of a document is spelt out character by character.
 
+In text that a model reads, what follows a special token is encoded without the blank that the library puts before a
+text, as `transformers` does; where the tokenizer_config.json beside the model names LLaMA's class, nothing is
+normalised either. That file says whether a begin token is put before a text (`add_bos_token`).
+
 Source: arXiv:1808.06226.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array
+from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, split_at
+from megatron.tokenizers.beside import Beside, read_beside
+
+# The fields of normalizer_spec, itself field 3 of the model's protocol buffer. What is appended to a model of this form
+# overrides what stands before it.
+_NO_CHARACTER_MAP, _NO_DUMMY_PREFIX, _KEEP_BLANKS = b"\x12\x00", b"\x18\x00", b"\x20\x00"
 
 
 class SPMTokenizer:
@@ -32,10 +42,10 @@ class SPMTokenizer:
         except OSError as fault:
             what = f"cannot read the tokenizer ({fault.strerror})"
             raise ConfigError.of(what, key="vocab_file", value=vocab_file, remedy=remedy) from fault
-        self._build(content, vocab_file)
+        self._build(content, vocab_file, read_beside(vocab_file))
 
-    def _build(self, content: bytes, where: str) -> None:
-        self._content, self._where = content, where
+    def _build(self, content: bytes, where: str, beside: Beside) -> None:
+        self._content, self._where, self._beside = content, where, beside
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = model.get_piece_size()
@@ -44,8 +54,8 @@ class SPMTokenizer:
             what = "this is not a sentencepiece model"
             raise ConfigError.of(what, key="vocab_file", value=where, remedy=remedy) from fault
         self._model = model
-        named = model.piece_to_id(END_OF_DOCUMENT)
-        self.eod: int = model.eos_id() if named == model.unk_id() else named
+        found = model.piece_to_id(END_OF_DOCUMENT)
+        self.eod: int = model.eos_id() if found == model.unk_id() else found
         if self.eod < 0:
             raise ConfigError.of(
                 f"this model has neither {END_OF_DOCUMENT} nor an end of sentence, so nothing ends a document",
@@ -54,6 +64,10 @@ class SPMTokenizer:
                 remedy="train it with an end of sentence (tools/train_tokenizer.py --tokenizer-type sentencepiece)",
             )
         self._special = frozenset(token for token in range(self.vocab_size) if model.is_control(token)) | {self.eod}
+        named = sorted({model.unk_id(), *self._special})
+        self.special_tokens: Mapping[str, int] = {model.id_to_piece(token): token for token in named if token >= 0}
+        self.begin: int = self.special_tokens.get(beside.begin or "", self.eod)
+        self.prefix_ids: tuple[int, ...] = (self.begin,) if beside.adds_begin else ()
         spelt = [model.piece_to_id(character) for character in model.id_to_piece(self.eod)]
         self._spelt = [token for token in spelt if token != self.eod]
         self.lossless: bool = self.decode(self.encode(DELICATE)) == DELICATE
@@ -61,6 +75,34 @@ class SPMTokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
         return self._unforged(self._model.encode(text, out_type=int))
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The token ids of one text, where special tokens that it spells are their ids."""
+        found: list[int] = []
+        for piece, special in split_at(text, self.special_tokens):
+            found += (special,) if special is not None else self._reader(piece, bool(found)).encode(piece, out_type=int)
+        return found
+
+    def _reader(self, text: str, follows: bool) -> sentencepiece.SentencePieceProcessor:
+        """The model for a stretch of text that a model reads. follows: whether a special token stands before it."""
+        blank = self._beside.blank
+        if blank is None:
+            return self._following if follows else self._model
+        # LLaMA's class puts no second blank before a text that begins with one.
+        opens = not text.startswith(" ") and (blank == "always" or (blank == "first" and not follows))
+        return self._opening if opens else self._following
+
+    @cached_property
+    def _opening(self) -> sentencepiece.SentencePieceProcessor:
+        return self._altered(_NO_CHARACTER_MAP + _KEEP_BLANKS)
+
+    @cached_property
+    def _following(self) -> sentencepiece.SentencePieceProcessor:
+        as_it_is = b"" if self._beside.blank is None else _NO_CHARACTER_MAP
+        return self._altered(as_it_is + _NO_DUMMY_PREFIX + _KEEP_BLANKS)
+
+    def _altered(self, fields: bytes) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self._content + bytes((0x1A, len(fields))) + fields)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""
@@ -81,8 +123,8 @@ class SPMTokenizer:
             return ids
         return [piece for token in ids for piece in (self._spelt if token == self.eod else (token,))]
 
-    def __getstate__(self) -> tuple[bytes, str]:
-        return self._content, self._where
+    def __getstate__(self) -> tuple[bytes, str, Beside]:
+        return self._content, self._where, self._beside
 
-    def __setstate__(self, state: tuple[bytes, str]) -> None:
+    def __setstate__(self, state: tuple[bytes, str, Beside]) -> None:
         self._build(*state)

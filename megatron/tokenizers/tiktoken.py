@@ -2,7 +2,7 @@
 
 A file has a token a line, its bytes in base 64 and its rank. The file says nothing of how words are parted and which
 special tokens follow; both belong to a vocabulary that is known by the number of its ranks. `<|endoftext|>` ends a
-document (`<|end_of_text|>` in Llama 3's).
+document (`<|end_of_text|>` in Llama 3's, whose texts begin with `<|begin_of_text|>`).
 
 Source: https://github.com/openai/tiktoken (tiktoken_ext/openai_public.py); Llama 3's model card for its file.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.base import END_OF_DOCUMENT, split_at
 from megatron.tokenizers.byte_level import CL100K_WORDS, GPT2_WORDS, LONG_TEXT, O200K_WORDS, cut
 
 _ENDS = (END_OF_DOCUMENT, "<|end_of_text|>")
@@ -34,7 +34,14 @@ class _Known:
     size: int
 
 
-_LLAMA3 = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}
+_BEGIN = "<|begin_of_text|>"
+_LLAMA3 = {
+    _BEGIN: 128000,
+    "<|end_of_text|>": 128001,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eot_id|>": 128009,
+}
 _KNOWN = {
     50256: _Known(GPT2_WORDS, {END_OF_DOCUMENT: 50256}, 50257),  # gpt2, r50k_base
     50280: _Known(GPT2_WORDS, {END_OF_DOCUMENT: 50256}, 50281),  # p50k_base
@@ -73,10 +80,21 @@ class TiktokenTokenizer:
         known = _KNOWN.get(len(encoding._mergeable_ranks))
         self.vocab_size: int = max(encoding.n_vocab, known.size if known else 0)
         self._special = frozenset(special.values())
+        self.special_tokens: Mapping[str, int] = dict(special)
+        self.begin: int = special.get(_BEGIN, end)
+        self.prefix_ids: tuple[int, ...] = (special[_BEGIN],) if _BEGIN in special else ()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text. Raises RunError where the engine cannot part its words."""
         return [token for piece in _pieces(text) for token in self._ordinary(piece)]
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The token ids of one text, where special tokens that it spells are their ids. Raises as `encode` does."""
+        return [
+            token
+            for piece, special in split_at(text, self.special_tokens)
+            for token in (self.encode(piece) if special is None else (special,))
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""

@@ -166,10 +166,38 @@ def test_a_batch_equals_its_texts(tokenizer):
     assert tokenizer.encode_arrays([]) == []
 
 
+def test_special_tokens_that_a_text_spells_are_their_ids_where_a_model_reads_it(tokenizer):
+    assert all(0 <= number < tokenizer.vocab_size for number in tokenizer.special_tokens.values())
+    for text, number in tokenizer.special_tokens.items():
+        assert tokenizer.encode_with_special_tokens(text) == [number]
+        assert number in tokenizer.encode_with_special_tokens(f"one{text}two")
+        assert number not in tokenizer.encode(f"one{text}two") or tokenizer.decode([number])  # else unknown text
+        assert tokenizer.decode([number]).strip() in {"", "\u2047"}
+    kinds_without = {"CharLevelTokenizer"}
+    assert (type(tokenizer).__name__ in kinds_without) == (not tokenizer.special_tokens)
+
+
+def test_text_without_special_tokens_reads_as_it_is_encoded(tokenizer):
+    for text in ("", "one two", "def f(x):\n    return x", "naïve café"):
+        assert tokenizer.encode_with_special_tokens(text) == tokenizer.encode(text)
+
+
+def test_what_stands_before_a_text_is_in_the_vocabulary(tokenizer):
+    assert isinstance(tokenizer.prefix_ids, tuple)
+    assert all(0 <= number < tokenizer.vocab_size for number in (tokenizer.begin, *tokenizer.prefix_ids))
+
+
 def test_pickling_keeps_every_promise(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert (copy.vocab_size, copy.eod, copy.lossless) == (tokenizer.vocab_size, tokenizer.eod, tokenizer.lossless)
     assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert (copy.special_tokens, copy.begin, copy.prefix_ids) == (
+        tokenizer.special_tokens,
+        tokenizer.begin,
+        tokenizer.prefix_ids,
+    )
+    for text in TEXTS:
+        assert copy.encode_with_special_tokens(text) == tokenizer.encode_with_special_tokens(text)
 
 
 def test_special_and_unknown_ids_leave_no_text(tokenizer):
