@@ -35,6 +35,7 @@ class HarnessModel(LM):
     batch_size [samples]: texts in one forward pass; scores do not depend on it. max_length [tokens]: of the context.
     replicas: the axis of the model's copies, which share the requests out. cached: whether generation may keep keys and
     values. chat: the template for `eval_chat_template`. name: of the tokenizer, which cached requests are kept under.
+    end_ids: tokens that end a generated text, besides the end of a document.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class HarnessModel(LM):
         cached: bool = True,
         chat: ChatTemplate | None = None,
         name: str = "tokenizer",
+        end_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self._engine = engine
@@ -60,6 +62,7 @@ class HarnessModel(LM):
         self._cached = cached
         self._chat = chat
         self._name = name
+        self._end_ids = tuple(end_ids)
 
     @property
     def eot_token_id(self) -> int:
@@ -178,6 +181,7 @@ class HarnessModel(LM):
             maximum_tokens=wanted,
             seq_length=self.max_length,
             stop=(until,) if isinstance(until, str) else tuple(until),
+            end_ids=self._end_ids,
             batch_size=self.batch_size,
             recompute=not self._cached,
         )

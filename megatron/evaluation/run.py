@@ -203,6 +203,7 @@ def _harness_model(
         cached=cached,
         chat=chat,
         name=f"{config.tokenizer.tokenizer_type}-{vocabulary}{place}",
+        end_ids=config.generation.eos_token_ids or (),
     )
 
 

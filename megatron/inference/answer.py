@@ -53,7 +53,8 @@ class Settings:
     """How every text of a run is made.
 
     sampling and seed: how tokens are chosen. maximum_tokens, seq_length [tokens]. recompute: without a cache. stop:
-    texts that end a text and are cut off. return_logits: keep the scores. batch_size [texts]: side by side.
+    texts that end a text and are cut off. end_ids: tokens that end one, besides the end of a document. return_logits:
+    keep the scores. batch_size [texts]: side by side.
     """
 
     sampling: Sampling
@@ -62,6 +63,7 @@ class Settings:
     seq_length: int
     recompute: bool = False
     stop: tuple[str, ...] = ()
+    end_ids: tuple[int, ...] = ()
     return_logits: bool = False
     batch_size: int = 1
 
@@ -95,7 +97,10 @@ class Answer:
         self.prompt_tokens = len(prompt)
         self.finished = False
         self.new_tokens: list[int] = []
-        limits = Limits(tokenizer.eod, settings.maximum_tokens, settings.seq_length)
+        # A stop text that is a special token is one token, and leaves no text to be found in.
+        spelt = (tokenizer.special_tokens[text] for text in settings.stop if text in tokenizer.special_tokens)
+        self._ends = frozenset((tokenizer.eod, *settings.end_ids, *spelt))
+        limits = Limits(self._ends, settings.maximum_tokens, settings.seq_length)
         sampler = Sampler(settings.sampling, vocab_size=tokenizer.vocab_size, seed=settings.seed, text_index=text_index)
         self.growing = Text(prompt, limits, sampler)
 
@@ -106,7 +111,7 @@ class Answer:
 
     def take(self, step: Step) -> bool:
         """Adds a token; True when a stop text has ended the answer, although the model would go on."""
-        if step.token == self._tokenizer.eod:
+        if step.token in self._ends:
             self.finished = True
             return False
         self.new_tokens.append(step.token)

@@ -28,9 +28,9 @@ PROMPT_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a text ends: at `eod`, after `maximum_tokens` new tokens, or when it is `seq_length` tokens long in all."""
+    """Where a text ends: at one of `ends`, after `maximum_tokens` new tokens, or at `seq_length` tokens in all."""
 
-    eod: int
+    ends: frozenset[int]
     maximum_tokens: int
     seq_length: int
 
@@ -66,7 +66,7 @@ class Text:
     def add(self, token: int) -> None:
         """One more token, which may be the last one."""
         self.tokens.append(token)
-        self.ended = token == self._limits.eod or len(self.tokens) >= self._end
+        self.ended = token in self._limits.ends or len(self.tokens) >= self._end
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from megatron.config import Config
@@ -100,11 +100,24 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
     try:
         with watch.over():
             tokenizer, rows = build_vocabulary(config, topology)
+            check_ends(config.generation.eos_token_ids, tokenizer)
             engine = build_inference_engine(config, topology, rows)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)
     finally:
         shutdown()
+
+
+def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where `eos_token_ids` names tokens that the vocabulary does not have."""
+    beyond = [number for number in ids or () if number >= tokenizer.vocab_size]
+    if beyond:
+        raise ConfigError.of(
+            f"the vocabulary has {tokenizer.vocab_size:,} tokens, so there is no {', '.join(map(str, beyond))}",
+            key="eos_token_ids",
+            value=list(ids or ()),
+            remedy="give ids of this tokenizer",
+        )
 
 
 def context_length(config: Config) -> int:
@@ -138,6 +151,7 @@ def _settings(config: Config) -> Settings:
         seq_length=context_length(config),
         recompute=section.recompute,
         stop=tuple(section.stop or ()),
+        end_ids=tuple(section.eos_token_ids or ()),
         return_logits=section.return_logits,
         batch_size=section.generation_batch_size,
     )

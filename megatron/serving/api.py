@@ -60,6 +60,7 @@ class Desk:
     """What the endpoints share.
 
     model: its name for clients. seq_length [tokens]: of prompt and answer together. key: what requests must carry.
+    end_ids: tokens that end a text, besides the end of a document.
     """
 
     service: Service
@@ -68,6 +69,7 @@ class Desk:
     seq_length: int
     key: str | None
     seed: int
+    end_ids: tuple[int, ...] = ()
 
     def check_key(self, request: Request) -> None:
         """Raises Refused unless the request carries the key, where one is set."""
@@ -106,7 +108,10 @@ class Desk:
             )
         first = time.time_ns() % 2**62 if seed is None and not sampling.greedy else (seed or self.seed)
         texts = [(each, "") for each in encoded for _ in range(copies)]
-        settings = [Settings(sampling, first + at, new, self.seq_length, stop=stops) for at, _ in enumerate(texts)]
+        settings = [
+            Settings(sampling, first + at, new, self.seq_length, stop=stops, end_ids=self.end_ids)
+            for at, _ in enumerate(texts)
+        ]
         try:
             started = start(self.service, texts, settings, likeliest=likeliest, vocab_size=self.tokenizer.vocab_size)
         except Full:

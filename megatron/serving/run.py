@@ -83,7 +83,8 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
 
     section = config.generation
     name = Path(config.checkpoint.load or "model").name
-    desk = Desk(service, tokenizer, name, context_length(config), section.serve_key, config.training.seed)
+    length, ends = context_length(config), tuple(section.eos_token_ids or ())
+    desk = Desk(service, tokenizer, name, length, section.serve_key, config.training.seed, ends)
     listening = _listen(section.serve_host, section.serve_port)
     settings = uvicorn.Config(
         build_app(desk), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10

@@ -254,6 +254,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
     (1, {"split": "0,0,0"}, "this is not three shares"),
     (1, {"master_port": 99999}, "master_port = 99999: a port lies between 1 and 65535"),
+    (1, {"eos_token_ids": [3, -1]}, "eos_token_ids = [3, -1]: a token's id cannot be negative"),
     (1, {"serve_port": 0}, "serve_port = 0: a port lies between 1 and 65535"),
     (1, {"num_nodes": 0}, "num_nodes = 0: it must be more than 0, or -1 for all"),
     (1, {"num_gpus": -2}, "num_gpus = -2: it must be more than 0, or -1 for all"),

@@ -94,7 +94,7 @@ def cached_is_uncached(settings: dict[str, Any], load: Path) -> None:
     engine = build_inference_engine(config, Topology.single(), 512)
     found = []
     for cached in (True, False):
-        limits = Limits(eod=-1, maximum_tokens=6, seq_length=32)
+        limits = Limits(ends=frozenset(), maximum_tokens=6, seq_length=32)
         texts = [Text(prompt, limits, sampler()) for prompt in ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11])]
         steps = [
             (texts.index(step.text), step.token, step.logits) for step in decode(engine, texts, rows=2, cached=cached)

@@ -21,7 +21,7 @@ def engine():
 
 def growing(prompt, *, sampling=GREEDY, eod=NEVER, maximum=1000, index=0, vocabulary=512):
     sampler = Sampler(sampling, vocab_size=vocabulary, seed=3, text_index=index)
-    return Text(prompt, Limits(eod, maximum, SEQUENCE), sampler)
+    return Text(prompt, Limits(frozenset({eod}), maximum, SEQUENCE), sampler)
 
 
 def texts(engine, prompts, *, rows=1, cached=True, **how):

@@ -7,9 +7,11 @@ import pytest
 
 from megatron.errors import ConfigError, RunError
 from megatron.inference import modes
-from megatron.inference.answer import Settings
+from megatron.inference.answer import Answer, Settings
 from megatron.inference.conversation import Interruption, converse
+from megatron.inference.decode import TokenLoop
 from megatron.inference.generate import TextGenerator
+from megatron.inference.run import check_ends
 from megatron.inference.sampling import Sampling
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
@@ -86,6 +88,44 @@ def test_a_stop_text_ends_the_text_and_is_cut_off(engine):
     assert stopped.text == plain.text[: plain.text.index(stop)]
     assert stopped.finished
     assert stopped.length == plain.text.index(stop) + 3
+
+
+def new_tokens(engine, **settings):
+    """The tokens of an answer, and its record."""
+    tokens = []
+    made = Answer(Spelling(), Settings(**DEFAULTS, **settings), [1, 2], on_token=lambda token, _: tokens.append(token))
+    loop = TokenLoop(engine, rows=1, max_length=SEQUENCE)
+    steps = loop.join([made.growing])
+    while not made.take(steps[0]) and not made.growing.ended:
+        steps = loop.step()
+    return tokens, made.record()
+
+
+def test_further_tokens_end_a_text_and_leave_none(engine):
+    plain, whole = new_tokens(engine)
+    assert len(plain) == 12 and not whole.finished
+    kept = plain[: plain.index(plain[5])]
+    tokens, record = new_tokens(engine, end_ids=(511, plain[5]))
+    assert (tokens, record.finished, record.length) == (kept, True, len(kept))
+    assert record.text == Spelling().decode(kept)
+
+
+def test_a_stop_text_that_is_a_special_token_ends_a_text(engine, monkeypatch):
+    plain, _ = new_tokens(engine)
+    monkeypatch.setattr(Spelling, "special_tokens", {"<|im_end|>": plain[5]})
+    tokens, record = new_tokens(engine, stop=("<|im_end|>",))
+    assert (tokens, record.finished) == (plain[: plain.index(plain[5])], True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"), [([7, 512], "the vocabulary has 512 tokens, so there is no 512"), ([600, 700], "no 600, 700")]
+)
+def test_ends_that_the_vocabulary_lacks_are_refused(ids, told):
+    check_ends([0, 511], CharLevelTokenizer())
+    check_ends(None, CharLevelTokenizer())
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_ends(ids, CharLevelTokenizer())
+    assert caught.value.mistakes[0].key == "eos_token_ids"
 
 
 @pytest.mark.parametrize("stop", [(), ("zz", "never seen")])

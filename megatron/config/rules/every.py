@@ -55,6 +55,7 @@ RULES: tuple[Rule, ...] = (
     blocks.extra_arguments_only_add,
     blocks.offload_is_possible,
     run.counts_are_positive,
+    run.ends_are_tokens,
     run.ports_are_ports,
     run.hosts_are_counted,
     run.one_launcher_is_named,

@@ -86,6 +86,13 @@ def counts_are_positive(config: Config) -> Iterator[Mistake]:
             yield Mistake("it cannot be negative", key=name, value=value)
 
 
+def ends_are_tokens(config: Config) -> Iterator[Mistake]:
+    """An id is at least 0; the tokenizer, once it is there, tells how large it may be."""
+    ids = config.generation.eos_token_ids
+    if ids is not None and any(number < 0 for number in ids):
+        yield Mistake("a token's id cannot be negative", key="eos_token_ids", value=list(ids))
+
+
 def ports_are_ports(config: Config) -> Iterator[Mistake]:
     """A port has 16 bits, and 0 is none."""
     for section, name in ((config.launch, "master_port"), (config.generation, "serve_port")):

@@ -1,7 +1,7 @@
 """Sampling text."""
 
 from megatron.config.key import Section, key
-from megatron.config.types import Strings
+from megatron.config.types import Integers, Strings
 
 
 class GenerationSection(Section):
@@ -20,6 +20,9 @@ class GenerationSection(Section):
     min_p: float = key(0.0, "Leave out tokens less likely than this part of the likeliest.", unit="fraction")
     repetition_penalty: float = key(1.0, "Divides the logits of tokens already seen, arXiv:1909.05858; 1 is none.")
     stop: Strings | None = key(None, "Texts at which generation ends.")
+    eos_token_ids: Integers | None = key(
+        None, "Further tokens at which generated text ends, beside the one that ends a document.", unit="token ids"
+    )
     maximum_tokens: int = key(64, "Longest continuation.", unit="tokens")
     prompt_end: str = key("\n", "Ends a prompt in a prompt file or on the terminal.")
     sample_input_file: str | None = key(None, "File of prompts.")
