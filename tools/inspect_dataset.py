@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.data.card import facts_of, read_card
 from megatron.data.indexed import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import Tokenizer, make_tokenizer
@@ -113,6 +114,7 @@ def shown(asked: argparse.Namespace) -> list[str]:
     tokenizer = None
     if asked.tokenizer_type:
         tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
+        _check_tokenizer(data, asked.tokenizer_type, tokenizer)
     lines = header(data, prefix)
     if asked.check:
         lines += check(data, tokenizer)
@@ -125,6 +127,16 @@ def shown(asked: argparse.Namespace) -> list[str]:
     for number in asked.document:
         lines += document(data, number, tokenizer)
     return lines
+
+
+def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where the card tells of another tokenizer, whose words these ids are not."""
+    card = read_card(data.prefix, documents=len(data.document_index) - 1, tokens=len(data.tokens))
+    facts = facts_of(kind, tokenizer)
+    if card is not None and not card.tokenizer.agrees_with(facts):
+        remedy = "name the tokenizer that made these files"
+        what = f"this is {facts}, and another tokenizer made {data.prefix}: {card.tokenizer}"
+        raise ConfigError.of(what, key="tokenizer_type", value=kind, remedy=remedy)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,10 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.data.card import facts_of
 from megatron.data.corpora import CORPORA, Corpus, find_corpus, read_about
 from megatron.data.download import Source, fetch
 from megatron.data.indexed import bin_path, idx_path
-from megatron.data.preprocess import TokenizerFacts, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.progress import ProgressLine, TransferLine
 from megatron.data.public_corpora import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA, PublicCorpus
 from megatron.data.recipes import PlainText
@@ -132,7 +133,7 @@ def tokenise(
             find_text_files(map(str, files)),
             PlainText(tokenizer, append_eod=True),
             output_prefix=str(prefix),
-            facts=TokenizerFacts(kind, tokenizer.vocab_size, tokenizer.eod),
+            facts=facts_of(kind, tokenizer),
             workers=workers,
             report=line,
         )

@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.data.card import TokenizerFacts, facts_of
 from megatron.data.encode import Recipe
-from megatron.data.preprocess import Result, TokenizerFacts, preprocess
+from megatron.data.preprocess import Result, preprocess
 from megatron.data.progress import ProgressLine
 from megatron.data.recipes import LabelledText, PlainText
 from megatron.data.sentences import Sentences
@@ -144,8 +145,7 @@ def run(asked: argparse.Namespace) -> Result:
     vocab_file = asked.vocab_file or asked.tokenizer_name_or_path
     tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=vocab_file, merge_file=asked.merge_file)
     print(f"{asked.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
-    eod = tokenizer.eod if asked.append_eod else None
-    facts = TokenizerFacts(asked.tokenizer_type, tokenizer.vocab_size, eod)
+    facts = facts_of(asked.tokenizer_type, tokenizer, append_eod=asked.append_eod)
     return run_recipe(asked, recipe_of(asked, tokenizer), facts)
 
 

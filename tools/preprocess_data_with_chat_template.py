@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.preprocess import TokenizerFacts
+from megatron.data.card import TokenizerFacts
 from megatron.data.recipes import Chat
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.chat import ChatTemplate
@@ -67,9 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
     try:
         recipe = recipe_of(asked)
-        facts = TokenizerFacts(
-            f"chat template of {asked.tokenizer_path}", recipe.template.vocab_size, recipe.template.eod
-        )
+        facts = TokenizerFacts("PretrainedFromHF", recipe.template.vocab_size, recipe.template.eod)
         print(told(run_recipe(asked, recipe, facts)))
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron.data import compiled
-from megatron.data.gpt import Extras, Samples
+from megatron.data.gpt import Extras, Origin, Samples
 
 # Each set is asked for a little more than its share, since the greedy order may run ahead of it.
 MARGIN = 1.005
@@ -92,3 +92,7 @@ class BlendedDataset:
         if not 0 <= number < len(self._sets):
             raise IndexError(f"sample {number} of a blend that has {len(self)}")
         self._datasets[self._sets.item(number)].read(self._numbers.item(number), tokens, extras)
+
+    def origin(self, number: int, place: int) -> Origin:
+        """Where the token at a place of sample `number` comes from."""
+        return self._datasets[self._sets.item(number)].origin(self._numbers.item(number), place)

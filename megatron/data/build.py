@@ -11,7 +11,7 @@ import torch
 
 from megatron.config.sections.data import DataSection
 from megatron.data.blend import BlendedDataset, whole_passes
-from megatron.data.card import read_card
+from megatron.data.card import TokenizerFacts, read_card
 from megatron.data.gpt import PackedDataset, Samples, WholeDataset
 from megatron.data.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.index_map import IndexMap, epochs_needed
@@ -20,6 +20,7 @@ from megatron.data.plan import DataPlan, SourcePlan, SplitPlan
 from megatron.data.sampler import Sampler
 from megatron.data.sources import Split, read_splits
 from megatron.data.splits import NAMES
+from megatron.data.strangers import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def build_data(
     barrier: Callable[[], None],
     train_epochs: int | None = None,
     prompt: int = 0,
+    tokenizer: TokenizerFacts | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -55,13 +57,16 @@ def build_data(
     at once. *_samples: how many all ranks together will take over the whole run. is_builder: whether this rank writes
     the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
     that the training data is laid out for; train_samples are at most those of epoch_samples. prompt: places before each
-    sequence of seq_length tokens for the vectors of a learned prompt.
-    Raises ConfigError when no data is named, files are missing or a needed split is empty; RunError when a file is
-    damaged.
+    each sequence of seq_length tokens for the vectors of a learned prompt. tokenizer: of the run; data that is known to
+    come from another is refused, and ids that it does not have are where they are read.
+    Raises ConfigError when no data is named, files are missing, a needed split is empty or another tokenizer made the
+    data; RunError when a file is damaged.
     """
     started = time.monotonic()
     wanted = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
     splits, warnings = read_splits(data, wanted, train_epochs=train_epochs)
+    if tokenizer is not None:
+        check_tokenizer(splits, tokenizer)
     maps, cache_warnings = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
     whole = data.pack_impl != PACKED
     loaders: dict[str, Loader] = {}
@@ -80,6 +85,7 @@ def build_data(
             workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
             prompt=prompt,
+            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
         )
         plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
     if data.mmap_warmup:

@@ -30,6 +30,13 @@ class Extras(NamedTuple):
     borders: np.ndarray | None = None
 
 
+class Origin(NamedTuple):
+    """The data set and the document in it that a token of a sample comes from."""
+
+    source: TokenSource
+    document: int
+
+
 class Samples(Protocol):
     """Numbered samples of equal length. sample_length: [tokens], one more than the sequence length."""
 
@@ -40,6 +47,10 @@ class Samples(Protocol):
 
     def read(self, number: int, tokens: np.ndarray, extras: Extras | None = None) -> None:
         """Writes sample `number` into tokens, an integer array of sample_length tokens, and into the extras."""
+        ...
+
+    def origin(self, number: int, place: int) -> Origin:
+        """Where the token at a place of sample `number` comes from."""
         ...
 
 
@@ -83,6 +94,11 @@ class PackedDataset:
             tokens[filled:] = PADDING
         if extras is not None:
             self._read_extras(pieces, filled, tokens, extras)
+
+    def origin(self, number: int, place: int) -> Origin:
+        """Where the token at a place of sample `number` comes from; the last document for padding."""
+        pieces = self._pieces(self._index.shuffle.item(number))
+        return Origin(self._source, next(piece[3] for piece in reversed(pieces) if piece[0] <= place and piece[2]))
 
     def __getitem__(self, number: int) -> np.ndarray:
         """The sample's tokens, int64 [seq_length + 1]."""

@@ -16,6 +16,7 @@ import torch
 from megatron.data.batch import MicroBatch, make_batch
 from megatron.data.gpt import Extras, Samples
 from megatron.data.sampler import Sampler
+from megatron.errors import RunError
 
 EXTRA_TYPES = {"labels": np.int64, "rewards": np.float32, "borders": np.bool_}
 AHEAD = 2  # micro-batches read ahead by each thread
@@ -28,6 +29,7 @@ class Loader:
     does not count. labels, rewards: read them too; labels tell padding and tokens that are not to be predicted.
     documents: say where the document of each token starts. workers: background threads, 0 for none.
     pin_memory: serve batches in page-locked memory. prompt: places before every sequence for a learned prompt.
+    vocab_size: ids from here on belong to no token, and data that holds one is refused.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
         prompt: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.samples = samples
         self._sampler = sampler
@@ -52,6 +55,7 @@ class Loader:
         self._workers = workers
         self._pin_memory = pin_memory
         self._prompt = prompt
+        self._vocab_size = vocab_size
 
     def __len__(self) -> int:
         """The number of samples that can be served to all ranks together."""
@@ -60,7 +64,8 @@ class Loader:
     def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches after so many samples were consumed by all ranks together, until the samples are used up.
 
-        Starting late costs the same as starting at 0. Raises RunError when more were consumed than there are.
+        Starting late costs the same as starting at 0. Raises RunError when more were consumed than there are, and where
+        the data holds an id that the vocabulary has not.
         """
         wanted = self._sampler.batches(consumed_samples)
         return self._ahead(wanted) if self._workers > 0 else map(self._read, wanted)
@@ -87,6 +92,8 @@ class Loader:
         for row, number in enumerate(numbers):
             own = Extras(**{name: array[row] for name, array in extras.items()}) if extras else None
             self.samples.read(number, samples[row], own)
+        if self._vocab_size is not None:
+            self._check(numbers, samples, extras.get("labels"))
         batch = make_batch(
             torch.from_numpy(samples),
             eod=self._eod,
@@ -95,3 +102,22 @@ class Loader:
             **{name: torch.from_numpy(array) for name, array in extras.items()},
         )
         return batch.pin_memory() if self._pin_memory else batch
+
+    def _check(self, numbers: range, samples: np.ndarray, labels: np.ndarray | None) -> None:
+        """Raises RunError for an id that is no token's."""
+        limit = self._vocab_size
+        assert limit is not None
+        if int(samples.max()) >= limit or int(samples.min()) < 0:
+            read, wrong = samples, (samples >= limit) | (samples < 0)
+        elif labels is not None and int(labels.max()) >= limit:
+            read, wrong = labels, labels >= limit
+        else:
+            return
+        row, place = np.argwhere(wrong)[0].tolist()
+        source, document = self.samples.origin(numbers[row], place)
+        dataset = source.tokens if read is samples or source.labels is None else source.labels
+        raise RunError.of(
+            f"document {document} holds the id {int(read[row, place])}, and the tokenizer's ids are 0 to {limit - 1}",
+            where=dataset.prefix,
+            remedy="another tokenizer made this data: give the run that one, or make the data again with the run's own",
+        )

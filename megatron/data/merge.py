@@ -45,8 +45,8 @@ def find_pairs(names: Sequence[str]) -> list[str]:
 def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     """Writes the pairs one after another to `<output_prefix>.bin` and `.idx`; returns documents and tokens.
 
-    Raises ConfigError when a file is missing, the pairs have different dtypes or one of them is the output; RunError
-    when one is damaged.
+    Raises ConfigError when a file is missing, the pairs have different dtypes or tokenizers, or one of them is the
+    output; RunError when one is damaged.
     """
     sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
     mistakes = [
@@ -61,13 +61,14 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     ]
     if any(Path(prefix).resolve() == Path(output_prefix).resolve() for prefix in prefixes):
         mistakes.append(Mistake("the output is one of the inputs", key="output_prefix", value=output_prefix))
-    ConfigError.raise_any(mistakes)
+    cards = [_card_of(source) for source in sources]
+    ConfigError.raise_any([*mistakes, *_strangers(prefixes, cards)])
     for source in sources:
         source.check()
     with DatasetWriter(output_prefix, sources[0].dtype) as writer:
         for source in sources:
             _copy(source, writer)
-        writer.card = _card(prefixes, sources)
+        writer.card = _joined(cards)
     return writer.documents, writer.tokens
 
 
@@ -87,20 +88,34 @@ def _copy(source: IndexedDataset, writer: DatasetWriter) -> None:
         document = last
 
 
-def _card(prefixes: Sequence[str], sources: Sequence[IndexedDataset]) -> DatasetCard | None:
-    """What is known of all together: only when it is known of each and they agree."""
-    cards = [
-        read_card(prefix, documents=len(source.document_index) - 1, tokens=len(source.tokens))
-        for prefix, source in zip(prefixes, sources, strict=True)
+def _card_of(source: IndexedDataset) -> DatasetCard | None:
+    return read_card(source.prefix, documents=len(source.document_index) - 1, tokens=len(source.tokens))
+
+
+def _strangers(prefixes: Sequence[str], cards: Sequence[DatasetCard | None]) -> list[Mistake]:
+    """The pairs that another tokenizer made than the first of which most is known."""
+    known = [(prefix, card.tokenizer) for prefix, card in zip(prefixes, cards, strict=True) if card is not None]
+    sure = [(prefix, facts) for prefix, facts in known if facts.fingerprint is not None] or known
+    return [
+        Mistake(
+            f"another tokenizer made it ({facts}) than {sure[0][0]} ({sure[0][1]})",
+            key="input",
+            value=prefix,
+            remedy="make all of them with the same tokenizer",
+        )
+        for prefix, facts in known
+        if not facts.agrees_with(sure[0][1])
     ]
+
+
+def _joined(cards: Sequence[DatasetCard | None]) -> DatasetCard | None:
+    """What is known of all together: only when it is known of each and they agree."""
     known = [card for card in cards if card is not None]
-    if len(known) != len(cards):
+    if len(known) != len(cards) or len({card.eod for card in known}) != 1:
         return None
-    total = replace(
+    return replace(
         known[0],
         documents=sum(card.documents for card in known),
         tokens=sum(card.tokens for card in known),
         text_bytes=sum(card.text_bytes for card in known),
     )
-    alike = {(card.tokenizer_type, card.vocab_size, card.eod) for card in known}
-    return total if len(alike) == 1 else None

@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from megatron.data.card import DatasetCard
+from megatron.data.card import DatasetCard, TokenizerFacts
 from megatron.data.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
 from megatron.data.journal import Counts, Journal, Sidecar, task_of
 from megatron.data.shard import Shard, shard_blocks
@@ -63,15 +63,6 @@ class Result:
     seconds: float
     starting: float
     sidecar: str | None
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """What is written down about a tokenizer. eod: the id that ends each document, or None when none is appended."""
-
-    kind: str
-    vocab_size: int
-    eod: int | None
 
 
 def preprocess(
@@ -132,7 +123,13 @@ def preprocess(
             raise
         for writer, text_bytes in zip(writers, counts.text_bytes, strict=True):
             writer.card = DatasetCard(
-                writer.documents, writer.tokens, text_bytes, facts.kind, facts.vocab_size, facts.eod
+                writer.documents,
+                writer.tokens,
+                text_bytes,
+                facts.kind,
+                facts.vocab_size,
+                facts.eod,
+                facts.fingerprint,
             )
     journal.remove()
     outputs = tuple(

@@ -25,6 +25,7 @@ from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
+from megatron.data.card import facts_of
 from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
@@ -206,6 +207,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         barrier=_barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
+        tokenizer=facts_of(config.tokenizer.tokenizer_type, tokenizer),
     )
     if data.train is None:
         raise ConfigError.of(
