@@ -27,6 +27,7 @@ from megatron.errors import RunError
 
 WAITING = 2  # blocks for each worker that are read ahead or not yet taken
 WAITING_BYTES = 64 << 20  # or so much of them, where there is a very long document
+_REMEDY = "a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers"
 
 
 def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Generator[EncodedBlock, None, None]:
@@ -46,9 +47,10 @@ def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Ge
 
         def work(block: Block) -> EncodedBlock:
             worker = idle.get()
-            encoded = worker.encode(block)
-            idle.put(worker)
-            return encoded
+            try:
+                return worker.encode(block)
+            finally:
+                idle.put(worker)  # a dead one too: whoever waits for a worker must get one, or never ends
 
         pending: deque[tuple[Future[EncodedBlock], int]] = deque()
         for block in blocks:
@@ -66,7 +68,10 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process: BaseProcess = context.Process(target=_serve, args=(other, encoder), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as fault:  # it died before it had read what to do, or could not be started
+            raise RunError.of(f"a worker process cannot be started ({fault})", remedy=_REMEDY) from fault
         other.close()
 
     def __enter__(self) -> _Worker:
@@ -82,12 +87,12 @@ class _Worker:
         try:
             self._pipe.send(block)
             answer = _receive(self._pipe)
-        except (EOFError, BrokenPipeError, ConnectionResetError) as fault:
+        except (EOFError, OSError) as fault:  # OSError: also in the middle of an answer
             self._process.join(5)
             raise RunError.of(
                 f"a worker process died (exit code {self._process.exitcode})",
                 where=f"{block.name}, from byte {block.start}",
-                remedy="a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers",
+                remedy=_REMEDY,
             ) from fault
         if isinstance(answer, BaseException):
             raise answer

@@ -264,6 +264,37 @@ def test_a_worker_that_dies_is_told(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("killed", ["one", "all"])
+def test_a_killed_worker_ends_the_tool(tmp_path, killed):
+    """The tool itself must end, at once and with 1; threads that wait for a worker would hold the interpreter."""
+    path = lines(tmp_path / "a.jsonl", [{"text": "some words " * 2000}] * 3000)
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path)]
+    command += ["--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "CharLevelTokenizer", "--workers", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        partial = tmp_path / "out_text_document.bin.partial"
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        listed = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+        children = [child for child in map(int, listed.split()) if b"spawn_main" in _command(child)]
+        assert len(children) == 2
+        for child in children if killed == "all" else children[-1:]:
+            os.kill(child, signal.SIGKILL)
+        _, told = running.communicate(timeout=30)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 1
+    assert "a worker process died (exit code -9)" in told
+    assert "Traceback" not in told
+    assert not any(_alive(child) for child in children)
+
+
+def _command(process):
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
 def test_killed_midway_nothing_has_the_final_name_and_no_process_stays(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"text": "some words " * 2000}] * 3000)
     prefix = tmp_path / "out" / "killed"
