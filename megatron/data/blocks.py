@@ -7,32 +7,24 @@ works on it reads it.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import importlib
-import io
-import lzma
+import json
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import IO, Any
+from typing import IO, cast
 
+from megatron.data.streams import DAMAGE, Salvaged, TarStream, decompressed
 from megatron.data.text_files import Kind, TextFile, kind_of, kind_of_member
-from megatron.errors import ConfigError, RunError
+from megatron.errors import RunError
 
 BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LENGTH_DIGITS = 16
-_ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memory
 NOT_TEXT = ("not read", "the member's name does not say that it is text")
 _Content = tuple[str, Kind, bytes | None, bool]  # None: a member that is not text
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
-"""What the readers of compressed files and archives raise; zipfile's NotImplementedError is an unknown compression."""
-
 _ENCRYPTED = 1  # bit of a zip member's flags
 
 
@@ -123,7 +115,7 @@ def _line_start(raw: IO[bytes], position: int, size: int) -> int:
     return size
 
 
-def _exactly(file: IO[bytes], length: int, at_once: int) -> Iterator[bytes]:
+def _exactly(file: IO[bytes] | Salvaged, length: int, at_once: int) -> Iterator[bytes]:
     """So many bytes, fewer at the end of the file. at_once: since the length may be a damaged one."""
     while length and (piece := file.read(min(length, at_once))):
         yield piece
@@ -138,20 +130,26 @@ def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[_Con
     found = kind_of(file.path)
     assert found is not None
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_decompressed(name, found[1], raw))
+        stream = stack.enter_context(decompressed(name, found[1], raw))
         if file.kind is Kind.TAR:
             yield from _tar(name, stream, block_bytes)
         else:
             yield from _documents(name, file.kind, stream, block_bytes)
 
 
-def _tar(name: str, stream: IO[bytes], block_bytes: int) -> Iterator[_Content]:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            if member.isfile() and not _hidden(member.name):
-                content = archive.extractfile(member)
-                assert content is not None
-                yield from _member(f"{name}!{member.name}", kind_of_member(PurePath(member.name)), content, block_bytes)
+def _tar(name: str, stream: Salvaged, block_bytes: int) -> Iterator[_Content]:
+    tar = TarStream(stream)
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], tar), mode="r|") as archive:
+            for member in archive:
+                if member.isfile() and not _hidden(member.name):
+                    content = tar.member(archive.extractfile(member), member.offset_data)
+                    kind = kind_of_member(PurePath(member.name))
+                    yield from _member(f"{name}!{member.name}", kind, content, block_bytes)
+    except DAMAGE:
+        stream.check()  # says more than that the archive ends too early
+        raise
+    stream.check()
 
 
 def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:
@@ -174,20 +172,24 @@ def _member(name: str, kind: tuple[Kind, str] | None, content: IO[bytes], block_
     if kind is None:
         yield name, Kind.WHOLE, None, True
         return
-    with _decompressed(name, kind[1], content) as text:
+    with decompressed(name, kind[1], content) as text:
         yield from _documents(name, kind[0], text, block_bytes)
 
 
-def _documents(name: str, kind: Kind, stream: IO[bytes], block_bytes: int) -> Iterator[_Content]:
+def _documents(name: str, kind: Kind, stream: Salvaged, block_bytes: int) -> Iterator[_Content]:
+    """The documents of a stream in blocks; raises its damage behind all that is whole before it."""
     if kind is Kind.WHOLE:
-        yield name, kind, stream.read(), True
+        content = stream.read()
+        stream.check()
+        yield name, kind, content, True
         return
     pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(stream, block_bytes)
     for number, content in enumerate(pieces):
         yield name, kind, content, number == 0
+    stream.check()
 
 
-def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
+def _lines(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
     """The content in pieces that end after a line."""
     held: list[bytes] = []
     while content := stream.read(block_bytes):
@@ -198,11 +200,20 @@ def _lines(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
             held.clear()  # a line may be most of the memory
             yield whole
         held.append(content[cut:])
-    if any(held):
-        yield b"".join(held)
+    last = b"".join(held)
+    if last and (stream.fault is None or _is_object(last)):
+        yield last
 
 
-def _lengths(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
+def _is_object(line: bytes) -> bool:
+    """Whether a line that damage follows, and no line end, is a whole one: the start of a JSON object is none."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lengths(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
     """The documents of a .dat with their lengths, in pieces. Raises EOFError, behind what was whole."""
     number = held_bytes = 0
     held: list[bytes] = []
@@ -223,7 +234,7 @@ def _lengths(stream: IO[bytes], block_bytes: int) -> Iterator[bytes]:
             held, held_bytes = [], 0
     if held:
         yield b"".join(held)
-    if fault:
+    if fault and stream.fault is None:
         raise EOFError(fault)
 
 
@@ -234,67 +245,3 @@ def parse_lengths(content: bytes) -> Iterator[bytes]:
         end = at + LENGTH_DIGITS + int(content[at : at + LENGTH_DIGITS])
         yield content[at + LENGTH_DIGITS : end]
         at = end
-
-
-@contextlib.contextmanager
-def _decompressed(name: str, compression: str, raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    readers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    if compression in readers:
-        with readers[compression](raw) as stream:
-            yield stream
-    elif compression == ".zst":
-        yield _zstandard(name, raw)
-    else:
-        yield raw
-
-
-def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ModuleNotFoundError as fault:
-        raise ConfigError.of(
-            "reading .zst needs the package zstandard, which is not installed",
-            where=name,
-            remedy="pip install zstandard",
-        ) from fault
-    reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
-    return io.BufferedReader(reader, BLOCK_BYTES)
-
-
-class _Zstandard(io.RawIOBase):
-    """Frames of Zstandard one after another. The package's own reader takes a frame that was cut short for a whole one;
-    this one raises EOFError.
-    """
-
-    def __init__(self, raw: IO[bytes], decompressor: Any, fault: type[Exception]) -> None:
-        self._raw = raw
-        self._decompressor = decompressor
-        self._fault = fault
-        self._frame = decompressor.decompressobj()
-        self._inside = False
-        self._held = b""
-        self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        while not self._held:
-            piece = self._left or self._raw.read(_ZSTD_BYTES)
-            self._left = b""
-            if not piece:
-                if self._inside:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return 0
-            try:
-                self._held = self._frame.decompress(piece)
-            except self._fault as fault:
-                raise OSError(str(fault)) from fault
-            self._inside = not self._frame.eof
-            if self._frame.eof:
-                self._left = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-        size = min(len(buffer), len(self._held))
-        buffer[:size] = self._held[:size]
-        self._held = self._held[size:]
-        return size

@@ -1,0 +1,171 @@
+"""What compressed files, and members of archives, hold: up to where they are damaged.
+
+A file that was cut short, or has something else behind its end, gives every byte before that place.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import importlib
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from megatron.errors import ConfigError
+
+AT_ONCE = 1 << 14  # bytes asked of a decompressor at once: so much before damage inside the file may be lost
+_ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memory
+_ZSTD_HELD = 1 << 20
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+"""What the readers of compressed files and archives raise; zipfile's NotImplementedError is an unknown compression."""
+
+
+class Salvaged:
+    """A stream that gives all that comes before damage, and then its end; `fault` then says what the damage is.
+
+    The readers of the standard library raise instead, and what they had in hand is lost.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.fault: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        """So many bytes, or all for -1; fewer at the end and before damage."""
+        pieces, wanted = [], size
+        while self.fault is None and wanted:
+            try:
+                piece = self._stream.read1(AT_ONCE if wanted < 0 else min(wanted, AT_ONCE))
+            except DAMAGE as fault:
+                self.fault = fault
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+            wanted = wanted if wanted < 0 else wanted - len(piece)
+        return b"".join(pieces)
+
+    def check(self) -> None:
+        """Raises what the damage was, if there was any."""
+        if self.fault is not None:
+            raise self.fault
+
+
+class TarStream:
+    """The bytes of a tar, with zeros behind their end: tarfile throws the start of what it cannot read whole away.
+
+    Zeros are the end of an archive to it; `member` takes them off again.
+    """
+
+    def __init__(self, stream: Salvaged) -> None:
+        self._stream = stream
+        self._given = 0
+        self._ended = False
+
+    def read(self, size: int) -> bytes:
+        """So many bytes."""
+        content = self._stream.read(size)
+        self._given += len(content)
+        self._ended = self._ended or len(content) < size
+        return content.ljust(size, b"\0")
+
+    def check(self) -> None:
+        """Raises what the damage was, if there was any."""
+        self._stream.check()
+
+    def member(self, content: Any, start: int) -> Any:
+        """What is really there of a member. content: as tarfile reads it. start: its first byte in the tar."""
+        return _Member(self, content, start)
+
+    def real(self, start: int, stop: int) -> int:
+        """How many bytes from start to stop are there. Raises DAMAGE where there should be some and are none."""
+        there = max(min(stop, self._given) - start, 0) if self._ended else stop - start
+        if stop > start and not there:
+            self.check()
+            raise EOFError("the archive ends inside a member")
+        return there
+
+
+class _Member:
+    def __init__(self, stream: TarStream, content: Any, start: int) -> None:
+        self._stream = stream
+        self._content = content
+        self._at = start
+
+    def read1(self, size: int) -> bytes:
+        piece: bytes = self._content.read1(size)
+        piece = piece[: self._stream.real(self._at, self._at + len(piece))]
+        self._at += len(piece)
+        return piece
+
+    def read(self, size: int = -1) -> bytes:
+        return self.read1(size)  # fewer bytes than asked for are no end to the decompressors
+
+
+@contextlib.contextmanager
+def decompressed(name: str, compression: str, raw: IO[bytes]) -> Iterator[Salvaged]:
+    """The content of a file or a member. name: for messages. Raises ConfigError where .zst cannot be read."""
+    readers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if compression in readers:
+        with readers[compression](raw) as stream:
+            yield Salvaged(stream)
+    else:
+        yield Salvaged(_zstandard(name, raw) if compression == ".zst" else raw)
+
+
+def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ModuleNotFoundError as fault:
+        raise ConfigError.of(
+            "reading .zst needs the package zstandard, which is not installed",
+            where=name,
+            remedy="pip install zstandard",
+        ) from fault
+    reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
+    return io.BufferedReader(reader, _ZSTD_HELD)
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of Zstandard one after another. The package's own reader takes a frame that was cut short for a whole one;
+    this one raises EOFError.
+    """
+
+    def __init__(self, raw: IO[bytes], decompressor: Any, fault: type[Exception]) -> None:
+        self._raw = raw
+        self._decompressor = decompressor
+        self._fault = fault
+        self._frame = decompressor.decompressobj()
+        self._inside = False
+        self._held = b""
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._held:
+            piece = self._left or self._raw.read(_ZSTD_BYTES)
+            self._left = b""
+            if not piece:
+                if self._inside:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            try:
+                self._held = self._frame.decompress(piece)
+            except self._fault as fault:
+                raise OSError(str(fault)) from fault
+            self._inside = not self._frame.eof
+            if self._frame.eof:
+                self._left = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size

@@ -1,0 +1,114 @@
+"""Damaged compressed files and archives: everything that is whole before the damage is read, and the damage is told."""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import zstandard
+
+from megatron.data.blocks import parse_lengths, read_blocks
+from megatron.data.text_files import find_text_files
+
+
+def _records(count=1200):
+    """Lines of 700 random letters: 20 % of them compressed hold several hundred whole ones, in less than 1 MiB."""
+    generator = np.random.default_rng(1)
+    return [
+        json.dumps({"text": bytes(generator.choice(list(b"abcdefgh "), 700).tolist()).decode()}) for _ in range(count)
+    ]
+
+
+def _available(suffix, content):
+    """What the bytes give when they are handed to a decompressor all at once; what it raises at the end is left out."""
+    if not suffix:
+        return content
+    makers = {
+        ".gz": lambda: zlib.decompressobj(31),
+        ".bz2": bz2.BZ2Decompressor,
+        ".xz": lzma.LZMADecompressor,
+        ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    }
+    return makers[suffix]().decompress(content)
+
+
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": lambda content: bz2.compress(content, 1),
+    ".xz": lambda content: lzma.compress(content, preset=0),
+    ".zst": zstandard.ZstdCompressor(level=3, write_checksum=True).compress,
+}
+PACKED = [suffix for suffix in PACK if suffix]
+DAMAGES = {
+    "cut at 20 %": lambda content: content[: len(content) // 5],
+    "cut at 90 %": lambda content: content[: len(content) * 9 // 10],
+    "cut by a byte": lambda content: content[:-1],
+    "junk behind it": lambda content: content + b"no archive" * 3,
+}
+
+
+@pytest.fixture(scope="module")
+def records():
+    return _records()
+
+
+@pytest.mark.parametrize(("suffix", "archive"), [*itertools.product(PACK, [True]), *itertools.product(PACKED, [False])])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_whole_line_before_damage_is_kept(tmp_path, records, suffix, damage, archive):
+    text = "".join(record + "\n" for record in records).encode()
+    content = text
+    if archive:
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            about = tarfile.TarInfo("lines.jsonl")
+            about.size = len(text)
+            tar.addfile(about, io.BytesIO(text))
+        content = made.getvalue()
+    damaged = DAMAGES[damage](PACK[suffix](content))
+    path = tmp_path / (f"lines.tar{suffix}" if archive else f"lines.jsonl{suffix}")
+    path.write_bytes(damaged)
+    whole = _available(suffix, damaged)[512 if archive else 0 :][: len(text)].count(b"\n")
+    assert whole > 100, "several lines, in less than a block, or all of them"
+    blocks = list(read_blocks([*find_text_files([str(path)])]))
+    assert b"".join(block.content for block in blocks if block.lost is None) == b"".join(
+        record.encode() + b"\n" for record in records[:whole]
+    )
+    told = [block.lost[0] for block in blocks if block.lost is not None]
+    # What follows the end of bzip2's and xz's data is nothing to their readers, and what follows a tar's end neither.
+    assert told == ["damaged"] or (
+        told == [] and whole == len(records) and damage in ("cut by a byte", "junk behind it")
+    )
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_documents_of_a_dat_before_damage_are_kept(tmp_path, suffix):
+    texts = [bytes(np.random.default_rng(number).choice(list(b"abcdefgh "), 900).tolist()) for number in range(600)]
+    content = b"".join(f"{len(text):016}".encode() + text for text in texts)
+    damaged = PACK[suffix](content)[: -len(content) // 20]
+    path = tmp_path / f"some.dat{suffix}"
+    path.write_bytes(damaged)
+    whole = len(_available(suffix, damaged)) // 916
+    blocks = list(read_blocks(find_text_files([str(path)])))
+    kept = [text for block in blocks if block.lost is None for text in parse_lengths(block.content)]
+    assert kept == texts[:whole]
+    assert blocks[-1].lost[0] == "damaged"
+
+
+def test_a_last_line_without_its_end_is_kept_before_junk_and_not_where_it_was_cut(tmp_path):
+    """The compressed file is whole; what stands behind it is not. A line that was cut is no JSON object."""
+    text = b'{"text": "a"}\n{"text": "b"}'
+    for name, content, kept in (
+        ("junk.jsonl.gz", gzip.compress(text) + b"junk", text),
+        ("cut.jsonl.gz", gzip.compress(text[:-1])[:-1], text[:14]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        blocks = list(read_blocks(find_text_files([str(tmp_path / name)])))
+        assert b"".join(block.content for block in blocks if block.lost is None) == kept
+        assert blocks[-1].lost[0] == "damaged"
