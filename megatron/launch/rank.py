@@ -38,6 +38,7 @@ from typing import Any, BinaryIO
 
 from megatron.errors import ConfigError
 from megatron.launch.place import adopt_place
+from megatron.shared_memory import remove_segment
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SOCKET_VARIABLE = "NEOX_SUPERVISOR"
@@ -199,6 +200,7 @@ class Worker:
     def _kill_group(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        remove_segment(os.environ, self._link.rank)
 
     def _abandon(self, _number: int, _frame: object) -> None:
         """The launcher is gone. Done in the handler itself, since the loop may be stuck writing to a terminal."""

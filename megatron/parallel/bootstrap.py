@@ -22,6 +22,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.parallel.compiling import turn_to_compile
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting, record_collectives
+from megatron.shared_memory import remove_segment, segment
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def bootstrap(
     _use_deterministic_algorithms(deterministic)
     record_collectives()
     _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
+    _release_segment(ranks)
     topology = Topology.build(
         pipe=pipe,
         context=context_parallel_size,
@@ -150,6 +152,14 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
             where=f"rank {ranks.rank}",
             remedy="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
         ) from fault
+
+
+def _release_segment(ranks: Ranks) -> None:
+    """Takes the name of this rank's shared memory away, once every rank has opened it. Collective."""
+    if torch.cuda.is_available() or not any_rank(segment(os.environ, ranks.rank).exists()):
+        return
+    dist.barrier()
+    remove_segment(os.environ, ranks.rank)
 
 
 def load_cpu_collectives() -> None:
