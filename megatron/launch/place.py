@@ -37,6 +37,8 @@ ON_ONE_HOST = {
 """Variables that tell that all ranks share a host: by this value, or (None) by the number of all ranks."""
 
 JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+OUTER = ("OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "HYDRA_", "TORCHELASTIC_RUN_ID")
+"""How variables begin by which an MPI, or torchrun, speaks to the processes it has started."""
 FIRST_PORT, PORTS = 20_000, 10_000
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -62,6 +64,13 @@ def adopt_place(environment: MutableMapping[str, str]) -> None:
             raise ConfigError.of(f"the environment has {told}", where="environment", remedy="set RANK for each process")
         environment.setdefault("LOCAL_RANK", "0")
         _meet(environment, size)
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what an outer job, or a login profile, says of ranks: ours get places of their own."""
+    aliases = {name for names in ALIASES.values() for name in names}
+    ours = {*NAMES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", *ON_ONE_HOST, *aliases}
+    return {name: text for name, text in environment.items() if name not in ours and not name.startswith(OUTER)}
 
 
 def _started_by(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

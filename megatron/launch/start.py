@@ -20,6 +20,7 @@ from megatron.launch.command import (
     torchrun_command,
 )
 from megatron.launch.elsewhere import HOSTFILE, OVER_SSH, command_elsewhere
+from megatron.launch.place import without_place
 from megatron.launch.preflight import check, gpu_layers
 from megatron.launch.reach import check_hosts, check_launcher, node_number, own_address
 from megatron.launch.request import USAGE, Request, read_request, wants_help
@@ -122,7 +123,7 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     command = build_command(request, resolved, folder, where, caller)
     if command.hostfile is not None:
         (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
-    environment = {**caller, **command.environment, **terminal_environment()}
+    environment = {**(without_place(caller) if here else caller), **command.environment, **terminal_environment()}
     talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
     ranks = len(machines.hosts[list(machines.hosts)[where.node]]) if launcher == "torchrun" else machines.world_size
     supervisor = Supervisor(ranks, interrupts_answers=talks, network=network)
@@ -171,11 +172,14 @@ def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Re
 
 def rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
     """Where the ranks meet and who starts them, as far as the keys and the environment say."""
-    launch = resolved.resolution.config.launch
+    config, machines = resolved.resolution.config, resolved.machines
+    launch, launcher = config.launch, launcher_of(config.launch)
+    # Ranks of one host meet there; what the environment says is of another job or another host.
+    alone = len(machines.hosts) == 1 and starts_here(machines, launcher, force=forced(config))
     return Rendezvous(
-        master_addr=launch.master_addr or caller.get("MASTER_ADDR"),
+        master_addr=launch.master_addr or (None if alone else caller.get("MASTER_ADDR")),
         master_port=launch.master_port or DEFAULT_PORT,
-        launcher=launcher_of(launch),
+        launcher=launcher,
         launcher_args=launch.launcher_args,
         comment=launch.comment,
         account=launch.account,

@@ -166,11 +166,15 @@ def test_more_ranks_than_the_machine_carries_are_planned_but_not_launched(run: R
     assert "name the hosts in a hostfile" in launched.stderr
 
 
-def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path) -> None:
+def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever job's variables stand in the environment."""
+    for name, text in {"MASTER_ADDR": "nohost", "RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, text)
     (tmp_path / "work.py").write_text(
         "# takes the place of a worker that uses megatron.launch.worker\n"
         "import json, os, sys\n"
         "from megatron.launch.worker import worker_config\n"
+        "assert 'OMPI_COMM_WORLD_LOCAL_RANK' not in os.environ\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'DS_ACCELERATOR')\n"
         "told = {name: os.environ[name] for name in names}\n"
         "told['log_dir'] = worker_config(sys.argv[1:]).observe.log_dir\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launch.place import adopt_place, expand_hosts
+from megatron.launch.place import adopt_place, expand_hosts, without_place
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -115,3 +115,10 @@ def test_a_place_that_cannot_be(given: dict[str, str], told: str) -> None:
 )
 def test_lists_of_hosts(text: str, hosts: list[str]) -> None:
     assert list(expand_hosts(text)) == hosts
+
+
+def test_ranks_of_one_host_take_nothing_from_an_outer_job() -> None:
+    outer = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "nohost", "MASTER_PORT": "1"}
+    outer |= {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "PMIX_RANK": "3", "SLURM_PROCID": "3", "MPI_LOCALRANKID": "3"}
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "NCCL_DEBUG": "INFO"}
+    assert without_place({**outer, **kept}) == kept
