@@ -15,7 +15,7 @@ def main(config: Config) -> None:
 
         coord_check(config)
         return
-    stop = StopSignal.install()  # first, so that a signal which comes while torch is imported is not lost
+    stop = StopSignal.install()
     from megatron.training.run import train
 
     train(config, stop)

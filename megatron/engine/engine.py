@@ -56,8 +56,20 @@ class TrainingEngine(Engine, Protocol):
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         """One update from the next `gradient accumulation` micro batches, at the given rate."""
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean over all unmasked tokens of the next `count` micro batches of every data rank [nats a token]."""
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
+        """Of the next `count` micro batches of every data rank: the sum of the unmasked tokens' losses [nats], and how
+        many such tokens there are [tokens].
+        """
+
+    @property
+    def least_evaluated(self) -> int:
+        """Micro batches that one call of `eval_sums` should be given at least, so that no stage waits long."""
+
+
+def eval_loss(engine: TrainingEngine, batches: Iterator[MicroBatch], count: int) -> float:
+    """Mean over all unmasked tokens of the next `count` micro batches of every data rank [nats a token]."""
+    loss, tokens = engine.eval_sums(batches, count)
+    return loss / max(1.0, tokens)
 
 
 def loss_scale(optimizer: Any) -> float:

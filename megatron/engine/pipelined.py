@@ -34,6 +34,9 @@ from megatron.parallel.topology import Topology
 
 Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
+_FULL_PIPELINE = 8
+"""Micro batches a stage from which on the time in which stages wait for others is below an eighth."""
+
 
 @dataclass
 class PipelinedEngine:
@@ -77,7 +80,11 @@ class PipelinedEngine:
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         return StepResult(as_tensor(loss), norm, learning_rate, scale, skipped, more)
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    @property
+    def least_evaluated(self) -> int:
+        return _FULL_PIPELINE * self.topology.pipe.size
+
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
         tokens = torch.zeros((), dtype=torch.float64, device=self.deepspeed.device)
         one = torch.ones((), device=self.deepspeed.device)
 
@@ -96,7 +103,7 @@ class PipelinedEngine:
         sum_over_data(tokens, self.topology)
         if self.topology.pipe.size > 1:
             dist.all_reduce(tokens, group=self.topology.pipe.group)
-        return float(mean) * count * self.topology.data.size / max(1.0, float(tokens))
+        return float(mean) * count * self.topology.data.size, float(tokens)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:

@@ -82,8 +82,10 @@ class PlainEngine:
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         return StepResult(mean, norm, learning_rate, scale, skipped, more)
 
+    least_evaluated = 1
+
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
         self.deepspeed.module.eval()
         total, tokens = torch.zeros(2, dtype=torch.float64, device=self.deepspeed.device)
         one = torch.ones((), device=self.deepspeed.device)
@@ -91,7 +93,7 @@ class PlainEngine:
             batch = next(batches)
             total += self._forward(batch, one)
             tokens += unmasked([batch]).to(tokens.device)
-        return float(self._sum(total) / sum_over_data(tokens, self.topology).clamp(min=1))
+        return float(self._sum(total)), float(sum_over_data(tokens, self.topology))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:

@@ -267,7 +267,7 @@ class Supervisor:
                 return
             again = "; once more ends them without saving" if number == signal.SIGINT else ""
             below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 stands there
-            _say(f"{below}{self._stop.name}: the workers save and stop{again}")
+            _say(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
             for each in self._ranks.values():
                 self._send(each, self._stop)
 

@@ -34,13 +34,15 @@ from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
 INTERRUPTED = 130  # 128 + SIGINT
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
     """Whether this process was asked to save and leave. The loop looks at `requested` between two steps.
 
     SIGTERM and SIGUSR1 (what schedulers send before they take a machine away) and the first Ctrl-C only set it; a
-    second Ctrl-C interrupts at once.
+    second Ctrl-C interrupts at once. While the run starts there is nothing to save, and each of them ends the process:
+    by the kernel, since a handler of Python's would wait until torch returns from a wait for other ranks.
     """
 
     def __init__(self) -> None:
@@ -48,11 +50,15 @@ class StopSignal:
 
     @classmethod
     def install(cls) -> Self:
-        """A StopSignal that listens from now on."""
-        stop = cls()
-        for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(each, stop._note)
-        return stop
+        """A StopSignal of a run that starts."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        return cls()
+
+    def listen(self) -> None:
+        """From now on there is something to save."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, self._note)
 
     @property
     def requested(self) -> bool:

@@ -35,6 +35,9 @@ class Stop(Protocol):
     @property
     def requested(self) -> bool: ...
 
+    def listen(self) -> None:
+        """From now on a signal is an order to finish what was taken; before, it ends the process."""
+
 
 def serve(config: Config, stop: Stop) -> None:
     """Serves the model of the checkpoint that `load` names until asked to stop. Collective over all ranks.
@@ -94,6 +97,7 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
     thread.start()
     host, port = listening.getsockname()[:2]
     get_logger(__name__).info("serving on http://%s:%d", host, port)
+    stop.listen()
     try:
         service.run(closing=lambda: stop.requested or not thread.is_alive())
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.data.loader import Loader
-from megatron.engine.engine import TrainingEngine
+from megatron.engine.engine import TrainingEngine, eval_loss
 from megatron.parallel.topology import Topology
 from megatron.training.sizes import StepSize
 
@@ -94,7 +94,7 @@ class Diagnosis:
         seen = _Seen()
         batches = size.of(self.train.batches(consumed_samples))
         with _watching(self.engine.layers(), seen):
-            losses = [self.engine.eval_loss(batches, 1) for _ in range(size.micro_batches)]
+            losses = [eval_loss(self.engine, batches, 1) for _ in range(size.micro_batches)]
         return seen, losses
 
     def _first(self, seen: _Seen) -> tuple[int, int, int, int] | None:

@@ -68,14 +68,15 @@ class BatchSource(Protocol):
 class Parts:
     """What the loop works with.
 
-    save: writes a checkpoint of the state, None when nothing is saved. check_saves: raises if one that is still being
-    written has failed. judge: looks at each step before it counts. recording: around each step. measure: further
-    metrics of a report. characters: counts them in evaluations.
+    train: None where there is no step to make. save: writes a checkpoint of the state, None when nothing is saved.
+    check_saves: raises if one that is still being written has failed. judge: looks at each step before it counts.
+    recording: around each step. measure: further metrics of a report. characters: counts them in evaluations.
+    evaluate_tasks: scores the model on tasks, where there are any; None when a stop was asked for meanwhile.
     """
 
     engine: TrainingEngine
     schedule: Schedule
-    train: BatchSource
+    train: BatchSource | None
     valid: BatchSource | None
     reporter: Reporter
     stop_requested: Callable[[], bool]
@@ -87,7 +88,7 @@ class Parts:
     recording: Callable[[int, StepSize], AbstractContextManager[None]] = lambda iteration, size: nullcontext()
     measure: Callable[[], Mapping[str, float]] = dict
     characters: Characters | None = None
-    evaluate_tasks: Callable[[], dict[str, float]] | None = None  # scores the model on tasks, where there are any
+    evaluate_tasks: Callable[[], dict[str, float] | None] | None = None
 
 
 def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
@@ -95,7 +96,7 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
 
     The last state is saved in either case. Raises RunError where `judge` does.
     """
-    batches = parts.train.batches(state.consumed_samples)
+    batches = parts.train.batches(state.consumed_samples) if parts.train is not None else iter(())
     window = _Window(StepClock(parts.synchronize))
     overflows = _Overflows(plan.overflow_limit)
     saved_at = state.iteration
@@ -125,29 +126,54 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
             with window.clock.excluded():
                 parts.save(state)
             saved_at = state.iteration
+            reason = reason or _reason_to_stop(plan, parts, state)  # a save takes long enough for a signal to come
     if parts.save is not None and saved_at != state.iteration:
         parts.save(state)
     return reason
 
 
-def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validation") -> float:
-    """Mean loss of `eval_iters` global batches, which follow those of the evaluation before; reported."""
+def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validation") -> None:
+    """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
+
+    A stop signal is looked for between batches; it gives the evaluation up.
+    """
     assert parts.valid is not None, "there is validation data wherever an evaluation is due"
     number = (state.iteration - 1) // plan.eval_interval if plan.eval_interval else 0
     batches = parts.valid.batches(number * plan.eval_iters * plan.samples)
-    parts.reporter.evaluation(state.iteration, split, losses := evaluation_metrics(plan, parts, batches))
-    if parts.evaluate_tasks is not None:
-        parts.reporter.evaluation(state.iteration, "eval", parts.evaluate_tasks())
-    return losses["lm_loss"]
+    losses = evaluation_metrics(plan, parts, batches)
+    if losses is not None:
+        parts.reporter.evaluation(state.iteration, split, losses)
+    scores = parts.evaluate_tasks() if losses is not None and parts.evaluate_tasks is not None else None
+    if scores is not None:
+        parts.reporter.evaluation(state.iteration, "eval", scores)
 
 
-def evaluation_metrics(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> dict[str, float]:
-    """The loss of one evaluation over these batches, and what follows from it."""
+def evaluation_metrics(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> dict[str, float] | None:
+    """The loss of one evaluation over these batches, and what follows from it; None when a stop was asked for."""
     counted = batches if parts.characters is None else parts.characters.counted(batches)
-    loss = parts.engine.eval_loss(counted, plan.eval_iters * plan.micro_batches)
+    loss = _evaluated(plan, parts, counted)
+    if loss is None:
+        parts.reporter.message("the evaluation is given up: a stop was asked for")
+        return None
     if parts.characters is None:
         return {"lm_loss": loss}
     return {"lm_loss": loss, "lm_loss_char_lvl_ppl": parts.characters.perplexity(loss)}
+
+
+def _evaluated(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> float | None:
+    """The mean loss [nats a token]; None as soon as a stop is asked for on any rank, which is looked for every few
+    micro batches.
+    """
+    left = plan.eval_iters * plan.micro_batches
+    share = plan.micro_batches * -(-parts.engine.least_evaluated // plan.micro_batches)
+    loss = tokens = 0.0
+    while left > 0:
+        if any_rank(parts.stop_requested()):
+            return None
+        count = min(share, left)
+        losses_of, tokens_of = parts.engine.eval_sums(batches, count)
+        loss, tokens, left = loss + losses_of, tokens + tokens_of, left - count
+    return loss / max(1.0, tokens)
 
 
 @dataclass
@@ -234,7 +260,9 @@ def _save_due(plan: Plan, state: RunState) -> bool:
 
 
 def _reason_to_stop(plan: Plan, parts: Parts, state: RunState) -> str | None:
-    """The reason that any rank has; every rank gets an answer at the same iteration."""
+    """The reason that any rank has; every rank gets an answer at the same iteration. None at the last one."""
+    if state.iteration >= plan.total:
+        return None
     reason = triggers.exit_due(
         state.iteration,
         interval=plan.exit_interval,

@@ -39,7 +39,7 @@ def watched(parts: Parts, watch: Watch, waiting: Callable[[], AbstractContextMan
     return replace(
         parts,
         recording=recording,
-        train=WatchedBatches(parts.train, watch, waiting),
+        train=parts.train and WatchedBatches(parts.train, watch, waiting),
         valid=parts.valid and WatchedBatches(parts.valid, watch),
         save=parts.save and told(SAVING, parts.save),
         evaluate_tasks=parts.evaluate_tasks and told(TASKS, parts.evaluate_tasks),

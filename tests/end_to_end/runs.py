@@ -52,6 +52,9 @@ class NeverStop:
 
     requested = False
 
+    def listen(self) -> None:
+        pass
+
 
 def make_dataset(folder: Path) -> str:
     """A dataset of this installation's own source text, a token a byte; returns its prefix."""

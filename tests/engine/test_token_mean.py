@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron.config import Config, Resources, resolve
 from megatron.data.batch import MicroBatch
 from megatron.engine.build import build_training_engine, join
+from megatron.engine.engine import eval_loss
 from megatron.model.plan import layer_plan
 from megatron.model.sequential import SequentialModel
 from megatron.optim.groups import parameter_groups
@@ -121,7 +122,7 @@ def losses_and_norms(rank: int, world_size: int, settings: dict[str, Any]) -> li
     steps = []
     for _ in range(STEPS):
         result = engine.train_step(train, RATE)
-        loss = engine.eval_loss(evaluate, config.training.gradient_accumulation_steps or 0)
+        loss = eval_loss(engine, evaluate, config.training.gradient_accumulation_steps or 0)
         steps.append((float(result.loss), float(result.grad_norm), loss))
     return steps
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +155,7 @@ def test_a_rank_of_many_names_itself_and_leaves_without_waiting(config: Config, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_signal_only_sets_the_flag(number: signal.Signals) -> None:
     stop = StopSignal.install()
+    stop.listen()
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested
@@ -162,7 +165,42 @@ def test_a_stop_signal_only_sets_the_flag(number: signal.Signals) -> None:
 @pytest.mark.usefixtures("_handlers")
 def test_a_second_interrupt_interrupts() -> None:
     stop = StopSignal.install()
+    stop.listen()
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.requested
+
+
+WAITS = """
+import signal, socket, sys
+from megatron.launch.worker import StopSignal
+stop = StopSignal.install()
+import torch.distributed as dist
+print("waiting", flush=True)
+dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=True, wait_for_workers=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_signal_ends_a_rank_that_waits_for_the_others(number: signal.Signals) -> None:
+    """A handler of Python's would run only when torch's wait returns, after `collective_timeout`."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(_free_port())],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "waiting\n"
+        time.sleep(0.5)
+        waiting.send_signal(number)
+        assert waiting.wait(10) == -number
+    finally:
+        waiting.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,57 @@
+"""A stop that is asked for during an evaluation gives the evaluation up; the run saves and leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import Resources, resolve
+from megatron.observe.sinks.jsonl import read_metrics
+from megatron.training.run import train
+from tests.distributed import run_distributed
+from tests.end_to_end.runs import BASE, make_dataset, series
+
+STEPS = 4  # until the evaluation
+
+
+class StopDuringEvaluation:
+    """Asks for it on one rank, after the evaluation has begun: each step looks once, each batch of it once."""
+
+    def __init__(self, asked: bool) -> None:
+        self.looks = 0
+        self.asked = asked
+
+    @property
+    def requested(self) -> bool:
+        self.looks += 1
+        return self.asked and self.looks > STEPS + 1
+
+    def listen(self) -> None:
+        pass
+
+
+def stopped_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    stop = StopDuringEvaluation(asked=rank == world_size - 1)
+    train(resolve([], settings, Resources(world_size)).config, stop)
+    assert stop.looks < STEPS + 10  # not all the batches of the evaluation
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 2}], ids=["one process", "pipeline 2"])
+def test_a_stop_during_an_evaluation_saves_at_once(layout: dict[str, Any], tmp_path: Path) -> None:
+    settings = {
+        **BASE,
+        "data_path": make_dataset(tmp_path),
+        "eval_interval": STEPS,
+        "eval_iters": 40,
+        "log_dir": str(tmp_path / "logs"),
+        "save": str(tmp_path / "save"),
+        "checkpoint_factor": 100,
+        **layout,
+    }
+    run_distributed(stopped_rank, max(1, layout.get("pipe_parallel_size", 1)), settings)
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    assert series(records, "validation/lm_loss") == []
+    assert max(record["iteration"] for record in records) in (STEPS - 1, STEPS)
+    assert (tmp_path / "save" / "latest").read_text() == f"global_step{int(max(r['iteration'] for r in records))}"
