@@ -48,6 +48,11 @@ def iteration_of(directory: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths name the same folder, whatever they are called; neither needs to exist."""
+    return one.resolve() == other.resolve()
+
+
 def iterations(save: Path) -> list[int]:
     """The iterations of the checkpoints under `save`, in rising order; complete or not."""
     if not save.is_dir():

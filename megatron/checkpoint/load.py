@@ -18,8 +18,9 @@ from megatron.checkpoint import answers, files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.parametrisation import same_parametrisation
+from megatron.checkpoint.run_inputs import RunInputs, TokenizerFacts, same_data_order, same_tokenizer
 from megatron.checkpoint.save import Counters
-from megatron.checkpoint.schedule import schedule_facts, schedule_to_use
+from megatron.checkpoint.schedule import schedule_facts, schedule_to_use, warn_of_early_end
 from megatron.checkpoint.slices import MASTER, OptimizerState
 from megatron.checkpoint.spread import by_host, one_folder
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, key_of, read_shards
@@ -113,6 +114,12 @@ class Checkpoint:
         iteration = stored.get("iteration", stored.get("total_iters", stored.get("global_steps", 0)))
         return Counters(iteration=iteration, consumed_samples=stored.get("global_samples", 0))
 
+    def require_data_order(self, inputs: RunInputs, *, override: bool) -> None:
+        """ConfigError unless the samples go on in the order of the checkpoint's run; override: it may be another."""
+        path = self.directory / layout.RUN
+        if not self.from_start and inputs.data is not None and path.is_file():
+            same_data_order(files.read_json(path).get("data"), inputs.data, self.directory, override=override)
+
     def schedule(self, config: Config) -> Config:
         """The configuration with the learning-rate schedule to use. ConfigError where the stored one differs.
 
@@ -125,6 +132,8 @@ class Checkpoint:
         own = schedule_facts(section, config.optimizer)
         stored = files.read_json(path).get("schedule") or {}
         use = schedule_to_use(stored, own, take_stored=section.use_checkpoint_lr_scheduler, where=self.directory)
+        if use != own:
+            warn_of_early_end(use, config.training.train_iters, self.directory)
         return config if use == own else _with_schedule(config, use)
 
 
@@ -134,12 +143,14 @@ def _with_schedule(config: Config, use: Mapping[str, Any]) -> Config:
     return config.replace(**use, optimizer=block)
 
 
-def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_only: bool = False) -> Checkpoint | None:
+def find_checkpoint(
+    config: Config, table: Sequence[TensorShape], *, tokenizer: TokenizerFacts | None = None, weights_only: bool = False
+) -> Checkpoint | None:
     """The checkpoint that `load` and `iteration` name; None when `load` is not set. Collective.
 
-    A run whose `load` is the folder it saves to, and which has saved nothing yet, starts fresh, and so does one that
-    asks for it with `load_fallback`. Raises ConfigError when there is nothing to load, and RunError when
-    what is there is damaged.
+    tokenizer: the reader's, which must be the checkpoint's. A run whose `load` is the folder it saves to, and which
+    has saved nothing yet, starts fresh, and so does one that asks for it with `load_fallback`. Raises ConfigError
+    when there is nothing to load, and RunError when what is there is damaged.
     """
     section = config.checkpoint
     if section.load is None:
@@ -158,8 +169,16 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
             return None
         directory = found
         if (directory / layout.RUN).is_file():
-            stored = files.read_json(directory / layout.RUN).get("mup", {})
-            same_parametrisation(stored, config.mup, directory)
+            stored = files.read_json(directory / layout.RUN)
+            same_parametrisation(stored.get("mup", {}), config.mup, directory)
+            if tokenizer is not None:
+                same_tokenizer(
+                    stored.get("tokenizer"),
+                    tokenizer,
+                    directory,
+                    new_tokens=section.finetune and not weights_only,
+                    trains=not weights_only,
+                )
         weights = WeightFiles.open(directory)
     return Checkpoint(
         directory,
@@ -178,7 +197,15 @@ def find_checkpoint(config: Config, table: Sequence[TensorShape], *, weights_onl
 def _nothing(config: Config, root: Path) -> None:
     """ConfigError for a `load` without a checkpoint, unless that is how the first part of a run begins."""
     section = config.checkpoint
-    itself = section.save is not None and Path(section.save) == root
+    iteration = layout.iteration_of(root)
+    if root.is_dir() and iteration is not None and (layout.model_files(root) or layout.layer_files(root)):
+        raise ConfigError.of(
+            "this is one checkpoint, and load names the folder of all of a run",
+            key="load",
+            value=section.load,
+            remedy=f"set load: {root.parent} and iteration: {iteration}",
+        )
+    itself = section.save is not None and layout.same_folder(Path(section.save), root)
     if not itself and section.load_fallback != find.FRESH:
         raise ConfigError.of(
             "there is no checkpoint" if root.is_dir() else "there is no such folder",

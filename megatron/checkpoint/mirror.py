@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.bucket import Bucket
 from megatron.checkpoint.handles import patiently, together
 from megatron.checkpoint.huggingface.folder import is_folder
+from megatron.checkpoint.publish import beyond
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import Mistake, RunError
 from megatron.log import get_logger
@@ -33,11 +35,15 @@ _LEAST_PRIORITY = 19
 
 
 class Mirror:
-    """Sends checkpoints, one after another, in a thread of the first rank. keep: as many copies stay; None: all."""
+    """Sends checkpoints, one after another, in a thread of the first rank.
 
-    def __init__(self, bucket: Bucket, keep: int | None) -> None:
+    keep: as many copies stay; None: all. spared: iterations whose copies stay as well.
+    """
+
+    def __init__(self, bucket: Bucket, keep: int | None, spared: Sequence[int] = ()) -> None:
         self.bucket = bucket
         self.keep = keep
+        self.spared = spared
         self._lock = threading.Lock()
         self._waiting: list[Path] = []
         self._faults: dict[Path, str] = {}
@@ -89,7 +95,7 @@ class Mirror:
             tried.add(directory)
             try:
                 send(self.bucket, directory)
-                retain(self.bucket, self.keep, newest=layout.iteration_of(directory) or 0)
+                retain(self.bucket, self.keep, newest=layout.iteration_of(directory) or 0, spared=self.spared)
             except (OSError, RunError) as fault:
                 self._faults[directory] = str(fault).splitlines()[0]
                 _log.warning("%s could not be copied and stays: %s", directory, self._faults[directory])
@@ -111,7 +117,7 @@ def open_mirror(section: CheckpointSection, rank: int) -> Mirror | None:
         return None
     bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
     together(lambda: bucket.probe() if rank == 0 else None, f"writing to {section.s3_path}")
-    return Mirror(bucket, section.keep_last_n_checkpoints) if rank == 0 else None
+    return Mirror(bucket, section.keep_last_n_checkpoints, section.extra_save_iters or ()) if rank == 0 else None
 
 
 def send(bucket: Bucket, directory: Path) -> None:
@@ -125,12 +131,11 @@ def send(bucket: Bucket, directory: Path) -> None:
     bucket.write(layout.LATEST, name)
 
 
-def retain(bucket: Bucket, keep: int | None, *, newest: int) -> None:
-    """Removes the copies before `newest` beyond the last `keep`, itself counted; later ones are another run's."""
+def retain(bucket: Bucket, keep: int | None, *, newest: int, spared: Sequence[int] = ()) -> None:
+    """Removes the copies that publish.py's `retain` would remove; later ones are another run's."""
     if not keep:
         return
-    older = [iteration for iteration in _iterations(bucket) if iteration < newest]
-    for iteration in older[: max(0, len(older) - (keep - 1))]:
+    for iteration in beyond(copied_iterations(bucket), keep, newest=newest, spared=spared):
         name = f"global_step{iteration}"
         bucket.remove([f"{name}/{layout.MANIFEST}"])
         bucket.remove(bucket.keys(f"{name}/"))
@@ -147,7 +152,7 @@ def fetch_missing(section: CheckpointSection, ranks: Ranks) -> None:
     bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
     if section.load is None or is_folder(Path(section.load)):
         return
-    if section.save is not None and Path(section.save) != Path(section.load):
+    if section.save is not None and not layout.same_folder(Path(section.save), Path(section.load)):
         return  # the bucket holds what the run saves, which is not what it starts from
     fetch = partial(_fetch, bucket, Path(section.load), section.iteration)
     for turn in (ranks.rank == 0, ranks.rank > 0 and ranks.local_rank == 0):
@@ -196,7 +201,7 @@ def _listed(directory: Path, where: str) -> list[str]:
 
 def _wanted(bucket: Bucket, iteration: int | None) -> str | None:
     """The name of the copy to fetch: that of the iteration, else what `latest` says, else the newest complete one."""
-    complete = _iterations(bucket)
+    complete = copied_iterations(bucket)
     if iteration is not None:
         return f"global_step{iteration}" if iteration in complete else None
     named = (bucket.read(layout.LATEST) or "").strip()
@@ -205,8 +210,8 @@ def _wanted(bucket: Bucket, iteration: int | None) -> str | None:
     return f"global_step{complete[-1]}" if complete else None
 
 
-def _iterations(bucket: Bucket) -> list[int]:
-    """The iterations that have a complete copy, in rising order."""
+def copied_iterations(bucket: Bucket) -> list[int]:
+    """Iterations that have a complete copy, in rising order."""
     found = {layout.iteration_of(Path(name)) for name in bucket.folders()} - {None}
     return sorted(
         number for number in found if number is not None and bucket.keys(f"global_step{number}/{layout.MANIFEST}")

@@ -94,20 +94,33 @@ def publish(partial: Path, final: Path, written: Iterable[Written]) -> None:
         shutil.rmtree(aside)
 
 
-def retain(save: Path, keep: int | None, *, newest: int, loaded: Path | None, pending: Container[Path] = ()) -> None:
+def retain(
+    save: Path,
+    keep: int | None,
+    *,
+    newest: int,
+    loaded: Path | None,
+    pending: Container[Path] = (),
+    spared: Container[int] = (),
+) -> None:
     """Removes the checkpoints before `newest` beyond the last `keep`, itself counted.
 
     loaded: the one that this run started from, which stays. pending: those that are still being copied elsewhere, which
-    stay for now. Those after `newest` are another run's and stay too. Each loses its name first, so that a crash leaves
-    no half of one.
+    stay for now. spared: iterations that were asked for by number; they stay and do not count. Those after `newest` are
+    another run's and stay too. Each loses its name first, so that a crash leaves no half of one.
     """
     if not keep:
         return
-    older = [iteration for iteration in layout.iterations(save) if iteration < newest]
-    for iteration in older[: max(0, len(older) - (keep - 1))]:
+    for iteration in beyond(layout.iterations(save), keep, newest=newest, spared=spared):
         directory = layout.step_directory(save, iteration)
         if directory in pending or (loaded is not None and directory.resolve() == loaded.resolve()):
             continue
         doomed = layout.partial_directory(save, iteration)
         directory.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def beyond(iterations: Iterable[int], keep: int, *, newest: int, spared: Container[int]) -> list[int]:
+    """The iterations, given in rising order, that come before the last `keep` up to `newest` and are not spared."""
+    counted = [each for each in iterations if each < newest and each not in spared]
+    return counted[: max(0, len(counted) - (keep - 1))]

@@ -27,6 +27,7 @@ from megatron.checkpoint.handles import Checkpointable, collect, patiently, toge
 from megatron.checkpoint.mirror import open_mirror
 from megatron.checkpoint.parametrisation import parametrisation_facts
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
+from megatron.checkpoint.run_inputs import RunInputs
 from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.spread import Item, Sharing, by_looking, one_folder, spread
@@ -52,14 +53,20 @@ class Counters:
 class Saver:
     """Writes the checkpoints of a run, one after another; all methods are collective but `check`.
 
-    loaded: the checkpoint that the run started from, which is never removed. Where hosts share no files
-    (`use_shared_fs: false`) each gets the whole checkpoint. Making one raises RunError where the save folder is not
-    shared and should be, or the bucket of `s3_path` refuses, ConfigError where a package for it is missing or
-    `checkpoint_async` cannot be.
+    loaded: the checkpoint that the run started from, which is never removed. inputs: what the run reads. Where hosts
+    share no files (`use_shared_fs: false`) each gets the whole checkpoint. Making one raises RunError where the save
+    folder is not shared and should be, or the bucket of `s3_path` refuses, ConfigError where a package for it is
+    missing or `checkpoint_async` cannot be.
     """
 
     def __init__(
-        self, config: Config, engine: Checkpointable, *, padded_vocab_size: int, loaded: Path | None = None
+        self,
+        config: Config,
+        engine: Checkpointable,
+        *,
+        padded_vocab_size: int,
+        loaded: Path | None = None,
+        inputs: RunInputs | None = None,
     ) -> None:
         assert config.checkpoint.save is not None, "the caller saves only where `save` is set"
         self.config = config
@@ -67,6 +74,7 @@ class Saver:
         self.padded_vocab_size = padded_vocab_size
         self.save_folder = Path(config.checkpoint.save)
         self.loaded = loaded
+        self.inputs = inputs or RunInputs()
         topology = engine.topology
         patience = float(config.launch.collective_timeout)
         self._writer = BackgroundWriter(topology.rank, topology.world_size, patience)
@@ -87,7 +95,7 @@ class Saver:
         beside = layout.partial_directory(self.save_folder, counters.iteration)
         final = layout.step_directory(self.save_folder, counters.iteration)
         leads = self._sharing.leads
-        snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size)
+        snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size, self.inputs)
         if self.config.checkpoint.checkpoint_async:
             snapshot = snapshot.held()
             together(lambda: make_room(beside) if leads else None, f"preparing {beside}")
@@ -149,7 +157,14 @@ class Saver:
         assert newest is not None, "the folder was named after an iteration"
         keep = self.config.checkpoint.keep_last_n_checkpoints
         pending = self._mirror.pending() if self._mirror is not None else ()
-        retain(self.save_folder, keep, newest=newest, loaded=self.loaded, pending=pending)
+        retain(
+            self.save_folder,
+            keep,
+            newest=newest,
+            loaded=self.loaded,
+            pending=pending,
+            spared=self.config.checkpoint.extra_save_iters or (),
+        )
 
 
 def _refuse_in_background(config: Config, sharing: Sharing) -> None:
@@ -163,7 +178,9 @@ def _refuse_in_background(config: Config, sharing: Sharing) -> None:
         )
 
 
-def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int) -> Snapshot:
+def take_snapshot(
+    config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int, inputs: RunInputs
+) -> Snapshot:
     """What this rank has to write; collective."""
     snapshot = Snapshot()
     topology = engine.topology
@@ -188,7 +205,7 @@ def take_snapshot(config: Config, engine: Checkpointable, counters: Counters, pa
         if topology.rank == 0:
             snapshot.tensors[layout.ANSWERS] = lambda: said
     if topology.rank == 0:
-        snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters), indent=1)
+        snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters, inputs), indent=1)
         snapshot.texts[layout.RESOLVED] = wire.to_json(config)
         for name, text in (config.checkpoint.config_files or {}).items():
             snapshot.texts[f"{layout.CONFIGS}/{Path(name).name}"] = str(text)
@@ -226,7 +243,7 @@ def _add_weights(
         snapshot.tensors[name] = partial(weights.layer_content, content)
 
 
-def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> dict[str, Any]:
+def _run_facts(config: Config, engine: Checkpointable, counters: Counters, inputs: RunInputs) -> dict[str, Any]:
     """Counters, layout and versions, for people and for resuming."""
     topology = engine.topology
     return {
@@ -245,5 +262,6 @@ def _run_facts(config: Config, engine: Checkpointable, counters: Counters) -> di
         "loss_scaling": {} if config.checkpoint.no_save_optim else engine.loss_scaling(),
         "optimizer": config.optimizer.optimizer_type,
         "mup": parametrisation_facts(config.mup),
+        **inputs.as_json(),
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }

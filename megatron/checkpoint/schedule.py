@@ -9,6 +9,9 @@ from typing import Any
 from megatron.config.sections.optimizer import OptimizerSection
 from megatron.config.sections.schedule import ScheduleSection
 from megatron.errors import ConfigError, Mistake
+from megatron.log import get_logger
+
+_log = get_logger(__name__)
 
 _KEYS = (
     "lr_decay_style",
@@ -46,3 +49,21 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
             if known[key] != own[key]
         )
     return {**own, **known}
+
+
+def warn_of_early_end(schedule: Mapping[str, Any], train_iters: int | None, where: Path) -> None:
+    """A line where the rate of a checkpoint's schedule stays at its floor before the run ends.
+
+    schedule: the one to use. train_iters [steps]: of the run.
+    """
+    horizon = schedule.get("lr_decay_iters")
+    if horizon is None or train_iters is None or horizon >= train_iters or schedule["lr_decay_style"] == "constant":
+        return
+    _log.warning(
+        "the schedule of %s ends at iteration %d: from there to iteration %d the learning rate stays at its last value "
+        "(min_lr is %g); override_lr_scheduler takes this run's own schedule",
+        where,
+        horizon,
+        train_iters,
+        schedule.get("min_lr") or 0.0,
+    )

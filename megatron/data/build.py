@@ -16,6 +16,7 @@ from megatron.data.gpt import PackedDataset, Samples, WholeDataset
 from megatron.data.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.index_map import IndexMap, epochs_needed
 from megatron.data.loader import Loader
+from megatron.data.order import token_digest
 from megatron.data.plan import DataPlan, SourcePlan, SplitPlan
 from megatron.data.sampler import Sampler
 from megatron.data.sources import Split, read_splits
@@ -186,6 +187,7 @@ def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int,
                 asked=len(index) if split.epochs else source.drawn,
                 weight=source.weight,
                 bytes_per_token=card.bytes_per_token if card else None,
+                digest=token_digest(dataset),
             )
         )
     return SplitPlan(split.name, samples, split.samples, seq_length, tuple(sources))

@@ -13,7 +13,8 @@ class SourcePlan:
     documents, tokens: those that the split may use. epochs: passes over them that the index map holds. samples: what
     the map gives. samples_per_pass: samples of one pass. asked: how many the run will take from it. weight: its share
     of the split [fraction].
-    bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so.
+    bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so. digest: a fingerprint of the
+    tokens (order.py).
     """
 
     path: str
@@ -25,6 +26,7 @@ class SourcePlan:
     asked: int
     weight: float
     bytes_per_token: float | None
+    digest: str = ""
 
 
 @dataclass(frozen=True)

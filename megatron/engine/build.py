@@ -22,6 +22,7 @@ from torch.nn import Module, Parameter
 from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
+from megatron.checkpoint.run_inputs import TokenizerFacts
 from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
@@ -141,13 +142,19 @@ def build_vocabulary(config: Config, topology: Topology) -> tuple[Tokenizer, int
     return tokenizer, vocabulary_rows(config, rows, tokens=tokenizer.vocab_size, model_size=topology.model.size)
 
 
-def build_inference_engine(config: Config, topology: Topology, padded_vocab_size: int) -> InferenceEngine:
+def build_inference_engine(
+    config: Config, topology: Topology, padded_vocab_size: int, tokenizer: TokenizerFacts | None = None
+) -> InferenceEngine:
     """The model of the checkpoint that `load` names, without optimizer, on any layout.
 
-    Raises ConfigError when `load` is not set or points nowhere: random weights have nothing to say.
+    tokenizer: the reader's, which must be the one that the model was trained with. Raises ConfigError when `load` is
+    not set or points nowhere: random weights have nothing to say.
     """
     checkpoint = find_checkpoint(
-        config, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size), weights_only=True
+        config,
+        tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size),
+        tokenizer=tokenizer,
+        weights_only=True,
     )
     if checkpoint is None:
         raise ConfigError.of(

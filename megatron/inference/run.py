@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from megatron.checkpoint.run_inputs import TokenizerFacts
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine, build_vocabulary, join
 from megatron.engine.engine import Engine
@@ -101,7 +102,8 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         with watch.over():
             tokenizer, rows = build_vocabulary(config, topology)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            engine = build_inference_engine(config, topology, rows)
+            facts = TokenizerFacts.of(config.tokenizer.tokenizer_type, tokenizer)
+            engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)
     finally:

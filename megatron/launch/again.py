@@ -34,11 +34,14 @@ def going_on(config: Config) -> dict[str, Any]:
 
     Where hosts share no files this one may lack what others have saved, so a run that starts from nothing else looks.
     """
-    save = config.checkpoint.save
-    looks = not config.data.use_shared_fs and config.checkpoint.load in (None, save)
-    if save is None or not (looks or (Path(save) / layout.LATEST).is_file()):
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None:
         return {}
-    return {"load": save, "iteration": None, "finetune": False, "load_fallback": "previous"}
+    own = load is None or layout.same_folder(Path(load), Path(save))
+    looks = not config.data.use_shared_fs and own
+    if not (looks or (Path(save) / layout.LATEST).is_file()):
+        return {}
+    return {"load": save, "iteration": None, "finetune": False, "load_fallback": "previous", "save_overwrite": False}
 
 
 def restarted_by_others(environment: Mapping[str, str]) -> bool:

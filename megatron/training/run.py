@@ -18,7 +18,9 @@ import torch.distributed as dist
 from megatron.adapters import prompt_length, soft_prompt
 from megatron.checkpoint.handles import collect
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
+from megatron.checkpoint.run_inputs import RunInputs, TokenizerFacts
 from megatron.checkpoint.save import Counters, Saver
+from megatron.checkpoint.save_folder import check_writable, claim
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.horizon import decay_horizon
@@ -26,6 +28,7 @@ from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
 from megatron.data.card import facts_of
+from megatron.data.order import order_facts
 from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
@@ -66,6 +69,11 @@ class Stop(Protocol):
 
     @property
     def requested(self) -> bool: ...
+
+    def listen(self) -> None:
+        """From now on a signal is an order to save and leave; before, while there is nothing to save, it ends the
+        process.
+        """
 
 
 def train(config: Config, stop: Stop) -> None:
@@ -127,9 +135,13 @@ def _builds_index_maps(config: Config) -> bool:
 
 
 def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
+    leads = _builds_index_maps(config)
+    if config.checkpoint.save is not None:
+        check_writable(config.checkpoint.save, leads=leads)
     tokenizer, vocabulary = build_vocabulary(config, topology)
     data = build_run_data(config, topology, tokenizer)
-    checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary))
+    inputs = _inputs(config, data, tokenizer)
+    checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
         config,
@@ -146,7 +158,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
     )
     try:
         plan = _plan(config, topology, vocabulary, reporter)
-        saver = _saver(config, engine, vocabulary, checkpoint)
+        saver = _saver(config, engine, vocabulary, checkpoint, inputs)
         parts = _parts(config, engine, data, reporter, stop, saver)
         parts = replace(parts, evaluate_tasks=live_evaluation(config, engine, tokenizer, topology))
         if config.training.char_level_ppl:
@@ -164,6 +176,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         limit_waiting(config.launch.collective_timeout)
         _introduce(config, topology, data, state, reporter)
         _keep_for_good()
+        stop.listen()
         reason = run_loop(plan, parts, state)
         instruments.close()
         if saver is not None:
@@ -174,6 +187,21 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
             _test(plan, parts, data, state)
     finally:
         reporter.close()
+
+
+def _starting_point(config: Config, vocabulary: int, inputs: RunInputs, *, leads: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, which fits tokenizer and data; the run may then save into its folder. Collective.
+
+    leads: whether this rank may move files, one rank for each file system.
+    """
+    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary)
+    checkpoint = find_checkpoint(config, table, tokenizer=inputs.tokenizer)
+    if checkpoint is not None:
+        checkpoint.require_data_order(inputs, override=config.checkpoint.override_data_order)
+    if config.checkpoint.save is not None:
+        continues = checkpoint is not None and not checkpoint.from_start
+        claim(config.checkpoint, checkpoint.directory if checkpoint and continues else None, leads=leads)
+    return checkpoint
 
 
 def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
@@ -209,7 +237,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         prompt=prompt_length(config.model.soft_prompt_tuning),
         tokenizer=facts_of(config.tokenizer.tokenizer_type, tokenizer),
     )
-    if data.train is None:
+    if data.train is None and wanted["train"]:
         raise ConfigError.of(
             "there is nothing to train on", key="data_path", remedy="set data_path or train_data_paths"
         )
@@ -276,7 +304,6 @@ def _parts(
         tail=section.wsd_decay_fraction,
         tail_shape=section.wsd_decay_style,
     )
-    assert data.train is not None
     return Parts(
         engine=engine,
         schedule=schedule,
@@ -292,12 +319,25 @@ def _parts(
 
 
 def _saver(
-    config: Config, engine: PlainEngine | PipelinedEngine, vocabulary: int, checkpoint: Checkpoint | None
+    config: Config,
+    engine: PlainEngine | PipelinedEngine,
+    vocabulary: int,
+    checkpoint: Checkpoint | None,
+    inputs: RunInputs,
 ) -> Saver | None:
     if config.checkpoint.save is None:
         return None
     loaded = checkpoint.directory if checkpoint else None
-    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded)
+    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs)
+
+
+def _inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
+    """What a checkpoint keeps of tokenizer and data, to be compared when it is loaded."""
+    order = None
+    if data.plan.train is not None:
+        epochs = config.training.train_epochs
+        order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
+    return RunInputs(TokenizerFacts.of(config.tokenizer.tokenizer_type, tokenizer), order)
 
 
 def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
@@ -320,7 +360,8 @@ def _watched(
 ) -> Parts:
     """The parts with those that look at the run."""
     training = config.training
-    assert data.train is not None
+    if data.train is None:
+        return parts
     diagnosis = Diagnosis(engine, data.train, known(training.train_micro_batch_size_per_gpu))
     judge = Judge(
         diagnosis,
@@ -341,13 +382,16 @@ def _introduce(config: Config, topology: Topology, data: Data, state: RunState, 
     reporter.message(str(data.plan))
     if state.iteration:
         reporter.message(f"continuing after iteration {state.iteration}, sample {state.consumed_samples}")
+    if state.iteration >= _train_iters(config):
+        reporter.message(f"nothing is left to train: the run ends at iteration {_train_iters(config)} (train_iters)")
 
 
 def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
     """The last word: the loss on the test split, from its first sample on."""
     assert data.test is not None
     metrics = evaluation_metrics(plan, parts, data.test.batches(0))
-    parts.reporter.evaluation(state.iteration, "test", metrics)
+    if metrics is not None:
+        parts.reporter.evaluation(state.iteration, "test", metrics)
 
 
 def _barrier() -> None:

@@ -32,6 +32,13 @@ def test_the_one_that_was_loaded_stays(tmp_path: Path) -> None:
     assert layout.iterations(tmp_path) == [1, 4]
 
 
+def test_iterations_that_were_asked_for_by_number_stay_and_do_not_count(tmp_path: Path) -> None:
+    for iteration in range(8):
+        save(tmp_path, iteration)
+        retain(tmp_path, 2, newest=iteration, loaded=None, spared=(0, 1, 4))
+    assert layout.iterations(tmp_path) == [0, 1, 4, 6, 7]
+
+
 def test_an_earlier_start_removes_neither_its_own_nor_later_ones(tmp_path: Path) -> None:
     """A run that went back to iteration 1 saves 2 beside the 8 and 9 of the run before."""
     for iteration in (1, 8, 9):

@@ -96,3 +96,79 @@ def test_finetune_takes_the_weights_and_starts_counting_anew(dataset: str, tmp_p
     tuned = run(1, tmp_path / "tuned", data_path=dataset, load=save, finetune=True)
     assert [record["iteration"] for record in tuned if "train/lm_loss" in record] == list(range(1, 21))
     assert series(tuned, "train/lm_loss")[0] < series(first, "train/lm_loss")[0] - 1.0
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 7},
+    "seq_length": {"seq_length": 16},
+    "pack_impl": {"pack_impl": "pack_until_overflow"},
+    "train_iters": {"train_iters": 4000, "override_lr_scheduler": True},
+    "data_path": {"split": "80,10,10"},
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_resume_that_would_read_other_samples_is_refused(key: str, dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100}
+    run(1, tmp_path / "parts", exit_interval=3, **parts)
+    with pytest.raises(RankFailedError, match=rf"{key}.*override_data_order"):
+        run(1, tmp_path / "parts", **{**parts, **CHANGES[key]})
+    on = run(1, tmp_path / "parts", exit_interval=4, override_data_order=True, **{**parts, **CHANGES[key]})
+    assert series(on, "iteration")[-1] == 4
+
+
+def test_data_that_moved_are_the_same_data(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    parts = {"save": save, "load": save, "checkpoint_factor": 100}
+    run(1, tmp_path / "parts", exit_interval=3, data_path=dataset, **parts)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"moved{suffix}").write_bytes(Path(f"{dataset}{suffix}").read_bytes())
+    on = run(1, tmp_path / "parts", exit_interval=4, data_path=str(tmp_path / "moved"), **parts)
+    assert series(on, "iteration")[-1] == 4
+
+
+def test_a_second_run_does_not_replace_the_checkpoints_of_the_first(dataset: str, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    parts = {"data_path": dataset, "save": str(save), "checkpoint_factor": 2, "train_iters": 4}
+    run(1, tmp_path / "first", **parts)
+    before = (save / "global_step4" / "manifest.json").read_bytes()
+    with pytest.raises(RankFailedError, match=r"save.*checkpoints of another run \(iterations 2, 4\)"):
+        run(1, tmp_path / "second", **{**parts, "seed": 99})
+    base = str(tmp_path / "base")
+    run(1, tmp_path / "base-run", **{**parts, "save": base})
+    with pytest.raises(RankFailedError, match=r"save.*checkpoints of another run"):
+        run(1, tmp_path / "tuned", **parts, load=base, finetune=True)
+    assert (save / "global_step4" / "manifest.json").read_bytes() == before
+    run(1, tmp_path / "third", **{**parts, "save_overwrite": True, "train_iters": 2})
+    assert [path.name for path in save.glob("global_step*")] == ["global_step2"]
+
+
+def test_a_run_of_no_steps_saves_the_untrained_model(dataset: str, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    run(1, tmp_path, data_path=dataset, save=str(save), extra_save_iters=[0], train_iters=0, lr_decay_iters=10)
+    assert (save / "latest").read_text() == "global_step0"
+
+
+def test_one_checkpoint_is_not_the_folder_of_a_run(dataset: str, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    run(1, tmp_path, data_path=dataset, save=str(save), checkpoint_factor=2, train_iters=2)
+    with pytest.raises(RankFailedError, match=r"this is one checkpoint.*set load: \S*/save and iteration: 2"):
+        run(1, tmp_path, data_path=dataset, load=str(save / "global_step2"))
+
+
+def test_the_first_part_starts_where_load_is_the_save_folder_by_another_name(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "save")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run(
+            1, tmp_path, data_path=dataset, save="save", load=str(tmp_path / "link"), checkpoint_factor=2, train_iters=2
+        )
+    assert (tmp_path / "save" / "latest").read_text() == "global_step2"
+
+
+def test_exit_at_the_last_step_is_the_end_of_the_run(dataset: str, tmp_path: Path) -> None:
+    records = run(1, tmp_path, data_path=dataset, train_iters=4, exit_interval=4)
+    assert series(records, "test/lm_loss")

@@ -8,6 +8,11 @@ class CheckpointSection(Section):
     """What is saved when, and what is loaded."""
 
     save: str | None = key(None, "Folder to save checkpoints in.")
+    save_overwrite: bool = key(
+        False,
+        "Start anew in a `save` folder that holds another run's checkpoints: they move to <save>/replaced-<time>; "
+        "without it that is refused.",
+    )
     load: str | None = key(None, "Folder to load a checkpoint from.")
     load_fallback: str = key(
         "error",
@@ -29,6 +34,11 @@ class CheckpointSection(Section):
     no_save_optim: bool = key(False, "Save no optimizer state.")
     no_save_rng: bool = key(False, "Save no random number state.")
     no_load_optim: bool = key(False, "Start with a fresh optimizer state.")
+    override_data_order: bool = key(
+        False,
+        "Resume although data sets, weights, seed, sequence length, packing or passes are others than the "
+        "checkpoint's, so that the samples that follow are in another order; refused otherwise.",
+    )
     no_load_rng: bool = key(False, "Start with fresh random number state.")
     checkpoint_validation_with_forward_pass: bool = key(
         False, "Save logits with the checkpoint and compare them after loading."

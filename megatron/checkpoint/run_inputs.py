@@ -1,0 +1,142 @@
+"""What a run reads, kept with its checkpoints: the order of its samples and its tokenizer. A resume compares both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.errors import ConfigError, Mistake
+from megatron.log import get_logger
+
+_log = get_logger(__name__)
+
+_PROBE = "The naïve fox, 12,345 ways:\n\tif x != y: return {'a': 0.5}  # Größe, 東京, Привет, \U0001f98a!\n\n"
+"""Text on which different tokenizers differ."""
+
+_WISH = "set override_data_order to go on in the new order, or give back what the checkpoint's run had"
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that is looked at."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """A tokenizer as a checkpoint remembers it.
+
+    vocab_size: before padding [tokens]. eod: the id that ends a document. probe: a hash of the ids of a fixed text, so
+    that another kind that reads the same files is the same tokenizer.
+    """
+
+    tokenizer_type: str
+    vocab_size: int
+    eod: int
+    probe: str
+
+    @classmethod
+    def of(cls, tokenizer_type: str, tokenizer: Encoder) -> TokenizerFacts:
+        """Those of a tokenizer."""
+        probe = hashlib.sha256(json.dumps(tokenizer.encode(_PROBE)).encode()).hexdigest()[:16]
+        return cls(tokenizer_type, tokenizer.vocab_size, tokenizer.eod, probe)
+
+    def __str__(self) -> str:
+        return f"{self.tokenizer_type} with {self.vocab_size} tokens, end of document {self.eod}"
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """tokenizer: of the run; None where it is not known. data: what `order_facts` gives."""
+
+    tokenizer: TokenizerFacts | None = None
+    data: Mapping[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts for a checkpoint."""
+        tokenizer = asdict(self.tokenizer) if self.tokenizer is not None else None
+        return {"tokenizer": tokenizer, "data": dict(self.data) if self.data is not None else None}
+
+
+def same_tokenizer(
+    stored: Mapping[str, Any] | None, own: TokenizerFacts, where: Path, *, new_tokens: bool, trains: bool
+) -> None:
+    """ConfigError where the checkpoint's weights belong to another tokenizer.
+
+    stored: the checkpoint's facts, None where it has none. new_tokens: the weights may be tuned to another vocabulary
+    (`finetune`), which is a line in the log. trains: the end of a document matters, since it stands in the data.
+    """
+    if not stored:
+        return
+    then = TokenizerFacts(**{name: stored[name] for name in TokenizerFacts.__dataclass_fields__})
+    same = (then.vocab_size, then.probe) == (own.vocab_size, own.probe)
+    if same and (then.eod == own.eod or not trains):
+        return
+    if not new_tokens:
+        raise ConfigError.of(
+            f"the checkpoint {where} was trained with {then}; this is "
+            + (f"{own}" if str(own) != str(then) else "one of the same size that gives other ids"),
+            key="tokenizer_type",
+            value=own.tokenizer_type,
+            remedy="give tokenizer_type, vocab_file and merge_file of that run"
+            + (", or set finetune: true to tune the weights to another tokenizer" if trains else ""),
+        )
+    _log.warning("the checkpoint %s was trained with another tokenizer: %s; this is %s", where, then, own)
+    added = own.vocab_size - then.vocab_size
+    if added > 0:
+        _log.warning("%d rows of the embedding belong to new tokens", added)
+
+
+def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], where: Path, *, override: bool) -> None:
+    """ConfigError for each fact by which the samples that follow would be others than those of the checkpoint's run.
+
+    stored: the checkpoint's facts, None where it has none. override: `override_data_order`, which makes it a line in
+    the log for each.
+    """
+    if not stored:
+        return
+    mistakes = list(_differences(stored, own, where))
+    if not override:
+        ConfigError.raise_any(mistakes)
+    for mistake in mistakes:
+        _log.warning("%s: %s; the samples that follow are in a new order", mistake.key, mistake.what)
+
+
+def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[Mistake]:
+    for name in dict.fromkeys((*own, *stored)):
+        then, now = stored.get(name), own.get(name)
+        if then == now or (name == "passes" and stored.get("data_path") != own.get("data_path")):
+            continue
+        if name == "data_path":
+            what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
+            yield Mistake(what, key="data_path", remedy=_WISH)
+        elif name == "passes":
+            what = (
+                f"the checkpoint's run shuffled {_passes(then)} over the data together, this one shuffles "
+                f"{_passes(now)}: samples would be read twice and others never"
+            )
+            remedy = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
+            yield Mistake(what, key="train_iters", remedy=remedy)
+        else:
+            what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
+            yield Mistake(what, key=name, value=now, remedy=_WISH)
+
+
+def _sets(sets: Sequence[Sequence[Any]] | None) -> str:
+    told = [f"{documents:,} documents with {tokens:,} tokens [{digest}]" for documents, tokens, digest in sets or ()]
+    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
+
+
+def _passes(counts: Sequence[int] | None) -> str:
+    counts = sorted(set(counts or ()))
+    return f"{counts[0]} to {counts[-1]} passes" if len(counts) > 1 else f"{counts[0] if counts else 0} pass(es)"

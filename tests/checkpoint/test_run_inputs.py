@@ -1,0 +1,98 @@
+"""A checkpoint remembers tokenizer and data order; a resume that reads others is refused by the key that differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.checkpoint.run_inputs import TokenizerFacts, same_data_order, same_tokenizer
+from megatron.errors import ConfigError
+from megatron.tokenizers.char_level import CharLevelTokenizer
+
+WHERE = Path("run/global_step5")
+ORDER: dict[str, Any] = {
+    "seed": 1234,
+    "seq_length": 32,
+    "pack_impl": "packed",
+    "data_path": [[10, 500, "aa"], [20, 900, "bb"]],
+    "train_epochs": None,
+    "passes": [1, 1],
+    "train_data_weights": [0.5, 0.5],
+}
+
+
+class Words:
+    """A tokenizer of another vocabulary with as many tokens."""
+
+    vocab_size = CharLevelTokenizer().vocab_size
+    eod = CharLevelTokenizer().eod
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+
+def facts(**changes: Any) -> TokenizerFacts:
+    own = TokenizerFacts.of("CharLevelTokenizer", CharLevelTokenizer())
+    return TokenizerFacts(**{**vars(own), **changes})
+
+
+def check(own: TokenizerFacts, *, new_tokens: bool = False, trains: bool = True) -> None:
+    same_tokenizer(vars(facts()), own, WHERE, new_tokens=new_tokens, trains=trains)
+
+
+def test_another_kind_that_gives_the_same_ids_is_the_same_tokenizer() -> None:
+    check(facts(tokenizer_type="HFTokenizer"))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    "own", [facts(vocab_size=400), TokenizerFacts.of("WordTokenizer", Words())], ids=["size", "ids"]
+)
+def test_another_tokenizer_is_refused(own: TokenizerFacts, trains: bool) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer_type.*trained with CharLevelTokenizer with 512 tokens"):
+        check(own, trains=trains)
+
+
+def test_another_end_of_document_matters_to_training_alone() -> None:
+    with pytest.raises(ConfigError, match=r"end of document 0.*this is .*end of document 7"):
+        check(facts(eod=7))
+    check(facts(eod=7), trains=False)
+
+
+def test_tuning_to_another_tokenizer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    check(facts(vocab_size=600), new_tokens=True)
+    assert "trained with another tokenizer" in caplog.text
+    assert "88 rows of the embedding belong to new tokens" in caplog.text
+
+
+def test_a_checkpoint_without_facts_is_taken_as_it_is() -> None:
+    same_tokenizer(None, facts(vocab_size=1), WHERE, new_tokens=False, trains=True)
+    same_data_order(None, ORDER, WHERE, override=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("seed", 7, "trained with 1234"),
+        ("seq_length", 16, "trained with 32"),
+        ("pack_impl", "unpacked", "trained with 'packed'"),
+        ("data_path", [[10, 500, "aa"]], "20 documents with 900 tokens"),
+        ("data_path", [[10, 500, "aa"], [20, 900, "cc"]], r"\[bb\].*\[cc\]"),
+        ("data_path", [[20, 900, "bb"], [10, 500, "aa"]], r"\[aa\].*\[bb\].*these are.*\[bb\].*\[aa\]"),
+        ("train_epochs", 2, "trained with None"),
+        ("passes", [1, 2], r"shuffled 1 pass\(es\).*this one shuffles 1 to 2 passes"),
+        ("train_data_weights", [0.9, 0.1], r"trained with \[0.5, 0.5\]"),
+    ],
+)
+def test_another_order_of_samples_needs_a_wish(
+    key: str, value: Any, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {**ORDER, key: value}
+    with pytest.raises(ConfigError, match=rf"(?s){told}.*override_data_order") as caught:
+        same_data_order(ORDER, own, WHERE, override=False)
+    assert [mistake.key for mistake in caught.value.mistakes] == ["train_iters" if key == "passes" else key]
+    same_data_order(ORDER, own, WHERE, override=True)
+    assert caplog.text.count("the samples that follow are in a new order") == 1
+    same_data_order(ORDER, ORDER, WHERE, override=False)
