@@ -24,7 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.card import facts_of
 from megatron.data.corpora import CORPORA, Corpus, find_corpus, read_about
 from megatron.data.download import Source, fetch
 from megatron.data.indexed import bin_path, idx_path
@@ -34,6 +33,7 @@ from megatron.data.public_corpora import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA
 from megatron.data.recipes import PlainText
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from tools.preprocess_data import told
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.card import TokenizerFacts, facts_of
 from megatron.data.encode import Recipe
 from megatron.data.preprocess import Result, preprocess
 from megatron.data.progress import ProgressLine
@@ -29,6 +28,7 @@ from megatron.data.shard import parse_shard
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
+from megatron.tokenizer_facts import TokenizerFacts, facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
 

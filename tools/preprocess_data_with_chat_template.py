@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.card import TokenizerFacts
 from megatron.data.recipes import Chat
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.chat import ChatTemplate
 from tools.preprocess_data import add_work_arguments, dashed, run_recipe, told
 

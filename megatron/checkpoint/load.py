@@ -18,7 +18,7 @@ from megatron.checkpoint import answers, files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.parametrisation import same_parametrisation
-from megatron.checkpoint.run_inputs import RunInputs, TokenizerFacts, same_data_order, same_tokenizer
+from megatron.checkpoint.run_inputs import RunInputs, same_data_order, same_tokenizer
 from megatron.checkpoint.save import Counters
 from megatron.checkpoint.schedule import schedule_facts, schedule_to_use, warn_of_early_end
 from megatron.checkpoint.slices import MASTER, OptimizerState
@@ -30,6 +30,7 @@ from megatron.log import get_logger
 from megatron.parallel.topology import Topology
 from megatron.registry import OPTIMIZERS
 from megatron.shapes import DOWN, PROMPT, ModelDims, TensorShape, is_added
+from megatron.tokenizer_facts import TokenizerFacts
 
 _log = get_logger(__name__)
 

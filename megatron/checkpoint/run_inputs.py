@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron.errors import ConfigError, Mistake
 from megatron.log import get_logger
+from megatron.tokenizer_facts import TokenizerFacts
 
 _log = get_logger(__name__)
 
-_PROBE = "The naïve fox, 12,345 ways:\n\tif x != y: return {'a': 0.5}  # Größe, 東京, Привет, \U0001f98a!\n\n"
-"""Text on which different tokenizers differ."""
-
 _WISH = "set override_data_order to go on in the new order, or give back what the checkpoint's run had"
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that is looked at."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eod(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """A tokenizer as a checkpoint remembers it.
-
-    vocab_size: before padding [tokens]. eod: the id that ends a document. probe: a hash of the ids of a fixed text, so
-    that another kind that reads the same files is the same tokenizer.
-    """
-
-    tokenizer_type: str
-    vocab_size: int
-    eod: int
-    probe: str
-
-    @classmethod
-    def of(cls, tokenizer_type: str, tokenizer: Encoder) -> TokenizerFacts:
-        """Those of a tokenizer."""
-        probe = hashlib.sha256(json.dumps(tokenizer.encode(_PROBE)).encode()).hexdigest()[:16]
-        return cls(tokenizer_type, tokenizer.vocab_size, tokenizer.eod, probe)
-
-    def __str__(self) -> str:
-        return f"{self.tokenizer_type} with {self.vocab_size} tokens, end of document {self.eod}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +25,12 @@ class RunInputs:
 
     def as_json(self) -> dict[str, Any]:
         """The facts for a checkpoint."""
-        tokenizer = asdict(self.tokenizer) if self.tokenizer is not None else None
-        return {"tokenizer": tokenizer, "data": dict(self.data) if self.data is not None else None}
+        own = self.tokenizer
+        stored = None
+        if own is not None:
+            stored = {"tokenizer_type": own.kind, "vocab_size": own.vocab_size, "eod": own.eod}
+            stored["fingerprint"] = own.fingerprint
+        return {"tokenizer": stored, "data": dict(self.data) if self.data is not None else None}
 
 
 def same_tokenizer(
@@ -78,16 +43,14 @@ def same_tokenizer(
     """
     if not stored:
         return
-    then = TokenizerFacts(**{name: stored[name] for name in TokenizerFacts.__dataclass_fields__})
-    same = (then.vocab_size, then.probe) == (own.vocab_size, own.probe)
-    if same and (then.eod == own.eod or not trains):
+    then = TokenizerFacts(stored["tokenizer_type"], stored["vocab_size"], stored["eod"], stored.get("fingerprint"))
+    if then.agrees_with(own if trains else replace(own, eod=None)):
         return
     if not new_tokens:
         raise ConfigError.of(
-            f"the checkpoint {where} was trained with {then}; this is "
-            + (f"{own}" if str(own) != str(then) else "one of the same size that gives other ids"),
+            f"the checkpoint {where} was trained with {then}; this is {own}",
             key="tokenizer_type",
-            value=own.tokenizer_type,
+            value=own.kind,
             remedy="give tokenizer_type, vocab_file and merge_file of that run"
             + (", or set finetune: true to tune the weights to another tokenizer" if trains else ""),
         )

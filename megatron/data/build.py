@@ -11,7 +11,7 @@ import torch
 
 from megatron.config.sections.data import DataSection
 from megatron.data.blend import BlendedDataset, whole_passes
-from megatron.data.card import TokenizerFacts, read_card
+from megatron.data.card import read_card
 from megatron.data.gpt import PackedDataset, Samples, WholeDataset
 from megatron.data.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.index_map import IndexMap, epochs_needed
@@ -22,6 +22,7 @@ from megatron.data.sampler import Sampler
 from megatron.data.sources import Split, read_splits
 from megatron.data.splits import NAMES
 from megatron.data.strangers import check_tokenizer
+from megatron.tokenizer_facts import TokenizerFacts
 
 
 @dataclass(frozen=True)

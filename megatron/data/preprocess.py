@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from megatron.data.card import DatasetCard, TokenizerFacts
+from megatron.data.card import DatasetCard
 from megatron.data.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
 from megatron.data.journal import Counts, Journal, Sidecar, task_of
 from megatron.data.shard import Shard, shard_blocks
@@ -23,6 +23,7 @@ from megatron.data.text_files import TextFile
 from megatron.data.workers import encode_blocks
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError, Mistake, RunError
+from megatron.tokenizer_facts import TokenizerFacts
 
 LEGACY = np.dtype("<i4")  # the legacy format's type of a token, whatever the vocabulary
 MARK_INTERVAL = 5.0  # seconds between two states that are kept

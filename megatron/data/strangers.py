@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron.data.card import TokenizerFacts, read_card
+from megatron.data.card import read_card
 from megatron.data.indexed import IndexedDataset
 from megatron.data.sources import LABELS, Split
 from megatron.errors import ConfigError, Mistake
+from megatron.tokenizer_facts import TokenizerFacts
 
 
 def check_tokenizer(splits: Sequence[Split], tokenizer: TokenizerFacts) -> None:

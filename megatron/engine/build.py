@@ -22,7 +22,6 @@ from torch.nn import Module, Parameter
 from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
 from megatron.checkpoint.mirror import fetch_missing
-from megatron.checkpoint.run_inputs import TokenizerFacts
 from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
@@ -53,6 +52,7 @@ from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
+from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size

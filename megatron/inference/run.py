@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from megatron.checkpoint.run_inputs import TokenizerFacts
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine, build_vocabulary, join
 from megatron.engine.engine import Engine
@@ -27,6 +26,7 @@ from megatron.parallel.bootstrap import any_rank, shutdown
 from megatron.parallel.pulse import ASKING
 from megatron.parallel.topology import Topology
 from megatron.parallel.watch import Watch
+from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers.base import Tokenizer
 
 
@@ -102,7 +102,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         with watch.over():
             tokenizer, rows = build_vocabulary(config, topology)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            facts = TokenizerFacts.of(config.tokenizer.tokenizer_type, tokenizer)
+            facts = facts_of(config.tokenizer.tokenizer_type, tokenizer)
             engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)

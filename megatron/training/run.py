@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.adapters import prompt_length, soft_prompt
 from megatron.checkpoint.handles import collect
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
-from megatron.checkpoint.run_inputs import RunInputs, TokenizerFacts
+from megatron.checkpoint.run_inputs import RunInputs
 from megatron.checkpoint.save import Counters, Saver
 from megatron.checkpoint.save_folder import check_writable, claim
 from megatron.config import Config
@@ -27,7 +27,6 @@ from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
-from megatron.data.card import facts_of
 from megatron.data.order import order_facts
 from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
@@ -50,6 +49,7 @@ from megatron.parallel.watch import Watch
 from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
+from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
 from megatron.training.diagnosis import Diagnosis
 from megatron.training.instruments import Instruments, build_instruments
@@ -337,7 +337,7 @@ def _inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(TokenizerFacts.of(config.tokenizer.tokenizer_type, tokenizer), order)
+    return RunInputs(facts_of(config.tokenizer.tokenizer_type, tokenizer), order)
 
 
 def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:

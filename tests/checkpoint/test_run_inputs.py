@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron.checkpoint.run_inputs import TokenizerFacts, same_data_order, same_tokenizer
+from megatron.checkpoint.run_inputs import RunInputs, same_data_order, same_tokenizer
 from megatron.errors import ConfigError
+from megatron.tokenizer_facts import TokenizerFacts, facts_of
 from megatron.tokenizers.char_level import CharLevelTokenizer
 
 WHERE = Path("run/global_step5")
@@ -33,25 +35,25 @@ class Words:
         return [len(word) for word in text.split()]
 
 
+STORED = RunInputs(facts_of("CharLevelTokenizer", CharLevelTokenizer())).as_json()["tokenizer"]
+
+
 def facts(**changes: Any) -> TokenizerFacts:
-    own = TokenizerFacts.of("CharLevelTokenizer", CharLevelTokenizer())
-    return TokenizerFacts(**{**vars(own), **changes})
+    return replace(facts_of("CharLevelTokenizer", CharLevelTokenizer()), **changes)
 
 
 def check(own: TokenizerFacts, *, new_tokens: bool = False, trains: bool = True) -> None:
-    same_tokenizer(vars(facts()), own, WHERE, new_tokens=new_tokens, trains=trains)
+    same_tokenizer(STORED, own, WHERE, new_tokens=new_tokens, trains=trains)
 
 
 def test_another_kind_that_gives_the_same_ids_is_the_same_tokenizer() -> None:
-    check(facts(tokenizer_type="HFTokenizer"))
+    check(facts(kind="HFTokenizer"))
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize(
-    "own", [facts(vocab_size=400), TokenizerFacts.of("WordTokenizer", Words())], ids=["size", "ids"]
-)
+@pytest.mark.parametrize("own", [facts(vocab_size=400), facts_of("Words", Words())], ids=["size", "ids"])
 def test_another_tokenizer_is_refused(own: TokenizerFacts, trains: bool) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer_type.*trained with CharLevelTokenizer with 512 tokens"):
+    with pytest.raises(ConfigError, match=r"tokenizer_type.*trained with CharLevelTokenizer of 512 tokens"):
         check(own, trains=trains)
 
 

@@ -10,13 +10,14 @@ import zstandard
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.merge import find_pairs, merge
-from megatron.data.preprocess import TokenizerFacts, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.recipes import PlainText
 from megatron.data.sentences import Sentences
 from megatron.data.shard import Shard, parse_shard
 from megatron.data.text_files import find_text_files
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError
+from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
 
 CHARACTERS = make_tokenizer("CharLevelTokenizer")

@@ -14,10 +14,11 @@ import pytest
 import zstandard
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import TokenizerFacts, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.recipes import PlainText
 from megatron.data.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe
 

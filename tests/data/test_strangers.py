@@ -8,12 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.config.sections.data import DataSection
-from megatron.data.card import FROM_FILES, DatasetCard, TokenizerFacts, facts_of, read_card
+from megatron.data.card import DatasetCard, read_card
 from megatron.data.indexed import IndexedDataset
 from megatron.data.merge import merge
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
+from megatron.tokenizer_facts import FROM_FILES, TokenizerFacts, facts_of
 from megatron.tokenizers import make_tokenizer
 from tests.data.test_build import build, documents, served, write
 from tests.data.test_labels import write_signed
