@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.recipes import Chat
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_facts import TokenizerFacts
-from megatron.tokenizers.chat import ChatTemplate
+from megatron.tokenizer_facts import facts_of
+from megatron.tokenizers.chat import ChatTokens
 from tools.preprocess_data import add_work_arguments, dashed, run_recipe, told
 
 
@@ -45,13 +45,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def recipe_of(asked: argparse.Namespace) -> Chat:
+def recipe_of(asked: argparse.Namespace, template: ChatTokens) -> Chat:
     """What the conversations become. Raises ConfigError."""
     if asked.ftfy:
         remedy = "mend the text first, or leave out --ftfy"
         raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, remedy=remedy)
     return Chat(
-        ChatTemplate(asked.tokenizer_path),
+        template,
         tuple(key for told_keys in asked.jsonl_keys for key in told_keys.split(",") if key),
         role=asked.generation_role,
         only_last=asked.only_last,
@@ -66,8 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
     try:
-        recipe = recipe_of(asked)
-        facts = TokenizerFacts("PretrainedFromHF", recipe.template.vocab_size, recipe.template.eod)
+        template = ChatTokens(asked.tokenizer_path)
+        recipe = recipe_of(asked, template)
+        facts = facts_of("PretrainedFromHF", template.tokenizer)
         print(told(run_recipe(asked, recipe, facts)))
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)

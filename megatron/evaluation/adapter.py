@@ -14,8 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from megatron.engine.engine import Engine
-from megatron.errors import RunError
-from megatron.evaluation.chat import ChatTemplate
+from megatron.errors import ConfigError, RunError
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
 from megatron.inference.answer import Settings
@@ -24,6 +23,7 @@ from megatron.inference.sampling import Sampling
 from megatron.inference.scoring import Pair, Score, score, windows
 from megatron.parallel.topology import Axis
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
 
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
 _GENERATION_KEYS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
@@ -104,7 +104,20 @@ class HarnessModel(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation."""
         assert self._chat is not None, "lm-eval asks only where eval_chat_template is set"
-        return self._chat.render(chat_history, add_generation_prompt)
+        told = partial(
+            self._chat.render,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        try:
+            return told(chat_history)
+        except TemplateRefusal:
+            pass  # some templates know no system; the harness then leaves it out
+        try:
+            return told([turn for turn in chat_history if turn["role"] != "system"])
+        except TemplateRefusal as fault:
+            what = f"the chat template refuses the conversation: {fault}"
+            raise ConfigError.of(what, key="eval_chat_template", value=True) from fault
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the template, which lm-eval keeps with the results."""

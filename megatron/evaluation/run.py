@@ -22,7 +22,6 @@ from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import compression, perplexity
-from megatron.evaluation.chat import ChatTemplate
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
 from megatron.inference.run import context_length, with_model
@@ -32,6 +31,7 @@ from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import device
 from megatron.parallel.topology import Axis, Topology
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.chat_template import ChatTemplate
 
 
 def evaluate(config: Config) -> None:
@@ -174,7 +174,10 @@ def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
     require_harness(section.eval_tasks)
     from megatron.evaluation.tasks import Tasks
 
-    chat = ChatTemplate.beside(config.tokenizer.vocab_file) if section.eval_chat_template else None
+    chat = None
+    if section.eval_chat_template:
+        named = config.tokenizer
+        chat = ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file, key="eval_chat_template")
     return Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot), chat
 
 

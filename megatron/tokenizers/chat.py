@@ -1,57 +1,44 @@
 """Conversations as tokens, by a model's chat template, with what one role wrote marked.
 
-The template (Jinja, in tokenizer_config.json or chat_template.jinja) is rendered in a sandbox. Where a turn lies in
-the rendered text is found by rendering the conversation turn by turn; the tokens of that stretch of text are its own.
-A turn of the marked role counts from behind the words with which the template opens it, as in generation, to its end.
+A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
+other, where a turn lies in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
+role counts from behind the words with which the template opens it, as in generation, to its end.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from dataclasses import replace
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.fast import parse
+from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
+from megatron.tokenizers.pretrained import PretrainedFromHF
 
-TEMPLATE = "chat_template.jinja"
+Spans = list[tuple[int, int]]
+ASSISTANT = "assistant"
+_KEY = "tokenizer_path"
+_OTHER_WORDS = "\ufdd3"  # no text begins with it
 
 
-class ChatTemplate:
-    """The template and the tokenizer of a folder. Raises ConfigError when one is missing or is none.
+class ChatTokens:
+    """The template and the tokenizer of a folder, or of a public model. Raises ConfigError when one cannot be had.
 
     eod: the model's end-of-text token. vocab_size: [tokens].
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        place = Path(folder)
-        config = _json(place / "tokenizer_config.json", folder)
-        self._tokenizer = parse(_text(place / "tokenizer.json", folder), folder)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._special = {
-            name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
-        end = self._special["eos_token"]
-        number = None if end is None else self._tokenizer.token_to_id(end)
-        if number is None:
-            self._refuse("tokenizer_config.json names no eos_token that the vocabulary has")
-        self.eod: int = number
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        source = (place / TEMPLATE).read_text(encoding="utf-8") if (place / TEMPLATE).is_file() else None
-        source = source or config.get("chat_template")
-        if not isinstance(source, str):
-            self._refuse(f"there is no chat template, neither {TEMPLATE} nor in tokenizer_config.json")
-        self._template = self._compiled(source)
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._markers = tuple(token.content for token in added if token.special)
+        try:
+            self.tokenizer = PretrainedFromHF(folder)
+        except ConfigError as fault:
+            raise ConfigError(*(replace(mistake, key=_KEY) for mistake in fault.mistakes)) from fault
+        self.template = ChatTemplate.of_tokenizer(PretrainedFromHF.__name__, folder, key=_KEY)
+        self.eod: int = self.tokenizer.eod
+        self.vocab_size: int = self.tokenizer.vocab_size
+        self._marks = self.template.marks_generation
+        self._special = tuple(self.tokenizer.special_tokens)
 
     def encode(self, turns: Sequence[Mapping[str, str]], *, role: str, only_last: bool) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and for each whether the role wrote it.
@@ -61,50 +48,45 @@ class ChatTemplate:
         spells a special token.
         """
         for turn in turns:
-            spelt = next((marker for marker in self._markers if marker in turn["content"]), None)
+            spelt = next((token for token in self._special if token in turn["content"]), None)
             if spelt is not None:
                 raise ValueError(f"a turn spells the special token {spelt}")
-        spans = self._spans(turns, role, only_last)
-        text = self._render(turns)
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        written = [any(start <= at < stop for start, stop in spans) for at, _ in encoded.offsets]
-        return encoded.ids, written
+        text, spans = self._marked(turns, role, only_last)
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        return ids, [any(start <= at < stop for start, stop in spans) for at, _ in offsets]
 
-    def _spans(self, turns: Sequence[Mapping[str, str]], role: str, only_last: bool) -> list[tuple[int, int]]:
-        """Where the marked turns lie in the rendered text [characters]."""
-        whole = self._render(turns)
-        spans = []
-        for number, turn in enumerate(turns):
-            last = number == len(turns) - 1
-            if turn["role"] != role if not only_last else not last:
-                continue
-            opened = self._render(turns[:number], opened=turn["role"] == role) if number else ""
-            closed = whole if last else self._render(turns[: number + 1])
-            if not whole.startswith(opened) or not whole.startswith(closed) or len(closed) < len(opened):
-                raise ValueError("the template renders earlier turns differently once later ones are there")
-            spans.append((len(opened), len(closed)))
-        return spans
+    def _marked(
+        self, turns: Sequence[Mapping[str, str]], role: str, only_last: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text, and where the marked turns lie in it [characters]."""
+        wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
+        if only_last:
+            wanted = [len(turns) - 1]
+        if self._marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
+            text, spans = self.template.render_marked(turns)
+            return text, spans[-1:] if only_last else spans if wanted else []
+        text = self.template.render(turns)
+        return text, [self._span(turns, number, text) for number in wanted]
 
-    def _render(self, turns: Sequence[Mapping[str, str]], *, opened: bool = False) -> str:
-        known = {name: token for name, token in self._special.items() if token is not None}
+    def _span(self, turns: Sequence[Mapping[str, str]], number: int, whole: str) -> tuple[int, int]:
+        """Where one turn lies in the rendered text [characters]."""
+        closed = whole if number == len(turns) - 1 else self.template.render(turns[: number + 1])
+        if not whole.startswith(closed):
+            raise ValueError("the template renders earlier turns differently once later ones are there")
+        other = self.template.render([*turns[:number], {**turns[number], "content": _OTHER_WORDS}])
+        opened = _common(closed, other)
+        if number and turns[number]["role"] == ASSISTANT:
+            opened = self._prompted(turns[:number], closed) or opened
+        return opened, len(closed)
+
+    def _prompted(self, before: Sequence[Mapping[str, str]], closed: str) -> int:
+        """The length of what a model is given to answer these turns; 0 where the text goes on with something else."""
         try:
-            return self._template.render(messages=list(turns), add_generation_prompt=opened, **known)
-        except jinja2.TemplateError as fault:
-            raise ValueError(str(fault)) from fault
-
-    def _compiled(self, source: str) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refused_by_template
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as fault:
-            self._refuse(f"the chat template cannot be read ({fault})")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ConfigError.of(
-            what, key="tokenizer_path", value=self._folder, remedy="give the tokenizer folder of a chat model"
-        )
+            prompt = self.template.render(before, add_generation_prompt=True)
+            plain = self.template.render(before)
+        except TemplateRefusal:
+            return 0
+        return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
 
     def __getstate__(self) -> str:
         return self._folder
@@ -113,28 +95,7 @@ class ChatTemplate:
         self.__init__(folder)  # type: ignore[misc]
 
 
-def _refused_by_template(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _token(told: Any) -> str | None:
-    told = told.get("content") if isinstance(told, dict) else told
-    return told if isinstance(told, str) else None
-
-
-def _text(path: Path, folder: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        remedy = "give the tokenizer folder of a chat model, with tokenizer.json and tokenizer_config.json"
-        what = f"cannot read {path.name} ({fault})"
-        raise ConfigError.of(what, key="tokenizer_path", value=folder, remedy=remedy) from fault
-
-
-def _json(path: Path, folder: str) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path, folder))
-    except ValueError as fault:
-        what = f"{path.name} is not JSON ({fault})"
-        raise ConfigError.of(what, key="tokenizer_path", value=folder) from fault
-    return found if isinstance(found, dict) else {}
+def _common(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(one), len(other)))

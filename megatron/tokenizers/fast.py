@@ -129,6 +129,11 @@ class FromTokenizers:
         ids: list[int] = self._reader.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, and where each token's text starts and ends [characters]."""
+        encoded = self._reader.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, by all the threads that the library takes (TOKENIZERS_PARALLELISM)."""
         return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -8,6 +8,7 @@ is the model's end-of-text token, which tokenizer_config.json names.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.beside import Beside, read_beside
+from megatron.tokenizers.beside import CONFIG, Beside, read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
 
 PADDING = "<|padding|>"
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", CONFIG)
 _ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
 
 
@@ -39,7 +40,7 @@ class PretrainedFromHF(FromTokenizers):
                 value=None,
                 remedy="give a folder with tokenizer.json, or a name such as EleutherAI/gpt-neox-20b",
             )
-        files = _files_of(vocab_file)
+        files = files_of(vocab_file)
         tokenizer = _tokenizer_of(files, vocab_file)
         super().__init__(tokenizer, _end_of_text(files, tokenizer, vocab_file), vocab_file, _beside(files))
 
@@ -49,28 +50,31 @@ class HFGPT2Tokenizer(FromTokenizers):
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
         name = vocab_file or "gpt2"
-        files = _files_of(name)
+        files = files_of(name)
         tokenizer = _tokenizer_of(files, name)
         tokenizer.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
         super().__init__(tokenizer, _end_of_text(files, tokenizer, name), name, _beside(files))
 
 
-def _files_of(name: str) -> dict[str, Path]:
-    """The tokenizer files of a folder or a public model."""
+def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
+    """Those of the wanted files that a folder or a public model has; a lone file is taken for a tokenizer.json.
+
+    Raises ConfigError when a public model has none of them, or cannot be reached.
+    """
     folder = Path(name)
     if folder.is_dir():
-        return {file: folder / file for file in _FILES if (folder / file).is_file()}
+        return {file: folder / file for file in wanted if (folder / file).is_file()}
     if folder.is_file():
-        return {"tokenizer.json": folder, "tokenizer_config.json": folder.with_name("tokenizer_config.json")}
+        return {"tokenizer.json": folder, CONFIG: folder.with_name(CONFIG)}
     hub = importlib.import_module("huggingface_hub")
     found = {}
     reasons = []
-    for file in _FILES:
+    for file in wanted:
         try:
             found[file] = Path(hub.hf_hub_download(name, file))
         except Exception as fault:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
             reasons.append(str(fault).strip().splitlines()[0])
-        if {"tokenizer.json", "tokenizer_config.json"} <= found.keys():
+        if {"tokenizer.json", CONFIG} <= found.keys():
             break
     if not found:
         raise ConfigError.of(
@@ -84,7 +88,7 @@ def _files_of(name: str) -> dict[str, Path]:
 
 def _beside(files: dict[str, Path]) -> Beside:
     """What tokenizer_config.json says; a tokenizer.json says itself what it puts before a text."""
-    beside = read_beside(files.get("tokenizer_config.json"))
+    beside = read_beside(files.get(CONFIG))
     return replace(beside, adds_begin=False) if "tokenizer.json" in files else beside
 
 
@@ -111,7 +115,7 @@ def _read(path: Path, name: str) -> str:
 
 def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) -> str:
     """The token that tokenizer_config.json calls the end of text, else a usual one that the vocabulary has."""
-    named = read_beside(files.get("tokenizer_config.json")).end
+    named = read_beside(files.get(CONFIG)).end
     for token in (named, *_ENDS):
         if token is not None and tokenizer.token_to_id(token) is not None:
             return token

@@ -68,7 +68,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),
     "sentencepiece": ("megatron/tokenizers/",),
     "huggingface_hub": ("megatron/tokenizers/pretrained.py",),
-    "jinja2": ("megatron/tokenizers/chat.py", "megatron/evaluation/chat.py"),
+    "jinja2": ("megatron/tokenizers/chat_template.py",),
     "setuptools": ("setup.py",),
 }
 OWN = frozenset({"megatron", "tools", "benchmarks", "__future__"})

@@ -1,0 +1,325 @@
+"""A model's chat template: how the messages of a conversation become one text.
+
+Training data, evaluation and the text service render with this. A template is code from a file, so it runs in jinja2's
+sandbox, with what `transformers` gives it: loop controls, the tag `generation`, `raise_exception`, `strftime_now`,
+`tojson`, the special tokens by name, `tools`, `documents` and whatever else is handed over. A folder may hold several
+templates by name; `tool_use` is taken where tools are there, else `default`.
+
+Sources: the Hugging Face tokenizer files `chat_template.jinja`, `additional_chat_templates/` and
+`tokenizer_config.json`; https://huggingface.co/docs/transformers/chat_templating.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.beside import CONFIG, read_beside, token_text
+from megatron.tokenizers.pretrained import HFGPT2Tokenizer, PretrainedFromHF, files_of
+
+TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+DEFAULT, WITH_TOOLS = "default", "tool_use"
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Characters that no text holds mark what the tag `generation` encloses, and where a message is to be gone on with.
+_OPENS, _CLOSES, _GOES_ON = "\ufdd0", "\ufdd1", "\ufdd2 "
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_HUB_KINDS = (PretrainedFromHF.__name__, HFGPT2Tokenizer.__name__)
+
+Message = Mapping[str, Any]
+
+
+class TemplateRefusal(ValueError):
+    """The template cannot render these messages; the text says why."""
+
+
+class ChatTemplate:
+    """The templates of a tokenizer, with the special tokens that they may write.
+
+    templates: one in jinja2's language, or several by name. tokens: `bos_token` and the like. key, where: what named
+    the template and the place it is from, for messages. Raises ConfigError when the default one is no template.
+    """
+
+    def __init__(
+        self,
+        templates: str | Mapping[str, str],
+        tokens: Mapping[str, str] | None = None,
+        *,
+        key: str = "chat_template",
+        where: str | None = None,
+    ) -> None:
+        self._sources = {DEFAULT: templates} if isinstance(templates, str) else dict(templates)
+        self._tokens = dict(tokens or {})
+        self._key, self._where = key, where
+        self._compiled: dict[tuple[str, bool], jinja2.Template] = {}
+        if DEFAULT in self._sources:
+            self._template(DEFAULT)
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, *, key: str = "chat_template") -> ChatTemplate:
+        """The template of a folder of tokenizer files. Raises ConfigError when it has none."""
+        place = Path(folder)
+        more = sorted((place / MORE_TEMPLATES).glob("*.jinja"))
+        return cls._of_files(place / TEMPLATE, more, place / CONFIG, key, str(folder))
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer_type: str, vocab_file: str | None, *, key: str = "chat_template") -> ChatTemplate:
+        """The template that goes with a run's tokenizer: of its folder, that of its file, or a public model's.
+
+        Raises ConfigError when there is none.
+        """
+        place = Path(vocab_file) if vocab_file else None
+        if place is not None and place.is_dir():
+            return cls.of_folder(place, key=key)
+        if tokenizer_type in _HUB_KINDS and not (place is not None and place.is_file()):
+            name = vocab_file or "gpt2"
+            files = files_of(name, (CONFIG, TEMPLATE))
+            missing = Path(name)
+            return cls._of_files(files.get(TEMPLATE, missing / TEMPLATE), (), files.get(CONFIG, missing), key, name)
+        if place is None:
+            _refuse("the tokenizer has no file, so no chat template lies beside it", key, None)
+        return cls.of_folder(place.parent, key=key)
+
+    @classmethod
+    def _of_files(cls, file: Path, more: Sequence[Path], config: Path, key: str, where: str) -> ChatTemplate:
+        settings = _read_settings(config, key, where)
+        found = {DEFAULT: _read(file, key, where)} if file.is_file() else {}
+        found |= {each.name.removesuffix(".jinja"): _read(each, key, where) for each in more}
+        templates = found or _named_templates(settings.get("chat_template"))
+        if not templates:
+            _refuse(f"there is no chat template, neither {TEMPLATE} nor in {CONFIG}", key, where)
+        return cls(templates, _tokens(config, settings), key=key, where=where)
+
+    @property
+    def source(self) -> str:
+        """The default template, in jinja2's language. Raises ConfigError where there are only others."""
+        return self._sources[self._name(None)]
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the default template says, by the tag `generation`, what the model is to write."""
+        return _Generation.used_by(self.source)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> str:
+        """The text of a conversation.
+
+        messages: each with a `role`, and what the template asks for. add_generation_prompt: end with what opens an
+        answer. continue_final_message: end inside the last message, which is gone on with. tools: JSON schemas.
+        extra: further variables of the template. Raises TemplateRefusal where the template cannot render them.
+        """
+        given = _plain(messages)
+        if continue_final_message:
+            given = _to_be_continued(given)
+        variables = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **extra}
+        text = self._rendered(self._name(tools), given, variables, marks=False)
+        return _until_the_mark(text) if continue_final_message else text
+
+    def render_marked(self, messages: Sequence[Message], **extra: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and which stretches the tag `generation` encloses [characters]. Raises TemplateRefusal."""
+        text = self.render(messages, **extra)
+        variables = {"tools": None, "documents": None, "add_generation_prompt": False, **extra}
+        marked = self._rendered(self._name(extra.get("tools")), _plain(messages), variables, marks=True)
+        spans, plain = _without_marks(marked)
+        if plain != text:
+            raise TemplateRefusal("the template changes what its generation tags enclose")
+        return text, spans
+
+    def _rendered(self, name: str, messages: list[dict[str, Any]], variables: dict[str, Any], *, marks: bool) -> str:
+        try:
+            return self._template(name, marks=marks).render(messages=messages, **{**self._tokens, **variables})
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as fault:
+            raise TemplateRefusal(str(fault)) from fault
+        except (ArithmeticError, RecursionError) as fault:
+            raise TemplateRefusal(f"{type(fault).__name__}: {fault}") from fault
+
+    def _name(self, tools: object) -> str:
+        if tools is not None and WITH_TOOLS in self._sources:
+            return WITH_TOOLS
+        if DEFAULT not in self._sources:
+            told = f"there are chat templates ({', '.join(sorted(self._sources))}), and none of them is the default one"
+            _refuse(told, self._key, self._where, f"save the right one as {TEMPLATE}")
+        return DEFAULT
+
+    def _template(self, name: str, *, marks: bool = False) -> jinja2.Template:
+        if (name, marks) not in self._compiled:
+            try:
+                self._compiled[name, marks] = _environment(marks).from_string(self._sources[name])
+            except jinja2.TemplateError as fault:
+                _refuse(f"the chat template cannot be read ({fault})", self._key, self._where)
+        return self._compiled[name, marks]
+
+
+class _Generation(Extension):
+    """The tag `generation`: what stands inside is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  the library declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The tag as a scope of its own, as a call block has one."""
+        line = next(parser.stream).lineno
+        body = self._marked(list(parser.parse_statements(("name:endgeneration",), drop_needle=True)))
+        return nodes.Scope(body).set_lineno(line)
+
+    def _marked(self, body: list[nodes.Node]) -> list[nodes.Node]:
+        return body
+
+    @staticmethod
+    def used_by(source: str) -> bool:
+        """Whether a template has the tag."""
+        tokens = [(kind, text) for _, kind, text in _environment(False).lex(source) if kind != "whitespace"]
+        return any(before[0] == "block_begin" and after == ("name", "generation") for before, after in pairwise(tokens))
+
+
+class _MarkedGeneration(_Generation):
+    """The same, between marks."""
+
+    def _marked(self, body: list[nodes.Node]) -> list[nodes.Node]:
+        opens, closes = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPENS, _CLOSES))
+        return [opens, *body, closes]
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace without names that begin with an underscore, which lead out of the sandbox."""
+
+    def __init__(*arguments: Any, **values: Any) -> None:  # a template may call a value `self`
+        self, *rest = arguments
+        given = dict(*rest, **values)
+        for name in given:
+            _check_name(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace holds no name that begins with an underscore: {name}")
+
+
+def _environment(marks: bool) -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_MarkedGeneration if marks else _Generation, loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raised
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # noqa: DTZ005  local time
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raised(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as transformers hands them over: without empty fields, and reasoning under each of its names."""
+    made = []
+    for message in messages:
+        known = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((known[name] for name in _REASONING if name in known), None)
+        if reasoning is not None:
+            known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
+        made.append(known)
+    return made
+
+
+def _to_be_continued(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not messages or not isinstance(messages[-1].get("content"), str):
+        raise TemplateRefusal("there is no last message with a text to go on with")
+    last = messages[-1]
+    return [*messages[:-1], {**last, "content": last["content"] + _GOES_ON}]
+
+
+def _until_the_mark(text: str) -> str:
+    """The text before the mark; where the template strips a message, what stands before it is stripped as well."""
+    before, mark, after = text.rpartition(_GOES_ON.strip())
+    if not mark:
+        raise TemplateRefusal("the template leaves out the end of the last message, which cannot be gone on with")
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _without_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
+    spans, pieces, at, start = [], [], 0, 0
+    for piece in marked.replace(_OPENS, f"\0{_OPENS}").replace(_CLOSES, f"\0{_CLOSES}").split("\0"):
+        mark, text = (piece[0], piece[1:]) if piece[:1] in (_OPENS, _CLOSES) else ("", piece)
+        if mark == _OPENS:
+            start = at
+        elif mark == _CLOSES:
+            spans.append((start, at))
+        pieces.append(text)
+        at += len(text)
+    return spans, "".join(pieces)
+
+
+def _named_templates(told: Any) -> dict[str, str]:
+    if isinstance(told, str):
+        return {DEFAULT: told}
+    if isinstance(told, Mapping):
+        return {str(name): source for name, source in told.items() if isinstance(source, str)}
+    listed = [each for each in told or () if isinstance(each, Mapping)] if isinstance(told, list) else []
+    return {str(each.get("name")): each["template"] for each in listed if isinstance(each.get("template"), str)}
+
+
+def _tokens(config: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by their names, with the defaults of the class that the file names."""
+    beside = read_beside(config)
+    found = {name: token_text(settings.get(name)) for name in _NAMED}
+    found |= {"bos_token": beside.begin, "eos_token": beside.end}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _read_settings(config: Path, key: str, where: str) -> Mapping[str, Any]:
+    if not config.is_file():
+        return {}
+    try:
+        found = json.loads(_read(config, key, where))
+    except ValueError as fault:
+        _refuse(f"{config.name} is not JSON ({fault})", key, where)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _read(path: Path, key: str, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        _refuse(f"cannot read {path.name} ({fault})", key, where)
+
+
+def _refuse(what: str, key: str, where: str | None, remedy: str | None = None) -> NoReturn:
+    remedy = remedy or f"put the model's {TEMPLATE} beside its tokenizer.json"
+    raise ConfigError.of(what, key=key, value=where, remedy=remedy)

@@ -1,0 +1,124 @@
+"""Conversations as tokens: the ids of transformers, and which of them carry a loss."""
+
+import pickle
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.chat import ChatTokens
+from tests.tokenizers import made
+from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, folder_with
+
+TURNS = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "  four  "},
+]
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + PLAIN
+)
+THINKS = PLAIN.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+TRIMS = PLAIN.replace("m['content']", "m['content'] | trim")
+NO_PROMPT = PLAIN.partition("{% if add")[0]
+
+
+def marked(chat, turns, role="assistant", *, only_last=False):
+    """What carries a loss, as text, special tokens included."""
+    ids, written = chat.encode(turns, role=role, only_last=only_last)
+    own = [token for token, ours in zip(ids, written, strict=True) if ours]
+    return chat.tokenizer._reader.decode(own, skip_special_tokens=False)
+
+
+def chat_of(folder, template):
+    return ChatTokens(str(folder_with(folder, template)))
+
+
+@pytest.mark.parametrize("template", ["plain", "generation", "break", "whitespace", "macro"])
+@pytest.mark.parametrize("build", [made.chatml, made.llama3, made.llama2])
+def test_the_ids_are_those_of_transformers(tmp_path, template, build):
+    from transformers import AutoTokenizer
+
+    folder = build(tmp_path)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[template])
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids, _ = ChatTokens(str(folder)).encode(TURNS, role="nobody", only_last=False)
+    assert ids == theirs.apply_chat_template(TURNS, return_dict=False)
+
+
+def test_generation_tags_are_the_mask_that_transformers_makes(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = folder_with(tmp_path, TEMPLATES["generation"])
+    wanted = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        TURNS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, written = ChatTokens(str(folder)).encode(TURNS, role="assistant", only_last=False)
+    assert (ids, [int(own) for own in written]) == (wanted["input_ids"], wanted["assistant_masks"])
+    assert sum(written) > 4
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "turns", "wanted"),
+    [
+        (PLAIN, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n"),
+        (PLAIN, "user", TURNS, "one<|im_end|>\nthree<|im_end|>\n"),
+        (PLAIN, "system", TURNS, "be kind<|im_end|>\n"),
+        (PLAIN, "nobody", TURNS, ""),
+        (DEFAULT_SYSTEM, "assistant", TURNS[2:4], "two<|im_end|>\n"),  # the role opens: no header, no default system
+        (DEFAULT_SYSTEM, "assistant", TURNS[4:], "  four  <|im_end|>\n"),
+        (DEFAULT_SYSTEM, "user", TURNS[1:4], "one<|im_end|>\nthree<|im_end|>\n"),
+        (TRIMS, "assistant", TURNS, "two<|im_end|>\nfour<|im_end|>\n"),
+        (TRIMS, "assistant", TURNS[4:], "four<|im_end|>\n"),
+        (NO_PROMPT, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n"),
+        (THINKS, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n"),  # the prompt is not in what was written
+        (THINKS, "assistant", [*TURNS[:2], {"role": "assistant", "content": "<think>x"}], "x<|im_end|>\n"),
+        (PLAIN, "assistant", [*TURNS[:2], {"role": "assistant", "content": ""}], "<|im_end|>\n"),
+        (TEMPLATES["generation"], "user", TURNS, "one<|im_end|>\nthree<|im_end|>\n"),
+        (TEMPLATES["generation"], "assistant", TURNS[1:2], ""),
+    ],
+)
+def test_what_carries_a_loss(tmp_path, template, role, turns, wanted):
+    assert marked(chat_of(tmp_path, template), turns, role) == wanted
+
+
+@pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"]])
+@pytest.mark.parametrize(("last", "wanted"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
+def test_the_last_turn_alone(tmp_path, template, last, wanted):
+    assert marked(chat_of(tmp_path, template), TURNS[:last], only_last=True) == wanted
+
+
+def test_earlier_turns_that_change_are_refused_unless_the_template_marks_them(tmp_path):
+    """It drops what was thought before the last answer."""
+    body = "{{ m.content.split('>')[-1] if not loop.last else m.content }}"
+    turns = [*TURNS[:2], {"role": "assistant", "content": "<why>two"}, *TURNS[3:]]
+    drops = PLAIN.replace("{{ m['content'] }}", body)
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
+        chat_of(tmp_path / "a", drops).encode(turns, role="assistant", only_last=False)
+    tagged = TEMPLATES["generation"].replace("{{ m.content }}", body)
+    assert marked(chat_of(tmp_path / "b", tagged), turns) == "two<|im_end|>\n  four  <|im_end|>\n"
+
+
+def test_a_turn_that_spells_a_special_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"spells the special token <\|im_end\|>"):
+        chat_of(tmp_path, PLAIN).encode(
+            [{"role": "user", "content": "see <|im_end|>"}], role="assistant", only_last=False
+        )
+
+
+def test_it_travels_to_workers(tmp_path):
+    chat = chat_of(tmp_path, TEMPLATES["generation"])
+    again = pickle.loads(pickle.dumps(chat))
+    assert again.encode(TURNS, role="assistant", only_last=False) == chat.encode(
+        TURNS, role="assistant", only_last=False
+    )
+
+
+def test_a_folder_without_a_tokenizer_or_a_template_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    without = folder_with(tmp_path / "t", None)
+    for folder, told in ((tmp_path / "empty", "no tokenizer.json"), (without, "no chat template")):
+        with pytest.raises(ConfigError, match=told) as caught:
+            ChatTokens(str(folder))
+        assert caught.value.mistakes[0].key == "tokenizer_path"
