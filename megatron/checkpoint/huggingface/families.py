@@ -33,7 +33,12 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     for known, found in faults.items():
         if not found:
             return FAMILIES[known]
-    raise ConfigError(*min(faults.values(), key=len))
+    likely = list(FAMILIES.values())
+    if moe.moe_num_experts > 1:
+        likely = [family for family in FAMILIES.values() if family.experts is not None]
+    elif "mamba" in map(str, model.attention_config or ()):
+        likely = [family for family in FAMILIES.values() if family.mixers is not None]
+    raise ConfigError(*min((faults[family.name] for family in likely), key=len))
 
 
 def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[Mistake]:

@@ -5,7 +5,7 @@ Nothing is copied before it is asked for, and no code of the folder runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint import files
 from megatron.checkpoint.huggingface import safetensors
+from megatron.checkpoint.huggingface.defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
 from megatron.checkpoint.huggingface.family import Correspondence, Family, Settings
 from megatron.errors import ConfigError, Mistake, RunError
@@ -23,7 +24,11 @@ CONFIG = "config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+ADAPTER = "adapter_config.json"
+HEADS = ("lm_head.weight", "embed_out.weight")
+
 Source = Callable[[], Tensor]
+Table = dict[str, tuple[Correspondence, tuple[Source, ...]]]
 
 
 def is_folder(path: Path) -> bool:
@@ -33,7 +38,7 @@ def is_folder(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """Such a folder. config: the content of config.json. tensors: name -> how to read it."""
+    """Such a folder. config: the content of config.json, completed. tensors: name -> how to read it."""
 
     path: Path
     config: dict[str, Any]
@@ -49,9 +54,13 @@ class Folder:
                 where=str(path),
                 remedy="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
             )
+        where = str(path / CONFIG)
         config = files.read_json(path / CONFIG)
-        family = family_of(config, str(path / CONFIG))
-        return Folder(path, config, family, _sources(path))
+        if not isinstance(config, dict):
+            raise ConfigError.of("this is no object", where=where)
+        family = family_of(config, where)
+        ConfigError.raise_any(_changes_weights(path, config))
+        return Folder(path, completed(config, family.model_type, where), family, _sources(path))
 
     def settings(self) -> Settings:
         """The model as our keys."""
@@ -59,7 +68,7 @@ class Folder:
 
     @property
     def rows(self) -> int:
-        """Rows of its embedding."""
+        """Rows of its embedding, as config.json tells; reading the weights compares."""
         return int(self.config["vocab_size"])
 
     def weights(self, dims: ModelDims) -> FolderWeights:
@@ -72,22 +81,23 @@ class FolderWeights:
     """The weights of a folder under our keys, as one tensor-parallel rank would have stored them."""
 
     directory: Path
-    table: dict[str, tuple[Correspondence, tuple[Source, ...]]]
+    table: Table
     model_size: int = 1
 
     @staticmethod
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
         named = _named(folder)
-        table: dict[str, tuple[Correspondence, tuple[Source, ...]]] = {}
+        table: Table = {}
         missing: list[Mistake] = []
         for row in folder.family.table(dims):
             lacking = [name for name in row.theirs if _old_head(name, named) not in named]
-            missing += [Mistake(f"there is no tensor {name}", where=str(folder.path)) for name in lacking]
+            missing += [_missing(name, folder) for name in lacking]
             if not lacking:
                 table[row.ours] = (row, tuple(named.pop(_old_head(name, named)) for name in row.theirs))
         RunError.raise_any(missing)
-        _spare_head(named, table)
+        _compare_rows(folder, table)
+        _spare_head(folder, named, table)
         if named:
             raise RunError.of(
                 f"tensors that the model has no place for: {', '.join(sorted(named)[:8])}",
@@ -125,12 +135,57 @@ def _old_head(name: str, named: dict[str, Source]) -> str:
     return "lm_head.weight" if name == "embed_out.weight" and name not in named else name
 
 
-def _spare_head(named: dict[str, Source], table: dict[str, tuple[Correspondence, tuple[Source, ...]]]) -> None:
-    """Drops a second copy of a tied embedding, which some files hold."""
-    for head in ("lm_head.weight", "embed_out.weight"):
-        tied = not any(key.endswith("final_linear.weight") for key in table)
-        if head in named and tied and named[head]().equal(table["0.word_embeddings.weight"][1][0]()):
-            del named[head]
+def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[Mistake]:
+    """What would be done to the stored weights before they are used, and is not done here."""
+    where = str(path / CONFIG)
+    if config.get("quantization_config"):
+        remedy = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
+        value = config["quantization_config"]
+        yield Mistake("quantized weights cannot be taken over", "quantization_config", value, where, remedy)
+    if (path / ADAPTER).is_file():
+        what = "transformers puts this adapter on top of the weights, which is not done here"
+        yield Mistake(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
+
+
+def _missing(name: str, folder: Folder) -> Mistake:
+    what = f"there is no tensor {name}"
+    if name in HEADS:
+        remedy = "a model whose output layer is its embedding says tie_word_embeddings: true"
+        return Mistake(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
+    return Mistake(what, where=str(folder.path))
+
+
+def _compare_rows(folder: Folder, table: Table) -> None:
+    """ConfigError where embedding or output layer have other rows than config.json says, which nothing may pad."""
+    for key, (row, sources) in table.items():
+        if key == "0.word_embeddings.weight" or key.endswith(".final_linear.weight"):
+            rows = sources[0]().shape[0]
+            if rows != folder.rows:
+                raise ConfigError.of(
+                    f"tensor {row.theirs[0]} has {rows:,} rows",
+                    key="vocab_size",
+                    value=folder.rows,
+                    where=str(folder.path / CONFIG),
+                    remedy=f"write vocab_size: {rows} if the tensor is right",
+                )
+
+
+def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
+    """Drops a second copy of a tied embedding, which some files hold. ConfigError where it is another matrix."""
+    if any(key.endswith("final_linear.weight") for key in table):
+        return
+    for head in HEADS:
+        if head not in named:
+            continue
+        if not named[head]().equal(table["0.word_embeddings.weight"][1][0]()):
+            raise ConfigError.of(
+                f"the stored {head} is not the embedding; some releases of transformers use it, others drop it",
+                key="tie_word_embeddings",
+                value=folder.config["tie_word_embeddings"],
+                where=str(folder.path / CONFIG),
+                remedy=f"write tie_word_embeddings: false to keep {head}, or take that tensor out",
+            )
+        del named[head]
 
 
 def _sources(path: Path) -> dict[str, Source]:
@@ -151,6 +206,7 @@ def _of(reader: safetensors.Reader, tensor: str) -> Source:
 
 
 def _files(path: Path, whole: str, index: str) -> list[str]:
-    if not (path / index).is_file():
+    """The files to read: as transformers, the whole one where there is one, an index or not."""
+    if (path / whole).is_file():
         return [whole]
     return sorted(set(files.read_json(path / index)["weight_map"].values()))

@@ -37,6 +37,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
         "n_head": model.num_attention_heads,
         "n_inner": model.mlp_width,
         "n_positions": model.max_position_embeddings,
+        "n_ctx": model.max_position_embeddings,  # transformers reads it no more, other programs do
         "activation_function": ACTIVATIONS[model.activation],
         "layer_norm_epsilon": model.layernorm_epsilon,
         "attn_pdrop": model.attention_dropout,
@@ -52,13 +53,13 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "num_layers": theirs["n_layer"],
         "hidden_size": theirs["n_embd"],
         "num_attention_heads": theirs["n_head"],
-        "intermediate_size": theirs.get("n_inner") or 4 * theirs["n_embd"],
+        "intermediate_size": theirs["n_inner"] or 4 * theirs["n_embd"],
         "activation": choose(_BACK, theirs, "activation_function"),
         "max_position_embeddings": theirs["n_positions"],
         "norm": "layernorm",
-        "layernorm_epsilon": float(theirs.get("layer_norm_epsilon", 1e-5)),
+        "layernorm_epsilon": float(theirs["layer_norm_epsilon"]),
         "pos_emb": "learned",
-        "no_weight_tying": not theirs.get("tie_word_embeddings", True),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 

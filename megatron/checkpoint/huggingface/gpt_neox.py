@@ -60,7 +60,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    rotary = rotary_settings(theirs, base="rotary_emb_base", part="rotary_pct", usual=0.25)
+    rotary = rotary_settings(theirs, base="rotary_emb_base", part="rotary_pct")
     return {
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
@@ -69,12 +69,12 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "activation": choose(THEIR_ACTIVATIONS, theirs, "hidden_act"),
         "max_position_embeddings": theirs["max_position_embeddings"],
         "norm": "layernorm",
-        "layernorm_epsilon": float(theirs.get("layer_norm_eps", 1e-5)),
+        "layernorm_epsilon": float(theirs["layer_norm_eps"]),
         "pos_emb": "rotary",
         **rotary,
-        "gpt_j_residual": bool(theirs.get("use_parallel_residual", True)),
-        "use_bias_in_attn_linear": bool(theirs.get("attention_bias", True)),
-        "no_weight_tying": not theirs.get("tie_word_embeddings", False),
+        "gpt_j_residual": bool(theirs["use_parallel_residual"]),
+        "use_bias_in_attn_linear": bool(theirs["attention_bias"]),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 

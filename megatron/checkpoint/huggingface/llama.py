@@ -25,6 +25,7 @@ from megatron.checkpoint.huggingface.family import (
 )
 from megatron.checkpoint.huggingface.names import Names
 from megatron.checkpoint.huggingface.rotary import rotary_settings, scaling_config, scaling_misfits
+from megatron.checkpoint.huggingface.window import one_window
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
 from megatron.errors import Mistake
@@ -98,35 +99,43 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
         "num_attention_heads": heads,
-        "num_kv_heads": theirs.get("num_key_value_heads") or heads,
-        "kv_channels": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "num_kv_heads": theirs["num_key_value_heads"] or heads,
+        "kv_channels": theirs["head_dim"] or theirs["hidden_size"] // heads,
         "intermediate_size": 3 * theirs["intermediate_size"],
         "activation": choose(_BACK, theirs, "hidden_act"),
         "max_position_embeddings": theirs["max_position_embeddings"],
         "norm": "rmsnorm",
-        "rms_norm_epsilon": float(theirs.get("rms_norm_eps", 1e-6)),
+        "rms_norm_epsilon": float(theirs["rms_norm_eps"]),
         "pos_emb": "rotary",
         **rotary,
-        "use_bias_in_attn_linear": bool(theirs.get("attention_bias", False)),
-        "use_bias_in_mlp": bool(theirs.get("mlp_bias", False)),
-        "no_weight_tying": not theirs.get("tie_word_embeddings", False),
+        "use_bias_in_attn_linear": bool(theirs["attention_bias"]),
+        "use_bias_in_mlp": bool(theirs["mlp_bias"]),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 
+def _llama_settings(theirs: Mapping[str, Any]) -> Settings:
+    one_window(theirs, None, ["full_attention"] * theirs["num_hidden_layers"])
+    return _settings(theirs)
+
+
 def _mistral_settings(theirs: Mapping[str, Any]) -> Settings:
-    settings = _settings(theirs)
-    window = theirs.get("sliding_window")
-    if window is not None and window < theirs["max_position_embeddings"]:
-        settings["sliding_window_width"] = window
-    return settings
+    """Their blocks have no biases, whatever config.json says."""
+    window = theirs["sliding_window"]
+    kind = "full_attention" if window is None else "sliding_attention"
+    found = one_window(theirs, window, [kind] * theirs["num_hidden_layers"])
+    return _settings({**theirs, "attention_bias": False, "mlp_bias": False}) | found
 
 
 def _qwen_settings(theirs: Mapping[str, Any]) -> Settings:
-    settings = _settings(theirs) | {"use_qk_layernorm": True}
-    if theirs.get("use_sliding_window"):
-        demand(theirs, {"max_window_layers": 0})
-        settings["sliding_window_width"] = theirs["sliding_window"]
-    return settings
+    window = theirs["sliding_window"] if theirs["use_sliding_window"] else None
+    first = theirs["num_hidden_layers"] if window is None else theirs["max_window_layers"]
+    kinds = [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(theirs["num_hidden_layers"])
+    ]
+    kinds = theirs.get("layer_types") or kinds
+    found = one_window({**theirs, "layer_types": kinds}, window, kinds)
+    return _settings({**theirs, "mlp_bias": False}) | {"use_qk_layernorm": True} | found
 
 
 def _experts(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
@@ -161,7 +170,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     misfits=_llama_misfits,
     config=_llama_config,
-    settings=_settings,
+    settings=_llama_settings,
     table=NAMES.table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
@@ -202,8 +211,8 @@ def _mixtral_settings(theirs: Mapping[str, Any]) -> Settings:
         "moe_top_k": theirs["num_experts_per_tok"],
         "moe_router_type": "topk",
         "moe_normalize_top_k": True,
-        "moe_aux_loss_coeff": float(theirs.get("router_aux_loss_coef") or 0.0) * theirs["num_experts_per_tok"],
-        "moe_jitter_eps": theirs.get("router_jitter_noise") or None,
+        "moe_aux_loss_coeff": float(theirs["router_aux_loss_coef"] or 0.0) * theirs["num_experts_per_tok"],
+        "moe_jitter_eps": theirs["router_jitter_noise"] or None,
     }
 
 

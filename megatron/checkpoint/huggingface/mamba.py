@@ -11,7 +11,7 @@ from megatron.config.sections.model import ModelSection
 from megatron.errors import Mistake
 from megatron.shapes import ModelDims
 
-SIZES = {"state_size": 16, "conv_kernel": 4, "expand": 2, "hidden_act": "silu", "use_bias": False}
+SIZES: Settings = {"state_size": 16, "conv_kernel": 4, "expand": 2, "hidden_act": "silu", "use_bias": False}
 """What ours always has, by their names."""
 
 CONTEXT = 2048
@@ -39,6 +39,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
         "vocab_size": padded_vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
+        "intermediate_size": SIZES["expand"] * model.hidden_size,
         "time_step_rank": -(-model.hidden_size // 16),
         "layer_norm_epsilon": model.rms_norm_epsilon,
         "tie_word_embeddings": not model.no_weight_tying,
@@ -47,7 +48,10 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     hidden = theirs["hidden_size"]
-    demand(theirs, {**SIZES, "time_step_rank": -(-hidden // 16)})
+    demand(theirs, SIZES)
+    if theirs["time_step_rank"] != "auto":
+        demand(theirs, {"time_step_rank": -(-hidden // 16)})
+    demand(theirs, {"intermediate_size": SIZES["expand"] * hidden})
     return {
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": hidden,
@@ -55,10 +59,10 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "attention_config": [[["mamba"], "all"]],
         "pos_emb": "none",
         "norm": "rmsnorm",
-        "rms_norm_epsilon": float(theirs.get("layer_norm_epsilon", 1e-5)),
-        "mamba_use_bias_in_conv": bool(theirs.get("use_conv_bias", True)),
+        "rms_norm_epsilon": float(theirs["layer_norm_epsilon"]),
+        "mamba_use_bias_in_conv": bool(theirs["use_conv_bias"]),
         "max_position_embeddings": CONTEXT,
-        "no_weight_tying": not theirs.get("tie_word_embeddings", True),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 

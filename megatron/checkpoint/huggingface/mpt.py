@@ -1,4 +1,4 @@
-"""MPT: `MptForCausalLM`, the models with ALiBi; no biases, an MLP of four times the width."""
+"""MPT: `MptForCausalLM` of transformers, the models with ALiBi; no biases, an MLP of four times the width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from megatron.checkpoint.huggingface.family import Family, Settings, demand, special_attention, unlike
 from megatron.checkpoint.huggingface.names import Names
 from megatron.config.sections.model import ModelSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigError, Mistake
 from megatron.shapes import ModelDims
 
 
@@ -48,6 +48,9 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     demand(attention, {"alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False})
     demand(attention, {"clip_qkv": None, "softmax_scale": None, "attn_type": "multihead_attention"})
     demand(theirs, {"no_bias": True, "logit_scale": None, "expansion_ratio": 4})
+    if theirs["n_heads"] & (theirs["n_heads"] - 1):
+        what = "only a power of two can be taken over: other numbers of heads have other slopes here"
+        raise ConfigError.of(what, key="n_heads", value=theirs["n_heads"], where="config.json")
     return {
         "num_layers": theirs["n_layers"],
         "hidden_size": theirs["d_model"],
@@ -56,12 +59,12 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "activation": "gelu",
         "max_position_embeddings": theirs["max_seq_len"],
         "norm": "layernorm",
-        "layernorm_epsilon": float(theirs.get("layer_norm_epsilon", 1e-5)),
+        "layernorm_epsilon": float(theirs["layer_norm_epsilon"]),
         "pos_emb": "alibi",
         "use_bias_in_norms": False,
         "use_bias_in_attn_linear": False,
         "use_bias_in_mlp": False,
-        "no_weight_tying": not theirs.get("tie_word_embeddings", True),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 
@@ -82,7 +85,7 @@ NAMES = Names(
 MPT = Family(
     name="mpt",
     model_type="mpt",
-    architecture="MptForCausalLM",
+    architecture="MPTForCausalLM",  # as the authors call it; transformers goes by the model type
     misfits=_misfits,
     config=_config,
     settings=_settings,

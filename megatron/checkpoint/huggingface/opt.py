@@ -52,7 +52,7 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     demand(theirs, {"do_layer_norm_before": True, "_remove_final_layer_norm": False})
     demand(theirs, {"layer_norm_elementwise_affine": True, "word_embed_proj_dim": theirs["hidden_size"]})
-    biases = bool(theirs.get("enable_bias", True))
+    biases = bool(theirs["enable_bias"])
     return {
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": theirs["hidden_size"],
@@ -66,7 +66,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
         "opt_pos_emb_offset": _OFFSET,
         "use_bias_in_attn_linear": biases,
         "use_bias_in_mlp": biases,
-        "no_weight_tying": not theirs.get("tie_word_embeddings", True),
+        "no_weight_tying": not theirs["tie_word_embeddings"],
     }
 
 

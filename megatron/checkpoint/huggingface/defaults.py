@@ -1,0 +1,197 @@
+"""What config.json means where it leaves a key out, or calls it by another of its names.
+
+`transformers` writes every key, model authors and other programs do not; what is left out has the value of the class.
+A key that is null is left out where the class allows it, and a mistake elsewhere.
+
+Source: the configuration classes of transformers 5.23 and 4.57.6, which agree in all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.checkpoint.huggingface.family import Settings
+from megatron.errors import ConfigError, Mistake
+
+_NEOX: Settings = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+_LLAMA: Settings = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,  # as many as heads
+    "head_dim": None,  # hidden_size / heads
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000,
+    "attention_dropout": 0.0,
+}
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_MIXTRAL = _MISTRAL | {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+}
+_QWEN3 = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GPT2: Settings = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,  # 4 x n_embd
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_OPT: Settings = {
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "ffn_dim": 3072,
+    "max_position_embeddings": 2048,
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "word_embed_proj_dim": None,  # hidden_size
+    "num_attention_heads": 12,
+    "activation_function": "relu",
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "tie_word_embeddings": True,
+}
+_MPT: Settings = {
+    "d_model": 2048,
+    "n_heads": 16,
+    "n_layers": 24,
+    "expansion_ratio": 4,
+    "max_seq_len": 2048,
+    "vocab_size": 50368,
+    "layer_norm_epsilon": 1e-5,
+    "attn_config": None,
+    "logit_scale": None,
+    "no_bias": True,
+    "tie_word_embeddings": True,
+}
+_MAMBA: Settings = {
+    "vocab_size": 50280,
+    "hidden_size": 768,
+    "state_size": 16,
+    "num_hidden_layers": 32,
+    "layer_norm_epsilon": 1e-5,
+    "expand": 2,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "time_step_rank": "auto",
+    "tie_word_embeddings": True,
+}
+DEFAULTS: Mapping[str, Settings] = {
+    "gpt_neox": _NEOX,
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "mixtral": _MIXTRAL,
+    "qwen3": _QWEN3,
+    "gpt2": _GPT2,
+    "opt": _OPT,
+    "mpt": _MPT,
+    "mamba": _MAMBA,
+}
+"""model_type -> key -> the value of its class."""
+_MAY_BE_NULL = frozenset(
+    {"num_key_value_heads", "head_dim", "sliding_window", "router_jitter_noise", "router_aux_loss_coef"}
+)
+"""Keys with a value of the class that may be null all the same."""
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    "mpt": {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+    "mixtral": {"num_experts": "num_local_experts"},
+}
+"""model_type -> another name of a key -> the key."""
+
+
+def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
+    """config.json with every key that we read. Raises ConfigError for values that no model of the class can have.
+
+    where: the file, for messages.
+    """
+    found = dict(theirs)
+    mistakes = []
+    for name, key in ALIASES.get(model_type, {}).items():
+        if found.get(name) is None:
+            continue
+        if found.get(key) not in (None, found[name]):
+            what = f"it is another name of {key}, which is {found[key]!r}"
+            mistakes.append(Mistake(what, key=name, value=found[name], where=where, remedy="keep one of them"))
+        found[key] = found[name]
+    for key, usual in DEFAULTS[model_type].items():
+        value = found.setdefault(key, usual)
+        if not _fits(value, usual, key):
+            kind = "a number" if isinstance(usual, float) else f"a value such as {usual!r}"
+            remedy = f"give {kind}, or leave the key out"
+            mistakes.append(Mistake("this is no value of the key", key=key, value=value, where=where, remedy=remedy))
+    ConfigError.raise_any(mistakes)
+    return found
+
+
+def _fits(value: Any, usual: Any, key: str) -> bool:
+    if value is None:
+        return usual is None or key in _MAY_BE_NULL
+    if isinstance(usual, bool):
+        return isinstance(value, (bool, int))
+    if usual is None:
+        return True
+    if isinstance(usual, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(usual, int):
+        whole = isinstance(value, int) or (isinstance(value, float) and key in ("rope_theta", "rotary_emb_base"))
+        return whole and not isinstance(value, bool) and value >= 0
+    return isinstance(value, (str, int)) and not isinstance(value, bool)

@@ -1,0 +1,238 @@
+"""Configurations of transformers drawn at random, and what both sides make of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron.checkpoint.huggingface.folder import Folder
+from megatron.config import Resources, resolve
+from megatron.engine.build import build_inference_engine
+from megatron.parallel.topology import Topology
+
+VOCABULARY, LENGTH, POSITIONS = 48, 20, 32
+Settings = dict[str, Any]
+
+
+def _sizes(chance: random.Random) -> Settings:
+    heads = chance.choice([1, 2, 4])
+    width = chance.choice([8, 12, 16])
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": heads * width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": chance.choice([1, 2, 3]),
+    }
+
+
+def _rarely(chance: random.Random, seldom: Any, mostly: Any) -> Any:
+    """What is not to be had here in one configuration of ten."""
+    return seldom if chance.random() < 0.1 else mostly
+
+
+def _scaling(chance: random.Random) -> Settings | None:
+    kind = chance.choice(["default", "linear", "yarn", "llama3", "dynamic"])
+    if kind == "default":
+        return None
+    block: Settings = {"rope_type": kind, "factor": chance.choice([2.0, 4, 8.0])}
+    if kind == "llama3":
+        block |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind in ("yarn", "llama3") and chance.random() < 0.7:
+        block["original_max_position_embeddings"] = chance.choice([8, 16])
+    if kind == "yarn" and chance.random() < 0.3:
+        block |= {"beta_fast": 16, "beta_slow": 2}
+    return block
+
+
+def _rope(chance: random.Random, *, base: str, part: str | None = None) -> Settings:
+    """One of the spellings of the two releases, or both of them, which may contradict each other."""
+    theta = chance.choice([None, 10000, 500000.0, 1000000])
+    turned = chance.choice([None, 0.25, 0.5, 1.0]) if part else None
+    scaling = _scaling(chance)
+    older: Settings = {} if theta is None else {base: theta}
+    older |= {part: turned} if part and turned is not None else {}
+    nested: Settings = {**(scaling or {"rope_type": "default"}), "rope_theta": theta or 10000}
+    nested |= {} if turned is None else {"partial_rotary_factor": turned}
+    spelling = chance.choice(["older", "older", "new", "new", "both", "type"])
+    if spelling == "new":
+        return {"rope_parameters": nested}
+    if spelling == "both":
+        return {**older, "rope_parameters": nested, "rope_scaling": _scaling(chance)}
+    if spelling == "type" and scaling:
+        scaling = {("type" if name == "rope_type" else name): value for name, value in scaling.items()}
+    return older | ({} if scaling is None else {"rope_scaling": scaling})
+
+
+def _kinds(chance: random.Random, layers: int) -> list[str]:
+    kinds = ("full_attention", "sliding_attention")
+    return [chance.choice(kinds)] * layers if chance.random() < 0.6 else [chance.choice(kinds) for _ in range(layers)]
+
+
+def _neox(chance: random.Random) -> Settings:
+    sizes = _sizes(chance)
+    return sizes | {
+        "intermediate_size": chance.choice([24, 40]),
+        "hidden_act": chance.choice(["gelu", "gelu_new", "gelu_fast", "relu", "silu", "mish"]),
+        "use_parallel_residual": chance.random() < 0.5,
+        "attention_bias": chance.random() < 0.7,
+        "tie_word_embeddings": chance.random() < 0.4,
+        "max_position_embeddings": POSITIONS,
+        **_rope(chance, base="rotary_emb_base", part="rotary_pct"),
+    }
+
+
+def _llama(chance: random.Random) -> Settings:
+    sizes = _sizes(chance)
+    heads = sizes["num_attention_heads"]
+    found = sizes | {
+        "intermediate_size": chance.choice([24, 40]),
+        "hidden_act": chance.choice(["silu", "silu", "gelu", "relu"]),
+        "num_key_value_heads": chance.choice([heads, 1]),
+        "attention_bias": chance.random() < 0.3,
+        "mlp_bias": chance.random() < 0.3,
+        "tie_word_embeddings": chance.random() < 0.4,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": chance.choice([1e-5, 1e-6]),
+        **_rope(chance, base="rope_theta"),
+    }
+    return found | ({"head_dim": chance.choice([8, 16, 24])} if chance.random() < 0.5 else {})
+
+
+def _mistral(chance: random.Random) -> Settings:
+    found = {**_llama(chance), "attention_bias": False, "mlp_bias": False}
+    found["sliding_window"] = chance.choice([None, 4, 8, 1000])
+    if chance.random() < 0.3:
+        found["layer_types"] = _kinds(chance, found["num_hidden_layers"])
+    return found
+
+
+def _mixtral(chance: random.Random) -> Settings:
+    return _mistral(chance) | {"num_local_experts": chance.choice([2, 4]), "num_experts_per_tok": _rarely(chance, 1, 2)}
+
+
+def _qwen3(chance: random.Random) -> Settings:
+    found = {**_llama(chance), "mlp_bias": False, "head_dim": chance.choice([8, 16, 24])}
+    layers = found["num_hidden_layers"]
+    found |= {"use_sliding_window": chance.random() < 0.6, "sliding_window": chance.choice([None, 4, 8, 1000])}
+    if chance.random() < 0.5:
+        found["max_window_layers"] = chance.choice([0, 1, layers])
+    if chance.random() < 0.4:
+        found["layer_types"] = _kinds(chance, layers)
+    return found
+
+
+def _gpt2(chance: random.Random) -> Settings:
+    sizes = _sizes(chance)
+    found = {
+        "vocab_size": VOCABULARY,
+        "n_embd": sizes["hidden_size"],
+        "n_head": sizes["num_attention_heads"],
+        "n_layer": sizes["num_hidden_layers"],
+        "n_positions": POSITIONS,
+        "activation_function": chance.choice(["gelu", "gelu_new", "relu", "silu"]),
+        "tie_word_embeddings": chance.random() < 0.6,
+        "scale_attn_by_inverse_layer_idx": chance.random() < 0.2,
+        "scale_attn_weights": chance.random() < 0.85,
+    }
+    return found | ({"n_inner": 40} if chance.random() < 0.4 else {})
+
+
+def _opt(chance: random.Random) -> Settings:
+    sizes = _sizes(chance)
+    return sizes | {
+        "ffn_dim": chance.choice([24, 40]),
+        "word_embed_proj_dim": sizes["hidden_size"] if chance.random() < 0.85 else 8,
+        "max_position_embeddings": POSITIONS,
+        "activation_function": chance.choice(["relu", "gelu", "silu"]),
+        "enable_bias": chance.random() < 0.6,
+        "do_layer_norm_before": chance.random() < 0.85,
+        "layer_norm_elementwise_affine": chance.random() < 0.85,
+        "tie_word_embeddings": chance.random() < 0.6,
+    }
+
+
+def _mpt(chance: random.Random) -> Settings:
+    heads = chance.choice([1, 2, 3, 4])
+    attention = {"alibi": True, "clip_qkv": _rarely(chance, 0.1, None)}
+    attention |= {"softmax_scale": _rarely(chance, 0.5, None), "alibi_bias_max": _rarely(chance, 4, 8)}
+    return {
+        "vocab_size": VOCABULARY,
+        "d_model": heads * 8,
+        "n_heads": heads,
+        "n_layers": chance.choice([1, 2]),
+        "max_seq_len": POSITIONS,
+        "attn_config": attention,
+        "tie_word_embeddings": chance.random() < 0.6,
+        "pad_token_id": None,
+    }
+
+
+def _mamba(chance: random.Random) -> Settings:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": chance.choice([16, 24, 32]),
+        "num_hidden_layers": chance.choice([1, 2]),
+        "state_size": _rarely(chance, 8, 16),
+        "time_step_rank": _rarely(chance, 3, "auto"),
+        "expand": _rarely(chance, 3, 2),
+        "use_conv_bias": chance.random() < 0.5,
+        "use_bias": _rarely(chance, True, False),
+        "hidden_act": _rarely(chance, "gelu", "silu"),
+        "tie_word_embeddings": chance.random() < 0.6,
+    }
+
+
+DRAWN: dict[str, Callable[[random.Random], Settings]] = {
+    "gpt_neox": _neox,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "mpt": _mpt,
+    "mamba": _mamba,
+}
+"""model_type -> draws a config.json."""
+
+
+def tokens() -> torch.Tensor:
+    """Token ids [2, LENGTH]."""
+    return torch.randint(2, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def write(folder: Path, told: Settings) -> torch.Tensor | None:
+    """The folder of a model with that config.json, as it is told; what transformers answers, or None if it refuses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(told))
+    torch.manual_seed(5)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        model.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(told))
+        return answer(folder)
+    except Exception:
+        return None
+
+
+def answer(folder: Path) -> torch.Tensor:
+    """What transformers says of the folder."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(tokens()).logits
+
+
+def ours(folder: Path) -> torch.Tensor:
+    """What we say of it. Raises ConfigError or RunError where we refuse it."""
+    settings = Folder.open(folder).settings() | {"vocab_size": VOCABULARY, "make_vocab_size_divisible_by": 1}
+    told = {**settings, "load": str(folder), "seq_length": LENGTH, "user_script": "generate.py"}
+    config = resolve([], told, Resources(1)).config.for_inference()
+    return build_inference_engine(config, Topology.single(), VOCABULARY).logits(tokens())
