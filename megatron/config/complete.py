@@ -123,6 +123,12 @@ def complete(
     return draft
 
 
+def _sequence(draft: Completion) -> None:
+    """A model that says how long a text may be is asked for texts of that length, as one that was taken over."""
+    if draft["seq_length"] is None and draft["max_position_embeddings"] is not None:
+        draft.derive("seq_length", draft["max_position_embeddings"])
+
+
 def _required(draft: Completion) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not draft.knows(name):
@@ -335,6 +341,7 @@ def _fills(*names: str) -> frozenset[str]:
 
 
 STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
+    (_sequence, _fills("seq_length")),
     (_required, _fills()),
     (_world, _fills("world_size", "distributed_backend")),
     (_launcher, _fills()),

@@ -23,7 +23,9 @@ class ModelSection(Section):
     kv_channels: int | None = key(
         None, "Width of one attention head; hidden_size / num_attention_heads when left out.", unit="features"
     )
-    seq_length: int | None = key(None, "Tokens in one training sequence.", unit="tokens")
+    seq_length: int | None = key(
+        None, "Tokens in one training sequence; max_position_embeddings when left out.", unit="tokens"
+    )
     max_position_embeddings: int | None = key(
         None, "Longest sequence the positions cover; seq_length when left out.", unit="tokens"
     )
