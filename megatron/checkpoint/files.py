@@ -24,6 +24,7 @@ import torch
 from megatron.errors import RunError
 
 _CHUNK = 1 << 20
+_CAUSE = "WeightsUnpickler error:"
 _UNREADABLE = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError),
     *(AttributeError, TypeError, AssertionError, struct.error),
@@ -142,12 +143,18 @@ def read_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals(_allowed()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except _UNREADABLE as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError.of(
-            f"the file cannot be read: {first_line}",
+            f"the file cannot be read: {_reason(error)}",
             where=str(path),
             remedy="it is damaged or not a checkpoint; load another iteration with --iteration N",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that names the cause; what stands before it is advice about torch.load."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    found = next((line for line in lines if _CAUSE in line), lines[0])
+    return found.rpartition(_CAUSE)[2].strip()
 
 
 def _is_archive(path: Path) -> bool:
