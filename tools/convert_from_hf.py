@@ -21,10 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from megatron.checkpoint import layout
-from megatron.checkpoint.huggingface.adopt import TOKENIZER, adopt, copy_tokenizer
+from megatron.checkpoint.huggingface.adopt import TOKENIZER, adopt
+from megatron.checkpoint.huggingface.companions import copy_tokenizer
 from megatron.checkpoint.huggingface.export import PRECISIONS
 from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.huggingface.said import (
+    GENERATION,
+    IDS,
+    end_ids,
+    generation_of,
+    sampling,
+    unheeded,
+    write_generation,
+)
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizers.from_folder import find_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,30 +67,46 @@ def main(arguments: list[str] | None = None) -> int:
         if layout.iterations(output):
             raise RunError.of("the folder already holds checkpoints", where=str(output), remedy="give a new one")
         folder = Folder.open(asked.input_dir)
-        tokenizer = _tokenizer(asked.input_dir, output / TOKENIZER)
+        said = generation_of(asked.input_dir, folder.config)
+        further = {**_tokenizer(asked.input_dir, output / TOKENIZER, said), **sampling(said)}
         made = adopt(
             folder,
             output,
             model_size=asked.target_tensor_parallel_size,
             pipe_size=asked.target_pipeline_parallel_size,
             dtype=PRECISIONS.get(asked.precision),
-            further=tokenizer,
+            further=further,
         )
+        told = {**made.settings, **further}
+        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        (output / "model.yml").write_text(text, encoding="utf-8")
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
-    told = {**made.settings, **tokenizer}
-    (output / "model.yml").write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+    except OSError as fault:
+        print(RunError.of(f"cannot be read or written: {fault.strerror}", where=fault.filename), file=sys.stderr)
+        return RunError.exit_code
     print(f"{made.directory}: {made.tensors} tensors, vocabulary {made.rows:,}; its keys are in {output / 'model.yml'}")
     return 0
 
 
-def _tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """Copies the tokenizer's files; the keys that name it."""
+def _tokenizer(source: Path, target: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """Copies the tokenizer's files; the keys that name it. What is not understood is told."""
     names = copy_tokenizer(source, target)
-    if "tokenizer.json" in names:
-        return {"tokenizer_type": "HFTokenizer", "vocab_file": str((target / "tokenizer.json").resolve())}
-    return {}
+    if GENERATION not in names:
+        write_generation(target, {name: said.get(name) for name in IDS})
+    ends = end_ids(said)
+    found = find_tokenizer(target, ends, complete=True)
+    if not found.keys:
+        print(f"{found.told}; give tokenizer_type and vocab_file yourself", file=sys.stderr)
+    for wish in unheeded(said):
+        print(f"{GENERATION}: {wish} has no key here, and does not change what is generated", file=sys.stderr)
+    size = found.tokenizer.vocab_size if found.tokenizer else None
+    known = [number for number in ends if size is None or number < size]
+    if known != ends:
+        beyond = sorted(set(ends) - set(known))
+        print(f"eos_token_id: the tokenizer has no tokens {beyond}, at which no text ends here", file=sys.stderr)
+    return {**found.keys, **({"eos_token_ids": known} if known else {})}
 
 
 if __name__ == "__main__":

@@ -14,20 +14,24 @@ updates or a soft prompt, becomes a folder of its own that `peft` loads on top o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.checkpoint.huggingface.adopt import copy_tokenizer
-from megatron.checkpoint.huggingface.export import PRECISIONS, export, refuse_existing
+from megatron.checkpoint import files
+from megatron.checkpoint.huggingface.adopt import TOKENIZER
+from megatron.checkpoint.huggingface.companions import copy_tokenizer, for_every_release
+from megatron.checkpoint.huggingface.export import PRECISIONS, Wishes, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
+from megatron.checkpoint.huggingface.family import Settings
 from megatron.checkpoint.huggingface.peft import export_adapter
+from megatron.checkpoint.huggingface.said import GENERATION, facts_of_tokenizer, ids_for_config, write_generation
 from megatron.checkpoint.stored import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
-
-END_OF_DOCUMENT = "<|endoftext|>"
+from megatron.tokenizers.from_folder import find_tokenizer
+from megatron.tokenizers.to_folder import Portable, portable, portable_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--max-shard-size", "--max_shard_size", type=float, default=5.0, help="largest file [GiB] (default: 5)"
     )
-    made.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or a folder of tokenizer files, to copy")
+    made.add_argument("--tokenizer", type=Path, help="a tokenizer.json, a .model, or a folder of tokenizer files")
     made.add_argument(
         "--adapter-only",
         "--adapter_only",
@@ -55,6 +59,18 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--base-model", "--base_model", help="with --adapter-only: the frozen model's folder or name in transformers"
+    )
+    made.add_argument(
+        "--zero-biases",
+        "--zero_biases",
+        action="store_true",
+        help="write attention biases of 0 where the model has none, which changes nothing and some programs need",
+    )
+    made.add_argument(
+        "--own-head",
+        "--own_head",
+        action="store_true",
+        help="write the output layer as a matrix of its own where it is the embedding, which some programs need",
     )
     made.add_argument("--no-save-tokenizer", "--no_save_tokenizer", action="store_true", help="write the model only")
     return made
@@ -68,20 +84,29 @@ def main(arguments: list[str] | None = None) -> int:
         stored = open_model(asked.input_dir, iteration=asked.iteration, config_files=asked.config_file)
         if asked.adapter_only:
             return _adapter(asked, stored)
-        source = asked.tokenizer or _known(stored.tokenizer.vocab_file)
+        tokenizer = _tokenizer(asked, stored)
+        tokens = facts_of_tokenizer(stored.directory).get("vocab_size")
+        tokens = tokens if tokenizer is None else tokenizer.vocab_size
+        special = _special(stored, tokenizer, tokens, _kept(tokenizer))
         made = export(
             stored,
             asked.output_dir,
             family_name=asked.architecture,
             precision=asked.precision,
             largest_file=int(asked.max_shard_size * (1 << 30)),
-            special=_special(source),
+            special=special,
+            tokens=tokens,
+            wishes=Wishes(asked.zero_biases, asked.own_head),
         )
         if not asked.no_save_tokenizer:
-            _save_tokenizer(source, asked.output_dir, stored.model.max_position_embeddings)
+            _save_tokenizer(tokenizer, asked.output_dir, stored.model.max_position_embeddings)
+        write_generation(asked.output_dir, special)
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
+    except OSError as fault:
+        print(RunError.of(f"cannot be read or written: {fault.strerror}", where=fault.filename), file=sys.stderr)
+        return RunError.exit_code
     print(
         f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "
         f"vocabulary {made.rows:,}, from {stored.directory}"
@@ -98,50 +123,56 @@ def _adapter(asked: argparse.Namespace, stored: StoredModel) -> int:
     return 0
 
 
-def _known(vocab_file: str | None) -> Path | None:
-    """The tokenizer that the configuration names, where it is a file of the tokenizers library."""
-    path = Path(vocab_file) if vocab_file else None
-    return path if path is not None and path.suffix == ".json" and path.is_file() else None
+def _tokenizer(asked: argparse.Namespace, stored: StoredModel) -> Portable | None:
+    """The tokenizer that is asked for, else the run's; None where it cannot be had, which a line tells.
+
+    Raises ConfigError for one that is asked for and is none.
+    """
+    if asked.tokenizer is not None:
+        return portable_of(asked.tokenizer)
+    section = stored.tokenizer
+    beside = stored.directory.parent / TOKENIZER
+    try:
+        return portable(section.tokenizer_type, section.vocab_file, section.merge_file)
+    except ConfigError as fault:
+        if beside.is_dir() and find_tokenizer(beside).keys:
+            return portable_of(beside)
+        if not asked.no_save_tokenizer:
+            told = fault if section.vocab_file else "no tokenizer file is known"
+            print(f"{told}; none was written, give one with --tokenizer", file=sys.stderr)
+    return None
 
 
-def _special(source: Path | None) -> dict[str, int]:
-    """The ids for config.json: what the tokenizer's own folder says, else the end of a document."""
-    if source is None:
-        return {}
-    folder = source if source.is_dir() else source.parent
-    kept = folder / "generation_config.json"
-    if kept.is_file():
-        said = json.loads(kept.read_text(encoding="utf-8"))
-        return {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in said}
-    end = None if source.is_dir() else _id(source, END_OF_DOCUMENT)
-    return {} if end is None else {"bos_token_id": end, "eos_token_id": end}
+def _special(stored: StoredModel, tokenizer: Portable | None, tokens: int | None, kept: dict[str, Any]) -> Settings:
+    """The ids for config.json: those kept from the folder that the model came from, and the run's own end."""
+    facts = facts_of_tokenizer(stored.directory)
+    own = facts.get("eod") if tokenizer is None else tokenizer.end
+    asked = stored.generation.eos_token_ids or ()
+    ends = [*asked, *([] if own is None else [int(own)])]
+    begin = None if tokenizer is None else tokenizer.begin
+    ids = ids_for_config(kept, ends=ends, begin=begin, vocabulary=vocabulary(stored, tokens))
+    if ids["eos_token_id"] is None:
+        print("nothing says which token ends a text, so eos_token_id is null; give --tokenizer", file=sys.stderr)
+    return ids
 
 
-def _id(tokenizer: Path, token: str) -> int | None:
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    vocabulary = content.get("model", {}).get("vocab", {})
-    found = added.get(token, vocabulary.get(token) if isinstance(vocabulary, dict) else None)
-    return None if found is None else int(found)
+def _kept(tokenizer: Portable | None) -> dict[str, Any]:
+    """What the tokenizer's folder says of generation."""
+    folder = None if tokenizer is None else tokenizer.folder
+    path = None if folder is None else folder / GENERATION
+    return dict(files.read_json(path)) if path is not None and path.is_file() else {}
 
 
-def _save_tokenizer(source: Path | None, output: Path, length: int | None) -> None:
-    """The tokenizer's folder as it is, or its file with what transformers wants to know beside it."""
-    if source is None:
-        print("no tokenizer file is known, so none was copied; give one with --tokenizer", file=sys.stderr)
+def _save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None) -> None:
+    """The tokenizer's folder, or its files with what transformers wants to know beside them."""
+    if tokenizer is None:
         return
-    folder = source if source.is_dir() else source.parent
-    if (folder / "tokenizer_config.json").is_file():
-        copy_tokenizer(folder, output)
-        return
-    (output / "tokenizer.json").write_bytes(source.read_bytes())
-    end = _id(source, END_OF_DOCUMENT)
-    names = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_DOCUMENT)
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, **names}
-    (output / "tokenizer_config.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-    if end is not None:
-        said = {"bos_token_id": end, "eos_token_id": end}
-        (output / "generation_config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+    if tokenizer.folder is not None:
+        copy_tokenizer(tokenizer.folder, output)
+    tokenizer.write(output, length)
+    for_every_release(output)
+    if not tokenizer.readable:
+        print("no other program reads this kind of tokenizer, so none was written", file=sys.stderr)
 
 
 if __name__ == "__main__":

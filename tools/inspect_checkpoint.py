@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
+    except OSError as fault:
+        print(RunError.of(f"cannot be read: {fault.strerror}", where=fault.filename), file=sys.stderr)
+        return RunError.exit_code
 
 
 def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:

@@ -221,12 +221,18 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
     """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
 
     Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
-    divide are padded further. tokens: of the tokenizer.
+    divide are padded further. tokens: of the tokenizer; the key vocab_size tells what else a model may have rows for,
+    as one that was taken over from a folder of another program says it.
     """
     rows = _stored_rows(config)
-    if rows is None or not tokens <= rows < tokens + max(MOST_PADDING, padded - tokens + 1):
+    if rows is None:
         return padded
-    return -(-rows // model_size) * model_size
+    taken_over = rows if tokens <= rows and is_folder(Path(config.checkpoint.load or "")) else None
+    declared = taken_over or config.tokenizer.vocab_size
+    for size in (tokens, declared):
+        if size is not None and size <= rows < size + max(MOST_PADDING, padded - tokens + 1):
+            return -(-rows // model_size) * model_size
+    return padded
 
 
 def _stored_rows(config: Config) -> int | None:

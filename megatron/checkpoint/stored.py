@@ -17,6 +17,7 @@ from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.slices import MASTER, OptimizerState
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, assemble, key_of
 from megatron.config import resolve, wire
+from megatron.config.sections.generation import GenerationSection
 from megatron.config.sections.mixers import MixersSection
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.moe import MoeSection
@@ -46,6 +47,9 @@ class _Described(Protocol):
     @property
     def tokenizer(self) -> TokenizerSection: ...
 
+    @property
+    def generation(self) -> GenerationSection: ...
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -60,6 +64,7 @@ class StoredModel:
     mixers: MixersSection
     mup: MupSection
     tokenizer: TokenizerSection
+    generation: GenerationSection
     table: tuple[TensorShape, ...]
     rows: int
     weights: StoredWeights
@@ -98,7 +103,8 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     rows = sum(shard.shape[0] for shard in embedding)
     table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
-    stored = StoredModel(directory, model, moe, mixers, config.mup, tokenizer, table, rows, weights, masters)
+    told = (model, moe, mixers, config.mup, tokenizer, config.generation)
+    stored = StoredModel(directory, *told, table, rows, weights, masters)
     _compare(stored)
     return stored
 

@@ -150,6 +150,21 @@ class FromTokenizers:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    @property
+    def end(self) -> str:
+        """The token that ends a document."""
+        return self._eod_token
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, or None where the vocabulary lacks it."""
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def __getstate__(self) -> tuple[str, str, str | None, Beside, AddedToken | None]:
         """The file's text: what is set on top of it is set again in `__setstate__`."""
         return self._tokenizer.to_str(), self._eod_token, self._where, self._beside, self._own

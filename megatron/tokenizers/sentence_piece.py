@@ -118,6 +118,23 @@ class SPMTokenizer:
         text: str = self._model.decode(known)
         return text
 
+    @property
+    def own_begin(self) -> int | None:
+        """The id that the .model keeps for the begin of a text, where it has one."""
+        number: int = self._model.bos_id()
+        return number if number >= 0 else None
+
+    @property
+    def unknown(self) -> int:
+        """The id of what the vocabulary cannot spell."""
+        number: int = self._model.unk_id()
+        return number
+
+    def piece(self, number: int) -> str:
+        """The text of an id."""
+        text: str = self._model.id_to_piece(number)
+        return text
+
     def _unforged(self, ids: list[int]) -> list[int]:
         if self.eod not in ids:
             return ids

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.checkpoint import files, layout
 from megatron.checkpoint.facts import public_facts
+from megatron.checkpoint.huggingface import safetensors
 from megatron.checkpoint.huggingface.folder import Folder
 from megatron.checkpoint.publish import make_room, publish
 from megatron.checkpoint.rewrite import write_weights
@@ -23,7 +24,6 @@ from megatron.errors import RunError
 from megatron.shapes import ModelDims, TensorShape, tensors
 
 TOKENIZER = "tokenizer"
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py", "*.gguf", "*.pt", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def adopt(
                 f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json speaks of {list(shape.shape)}",
                 where=str(folder.path),
             )
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if dtype is None else safetensors.narrowed(key_of(shape), tensor, dtype)
 
     final = layout.step_directory(save, 0)
     partial = layout.partial_directory(save, 0)
@@ -93,14 +93,3 @@ def adopt(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Adopted(final, settings, len(table), rows)
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies what is neither weights nor code: the tokenizer's files and the generation settings. Their names."""
-    target.mkdir(parents=True, exist_ok=True)
-    names = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in _MODEL_FILES):
-            shutil.copyfile(path, target / path.name)
-            names.append(path.name)
-    return names

@@ -24,11 +24,33 @@ from megatron.checkpoint.huggingface.safetensors import Promise
 from megatron.checkpoint.merge import merged
 from megatron.checkpoint.stored import StoredModel
 from megatron.checkpoint.weights import key_of
+from megatron.config.sections.model import ModelSection
 from megatron.errors import ConfigError, RunError
-from megatron.shapes import ModelDims, Multipliers, TensorShape
+from megatron.shapes import ModelDims, Multipliers, TensorShape, tensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What changes no result and some programs that read the folder need.
+
+    zero_biases: attention has biases, of 0 where the model has none. own_head: the output layer is written as a matrix
+    of its own, where it is the embedding.
+    """
+
+    zero_biases: bool = False
+    own_head: bool = False
+
+    def applied(self, model: ModelSection) -> ModelSection:
+        """The model section that the folder tells of."""
+        changes = {"use_bias_in_attn_linear": True} if self.zero_biases else {}
+        changes |= {"no_weight_tying": True} if self.own_head else {}
+        return model.model_copy(update=changes)
+
+
+PLAIN = Wishes()
 
 
 @dataclass(frozen=True)
@@ -49,29 +71,33 @@ def export(
     family_name: str | None = None,
     precision: str = "auto",
     largest_file: int = 5 << 30,
-    special: Mapping[str, int] | None = None,
+    special: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
+    wishes: Wishes = PLAIN,
 ) -> Exported:
     """Writes the folder.
 
     family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
     takes the optimizer's fp32 copies where they were kept. The factors of muP go into the weights, and so do low-rank
-    updates. largest_file: [bytes]. special: ids for config.json, such as eos_token_id. Raises ConfigError naming each
-    key that the family cannot express.
+    updates. largest_file: [bytes]. special: ids for config.json, such as eos_token_id. tokens: of the tokenizer;
+    further rows of the embedding are padding, unless the key vocab_size counts them. wishes: of other programs. Raises
+    ConfigError naming each key that the family cannot express.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)
-    family = family_for(stored.model, stored.moe, stored.mixers, family_name)
-    dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
-    rows = min(stored.rows, stored.tokenizer.vocab_size or stored.rows)
+    model = wishes.applied(stored.model)
+    family = family_for(model, stored.moe, stored.mixers, family_name)
+    dims = ModelDims.of(model, stored.moe, stored.mixers)
+    rows = vocabulary(stored, tokens)
     dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
-    shapes = {key_of(shape): shape for shape in stored.table}
+    shapes = {key_of(shape): shape for shape in tensors(dims, stored.rows)}
     table = family.table(dims)
     assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
     output.mkdir(parents=True, exist_ok=True)
     promises = [promise for row in table for promise in _promises(stored, row, shapes[row.ours], rows, dtype)]
     _write_files(output, promises, largest_file)
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= family.config(stored.model, rows)
+    config |= family.config(model, rows)
     config |= family.experts.config(stored.moe) if family.experts else {}
     config |= family.mixers.config(stored.mixers) if family.mixers else {}
     config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype]}
@@ -89,9 +115,24 @@ def _promises(
         yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
 
 
+def vocabulary(stored: StoredModel, tokens: int | None) -> int:
+    """Rows of the embedding that mean a token. tokens: of the tokenizer, where it is known.
+
+    The key vocab_size counts where it says more: a model that was taken over may have rows that no token of its
+    tokenizer has, and keeps them.
+    """
+    told = [size for size in (tokens, stored.tokenizer.vocab_size) if size is not None and size <= stored.rows]
+    return max(told, default=stored.rows)
+
+
 def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
-    whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
+    known = {key_of(each): each for each in stored.table}
+    if key_of(shape) not in known:
+        if shape.kind != "head":
+            return row.apart(torch.zeros(shape.shape))[part]
+        shape = known["0.word_embeddings.weight"]
+    whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
     return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
 
 

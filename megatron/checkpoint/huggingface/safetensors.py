@@ -76,8 +76,23 @@ def write(path: Path, tensors: Iterable[Promise], metadata: Mapping[str, str]) -
 def _write_values(file: BinaryIO, promise: Promise) -> None:
     tensor = promise.make()
     assert tuple(tensor.shape) == promise.shape, promise.name
-    values = tensor.to(promise.dtype).contiguous().reshape(-1)
+    values = narrowed(promise.name, tensor, promise.dtype).contiguous().reshape(-1)
     file.write(values.view(torch.uint8).numpy().data)
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that type. RunError naming it where a value is beyond the largest of the type."""
+    made = tensor.to(dtype)
+    if made.dtype.is_floating_point and made.dtype.itemsize < tensor.dtype.itemsize and made.numel():
+        lost = made.isinf() & tensor.isfinite() if made.isinf().any() else None
+        if lost is not None and lost.any():
+            largest = tensor[lost].abs().max().item()
+            raise RunError.of(
+                f"tensor {name} has values up to {largest:g}, and {torch.finfo(dtype).max:g} is the largest of "
+                f"{str(dtype).removeprefix('torch.')}",
+                remedy="choose another precision",
+            )
+    return made
 
 
 class Reader:

@@ -1,0 +1,154 @@
+"""What tokenizer the folder of a model holds, as our keys.
+
+tokenizer.json is read as PretrainedFromHF. GPT-2's two files are GPT2BPETokenizer where that gives the same ids; with
+tokens added beside them they become a tokenizer.json. A .model is SPMTokenizer, or TiktokenTokenizer where it is a list
+of ranks. Nothing is believed before the tokenizer was built once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
+from megatron.tokenizers.build import make_tokenizer
+from megatron.tokenizers.gpt2 import gpt2_bpe
+
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+_VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
+_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+@dataclass(frozen=True)
+class FoundTokenizer:
+    """keys: tokenizer_type and its files; empty where there is none. tokenizer: built of them. told: why not."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    told: str = ""
+
+
+def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = False) -> FoundTokenizer:
+    """The tokenizer of a folder.
+
+    ends: ids that end a text, by the model's own files; the first names the end where the tokenizer's files do not.
+    complete: the folder is ours, and may be given what it lacks: that name, or a tokenizer.json.
+    """
+    told = []
+    for kind, files in _candidates(folder.resolve(), ends, complete):
+        try:
+            return FoundTokenizer({"tokenizer_type": kind, **files}, make_tokenizer(kind, **files))
+        except ConfigError as fault:
+            told.append(str(fault))
+    return FoundTokenizer(told="; ".join(told[:1]) or f"{folder} holds no tokenizer that is understood")
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like, as special_tokens_map.json and tokenizer_config.json spell them."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", CONFIG):
+        for key, value in _json(folder / name).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _candidates(folder: Path, ends: Sequence[int], complete: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    """Kinds of ours and their files, the likeliest first."""
+    whole = folder / TOKENIZER
+    vocabulary, merges = (_first(folder, names) for names in (_VOCABULARY, _MERGES))
+    if not whole.is_file() and vocabulary is not None and merges is not None:
+        if _is_plain(folder, vocabulary, ends):
+            yield "GPT2BPETokenizer", {"vocab_file": str(vocabulary), "merge_file": str(merges)}
+            return
+        if complete:
+            _write_whole(folder, vocabulary, merges)
+        else:
+            yield "PretrainedFromHF", {"vocab_file": str(folder)}
+    if whole.is_file():
+        if complete:
+            _name_end(folder, whole, ends)
+        yield "PretrainedFromHF", {"vocab_file": str(whole)}
+    model = _first(folder, _MODELS) or next(iter(sorted(folder.glob("*.model"))), None)
+    if model is not None and not whole.is_file():
+        yield "SPMTokenizer", {"vocab_file": str(model)}
+        yield "TiktokenTokenizer", {"vocab_file": str(model)}
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a file of a tokenizer; nothing where there is none or it is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Tokens that files beside the vocabulary add, and their ids."""
+    found = {str(token): int(number) for token, number in _json(folder / "added_tokens.json").items()}
+    decoder = _json(folder / CONFIG).get("added_tokens_decoder")
+    for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found[entry["content"]] = int(number)
+    return found
+
+
+def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
+    """Whether GPT-2's two files say all: its end, no further tokens, nothing put before a text."""
+    ids, config = _json(vocabulary), _json(folder / CONFIG)
+    number = ids.get(END_OF_DOCUMENT)
+    named = named_tokens(folder).get("eos_token")
+    ended = number is not None and (named == END_OF_DOCUMENT if named else not ends or number in ends)
+    more = any(ids.get(token) != number for token, number in _added(folder).items())
+    return ended and not more and not config.get("add_prefix_space") and not config.get("add_bos_token")
+
+
+def _write_whole(folder: Path, vocabulary: Path, merges: Path) -> None:
+    """tokenizer.json of GPT-2's two files and what stands beside them. Nothing where they are damaged."""
+    config, named = _json(folder / CONFIG), named_tokens(folder)
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in (vocabulary, merges)]
+        made = gpt2_bpe(texts[0], texts[1], str(vocabulary), str(merges))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return
+    content = json.loads(made.to_str())
+    content["pre_tokenizer"]["add_prefix_space"] = bool(config.get("add_prefix_space"))
+    ids: Mapping[str, int] = {**_json(vocabulary), **_added(folder)}
+    marked = {*_added(folder), *(token for token in named.values() if token in ids), END_OF_DOCUMENT} & ids.keys()
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [{"id": ids[token], "content": token, **plain} for token in sorted(marked, key=ids.get)]  # type: ignore[arg-type]
+    made = FastTokenizer.from_str(json.dumps(content))
+    begin = named.get("bos_token")
+    if config.get("add_bos_token") and begin is not None and begin in ids:
+        made.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, ids[begin])]
+        )
+    (folder / TOKENIZER).write_text(made.to_str(), encoding="utf-8")
+
+
+def _name_end(folder: Path, whole: Path, ends: Sequence[int]) -> None:
+    """Writes eos_token into tokenizer_config.json where the files name no token that the vocabulary has."""
+    config, content = _json(folder / CONFIG), _json(whole)
+    vocabulary = content.get("model", {}).get("vocab", {}) if isinstance(content.get("model"), dict) else {}
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
+    named = named_tokens(folder).get("eos_token")
+    if named not in ids:
+        named = next((token for token, number in ids.items() if number in ends[:1]), None)
+    own = config.get("eos_token")
+    if named is not None and (own.get("content") if isinstance(own, dict) else own) != named:
+        text = json.dumps({**config, "eos_token": named}, ensure_ascii=False, indent=1)
+        (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -1,0 +1,132 @@
+"""A tokenizer of ours as files that other programs read, and the ids of the tokens that begin and end a text.
+
+What is a tokenizer.json on the disk stays as it is, byte by byte; others are written as one, with the class
+PreTrainedTokenizerFast, under which every release of `transformers` reads that file and nothing else. A sentencepiece
+model is written beside its tokenizer.json, or alone where none gives the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.build import make_tokenizer
+from megatron.tokenizers.fast import FromTokenizers
+from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, named_tokens
+from megatron.tokenizers.pretrained import files_of
+from megatron.tokenizers.sentence_piece import SPMTokenizer
+from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+
+_OF_FOLDERS = frozenset({"PretrainedFromHF", "HFTokenizer"})
+
+
+@dataclass(frozen=True)
+class Portable:
+    """What there is to write.
+
+    vocab_size: [tokens]. end, begin: ids; begin is None where the tokenizer has none. folder: one of a model, whose
+    files are to be copied, or None. content: the text of the tokenizer.json, or None. model: a .model to copy. names:
+    for tokenizer_config.json.
+    """
+
+    vocab_size: int
+    end: int
+    begin: int | None
+    folder: Path | None
+    content: str | None
+    model: Path | None
+    names: dict[str, str]
+
+    @property
+    def readable(self) -> bool:
+        """Whether any other program can read what is written."""
+        return self.content is not None or self.model is not None
+
+    def write(self, output: Path, length: int | None) -> None:
+        """Adds what the folder does not hold yet. length: the longest text of the model [tokens]."""
+        if self.content is not None and not (output / TOKENIZER).exists():
+            (output / TOKENIZER).write_text(self.content, encoding="utf-8")
+            self._complete(output / CONFIG)
+        if self.model is not None:
+            (output / "tokenizer.model").write_bytes(self.model.read_bytes())
+        if self.readable and not (output / CONFIG).exists():
+            kind = "LlamaTokenizer" if self.content is None else "PreTrainedTokenizerFast"
+            told = {"tokenizer_class": kind, "model_max_length": length, **self.names}
+            (output / CONFIG).write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def _complete(self, path: Path) -> None:
+        """What a class read out of other files than tokenizer.json, and what LLaMA's does without being told."""
+        if not path.is_file():
+            return
+        told = {**self.names, **json.loads(path.read_text(encoding="utf-8"))}
+        if str(told.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+            told.setdefault("add_bos_token", True)
+        path.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def portable(kind: str, vocab_file: str | None, merge_file: str | None) -> Portable:
+    """The tokenizer of a configuration. Raises ConfigError where it cannot be built."""
+    tokenizer = make_tokenizer(kind, vocab_file=vocab_file, merge_file=merge_file)
+    if isinstance(tokenizer, SPMTokenizer):
+        return _of_sentence_piece(tokenizer, Path(vocab_file or ""))
+    if not isinstance(tokenizer, FromTokenizers):
+        return Portable(tokenizer.vocab_size, tokenizer.eod, None, None, None, None, {})
+    folder, content = None, tokenizer.to_json()
+    if kind in _OF_FOLDERS:
+        found = files_of(str(vocab_file))
+        folder = next(iter(found.values())).parent
+        if TOKENIZER in found:
+            content = found[TOKENIZER].read_text(encoding="utf-8")
+        folder = folder if (folder / CONFIG).is_file() else None
+    return _of_tokenizers(tokenizer, folder, content)
+
+
+def portable_of(path: Path) -> Portable:
+    """The tokenizer of a file or folder. Raises ConfigError where there is none that is understood."""
+    files: dict[str, str] = {"vocab_file": str(path)}
+    if path.is_dir():
+        found = find_tokenizer(path)
+        if not found.keys:
+            raise ConfigError.of(found.told, key="tokenizer", value=str(path), remedy="give a tokenizer.json")
+        files = dict(found.keys)
+        return portable(files["tokenizer_type"], files["vocab_file"], files.get("merge_file"))
+    if not path.is_file():
+        raise ConfigError.of("there is no such file", key="tokenizer", value=str(path))
+    if path.suffix == ".model":
+        return portable("SPMTokenizer", str(path), None)
+    merges = next((each for name in ("merges.txt", "vocab.bpe") if (each := path.with_name(name)).is_file()), None)
+    if merges is not None and not _is_whole(path):
+        return portable("GPT2BPETokenizer", str(path), str(merges))
+    return portable("PretrainedFromHF", str(path), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it is a tokenizer.json and no vocab.json, which may have a token called model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # what is wrong with it is told when it is read
+    return isinstance(content, dict) and isinstance(content.get("model"), dict)
+
+
+def _of_tokenizers(tokenizer: FromTokenizers, folder: Path | None, content: str) -> Portable:
+    end = tokenizer.end
+    named = named_tokens(folder) if folder is not None else {}
+    names = {"eos_token": end}
+    if end == END_OF_DOCUMENT:  # GPT-2's, which begins texts too and stands for what is unknown
+        names |= {"bos_token": end, "unk_token": end}
+    begin = named.get("bos_token", names.get("bos_token") if folder is None else None)
+    number = None if begin is None else tokenizer.id_of(begin)
+    return Portable(tokenizer.vocab_size, tokenizer.eod, number, folder, content, None, names)
+
+
+def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:
+    folder = path.parent if (path.parent / CONFIG).is_file() else None
+    begin = tokenizer.own_begin
+    names = {"eos_token": tokenizer.piece(tokenizer.eod), "unk_token": tokenizer.piece(tokenizer.unknown)}
+    names |= {} if begin is None else {"bos_token": tokenizer.piece(begin)}
+    content = as_tokenizer_json(tokenizer, path)
+    return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names)

@@ -1,0 +1,293 @@
+"""What config.json says, leaves out or contradicts is understood as transformers does, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron.checkpoint.huggingface.adopt import adopt
+from megatron.checkpoint.huggingface.defaults import ALIASES, DEFAULTS
+from megatron.checkpoint.huggingface.export import Wishes, export
+from megatron.checkpoint.huggingface.families import FAMILIES, family_for
+from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.stored import open_model
+from megatron.config import Resources, resolve
+from megatron.engine.build import build_inference_engine
+from megatron.errors import ConfigError, RunError
+from megatron.parallel.topology import Topology
+from tests.checkpoint.huggingface.models import make, save, tokens
+from tests.checkpoint.huggingface.random_models import answer, ours, write
+
+VOCABULARY = 48
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "llama": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40},
+    "mistral": {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 40},
+    "mixtral": {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 24},
+    "qwen3": {"hidden_size": 32, "num_attention_heads": 32, "num_hidden_layers": 1, "intermediate_size": 40},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 1},
+    "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 40},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 1},
+}
+"""Sizes that keep a model small; everything else is left out."""
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_what_is_left_out_has_the_value_of_the_class(family: str, tmp_path: Path) -> None:
+    """The logits are those of transformers' own reading of the same bare file; Mixtral's base is 1,000,000 there."""
+    told = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None, **SIZES[family]}
+    expected = write(tmp_path, told)
+    assert expected is not None
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_the_table_is_that_of_the_classes(family: str) -> None:
+    config = AutoConfig.for_model(family)
+    rope = getattr(config, "rope_parameters", None) or {}
+    renamed = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    unsaid = {"qwen3": {"sliding_window", "mlp_bias"}, "mistral": {"attention_bias", "mlp_bias"}}  # not in use there
+    unsaid |= {"mixtral": unsaid["mistral"], "mamba": {"time_step_rank"}}
+    for key, value in DEFAULTS[family].items():
+        if value is None or key in unsaid.get(family, ()):
+            continue
+        found = rope[renamed[key]] if key in renamed else getattr(config, key)
+        assert found == value, key
+    assert type(config).attribute_map == ALIASES.get(family, {})
+
+
+@pytest.mark.parametrize("family", ALIASES)
+def test_other_names_of_keys_are_read(family: str, tmp_path: Path) -> None:
+    names = {key: name for name, key in ALIASES[family].items()}
+    sizes = SIZES[family] | ({"num_local_experts": 4} if family == "mixtral" else {})
+    told = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None}
+    expected = write(tmp_path, told | {names.get(key, key): value for key, value in sizes.items()})
+    assert expected is not None
+    torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
+
+
+def change(folder: Path, **changes: object) -> Folder:
+    path = folder / "config.json"
+    told = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in told.items() if value != "absent"}))
+    return Folder.open(folder)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+MIXED = ["full_attention", "sliding_attention"]
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a scaling beside another": ("llama, grouped, biases", {"rope_scaling": LINEAR}, "rope_scaling = .*contradicts"),
+    "a scaling with another base": (
+        "llama, grouped, biases",
+        {"rope_parameters": {**LINEAR, "rope_theta": 500000}, "rope_scaling": LINEAR},
+        "rope_scaling = .*contradicts rope_parameters",
+    ),
+    "a base beside another": (
+        "llama, grouped, biases",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 500000},
+        "rope_theta = 500000: it contradicts 10000",
+    ),
+    "a scaling for each kind of block": (
+        "llama, grouped, biases",
+        {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in MIXED}},
+        "rope_parameters = .*one scaling for all blocks",
+    ),
+    "a base that is none": (
+        "llama, grouped, biases",
+        {"rope_parameters": {"rope_theta": float("inf")}},
+        "whole number",
+    ),
+    "windows in some blocks": (
+        "qwen3",
+        {"layer_types": MIXED, "use_sliding_window": True, "sliding_window": 8},
+        "layer_types = .*only one window for all",
+    ),
+    "windows in the last blocks": (
+        "qwen3",
+        {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "max_window_layers",
+    ),
+    "windows that are not in use": ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "no window is given"),
+    "another kind of block": ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
+    "kinds of too few blocks": ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
+    "kinds that Mistral does not heed": (
+        "mistral with a window",
+        {"layer_types": ["full_attention"] * 2},
+        "layer_types",
+    ),
+    "quantized weights": ("neox", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+    "a null": ("neox", {"hidden_size": None}, "hidden_size = None"),
+    "a text for a number": ("gpt2", {"n_layer": "2"}, "n_layer = '2'"),
+    "two names that differ": ("gpt2", {"hidden_size": 32}, "hidden_size = 32: it is another name of n_embd"),
+    "slopes of other numbers of heads": ("mpt", {"n_heads": 3}, "n_heads = 3"),
+    "a rank of steps": ("mamba", {"time_step_rank": 7}, "time_step_rank = 7"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_read_otherwise_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    name, changes, told = REFUSED[case]
+    save(name, tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        change(tmp_path, **changes).settings()
+
+
+SAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "the same scaling twice": (
+        "llama, grouped, biases",
+        {"rope_parameters": {**LINEAR, "rope_theta": 10000.0}, "rope_scaling": {"type": "linear", "factor": 4}},
+    ),
+    "the older spelling": ("llama, grouped, biases", {"rope_parameters": "absent", "rope_theta": 500000}),
+    "no window for long": (
+        "qwen3",
+        {"layer_types": "absent", "use_sliding_window": True, "max_window_layers": "absent"},
+    ),
+    "a window everywhere": (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 8},
+    ),
+    "YaRN without the first length": (
+        "llama, grouped, biases",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "steps of the usual rank": ("mamba", {"time_step_rank": "auto"}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_can_be_understood_is_read_as_theirs(case: str, tmp_path: Path) -> None:
+    name, changes = SAME[case]
+    save(name, tmp_path)
+    settings = change(tmp_path, **changes).settings()
+    told = {**settings, "vocab_size": 96, "make_vocab_size_divisible_by": 1, "load": str(tmp_path), "seq_length": 24}
+    config = resolve([], {**told, "user_script": "generate.py"}, Resources(1)).config.for_inference()
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens()).logits
+    found = build_inference_engine(config, Topology.single(), 96).logits(tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [95, 97, 200])
+def test_a_vocabulary_of_another_size_is_refused(rows: int, tmp_path: Path) -> None:
+    """Rows that no tensor has would be made up, and rows left out would be lost."""
+    for name in ("llama, grouped, biases", "gpt2"):
+        save(name, tmp_path / name)
+        with pytest.raises(ConfigError, match=f"vocab_size = {rows}: tensor .* has 96 rows"):
+            adopt(change(tmp_path / name, vocab_size=rows), tmp_path / "ours")
+
+
+def test_a_tied_flag_and_the_stored_head(tmp_path: Path) -> None:
+    """The same matrix twice is fine; another one, or none where the flag says so, is told by the flag's name."""
+    save("neox", tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings = True: the stored .* is not the embedding"):
+        adopt(change(tmp_path / "own", tie_word_embeddings=True), tmp_path / "ours")
+    save("llama, wide heads, tied", tmp_path / "tied")
+    with pytest.raises(RunError, match=r"no tensor lm_head\.weight, and tie_word_embeddings is false"):
+        adopt(change(tmp_path / "tied", tie_word_embeddings=False), tmp_path / "ours")
+    weights = load_file(tmp_path / "tied" / "model.safetensors")
+    twice = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(twice, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    adopt(change(tmp_path / "tied", tie_word_embeddings=True), tmp_path / "fine")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    save("neox", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter_config"):
+        Folder.open(tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_files_are_chosen_as_transformers_chooses(older: bool, tmp_path: Path) -> None:
+    """A whole file and an index of other files: what both read is the same."""
+    told = {"model_type": "llama", "vocab_size": VOCABULARY, **SIZES["llama"]}
+    assert write(tmp_path, told) is not None
+    weights = load_file(tmp_path / "model.safetensors")
+    stale = {key: value + 1 for key, value in weights.items()}
+    if older:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        torch.save(stale, tmp_path / "part.bin")
+    else:
+        save_file(stale, tmp_path / "part.safetensors", {"format": "pt"})
+    part, index = ("part.bin", "pytorch_model.bin") if older else ("part.safetensors", "model.safetensors")
+    place = {"metadata": {}, "weight_map": dict.fromkeys(weights, part)}
+    (tmp_path / f"{index}.index.json").write_text(json.dumps(place))
+    torch.testing.assert_close(ours(tmp_path), answer(tmp_path), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_a_value_that_a_precision_cannot_hold_is_refused(out: bool, tmp_path: Path) -> None:
+    model = save("neox", tmp_path / "theirs")
+    with torch.no_grad():
+        model.gpt_neox.layers[1].mlp.dense_h_to_4h.weight[3, 3] = 70000.0
+    model.save_pretrained(tmp_path / "theirs")
+    if out:
+        adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
+        with pytest.raises(RunError, match=r"dense_h_to_4h\.weight has values up to 70000, and 65504 is the largest"):
+            export(open_model(tmp_path / "ours"), tmp_path / "back", precision="fp16")
+        return
+    with pytest.raises(RunError, match=r"linear1\.weight has values up to 70000, and 65504 is the largest of float16"):
+        adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours", dtype=torch.float16)
+
+
+def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
+    """n_ctx, the authors' name of MPT's class, and Mamba's width always; biases and a head of its own by wish."""
+    told = {"gpt2": ("n_ctx", 64), "mpt": ("architectures", ["MPTForCausalLM"]), "mamba": ("intermediate_size", 128)}
+    for name, (key, value) in told.items():
+        save(name, tmp_path / name)
+        adopt(Folder.open(tmp_path / name), tmp_path / f"{name}-ours")
+        export(open_model(tmp_path / f"{name}-ours"), tmp_path / f"{name}-back")
+        assert json.loads((tmp_path / f"{name}-back" / "config.json").read_text())[key] == value
+        with torch.no_grad():
+            back = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-back").eval()(tokens()).logits
+        torch.testing.assert_close(back, make(name)(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "wishes", "added"),
+    [
+        ("neox without attention biases", Wishes(zero_biases=True), "attention.dense.bias"),
+        ("neox, one residual, tied", Wishes(own_head=True), "embed_out.weight"),
+        ("llama, wide heads, tied", Wishes(own_head=True), "lm_head.weight"),
+    ],
+)
+def test_wishes_add_tensors_and_change_nothing(name: str, wishes: Wishes, added: str, tmp_path: Path) -> None:
+    save(name, tmp_path / "theirs")
+    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
+    export(open_model(tmp_path / "ours"), tmp_path / "plain")
+    export(open_model(tmp_path / "ours"), tmp_path / "more", wishes=wishes)
+    plain, more = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "more"))
+    assert any(key.endswith(added) for key in more.keys() - plain.keys())
+    with torch.no_grad():
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "more").eval()(tokens()).logits
+        expected = make(name)(tokens()).logits
+    torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_family_that_is_meant_tells_what_is_in_the_way() -> None:
+    """A model with experts is no GPT-NeoX model with one mistake, and a Mamba model no GPT-2."""
+    base = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "seq_length": 64,
+        "user_script": "generate.py",
+    }
+    experts = {"moe_num_experts": 4, "pos_emb": "rotary", "norm": "rmsnorm", "moe_router_type": "topk"}
+    config = resolve([], {**base, **experts, "moe_top_k": 2}, Resources(1)).config
+    with pytest.raises(ConfigError, match="a Mixtral model has") as told:
+        family_for(config.model, config.moe, config.mixers)
+    assert "has no experts" not in str(told.value)
+    mamba = {"attention_config": [[["mamba"], "all"]], "norm": "layernorm", "pos_emb": "none"}
+    config = resolve([], {**base, **mamba}, Resources(1)).config
+    with pytest.raises(ConfigError, match="a Mamba model has 'rmsnorm'"):
+        family_for(config.model, config.moe, config.mixers)
+    assert set(SIZES) == {family.model_type for family in FAMILIES.values()}, "every family is in the table"

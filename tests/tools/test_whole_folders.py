@@ -1,0 +1,191 @@
+"""A folder of transformers is taken over whole, and given away whole: tokenizer, end ids, sampling, templates, rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron.checkpoint import files, integrity, layout
+from megatron.checkpoint.files import Written
+from megatron.checkpoint.load import vocabulary_rows
+from megatron.config import Resources, resolve, wire
+from megatron.inference.run import generate
+from megatron.tokenizers import make_tokenizer
+from tests.checkpoint.huggingface.tokenized import EXPECTED, FOLDERS, SAMPLES, gpt2_files, sentence_piece, write_model
+from tools import convert_from_hf, convert_to_hf
+
+Keys = dict[str, Any]
+
+
+def taken_over(name: str, folder: Path) -> tuple[Path, Keys]:
+    """Our save folder and its model.yml."""
+    FOLDERS[name](folder / "theirs")
+    return take_over(folder)
+
+
+def take_over(folder: Path) -> tuple[Path, Keys]:
+    assert convert_from_hf.main(["--input-dir", str(folder / "theirs"), "--output-dir", str(folder / "ours")]) == 0
+    return folder / "ours", yaml.safe_load((folder / "ours" / "model.yml").read_text())
+
+
+def tokenizer_of(keys: Keys) -> Any:
+    return make_tokenizer(keys["tokenizer_type"], vocab_file=keys["vocab_file"], merge_file=keys.get("merge_file"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_keys_tell_tokenizer_ends_and_sampling(name: str, tmp_path: Path) -> None:
+    """With the HFTokenizer that was written before, all of these refuse or end at another token."""
+    _, keys = taken_over(name, tmp_path)
+    kind, end, ends, sampling = EXPECTED[name]
+    assert keys["tokenizer_type"] == kind
+    tokenizer = tokenizer_of(keys)
+    named = tokenizer.special_tokens
+    assert tokenizer.eod == named[end]
+    assert keys["eos_token_ids"] == [named[each] for each in ends]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "maximum_tokens")
+    assert {key: keys[key] for key in names if key in keys} == sampling
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_model_file_is_all_that_generation_needs(name: str, tmp_path: Path) -> None:
+    ours, keys = taken_over(name, tmp_path)
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("the quick\nHello world\n")
+    told = {"load": str(ours), "sample_input_file": str(prompts), "sample_output_file": str(output)}
+    told |= {"maximum_tokens": 4, "user_script": "generate.py"}
+    config = resolve([str(ours / "model.yml")], told, Resources(1)).config
+    assert config.model.seq_length == keys["max_position_embeddings"]
+    assert generate(config) is None or output.is_file()
+    assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_goes_back_out_is_read_as_it_was(name: str, tmp_path: Path) -> None:
+    """Rows, logits, ids of texts, ends and begins, templates, and a class that every release knows."""
+    ours, keys = taken_over(name, tmp_path)
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(back)]) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (theirs, back))
+    ids = torch.tensor([[5, 9, 13, 100, 7]])
+    torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=0, atol=0)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(after.config, key) == getattr(before.config, key), key
+        assert getattr(after.generation_config, key) == getattr(before.generation_config, key), key
+    assert json.loads((back / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    written, ours_read = AutoTokenizer.from_pretrained(back), tokenizer_of(keys)
+    for text in SAMPLES:
+        assert written.encode(text, add_special_tokens=False) == ours_read.encode(text), text
+        assert written.encode(text)[-1:] == ours_read.encode(text)[-1:], "nothing is put behind a text"
+    assert written.eos_token_id == ours_read.eod
+    if name in ("llama 3", "chat markers"):
+        assert "messages" in str(written.chat_template)
+
+
+def test_begin_is_put_before_a_text_where_the_class_did(tmp_path: Path) -> None:
+    for told, begin in (({}, [1]), ({"add_bos_token": False}, [])):
+        folder = tmp_path / str(len(begin))
+        sentence_piece(folder / "theirs", **told)
+        ours, keys = take_over(folder)
+        assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(folder / "back")]) == 0
+        plain = tokenizer_of(keys).encode(SAMPLES[0])
+        assert AutoTokenizer.from_pretrained(folder / "back").encode(SAMPLES[0]) == begin + plain
+
+
+def seal(directory: Path) -> None:
+    """Lists a changed checkpoint's files anew."""
+    (directory / layout.MANIFEST).unlink()
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    integrity.write_manifest(directory, [Written(path, path.stat().st_size, files.digest(path)) for path in paths])
+
+
+def trained(folder: Path, rows: int, **tokenizer: Any) -> Path:
+    """A checkpoint as a run writes it, with rows of padding: no vocab_size, no ids of ends."""
+    write_model(folder / "theirs", rows, eos_token_id=None, bos_token_id=None)
+    ours, keys = take_over(folder)
+    told = {key: value for key, value in keys.items() if key not in ("vocab_size", "eos_token_ids")}
+    config = resolve([], {**told, **tokenizer, "user_script": "generate.py"}, Resources(1)).config
+    files.write_text(ours / "global_step0" / layout.RESOLVED, wire.to_json(config))
+    seal(ours / "global_step0")
+    return ours
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("arguments", [[], ["--no-save-tokenizer"]])
+def test_padding_stays_behind(told: bool, arguments: list[str], tmp_path: Path) -> None:
+    """By what the run kept of its tokenizer, and without that by the tokenizer's own files."""
+    gpt2_files(tmp_path / "files")
+    vocabulary = len(json.loads((tmp_path / "files" / "vocab.json").read_text()))
+    names = {"vocab_file": str(tmp_path / "files" / "vocab.json"), "merge_file": str(tmp_path / "files" / "merges.txt")}
+    ours = trained(tmp_path, 512, tokenizer_type="GPT2BPETokenizer", **names)
+    if told:
+        facts = {"tokenizer": {"tokenizer_type": "GPT2BPETokenizer", "vocab_size": vocabulary, "eod": 0}}
+        files.write_json(ours / "global_step0" / layout.RUN, facts)
+        seal(ours / "global_step0")
+        (tmp_path / "files" / "vocab.json").rename(tmp_path / "files" / "moved.json")
+    back = tmp_path / "back"
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(back), *arguments]) == 0
+    model = AutoModelForCausalLM.from_pretrained(back)
+    assert model.get_input_embeddings().weight.shape[0] == vocabulary
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 0
+    assert (back / "tokenizer.json").is_file() == (not arguments and not told)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("absent.json", "no such file"), ("empty", "holds no tokenizer"), ("broken.model", "not a sentencepiece model")],
+)
+def test_a_tokenizer_that_is_none_is_told_before_anything_is_written(
+    given: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, _ = taken_over("unnamed end", tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.model").write_text("no model")
+    arguments = ["--input-dir", str(ours), "--output-dir", str(tmp_path / "back"), "--tokenizer", str(tmp_path / given)]
+    assert convert_to_hf.main(arguments) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_folder_or_a_model_file_is_a_tokenizer_too(tmp_path: Path) -> None:
+    ours, _ = taken_over("unnamed end", tmp_path)
+    gpt2_files(tmp_path / "two")
+    sentence_piece(tmp_path / "piece")
+    (tmp_path / "piece" / "tokenizer_config.json").unlink()
+    for number, given in enumerate(("two", "two/vocab.json", "piece", "piece/tokenizer.model")):
+        back = tmp_path / f"back{number}"
+        arguments = ["--input-dir", str(ours), "--output-dir", str(back), "--tokenizer", str(tmp_path / given)]
+        assert convert_to_hf.main(arguments) == 0
+        assert len(AutoTokenizer.from_pretrained(back).encode(SAMPLES[0])) > 3
+
+
+def test_unknown_ends_are_null_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The end of the class, 2, would be another token."""
+    ours = trained(tmp_path, 512, tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "gone.json"))
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(tmp_path / "back")]) == 0
+    assert "nothing says which token ends a text" in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.config.eos_token_id is None
+    assert model.generation_config.eos_token_id is None
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", 96)
+    _, keys = take_over(tmp_path)
+    assert "holds no tokenizer that is understood" in capsys.readouterr().err
+    assert "tokenizer_type" not in keys
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(2000, 380), (382, 383), (102400, 100015), (128, 100)])
+def test_a_model_that_was_taken_over_keeps_its_rows(rows: int, tokens: int, tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", rows)
+    ours, keys = take_over(tmp_path)
+    for load in (ours, tmp_path / "theirs"):
+        config = resolve([], {**keys, "load": str(load), "user_script": "generate.py"}, Resources(1)).config
+        padded = -(-tokens // 128) * 128
+        assert vocabulary_rows(config, padded, tokens=tokens, model_size=1) == rows
