@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "tokenizer_config.json"
+NAMES = "special_tokens_map.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _LLAMA = "LlamaTokenizer"
@@ -45,24 +46,39 @@ class Beside:
 
 def read_beside(file: str | Path | None) -> Beside:
     """What stands beside a tokenizer's file, or in a tokenizer_config.json; nothing where there is none."""
-    if file is None:
-        return Beside()
-    path = Path(file)
-    path = path if path.name == CONFIG else path.with_name(CONFIG)
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return Beside()
-    if not isinstance(found, dict):
-        return Beside()
-    begin, end = _DEFAULTS.get(_class(found), (None, None))
+    found = read_settings(file)
     return Beside(
         special=tuple(dict.fromkeys(_special(found))),
-        begin=token_text(found.get("bos_token", begin)),
-        end=token_text(found.get("eos_token", end)),
+        begin=token_text(found.get("bos_token")),
+        end=token_text(found.get("eos_token")),
         adds_begin=found.get("add_bos_token") is True,
         blank=_blank(found),
     )
+
+
+def read_settings(file: str | Path | None) -> Mapping[str, Any]:
+    """The tokenizer_config.json beside a tokenizer's file, or that file itself; empty where there is none.
+
+    Earlier folders name their special tokens in special_tokens_map.json, which then goes before it. Begin and end
+    tokens that it does not name are those of its class.
+    """
+    if file is None:
+        return {}
+    path = Path(file)
+    path = path if path.name == CONFIG else path.with_name(CONFIG)
+    found = _read(path)
+    if "added_tokens_decoder" not in found:
+        found = {**found, **_read(path.with_name(NAMES))}
+    begin, end = _DEFAULTS.get(_class(found), (None, None))
+    return {"bos_token": begin, "eos_token": end, **found}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def token_text(told: Any) -> str | None:
@@ -71,14 +87,19 @@ def token_text(told: Any) -> str | None:
     return told if isinstance(told, str) and told else None
 
 
-def _special(found: Mapping[str, Any]) -> Iterator[str]:
+def named_tokens(found: Mapping[str, Any]) -> Iterator[Any]:
+    """The special tokens that a tokenizer_config.json names, as it describes them, those for one use first."""
     told = [found.get(name) for name in _NAMES]
     for name in _LISTS:
         listed = found.get(name)
         told += listed if isinstance(listed, list) else listed.values() if isinstance(listed, Mapping) else ()
+    return (token for token in told if token_text(token) is not None)
+
+
+def _special(found: Mapping[str, Any]) -> Iterator[str]:
     added = found.get("added_tokens_decoder")
-    if isinstance(added, Mapping):
-        told += [token for token in added.values() if isinstance(token, Mapping) and token.get("special")]
+    listed = added.values() if isinstance(added, Mapping) else ()
+    told = [*named_tokens(found), *(token for token in listed if isinstance(token, Mapping) and token.get("special"))]
     return (text for text in map(token_text, told) if text is not None)
 
 

@@ -1,8 +1,8 @@
 """PretrainedFromHF and HFGPT2Tokenizer: the tokenizer of a pretrained model, from a folder or by its public name.
 
-A folder holds tokenizer.json, or vocab.json and merges.txt. What is no folder is the name of a model on the Hugging
-Face hub, whose files are fetched once into its cache; HF_HUB_OFFLINE=1 keeps to what is there. The end of a document
-is the model's end-of-text token, which tokenizer_config.json names.
+A folder holds tokenizer.json, or vocab.json and merges.txt, and the tokens that it adds to them (added.py). What is no
+folder is the name of a model on the Hugging Face hub, whose files are fetched once into its cache; HF_HUB_OFFLINE=1
+keeps to what is there. The end of a document is the model's end-of-text token, which tokenizer_config.json names.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
+from megatron.tokenizers.added import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.beside import CONFIG, Beside, read_beside
+from megatron.tokenizers.beside import CONFIG, NAMES, Beside, read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
 
 PADDING = "<|padding|>"
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", CONFIG)
+_FILES = ("tokenizer.json", CONFIG, ADDED, NAMES, "vocab.json", "merges.txt")
 _ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
 
 
@@ -70,12 +71,12 @@ def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
     found = {}
     reasons = []
     for file in wanted:
+        if file in ("vocab.json", "merges.txt") and "tokenizer.json" in found:
+            continue  # a tokenizer.json says it all
         try:
             found[file] = Path(hub.hf_hub_download(name, file))
         except Exception as fault:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
             reasons.append(str(fault).strip().splitlines()[0])
-        if {"tokenizer.json", CONFIG} <= found.keys():
-            break
     if not found:
         raise ConfigError.of(
             f"this is no folder here, and no public model whose tokenizer could be fetched ({reasons[0]})",
@@ -88,11 +89,18 @@ def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
 
 def _beside(files: dict[str, Path]) -> Beside:
     """What tokenizer_config.json says; a tokenizer.json says itself what it puts before a text."""
-    beside = read_beside(files.get(CONFIG))
+    beside = read_beside(files.get(CONFIG, files.get(NAMES)))
     return replace(beside, adds_begin=False) if "tokenizer.json" in files else beside
 
 
 def _tokenizer_of(files: dict[str, Path], name: str) -> FastTokenizer:
+    """The tokenizer of the files, with the tokens that they add to the vocabulary."""
+    tokenizer = _vocabulary_of(files, name)
+    add_tokens(tokenizer, files, name)
+    return tokenizer
+
+
+def _vocabulary_of(files: dict[str, Path], name: str) -> FastTokenizer:
     if "tokenizer.json" in files:
         return parse(_read(files["tokenizer.json"], name), name)
     if {"vocab.json", "merges.txt"} <= files.keys():
@@ -115,7 +123,7 @@ def _read(path: Path, name: str) -> str:
 
 def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) -> str:
     """The token that tokenizer_config.json calls the end of text, else a usual one that the vocabulary has."""
-    named = read_beside(files.get(CONFIG)).end
+    named = read_beside(files.get(CONFIG, files.get(NAMES))).end
     for token in (named, *_ENDS):
         if token is not None and tokenizer.token_to_id(token) is not None:
             return token
