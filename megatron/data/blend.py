@@ -17,12 +17,13 @@ from megatron.data.gpt import Extras, Origin, Samples
 # Each set is asked for a little more than its share, since the greedy order may run ahead of it.
 MARGIN = 1.005
 COMPILED_FROM = 500_000  # samples
+MANY_SETS = 64  # from here on comparing them in numpy is faster than one by one
 
 
 def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which set each sample comes from, uint8 [samples], and its number in that set, int64 [samples].
+    """Which set each sample comes from, uint8 or uint16 [samples], and its number in that set, int64 [samples].
 
-    weights: share of each set [fraction], together 1; at most 255 sets.
+    weights: share of each set [fraction], together 1; at most 65,536 sets.
     """
     if compiled.worth_compiling(samples, COMPILED_FROM):
         return compiled.greedy_order(np.asarray(weights, np.float64), samples)
@@ -31,7 +32,9 @@ def blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.
 
 def greedy_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
     """What blend_order returns, a sample at a time."""
-    sets = np.empty(samples, np.uint8)
+    if len(weights) > MANY_SETS:
+        return _among_many(np.asarray(weights, np.float64), samples)
+    sets = np.empty(samples, compiled.set_dtype(len(weights)))
     numbers = np.empty(samples, np.int64)
     counts = [0] * len(weights)
     for sample in range(samples):
@@ -41,6 +44,19 @@ def greedy_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np
             behind = weights[candidate] * seen - counts[candidate]
             if behind > largest:
                 chosen, largest = candidate, behind
+        sets[sample] = chosen
+        numbers[sample] = counts[chosen]
+        counts[chosen] += 1
+    return sets, numbers
+
+
+def _among_many(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same, with all sets compared at once."""
+    sets = np.empty(samples, compiled.set_dtype(len(weights)))
+    numbers = np.empty(samples, np.int64)
+    counts = np.zeros(len(weights), np.int64)
+    for sample in range(samples):
+        chosen = int(np.argmax(weights * max(float(sample), 1.0) - counts))
         sets[sample] = chosen
         numbers[sample] = counts[chosen]
         counts[chosen] += 1

@@ -17,9 +17,9 @@ from megatron.data.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.index_map import IndexMap, epochs_needed
 from megatron.data.loader import Loader
 from megatron.data.order import token_digest
-from megatron.data.plan import DataPlan, SourcePlan, SplitPlan
+from megatron.data.plan import DataPlan, SourcePlan, SplitPlan, WholeDocuments
 from megatron.data.sampler import Sampler
-from megatron.data.sources import Split, read_splits
+from megatron.data.sources import Source, Split, read_splits
 from megatron.data.splits import NAMES
 from megatron.data.strangers import check_tokenizer
 from megatron.tokenizer_facts import TokenizerFacts
@@ -174,6 +174,7 @@ def _warm_up(splits: Sequence[Split]) -> None:
 
 def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, whole: bool) -> SplitPlan:
     sources = []
+    together = sum(map(len, maps))
     for source, index in zip(split.sources, maps, strict=True):
         dataset = source.dataset
         card = read_card(dataset.prefix, documents=len(dataset), tokens=len(dataset.tokens))
@@ -186,9 +187,17 @@ def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int,
                 samples=len(index),
                 samples_per_pass=len(index) / index.epochs if whole else source.tokens / seq_length,
                 asked=len(index) if split.epochs else source.drawn,
-                weight=source.weight,
+                weight=len(index) / together if split.epochs and together else source.weight,
                 bytes_per_token=card.bytes_per_token if card else None,
                 digest=token_digest(dataset),
+                whole=_whole_documents(source, index, seq_length) if whole else None,
             )
         )
     return SplitPlan(split.name, samples, split.samples, seq_length, tuple(sources))
+
+
+def _whole_documents(source: Source, index: IndexMap, seq_length: int) -> WholeDocuments:
+    """What a pass reads of a source whose samples are whole documents."""
+    sizes = source.dataset.sizes[index.documents[: len(index.documents) // index.epochs]]
+    kept = np.minimum(sizes, seq_length + 1)
+    return WholeDocuments(len(sizes), int(kept.sum(dtype=np.int64)), int((sizes > seq_length + 1).sum()))

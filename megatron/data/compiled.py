@@ -12,16 +12,21 @@ from importlib.util import find_spec
 import numpy as np
 
 
+def set_dtype(sets: int) -> np.dtype:
+    """The dtype of the numbers of so many data sets."""
+    return np.dtype(np.uint8 if sets <= 1 << 8 else np.uint16)
+
+
 def worth_compiling(turns: int, least: int) -> bool:
     """Whether a loop of so many turns gains from it, and numba is there."""
     return turns >= least and find_spec("numba") is not None
 
 
 def greedy_order(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which set each sample comes from, uint8 [samples], and its number in it, int64 [samples]; see blend.py."""
+    """Which set each sample comes from [samples], and its number in it, int64 [samples]; see blend.py."""
     from numba import njit
 
-    sets, numbers = np.empty(samples, np.uint8), np.empty(samples, np.int64)
+    sets, numbers = np.empty(samples, set_dtype(len(weights))), np.empty(samples, np.int64)
     njit(_fill_order, cache=True, nogil=True)(weights, np.zeros(len(weights), np.int64), sets, numbers)
     return sets, numbers
 

@@ -7,6 +7,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class WholeDocuments:
+    """What one pass of whole documents reads: documents and tokens in use, and how many of the documents are cut.
+
+    The others are left out.
+    """
+
+    documents: int
+    tokens: int
+    cut: int
+
+    def told(self, documents: int, tokens: int, seq_length: int) -> str:
+        """In words, of so many documents and tokens."""
+        parts = [f"a pass reads {self.documents:,} of the documents and {self.tokens:,} of the tokens"]
+        if self.cut:
+            parts.append(f"{self.cut:,} documents are cut to {seq_length + 1:,} tokens")
+        if self.documents < documents:
+            parts.append(f"{documents - self.documents:,} are left out")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
 class SourcePlan:
     """One data set of a split.
 
@@ -14,7 +35,7 @@ class SourcePlan:
     the map gives. samples_per_pass: samples of one pass. asked: how many the run will take from it. weight: its share
     of the split [fraction].
     bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so. digest: a fingerprint of the
-    tokens (order.py).
+    tokens (order.py). whole: of samples of whole documents, what a pass makes of them.
     """
 
     path: str
@@ -27,6 +48,7 @@ class SourcePlan:
     weight: float
     bytes_per_token: float | None
     digest: str = ""
+    whole: WholeDocuments | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +90,19 @@ class SplitPlan:
             f"{self.asked:,} samples of {self.seq_length:,} ({self.passes:.2f} passes)"
         )
         if len(self.sources) == 1:
-            return f"{text} from {self.sources[0].path}"
-        parts = (f"  {source.weight:.1%} {source.path}, {source.tokens:,} tokens" for source in self.sources)
-        return "\n".join([text, *parts])
+            return "\n".join([f"{text} from {self.sources[0].path}", *self._whole(self.sources[0])])
+        parts = [text]
+        for source in self.sources:
+            parts.append(f"  {source.weight:.1%} {source.path}, {source.tokens:,} tokens")
+            parts += self._whole(source)
+        return "\n".join(parts)
+
+    def _whole(self, source: SourcePlan) -> list[str]:
+        """What whole documents leave of a data set, where that is not all of it."""
+        whole = source.whole
+        if whole is None or (whole.documents, whole.tokens) == (source.documents, source.tokens):
+            return []
+        return [f"  {whole.told(source.documents, source.tokens, self.seq_length)}"]
 
 
 @dataclass(frozen=True)
@@ -88,4 +120,4 @@ class DataPlan:
         return (split for split in (self.train, self.valid, self.test) if split is not None)
 
     def __str__(self) -> str:
-        return "\n".join(str(split) for split in self.splits())
+        return "\n".join([*map(str, self.splits()), *(f"warning: {warning}" for warning in self.warnings)])

@@ -12,10 +12,12 @@ from megatron.config.sections.data import DataSection
 from megatron.data.blend import blend_order, document_weights, samples_asked
 from megatron.data.gpt import TokenSource
 from megatron.data.indexed import IndexedDataset
+from megatron.data.open_files import allow_open_files
 from megatron.data.splits import NAMES, split_documents, split_shares
 from megatron.errors import ConfigError
 
-LARGEST_BLEND = 255
+LARGEST_BLEND = 1 << 16
+FILES_EACH = 10  # of a data set: tokens, labels and rewards with their indexes, and the arrays of an index map
 LABELS = {"train": "train_label_data_paths", "valid": "valid_label_data_paths", "test": "test_label_data_paths"}
 REWARDS = {"train": "train_reward_data_paths", "valid": "valid_reward_data_paths", "test": "test_reward_data_paths"}
 
@@ -139,17 +141,18 @@ def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
 def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str]:
     """The paths, when there are as many of everything that goes with them."""
     key, weights = f"{name}_data_paths", getattr(data, f"{name}_data_weights") or [1.0] * len(paths)
-    if len(weights) != len(paths) or len(paths) > LARGEST_BLEND:
-        raise ConfigError.of(
-            f"{len(paths)} paths and {len(weights)} weights; as many of each are needed, and {LARGEST_BLEND} at most",
-            key=key,
-            value=list(paths),
-        )
+    if len(weights) != len(paths):
+        what = f"{len(paths)} paths and {len(weights)} weights; as many of each are needed"
+        raise ConfigError.of(what, key=f"{name}_data_weights")
+    if len(paths) > LARGEST_BLEND:
+        remedy = "merge some of them with tools/merge_datasets.py"
+        raise ConfigError.of(f"{len(paths)} data sets; {LARGEST_BLEND} at most are mixed", key=key, remedy=remedy)
+    allow_open_files(FILES_EACH * len(paths))
     for companions in (LABELS[name], REWARDS[name]):
         others = getattr(data, companions)
         if others is not None and len(others) != len(paths):
             what = f"{len(others)} paths beside {len(paths)} {key}; as many of each are needed"
-            raise ConfigError.of(what, key=companions, value=list(others))
+            raise ConfigError.of(what, key=companions)
     if min(weights) < 0 or not sum(weights) > 0:
         what = "weights must be 0 or more, and one of them above 0"
         raise ConfigError.of(what, key=f"{name}_data_weights", value=list(weights))

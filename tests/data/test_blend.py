@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.blend import BlendedDataset, blend_order, samples_asked
+from megatron.data.blend import BlendedDataset, blend_order, greedy_order, samples_asked
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,6 +23,23 @@ def test_equals_the_rule(parts, samples):
         expected.append((chosen, counts[chosen]))
         counts[chosen] += 1
     sets, numbers = blend_order([part / total for part in parts], samples)
+    assert list(zip(sets.tolist(), numbers.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("count", [65, 255, 256, 300, 1000])
+def test_many_sets_are_drawn_by_the_same_rule(count):
+    """Compared at once or one by one, and in numbers that hold all sets."""
+    weights = np.random.default_rng(count).random(count)
+    weights /= weights.sum()
+    sets, numbers = greedy_order(weights.tolist(), 3000)
+    counts, expected = [0] * count, []
+    for sample in range(3000):
+        behind = [
+            weight * max(float(sample), 1.0) - taken for weight, taken in zip(weights.tolist(), counts, strict=True)
+        ]
+        chosen = behind.index(max(behind))
+        expected.append((chosen, counts[chosen]))
+        counts[chosen] += 1
     assert list(zip(sets.tolist(), numbers.tolist(), strict=True)) == expected
 
 

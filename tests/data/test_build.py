@@ -1,5 +1,7 @@
 """From the data section to loaders, with real files."""
 
+import resource
+
 import numpy as np
 import pytest
 
@@ -160,6 +162,11 @@ def test_a_small_validation_share_is_told(tmp_path):
     assert data.test is None
     assert len(data.plan.warnings) == 2
     assert "for valid" in data.plan.warnings[0]
+    # What a run prints of its data.
+    assert [line for line in str(data.plan).splitlines() if line.startswith("warning: ")] == [
+        f"warning: {warning}" for warning in data.plan.warnings
+    ]
+    assert "for test" in str(data.plan)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +204,24 @@ def test_warming_up_reads_every_byte(one_set, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron.data.indexed.IndexedDataset.warm_up", lambda self: warmed.append(self.prefix))
     build(one_set.model_copy(update={"mmap_warmup": True}), valid=2)
     assert warmed == [str(tmp_path / "p")]
+
+
+def test_more_sets_than_a_byte_counts_and_than_a_process_may_open(tmp_path):
+    """300 sets, each with one token of its own, and a limit of open files that they do not fit in."""
+    paths = [write(tmp_path / f"p{number}", [np.full(30, number + 1)]) for number in range(300)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        data = build(DataSection(train_data_paths=paths, num_workers=0), train=900)
+        assert [source.asked for source in data.plan.train.sources] == [3] * 300
+        firsts = [sample[0] for sample in served(data.train)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.bincount(firsts, minlength=301)[1:].tolist() == [3] * 300
+
+
+def test_a_mistake_about_many_sets_is_told_first(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        build(DataSection(train_data_paths=["some/path"] * 500, train_data_weights=[1.0]))
+    assert str(caught.value).startswith("train_data_weights: 500 paths and 1 weights")
+    assert len(str(caught.value)) < 200

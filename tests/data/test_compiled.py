@@ -18,6 +18,13 @@ def test_the_order_of_a_blend(parts, samples):
         np.testing.assert_array_equal(got, want)
 
 
+def test_the_order_of_more_sets_than_a_byte_counts():
+    weights = (made := np.random.default_rng(0).random(300)) / made.sum()
+    for got, want in zip(compiled.greedy_order(weights, 2000), blend.greedy_order(list(weights), 2000), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 50), min_size=1, max_size=40).filter(any),

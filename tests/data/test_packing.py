@@ -11,6 +11,7 @@ from megatron.config.sections.data import DataSection
 from megatron.data.build import build_data, epoch_samples
 from megatron.data.indexed import IndexedDataset
 from megatron.data.packing import build_whole_map, has_labels, usable_documents
+from megatron.data.plan import WholeDocuments
 from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError
 from tests.data.test_build import EOD, build, documents, served, write
@@ -208,3 +209,40 @@ def test_build_data_refuses_nothing_that_epochs_need(tmp_path):
     )
     assert len(data.train) == count == data.plan.train.samples
     assert data.plan.train.passes == pytest.approx(5, rel=0.02)
+
+
+@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
+@pytest.mark.parametrize("chopped", [True, False])
+def test_the_plan_tells_what_whole_documents_leave_out(tmp_path, packing, chopped):
+    """Documents of 5 to 14 tokens in samples of 11: by hand, those of 12 to 14 are too long."""
+    made = documents(20)
+    sizes = [len(document) for document in made]
+    cut = sum(size > 11 for size in sizes) if chopped else 0
+    out = 0 if chopped else sum(size > 11 for size in sizes)
+    read = sum(min(size, 11) for size in sizes if chopped or size <= 11)
+    section = DataSection(
+        train_data_paths=[write(tmp_path / "p", made)], pack_impl=packing, allow_chopped=chopped, num_workers=0
+    )
+    plan = build(section, train=40, seq_length=10).plan
+    (source,) = plan.train.sources
+    assert source.whole == WholeDocuments(20 - out, read, cut)
+    told = str(plan).splitlines()[1]
+    assert f"a pass reads {20 - out} of the documents and {read} of the tokens" in told
+    assert ("documents are cut to 11 tokens" in told) == chopped
+    assert (f"{out} are left out" in told) == (not chopped)
+
+
+def test_the_plan_says_nothing_of_whole_documents_where_all_is_read(tmp_path):
+    for packing in PACKINGS:
+        section = DataSection(data_path=write(tmp_path / packing, documents(20)), pack_impl=packing, num_workers=0)
+        assert len(str(build(section, train=40, seq_length=40).plan).splitlines()) == 1
+
+
+def test_the_plan_of_passes_tells_what_is_drawn(tmp_path):
+    """Two sets that are used up together: the weights are their shares of the samples."""
+    sets = [write(tmp_path / "a", documents(10)), write(tmp_path / "b", documents(50, first=1000))]
+    section = DataSection(train_data_paths=sets, pack_impl="unpacked", num_workers=0)
+    count = epochs_of(section, 2, seq_length=20)
+    plan = build(section, train=count, train_epochs=2, seq_length=20).plan
+    assert [source.weight for source in plan.train.sources] == pytest.approx([1 / 6, 5 / 6])
+    assert "16.7% " in str(plan)
