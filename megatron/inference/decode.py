@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.engine.engine import Engine
-from megatron.inference.sampling import Sampler, choose_all
+from megatron.inference.sampling import NO_TOKEN, Sampler, choose_all
 from megatron.model.cache import KVCache
 
 PROMPT_TOKENS = 4096
@@ -42,7 +42,8 @@ class Limits:
 class Text:
     """A text that grows: tokens are its prompt, of at least one token, and what has followed.
 
-    limits: where it ends. sampler: how its tokens are chosen.
+    limits: where it ends. sampler: how its tokens are chosen. failed: whether it ended because the model's scores are
+    no numbers.
     """
 
     def __init__(self, prompt: Sequence[int], limits: Limits, sampler: Sampler) -> None:
@@ -53,6 +54,7 @@ class Text:
         self._limits = limits
         self._end = len(self.tokens) + limits.room(len(self.tokens))
         self.ended = len(self.tokens) >= self._end
+        self.failed = False
 
     @property
     def longest(self) -> int:
@@ -64,14 +66,17 @@ class Text:
         self.ended = True
 
     def add(self, token: int) -> None:
-        """One more token, which may be the last one."""
+        """One more token, which may be the last one. NO_TOKEN ends the text as it is, and it has failed."""
+        if token == NO_TOKEN:
+            self.ended = self.failed = True
+            return
         self.tokens.append(token)
         self.ended = token in self._limits.ends or len(self.tokens) >= self._end
 
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of a text, and the scores [v] that it was chosen from."""
+    """One new token of a text, NO_TOKEN where none could be chosen, and the scores [v] that it was chosen from."""
 
     text: Text
     token: int
@@ -130,6 +135,8 @@ class TokenLoop:
     def leave(self, text: Text) -> None:
         """Drops a text; its row is free at once."""
         at = self.texts.index(text)
+        if text.failed and self._cache is not None:
+            self._cache.clear(at)
         last = self.texts.pop()
         if last is text:
             return
@@ -190,8 +197,9 @@ def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of tokens as one tensor [b, s], padded behind their ends, and the place of each last token in [b * s].
 
-    Attention is causal, so no token sees the padding; what the cache keeps of it is written over later.
+    Attention is causal, so no token sees the padding; what the cache keeps of it is written over later. It is the
+    row's own last token, so that no row depends on a token that it does not have.
     """
     longest = max(len(row) for row in rows)
-    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    tokens = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
     return tokens, torch.tensor([at * longest + len(row) - 1 for at, row in enumerate(rows)])

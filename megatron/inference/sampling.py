@@ -6,6 +6,9 @@ likeliest, not in the smallest set of likeliest tokens whose probability exceeds
 al. 2020, arXiv:1904.09751), or less likely than min_p times the likeliest (arXiv:2407.01082). A repetition penalty
 divides positive scores of tokens already seen, and multiplies negative ones (Keskar et al. 2019, arXiv:1909.05858).
 
+A temperature below `COLD` is greedy: the division would leave the numbers of fp32. Where scores are no numbers (NaN, or
+infinite), no token is chosen and NO_TOKEN stands for it, so that only the text in question suffers.
+
 One token costs one number drawn from a generator on the CPU, looked up in the cumulative distribution, so that a seed
 gives the same text whatever the device, and on every rank.
 
@@ -20,6 +23,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+NO_TOKEN = -1
+"""In place of a token that cannot be chosen."""
+COLD = 1e-5
+"""Temperatures below this one take the likeliest token."""
 
 _FEW = 1024
 """The likeliest tokens that a nucleus is first sought among."""
@@ -41,7 +49,8 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without chance."""
-        return self.temperature == 0 and self.top_k == 0 and self.top_p == 0 and self.min_p == 0
+        cut = self.top_k > 0 or self.top_p > 0 or self.min_p > 0
+        return self.temperature < COLD and not (self.temperature == 0 and cut)
 
 
 class Sampler:
@@ -62,32 +71,41 @@ class Sampler:
         return self.sampling.greedy and self.sampling.repetition_penalty == 1.0
 
     def choose(self, logits: Tensor, seen: Sequence[int] = ()) -> int:
-        """The next token. logits [v]; seen: the tokens of the text so far, for the repetition penalty."""
+        """The next token, or NO_TOKEN. logits [v]; seen: the tokens of the text so far, for the repetition penalty."""
         logits = penalised(logits[: self.vocab_size].float(), seen, self.sampling.repetition_penalty)
         if self.sampling.greedy:
-            return int(logits.argmax())
+            best = logits.max(0)
+            return int(best.indices) if best.values.isfinite() else NO_TOKEN
         cumulative = distribution(logits, self.sampling).double().cumsum(0).cpu()  # [v]
+        if not cumulative[-1] > 0:  # NaN too
+            return NO_TOKEN
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
         # The first token whose cumulative probability lies above the number; one of probability 0 never does so first.
         return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=_last_possible(cumulative)))
 
 
 def choose_all(samplers: Sequence[Sampler], logits: Tensor, seen: Sequence[Sequence[int]]) -> list[int]:
-    """The next token of each text of a batch. logits [b, v]; seen: the tokens of each text so far."""
+    """The next token of each text of a batch, or NO_TOKEN. logits [b, v]; seen: the tokens of each text so far."""
     first = samplers[0]
     if all(each.takes_the_likeliest and each.vocab_size == first.vocab_size for each in samplers):
-        likeliest: list[int] = logits[:, : first.vocab_size].argmax(-1).tolist()
+        best = logits[:, : first.vocab_size].max(-1)
+        likeliest: list[int] = best.indices.where(best.values.isfinite(), NO_TOKEN).tolist()
         return likeliest
     return [sampler.choose(row, past) for sampler, row, past in zip(samplers, logits, seen, strict=True)]
 
 
 def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """The logits [v] with the scores of seen tokens lowered; a new tensor unless there is nothing to do."""
+    """The logits [v] with the scores of seen tokens lowered; a new tensor unless there is nothing to do.
+
+    A penalty so small that the division overflows leaves the largest number.
+    """
     if penalty == 1.0 or not seen:
         return logits
     at = torch.tensor(sorted({token for token in seen if token < len(logits)}), device=logits.device)
     scores = logits[at]
-    return logits.scatter(0, at, torch.where(scores > 0, scores / penalty, scores * penalty))
+    lowered = torch.where(scores > 0, scores / penalty, scores * penalty)
+    lowered = torch.where(scores.isfinite(), lowered.nan_to_num(), scores)
+    return logits.scatter(0, at, lowered)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

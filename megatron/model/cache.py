@@ -182,6 +182,12 @@ class KVCache:
         self.lengths = list(lengths)
         self._place = None
 
+    def clear(self, row: int) -> None:
+        """Forgets a row's numbers too: a mask gives what lies behind a text no weight, but 0 times NaN is NaN."""
+        self.memory[:, :, row] = 0
+        for state in self._states.values():
+            state[row] = 0
+
     def move(self, source: int, target: int) -> None:
         """Copy a row over another one."""
         length = self.lengths[source]

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from megatron.inference.sampling import Sampler, Sampling, distribution
+from megatron.inference.sampling import NO_TOKEN, Sampler, Sampling, choose_all, distribution
 
 LOGITS = numpy.random.default_rng(3).normal(scale=1.5, size=40)
 
@@ -118,3 +118,50 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_scores(
     assert sampler.choose(logits, seen=[0, 0]) == 1
     assert sampler.choose(torch.tensor([-1.0, -1.5]), seen=[0]) == 1
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0, -1.5])
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-7, 1e-37, 1e-45, 5e-324])
+@pytest.mark.parametrize("others", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_tiny_temperature_takes_the_likeliest(temperature, others):
+    logits = torch.tensor(LOGITS * 100, dtype=torch.float32)
+    sampler = Sampler(Sampling(temperature=temperature, **others), vocab_size=40, seed=1)
+    assert {sampler.choose(logits) for _ in range(20)} == {int(logits.argmax())}
+    assert choose_all([sampler] * 2, torch.stack([logits, -logits]), [[], []]) == [
+        int(logits.argmax()),
+        int(logits.argmin()),
+    ]
+
+
+@pytest.mark.parametrize("penalty", [1e-30, 1e-37, 1e-45, 1e-300, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_of_any_size_leaves_a_token(penalty, temperature):
+    logits = torch.tensor(LOGITS, dtype=torch.float32)
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty), vocab_size=40, seed=1)
+    seen = [int(logits.argmax()), int(logits.argmin())]
+    assert 0 <= sampler.choose(logits, seen) < 40
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(repetition_penalty=1.2),
+        Sampling(temperature=1.0),
+        Sampling(top_k=3),
+        Sampling(temperature=0.7, top_p=0.9),
+        Sampling(min_p=0.1),
+    ],
+    ids=str,
+)
+def test_scores_that_are_no_numbers_give_no_token(bad, sampling):
+    logits = torch.tensor(LOGITS, dtype=torch.float32)
+    broken = logits.clone()
+    broken[7] = bad
+    sampler = Sampler(sampling, vocab_size=40, seed=1)
+    assert sampler.choose(broken, [3]) == NO_TOKEN
+    first, second = choose_all([sampler, sampler], torch.stack([broken, logits]), [[3], [3]])
+    assert first == NO_TOKEN and 0 <= second < 40
+    padded = torch.cat([logits, torch.full((3,), bad)])  # what only pads the vocabulary does not matter
+    assert 0 <= sampler.choose(padded, [3]) < 40
+    assert sampler.choose(torch.full((40,), -float("inf")), [3]) == NO_TOKEN
