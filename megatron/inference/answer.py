@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron.inference.decode import Limits, Step, Text
+from megatron.inference.reading import TextBehind
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.base import Tokenizer, split_at
 
 _LARGE_SHARE = 0.5  # of the context, from which on a prompt is worth a warning
 
@@ -20,7 +21,8 @@ class Record:
     """What became of one prompt.
 
     context: the prompt's text. text: what follows it; None when nothing was generated. length [tokens]: of that text.
-    finished: whether the model ended the text. message: a warning, or why nothing was generated. failed: the latter.
+    finished: whether the model ended the text. message: a warning, or an error. failed: whether it is an error; text is
+    what came before it.
     logits: per token of the text the scores of the whole vocabulary, where asked for.
     """
 
@@ -54,7 +56,7 @@ class Settings:
 
     sampling and seed: how tokens are chosen. maximum_tokens, seq_length [tokens]. recompute: without a cache. stop:
     texts that end a text and are cut off. end_ids: tokens that end one, besides the end of a document. return_logits:
-    keep the scores. batch_size [texts]: side by side.
+    keep the scores. batch_size [texts]: side by side. alone: decode answers without their prompts.
     """
 
     sampling: Sampling
@@ -66,6 +68,7 @@ class Settings:
     end_ids: tuple[int, ...] = ()
     return_logits: bool = False
     batch_size: int = 1
+    alone: bool = False
 
 
 class Answer:
@@ -91,7 +94,7 @@ class Answer:
         self._settings = settings
         self._context = context
         self._on_token = on_token
-        self._pieces = Pieces(tokenizer, settings.stop, stream)
+        self._pieces = Pieces(tokenizer, settings.stop, stream, () if settings.alone else prompt)
         self._logits: list[list[float]] | None = [] if settings.return_logits else None
         self._started = time.perf_counter()
         self.prompt_tokens = len(prompt)
@@ -110,7 +113,9 @@ class Answer:
         return self.prompt_tokens >= self._settings.seq_length
 
     def take(self, step: Step) -> bool:
-        """Adds a token; True when a stop text has ended the answer, although the model would go on."""
+        """Adds a token, if there is one; True when a stop text has ended the answer, although the model would go on."""
+        if step.text.failed:
+            return False
         if step.token in self._ends:
             self.finished = True
             return False
@@ -128,14 +133,27 @@ class Answer:
         if self.too_long:
             return Record(self._context, None, 0, False, self._no_room(), seconds, failed=True)
         text = self._pieces.close(self.new_tokens)
+        failed = self.growing.failed
         return Record(
             self._context,
             text if self.new_tokens else None,
             len(self.new_tokens),
             self.finished,
-            self._warning(),
+            self._no_numbers() if failed else self._warning(),
             seconds,
+            failed,
             logits=self._logits,
+        )
+
+    def failure(self, message: str) -> Record:
+        """The outcome where something else went wrong; the text is not looked at again."""
+        seconds = time.perf_counter() - self._started
+        return Record(self._context, None, len(self.new_tokens), False, f"error: {message}", seconds, failed=True)
+
+    def _no_numbers(self) -> str:
+        return (
+            f"error: the model's scores of new token {len(self.new_tokens) + 1} are not numbers (NaN or infinite); "
+            "look for such values in the checkpoint, or for an overflow in its precision"
         )
 
     def _no_room(self) -> str:
@@ -154,11 +172,25 @@ class Answer:
 
 
 class Pieces:
-    """The text of the tokens so far: streams what is whole, and finds the stop texts."""
+    """The text of the tokens so far: streams what is whole, and finds the stop texts.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stream: Callable[[str], None] | None) -> None:
-        self._tokenizer = tokenizer
+    prompt: the tokens that the text follows; none to decode it alone. A stop text may hold special tokens, which leave
+    no text: it is sought where they are spelt.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        stream: Callable[[str], None] | None,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self._text = TextBehind(tokenizer, prompt)
         self._stop = [text for text in stop if text]
+        special = tokenizer.special_tokens
+        others = (text for text in self._stop if text not in special)  # those that are ordinary, or only in part
+        mixed = [text for text in others if any(number is not None for _, number in split_at(text, special))]
+        self._spelling = Spelling(self._text, special, mixed)
         self._stream = stream
         self._streamed = 0
         self._cut: str | None = None
@@ -167,8 +199,10 @@ class Pieces:
         """Whether a stop text has appeared."""
         if not self._stop and self._stream is None:
             return False
-        text = self._tokenizer.decode(tokens)
+        text = self._text.text(tokens)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if self._spelling.stops:
+            found += self._spelling.find(tokens)
         if found:
             self._cut = text[: min(found)]
             self._send(self._cut, len(self._cut))
@@ -178,7 +212,7 @@ class Pieces:
 
     def close(self, tokens: list[int]) -> str:
         """The whole text."""
-        text = self._tokenizer.decode(tokens) if self._cut is None else self._cut
+        text = self._text.text(tokens) if self._cut is None else self._cut
         self._send(text, len(text))
         return text
 
@@ -196,3 +230,26 @@ class Pieces:
         if self._stream is not None and end > self._streamed:
             self._stream(text[self._streamed : end])
             self._streamed = end
+
+
+class Spelling:
+    """Finds stop texts that hold special tokens. behind: decodes an answer. special: text -> id."""
+
+    def __init__(self, behind: TextBehind, special: Mapping[str, int], stops: Sequence[str]) -> None:
+        self._behind = behind
+        self._texts = {number: text for text, number in special.items()}
+        self.stops = tuple(stops)
+
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """Where in the ordinary text of the tokens stop texts begin [characters]."""
+        spelt, place, plain = "", [], 0
+        for at, token in enumerate(tokens):
+            if (text := self._texts.get(token)) is not None:
+                ordinary = self._behind.text(tokens[:at])
+                place += [*range(plain, len(ordinary)), *[len(ordinary)] * len(text)]
+                spelt += ordinary[plain:] + text
+                plain = len(ordinary)
+        ordinary = self._behind.text(tokens)
+        place += range(plain, len(ordinary))
+        spelt += ordinary[plain:]
+        return [place[at] for at in map(spelt.find, self.stops) if at >= 0]

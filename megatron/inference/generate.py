@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron.engine.engine import Engine
 from megatron.inference.answer import Answer, Record, Settings
 from megatron.inference.decode import TokenLoop, decode
+from megatron.inference.reading import read_prompt
 from megatron.tokenizers.base import Tokenizer
 
 
@@ -23,7 +24,7 @@ class TextGenerator:
 
         An empty context starts a document. Prompts run side by side, the longest first, so records may come in bursts.
         """
-        prompts = [tokens or [self._tokenizer.eod] for tokens in self._tokenizer.encode_batch(contexts)]
+        prompts = [read_prompt(self._tokenizer, context) for context in contexts]
         return self.continue_tokens(prompts, range(len(prompts)), contexts)
 
     def continue_tokens(
@@ -62,7 +63,7 @@ class TextGenerator:
         """Whether a context leaves room for a whole answer, or for half of the model's context."""
         settings = self._settings
         room = min(settings.maximum_tokens, settings.seq_length // 2)
-        return len(self._tokenizer.encode(context)) + room <= settings.seq_length
+        return len(read_prompt(self._tokenizer, context)) + room <= settings.seq_length
 
     def continue_text(
         self,
@@ -77,7 +78,7 @@ class TextGenerator:
         stream: is handed each new piece of text as soon as it is whole. interrupted: asked before each token, with the
         same answer on every rank, whether to leave it at that.
         """
-        prompt = self._tokenizer.encode(context) or [self._tokenizer.eod]
+        prompt = read_prompt(self._tokenizer, context)
         answer = Answer(self._tokenizer, self._settings, prompt, context, text_index=text_index, stream=stream)
         text = answer.growing
         if text.ended:

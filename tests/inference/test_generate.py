@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 
 import pytest
+import torch
 
 from megatron.errors import ConfigError, RunError
 from megatron.inference import modes
@@ -13,6 +15,7 @@ from megatron.inference.decode import TokenLoop
 from megatron.inference.generate import TextGenerator
 from megatron.inference.run import check_ends
 from megatron.inference.sampling import Sampling
+from megatron.log import get_logger
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 
@@ -55,6 +58,24 @@ def test_a_prompt_without_room_is_an_error_of_that_prompt_only(engine, tmp_path)
     assert [record["text"] is None for record in records] == [False, True, False]
     assert records[1]["length"] == 0
     assert f"{SEQUENCE} tokens" in records[1]["message"] and "seq_length" in records[1]["message"]
+
+
+@pytest.mark.parametrize("width", [32, 64])  # attention through torch and through the compiled loop
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, monkeypatch, width, rows):
+    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+    broken = SmallEngine(small_config(hidden_size=width))
+    contexts = ["first", "a long one with z in it", "another", "the last of them"]
+    whole = [record.text for record in generator(broken, batch_size=rows).continue_all(contexts)]
+    with torch.no_grad():
+        broken.module.state_dict()["sequential.0.word_embeddings.weight"][ord("z")] = math.nan
+    path = tmp_path / "out.jsonl"
+    modes.run_over(generator(broken, batch_size=rows), contexts, path, writes=True)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert "not numbers" in records[1]["message"] and not records[1]["finished"] and records[1]["text"] is None
+    assert [record["text"] for record in records[:1] + records[2:]] == whole[:1] + whole[2:]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and told[0].startswith("prompt 2: error")
 
 
 def test_when_no_prompt_has_room_the_run_fails(engine, tmp_path):

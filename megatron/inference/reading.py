@@ -1,0 +1,64 @@
+"""What a model reads of a text, and what text its answer is.
+
+A prompt is read as `transformers` and lm-eval read it: special tokens that it spells are their ids, and before it
+stands what the tokenizer itself puts there (LLaMA's `<s>`), unless the text spells that already, as chat templates do.
+Nothing is put behind it, whatever the tokenizer would: a model goes on with the text.
+
+Source: lm-eval 0.4.13, lm_eval/models/huggingface.py (tok_encode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.tokenizers.base import Tokenizer
+
+_TAILS = (8, 9, 10, 11, 64)
+"""Lengths of the end of a prompt that an answer is decoded behind [tokens]: a character has up to four bytes."""
+
+
+def read_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a model reads of a text; none where the text is empty and the tokenizer puts nothing before it."""
+    ids = tokenizer.encode_with_special_tokens(text)
+    before = list(tokenizer.prefix_ids)
+    begun = ids[:1] == [tokenizer.begin] or ids[: len(before)] == before
+    return ids if begun else before + ids
+
+
+def read_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """As `read_text`, at least one id: an empty text starts a document."""
+    return read_text(tokenizer, text) or [tokenizer.begin]
+
+
+class TextBehind:
+    """The text of tokens that follow a prompt: that of both together without the prompt's own.
+
+    Tokens alone may have another text: decoders of LLaMA's kind take the blank before the first word away. prompt: none
+    of it to decode tokens alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._tail, self._before = _tail(tokenizer, list(prompt))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens. It may end in U+FFFD, where a character is not whole yet."""
+        whole = self._tokenizer.decode([*self._tail, *tokens])
+        if whole.startswith(self._before):
+            return whole[len(self._before) :]
+        # The prompt's last character was not whole.
+        shared = next(
+            (at for at, pair in enumerate(zip(whole, self._before, strict=False)) if pair[0] != pair[1]), len(whole)
+        )
+        return whole[shared:]
+
+
+def _tail(tokenizer: Tokenizer, prompt: list[int]) -> tuple[list[int], str]:
+    """The end of a prompt, long enough to have whole characters, and its text."""
+    for size in _TAILS:
+        if size >= len(prompt):
+            break
+        text = tokenizer.decode(prompt[-size:])
+        if text.strip() and "\ufffd" not in text:
+            return prompt[-size:], text
+    return prompt, tokenizer.decode(prompt) if prompt else ""
