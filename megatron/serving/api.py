@@ -20,6 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 
 from megatron.inference.answer import Record, Settings
+from megatron.inference.reading import read_prompt
 from megatron.inference.sampling import Sampling
 from megatron.serving.batching import Closing, Full, Service
 from megatron.serving.collect import Texts, TokenScore, start
@@ -80,7 +81,7 @@ class Desk:
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens, at least one. Raises Refused for ids that do not exist."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or [self.tokenizer.eod]
+            return read_prompt(self.tokenizer, prompt)
         if max(prompt) >= self.tokenizer.vocab_size:
             raise Refused(400, f"prompt: there are only {self.tokenizer.vocab_size} tokens")
         return list(prompt)

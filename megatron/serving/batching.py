@@ -3,6 +3,9 @@
 Before every step the first rank takes in requests that have arrived and lets go of those whose clients have left, and
 tells the other ranks of the model what it did (`Orders`), so that all of them run the same loop. A request that arrives
 while others decode has its first token after the step in progress; greedy text of the others does not change.
+
+What goes wrong with one text ends that text. An error of the model itself ends the texts that it was asked about; where
+several ranks hold the model it ends the service, since their loops may no longer be alike.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch import Tensor
 
 from megatron.engine.engine import Engine
 from megatron.inference.answer import Answer, Record, Settings
-from megatron.inference.decode import Step, TokenLoop
+from megatron.inference.decode import Step, Text, TokenLoop
+from megatron.log import get_logger
 from megatron.tokenizers.base import Tokenizer
 
 IDLE_SECONDS = 5.0
@@ -55,12 +59,17 @@ class Orders:
 
 
 class Worker:
-    """One rank's token loop, which follows orders. rows: texts side by side. max_length: tokens of the longest text."""
+    """One rank's token loop, which follows orders.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int) -> None:
+    rows: texts side by side. max_length: tokens of the longest text. alone: whether this rank holds the whole model.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int, alone: bool = True) -> None:
         self._tokenizer = tokenizer
         self._loop = TokenLoop(engine, rows=rows, max_length=max_length)
         self._answers: dict[int, Answer] = {}
+        self._alone = alone
+        self._failures = 0
         self.rows = rows
 
     @property
@@ -73,38 +82,77 @@ class Worker:
         """Texts that grow now."""
         return len(self._answers)
 
+    def has(self, number: int) -> bool:
+        """Whether a text is still in the loop."""
+        return number in self._answers
+
     def follow(self, orders: Orders, listeners: dict[int, Listener] | None = None) -> list[tuple[int, Record]]:
-        """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number."""
+        """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number.
+
+        A text that something went wrong with is among them, and grows on until it is told to leave.
+        """
         for number in orders.leaving:
             answer = self._answers.pop(number, None)
-            if answer is not None:
+            if answer is not None and answer.growing in self._loop.texts:
                 self._loop.leave(answer.growing)
-        others = self._loop.step()
-        joining = []
-        for ask in orders.joining:
-            heard = (listeners or {}).get(ask.number)
-            answer = Answer(
-                self._tokenizer,
-                ask.settings,
-                ask.prompt,
-                ask.context,
-                stream=heard.piece if heard else None,
-                on_token=heard.token if heard else None,
-            )
-            self._answers[ask.number] = answer
-            joining.append(answer)
+        done = self._model(self._loop.step, [text for text in self._loop.texts if not text.ended])
+        joining = [self._answer(ask, (listeners or {}).get(ask.number)) for ask in orders.joining]
         starting = [answer.growing for answer in joining if not answer.growing.ended]
-        return self._take([*others, *self._loop.join(starting)])
+        done += self._model(lambda: self._loop.join(starting), starting) if starting else []
+        return done + self._ended()
 
-    def _take(self, steps: list[Step]) -> list[tuple[int, Record]]:
-        of = {id(answer.growing): answer for answer in self._answers.values()}
-        for step in steps:
-            if of[id(step.text)].take(step):
+    def _answer(self, ask: Ask, heard: Listener | None) -> Answer:
+        self._answers[ask.number] = answer = Answer(
+            self._tokenizer,
+            ask.settings,
+            ask.prompt,
+            ask.context,
+            stream=heard.piece if heard else None,
+            on_token=heard.token if heard else None,
+        )
+        return answer
+
+    def _model(self, ask: Callable[[], list[Step]], texts: list[Text]) -> list[tuple[int, Record]]:
+        """Asks the model about texts and hands their tokens on. Returns the texts that this failed for."""
+        try:
+            steps = ask()
+        except Exception as fault:
+            if not self._alone:
+                raise
+            self._tell(f"the model could not be asked about {len(texts)} texts", fault)
+            return [self._given_up(text, fault) for text in texts]
+        return [each for step in steps if (each := self._hand_on(step)) is not None]
+
+    def _given_up(self, text: Text, fault: Exception) -> tuple[int, Record]:
+        number, answer = next(item for item in self._answers.items() if item[1].growing is text)
+        del self._answers[number]
+        if text in self._loop.texts:
+            self._loop.leave(text)
+        return number, answer.failure(f"the model failed ({type(fault).__name__})")
+
+    def _hand_on(self, step: Step) -> tuple[int, Record] | None:
+        number, answer = next(item for item in self._answers.items() if item[1].growing is step.text)
+        try:
+            if answer.take(step):
                 step.text.end()
+        except Exception as fault:  # noqa: BLE001  of a listener, or of the text's own decoding
+            self._tell(f"text {number} could not be handed on", fault)
+            return number, answer.failure(f"the text could not be handed on ({type(fault).__name__})")
+        if step.text.failed:
+            self._tell(f"text {number} ends: the model's scores are not numbers (NaN or infinite)")
+        return None
+
+    def _ended(self) -> list[tuple[int, Record]]:
         done = [(number, answer) for number, answer in self._answers.items() if answer.growing.ended]
         for number, _ in done:
             del self._answers[number]
         return [(number, answer.record()) for number, answer in done]
+
+    def _tell(self, what: str, fault: Exception | None = None) -> None:
+        """Says the first of a kind with all that is known, and later ones in a line."""
+        self._failures += 1
+        trace = fault if self._failures == 1 else None
+        get_logger(__name__).warning("%s%s", what, f" ({fault!r})" if fault else "", exc_info=trace)
 
 
 @dataclass
@@ -208,11 +256,20 @@ class Service:
             if orders.stop:
                 return
             for number, record in self.worker.follow(orders, self._listeners):
-                with self._changed:
-                    listener = self._listeners.pop(number, None)
-                self.counts.tokens += record.length
-                if listener is not None:
-                    listener.done(record)
+                self._finish(number, record)
+
+    def _finish(self, number: int, record: Record) -> None:
+        """Hands an outcome to its listener; a text that grows on although it failed is told to leave."""
+        with self._changed:
+            listener = self._listeners.pop(number, None)
+            if self.worker.has(number):
+                self._leaving.append(number)
+        self.counts.tokens += record.length
+        try:
+            if listener is not None:
+                listener.done(record)
+        except Exception as fault:  # noqa: BLE001  whatever the listener does
+            get_logger(__name__).warning("the outcome of text %d could not be handed on (%r)", number, fault)
 
     def _orders(self) -> Orders:
         """What to do next; waits a while when there is nothing."""

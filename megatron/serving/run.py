@@ -49,7 +49,10 @@ def serve(config: Config, stop: Stop) -> None:
     _check(section.serve_host, section.serve_key)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        worker = Worker(engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config))
+        alone = topology.world_size == 1
+        worker = Worker(
+            engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
+        )
         if topology.rank != 0:
             follow_orders(worker, _hear)
             return

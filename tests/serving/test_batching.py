@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron.inference.answer import Settings
 from megatron.inference.sampling import Sampling
+from megatron.log import get_logger
 from megatron.serving.batching import Ask, Closing, Full, Listener, Orders, Service, Worker, follow_orders
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling
@@ -105,6 +108,68 @@ def test_abandoned_texts_leave_no_trace_wherever_they_are(engine):
     assert not thread.is_alive()
     assert len(records) == 1 and service.counts.abandoned == 2
     assert service._listeners == {} and service.worker.running == 0
+
+
+class Broken(SmallEngine):
+    """Its scores are NaN, or it raises, as long as a token of the given id is read."""
+
+    def __init__(self, token, fault):
+        super().__init__(small_config())
+        self._token, self._fault = token, fault
+
+    def logits(self, tokens, cache=None, at=None):
+        found = super().logits(tokens, cache, at)
+        if self._token not in tokens:
+            return found
+        if self._fault is not None:
+            raise self._fault
+        row = int((tokens == self._token).any(1).nonzero()[0])
+        found = found.clone()
+        found[row] = math.nan
+        return found
+
+
+def answered(engine, *prompts, listeners=None):
+    """What a service makes of prompts that come one after another."""
+    service, records = Service(worker(engine), max_waiting=9), {}
+    for number, prompt in enumerate(prompts):
+        heard = (listeners or {}).get(number) or collecting([])
+        each = replace(heard, done=lambda record, at=number: records.update({at: record}))
+        service.submit([(prompt, settings(), "", each)])
+    service.close()
+    service.run()
+    assert service._listeners == {} and service.worker.running == 0 and service.worker.free == 4
+    return records
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
+def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, fault, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+    broken = Broken(99, fault)
+    records = answered(broken, PROMPTS[0], (99, 7), PROMPTS[1])
+    assert records[1].failed and "error" in records[1].message and records[1].length == 0
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
+    if fault is None:  # the others are not touched
+        for number, prompt in ((0, PROMPTS[0]), (2, PROMPTS[1])):
+            assert not records[number].failed and records[number].text == alone(engine, prompt)
+    assert not answered(broken, PROMPTS[1])[0].failed
+
+
+@pytest.mark.parametrize("where", ["piece", "token"])
+def test_a_listener_that_fails_ends_its_own_text_only(engine, where):
+    def fails(*_):
+        raise ValueError("nobody is there")
+
+    heard = {1: replace(collecting([]), **{where: fails})}
+    records = answered(engine, PROMPTS[0], PROMPTS[1], PROMPTS[4], listeners=heard)
+    assert records[1].failed
+    assert [records[number].text for number in (0, 2)] == [alone(engine, PROMPTS[0]), alone(engine, PROMPTS[4])]
+
+
+def test_where_ranks_share_a_model_its_errors_end_the_service():
+    each = Worker(Broken(99, RuntimeError("lost")), Spelling(), rows=2, max_length=SEQUENCE, alone=False)
+    with pytest.raises(RuntimeError, match="lost"):
+        each.follow(Orders((Ask(0, (99,), settings()),)))
 
 
 def test_other_ranks_follow_the_orders_of_the_first(engine):
