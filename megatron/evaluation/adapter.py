@@ -1,12 +1,15 @@
 """Our engine as the `LM` of lm-eval.
 
 Only this file and tasks.py import lm_eval. Source: lm-eval 0.4.13, lm_eval/api/model.py for what each method promises,
-and lm_eval/models/huggingface.py for how contexts are cut and parted, so that scores agree with its own `hf` model.
+and lm_eval/models/huggingface.py for how contexts are read, cut and parted, so that scores agree with its own `hf`
+model: special tokens that a context spells are their ids, the tokenizer's own begin token stands before it, and
+`prefix_token_id` before a text without context and before a rolling one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,18 +18,17 @@ from lm_eval.api.model import LM
 
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
+from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
-from megatron.inference.answer import Settings
+from megatron.inference.answer import Record, Settings
 from megatron.inference.generate import TextGenerator
-from megatron.inference.sampling import Sampling
-from megatron.inference.scoring import Pair, Score, score, windows
+from megatron.inference.reading import read_prompt, read_text
+from megatron.inference.scoring import Pair, Score, require_numbers, score, too_long, windows
+from megatron.log import get_logger
 from megatron.parallel.topology import Axis
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
-
-_DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
-_GENERATION_KEYS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
 
 
 class HarnessModel(LM):
@@ -35,7 +37,8 @@ class HarnessModel(LM):
     batch_size [samples]: texts in one forward pass; scores do not depend on it. max_length [tokens]: of the context.
     replicas: the axis of the model's copies, which share the requests out. cached: whether generation may keep keys and
     values. chat: the template for `eval_chat_template`. name: of the tokenizer, which cached requests are kept under.
-    end_ids: tokens that end a generated text, besides the end of a document.
+    end_ids: tokens that end a generated text, besides the end of a document. vocabulary [tokens]: the ids that exist,
+    the tokenizer's unless given.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class HarnessModel(LM):
         chat: ChatTemplate | None = None,
         name: str = "tokenizer",
         end_ids: Sequence[int] = (),
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         self._engine = engine
@@ -63,15 +67,24 @@ class HarnessModel(LM):
         self._chat = chat
         self._name = name
         self._end_ids = tuple(end_ids)
+        self._vocabulary = vocabulary or tokenizer.vocab_size
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document; it also stands before a text without context."""
+        """The token that ends a document."""
         return self._text_tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context, and before a rolling one."""
+        return self._text_tokenizer.begin
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context: the log-likelihood [nats], and whether greedy decoding gives it."""
-        scores = self._score([self._pair(*request.args) for request in requests])
+        pairs = [self._pair(*request.args) for request in requests]
+        self._tell_cut(too_long(pairs, self.max_length), len(pairs))
+        scores = self._score(pairs)
+        require_numbers(scores, "answers")
         answers = [(each.log_likelihood, each.greedy) for each in scores]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -83,11 +96,13 @@ class HarnessModel(LM):
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
-            for pair in windows([self.eot_token_id], self._text_tokenizer.encode(text), self.max_length):
+            for pair in windows([self.prefix_token_id], read_text(self._text_tokenizer, text), self.max_length):
                 pairs.append(pair)
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, each in zip(owners, self._score(pairs), strict=True):
+        scores = self._score(pairs)
+        require_numbers(scores, "windows of text")
+        for owner, each in zip(owners, scores, strict=True):
             totals[owner] += each.log_likelihood
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -95,8 +110,16 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to one of the texts in `until`, which is left out."""
-        asked = [(number, *request.args) for number, request in enumerate(requests)]
-        answers = share_out(asked, self._write, self._replicas, size=lambda item: len(item[1]))
+        asked = [
+            Asked(number, read_prompt(self._text_tokenizer, context), self._settings(arguments))
+            for number, (context, arguments) in enumerate(request.args for request in requests)
+        ]
+        self._tell_cut(sum(len(each.tokens) > self._room(each.settings) for each in asked), len(asked))
+        records = share_out(asked, self._write, self._replicas, size=lambda each: len(each.tokens))
+        failed = [record.message for record in records if record.failed]
+        if failed:
+            raise RunError.of(f"{len(failed)} of {len(records)} contexts could not be continued ({failed[0]})")
+        answers = [record.text or "" for record in records]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
@@ -128,21 +151,34 @@ class HarnessModel(LM):
         """What cached requests of this tokenizer are kept under."""
         return self._name
 
-    def _write(self, asked: Sequence[tuple[int, str, Mapping[str, Any]]]) -> list[str]:
-        """The answers to (number, context, arguments), those with equal arguments side by side."""
-        answers: dict[int, str] = {}
-        kinds: dict[Settings, list[tuple[int, str]]] = {}
-        for number, context, arguments in asked:
-            kinds.setdefault(self._settings(arguments), []).append((number, context))
+    def _write(self, asked: Sequence[Asked]) -> list[Record]:
+        """The answers, those with equal settings side by side."""
+        records: dict[int, Record] = {}
+        kinds: dict[Settings, list[Asked]] = {}
+        for each in asked:
+            kinds.setdefault(each.settings, []).append(each)
         progress = Progress("generating")
-        for settings, texts in kinds.items():
+        for settings, some in kinds.items():
             generator = TextGenerator(self._engine, self._text_tokenizer, settings)
-            numbers = [number for number, _ in texts]
-            prompts = [self._prompt(context, settings) for _, context in texts]
+            numbers = [each.number for each in some]
+            prompts = [each.tokens[-self._room(settings) :] for each in some]
             for number, record in zip(numbers, generator.continue_tokens(prompts, numbers), strict=True):
-                answers[number] = record.text or ""
-                progress(len(answers) / len(asked))
-        return [answers[number] for number, *_ in asked]
+                records[number] = record
+                progress(len(records) / len(asked))
+        return [records[each.number] for each in asked]
+
+    def _room(self, settings: Settings) -> int:
+        """How many tokens of a context fit beside the answer."""
+        return self.max_length - settings.maximum_tokens
+
+    def _tell_cut(self, cut: int, number: int) -> None:
+        if cut:
+            get_logger(__name__).info(
+                "%d of %d contexts do not fit the model's context of %d tokens and are cut on their left",
+                cut,
+                number,
+                self.max_length,
+            )
 
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
         work = partial(
@@ -151,6 +187,7 @@ class HarnessModel(LM):
             max_length=self.max_length,
             batch_size=self.batch_size,
             padding=self.eot_token_id,
+            vocabulary=self._vocabulary,
             on_progress=Progress("scoring"),
         )
         return share_out(pairs, work, self._replicas, size=lambda pair: len(pair.inputs()))
@@ -160,54 +197,48 @@ class HarnessModel(LM):
 
         White space at the end of the context belongs to the continuation, as tokenizers put it before the next word.
         """
-        encode = self._text_tokenizer.encode
+        tokenizer = self._text_tokenizer
         if not context:
-            return Pair((self.eot_token_id,), tuple(encode(continuation)))
+            tokens = tuple(tokenizer.encode_with_special_tokens(continuation))
+            begun = len(tokens) > 1 and tokens[0] == self.prefix_token_id
+            return self._whole(tokens[:1], tokens[1:]) if begun else self._whole((), tokens)
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        whole, before = encode(stripped + continuation), encode(stripped)
-        if not before:  # nothing but white space
-            return Pair((self.eot_token_id,), tuple(whole))
-        return Pair(tuple(before), tuple(whole[len(before) :]))
+        whole, before = read_text(tokenizer, stripped + continuation), read_text(tokenizer, stripped)
+        # What joins the context's last token, as in languages without blanks, is scored as tokens of its own.
+        after = whole[len(before) :] or tokenizer.encode_with_special_tokens(continuation)
+        return self._whole(tuple(before), tuple(after))
 
-    def _prompt(self, context: str, settings: Settings) -> list[int]:
-        """The tokens of a context. One that leaves too little room is cut on its left."""
-        tokens = self._text_tokenizer.encode(context) or [self.eot_token_id]
-        return tokens[-(self.max_length - settings.maximum_tokens) :]
+    def _whole(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
+        if not continuation:
+            raise RunError.of("a task asks how likely an answer without text is", remedy="give each answer some text")
+        return Pair(context or (self.prefix_token_id,), continuation)
 
     def _settings(self, arguments: Mapping[str, Any]) -> Settings:
         """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
-        unknown = sorted(arguments.keys() - set(_GENERATION_KEYS))
-        if unknown:
-            raise RunError.of(
-                f"a task asks for {', '.join(unknown)}, which cannot be done here",
-                key="generation_kwargs",
-                remedy=f"a task may set {', '.join(_GENERATION_KEYS)}",
-            )
-        until = arguments.get("until") or ()
-        wanted = int(arguments.get("max_gen_toks", arguments.get("max_new_tokens", _DEFAULT_NEW_TOKENS)))
-        if wanted >= self.max_length:  # more than the model can hold; half of it is left to the context
-            wanted = self.max_length // 2
+        try:
+            wanted = read_arguments(arguments)
+        except ConfigError as fault:  # of a task that was not checked when it was loaded
+            raise RunError(*fault.mistakes) from fault
+        length = wanted.maximum_tokens
         return Settings(
-            sampling=_sampling(arguments),
+            sampling=wanted.sampling,
             seed=self._seed,
-            maximum_tokens=wanted,
+            # More than the model can hold leaves half of it to the context.
+            maximum_tokens=length if length < self.max_length else self.max_length // 2,
             seq_length=self.max_length,
-            stop=(until,) if isinstance(until, str) else tuple(until),
+            stop=wanted.until,
             end_ids=self._end_ids,
             batch_size=self.batch_size,
             recompute=not self._cached,
+            alone=True,
         )
 
 
-def _sampling(arguments: Mapping[str, Any]) -> Sampling:
-    """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out."""
-    temperature = float(arguments.get("temperature") or 0.0)
-    if not arguments.get("do_sample", temperature > 0):
-        return Sampling()
-    return Sampling(
-        temperature=temperature or 1.0,
-        top_k=int(arguments.get("top_k") or 0),
-        top_p=float(arguments.get("top_p") or 0.0),
-        min_p=float(arguments.get("min_p") or 0.0),
-    )
+@dataclass(frozen=True)
+class Asked:
+    """A context to go on with. number: of the request."""
+
+    number: int
+    tokens: list[int]
+    settings: Settings

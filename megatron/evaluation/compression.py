@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
-from megatron.inference.scoring import Pair, score, windows
+from megatron.inference.scoring import Pair, Score, require_numbers, score, windows
 from megatron.tokenizers.base import Tokenizer
 
 
@@ -79,20 +79,22 @@ def measure(
     *,
     max_length: int,
     batch_size: int,
+    vocabulary: int | None = None,
     share: tuple[int, int] = (0, 1),
     add_up: Callable[[float], float] = float,
     on_progress: Callable[[float], None] | None = None,
 ) -> Measurement:
     """Runs the model over all documents.
 
-    share: (k, n) when n replicas of the model divide the work and this is the k-th; add_up then sums a number over
-    them.
+    vocabulary [tokens]: the ids that exist, the tokenizer's unless given. share: (k, n) when n replicas of the model
+    divide the work and this is the k-th; add_up then sums a number over them. Raises RunError where the model's scores
+    are not numbers.
     """
     pairs: list[Pair] = []
     tokens = 0
     for encoded in tokenizer.encode_batch(documents):
         tokens += len(encoded) + 1
-        pairs += windows([tokenizer.eod], [*encoded, tokenizer.eod], max_length, max(1, max_length // 2))
+        pairs += windows([tokenizer.begin], [*encoded, tokenizer.eod], max_length, max(1, max_length // 2))
     number, replicas = share
     found = score(
         engine,
@@ -100,9 +102,11 @@ def measure(
         max_length=max_length,
         batch_size=batch_size,
         padding=tokenizer.eod,
+        vocabulary=vocabulary or tokenizer.vocab_size,
         on_progress=on_progress,
     )
     nats = -add_up(math.fsum(each.log_likelihood for each in found))
+    require_numbers([Score(nats, False)], "texts")
     return Measurement(nats, tokens, sum(len(document.encode("utf-8")) for document in documents))
 
 

@@ -88,7 +88,7 @@ def word_perplexity(text: str, tokenizer: Tokenizer, scorer: Scorer, *, max_leng
     words.
     """
     words = len(text.strip().split(" ")) - 1
-    tokens = tokenizer.encode(detokenised(text))
+    tokens = [*tokenizer.prefix_ids, *tokenizer.encode(detokenised(text))]
     if words < 1 or len(tokens) < 2:
         raise ConfigError.of("the text has less than two words", key="eval_text")
     pairs = list(windows(tokens[:1], tokens[1:], max_length, min(overlap, max_length)))
@@ -107,7 +107,8 @@ def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
         if len(words) < 2:
             raise ConfigError.of(f"text {number} has no word before its last one", key="eval_cloze")
         before = text[: text.rindex(words[-1])].strip()
-        pairs.append(Pair(tuple(tokenizer.encode(before)), tuple(tokenizer.encode(" " + words[-1]))))
+        context = (*tokenizer.prefix_ids, *tokenizer.encode(before))
+        pairs.append(Pair(context, tuple(tokenizer.encode(" " + words[-1]))))
     return pairs
 
 

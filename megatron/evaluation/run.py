@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation import compression, perplexity
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
-from megatron.inference.run import context_length, with_model
-from megatron.inference.scoring import Pair, Score, score
+from megatron.inference.run import context_length, vocabulary, with_model
+from megatron.inference.scoring import Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import device
@@ -102,6 +104,7 @@ def measure_text(config: Config) -> None:
             documents,
             max_length=context_length(config),
             batch_size=batch_size(config),
+            vocabulary=vocabulary(config, tokenizer),
             share=(topology.data.rank, topology.data.size),
             on_progress=Progress("measuring"),
             add_up=lambda number: _sum_over(topology.data, number),
@@ -128,8 +131,17 @@ def measure_perplexity(config: Config) -> None:
         length = context_length(config)
 
         def scorer(pairs: list[Pair]) -> list[Score]:
-            scored = partial(score, engine, max_length=length, batch_size=batch_size(config), padding=tokenizer.eod)
-            return share_out(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
+            scored = partial(
+                score,
+                engine,
+                max_length=length,
+                batch_size=batch_size(config),
+                padding=tokenizer.eod,
+                vocabulary=vocabulary(config, tokenizer),
+            )
+            found = share_out(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
+            require_numbers(found, "pieces of text")
+            return found
 
         record: dict[str, Any] = {}
         if text is not None:
@@ -193,7 +205,7 @@ def _harness_model(
 ) -> Any:
     from megatron.evaluation.adapter import HarnessModel
 
-    vocabulary = f"{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}"
+    words = f"{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}"
     # Each rank keeps the requests it builds, so that ranks never take old ones and new ones together.
     place = "" if topology.world_size == 1 else f"-{topology.rank}of{topology.world_size}"
     return HarnessModel(
@@ -205,8 +217,9 @@ def _harness_model(
         replicas=replicas or topology.data,
         cached=cached,
         chat=chat,
-        name=f"{config.tokenizer.tokenizer_type}-{vocabulary}{place}",
+        name=f"{config.tokenizer.tokenizer_type}-{words}{place}",
         end_ids=config.generation.eos_token_ids or (),
+        vocabulary=vocabulary(config, tokenizer),
     )
 
 
@@ -263,10 +276,22 @@ def _tell_bits(config: Config, measured: compression.Measurement, documents: lis
 def _write(path: Path, record: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=4, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(record), indent=4, default=str, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError.of(f"cannot write the results ({error.strerror})", where=str(path)) from error
     get_logger(__name__).info("results written to %s", path)
+
+
+def _plain(value: Any) -> Any:
+    """A record as JSON can hold it: what is not a number (NaN, infinite) becomes null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Real) and not isinstance(value, int):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def _sum_over(axis: Axis, number: float) -> float:

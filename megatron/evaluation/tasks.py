@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from megatron.errors import ConfigError, RunError
+from megatron.evaluation.arguments import read_arguments
 
 _FEWSHOT_SEED, _PYTHON_SEED, _NUMPY_SEED = 1234, 0, 1234  # lm-eval's own, so that the same examples are chosen
 
@@ -35,7 +36,7 @@ class Tasks:
         """Loads tasks by name, shell wildcard or path of a task file; `include_path` is a folder of further ones.
 
         fewshot: worked examples before each question, for tasks that do not fix the number at 0. Raises ConfigError for
-        an unknown name, RunError when a task's data cannot be had.
+        an unknown name and for generation arguments that cannot be followed, RunError when a task's data cannot be had.
         """
         manager, found = _find(names, include_path)
         with _own_evaluate_out_of_the_way(), _quiet():
@@ -49,7 +50,9 @@ class Tasks:
                     remedy="evaluation is offline: only local files and what is in the Hugging Face cache are found; "
                     "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing",
                 ) from error
-        for task in self._loaded["tasks"].values():
+        for name, task in self._loaded["tasks"].items():
+            if task.get_config("output_type") == "generate_until":
+                read_arguments(task.get_config("generation_kwargs") or {}, name)
             if fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=fewshot)
             elif task.get_config("num_fewshot") is None:

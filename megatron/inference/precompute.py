@@ -17,14 +17,25 @@ import torch
 from megatron.data.indexed import IndexedDataset
 from megatron.data.writer import DatasetWriter
 from megatron.engine.engine import Engine
+from megatron.errors import RunError
 from megatron.inference.scoring import Pair, token_scores, windows
 from megatron.log import get_logger
 
 
 def write_log_probabilities(
-    engine: Engine, path: str, target: str, *, max_length: int, batch_size: int, writes: bool
+    engine: Engine,
+    path: str,
+    target: str,
+    *,
+    max_length: int,
+    batch_size: int,
+    writes: bool,
+    vocabulary: int | None = None,
 ) -> None:
-    """Scores every item of the data set at `path`. Collective over the model's ranks; one of them writes."""
+    """Scores every item of the data set at `path`. Collective over the model's ranks; one of them writes.
+
+    vocabulary [tokens]: the ids that exist. Raises RunError where the model's scores are not numbers.
+    """
     if Path(f"{target}.idx").is_file():
         get_logger(__name__).info("%s.idx is there already", target)
         return
@@ -35,7 +46,9 @@ def write_log_probabilities(
     try:
         for start in range(0, len(source), batch_size):
             items = [numpy.asarray(source[at]) for at in range(start, min(start + batch_size, len(source)))]
-            for scores in item_scores(engine, items, max_length=max_length, batch_size=batch_size):
+            found = item_scores(engine, items, max_length=max_length, batch_size=batch_size, vocabulary=vocabulary)
+            for at, scores in enumerate(found, start):
+                _require_numbers(scores, f"{path}, item {at}")
                 if writer is not None:
                     writer.add_document(scores)
     except BaseException as fault:
@@ -47,8 +60,17 @@ def write_log_probabilities(
         get_logger(__name__).info("%d items written to %s", len(source), target)
 
 
+def _require_numbers(scores: numpy.ndarray, where: str) -> None:
+    if not numpy.isfinite(scores).all():
+        raise RunError.of(
+            "the model's scores are not numbers (NaN or infinite)",
+            where=where,
+            remedy="look for such values in the checkpoint, or for an overflow in its precision",
+        )
+
+
 def item_scores(
-    engine: Engine, items: Sequence[numpy.ndarray], *, max_length: int, batch_size: int
+    engine: Engine, items: Sequence[numpy.ndarray], *, max_length: int, batch_size: int, vocabulary: int | None = None
 ) -> list[numpy.ndarray]:
     """The log-probabilities of each item's tokens, float32 of the item's length."""
     pairs: list[Pair] = []
@@ -59,7 +81,9 @@ def item_scores(
             pairs.append(pair)
             owners.append(number)
     parts: list[list[torch.Tensor]] = [[] for _ in items]
-    for owner, found in zip(owners, token_scores(engine, pairs, batch_size=batch_size), strict=True):
+    for owner, found in zip(
+        owners, token_scores(engine, pairs, batch_size=batch_size, vocabulary=vocabulary), strict=True
+    ):
         parts[owner].append(found)
     return [
         numpy.concatenate([numpy.zeros(min(1, len(item)), numpy.float32), *(part.numpy() for part in some)]).astype(

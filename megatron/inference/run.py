@@ -77,7 +77,7 @@ def precompute(config: Config) -> None:
         config.generation.precompute_model_name or hashlib.sha256(str(config.checkpoint.load).encode()).hexdigest()[:16]
     )
 
-    def work(engine: Engine, _tokenizer: Tokenizer, topology: Topology) -> None:
+    def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
         for path in dict.fromkeys(str(each) for each in paths):
             write_log_probabilities(
                 engine,
@@ -86,6 +86,7 @@ def precompute(config: Config) -> None:
                 max_length=context_length(config),
                 batch_size=config.generation.generation_batch_size,
                 writes=topology.rank == 0,
+                vocabulary=vocabulary(config, tokenizer),
             )
 
     with_model(config, work)
@@ -108,6 +109,14 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
                 work(engine, tokenizer, topology)
     finally:
         shutdown()
+
+
+def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """The ids that exist [tokens]; the further rows of an embedding only pad it, and no text was trained on them.
+
+    A model that was trained elsewhere may have more ids than its tokenizer, which `vocab_size` says.
+    """
+    return max(config.tokenizer.vocab_size or 0, tokenizer.vocab_size)
 
 
 def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:

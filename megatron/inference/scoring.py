@@ -8,6 +8,7 @@ b batch, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.engine.engine import Engine
+from megatron.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,15 @@ def score(
     max_length: int,
     batch_size: int,
     padding: int = 0,
+    vocabulary: int | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Score]:
     """The score of each pair, in order. Collective over the model's ranks.
 
     A context that does not fit is cut on its left. A continuation that does not fit is scored in windows. max_length:
-    the most tokens that the model reads at once. padding: the token that fills short rows; any will do. on_progress:
-    is told the fraction of the work that is done, after each batch.
+    the most tokens that the model reads at once. padding: the token that fills short rows; any will do. vocabulary
+    [tokens]: the ids that exist, all unless given; those past them have no probability, as in training. on_progress: is
+    told the fraction of the work that is done, after each batch. A score is NaN where the model's scores are.
     """
     pieces: list[Pair] = []
     owners: list[int] = []
@@ -90,11 +94,28 @@ def score(
     scores = [NOTHING] * len(pairs)
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        for at, found in zip(batch, _score_batch(engine, [pieces[at] for at in batch], padding), strict=True):
+        for at, found in zip(
+            batch, _score_batch(engine, [pieces[at] for at in batch], padding, vocabulary), strict=True
+        ):
             scores[owners[at]] += found
         if on_progress is not None:
             on_progress((begin + len(batch)) / len(order))
     return scores
+
+
+def require_numbers(scores: Sequence[Score], what: str) -> None:
+    """Raises RunError where a score is not a number: nothing can be concluded from such a model. what: was scored."""
+    wrong = [each.log_likelihood for each in scores if not math.isfinite(each.log_likelihood)]
+    if wrong:
+        raise RunError.of(
+            f"{len(wrong)} of {len(scores)} {what} have no score: their log-likelihood is {wrong[0]}",
+            remedy="look for NaN or infinite values in the checkpoint, or for an overflow in its precision",
+        )
+
+
+def too_long(pairs: Sequence[Pair], max_length: int) -> int:
+    """How many pairs the model cannot read whole."""
+    return sum(len(pair.context) + len(pair.continuation) > max_length + 1 for pair in pairs)
 
 
 def _fitting(pair: Pair, max_length: int) -> Iterator[Pair]:
@@ -108,23 +129,30 @@ def _fitting(pair: Pair, max_length: int) -> Iterator[Pair]:
     yield Pair(pair.context[-room:], pair.continuation)
 
 
-def token_scores(engine: Engine, pairs: Sequence[Pair], *, batch_size: int, padding: int = 0) -> list[Tensor]:
-    """The log-probability of each token of each continuation, fp32 [continuation], in order. Pairs must fit."""
+def token_scores(
+    engine: Engine, pairs: Sequence[Pair], *, batch_size: int, padding: int = 0, vocabulary: int | None = None
+) -> list[Tensor]:
+    """The log-probability of each token of each continuation, fp32 [continuation], in order. Pairs must fit.
+
+    vocabulary: as in `score`.
+    """
     found: list[Tensor] = []
     for begin in range(0, len(pairs), batch_size):
         batch = pairs[begin : begin + batch_size]
-        found += [each.float().cpu() for each, _ in _tokens_of_batch(engine, batch, padding)]
+        found += [each.float().cpu() for each, _ in _tokens_of_batch(engine, batch, padding, vocabulary)]
     return found
 
 
-def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[Score]:
+def _score_batch(engine: Engine, pairs: Sequence[Pair], padding: int, vocabulary: int | None) -> list[Score]:
     """Scores of pairs that fit, in one forward pass."""
-    found = _tokens_of_batch(engine, pairs, padding)
+    found = _tokens_of_batch(engine, pairs, padding, vocabulary)
     return [Score(float(each.sum()), bool(greedy.all())) for each, greedy in found]
 
 
 @torch.no_grad()
-def _tokens_of_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> list[tuple[Tensor, Tensor]]:
+def _tokens_of_batch(
+    engine: Engine, pairs: Sequence[Pair], padding: int, vocabulary: int | None
+) -> list[tuple[Tensor, Tensor]]:
     """Of each token of each continuation, its log-probability, and whether it was the likeliest.
 
     The output layer runs for the scored positions only.
@@ -139,7 +167,7 @@ def _tokens_of_batch(engine: Engine, pairs: Sequence[Pair], padding: int) -> lis
         for position in range(len(pair.inputs()) - len(pair.continuation), len(pair.inputs()))
     ]
     places = sorted(set(at))
-    logits = engine.logits(tokens, None, torch.tensor(places))  # [k, v]
+    logits = engine.logits(tokens, None, torch.tensor(places))[:, :vocabulary]  # [k, v]
     found = {place: row for row, place in enumerate(places)}
     wanted = torch.tensor([token for pair in pairs for token in pair.continuation], device=logits.device)
     scored = logits[[found[place] for place in at]] if len(places) < len(at) else logits  # [tokens, v]

@@ -9,6 +9,7 @@ import socket
 import numpy
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -16,6 +17,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation import tasks as tasks_module
 from megatron.evaluation.adapter import HarnessModel
 from megatron.evaluation.tasks import Tasks, results_table
+from megatron.inference.generate import TextGenerator
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 
@@ -188,12 +190,17 @@ def test_built_requests_are_kept_for_the_next_run(engine, folder, tmp_path, monk
     assert run() == first
 
 
-def test_a_context_that_leaves_no_room_keeps_its_end(engine):
-    answerer = model(engine)
-    long, short = "x" * 100 + "the end of it", ("x" * 100 + "the end of it")[-(SEQUENCE - 5) :]
-    settings = answerer._settings({"until": [], "max_gen_toks": 5})
-    assert answerer._prompt(long, settings) == answerer._prompt(short, settings)
-    assert len(answerer._prompt(long, settings)) == SEQUENCE - 5
+def test_a_context_that_leaves_no_room_keeps_its_end(engine, monkeypatch):
+    asked, continue_tokens = [], TextGenerator.continue_tokens
+
+    def continues(self, prompts, *rest):
+        asked.extend(prompts)
+        return continue_tokens(self, prompts, *rest)
+
+    monkeypatch.setattr(TextGenerator, "continue_tokens", continues)
+    long = "x" * 100 + "the end of it"
+    model(engine).generate_until([Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 5}), 0)])
+    assert asked == [list(long.encode()[-(SEQUENCE - 5) :])]
 
 
 def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
@@ -206,6 +213,53 @@ def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
 def test_a_task_that_asks_for_something_unknown_is_told(engine):
     with pytest.raises(RunError, match="num_beams"):
         model(engine)._settings({"num_beams": 4})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("num_beams: 4", "num_beams = 4"),
+        ("num_beams: 1\n  penalty_alpha: 0.6", "penalty_alpha = 0.6"),
+        ("until: [3]", "not texts"),
+        ("repetition_penalty: [3]", "not a number"),
+    ],
+)
+def test_arguments_that_cannot_be_followed_are_told_when_tasks_are_loaded(folder, tmp_path, arguments, told):
+    text = WRITING.format(data=folder / "documents.jsonl").replace('until: ["q"]', arguments)
+    (tmp_path / "task.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told) as fault:
+        Tasks(["small_writing"], str(tmp_path))
+    assert "small_writing" in fault.value.mistakes[0].where
+
+
+def test_arguments_that_change_nothing_pass(engine, folder, tmp_path):
+    def answers(more):
+        text = WRITING.format(data=folder / "documents.jsonl").replace("max_gen_toks: 6", more)
+        (tmp_path / "task.yaml").write_text(text)
+        results = Tasks(["small_writing"], str(tmp_path)).run(model(engine), bootstrap_iters=0)
+        return [sample["resps"] for sample in samples(results, "small_writing")]
+
+    plain = answers("max_gen_toks: 6")
+    assert answers("max_completion_tokens: 6\n  num_beams: 1\n  early_stopping: false\n  top_p: 1.0") == plain
+    assert answers("max_tokens: 6\n  repetition_penalty: 100.0") != plain  # it is followed
+
+
+def test_a_model_without_numbers_gets_no_score(folder):
+    broken = SmallEngine(small_config())
+    with torch.no_grad():
+        next(iter(broken.module.parameters()))[:] = math.nan
+    for name in ("choice", "rolling", "writing"):
+        with pytest.raises(RunError, match=r"no score|could not be continued"):
+            Tasks([f"small_{name}"], str(folder)).run(model(broken), bootstrap_iters=0)
+
+
+def test_rows_that_pad_the_vocabulary_have_no_probability(engine):
+    pair = ("Wh", "o?")
+    for vocabulary in (300, 512):
+        lm = HarnessModel(engine, CharLevelTokenizer(), max_length=SEQUENCE, batch_size=2, vocabulary=vocabulary)
+        ((score, _),) = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+        rows = engine.logits(torch.tensor([list(b"Who")]))[0, 1:, :vocabulary].double().log_softmax(-1)
+        assert score == pytest.approx(float(rows[0, ord("o")] + rows[1, ord("?")]), abs=1e-6)
 
 
 def test_an_unknown_task_is_the_users_mistake(folder, monkeypatch):

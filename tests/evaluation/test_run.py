@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import time
 
+import numpy
 import pytest
 
 from megatron.errors import ConfigError
@@ -27,6 +29,17 @@ def test_the_record_says_how_the_scores_came_about():
     assert record["config"]["batch_size"] == 8 and record["config"]["limit"] == 3
     assert record["config"]["model_args"]["hidden_size"] == 32
     assert "git_hash" in record
+
+
+def test_what_is_no_number_is_null_in_the_file(tmp_path):
+    record = {"acc": math.nan, 3: [math.inf, (numpy.float32("nan"), numpy.float64(0.5))], "ok": True, "size": 7}
+    run._write(tmp_path / "deep" / "results.json", record)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads((tmp_path / "deep" / "results.json").read_text(), parse_constant=refuse)
+    assert read == {"acc": None, "3": [None, [None, 0.5]], "ok": True, "size": 7}
 
 
 def test_without_tasks_or_harness_nothing_starts(monkeypatch):

@@ -1,0 +1,81 @@
+"""What a task's generation arguments mean here.
+
+Source: lm-eval 0.4.13, lm_eval/models/utils.py (normalize_gen_kwargs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.errors import ConfigError
+from megatron.inference.sampling import Sampling
+
+_DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KEYS = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "num_beam_groups": (1,),
+    "length_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "typical_p": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "early_stopping": (False,),
+    "use_cache": (True, False),
+}
+"""Arguments of `transformers` that change no text as long as they have these values; None never does."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """until: texts at which an answer ends. maximum_tokens [tokens]. sampling: how tokens are chosen."""
+
+    until: tuple[str, ...]
+    maximum_tokens: int
+    sampling: Sampling
+
+
+def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> Wanted:
+    """The arguments of one task. Raises ConfigError for one that cannot be followed."""
+    for name, value in arguments.items():
+        harmless = value is None or value in _WITHOUT_EFFECT.get(name, ())
+        if name not in _KEYS and not harmless:
+            raise _refused(f"a task asks for {name} = {value!r}, which cannot be done here", task)
+    until = arguments.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    if not all(isinstance(text, str) for text in until):
+        raise _refused(f"until = {until!r} are not texts", task)
+    try:
+        length = next((arguments[name] for name in _LENGTHS if arguments.get(name) is not None), _DEFAULT_NEW_TOKENS)
+        return Wanted(until, int(length), _sampling(arguments))
+    except (TypeError, ValueError) as fault:
+        raise _refused(f"an argument is not a number ({fault})", task) from fault
+
+
+def _sampling(arguments: Mapping[str, Any]) -> Sampling:
+    """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out."""
+    temperature = float(arguments.get("temperature") or 0.0)
+    penalty = float(arguments.get("repetition_penalty") or 1.0)
+    sampled = arguments.get("do_sample")
+    if not (temperature > 0 if sampled is None else sampled):
+        return Sampling(repetition_penalty=penalty)
+    top_p = float(arguments.get("top_p") or 0.0)
+    return Sampling(
+        temperature=temperature or 1.0,
+        top_k=int(arguments.get("top_k") or 0),
+        top_p=top_p if top_p < 1 else 0.0,
+        min_p=float(arguments.get("min_p") or 0.0),
+        repetition_penalty=penalty,
+    )
+
+
+def _refused(what: str, task: str | None) -> ConfigError:
+    return ConfigError.of(
+        what,
+        key="generation_kwargs",
+        where=None if task is None else f"task {task}",
+        remedy=f"a task may set {', '.join(_KEYS)}",
+    )

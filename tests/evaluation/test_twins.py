@@ -1,0 +1,128 @@
+"""Scores and answers are those of lm-eval's own `hf` model on the same weights, for tokenizers of several kinds."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from megatron.errors import RunError
+from megatron.log import get_logger
+from tests.evaluation.twins import LENGTH, twins
+from tests.tokenizers import made
+
+PAIRS = [
+    ("Hello world, this is", " a small test"),
+    ("the quick brown fox ", "jumps over"),
+    ("def read(self, n):\n    return", " self.data[:n]\n"),
+    ("", "Hello world"),
+    ("names and", " é 東京"),
+    ("long " * 60, " context that is cut"),
+    ("<s>already begun", " with a token"),
+    ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello"),
+    ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>", "Hello</s>"),
+]
+ROLLING = ["Hello world, this is a small test. " * 12, "x", "a line\n"]
+TURNS = [
+    [{"role": "user", "content": "Is this a small test?"}],
+    [
+        {"role": "user", "content": "the quick brown fox"},
+        {"role": "assistant", "content": " jumps over it. "},
+        {"role": "user", "content": "and the rain?"},
+    ],
+]
+KINDS = {
+    "llama2": ("PretrainedFromHF", made.llama2, ""),
+    "llama3": ("PretrainedFromHF", made.llama3, ""),
+    "no begin token": ("PretrainedFromHF", lambda folder: made.llama3(folder, begins=False), ""),
+    "chatml": ("PretrainedFromHF", made.chatml, ""),
+    "gpt2": ("PretrainedFromHF", made.gpt2, ""),
+    "sentencepiece": (
+        "SPMTokenizer",
+        lambda folder: made.sentence_piece(folder, add_bos_token=True),
+        "tokenizer.model",
+    ),
+}
+CHATS = ("llama2", "llama3", "no begin token", "chatml")
+
+
+@pytest.fixture(scope="module")
+def both(request, tmp_path_factory):
+    kind, build, file = KINDS[request.param]
+    return twins(build(tmp_path_factory.mktemp("twins")), kind, file)
+
+
+def asked(kind, arguments):
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def scores(lm, pairs):
+    return lm.loglikelihood(asked("loglikelihood", pairs), disable_tqdm=True)
+
+
+def same(ours, theirs):
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+@pytest.mark.parametrize("both", KINDS, indirect=True)
+def test_log_likelihoods_are_those_of_lm_evals_own_model(both):
+    # lm-eval 0.4.13 ends with an error where an answer has no token of its own; see below.
+    pairs = [pair for pair in PAIRS if not pair[0] or both.lm._encode_pair(*pair)[1]]
+    assert len(pairs) >= len(PAIRS) - 1
+    same(scores(both.model(), pairs), scores(both.lm, pairs))
+    requests = asked("loglikelihood_rolling", [(text,) for text in ROLLING])
+    ours = both.model().loglikelihood_rolling(requests)
+    assert ours == pytest.approx(both.lm.loglikelihood_rolling(requests, disable_tqdm=True), abs=1e-4)
+
+
+@pytest.mark.parametrize("both", CHATS, indirect=True)
+def test_conversations_are_scored_as_lm_evals_own_model_scores_them(both):
+    model = both.model(chat=both.chat())
+    texts = [model.apply_chat_template(turns) for turns in TURNS]
+    assert texts == [both.lm.apply_chat_template(turns) for turns in TURNS]
+    begun = [*TURNS[1], {"role": "assistant", "content": "the answer is "}]
+    assert model.apply_chat_template(begun, False) == both.lm.apply_chat_template(begun, False)
+    pairs = [(text, answer) for text in texts for answer in ("yes", " no", "the rain fell")]
+    same(scores(model, pairs), scores(both.lm, pairs))
+
+
+# sentencepiece and the decoder that transformers has for its models part bytes that are no text in different ways.
+@pytest.mark.parametrize("both", [kind for kind in KINDS if kind != "sentencepiece"], indirect=True)
+def test_answers_are_those_of_lm_evals_own_model(both):
+    how = {"until": ["\n\n", "</s>", "q"], "max_gen_toks": 12, "do_sample": False}
+    requests = asked("generate_until", [(context, dict(how)) for context, _ in PAIRS if context])
+    both.lm.batch_size_per_gpu = 1  # padding on the left moves what equally likely tokens give
+    assert both.model().generate_until(requests) == both.lm.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("both", ["llama2"], indirect=True)
+def test_an_answer_that_joins_the_context_is_scored_as_tokens_of_its_own(both):
+    # One token holds the end of the context and the whole answer.
+    (pair,) = [pair for pair in PAIRS if pair[0] and not both.lm._encode_pair(*pair)[1]]
+    context, answer = pair
+    words = both.lm.tokenizer
+    before = words(context).input_ids
+    own = words(answer, add_special_tokens=False).input_ids
+    logits = both.theirs(torch.tensor([before + own])).logits[0].detach().double().log_softmax(-1)
+    expected = sum(float(logits[len(before) - 1 + at, token]) for at, token in enumerate(own))
+    assert scores(both.model(), [pair])[0] == (pytest.approx(expected, abs=1e-4), False)
+
+
+@pytest.mark.parametrize("both", ["chatml"], indirect=True)
+def test_an_answer_without_text_is_refused(both):
+    for context in ("Hello", ""):
+        with pytest.raises(RunError, match="answer without text"):
+            scores(both.model(), [(context, "")])
+
+
+@pytest.mark.parametrize("both", ["chatml"], indirect=True)
+def test_contexts_that_are_cut_are_counted(both, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+    caplog.set_level("INFO")
+    scores(both.model(), PAIRS)
+    how = {"until": [], "max_gen_toks": 90}
+    both.model().generate_until(asked("generate_until", [("Hello", how), ("long " * 60, how)]))
+    told = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert told == [
+        f"1 of {len(PAIRS)} contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
+        f"1 of 2 contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
+    ]
