@@ -28,7 +28,16 @@ from megatron.errors import ConfigError, Mistake
 from megatron.registry import OPTIMIZERS
 
 MOST_LAYERS = 10_000
-INFERENCE_SCRIPTS = frozenset({"generate.py", "evaluate.py", "eval.py"})
+INFERENCE_SCRIPTS = frozenset(
+    {
+        "generate.py",
+        "evaluate.py",
+        "eval.py",
+        "run_text_generation_server.py",
+        "bits_per_byte.py",
+        "perplexity.py",
+    }
+)
 
 OUTPUTS = {
     "is_pipe_parallel": "pipe_parallel_size",

@@ -198,8 +198,9 @@ def test_a_resolved_configuration_resolves_to_itself() -> None:
 
 def test_inference_needs_no_batch_and_no_length() -> None:
     flags = {"train_iters": None, "train_micro_batch_size_per_gpu": None, "optimizer": None}
-    config = resolved(8, user_script="generate.py", train_batch_size=3, **flags).config
-    assert config.training.train_micro_batch_size_per_gpu == 1
+    for script in ("generate.py", "tools/run_text_generation_server.py", "bits_per_byte.py", "tools/perplexity.py"):
+        config = resolved(8, user_script=script, train_batch_size=3, **flags).config
+        assert config.training.train_micro_batch_size_per_gpu == 1
     assert faults(8, user_script="train.py", **flags) != []
     inference = resolved(precision="bfloat16", checkpoint_activations=True, hidden_dropout=0.1).config.for_inference()
     assert inference.deepspeed.zero_stage == 0
