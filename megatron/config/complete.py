@@ -153,7 +153,10 @@ def _required(draft: Completion) -> None:
 def _world(draft: Completion) -> None:
     if draft.resources is None:
         raise NotKnown("world_size")
-    draft.derive("world_size", draft.resources.world_size)
+    asked, found = draft.user("world_size"), draft.resources.world_size
+    if asked not in (None, found):
+        draft.warnings.append(f"world_size = {asked!r}: has no effect; {found} is what the machines offer")
+    draft.derive("world_size", found)
     if draft.resources.accelerator == "cpu" and draft["distributed_backend"] == "nccl":
         draft.derive("distributed_backend", "gloo")
 

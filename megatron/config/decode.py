@@ -1,4 +1,5 @@
-"""Small kindnesses before the types are checked: whole numbers written as 1e5, the case of a choice, one-item lists.
+"""Small kindnesses before the types are checked: whole numbers written as 1e5, the case of a choice, one-item lists,
+`~` in paths.
 
 Choices that do not exist are refused here, with the nearest one that does.
 """
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.config import CATALOG, KeyFacts
+from megatron.config.paths import PATH_KEYS, read_paths
 from megatron.config.words import accepts, members
 from megatron.errors import Mistake
 from megatron.registry import nearest_name
@@ -37,6 +39,9 @@ def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
         value = _kindly(facts, value)
         if facts.choices:
             value, found = _choose(facts, value)
+            mistakes += found
+        if name in PATH_KEYS:
+            value, found = read_paths(name, value)
             mistakes += found
         decoded[name] = value
     return decoded, mistakes

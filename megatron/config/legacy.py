@@ -67,7 +67,7 @@ REFUSED = {
     "tie_word_embeddings": "write no_weight_tying, which says the opposite",
     "untie_embeddings_and_output_weights": "write no_weight_tying",
     "max_grad_norm": "write gradient_clipping",
-    "warmup_steps": "write warmup, the part of the decay horizon",
+    "warmup_steps": "write warmup_iters",
     "warmup_ratio": "write warmup, the part of the decay horizon",
     "lr_warmup_fraction": "write warmup, the part of the decay horizon",
     "lr_warmup_samples": "write warmup, the part of the decay horizon",
@@ -112,11 +112,35 @@ def _attention_of(values: Mapping[str, Given]) -> Given | Mistake:
     return Given([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
 
 
+_BFLOAT16 = frozenset({"bfloat16", "bf16"})
+
+
+def _older_precision(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
+    """The values with `precision: {type: ...}` and `fp16: {type: bfloat16}` as today's releases write them."""
+    modern = dict(values)
+    mistakes: list[Mistake] = []
+    warnings: list[str] = []
+    precision, block = values.get("precision"), values.get("fp16")
+    if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
+        precision = modern["precision"] = Given(precision.value["type"], precision.where)
+        warnings.append(f"{precision.where}: precision = {{type: ...}}: read as precision: {precision.value}")
+    kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
+    if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
+        return modern, mistakes, warnings
+    del modern["fp16"]
+    if precision is not None and str(precision.value).lower() not in _BFLOAT16:
+        what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.where}, for another one"
+        mistakes.append(Mistake(what, "fp16", block.value, block.where, "keep one of the two"))
+    else:
+        modern["precision"] = Given("bfloat16", block.where)
+        warnings.append(f"{block.where}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale")
+    return modern, mistakes, warnings
+
+
 def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
     """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
     modern: dict[str, Given] = {}
-    mistakes: list[Mistake] = []
-    warnings: list[str] = []
+    values, mistakes, warnings = _older_precision(values)
     for name, given in values.items():
         if name == "sparsity":
             attention = _attention_of(values)
@@ -133,6 +157,9 @@ def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mista
             other = values[RENAMED[name]]
             what = f"this is an older name of {RENAMED[name]}, which is given at {other.where}"
             mistakes.append(Mistake(what, name, given.value, given.where, "keep one of the two"))
+        elif name in RENAMED:
+            warnings.append(f"{given.where}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
+            modern[RENAMED[name]] = given
         else:
-            modern[RENAMED.get(name, name)] = given
+            modern[name] = given
     return modern, mistakes, warnings

@@ -2,8 +2,8 @@
 
 Any number of YAML or JSON files, in any order: no file overrides another. A key is the same key with dashes or
 underscores, and giving it twice is a mistake that names both places, in one file or in two. The command line wins
-over files. JSON is read by the YAML reader as well, so comments and trailing commas are allowed in it. Numbers such
-as 2e-5, text in YAML 1.1, are numbers here.
+over files. JSON is read by the YAML reader as well, so trailing commas are allowed in it, and comments (`#`, `//`,
+`/* */`) are taken out. Numbers such as 2e-5, text in YAML 1.1, are numbers here.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ class Loader(_Base):  # type: ignore[misc, valid-type]
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_MERGE = "tag:yaml.org,2002:merge"
 Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in {_INT, _FLOAT}]
     for first, resolvers in _Base.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(
-    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$"), list("-+0123456789")
 )
 Loader.add_implicit_resolver(
     _FLOAT,
@@ -142,7 +143,7 @@ def _read_file(path: Path, merged: Merged) -> None:
         return
     merged.texts[_free_name(path.name, merged.texts)] = text
     if path.suffix == ".json":
-        text = text.replace("\t", " ")  # a tab may indent JSON, but not YAML
+        text = _plain_json(text)
     try:
         _read_text(text, str(path), merged)
     except yaml.YAMLError as fault:
@@ -151,6 +152,15 @@ def _read_file(path: Path, merged: Merged) -> None:
     except (ValueError, RecursionError) as fault:
         merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
         merged.unreadable = True
+
+
+_JSON_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|/\*.*?\*/|//[^\n]*|#[^\n]*|\t', re.DOTALL)
+"""Strings, which stay as they are, and what stands outside of them and is no JSON: comments and tabs."""
+
+
+def _plain_json(text: str) -> str:
+    """JSON as the YAML reader takes it: blanks in place of comments and of tabs between values; lines stay lines."""
+    return _JSON_PARTS.sub(lambda found: found[0] if found[0][0] in "\"'" else re.sub(r"[^\n]", " ", found[0]), text)
 
 
 def _free_name(name: str, taken: Mapping[str, str]) -> str:
@@ -190,12 +200,22 @@ def _read_text(text: str, name: str, merged: Merged) -> None:
             merged.mistakes.append(told)
             merged.unreadable = True
             return
-        for key_node, value_node in root.value:
+        for key_node, value_node in _merged_pairs(root, loader):
             where = f"{name}:{key_node.start_mark.line + 1}"
             _nested_duplicates(value_node, name, merged)
             _add(loader.construct_object(key_node, deep=True), value_node, where, loader, merged)
     finally:
         loader.dispose()
+
+
+def _merged_pairs(root: yaml.MappingNode, loader: Any) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The pairs of the file; those that a merge key (`<<`) brings stand back behind the file's own."""
+    own = [pair for pair in root.value if pair[0].tag != _MERGE]
+    names = {normal_name(str(key.value)) for key, _ in own}
+    root.value = [pair for pair in root.value if pair[0].tag == _MERGE]
+    loader.flatten_mapping(root)
+    brought = {normal_name(str(key.value)): (key, value) for key, value in root.value}
+    return own + [pair for name, pair in brought.items() if name not in names]
 
 
 def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merged) -> None:

@@ -65,7 +65,7 @@ def resolve(
     except ConfigError as fault:
         raise ConfigError(*_in_order([*read.mistakes, *fault.mistakes], files, read.given)) from fault
     read.mistakes += violations(config, draft.unknown)
-    lines = [*draft.warnings, *without_effect(config)]
+    lines = [*draft.warnings, *without_effect(config, read.given.keys())]
     warnings = [*read.warnings, *_with_where(lines, read.given)]
     if config.launch.strict_config and draft.knows("strict_config"):
         read.mistakes += [Mistake(line, remedy="strict_config makes this an error") for line in warnings]

@@ -6,11 +6,12 @@ about speed and keys that nothing reads (one warning line each). Building a feat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.config import CATALOG, Config
+from megatron.config.effects import dependent_without_effect, profile_never_starts, saves_that_never_come
 from megatron.registry import (
     ACTIVATIONS,
     ATTENTION,
@@ -22,7 +23,6 @@ from megatron.registry import (
     SCHEDULES,
     TOKENIZERS,
 )
-from megatron.sparsity import SPARSE_KINDS
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,6 @@ DEAD = {
 """Keys that public configurations may carry and nothing reads."""
 
 
-FP8_RECIPE = ("te_fp8_format", "te_fp8_wgrad", "te_fp8_amax_history_len", "te_fp8_amax_compute_algo", "te_fp8_margin")
-
-
 def not_supported_yet(config: Config) -> list[str]:
     """One line for each value whose feature is not built: `key = value: what is not built yet`."""
     values = config.flat()
@@ -132,24 +129,22 @@ def not_supported_yet(config: Config) -> list[str]:
     return lines
 
 
-def without_effect(config: Config) -> list[str]:
-    """One line for each key set to something other than its default that changes nothing."""
+def without_effect(config: Config, given: Container[str] | None = None) -> list[str]:
+    """One line for each key set to something other than its default that changes nothing.
+
+    given: the keys that the user wrote; None to look at all.
+    """
     values = config.flat()
-    told = {**HINTS, **DEAD}
-    model = config.model
-    kinds = {str(kind) for kind in model.attention_config or ()}
-    if kinds and not kinds & set(SPARSE_KINDS):
-        told["sparsity_config"] = "no block is of a sparse kind"
-    if kinds and not kinds & {"global", "flash"}:
-        told["sliding_window_width"] = "it is for blocks of kind global and flash"
-    if not model.gpt_j_residual:
-        told["gpt_j_tied"] = "gpt_j_residual is off"
-    if not config.transformer_engine.te_fp8_mha:
-        told |= dict.fromkeys(FP8_RECIPE, "te_fp8_mha is off")
-    if not config.mup.coord_check:
-        told["mup_width_scale"] = "only coord_check reads it; which dimensions grow is known of every tensor"
+    told = {**HINTS, **DEAD, **dict(dependent_without_effect(config))}
+    if config.data.data_path is None and config.data.train_data_paths is None:
+        told.pop("split", None)  # the data may be named elsewhere
+    late = saves_that_never_come(config)
+    if late:
+        told["extra_save_iters"] = f"the run has no iteration {', '.join(map(str, late))}"
+    if profile_never_starts(config):
+        told["profile_step_start"] = f"the run ends at iteration {config.training.train_iters}"
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
         for key, why in told.items()
-        if values[key] != CATALOG[key].default
+        if values[key] != CATALOG[key].default and (given is None or key in given)
     ]

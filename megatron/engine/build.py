@@ -27,6 +27,7 @@ from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.derive.zero import REDUCTION_BUCKET
 from megatron.config.known import known
+from megatron.config.sections.tokenizer import TokenizerSection
 from megatron.engine.compiled import compile_blocks
 from megatron.engine.experts import own_experts
 from megatron.engine.frozen import for_the_optimizer, freeze, norm_of_nothing, start_prompt
@@ -36,6 +37,7 @@ from megatron.engine.plain import Loss, PlainEngine, keyed_parameters
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.errors import ConfigError
+from megatron.log import get_logger
 from megatron.model.block import Block
 from megatron.model.cache import KVCache, cache_dtype
 from megatron.model.mlp.balance import RouterLosses
@@ -56,6 +58,8 @@ from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size
+
+_log = get_logger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
@@ -139,7 +143,26 @@ def build_vocabulary(config: Config, topology: Topology) -> tuple[Tokenizer, int
     rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
     fetch_missing(config.checkpoint, Ranks.from_environment())
     bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
-    return tokenizer, vocabulary_rows(config, rows, tokens=tokenizer.vocab_size, model_size=topology.model.size)
+    rows = vocabulary_rows(config, rows, tokens=tokenizer.vocab_size, model_size=topology.model.size)
+    _same_vocabulary(config.tokenizer, tokenizer.vocab_size, rows)
+    return tokenizer, rows
+
+
+def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
+    """Holds what the configuration says of the vocabulary against what it is. ConfigError for other rows than `rows`.
+
+    tokens: of the tokenizer. rows: of the embedding [tokens].
+    """
+    if section.padded_vocab_size not in (None, rows):
+        raise ConfigError.of(
+            f"the embedding has {rows:,} rows, for the {tokens:,} tokens of the tokenizer",
+            key="padded_vocab_size",
+            value=section.padded_vocab_size,
+            remedy="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
+        )
+    if section.vocab_size not in (None, tokens, rows):
+        told = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
+        _log.warning(told, section.vocab_size, tokens)
 
 
 def build_inference_engine(
@@ -341,3 +364,5 @@ def _quieten() -> None:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(max(logger.level, logging.WARNING))
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    # Its pipeline broadcasts a loss that has a gradient function; nothing goes backwards through that.
+    warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.observe.account import wandb_key
 from megatron.observe.console import Console
 from megatron.observe.reporter import Reporter
-from megatron.observe.sinks.base import Observe, Start
+from megatron.observe.sinks.base import Observe, Sink, Start
 from megatron.registry import SINKS
 
 _log = get_logger(__name__)
@@ -58,5 +59,18 @@ def build_reporter(
     start = Start(start_iteration, rank, settings or {})
     if rank != 0:
         everywhere = observe.wandb_init_all_ranks and wants_wandb(observe)
-        return Reporter([SINKS.load("wandb").open(observe, start)] if everywhere else [])
-    return Reporter([SINKS.load(name).open(observe, start) for name in chosen_sinks(observe)], Console(hosts=hosts))
+        return Reporter(_opened(["wandb"] if everywhere else [], observe, start))
+    return Reporter(_opened(chosen_sinks(observe), observe, start), Console(hosts=hosts))
+
+
+def _opened(names: Sequence[str], observe: Observe, start: Start) -> list[Sink]:
+    """The sinks of those names. W&B stops a run only where `use_wandb: true` asks for it; a key alone does not."""
+    sinks: list[Sink] = []
+    for name in names:
+        try:
+            sinks.append(SINKS.load(name).open(observe, start))
+        except ConfigError as fault:
+            if name != "wandb" or observe.use_wandb:
+                raise
+            _log.warning("the run is not logged to Weights & Biases: %s; use_wandb: false says so for good", fault)
+    return sinks

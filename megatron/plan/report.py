@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config import Config, Resolution
+from megatron.config.derive.attention import layer_classes
 from megatron.config.derive.zero import REDUCTION_BUCKET
 from megatron.plan.advice import advice
 from megatron.plan.figures import Figures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
 from megatron.plan.parameters import model_tensors, on_rank, split_experts, total, why_unknown
-from megatron.plan.stages import layer_classes, stage_bounds
+from megatron.plan.stages import stage_bounds
 from megatron.plan.text import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.registry import EIGHT_BIT, OPTIMIZERS

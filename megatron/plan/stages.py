@@ -12,16 +12,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
-CLASSES = {"mamba": "MambaTransformerBlock", "rwkv": "RWKVTransformerBlock", "gmlp": "GMLPTransformerBlock"}
-"""The class of a block, where it is not a TransformerBlock."""
-
-
-def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
-    """The class name of each layer of the plan, which `type:REGEX` looks at. kinds: of the blocks; () all attend."""
-    named = {**CLASSES, "amlp": CLASSES["gmlp"]}
-    blocks = [named.get(kind, "TransformerBlock") for kind in kinds] or ["TransformerBlock"] * num_layers
-    return ["EmbeddingLayer", "Glue", *blocks, "Glue", "FinalNorm", "Head"]
-
 
 def stage_bounds(
     method: str | tuple[int, ...], classes: Sequence[str], parameters: Sequence[int], stages: int

@@ -101,7 +101,12 @@ def _batch(config: Config) -> list[str]:
         schedule = config.schedule
         horizon = f" over {schedule.lr_decay_iters:,} steps" if schedule.lr_decay_iters else ""
         told = f"{config.optimizer.optimizer_type}, {rate:g} {schedule.lr_decay_style} to {schedule.min_lr:g}{horizon}"
-        lines.append(_line("optimizer", f"{told}, warmup {schedule.warmup:g} of it"))
+        whole = schedule.lr_decay_iters or schedule.lr_decay_samples
+        counted = "steps" if schedule.lr_decay_iters else "samples"
+        rise = (
+            f"{schedule.warmup_length(whole):,} {counted} of warmup" if whole else f"warmup {schedule.warmup:g} of it"
+        )
+        lines.append(_line("optimizer", f"{told}, {rise}"))
     return lines
 
 

@@ -117,7 +117,6 @@ def test_precision_follows_from_the_blocks() -> None:
         ("fp32", {"enabled": True}, None, "the block fp16 is enabled as well; write precision: fp16"),
         ("fp16", None, {"enabled": True}, "the block bf16 is enabled as well; write precision: bfloat16"),
         (None, {"enabled": True}, {"enabled": True}, "fp16 and bf16 are both enabled"),
-        (None, {"enabled": True, "type": "bfloat16"}, None, "write precision: bfloat16"),
     ):
         with pytest.raises(ConfigError) as fault:
             derive_precision(precision, fp16, bf16)

@@ -53,3 +53,10 @@ def test_exactly_three_combinations_are_refused(accumulation: int) -> None:
             assert resolved(ranks, **MODEL, **settings).not_supported_yet == []
             legal += 1
     assert legal == 140  # of 384, with worlds of up to 32 ranks
+
+
+@pytest.mark.parametrize("method", ["type:nothing", "type:", "type:mamba"])
+def test_a_class_that_no_layer_has_cannot_part_the_stages(method: str) -> None:
+    (line,) = faults(2, pipe_parallel_size=2, pipe_partition_method=method)
+    assert "no layer of this model is of such a class" in line and "TransformerBlock" in line
+    assert faults(2, pipe_parallel_size=2, pipe_partition_method="type:TRANSFORMER") == []

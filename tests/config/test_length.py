@@ -9,7 +9,7 @@ import pytest
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.ramp import Ramp
 from megatron.errors import ConfigError
-from tests.config.small import resolved
+from tests.config.small import faults, resolved
 
 
 def test_the_batch_grows_as_megatron_s_does() -> None:
@@ -121,3 +121,26 @@ def test_wrong_curricula_are_refused(wrong: dict[str, Any], told: str) -> None:
 def test_deepspeed_s_own_sampling_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"data_efficiency.*curriculum_learning"):
         resolved(data_efficiency={"enabled": True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"lr_decay_iters": 2, "warmup_iters": 5},
+            "the warmup is 5 steps long and the decay ends at 2 (lr",
+        ),
+        ({"train_iters": 10, "warmup_iters": 20}, "the warmup is 20 steps long and the decay ends at 10"),
+        ({"train_iters": 10, "warmup_iters": 10}, "the warmup is 10 steps long"),
+        ({"warmup": 1.0}, "the warmup is 100 steps long and the decay ends at 100"),
+        ({"train_iters": None, "train_samples": 50, "warmup": 1.0}, "the warmup is 50 samples long and the decay ends"),
+    ],
+)
+def test_a_warmup_ends_before_the_horizon(changes: dict[str, Any], told: str) -> None:
+    assert any(told in line for line in faults(**changes))
+    assert faults(train_iters=10, warmup_iters=9) == []
+
+
+def test_a_part_above_one_is_offered_in_steps_only_where_it_is_whole() -> None:
+    assert any("or write warmup_iters: 20" in line for line in faults(warmup=20))
+    assert not any("warmup_iters" in line for line in faults(warmup=1.5))

@@ -36,6 +36,8 @@ def test_files_merge_and_keep_their_lines(tmp_path: Path) -> None:
         ("e5", "e5"),
         ("1e5x", "1e5x"),
         ("0x10", 16),
+        ("0o17", 15),
+        ("0o18", "0o18"),
         ("1:30", "1:30"),
         ("010", "010"),
         ("1_000", 1000),
@@ -140,3 +142,29 @@ def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     told = str(merge([tmp_path / "smal.yml"]).mistakes[0])
     assert "there is no such configuration file" in told
     assert f"did you mean {tmp_path / 'small.yml'}?" in told
+
+
+def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path) -> None:
+    text = '{\n\t// one\n\t"save": "a\tb//c#d/*e*/\\"", /* x: 1,\n "y": 2 */ "seed": 7, # z\n\t'
+    text += "\"lr-decay-style\": 'a // b',}\n"
+    path = write(tmp_path, "a.json", text)
+    merged = merge([path])
+    assert merged.mistakes == []
+    assert {name: (given.value, given.where) for name, given in merged.values.items()} == {
+        "save": ('a\tb//c#d/*e*/"', f"{path}:3"),
+        "seed": (7, f"{path}:4"),
+        "lr_decay_style": ("a // b", f"{path}:5"),
+    }
+
+
+def test_a_merge_key_brings_what_the_file_does_not_say(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yml", "<<: [{seed: 3, hidden-size: 4}, {seed: 5, num_layers: 1}]\nhidden_size: 64\n")
+    merged = merge([path])
+    assert merged.mistakes == []
+    assert {name: given.value for name, given in merged.values.items()} == {
+        "hidden_size": 64,
+        "seed": 3,
+        "num_layers": 1,
+    }
+    again = merge([write(tmp_path, "b.yml", "<<: {seed: 3}\nhidden_size: 5\nhidden-size: 6\n")])
+    assert [mistake.key for mistake in again.mistakes] == ["hidden_size"]

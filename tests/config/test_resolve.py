@@ -106,6 +106,22 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
     ]
 
 
+def test_the_older_spellings_of_bfloat16_are_understood() -> None:
+    pythia = {"fp16": {"enabled": True, "type": "bfloat16", "loss_scale": 0, "initial_scale_power": 12}}
+    for changes in (pythia, {"fp16": {"type": "bf16"}}, {"precision": {"type": "bfloat16"}}):
+        resolution = resolved(**changes)
+        assert resolution.config.precision.precision == "bfloat16"
+        assert resolution.config.precision.fp16 is None
+        assert [line for line in resolution.warnings if "read as precision: bfloat16" in line]
+    assert resolved(fp16={"enabled": False, "type": "bfloat16"}).config.precision.precision == "fp32"
+    assert resolved(precision="bf16", **pythia).config.precision.precision == "bfloat16"
+    (line,) = faults(precision="fp32", **pythia)
+    assert "a block of type bfloat16 asks for bfloat16, and precision, at command line, for another one" in line
+    assert any(
+        "gas = 2: an older name, read as gradient_accumulation_steps" in line for line in resolved(gas=2).warnings
+    )
+
+
 def test_features_that_are_not_built_resolve_and_are_named() -> None:
     resolution = resolved(adlr_autoresume=True, lazy_mpu_init=True)
     told = "\n".join(resolution.not_supported_yet)

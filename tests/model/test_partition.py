@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.config.derive.attention import layer_classes
 from megatron.model.pipelined import PipelinedModel
 from megatron.model.plan import layer_plan
 from megatron.parallel.topology import Topology
-from megatron.plan.stages import layer_classes, stage_bounds
+from megatron.plan.stages import stage_bounds
 from megatron.shapes import ModelDims, tensors
 from tests.distributed import run_distributed
 from tests.model.sections import VOCABULARY, initialization_section, model_section

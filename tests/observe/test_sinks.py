@@ -175,3 +175,31 @@ class Recorded:
 
     def open(self, observe: Any, start: Start) -> None:
         self.opened.append((self.name, start.rank))
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"tensorboard_dir.*cannot be written there"):
+        build_reporter(ObserveSection(tensorboard_dir=str(tmp_path / "file" / "events")), 0)
+
+
+def test_only_a_wish_for_it_lets_wandb_stop_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key in the environment and a service that does not answer."""
+    import wandb
+
+    waited: list[float | None] = []
+
+    def unreachable(**keys: Any) -> None:
+        waited.append(keys["settings"].init_timeout)
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    build_reporter(ObserveSection(log_dir=str(tmp_path)), 0).close()
+    assert "not logged to Weights & Biases" in caplog.text
+    assert "no network" in caplog.text
+    with pytest.raises(ConfigError, match="no network"):
+        build_reporter(ObserveSection(log_dir=str(tmp_path), use_wandb=True), 0)
+    assert waited == [20.0, wandb.Settings().init_timeout]

@@ -6,7 +6,8 @@ import time
 import pytest
 from deepspeed.runtime import utils as deepspeed_utils
 
-from megatron.plan.stages import balanced, layer_classes, stage_bounds, uniform
+from megatron.config.derive.attention import layer_classes
+from megatron.plan.stages import balanced, stage_bounds, uniform
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (3, 5), (12, 4), (17, 16), (1, 1)])

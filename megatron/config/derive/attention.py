@@ -9,6 +9,9 @@ from megatron.errors import ConfigError
 
 KEY = "attention_config"
 
+CLASSES = {"mamba": "MambaTransformerBlock", "rwkv": "RWKVTransformerBlock", "gmlp": "GMLPTransformerBlock"}
+"""The class of a block, where it is not a TransformerBlock."""
+
 
 def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[str, ...]:
     """The kind of attention of each block.
@@ -29,6 +32,13 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[st
         blocks = "1 block" if len(kinds) == 1 else f"{len(kinds)} blocks"
         raise _fault(pattern, f"this makes {blocks}, but num_layers = {num_layers}", remedy)
     return kinds
+
+
+def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
+    """The class name of each layer of the model, which `type:REGEX` looks at. kinds: of the blocks; () all attend."""
+    named = {**CLASSES, "amlp": CLASSES["gmlp"]}
+    blocks = [named.get(kind, "TransformerBlock") for kind in kinds] or ["TransformerBlock"] * num_layers
+    return ["EmbeddingLayer", "Glue", *blocks, "Glue", "FinalNorm", "Head"]
 
 
 def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int) -> tuple[str, ...]:

@@ -23,13 +23,6 @@ def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | No
             value=precision,
             remedy=f"write precision: {enabled}, or set enabled: false in {block}",
         )
-    if fp16 and fp16.get("enabled") and str(fp16.get("type", "fp16")).lower() in {"bfloat16", "bf16"}:
-        raise ConfigError.of(
-            "an fp16 block of type bfloat16 is an older spelling",
-            key="fp16",
-            value=fp16,
-            remedy="write precision: bfloat16 and leave the block out",
-        )
     return precision or (asked.pop() if asked else "fp32")
 
 

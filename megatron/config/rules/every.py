@@ -52,6 +52,7 @@ RULES: tuple[Rule, ...] = (
     attention.shared_positions_are_reduced_once,
     run.fractions_are_fractions,
     length.warmup_is_a_part,
+    length.warmup_ends_before_the_horizon,
     blocks.extra_arguments_only_add,
     blocks.offload_is_possible,
     run.counts_are_positive,

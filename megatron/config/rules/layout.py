@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from megatron.config.config import Config
+from megatron.config.derive.attention import layer_classes
 from megatron.errors import Mistake
 
 MOST_EXPANSION = 10_000
@@ -51,6 +52,21 @@ def stages_hold_layers(config: Config) -> Iterator[Mistake]:
             key="pipe_partition_method",
             value=method,
             remedy="write uniform, parameters, type: and a regular expression, or a list of blocks",
+        )
+    elif axes.pipe_parallel_size > 1 and method.lower().startswith("type:"):
+        kinds = tuple(map(str, config.model.attention_config or ()))
+        yield from _some_layer_is_meant(method, layer_classes(layers, kinds))
+
+
+def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[Mistake]:
+    """Layers of the classes that match are dealt out evenly, so one at least must match."""
+    expression = method.partition(":")[2]
+    if not expression or not any(re.search(expression, name, re.IGNORECASE) for name in classes):
+        yield Mistake(
+            "no layer of this model is of such a class",
+            key="pipe_partition_method",
+            value=method,
+            remedy=f"the classes are {', '.join(dict.fromkeys(classes))}; type:transformer means the blocks",
         )
 
 

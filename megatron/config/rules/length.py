@@ -28,8 +28,30 @@ def warmup_is_a_part(config: Config) -> Iterator[Mistake]:
     remedy = "it is a part of the decay horizon, such as 0.01"
     if warmup > 1 and horizon and horizon > warmup:
         share = f"{warmup:g} of {horizon:,} steps are {warmup / horizon:.3g}"
-        remedy = f"it is a part of the decay horizon: {share}; or write warmup_iters: {warmup:g}"
+        remedy = f"it is a part of the decay horizon: {share}"
+        remedy += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
     yield Mistake("it must lie between 0 and 1", key="warmup", value=warmup, remedy=remedy)
+
+
+def warmup_ends_before_the_horizon(config: Config) -> Iterator[Mistake]:
+    """A warmup that fills the horizon leaves no step at the peak, and none for the decay."""
+    schedule = config.schedule
+    if not trains(config.launch.user_script):
+        return
+    counts = "lr_decay_iters" if schedule.lr_decay_samples is None else "lr_decay_samples"
+    horizon = getattr(schedule, counts)
+    if not horizon:
+        return
+    name = "warmup" if schedule.warmup_iters is None else "warmup_iters"
+    length = schedule.warmup_length(horizon)
+    if 0 < horizon <= length:
+        yield Mistake(
+            f"the warmup is {length:,} {'steps' if counts == 'lr_decay_iters' else 'samples'} long and the decay ends "
+            f"at {horizon:,} ({counts})",
+            key=name,
+            value=getattr(schedule, name),
+            remedy="give a shorter warmup, or a longer horizon",
+        )
 
 
 def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:

@@ -165,8 +165,10 @@ def saving_is_scheduled(config: Config) -> Iterator[Mistake]:
 def loading_is_possible(config: Config) -> Iterator[Mistake]:
     """`finetune` and `iteration` speak of a checkpoint, which `load` names."""
     saved = config.checkpoint
-    if saved.load is None and saved.finetune:
-        yield Mistake("nothing is loaded", key="finetune", value=True, remedy="give load, the folder of the checkpoint")
+    for key, asked in (("finetune", saved.finetune), ("iteration", saved.iteration is not None)):
+        if saved.load is None and asked:
+            remedy = "give load, the folder of the checkpoint"
+            yield Mistake("nothing is loaded", key=key, value=getattr(saved, key), remedy=remedy)
 
 
 _LEAST_PART = 5 << 20  # bytes; S3 takes no smaller one

@@ -28,3 +28,7 @@ class ScheduleSection(Section):
     override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
     use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
     scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")
+
+    def warmup_length(self, horizon: int) -> int:
+        """How long the rate rises [steps, or samples where the horizon counts those]."""
+        return int(self.warmup * horizon) if self.warmup_iters is None else self.warmup_iters

@@ -32,7 +32,15 @@ class TensorBoard:
             raise ConfigError.of(
                 "TensorBoard needs a directory", key="tensorboard_dir", value=None, remedy="name a directory"
             )
-        return cls(observe.tensorboard_dir, start.iteration)
+        try:
+            return cls(observe.tensorboard_dir, start.iteration)
+        except OSError as fault:
+            raise ConfigError.of(
+                f"event files cannot be written there: {fault.strerror or fault}",
+                key="tensorboard_dir",
+                value=observe.tensorboard_dir,
+                remedy="give a folder that this user can make and write to",
+            ) from fault
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -19,6 +19,8 @@ from megatron.observe.account import wandb_key
 from megatron.observe.sinks.base import Observe, Start
 
 ID_FILE = "wandb_run_id"
+UNASKED_SECONDS = 20.0
+"""How long a run waits for the service where nobody asked for it by `use_wandb: true` [s]."""
 WITHOUT_KEY = frozenset({"offline", "disabled", "dryrun"})
 
 
@@ -51,7 +53,7 @@ class WeightsAndBiases:
                 id=_run_id(directory, start),
                 resume="allow",
                 config={key: value for key, value in start.settings.items() if value is not None},
-                settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True),
+                settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_patience(observe)),
             )
         except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as fault:
             raise ConfigError.of(
@@ -67,6 +69,10 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _patience(observe: Observe) -> dict[str, float]:
+    return {} if observe.use_wandb else {"init_timeout": UNASKED_SECONDS, "login_timeout": UNASKED_SECONDS}
 
 
 def _run_id(directory: Path, start: Start) -> str:

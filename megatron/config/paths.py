@@ -1,0 +1,52 @@
+"""Keys that name files and folders: `~` is the home folder, and what only a shell would fill in is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from megatron.errors import Mistake
+
+_SPLITS = ("train", "valid", "test")
+
+PATH_KEYS = frozenset(
+    {
+        "save",
+        "load",
+        "data_path",
+        *(f"{split}_data_paths" for split in _SPLITS),
+        *(f"{split}_{what}_data_paths" for split in _SPLITS for what in ("label", "reward")),
+        *(f"{side}_{split}_data_paths" for split in _SPLITS for side in ("pos", "neg")),
+        *(f"{side}_{split}_label_data_paths" for split in _SPLITS for side in ("pos", "neg")),
+        "vocab_file",
+        "merge_file",
+        "hostfile",
+        "base_shapes_file",
+        "log_dir",
+        "tensorboard_dir",
+        "memory_profiling_path",
+        "fused_kernels_build_path",
+        "sample_input_file",
+        "sample_output_file",
+        "eval_include_path",
+        "eval_text",
+        "eval_cloze",
+    }
+)
+_VARIABLE = re.compile(r"\$(?:\w|\{)")
+
+
+def read_paths(name: str, value: Any) -> tuple[Any, list[Mistake]]:
+    """The value of a key with `~` and `~user` written out, and what is no path. Lists are read item by item."""
+    if isinstance(value, (list, tuple)):
+        pairs = [read_paths(name, item) for item in value]
+        return [item for item, _ in pairs], [mistake for _, found in pairs for mistake in found]
+    if not isinstance(value, str):
+        return value, []
+    if not value.strip():
+        return value, [Mistake("this is no path", key=name, value=value, remedy="leave the key out")]
+    if _VARIABLE.search(value):
+        remedy = "write the path out, or give the key on the command line, where the shell fills variables in"
+        return value, [Mistake("variables of the shell have no meaning here", key=name, value=value, remedy=remedy)]
+    return os.path.expanduser(value) if value.startswith("~") else value, []
