@@ -4,7 +4,8 @@
     python tools/merge_datasets.py --input DIRECTORY --output-prefix data/all_text_document
     python tools/merge_datasets.py --input data/a_text_document,data/b_text_document --output-prefix data/all
 
-A directory stands for the pairs in it, sorted by name. Documents, and the items of each, are kept.
+A directory stands for the pairs in it, sorted by name, numbers by their value. Documents, and the items of each, are
+kept. Of shards (`NAME-00001-of-00003`) all must be there.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LENGTH_DIGITS = 16
 NOT_TEXT = ("not read", "the member's name does not say that it is text")
+EMPTY_FILE = ("empty", "it holds nothing")
 _Content = tuple[str, Kind, bytes | None, bool]  # None: a member that is not text
 _ENCRYPTED = 1  # bit of a zip member's flags
 
@@ -71,6 +72,9 @@ def read_file(file: TextFile, block_bytes: int, before: int, span: range | None 
     """The blocks of one file. before: [bytes] of the files before it. span: of an uncompressed file of lines, those
     that start in it alone.
     """
+    if not file.bytes and file.kind is not Kind.WHOLE:
+        yield Block(str(file.path), Kind.WHOLE, b"", 0, 0, True, before, EMPTY_FILE)
+        return
     if not file.compressed and file.kind is Kind.LINES:
         yield from _places(file, block_bytes, before, span or range(file.bytes))
         return
@@ -83,6 +87,8 @@ def read_file(file: TextFile, block_bytes: int, before: int, span: range | None 
                 read_bytes = before + min(raw.tell(), file.bytes)
                 if content is None:
                     yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, NOT_TEXT)
+                elif not content and kind is not Kind.WHOLE:
+                    yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, EMPTY_FILE)
                 else:
                     yield Block(name, kind, content, 0, len(content), begins, read_bytes)
         except DAMAGE as fault:
@@ -184,9 +190,12 @@ def _documents(name: str, kind: Kind, stream: Salvaged, block_bytes: int) -> Ite
         yield name, kind, content, True
         return
     pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(stream, block_bytes)
+    number = -1
     for number, content in enumerate(pieces):
         yield name, kind, content, number == 0
     stream.check()
+    if number < 0:
+        yield name, kind, b"", True
 
 
 def _lines(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:

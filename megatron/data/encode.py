@@ -17,6 +17,9 @@ from megatron.data.blocks import Block, parse_lengths
 from megatron.data.text_files import Kind
 
 _SPACE = 0x20
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order mark
+_LOOKED_AT = 64  # bytes of a line that is no JSON
+_JSON_KINDS = {list: "a JSON array", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 EXAMPLES = 5  # skipped documents that are described at the end of the work; the sidecar file has them all
 
 
@@ -233,13 +236,18 @@ def _json(line: memoryview, name: str, number: int, skipped: list[SkippedRecord]
     try:
         record = json.loads(str(line, "utf-8"))
     except UnicodeDecodeError as fault:
-        skipped.append(SkippedRecord(name, number, "not UTF-8", f"byte {fault.start} of the line"))
+        detail = "it is UTF-16" if bytes(line[:2]) in _UTF16 else f"byte {fault.start} of the line"
+        skipped.append(SkippedRecord(name, number, "not UTF-8", detail))
         return None
     except (ValueError, RecursionError) as fault:
+        if b"\0" in bytes(line[:_LOOKED_AT]):
+            skipped.append(SkippedRecord(name, number, "not UTF-8", "it is UTF-16, or no text"))
+            return None
         skipped.append(SkippedRecord(name, number, "not JSON", str(fault)))
         return None
     if not isinstance(record, dict):
-        skipped.append(SkippedRecord(name, number, "not a JSON object", f"it is {type(record).__name__}"))
+        kind = _JSON_KINDS.get(type(record), "null")
+        skipped.append(SkippedRecord(name, number, "not a JSON object", f"it is {kind}"))
         return None
     return record
 

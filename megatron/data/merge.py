@@ -5,6 +5,7 @@ Documents keep their order and their items. Tokens are copied, never decoded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,15 @@ from megatron.data.writer import DatasetWriter
 from megatron.errors import ConfigError, Mistake
 
 AT_ONCE = 8 << 20  # tokens that are copied at once
+SHOWN = 8  # missing shards that are named
+_SHARD = re.compile(r"(?P<before>.*)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})(?P<after>.*)", re.DOTALL)
 
 
 def find_pairs(names: Sequence[str]) -> list[str]:
-    """The prefixes of pairs: a directory stands for those in it, sorted. Raises ConfigError for halves of pairs."""
+    """The prefixes of pairs: a directory stands for those in it, sorted by name, numbers by their value.
+
+    Raises ConfigError for halves of pairs.
+    """
     found: list[str] = []
     mistakes = []
     for name in names:
@@ -35,18 +41,47 @@ def find_pairs(names: Sequence[str]) -> list[str]:
             missing = idx_path(prefix) if prefix in ends[".bin"] else bin_path(prefix)
             remedy = "make it again, or take its other half out of the directory"
             mistakes.append(Mistake(f"{missing} is missing", key="input", value=name, remedy=remedy))
-        found += sorted(ends[".bin"] & ends[".idx"])
+        found += sorted(ends[".bin"] & ends[".idx"], key=_by_number)
     ConfigError.raise_any(mistakes)
     if not found:
         raise ConfigError.of("there is no pair of token files", key="input", value=list(names))
     return found
 
 
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def missing_shards(prefixes: Sequence[str]) -> list[Mistake]:
+    """What lacks of sets of shards, whose names say of how many each is one (`-00001-of-00003`)."""
+    sets: dict[tuple[str, str], dict[int, set[int]]] = {}
+    for prefix in prefixes:
+        found = _SHARD.fullmatch(prefix)
+        if found is not None:
+            counts = sets.setdefault((found["before"], found["after"]), {})
+            counts.setdefault(int(found["count"]), set()).add(int(found["number"]))
+    mistakes = []
+    for (before, after), counts in sets.items():
+        name = f"{before}-*{after}"
+        if len(counts) > 1:
+            what = f"there are shards of {' and of '.join(map(str, sorted(counts)))}, which hold the same documents"
+            mistakes.append(Mistake(what, key="input", value=name, remedy="leave those of one of them"))
+            continue
+        ((count, numbers),) = counts.items()
+        missing = [number for number in range(count) if number not in numbers]
+        if missing:
+            told = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
+            what = f"{len(missing)} of {count} shards are missing: {told}"
+            remedy = "make them with tools/preprocess_data.py --shard, or name the files otherwise if they belong alone"
+            mistakes.append(Mistake(what, key="input", value=name, remedy=remedy))
+    return mistakes
+
+
 def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     """Writes the pairs one after another to `<output_prefix>.bin` and `.idx`; returns documents and tokens.
 
-    Raises ConfigError when a file is missing, the pairs have different dtypes or tokenizers, or one of them is the
-    output; RunError when one is damaged.
+    Raises ConfigError when a file or a shard is missing, the pairs have different dtypes or tokenizers, or one of them
+    is the output; RunError when one is damaged.
     """
     sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
     mistakes = [
@@ -62,7 +97,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     if any(Path(prefix).resolve() == Path(output_prefix).resolve() for prefix in prefixes):
         mistakes.append(Mistake("the output is one of the inputs", key="output_prefix", value=output_prefix))
     cards = [_card_of(source) for source in sources]
-    ConfigError.raise_any([*mistakes, *_strangers(prefixes, cards)])
+    ConfigError.raise_any([*mistakes, *missing_shards(prefixes), *_strangers(prefixes, cards)])
     for source in sources:
         source.check()
     with DatasetWriter(output_prefix, sources[0].dtype) as writer:

@@ -15,6 +15,7 @@ from itertools import islice
 
 import numpy as np
 
+from megatron.data.blocks import EMPTY_FILE
 from megatron.data.card import DatasetCard
 from megatron.data.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
 from megatron.data.journal import Counts, Journal, Sidecar, task_of
@@ -27,6 +28,17 @@ from megatron.tokenizer_facts import TokenizerFacts
 
 LEGACY = np.dtype("<i4")  # the legacy format's type of a token, whatever the vocabulary
 MARK_INTERVAL = 5.0  # seconds between two states that are kept
+
+_KEYS = "name the keys that hold the text with --jsonl-keys"
+_REMEDIES = {
+    "not JSON": "one JSON object a line is read; `jq -c .` makes such lines of objects that span several, and "
+    "`jq -c '.[]'` of an array",
+    "not a JSON object": "one JSON object a line is read; `jq -c '.[]'` makes such lines of a JSON array",
+    "not UTF-8": "make it UTF-8, as `iconv -t UTF-8 -f UTF-16` does of UTF-16",
+    "damaged": "fetch the file again, or make it again",
+    "empty": "name files that hold text",
+    "not read": "name members of the archive .jsonl or .txt",
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ class _Work:
             counts.record_name, counts.record_base = block.name, 0
         for record in block.skipped:
             placed = replace(record, number=record.number and record.number + counts.record_base)
-            if self._strict:
+            if self._strict and record.reason != EMPTY_FILE[0]:
                 raise RunError.of(
                     str(placed), remedy="mend it, or let --on-error skip leave such lines out and count them"
                 )
@@ -243,4 +255,6 @@ def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: Co
         told += [str(counts.skipped), *counts.skipped.examples[:1]]
     if counts.empty:
         told.append(f"{counts.empty:,} documents have no text")
-    raise RunError.of("; ".join(told), remedy="name the keys that hold the text with --jsonl-keys")
+    most = max(counts.skipped.counts, key=counts.skipped.counts.__getitem__, default="")
+    remedy = next((remedy for start, remedy in _REMEDIES.items() if most.startswith(start)), _KEYS)
+    raise RunError.of("; ".join(told), remedy=remedy)

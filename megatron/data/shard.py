@@ -48,13 +48,15 @@ def parse_shard(told: str) -> Shard:
 
 def shard_blocks(files: Sequence[TextFile], shard: Shard, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """The blocks of a shard, in order; read_bytes counts from its start. Raises as read_blocks."""
-    part = shard.part(sum(file.bytes for file in files))
+    total = sum(file.bytes for file in files)
+    part = shard.part(total)
+    last = shard.number == shard.count - 1
     before = 0
     for file in files:
         inside = range(max(part.start - before, 0), min(part.stop - before, file.bytes))
-        if not file.compressed and file.kind is Kind.LINES:
+        if file.bytes and not file.compressed and file.kind is Kind.LINES:
             if inside:
                 yield from read_file(file, block_bytes, before - part.start, inside)
-        elif part.start <= before < part.stop:
+        elif part.start <= before < part.stop or (last and before == total):  # an empty file may stand at the end
             yield from read_file(file, block_bytes, before - part.start)
         before += file.bytes

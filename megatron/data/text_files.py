@@ -20,6 +20,9 @@ from pathlib import Path, PurePath
 from megatron.errors import ConfigError, Mistake
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_TABLES = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".csv", ".tsv")
+NOT_READ = (*_TABLES, ".ndjson", ".tfrecord", ".7z", ".rar", ".lz4")
+"""Endings of files that hold data and are not read; a directory with one is refused, as the file itself is."""
 TEXT_IN_ARCHIVES = ("", ".md", ".rst", ".tex", ".text")
 
 
@@ -67,17 +70,21 @@ def kind_of_member(name: PurePath) -> tuple[Kind, str] | None:
 def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFile]:
     """The files of those names, in the order given; a directory stands for the text files below it, sorted.
 
-    Raises ConfigError with every file that is missing, empty or of an unknown kind. key: what named them.
+    Raises ConfigError with every file that is missing or of an unknown kind, and with every directory that holds data
+    of a kind that is not read. key: what named them.
     """
     found: list[TextFile] = []
     mistakes: list[Mistake] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            below = [child for child in sorted(path.rglob("*")) if child.is_file() and kind_of(child) is not None]
-            if not below:
+            children = [child for child in sorted(path.rglob("*")) if child.is_file()]
+            paths = [child for child in children if kind_of(child) is not None]
+            unread = [str(child) for child in children if kind_of(child) is None and _holds_data(child)]
+            if unread:
+                mistakes.append(_unread(unread, key, name))
+            elif not paths:
                 mistakes.append(Mistake("there is no text file in this directory", key=key, value=name))
-            paths = below
         else:
             paths = [path]
         for each in paths:
@@ -90,6 +97,16 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
     if not found:
         raise ConfigError.of("no input file is named", key=key)
     return found
+
+
+def _holds_data(path: PurePath) -> bool:
+    return any(suffix.lower() in NOT_READ for suffix in path.suffixes[-2:])
+
+
+def _unread(files: list[str], key: str, name: str) -> Mistake:
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    remedy = "make .jsonl of them, a JSON object a line, or name the files that are to be read one by one"
+    return Mistake(f"{len(files)} files of kinds that are not read: {shown}", key=key, value=name, remedy=remedy)
 
 
 def _known(path: Path, key: str) -> TextFile | Mistake:
@@ -105,6 +122,4 @@ def _known(path: Path, key: str) -> TextFile | Mistake:
             pass
     except OSError as fault:
         return Mistake(f"cannot read the file ({fault.strerror})", key=key, value=name)
-    if size == 0:
-        return Mistake("the file is empty", key=key, value=name, remedy="leave it out, or make it again")
     return TextFile(path, kind[0], size, bool(kind[1]))

@@ -111,3 +111,37 @@ def test_half_a_pair(tmp_path):
 def test_shards_that_are_none(told):
     with pytest.raises(ConfigError, match="0 to N - 1"):
         parse_shard(told)
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["p-00000-of-00003", "p-00002-of-00003"], "p-*_text_document': 1 of 3 shards are missing: 1;"),
+        (["p-00001-of-00002"], "1 of 2 shards are missing: 0;"),
+        (["p-00000-of-00012"], "11 of 12 shards are missing: 1, 2, 3, 4, 5, 6, 7, 8, ...;"),
+        (["p-00000-of-00001", "q-00000-of-00002"], "q-*_text_document': 1 of 2 shards are missing: 1;"),
+        (["p-00000-of-00001", "p-00000-of-00002", "p-00001-of-00002"], "shards of 1 and of 2"),
+    ],
+)
+def test_an_incomplete_set_of_shards(tmp_path, names, told, by_folder):
+    prefixes = [str(tmp_path / f"{name}_text_document") for name in names]
+    for prefix in prefixes:
+        write(prefix, [[1]])
+    with pytest.raises(ConfigError) as caught:
+        merge(find_pairs([str(tmp_path)]) if by_folder else prefixes, str(tmp_path / "out"))
+    assert told in str(caught.value)
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_whole_sets_of_shards_and_other_names(tmp_path):
+    for name in ("p-00000-of-00002", "p-00001-of-00002", "q-00000-of-00001", "other-1-of-9", "plain"):
+        write(tmp_path / f"{name}_text_document", [[1]])
+    assert merge(find_pairs([str(tmp_path)]), str(tmp_path / "out")) == (5, 5)
+
+
+def test_numbers_in_names_are_in_their_order(tmp_path):
+    for number in (0, 1, 2, 10, 11):
+        write(tmp_path / "in" / f"part_{number}_text", [[number]])
+    merge(find_pairs([str(tmp_path / "in")]), str(tmp_path / "out"))
+    assert IndexedDataset(tmp_path / "out").tokens.tolist() == [0, 1, 2, 10, 11]
