@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.data.encode import Recipe
 from megatron.data.preprocess import Result, preprocess
 from megatron.data.progress import ProgressLine
-from megatron.data.recipes import LabelledText, PlainText
+from megatron.data.recipes import PARSED, SPELT, WITHOUT_PATTERN, LabelledText, PlainText
 from megatron.data.sentences import Sentences
 from megatron.data.shard import parse_shard
 from megatron.data.text_files import find_text_files
@@ -30,6 +30,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
 from megatron.tokenizer_facts import TokenizerFacts, facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
+from megatron.tokenizers.losses import losses
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     tokens.add_argument(
         "--mask-before-token", help="token ids with commas: no loss up to their first occurrence; writes labels as well"
+    )
+    tokens.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="special tokens that a text spells become their ids; otherwise they are plain text",
     )
     add_work_arguments(made)
     return made
@@ -98,9 +104,10 @@ def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
             value=True,
             remedy="add --split-sentences; without it every document keeps its newlines",
         )
+    special = (tuple(tokenizer.special_tokens), asked.parse_special_tokens)
     if asked.mask_before_token is None:
         sentences = Sentences(asked.keep_newlines) if asked.split_sentences else None
-        return PlainText(tokenizer, keys, asked.append_eod, asked.ftfy, sentences)
+        return PlainText(tokenizer, keys, asked.append_eod, asked.ftfy, sentences, *special)
     if asked.split_sentences or len(keys) != 1:
         raise ConfigError.of(
             "labels are made for one key and whole documents",
@@ -108,15 +115,21 @@ def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
             value=asked.mask_before_token,
             remedy="name one key, and leave out --split-sentences",
         )
-    return LabelledText(tokenizer, _ids(asked.mask_before_token), keys, asked.append_eod, asked.ftfy)
+    pattern = _ids(asked.mask_before_token, tokenizer.vocab_size)
+    return LabelledText(tokenizer, pattern, keys, asked.append_eod, asked.ftfy, *special)
 
 
-def _ids(told: str) -> tuple[int, ...]:
+def _ids(told: str, vocab_size: int) -> tuple[int, ...]:
     try:
-        return tuple(int(token) for token in told.split(","))
+        found = tuple(int(token) for token in told.split(","))
     except ValueError as fault:
         remedy = "give numbers with commas between them, such as 1,518"
         raise ConfigError.of("these are not token ids", key="mask_before_token", value=told, remedy=remedy) from fault
+    if not 0 <= min(found) <= max(found) < vocab_size:
+        what = f"the ids of this tokenizer are 0 to {vocab_size - 1}"
+        remedy = "give the ids that this tokenizer has for the words"
+        raise ConfigError.of(what, key="mask_before_token", value=told, remedy=remedy)
+    return found
 
 
 def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerFacts) -> Result:
@@ -145,8 +158,31 @@ def run(asked: argparse.Namespace) -> Result:
     vocab_file = asked.vocab_file or asked.tokenizer_name_or_path
     tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=vocab_file, merge_file=asked.merge_file)
     print(f"{asked.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
+    tell_losses(tokenizer)
     facts = facts_of(asked.tokenizer_type, tokenizer, append_eod=asked.append_eod)
     return run_recipe(asked, recipe_of(asked, tokenizer), facts)
+
+
+def tell_losses(tokenizer: Tokenizer) -> None:
+    """Says what decoding does not give back, where that is not all."""
+    lost = losses(tokenizer)
+    if lost:
+        print(f"this tokenizer does not keep every text: {', '.join(lost)} do not come back as they were", flush=True)
+
+
+def _notes(result: Result) -> list[str]:
+    """What is to be known of the documents that were written."""
+    documents = result.outputs[0].card.documents
+    lines = []
+    if without := result.notes.get(WITHOUT_PATTERN):
+        count = "none" if without == documents else f"{documents - without:,}"
+        what = f"{count} of the {documents:,} documents hold the tokens of --mask-before-token"
+        lines.append(f"{what}; of the {without:,} others every token carries a loss")
+    if spelt := result.notes.get(SPELT):
+        lines.append(f"{spelt:,} documents {SPELT}; --parse-special-tokens makes ids of them")
+    if parsed := result.notes.get(PARSED):
+        lines.append(f"{parsed:,} documents {PARSED}")
+    return lines
 
 
 def told(result: Result) -> str:
@@ -162,6 +198,7 @@ def told(result: Result) -> str:
         f"{result.content_bytes:,} bytes read in {result.seconds:.1f} s "
         f"({speed:.1f} MB/s after the {result.starting:.1f} s until the first block was there)"
     )
+    lines += _notes(result)
     if result.empty:
         lines.append(f"{result.empty:,} documents without text left out")
     if result.skipped.total:

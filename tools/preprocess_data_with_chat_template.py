@@ -21,7 +21,7 @@ from megatron.data.recipes import Chat
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers.chat import ChatTokens
-from tools.preprocess_data import add_work_arguments, dashed, run_recipe, told
+from tools.preprocess_data import add_work_arguments, dashed, run_recipe, tell_losses, told
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--for-rm", action="store_true", help="two ends of text, and a loss on the last one alone")
     made.add_argument("--reward-key", help="the field of a number, written into token files of its own")
     made.add_argument("--binary-reward", action="store_true", help="the reward is true or false: write 1 or -1")
+    made.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="special tokens that a turn spells become their ids; otherwise such conversations are left out",
+    )
     made.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
     made.add_argument("--ftfy", action="store_true", help="not for conversations; refused")
     add_work_arguments(made)
@@ -66,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
     try:
-        template = ChatTokens(asked.tokenizer_path)
+        template = ChatTokens(asked.tokenizer_path, parse_special=asked.parse_special_tokens)
+        tell_losses(template.tokenizer)
         recipe = recipe_of(asked, template)
         facts = facts_of("PretrainedFromHF", template.tokenizer)
         print(told(run_recipe(asked, recipe, facts)))

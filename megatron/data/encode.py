@@ -7,9 +7,9 @@ put down with its place and the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,13 @@ class Encoding(Protocol):
     def eod(self) -> int: ...
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+
+@runtime_checkable
+class ReadsSpecialTokens(Protocol):
+    """A tokenizer that may take special tokens that a text spells for what they are."""
+
+    def encode_with_special_tokens(self, text: str) -> list[int]: ...
 
 
 class NotADocument(Exception):
@@ -86,13 +93,14 @@ class EncodedText:
     """The documents of one output of a block.
 
     tokens: of all of them. sizes: of each item [tokens]. text_bytes: UTF-8 bytes of their text. items: of each
-    document, where documents have several.
+    document, where documents have several. notes: documents of which something is to be told, by what it is.
     """
 
     tokens: np.ndarray
     sizes: np.ndarray
     text_bytes: int
     items: np.ndarray | None = None
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ class EncodedBlock:
     """What a block became. texts: one for each output. skipped: with numbers counted from the block's first record.
 
     name, begins: of the block. documents: of each output. empty: documents without text. records: lines or documents
-    of the block, whatever became of them. content_bytes and read_bytes: of the block, for the progress line.
+    of the block, whatever became of them. content_bytes and read_bytes: of the block, for the progress line. notes: of
+    its texts.
     """
 
     name: str
@@ -112,6 +121,7 @@ class EncodedBlock:
     records: int
     content_bytes: int
     read_bytes: int
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Recipe(Protocol):
@@ -174,6 +184,7 @@ class Encoder:
             counted.records,
             block.length,
             block.read_bytes,
+            _together(text.notes for text in texts),
         )
 
     def _one_by_one(
@@ -187,6 +198,14 @@ class Encoder:
                 skipped.append(SkippedRecord(name, number, fault.reason, fault.detail))
             else:
                 yield document
+
+
+def _together(notes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for each in notes:
+        for what, count in each.items():
+            total[what] = total.get(what, 0) + count
+    return total
 
 
 @dataclass

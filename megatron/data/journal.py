@@ -25,6 +25,7 @@ from megatron.errors import ConfigError, RunError
 class Counts:
     """What grows while the work goes on. blocks: that are done. record_name, record_base: the file that is being read
     and its records in the blocks that are done. text_bytes: of each output. sidecar_bytes: of the list of skipped ones.
+    notes: documents of which something is to be told, by what it is.
     """
 
     outputs: int
@@ -36,6 +37,7 @@ class Counts:
     sidecar_bytes: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     text_bytes: list[int] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.text_bytes = self.text_bytes or [0] * self.outputs

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -66,7 +66,8 @@ class Written:
 @dataclass(frozen=True)
 class Result:
     """What was done. empty: documents without text, which were left out. seconds: wall time [s], of which `starting`
-    passed before the first block came back. sidecar: the list of what was skipped, or None.
+    passed before the first block came back. sidecar: the list of what was skipped, or None. notes: documents of which
+    something is to be told, by what it is.
     """
 
     outputs: tuple[Written, ...]
@@ -76,6 +77,7 @@ class Result:
     seconds: float
     starting: float
     sidecar: str | None
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def preprocess(
@@ -151,7 +153,8 @@ def preprocess(
         if writer.card is not None
     )
     told = str(sidecar.path) if counts.skipped.total else None
-    return Result(outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, work.starting or 0.0, told)
+    starting = work.starting or 0.0
+    return Result(outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, starting, told, counts.notes)
 
 
 class _Work:
@@ -198,6 +201,8 @@ class _Work:
             counts.text_bytes[number] += text.text_bytes
         counts.record_base += block.records
         counts.empty += block.empty
+        for what, count in block.notes.items():
+            counts.notes[what] = counts.notes.get(what, 0) + count
         counts.content_bytes += block.content_bytes
         counts.blocks += 1
         if time.monotonic() - self._kept >= self._interval:

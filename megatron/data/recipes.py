@@ -7,18 +7,22 @@ is wanted they are -100, so their files are int32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from megatron.data.encode import EncodedText, Encoding, NotADocument, text_of
+from megatron.data.encode import EncodedText, Encoding, NotADocument, ReadsSpecialTokens, text_of
 from megatron.data.indexed import dtype_for_vocabulary
 from megatron.data.mending import mended
 from megatron.data.sentences import Sentences
+from megatron.data.spelt import spells_one
 from megatron.errors import RunError
 
 NO_LOSS = -100
+SPELT = "spell special tokens as plain text"
+PARSED = "spell special tokens, which are their ids"
+WITHOUT_PATTERN = "do not hold the pattern"
 LABELS = np.dtype("<i4")
 
 
@@ -28,7 +32,8 @@ class PlainText:
 
     keys: the fields of a JSON line that hold text; a line must have them all. append_eod: end each document with the
     tokenizer's end-of-document id. repair: mend broken Unicode with ftfy first. sentences: parts a document into
-    sentences, which become its items.
+    sentences, which become its items. special: the texts of special tokens, so that documents which spell one are
+    counted. parse_special: what spells one becomes its id, and is no plain text.
     """
 
     tokenizer: Encoding
@@ -36,6 +41,8 @@ class PlainText:
     append_eod: bool = False
     repair: bool = False
     sentences: Sentences | None = None
+    special: tuple[str, ...] = ()
+    parse_special: bool = False
 
     @property
     def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:
@@ -57,7 +64,9 @@ class PlainText:
         for column in range(len(self.keys)):
             texts = [document[column] for document in documents]
             found.append(self._column(texts, dtype))
-        return tuple(found)
+        spelt = sum(any(spells_one(text, self.special) for text in document) for document in documents)
+        notes = {PARSED if self.parse_special else SPELT: spelt} if spelt else {}
+        return (replace(found[0], notes=notes), *found[1:])
 
     def _column(self, texts: list[str], dtype: np.dtype[Any]) -> EncodedText:
         text_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
@@ -66,7 +75,7 @@ class PlainText:
             parted = [self.sentences.split(text) for text in texts]
             items = np.array([len(parts) for parts in parted], np.int64)
             texts = [part for parts in parted for part in parts]
-        ids = encode_all(self.tokenizer, texts)
+        ids = encode_all(self.tokenizer, texts, parse_special=self.parse_special)
         ends = np.zeros(len(ids), bool)
         if self.append_eod:
             ends[:] = True
@@ -76,9 +85,15 @@ class PlainText:
         return _joined(ids, dtype, text_bytes, ends, self.tokenizer.eod, items)
 
 
-def encode_all(tokenizer: Encoding, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text. Raises NotADocument where the tokenizer refuses one."""
+def encode_all(tokenizer: Encoding, texts: list[str], *, parse_special: bool = False) -> list[np.ndarray]:
+    """The ids of each text. parse_special: special tokens that it spells are their ids.
+
+    Raises NotADocument where the tokenizer refuses one.
+    """
     try:
+        if parse_special:
+            assert isinstance(tokenizer, ReadsSpecialTokens)
+            return [np.array(tokenizer.encode_with_special_tokens(text), np.int32) for text in texts]
         return tokenizer.encode_arrays(texts)
     except RunError as fault:
         raise NotADocument("that the tokenizer cannot take", str(fault)) from fault
@@ -109,7 +124,7 @@ def _joined(
 class LabelledText:
     """The text of one key and its labels: no loss up to and including the first time that `pattern` occurs.
 
-    pattern: token ids. A document without it counts whole.
+    pattern: token ids. A document without it counts whole, and such documents are counted. The rest as for PlainText.
     """
 
     tokenizer: Encoding
@@ -117,6 +132,8 @@ class LabelledText:
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     repair: bool = False
+    special: tuple[str, ...] = ()
+    parse_special: bool = False
 
     @property
     def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:
@@ -131,15 +148,23 @@ class LabelledText:
     def encode(self, documents: list[str]) -> tuple[EncodedText, ...]:
         """Tokens and labels."""
         text_bytes = sum(len(text.encode("utf-8")) for text in documents)
-        ids = [document.astype(LABELS) for document in encode_all(self.tokenizer, documents)]
+        encoded = encode_all(self.tokenizer, documents, parse_special=self.parse_special)
+        ids = [document.astype(LABELS) for document in encoded]
         labels = []
+        without = 0
         for document in ids:
             label = document.copy()
-            label[: end_of_pattern(document, self.pattern)] = NO_LOSS
+            end = end_of_pattern(document, self.pattern)
+            without += not end
+            label[:end] = NO_LOSS
             labels.append(label)
         ends = np.full(len(ids), self.append_eod)
         eod = self.tokenizer.eod
-        return tuple(_joined(column, LABELS, text_bytes, ends, eod) for column in (ids, labels))
+        found = [_joined(column, LABELS, text_bytes, ends, eod) for column in (ids, labels)]
+        spelt = sum(spells_one(text, self.special) for text in documents)
+        counts = {PARSED if self.parse_special else SPELT: spelt, WITHOUT_PATTERN: without}
+        notes = {what: count for what, count in counts.items() if count}
+        return (replace(found[0], notes=notes), *found[1:])
 
 
 def end_of_pattern(tokens: np.ndarray, pattern: Sequence[int]) -> int:

@@ -25,11 +25,12 @@ _OTHER_WORDS = "\ufdd3"  # no text begins with it
 class ChatTokens:
     """The template and the tokenizer of a folder, or of a public model. Raises ConfigError when one cannot be had.
 
-    eod: the model's end-of-text token. vocab_size: [tokens].
+    parse_special: turns may spell special tokens, which become their ids. eod: the model's end-of-text token.
+    vocab_size: [tokens].
     """
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, *, parse_special: bool = False) -> None:
+        self._folder, self._parse_special = folder, parse_special
         try:
             self.tokenizer = PretrainedFromHF(folder)
         except ConfigError as fault:
@@ -47,7 +48,7 @@ class ChatTokens:
         template refuses the turns, when it renders earlier turns differently once later ones are there, and when a turn
         spells a special token.
         """
-        for turn in turns:
+        for turn in () if self._parse_special else turns:
             spelt = next((token for token in self._special if token in turn["content"]), None)
             if spelt is not None:
                 raise ValueError(f"a turn spells the special token {spelt}")
@@ -88,11 +89,11 @@ class ChatTokens:
             return 0
         return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
 
-    def __getstate__(self) -> str:
-        return self._folder
+    def __getstate__(self) -> tuple[str, bool]:
+        return self._folder, self._parse_special
 
-    def __setstate__(self, folder: str) -> None:
-        self.__init__(folder)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.__init__(state[0], parse_special=state[1])  # type: ignore[misc]
 
 
 def _common(one: str, other: str) -> int:
