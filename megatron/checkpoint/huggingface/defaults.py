@@ -141,6 +141,7 @@ DEFAULTS: Mapping[str, Settings] = {
     "mamba": _MAMBA,
 }
 """model_type -> key -> the value of its class."""
+ROTARY = frozenset({"rope_theta", "rotary_emb_base", "rotary_pct"})
 _MAY_BE_NULL = frozenset(
     {"num_key_value_heads", "head_dim", "sliding_window", "router_jitter_noise", "router_aux_loss_coef"}
 )
@@ -159,7 +160,9 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 
 
 def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
-    """config.json with every key that we read. Raises ConfigError for values that no model of the class can have.
+    """config.json with every key that we read, but those of ROTARY, which may stand in a block of their own.
+
+    Raises ConfigError for values that no model of the class can have.
 
     where: the file, for messages.
     """
@@ -173,6 +176,8 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
             mistakes.append(Mistake(what, key=name, value=found[name], where=where, remedy="keep one of them"))
         found[key] = found[name]
     for key, usual in DEFAULTS[model_type].items():
+        if key in ROTARY and key not in found:
+            continue
         value = found.setdefault(key, usual)
         if not _fits(value, usual, key):
             kind = "a number" if isinstance(usual, float) else f"a value such as {usual!r}"

@@ -25,6 +25,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 ADAPTER = "adapter_config.json"
+UNPACKED = ("gguf",)
+"""Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
@@ -138,10 +140,10 @@ def _old_head(name: str, named: dict[str, Source]) -> str:
 def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[Mistake]:
     """What would be done to the stored weights before they are used, and is not done here."""
     where = str(path / CONFIG)
-    if config.get("quantization_config"):
+    told = config.get("quantization_config")
+    if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
         remedy = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
-        value = config["quantization_config"]
-        yield Mistake("quantized weights cannot be taken over", "quantization_config", value, where, remedy)
+        yield Mistake("quantized weights cannot be taken over", "quantization_config", told, where, remedy)
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
         yield Mistake(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")

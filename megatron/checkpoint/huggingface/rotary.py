@@ -72,19 +72,20 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
             remedy="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
         )
     settings = next(iter(meanings.values()), None) or _meaning(theirs, {}, base, part)
-    _one_base(theirs, settings, said, base, part)
+    _one_base(theirs, settings)
     return settings
 
 
 def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, part: str) -> Settings:
     """Our keys of one block, and of the keys beside it."""
-    theta = block.get("rope_theta", theirs.get(base))
+    usual = DEFAULTS[theirs["model_type"]]
+    theta = block.get("rope_theta", theirs.get(base, usual[base]))
     if not isinstance(theta, (int, float)) or not float(theta).is_integer() or theta < 1:
         raise ConfigError.of("the base must be a whole number", key=base, value=theta, where=CONFIG)
     turned = block.get("partial_rotary_factor")
     settings: Settings = {
         "rotary_emb_base": int(theta),
-        "rotary_pct": float(theirs.get(part, 1.0) if turned is None else turned),
+        "rotary_pct": float(theirs.get(part, usual.get(part, 1.0)) if turned is None else turned),
     }
     kind = block.get("rope_type") or block.get("type") or "default"
     if kind == "default":
@@ -106,14 +107,13 @@ def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, par
     return settings | {"rope_scaling": {"type": kind, **told}}
 
 
-def _one_base(theirs: Mapping[str, Any], settings: Settings, said: Mapping[str, Any], base: str, part: str) -> None:
+def _one_base(theirs: Mapping[str, Any], settings: Settings) -> None:
     """ConfigError for a key beside the block that says something else, or that only some releases read."""
     ours = {"rotary_emb_base": ("rope_theta", "rotary_emb_base"), "rotary_pct": ("partial_rotary_factor", "rotary_pct")}
     for mine, names in ours.items():
         for name in names:
             value = theirs.get(name)
-            usual = DEFAULTS[theirs["model_type"]].get(name)
-            if value is None or value == settings[mine] or (value == usual and name in (base, part) and said):
+            if value is None or value == settings[mine]:
                 continue
             raise ConfigError.of(
                 f"it contradicts {settings[mine]!r}, which the rest of the file says",

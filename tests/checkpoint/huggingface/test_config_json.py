@@ -157,6 +157,7 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
         "llama, grouped, biases",
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
     ),
+    "weights that were unpacked": ("qwen3", {"quantization_config": {"quant_method": "gguf", "gguf_file": "a.gguf"}}),
     "steps of the usual rank": ("mamba", {"time_step_rank": "auto"}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -15,13 +16,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.config import Resources, resolve
 from megatron.data.writer import DatasetWriter
 from megatron.engine.build import build_inference_engine
+from megatron.inference.run import generate
 from megatron.parallel.topology import Topology
 from megatron.tokenizers import make_tokenizer
+from tests.checkpoint.huggingface import release
 from tests.end_to_end.runs import run, series
 from tools import convert_from_hf, convert_to_hf
 
@@ -113,6 +116,40 @@ def test_it_goes_back_out_unchanged(theirs: Path, ours: Path, tmp_path: Path) ->
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert (back / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+
+
+def test_its_greedy_text_is_theirs(theirs: Path, ours: Path, tmp_path: Path) -> None:
+    """By model.yml alone; the prompts are read and the texts end as transformers does it."""
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was"]
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    told = {"load": str(ours), "sample_input_file": str(tmp_path / "prompts.txt"), "maximum_tokens": 16}
+    told |= {"sample_output_file": str(tmp_path / "out.jsonl"), "temperature": 0.0, "user_script": "generate.py"}
+    told |= {"repetition_penalty": 1.0, "top_k": 0, "top_p": 0.0}
+    generate(resolve([str(ours / "model.yml")], told, Resources(1)).config)
+    found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(theirs).eval(), AutoTokenizer.from_pretrained(theirs)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert text == expected, prompt
+    assert "Paris" in found[0]
+
+
+def test_both_releases_read_what_goes_back_out(theirs: Path, ours: Path, tmp_path: Path) -> None:
+    back = tmp_path / "exports" / "back"
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(back)]) == 0
+    older, newer = (release.run(which, "read", back.parent) for which in (release.OLDER, "installed"))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(theirs).eval()(release.tokens()).logits
+    for found in (older, newer):
+        torch.testing.assert_close(found["back"], expected, rtol=1e-4, atol=1e-4)
+    assert older["back ids"] == newer["back ids"]
+    assert older["back ends"] == newer["back ends"]
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
+    assert newer["back ids"][-1] == tokenizer.eos_token_id
+    plain = [tokenizer.encode(text, add_special_tokens=False) for text in release.SAMPLES]
+    assert newer["back ids"][: len(plain)] == plain
 
 
 def test_training_goes_on_with_the_loss_it_left_off_at(

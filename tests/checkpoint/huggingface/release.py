@@ -1,0 +1,89 @@
+"""What one release of transformers makes of folders: run as a program, with that release on PYTHONPATH.
+
+python -m tests.checkpoint.huggingface.release write FOLDER   draws models of every family and saves them there
+python -m tests.checkpoint.huggingface.release read FOLDER    answers for every folder below it
+Both put `answers.pt` beside the folders: name -> logits, and for tokenizers name -> ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoint.huggingface.random_models import DRAWN, tokens
+from tests.checkpoint.huggingface.tokenized import SAMPLES
+from tests.packages import installed
+
+OLDER = "4.57.6"
+_PACKAGES = (f"transformers=={OLDER}", "huggingface_hub==0.36.0", "tokenizers==0.22.1")
+EACH = 8  # models of a family
+Answers = dict[str, Any]
+
+
+def run(release: str, task: str, folder: Path) -> Answers:
+    """Runs this program under a release: the installed one, or OLDER."""
+    path = [str(installed(f"transformers-{OLDER}", *_PACKAGES))] if release == OLDER else []
+    root = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(root)]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", __spec__.name, task, str(folder)], cwd=root, env=environment, check=True)
+    found: Answers = torch.load(folder / "answers.pt")
+    if release == OLDER:
+        assert found["release"] == OLDER
+    return found
+
+
+def _write(folder: Path) -> Answers:
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found: Answers = {}
+    for family, drawn in DRAWN.items():
+        for seed in range(EACH):
+            place = folder / f"{family}-{seed}"
+            place.mkdir(parents=True)
+            told = drawn(random.Random(f"{family} {seed}")) | {"model_type": family}
+            if transformers.__version__ == OLDER and "rope_parameters" in told:
+                continue  # a spelling that it does not know
+            (place / "config.json").write_text(json.dumps(told))
+            torch.manual_seed(5)
+            try:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place)).eval()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(torch.randn(parameter.shape) * 0.1)
+                    model.save_pretrained(place)
+                    found[place.name] = model(tokens()).logits
+            except Exception:
+                continue
+    return found
+
+
+def _read(folder: Path) -> Answers:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found: Answers = {}
+    for place in sorted(path.parent for path in folder.glob("*/config.json")):
+        model = AutoModelForCausalLM.from_pretrained(place).eval()
+        with torch.no_grad():
+            found[place.name] = model(tokens()).logits
+        if (place / "tokenizer_config.json").is_file():
+            found[f"{place.name} ends"] = (model.config.eos_token_id, model.generation_config.eos_token_id)
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            ids = [tokenizer.encode(text, add_special_tokens=add) for add in (False, True) for text in SAMPLES]
+            found[f"{place.name} ids"] = [*ids, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return found
+
+
+if __name__ == "__main__":
+    import transformers
+
+    work = {"write": _write, "read": _read}[sys.argv[1]]
+    answers = work(Path(sys.argv[2])) | {"release": transformers.__version__}
+    torch.save(answers, Path(sys.argv[2]) / "answers.pt")
