@@ -68,7 +68,10 @@ def contenders(folder: Path, batch: int) -> dict[str, Any]:
     with torch.no_grad():  # so that greedy texts have tokens of the tokenizer only, which both sides can write
         model.get_output_embeddings().weight[trained.get_vocab_size() :] = 0
     tokenizer = make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
-    ours = HarnessModel(our_engine(model, torch.float32), tokenizer, max_length=LENGTH, batch_size=batch)
+    rows = model.config.vocab_size
+    ours = HarnessModel(
+        our_engine(model, torch.float32), tokenizer, max_length=LENGTH, batch_size=batch, vocabulary=rows
+    )
     return {"ours": ours, "hf": HFLM(pretrained=model, tokenizer=theirs, max_length=LENGTH, batch_size=batch)}
 
 

@@ -1,7 +1,8 @@
 """The HTTP side of the text service: Megatron-LM's `PUT /api`, OpenAI's `/v1/completions`, a page, health and metrics.
 
 Errors are JSON as OpenAI's clients expect it, {"error": {"message", "type"}}: 400 for what cannot be done, 401 without
-the key, 413 for a body that is too large, 429 when too many requests wait, 503 while the service shuts down.
+the key, 413 for a body that is too large, 429 when too many requests wait, 500 when the model fails on the request, 503
+while the service shuts down.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request cannot be done; the message says why."},
     401: {"description": "The key is missing or wrong."},
     413: {"description": f"The body is larger than {MOST_BYTES} bytes."},
+    500: {"description": "The model failed on this request, as where its scores are not numbers."},
     429: {"description": "Too many requests wait; come again after the time in Retry-After."},
     503: {"description": "The service is shutting down."},
     "4XX": {"description": "Another mistake in the request; the message says which."},
@@ -177,6 +179,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         records = await texts.all(request.is_disconnected)
         if records is None:
             return Response(status_code=400)  # nobody reads it
+        _require_text(records)
         choices = [
             _choice(desk, index, record, texts.scores[index] if body.logprobs is not None else None)
             for index, record in enumerate(records)
@@ -189,6 +192,9 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """Server-sent events: a piece of one text each, then the reason that it ended."""
     async for event in texts.events():
+        if event.record is not None and event.record.failed:
+            yield f"data: {json.dumps(_fault(500, event.record.message or ''))}\n\n"
+            return
         if event.record is None:
             choice = {"index": event.index, "text": event.piece, "logprobs": None, "finish_reason": None}
         else:
@@ -198,6 +204,13 @@ async def _stream(
         counted = _usage(prompt_tokens, list(texts.records.values()))
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': counted})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def _require_text(records: Sequence[Record]) -> None:
+    """Raises Refused where the model failed on one of the texts."""
+    failed = [record.message for record in records if record.failed]
+    if failed:
+        raise Refused(500, failed[0] or "the model failed")
 
 
 def _choice(desk: Desk, index: int, record: Record, scores: Sequence[TokenScore] | None) -> dict[str, Any]:
@@ -243,6 +256,7 @@ def _add_megatron(app: FastAPI, desk: Desk) -> None:
         records = await texts.all(request.is_disconnected)
         if records is None:
             return Response(status_code=400)
+        _require_text(records)
         answer: dict[str, Any] = {
             "text": [prompt + (record.text or "") for prompt, record in zip(body.prompts, records, strict=True)],
             "segments": [
@@ -290,6 +304,9 @@ def exposition(service: Service) -> str:
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_fault(status, message), status_code=status, headers=headers)
+
+
+def _fault(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 429 else "server_error"
-    content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return JSONResponse(content, status_code=status, headers=headers)
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
