@@ -24,7 +24,7 @@ from megatron.evaluation.sharing import share_out
 from megatron.inference.answer import Record, Settings
 from megatron.inference.generate import TextGenerator
 from megatron.inference.reading import read_prompt, read_text
-from megatron.inference.scoring import Pair, Score, require_numbers, score, too_long, windows
+from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score, too_long, windows
 from megatron.log import get_logger
 from megatron.parallel.topology import Axis
 from megatron.tokenizers.base import Tokenizer
@@ -118,7 +118,7 @@ class HarnessModel(LM):
         records = share_out(asked, self._write, self._replicas, size=lambda each: len(each.tokens))
         failed = [record.message for record in records if record.failed]
         if failed:
-            raise RunError.of(f"{len(failed)} of {len(records)} contexts could not be continued ({failed[0]})")
+            raise NotNumbers.of(f"{len(failed)} of {len(records)} contexts could not be continued ({failed[0]})")
         answers = [record.text or "" for record in records]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)

@@ -27,7 +27,7 @@ from megatron.evaluation import compression, perplexity
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
 from megatron.inference.run import context_length, vocabulary, with_model
-from megatron.inference.scoring import Pair, Score, require_numbers, score
+from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import device
@@ -56,10 +56,11 @@ def evaluate(config: Config) -> None:
 
 def live_evaluation(
     config: Config, engine: Engine, tokenizer: Tokenizer, topology: Topology
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[], dict[str, float] | None] | None:
     """What scores a model in training on `eval_tasks`, as `eval/<task>_<metric>`; None where there are no tasks.
 
-    Collective. The tasks are loaded at once, so that a misspelt one is told before the training starts.
+    Collective. The tasks are loaded at once, so that a misspelt one is told before the training starts. A model whose
+    scores are not numbers has no metrics, which is told and left to the training's own judgement.
     """
     if not config.evaluation.eval_tasks:
         return None
@@ -72,8 +73,13 @@ def live_evaluation(
     whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
     model = _harness_model(config, engine, tokenizer, topology, chat, replicas=replicas, cached=whole)
 
-    def run() -> dict[str, float]:
-        return flat_metrics(_run_tasks(config, tasks, model, topology))
+    def run() -> dict[str, float] | None:
+        try:
+            return flat_metrics(_run_tasks(config, tasks, model, topology))
+        except NotNumbers as fault:
+            if topology.rank == 0:
+                get_logger(__name__).warning("the tasks are not scored: %s", fault)
+            return None
 
     return run
 

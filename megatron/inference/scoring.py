@@ -103,11 +103,15 @@ def score(
     return scores
 
 
+class NotNumbers(RunError):
+    """What a model says of a text is NaN or infinite, so that nothing can be concluded from it."""
+
+
 def require_numbers(scores: Sequence[Score], what: str) -> None:
-    """Raises RunError where a score is not a number: nothing can be concluded from such a model. what: was scored."""
+    """Raises NotNumbers where a score is not a number. what: was scored."""
     wrong = [each.log_likelihood for each in scores if not math.isfinite(each.log_likelihood)]
     if wrong:
-        raise RunError.of(
+        raise NotNumbers.of(
             f"{len(wrong)} of {len(scores)} {what} have no score: their log-likelihood is {wrong[0]}",
             remedy="look for NaN or infinite values in the checkpoint, or for an overflow in its precision",
         )

@@ -11,6 +11,10 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.evaluation import run
 from megatron.evaluation.progress import Progress
+from megatron.inference.scoring import NotNumbers
+from megatron.log import get_logger
+from megatron.parallel.topology import Topology
+from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import small_config
 
 
@@ -40,6 +44,19 @@ def test_what_is_no_number_is_null_in_the_file(tmp_path):
 
     read = json.loads((tmp_path / "deep" / "results.json").read_text(), parse_constant=refuse)
     assert read == {"acc": None, "3": [None, [None, 0.5]], "ok": True, "size": 7}
+
+
+def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog):
+    def fails(*_):
+        raise NotNumbers.of("3 of 3 answers have no score")
+
+    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+    monkeypatch.setattr(run, "_load_tasks", lambda config: (None, None))
+    monkeypatch.setattr(run, "_harness_model", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_run_tasks", fails)
+    config = small_config(eval_tasks=["any"])
+    assert run.live_evaluation(config, None, CharLevelTokenizer(), Topology.single())() is None
+    assert "3 of 3 answers have no score" in caplog.text
 
 
 def test_without_tasks_or_harness_nothing_starts(monkeypatch):

@@ -46,6 +46,29 @@ def ask(running, path, body, method="POST", **headers):
         return error.code, json.load(error)
 
 
+class Nans(SmallEngine):
+    """Its scores of a text with a `z` are not numbers."""
+
+    def logits(self, tokens, cache=None, at=None):
+        found = super().logits(tokens, cache, at)
+        return found * float("nan") if ord("z") in tokens else found
+
+
+def test_scores_that_are_no_numbers_are_an_error_of_one_request():
+    with running(engine=Nans(small_config())) as found:
+        body = {"prompt": "a z", "max_tokens": 4, "temperature": 0}
+        status, answer = ask(found, "/v1/completions", body)
+        assert status == 500 and "not numbers" in answer["error"]["message"]
+        assert ask(found, "/api", {"prompts": ["ok", "a z"], "tokens_to_generate": 4}, "PUT")[0] == 500
+        data = json.dumps({**body, "stream": True}).encode()
+        request = urllib.request.Request(found.url + "/v1/completions", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line]
+        assert [list(event) for event in events] == [["error"]]
+        status, answer = ask(found, "/v1/completions", {**body, "prompt": "ok"})
+        assert status == 200 and len(answer["choices"][0]["text"]) == 4
+
+
 def idle(running):
     deadline = time.monotonic() + 20
     while running.service._listeners or running.service.worker.running:
