@@ -31,7 +31,7 @@ from megatron.parallel.bootstrap import shutdown
 from megatron.parallel.topology import Topology
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.tokenizers import build_tokenizer, padded_vocab_size
-from megatron.training.run import build_run_data
+from megatron.training.inputs import build_run_data
 
 HEAD = 16  # features of a head at every width
 KINDS = {"muP": True, "standard": False}

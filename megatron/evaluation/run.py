@@ -26,11 +26,12 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation import compression, perplexity
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.sharing import share_out
+from megatron.evaluation.stopping import StoppableEngine
 from megatron.inference.run import context_length, vocabulary, with_model
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
-from megatron.parallel.bootstrap import device
+from megatron.parallel.bootstrap import announced_anywhere, any_rank, device
 from megatron.parallel.topology import Axis, Topology
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.chat_template import ChatTemplate
@@ -55,12 +56,13 @@ def evaluate(config: Config) -> None:
 
 
 def live_evaluation(
-    config: Config, engine: Engine, tokenizer: Tokenizer, topology: Topology
+    config: Config, engine: Engine, tokenizer: Tokenizer, topology: Topology, *, stop_requested: Callable[[], bool]
 ) -> Callable[[], dict[str, float] | None] | None:
     """What scores a model in training on `eval_tasks`, as `eval/<task>_<metric>`; None where there are no tasks.
 
-    Collective. The tasks are loaded at once, so that a misspelt one is told before the training starts. A model whose
-    scores are not numbers has no metrics, which is told and left to the training's own judgement.
+    Collective. stop_requested: whether this rank was asked to stop, which gives the scoring up. It and a model whose
+    scores are not numbers have no metrics but a line that says why; the latter is left to the training's own judgement.
+    The tasks are loaded at once, so that a misspelt one is told before the training starts.
     """
     if not config.evaluation.eval_tasks:
         return None
@@ -71,17 +73,33 @@ def live_evaluation(
     replicas = Axis("data") if spread else topology.data
     parallelism = config.parallelism
     whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
-    model = _harness_model(config, engine, tokenizer, topology, chat, replicas=replicas, cached=whole)
+
+    def asked() -> bool:
+        return announced_anywhere("stop", stop_requested())
+
+    stoppable = StoppableEngine(engine, asked, any_rank if spread else partial(_any_of_copy, topology))
+    model = _harness_model(config, stoppable, tokenizer, topology, chat, replicas=replicas, cached=whole)
 
     def run() -> dict[str, float] | None:
+        stoppable.stopped = False
         try:
-            return flat_metrics(_run_tasks(config, tasks, model, topology))
+            results, why = _run_tasks(config, tasks, model, topology), "a stop was asked for"
         except NotNumbers as fault:
-            if topology.rank == 0:
-                get_logger(__name__).warning("the tasks are not scored: %s", fault)
-            return None
+            results, why = None, str(fault)
+        if results is not None and not any_rank(stoppable.stopped):
+            return flat_metrics(results)
+        if topology.rank == 0:
+            get_logger(__name__).warning("the tasks are not scored: %s", why)
+        return None
 
     return run
+
+
+def _any_of_copy(topology: Topology, holds: bool) -> bool:
+    """Whether it holds on any of the ranks that compute one copy of the model together."""
+    for axis in (topology.replica, topology.context):
+        holds = any_rank(holds, axis.group) if axis.size > 1 else holds
+    return holds
 
 
 def flat_metrics(results: dict[str, Any]) -> dict[str, float]:

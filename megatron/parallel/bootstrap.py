@@ -17,6 +17,7 @@ from datetime import timedelta
 import numpy
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron.errors import ConfigError, RunError
 from megatron.parallel.compiling import turn_to_compile
@@ -108,13 +109,26 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def any_rank(holds: bool) -> bool:
-    """Whether it holds on any rank, on every rank. Collective."""
+def any_rank(holds: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether it holds on any rank, on every rank. Collective over the ranks of the group, all without one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return holds
     flag = torch.tensor([float(holds)], device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def announced_anywhere(name: str, holds: bool) -> bool:
+    """Whether it holds here, or was announced by any rank before. Not collective: ranks may hear of it at other times.
+
+    name: of what is announced, once and for good in a process group.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return holds
+    store = distributed_c10d._get_default_store()
+    if holds:
+        store.set(f"neox/{name}", "1")
+    return holds or bool(store.check([f"neox/{name}"]))
 
 
 def seed_generators(seed: int) -> None:

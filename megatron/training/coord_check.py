@@ -30,7 +30,7 @@ from megatron.shapes import Widths, base_widths
 from megatron.tokenizers import build_tokenizer, padded_vocab_size
 from megatron.training.coordinate_picture import draw, require_matplotlib
 from megatron.training.coordinates import Curves, Gauge, Sizes
-from megatron.training.run import build_run_data
+from megatron.training.inputs import build_run_data
 
 MODELS, STEPS = 4, 4
 """How many widths are compared, and how many steps each model makes."""

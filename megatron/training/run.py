@@ -13,9 +13,8 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
-from megatron.adapters import prompt_length, soft_prompt
+from megatron.adapters import soft_prompt
 from megatron.checkpoint.handles import collect
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
 from megatron.checkpoint.run_inputs import RunInputs
@@ -23,11 +22,9 @@ from megatron.checkpoint.save import Counters, Saver
 from megatron.checkpoint.save_folder import check_writable, claim
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
-from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
-from megatron.data.build import Data, build_data, epoch_samples
-from megatron.data.order import order_facts
+from megatron.data.build import Data
 from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
 from megatron.engine.plain import PlainEngine
@@ -42,19 +39,18 @@ from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
-from megatron.parallel.bootstrap import Ranks, device, shutdown
+from megatron.parallel.bootstrap import device, shutdown
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting
 from megatron.parallel.watch import Watch
 from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
-from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
 from megatron.training.diagnosis import Diagnosis
+from megatron.training.inputs import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
 from megatron.training.instruments import Instruments, build_instruments
 from megatron.training.judgement import Judge
-from megatron.training.lengths import samples_wanted
 from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
 from megatron.training.roll_call import roll_call
 from megatron.training.sizes import StepSizes
@@ -89,7 +85,7 @@ def train(config: Config, stop: Stop) -> None:
         with watch.over():
             alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
             hosts = roll_call(alike, folder, shared=config.data.use_shared_fs)
-            _train(_with_length(config), topology, stop, watch, hosts)
+            _train(with_length(config), topology, stop, watch, hosts)
     finally:
         shutdown()
 
@@ -100,47 +96,13 @@ def _alike_after_a_restart(config: Config) -> Config:
     return config.replace(**going_on(config)) if again else config
 
 
-def _with_length(config: Config) -> Config:
-    """The configuration in which samples, or passes over the data, which the data alone can tell, have become steps."""
-    training, schedule = config.training, config.schedule
-    full = known(training.train_batch_size)
-    if training.train_samples is not None:
-        return config.replace(train_iters=Ramp.of(full, training.rampup_batch_size).steps(training.train_samples))
-    if training.train_epochs is None:
-        return config
-    samples = epoch_samples(
-        config.data,
-        epochs=training.train_epochs,
-        seq_length=known(config.model.text_length),
-        seed=training.seed,
-        is_builder=_builds_index_maps(config),
-        barrier=_barrier,
-    )
-    steps = samples // full
-    if steps < 1:
-        raise ConfigError.of(
-            f"{training.train_epochs} passes give {samples} samples, and a step takes {full}",
-            key="train_epochs",
-            value=training.train_epochs,
-            remedy="raise it, or lower train_batch_size",
-        )
-    horizon = decay_horizon(steps, schedule.lr_decay_iters, schedule.lr_decay_fraction)
-    return config.replace(train_iters=steps, lr_decay_iters=horizon)
-
-
-def _builds_index_maps(config: Config) -> bool:
-    """Whether this rank writes index maps for others: one rank of all, or one of each host."""
-    ranks = Ranks.from_environment()
-    return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0
-
-
 def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
-    leads = _builds_index_maps(config)
+    leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
     tokenizer, vocabulary = build_vocabulary(config, topology)
     data = build_run_data(config, topology, tokenizer)
-    inputs = _inputs(config, data, tokenizer)
+    inputs = run_inputs(config, data, tokenizer)
     checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
@@ -160,7 +122,8 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         plan = _plan(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint, inputs)
         parts = _parts(config, engine, data, reporter, stop, saver)
-        parts = replace(parts, evaluate_tasks=live_evaluation(config, engine, tokenizer, topology))
+        tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
+        parts = replace(parts, evaluate_tasks=tasks)
         if config.training.char_level_ppl:
             parts = replace(parts, characters=Characters(tokenizer))
         instruments = build_instruments(
@@ -216,40 +179,6 @@ def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
-    """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
-    training = config.training
-    wanted = samples_wanted(training, _train_iters(config))
-    data = build_data(
-        config.data,
-        eod=tokenizer.eod,
-        seq_length=known(config.model.text_length),
-        seed=training.seed,
-        micro_batch=known(training.train_micro_batch_size_per_gpu),
-        data_rank=topology.data.rank,
-        data_size=topology.data.size,
-        train_samples=wanted["train"],
-        valid_samples=wanted["valid"],
-        test_samples=wanted["test"],
-        is_builder=_builds_index_maps(config),
-        barrier=_barrier,
-        train_epochs=training.train_epochs,
-        prompt=prompt_length(config.model.soft_prompt_tuning),
-        tokenizer=facts_of(config.tokenizer.tokenizer_type, tokenizer),
-    )
-    if data.train is None and wanted["train"]:
-        raise ConfigError.of(
-            "there is nothing to train on", key="data_path", remedy="set data_path or train_data_paths"
-        )
-    return data
-
-
-def _train_iters(config: Config) -> int:
-    if config.training.train_iters is None:
-        raise ConfigError.of("the number of steps is not set", key="train_iters", remedy="set train_iters")
-    return config.training.train_iters
-
-
 def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
     training, checkpoint, model = config.training, config.checkpoint, config.model
     dims = ModelDims.of(model, config.moe, config.mixers)
@@ -258,7 +187,7 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
     peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
-        total=_train_iters(config),
+        total=train_iters(config),
         log_interval=config.observe.log_interval,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
@@ -331,15 +260,6 @@ def _saver(
     return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs)
 
 
-def _inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
-    """What a checkpoint keeps of tokenizer and data, to be compared when it is loaded."""
-    order = None
-    if data.plan.train is not None:
-        epochs = config.training.train_epochs
-        order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(facts_of(config.tokenizer.tokenizer_type, tokenizer), order)
-
-
 def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
     def save(state: RunState) -> None:
         directory = saver.save(state.counters())
@@ -382,8 +302,8 @@ def _introduce(config: Config, topology: Topology, data: Data, state: RunState, 
     reporter.message(str(data.plan))
     if state.iteration:
         reporter.message(f"continuing after iteration {state.iteration}, sample {state.consumed_samples}")
-    if state.iteration >= _train_iters(config):
-        reporter.message(f"nothing is left to train: the run ends at iteration {_train_iters(config)} (train_iters)")
+    if state.iteration >= train_iters(config):
+        reporter.message(f"nothing is left to train: the run ends at iteration {train_iters(config)} (train_iters)")
 
 
 def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
@@ -392,8 +312,3 @@ def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
     metrics = evaluation_metrics(plan, parts, data.test.batches(0))
     if metrics is not None:
         parts.reporter.evaluation(state.iteration, "test", metrics)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -18,6 +18,7 @@ KNOW_CONFIG = (
     "megatron/checkpoint/huggingface/",
     "megatron/engine/build.py",
     "megatron/training/run.py",
+    "megatron/training/inputs.py",
     "megatron/training/coord_check.py",
     "megatron/inference/run.py",
     "megatron/evaluation/run.py",

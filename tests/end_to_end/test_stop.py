@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,64 @@ def test_a_stop_during_an_evaluation_saves_at_once(layout: dict[str, Any], tmp_p
     assert series(records, "validation/lm_loss") == []
     assert max(record["iteration"] for record in records) in (STEPS - 1, STEPS)
     assert (tmp_path / "save" / "latest").read_text() == f"global_step{int(max(r['iteration'] for r in records))}"
+
+
+TASK = """
+task: long_cloze
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["self)", "zqj%"]
+doc_to_target: 0
+metric_list:
+  - metric: acc
+"""
+DOCUMENTS = 200
+
+
+class StopDuringTasks(StopDuringEvaluation):
+    """Asks for it after the look of each step and those of the validation."""
+
+    @property
+    def requested(self) -> bool:
+        self.looks += 1
+        return self.asked and self.looks > STEPS + 2
+
+
+def stopped_in_tasks(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    stop = StopDuringTasks(asked=rank == 0)
+    train(resolve([], settings, Resources(world_size)).config, stop)
+    assert stop.looks < STEPS + 12
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"pipe_parallel_size": 2}, {"num_gpus": 2}, {"zero_optimization": {"stage": 3}, "num_gpus": 2}],
+    ids=["one process", "pipeline 2", "data 2", "ZeRO 3"],
+)
+def test_a_stop_while_tasks_are_scored_saves_at_once(layout: dict[str, Any], tmp_path: Path) -> None:
+    documents = [json.dumps({"question": f"def f{number}("}) for number in range(DOCUMENTS)]
+    (tmp_path / "documents.jsonl").write_text("\n".join(documents) + "\n", encoding="utf-8")
+    (tmp_path / "cloze.yaml").write_text(TASK.format(data=tmp_path / "documents.jsonl"), encoding="utf-8")
+    world_size = max(layout.get("pipe_parallel_size", 1), layout.get("num_gpus", 1))
+    settings = {
+        **BASE,
+        "data_path": make_dataset(tmp_path),
+        "eval_interval": STEPS,
+        "eval_iters": 1,
+        "eval_tasks": ["long_cloze"],
+        "eval_include_path": str(tmp_path),
+        "eval_batch_size": 1,
+        "log_dir": str(tmp_path / "logs"),
+        "save": str(tmp_path / "save"),
+        "checkpoint_factor": 100,
+        **layout,
+    }
+    run_distributed(stopped_in_tasks, world_size, settings)
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    assert series(records, "eval/long_cloze_acc") == []
+    assert len(series(records, "validation/lm_loss")) == 1
+    assert (tmp_path / "save" / "latest").read_text() == f"global_step{STEPS}"

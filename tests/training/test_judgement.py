@@ -49,11 +49,11 @@ def poisoned(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
     """Trains with a layer that gives NaN for one sample; returns what the run said."""
     from megatron.observe.reporter import Reporter
     from megatron.parallel.embedding import VocabParallelEmbedding
-    from megatron.training import run
+    from megatron.training import inputs, run
 
     said: list[str] = []
     Reporter.message = lambda self, text: said.append(text)  # type: ignore[method-assign, assignment]
-    embed, build, read_data = VocabParallelEmbedding.forward, run.build_training_engine, run.build_data
+    embed, build, read_data = VocabParallelEmbedding.forward, run.build_training_engine, inputs.build_data
 
     def shouting(self: Any, x: torch.Tensor, **more: Any) -> torch.Tensor:
         vectors = embed(self, x, **more)
@@ -83,7 +83,7 @@ def poisoned(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
         return data
 
     VocabParallelEmbedding.forward = shouting  # type: ignore[method-assign, assignment]
-    run.build_training_engine, run.build_data = engine_with_a_fault, data_with_a_mark
+    run.build_training_engine, inputs.build_data = engine_with_a_fault, data_with_a_mark
     run.train(resolve([], settings, Resources(world_size)).config, NeverStop())
     return said
 
