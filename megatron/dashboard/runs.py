@@ -45,7 +45,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration; {} where the folder has none."""
-        found: dict[str, Any] = self._fresh(CONFIG, lambda path: json.loads(path.read_text(encoding="utf-8")))
+        found: dict[str, Any] = self._fresh(CONFIG, _mapping)
         return found
 
     def age(self) -> float | None:
@@ -63,7 +63,7 @@ class Run:
         if name not in self._read or self._read[name][0] != seen:
             try:
                 self._read[name] = (seen, read(path))
-            except ValueError:  # it is being written at this moment
+            except (OSError, ValueError, TypeError, KeyError, AttributeError):  # being written, or another program's
                 return self._read.get(name, (seen, {}))[1]
         return self._read[name][1]
 
@@ -73,11 +73,12 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
     A folder may also be a `save` folder, whose logs/ is the run directory. Raises ConfigError for one that is neither.
     """
-    found = [_run_directory(folder) for folder in folders]
-    depth = 1
-    while len({_name(folder, depth) for folder in found}) < len(set(found)):
-        depth += 1
-    return [Run(_name(folder, depth), folder) for folder in dict.fromkeys(found)]
+    found = list(dict.fromkeys(_run_directory(folder) for folder in folders))
+    for depth in range(1, max(len(folder.parts) for folder in found) + 1 if found else 1):
+        names = [_name(folder, depth) for folder in found]
+        if len(set(names)) == len(found):
+            return [Run(name, folder) for name, folder in zip(names, found, strict=True)]
+    return [Run(str(folder), folder) for folder in found]  # one lies in the other's logs/
 
 
 def snapshot(runs: Sequence[Run]) -> dict[str, Any]:
@@ -129,12 +130,15 @@ def _curves(path: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for record in read_metrics(path):
         for name, value in record.items():
-            if name != "iteration" and math.isfinite(value):
+            if name != "iteration" and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((int(record["iteration"]), value))
     return {name: thinned(points) for name, points in sorted(curves.items())}
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return found
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

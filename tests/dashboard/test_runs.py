@@ -35,6 +35,32 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert [run.name for run in open_runs(folders)] == ["a/run", "b/run"]
 
 
+def test_a_run_in_the_logs_of_another_has_its_whole_path_for_a_name(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "run"), make_run(tmp_path / "run" / "logs")]
+    assert [run.name for run in open_runs([tmp_path / "run", tmp_path / "run" / "logs"])] == list(map(str, folders))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[1]"),
+        ("config.json", "{"),
+        ("ranks.jsonl", "\n\n"),
+        ("ranks.jsonl", "7\n"),
+        ("metrics.jsonl", '{"iteration": 1, "x": null}\n{"iteration": 2, "x": 1.0, "y": NaN, "z": "text"}\n'),
+        ("metrics.jsonl", '{"x": 1}\n'),
+    ],
+)
+def test_files_that_are_not_as_a_run_writes_them_leave_the_rest_to_be_shown(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_text(text)
+    shown = snapshot(open_runs([folder]))
+    assert [run["name"] for run in shown["runs"]] == ["run"]
+    json.dumps(shown, allow_nan=False)
+
+
 def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither"):
         open_runs([tmp_path])
