@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.config import Config, Resources, resolve
+from megatron.config.derive.ramp import Ramp
 from megatron.config.flags import read_flags
 from megatron.config.known import known
 from megatron.data.build import epoch_samples, index_requests
@@ -41,8 +42,15 @@ def requests_of(config: Config) -> list[IndexRequest]:
             barrier=lambda: None,
         )
         iterations = samples // known(training.train_batch_size)
+    elif training.train_samples is not None:
+        ramp = Ramp.of(known(training.train_batch_size), training.rampup_batch_size)
+        iterations = ramp.steps(training.train_samples)
     if iterations is None:
-        raise ConfigError.of("the length of the run is not given", key="train_iters", remedy="give train_iters")
+        raise ConfigError.of(
+            "the length of the run is not given",
+            key="train_iters",
+            remedy="give train_iters, train_samples or train_epochs",
+        )
     splits, warnings = read_splits(
         config.data, samples_wanted(training, iterations), train_epochs=training.train_epochs
     )

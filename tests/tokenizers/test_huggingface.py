@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
+from tests.tokenizers import made
 
 
 def plain(specials=("<|endoftext|>",)):
@@ -118,3 +119,27 @@ def test_a_file_is_needed():
 def test_a_misspelt_kind_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="HFTokenizer"):
         make_tokenizer("HFTokeniser")
+
+
+def test_the_end_is_that_of_the_file_or_of_what_lies_beside_it(tmp_path):
+    """`<|endoftext|>` goes first; a pretrained model's own end is taken from its tokenizer_config.json."""
+    folder = made.llama3(tmp_path / "headers")
+    found = make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
+    whole = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+    assert (found.eod, found.vocab_size) == (whole.eod, whole.vocab_size)
+    both = made.chatml(tmp_path / "both")
+    ours = make_tokenizer("HFTokenizer", vocab_file=str(both / "tokenizer.json"))
+    assert ours.eod == ours.special_tokens["<|endoftext|>"] != ours.special_tokens["<|im_end|>"]
+
+
+@pytest.mark.parametrize("beside", [None, {}, {"eos_token": "<not there>"}])
+def test_a_file_without_an_end_names_ways_that_keep_the_vocabulary(tmp_path, beside):
+    folder = made.llama3(tmp_path)
+    config = folder / "tokenizer_config.json"
+    config.unlink() if beside is None else config.write_text(json.dumps(beside))
+    with pytest.raises(ConfigError) as caught:
+        make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
+    told = str(caught.value)
+    assert "eos_token" in told
+    assert "PretrainedFromHF" in told
+    assert "add <|endoftext|>" not in told

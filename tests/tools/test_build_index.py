@@ -18,6 +18,8 @@ from tools.build_index import main
     "changes",
     [
         {"train_iters": 3},
+        {"train_iters": None, "train_samples": 20},
+        {"train_iters": None, "train_samples": 24, "train_micro_batch_size_per_gpu": 4, "rampup_batch_size": [4, 4, 8]},
         {"train_iters": None, "train_epochs": 1, "pack_impl": "pack_until_overflow", "seq_length": 4000},
     ],
 )
