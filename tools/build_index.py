@@ -51,9 +51,8 @@ def requests_of(config: Config) -> list[IndexRequest]:
             key="train_iters",
             remedy="give train_iters, train_samples or train_epochs",
         )
-    splits, warnings = read_splits(
-        config.data, samples_wanted(training, iterations), train_epochs=training.train_epochs
-    )
+    wanted = samples_wanted(training, iterations, same_valid=config.data.valid_same_samples)
+    splits, warnings = read_splits(config.data, wanted, train_epochs=training.train_epochs)
     for warning in warnings:
         print(warning, file=sys.stderr)
     return [one for split in splits for one in index_requests(config.data, split, seq_length, training.seed)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from megatron.data.loader import Loader
 from megatron.data.order import token_digest
 from megatron.data.plan import DataPlan, SourcePlan, SplitPlan, WholeDocuments
 from megatron.data.sampler import Sampler
-from megatron.data.sources import Source, Split, read_splits
+from megatron.data.sources import EACH_VALID, Source, Split, read_splits
 from megatron.data.splits import NAMES
 from megatron.data.strangers import check_tokenizer
 from megatron.tokenizer_facts import TokenizerFacts
@@ -27,12 +27,16 @@ from megatron.tokenizer_facts import TokenizerFacts
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve."""
+    """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve.
+
+    valid_sets: of each validation set by its name, where each is to have a loss of its own.
+    """
 
     train: Loader | None
     valid: Loader | None
     test: Loader | None
     plan: DataPlan
+    valid_sets: Mapping[str, Loader] = field(default_factory=dict)
 
 
 def build_data(
@@ -87,6 +91,7 @@ def build_data(
             workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
             prompt=prompt,
+            again=data.valid_same_samples and split.name not in ("train", "test"),
             vocab_size=None if tokenizer is None else tokenizer.vocab_size,
         )
         plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
@@ -99,7 +104,8 @@ def build_data(
         seconds=time.monotonic() - started,
         warnings=(*warnings, *cache_warnings),
     )
-    return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan)
+    each = {name.removeprefix(EACH_VALID): loader for name, loader in loaders.items() if name.startswith(EACH_VALID)}
+    return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan, each)
 
 
 def epoch_samples(

@@ -29,7 +29,8 @@ class Loader:
     does not count. labels, rewards: read them too; labels tell padding and tokens that are not to be predicted.
     documents: say where the document of each token starts. workers: background threads, 0 for none.
     pin_memory: serve batches in page-locked memory. prompt: places before every sequence for a learned prompt.
-    vocab_size: ids from here on belong to no token, and data that holds one is refused.
+    vocab_size: ids from here on belong to no token, and data that holds one is refused. again: start at the first
+    sample whatever was consumed.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Loader:
         pin_memory: bool = False,
         prompt: int = 0,
         vocab_size: int | None = None,
+        again: bool = False,
     ) -> None:
         self.samples = samples
         self._sampler = sampler
@@ -56,6 +58,7 @@ class Loader:
         self._pin_memory = pin_memory
         self._prompt = prompt
         self._vocab_size = vocab_size
+        self._again = again
 
     def __len__(self) -> int:
         """The number of samples that can be served to all ranks together."""
@@ -67,7 +70,7 @@ class Loader:
         Starting late costs the same as starting at 0. Raises RunError when more were consumed than there are, and where
         the data holds an id that the vocabulary has not.
         """
-        wanted = self._sampler.batches(consumed_samples)
+        wanted = self._sampler.batches(0 if self._again else consumed_samples)
         return self._ahead(wanted) if self._workers > 0 else map(self._read, wanted)
 
     def _ahead(self, wanted: Iterator[range]) -> Iterator[MicroBatch]:

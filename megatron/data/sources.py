@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron.errors import ConfigError
 
 LARGEST_BLEND = 1 << 16
 FILES_EACH = 10  # of a data set: tokens, labels and rewards with their indexes, and the arrays of an index map
+EACH_VALID = "valid/"  # before the name of a validation set that has a split of its own
 LABELS = {"train": "train_label_data_paths", "valid": "valid_label_data_paths", "test": "test_label_data_paths"}
 REWARDS = {"train": "train_reward_data_paths", "valid": "valid_reward_data_paths", "test": "test_reward_data_paths"}
 
@@ -68,15 +70,30 @@ def read_splits(
 ) -> tuple[list[Split], list[str]]:
     """The splits of which samples are wanted and that have documents, and warnings for the user.
 
+    With valid_loss_per_set each of several validation sets is a split of its own besides, named behind EACH_VALID.
     wanted: samples of each split. train_epochs: passes that the training data is laid out for, whatever its samples;
     its blend, if there is one, is then left to later. Raises ConfigError when no data is named, files are missing or
     training has no documents; RunError when a file is damaged.
     """
     splits, warnings = _named(data, {name: samples for name, samples in wanted.items() if samples > 0})
+    if data.valid_loss_per_set:
+        splits += [each for split in splits if split.name == "valid" for each in _each(split)]
     by_passes = {"train"} if train_epochs else set()
     return [
         _by_passes(split, train_epochs or 0) if split.name in by_passes else _draw(split) for split in splits
     ], warnings
+
+
+def _each(split: Split) -> list[Split]:
+    """A split of each of several sources, by what its path is called."""
+    if len(split.sources) < 2:
+        return []
+    found: dict[str, Split] = {}
+    for number, source in enumerate(split.sources):
+        stem = PurePath(source.dataset.prefix).name.removesuffix("_document").removesuffix("_text")
+        name = stem if stem and stem not in found else f"{stem}_{number}"
+        found[name] = Split(f"{EACH_VALID}{name}", split.samples, (replace(source, weight=1.0),))
+    return list(found.values())
 
 
 def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:

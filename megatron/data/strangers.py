@@ -36,4 +36,4 @@ def _named(splits: Sequence[Split]) -> Iterator[tuple[IndexedDataset, str]]:
         for source in split.sources:
             yield source.dataset, source.key
             if source.data.labels is not None:
-                yield source.data.labels, LABELS[split.name]
+                yield source.data.labels, LABELS[split.name.partition("/")[0]]

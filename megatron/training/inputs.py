@@ -51,7 +51,7 @@ def with_length(config: Config) -> Config:
 def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
     """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
     training = config.training
-    wanted = samples_wanted(training, train_iters(config))
+    wanted = samples_wanted(training, train_iters(config), same_valid=config.data.valid_same_samples)
     data = build_data(
         config.data,
         eod=tokenizer.eod,

@@ -88,6 +88,7 @@ class Parts:
     recording: Callable[[int, StepSize], AbstractContextManager[None]] = lambda iteration, size: nullcontext()
     measure: Callable[[], Mapping[str, float]] = dict
     characters: Characters | None = None
+    valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)  # by name, where each has a loss of its own
     evaluate_tasks: Callable[[], dict[str, float] | None] | None = None
 
 
@@ -135,15 +136,18 @@ def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
 def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validation") -> None:
     """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
 
-    A stop signal is looked for between batches; it gives the evaluation up.
+    Each data set that has a loss of its own follows. A stop signal is looked for between batches; it gives the
+    evaluation up.
     """
     assert parts.valid is not None, "there is validation data wherever an evaluation is due"
     number = (state.iteration - 1) // plan.eval_interval if plan.eval_interval else 0
-    batches = parts.valid.batches(number * plan.eval_iters * plan.samples)
-    losses = evaluation_metrics(plan, parts, batches)
-    if losses is not None:
-        parts.reporter.evaluation(state.iteration, split, losses)
-    scores = parts.evaluate_tasks() if losses is not None and parts.evaluate_tasks is not None else None
+    own = [(f"{split}/{name}", source) for name, source in parts.valid_sets.items()]
+    for name, source in [(split, parts.valid), *own]:
+        losses = evaluation_metrics(plan, parts, source.batches(number * plan.eval_iters * plan.samples))
+        if losses is None:
+            return
+        parts.reporter.evaluation(state.iteration, name, losses)
+    scores = parts.evaluate_tasks() if parts.evaluate_tasks is not None else None
     if scores is not None:
         parts.reporter.evaluation(state.iteration, "eval", scores)
 

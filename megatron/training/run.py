@@ -238,6 +238,7 @@ def _parts(
         schedule=schedule,
         train=data.train,
         valid=data.valid,
+        valid_sets=data.valid_sets,
         reporter=reporter,
         stop_requested=lambda: stop.requested,
         save=_save(saver, reporter) if saver else None,

@@ -41,6 +41,7 @@ def watched(parts: Parts, watch: Watch, waiting: Callable[[], AbstractContextMan
         recording=recording,
         train=parts.train and WatchedBatches(parts.train, watch, waiting),
         valid=parts.valid and WatchedBatches(parts.valid, watch),
+        valid_sets={name: WatchedBatches(source, watch) for name, source in parts.valid_sets.items()},
         save=parts.save and told(SAVING, parts.save),
         evaluate_tasks=parts.evaluate_tasks and told(TASKS, parts.evaluate_tasks),
     )

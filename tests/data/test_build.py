@@ -207,17 +207,17 @@ def test_warming_up_reads_every_byte(one_set, tmp_path, monkeypatch):
 
 
 def test_more_sets_than_a_byte_counts_and_than_a_process_may_open(tmp_path):
-    """300 sets, each with one token of its own, and a limit of open files that they do not fit in."""
-    paths = [write(tmp_path / f"p{number}", [np.full(30, number + 1)]) for number in range(300)]
+    """258 sets, each with one token of its own, and a limit of open files that they do not fit in."""
+    paths = [write(tmp_path / f"p{number}", [np.full(30, number + 1)]) for number in range(258)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        data = build(DataSection(train_data_paths=paths, num_workers=0), train=900)
-        assert [source.asked for source in data.plan.train.sources] == [3] * 300
+        data = build(DataSection(train_data_paths=paths, num_workers=0), train=774)
+        assert [source.asked for source in data.plan.train.sources] == [3] * 258
         firsts = [sample[0] for sample in served(data.train)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert np.bincount(firsts, minlength=301)[1:].tolist() == [3] * 300
+    assert np.bincount(firsts, minlength=259)[1:].tolist() == [3] * 258
 
 
 def test_a_mistake_about_many_sets_is_told_first(tmp_path):
@@ -225,3 +225,38 @@ def test_a_mistake_about_many_sets_is_told_first(tmp_path):
         build(DataSection(train_data_paths=["some/path"] * 500, train_data_weights=[1.0]))
     assert str(caught.value).startswith("train_data_weights: 500 paths and 1 weights")
     assert len(str(caught.value)) < 200
+
+
+def test_validation_sets_by_name(tmp_path):
+    """Names of the files; two of one name stay apart. The blend is as it is without."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    valid = [
+        write(folder / "books_text_document", documents(20, first=1000 * at)) for at, folder in enumerate(folders, 1)
+    ]
+    section = DataSection(
+        train_data_paths=[write(tmp_path / "t", documents(20))],
+        valid_data_paths=[*valid, write(tmp_path / "web", documents(20, first=3000))],
+        num_workers=0,
+    )
+    plain = build(section, valid=12)
+    data = build(section.model_copy(update={"valid_loss_per_set": True}), valid=12)
+    assert plain.valid_sets == {}
+    assert list(data.valid_sets) == ["books", "books_1", "web"]
+    assert served(data.valid) == served(plain.valid)
+    for first, loader in zip((1000, 2000, 3000), data.valid_sets.values(), strict=True):
+        rows = served(loader)
+        assert len(rows) >= 12
+        assert all(first <= token < first + 1000 for row in rows for token in row)
+    assert [split.name for split in data.plan.splits()] == ["train", "valid"]
+
+
+def test_the_same_validation_samples(tmp_path):
+    paths = {name: [write(tmp_path / name, documents(20))] for name in ("t", "v")}
+    section = DataSection(
+        train_data_paths=paths["t"], valid_data_paths=paths["v"], num_workers=0, valid_same_samples=True
+    )
+    data = build(section, valid=12)
+    assert served(data.valid, 4) == served(data.valid)
+    assert served(data.train, 4) == served(data.train)[4:]

@@ -17,6 +17,12 @@ class DataSection(Section):
     train_data_weights: Numbers | None = key(None, "Sampling weight of each training set; 1 each when left out.")
     valid_data_weights: Numbers | None = key(None, "Sampling weight of each validation set; 1 each when left out.")
     test_data_weights: Numbers | None = key(None, "Sampling weight of each test set; 1 each when left out.")
+    valid_same_samples: bool = key(
+        False, "Every evaluation reads the same validation samples; otherwise each goes on where the last one ended."
+    )
+    valid_loss_per_set: bool = key(
+        False, "Report the loss of each of valid_data_paths as well, over eval_iters batches of its own."
+    )
     weight_by_num_documents: bool = key(False, "Derive the weights from the number of documents of each set.")
     weighted_sampler_alpha: float = key(1.0, "Exponent of the document counts; below 1 favours small sets.")
     train_label_data_paths: Items | None = key(None, f"Labels of the training sets, {PATHS}.")
