@@ -117,7 +117,7 @@ def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
     engine = our_engine(model, dtype)
 
     def generate(prompts: Tensor, new: int) -> list[list[int]]:
-        limits = Limits(-1, new, PROMPT + new)
+        limits = Limits(frozenset(), new, PROMPT + new)
         sampler = Sampler(Sampling(), vocab_size=VOCABULARY, seed=0)
         texts = [Text(prompt, limits, sampler) for prompt in prompts.tolist()]
         for _ in decode(engine, texts, rows=len(texts)):
