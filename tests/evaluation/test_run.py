@@ -55,7 +55,8 @@ def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog
     monkeypatch.setattr(run, "_harness_model", lambda *_, **__: None)
     monkeypatch.setattr(run, "_run_tasks", fails)
     config = small_config(eval_tasks=["any"])
-    assert run.live_evaluation(config, None, CharLevelTokenizer(), Topology.single())() is None
+    scored = run.live_evaluation(config, None, CharLevelTokenizer(), Topology.single(), stop_requested=lambda: False)
+    assert scored() is None
     assert "3 of 3 answers have no score" in caplog.text
 
 
