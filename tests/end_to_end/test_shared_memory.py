@@ -12,7 +12,8 @@ import pytest
 
 from megatron.shared_memory import FOLDER
 from tests.end_to_end.runs import make_dataset
-from tests.end_to_end.test_failures import Run
+from tests.end_to_end.runs import run as train_alone
+from tests.end_to_end.test_failures import ROOT, Run
 
 ENDINGS = ("done", "failed", "stopped", "rank killed", "launcher killed", "all killed")
 LONG = [pytest.param(ending, ranks, marks=pytest.mark.long) for ending in ENDINGS for ranks in (1, 4)]
@@ -68,4 +69,36 @@ def test_no_segment_stays(ending: str, ranks: int, dataset: str, tmp_path: Path)
     deadline = time.monotonic() + 10  # ranks notice that a killed launcher is gone
     while segments(port) and time.monotonic() < deadline:
         time.sleep(0.2)
+    assert segments(port) == [], run.said()
+
+
+@pytest.fixture(scope="module")
+def saved(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    train_alone(1, folder, data_path=dataset, train_iters=1, eval_iters=0, save=str(folder), checkpoint_factor=1)
+    return str(folder)
+
+
+def used(script: str, folder: Path, port: int) -> bool:
+    """Whether the model is at work."""
+    if script == "generate.py":
+        return (folder / "samples.jsonl").exists() and (folder / "samples.jsonl").stat().st_size > 0
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["stopped", "all killed"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("script", ["generate.py", "tools/run_text_generation_server.py"])
+def test_no_segment_of_a_model_in_use_stays(script: str, ranks: int, ending: str, saved: str, tmp_path: Path) -> None:
+    port, serving = free_port(), free_port()
+    (tmp_path / "prompts.txt").write_text("def read(\n" * 5000)
+    settings = {"load": saved, "num_gpus": ranks, "master_port": port, "serve_port": serving, "maximum_tokens": 20}
+    settings |= {"model_parallel_size": min(ranks, 2), "sample_input_file": "prompts.txt"}
+    run = Run(tmp_path, settings | {"sample_output_file": "samples.jsonl"}, str(ROOT / script))
+    run.wait(lambda: used(script, tmp_path, serving))
+    assert segments(port) == []
+    end(run, ending)
+    time.sleep(1.0)
     assert segments(port) == [], run.said()
