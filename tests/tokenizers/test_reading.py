@@ -1,5 +1,6 @@
 """What a model reads: the ids that `transformers` gives, for every kind of tokenizer folder."""
 
+import base64
 import json
 
 import pytest
@@ -99,6 +100,19 @@ def template(single):
 def test_only_what_a_post_processor_puts_before_a_text_is_read(tmp_path, processor, expected):
     tokenizer = with_processor(tmp_path, processor)
     assert tokenizer.prefix_ids == tuple(tokenizer.special_tokens[token] for token in expected)
+
+
+def test_a_vocabulary_of_llama_3_begins_texts_and_knows_the_marks_of_turns(tmp_path):
+    """By the public ids of its model card; the ranks are made up."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [number.to_bytes(3, "big") for number in range(128_000 - len(tokens))]
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    tokenizer = make_tokenizer("TiktokenTokenizer", vocab_file=str(tmp_path / "tokenizer.model"))
+    assert (tokenizer.prefix_ids, tokenizer.begin, tokenizer.eod) == ((128000,), 128000, 128001)
+    text = "<|start_header_id|>user<|end_header_id|>hi<|eot_id|>"
+    assert tokenizer.encode_with_special_tokens(text) == [128006, *b"user", 128007, *b"hi", 128009]
+    assert max(tokenizer.encode(text)) < 128000
 
 
 def test_add_bos_token_does_not_overrule_a_tokenizer_file(tmp_path):
