@@ -24,7 +24,7 @@ import torch
 from megatron.errors import RunError
 
 _CHUNK = 1 << 20
-_CAUSE = "WeightsUnpickler error:"
+_ADVICE, _CAUSE = "Weights only load failed", "WeightsUnpickler error:"
 _UNREADABLE = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError),
     *(AttributeError, TypeError, AssertionError, struct.error),
@@ -152,9 +152,10 @@ def read_tensors(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """The line of torch's message that names the cause; what stands before it is advice about torch.load."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    found = next((line for line in lines if _CAUSE in line), lines[0])
-    return found.rpartition(_CAUSE)[2].strip()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if len(lines) > 1 and lines[0].startswith(_ADVICE):
+        return "\n".join(lines[1:]).rpartition(_CAUSE)[2].strip().partition("\n")[0]
+    return lines[0]
 
 
 def _is_archive(path: Path) -> bool:

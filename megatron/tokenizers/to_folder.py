@@ -74,14 +74,14 @@ def portable(kind: str, vocab_file: str | None, merge_file: str | None) -> Porta
         return _of_sentence_piece(tokenizer, Path(vocab_file or ""))
     if not isinstance(tokenizer, FromTokenizers):
         return Portable(tokenizer.vocab_size, tokenizer.eod, None, None, None, None, {})
-    folder, content = None, tokenizer.to_json()
+    folder = content = None
     if kind in _OF_FOLDERS:
         found = files_of(str(vocab_file))
         folder = next(iter(found.values())).parent
         if TOKENIZER in found:
             content = found[TOKENIZER].read_text(encoding="utf-8")
         folder = folder if (folder / CONFIG).is_file() else None
-    return _of_tokenizers(tokenizer, folder, content)
+    return _of_tokenizers(tokenizer, folder, tokenizer.to_json() if content is None else content)
 
 
 def portable_of(path: Path) -> Portable:

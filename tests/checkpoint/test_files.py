@@ -53,7 +53,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path) -> None:
     torch.save({"module": Attack(trace)}, tmp_path / "torch.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack(trace)))
     for name in ("torch.pt", "plain.pt"):
-        with pytest.raises(RunError, match="cannot be read"):
+        with pytest.raises(
+            RunError, match=r"cannot be read: (Trying to load )?[Uu]nsupported (GLOBAL \w+\.mkdir|operand)"
+        ):
             files.read_tensors(tmp_path / name)
     assert not trace.exists()
 

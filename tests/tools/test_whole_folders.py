@@ -189,3 +189,26 @@ def test_a_model_that_was_taken_over_keeps_its_rows(rows: int, tokens: int, tmp_
         config = resolve([], {**keys, "load": str(load), "user_script": "generate.py"}, Resources(1)).config
         padded = -(-tokens // 128) * 128
         assert vocabulary_rows(config, padded, tokens=tokens, model_size=1) == rows
+
+
+def test_mistakes_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that cannot be written, and a config.json that is none."""
+    FOLDERS["unnamed end"](tmp_path / "theirs")
+    (tmp_path / "file").write_text("")
+    inside = str(tmp_path / "file" / "ours")
+    assert convert_from_hf.main(["--input-dir", str(tmp_path / "theirs"), "--output-dir", inside]) == 1
+    assert "cannot be read or written: Not a directory" in capsys.readouterr().err
+    ours, _ = take_over(tmp_path)
+    assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", inside]) == 1
+    assert "cannot be read or written: Not a directory" in capsys.readouterr().err
+    for content, told in (
+        ("[]", "this is no object"),
+        ("{", "cannot be read"),
+        ('{"model_type": 3}', "model_type = 3"),
+    ):
+        (tmp_path / "theirs" / "config.json").write_text(content)
+        arguments = ["--input-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "other")]
+        assert convert_from_hf.main(arguments) in (1, 2)
+        said = capsys.readouterr().err
+        assert told in said
+        assert "Traceback" not in said

@@ -83,12 +83,14 @@ def _write_values(file: BinaryIO, promise: Promise) -> None:
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in that type. RunError naming it where a value is beyond the largest of the type."""
     made = tensor.to(dtype)
-    if made.dtype.is_floating_point and made.dtype.itemsize < tensor.dtype.itemsize and made.numel():
-        lost = made.isinf() & tensor.isfinite() if made.isinf().any() else None
+    if dtype.is_floating_point and dtype.itemsize < tensor.dtype.itemsize and tensor.numel():
+        low, high = tensor.aminmax()
+        most = torch.finfo(dtype).max
+        lost = None if -most <= low and high <= most else made.isinf() & tensor.isfinite()
         if lost is not None and lost.any():
             largest = tensor[lost].abs().max().item()
             raise RunError.of(
-                f"tensor {name} has values up to {largest:g}, and {torch.finfo(dtype).max:g} is the largest of "
+                f"tensor {name} has values up to {largest:g}, and {most:g} is the largest of "
                 f"{str(dtype).removeprefix('torch.')}",
                 remedy="choose another precision",
             )
