@@ -24,6 +24,8 @@ SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
 LABELS = np.dtype("<i4")
+NOBODY = ""
+"""The role to ask for where it does not matter who wrote what."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ class Chat:
             turns = turns_of(record, key)
             if not turns:
                 return None
+            asked = (self.role, self.only_last) if self.mask and not self.for_reward_model else (NOBODY, False)
             try:
-                tokens, written = self.template.encode(turns, role=self.role, only_last=self.only_last)
+                tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1])
             except ValueError as fault:
                 raise NotADocument("that the chat template cannot take", str(fault)) from fault
             labels = [token if own or not self.mask else NO_LOSS for token, own in zip(tokens, written, strict=True)]

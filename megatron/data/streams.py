@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from megatron.errors import ConfigError
 
-AT_ONCE = 1 << 14  # bytes asked of a decompressor at once: so much before damage inside the file may be lost
+AT_ONCE = 1 << 16  # bytes asked of a decompressor at once: so much before damage inside the file may be lost
 _ZSTD_BYTES = 1 << 15  # decompressed at once; what they become is held in memory
 _ZSTD_HELD = 1 << 20
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)

@@ -63,9 +63,9 @@ class ChatTokens:
         wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
         if only_last:
             wanted = [len(turns) - 1]
-        if self._marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
+        if wanted and self._marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
             text, spans = self.template.render_marked(turns)
-            return text, spans[-1:] if only_last else spans if wanted else []
+            return text, spans[-1:] if only_last else spans
         text = self.template.render(turns)
         return text, [self._span(turns, number, text) for number in wanted]
 

@@ -11,6 +11,7 @@ from megatron.data.spelt import spells_one
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.losses import losses
 from tests.tokenizers import made
+from tests.tokenizers.test_chat_template import PLAIN, folder_with
 from tools.preprocess_data import main
 from tools.preprocess_data_with_chat_template import main as main_of_chats
 
@@ -152,3 +153,18 @@ def test_notes_do_not_change_what_is_written(tmp_path):
     """The same bytes, with the tokens of the tokenizer known or not."""
     assert tokenized(tmp_path, TEXTS, "CharLevelTokenizer", None) == [list(text.encode()) for text in TEXTS]
     assert np.dtype("<u2") == IndexedDataset(Path(tmp_path) / "out_text_document").dtype
+
+
+@pytest.mark.parametrize("flag", ["--no-mask", "--for-rm"])
+def test_no_conversation_is_left_out_for_marks_that_nobody_asks_for(tmp_path, capsys, flag):
+    """The template renders earlier answers otherwise once later ones are there; that matters to a mask alone."""
+    folder = folder_with(tmp_path / "t", PLAIN.replace("{{ m['content'] }}", "{{ m.content if loop.last else '' }}"))
+    turns = [{"role": role, "content": "words"} for role in ("user", "assistant") * 2]
+    source = lines(tmp_path / "chats.jsonl", [{"conversation": turns}])
+    told = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    assert main_of_chats(told) == 1
+    assert "renders earlier turns differently" in capsys.readouterr().err
+    assert main_of_chats([*told, flag]) == 0
+    tokens = IndexedDataset(tmp_path / "out_conversation_document")[0].tolist()
+    labels = IndexedDataset(tmp_path / "out_conversation_label_document")[0].tolist()
+    assert labels == (tokens if flag == "--no-mask" else [-100] * (len(tokens) - 1) + tokens[-1:])
