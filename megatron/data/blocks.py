@@ -155,7 +155,7 @@ def _tar(name: str, stream: Salvaged, block_bytes: int) -> Iterator[_Content]:
     except DAMAGE:
         stream.check()  # says more than that the archive ends too early
         raise
-    stream.check()
+    tar.check()
 
 
 def _zip(name: str, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:

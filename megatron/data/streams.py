@@ -76,20 +76,18 @@ class TarStream:
         return content.ljust(size, b"\0")
 
     def check(self) -> None:
-        """Raises what the damage was, if there was any."""
+        """Raises what the damage was, if there was any: tarfile takes a header that was cut for the end."""
         self._stream.check()
+        if self._ended and self._given % tarfile.BLOCKSIZE:
+            raise EOFError("the archive does not end behind a whole block")
 
     def member(self, content: Any, start: int) -> Any:
         """What is really there of a member. content: as tarfile reads it. start: its first byte in the tar."""
         return _Member(self, content, start)
 
     def real(self, start: int, stop: int) -> int:
-        """How many bytes from start to stop are there. Raises DAMAGE where there should be some and are none."""
-        there = max(min(stop, self._given) - start, 0) if self._ended else stop - start
-        if stop > start and not there:
-            self.check()
-            raise EOFError("the archive ends inside a member")
-        return there
+        """How many bytes from start to stop are there."""
+        return max(min(stop, self._given) - start, 0) if self._ended else stop - start
 
 
 class _Member:
@@ -97,12 +95,17 @@ class _Member:
         self._stream = stream
         self._content = content
         self._at = start
+        self._cut = False
 
     def read1(self, size: int) -> bytes:
-        piece: bytes = self._content.read1(size)
-        piece = piece[: self._stream.real(self._at, self._at + len(piece))]
-        self._at += len(piece)
-        return piece
+        piece: bytes = b"" if self._cut else self._content.read1(size)
+        real = self._stream.real(self._at, self._at + len(piece))
+        self._cut = self._cut or real < len(piece)
+        self._at += real
+        if self._cut and not real:
+            self._stream.check()
+            raise EOFError("the archive ends inside a member")
+        return piece[:real]
 
     def read(self, size: int = -1) -> bytes:
         return self.read1(size)  # fewer bytes than asked for are no end to the decompressors

@@ -112,3 +112,23 @@ def test_a_last_line_without_its_end_is_kept_before_junk_and_not_where_it_was_cu
         blocks = list(read_blocks(find_text_files([str(tmp_path / name)])))
         assert b"".join(block.content for block in blocks if block.lost is None) == kept
         assert blocks[-1].lost[0] == "damaged"
+
+
+@pytest.mark.parametrize("kept", range(0, 1400, 97))
+def test_a_member_that_is_cut_anywhere_is_told(tmp_path, kept):
+    """A tar of a text and of lines, both shorter than what is read at once: the text counts whole or not at all."""
+    text, lines = b"words " * 40, b'{"text": "a"}\n' * 12
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, content in (("a.txt", text), ("b.jsonl", lines)):
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    path = tmp_path / "x.tar"
+    path.write_bytes(made.getvalue()[:kept])
+    blocks = list(read_blocks(find_text_files([str(path)])))
+    found = b"".join(block.content for block in blocks if block.lost is None)
+    whole = (text if kept >= 512 + len(text) else b"") + lines[: max(0, (kept - 1536) // 14 * 14)]
+    assert found == whole
+    told = [block.lost[0] for block in blocks if block.lost is not None]
+    assert told == (["damaged"] if kept else ["empty"])
