@@ -116,9 +116,13 @@ class Checkpoint:
         return Counters(iteration=iteration, consumed_samples=stored.get("global_samples", 0))
 
     def require_data_order(self, inputs: RunInputs, *, override: bool) -> None:
-        """ConfigError unless the samples go on in the order of the checkpoint's run; override: it may be another."""
+        """ConfigError unless the samples go on in the order of the checkpoint's run; override: it may be another.
+
+        A model with other tensors is told of when these are read, since its samples may be shorter for that reason.
+        """
         path = self.directory / layout.RUN
-        if not self.from_start and inputs.data is not None and path.is_file():
+        same_model = self.weights.keys() == {key_of(shape) for shape in self.table}
+        if same_model and not self.from_start and inputs.data is not None and path.is_file():
             same_data_order(files.read_json(path).get("data"), inputs.data, self.directory, override=override)
 
     def schedule(self, config: Config) -> Config:

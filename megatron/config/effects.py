@@ -195,6 +195,11 @@ DEPENDENT: tuple[Dependent, ...] = (
         for split in ("valid", "test")
     ),
     Dependent(
+        ("valid_loss_per_set",),
+        lambda config: len(config.data.valid_data_paths or ()) > 1,
+        "valid_data_paths does not name several sets",
+    ),
+    Dependent(
         ("weight_by_num_documents",),
         lambda config: any(_names_sets(split)(config) for split in ("train", "valid", "test")),
         "there are no sets to weigh (train_data_paths)",

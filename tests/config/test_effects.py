@@ -88,6 +88,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
         for what in ("label", "reward")
     },
     "weight_by_num_documents": (True, SETS),
+    "valid_loss_per_set": (True, SETS),
     "weighted_sampler_alpha": (0.5, {**SETS, "weight_by_num_documents": True}),
     "split": ("8,1,1", {"data_path": "a"}),
     "allow_chopped": (False, {"pack_impl": "unpacked"}),
@@ -161,7 +162,8 @@ EVERY_RUN = frozenset(
     prescale_gradients gradient_predivide_factor communication_data_type steps_per_print wall_clock_breakdown
     dump_state flops_profiler comms_logger activation_checkpointing curriculum_learning tensorboard wandb
     csv_monitor checkpoint deepspeed_extra_args data_path train_data_paths valid_data_paths test_data_paths
-    data_impl pack_impl reset_attention_mask reset_position_ids eod_mask_loss num_workers mmap_warmup use_shared_fs
+    data_impl pack_impl reset_attention_mask reset_position_ids eod_mask_loss valid_same_samples num_workers
+    mmap_warmup use_shared_fs
     tokenizer_type make_vocab_size_divisible_by train_batch_size train_micro_batch_size_per_gpu
     gradient_accumulation_steps rampup_batch_size train_iters train_epochs train_samples lr_decay_samples train_impl
     eval_interval eval_iters seed deterministic exit_interval exit_duration on_nan char_level_ppl use_mup
