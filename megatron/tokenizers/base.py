@@ -84,6 +84,16 @@ class Tokenizer(Protocol):
         """The text of the ids. Special tokens and ids beyond the vocabulary leave no text."""
         ...
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """What one id spells, in UTF-8: of a part of a character its bytes. None where that cannot be told."""
+        ...
+
+
+def bytes_of_piece(piece: str) -> bytes | None:
+    """The byte of a piece such as `<0xE2>`, by which some vocabularies spell what they lack; None of other pieces."""
+    found = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(found[1]) if found else None
+
 
 def as_array(ids: Sequence[int]) -> np.ndarray:
     """Ids as an array [tokens]."""

@@ -63,3 +63,7 @@ class CharLevelTokenizer:
             elif token == _NUL_BYTE:
                 found.append(0)
         return found.decode("utf-8", errors="replace")
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The byte; None of ids that stand for none."""
+        return bytes([token % _NUL_BYTE]) if 0 < token <= _NUL_BYTE else None

@@ -12,6 +12,7 @@ Source: https://huggingface.co/docs/tokenizers (Tokenizer.encode_special_tokens,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,9 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.base import DELICATE, as_array
+from megatron.tokenizers.base import DELICATE, as_array, bytes_of_piece
 from megatron.tokenizers.beside import Beside
-from megatron.tokenizers.byte_level import ByteLevelEngine, make_engine
+from megatron.tokenizers.byte_level import ByteLevelEngine, byte_alphabet, make_engine
 
 
 class FromTokenizers:
@@ -149,6 +150,28 @@ class FromTokenizers:
         """The text of the ids, without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes of a byte-level token, or of a piece that spells a byte; None of others."""
+        piece = None if token in self._added else self._tokenizer.id_to_token(token)
+        if piece is None:
+            return None
+        if '"ByteLevel"' not in self._decoder:
+            return bytes_of_piece(piece) if '"ByteFallback"' in self._decoder else None
+        known = self._alphabet
+        return bytes(map(known.__getitem__, piece)) if all(map(known.__contains__, piece)) else None
+
+    @cached_property
+    def _alphabet(self) -> Mapping[str, int]:
+        return {character: byte for byte, character in enumerate(byte_alphabet())}
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     @property
     def end(self) -> str:

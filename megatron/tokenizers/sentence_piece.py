@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, split_at
+from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, bytes_of_piece, split_at
 from megatron.tokenizers.beside import Beside, read_beside
 
 # The fields of normalizer_spec, itself field 3 of the model's protocol buffer. What is appended to a model of this form
@@ -117,6 +117,13 @@ class SPMTokenizer:
         known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in self._special]
         text: str = self._model.decode(known)
         return text
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes of a piece, its blank included; None of ids without text."""
+        if not 0 <= token < self.vocab_size or token in self._special or token == self._model.unk_id():
+            return None
+        piece: str = self._model.id_to_piece(token)
+        return bytes_of_piece(piece) if self._model.is_byte(token) else piece.replace("\u2581", " ").encode()
 
     @property
     def own_begin(self) -> int | None:

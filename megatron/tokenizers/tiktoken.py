@@ -117,6 +117,13 @@ class TiktokenTokenizer:
                 continue  # an id that pads the vocabulary
         return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes of an id; None of those that pad the vocabulary."""
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            return None
+
     def _ordinary(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)

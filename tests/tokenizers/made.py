@@ -65,8 +65,8 @@ def llama3(folder: Path, *, begins: bool = True) -> Path:
 def chatml(folder: Path, **config: Any) -> Path:
     """Byte-level BPE that puts nothing before a text, with marks of turns."""
     tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} | config
-    return _saved(folder, tokenizer, "GPT2TokenizerFast", chat_template=CHATML, **names)
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
+    return _saved(folder, tokenizer, "GPT2TokenizerFast", **names | config)
 
 
 def gpt2(folder: Path, **config: Any) -> Path:

@@ -219,3 +219,15 @@ def test_is_built_from_a_section(tmp_path):
         merge_file = None
 
     assert build_tokenizer(Section()).encode("ab") == [97, 98]
+
+
+def test_the_bytes_of_ids_are_those_of_their_text(tokenizer):
+    """Also of ids that are only a part of a character, which have no text of their own."""
+    text = "one é 東京 two"
+    for ids in (tokenizer.encode(text), tokenizer.encode_with_special_tokens(text)):
+        spelt = [tokenizer.bytes_of(token) for token in ids]
+        if None not in spelt:
+            assert b"".join(spelt).decode().strip() == text
+        parts = [token for token in ids if "\ufffd" in tokenizer.decode([token])]
+        assert all(tokenizer.bytes_of(token) for token in parts)
+    assert tokenizer.bytes_of(tokenizer.vocab_size + 7) is None
