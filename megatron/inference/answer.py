@@ -22,7 +22,7 @@ class Record:
 
     context: the prompt's text. text: what follows it; None when nothing was generated. length [tokens]: of that text.
     finished: whether the model ended the text. message: a warning, or an error. failed: whether it is an error; text is
-    what came before it.
+    what came before it. cut: whether a stop text was cut off, with what its tokens hold behind it.
     logits: per token of the text the scores of the whole vocabulary, where asked for.
     """
 
@@ -34,6 +34,7 @@ class Record:
     duration_seconds: float
     failed: bool = False
     logits: list[list[float]] | None = None
+    cut: bool = False
 
     def as_json(self) -> dict[str, object]:
         """The public fields."""
@@ -104,13 +105,25 @@ class Answer:
         spelt = (tokenizer.special_tokens[text] for text in settings.stop if text in tokenizer.special_tokens)
         self._ends = frozenset((tokenizer.eod, *settings.end_ids, *spelt))
         limits = Limits(self._ends, settings.maximum_tokens, settings.seq_length)
-        sampler = Sampler(settings.sampling, vocab_size=tokenizer.vocab_size, seed=settings.seed, text_index=text_index)
+        sampler = Sampler(
+            settings.sampling,
+            vocab_size=tokenizer.vocab_size,
+            seed=settings.seed,
+            text_index=text_index,
+            prompt_tokens=len(prompt),
+        )
         self.growing = Text(prompt, limits, sampler)
+        self._fault: str | None = None
 
     @property
     def too_long(self) -> bool:
         """Whether the prompt leaves no room in the model's context."""
-        return self.prompt_tokens >= self._settings.seq_length
+        return self._settings.maximum_tokens > 0 and self.prompt_tokens >= self._settings.seq_length
+
+    def give_up(self, message: str) -> None:
+        """Ends the text before its next token. message: why it failed."""
+        self._fault = f"error: {message}"
+        self.growing.ended = self.growing.failed = True
 
     def take(self, step: Step) -> bool:
         """Adds a token, if there is one; True when a stop text has ended the answer, although the model would go on."""
@@ -139,10 +152,11 @@ class Answer:
             text if self.new_tokens else None,
             len(self.new_tokens),
             self.finished,
-            self._no_numbers() if failed else self._warning(),
+            (self._fault or self._no_numbers()) if failed else self._warning(),
             seconds,
             failed,
             logits=self._logits,
+            cut=self._pieces.cut,
         )
 
     def failure(self, message: str) -> Record:
@@ -209,6 +223,11 @@ class Pieces:
             return True
         self._send(text, self._whole(text))
         return False
+
+    @property
+    def cut(self) -> bool:
+        """Whether a stop text has been cut off."""
+        return self._cut is not None
 
     def close(self, tokens: list[int]) -> str:
         """The whole text."""

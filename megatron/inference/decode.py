@@ -132,6 +132,11 @@ class TokenLoop:
         tokens = torch.tensor([text.tokens[-1:] for text in texts])  # [b, 1]
         return self._choose(texts, self._engine.logits(tokens, cache)[:, 0])
 
+    @torch.no_grad()
+    def scores_of(self, tokens: Sequence[int]) -> Tensor:
+        """The scores [tokens - 1, v] of each token but the first, from those before it; at least two tokens."""
+        return self._engine.logits(torch.tensor([list(tokens)]), None, torch.arange(len(tokens) - 1))
+
     def leave(self, text: Text) -> None:
         """Drops a text; its row is free at once."""
         at = self.texts.index(text)

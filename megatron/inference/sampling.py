@@ -5,6 +5,8 @@ order, divided by the temperature (0 leaves them as they are), and tokens are le
 likeliest, not in the smallest set of likeliest tokens whose probability exceeds top_p (nucleus sampling, Holtzman et
 al. 2020, arXiv:1904.09751), or less likely than min_p times the likeliest (arXiv:2407.01082). A repetition penalty
 divides positive scores of tokens already seen, and multiplies negative ones (Keskar et al. 2019, arXiv:1909.05858).
+Behind it OpenAI's own: the frequency penalty is taken off once for each time that a token stands in the new text, the
+presence penalty once for a token that stands there at all, and a bias is added to the scores of given tokens.
 
 A temperature below `COLD` is greedy: the division would leave the numbers of fp32. Where scores are no numbers (NaN, or
 infinite), no token is chosen and NO_TOKEN stands for it, so that only the text in question suffers.
@@ -18,6 +20,7 @@ v vocabulary.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +41,7 @@ class Sampling:
     """How a token is chosen; 0 (1 for the penalty) switches a part off.
 
     temperature: divisor of the scores. top_k [tokens]. top_p, min_p [probability]. repetition_penalty: divisor.
+    frequency_penalty, presence_penalty: taken off scores. bias: (id, what is added to its score).
     """
 
     temperature: float = 0.0
@@ -45,6 +49,19 @@ class Sampling:
     top_p: float = 0.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether a choice depends on more than the model's scores and chance."""
+        return self.repetition_penalty != 1.0 or self.adds
+
+    @property
+    def adds(self) -> bool:
+        """Whether numbers are added to scores."""
+        return bool(self.bias or self.frequency_penalty or self.presence_penalty)
 
     @property
     def greedy(self) -> bool:
@@ -57,22 +74,28 @@ class Sampler:
     """Chooses the tokens of one text.
 
     seed and text_index: the text's own stream of random numbers, so that no text depends on the length of another.
-    vocab_size [tokens]: ids from there on are padding of the vocabulary and are never chosen.
+    vocab_size [tokens]: ids from there on are padding of the vocabulary and are never chosen. prompt_tokens [tokens]:
+    how much of the text is not new.
     """
 
-    def __init__(self, sampling: Sampling, *, vocab_size: int, seed: int, text_index: int = 0) -> None:
+    def __init__(
+        self, sampling: Sampling, *, vocab_size: int, seed: int, text_index: int = 0, prompt_tokens: int = 0
+    ) -> None:
         self.sampling = sampling
         self.vocab_size = vocab_size
+        self._prompt_tokens = prompt_tokens
         self._generator = torch.Generator().manual_seed((seed * 1_000_003 + text_index) % 2**63)
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the scores alone decide, as the model gives them."""
-        return self.sampling.greedy and self.sampling.repetition_penalty == 1.0
+        return self.sampling.greedy and not self.sampling.changes_scores
 
     def choose(self, logits: Tensor, seen: Sequence[int] = ()) -> int:
-        """The next token, or NO_TOKEN. logits [v]; seen: the tokens of the text so far, for the repetition penalty."""
+        """The next token, or NO_TOKEN. logits [v]; seen: the tokens of the text so far, for the penalties."""
         logits = penalised(logits[: self.vocab_size].float(), seen, self.sampling.repetition_penalty)
+        if self.sampling.adds:
+            logits = shifted(logits, seen[self._prompt_tokens :], self.sampling)
         if self.sampling.greedy:
             best = logits.max(0)
             return int(best.indices) if best.values.isfinite() else NO_TOKEN
@@ -106,6 +129,18 @@ def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     lowered = torch.where(scores > 0, scores / penalty, scores * penalty)
     lowered = torch.where(scores.isfinite(), lowered.nan_to_num(), scores)
     return logits.scatter(0, at, lowered)
+
+
+def shifted(logits: Tensor, new: Sequence[int], sampling: Sampling) -> Tensor:
+    """The logits [v] with biases added, and with the penalties for tokens of the new text taken off; a new tensor."""
+    change = dict.fromkeys([token for token, _ in sampling.bias], 0.0)
+    for token, count in Counter(new).items():
+        change[token] = -sampling.presence_penalty - sampling.frequency_penalty * count
+    for token, bias in sampling.bias:
+        change[token] += bias
+    known = {token: by for token, by in change.items() if token < len(logits)}
+    at = torch.tensor(list(known), dtype=torch.long, device=logits.device)
+    return logits.index_add(0, at, torch.tensor(list(known.values()), dtype=logits.dtype, device=logits.device))
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

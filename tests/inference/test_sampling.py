@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from megatron.inference.sampling import NO_TOKEN, Sampler, Sampling, choose_all, distribution
+from megatron.inference.sampling import NO_TOKEN, Sampler, Sampling, choose_all, distribution, shifted
 
 LOGITS = numpy.random.default_rng(3).normal(scale=1.5, size=40)
 
@@ -165,3 +165,17 @@ def test_scores_that_are_no_numbers_give_no_token(bad, sampling):
     padded = torch.cat([logits, torch.full((3,), bad)])  # what only pads the vocabulary does not matter
     assert 0 <= sampler.choose(padded, [3]) < 40
     assert sampler.choose(torch.full((40,), -float("inf")), [3]) == NO_TOKEN
+
+
+def test_openais_penalties_and_biases_are_added_to_the_scores_of_the_new_text():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence + bias[j], where c counts in the new text only."""
+    logits = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0])
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, bias=((2, 4.0), (4, -1.0), (99, 5.0)))
+    found = shifted(logits, [1, 1, 4], sampling)
+    assert found.tolist() == [1.0, 2.0 - 2 * 0.5 - 0.25, -1.0 + 4.0, 0.5, 3.0 - 0.5 - 0.25 - 1.0]
+    assert logits.tolist() == [1.0, 2.0, -1.0, 0.5, 3.0]
+    sampler = Sampler(Sampling(presence_penalty=2.0), vocab_size=5, seed=0, prompt_tokens=2)
+    assert sampler.choose(logits, [4, 4]) == 4  # the prompt does not count
+    assert sampler.choose(logits, [4, 4, 4]) == 1
+    both = [sampler, Sampler(Sampling(), vocab_size=5, seed=0)]
+    assert choose_all(both, torch.stack([logits] * 2), [[4, 4, 4], [4, 4, 4]]) == [1, 4]
