@@ -3,7 +3,8 @@
 
     ./deepy.py tools/run_text_generation_server.py CONF... [--serve-port 5000] [--serve-key KEY]
 
-Megatron-LM's `PUT /api`, OpenAI's `POST /v1/completions`, a page to type prompts at `/`, `/health` and `/metrics`.
+OpenAI's completions, chat completions and models, Megatron-LM's `PUT /api`, a page to type prompts at `/`, `/health`
+and `/metrics`.
 """
 
 import sys

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 
 
 def answer(address: str, body: dict[str, object], key: str | None) -> Iterator[str]:
-    """The pieces of a completion as they arrive. Raises OSError, urllib's HTTPError among them."""
+    """The pieces of a completion as they arrive.
+
+    Raises OSError, urllib's HTTPError among them, and RuntimeError where the model fails on the way.
+    """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(
         f"http://{address}/v1/completions", json.dumps({**body, "stream": True}).encode(), headers, method="POST"
@@ -22,7 +25,10 @@ def answer(address: str, body: dict[str, object], key: str | None) -> Iterator[s
         for line in response:
             data = line.decode().strip().removeprefix("data: ")
             if data and data != "[DONE]":
-                yield from (choice["text"] for choice in json.loads(data)["choices"])
+                told = json.loads(data)
+                if "error" in told:
+                    raise RuntimeError(told["error"]["message"])
+                yield from (choice["text"] for choice in told["choices"])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
             print()  # stops this answer; the service lets go of it
         except urllib.error.HTTPError as error:
             print(f"{asked.address} answers {error.code}: {json.load(error)['error']['message']}", file=sys.stderr)
+        except RuntimeError as error:
+            print(f"\n{asked.address} could not go on: {error}", file=sys.stderr)
         except OSError as error:
             print(f"cannot reach {asked.address}: {error}", file=sys.stderr)
             return 1

@@ -11,6 +11,7 @@ several ranks hold the model it ends the service, since their loops may no longe
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,24 +30,30 @@ IDLE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Ask:
-    """One text that is wanted. number: of the request in the service. prompt: at least one token."""
+    """One text that is wanted. number: of the request in the service. prompt: at least one token.
+
+    scored: whether the prompt's own scores are wanted, which costs a pass over it.
+    """
 
     number: int
     prompt: tuple[int, ...]
     settings: Settings
     context: str = ""
+    scored: bool = False
 
 
 @dataclass(frozen=True)
 class Listener:
     """Whom an answer goes to; called from the decoding thread.
 
-    piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome.
+    piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome. prompt: the scores
+    [tokens - 1, v] of the prompt's tokens but the first, before anything else, where they were asked for.
     """
 
     piece: Callable[[str], None]
     token: Callable[[int, Tensor], None]
     done: Callable[[Record], None]
+    prompt: Callable[[Tensor], None] = lambda scores: None
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,11 @@ class Worker:
             if answer is not None and answer.growing in self._loop.texts:
                 self._loop.leave(answer.growing)
         done = self._model(self._loop.step, [text for text in self._loop.texts if not text.ended])
-        joining = [self._answer(ask, (listeners or {}).get(ask.number)) for ask in orders.joining]
+        heard = listeners or {}
+        joining = [self._answer(ask, heard.get(ask.number)) for ask in orders.joining]
+        for ask, answer in zip(orders.joining, joining, strict=True):
+            if ask.scored and len(ask.prompt) > 1:
+                done += self._score(ask, answer, heard.get(ask.number))
         starting = [answer.growing for answer in joining if not answer.growing.ended]
         done += self._model(lambda: self._loop.join(starting), starting) if starting else []
         return done + self._ended()
@@ -122,6 +133,28 @@ class Worker:
             self._tell(f"the model could not be asked about {len(texts)} texts", fault)
             return [self._given_up(text, fault) for text in texts]
         return [each for step in steps if (each := self._hand_on(step)) is not None]
+
+    def _score(self, ask: Ask, answer: Answer, heard: Listener | None) -> list[tuple[int, Record]]:
+        """Hands the scores of a prompt's tokens on. Returns the text if this failed for it, as `follow` does."""
+        try:
+            scores = self._loop.scores_of(ask.prompt)
+        except Exception as fault:
+            if not self._alone:
+                raise
+            self._tell(f"the model could not be asked about the prompt of text {ask.number}", fault)
+            answer.give_up(f"the model failed ({type(fault).__name__})")
+            return []
+        if not bool(scores.logsumexp(-1).isfinite().all()):
+            answer.give_up("the model's scores of the prompt are not numbers (NaN or infinite)")
+            self._tell(f"text {ask.number} ends: the model's scores are not numbers (NaN or infinite)")
+            return []
+        try:
+            if heard is not None:
+                heard.prompt(scores)
+        except Exception as fault:  # noqa: BLE001  of a listener
+            self._tell(f"the scores of text {ask.number} could not be handed on", fault)
+            return [(ask.number, answer.failure(f"the text could not be handed on ({type(fault).__name__})"))]
+        return []
 
     def _given_up(self, text: Text, fault: Exception) -> tuple[int, Record]:
         number, answer = next(item for item in self._answers.items() if item[1].growing is text)
@@ -178,7 +211,7 @@ class Closing(Exception):
 class Service:
     """The first rank's side: threads hand requests in with `submit`, one thread decodes with `run`.
 
-    tell: hands the orders to the other ranks of the model. max_waiting: requests that may wait for a free row.
+    tell: hands the orders to the other ranks of the model. max_waiting: texts that may wait for a free row.
     """
 
     worker: Worker
@@ -188,6 +221,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
+        self.started = time.time()
         self._waiting: deque[Ask] = deque()
         self._listeners: dict[int, Listener] = {}
         self._leaving: list[int] = []
@@ -204,22 +238,26 @@ class Service:
         """Whether no more requests are taken."""
         return self._closing
 
-    def submit(self, wanted: list[tuple[tuple[int, ...], Settings, str, Listener]]) -> list[int]:
+    def submit(
+        self, wanted: list[tuple[tuple[int, ...], Settings, str, Listener]], *, scored: bool = False
+    ) -> list[int]:
         """Queues texts, all or none, as (prompt, settings, context, listener); returns their numbers.
 
-        Raises Full or Closing.
+        As many are taken as there are free rows and places to wait. More than there are at all are taken when nobody
+        waits. scored: whether the scores of the prompts are wanted. Raises Full or Closing.
         """
         with self._changed:
             if self._closing:
                 raise Closing
-            room = self.max_waiting + max(0, self.worker.rows - len(self._listeners))
-            if len(self._waiting) + len(wanted) > room:
+            places = self.worker.rows + self.max_waiting
+            beyond = len(wanted) > places and not self._waiting
+            if len(self._listeners) + len(wanted) > places and not beyond:
                 self.counts.refused += len(wanted)
                 raise Full
             numbers = []
             for prompt, settings, context, listener in wanted:
                 self._listeners[self._next] = listener
-                self._waiting.append(Ask(self._next, prompt, settings, context))
+                self._waiting.append(Ask(self._next, prompt, settings, context, scored))
                 numbers.append(self._next)
                 self._next += 1
                 self.counts.requests += 1
@@ -280,7 +318,7 @@ class Service:
                 self._changed.wait(min(IDLE_SECONDS, 0.5))
             leaving = tuple(self._leaving)
             self._leaving.clear()
-            free = self.worker.free
+            free = self.worker.free + sum(map(self.worker.has, leaving))
             joining = tuple(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
             return Orders(joining, leaving)
 

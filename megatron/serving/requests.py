@@ -1,21 +1,34 @@
-"""What clients may ask for, and what it means: Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions`.
+"""What clients may ask for, and what it means: what all requests share, and Megatron-LM's `PUT /api`.
 
 Sources: Megatron-LM, megatron/core/inference/text_generation_server (fields and limits of /api); OpenAI's API reference
-for completions. Fields that cannot be followed here are refused, never ignored.
+for completions and chat; vLLM for the fields that neither has. Fields that cannot be followed here are refused by name,
+never ignored.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megatron.inference.sampling import Sampling
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 MOST_TEXTS = 128
 MOST_STOPS = 16
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Stop = Annotated[str, Field(min_length=1)]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+
+
+def _nothing(value: object) -> None:
+    if value is not None:
+        raise ValueError("cannot be followed here; leave it out")
+
+
+Never = Annotated[None, BeforeValidator(_nothing)]
+"""A field that may only be null."""
 
 
 class Strict(BaseModel):
@@ -24,61 +37,91 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Completion(Strict):
-    """The body of POST /v1/completions."""
+class Body(Strict):
+    """A whole body, whose strings are texts: JSON can also spell halves of surrogate pairs, which are none."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
-    model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = 1
-    best_of: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = None
-    stream: bool | None = False
-    stream_options: dict[str, bool] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
-    seed: Seed | None = None
-    user: str | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _texts(cls, body: Any) -> Any:
+        left = [("", body)]
+        while left:
+            name, value = left.pop()
+            if isinstance(value, dict):
+                left += [(name or str(key), each) for key, each in value.items()]
+                left += [("the name of a field", key) for key in value]
+            elif isinstance(value, list):
+                left += [(name, each) for each in value]
+            elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{name} holds half of a surrogate pair, which is no text")
+        return body
+
+
+class StreamOptions(Strict):
+    """What a stream says besides pieces of text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
     @model_validator(mode="after")
-    def _can_be_done(self) -> Completion:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must equal n: all texts are returned")
-        if len(self.prompts()) * (self.n or 1) > MOST_TEXTS:
-            raise ValueError(f"at most {MOST_TEXTS} texts a request")
+    def _can_be_done(self) -> StreamOptions:
+        if self.include_obfuscation:
+            raise ValueError("include_obfuscation cannot be followed here; leave it out")
         return self
 
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, as text or as tokens."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [each for each in self.prompt if not isinstance(each, int)]
+
+class Generation(Body):
+    """What completions and chat completions share."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    frequency_penalty: Penalty | None = 0.0
+    presence_penalty: Penalty | None = 0.0
+    logit_bias: Bias | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    seed: Seed | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options go with stream only")
+        return self
 
     def sampling(self) -> Sampling:
         """How tokens are chosen; temperature 0 takes the likeliest."""
         temperature = 1.0 if self.temperature is None else self.temperature
-        if temperature == 0:
-            return Sampling(repetition_penalty=self.repetition_penalty)
         top_p = self.top_p if self.top_p is not None and self.top_p < 1 else 0.0
-        return Sampling(temperature, self.top_k, top_p, self.min_p, self.repetition_penalty)
+        cold = temperature == 0
+        return Sampling(
+            temperature,
+            0 if cold else max(0, self.top_k),
+            0.0 if cold else top_p,
+            0.0 if cold else self.min_p,
+            self.repetition_penalty,
+            self.frequency_penalty or 0.0,
+            self.presence_penalty or 0.0,
+            tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+        )
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
         stop = self.stop or ()
-        return (stop,) if isinstance(stop, str) else tuple(each for each in stop if each)
+        return (stop,) if isinstance(stop, str) else tuple(stop)
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class MegatronRequest(Strict):
+class MegatronRequest(Body):
     """The body of PUT /api."""
 
     prompts: Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
-from megatron.inference.run import context_length, with_model
+from megatron.inference.run import context_length, vocabulary, with_model
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
 from megatron.serving.batching import Orders, Service, Worker, follow_orders
@@ -85,12 +85,25 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
     """Decodes here and answers in another thread, until asked to stop."""
     import uvicorn
 
-    from megatron.serving.api import Desk, build_app
+    from megatron.serving.api import build_app
+    from megatron.serving.desk import Desk
+    from megatron.serving.rendering import Conversations
 
     section = config.generation
     name = Path(config.checkpoint.load or "model").name
     length, ends = context_length(config), tuple(section.eos_token_ids or ())
-    desk = Desk(service, tokenizer, name, length, section.serve_key, config.training.seed, ends)
+    named = config.tokenizer
+    desk = Desk(
+        service,
+        tokenizer,
+        name,
+        length,
+        section.serve_key,
+        config.training.seed,
+        ends,
+        vocabulary(config, tokenizer),
+        Conversations.of_tokenizer(named.tokenizer_type, named.vocab_file),
+    )
     listening = _listen(section.serve_host, section.serve_port)
     settings = uvicorn.Config(
         build_app(desk), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10

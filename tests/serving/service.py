@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from megatron.serving.api import Desk, build_app
+from megatron.serving.api import build_app
 from megatron.serving.batching import Service, Worker
+from megatron.serving.desk import Desk
 from megatron.serving.run import _listen
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
@@ -37,10 +38,21 @@ class Running:
 
 
 @contextmanager
-def running(*, rows: int = 4, max_waiting: int = 64, key: str | None = None, engine=None) -> Iterator[Running]:
+def running(
+    *,
+    rows: int = 4,
+    max_waiting: int = 64,
+    key: str | None = None,
+    engine=None,
+    tokenizer=None,
+    length: int = SEQUENCE,
+    **more,
+) -> Iterator[Running]:
+    """more: of the desk."""
     engine = engine or SmallEngine(small_config())
-    service = Service(Worker(engine, Spelling(), rows=rows, max_length=SEQUENCE), max_waiting)
-    app = build_app(Desk(service, Spelling(), "small", SEQUENCE, key, 1))
+    tokenizer = tokenizer or Spelling()
+    service = Service(Worker(engine, tokenizer, rows=rows, max_length=length), max_waiting)
+    app = build_app(Desk(service, tokenizer, "small", length, key, 1, **more))
     listening = _listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))
     threads = [

@@ -65,6 +65,9 @@ def test_scores_that_are_no_numbers_are_an_error_of_one_request():
         with urllib.request.urlopen(request) as response:
             events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line]
         assert [list(event) for event in events] == [["error"]]
+        scored = {"prompt": ["ok", "z!"], "max_tokens": 0, "echo": True, "logprobs": 1}
+        status, answer = ask(found, "/v1/completions", scored)
+        assert status == 500 and "not numbers" in answer["error"]["message"]
         status, answer = ask(found, "/v1/completions", {**body, "prompt": "ok"})
         assert status == 200 and len(answer["choices"][0]["text"]) == 4
 
@@ -135,7 +138,18 @@ def test_curl_speaks_megatrons_language(small, client):
         ("/v1/completions", "POST", {"prompt": "a", "temperature": -0.5}, "temperature"),
         ("/v1/completions", "POST", b'{"prompt": "a", "temperature": NaN}', "temperature"),
         ("/v1/completions", "POST", {"prompt": "a", "beams": 3}, "beams"),
-        ("/v1/completions", "POST", {"prompt": "a", "echo": True}, "echo"),
+        ("/v1/completions", "POST", {"prompt": "a", "echo": 1}, "echo"),
+        ("/v1/completions", "POST", {"prompt": "a", "max_tokens": 0}, "echo"),
+        ("/v1/completions", "POST", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", "POST", {"prompt": "\ud800"}, "surrogate"),
+        ("/v1/completions", "POST", {"prompt": ["a", "b\udc00"]}, "surrogate"),
+        ("/v1/completions", "POST", {"prompt": "a", "stop": "\ud9ab"}, "surrogate"),
+        ("/v1/completions", "POST", {"prompt": "a", "user": "\ud9ab"}, "surrogate"),
+        ("/v1/completions", "POST", {"prompt": "a", "model": "\ud9ab"}, "surrogate"),
+        ("/v1/completions", "POST", {"prompt": "a", "\ud9ab": 1}, "surrogate"),
+        ("/v1/completions", "POST", b'{"prompt": "\xff"}', "body"),
+        ("/v1/completions", "POST", b"[" * 100_000, "body"),
+        ("/api", "PUT", {"prompts": ["\udfff"]}, "surrogate"),
         ("/v1/completions", "POST", {"prompt": []}, "prompt"),
         ("/v1/completions", "POST", {"prompt": [600]}, "tokens"),
         ("/v1/completions", "POST", {"prompt": "a" * 100}, "100 tokens"),
@@ -180,6 +194,19 @@ def test_the_key_is_asked_for_everywhere_but_at_the_door(engine):
             assert response.status == 200
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(found.url + "/metrics")
+
+
+def test_a_burst_of_as_many_requests_as_rows_is_never_refused(engine):
+    """A client that has its answer may ask again at once, where nobody may wait."""
+    with running(engine=engine, rows=6, max_waiting=0) as found:
+
+        def one(number):
+            body = {"prompt": f"prompt {number}", "max_tokens": 5, "temperature": 0}
+            return [ask(found, "/v1/completions", body)[0] for _ in range(10)]
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            assert {status for each in pool.map(one, range(6)) for status in each} == {200}
+        assert found.service.counts.refused == 0
 
 
 def test_hang_ups_free_their_rows(small, client):

@@ -94,6 +94,74 @@ def test_the_queue_is_bounded_and_closing_finishes_what_is_there(engine):
     assert service._listeners == {} and service.waiting == 0 and service.worker.running == 0
 
 
+def test_as_many_requests_as_rows_start_in_one_step(engine):
+    """Also where nobody may wait, and behind texts that are told to leave."""
+    orders = []
+    service = Service(worker(engine, rows=4), max_waiting=0, tell=orders.append)
+    entry = (PROMPTS[0], settings(), "", collecting([]))
+    numbers = [service.submit([entry])[0] for _ in range(4)]
+    with pytest.raises(Full):
+        service.submit([entry])
+    first = service._orders()
+    assert [ask.number for ask in first.joining] == numbers
+    service.worker.follow(first)
+    assert service.worker.running == 4
+    service.abandon(numbers[:3])
+    further = [service.submit([entry])[0] for _ in range(3)]
+    with pytest.raises(Full):
+        service.submit([entry])
+    second = service._orders()
+    assert (second.leaving, [ask.number for ask in second.joining]) == (tuple(numbers[:3]), further)
+    service.worker.follow(second)
+    assert service.worker.running == 4
+    service.close()
+    service.run()
+
+
+def test_waiting_texts_are_counted_once(engine):
+    service, records = Service(worker(engine, rows=2), max_waiting=3), []
+    entry = (PROMPTS[0], settings(), "", collecting(records))
+    service.submit([entry] * 2)
+    service.worker.follow(service._orders())
+    service.submit([entry])
+    service.submit([entry] * 2)
+    with pytest.raises(Full):
+        service.submit([entry])
+    service.close()
+    service.run()
+    assert len(records) == 5
+
+
+def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits(engine):
+    service, records = Service(worker(engine, rows=2), max_waiting=1), []
+    entry = (PROMPTS[0], settings(), "", collecting(records))
+    service.submit([entry] * 9)
+    with pytest.raises(Full):
+        service.submit([entry])
+    with pytest.raises(Full):
+        service.submit([entry] * 9)
+    service.close()
+    service.run()
+    assert [record.text for record in records] == [alone(engine, PROMPTS[0])] * 9
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
+def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, fault, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+    service, records, scores = Service(worker(Broken(99, fault)), max_waiting=9), {}, []
+    for number, (prompt, new) in enumerate([(PROMPTS[0], 12), ((7, 99, 7), 0), (PROMPTS[4], 0)]):
+        heard = replace(
+            collecting([]), prompt=scores.append, done=lambda record, at=number: records.update({at: record})
+        )
+        service.submit([(prompt, settings(new), "", heard)], scored=True)
+    service.close()
+    service.run()
+    assert records[1].failed and "error" in records[1].message
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
+    assert records[0].text == alone(engine, PROMPTS[0]) and not records[2].failed
+    assert [len(each) for each in scores] == [len(PROMPTS[0]) - 1, len(PROMPTS[4]) - 1]
+
+
 def test_abandoned_texts_leave_no_trace_wherever_they_are(engine):
     service, records = Service(worker(engine, rows=1), max_waiting=5), []
     numbers = service.submit([(PROMPTS[0], settings(40), "", collecting(records))] * 3)

@@ -1,0 +1,84 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}.
+
+400 for what cannot be done, 401 without the key, 404 for a model that is not here, 413 for a body that is too large,
+429 when too many requests wait, 500 when the model fails on the request, 503 while the service shuts down.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from megatron.log import get_logger
+
+MOST_BYTES = 1 << 20
+"""Largest body of a request."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot be done; the message says why."},
+    401: {"description": "The key is missing or wrong."},
+    404: {"description": "There is no such model here."},
+    413: {"description": f"The body is larger than {MOST_BYTES} bytes."},
+    500: {"description": "The model failed on this request, as where its scores are not numbers."},
+    429: {"description": "Too many requests wait; come again after the time in Retry-After."},
+    503: {"description": "The service is shutting down."},
+    "4XX": {"description": "Another mistake in the request; the message says which."},
+}
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+_MOST_TOLD = 5  # mistakes in one message
+
+
+class Refused(Exception):
+    """A request that gets an error: its status, message, and OpenAI's code for it."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+def fault(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """The body of an error. What is no text in the message becomes U+FFFD."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    told = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in message)
+    return {"error": {"message": told, "type": kind, "param": None, "code": code}}
+
+
+def failed_event(message: str) -> str:
+    """The error of a text whose stream has begun."""
+    return f"data: {json.dumps(fault(500, message))}\n\n"
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error of the application is JSON."""
+
+    @app.exception_handler(Refused)
+    async def refused(_request: Request, found: Refused) -> JSONResponse:
+        return _error(found.status, str(found), found.code, _HEADERS.get(found.status))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_request: Request, found: HTTPException) -> JSONResponse:
+        return _error(found.status_code, str(found.detail), None, dict(found.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, found: RequestValidationError) -> JSONResponse:
+        told = dict.fromkeys(
+            ".".join(str(part) for part in each["loc"][1:]) + ": " + each["msg"] for each in found.errors()
+        )
+        return _error(400, "; ".join(list(told)[:_MOST_TOLD]))
+
+    @app.exception_handler(Exception)
+    async def broken(_request: Request, found: Exception) -> JSONResponse:
+        get_logger(__name__).error("a request could not be answered (%r)", found)
+        return _error(500, f"the request could not be answered ({type(found).__name__})")
+
+
+def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(fault(status, message, code), status_code=status, headers=headers)
