@@ -20,6 +20,7 @@ from megatron.checkpoint.slices import cut_shard
 from megatron.shapes import TensorShape
 
 Whole = Callable[[TensorShape], Tensor]
+_IN_MEMORY = 1 << 30  # bytes; tensors beyond it wait in files until they are written
 
 
 def write_weights(
@@ -35,7 +36,7 @@ def write_weights(
     """The weight files of a run with those parallel sizes; pipe_size 0 is one file a tensor-parallel rank.
 
     whole: gives the global tensor; called once a rank at most. summed: row-parallel biases are parts of a sum. facts:
-    what the model files say beside the weights. Holds about one layer at a time.
+    what the model files say beside the weights. Holds about one layer at a time, and 1 GiB.
     """
     written = []
     for rank in range(model_size):
@@ -47,9 +48,8 @@ def write_weights(
         else:
             with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
                 shards = _shards(table, whole, rank, model_size, summed)
-                held_on_disk = {key: _on_disk(tensor, Path(scratch), key) for key, tensor in shards}
                 path = directory / layout.model_file(rank)
-                written.append(weights.write_whole(path, held_on_disk, dict(facts)))
+                written.append(weights.write_whole(path, _held(shards, Path(scratch)), dict(facts)))
     if pipe_size:
         for rank in range(model_size * pipe_size):
             path = directory / layout.model_file(rank)
@@ -68,10 +68,21 @@ def _shards(
 
 def _owned(content: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor with a storage of its own: torch.save stores the whole storage of a view."""
-    return {
-        name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        for name, tensor in content.items()
-    }
+    return {name: _with_own_storage(tensor) for name, tensor in content.items()}
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _held(shards: Iterable[tuple[str, Tensor]], scratch: Path) -> dict[str, Tensor]:
+    """The tensors by key: the first ones as they are, in order in memory, those beyond _IN_MEMORY in files."""
+    held = {}
+    size = 0
+    for key, tensor in shards:
+        size += tensor.nbytes
+        held[key] = _with_own_storage(tensor.contiguous()) if size <= _IN_MEMORY else _on_disk(tensor, scratch, key)
+    return held
 
 
 def _on_disk(tensor: Tensor, folder: Path, name: str) -> Tensor:

@@ -71,7 +71,8 @@ def _put_flags_into_file(path: Path, told: dict[str, Any]) -> None:
     told: tokenizer_config.json, which loses them. Classes that never heeded them keep the file as it is.
     """
     flags = {name: told.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
-    if not str(told.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS):
+    heeded = str(told.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS)
+    if not heeded or set(flags.values()) == {None}:
         return
     content = files.read_json(path)
     steps = content.get("post_processor") or {}

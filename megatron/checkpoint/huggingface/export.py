@@ -94,7 +94,8 @@ def export(
     table = family.table(dims)
     assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
     output.mkdir(parents=True, exist_ok=True)
-    promises = [promise for row in table for promise in _promises(stored, row, shapes[row.ours], rows, dtype)]
+    held = {key_of(shape): shape for shape in stored.table}
+    promises = [promise for row in table for promise in _promises(stored, held, row, shapes[row.ours], rows, dtype)]
     _write_files(output, promises, largest_file)
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= family.config(model, rows)
@@ -106,12 +107,23 @@ def export(
 
 
 def _promises(
-    stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, dtype: torch.dtype
+    stored: StoredModel,
+    held: Mapping[str, TensorShape],
+    row: Correspondence,
+    shape: TensorShape,
+    rows: int,
+    dtype: torch.dtype,
 ) -> Iterator[Promise]:
-    """Their tensors that one of ours turns into."""
+    """Their tensors that one of ours turns into. held: our key of each stored tensor."""
+    source = held.get(row.ours)
+    if source is None and shape.kind == "head":
+        source = held["0.word_embeddings.weight"]
     ours = torch.empty(shape.shape, device="meta")
     for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):
-        make = partial(_make, stored, row, shape, rows, part, dtype == torch.float32)
+        if source is None:
+            make = partial(_zeros, row, shape, part)
+        else:
+            make = partial(_make, stored, row, source, rows, part, dtype == torch.float32)
         yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
 
 
@@ -127,13 +139,12 @@ def vocabulary(stored: StoredModel, tokens: int | None) -> int:
 
 def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
-    known = {key_of(each): each for each in stored.table}
-    if key_of(shape) not in known:
-        if shape.kind != "head":
-            return row.apart(torch.zeros(shape.shape))[part]
-        shape = known["0.word_embeddings.weight"]
     whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
     return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
+
+
+def _zeros(row: Correspondence, shape: TensorShape, part: int) -> Tensor:
+    return row.apart(torch.zeros(shape.shape))[part]
 
 
 def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:
@@ -143,10 +154,13 @@ def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:
 def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
     """One file, or several with an index."""
     parts: list[list[Promise]] = [[]]
+    size = 0
     for promise in promises:
-        if parts[-1] and sum(each.size for each in parts[-1]) + promise.size > largest:
+        if parts[-1] and size + promise.size > largest:
             parts.append([])
+            size = 0
         parts[-1].append(promise)
+        size += promise.size
     if len(parts) == 1:
         safetensors.write(output / WHOLE, parts[0], {"format": "pt"})
         return
