@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,9 @@ from megatron.observe.build import build_reporter
 from megatron.parallel.bootstrap import announced_anywhere, any_rank, device
 from megatron.parallel.topology import Axis, Topology
 from megatron.tokenizers.base import Tokenizer
-from megatron.tokenizers.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    from megatron.tokenizers.chat_template import ChatTemplate
 
 
 def evaluate(config: Config) -> None:
@@ -213,6 +215,8 @@ def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
     chat = None
     if section.eval_chat_template:
         named = config.tokenizer
+        from megatron.tokenizers.chat_template import ChatTemplate
+
         chat = ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file, key="eval_chat_template")
     return Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot), chat
 
