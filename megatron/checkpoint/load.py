@@ -221,22 +221,44 @@ def _nothing(config: Config, root: Path) -> None:
     _log.info("%s holds no checkpoint yet: starting fresh", root)
 
 
-def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int) -> int:
+@dataclass(frozen=True)
+class Rows:
+    """rows: of the embedding. known: ids from here on are none that the model knows [tokens]."""
+
+    rows: int
+    known: int
+
+
+def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int, may_grow: bool = False) -> Rows:
     """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
 
     Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
     divide are padded further. tokens: of the tokenizer; the key vocab_size tells what else a model may have rows for,
-    as one that was taken over from a folder of another program says it.
+    as one that was taken over from a folder of another program says it. may_grow: whether tokens beyond the
+    checkpoint's rows get rows of their own; otherwise the model knows nothing of them.
     """
-    rows = _stored_rows(config)
-    if rows is None:
-        return padded
-    taken_over = rows if tokens <= rows and is_folder(Path(config.checkpoint.load or "")) else None
+    stored = _stored_rows(config)
+    if stored is None:
+        return Rows(padded, tokens)
+    if tokens > stored:
+        if may_grow:
+            _log.info(
+                "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
+            )
+            return Rows(padded, tokens)
+        told = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
+        _log.warning(told, tokens, stored)
+        return Rows(_divided(stored, model_size), stored)
+    taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
     declared = taken_over or config.tokenizer.vocab_size
     for size in (tokens, declared):
-        if size is not None and size <= rows < size + max(MOST_PADDING, padded - tokens + 1):
-            return -(-rows // model_size) * model_size
-    return padded
+        if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
+            return Rows(_divided(stored, model_size), tokens)
+    return Rows(padded, tokens)
+
+
+def _divided(rows: int, model_size: int) -> int:
+    return -(-rows // model_size) * model_size
 
 
 def _stored_rows(config: Config) -> int | None:

@@ -56,6 +56,7 @@ def build_data(
     train_epochs: int | None = None,
     prompt: int = 0,
     tokenizer: TokenizerFacts | None = None,
+    ids: int | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -64,7 +65,8 @@ def build_data(
     the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
     that the training data is laid out for; train_samples are at most those of epoch_samples. prompt: places before each
     each sequence of seq_length tokens for the vectors of a learned prompt. tokenizer: of the run; data that is known to
-    come from another is refused, and ids that it does not have are where they are read.
+    come from another is refused. ids: those from here on are refused
+    where they are read; None stands for the tokenizer's.
     Raises ConfigError when no data is named, files are missing, a needed split is empty or another tokenizer made the
     data; RunError when a file is damaged.
     """
@@ -92,7 +94,7 @@ def build_data(
             pin_memory=torch.cuda.is_available(),
             prompt=prompt,
             again=data.valid_same_samples and split.name not in ("train", "test"),
-            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size if ids is None and tokenizer is not None else ids,
         )
         plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
     if data.mmap_warmup:

@@ -56,6 +56,7 @@ from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
 from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.bounded import BoundedTokenizer
 from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size
 
@@ -137,15 +138,19 @@ def build_training_engine(
     return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses, prompt=prompt)
 
 
-def build_vocabulary(config: Config, topology: Topology) -> tuple[Tokenizer, int]:
-    """The tokenizer, and the rows of the embedding: those of a checkpoint to load, fetched if need be."""
+def build_vocabulary(config: Config, topology: Topology, *, may_grow: bool = False) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the rows of the embedding: those of a checkpoint to load, fetched if need be.
+
+    may_grow: whether the tokenizer's tokens beyond those rows get new ones; otherwise texts with them are refused.
+    """
     tokenizer = build_tokenizer(config.tokenizer)
     rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
     fetch_missing(config.checkpoint, Ranks.from_environment())
     bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
-    rows = vocabulary_rows(config, rows, tokens=tokenizer.vocab_size, model_size=topology.model.size)
-    _same_vocabulary(config.tokenizer, tokenizer.vocab_size, rows)
-    return tokenizer, rows
+    tokens = tokenizer.vocab_size
+    found = vocabulary_rows(config, rows, tokens=tokens, model_size=topology.model.size, may_grow=may_grow)
+    _same_vocabulary(config.tokenizer, tokens, found.rows)
+    return tokenizer if found.known == tokens else BoundedTokenizer(tokenizer, found.known), found.rows
 
 
 def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:

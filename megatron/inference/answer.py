@@ -12,6 +12,7 @@ from megatron.inference.decode import Limits, Step, Text
 from megatron.inference.reading import TextBehind
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.tokenizers.base import Tokenizer, split_at
+from megatron.tokenizers.bounded import known_ids
 
 _LARGE_SHARE = 0.5  # of the context, from which on a prompt is worth a warning
 
@@ -107,7 +108,7 @@ class Answer:
         limits = Limits(self._ends, settings.maximum_tokens, settings.seq_length)
         sampler = Sampler(
             settings.sampling,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=known_ids(tokenizer),
             seed=settings.seed,
             text_index=text_index,
             prompt_tokens=len(prompt),

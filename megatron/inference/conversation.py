@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Self, TextIO
 
+from megatron.errors import RunError
 from megatron.inference.generate import TextGenerator
 
 FORGET = "/new"
@@ -73,8 +74,13 @@ def converse(
         if prompt.strip() == FORGET:
             turns.clear()
             continue
-        while turns and not generator.fits("".join(turns) + prompt):
-            turns.pop(0)
+        try:
+            while turns and not generator.fits("".join(turns) + prompt):
+                turns.pop(0)
+            generator.read(prompt)
+        except RunError as fault:  # the same on every rank
+            say(f"{fault}\n")
+            continue
         stop.clear(answering=True)
         record = generator.continue_text(
             "".join(turns) + prompt, text_index=index, stream=say, interrupted=lambda: any_rank(stop.pressed)

@@ -59,11 +59,15 @@ class TextGenerator:
             if step.text.ended:
                 done[id(answer)] = answer.record()
 
+    def read(self, context: str) -> list[int]:
+        """The tokens of a context. RunError where the model does not know one of them."""
+        return read_prompt(self._tokenizer, context)
+
     def fits(self, context: str) -> bool:
         """Whether a context leaves room for a whole answer, or for half of the model's context."""
         settings = self._settings
         room = min(settings.maximum_tokens, settings.seq_length // 2)
-        return len(read_prompt(self._tokenizer, context)) + room <= settings.seq_length
+        return len(self.read(context)) + room <= settings.seq_length
 
     def continue_text(
         self,
@@ -78,7 +82,7 @@ class TextGenerator:
         stream: is handed each new piece of text as soon as it is whole. interrupted: asked before each token, with the
         same answer on every rank, whether to leave it at that.
         """
-        prompt = read_prompt(self._tokenizer, context)
+        prompt = self.read(context)
         answer = Answer(self._tokenizer, self._settings, prompt, context, text_index=text_index, stream=stream)
         text = answer.growing
         if text.ended:

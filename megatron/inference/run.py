@@ -28,6 +28,7 @@ from megatron.parallel.topology import Topology
 from megatron.parallel.watch import Watch
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.bounded import known_ids, whole_tokenizer
 
 
 def generate(config: Config) -> None:
@@ -103,7 +104,7 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
         with watch.over():
             tokenizer, rows = build_vocabulary(config, topology)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            facts = facts_of(config.tokenizer.tokenizer_type, tokenizer)
+            facts = facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)
@@ -116,7 +117,7 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
     A model that was trained elsewhere may have more ids than its tokenizer, which `vocab_size` says.
     """
-    return max(config.tokenizer.vocab_size or 0, tokenizer.vocab_size)
+    return max(config.tokenizer.vocab_size or 0, known_ids(tokenizer))
 
 
 def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:

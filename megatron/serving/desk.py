@@ -21,6 +21,7 @@ from megatron.serving.failures import Refused
 from megatron.serving.rendering import Conversations
 from megatron.serving.words import Words
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.bounded import known_ids
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,16 @@ class Desk:
             try:
                 return read_prompt(self.tokenizer, prompt)
             except RunError as fault:
-                raise Refused(400, f"prompt: {fault}") from None
-        if max(prompt) >= self.tokenizer.vocab_size:
-            raise Refused(400, f"prompt: there are only {self.tokenizer.vocab_size} tokens")
+                raise Refused(400, f"prompt: {fault.mistakes[0].what}") from None
+        if max(prompt) >= known_ids(self.tokenizer):
+            raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)
 
     def begin(self, prompts: Sequence[Sequence[int]], wish: Wish) -> Texts:
         """Queues the texts of a request. Raises Refused for what does not fit, or while too many wait."""
-        beyond = [token for token, _ in wish.sampling.bias if token >= self.tokenizer.vocab_size]
+        beyond = [token for token, _ in wish.sampling.bias if token >= known_ids(self.tokenizer)]
         if beyond:
-            raise Refused(400, f"logit_bias: there is no token {beyond[0]}, only {self.tokenizer.vocab_size} tokens")
+            raise Refused(400, f"logit_bias: there is no token {beyond[0]}, only {known_ids(self.tokenizer)} tokens")
         longest = max(len(each) for each in prompts)
         new = max(1, self.seq_length - longest) if wish.new is None else wish.new
         if longest + new > self.seq_length:
@@ -119,7 +120,7 @@ class Desk:
             )
             for at, each in enumerate(texts)
         ]
-        keep = Keep(self.vocabulary or self.tokenizer.vocab_size, wish.tokens, wish.likeliest, wish.scored)
+        keep = Keep(self.vocabulary or known_ids(self.tokenizer), wish.tokens, wish.likeliest, wish.scored)
         try:
             started = start(self.service, self.words, texts, settings, keep)
         except Full:

@@ -17,6 +17,7 @@ from megatron.parallel.bootstrap import Ranks
 from megatron.parallel.topology import Topology
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
+from megatron.tokenizers.bounded import known_ids, whole_tokenizer
 from megatron.training.lengths import samples_wanted
 
 
@@ -67,7 +68,8 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         barrier=_barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
-        tokenizer=facts_of(config.tokenizer.tokenizer_type, tokenizer),
+        tokenizer=facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)),
+        ids=known_ids(tokenizer),
     )
     if data.train is None and wanted["train"]:
         raise ConfigError.of(
@@ -82,7 +84,7 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(facts_of(config.tokenizer.tokenizer_type, tokenizer), order)
+    return RunInputs(facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)), order)
 
 
 def train_iters(config: Config) -> int:

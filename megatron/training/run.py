@@ -47,6 +47,7 @@ from megatron.plan.flops import flops_per_iteration
 from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer
+from megatron.tokenizers.bounded import known_ids
 from megatron.training.diagnosis import Diagnosis
 from megatron.training.inputs import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
 from megatron.training.instruments import Instruments, build_instruments
@@ -100,7 +101,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
     leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
-    tokenizer, vocabulary = build_vocabulary(config, topology)
+    tokenizer, vocabulary = build_vocabulary(config, topology, may_grow=config.checkpoint.finetune)
     data = build_run_data(config, topology, tokenizer)
     inputs = run_inputs(config, data, tokenizer)
     checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)
@@ -109,7 +110,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         config,
         topology,
         padded_vocab_size=vocabulary,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=known_ids(tokenizer),
         checkpoint=checkpoint,
         prompt_tokens=_prompt_tokens(config, tokenizer),
     )
