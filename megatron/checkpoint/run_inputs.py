@@ -78,7 +78,7 @@ def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], wh
 def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[Mistake]:
     for name in dict.fromkeys((*own, *stored)):
         then, now = stored.get(name), own.get(name)
-        if then == now or (name == "passes" and stored.get("data_path") != own.get("data_path")):
+        if then == now or _follows(name, stored, own):
             continue
         if name == "data_path":
             what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
@@ -90,9 +90,25 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path)
             )
             remedy = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
             yield Mistake(what, key="train_iters", remedy=remedy)
+        elif name == "train_label_data_paths":
+            what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
+            yield Mistake(what, key=name, remedy=_WISH)
         else:
             what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
             yield Mistake(what, key=name, value=now, remedy=_WISH)
+
+
+def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether a difference is none of the order, or is told by another fact."""
+    other_sets = stored.get("data_path") != own.get("data_path")
+    if name == "passes":
+        return other_sets
+    if name == "train_epochs":  # it orders several sets among each other; of one, `passes` tells all
+        return len(own.get("data_path") or ()) == 1
+    if name == "train_label_data_paths":  # as do lengths, which others tell; earlier checkpoints do not have it
+        others = ("seq_length", "pack_impl", "allow_chopped")
+        return name not in stored or other_sets or any(stored.get(each) != own.get(each) for each in others)
+    return False
 
 
 def _sets(sets: Sequence[Sequence[Any]] | None) -> str:

@@ -60,8 +60,9 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
     assert section.save is not None, "the caller saves only where `save` is set"
     save = Path(section.save)
     held = sorted(set(collect(layout.iterations(save))))
-    if loaded is not None and layout.same_folder(loaded.parent, save):
-        later = [number for number in held if number > (layout.iteration_of(loaded) or 0)]
+    number = layout.iteration_of(loaded) if loaded is not None else None
+    if loaded is not None and number is not None and layout.same_folder(loaded.parent, save):
+        later = [each for each in held if each > number]
         if later:
             _log.warning("%s also holds %s, which this run replaces as it comes to them", save, _named(later))
         return

@@ -211,7 +211,11 @@ DEPENDENT: tuple[Dependent, ...] = (
     ),
     Dependent(("split",), lambda config: config.data.data_path is not None, "it cuts data_path, which is not given"),
     Dependent(("allow_chopped",), lambda config: config.data.pack_impl != "packed", "pack_impl: packed cuts documents"),
-    Dependent(("overflow_limit",), lambda config: config.precision.precision == "fp16", "the precision is not fp16"),
+    Dependent(
+        ("overflow_limit",),
+        lambda config: config.precision.precision == "fp16" or config.training.on_nan == "skip",
+        "no step is left out (precision: fp16, on_nan: skip)",
+    ),
     Dependent(
         ("te_fp8_format", "te_fp8_wgrad", "te_fp8_amax_history_len", "te_fp8_amax_compute_algo", "te_fp8_margin"),
         lambda config: config.transformer_engine.te_fp8_mha,

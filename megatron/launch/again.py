@@ -41,7 +41,16 @@ def going_on(config: Config) -> dict[str, Any]:
     looks = not config.data.use_shared_fs and own
     if not (looks or (Path(save) / layout.LATEST).is_file()):
         return {}
-    return {"load": save, "iteration": None, "finetune": False, "load_fallback": "previous", "save_overwrite": False}
+    return {
+        "load": save,
+        "iteration": None,
+        "finetune": False,
+        "load_fallback": "previous",
+        "save_overwrite": False,
+        # What the first start left out of another checkpoint is in the run's own.
+        "no_load_optim": config.checkpoint.no_load_optim and config.checkpoint.no_save_optim,
+        "no_load_rng": config.checkpoint.no_load_rng and config.checkpoint.no_save_rng,
+    }
 
 
 def restarted_by_others(environment: Mapping[str, str]) -> bool:

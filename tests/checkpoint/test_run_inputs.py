@@ -98,3 +98,26 @@ def test_another_order_of_samples_needs_a_wish(
     same_data_order(ORDER, own, WHERE, override=True)
     assert caplog.text.count("the samples that follow are in a new order") == 1
     same_data_order(ORDER, ORDER, WHERE, override=False)
+
+
+ONE = {"seed": 1, "seq_length": 32, "pack_impl": "packed", "data_path": [[10, 500, "aa"]], "passes": [2]}
+WHOLE = {**ONE, "pack_impl": "unpacked", "allow_chopped": True, "passes": None}
+
+
+@pytest.mark.parametrize(
+    ("stored", "own"),
+    [
+        ({**ONE, "train_epochs": 2}, {**ONE, "train_epochs": None}),  # the same two passes, given as steps
+        ({**WHOLE, "train_epochs": 1}, {**WHOLE, "train_epochs": 3}),  # each pass is shuffled by itself
+        (WHOLE, {**WHOLE, "train_label_data_paths": [10]}),  # written before labels were kept
+    ],
+)
+def test_a_length_that_changes_no_order_is_no_difference(stored: dict[str, Any], own: dict[str, Any]) -> None:
+    same_data_order(stored, own, WHERE, override=False)
+
+
+def test_labels_that_leave_other_documents_are_told() -> None:
+    stored, own = ({**WHOLE, "train_label_data_paths": [count]} for count in (10, 9))
+    with pytest.raises(ConfigError, match=r"read \[10\] documents.*this one reads \[9\], by their labels"):
+        same_data_order(stored, own, WHERE, override=False)
+    same_data_order(stored, {**own, "seed": 1, "allow_chopped": False}, WHERE, override=True)

@@ -52,6 +52,14 @@ def test_a_run_goes_on_in_its_own_folder_whatever_it_is_called(
     assert "also holds iteration 10, which this run replaces" in caplog.text
 
 
+def test_an_exported_model_inside_the_folder_is_no_checkpoint_of_it(tmp_path: Path) -> None:
+    """Iterations count from 0 then, and would replace those that are there."""
+    save(tmp_path, 5)
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(ConfigError, match="iteration 5"):
+        claim(section(tmp_path), tmp_path / "exported", leads=True)
+
+
 def test_a_new_start_by_wish_moves_them_aside(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step)

@@ -254,3 +254,9 @@ def test_saves_and_profiles_behind_the_end_are_told() -> None:
     assert any("the run has no iteration -1, 101" in line for line in saved.warnings)
     profiled = resolved(profile=True, profile_step_start=200, profile_step_stop=201)
     assert any("the run ends at iteration 100" in line for line in profiled.warnings)
+
+
+def test_steps_that_on_nan_leaves_out_have_a_limit_in_every_precision() -> None:
+    """A key that has an effect gets no line."""
+    assert "overflow_limit" not in told({"overflow_limit": 5, "on_nan": "skip", "precision": "bfloat16"})
+    assert "overflow_limit" in told({"overflow_limit": 5, "precision": "bfloat16"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: Request, tmp_
     (tmp_path / "save" / "latest").write_text("global_step10")
     after = resolve_again(request_on_hosts, before, ENVIRONMENT).resolution.config.checkpoint
     assert (after.load, after.iteration, after.finetune, after.load_fallback) == ("save", None, False, "previous")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_the_first_start_left_out_is_read_from_its_own_checkpoint(
+    saved: bool, request_on_hosts: Request, tmp_path: Path
+) -> None:
+    """Optimizer and generators, unless the run does not save them either."""
+    keys = {"load": "base", "no_load_optim": True, "no_load_rng": True}
+    keys |= {} if saved else {"no_save_optim": True, "no_save_rng": True}
+    request = replace(request_on_hosts, flags={**request_on_hosts.flags, **keys})
+    before = resolve_request(request, ENVIRONMENT)
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save" / "latest").write_text("global_step10")
+    after = resolve_again(request, before, ENVIRONMENT).resolution.config.checkpoint
+    assert (after.load, after.no_load_optim, after.no_load_rng) == ("save", not saved, not saved)
 
 
 def test_fewer_hosts_keep_the_batch_by_accumulation(request_on_hosts: Request) -> None:
