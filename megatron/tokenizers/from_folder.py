@@ -2,7 +2,8 @@
 
 tokenizer.json is read as PretrainedFromHF. GPT-2's two files are GPT2BPETokenizer where that gives the same ids; with
 tokens added beside them they become a tokenizer.json. A .model is SPMTokenizer, or TiktokenTokenizer where it is a list
-of ranks. Nothing is believed before the tokenizer was built once.
+of ranks; a sentencepiece model with tokens added beside it becomes a tokenizer.json too. Nothing is believed before the
+tokenizer was built once.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from megatron.errors import ConfigError
+from megatron.tokenizers.added import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
+from megatron.tokenizers.beside import NAMES
 from megatron.tokenizers.build import make_tokenizer
 from megatron.tokenizers.gpt2 import gpt2_bpe
+from megatron.tokenizers.sentence_piece import SPMTokenizer
+from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
@@ -73,12 +78,14 @@ def _candidates(folder: Path, ends: Sequence[int], complete: bool) -> Iterator[t
             _write_whole(folder, vocabulary, merges)
         else:
             yield "PretrainedFromHF", {"vocab_file": str(folder)}
+    model = _first(folder, _MODELS) or next(iter(sorted(folder.glob("*.model"))), None)
+    if complete and model is not None and not whole.is_file():
+        _write_whole_of_model(folder, model)
     if whole.is_file():
         if complete:
             _name_end(folder, whole, ends)
         yield "PretrainedFromHF", {"vocab_file": str(whole)}
-    model = _first(folder, _MODELS) or next(iter(sorted(folder.glob("*.model"))), None)
-    if model is not None and not whole.is_file():
+    elif model is not None:
         yield "SPMTokenizer", {"vocab_file": str(model)}
         yield "TiktokenTokenizer", {"vocab_file": str(model)}
 
@@ -130,11 +137,35 @@ def _write_whole(folder: Path, vocabulary: Path, merges: Path) -> None:
     marked = {*_added(folder), *(token for token in named.values() if token in ids), END_OF_DOCUMENT} & ids.keys()
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["added_tokens"] = [{"id": ids[token], "content": token, **plain} for token in sorted(marked, key=ids.get)]  # type: ignore[arg-type]
-    made = FastTokenizer.from_str(json.dumps(content))
-    begin = named.get("bos_token")
-    if config.get("add_bos_token") and begin is not None and begin in ids:
+    _save(folder, FastTokenizer.from_str(json.dumps(content)), named.get("bos_token"))
+
+
+def _write_whole_of_model(folder: Path, model: Path) -> None:
+    """tokenizer.json of a sentencepiece model that tokens are added to, which a .model cannot say.
+
+    Nothing where there are no such tokens, and where the model is another or none gives the same ids.
+    """
+    try:
+        tokenizer = SPMTokenizer(str(model))
+    except ConfigError:
+        return
+    further = {token: number for token, number in _added(folder).items() if number >= tokenizer.vocab_size}
+    content = as_tokenizer_json(tokenizer, model) if further else None
+    if content is None:
+        return
+    made, named = FastTokenizer.from_str(content), named_tokens(folder)
+    beside = {name: folder / name for name in (CONFIG, ADDED, NAMES) if (folder / name).is_file()}
+    add_tokens(made, beside, str(folder))
+    if all(made.token_to_id(token) == number for token, number in further.items()):
+        _save(folder, made, named.get("bos_token"))
+
+
+def _save(folder: Path, made: FastTokenizer, begin: str | None) -> None:
+    """Writes the tokenizer.json. begin: stands before a text where tokenizer_config.json asks for it."""
+    number = None if begin is None else made.token_to_id(begin)
+    if _json(folder / CONFIG).get("add_bos_token") and number is not None:
         made.post_processor = processors.TemplateProcessing(
-            single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, ids[begin])]
+            single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, number)]
         )
     (folder / TOKENIZER).write_text(made.to_str(), encoding="utf-8")
 

@@ -66,7 +66,9 @@ def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
     if folder.is_dir():
         return {file: folder / file for file in wanted if (folder / file).is_file()}
     if folder.is_file():
-        return {"tokenizer.json": folder, CONFIG: folder.with_name(CONFIG)}
+        beside = {file: folder.with_name(file) for file in (ADDED, NAMES)}
+        found = {file: path for file, path in beside.items() if file in wanted and path.is_file()}
+        return {"tokenizer.json": folder, CONFIG: folder.with_name(CONFIG), **found}
     hub = importlib.import_module("huggingface_hub")
     found = {}
     reasons = []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
 from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.files import Written
@@ -50,6 +50,18 @@ def test_the_keys_tell_tokenizer_ends_and_sampling(name: str, tmp_path: Path) ->
     assert keys["eos_token_ids"] == [named[each] for each in ends]
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "maximum_tokens")
     assert {key: keys[key] for key in names if key in keys} == sampling
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_prompt_has_the_ids_of_transformers(name: str, tmp_path: Path) -> None:
+    """Tokens that files add to a vocabulary are no text: without them the marks of a chat template are spelt out."""
+    _, keys = taken_over(name, tmp_path)
+    reader = GPT2Tokenizer if name == "gpt2 files" else AutoTokenizer  # which needs a file with the class
+    tokenizer, theirs = tokenizer_of(keys), reader.from_pretrained(tmp_path / "theirs")
+    marks = [token for token in ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>") if token in theirs.get_vocab()]
+    for text in ["the quick brown fox", "Hello world, 42 and more", *(f"{mark}user\nhi{mark}" for mark in marks)]:
+        read = [*tokenizer.prefix_ids, *tokenizer.encode_with_special_tokens(text)]
+        assert read == theirs.encode(text), text
 
 
 @pytest.mark.parametrize("name", FOLDERS)

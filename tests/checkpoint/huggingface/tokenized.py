@@ -130,6 +130,32 @@ def sentence_piece(folder: Path, algorithm: str = "bpe", **config: Any) -> None:
     _write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **config})
 
 
+def sentence_piece_with_more(folder: Path, *, described: bool) -> None:
+    """ChatML's marks added to a tokenizer.model; described: in tokenizer_config.json, else in a file of its own."""
+    sentence_piece(folder)
+    size = LlamaConfig.from_pretrained(folder).vocab_size
+    write_model(folder, size + 2, bos_token_id=1, eos_token_id=size + 1)
+    added = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": size, "<|im_end|>": size + 1}
+    told: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>", "bos_token": "<s>"}
+    if described:
+        told["add_bos_token"] = True
+        told["added_tokens_decoder"] = {
+            str(number): {"content": token, "special": True, "normalized": False} for token, number in added.items()
+        }
+    else:
+        _write(folder, "added_tokens.json", added)
+    _write(folder, "tokenizer_config.json", told)
+
+
+def whole_with_more(folder: Path) -> None:
+    """A tokenizer.json, and tokens in added_tokens.json that it lacks."""
+    llama3_base(folder)
+    size = LlamaConfig.from_pretrained(folder).vocab_size
+    write_model(folder, size + 2, bos_token_id=size, eos_token_id=size + 1)
+    _write(folder, "added_tokens.json", {"<|im_start|>": size, "<|im_end|>": size + 1})
+    _write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>"})
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "llama 3": llama3,
     "llama 3, base": llama3_base,
@@ -139,6 +165,9 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "gpt2 files with more": gpt2_files_with_more,
     "sentencepiece": sentence_piece,
     "sentencepiece, unigram": lambda folder: sentence_piece(folder, "unigram"),
+    "sentencepiece with more": lambda folder: sentence_piece_with_more(folder, described=False),
+    "sentencepiece with more, described": lambda folder: sentence_piece_with_more(folder, described=True),
+    "tokenizer.json with more": whole_with_more,
 }
 """Name -> writes the folder."""
 EXPECTED: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
@@ -155,5 +184,8 @@ EXPECTED: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
     "gpt2 files with more": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
     "sentencepiece": ("SPMTokenizer", "</s>", ["</s>"], {}),
     "sentencepiece, unigram": ("SPMTokenizer", "</s>", ["</s>"], {}),
+    "sentencepiece with more": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
+    "sentencepiece with more, described": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
+    "tokenizer.json with more": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
 }
 """Name -> tokenizer_type, the token that ends a text, all that do, and how the folder samples."""
