@@ -93,7 +93,7 @@ class Messages:
             if event.record is not None and event.record.failed:
                 yield failed_event(event.record.message or "")
                 return
-            delta = {"content": event.piece} if event.record is None else {}
+            delta = {"content": event.piece} if event.piece or event.record is None else {}
             ended = None if event.record is None else reason(event.record)
             yield self._event([self._part(event.index, delta, event.tokens, ended)])
         if self._body.tells_usage:

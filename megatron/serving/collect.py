@@ -14,6 +14,9 @@ from megatron.inference.answer import Record, Settings
 from megatron.serving.batching import Listener, Service
 from megatron.serving.words import Places, Words
 
+_BEHIND = 32
+"""Events from which on a reader is too slow for one at a time."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -46,7 +49,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to text `index` of a request: a piece of it, or its outcome, and the tokens that it holds."""
+    """What happened to text `index` of a request: a piece of it, its outcome, or both, and the tokens that it holds."""
 
     index: int
     piece: str = ""
@@ -89,6 +92,12 @@ class Growing:
         return tuple(found)
 
 
+def _together(events: Sequence[Event]) -> Event:
+    """What happened to one text, as one event; nothing happens after its outcome."""
+    tokens = tuple(token for event in events for token in event.tokens)
+    return Event(events[0].index, "".join(event.piece for event in events), events[-1].record, tokens)
+
+
 @dataclass
 class Texts:
     """The texts of one request in progress.
@@ -109,13 +118,24 @@ class Texts:
         """Everything that happens until all texts are done; abandons them when the reader stops early."""
         try:
             while len(self.records) < len(self.numbers):
-                event = await self.queue.get()
-                self.tokens[event.index] += event.tokens
-                if event.record is not None:
-                    self.records[event.index] = event.record
-                yield event
+                for event in await self._next():
+                    self.tokens[event.index] += event.tokens
+                    if event.record is not None:
+                        self.records[event.index] = event.record
+                    yield event
         finally:
             self.abandon()
+
+    async def _next(self) -> list[Event]:
+        """The next event; where the reader has fallen behind, one for each text of all that there are."""
+        events = [await self.queue.get()]
+        if self.queue.qsize() < _BEHIND:
+            return events
+        events += [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+        found: dict[int, list[Event]] = {}
+        for event in events:
+            found.setdefault(event.index, []).append(event)
+        return [_together(each) for each in found.values()]
 
     def abandon(self) -> None:
         """Nobody reads on."""

@@ -78,6 +78,7 @@ def test_it_serves_and_drains_when_asked_to_leave(layout: str, saved: Path, tmp_
         body = {"prompt": "def read(", "max_tokens": 12, "temperature": 0}
         status, answer = ask(f"{url}/v1/completions", body)
         assert status == 200 and answer["usage"]["completion_tokens"] > 0
+        scores_agree(url, body)
         client = [sys.executable, "tools/text_generation_cli.py", f"127.0.0.1:{port}", "--tokens", "12"]
         said = type_into([*client, "--key", "geheim"], b"def read(\n")
         assert said.returncode == 0 and said.stdout.decode() == answer["choices"][0]["text"] + "\n"
@@ -99,6 +100,18 @@ def test_it_serves_and_drains_when_asked_to_leave(layout: str, saved: Path, tmp_
     finally:
         if service.poll() is None:
             service.kill()
+
+
+def scores_agree(url: str, body: dict[str, Any]) -> None:
+    """The scores of a text that is given are those that its tokens had when it was made, on every layout."""
+    plain = {**body, "logit_bias": {"101": 100}, "logprobs": 1, "echo": True}  # letters, which are read as written
+    made = ask(f"{url}/v1/completions", plain)[1]["choices"][0]
+    given = {"prompt": made["text"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    again = ask(f"{url}/v1/completions", given)[1]["choices"][0]["logprobs"]
+    assert again["tokens"] == made["logprobs"]["tokens"] and again["token_logprobs"][0] is None
+    assert again["token_logprobs"][1:] == pytest.approx(made["logprobs"]["token_logprobs"][1:], abs=1e-3)
+    status, told = ask(f"{url}/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert status == 400 and "chat template" in told["error"]["message"]
 
 
 def type_into(command: list[str], lines: bytes) -> subprocess.CompletedProcess[bytes]:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.inference.small_model import SmallEngine, small_config
 from tests.serving.service import running
+from tools import text_generation_cli
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,21 @@ def test_scores_that_are_no_numbers_are_an_error_of_one_request():
         assert status == 500 and "not numbers" in answer["error"]["message"]
         status, answer = ask(found, "/v1/completions", {**body, "prompt": "ok"})
         assert status == 200 and len(answer["choices"][0]["text"]) == 4
+
+
+def test_the_terminal_client_tells_that_the_model_failed_and_goes_on(monkeypatch, capsys):
+    lines = iter(["a z", "ok"])
+
+    def typed(_prompt):
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    with running(engine=Nans(small_config())) as found:
+        assert text_generation_cli.main([found.address, "--tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert "not numbers" in said.err and len(said.out.splitlines()[-1]) == 4
 
 
 def idle(running):
