@@ -54,6 +54,7 @@ def serve(config: Config, stop: Stop) -> None:
             engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
         )
         if topology.rank != 0:
+            stop.listen()  # the launcher tells every rank; the first one says when it is over
             follow_orders(worker, _hear)
             return
         service = Service(worker, section.serve_max_waiting, tell=_tell)
