@@ -19,6 +19,7 @@ from megatron.checkpoint.mirror import copied_iterations
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import ConfigError, Mistake
 from megatron.log import get_logger
+from megatron.parallel.bootstrap import host_name
 
 _log = get_logger(__name__)
 
@@ -39,7 +40,7 @@ def check_writable(save: str, *, leads: bool) -> None:
             probe.touch()
             probe.unlink()
         except OSError as fault:
-            faults.append(fault.strerror or str(fault))
+            faults.append(f"{fault.strerror or fault} on {host_name()}")
     found = collect(faults)
     if found:
         raise ConfigError.of(

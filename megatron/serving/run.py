@@ -49,6 +49,7 @@ def serve(config: Config, stop: Stop) -> None:
     _check(section.serve_host, section.serve_key)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        stop.listen()
         alone = topology.world_size == 1
         worker = Worker(
             engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
@@ -114,7 +115,6 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
     thread.start()
     host, port = listening.getsockname()[:2]
     get_logger(__name__).info("serving on http://%s:%d", host, port)
-    stop.listen()
     try:
         service.run(closing=lambda: stop.requested or not thread.is_alive())
     finally:

@@ -115,4 +115,5 @@ def test_damage_on_one_host_is_told(hosts: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_on_one_host_is_told_on_all(hosts: Path) -> None:
     (hosts / "host1" / "save").write_text("a file where the folder should be")
-    assert all("writing to save failed" in said for said in train(hosts, load=None))
+    told = "save = 'save': checkpoints cannot be written there: "
+    assert all(told in said and "File exists on " in said for said in train(hosts, load=None))
