@@ -49,13 +49,12 @@ def serve(config: Config, stop: Stop) -> None:
     _check(section.serve_host, section.serve_key)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        stop.listen()
+        stop.listen()  # the launcher tells every rank; the first one says when it is over
         alone = topology.world_size == 1
         worker = Worker(
             engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
         )
         if topology.rank != 0:
-            stop.listen()  # the launcher tells every rank; the first one says when it is over
             follow_orders(worker, _hear)
             return
         service = Service(worker, section.serve_max_waiting, tell=_tell)
