@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from megatron.checkpoint import files
 from megatron.checkpoint.huggingface.adopt import TOKENIZER
-from megatron.checkpoint.huggingface.companions import copy_tokenizer, for_every_release
+from megatron.checkpoint.huggingface.companions import WHOLE, copy_tokenizer, for_every_release
 from megatron.checkpoint.huggingface.export import PRECISIONS, Wishes, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
@@ -174,7 +174,7 @@ def _save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None
     if tokenizer.folder is not None:
         copy_tokenizer(tokenizer.folder, output)
     tokenizer.write(output, length)
-    for_every_release(output)
+    for_every_release(output, own=tokenizer.folder is None or not (tokenizer.folder / WHOLE).is_file())
     if not tokenizer.readable:
         print("no other program reads this kind of tokenizer, so none was written", file=sys.stderr)
 

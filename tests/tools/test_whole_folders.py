@@ -52,6 +52,13 @@ def test_the_keys_tell_tokenizer_ends_and_sampling(name: str, tmp_path: Path) ->
     assert {key: keys[key] for key in names if key in keys} == sampling
 
 
+@pytest.mark.parametrize("told", ["\n\n", ["User:", "###"]])
+def test_the_folders_stop_texts_end_what_is_generated(told: Any, tmp_path: Path) -> None:
+    FOLDERS["llama 3"](tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"stop_strings": told}))
+    assert take_over(tmp_path)[1]["stop"] == ([told] if isinstance(told, str) else told)
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_prompt_has_the_ids_of_transformers(name: str, tmp_path: Path) -> None:
     """Tokens that files add to a vocabulary are no text: without them the marks of a chat template are spelt out."""
@@ -107,6 +114,41 @@ def test_begin_is_put_before_a_text_where_the_class_did(tmp_path: Path) -> None:
         assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(folder / "back")]) == 0
         plain = tokenizer_of(keys).encode(SAMPLES[0])
         assert AutoTokenizer.from_pretrained(folder / "back").encode(SAMPLES[0]) == begin + plain
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
+def test_a_tokenizer_file_alone_says_what_stands_before_a_text(flags: Keys, kind: str, tmp_path: Path) -> None:
+    """Release 5 takes no notice of the flags beside it, nor do we; an export that heeds them changes every prompt."""
+    FOLDERS["llama 3"](tmp_path / "theirs")
+    whole = tmp_path / "theirs" / "tokenizer.json"
+    for adds in (False, True):
+        if adds:
+            content = json.loads(whole.read_text())
+            begin = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
+            single, pair = (
+                [begin, *({"Sequence": {"id": name, "type_id": 0}} for name in names)] for names in ("A", "AB")
+            )
+            (number,) = (each["id"] for each in content["added_tokens"] if each["content"] == "<|begin_of_text|>")
+            known = {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [number], "tokens": ["<|begin_of_text|>"]}}
+            content["post_processor"] = {
+                "type": "TemplateProcessing",
+                "single": single,
+                "pair": pair,
+                "special_tokens": known,
+            }
+            whole.write_text(json.dumps(content))
+        told = {"tokenizer_class": kind, "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", **flags}
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(told))
+        folder = tmp_path / str(adds)
+        folder.mkdir()
+        (folder / "theirs").symlink_to(tmp_path / "theirs")
+        ours, keys = take_over(folder)
+        assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(folder / "back")]) == 0
+        read = [*tokenizer_of(keys).prefix_ids, *tokenizer_of(keys).encode("Hello")]
+        assert len(tokenizer_of(keys).prefix_ids) == adds
+        assert AutoTokenizer.from_pretrained(folder / "back").encode("Hello") == read
+        assert AutoTokenizer.from_pretrained(folder / "theirs").encode("Hello") == read
 
 
 def seal(directory: Path) -> None:

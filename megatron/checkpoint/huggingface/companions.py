@@ -46,8 +46,12 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     return names
 
 
-def for_every_release(folder: Path) -> None:
-    """Rewrites tokenizer_config.json beside a tokenizer.json, so that all releases read the same tokenizer."""
+def for_every_release(folder: Path, *, own: bool) -> None:
+    """Rewrites tokenizer_config.json beside a tokenizer.json, so that all releases read the same tokenizer.
+
+    own: the tokenizer.json was written for a .model, whose class heeds add_bos_token and add_eos_token. One that was
+    there before says itself what stands before a text, here and in release 5; the flags, which earlier ones heed, go.
+    """
     path = folder / CONFIG
     if not path.is_file() or not (folder / WHOLE).is_file():
         return
@@ -55,7 +59,9 @@ def for_every_release(folder: Path) -> None:
     if not isinstance(told, dict):
         return
     made = {key: value for key, value in told.items() if key not in _OF_RELEASE_5}
-    _put_flags_into_file(folder / WHOLE, made)
+    flags = {name: made.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
+    if own:
+        _put_flags_into_file(folder / WHOLE, made, flags)
     made["tokenizer_class"] = "PreTrainedTokenizerFast"
     further = made.get("extra_special_tokens")
     if isinstance(further, list):  # releases before 5 want an object of that name
@@ -65,12 +71,11 @@ def for_every_release(folder: Path) -> None:
         files.write_json(path, made)
 
 
-def _put_flags_into_file(path: Path, told: dict[str, Any]) -> None:
-    """Turns add_bos_token and add_eos_token, which releases read differently, into what tokenizer.json does by itself.
+def _put_flags_into_file(path: Path, told: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Turns add_bos_token and add_eos_token into what tokenizer.json does by itself.
 
-    told: tokenizer_config.json, which loses them. Classes that never heeded them keep the file as it is.
+    told: tokenizer_config.json. flags: `bos` and `eos`, None where they are not given. Classes that never heeded the flags keep the file as it is.
     """
-    flags = {name: told.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
     heeded = str(told.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS)
     if not heeded or set(flags.values()) == {None}:
         return

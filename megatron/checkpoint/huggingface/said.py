@@ -52,7 +52,7 @@ def end_ids(said: Mapping[str, Any]) -> list[int]:
 
 
 def sampling(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys for how the folder samples; nothing where it takes the likeliest token."""
+    """Our keys for how the folder samples, and where it stops; nothing where it takes the likeliest token."""
     found: dict[str, Any] = {}
     if said.get("do_sample"):
         temperature, top_k, top_p = said.get("temperature"), said.get("top_k"), said.get("top_p")
@@ -66,6 +66,9 @@ def sampling(said: Mapping[str, Any]) -> dict[str, Any]:
         found["repetition_penalty"] = float(said["repetition_penalty"])
     if isinstance(said.get("max_new_tokens"), int):
         found["maximum_tokens"] = said["max_new_tokens"]
+    stops = said.get("stop_strings")
+    if stops:
+        found["stop"] = [stops] if isinstance(stops, str) else list(stops)
     return found
 
 
