@@ -74,7 +74,8 @@ def for_every_release(folder: Path, *, own: bool) -> None:
 def _put_flags_into_file(path: Path, told: dict[str, Any], flags: dict[str, Any]) -> None:
     """Turns add_bos_token and add_eos_token into what tokenizer.json does by itself.
 
-    told: tokenizer_config.json. flags: `bos` and `eos`, None where they are not given. Classes that never heeded the flags keep the file as it is.
+    told: tokenizer_config.json. flags: `bos` and `eos`, None where they are not given. Classes that
+    never heeded them keep the file as it is.
     """
     heeded = str(told.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS)
     if not heeded or set(flags.values()) == {None}:
