@@ -37,6 +37,9 @@ _REMEDIES = {
     "not UTF-8": "make it UTF-8, as `iconv -t UTF-8 -f UTF-16` does of UTF-16",
     "damaged": "fetch the file again, or make it again",
     "empty": "name files that hold text",
+    "that the chat template cannot take": "change the conversations, or give a folder whose template takes them",
+    "without the key 'role'": "each turn of a conversation has a 'role' and a 'content'; rename what yours has",
+    "whose 'content' is not text": "a 'content' is one text: join its parts, and write calls of tools out as text",
     "not read": "name members of the archive .jsonl or .txt",
 }
 

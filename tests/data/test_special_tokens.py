@@ -168,3 +168,21 @@ def test_no_conversation_is_left_out_for_marks_that_nobody_asks_for(tmp_path, ca
     tokens = IndexedDataset(tmp_path / "out_conversation_document")[0].tolist()
     labels = IndexedDataset(tmp_path / "out_conversation_label_document")[0].tolist()
     assert labels == (tokens if flag == "--no-mask" else [-100] * (len(tokens) - 1) + tokens[-1:])
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ({"from": "human", "value": "a"}, "each turn of a conversation has a 'role' and a 'content'"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "join its parts"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "write calls of tools out as text"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_told_what_it_lacks(tmp_path, capsys, turn, told):
+    """No other key would help."""
+    folder, source = folder_with(tmp_path / "t", PLAIN), lines(tmp_path / "chats.jsonl", [{"conversation": [turn]}])
+    words = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    assert main_of_chats(words) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert "--jsonl-keys" not in error
