@@ -29,7 +29,7 @@ from megatron.checkpoint.huggingface.adopt import TOKENIZER, adopt
 from megatron.checkpoint.huggingface.companions import copy_tokenizer
 from megatron.checkpoint.huggingface.export import PRECISIONS
 from megatron.checkpoint.huggingface.folder import Folder
-from megatron.checkpoint.huggingface.said import (
+from megatron.checkpoint.huggingface.generation_config import (
     GENERATION,
     IDS,
     end_ids,

@@ -30,8 +30,13 @@ from megatron.checkpoint.huggingface.companions import WHOLE, copy_tokenizer, fo
 from megatron.checkpoint.huggingface.export import PRECISIONS, Wishes, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
+from megatron.checkpoint.huggingface.generation_config import (
+    GENERATION,
+    facts_of_tokenizer,
+    ids_for_config,
+    write_generation,
+)
 from megatron.checkpoint.huggingface.peft import export_adapter
-from megatron.checkpoint.huggingface.said import GENERATION, facts_of_tokenizer, ids_for_config, write_generation
 from megatron.checkpoint.stored import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer

@@ -30,7 +30,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
 from megatron.tokenizer_facts import TokenizerFacts, facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
-from megatron.tokenizers.losses import losses
+from megatron.tokenizers.round_trip import losses
 
 
 def parser() -> argparse.ArgumentParser:

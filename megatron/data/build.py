@@ -21,7 +21,7 @@ from megatron.data.plan import DataPlan, SourcePlan, SplitPlan, WholeDocuments
 from megatron.data.sampler import Sampler
 from megatron.data.sources import EACH_VALID, Source, Split, read_splits
 from megatron.data.splits import NAMES
-from megatron.data.strangers import check_tokenizer
+from megatron.data.tokenizer_check import check_tokenizer
 from megatron.tokenizer_facts import TokenizerFacts
 
 

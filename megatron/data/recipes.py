@@ -16,7 +16,7 @@ from megatron.data.encode import EncodedText, Encoding, NotADocument, ReadsSpeci
 from megatron.data.indexed import dtype_for_vocabulary
 from megatron.data.mending import mended
 from megatron.data.sentences import Sentences
-from megatron.data.spelt import spells_one
+from megatron.data.special_tokens import spells_one
 from megatron.errors import RunError
 
 NO_LOSS = -100

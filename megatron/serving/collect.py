@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.inference.answer import Record, Settings
 from megatron.serving.batching import Listener, Service
-from megatron.serving.words import Places, Words
+from megatron.serving.token_text import Places, Words
 
 _BEHIND = 32
 """Events from which on a reader is too slow for one at a time."""

@@ -19,7 +19,7 @@ from megatron.serving.batching import Closing, Full, Service
 from megatron.serving.collect import Keep, Texts, start
 from megatron.serving.failures import Refused
 from megatron.serving.rendering import Conversations
-from megatron.serving.words import Words
+from megatron.serving.token_text import Words
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.bounded import known_ids
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.serving.collect import TokenScore
-from megatron.serving.words import Words
+from megatron.serving.token_text import Words
 
 LEAST = -9999.0
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.spelt import spells_one
+from megatron.data.special_tokens import spells_one
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.losses import losses
+from megatron.tokenizers.round_trip import losses
 from tests.tokenizers import made
 from tests.tokenizers.test_chat_template import PLAIN, folder_with
 from tools.preprocess_data import main

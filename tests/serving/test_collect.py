@@ -6,7 +6,7 @@ from megatron.inference.answer import Settings
 from megatron.inference.sampling import Sampling
 from megatron.serving.batching import Service, Worker
 from megatron.serving.collect import Keep, start
-from megatron.serving.words import Words
+from megatron.serving.token_text import Words
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling
 

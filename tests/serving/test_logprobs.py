@@ -6,7 +6,7 @@ import pytest
 
 from megatron.serving.collect import TokenScore
 from megatron.serving.logprobs import chat_logprobs, completion_logprobs
-from megatron.serving.words import Words
+from megatron.serving.token_text import Words
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.serving.service import Spelling
