@@ -29,9 +29,10 @@ def failed(outcome: Outcome) -> bool:
     return outcome.code not in (0, MISTAKE) and outcome.stopped_by is None
 
 
-def going_on(config: Config) -> dict[str, Any]:
+def going_on(config: Config, since: float | None = None) -> dict[str, Any]:
     """The keys that let a run go on from its newest checkpoint; none while it has not saved one.
 
+    since: when the run was launched [s since the epoch]; with `save_overwrite`, what was saved before is another run's.
     Where hosts share no files this one may lack what others have saved, so a run that starts from nothing else looks.
     """
     save, load = config.checkpoint.save, config.checkpoint.load
@@ -39,7 +40,7 @@ def going_on(config: Config) -> dict[str, Any]:
         return {}
     own = load is None or layout.same_folder(Path(load), Path(save))
     looks = not config.data.use_shared_fs and own
-    if not (looks or (Path(save) / layout.LATEST).is_file()):
+    if not (looks or _has_saved(Path(save), since if config.checkpoint.save_overwrite else None)):
         return {}
     return {
         "load": save,
@@ -53,6 +54,12 @@ def going_on(config: Config) -> dict[str, Any]:
     }
 
 
+def _has_saved(save: Path, since: float | None) -> bool:
+    """Whether the folder holds a checkpoint, made after that moment [s since the epoch] where one is given."""
+    found = [layout.step_directory(save, number) for number in layout.iterations(save)]
+    return any(since is None or directory.stat().st_mtime >= since for directory in found)
+
+
 def restarted_by_others(environment: Mapping[str, str]) -> bool:
     """Whether torchrun or Slurm have started this job before."""
     return any(int(environment.get(name) or 0) > 0 for name in COUNTERS)
@@ -63,14 +70,15 @@ def resolve_again(
     before: Resolved,
     environment: Mapping[str, str],
     answers: Callable[[str], bool] | None = None,
+    since: float | None = None,
 ) -> Resolved:
     """The next attempt: the request with what lets it go on, resolved for the hosts that answer.
 
-    answers: whether a host can be reached, None to ask none. Raises RunError where no host is left, ConfigError where
-    the layout or the batch does not fit those that are.
+    since: as `going_on` takes it. answers: whether a host can be reached, None to ask none. Raises RunError where no
+    host is left, ConfigError where the layout or the batch does not fit those that are.
     """
     config, hosts = before.resolution.config, list(before.machines.hosts)
-    flags = {**request.flags, **going_on(config)}
+    flags = {**request.flags, **going_on(config, since)}
     if answers is not None and not before.machines.is_local:
         left = [host for host in hosts if answers(host)]
         if not left:

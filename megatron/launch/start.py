@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,14 +78,15 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     """Runs the workers, again and again while they fail and `max_restarts` allows; returns the exit code."""
     launch = resolved.resolution.config.launch
     by_ssh = launcher_of(launch) in OVER_SSH
+    launched = time.time()
     outcome = _attempt(request, resolved, folder)
     for number in range(1, launch.max_restarts + 1):
         if not again.failed(outcome):
             break
-        resolved = again.resolve_again(
-            request, resolved, os.environ, answers=again.answers_ssh if by_ssh and not launch.no_ssh_check else None
-        )
-        whence = "from its newest checkpoint" if again.going_on(resolved.resolution.config) else "from its beginning"
+        answers = again.answers_ssh if by_ssh and not launch.no_ssh_check else None
+        goes_on = again.going_on(resolved.resolution.config, launched)
+        resolved = again.resolve_again(request, resolved, os.environ, answers=answers, since=launched)
+        whence = "from its newest checkpoint" if goes_on else "from its beginning"
         ranks = resolved.machines.world_size
         print(
             f"restart {number} of {launch.max_restarts}: the run goes on {whence}, on {ranks} ranks",

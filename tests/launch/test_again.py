@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +69,22 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(request_on_hosts: 
 def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: Request, tmp_path: Path) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     (tmp_path / "save").mkdir()
-    (tmp_path / "save" / "latest").write_text("global_step10")
+    (tmp_path / "save" / "global_step10").mkdir()
     after = resolve_again(request_on_hosts, before, ENVIRONMENT).resolution.config.checkpoint
     assert (after.load, after.iteration, after.finetune, after.load_fallback) == ("save", None, False, "previous")
+
+
+def test_a_new_start_does_not_go_on_from_what_it_was_to_move_aside(request_on_hosts: Request, tmp_path: Path) -> None:
+    request_on_hosts = replace(request_on_hosts, flags={**request_on_hosts.flags, "save_overwrite": True})
+    before = resolve_request(request_on_hosts, ENVIRONMENT)
+    (tmp_path / "save" / "global_step10").mkdir(parents=True)
+    launched = (tmp_path / "save" / "global_step10").stat().st_mtime + 1
+    again = resolve_again(request_on_hosts, before, ENVIRONMENT, since=launched).resolution.config.checkpoint
+    assert (again.load, again.save_overwrite) == (None, True)
+    (tmp_path / "save" / "global_step5").mkdir()
+    os.utime(tmp_path / "save" / "global_step5", (launched + 5, launched + 5))
+    again = resolve_again(request_on_hosts, before, ENVIRONMENT, since=launched).resolution.config.checkpoint
+    assert (again.load, again.save_overwrite) == ("save", False)
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -83,7 +97,7 @@ def test_what_the_first_start_left_out_is_read_from_its_own_checkpoint(
     request = replace(request_on_hosts, flags={**request_on_hosts.flags, **keys})
     before = resolve_request(request, ENVIRONMENT)
     (tmp_path / "save").mkdir()
-    (tmp_path / "save" / "latest").write_text("global_step10")
+    (tmp_path / "save" / "global_step10").mkdir()
     after = resolve_again(request, before, ENVIRONMENT).resolution.config.checkpoint
     assert (after.load, after.no_load_optim, after.no_load_rng) == ("save", not saved, not saved)
 
