@@ -12,7 +12,6 @@ from megatron.errors import ConfigError
 from megatron.evaluation import run
 from megatron.evaluation.progress import Progress
 from megatron.inference.scoring import NotNumbers
-from megatron.log import get_logger
 from megatron.parallel.topology import Topology
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import small_config
@@ -50,7 +49,6 @@ def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog
     def fails(*_):
         raise NotNumbers.of("3 of 3 answers have no score")
 
-    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
     monkeypatch.setattr(run, "_load_tasks", lambda config: (None, None))
     monkeypatch.setattr(run, "_harness_model", lambda *_, **__: None)
     monkeypatch.setattr(run, "_run_tasks", fails)

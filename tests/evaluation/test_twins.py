@@ -5,7 +5,6 @@ import torch
 from lm_eval.api.instance import Instance
 
 from megatron.errors import RunError
-from megatron.log import get_logger
 from tests.evaluation.twins import LENGTH, twins
 from tests.tokenizers import made
 
@@ -116,7 +115,6 @@ def test_an_answer_without_text_is_refused(both):
 
 @pytest.mark.parametrize("both", ["chatml"], indirect=True)
 def test_contexts_that_are_cut_are_counted(both, caplog, monkeypatch):
-    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
     caplog.set_level("INFO")
     scores(both.model(), PAIRS)
     how = {"until": [], "max_gen_toks": 90}

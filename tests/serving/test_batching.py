@@ -11,7 +11,6 @@ import pytest
 
 from megatron.inference.answer import Settings
 from megatron.inference.sampling import Sampling
-from megatron.log import get_logger
 from megatron.serving.batching import Ask, Closing, Full, Listener, Orders, Service, Worker, follow_orders
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling
@@ -146,8 +145,7 @@ def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits
 
 
 @pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
-def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, fault, caplog, monkeypatch):
-    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, fault, caplog):
     service, records, scores = Service(worker(Broken(99, fault)), max_waiting=9), {}, []
     for number, (prompt, new) in enumerate([(PROMPTS[0], 12), ((7, 99, 7), 0), (PROMPTS[4], 0)]):
         heard = replace(
@@ -211,8 +209,7 @@ def answered(engine, *prompts, listeners=None):
 
 
 @pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
-def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, fault, caplog, monkeypatch):
-    monkeypatch.setattr(get_logger("megatron"), "propagate", True)
+def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, fault, caplog):
     broken = Broken(99, fault)
     records = answered(broken, PROMPTS[0], (99, 7), PROMPTS[1])
     assert records[1].failed and "error" in records[1].message and records[1].length == 0
