@@ -193,6 +193,20 @@ def test_arguments_of_calls_are_what_their_json_says(strict):
     assert ask(strict.url, body)[1]["usage"]["prompt_tokens"] == len("bxyz")
 
 
+def test_arguments_of_calls_stay_a_text_for_a_template_that_joins_texts():
+    source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<' + ARGUMENTS + '>' }}"
+    source = source.replace("ARGUMENTS", "c.function.arguments") + "{% endfor %}{% endfor %}"
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}]
+    assert Conversations(ChatTemplate(source)).text(turns) == 'ab<{"a":1}>'
+
+
+def test_variables_that_are_none_of_the_templates_are_refused(strict):
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
+    status, answer = ask(strict.url, body)
+    assert status == 400 and "chat_template is no variable" in answer["error"]["message"]
+
+
 def test_without_a_template_the_answer_says_so():
     with running(conversations=Conversations.of_tokenizer("CharLevelTokenizer", None)) as found:
         status, answer = ask(found.url, {"messages": [{"role": "user", "content": "hi"}]})

@@ -1,0 +1,136 @@
+"""Messages as a chat template wants them: parts of a content, and the arguments of tool calls.
+
+Training data and the text service hand messages over as they are, as `transformers` does (apply_chat_template), but for
+two shapes that templates differ in. A content given as parts goes as it is to a template that writes the texts of
+parts, and to any other as one text, the parts joined by line ends, as in vLLM. The arguments of tool calls, which are
+JSON in a string, are handed over as what they say, since templates write mappings; a template that can only join texts
+gets the string.
+
+Source: https://huggingface.co/docs/transformers/chat_extras (tool calls).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from megatron.errors import ConfigError
+from megatron.tokenizers.chat_template import ChatTemplate, Message, TemplateRefusal
+
+NO_VARIABLES = frozenset(
+    (
+        *("self", "conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs"),
+    )
+)
+"""What `chat_template_kwargs` cannot set: what is said elsewhere, and arguments of apply_chat_template itself."""
+_PROBES = ("probe-one", "probe-two")
+_WRITTEN_PART = re.compile(r"""['"]type['"]\s*:\s*['"]text['"]""")
+_BEFORE = {"assistant": 1, "tool": 2, "ipython": 2, "function": 2}
+_CALL_ID = "123456789"  # some templates insist on nine characters
+
+
+class CallFault(ValueError):
+    """A tool call that cannot be read. number: of its message, from 0. what: what is wrong."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"turn {number + 1}: {what}")
+        self.number, self.what = number, what
+
+
+class Shapes:
+    """Which shapes a template takes, found by rendering small conversations, and messages in those shapes."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._roles: dict[str, bool] = {}
+
+    def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages to be rendered; parts must be texts.
+
+        Raises CallFault where the arguments of a tool call are a string that is no JSON.
+        """
+        return [self._given(number, message) for number, message in enumerate(messages)]
+
+    def _given(self, number: int, message: Message) -> dict[str, Any]:
+        made = dict(message)
+        content = made.get("content")
+        if isinstance(content, list) and not self.takes_parts(str(made.get("role"))):
+            made["content"] = "\n".join(part["text"] for part in content)
+        if made.get("tool_calls") and not self.keeps_arguments:
+            made["tool_calls"] = [_read_call(number, call) for call in made["tool_calls"]]
+        return made
+
+    def takes_parts(self, role: str) -> bool:
+        """Whether the template writes the texts of every part of a role's content, and not the parts themselves."""
+        if role not in self._roles:
+            parts = [{"type": "text", "text": probe} for probe in _PROBES]
+            turn = {"role": role, "content": parts, "name": "probe", "tool_call_id": _CALL_ID}
+            call = _call("{}" if self.keeps_arguments else {})
+            before: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            after = [{"role": "user", "content": "a"}] if role in ("system", "developer") else []
+            text = self._text([*before[: _BEFORE.get(role, 0)], turn, *after]) or ""
+            self._roles[role] = all(probe in text for probe in _PROBES) and not _WRITTEN_PART.search(text)
+        return self._roles[role]
+
+    @cached_property
+    def keeps_arguments(self) -> bool:
+        """Whether the template writes arguments that are a string, and of a mapping makes no JSON."""
+        mapping = {_PROBES[0]: _PROBES[1]}
+        as_mapping, as_text = (
+            [self._calling(how, words) for words in ("", None)] for how in (mapping, json.dumps(mapping))
+        )
+        taken = any(text is not None and f"{{'{_PROBES[0]}'" not in text for text in as_mapping)
+        return not taken and any(json.dumps(mapping) in (text or "") for text in as_text)
+
+    def _calling(self, arguments: object, content: str | None) -> str | None:
+        asked = {"role": "user", "content": "a"}
+        return self._text([asked, {"role": "assistant", "content": content, "tool_calls": [_call(arguments)]}])
+
+    def _text(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._template.render(messages)
+        except (TemplateRefusal, ConfigError):
+            return None
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names of mappings included, and what the parts of a content say together."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from texts_of(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts_of(each)
+        parts = [part.get("text") for part in value if isinstance(part, Mapping)]
+        if len(parts) > 1:
+            yield "".join(part for part in parts if isinstance(part, str))
+
+
+def _call(arguments: object) -> dict[str, Any]:
+    return {"id": _CALL_ID, "type": "function", "function": {"name": "probe", "arguments": arguments}}
+
+
+def _read_call(number: int, call: Any) -> Any:
+    """A tool call whose arguments are what the JSON in them says."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _read_call(number, call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        return {**call, "arguments": json.loads(arguments or "{}")}
+    except (ValueError, RecursionError) as fault:
+        raise CallFault(number, f"the arguments of {call.get('name')} are no JSON ({fault})") from fault
