@@ -182,6 +182,8 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"{spelt:,} documents {SPELT}; --parse-special-tokens makes ids of them")
     if parsed := result.notes.get(PARSED):
         lines.append(f"{parsed:,} documents {PARSED}")
+    told = (WITHOUT_PATTERN, SPELT, PARSED)
+    lines += [f"{count:,} documents {what}" for what, count in sorted(result.notes.items()) if what not in told]
     return lines
 
 

@@ -4,7 +4,8 @@
     python tools/preprocess_data_with_chat_template.py --input chats.jsonl --output-prefix data/chats
         --tokenizer-path MODEL_FOLDER --jsonl-keys messages --workers 8
 
-A line's field holds the turns: [{"role": "user", "content": "..."}, ...]. Writes `<prefix>_<key>_document`,
+A line's field holds the turns: [{"role": "user", "content": "..."}, ...], with calls of tools and parts that are texts;
+`tools`, `documents` and `chat_template_kwargs` beside it go to the template. Writes `<prefix>_<key>_document`,
 `<prefix>_<key>_label_document` (loss on what --generation-role wrote alone) and, with --reward-key,
 `<prefix>_<key>_reward_document`. Flags and exit codes as tools/preprocess_data.py.
 """

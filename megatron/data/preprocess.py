@@ -39,7 +39,13 @@ _REMEDIES = {
     "empty": "name files that hold text",
     "that the chat template cannot take": "change the conversations, or give a folder whose template takes them",
     "without the key 'role'": "each turn of a conversation has a 'role' and a 'content'; rename what yours has",
-    "whose 'content' is not text": "a 'content' is one text: join its parts, and write calls of tools out as text",
+    "without the key 'content'": "a turn has a 'content', or 'tool_calls' in its place; rename what yours has",
+    "whose 'content' is not text": "a 'content' is a text or a list of parts that are texts; it may be null beside "
+    "'tool_calls' alone",
+    "with a part of a content that is no text": "leave these conversations out, or take images and the like from them",
+    "whose 'tools'": "it is a list of JSON schemas, or one as a JSON text; rename a field that means something else",
+    "whose 'documents'": "it is a list of objects for the template; rename a field that means something else",
+    "whose 'chat_template_kwargs'": "it is an object of variables of the template, without what the line says itself",
     "not read": "name members of the archive .jsonl or .txt",
 }
 

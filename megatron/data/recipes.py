@@ -6,12 +6,14 @@ is wanted they are -100, so their files are int32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron.data.conversations import text_bytes_of, turns_of, variables_of
 from megatron.data.encode import EncodedText, Encoding, NotADocument, ReadsSpecialTokens, text_of
 from megatron.data.indexed import dtype_for_vocabulary
 from megatron.data.mending import mended
@@ -23,6 +25,7 @@ NO_LOSS = -100
 SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
+LEFT_OUT = "have {!r} that the chat template leaves out"
 LABELS = np.dtype("<i4")
 NOBODY = ""
 """The role to ask for where it does not matter who wrote what."""
@@ -190,9 +193,25 @@ class Conversation(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, turns: Sequence[Mapping[str, str]], *, role: str, only_last: bool) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, turns: Sequence[Mapping[str, Any]], *, role: str, only_last: bool, variables: Mapping[str, Any]
+    ) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and for each whether the role wrote it. Raises ValueError with a reason."""
         ...
+
+    def left_out(self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[str]:
+        """The fields for tools and documents that the template has no place for."""
+        ...
+
+
+class ReadConversation(NamedTuple):
+    """A conversation as tokens. left_out: the fields that its template has no place for."""
+
+    tokens: list[int]
+    labels: list[int]
+    reward: int | None
+    text_bytes: int
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -218,9 +237,10 @@ class Chat:
         kinds = ["document", "label_document", *(["reward_document"] if self.reward_key else [])]
         return tuple((f"{key}_{kind}", LABELS) for key in self.keys for kind in kinds)
 
-    def read(self, record: Mapping[str, Any]) -> list[tuple[list[int], list[int], int | None, int]] | None:
-        """Tokens, labels, reward and text bytes for each key; the template needs a whole conversation at once."""
+    def read(self, record: Mapping[str, Any]) -> list[ReadConversation] | None:
+        """What each key holds; the template needs a whole conversation at once. None when one is empty."""
         reward = None if self.reward_key is None else self._reward(record, self.reward_key)
+        variables = variables_of(record)
         found = []
         for key in self.keys:
             turns = turns_of(record, key)
@@ -228,31 +248,35 @@ class Chat:
                 return None
             asked = (self.role, self.only_last) if self.mask and not self.for_reward_model else (NOBODY, False)
             try:
-                tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1])
+                tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1], variables=variables)
+                left_out = self.template.left_out(turns, variables)
             except ValueError as fault:
                 raise NotADocument("that the chat template cannot take", str(fault)) from fault
             labels = [token if own or not self.mask else NO_LOSS for token, own in zip(tokens, written, strict=True)]
             if self.for_reward_model:
                 tokens = [*tokens, self.template.eod]
                 labels = [NO_LOSS] * len(tokens)
-            text_bytes = sum(len(turn["content"].encode("utf-8")) for turn in turns)
-            found.append(([*tokens, self.template.eod], [*labels, self.template.eod], reward, text_bytes))
+            ends = [*tokens, self.template.eod], [*labels, self.template.eod]
+            found.append(ReadConversation(*ends, reward, text_bytes_of(turns), left_out))
         return found
 
     def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
         """Tokens, labels and rewards of each key."""
         texts = []
         for column in range(len(self.keys)):
-            found = [document[column] for document in documents]
-            columns = [[tokens for tokens, _, _, _ in found], [labels for _, labels, _, _ in found]]
+            found: list[ReadConversation] = [document[column] for document in documents]
+            columns = [[each.tokens for each in found], [each.labels for each in found]]
             if self.reward_key is not None:
-                columns.append([[reward] for _, _, reward, _ in found])
-            text_bytes = sum(size for _, _, _, size in found)
+                columns.append([[each.reward or 0] for each in found])
+            text_bytes = sum(each.text_bytes for each in found)
             no_ends = np.zeros(len(found), bool)
             texts += [
                 _joined([np.array(row, LABELS) for row in rows], LABELS, text_bytes, no_ends, 0) for rows in columns
             ]
-        return tuple(texts)
+        left_out = Counter(
+            name for document in documents for name in {name for each in document for name in each.left_out}
+        )
+        return replace(texts[0], notes={LEFT_OUT.format(name): count for name, count in left_out.items()}), *texts[1:]
 
     def _reward(self, record: Mapping[str, Any], key: str) -> int:
         value = record.get(key)
@@ -261,20 +285,3 @@ class Chat:
         if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
             return int(value)
         raise NotADocument(f"whose {key!r} is not a whole number", f"it is {value!r}"[:80])
-
-
-def turns_of(record: Mapping[str, Any], key: str) -> list[dict[str, str]]:
-    """The turns of a conversation, each with a role and content. Raises NotADocument."""
-    if key not in record:
-        raise NotADocument(
-            f"without the key {key!r}", f"its keys: {', '.join(sorted(map(repr, record))[:8]) or 'none'}"
-        )
-    turns = record[key]
-    if not isinstance(turns, list):
-        raise NotADocument(f"whose {key!r} is no list of turns", f"it is {type(turns).__name__}")
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise NotADocument(f"whose {key!r} is no list of turns", f"turn {number} is {type(turn).__name__}")
-        for part in ("role", "content"):
-            text_of(turn, part)
-    return turns

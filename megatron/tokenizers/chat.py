@@ -2,7 +2,8 @@
 
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
 other, where a turn lies in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
-role counts from behind the words with which the template opens it, as in generation, to its end.
+role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
+its reasoning too. What tools answer is nobody's but the tools'.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
@@ -11,15 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
+from megatron.tokenizers.chat_messages import NO_VARIABLES, Shapes, texts_of
+from megatron.tokenizers.chat_template import ChatTemplate, Message, TemplateRefusal
 from megatron.tokenizers.pretrained import PretrainedFromHF
 
 Spans = list[tuple[int, int]]
 ASSISTANT = "assistant"
 _KEY = "tokenizer_path"
 _OTHER_WORDS = "\ufdd3"  # no text begins with it
+_WORDS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+"""What a role writes beside its content."""
 
 
 class ChatTokens:
@@ -38,62 +44,118 @@ class ChatTokens:
         self.template = ChatTemplate.of_tokenizer(PretrainedFromHF.__name__, folder, key=_KEY)
         self.eod: int = self.tokenizer.eod
         self.vocab_size: int = self.tokenizer.vocab_size
-        self._marks = self.template.marks_generation
+        self.template.marks_generation()  # a folder without a default template is told of now
+        self._shapes = Shapes(self.template)
         self._special = tuple(self.tokenizer.special_tokens)
 
-    def encode(self, turns: Sequence[Mapping[str, str]], *, role: str, only_last: bool) -> tuple[list[int], list[bool]]:
+    def encode(
+        self,
+        turns: Sequence[Message],
+        *,
+        role: str,
+        only_last: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and for each whether the role wrote it.
 
-        only_last: the last turn alone is marked, whoever wrote it. Raises ValueError, with the reason, when the
-        template refuses the turns, when it renders earlier turns differently once later ones are there, and when a turn
-        spells a special token.
+        turns: messages, whose contents are texts, parts that are texts, or nothing. only_last: the last turn alone is
+        marked, whoever wrote it. variables: `tools`, `documents` and others of the template. Raises ValueError, with
+        the reason, when the template refuses the turns, when it renders earlier turns differently once later ones are
+        there, when a turn or variable spells a special token, and for variables that cannot be set.
         """
-        for turn in () if self._parse_special else turns:
-            spelt = next((token for token in self._special if token in turn["content"]), None)
-            if spelt is not None:
-                raise ValueError(f"a turn spells the special token {spelt}")
-        text, spans = self._marked(turns, role, only_last)
+        given = self._shapes.given(turns)
+        named = sorted(NO_VARIABLES.difference(("tools",)).intersection(variables))
+        if named:
+            raise ValueError(f"{named[0]!r} is no variable of the template that could be set")
+        if not self._parse_special:
+            self._check_spelling(given, variables)
+        text, spans = _Rendering(self.template, given, variables).marked(role, only_last)
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         return ids, [any(start <= at < stop for start, stop in spans) for at, _ in offsets]
 
-    def _marked(
-        self, turns: Sequence[Mapping[str, str]], role: str, only_last: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text, and where the marked turns lie in it [characters]."""
-        wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
-        if only_last:
-            wanted = [len(turns) - 1]
-        if wanted and self._marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
-            text, spans = self.template.render_marked(turns)
-            return text, spans[-1:] if only_last else spans
-        text = self.template.render(turns)
-        return text, [self._span(turns, number, text) for number in wanted]
+    def left_out(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
+        """Which of `tools`, `documents` and `tool_calls` are there, and are nothing in the rendered text."""
+        given = self._shapes.given(turns)
+        others = {
+            name: (given, {key: value for key, value in variables.items() if key != name})
+            for name in ("tools", "documents")
+            if variables.get(name)
+        }
+        if any(turn.get("tool_calls") for turn in given):
+            without = [{name: each for name, each in turn.items() if name != "tool_calls"} for turn in given]
+            others["tool_calls"] = (without, dict(variables))
+        text = self.template.render(given, **variables) if others else ""
+        return [name for name, (messages, rest) in others.items() if self._renders(messages, rest) == text]
 
-    def _span(self, turns: Sequence[Mapping[str, str]], number: int, whole: str) -> tuple[int, int]:
-        """Where one turn lies in the rendered text [characters]."""
-        closed = whole if number == len(turns) - 1 else self.template.render(turns[: number + 1])
-        if not whole.startswith(closed):
-            raise ValueError("the template renders earlier turns differently once later ones are there")
-        other = self.template.render([*turns[:number], {**turns[number], "content": _OTHER_WORDS}])
-        opened = _common(closed, other)
-        if number and turns[number]["role"] == ASSISTANT:
-            opened = self._prompted(turns[:number], closed) or opened
-        return opened, len(closed)
-
-    def _prompted(self, before: Sequence[Mapping[str, str]], closed: str) -> int:
-        """The length of what a model is given to answer these turns; 0 where the text goes on with something else."""
+    def _renders(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str | None:
         try:
-            prompt = self.template.render(before, add_generation_prompt=True)
-            plain = self.template.render(before)
+            return self.template.render(messages, **variables)
         except TemplateRefusal:
-            return 0
-        return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
+            return None
+
+    def _check_spelling(self, given: Sequence[Message], variables: Mapping[str, Any]) -> None:
+        """Refuses special tokens in any text that the template is given, but for those that variables name as such."""
+        told = {name: value for name, value in variables.items() if not name.endswith("_token")}
+        for what, value in (("a turn", list(given)), ("a field of the line", told)):
+            texts = "\0".join(texts_of(value))
+            spelt = next((token for token in self._special if token in texts), None)
+            if spelt is not None:
+                raise ValueError(f"{what} spells the special token {spelt}")
 
     def __getstate__(self) -> tuple[str, bool]:
         return self._folder, self._parse_special
 
     def __setstate__(self, state: tuple[str, bool]) -> None:
         self.__init__(state[0], parse_special=state[1])  # type: ignore[misc]
+
+
+class _Rendering:
+    """One conversation, its template and the variables with which it is rendered."""
+
+    def __init__(self, template: ChatTemplate, turns: Sequence[Message], variables: Mapping[str, Any]) -> None:
+        self._template, self._turns, self._variables = template, turns, variables
+
+    def marked(self, role: str, only_last: bool) -> tuple[str, Spans]:
+        """The rendered text, and where the marked turns lie in it [characters]."""
+        turns = self._turns
+        wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
+        if only_last:
+            wanted = [len(turns) - 1]
+        marks = self._template.marks_generation(self._variables.get("tools"))
+        if wanted and marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
+            text, spans = self._template.render_marked(turns, **self._variables)
+            return text, spans[-1:] if only_last else spans
+        text = self._text(turns)
+        return text, [self._span(number, text) for number in wanted]
+
+    def _text(self, turns: Sequence[Message], *, opens: bool = False) -> str:
+        return self._template.render(turns, add_generation_prompt=opens, **self._variables)
+
+    def _span(self, number: int, whole: str) -> tuple[int, int]:
+        """Where one turn lies in the rendered text [characters]."""
+        turns = self._turns
+        closed = whole if number == len(turns) - 1 else self._text(turns[: number + 1])
+        if not whole.startswith(closed):
+            raise ValueError("the template renders earlier turns differently once later ones are there")
+        opened = _common(closed, self._text([*turns[:number], _with_other_words(turns[number])]))
+        if number and turns[number]["role"] == ASSISTANT:
+            opened = self._prompted(turns[:number], closed) or opened
+        return opened, len(closed)
+
+    def _prompted(self, before: Sequence[Message], closed: str) -> int:
+        """The length of what a model is given to answer these turns; 0 where the text goes on with something else."""
+        try:
+            prompt, plain = self._text(before, opens=True), self._text(before)
+        except TemplateRefusal:
+            return 0
+        return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
+
+
+def _with_other_words(turn: Message) -> dict[str, Any]:
+    """The turn as if its role had written something else."""
+    parts = isinstance(turn.get("content"), list)
+    content = [{"type": "text", "text": _OTHER_WORDS}] if parts else _OTHER_WORDS
+    return {**{name: value for name, value in turn.items() if name not in _WORDS}, "content": content}
 
 
 def _common(one: str, other: str) -> int:

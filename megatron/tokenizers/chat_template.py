@@ -64,6 +64,7 @@ class ChatTemplate:
         self._tokens = dict(tokens or {})
         self._key, self._where = key, where
         self._compiled: dict[tuple[str, bool], jinja2.Template] = {}
+        self._marking: dict[str, bool] = {}
         if DEFAULT in self._sources:
             self._template(DEFAULT)
 
@@ -107,10 +108,12 @@ class ChatTemplate:
         """The default template, in jinja2's language. Raises ConfigError where there are only others."""
         return self._sources[self._name(None)]
 
-    @property
-    def marks_generation(self) -> bool:
-        """Whether the default template says, by the tag `generation`, what the model is to write."""
-        return _Generation.used_by(self.source)
+    def marks_generation(self, tools: object = None) -> bool:
+        """Whether the template says, by the tag `generation`, what the model is to write. tools: as for render."""
+        name = self._name(tools)
+        if name not in self._marking:
+            self._marking[name] = _Generation.used_by(self._sources[name])
+        return self._marking[name]
 
     def render(
         self,

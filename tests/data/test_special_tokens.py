@@ -174,8 +174,8 @@ def test_no_conversation_is_left_out_for_marks_that_nobody_asks_for(tmp_path, ca
     ("turn", "told"),
     [
         ({"from": "human", "value": "a"}, "each turn of a conversation has a 'role' and a 'content'"),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "join its parts"),
-        ({"role": "assistant", "content": None, "tool_calls": []}, "write calls of tools out as text"),
+        ({"role": "user", "content": {"text": "a"}}, "a list of parts that are texts"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "null beside 'tool_calls' alone"),
     ],
 )
 def test_a_conversation_that_cannot_be_read_is_told_what_it_lacks(tmp_path, capsys, turn, told):

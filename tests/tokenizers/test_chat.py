@@ -24,9 +24,9 @@ TRIMS = PLAIN.replace("m['content']", "m['content'] | trim")
 NO_PROMPT = PLAIN.partition("{% if add")[0]
 
 
-def marked(chat, turns, role="assistant", *, only_last=False):
+def marked(chat, turns, role="assistant", *, only_last=False, **more):
     """What carries a loss, as text, special tokens included."""
-    ids, written = chat.encode(turns, role=role, only_last=only_last)
+    ids, written = chat.encode(turns, role=role, only_last=only_last, **more)
     own = [token for token, ours in zip(ids, written, strict=True) if ours]
     return chat.tokenizer._reader.decode(own, skip_special_tokens=False)
 

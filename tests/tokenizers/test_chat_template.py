@@ -269,8 +269,8 @@ def test_what_generation_tags_enclose(template):
             "generation keeps its variables": ["in", ""],
         }[template]
     )
-    assert ChatTemplate(source).marks_generation
-    assert not ChatTemplate("{# {% generation %} #}" + PLAIN).marks_generation
+    assert ChatTemplate(source).marks_generation()
+    assert not ChatTemplate("{# {% generation %} #}" + PLAIN).marks_generation()
 
 
 def test_generation_tags_whose_text_is_changed_are_refused():

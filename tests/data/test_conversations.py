@@ -1,0 +1,110 @@
+"""Conversations with tools, parts and variables through the tool: what is written, left out and counted."""
+
+import json
+
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from tests.tokenizers.test_chat_template import DOCUMENT, PLAIN, TOOL, folder_with
+from tests.tokenizers.test_chat_tools import AS_TEXT, JSON_CALLS, MAPPING, parts, with_calls
+from tools.preprocess_data_with_chat_template import main
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def written(tmp_path, template, records, *flags):
+    """The exit code and the documents of a work on these lines."""
+    folder, source = folder_with(tmp_path / "t", template), tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    code = main([*told, "--jsonl-keys", "messages", *flags])
+    return code, [] if code else list(IndexedDataset(tmp_path / "out_messages_document"))
+
+
+LINES = [
+    {"messages": with_calls(MAPPING)},
+    {"messages": with_calls(MAPPING), "tools": [TOOL]},
+    {"messages": TURNS, "tools": None, "documents": None, "chat_template_kwargs": None},
+    {"messages": TURNS, "tools": [], "documents": [DOCUMENT]},
+    {"messages": TURNS, "chat_template_kwargs": {"style": "calm", "documents": [DOCUMENT]}},
+    {"messages": TURNS, "id": 7, "source": "x"},
+]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_fields_of_a_line_go_to_the_template(tmp_path, workers):
+    from transformers import AutoTokenizer
+
+    code, found = written(tmp_path, JSON_CALLS, LINES, "--workers", workers, "--no-mask")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert code == 0 and len(found) == len(LINES)
+    for row, record in zip(found, LINES, strict=True):
+        how = {name: record.get(name) for name in ("tools", "documents")} | (record.get("chat_template_kwargs") or {})
+        wanted = theirs.apply_chat_template(record["messages"], return_dict=False, **how)
+        assert row.tolist() == [*wanted, theirs.eos_token_id]
+
+
+def test_tools_and_arguments_may_be_json_in_a_text(tmp_path):
+    records = [
+        {"messages": with_calls(MAPPING), "tools": [TOOL]},
+        {"messages": with_calls(AS_TEXT), "tools": json.dumps([TOOL])},
+    ]
+    code, (one, other) = written(tmp_path, JSON_CALLS, records)
+    assert code == 0 and one.tolist() == other.tolist()
+
+
+def test_the_labels_are_what_the_assistant_wrote(tmp_path):
+    from transformers import AutoTokenizer
+
+    assert written(tmp_path, JSON_CALLS, LINES[1:2])[0] == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
+    labels = IndexedDataset(tmp_path / "out_messages_label_document")[0].tolist()
+    told = theirs.decode([label for label in labels if label != -100])
+    calls = '<call>weather {"b": 1, "a": ["é", null]}</call><call>weather {}</call><|im_end|>\n'
+    assert told == calls + "Dry.<|im_end|>\n" + "<|im_end|>"
+
+
+IMAGE = {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"messages": [TURNS[0], IMAGE]}, "1 with a part of a content that is no text"),
+        ({"messages": [TURNS[0], IMAGE]}, "turn 2 has a part of the type 'image'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "turn 1 has a part 'a'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "that is no text"),
+        ({"messages": [{"role": "user", "content": None}]}, "whose 'content' is not text"),
+        ({"messages": [{"role": "user"}]}, "a turn has a 'content', or 'tool_calls' in its place"),
+        ({"messages": [{"role": "assistant", "tool_calls": "f()"}]}, "whose 'tool_calls' are no list of calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": ["f()"]}]}, "turn 1 has ['f()']"),
+        ({"messages": with_calls("{")}, "turn 2: the arguments of weather are no JSON"),
+        ({"messages": with_calls({"a": "\ud800"})}, "that holds half a surrogate pair"),
+        ({"messages": [parts("\ud800")]}, "that holds half a surrogate pair"),
+        ({"messages": TURNS, "tools": "weather"}, "whose 'tools' is a text that is no JSON"),
+        ({"messages": TURNS, "tools": ["weather"]}, "whose 'tools' is no list of objects"),
+        ({"messages": TURNS, "documents": "a book"}, "whose 'documents' is no list of objects"),
+        ({"messages": TURNS, "chat_template_kwargs": {"documents": ["x"]}}, "whose 'documents' is no list of objects"),
+        ({"messages": TURNS, "chat_template_kwargs": ["style"]}, "whose 'chat_template_kwargs' is no object"),
+        ({"messages": TURNS, "chat_template_kwargs": {"tools": [TOOL]}}, "set what is a field of the line"),
+        ({"messages": TURNS, "chat_template_kwargs": {"messages": []}}, "'messages' is no variable"),
+    ],
+)
+def test_what_cannot_be_learnt_is_left_out_counted_and_told(tmp_path, capsys, record, told):
+    code, found = written(tmp_path, JSON_CALLS, [record, LINES[0]])
+    out = capsys.readouterr().out
+    kept = (tmp_path / "out_messages_document_skipped.jsonl", tmp_path / "out_skipped.jsonl")
+    skipped = "".join(path.read_text() for path in kept if path.is_file())
+    assert code == 0 and len(found) == 1
+    assert "1 lines or files skipped" in out and json.loads(skipped)
+    assert written(tmp_path, JSON_CALLS, [record])[0] == 1
+    assert told in capsys.readouterr().err
+
+
+def test_what_the_template_leaves_out_is_counted(tmp_path, capsys):
+    """The ids are those of transformers all the same."""
+    code, found = written(tmp_path, PLAIN, [*LINES[:2], *LINES[2:4], LINES[5]])
+    out = capsys.readouterr().out
+    assert code == 0 and len(found) == 5
+    for told in ("2 documents have 'tool_calls'", "1 documents have 'tools'", "1 documents have 'documents'"):
+        assert f"{told} that the chat template leaves out" in out
