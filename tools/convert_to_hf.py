@@ -180,6 +180,8 @@ def _save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None
         copy_tokenizer(tokenizer.folder, output)
     tokenizer.write(output, length)
     for_every_release(output, own=tokenizer.folder is None or not (tokenizer.folder / WHOLE).is_file())
+    if tokenizer.lost:
+        print(f"{tokenizer.lost}; their names stay beside the .model, where transformers adds them", file=sys.stderr)
     if not tokenizer.readable:
         print("no other program reads this kind of tokenizer, so none was written", file=sys.stderr)
 

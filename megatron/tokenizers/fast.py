@@ -18,13 +18,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, as_array, bytes_of_piece
 from megatron.tokenizers.beside import Beside
 from megatron.tokenizers.byte_level import ByteLevelEngine, byte_alphabet, make_engine
+from megatron.tokenizers.llama_class import as_read, rebuild
 
 
 class FromTokenizers:
@@ -65,7 +66,7 @@ class FromTokenizers:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have gaps, and every id needs a row in the embedding.
         self.vocab_size: int = max(len(vocabulary), max(vocabulary.values()) + 1)
-        self.lossless: bool = self.decode(self.encode(DELICATE)) == DELICATE
+        self.lossless: bool = tokenizer.decode(self.encode(DELICATE), skip_special_tokens=True) == DELICATE
 
     @cached_property
     def _engine(self) -> tuple[ByteLevelEngine | None, str]:
@@ -115,9 +116,7 @@ class FromTokenizers:
             reader.add_special_tokens([AddedToken(self._own.content, special=True, **flags)])
         known = {token.content for token in reader.get_added_tokens_decoder().values()}
         reader.add_special_tokens([AddedToken(text) for text in self.special_tokens if text not in known])
-        if self._beside.blank is not None and '"\u2581"' in f"{reader.normalizer!r}{reader.pre_tokenizer!r}":
-            reader.normalizer = None
-            reader.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", self._beside.blank, split=False)
+        rebuild(reader, self._beside.blank)
         return reader
 
     def encode(self, text: str) -> list[int]:
@@ -148,7 +147,8 @@ class FromTokenizers:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        reader = self._tokenizer if self._beside.blank is None else self._reader
+        text: str = reader.decode(list(ids), skip_special_tokens=True)
         return text
 
     def bytes_of(self, token: int) -> bytes | None:
@@ -183,10 +183,10 @@ class FromTokenizers:
         number: int | None = self._tokenizer.token_to_id(token)
         return number
 
-    def to_json(self) -> str:
-        """The text of a tokenizer.json."""
-        content: str = self._tokenizer.to_str()
-        return content
+    def to_json(self, file: str | None = None) -> str:
+        """The text of a tokenizer.json that gives a model's ids under any class. file: the text that was read."""
+        content: str = self._tokenizer.to_str() if file is None else file
+        return as_read(content, self._beside.blank)
 
     def __getstate__(self) -> tuple[str, str, str | None, Beside, AddedToken | None]:
         """The file's text: what is set on top of it is set again in `__setstate__`."""

@@ -28,12 +28,16 @@ from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
+_SHOWN = 8
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """keys: tokenizer_type and its files; empty where there is none. tokenizer: built of them. told: why not."""
+    """keys: tokenizer_type and its files; empty where there is none. tokenizer: built of them.
+
+    told: why there is none, or which tokens of the folder it lacks.
+    """
 
     keys: dict[str, str] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
@@ -49,10 +53,21 @@ def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = F
     told = []
     for kind, files in _candidates(folder.resolve(), ends, complete):
         try:
-            return FoundTokenizer({"tokenizer_type": kind, **files}, make_tokenizer(kind, **files))
+            made = make_tokenizer(kind, **files)
+            lost = lost_tokens(folder, made) if files["vocab_file"].endswith(".model") else ""
+            return FoundTokenizer({"tokenizer_type": kind, **files}, made, lost)
         except ConfigError as fault:
             told.append(str(fault))
     return FoundTokenizer(told="; ".join(told[:1]) or f"{folder} holds no tokenizer that is understood")
+
+
+def lost_tokens(folder: Path, tokenizer: Tokenizer) -> str:
+    """A line that names the tokens which the folder adds to its .model and the tokenizer lacks; "" without any."""
+    lost = sorted(token for token, number in _added(folder).items() if number >= tokenizer.vocab_size)
+    if not lost:
+        return ""
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return f"{folder}: {', '.join(lost[:_SHOWN])}{more} are added beside a .model, which is read without: as text"
 
 
 def named_tokens(folder: Path) -> dict[str, str]:

@@ -70,7 +70,7 @@ class SPMTokenizer:
         self.prefix_ids: tuple[int, ...] = (self.begin,) if beside.adds_begin else ()
         spelt = [model.piece_to_id(character) for character in model.id_to_piece(self.eod)]
         self._spelt = [token for token in spelt if token != self.eod]
-        self.lossless: bool = self.decode(self.encode(DELICATE)) == DELICATE
+        self.lossless: bool = model.decode(self.encode(DELICATE)) == DELICATE
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
@@ -89,7 +89,7 @@ class SPMTokenizer:
         if blank is None:
             return self._following if follows else self._model
         # LLaMA's class puts no second blank before a text that begins with one.
-        opens = not text.startswith(" ") and (blank == "always" or (blank == "first" and not follows))
+        opens = not text.startswith((" ", "\u2581")) and (blank == "always" or (blank == "first" and not follows))
         return self._opening if opens else self._following
 
     @cached_property
@@ -115,8 +115,9 @@ class SPMTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""
         known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in self._special]
-        text: str = self._model.decode(known)
-        return text
+        blank = self._beside.blank
+        text: str = (self._model if blank is None else self._following).decode(known)
+        return text if blank in (None, "never") else text.removeprefix(" ")
 
     def bytes_of(self, token: int) -> bytes | None:
         """The bytes of a piece, its blank included; None of ids without text."""
@@ -124,6 +125,11 @@ class SPMTokenizer:
             return None
         piece: str = self._model.id_to_piece(token)
         return bytes_of_piece(piece) if self._model.is_byte(token) else piece.replace("\u2581", " ").encode()
+
+    @property
+    def blank(self) -> str | None:
+        """How LLaMA's class, which the tokenizer_config.json names, puts a blank before a text; None without it."""
+        return self._beside.blank
 
     @property
     def own_begin(self) -> int | None:

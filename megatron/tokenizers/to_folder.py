@@ -1,21 +1,24 @@
 """A tokenizer of ours as files that other programs read, and the ids of the tokens that begin and end a text.
 
-What is a tokenizer.json on the disk stays as it is, byte by byte; others are written as one, with the class
-PreTrainedTokenizerFast, under which every release of `transformers` reads that file and nothing else. A sentencepiece
+What is a tokenizer.json on the disk stays as it is, byte by byte, where the run reads what it says; LLaMA's class makes
+another one of some. Others are written as one, with the class PreTrainedTokenizerFast, under which every release of
+`transformers` reads that file and nothing else. A sentencepiece
 model is written beside its tokenizer.json, or alone where none gives the same ids.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.errors import ConfigError
+from megatron.tokenizers.added import ADDED
 from megatron.tokenizers.base import END_OF_DOCUMENT
 from megatron.tokenizers.build import make_tokenizer
 from megatron.tokenizers.fast import FromTokenizers
-from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, named_tokens
+from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, lost_tokens, named_tokens
+from megatron.tokenizers.llama_class import as_read
 from megatron.tokenizers.pretrained import files_of
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
@@ -29,7 +32,8 @@ class Portable:
 
     vocab_size: [tokens]. end, begin: ids; begin is None where the tokenizer has none. folder: one of a model, whose
     files are to be copied, or None. content: the text of the tokenizer.json, or None. model: a .model to copy. names:
-    for tokenizer_config.json.
+    for tokenizer_config.json. other: the run reads another tokenizer.json than the folder's own, which is content.
+    lost: a line about tokens beside the .model that the run reads as text, or "".
     """
 
     vocab_size: int
@@ -39,6 +43,8 @@ class Portable:
     content: str | None
     model: Path | None
     names: dict[str, str]
+    other: bool = False
+    lost: str = ""
 
     @property
     def readable(self) -> bool:
@@ -47,11 +53,16 @@ class Portable:
 
     def write(self, output: Path, length: int | None) -> None:
         """Adds what the folder does not hold yet. length: the longest text of the model [tokens]."""
-        if self.content is not None and not (output / TOKENIZER).exists():
+        if self.content is not None and self.other:
+            (output / TOKENIZER).write_text(self.content, encoding="utf-8")
+        elif self.content is not None and not (output / TOKENIZER).exists():
             (output / TOKENIZER).write_text(self.content, encoding="utf-8")
             self._complete(output / CONFIG)
         if self.model is not None:
             (output / "tokenizer.model").write_bytes(self.model.read_bytes())
+            added = self.model.with_name(ADDED)
+            if added.is_file() and not (output / ADDED).exists():
+                (output / ADDED).write_bytes(added.read_bytes())
         if self.readable and not (output / CONFIG).exists():
             kind = "LlamaTokenizer" if self.content is None else "PreTrainedTokenizerFast"
             told = {"tokenizer_class": kind, "model_max_length": length, **self.names}
@@ -74,14 +85,16 @@ def portable(kind: str, vocab_file: str | None, merge_file: str | None) -> Porta
         return _of_sentence_piece(tokenizer, Path(vocab_file or ""))
     if not isinstance(tokenizer, FromTokenizers):
         return Portable(tokenizer.vocab_size, tokenizer.eod, None, None, None, None, {})
-    folder = content = None
+    folder = file = None
     if kind in _OF_FOLDERS:
         found = files_of(str(vocab_file))
         folder = next(iter(found.values())).parent
         if TOKENIZER in found:
-            content = found[TOKENIZER].read_text(encoding="utf-8")
+            file = found[TOKENIZER].read_text(encoding="utf-8")
         folder = folder if (folder / CONFIG).is_file() else None
-    return _of_tokenizers(tokenizer, folder, tokenizer.to_json() if content is None else content)
+    content = tokenizer.to_json(file)
+    made = _of_tokenizers(tokenizer, folder, content)
+    return replace(made, other=file is not None and content != file)
 
 
 def portable_of(path: Path) -> Portable:
@@ -129,4 +142,6 @@ def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:
     names = {"eos_token": tokenizer.piece(tokenizer.eod), "unk_token": tokenizer.piece(tokenizer.unknown)}
     names |= {} if begin is None else {"bos_token": tokenizer.piece(begin)}
     content = as_tokenizer_json(tokenizer, path)
-    return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names)
+    content = None if content is None else as_read(content, tokenizer.blank)
+    lost = lost_tokens(path.parent, tokenizer)
+    return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names, lost=lost)

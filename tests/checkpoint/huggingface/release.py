@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tests.checkpoint.huggingface.random_models import DRAWN, tokens
-from tests.checkpoint.huggingface.tokenized import SAMPLES
+from tests.checkpoint.huggingface.tokenized import READ, SAMPLES
 from tests.packages import installed
 
 OLDER = "4.57.6"
@@ -76,7 +76,9 @@ def _read(folder: Path) -> Answers:
         if (place / "tokenizer_config.json").is_file():
             found[f"{place.name} ends"] = (model.config.eos_token_id, model.generation_config.eos_token_id)
             tokenizer = AutoTokenizer.from_pretrained(place)
-            ids = [tokenizer.encode(text, add_special_tokens=add) for add in (False, True) for text in SAMPLES]
+            ids = [
+                tokenizer.encode(text, add_special_tokens=add) for add in (False, True) for text in (*SAMPLES, *READ)
+            ]
             found[f"{place.name} ids"] = [*ids, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return found
 

@@ -14,6 +14,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron.tokenizers.sentence_piece import SPMTokenizer
+from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+
 TEXT = [
     *["the quick brown fox jumps over the lazy dog. it was a dark and stormy night, and the rain fell in torrents."]
     * 5,
@@ -25,6 +28,17 @@ SAMPLES = [
     "def read(n):\n\n    return x\n",
     "na\u00efve \u4f60\u597d \U0001f642",
 ]
+READ = [
+    *("", " ", "  ", "the quick", " the quick", "  the quick", "   a", "the  fox   ", "\n", "\nthe fox\n", "a\tb"),
+    *("</s>the", " </s> the", "</s>  the </s>the", "<s>the<s> fox", "</s>", "<s></s>", "\u2581x", " \u2581 x"),
+    *(
+        "na\u00efve \u4f60\u597d \U0001f642",
+        "\u041f\u0440\u0438\u0432\u0435\u0442",
+        " \u0645\u0631\u062d\u0628\u0627",
+        "\uff21\u00a0e\u0301",
+    ),
+]
+"""Texts that begin with blanks, stand behind special tokens, are empty, or of several scripts."""
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
@@ -130,6 +144,21 @@ def sentence_piece(folder: Path, algorithm: str = "bpe", **config: Any) -> None:
     _write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **config})
 
 
+def llama_class(folder: Path, kind: str = "LlamaTokenizer", *, whole: bool, **config: Any) -> None:
+    """LLaMA 2's tokenizer; whole: as a tokenizer.json whose older normalizer puts a blank before every text."""
+    sentence_piece(folder, **config)
+    file = folder / "tokenizer.model"
+    if whole:
+        (folder / "tokenizer_config.json").unlink()
+        content = as_tokenizer_json(SPMTokenizer(str(file)), file)
+        assert content is not None
+        assert '"Prepend"' in content
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        file.unlink()
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write(folder, "tokenizer_config.json", {"tokenizer_class": kind, **named, **config})
+
+
 def sentence_piece_with_more(folder: Path, *, described: bool) -> None:
     """ChatML's marks added to a tokenizer.model; described: in tokenizer_config.json, else in a file of its own."""
     sentence_piece(folder)
@@ -168,6 +197,8 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "sentencepiece with more": lambda folder: sentence_piece_with_more(folder, described=False),
     "sentencepiece with more, described": lambda folder: sentence_piece_with_more(folder, described=True),
     "tokenizer.json with more": whole_with_more,
+    "llama 2": lambda folder: llama_class(folder, whole=True),
+    "llama 2 without a first blank": lambda folder: llama_class(folder, whole=True, add_prefix_space=False),
 }
 """Name -> writes the folder."""
 EXPECTED: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
@@ -187,5 +218,7 @@ EXPECTED: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
     "sentencepiece with more": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
     "sentencepiece with more, described": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
     "tokenizer.json with more": ("PretrainedFromHF", "<|im_end|>", ["<|im_end|>"], {}),
+    "llama 2": ("PretrainedFromHF", "</s>", ["</s>"], {}),
+    "llama 2 without a first blank": ("PretrainedFromHF", "</s>", ["</s>"], {}),
 }
 """Name -> tokenizer_type, the token that ends a text, all that do, and how the folder samples."""
