@@ -77,11 +77,12 @@ def export(
 ) -> Exported:
     """Writes the folder.
 
-    family_name: None chooses the first family that can express the model. precision: auto keeps the stored one; fp32
-    takes the optimizer's fp32 copies where they were kept. The factors of muP go into the weights, and so do low-rank
-    updates. largest_file: [bytes]. special: ids for config.json, such as eos_token_id. tokens: of the tokenizer;
-    further rows of the embedding are padding, unless the key vocab_size counts them. wishes: of other programs. Raises
-    ConfigError naming each key that the family cannot express.
+    family_name: None chooses the first family that can express the model. precision: auto keeps each tensor's, as
+    transformers does, and config.json names the embedding's; fp32 takes the optimizer's fp32 copies where they were
+    kept. The factors of muP go into the weights, and so do low-rank updates. largest_file: [bytes]. special: ids for
+    config.json, such as eos_token_id. tokens: of the tokenizer; further rows of the embedding are padding, unless the
+    key vocab_size counts them. wishes: of other programs. Raises ConfigError naming each key that the family cannot
+    express.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)
@@ -89,7 +90,7 @@ def export(
     family = family_for(model, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(model, stored.moe, stored.mixers)
     rows = vocabulary(stored, tokens)
-    dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
+    dtype = PRECISIONS.get(precision)
     shapes = {key_of(shape): shape for shape in tensors(dims, stored.rows)}
     table = family.table(dims)
     assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
@@ -101,7 +102,7 @@ def export(
     config |= family.config(model, rows)
     config |= family.experts.config(stored.moe) if family.experts else {}
     config |= family.mixers.config(stored.mixers) if family.mixers else {}
-    config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype]}
+    config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
     files.write_json(output / CONFIG, config)
     return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)
 
@@ -112,12 +113,13 @@ def _promises(
     row: Correspondence,
     shape: TensorShape,
     rows: int,
-    dtype: torch.dtype,
+    asked: torch.dtype | None,
 ) -> Iterator[Promise]:
-    """Their tensors that one of ours turns into. held: our key of each stored tensor."""
+    """Their tensors that one of ours turns into. held: our key of each stored tensor. asked: None keeps its type."""
     source = held.get(row.ours)
     if source is None and shape.kind == "head":
         source = held["0.word_embeddings.weight"]
+    dtype = asked or _stored_dtype(stored, stored.table[0] if source is None else source)
     ours = torch.empty(shape.shape, device="meta")
     for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):
         if source is None:
@@ -125,6 +127,10 @@ def _promises(
         else:
             make = partial(_make, stored, row, source, rows, part, dtype == torch.float32)
         yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
+
+
+def _stored_dtype(stored: StoredModel, shape: TensorShape) -> torch.dtype:
+    return stored.weights.shards(key_of(shape))[0].dtype
 
 
 def vocabulary(stored: StoredModel, tokens: int | None) -> int:

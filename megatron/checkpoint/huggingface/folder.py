@@ -6,7 +6,7 @@ Nothing is copied before it is asked for, and no code of the folder runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.checkpoint.huggingface import safetensors
 from megatron.checkpoint.huggingface.defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
 from megatron.checkpoint.huggingface.family import Correspondence, Family, Settings
+from megatron.checkpoint.huggingface.safetensors import FETCH
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.shapes import ModelDims
 
@@ -27,6 +28,7 @@ OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 UNPACKED = ("gguf",)
 """Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
+_FETCH_BIN = f"{FETCH}, or the folder's {WHOLE}"
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
@@ -154,7 +156,8 @@ def _missing(name: str, folder: Folder) -> Mistake:
     if name in HEADS:
         remedy = "a model whose output layer is its embedding says tie_word_embeddings: true"
         return Mistake(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
-    return Mistake(what, where=str(folder.path))
+    remedy = f"a file that the index does not name, or another model's config.json; {FETCH}"
+    return Mistake(what, where=str(folder.path), remedy=remedy)
 
 
 def _compare_rows(folder: Folder, table: Table) -> None:
@@ -198,7 +201,7 @@ def _sources(path: Path) -> dict[str, Source]:
         return {tensor: _of(reader, tensor) for reader in readers.values() for tensor in reader.names()}
     held: dict[str, Source] = {}
     for name in _files(path, OLD_WHOLE, OLD_INDEX):
-        for tensor, value in files.read_tensors(path / name).items():
+        for tensor, value in _old_tensors(path / name).items():
             held[tensor] = lambda value=value: value  # type: ignore[misc]
     return held
 
@@ -211,4 +214,24 @@ def _files(path: Path, whole: str, index: str) -> list[str]:
     """The files to read: as transformers, the whole one where there is one, an index or not."""
     if (path / whole).is_file():
         return [whole]
-    return sorted(set(files.read_json(path / index)["weight_map"].values()))
+    told = files.read_json(path / index)
+    where = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        what = "it has no weight_map, which says where each tensor stands"
+        raise RunError.of(what, where=str(path / index), remedy=FETCH)
+    names = sorted(set(where.values()))
+    what = f"this file is not there, which {index} names"
+    absent = [name for name in names if not (path / name).is_file()]
+    RunError.raise_any([Mistake(what, where=str(path / name), remedy=f"{FETCH} into this folder") for name in absent])
+    return names
+
+
+def _old_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file. RunError where it is damaged, or a pickle of other things."""
+    try:
+        found = files.read_tensors(path)
+    except RunError as fault:
+        raise RunError(*(replace(mistake, remedy=_FETCH_BIN) for mistake in fault.mistakes)) from fault
+    if not isinstance(found, dict):
+        raise RunError.of("this file holds no tensors by name", where=str(path), remedy=_FETCH_BIN)
+    return found

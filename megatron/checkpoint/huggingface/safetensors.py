@@ -37,6 +37,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FETCH = "fetch the file again"
+_POINTER = b"version https://git-lfs"
 _MOST_HEADER = 100 << 20  # bytes; a longer one is no header
 
 
@@ -105,6 +107,8 @@ class Reader:
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if self._map[: len(_POINTER)] == _POINTER:
+                raise ValueError("git-lfs keeps the file elsewhere, and this names it")
             length = int.from_bytes(self._map[:8], "little")
             if length > min(len(self._map), _MOST_HEADER):
                 raise ValueError("the header is longer than the file")
@@ -115,9 +119,8 @@ class Reader:
             if self._start + end != len(self._map):
                 raise ValueError(f"{len(self._map)} bytes where the header promises {self._start + end}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError.of(
-                f"this is not a whole safetensors file: {error}", where=str(path), remedy="fetch the file again"
-            ) from error
+            told = f"this is not a whole safetensors file: {error}"
+            raise RunError.of(told, where=str(path), remedy=f"{FETCH} (git lfs pull, hf download)") from error
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
@@ -129,7 +132,8 @@ class Reader:
         start, stop = entry["data_offsets"]
         dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
         if dtype is None or stop - start != prod(shape) * dtype.itemsize:
-            raise RunError.of(f"tensor {name} has {entry}, which cannot be read", where=str(self.path))
+            told = f"tensor {name} has {entry}, which cannot be read"
+            raise RunError.of(told, where=str(self.path), remedy=f"only {', '.join(DTYPES)} are read, each whole")
         if start == stop:
             return torch.empty(shape, dtype=dtype)
         values = torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=self._start + start)

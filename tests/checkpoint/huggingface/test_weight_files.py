@@ -1,0 +1,95 @@
+"""Files of weights: each tensor keeps its precision on the way out, and damage on the way in names file and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron.checkpoint.huggingface.adopt import adopt
+from megatron.checkpoint.huggingface.export import export
+from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.stored import open_model
+from tests.checkpoint.huggingface.tokenized import write_model
+from tools import convert_from_hf
+
+
+def test_each_tensor_keeps_its_precision(tmp_path: Path) -> None:
+    """As transformers saves a model of several, and reads it."""
+    write_model(tmp_path / "theirs", 96)
+    path = tmp_path / "theirs" / "model.safetensors"
+    mixed = {name: tensor if "norm" in name else tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
+    for norm in (name for name in mixed if "norm" in name):
+        mixed[norm] = mixed[norm] + 1e-4
+    save_file(mixed, path, {"format": "pt"})
+    adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
+    stored = open_model(tmp_path / "ours")
+    export(stored, tmp_path / "back")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == mixed.keys()
+    assert all(written[name].dtype == mixed[name].dtype and written[name].equal(mixed[name]) for name in mixed)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    export(stored, tmp_path / "one", precision="bf16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "one" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def _sharded(folder: Path) -> tuple[Path, Path]:
+    write_model(folder, 96)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    return folder / "model-00002-of-00002.safetensors", index
+
+
+def _old(folder: Path) -> Path:
+    write_model(folder, 96)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+def _damage(harm: str, folder: Path) -> Path:
+    """The file that is to be named."""
+    if harm.startswith("bin"):
+        file = _old(folder)
+        file.write_bytes(file.read_bytes()[:5000] if harm == "bin cut" else b"")
+        return file
+    shard, index = _sharded(folder)
+    if harm == "absent":
+        shard.unlink()
+    elif harm == "index":
+        index.write_text('{"metadata": {}}')
+        return index
+    else:
+        whole = shard.read_bytes()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        shard.write_bytes({"cut": whole[:-4], "header": whole[:40], "empty": b"", "pointer": pointer}[harm])
+    return shard
+
+
+@pytest.mark.parametrize("harm", ["absent", "cut", "header", "empty", "pointer", "index", "bin cut", "bin empty"])
+def test_a_file_of_weights_that_is_missing_or_cut_is_named(
+    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = _damage(harm, tmp_path / "theirs")
+    given = ["--input-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "ours")]
+    capsys.readouterr()
+    assert convert_from_hf.main(given) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"{named}: ")
+    assert "fetch the file again" in said[0]
+    assert ("git-lfs keeps the file elsewhere" in said[0]) == (harm == "pointer")
+    assert not (tmp_path / "ours").exists()
