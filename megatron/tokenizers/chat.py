@@ -135,12 +135,27 @@ class _Rendering:
         """Where one turn lies in the rendered text [characters]."""
         turns = self._turns
         closed = whole if number == len(turns) - 1 else self._text(turns[: number + 1])
-        if not whole.startswith(closed):
-            raise ValueError("the template renders earlier turns differently once later ones are there")
-        opened = _common(closed, self._text([*turns[:number], _with_other_words(turns[number])]))
+        differs = _common(closed, self._with_other_words(number, turns[: number + 1]))
+        opened = differs
         if number and turns[number]["role"] == ASSISTANT:
             opened = self._prompted(turns[:number], closed) or opened
-        return opened, len(closed)
+        # What stands before the turn may have moved or changed, as where tools are told of before the last question.
+        moved = 0 if whole.startswith(closed) else _common(whole, self._with_other_words(number, turns)) - differs
+        first = min(opened, differs)
+        if first + moved < 0 or not whole.startswith(closed[first:], first + moved):
+            raise ValueError("the template renders earlier turns differently once later ones are there")
+        return opened + moved, len(closed) + moved
+
+    def _with_other_words(self, number: int, turns: Sequence[Message]) -> str:
+        """The text of the turns as if the role of one had written something else."""
+        turn = turns[number]
+        parts = isinstance(turn.get("content"), list)
+        content = [{"type": "text", "text": _OTHER_WORDS}] if parts else _OTHER_WORDS
+        other = {name: value for name, value in turn.items() if name not in _WORDS}
+        try:
+            return self._text([*turns[:number], {**other, "content": content}, *turns[number + 1 :]])
+        except TemplateRefusal:  # answers of tools may insist on the call before them
+            return self._text([*turns[:number], {**turn, "content": content}, *turns[number + 1 :]])
 
     def _prompted(self, before: Sequence[Message], closed: str) -> int:
         """The length of what a model is given to answer these turns; 0 where the text goes on with something else."""
@@ -149,13 +164,6 @@ class _Rendering:
         except TemplateRefusal:
             return 0
         return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
-
-
-def _with_other_words(turn: Message) -> dict[str, Any]:
-    """The turn as if its role had written something else."""
-    parts = isinstance(turn.get("content"), list)
-    content = [{"type": "text", "text": _OTHER_WORDS}] if parts else _OTHER_WORDS
-    return {**{name: value for name, value in turn.items() if name not in _WORDS}, "content": content}
 
 
 def _common(one: str, other: str) -> int:

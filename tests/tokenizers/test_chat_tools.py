@@ -131,6 +131,30 @@ def test_what_the_role_wrote_carries_a_loss(tmp_path, template, turns, role, wan
     assert marked(chat, turns, role, variables={"tools": [TOOL], "documents": [DOCUMENT]}) == wanted
 
 
+BEFORE_THE_LAST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == messages | map(attribute='role') | "
+    "list | length - 1 - (messages | map(attribute='role') | list | reverse | list).index('user') %}TOOLS{% endif %}"
+    "[{{ m.content }}]{% elif m.role == 'tool' %}({{ m.content }}){% if not MET %}{{ raise_exception('no call') }}"
+    "{% endif %}{% else %}" + BODY.replace("ARGUMENTS", "c.function.arguments | tojson") + "{% endif %}{% endfor %}"
+).replace("MET", "messages | selectattr('tool_calls') | list")
+
+
+def test_turns_count_where_tools_are_told_of_before_the_last_question(tmp_path):
+    """What stands before the turns changes with every question, and the turns themselves do not."""
+    from transformers import AutoTokenizer
+
+    folder, turns = folder_with(tmp_path, BEFORE_THE_LAST), [*with_calls(MAPPING), *with_calls({})]
+    chat = ChatTokens(str(folder))
+    assert marked(chat, turns, variables={"tools": [TOOL]}) == WRITTEN + WRITTEN.replace(
+        '{"b": 1, "a": ["é", null]}', "{}"
+    )
+    ids, _ = chat.encode(turns, role="assistant", only_last=False, variables={"tools": [TOOL]})
+    text = chat.tokenizer._reader.decode(ids, skip_special_tokens=False)
+    assert text.count("TOOLS") == 1 and text.index("TOOLS") > text.index("Dry.")
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, tools=[TOOL], return_dict=False)
+    assert ids == theirs
+
+
 def test_the_tags_of_the_template_for_tools_decide_where_tools_are(tmp_path):
     listed = [{"name": "default", "template": TAGGED}, {"name": "tool_use", "template": JSON_CALLS}]
     chat = ChatTokens(str(folder_with(tmp_path, listed)))
