@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron.inference.decode import Limits, Step, Text
-from megatron.inference.reading import TextBehind
+from megatron.inference.reading import GrowingText, TextBehind
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.tokenizers.base import Tokenizer, split_at
 from megatron.tokenizers.bounded import known_ids
@@ -201,6 +201,7 @@ class Pieces:
         prompt: Sequence[int] = (),
     ) -> None:
         self._text = TextBehind(tokenizer, prompt)
+        self._growing = GrowingText(tokenizer, prompt)
         self._stop = [text for text in stop if text]
         special = tokenizer.special_tokens
         others = (text for text in self._stop if text not in special)  # those that are ordinary, or only in part
@@ -214,7 +215,7 @@ class Pieces:
         """Whether a stop text has appeared."""
         if not self._stop and self._stream is None:
             return False
-        text = self._text.text(tokens)
+        text = self._growing.text(tokens)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if self._spelling.stops:
             found += self._spelling.find(tokens)

@@ -15,6 +15,12 @@ from megatron.tokenizers.base import Tokenizer
 
 _TAILS = (8, 9, 10, 11, 64)
 """Lengths of the end of a prompt that an answer is decoded behind [tokens]: a character has up to four bytes."""
+_WINDOW = 128
+"""How many tokens are decoded anew with each further one, before fewer are tried."""
+_KEPT = range(64, 68)
+"""How many stay: one of these numbers begins with a whole character, which has up to four tokens."""
+_EVERY = 17
+"""After how many tokens it is tried; tokens end whole characters of up to four of them sooner or later."""
 
 
 def read_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -51,6 +57,37 @@ class TextBehind:
             (at for at, pair in enumerate(zip(whole, self._before, strict=False)) if pair[0] != pair[1]), len(whole)
         )
         return whole[shared:]
+
+
+class GrowingText:
+    """As `TextBehind`, for tokens that only become more: a further token costs the same however many there are."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = list(prompt[-_WINDOW:])
+        self._behind = TextBehind(tokenizer, prompt)
+        self._settled = ""
+        self._passed = 0  # tokens whose text is settled
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens: those of the last call, and further ones."""
+        window = tokens[self._passed :]
+        text = self._behind.text(window)
+        whole = self._settled + text
+        if len(window) >= _WINDOW and len(window) % _EVERY == 0 and not text.endswith("\ufffd"):
+            self._settle(tokens, text)
+        return whole
+
+    def _settle(self, tokens: Sequence[int], text: str) -> None:
+        """Decodes only the last tokens from now on, if their text behind the others is what it is now."""
+        for kept in _KEPT:
+            passed = len(tokens) - kept
+            settled = self._behind.text(tokens[self._passed : passed])
+            behind = TextBehind(self._tokenizer, [*self._prompt, *tokens[:passed]][-_WINDOW:])
+            if not settled.endswith("\ufffd") and settled + behind.text(tokens[passed:]) == text:
+                self._settled += settled
+                self._passed, self._behind = passed, behind
+                return
 
 
 def _tail(tokenizer: Tokenizer, prompt: list[int]) -> tuple[list[int], str]:

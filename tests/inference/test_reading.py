@@ -79,6 +79,39 @@ def test_streamed_pieces_keep_the_blank_before_the_first_word(both):
     assert len(pieces) > 3
 
 
+@pytest.mark.parametrize("stops", [(), ("nowhere", "\n\nnowhere")])
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_long_answer_costs_no_more_a_token_and_is_the_same_text(both, behind, stops, monkeypatch):
+    """Whatever ends the text so far: whole words, blanks, parts of characters, a character that is not decodable."""
+    ours, _ = both
+    ids = read_prompt(ours, (WHOLE + " \ufffd" + "東京都" * 40) * 4)
+    prompt, rest = (ids[:9], ids[9:]) if behind else ([], ids)
+    expected, decoded, plain = TextBehind(ours, prompt).text(rest), [], type(ours).decode
+
+    def decode(self, tokens):
+        decoded.append(len(tokens))
+        return plain(self, tokens)
+
+    monkeypatch.setattr(type(ours), "decode", decode)
+    pieces = []
+    made_of = Pieces(ours, stops, pieces.append, prompt)
+    for place in range(1, len(rest) + 1):
+        made_of.add(rest[:place])
+    assert len(rest) > 600 and max(decoded) < 400
+    assert made_of.close(rest) == "".join(pieces) == expected
+
+
+def test_a_stop_text_far_into_an_answer(both):
+    ours, _ = both
+    ids = ours.encode(WHOLE * 8 + " the end, and more")
+    pieces = []
+    made_of = Pieces(ours, ("the end,",), pieces.append, ids[:5])
+    place = next(place for place in range(6, len(ids) + 1) if made_of.add(ids[5:place]))
+    assert place > 200
+    text = (WHOLE * 8 + " ")[len(ours.decode(ids[:5])) :]
+    assert "".join(pieces) == made_of.close(ids[5:place]) == text
+
+
 def test_a_stop_text_with_a_special_token_in_it(both):
     ours, theirs = both
     end = theirs.eos_token
