@@ -16,8 +16,15 @@ class TextPart(Strict):
     text: str
 
 
+_NOTHING_IN = ("annotations", "tool_calls")
+"""Lists of a message that say nothing where they are empty."""
+
+
 class Message(Strict):
-    """One message, as the template gets it. Which roles there are is the template's own matter."""
+    """One message, as the template gets it. Which roles there are is the template's own matter.
+
+    Fields that say nothing are taken, whatever their names: clients hand answers back with all that they know of.
+    """
 
     role: Annotated[str, Field(min_length=1)]
     content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
@@ -30,6 +37,17 @@ class Message(Strict):
     audio: Never = None
     function_call: Never = None
     refusal: Never = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {
+            name: value
+            for name, value in message.items()
+            if value is not None and not (name in _NOTHING_IN and value == [])
+        }
 
 
 class ResponseFormat(Strict):

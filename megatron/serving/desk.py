@@ -75,7 +75,9 @@ class Desk:
 
     def check(self, request: Request, model: str | None = None) -> None:
         """Raises Refused unless the request carries the key, where one is set, and means the model that is here."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        header = request.headers.get("authorization", "")
+        scheme, _, rest = header.partition(" ")
+        given = rest.strip() if scheme.lower() == "bearer" else header
         if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
             raise Refused(401, "the key is missing or wrong: send `Authorization: Bearer KEY`")
         if model is not None and model != self.model:

@@ -68,7 +68,9 @@ def add_handlers(app: FastAPI) -> None:
         return _error(found.status_code, str(found.detail), None, dict(found.headers or {}))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, found: RequestValidationError) -> JSONResponse:
+    async def malformed(request: Request, found: RequestValidationError) -> JSONResponse:
+        if "json" not in (kind := request.headers.get("content-type", "none")):
+            return _error(400, f"send the body as JSON, with the header Content-Type: application/json (it is {kind})")
         told = dict.fromkeys(
             ".".join(str(part) for part in each["loc"][1:]) + ": " + each["msg"] for each in found.errors()
         )

@@ -75,9 +75,9 @@ class Generation(Body):
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
     logit_bias: Bias | None = None
@@ -101,10 +101,10 @@ class Generation(Body):
         cold = temperature == 0
         return Sampling(
             temperature,
-            0 if cold else max(0, self.top_k),
+            0 if cold else max(0, self.top_k or 0),
             0.0 if cold else top_p,
-            0.0 if cold else self.min_p,
-            self.repetition_penalty,
+            0.0 if cold else self.min_p or 0.0,
+            self.repetition_penalty or 1.0,
             self.frequency_penalty or 0.0,
             self.presence_penalty or 0.0,
             tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),

@@ -182,6 +182,21 @@ def test_what_cannot_be_done_is_told(small, path, method, body, told):
     assert told in answer["error"]["message"]
 
 
+def test_a_body_that_is_not_called_json_is_told_so(small):
+    """As curl's `-d` sends it without a header."""
+    kind = "application/x-www-form-urlencoded"
+    status, answer = ask(small, "/v1/completions", {"prompt": "a"}, **{"Content-Type": kind})
+    assert status == 400
+    assert f"Content-Type: application/json (it is {kind})" in answer["error"]["message"]
+
+
+def test_what_is_null_is_left_out(small):
+    body = {"prompt": "a", "max_tokens": 8, "temperature": 0}
+    expected = ask(small, "/v1/completions", body)[1]["choices"]
+    for name in ("top_k", "min_p", "repetition_penalty", "seed", "logit_bias", "n", "stop", "echo"):
+        assert ask(small, "/v1/completions", {**body, name: None})[1]["choices"] == expected, name
+
+
 def test_a_huge_body_is_refused_before_it_is_read(small):
     assert ask(small, "/v1/completions", b" " * (1 << 20) + b"{}")[0] == 413
     assert ask(small, "/nowhere", {})[0] == 404
@@ -205,6 +220,7 @@ def test_the_key_is_asked_for_everywhere_but_at_the_door(engine):
         assert ask(found, "/v1/completions", body, Authorization="Bearer geheim ")[0] in (200, 401)
         assert ask(found, "/v1/completions", body, Authorization="Bearer wrong")[0] == 401
         assert ask(found, "/api", {"prompts": ["a"]}, "PUT")[0] == 401
+        assert ask(found, "/v1/completions", body, Authorization="bearer  geheim")[0] == 200
         assert ask(found, "/v1/completions", body, Authorization="Bearer geheim")[0] == 200
         with urllib.request.urlopen(found.url + "/health") as response:
             assert response.status == 200

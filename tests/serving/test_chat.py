@@ -7,6 +7,7 @@ import urllib.request
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from transformers import AutoTokenizer
 
 from megatron.serving.rendering import Conversations
@@ -82,6 +83,23 @@ def test_the_model_reads_what_transformers_makes_of_the_messages(served, client)
     given = parts if kind == "parts" else [{"role": "user", "content": "a b\nc"}]
     expected = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
     assert prompt_of(served, client, parts) == expected
+
+
+def test_answers_are_taken_back_with_all_that_the_client_knows_of_them(served, client):
+    """As its object, as its whole dictionary with fields that are null, and with lists that are empty."""
+    plain = {"role": "assistant", "content": "yes"}
+    answer = ChatCompletionMessage(**plain)
+    assert answer.model_dump()["annotations"] is None  # a field that is no message's
+    expected = prompt_of(served, client, [*HI, plain, *HI])
+    for given in (
+        answer,
+        answer.model_dump(),
+        {**plain, "tool_calls": [], "annotations": [], "what_others_say": None},
+    ):
+        assert prompt_of(served, client, [*HI, given, *HI]) == expected
+    for name, value in {"annotations": [{}], "what_others_say": 1}.items():
+        with pytest.raises(openai.BadRequestError, match=rf"messages\.1\.{name}: "):
+            prompt_of(served, client, [*HI, {**plain, name: value}])
 
 
 def test_tools_and_variables_reach_the_template_or_are_refused(served, client):
