@@ -2,6 +2,7 @@
 
 Normalizer, pre-tokenizer and decoder are the class's own. Releases before 5, and every release under the class
 PreTrainedTokenizerFast, keep to the file; so a folder that is given away under that class holds what this class reads.
+A character that a vocabulary without bytes cannot spell stays the unknown token, which release 5 leaves out of the ids.
 
 Source: transformers 5.23, models/llama/tokenization_llama.py.
 """

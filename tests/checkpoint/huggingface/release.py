@@ -79,7 +79,8 @@ def _read(folder: Path) -> Answers:
             ids = [
                 tokenizer.encode(text, add_special_tokens=add) for add in (False, True) for text in (*SAMPLES, *READ)
             ]
-            found[f"{place.name} ids"] = [*ids, tokenizer.bos_token_id, tokenizer.eos_token_id]
+            spelt = [tokenizer.decode(each, skip_special_tokens=skip) for each in ids for skip in (False, True)]
+            found[f"{place.name} ids"] = [*ids, *spelt, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return found
 
 
