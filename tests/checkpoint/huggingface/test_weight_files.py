@@ -91,5 +91,6 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_named(
     assert len(said) == 1
     assert said[0].startswith(f"{named}: ")
     assert "fetch the file again" in said[0]
+    assert ("is not there, which model.safetensors.index.json names" in said[0]) == (harm == "absent")
     assert ("git-lfs keeps the file elsewhere" in said[0]) == (harm == "pointer")
     assert not (tmp_path / "ours").exists()
