@@ -114,7 +114,7 @@ def test_an_answer_without_text_is_refused(both):
 
 
 @pytest.mark.parametrize("both", ["chatml"], indirect=True)
-def test_contexts_that_are_cut_are_counted(both, caplog, monkeypatch):
+def test_contexts_that_are_cut_are_counted(both, caplog):
     caplog.set_level("INFO")
     scores(both.model(), PAIRS)
     how = {"until": [], "max_gen_toks": 90}

@@ -61,7 +61,7 @@ def test_a_prompt_without_room_is_an_error_of_that_prompt_only(engine, tmp_path)
 
 @pytest.mark.parametrize("width", [32, 64])  # attention through torch and through the compiled loop
 @pytest.mark.parametrize("rows", [1, 3])
-def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, monkeypatch, width, rows):
+def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, width, rows):
     broken = SmallEngine(small_config(hidden_size=width))
     contexts = ["first", "a long one with z in it", "another", "the last of them"]
     whole = [record.text for record in generator(broken, batch_size=rows).continue_all(contexts)]
