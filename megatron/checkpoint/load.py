@@ -19,6 +19,7 @@ from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
 from megatron.checkpoint.parametrisation import same_parametrisation
 from megatron.checkpoint.run_inputs import RunInputs, same_data_order, same_tokenizer
+from megatron.checkpoint.same_model import same_model
 from megatron.checkpoint.save import Counters
 from megatron.checkpoint.schedule import schedule_facts, schedule_to_use, warn_of_early_end
 from megatron.checkpoint.slices import MASTER, OptimizerState
@@ -173,6 +174,9 @@ def find_checkpoint(
             _nothing(config, root)
             return None
         directory = found
+        if (directory / layout.RESOLVED).is_file():
+            trained = files.read_json(directory / layout.RESOLVED)
+            same_model(trained, config.flat(), directory, finetune=section.finetune and not weights_only)
         if (directory / layout.RUN).is_file():
             stored = files.read_json(directory / layout.RUN)
             same_parametrisation(stored.get("mup", {}), config.mup, directory)

@@ -19,7 +19,7 @@ from megatron.checkpoint.huggingface.adopt import adopt
 from megatron.checkpoint.huggingface.folder import Folder
 from megatron.config import Resources, resolve
 from megatron.engine.build import build_inference_engine
-from megatron.errors import RunError
+from megatron.errors import ConfigError, RunError
 from megatron.parallel.topology import Topology
 from tests.checkpoint.huggingface.models import save
 from tests.distributed import RankFailedError
@@ -37,8 +37,8 @@ def ours(tmp_path: Path) -> Path:
     return tmp_path / "ours"
 
 
-def load(folder: Path) -> None:
-    told = Folder.open(folder.parent / "theirs").settings() | {"vocab_size": 96, "seq_length": 24}
+def load(folder: Path, **changed: Any) -> None:
+    told = Folder.open(folder.parent / "theirs").settings() | {"vocab_size": 96, "seq_length": 24} | changed
     told |= {"load": str(folder), "user_script": "generate.py"}
     build_inference_engine(resolve([], told, Resources(1)).config.for_inference(), Topology.single(), 96)
 
@@ -55,6 +55,12 @@ def test_what_matches_is_told(ours: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         load(ours)
     assert "28 tensors matched, 0 missing, 0 unexpected" in caplog.text
+
+
+def test_settings_that_fit_the_tensors_of_another_model_are_refused(ours: Path) -> None:
+    heads = Folder.open(ours.parent / "theirs").settings()["num_attention_heads"] // 2
+    with pytest.raises(ConfigError, match=rf"num_attention_heads = {heads}: the checkpoint .* was trained with"):
+        load(ours, num_attention_heads=heads)
 
 
 def test_missing_and_unexpected_tensors_stop_the_run(ours: Path) -> None:

@@ -1,0 +1,98 @@
+"""Settings that fit every tensor and make another model: refused, or told where they may be changed on purpose.
+
+Breaks if: a key is no more compared, an alias of the same operation counts as another one, or a reader without
+`finetune` is let through.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.checkpoint.same_model import same_model
+from megatron.config import Resources, resolve
+from megatron.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "precision": "fp32",
+    "tokenizer_type": "CharLevelTokenizer",
+    "user_script": "generate.py",
+}
+ROTARY = {"pos_emb": "rotary"}
+EXPERTS = {"moe_num_experts": 4, "moe_router_type": "topk", "moe_top_k": 2}
+UPDATES = {"lora": {"rank": 4, "alpha": 16}}
+WHERE = Path("save/global_step3")
+
+
+def flat(**values: Any) -> dict[str, Any]:
+    return resolve([], {**BASE, **values}, Resources(1)).config.flat()
+
+
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [
+        ("num_attention_heads", {}, {"num_attention_heads": 2}),
+        ("activation", {}, {"activation": "relu"}),
+        ("activation", {"activation": "swiglu"}, {"activation": "geglu"}),
+        ("norm", {"norm": "scalenorm"}, {"norm": "rmsnorm"}),
+        ("gpt_j_residual", {}, {"gpt_j_residual": True}),
+        ("attention_config", {}, {"attention_config": [[["local"], "all"]]}),
+        ("pos_emb", {"pos_emb": "alibi"}, {"pos_emb": "none"}),
+        ("rotary_pct", ROTARY, {**ROTARY, "rotary_pct": 0.25}),
+        ("moe_top_k", EXPERTS, {**EXPERTS, "moe_top_k": 1}),
+        ("moe_normalize_top_k", EXPERTS, {**EXPERTS, "moe_normalize_top_k": True}),
+        ("lora", UPDATES, {"lora": {"rank": 4}}),
+    ],
+)
+def test_another_model_is_refused(key: str, then: dict[str, Any], now: dict[str, Any], caplog: Any) -> None:
+    stored, own = flat(**then), flat(**now)
+    with pytest.raises(ConfigError, match=rf"{key} = .*save/global_step3 was trained with .*another model"):
+        same_model(stored, own, WHERE, finetune=False)
+    with caplog.at_level(logging.WARNING):
+        same_model(stored, own, WHERE, finetune=True)
+    assert f"{key} = " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("rotary_emb_base", {"rotary_emb_base": 500000}),
+        ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("layernorm_epsilon", {"layernorm_epsilon": 1e-6}),
+    ],
+)
+def test_what_is_changed_on_purpose_is_told(key: str, now: dict[str, Any], caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        same_model(flat(**ROTARY), flat(**ROTARY, **now), WHERE, finetune=False)
+    assert f"{key} = " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"attention_config": [[["flash"], "all"]]}, {}),
+        ({"activation": "swish"}, {"activation": "silu"}),
+        ({}, {"num_kv_heads": 4, "kv_channels": 8}),
+        ({}, {"rotary_emb_base": 20000}),  # no rotary positions
+        ({}, {"moe_router_type": "topk"}),  # no experts
+        ({}, UPDATES),  # begun with finetune, or told as tensors that are missing
+        (UPDATES, {"lora": {"rank": 8}}),  # told as tensors of other shapes
+        (UPDATES, {"lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1}}),
+        ({}, {"precision": "bfloat16", "hidden_dropout": 0.1, "max_position_embeddings": 16}),
+    ],
+)
+def test_the_same_model_is_taken(then: dict[str, Any], now: dict[str, Any], caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        same_model(flat(**then), flat(**now), WHERE, finetune=False)
+    assert not caplog.text
+
+
+def test_an_older_checkpoint_says_less() -> None:
+    same_model({}, flat(), WHERE, finetune=False)
