@@ -6,7 +6,7 @@ REQUIREMENTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 CONSTRAINED := -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check-machine install install-dev quickstart test test-long parity lint bench
+.PHONY: help check-machine install install-dev quickstart test test-long parity compare lint bench
 
 help: ## say what each command does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -54,6 +54,9 @@ test-long: install-dev ## run everything, also what takes minutes or fetches pac
 
 parity: install-dev ## compare every parallel layout with one process, in a table; ROWS=0:40 for some of them
 	@OMP_NUM_THREADS=1 $(PY) -m tests.parity.matrix $(ROWS)
+
+compare: install-dev ## train 12 configurations here and at COMMIT=..., and ask for the same numbers to the last bit
+	@$(PY) -m tests.compatibility.compare $(COMMIT)
 
 lint: install-dev ## check style and types
 	@$(VENV)/bin/ruff check .
