@@ -68,17 +68,25 @@ class Shapes:
     def takes_parts(self, role: str) -> bool:
         """Whether the template writes the texts of every part of a role's content, and not the parts themselves."""
         if role not in self._roles:
-            parts = [{"type": "text", "text": probe} for probe in _PROBES]
-            turn = {"role": role, "content": parts, "name": "probe", "tool_call_id": _CALL_ID}
-            call = _call("{}" if self.keeps_arguments else {})
-            before: list[Message] = [
-                {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
-            after = [{"role": "user", "content": "a"}] if role in ("system", "developer") else []
-            text = self._text([*before[: _BEFORE.get(role, 0)], turn, *after]) or ""
+            text = self._turn(role, [{"type": "text", "text": probe} for probe in _PROBES]) or ""
             self._roles[role] = all(probe in text for probe in _PROBES) and not _WRITTEN_PART.search(text)
         return self._roles[role]
+
+    def writes(self, role: str) -> bool | None:
+        """Whether the template writes what a role says; None where it refuses a small conversation with the role."""
+        text = self._turn(role, _PROBES[0])
+        return None if text is None else _PROBES[0] in text
+
+    def _turn(self, role: str, content: object) -> str | None:
+        """The text of a small conversation in which a role says that; None where the template refuses it."""
+        turn = {"role": role, "content": content, "name": "probe", "tool_call_id": _CALL_ID}
+        call = _call("{}" if self.keeps_arguments else {})
+        before: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        after = [{"role": "user", "content": "a"}] if role in ("system", "developer") else []
+        return self._text([*before[: _BEFORE.get(role, 0)], turn, *after])
 
     @cached_property
     def keeps_arguments(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 from transformers import AutoTokenizer
 
+from megatron.serving.failures import Refused
 from megatron.serving.rendering import Conversations
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.evaluation.twins import LENGTH, twins
@@ -217,6 +218,38 @@ def test_arguments_of_calls_stay_a_text_for_a_template_that_joins_texts():
     calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}]
     assert Conversations(ChatTemplate(source)).text(turns) == 'ab<{"a":1}>'
+
+
+ROLES = (
+    "{% for m in messages %}{% if m.role == 'user' %}u{{ m.content }}{% elif m.role == 'assistant' %}a{{ m.content }}"
+    "{% elif m.role == 'system' %}s{{ m.content }}ELSE{% endif %}{% endfor %}"
+)
+DEVELOPER = [{"role": "developer", "content": "1"}, {"role": "user", "content": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("others", "text"),
+    [
+        ("", "s1u2"),  # it leaves other roles out
+        ("{% else %}{{ raise_exception('Unexpected message role.') }}", "s1u2"),
+        ("{% elif m.role == 'developer' %}d{{ m.content }}", "d1u2"),
+        ("{% else %}<{{ m.role }}>{{ m.content }}", "<developer>1u2"),
+    ],
+)
+def test_a_developer_is_heard(others, text):
+    """What it says must reach the model, under its own role where the template has that, else as the system's."""
+    chat = Conversations(ChatTemplate(ROLES.replace("ELSE", others)))
+    assert chat.text(DEVELOPER) == text
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "1"}]}, DEVELOPER[1]]
+    assert chat.text(parts) == text
+
+
+@pytest.mark.parametrize("role", ["judge", "tool", "function"])
+def test_words_that_the_template_leaves_out_are_told(role):
+    chat = Conversations(ChatTemplate(ROLES.replace("ELSE", "")))
+    with pytest.raises(Refused, match=rf"messages\.1\.role: .* leaves out what a {role} says"):
+        chat.text([DEVELOPER[1], {"role": role, "content": "3"}])
+    assert chat.text([DEVELOPER[1], {"role": "assistant", "content": "3"}]) == "u2a3"
 
 
 def test_variables_that_are_none_of_the_templates_are_refused(strict):
