@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.config import Resources, resolve
 from megatron.data.batch import MicroBatch, make_batch
 from megatron.engine.build import DTYPES, build_training_engine
-from megatron.parallel.bootstrap import bootstrap, device
+from megatron.parallel.bootstrap import bootstrap
+from megatron.parallel.process_group import device
 
 RATE = 1e-4
 Step = Callable[[], float]

@@ -27,7 +27,8 @@ from benchmarks.contenders import Shape, Step, ours, transformers_loop
 from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.observe.memory import peak_memory_bytes
 from megatron.observe.peak import find_peak
-from megatron.parallel.bootstrap import device, shutdown
+from megatron.parallel.bootstrap import shutdown
+from megatron.parallel.process_group import device
 
 MODELS = {
     "tiny": Shape(layers=2, hidden=64, heads=4, sequence=64, micro_batch=2, vocabulary=512),

@@ -5,14 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron.checkpoint import integrity, layout
-from megatron.checkpoint.handles import collect
 from megatron.checkpoint.publish import recover
 from megatron.checkpoint.spread import Sharing, one_folder
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
+from megatron.parallel.process_group import all_gather_items, all_gather_list, barrier
 
 _log = get_logger(__name__)
 
@@ -62,8 +60,8 @@ def whole(
     if mend and sharing.leads:
         with suppress(OSError):  # a folder that cannot be written is read as it is
             recover(load)
-    if mend and dist.is_initialized():
-        dist.barrier()
+    if mend:
+        barrier()
     meant = _on_all(candidates(load, iteration), sharing)
     for number, directory in enumerate(meant):
         faults = faults_of(directory, load, sharing)
@@ -82,7 +80,7 @@ def _on_all(found: list[Path], sharing: Sharing) -> list[Path]:
     """Those that every host has, where hosts have folders of their own; collective."""
     if len(sharing.groups) == 1:
         return found
-    lists = collect([[path.name for path in found]])
+    lists = all_gather_list([path.name for path in found])
     return [path for path in found if all(path.name in names for names in lists)]
 
 
@@ -97,7 +95,7 @@ def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[Mistake]:
         mine = integrity.damage(directory, contents=True, share=sharing.share)
     except RunError as error:
         mine = list(error.mistakes)
-    return sorted(set(collect(mine)), key=str)
+    return sorted(set(all_gather_items(mine)), key=str)
 
 
 def offer(found: list[int]) -> str:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.slices import OptimizerState, StateSlice
 from megatron.errors import RunError
+from megatron.parallel.process_group import any_rank
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
-
-Item = TypeVar("Item")
 
 
 class Checkpointable(Protocol):
@@ -62,13 +59,10 @@ def together(action: Callable[[], None], what: str) -> None:
         action()
     except (OSError, RuntimeError, RunError) as caught:
         error = caught
-    failed = torch.tensor([float(error is not None)])
-    if dist.is_initialized():
-        failed = failed.cuda() if dist.get_backend() == "nccl" else failed
-        dist.all_reduce(failed)
+    failed = any_rank(error is not None)
     if isinstance(error, RunError):
         raise error
-    if failed.item():
+    if failed:
         reason = str(error).splitlines()[0] if error else "another rank failed"
         raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error
 
@@ -94,15 +88,6 @@ def patiently(action: Callable[[], None], what: str, beat: float = 5.0) -> None:
     thread.start()
     while True:
         thread.join(beat)
-        if not any(collect([thread.is_alive()])):
+        if not any_rank(thread.is_alive()):
             break
     together(tell, what)
-
-
-def collect(items: Sequence[Item]) -> list[Item]:
-    """The items of all ranks, in order of ranks; collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(items)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(items))
-    return [item for part in gathered for item in part]

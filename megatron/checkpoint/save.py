@@ -23,7 +23,7 @@ from megatron.checkpoint.answers import answers
 from megatron.checkpoint.background import BackgroundWriter
 from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
-from megatron.checkpoint.handles import Checkpointable, collect, patiently, together
+from megatron.checkpoint.handles import Checkpointable, patiently, together
 from megatron.checkpoint.mirror import open_mirror
 from megatron.checkpoint.parametrisation import parametrisation_facts
 from megatron.checkpoint.publish import make_room, publish, require_shared, retain
@@ -34,6 +34,7 @@ from megatron.checkpoint.spread import Item, Sharing, by_looking, one_folder, sp
 from megatron.config import Config, wire
 from megatron.config.known import known
 from megatron.errors import ConfigError
+from megatron.parallel.process_group import all_gather_items
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Saver:
         """What all ranks have written, once it is in the folder of every host."""
         sharing = self._sharing
         mine = [(str(each.path.relative_to(beside)), each.size, each.sha256, sharing.rank) for each in written]
-        everyone = collect(mine)
+        everyone = all_gather_items(mine)
         if len(sharing.groups) > 1:
             items = [Item(name, size, owner) for name, size, _, owner in everyone]
             spread(items, beside, beside, lambda item: sharing.leads and item.owner not in sharing.members)

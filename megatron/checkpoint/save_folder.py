@@ -14,12 +14,13 @@ from pathlib import Path
 
 from megatron.checkpoint import layout
 from megatron.checkpoint.bucket import Bucket
-from megatron.checkpoint.handles import collect, together
+from megatron.checkpoint.handles import together
 from megatron.checkpoint.mirror import copied_iterations
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import ConfigError, Mistake
 from megatron.log import get_logger
 from megatron.parallel.bootstrap import host_name
+from megatron.parallel.process_group import all_gather_items
 
 _log = get_logger(__name__)
 
@@ -41,7 +42,7 @@ def check_writable(save: str, *, leads: bool) -> None:
             probe.unlink()
         except OSError as fault:
             faults.append(f"{fault.strerror or fault} on {host_name()}")
-    found = collect(faults)
+    found = all_gather_items(faults)
     if found:
         raise ConfigError.of(
             f"checkpoints cannot be written there: {found[0]}",
@@ -60,7 +61,7 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
     """
     assert section.save is not None, "the caller saves only where `save` is set"
     save = Path(section.save)
-    held = sorted(set(collect(layout.iterations(save))))
+    held = sorted(set(all_gather_items(layout.iterations(save))))
     number = layout.iteration_of(loaded) if loaded is not None else None
     if loaded is not None and number is not None and layout.same_folder(loaded.parent, save):
         later = [each for each in held if each > number]
@@ -99,7 +100,7 @@ def _refuse_bucket(section: CheckpointSection, *, leads: bool) -> None:
     bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
     found: list[int] = []
     together(lambda: found.extend(copied_iterations(bucket)) if leads else None, f"looking into {section.s3_path}")
-    held = sorted(set(collect(found)))
+    held = sorted(set(all_gather_items(found)))
     ConfigError.raise_any(
         Mistake(
             f"it holds copies of another run's checkpoints ({_named(held)})",

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint import files, layout
-from megatron.checkpoint.handles import collect, together
+from megatron.checkpoint.handles import together
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.log import get_logger
-from megatron.parallel.bootstrap import device, host_name
+from megatron.parallel.bootstrap import host_name
+from megatron.parallel.process_group import all_gather_items, all_gather_list, device
 
 _log = get_logger(__name__)
 
@@ -68,7 +69,7 @@ def one_folder() -> Sharing:
 
 def by_host() -> Sharing:
     """Ranks of one host see the same. Collective."""
-    return _grouped(collect([host_name()]))
+    return _grouped(all_gather_list(host_name()))
 
 
 def by_looking(folder: Path) -> Sharing:
@@ -89,7 +90,7 @@ def by_looking(folder: Path) -> Sharing:
     again.touch()  # a network file system then looks anew
     again.unlink()
     seen = min(int(path.name.rpartition("-")[2]) for path in folder.glob(f".seen-by-{token[0]}-[0-9]*"))
-    groups = _grouped(collect([seen]))
+    groups = _grouped(all_gather_list(seen))
     mine.unlink(missing_ok=True)
     return groups
 
@@ -180,20 +181,18 @@ def bring_to_all(section: CheckpointSection, *, shared: bool) -> None:
     if shared or section.load is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     load, sharing = Path(section.load), by_host()
-    here = _meant(load, section.iteration)
-    everyone = collect([here])
+    everyone = all_gather_list(_meant(load, section.iteration))
     newest = max((iteration for iteration in everyone if iteration is not None), default=None)
     if newest is None:
         return
-    has = [_complete(load, newest)]
-    complete = collect(has)
+    complete = all_gather_list(_complete(load, newest))
     lacking = {group[0] for group in sharing.groups if not complete[group[0]]}
     if not lacking:
         return
     owner = complete.index(True)
     name = layout.step_directory(load, newest).name
     _log.info("%s goes to %d hosts that lack it", name, len(lacking))
-    items = collect(_listed(load / name, owner) if sharing.rank == owner else [])
+    items = all_gather_items(_listed(load / name, owner) if sharing.rank == owner else [])
     beside = load / f"{name}.arriving.partial"
     spread(items, load / name, beside, lambda item: sharing.rank in lacking)
 

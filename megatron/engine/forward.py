@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.model.cache import KVCache
-from megatron.parallel.bootstrap import device
 from megatron.parallel.collectives import gather_from
 from megatron.parallel.context import part_of_sequence
+from megatron.parallel.process_group import device
 from megatron.parallel.topology import Topology
 
 Layer = Callable[..., Tensor]

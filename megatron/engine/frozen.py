@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.parallel.bootstrap import device
 from megatron.parallel.collectives import all_reduce
+from megatron.parallel.process_group import device
 from megatron.parallel.topology import Axis
 from megatron.shapes import PROMPT, TensorShape, trained
 

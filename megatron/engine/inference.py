@@ -21,8 +21,8 @@ from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.pipelined import tied_output
 from megatron.model.plan import LayerPlan
-from megatron.parallel.bootstrap import device
 from megatron.parallel.embedding import VocabParallelEmbedding
+from megatron.parallel.process_group import device
 from megatron.parallel.topology import Topology
 from megatron.shapes import key_in_table
 

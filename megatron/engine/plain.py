@@ -28,8 +28,8 @@ from megatron.model.cache import KVCache
 from megatron.model.mlp.balance import RouterLosses
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.groups import set_learning_rate
-from megatron.parallel.bootstrap import device
 from megatron.parallel.context import part_of_sequence
+from megatron.parallel.process_group import device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
 

@@ -23,6 +23,7 @@ from megatron.checkpoint.slices import MASTER, StateSlice
 from megatron.engine.state import Piece, inner_optimizer, pieces
 from megatron.optim.clipping import GradientClipper
 from megatron.parallel.marks import is_sharded
+from megatron.parallel.process_group import all_gather_list
 from megatron.parallel.topology import Topology
 
 
@@ -75,12 +76,8 @@ class Sums:
     def total(self) -> dict[str, tuple[float, float, float]]:
         """The sums over all ranks, by name in order; collective."""
         own = {name: tuple(float(part) for part in parts) for name, parts in self.values.items()}
-        everyone: list[Any] = [own]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
         added: dict[str, tuple[float, float, float]] = {}
-        for part in everyone:
+        for part in all_gather_list(own):
             for name, found in part.items():
                 before = added.get(name, (0.0, 0.0, 0.0))
                 added[name] = tuple(a + b for a, b in zip(before, found, strict=True))  # type: ignore[assignment]

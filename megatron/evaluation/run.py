@@ -31,7 +31,7 @@ from megatron.inference.run import context_length, vocabulary, with_model
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
-from megatron.parallel.bootstrap import announced_anywhere, any_rank, device
+from megatron.parallel.process_group import announced_anywhere, any_rank, device
 from megatron.parallel.topology import Axis, Topology
 from megatron.tokenizers.base import Tokenizer
 

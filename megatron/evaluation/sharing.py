@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch.distributed as dist
-
+from megatron.parallel.process_group import all_gather_list
 from megatron.parallel.topology import Axis
 
 Item = TypeVar("Item")
@@ -25,7 +24,5 @@ def share_out(
     mine = order[axis.rank :: axis.size]
     found = dict(zip(mine, work([items[number] for number in mine]), strict=True))
     if axis.size > 1:
-        parts: list[Any] = [None] * axis.size
-        dist.all_gather_object(parts, found, group=axis.group)
-        found = {number: result for part in parts for number, result in part.items()}
+        found = {number: result for part in all_gather_list(found, axis.group) for number, result in part.items()}
     return [found[number] for number in range(len(items))]

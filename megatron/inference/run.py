@@ -22,7 +22,8 @@ from megatron.inference.generate import TextGenerator
 from megatron.inference.precompute import write_log_probabilities
 from megatron.inference.sampling import Sampling
 from megatron.inference.together import share_prompt
-from megatron.parallel.bootstrap import any_rank, shutdown
+from megatron.parallel.bootstrap import shutdown
+from megatron.parallel.process_group import any_rank
 from megatron.parallel.pulse import ASKING
 from megatron.parallel.topology import Topology
 from megatron.parallel.watch import Watch

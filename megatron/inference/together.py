@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megatron.parallel.bootstrap import device
+from megatron.parallel.process_group import device
 
 BEAT = 5.0  # [s] between two signs of rank 0 while nobody types
 Answer = list[str | None]

@@ -17,10 +17,10 @@ from datetime import timedelta
 import numpy
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from megatron.errors import ConfigError, RunError
 from megatron.parallel.compiling import turn_to_compile
+from megatron.parallel.process_group import any_rank, barrier
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting, record_collectives
 from megatron.shared_memory import remove_segment, segment
@@ -102,35 +102,6 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def device() -> torch.device:
-    """The device of this process: its CUDA device where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def any_rank(holds: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether it holds on any rank, on every rank. Collective over the ranks of the group, all without one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    flag = torch.tensor([float(holds)], device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
-
-
-def announced_anywhere(name: str, holds: bool) -> bool:
-    """Whether it holds here, or was announced by any rank before. Not collective: ranks may hear of it at other times.
-
-    name: of what is announced, once and for good in a process group.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    store = distributed_c10d._get_default_store()
-    if holds:
-        store.set(f"neox/{name}", "1")
-    return holds or bool(store.check([f"neox/{name}"]))
-
-
 def seed_generators(seed: int) -> None:
     """Seeds Python's, numpy's and torch's (all devices) generators."""
     random.seed(seed)
@@ -172,7 +143,7 @@ def _release_segment(ranks: Ranks) -> None:
     """Takes the name of this rank's shared memory away, once every rank has opened it. Collective."""
     if torch.cuda.is_available() or not any_rank(segment(os.environ, ranks.rank).exists()):
         return
-    dist.barrier()
+    barrier()
     remove_segment(os.environ, ranks.rank)
 
 

@@ -13,16 +13,19 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.errors import Mistake
-from megatron.parallel.bootstrap import Ranks, device, host_name
+from megatron.errors import Mistake, RunError
+from megatron.log import get_logger
+from megatron.parallel.bootstrap import Ranks, host_name
+from megatron.parallel.process_group import all_gather_list, device
+
+_log = get_logger(__name__)
 
 PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "triton")
 MEASURED_BYTES = 4 << 20  # of the all-reduce that is timed
@@ -52,6 +55,23 @@ class Facts:
     bandwidth: float
 
 
+def roll_call(config_text: str, folder: Path | None, *, shared: bool) -> list[str]:
+    """Compares the hosts of the run and says so in one table; returns the host of every rank. Collective.
+
+    config_text: the configuration as this rank has it, without what differs by rank. folder: the run directory.
+    shared: all hosts must see it. Raises RunError, the same on every rank, that names each wrong host.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [host_name()]
+    facts = take_census(hashlib.sha256(config_text.encode()).hexdigest(), folder)
+    if len(hosts(facts)) > 1:
+        _log.info("the hosts of this run:\n%s", table(facts))
+        for line in warnings(facts, shared=shared):
+            _log.info("%s", line)
+        RunError.raise_any(judge(facts, shared=shared))
+    return [each.host for each in facts]
+
+
 def take_census(config_digest: str, folder: Path | None) -> list[Facts]:
     """The facts of every rank, in order, on every rank. Collective; takes less than a second.
 
@@ -74,9 +94,7 @@ def take_census(config_digest: str, folder: Path | None) -> list[Facts]:
         visible=_sees(folder, ranks),
         bandwidth=_bandwidth(),
     )
-    gathered: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, asdict(mine))
-    return [Facts(**{**each, "packages": tuple(map(tuple, each["packages"]))}) for each in gathered]
+    return all_gather_list(mine)
 
 
 def hosts(facts: Sequence[Facts]) -> dict[str, list[Facts]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron.parallel.bootstrap import device
+from megatron.parallel.process_group import device
 from megatron.parallel.topology import Axis, Topology
 
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)

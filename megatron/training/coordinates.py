@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
+
+from megatron.parallel.process_group import all_gather_list
 
 Sizes = dict[str, float]
 """Part of the model -> size of what it puts out."""
@@ -67,10 +68,7 @@ class Gauge:
 
 def _mean_over_ranks(noted: Mapping[str, Sequence[Tensor]]) -> Sizes:
     own = {name: (float(sum(sizes)), len(sizes)) for name, sizes in noted.items()}
-    everyone: list[Any] = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
+    everyone = all_gather_list(own)
     return {name: sum(each[name][0] for each in everyone) / sum(each[name][1] for each in everyone) for name in own}
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.data.loader import Loader
 from megatron.engine.engine import TrainingEngine, eval_loss
+from megatron.parallel.process_group import all_gather_list
 from megatron.parallel.topology import Topology
 from megatron.training.sizes import StepSize
 
@@ -62,7 +62,7 @@ class Diagnosis:
         first = self._first(seen)
         if first is None:
             damaged = sorted(key for key, value in self.engine.parameters.items() if not _finite(value))
-            places = [(rank, keys) for rank, keys in enumerate(_everyone(damaged)) if keys]
+            places = [(rank, keys) for rank, keys in enumerate(all_gather_list(damaged)) if keys]
             if places:
                 rank, keys = places[0]
                 return f"{batch}; the weights are not finite, such as {keys[0]} on rank {rank}"
@@ -81,7 +81,9 @@ class Diagnosis:
         worst = max(range(len(losses)), key=losses.__getitem__)
         begin = consumed_samples + worst * share
         peaks = [
-            (value, layer, rank) for rank, one in enumerate(_everyone(seen.largest)) for layer, value in one.items()
+            (value, layer, rank)
+            for rank, one in enumerate(all_gather_list(seen.largest))
+            for layer, value in one.items()
         ]
         value, layer, rank = max(peaks, default=(0.0, 0, 0))
         return (
@@ -101,7 +103,7 @@ class Diagnosis:
         """(micro batch, layer, rank, data rank) that comes first in the model's order, over all ranks."""
         mine = min(seen.wrong, default=None)
         own = None if mine is None else (*mine, self.engine.topology.rank, self.engine.topology.data.rank)
-        found = [one for one in _everyone(own) if one is not None]
+        found = [one for one in all_gather_list(own) if one is not None]
         return min(found, default=None)
 
 
@@ -136,12 +138,3 @@ def _finite(tensor: Tensor) -> bool:
 
 def _told(losses: list[float]) -> str:
     return "loss " + ", ".join(f"{loss:.4f}" for loss in losses[:4])
-
-
-def _everyone(own: Any) -> list[Any]:
-    """The object of every rank, in order."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from megatron.adapters import prompt_length
 from megatron.checkpoint.run_inputs import RunInputs
 from megatron.config import Config
@@ -14,6 +12,7 @@ from megatron.data.build import Data, build_data, epoch_samples
 from megatron.data.order import order_facts
 from megatron.errors import ConfigError
 from megatron.parallel.bootstrap import Ranks
+from megatron.parallel.process_group import barrier
 from megatron.parallel.topology import Topology
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
@@ -35,7 +34,7 @@ def with_length(config: Config) -> Config:
         seq_length=known(config.model.text_length),
         seed=training.seed,
         is_builder=builds_index_maps(config),
-        barrier=_barrier,
+        barrier=barrier,
     )
     steps = samples // full
     if steps < 1:
@@ -65,7 +64,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         valid_samples=wanted["valid"],
         test_samples=wanted["test"],
         is_builder=builds_index_maps(config),
-        barrier=_barrier,
+        barrier=barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
         tokenizer=facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)),
@@ -98,8 +97,3 @@ def builds_index_maps(config: Config) -> bool:
     """Whether this rank writes index maps for others: one rank of all, or one of each host."""
     ranks = Ranks.from_environment()
     return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

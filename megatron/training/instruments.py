@@ -20,7 +20,7 @@ from megatron.observe.fingerprint import Fingerprints
 from megatron.observe.pace import Pace
 from megatron.observe.profile import MemoryRecorder, Tracer
 from megatron.optim.onebit import OnebitAdam
-from megatron.parallel.bootstrap import device
+from megatron.parallel.process_group import device
 from megatron.training.sizes import StepSize
 
 Recorder = Callable[[int, StepSize], AbstractContextManager[None]]

@@ -20,7 +20,7 @@ from megatron.evaluation.characters import Characters
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import StepClock
 from megatron.optim.schedule import Schedule
-from megatron.parallel.bootstrap import any_rank
+from megatron.parallel.process_group import any_rank
 from megatron.training import triggers
 from megatron.training.sizes import StepSize, StepSizes
 from megatron.training.state import RunState

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 
 from megatron.adapters import soft_prompt
-from megatron.checkpoint.handles import collect
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
 from megatron.checkpoint.run_inputs import RunInputs
 from megatron.checkpoint.save import Counters, Saver
@@ -39,7 +38,9 @@ from megatron.observe.peak import find_peak
 from megatron.observe.reporter import Reporter
 from megatron.observe.timers import no_wait
 from megatron.optim.schedule import build as build_schedule
-from megatron.parallel.bootstrap import device, shutdown
+from megatron.parallel.bootstrap import shutdown
+from megatron.parallel.census import roll_call
+from megatron.parallel.process_group import any_rank, device
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting
 from megatron.parallel.watch import Watch
@@ -53,7 +54,6 @@ from megatron.training.inputs import build_run_data, builds_index_maps, run_inpu
 from megatron.training.instruments import Instruments, build_instruments
 from megatron.training.judgement import Judge
 from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
-from megatron.training.roll_call import roll_call
 from megatron.training.sizes import StepSizes
 from megatron.training.state import RunState
 from megatron.training.watch import watched
@@ -93,7 +93,7 @@ def train(config: Config, stop: Stop) -> None:
 
 def _alike_after_a_restart(config: Config) -> Config:
     """The same start on every rank: torchrun counts restarts on each host for itself, and all start again together."""
-    again = any(collect([restarted_by_others(os.environ)]))
+    again = any_rank(restarted_by_others(os.environ))
     return config.replace(**going_on(config)) if again else config
 
 

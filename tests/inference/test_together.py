@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from megatron.inference.together import share_prompt
-from megatron.parallel.bootstrap import any_rank
+from megatron.parallel.process_group import any_rank
 from megatron.parallel.waiting import limit_waiting
 from tests.distributed import run_distributed
 

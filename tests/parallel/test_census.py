@@ -10,8 +10,7 @@ import pytest
 
 from megatron.errors import RunError
 from megatron.parallel import census
-from megatron.parallel.census import Facts, judge, table, warnings
-from megatron.training.roll_call import roll_call
+from megatron.parallel.census import Facts, judge, roll_call, table, warnings
 from tests.distributed import RankFailedError, run_distributed
 
 GOOD = Facts(
