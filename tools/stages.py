@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from megatron.atomic import write_atomic
 from megatron.errors import RunError
 
 
@@ -66,11 +67,8 @@ class Stamps:
         return record if isinstance(record, dict) else {}
 
     def write(self, stage: Stage, digest: str, seconds: float | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = {"digest": digest} if seconds is None else {"digest": digest, "seconds": round(seconds, 1)}
-        beside = self.folder / f".{stage.name}.json"
-        beside.write_text(json.dumps(record), encoding="utf-8")
-        beside.replace(self.folder / f"{stage.name}.json")
+        write_atomic(self.folder / f"{stage.name}.json", json.dumps(record))
 
 
 def run_stages(

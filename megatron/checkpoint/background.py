@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron.atomic import atomic_writer, flush_to_disk, sync_directory
 from megatron.checkpoint import files, layout
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.snapshot import Snapshot
@@ -108,8 +109,10 @@ def _announce(partial: Path, rank: int, written: Sequence[Written]) -> None:
     """The last that this rank does here: the first one may give the folder its final name a moment later."""
     entries = [[str(each.path.relative_to(partial)), each.size, each.sha256] for each in written]
     path = partial / layout.written_file(rank)
-    files.sync_directory(path.parent)
-    files.replace_text(path, json.dumps(entries), lasting=False)
+    sync_directory(path.parent)
+    with atomic_writer(path) as file:  # durable but for its name: the folder may be gone then
+        file.write(json.dumps(entries).encode())
+        flush_to_disk(file)
 
 
 def _as_run_error(partial: Path, error: Exception) -> RunError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import pickle
 import struct
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy
 import torch
 
+from megatron.atomic import flush_to_disk
 from megatron.errors import RunError
 
 _CHUNK = 1 << 20
@@ -110,29 +110,6 @@ def write_text(path: Path, text: str) -> Written:
     return Written(path, counting.size, counting.digest.hexdigest())
 
 
-def replace_text(path: Path, text: str, *, lasting: bool = True) -> None:
-    """Puts a small text under a name at once: readers see the old text or the new one, never a part.
-
-    lasting: the name survives a power cut too; not for one whose reader may move the folder as soon as it is there.
-    """
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        flush_to_disk(file)
-    os.replace(beside, path)
-    if lasting:
-        sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_tensors(path: Path) -> Any:
     """torch.load without running code, mapped into memory so that only what is used is read.
 
@@ -192,9 +169,3 @@ def digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             accumulated.update(chunk)
     return accumulated.hexdigest()
-
-
-def flush_to_disk(file: Any) -> None:
-    """What was written to the file is on the disk when this returns."""
-    file.flush()
-    os.fsync(file.fileno())

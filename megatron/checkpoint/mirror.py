@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from megatron.atomic import write_atomic
 from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.bucket import Bucket
 from megatron.checkpoint.handles import patiently, together
@@ -182,7 +183,7 @@ def _fetch(bucket: Bucket, root: Path, iteration: int | None) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if not here:
-        files.replace_text(root / layout.LATEST, name)
+        write_atomic(root / layout.LATEST, name, durable=True)
 
 
 def _listed(directory: Path, where: str) -> list[str]:

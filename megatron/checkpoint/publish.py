@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron.checkpoint import files, integrity, layout
+from megatron.atomic import sync_directory, write_atomic
+from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.handles import together
 from megatron.errors import RunError
@@ -83,13 +84,13 @@ def publish(partial: Path, final: Path, written: Iterable[Written]) -> None:
     """Complete on the disk first, named second, `latest` third."""
     integrity.write_manifest(partial, written)
     for directory in (*(entry for entry in partial.iterdir() if entry.is_dir()), partial):
-        files.sync_directory(directory)
+        sync_directory(directory)
     aside = final.with_name(final.name + _REPLACED)
     if final.exists():
         final.rename(aside)
     partial.rename(final)
-    files.sync_directory(final.parent)
-    files.replace_text(final.parent / layout.LATEST, final.name)
+    sync_directory(final.parent)
+    write_atomic(final.parent / layout.LATEST, final.name, durable=True)
     if aside.exists():
         shutil.rmtree(aside)
 

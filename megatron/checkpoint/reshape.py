@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron.atomic import flush_to_disk
 from megatron.checkpoint import files, layout
 from megatron.checkpoint.facts import public_facts
 from megatron.checkpoint.files import Written
@@ -88,5 +89,5 @@ def _taken_over(source: Path, target: Path) -> Iterator[Written]:
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
             with copy.open("rb") as file:
-                files.flush_to_disk(file)
+                flush_to_disk(file)
             yield Written(copy, copy.stat().st_size, files.digest(copy))

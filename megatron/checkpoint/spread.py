@@ -17,6 +17,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
+from megatron.atomic import flush_to_disk, write_atomic
 from megatron.checkpoint import files, layout
 from megatron.checkpoint.handles import together
 from megatron.config.sections.checkpoint import CheckpointSection
@@ -162,7 +163,7 @@ def _finish(out: BinaryIO, faults: list[OSError]) -> None:
         return
     try:
         with out:
-            files.flush_to_disk(out)
+            flush_to_disk(out)
     except OSError as fault:
         faults.append(fault)
 
@@ -200,7 +201,7 @@ def bring_to_all(section: CheckpointSection, *, shared: bool) -> None:
         if sharing.rank in lacking:
             shutil.rmtree(load / name, ignore_errors=True)  # what a crash has left has no manifest
             beside.rename(load / name)
-            files.replace_text(load / layout.LATEST, name)
+            write_atomic(load / layout.LATEST, name, durable=True)
 
     together(arrive, f"completing {load / name}")
 

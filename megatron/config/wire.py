@@ -11,6 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
+from megatron.atomic import write_atomic
 from megatron.config.config import CATALOG, Config
 from megatron.errors import ConfigError
 
@@ -33,11 +34,7 @@ def from_json(text: str, where: str = "the configuration handed to the worker") 
 
 def write(config: Config, path: str | os.PathLike[str]) -> None:
     """Writes the configuration; a reader never sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(to_json(config), encoding="utf-8")
-    partial.replace(target)
+    write_atomic(Path(path), to_json(config))
 
 
 def read(path: str | os.PathLike[str]) -> Config:

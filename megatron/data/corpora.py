@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron.atomic import atomic_writer, write_atomic
 from megatron.data.public_corpora import PUBLIC_CORPORA, PublicCorpus
 from megatron.errors import ConfigError
 from megatron.registry import nearest_name
@@ -83,21 +83,15 @@ def read_about(folder: Path) -> About | None:
 
 def write_about(folder: Path, about: About) -> None:
     """Declares the folder complete."""
-    write_whole(folder / ABOUT, [json.dumps(asdict(about), indent=1), "\n"])
+    write_atomic(folder / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """One JSON object a line."""
-    write_whole(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_pieces(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
     """Writes a text file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(pieces)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_writer(path) as file:
+        file.writelines(piece.encode("utf-8") for piece in pieces)

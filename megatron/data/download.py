@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.atomic import flush_to_disk, write_atomic
 from megatron.errors import RunError
 
 SUMS = "SHA256SUMS"
@@ -144,9 +145,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def _keep_sum(folder: Path, name: str, digest: str) -> None:
     sums = read_sums(folder) | {name: digest}
-    beside = folder / f".{SUMS}.{os.getpid()}"
-    beside.write_text("".join(f"{each}  {file}\n" for file, each in sorted(sums.items())), encoding="utf-8")
-    os.replace(beside, folder / SUMS)
+    write_atomic(folder / SUMS, "".join(f"{each}  {file}\n" for file, each in sorted(sums.items())))
 
 
 def _from_any(source: Source, target: Path, first_wait: float, report: Callable[[Transfer], None]) -> None:
@@ -237,8 +236,7 @@ def _copy(response: Any, target: Path, start: int, total: int | None, report: Ca
             file.write(chunk)
             done += len(chunk)
             report(Transfer(target.name, done, total))
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
     if total is not None and done < total:
         raise _BrokenOff(f"the connection ended after {done:,} of {total:,} bytes")
 

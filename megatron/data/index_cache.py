@@ -10,7 +10,6 @@ Each file appears complete under its name or not at all. Where they cannot be wr
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.atomic import atomic_writer
 from megatron.data.index_map import IndexMap, build_index_map
 from megatron.data.indexed import IndexedDataset
 from megatron.data.packing import build_whole_map, usable_documents
@@ -115,7 +115,8 @@ def write_index_map(request: IndexRequest) -> OSError | None:
     made = request.build()
     try:
         for array, path in paths.items():
-            _write_array(path, getattr(made, array))
+            with atomic_writer(path, durable=True) as file:
+                np.save(file, getattr(made, array), allow_pickle=False)
     except OSError as fault:
         return fault
     return None
@@ -153,15 +154,3 @@ def index_maps(
                 warnings.append(f"{kept}: every rank computes it at each start")
     barrier()
     return [read_index_map(request) or request.build() for request in requests], warnings
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.atomic import flush_to_disk, write_atomic
 from megatron.data.encode import Skipped, SkippedRecord
 from megatron.data.text_files import TextFile
 from megatron.data.writer import Mark, partial
@@ -79,13 +80,8 @@ class Journal:
 
     def write(self, counts: Counts, marks: Sequence[Mark]) -> None:
         """Keeps a state."""
-        beside = partial(self.path)
         told = {"task": self._task, "counts": asdict(counts), "marks": [asdict(mark) for mark in marks]}
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(told, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        write_atomic(self.path, json.dumps(told), durable=True)
 
     def remove(self) -> None:
         """The work is done, or starts afresh."""
@@ -135,8 +131,7 @@ class Sidecar:
     def mark(self) -> int:
         """Forces what was added to disk, and says how far it goes [bytes]."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_to_disk(self._file)
         return self._size
 
     def _open(self) -> IO[bytes]:

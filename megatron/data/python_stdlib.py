@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.atomic import write_atomic
 from megatron.data.cloze import cloze_items, cloze_task
-from megatron.data.corpora import About, write_about, write_jsonl, write_whole
+from megatron.data.corpora import About, write_about, write_jsonl, write_pieces
 from megatron.errors import RunError
 
 NAME = "python_stdlib"
@@ -69,10 +70,10 @@ def prepare(folder: Path) -> About:
         )
     write_jsonl(folder / "train.jsonl", ({"text": each.text, "path": each.path} for each in train))
     write_jsonl(folder / "valid.jsonl", ({"text": each.text, "path": each.path} for each in valid))
-    write_whole(folder / "valid.txt", (each.text for each in valid))
+    write_pieces(folder / "valid.txt", (each.text for each in valid))
     write_jsonl(folder / "cloze.jsonl", cloze_items([each.text for each in valid]))
     task = f"{NAME}_cloze"
-    write_whole(folder / "tasks" / f"{task}.yaml", [cloze_task(task, (folder / "cloze.jsonl").resolve())])
+    write_atomic(folder / "tasks" / f"{task}.yaml", cloze_task(task, (folder / "cloze.jsonl").resolve()))
     about = About(
         corpus=NAME,
         source=f"Python {platform.python_version()}",

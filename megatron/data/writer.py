@@ -20,6 +20,7 @@ from typing import IO, Self
 
 import numpy as np
 
+from megatron.atomic import flush_to_disk, sync_directory
 from megatron.data.card import DatasetCard, card_path
 from megatron.data.indexed import DTYPES, HEADER, LEGACY_HEADER, LEGACY_MAGIC, MAGIC, VERSION, bin_path, idx_path
 from megatron.errors import RunError
@@ -110,7 +111,7 @@ class DatasetWriter:
         with self._told_when_full():
             for file in (self._file, self._sizes, self._ends):
                 if file is not None:
-                    _to_disk(file)
+                    flush_to_disk(file)
         return Mark(self.items, self.documents, self.tokens)
 
     def _add_ends(self, items: np.ndarray) -> None:
@@ -152,18 +153,18 @@ class DatasetWriter:
                 )
 
     def _finish(self) -> None:
-        _to_disk(self._file)
+        flush_to_disk(self._file)
         self._sizes.flush()
         with partial(idx_path(self.prefix)).open("wb") as index:
             if self._legacy:
                 self._write_legacy(index)
             else:
                 self._write_index(index)
-            _to_disk(index)
+            flush_to_disk(index)
         if self.card is not None:
             with partial(card_path(self.prefix)).open("wb") as card:
                 card.write(self.card.to_json().encode("utf-8"))
-                _to_disk(card)
+                flush_to_disk(card)
         # An index of earlier data must never be seen beside the new tokens.
         idx_path(self.prefix).unlink(missing_ok=True)
         card_path(self.prefix).unlink(missing_ok=True)
@@ -171,11 +172,7 @@ class DatasetWriter:
             os.replace(partial(card_path(self.prefix)), card_path(self.prefix))
         for path in (bin_path(self.prefix), idx_path(self.prefix)):
             os.replace(partial(path), path)
-        folder = os.open(idx_path(self.prefix).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_directory(idx_path(self.prefix).parent)
 
     def _write_index(self, index: IO[bytes]) -> None:
         index.write(HEADER.pack(MAGIC, VERSION, self._code, self.items, self.documents + 1))
@@ -264,8 +261,3 @@ def _alone(file: IO[bytes], path: Path) -> bool:
 def partial(path: Path) -> Path:
     """The name of a file that is not complete yet."""
     return path.with_name(path.name + ".partial")
-
-
-def _to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

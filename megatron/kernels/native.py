@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from megatron.atomic import atomic_path
 from megatron.extensions import extensions_folder
 from megatron.log import get_logger
 
@@ -52,10 +53,9 @@ def compiled(folder: Path, compiler: str) -> Path | str:
         with (folder / "in_use").open("w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             if not file.exists():
-                partial = file.with_suffix(f".{os.getpid()}")
-                command = [program, *FLAGS, *map(str, SOURCES), "-o", str(partial)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-                partial.replace(file)
+                with atomic_path(file) as temporary:
+                    command = [program, *FLAGS, *map(str, SOURCES), "-o", str(temporary)]
+                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
         return f"{program} cannot compile {FOLDER}: {(error.stderr or '').strip()[:500] or error}."
     except (OSError, subprocess.TimeoutExpired) as error:

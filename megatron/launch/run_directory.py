@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron.atomic import write_atomic
 from megatron.errors import RunError
 
 CONFIG_FILE = "config.json"
@@ -55,9 +56,7 @@ def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, 
         config = folder / CONFIG_FILE
         if config.exists() and config.read_text(encoding="utf-8") != config_text:
             config.rename(_free_path(folder))
-        partial = config.with_name(f"{CONFIG_FILE}.partial")
-        partial.write_text(config_text, encoding="utf-8")
-        partial.replace(config)
+        write_atomic(config, config_text)
         with (folder / "launches.jsonl").open("a", encoding="utf-8") as launches:
             launches.write(json.dumps(_launch_record(arguments)) + "\n")
     except OSError as fault:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron.atomic import write_atomic
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.base import END_OF_DOCUMENT
 
@@ -73,7 +73,7 @@ class _Seen:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes tokenizer.json, under its name only when complete."""
-    write_whole(path, tokenizer.to_str(pretty=True).encode("utf-8"))
+    write_atomic(path, tokenizer.to_str(pretty=True).encode("utf-8"))
 
 
 def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, algorithm: str = "unigram") -> int:
@@ -121,7 +121,7 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
         what = f"sentencepiece cannot learn so many pieces from this text ({str(fault).splitlines()[0]})"
         remedy = "ask for fewer pieces, or give more text"
         raise ConfigError.of(what, key="vocab_size", value=vocab_size, remedy=remedy) from fault
-    write_whole(path, model.getvalue())
+    write_atomic(path, model.getvalue())
     learnt: int = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     return learnt
 
@@ -131,14 +131,3 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         for line in text.split("\n"):
             if line and "\0" not in line:  # the library ends a line at a NUL byte
                 yield line
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from tests.architecture.source import PRODUCT, ROOT, Source, imports, sample
 FLOORS = {
     "errors": 0,
     "adapters": 1,
+    "atomic": 1,
     "extensions": 1,
     "log": 1,
     "registry": 1,
@@ -44,6 +45,7 @@ DOOR = 10
 PACKAGES_OF = {
     "errors": frozenset(),
     "adapters": frozenset(),
+    "atomic": frozenset(),
     "extensions": frozenset(),
     "log": frozenset(),
     "registry": frozenset(),

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import files
+from megatron.atomic import flush_to_disk
 from megatron.errors import RunError
 
 DTYPES = {
@@ -72,7 +72,7 @@ def write(path: Path, tensors: Iterable[Promise], metadata: Mapping[str, str]) -
         file.write(len(text).to_bytes(8, "little") + text)
         for each in promised:
             _write_values(file, each)
-        files.flush_to_disk(file)
+        flush_to_disk(file)
 
 
 def _write_values(file: BinaryIO, promise: Promise) -> None:
