@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Self
 
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C ended: 128 + SIGINT."""
+
 
 class Unset(Enum):
     """Stands for "no value was involved", since None is a value that a configuration may hold."""

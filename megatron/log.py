@@ -15,6 +15,8 @@ import os
 import sys
 from typing import TextIO
 
+from megatron.ranks import Ranks
+
 ROOT = "megatron"
 
 
@@ -33,7 +35,8 @@ def configure(level: str | int | None = None) -> None:
     for old in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:
         root.removeHandler(old)
     handler = _StderrHandler()
-    handler.setFormatter(_LineFormatter(_rank() if _world_size() > 1 else None))
+    ranks = Ranks.from_environment()
+    handler.setFormatter(_LineFormatter(ranks.rank if ranks.world_size > 1 else None))
     root.addHandler(handler)
     root.setLevel(_effective(level if level is not None else os.environ.get("LOGLEVEL", "INFO")))
     root.propagate = False
@@ -41,15 +44,7 @@ def configure(level: str | int | None = None) -> None:
 
 def _effective(level: str | int) -> int:
     number = level if isinstance(level, int) else logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
-    return number if _rank() == 0 or number <= logging.DEBUG else max(number, logging.WARNING)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return number if Ranks.from_environment().rank == 0 or number <= logging.DEBUG else max(number, logging.WARNING)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

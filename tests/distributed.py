@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from typing import Any
 
 from megatron.extensions import extensions_folder
 from megatron.launch.preflight import CPU_OP
+from megatron.ranks import free_port
 
 BUILD_SECONDS = 900  # a loaded machine compiles for minutes
 PRELOADED = [
@@ -105,7 +105,7 @@ def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     ranks = []
     threads_before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # the server reads it when it imports torch
@@ -125,12 +125,6 @@ def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: 
         else:
             os.environ["OMP_NUM_THREADS"] = threads_before
     return ranks
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _collect(ranks: list[_Rank], deadline: float) -> list[bytes]:

@@ -28,7 +28,7 @@ from megatron.checkpoint.publish import beyond
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import Mistake, RunError
 from megatron.log import get_logger
-from megatron.parallel.bootstrap import Ranks
+from megatron.ranks import Ranks
 
 _log = get_logger(__name__)
 

@@ -49,10 +49,11 @@ from megatron.optim.groups import equally_many, parameter_groups
 from megatron.optim.muon import finds_groups
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.request import Request
-from megatron.parallel.bootstrap import Ranks, bootstrap
+from megatron.parallel.bootstrap import bootstrap
 from megatron.parallel.process_group import device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
+from megatron.ranks import Ranks
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
 from megatron.tokenizer_facts import TokenizerFacts

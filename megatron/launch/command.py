@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from megatron.errors import ConfigError
 from megatron.launch.request import CHECKOUT
 from megatron.launch.resources import Machines, core_count
+from megatron.ranks import free_port
 
 RANK_MODULE = "megatron.launch.rank"
 DEFAULT_PORT = 29500
@@ -125,20 +125,17 @@ def torchrun_command(
     return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
 
 
-def free_port(port: int, *, given: bool) -> int:
+def meeting_port(port: int, *, given: bool) -> int:
     """The port at which local ranks meet: the given one, or any free one where the user named none.
 
     Raises ConfigError when the given one is taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port if given else 0))
-        except OSError as fault:
-            raise ConfigError.of(
-                "another process listens on this port",
-                key="master_port",
-                value=port,
-                remedy="name another, or none to get a free one",
-            ) from fault
-        return int(probe.getsockname()[1])
+    try:
+        return free_port(port if given else 0)
+    except OSError as fault:
+        raise ConfigError.of(
+            "another process listens on this port",
+            key="master_port",
+            value=port,
+            remedy="name another, or none to get a free one",
+        ) from fault

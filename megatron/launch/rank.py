@@ -38,6 +38,7 @@ from typing import Any, BinaryIO
 
 from megatron.errors import ConfigError
 from megatron.launch.place import adopt_place
+from megatron.ranks import Ranks
 from megatron.shared_memory import remove_segment
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -250,7 +251,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
-    rank = int(os.environ.get("RANK", "0"))
+    rank = Ranks.from_environment().rank
     link = Link(rank, os.environ.pop(SOCKET_VARIABLE, None))
     record = Record(None if folder is None else folder / f"rank_{rank}.log")
     code = Worker([sys.executable, "-u", *rest], link, record).serve()

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.config import Config, wire
-from megatron.errors import ConfigError, RunError
+from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launch import again
 from megatron.launch.command import (
     DEFAULT_PORT,
     Command,
     Rendezvous,
-    free_port,
     local_command,
+    meeting_port,
     torchrun_command,
 )
 from megatron.launch.elsewhere import HOSTFILE, OVER_SSH, command_elsewhere
@@ -36,8 +36,6 @@ from megatron.launch.run_directory import (
 from megatron.launch.show import as_json, as_text, values_as_text
 from megatron.launch.supervise import Network, Outcome, Supervisor, tell, terminal_environment
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
-
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -152,7 +150,7 @@ def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Re
     where = rendezvous(resolved, caller)
     given = resolved.resolution.origin["master_port"] != "default"
     if next(iter(machines.hosts)) in local_names():
-        where = replace(where, master_port=free_port(launch.master_port, given=given))
+        where = replace(where, master_port=meeting_port(launch.master_port, given=given))
     if where.launcher == "torchrun":
         node = node_number(list(machines.hosts), caller, local_names())
         if len(machines.hosts) > 1 and where.master_addr is None:

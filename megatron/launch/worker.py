@@ -22,7 +22,7 @@ from typing import Self
 from megatron import log
 from megatron.config import Config, Resolution, Resources, resolve, wire
 from megatron.config.sections.launch import LaunchSection
-from megatron.errors import ConfigError, RunError
+from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launch.again import going_on, restarted_by_others
 from megatron.launch.place import adopt_place
 from megatron.launch.preflight import check, gpu_layers
@@ -31,9 +31,9 @@ from megatron.launch.resolution import refuse_unsupported
 from megatron.launch.resources import Accelerator, local_devices
 from megatron.launch.run_directory import choose_run_directory, prepare_run_directory
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
+from megatron.ranks import Ranks
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
-INTERRUPTED = 130  # 128 + SIGINT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -86,13 +86,14 @@ def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | No
         log.configure()
         config = worker_config(given)
     except ConfigError as fault:
-        if _rank() == 0:  # the same on every rank
+        if Ranks.from_environment().rank == 0:  # the same on every rank
             print(fault, file=sys.stderr, flush=True)
         return ConfigError.exit_code
     try:
         return main(config) or 0
     except (ConfigError, RunError) as fault:
-        name = f"rank {_rank()}: " if _world_size() > 1 else ""
+        ranks = Ranks.from_environment()
+        name = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         print("\n".join(f"{name}{mistake}" for mistake in fault.mistakes), file=sys.stderr, flush=True)
         return _leave(fault.exit_code)
     except KeyboardInterrupt:
@@ -107,24 +108,16 @@ def _leave(code: int) -> int:
 
     The others may wait for this one in a collective, and the interpreter's own ending may wait for them.
     """
-    if _world_size() > 1:
+    if Ranks.from_environment().world_size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK") or 0)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def wrote_base_shapes(config: Config) -> bool:
     """Whether the configuration asks for its base shapes and nothing else; the first rank has then written them."""
-    if config.mup.save_base_shapes and _rank() == 0:
+    if config.mup.save_base_shapes and Ranks.from_environment().rank == 0:
         print(write_base_shapes(config))
     return config.mup.save_base_shapes
 
@@ -168,7 +161,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
 
     def resources(_launch: LaunchSection) -> Resources:
-        return Resources(_world_size(), accelerator)
+        return Resources(Ranks.from_environment().world_size, accelerator)
 
     resolution: Resolution = resolve(request.files, request.flags, resources, request.mistakes)
     if restarted_by_others(os.environ):
@@ -185,7 +178,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     )
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))
-    if _rank() == 0:
+    if Ranks.from_environment().rank == 0:
         for line in resolution.warnings:
             print(f"warning: {line}", file=sys.stderr)
         prepare_run_directory(folder, wire.to_json(config), config.checkpoint.config_files or {}, sys.argv)

@@ -11,7 +11,6 @@ import os
 import random
 import socket
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy
@@ -23,25 +22,8 @@ from megatron.parallel.compiling import turn_to_compile
 from megatron.parallel.process_group import any_rank, barrier
 from megatron.parallel.topology import Topology
 from megatron.parallel.waiting import limit_waiting, record_collectives
+from megatron.ranks import Ranks, free_port
 from megatron.shared_memory import remove_segment, segment
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands: its global rank, its rank on this host, and how many processes there are."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @staticmethod
-    def from_environment() -> Ranks:
-        """Reads RANK, LOCAL_RANK and WORLD_SIZE; a missing one means a process started alone."""
-        return Ranks(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
 
 
 def bootstrap(
@@ -125,7 +107,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
             deepspeed.init_distributed(
@@ -167,10 +149,3 @@ def _use_deterministic_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention reads it
         torch.use_deterministic_algorithms(True)
-
-
-def _free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

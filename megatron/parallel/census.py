@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from megatron.errors import Mistake, RunError
 from megatron.log import get_logger
-from megatron.parallel.bootstrap import Ranks, host_name
+from megatron.parallel.bootstrap import host_name
 from megatron.parallel.process_group import all_gather_list, device
+from megatron.ranks import Ranks
 
 _log = get_logger(__name__)
 

@@ -11,9 +11,9 @@ from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples
 from megatron.data.order import order_facts
 from megatron.errors import ConfigError
-from megatron.parallel.bootstrap import Ranks
 from megatron.parallel.process_group import barrier
 from megatron.parallel.topology import Topology
+from megatron.ranks import Ranks
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.bounded import known_ids, whole_tokenizer

@@ -20,7 +20,7 @@ from megatron.checkpoint.mirror import Mirror, fetch_missing, open_mirror
 from megatron.checkpoint.publish import retain
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import ConfigError, RunError
-from megatron.parallel.bootstrap import Ranks
+from megatron.ranks import Ranks
 from tests.checkpoint.saved import save
 from tests.end_to_end.runs import make_dataset, run, series
 

@@ -14,8 +14,8 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.launch.command import (
     Rendezvous,
-    free_port,
     local_command,
+    meeting_port,
     search_paths,
     workers_environment,
 )
@@ -63,5 +63,5 @@ def test_a_port_that_is_taken_is_refused_when_it_was_named_and_avoided_when_not(
         other.listen()
         taken = other.getsockname()[1]
         with pytest.raises(ConfigError, match="another process listens on this port"):
-            free_port(taken, given=True)
-        assert free_port(taken, given=False) != taken
+            meeting_port(taken, given=True)
+        assert meeting_port(taken, given=False) != taken

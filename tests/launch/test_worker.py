@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from megatron.config import Config, wire
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.launch import preflight
 from megatron.launch.worker import StopSignal, run_door, worker_config
+from megatron.ranks import free_port
 from tests.launch.conftest import CONFIG, ROOT
 
 
@@ -186,7 +186,7 @@ dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=True, wait_for_workers
 def test_a_stop_signal_ends_a_rank_that_waits_for_the_others(number: signal.Signals) -> None:
     """A handler of Python's would run only when torch's wait returns, after `collective_timeout`."""
     waiting = subprocess.Popen(
-        [sys.executable, "-c", WAITS, str(_free_port())],
+        [sys.executable, "-c", WAITS, str(free_port())],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
@@ -198,9 +198,3 @@ def test_a_stop_signal_ends_a_rank_that_waits_for_the_others(number: signal.Sign
         assert waiting.wait(10) == -number
     finally:
         waiting.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

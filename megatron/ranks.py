@@ -1,0 +1,40 @@
+"""The rank of this process, as the environment names it, and a port at which ranks of one host can meet.
+
+RANK, LOCAL_RANK and WORLD_SIZE are set by DeepSpeed's launcher and torchrun; for the schedulers and MPIs that have
+names of their own, `launch/place.py` sets them before anything else reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of this process."""
+
+    rank: int
+    """Among all processes of the run."""
+    local_rank: int
+    """Among those of this host."""
+    world_size: int
+    """The number of processes of the run."""
+
+    @staticmethod
+    def from_environment() -> Ranks:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE; where they are missing or empty, the process was started alone."""
+        return Ranks(
+            rank=int(os.environ.get("RANK") or 0),
+            local_rank=int(os.environ.get("LOCAL_RANK") or 0),
+            world_size=int(os.environ.get("WORLD_SIZE") or 1),
+        )
+
+
+def free_port(port: int = 0) -> int:
+    """A TCP port of this host that nothing listens on at this moment. OSError where `port` is given and taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return int(probe.getsockname()[1])
