@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +18,21 @@ from torch import Tensor
 from megatron.checkpoint import answers, files, find, layout, rng
 from megatron.checkpoint.handles import Checkpointable
 from megatron.checkpoint.huggingface.folder import Folder, is_folder
+from megatron.checkpoint.mirror import fetch_missing
 from megatron.checkpoint.parametrisation import same_parametrisation
 from megatron.checkpoint.run_inputs import RunInputs, same_data_order, same_tokenizer
 from megatron.checkpoint.same_model import same_model
 from megatron.checkpoint.save import Counters
 from megatron.checkpoint.schedule import schedule_facts, schedule_to_use, warn_of_early_end
 from megatron.checkpoint.slices import MASTER, OptimizerState
-from megatron.checkpoint.spread import by_host, one_folder
+from megatron.checkpoint.spread import bring_to_all, by_host, one_folder
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, key_of, read_shards
 from megatron.config import Config
+from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
+from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
 from megatron.shapes import DOWN, PROMPT, ModelDims, TensorShape, is_added
 from megatron.tokenizer_facts import TokenizerFacts
@@ -38,6 +42,18 @@ _log = get_logger(__name__)
 MOST_PADDING = 1024
 """Rows of an embedding beyond the tokenizer's: more of them are another vocabulary (the public default pads to
 128 times the tensor-parallel degree)."""
+
+
+class _Embedding(NamedTuple):
+    """The stored word embedding. rows: of all tensor-parallel ranks, padding included [tokens]."""
+
+    rows: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(weights: StoredWeights) -> _Embedding:
+        shards = weights.shards("0.word_embeddings.weight")
+        return _Embedding(sum(shard.shape[0] for shard in shards), shards[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class Checkpoint:
                 where=str(self.directory),
                 remedy="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
-        return state.with_weights(self._shard) if self._is_full_precision() else state
+        return state.with_weights(self._shard) if self._embedding.dtype == torch.float32 else state
 
     def _same_optimizer(self) -> None:
         """The forms of Adam can go on with each other's state; any other optimizer only with its own."""
@@ -90,18 +106,22 @@ class Checkpoint:
 
     def _shard(self, key: str, model_rank: int, model_size: int) -> Tensor:
         """A weight as stored, which is the fp32 copy of a run in a lower precision."""
-        shape = next(shape for shape in self.table if key_of(shape) == key)
-        summed = self.summed_biases
-        found = read_shards(self.weights, [shape], summed=summed, model_rank=model_rank, model_size=model_size)
+        shapes, summed = [self._shapes[key]], self.summed_biases
+        found = read_shards(self.weights, shapes, summed=summed, model_rank=model_rank, model_size=model_size)
         return found[key].flatten()
 
-    def _is_full_precision(self) -> bool:
-        return self.weights.shards("0.word_embeddings.weight")[0].dtype == torch.float32
+    @cached_property
+    def _shapes(self) -> dict[str, TensorShape]:
+        return {key_of(shape): shape for shape in self.table}
+
+    @cached_property
+    def _embedding(self) -> _Embedding:
+        return _Embedding.of(self.weights)
 
     @property
     def rows(self) -> int:
         """Rows of the stored embedding."""
-        return sum(shard.shape[0] for shard in self.weights.shards("0.word_embeddings.weight"))
+        return self._embedding.rows
 
     def counters(self) -> Counters:
         """Where the run stood; zero when only the weights are wanted."""
@@ -122,7 +142,7 @@ class Checkpoint:
         A model with other tensors is told of when these are read, since its samples may be shorter for that reason.
         """
         path = self.directory / layout.RUN
-        same_model = self.weights.keys() == {key_of(shape) for shape in self.table}
+        same_model = self.weights.keys() == self._shapes.keys()
         if same_model and not self.from_start and inputs.data is not None and path.is_file():
             same_data_order(files.read_json(path).get("data"), inputs.data, self.directory, override=override)
 
@@ -147,6 +167,20 @@ def _with_schedule(config: Config, use: Mapping[str, Any]) -> Config:
     block = dict(config.optimizer.optimizer or {})
     block["params"] = {**config.optimizer.params, "lr": use["lr"]}
     return config.replace(**use, optimizer=block)
+
+
+def make_available(section: CheckpointSection, *, shared: bool) -> None:
+    """Puts the checkpoint that `load` names where every rank can read it. Collective.
+
+    Fetches it from the bucket of `s3_path` where no host has it, and copies it between hosts that share no files.
+
+    Args:
+        section: names the folder, the iteration and the bucket.
+        shared: whether all hosts see the same files.
+
+    """
+    fetch_missing(section, Ranks.from_environment())
+    bring_to_all(section, shared=shared)
 
 
 def find_checkpoint(
@@ -274,10 +308,9 @@ def _stored_rows(config: Config) -> int | None:
         return Folder.open(root).rows
     for directory in find.candidates(root, config.checkpoint.iteration):
         try:
-            shards = WeightFiles.open(directory).shards("0.word_embeddings.weight")
+            return _Embedding.of(WeightFiles.open(directory)).rows
         except (RunError, OSError, KeyError):
             continue  # it is damaged, which is told when it is read
-        return sum(shard.shape[0] for shard in shards)
     return None
 
 

@@ -21,8 +21,6 @@ from torch.nn import Module, Parameter
 
 from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
-from megatron.checkpoint.mirror import fetch_missing
-from megatron.checkpoint.spread import bring_to_all
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.derive.zero import REDUCTION_BUCKET
@@ -53,13 +51,11 @@ from megatron.parallel.bootstrap import bootstrap
 from megatron.parallel.process_group import device
 from megatron.parallel.rng import ShardedRandom
 from megatron.parallel.topology import Topology
-from megatron.ranks import Ranks
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
 from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.bounded import BoundedTokenizer
-from megatron.tokenizers.build import build_tokenizer
 from megatron.tokenizers.padding import padded_vocab_size
 
 _log = get_logger(__name__)
@@ -140,15 +136,14 @@ def build_training_engine(
     return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses, prompt=prompt)
 
 
-def build_vocabulary(config: Config, topology: Topology, *, may_grow: bool = False) -> tuple[Tokenizer, int]:
-    """The tokenizer, and the rows of the embedding: those of a checkpoint to load, fetched if need be.
+def build_vocabulary(
+    config: Config, topology: Topology, tokenizer: Tokenizer, *, may_grow: bool = False
+) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the rows of the embedding: those of the checkpoint that `load` names, if there is one.
 
     may_grow: whether the tokenizer's tokens beyond those rows get new ones; otherwise texts with them are refused.
     """
-    tokenizer = build_tokenizer(config.tokenizer)
     rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
-    fetch_missing(config.checkpoint, Ranks.from_environment())
-    bring_to_all(config.checkpoint, shared=config.data.use_shared_fs)
     tokens = tokenizer.vocab_size
     found = vocabulary_rows(config, rows, tokens=tokens, model_size=topology.model.size, may_grow=may_grow)
     _same_vocabulary(config.tokenizer, tokens, found.rows)

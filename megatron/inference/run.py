@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from megatron.checkpoint.load import make_available
 from megatron.config import Config
 from megatron.engine.build import build_inference_engine, build_vocabulary, join
 from megatron.engine.engine import Engine
@@ -30,6 +31,7 @@ from megatron.parallel.watch import Watch
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.bounded import known_ids, whole_tokenizer
+from megatron.tokenizers.build import build_tokenizer
 
 
 def generate(config: Config) -> None:
@@ -103,7 +105,9 @@ def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], Non
     watch = Watch(topology, config.observe.folder, config.launch.collective_timeout)
     try:
         with watch.over():
-            tokenizer, rows = build_vocabulary(config, topology)
+            tokenizer = build_tokenizer(config.tokenizer)
+            make_available(config.checkpoint, shared=config.data.use_shared_fs)
+            tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
             facts = facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)

@@ -1,7 +1,8 @@
 """The composition root of training: what is built, in order, and from what.
 
-1 process group and topology; 2 tokenizer and padded vocabulary; 3 data; 4 model, optimizer and engine, with the
-weights of a checkpoint if there is one; 5 the rest of the checkpoint; 6 the loop; 7 final evaluation, sinks closed.
+1 process group and topology; 2 tokenizer, the checkpoint to load where every rank can read it, padded vocabulary;
+3 data; 4 model, optimizer and engine, with the weights of a checkpoint if there is one; 5 the rest of the checkpoint;
+6 the loop; 7 final evaluation, sinks closed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 
 from megatron.adapters import soft_prompt
-from megatron.checkpoint.load import Checkpoint, find_checkpoint, restore
+from megatron.checkpoint.load import Checkpoint, find_checkpoint, make_available, restore
 from megatron.checkpoint.run_inputs import RunInputs
 from megatron.checkpoint.save import Counters, Saver
 from megatron.checkpoint.save_folder import check_writable, claim
@@ -49,6 +50,7 @@ from megatron.registry import SCHEDULES
 from megatron.shapes import ModelDims, tensors
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.bounded import known_ids
+from megatron.tokenizers.build import build_tokenizer
 from megatron.training.diagnosis import Diagnosis
 from megatron.training.inputs import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
 from megatron.training.instruments import Instruments, build_instruments
@@ -101,7 +103,9 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
     leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
-    tokenizer, vocabulary = build_vocabulary(config, topology, may_grow=config.checkpoint.finetune)
+    tokenizer = build_tokenizer(config.tokenizer)
+    make_available(config.checkpoint, shared=config.data.use_shared_fs)
+    tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
     data = build_run_data(config, topology, tokenizer)
     inputs = run_inputs(config, data, tokenizer)
     checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)

@@ -17,10 +17,12 @@ from megatron.checkpoint import files, integrity, layout
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.huggingface.adopt import adopt
 from megatron.checkpoint.huggingface.folder import Folder
-from megatron.config import Resources, resolve
+from megatron.checkpoint.load import find_checkpoint
+from megatron.config import Config, Resources, resolve
 from megatron.engine.build import build_inference_engine
 from megatron.errors import ConfigError, RunError
 from megatron.parallel.topology import Topology
+from megatron.shapes import ModelDims, tensors
 from tests.checkpoint.huggingface.models import save
 from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_dataset, run
@@ -37,10 +39,14 @@ def ours(tmp_path: Path) -> Path:
     return tmp_path / "ours"
 
 
-def load(folder: Path, **changed: Any) -> None:
+def configuration(folder: Path, **changed: Any) -> Config:
     told = Folder.open(folder.parent / "theirs").settings() | {"vocab_size": 96, "seq_length": 24} | changed
     told |= {"load": str(folder), "user_script": "generate.py"}
-    build_inference_engine(resolve([], told, Resources(1)).config.for_inference(), Topology.single(), 96)
+    return resolve([], told, Resources(1)).config.for_inference()
+
+
+def load(folder: Path, **changed: Any) -> None:
+    build_inference_engine(configuration(folder, **changed), Topology.single(), 96)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -146,3 +152,16 @@ def test_a_run_runs_no_code_of_its_checkpoint(tmp_path: Path) -> None:
         tell(directory)
     assert not trace.exists()
     run(1, tmp_path / "again", **settings, **checked, exit_interval=2)
+
+
+def test_the_stored_embedding_is_read_once(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the largest tensor of many models, and its rows and precision are asked for several times."""
+    config = configuration(ours)
+    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), 96)
+    checkpoint = find_checkpoint(config, table, weights_only=True)
+    assert checkpoint is not None
+    read: list[str] = []
+    shards = checkpoint.weights.shards
+    monkeypatch.setattr(checkpoint.weights, "shards", lambda key: read.append(key) or shards(key))
+    assert [checkpoint.rows, checkpoint.rows] == [96, 96]
+    assert read == ["0.word_embeddings.weight"]

@@ -16,12 +16,17 @@ from moto.server import ThreadedMotoServer
 
 from megatron.checkpoint import find, layout, mirror
 from megatron.checkpoint.bucket import Bucket
+from megatron.checkpoint.load import make_available
 from megatron.checkpoint.mirror import Mirror, fetch_missing, open_mirror
 from megatron.checkpoint.publish import retain
 from megatron.config.sections.checkpoint import CheckpointSection
+from megatron.engine.build import build_vocabulary
 from megatron.errors import ConfigError, RunError
+from megatron.parallel.topology import Topology
 from megatron.ranks import Ranks
+from megatron.tokenizers.build import build_tokenizer
 from tests.checkpoint.saved import save
+from tests.config.small import resolved
 from tests.end_to_end.runs import make_dataset, run, series
 
 PART = 5 << 20
@@ -77,13 +82,26 @@ def test_a_new_machine_finds_what_was_copied(tmp_path: Path) -> None:
         sender.send(directory)
     sender.finish()
     assert copies() == ["global_step1", "global_step2"]
-    fetch_missing(section(tmp_path / "new"), ALONE)
+    make_available(section(tmp_path / "new"), shared=True)
     assert find.whole(tmp_path / "new", None, "error") == tmp_path / "new" / "global_step2"
     for path in (path for path in saved[1].rglob("*") if path.is_file()):
         assert (tmp_path / "new" / path.relative_to(tmp_path / "old")).read_bytes() == path.read_bytes()
     fetch_missing(section(tmp_path / "new", iteration=1), ALONE)
     assert layout.iterations(tmp_path / "new") == [1, 2]
     assert (tmp_path / "new" / layout.LATEST).read_text() == "global_step2"
+
+
+@pytest.mark.usefixtures("environment")
+def test_sizing_the_vocabulary_fetches_nothing(tmp_path: Path) -> None:
+    sender = Mirror(Bucket.open(ADDRESS, PART), None)
+    sender.send(save(tmp_path / "old", 4))
+    sender.finish()
+    folder = str(tmp_path / "new")
+    config = resolved(save=folder, load=folder, s3_path=ADDRESS, checkpoint_factor=1).config
+    build_vocabulary(config, Topology.single(), build_tokenizer(config.tokenizer))
+    assert not Path(folder).exists()
+    make_available(config.checkpoint, shared=True)
+    assert layout.iterations(Path(folder)) == [4]
 
 
 @pytest.mark.usefixtures("environment")
