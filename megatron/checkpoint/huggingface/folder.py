@@ -29,6 +29,8 @@ ADAPTER = "adapter_config.json"
 UNPACKED = ("gguf",)
 """Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
 _FETCH_BIN = f"{FETCH}, or the folder's {WHOLE}"
+WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_model.model.: peft")
+"""What programs put before the names of a model that they wrap."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
@@ -53,6 +55,12 @@ class Folder:
     def open(path: Path) -> Folder:
         """Reads what describes the weights. Raises ConfigError for a folder or a model of another kind."""
         if not is_folder(path):
+            if (path / ADAPTER).is_file():
+                raise ConfigError.of(
+                    "this folder holds an adapter of peft, and not the model that it changes",
+                    where=str(path),
+                    remedy="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
+                )
             raise ConfigError.of(
                 f"it holds no {CONFIG} with {WHOLE}, {INDEX}, {OLD_WHOLE} or {OLD_INDEX}",
                 where=str(path),
@@ -93,13 +101,13 @@ class FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
         named = _named(folder)
         table: Table = {}
-        missing: list[Mistake] = []
+        lacked: list[str] = []
         for row in folder.family.table(dims):
             lacking = [name for name in row.theirs if _old_head(name, named) not in named]
-            missing += [_missing(name, folder) for name in lacking]
+            lacked += lacking
             if not lacking:
                 table[row.ours] = (row, tuple(named.pop(_old_head(name, named)) for name in row.theirs))
-        RunError.raise_any(missing)
+        RunError.raise_any(_wrapped(lacked, folder) or [_missing(name, folder) for name in lacked])
         _compare_rows(folder, table)
         _spare_head(folder, named, table)
         if named:
@@ -151,6 +159,17 @@ def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
 
 
+def _wrapped(lacked: list[str], folder: Folder) -> list[Mistake]:
+    """What is told where every lacking tensor is there under one prefix more, as wrappers of models save them."""
+    for name in folder.tensors:
+        prefix = name.removesuffix(lacked[0]) if lacked else name
+        if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
+            what = f"its tensors are called {prefix}{lacked[0]} and so on, where the model has {lacked[0]}"
+            remedy = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
+            return [Mistake(what, where=str(folder.path), remedy=remedy)]
+    return []
+
+
 def _missing(name: str, folder: Folder) -> Mistake:
     what = f"there is no tensor {name}"
     if name in HEADS:
@@ -171,7 +190,9 @@ def _compare_rows(folder: Folder, table: Table) -> None:
                     key="vocab_size",
                     value=folder.rows,
                     where=str(folder.path / CONFIG),
-                    remedy=f"write vocab_size: {rows} if the tensor is right",
+                    remedy=f"write vocab_size: {rows} if the tensor is right"
+                    if rows
+                    else "the tensor is empty, as ZeRO stage 3 saves what it does not gather: save the gathered model",
                 )
 
 

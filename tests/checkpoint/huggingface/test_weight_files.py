@@ -14,6 +14,7 @@ from megatron.checkpoint.huggingface.adopt import adopt
 from megatron.checkpoint.huggingface.export import export
 from megatron.checkpoint.huggingface.folder import Folder
 from megatron.checkpoint.stored import open_model
+from megatron.errors import ConfigError, RunError
 from tests.checkpoint.huggingface.tokenized import write_model
 from tools import convert_from_hf
 
@@ -94,3 +95,28 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_named(
     assert ("is not there, which model.safetensors.index.json names" in said[0]) == (harm == "absent")
     assert ("git-lfs keeps the file elsewhere" in said[0]) == (harm == "pointer")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_of_a_wrapper_are_told(prefix: str, tmp_path: Path) -> None:
+    """What torch.compile, DDP, DeepSpeed and peft put before every name."""
+    write_model(tmp_path, 96)
+    path = tmp_path / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(RunError, match=rf"its tensors are called {prefix}model\..*take {prefix} off the names"):
+        adopt(Folder.open(tmp_path), tmp_path / "ours")
+
+
+def test_an_adapter_alone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"an adapter of peft, and not the model.*merge_and_unload"):
+        Folder.open(tmp_path)
+
+
+def test_tensors_that_were_never_gathered_are_told(tmp_path: Path) -> None:
+    write_model(tmp_path, 96)
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.flatten()[:0] for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"has 0 rows.*ZeRO stage 3"):
+        adopt(Folder.open(tmp_path), tmp_path / "ours")
