@@ -13,7 +13,7 @@ from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size
 from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
 from megatron.config.derive.horizon import decay_horizon
 from megatron.config.derive.mup import read_base_shapes
-from megatron.config.derive.optimizer import WITHOUT_EFFECT, derive_optimizer
+from megatron.config.derive.optimizer import derive_optimizer, without_effect
 from megatron.config.derive.precision import (
     bf16_block,
     derive_data_types,
@@ -253,9 +253,8 @@ def _optimizer(draft: Completion) -> None:
     if block is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
     choice = derive_optimizer(block, kind, rate, OPTIMIZERS.names)
-    for name, why in WITHOUT_EFFECT.items():
-        if name in choice.block["params"]:
-            draft.warnings.append(f"optimizer: its parameter {name} has no effect; {why}")
+    for name, why in without_effect(choice).items():
+        draft.warnings.append(f"optimizer: its parameter {name} has no effect; {why}")
     draft.derive("optimizer", choice.block)
     draft.derive("optimizer_type", choice.kind)
     draft.derive("lr", choice.lr)

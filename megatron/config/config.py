@@ -6,10 +6,10 @@ A Config is frozen: `replace` makes another one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
@@ -43,7 +43,7 @@ from megatron.registry import nearest_name
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What is known of one key. section: the attribute of Config that holds it."""
+    """What is known of one key. section: the attribute of Config that holds it. names: gives its choices."""
 
     name: str
     section: str
@@ -51,7 +51,12 @@ class KeyFacts:
     default: Any
     doc: str
     unit: str | None
-    choices: tuple[str, ...]
+    names: Callable[[], tuple[str, ...]] | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The strings allowed, () for any; of a family of parts those of plugins too."""
+        return self.names() if self.names is not None else ()
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,7 @@ class Config:
         )
 
 
-SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
-    {field.name: globals()[str(field.type)] for field in fields(Config)}
-)
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(get_type_hints(Config))
 """Attribute of Config -> class of the section."""
 
 
@@ -151,7 +154,7 @@ def _catalog() -> dict[str, KeyFacts]:
                 default=field.default,
                 doc=field.description or "",
                 unit=str(unit) if unit else None,
-                choices=section.choices.get(name, ()),
+                names=section.choices.get(name),
             )
     return catalog
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.config.complete import trains
 from megatron.config.config import Config
+from megatron.registry import NORMS, POSITIONS, SCHEDULES, TOKENIZERS
 from megatron.sparsity import SPARSE_KINDS
 
 
@@ -29,8 +31,20 @@ def _attends_by(config: Config, *kinds: str) -> bool:
     return not pattern or bool(pattern & set(kinds))
 
 
-def _norm(*names: str) -> Callable[[Config], bool]:
-    return lambda config: config.model.norm in names
+def _has_epsilon(key: str, config: Config) -> bool:
+    return NORMS.entry(config.model.norm).epsilon == key
+
+
+def _has_positions(key: str, config: Config) -> bool:
+    return key in POSITIONS.entry(config.model.pos_emb).settings
+
+
+def _has_schedule(key: str, config: Config) -> bool:
+    return key in SCHEDULES.entry(config.schedule.lr_decay_style).settings
+
+
+def _has_file(key: str, config: Config) -> bool:
+    return key in TOKENIZERS.entry(config.tokenizer.tokenizer_type).files
 
 
 def _recomputes_blocks(config: Config) -> bool:
@@ -78,18 +92,16 @@ DEPENDENT: tuple[Dependent, ...] = (
         "it is for blocks of kind global and flash",
     ),
     Dependent(("gpt_j_tied",), lambda config: config.model.gpt_j_residual, "gpt_j_residual is off"),
-    Dependent(
-        ("layernorm_epsilon",),
-        _norm("layernorm", "non_parametric_layernorm", "te_layernorm"),
-        "the norm is another one",
+    *(
+        Dependent((epsilon,), partial(_has_epsilon, epsilon), "the norm is another one")
+        for epsilon in ("layernorm_epsilon", "rms_norm_epsilon", "scalenorm_epsilon")
     ),
-    Dependent(("rms_norm_epsilon",), _norm("rmsnorm", "te_rmsnorm"), "the norm is another one"),
-    Dependent(("scalenorm_epsilon",), _norm("scalenorm"), "the norm is another one"),
-    Dependent(
-        ("rotary_pct", "rotary_emb_base"), lambda config: config.model.pos_emb == "rotary", "pos_emb is not rotary"
-    ),
-    Dependent(
-        ("rpe_num_buckets", "rpe_max_distance"), lambda config: config.model.pos_emb == "rpe", "pos_emb is not rpe"
+    *(
+        Dependent(keys, partial(_has_positions, keys[0]), f"pos_emb is not {name}")
+        for name, keys in (
+            ("rotary", ("rotary_pct", "rotary_emb_base")),
+            ("rpe", ("rpe_num_buckets", "rpe_max_distance")),
+        )
     ),
     Dependent(
         ("init_method_std",),
@@ -153,10 +165,10 @@ DEPENDENT: tuple[Dependent, ...] = (
     ),
     Dependent(
         ("wsd_decay_fraction", "wsd_decay_style"),
-        lambda config: config.schedule.lr_decay_style == "wsd",
+        partial(_has_schedule, "wsd_decay_style"),
         "lr_decay_style is not wsd",
     ),
-    Dependent(("min_lr",), lambda config: config.schedule.lr_decay_style != "constant", "lr_decay_style is constant"),
+    Dependent(("min_lr",), partial(_has_schedule, "min_lr"), "lr_decay_style is constant"),
     Dependent(
         ("override_lr_scheduler", "use_checkpoint_lr_scheduler", "override_data_order", "no_load_optim", "no_load_rng"),
         _resumes,
@@ -256,12 +268,12 @@ DEPENDENT: tuple[Dependent, ...] = (
     Dependent(("memory_profiling_path",), lambda config: config.observe.memory_profiling, "memory_profiling is off"),
     Dependent(
         ("merge_file",),
-        lambda config: config.tokenizer.tokenizer_type == "GPT2BPETokenizer",
+        partial(_has_file, "merge_file"),
         "only GPT2BPETokenizer reads merges beside its vocabulary",
     ),
     Dependent(
         ("vocab_file",),
-        lambda config: config.tokenizer.tokenizer_type != "CharLevelTokenizer",
+        partial(_has_file, "vocab_file"),
         "CharLevelTokenizer takes bytes and no file",
     ),
     Dependent(

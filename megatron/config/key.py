@@ -5,27 +5,44 @@ the default and feed the key reference, the JSON Schema and the error messages. 
 refuses unknown names and values of a wrong type.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron.registry import Family
 
-def key(default: Any, doc: str, *, unit: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    unit: str | None = None,
+    choices: tuple[str, ...] | Family[Any] = (),
+    planned: tuple[str, ...] = (),
+) -> Any:
     """One configuration key.
 
-    doc: one sentence. unit: what a number counts, such as "steps" or "tokens". choices: the strings allowed.
+    Args:
+        default: its value where none is given.
+        doc: one sentence.
+        unit: what a number counts, such as "steps" or "tokens".
+        choices: the strings allowed, or the family of parts whose names are.
+        planned: names that configurations may write although the family has no such part yet.
     """
     extra: dict[str, Any] = {}
     if unit is not None:
         extra["unit"] = unit
     if choices:
-        extra["choices"] = list(choices)
+        extra["choices"] = partial(_names, choices, planned)
     return Field(default=default, description=doc, json_schema_extra=extra or None)
 
 
-def planned(built: tuple[str, ...], *further: str) -> tuple[str, ...]:
-    """The choices of a registry family and those that configurations may name although no part is built yet."""
-    return built + tuple(name for name in further if name not in built)
+def _names(choices: tuple[str, ...] | Family[Any], planned: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that a key may hold now; plugins may have added parts to the family."""
+    names = choices.names if isinstance(choices, Family) else choices
+    return names + tuple(name for name in planned if name not in names)
 
 
 class Section(BaseModel):
@@ -33,21 +50,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    choices: ClassVar[dict[str, Callable[[], tuple[str, ...]]]] = {}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Collects the choices of every key once, when the section is defined."""
         cls.choices = {
-            name: tuple(field.json_schema_extra["choices"])  # type: ignore[arg-type]
+            name: field.json_schema_extra["choices"]  # type: ignore[misc]
             for name, field in cls.model_fields.items()
             if isinstance(field.json_schema_extra, dict) and "choices" in field.json_schema_extra
         }
 
     @model_validator(mode="after")
     def _choices_hold(self) -> Self:
-        for name, choices in self.choices.items():
-            value = getattr(self, name)
+        for name, names in self.choices.items():
+            choices, value = names(), getattr(self, name)
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, str) and item not in choices:
                     raise ValueError(f"{name} = {item!r} is not one of {', '.join(choices)}")

@@ -22,6 +22,7 @@ from megatron.registry import (
     POSITIONS,
     SCHEDULES,
     TOKENIZERS,
+    Family,
 )
 
 
@@ -41,7 +42,7 @@ def _on(value: Any) -> bool:
     return bool(value)
 
 
-FAMILIES = {
+FAMILIES: Mapping[str, Family[Any]] = {
     "norm": NORMS,
     "pos_emb": POSITIONS,
     "activation": ACTIVATIONS,

@@ -18,9 +18,10 @@ from megatron.launch.command import DEFAULT_PORT, RANK_MODULE, Command, Rendezvo
 from megatron.launch.rank import SOCKET_VARIABLE
 from megatron.launch.request import CHECKOUT
 from megatron.launch.resources import Machines
+from megatron.registry import PLUGINS
 
 HOSTFILE = "hostfile"
-HANDED_ON = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "DS_ACCELERATOR", "HF_HOME", "HF_HUB_OFFLINE", "MALLOC_")
+HANDED_ON = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "DS_ACCELERATOR", "HF_HOME", "HF_HUB_OFFLINE", "MALLOC_", PLUGINS)
 """Variables of the caller that ranks on other hosts get as well; none of them is a secret."""
 RANK_FILE = CHECKOUT / "megatron" / "launch" / "rank.py"
 

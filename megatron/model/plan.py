@@ -171,7 +171,7 @@ def _parts(
     """
     numbers = {"std": initialization.init_method_std, "num_layers": dims.num_layers, "hidden_size": initial_width}
     norm = NORMS.load(model.norm)
-    epsilon = getattr(model, _EPSILON_KEYS[model.norm])
+    epsilon = getattr(model, NORMS.entry(model.norm).epsilon)
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
     head_norm = partial(_norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, partial_sum=axis.size > 1)
     return Parts(
@@ -249,13 +249,3 @@ def _norm(make: Callable[[], nn.Module], axis: Axis, *, partial_sum: bool) -> nn
         for parameter in norm.parameters():
             mark_sequence_partial(parameter, axis)
     return norm
-
-
-_EPSILON_KEYS = {
-    "layernorm": "layernorm_epsilon",
-    "non_parametric_layernorm": "layernorm_epsilon",
-    "te_layernorm": "layernorm_epsilon",
-    "rmsnorm": "rms_norm_epsilon",
-    "te_rmsnorm": "rms_norm_epsilon",
-    "scalenorm": "scalenorm_epsilon",
-}

@@ -15,13 +15,19 @@ from megatron.kernels.transformer_engine import Attention, NormMLPWeights, linea
 from megatron.model.block import TransformerBlock
 from megatron.model.mlp.dense import ParallelMLP
 from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.registry import ACTIVATIONS
 
 Layer = ColumnParallelLinear | RowParallelLinear
 Recompute = Callable[..., Tensor] | None
 """recompute(attention core, *inputs) repeats the core in the backward pass; None where it is kept."""
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
-"""What the package calls an activation. Its gelu is the tanh form."""
+
+def _name_of(activation: Callable[[Tensor], Tensor]) -> str:
+    """The package's name of an activation."""
+    for entry in ACTIVATIONS:
+        if entry.in_transformer_engine is not None and ACTIVATIONS.load(entry.name) is activation:
+            return entry.in_transformer_engine
+    raise ValueError(f"Transformer Engine has no activation like {activation}")
 
 
 def _layers(block: TransformerBlock) -> Iterable[Layer]:
@@ -72,7 +78,7 @@ def norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
     block.norm_mlp = norm_mlp_of(
         weights,
         epsilon=norm.epsilon,
-        activation=ACTIVATIONS[mlp.activation.__name__],
+        activation=_name_of(mlp.activation),
         ranks=block.axis.size,
         group=block.axis.group,
         sequence_parallel=block.axis.sequence,

@@ -19,16 +19,15 @@ _log = get_logger(__name__)
 
 def chosen_sinks(observe: Observe) -> list[str]:
     """Names of the sinks that a configuration asks for; the metrics file needs no more than a run directory."""
-    chosen = []
-    if observe.log_dir is not None:
-        chosen.append("jsonl")
-    if observe.tensorboard_dir is not None:
-        chosen.append("tensorboard")
-    if wants_wandb(observe):
-        chosen.append("wandb")
-    if observe.use_comet:
-        chosen.append("comet")
-    return chosen
+    named = observe.sinks or ()
+    return [entry.name for entry in SINKS if entry.name in named or _asked(observe, entry.key)]
+
+
+def _asked(observe: Observe, key: str | None) -> bool:
+    """Whether the key of a sink asks for it."""
+    if key is None:
+        return False
+    return wants_wandb(observe) if key == "use_wandb" else bool(getattr(observe, key))
 
 
 def wants_wandb(observe: Observe) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron.plan.mixers import kept_by_mixer
-from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION
 from megatron.shapes import ModelDims
 
 FP32 = 4
@@ -222,7 +222,7 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     """Bytes that the norms keep besides their outputs."""
     values = layout.residual_tokens * dims.hidden_size
     statistics = norms * layout.residual_tokens * 2 * FP32
-    if dims.norm == "rmsnorm" and layout.cpu:  # composed of plain operations in fp32
+    if NORMS.entry(dims.norm).fp32_on_cpu and layout.cpu:  # composed of plain operations in fp32
         return (inputs if dims.frozen else inputs + norms) * values * FP32 + statistics
     return inputs * values * layout.width + statistics
 
@@ -234,7 +234,7 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
     cut = layout.model_parallel_size
     values = layout.tokens * (dims.query_size + dims.kv_size) // cut
     heads = layout.tokens * (dims.num_attention_heads + dims.num_kv_heads) // cut
-    wide = FP32 * 2 if dims.norm == "rmsnorm" and layout.cpu else layout.width
+    wide = FP32 * 2 if NORMS.entry(dims.norm).fp32_on_cpu and layout.cpu else layout.width
     return values * wide + heads * 2 * FP32
 
 
@@ -249,7 +249,7 @@ def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
     query, kv = dims.query_size // cut, dims.kv_size // cut
     heads = dims.num_attention_heads // (cut * layout.context_parallel_size)
     squares = layout.micro_batch * heads * layout.seq_length**2
-    rotary = dims.pos_emb == "rotary"
+    rotary = "attention" in POSITIONS.entry(dims.pos_emb).enters
     if layout.selective:
         return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
     if layout.attention_dropout:  # scores, probabilities and masks are made one by one

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.sections.tokenizer import TokenizerSection
-
-BYTE_VOCABULARY = 512
+from megatron.registry import TOKENIZERS, load_target
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,16 @@ def find_vocabulary(section: TokenizerSection, model_parallel_size: int) -> Voca
 
 
 def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
-    if section.tokenizer_type == "CharLevelTokenizer":
-        return BYTE_VOCABULARY, "CharLevelTokenizer"
+    entry = TOKENIZERS.entry(section.tokenizer_type)
+    if isinstance(entry.vocab_size, int):
+        return entry.vocab_size, entry.name
     if section.vocab_file is None:
         return None, "the size of the vocabulary is not known: give vocab_file or vocab_size"
     path = Path(section.vocab_file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {"HFTokenizer": _tokenizer_json, "GPT2BPETokenizer": len}
-        if section.tokenizer_type in sizes:
-            return sizes[section.tokenizer_type](content), str(path)
+        if entry.vocab_size is not None:
+            return int(load_target(entry.vocab_size)(content)), str(path)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"the size of the vocabulary is not known: {path} cannot be read; give vocab_size"
     return (
@@ -52,7 +51,12 @@ def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
     )
 
 
-def _tokenizer_json(content: Any) -> int:
+def vocab_json_size(content: Any) -> int:
+    """Ids of a vocab.json, which maps tokens to ids."""
+    return len(content)
+
+
+def tokenizer_json_size(content: Any) -> int:
     """Ids that a tokenizer.json can produce: the model's and the added ones; gaps need rows as well."""
     vocabulary = content["model"]["vocab"]
     ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))

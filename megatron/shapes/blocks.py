@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from megatron.registry import POSITIONS
 from megatron.shapes.adapters import with_updates
 from megatron.shapes.dims import ModelDims
 from megatron.shapes.mixers import gmlp_block, mamba_block, rwkv_block
-from megatron.shapes.parts import FIRST_BLOCK, SHARED_NAME, column, norm, row
+from megatron.shapes.parts import FIRST_BLOCK, SHARED, column, norm, positions, row
 from megatron.shapes.tensor import TensorShape
 
 
@@ -24,9 +25,8 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
     if dims.qk_norm:
         table += norm(dims, layer, "attention.q_layernorm", dims.head_dim)
         table += norm(dims, layer, "attention.k_layernorm", dims.head_dim)
-    if dims.rpe_buckets and layer == FIRST_BLOCK:
-        shape = (dims.rpe_buckets, dims.num_attention_heads)
-        table.append(TensorShape(layer, SHARED_NAME, shape, 1, "position_embedding"))
+    if layer == FIRST_BLOCK:
+        table += positions(dims, layer, SHARED, POSITIONS.entry(dims.pos_emb).scores)
     table += row(layer, "attention.dense", dims.hidden_size, query, dims.attention_bias)
     if not dims.shared_norm:
         table += norm(dims, layer, "post_attention_layernorm")

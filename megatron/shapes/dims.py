@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.adapters import LowRank, low_rank, prompt_length
-from megatron.registry import ACTIVATIONS, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ModelDims:
     norm_bias: bool = True
     attention_bias: bool = True
     mlp_bias: bool = True
-    pos_emb: str = "learned"  # learned | rotary | none
+    pos_emb: str = "learned"
     max_position_embeddings: int = 0
     position_offset: int = 0  # rows of the learned positions before the first one
     tied: bool = True  # the output layer shares the word embedding's weight
@@ -112,6 +112,11 @@ class ModelDims:
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} key/value heads do not divide {self.num_attention_heads} heads")
 
+    @property
+    def position_rows(self) -> int:
+        """Rows of a table of learned positions."""
+        return self.max_position_embeddings + self.position_offset
+
     @classmethod
     def of(cls, model: Any, moe: Any = None, mixers: Any = None) -> ModelDims:
         """Read the dimensions from objects with the configuration's keys as attributes.
@@ -127,7 +132,7 @@ class ModelDims:
             num_kv_heads=model.num_kv_heads or heads,
             head_dim=getattr(model, "kv_channels", None) or model.hidden_size // heads,
             mlp_width=model.mlp_width,
-            gated="gated" in ACTIVATIONS.entry(model.activation).traits,
+            gated=ACTIVATIONS.entry(model.activation).gated,
             norm=model.norm,
             norm_bias=model.use_bias_in_norms,
             attention_bias=model.use_bias_in_attn_linear,
@@ -137,7 +142,7 @@ class ModelDims:
             position_offset=getattr(model, "opt_pos_emb_offset", 0),
             tied=not model.no_weight_tying,
             qk_norm=model.use_qk_layernorm,
-            rpe_buckets=model.rpe_num_buckets if model.pos_emb == "rpe" else 0,
+            rpe_buckets=model.rpe_num_buckets if "rpe_num_buckets" in POSITIONS.entry(model.pos_emb).settings else 0,
             gpt_j_residual=model.gpt_j_residual,
             gpt_j_tied=model.gpt_j_tied,
             kinds=tuple(getattr(model, "attention_config", None) or ()),

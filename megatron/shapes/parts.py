@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from megatron.registry import NORMS, TensorSpec
 from megatron.shapes.dims import ModelDims
 from megatron.shapes.tensor import TensorShape
 
 FIRST_BLOCK = 2
 """Layer index of block 0."""
 
-SHARED_NAME = "attention.rpe.weight"
-"""The table of relative positions: one for all blocks, which is that of block 0."""
-
-NORM_TENSORS = {
-    "layernorm": ("weight", "bias"),
-    "rmsnorm": ("scale",),
-    "scalenorm": ("g",),
-    "non_parametric_layernorm": (),
-    "te_layernorm": ("weight", "bias"),
-    "te_rmsnorm": ("weight",),
-}
-"""What each norm holds."""
+SHARED = "attention.rpe."
+"""Prefix of the tensors of positions that enter in scores: one set for all blocks, which is that of block 0."""
 
 
 def key_in_table(layer: int, name: str) -> str:
     """The key "<layer>.<name>" under which the table holds a parameter that a layer has under that name."""
-    return f"{FIRST_BLOCK if name == SHARED_NAME else layer}.{name}"
+    return f"{FIRST_BLOCK if name.startswith(SHARED) else layer}.{name}"
 
 
 def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
     """A norm of the residual stream, or of another number of features."""
     size = size or dims.hidden_size
-    parts = NORM_TENSORS[dims.norm]
-    if dims.norm == "layernorm" and not dims.norm_bias:
-        parts = ("weight",)
-    return [TensorShape(layer, f"{name}.{part}", (1,) if part == "g" else (size,), None, "norm") for part in parts]
+    entry = NORMS.entry(dims.norm)
+    parts = {part: size for part in entry.tensors if dims.norm_bias or part not in entry.optional}
+    parts |= dict.fromkeys(entry.scalars, 1)
+    return [TensorShape(layer, f"{name}.{part}", (length,), None, "norm") for part, length in parts.items()]
+
+
+def positions(dims: ModelDims, layer: int, prefix: str, specs: Iterable[TensorSpec]) -> list[TensorShape]:
+    """Tensors of a position scheme."""
+    table = []
+    for spec in specs:
+        shape = tuple(size if isinstance(size, int) else int(getattr(dims, size)) for size in spec.shape)
+        table.append(TensorShape(layer, f"{prefix}{spec.name}", shape, spec.shard_dim, "position_embedding"))
+    return table
 
 
 def column(layer: int, name: str, out: int, inp: int, bias: bool, sections: tuple[int, ...] = ()) -> list[TensorShape]:

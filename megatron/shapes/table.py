@@ -12,19 +12,18 @@ heads as query heads the QKV rows are interleaved head by head, [q, k, v] for ea
 
 from __future__ import annotations
 
+from megatron.registry import POSITIONS
 from megatron.shapes.adapters import prompt_tensor
 from megatron.shapes.blocks import block_tensors
 from megatron.shapes.dims import ModelDims
-from megatron.shapes.parts import norm
+from megatron.shapes.parts import norm, positions
 from megatron.shapes.tensor import TensorShape
 
 
 def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     """Every tensor of the model in layer order; a tied head has none of its own. padded_vocab_size [tokens]."""
     table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
-    if dims.pos_emb == "learned":
-        shape = (dims.max_position_embeddings + dims.position_offset, dims.hidden_size)
-        table.append(TensorShape(0, "position_embeddings.weight", shape, None, "position_embedding"))
+    table += positions(dims, 0, "position_embeddings.", POSITIONS.entry(dims.pos_emb).embedding)
     if dims.prompt:
         table.append(prompt_tensor(dims.prompt, dims.hidden_size))
     for block in range(dims.num_layers):

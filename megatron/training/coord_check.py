@@ -84,7 +84,7 @@ def at_width(config: Config, base: Widths, factor: int) -> Config:
     model = config.model
     wider_heads = model.num_attention_heads == base.num_attention_heads and model.kv_channels != base.head_dim
     more, wider = (1, factor) if wider_heads else (factor, 1)
-    gated = "gated" in ACTIVATIONS.entry(model.activation).traits
+    gated = ACTIVATIONS.entry(model.activation).gated
     return config.replace(
         hidden_size=base.hidden_size * factor,
         num_attention_heads=base.num_attention_heads * more,

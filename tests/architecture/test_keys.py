@@ -122,7 +122,7 @@ def test_every_key_is_explained() -> None:
 
 def test_explanation_law_can_complain() -> None:
     def facts(doc: str, unit: str | None) -> dict[str, KeyFacts]:
-        return {"a_key": KeyFacts("a_key", "model", int, 1, doc, unit, ())}
+        return {"a_key": KeyFacts("a_key", "model", int, 1, doc, unit)}
 
     assert explanation_complaints(facts("", "steps"))
     assert explanation_complaints(facts("Steps to run.", None))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.sections.launch import LaunchSection
+from megatron.config.config import CATALOG
 from megatron.errors import ConfigError
 from megatron.launch.command import Rendezvous, torchrun_command
 from megatron.launch.elsewhere import LAUNCHERS, PROGRAMS, RANK_FILE, command_elsewhere
@@ -74,7 +74,7 @@ def test_command_lines(launcher: str) -> None:
 
 
 def test_every_choice_of_the_key_has_a_command() -> None:
-    assert {*LAUNCHERS, "torchrun", "local"} == set(LaunchSection.choices["launcher"])
+    assert {*LAUNCHERS, "torchrun", "local"} == set(CATALOG["launcher"].choices)
     assert PROGRAMS.keys() == LAUNCHERS.keys()
 
 
@@ -123,6 +123,12 @@ def test_what_the_user_adds() -> None:
     assert "NEOX_SUPERVISOR=tcp://me:1/x" in argv("pdsh", supervisor="tcp://me:1/x")
     assert "MASTER_ADDR=there" in argv("openmpi", master_addr="there")
     assert "MASTER_ADDR=there MASTER_PORT=77" in argv("slurm", master_addr="there", master_port=77)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
+def test_modules_that_register_parts_reach_other_hosts(launcher: str) -> None:
+    where, caller = Rendezvous(launcher=launcher, master_port=1234), {"NEOX_PLUGINS": "my_parts"}
+    assert "NEOX_PLUGINS=my_parts" in shlex.join(command_elsewhere(EVEN, where, WORKER, RUN, caller).argv)
 
 
 def test_torchrun_on_one_host_of_two() -> None:

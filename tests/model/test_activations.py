@@ -35,7 +35,7 @@ GATED = {
 
 def test_every_activation_is_here() -> None:
     assert set(ACTIVATIONS.names) == PLAIN.keys() | GATED.keys()
-    assert {name for name in ACTIVATIONS.names if "gated" in ACTIVATIONS.entry(name).traits} == set(GATED)
+    assert {name for name in ACTIVATIONS.names if ACTIVATIONS.entry(name).gated} == set(GATED)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS.names)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.mup import MupSection
 from megatron.errors import Mistake
-from megatron.registry import FIXED_SCORES, POSITIONS
+from megatron.registry import POSITIONS
 from megatron.shapes import ModelDims, Multipliers, TensorShape
 
 
@@ -26,7 +26,8 @@ def fold(shape: TensorShape, whole: Tensor, dims: ModelDims, factors: Multiplier
 
 def fold_misfits(mup: MupSection, model: ModelSection) -> list[Mistake]:
     """What no weight can hold."""
-    if mup.use_mup and mup.mup_attn_temp != 1.0 and POSITIONS.entry(model.pos_emb).traits & FIXED_SCORES:
+    positions = POSITIONS.entry(model.pos_emb)
+    if mup.use_mup and mup.mup_attn_temp != 1.0 and "scores" in positions.enters and not positions.scores:
         what = f"transformers gives what {model.pos_emb} adds to scores no temperature"
         return [Mistake(what, key="mup_attn_temp", value=mup.mup_attn_temp)]
     return []

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from megatron.errors import ConfigError, Mistake
-from megatron.registry import OPTIMIZERS, nearest_name
+from megatron.registry import OPTIMIZERS, Setting, nearest_name
 
 DEFAULT_LR = 1.0e-3
 
-COMMON_PARAMS = ("lr", "weight_decay", "max_grad_norm")
-"""What the params of any optimizer may name; gradient_clipping decides where max_grad_norm is given."""
-
-NUMBERS = ("lr", "weight_decay", "max_grad_norm", "eps", "momentum", "dampening", "beta", "beta2_decay", "d")
-COUNTS = ("freeze_step", "ns_steps")
-SWITCHES = ("bias_correction", "adam_w_mode", "amsgrad", "torch_adam", "nesterov", "cuda_aware")
-CHOICES = {"adjust_lr_fn": ("match_rms_adamw", "original")}
-
-
-WITHOUT_EFFECT = {
-    "torch_adam": "torch's fused kernel always runs",
-    "cuda_aware": "torch.distributed carries the momenta",
-    "comm_backend_name": "torch.distributed carries the momenta",
-    "max_grad_norm": "gradient_clipping decides",
-}
-"""Parameters that public configurations may carry and nothing reads."""
+COMMON: Mapping[str, Setting] = MappingProxyType(
+    {
+        "lr": Setting("number"),
+        "weight_decay": Setting("number"),
+        "max_grad_norm": Setting("number", unused="gradient_clipping decides"),
+    }
+)
+"""What the params of any optimizer may name."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,18 @@ def derive_optimizer(
     return OptimizerChoice(block, found_kind, float(found_lr), None if decay is None else float(decay))
 
 
+def without_effect(choice: OptimizerChoice) -> dict[str, str]:
+    """The params that nothing reads, and why, in the order of the block."""
+    known = _settings(choice.kind)
+    reasons = {name: known[name].unused for name in choice.block["params"]}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _settings(kind: str) -> dict[str, Setting]:
+    """What the params of an optimizer may name; where there is no such optimizer, of any."""
+    return {**COMMON, **(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else {})}
+
+
 def _form_mistakes(block: dict[str, Any]) -> list[Mistake]:
     remedy = "write {type: Adam, params: {lr: 6.0e-4}}"
     faults = ["the block names no type"] if not isinstance(block.get("type"), str) else []
@@ -88,7 +94,7 @@ def _contradiction(key: str, given: object, found: object, block: dict[str, Any]
 
 def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) -> list[Mistake]:
     mistakes = []
-    known = (*COMMON_PARAMS, *OPTIMIZERS.entry(kind).settings)
+    known = _settings(kind)
     for name in params:
         if name not in known:
             close = nearest_name(str(name), known)
@@ -99,25 +105,27 @@ def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) ->
 
 def _wrong_values(kind: str, block: dict[str, Any]) -> list[Mistake]:
     """Values of a wrong kind, of the parameters that the optimizer has."""
-    told = []
-    known = (*COMMON_PARAMS, *(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else ()))
-    for name, value in block["params"].items():
-        if name not in known:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if name in NUMBERS and not number:
-            told.append((f"{name} = {value!r} is not a finite number", "write it as 0.001 or 1.0e-8"))
-        elif name in ("momentum", "beta", "dampening") and not 0 <= value < 1:
-            told.append((f"{name} = {value!r} is not in [0, 1)", "such as 0.9"))
-        elif name in COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            told.append((f"{name} = {value!r} is not a number of steps", "write a whole number above 0"))
-        elif name in SWITCHES and not isinstance(value, bool):
-            told.append((f"{name} = {value!r} is neither true nor false", "write true or false"))
-        elif name in CHOICES and value not in CHOICES[name]:
-            told.append((f"there is no {name} = {value!r}", f"the choices are {', '.join(CHOICES[name])}"))
-        elif name == "betas" and not _are_betas(value):
-            told.append((f"betas = {value!r} is not two numbers in [0, 1)", "write betas: [0.9, 0.95]"))
-    return [Mistake(what, key="optimizer", value=block, remedy=remedy) for what, remedy in told]
+    known = _settings(kind)
+    issues = [_issue(name, value, known[name]) for name, value in block["params"].items() if name in known]
+    return [Mistake(what, key="optimizer", value=block, remedy=hint) for what, hint in filter(None, issues)]
+
+
+def _issue(name: str, value: Any, setting: Setting) -> tuple[str, str] | None:
+    """What is wrong with a value and how to write it; None where it is right."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if setting.kind in ("number", "fraction") and not number:
+        return f"{name} = {value!r} is not a finite number", "write it as 0.001 or 1.0e-8"
+    if setting.kind == "fraction" and not 0 <= value < 1:
+        return f"{name} = {value!r} is not in [0, 1)", "such as 0.9"
+    if setting.kind == "count" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        return f"{name} = {value!r} is not a number of steps", "write a whole number above 0"
+    if setting.kind == "switch" and not isinstance(value, bool):
+        return f"{name} = {value!r} is neither true nor false", "write true or false"
+    if setting.kind == "choice" and value not in setting.choices:
+        return f"there is no {name} = {value!r}", f"the choices are {', '.join(setting.choices)}"
+    if setting.kind == "betas" and not _are_betas(value):
+        return f"betas = {value!r} is not two numbers in [0, 1)", "write betas: [0.9, 0.95]"
+    return None
 
 
 def _are_betas(value: object) -> bool:

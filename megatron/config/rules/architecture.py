@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
+from megatron.registry import NORMS, POSITIONS
 
 
 def heads_divide_hidden(config: Config) -> Iterator[Mistake]:
@@ -46,7 +47,7 @@ def skipped_positions_are_learned(config: Config) -> Iterator[Mistake]:
     model = config.model
     if model.opt_pos_emb_offset < 0:
         yield Mistake("it cannot be negative", key="opt_pos_emb_offset", value=model.opt_pos_emb_offset)
-    elif model.opt_pos_emb_offset and model.pos_emb != "learned":
+    elif model.opt_pos_emb_offset and "opt_pos_emb_offset" not in POSITIONS.entry(model.pos_emb).settings:
         yield Mistake(
             f"pos_emb {model.pos_emb} has no rows to skip",
             key="opt_pos_emb_offset",
@@ -56,9 +57,10 @@ def skipped_positions_are_learned(config: Config) -> Iterator[Mistake]:
 
 
 def norms_have_what_they_are_made_with(config: Config) -> Iterator[Mistake]:
-    """Transformer Engine's layernorm cannot go without its bias."""
-    if config.model.norm == "te_layernorm" and not config.model.use_bias_in_norms:
-        what = "norm = te_layernorm always has a bias"
+    """Some norms, such as Transformer Engine's layernorm, cannot go without their bias."""
+    norm = NORMS.entry(config.model.norm)
+    if "bias" in set(norm.tensors) - set(norm.optional) and not config.model.use_bias_in_norms:
+        what = f"norm = {norm.name} always has a bias"
         yield Mistake(what, key="use_bias_in_norms", value=False, remedy="leave it out, or use norm: layernorm")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.registry import nearest_name
+from megatron.registry import POSITIONS, nearest_name
 from megatron.sparsity import SPARSE_KINDS, options_of
 
 FIXED = {"attention": "unidirectional", "horizontal_global_attention": False}
@@ -106,10 +106,11 @@ def shared_positions_are_reduced_once(config: Config) -> Iterator[Mistake]:
     names = ("partition_activations", "contiguous_checkpointing", "synchronize_each_layer", "profile_backward")
     asked = [name for name in names if getattr(again, name)]
     recomputes = again.checkpoint_activations or again.recompute_granularity == "full"
-    if config.model.pos_emb == "rpe" and asked and recomputes and config.deepspeed.zero_stage not in (0, None):
+    positions = POSITIONS.entry(config.model.pos_emb)
+    if positions.scores and asked and recomputes and config.deepspeed.zero_stage not in (0, None):
         yield Mistake(
-            "pos_emb = rpe has one table for all blocks, whose gradient ZeRO would reduce once for every group that "
-            "DeepSpeed's recomputation repeats",
+            f"pos_emb = {positions.name} has one table for all blocks, whose gradient ZeRO would reduce once for every "
+            "group that DeepSpeed's recomputation repeats",
             key=asked[0],
             value=True,
             remedy="leave it out, or use ZeRO stage 0",

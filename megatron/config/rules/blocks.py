@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.errors import ConfigError, Mistake
+from megatron.registry import OPTIMIZERS
 
 
 def offload_is_possible(config: Config) -> Iterator[Mistake]:
     """ZeRO can move away what it has cut; DeepSpeed overlooks other wishes, or fails in the workers."""
     block, stage = config.deepspeed.zero_optimization or {}, config.deepspeed.zero_stage
+    by_host = "host" in OPTIMIZERS.entry(config.optimizer.optimizer_type).traits
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
         wish = block.get(name)
         wish = wish if isinstance(wish, dict) else {"device": wish}
@@ -26,7 +28,7 @@ def offload_is_possible(config: Config) -> Iterator[Mistake]:
             told = f"{name} has no nvme_path", "name the folder of the disk to use"
         elif isinstance(stage, int) and stage < needed:
             told = f"{name} to {device} needs stage {needed}", f"use stage {needed}" + " or more" * (needed < 3)
-        elif wish.get("ratio", 1) != 1 and config.optimizer.optimizer_type != "cpu_adam":
+        elif wish.get("ratio", 1) != 1 and not by_host:
             told = f"an {name} of ratio {wish['ratio']} needs DeepSpeed's own Adam", "leave ratio out"
         if told is not None:
             yield Mistake(told[0], key="zero_optimization", value=block, remedy=told[1])

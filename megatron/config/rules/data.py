@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from megatron.config.complete import trains
 from megatron.config.config import Config
 from megatron.errors import Mistake
-
-DISTANCES = frozenset({"rpe", "alibi"})
-"""Position schemes that know how far a key lies before a query, and nothing else."""
+from megatron.registry import POSITIONS
 
 
 def data_has_one_source(config: Config) -> Iterator[Mistake]:
@@ -78,7 +76,8 @@ def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
 def distances_start_again_with_attention(config: Config) -> Iterator[Mistake]:
     """A distance within a document is the same wherever the document lies; between documents there is none."""
     data, model = config.data, config.model
-    if data.reset_position_ids and not data.reset_attention_mask and model.pos_emb in DISTANCES:
+    counts_distances = "scores" in POSITIONS.entry(model.pos_emb).enters
+    if data.reset_position_ids and not data.reset_attention_mask and counts_distances:
         yield Mistake(
             f"pos_emb = {model.pos_emb} counts distances, which start again only where documents are kept apart",
             key="reset_position_ids",

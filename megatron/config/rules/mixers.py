@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.registry import ACTIVATIONS, WITHOUT_ATTENTION
+from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 
 def _kinds(config: Config) -> list[str]:
@@ -32,14 +32,15 @@ def _attention_has_a_block(config: Config) -> Iterator[Mistake]:
     """What speaks of attention needs a block that attends."""
     kinds, positions = tuple(map(str, config.model.attention_config or ())), config.model.pos_emb
     attends = set(kinds) - WITHOUT_ATTENTION
-    if positions in {"rotary", "alibi", "rpe"} and not attends:
+    entry = POSITIONS.entry(positions)
+    if entry.enters & {"attention", "scores"} and not attends:
         yield Mistake(
             "this changes attention, and no block has any",
             key="pos_emb",
             value=positions,
             remedy="use none, learned or sinusoidal",
         )
-    elif positions == "rpe" and kinds[0] in WITHOUT_ATTENTION:
+    elif entry.scores and kinds[0] in WITHOUT_ATTENTION:
         yield Mistake(
             f"the first block holds the table of all blocks, and it is of kind {kinds[0]}",
             key="pos_emb",
@@ -91,7 +92,7 @@ def mixer_widths_divide(config: Config) -> Iterator[Mistake]:
 
 def _gating(config: Config) -> Iterator[Mistake]:
     model = config.model
-    if "gated" in ACTIVATIONS.entry(model.activation).traits:
+    if ACTIVATIONS.entry(model.activation).gated:
         yield Mistake(
             "a gMLP gates by itself, and needs an activation that keeps the width",
             key="activation",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron.config.complete import trains
 from megatron.config.config import CATALOG, Config
 from megatron.errors import Mistake
-from megatron.registry import OPTIMIZERS, WITHOUT_ATTENTION
+from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION
 
 FACTORS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 
@@ -70,7 +70,7 @@ def mup_factors_are_positive(config: Config) -> Iterator[Mistake]:
         yield Mistake(
             "each width is that many times the one before: at least 2", key="mup_width_scale", value=mup.mup_width_scale
         )
-    if mup.use_mup and mup.mup_rp_embedding_mult != 1.0 and config.model.pos_emb != "rpe":
+    if mup.use_mup and mup.mup_rp_embedding_mult != 1.0 and not POSITIONS.entry(config.model.pos_emb).scores:
         yield Mistake(
             f"pos_emb = {config.model.pos_emb} learns no relative positions",
             key="mup_rp_embedding_mult",
@@ -92,11 +92,11 @@ def mup_knows_the_model(config: Config) -> Iterator[Mistake]:
             value=True,
             remedy="use kinds with attention, or leave use_mup out",
         )
-    if config.model.norm == "scalenorm":
+    if NORMS.entry(config.model.norm).scalars:
         yield Mistake(
             "muP has no rule for its one length, which would have to grow with the root of the width",
             key="norm",
-            value="scalenorm",
+            value=config.model.norm,
             remedy="use layernorm or rmsnorm, or leave use_mup out",
         )
 

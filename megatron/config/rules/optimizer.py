@@ -139,7 +139,8 @@ def eight_bits_are_built(config: Config) -> Iterator[Mistake]:
 def nesterov_needs_momentum(config: Config) -> Iterator[Mistake]:
     """Nesterov's step looks ahead along a momentum."""
     params = config.optimizer.params
-    looks_ahead = config.optimizer.optimizer_type == "sgd" and params.get("nesterov")
+    dampens = "dampening" in OPTIMIZERS.entry(config.optimizer.optimizer_type).settings
+    looks_ahead = dampens and params.get("nesterov")
     if looks_ahead and (not params.get("momentum") or params.get("dampening")):
         yield Mistake(
             "nesterov needs a momentum and no dampening",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.registry import nearest_name
+from megatron.registry import POSITIONS, nearest_name
 
 SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "linear": (frozenset({"factor"}), frozenset()),
@@ -34,7 +34,7 @@ def sines_come_in_pairs(config: Config) -> Iterator[Mistake]:
 def buckets_hold_distances(config: Config) -> Iterator[Mistake]:
     """Half of the buckets hold one distance each; the rest reach from there to rpe_max_distance."""
     model = config.model
-    if model.pos_emb != "rpe":
+    if "rpe_num_buckets" not in POSITIONS.entry(model.pos_emb).settings:
         return
     if model.rpe_num_buckets < 2:
         yield Mistake("it must be at least 2", key="rpe_num_buckets", value=model.rpe_num_buckets)
@@ -53,7 +53,7 @@ def scaling_is_known(config: Config) -> Iterator[Mistake]:
     if not scaling:
         return
     told = _scaling_fault(scaling)
-    if model.pos_emb != "rotary":
+    if "rope_scaling" not in POSITIONS.entry(model.pos_emb).settings:
         told = f"pos_emb = {model.pos_emb} has no rotary positions to scale"
     elif told is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
         told = "the dynamic type needs at least two turned pairs of features"

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from megatron.adapters import low_rank
 from megatron.config.config import Config
 from megatron.errors import Mistake
-from megatron.registry import TE_LAYERS
+from megatron.registry import ACTIVATIONS, NORMS, TE_LAYERS
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish")
-NORMS = ("layernorm", "rmsnorm", "te_layernorm", "te_rmsnorm")
 ROWS, COLUMNS = 8, 16
 """What the sizes of a product in FP8 must divide by: tokens, and widths."""
 
@@ -20,10 +18,12 @@ def norm_and_mlp_are_one_layer(config: Config) -> Iterator[Mistake]:
     model, key = config.model, "te_layernorm_mlp"
     if not config.transformer_engine.te_layernorm_mlp:
         return
-    if model.activation not in ACTIVATIONS:
+    if ACTIVATIONS.entry(model.activation).in_transformer_engine is None:
+        built = [entry.name for entry in ACTIVATIONS if entry.in_transformer_engine is not None]
         what = f"it has no {model.activation} as this model's weights have it (a gated one takes its halves in turn)"
-        yield Mistake(what, key=key, value=True, remedy=f"leave it out, or use one of {', '.join(ACTIVATIONS)}")
-    if model.norm not in NORMS or (model.norm == "layernorm" and not model.use_bias_in_norms):
+        yield Mistake(what, key=key, value=True, remedy=f"leave it out, or use one of {', '.join(built)}")
+    norm = NORMS.entry(model.norm)
+    if not norm.in_transformer_engine or (norm.optional and not model.use_bias_in_norms):
         what = "it computes layernorm with a bias, and rmsnorm"
         yield Mistake(what, key=key, value=True, remedy="leave it out")
     if model.gpt_j_residual and model.gpt_j_tied:

@@ -39,10 +39,8 @@ class ModelSection(Section):
         None, "Base width of the MLP as a multiple of hidden_size, instead of intermediate_size.", unit="ratio"
     )
     mlp_multiple_of: int = key(1, "The inner width of the MLP is rounded up to a multiple of this.", unit="features")
-    activation: str = key(
-        "gelu", "Activation of the MLP; the gated ones use two input matrices.", choices=ACTIVATIONS.names
-    )
-    norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS.names)
+    activation: str = key("gelu", "Activation of the MLP; the gated ones use two input matrices.", choices=ACTIVATIONS)
+    norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS)
     layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
     rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
     scalenorm_epsilon: float = key(1.0e-8, "Smallest norm that scalenorm divides by.")
@@ -57,7 +55,7 @@ class ModelSection(Section):
         None,
         "Kind of attention in each block: a list of [pattern, count] pairs such as [[[global, local], 6]], where "
         "count may be `all`, or one name a block. All blocks are global when left out.",
-        choices=ATTENTION.names,
+        choices=ATTENTION,
     )
     sparsity_config: Table | None = key(None, "Block sizes and windows of the sparse attention kinds.")
     sliding_window_width: int | None = key(
@@ -66,7 +64,7 @@ class ModelSection(Section):
     hidden_dropout: float = key(0.0, "Dropout on what each block adds to the residual.", unit="probability")
     attention_dropout: float = key(0.0, "Dropout on the attention probabilities.", unit="probability")
     apply_query_key_layer_scaling: bool = key(False, "Divide attention scores of block i by i and undo it in fp32.")
-    pos_emb: str = key("learned", "How positions enter the model.", choices=POSITIONS.names)
+    pos_emb: str = key("learned", "How positions enter the model.", choices=POSITIONS)
     rotary_pct: float = key(1.0, "Part of each head's width that rotary positions turn.", unit="fraction")
     rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.")
     rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")
@@ -103,7 +101,7 @@ class ModelSection(Section):
     def mlp_width(self) -> int:
         """Inner width of the MLP [features]: linear2 takes this many, a gated linear1 gives twice as many."""
         assert self.hidden_size is not None
-        gated = "gated" in ACTIVATIONS.entry(self.activation).traits
+        gated = ACTIVATIONS.entry(self.activation).gated
         return mlp_width(
             self.hidden_size, self.intermediate_size, self.expansion_factor, self.mlp_multiple_of, gated=gated
         )

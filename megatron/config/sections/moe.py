@@ -10,7 +10,7 @@ class MoeSection(Section):
     moe_num_experts: int = key(1, "Experts in each mixture block; 1 is a plain MLP.", unit="experts")
     moe_expert_interval: int = key(1, "Every how many blocks the MLP is a mixture.", unit="blocks")
     moe_top_k: int = key(1, "Experts that each token visits.", unit="experts")
-    moe_router_type: str = key("sinkhorn", "How tokens are assigned to experts.", choices=ROUTERS.names)
+    moe_router_type: str = key("sinkhorn", "How tokens are assigned to experts.", choices=ROUTERS)
     moe_normalize_top_k: bool = key(
         False, "Let the weights of the experts that a token visits sum to 1, as Mixtral does."
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.config.key import Section, key
 from megatron.config.types import Strings, Table
+from megatron.registry import SINKS
 
 
 class ObserveSection(Section):
@@ -12,6 +13,9 @@ class ObserveSection(Section):
 
     log_interval: int = key(100, "Steps between log lines and metrics records.", unit="steps")
     log_dir: str | None = key(None, "The run directory; <save>/logs or runs/<name>-<date> when left out.")
+    sinks: Strings | None = key(
+        None, "Metrics sinks by name, beside those that have a key of their own.", choices=SINKS
+    )
     tensorboard_dir: str | None = key(None, "Folder of TensorBoard event files.")
     use_wandb: bool | None = key(None, "Log to Weights & Biases; when left out, only if a key for it is found.")
     wandb_group: str | None = key(None, "Weights & Biases group.")

@@ -9,7 +9,7 @@ class OptimizerSection(Section):
     """Optimizer, weight decay and clipping."""
 
     optimizer: Table | None = key(None, "The optimizer: {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95]}}.")
-    optimizer_type: str = key("adam", "Kind of optimizer; follows from optimizer.", choices=OPTIMIZERS.names)
+    optimizer_type: str = key("adam", "Kind of optimizer; follows from optimizer.", choices=OPTIMIZERS)
     lr: float | None = key(None, "Peak learning rate; follows from optimizer.")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.")
     gradient_clipping: float = key(1.0, "Largest norm of the whole gradient; 0 does not clip.")

@@ -8,7 +8,7 @@ from megatron.registry import SCHEDULES
 class ScheduleSection(Section):
     """Warmup, then decay over a horizon."""
 
-    lr_decay_style: str = key("linear", "Shape of the decay after warmup.", choices=SCHEDULES.names)
+    lr_decay_style: str = key("linear", "Shape of the decay after warmup.", choices=SCHEDULES)
     lr_decay_iters: int | None = key(
         None, "Horizon of the decay; train_iters x lr_decay_fraction when left out.", unit="steps"
     )

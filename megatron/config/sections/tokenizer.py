@@ -7,7 +7,7 @@ from megatron.registry import TOKENIZERS
 class TokenizerSection(Section):
     """Tokenizer files and vocabulary padding."""
 
-    tokenizer_type: str = key("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZERS.names)
+    tokenizer_type: str = key("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZERS)
     vocab_file: str | None = key(
         None,
         "The tokenizer's file: tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer), .model (SPMTokenizer), "

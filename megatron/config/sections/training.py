@@ -2,6 +2,7 @@
 
 from megatron.config.key import Section, key
 from megatron.config.types import Integers
+from megatron.registry import OBJECTIVES
 
 
 class TrainingSection(Section):
@@ -25,7 +26,9 @@ class TrainingSection(Section):
     train_iters: int | None = key(None, "Steps of the whole run.", unit="steps")
     train_epochs: int | None = key(None, "Passes over the data, instead of train_iters.", unit="epochs")
     train_samples: int | None = key(None, "Samples of the whole run, instead of train_iters.", unit="samples")
-    train_impl: str = key("normal", "What the model learns from.", choices=("normal", "dpo", "rm", "kto", "reinforce"))
+    train_impl: str = key(
+        "normal", "What the model learns from.", choices=OBJECTIVES, planned=("dpo", "rm", "kto", "reinforce")
+    )
     eval_interval: int = key(1000, "Steps between evaluations.", unit="steps")
     eval_iters: int = key(100, "Batches in one evaluation.", unit="batches")
     do_train: bool | None = key(None, "Whether there is anything to train; follows from the data.")

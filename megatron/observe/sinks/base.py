@@ -1,7 +1,7 @@
 """What every sink is.
 
 A sink is a class with a classmethod `open(observe, start)`. `observe` is the configuration's section of that name, from
-which the sink reads its own keys. To add one: a new file here and one line in the registry's SINKS.
+which the sink reads its own keys. To add one: a new file here and one entry in the registry's SINKS.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any, Protocol, Self
 
 class Observe(Protocol):
     """The keys of the configuration's `observe` section that this room reads."""
+
+    @property
+    def sinks(self) -> tuple[str, ...] | None: ...
 
     @property
     def log_dir(self) -> str | None: ...

@@ -1,0 +1,132 @@
+"""What is known of a part by its name, without importing it.
+
+One dataclass a kind of part. The rest of the code asks the entry and never compares names, so a part that nobody here
+has heard of works like a built-in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part that a configuration can name."""
+
+    name: str
+    """What the configuration writes."""
+    target: str
+    """`module:attribute`, imported on first use."""
+    doc: str
+    """One line of documentation."""
+    extra: str | None = None
+    """The pip extra that installs what the target imports."""
+    traits: frozenset[str] = frozenset()
+    """Properties that rules ask for, such as `NEEDS_FULL_TENSORS` of an optimizer."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a part, as the table of a model's tensors lists it."""
+
+    name: str
+    """The parameter's name within the part's module."""
+    shape: tuple[int | str, ...]
+    """Sizes before tensor parallelism; a string names an attribute of `megatron.shapes.ModelDims`."""
+    shard_dim: int | None = None
+    """The dimension that tensor parallelism shards; None where every rank has the full tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormEntry(Entry):
+    """A norm: the target is built as `target(features, epsilon, bias)`."""
+
+    tensors: tuple[str, ...] = ("weight",)
+    """Names of its parameters, each with one value per feature."""
+    optional: tuple[str, ...] = ()
+    """Those of them that `use_bias_in_norms: false` leaves out."""
+    scalars: tuple[str, ...] = ()
+    """Names of its parameters of one value each; muP has no rule for them."""
+    epsilon: str = "layernorm_epsilon"
+    """The configuration key of its epsilon."""
+    fp32_on_cpu: bool = False
+    """Whether it is composed of plain operations on a CPU, which save their inputs in fp32 for the backward pass."""
+    in_transformer_engine: bool = False
+    """Whether Transformer Engine's joint layer of norm and MLP computes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionEntry(Entry):
+    """A position scheme: the target is a subclass of `megatron.model.positions.base.Positions`."""
+
+    enters: frozenset[str] = frozenset()
+    """Where positions enter: "embedding" (added to it), "attention" (queries and keys change), "scores" (a bias)."""
+    embedding: tuple[TensorSpec, ...] = ()
+    """Tensors of the module that `for_embedding` builds."""
+    scores: tuple[TensorSpec, ...] = ()
+    """Tensors of the module that `for_scores` builds, which all blocks share."""
+    settings: tuple[str, ...] = ()
+    """Keys of the model section that only schemes which list them read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationEntry(Entry):
+    """An activation: a function of one tensor."""
+
+    gated: bool = False
+    """Whether it takes twice the features that it returns: the plain half, then the gate."""
+    in_transformer_engine: str | None = None
+    """Transformer Engine's name of it, where its joint layer of norm and MLP has it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that `optimizer.params` may hold."""
+
+    kind: str = "number"
+    """What it must be: "number", "fraction" (in [0, 1)), "count" (1 or more), "switch", "betas", "choice" or "any"."""
+    choices: tuple[str, ...] = ()
+    """The values of a "choice"."""
+    unused: str | None = None
+    """Why nothing reads it, for settings that public configurations carry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry(Entry):
+    """An optimizer: the target is called as `target(groups, request)`, see `megatron.optim.request`."""
+
+    settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
+    """What `optimizer.params` may hold beside lr, weight_decay and max_grad_norm."""
+    moments: float = 0.0
+    """fp32 values that it keeps per parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleEntry(Entry):
+    """A learning rate schedule: a function of a `megatron.optim.schedule.Moment`."""
+
+    settings: tuple[str, ...] = ("min_lr",)
+    """Keys of the schedule section that only schedules which list them read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEntry(Entry):
+    """A tokenizer: the target is built as `target(vocab_file=..., merge_file=...)`."""
+
+    files: tuple[str, ...] = ("vocab_file",)
+    """Keys of the files that it reads."""
+    vocab_size: int | str | None = None
+    """Its number of ids [tokens], or the `module:function` that finds it in the content of vocab_file, parsed as JSON.
+
+    The function may not import torch. None where only the built tokenizer knows.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkEntry(Entry):
+    """A metrics sink: the target has `open(observe, start)`, see `megatron.observe.sinks.base`."""
+
+    key: str | None = None
+    """The key of the observe section that asks for it; `sinks` asks for any by its name."""

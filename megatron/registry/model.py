@@ -1,0 +1,249 @@
+"""Parts of a model: norms, position schemes, activations, attention kinds, MLPs, routers, initialisations."""
+
+from __future__ import annotations
+
+from megatron.registry.entry import ActivationEntry, Entry, NormEntry, PositionEntry, TensorSpec
+from megatron.registry.family import Family
+
+NORMS = Family(
+    "norm",
+    "norm",
+    [
+        NormEntry(
+            "layernorm",
+            "megatron.model.norms.layernorm:LayerNorm",
+            "Layer normalisation, arXiv:1607.06450",
+            tensors=("weight", "bias"),
+            optional=("bias",),
+            in_transformer_engine=True,
+        ),
+        NormEntry(
+            "rmsnorm",
+            "megatron.model.norms.rmsnorm:RMSNorm",
+            "Root mean square norm, arXiv:1910.07467",
+            tensors=("scale",),
+            epsilon="rms_norm_epsilon",
+            fp32_on_cpu=True,
+            in_transformer_engine=True,
+        ),
+        NormEntry(
+            "non_parametric_layernorm",
+            "megatron.model.norms.non_parametric:NonParametricLayerNorm",
+            "Layer normalisation without parameters, arXiv:2402.00838",
+            tensors=(),
+        ),
+        NormEntry(
+            "scalenorm",
+            "megatron.model.norms.scalenorm:ScaleNorm",
+            "One learned length, arXiv:1910.05895",
+            tensors=(),
+            scalars=("g",),
+            epsilon="scalenorm_epsilon",
+        ),
+        NormEntry(
+            "te_rmsnorm",
+            "megatron.model.norms.transformer_engine:TERMSNorm",
+            "rmsnorm by Transformer Engine's kernel, GPU",
+            extra="transformer-engine",
+            epsilon="rms_norm_epsilon",
+            in_transformer_engine=True,
+        ),
+        NormEntry(
+            "te_layernorm",
+            "megatron.model.norms.transformer_engine:TELayerNorm",
+            "layernorm by Transformer Engine's kernel, GPU",
+            extra="transformer-engine",
+            tensors=("weight", "bias"),
+            in_transformer_engine=True,
+        ),
+    ],
+)
+
+POSITIONS = Family(
+    "position scheme",
+    "pos_emb",
+    [
+        PositionEntry(
+            "learned",
+            "megatron.model.positions.learned:LearnedPositions",
+            "One learned vector a position",
+            enters=frozenset({"embedding"}),
+            embedding=(TensorSpec("weight", ("position_rows", "hidden_size")),),
+            settings=("opt_pos_emb_offset",),
+        ),
+        PositionEntry(
+            "rotary",
+            "megatron.model.positions.rotary:Rotary",
+            "Rotary positions, arXiv:2104.09864",
+            enters=frozenset({"attention"}),
+            settings=("rotary_pct", "rotary_emb_base", "rope_scaling"),
+        ),
+        PositionEntry(
+            "sinusoidal",
+            "megatron.model.positions.sinusoidal:SinusoidalPositions",
+            "Fixed sines and cosines, arXiv:1706.03762",
+            enters=frozenset({"embedding"}),
+        ),
+        PositionEntry(
+            "rpe",
+            "megatron.model.positions.rpe:RelativePositions",
+            "T5's relative positions, arXiv:1910.10683",
+            enters=frozenset({"scores"}),
+            scores=(TensorSpec("weight", ("rpe_buckets", "num_attention_heads"), shard_dim=1),),
+            settings=("rpe_num_buckets", "rpe_max_distance"),
+        ),
+        PositionEntry(
+            "alibi",
+            "megatron.model.positions.alibi:Alibi",
+            "Scores that fall with distance, arXiv:2108.12409",
+            enters=frozenset({"scores"}),
+        ),
+        PositionEntry(
+            "none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"
+        ),
+    ],
+)
+
+ACTIVATIONS = Family(
+    "activation",
+    "activation",
+    [
+        ActivationEntry(
+            "gelu",
+            "megatron.model.mlp.activations:gelu",
+            "Gaussian error linear unit, arXiv:1606.08415",
+            in_transformer_engine="gelu",
+        ),
+        ActivationEntry(
+            "gelu_tanh",
+            "megatron.model.mlp.activations:gelu_tanh",
+            "gelu by its tanh formula, as in GPT-2",
+            in_transformer_engine="gelu",
+        ),
+        ActivationEntry(
+            "relu", "megatron.model.mlp.activations:relu", "Rectified linear unit", in_transformer_engine="relu"
+        ),
+        ActivationEntry(
+            "silu",
+            "megatron.model.mlp.activations:silu",
+            "x * sigmoid(x), arXiv:1702.03118",
+            in_transformer_engine="silu",
+        ),
+        ActivationEntry(
+            "swish",
+            "megatron.model.mlp.activations:silu",
+            "Another name of silu, arXiv:1710.05941",
+            in_transformer_engine="silu",
+        ),
+        ActivationEntry("softsign", "megatron.model.mlp.activations:softsign", "x / (1 + |x|)"),
+        ActivationEntry("mish", "megatron.model.mlp.activations:mish", "x * tanh(softplus(x)), arXiv:1908.08681"),
+        ActivationEntry(
+            "swiglu", "megatron.model.mlp.activations:swiglu", "Gated by silu, arXiv:2002.05202", gated=True
+        ),
+        ActivationEntry("geglu", "megatron.model.mlp.activations:geglu", "Gated by gelu, arXiv:2002.05202", gated=True),
+        ActivationEntry("reglu", "megatron.model.mlp.activations:reglu", "Gated by relu, arXiv:2002.05202", gated=True),
+        ActivationEntry("glu", "megatron.model.mlp.activations:glu", "Gated by sigmoid, arXiv:1612.08083", gated=True),
+        ActivationEntry(
+            "bilinear",
+            "megatron.model.mlp.activations:bilinear",
+            "Gated by the identity, arXiv:2002.05202",
+            gated=True,
+        ),
+    ],
+)
+
+WHOLE_BLOCK = frozenset({"whole block"})
+"""Marks a kind of attention_config that is a block of its own, with no attention and no MLP beside it."""
+
+DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
+"""Attention of every kind that only hides keys."""
+
+ATTENTION = Family(
+    "attention kind",
+    "attention_config",
+    [
+        Entry("global", DENSE, "Causal attention to all positions"),
+        Entry("flash", "megatron.model.attention.dense:FlashSelfAttention", "The same by flash-attn, arXiv:2307.08691"),
+        Entry("local", DENSE, "A window of blocks, arXiv:2004.05150"),
+        Entry("sparse_fixed", DENSE, "The own window and the last block of each earlier one, arXiv:1904.10509"),
+        Entry("sparse_variable", DENSE, "Windows of given sizes, global and random blocks, arXiv:1904.10509"),
+        Entry("bigbird", DENSE, "A window of blocks, the first and random ones, arXiv:2007.14062"),
+        Entry("bslongformer", DENSE, "A window of blocks and global ones, arXiv:2004.05150"),
+        Entry(
+            "mamba",
+            "megatron.model.mixers.mamba:MambaTransformerBlock",
+            "Selective state space, arXiv:2312.00752",
+            traits=WHOLE_BLOCK,
+        ),
+        Entry(
+            "rwkv", "megatron.model.mixers.rwkv:RWKVTransformerBlock", "RWKV-6, arXiv:2404.05892", traits=WHOLE_BLOCK
+        ),
+        Entry(
+            "gmlp",
+            "megatron.model.mixers.gmlp:GMLPTransformerBlock",
+            "Gated MLP over positions, arXiv:2105.08050",
+            traits=WHOLE_BLOCK,
+        ),
+        Entry(
+            "amlp",
+            "megatron.model.mixers.gmlp:GMLPTransformerBlock",
+            "gmlp and a small attention, arXiv:2105.08050 section 4.3",
+            traits=WHOLE_BLOCK,
+        ),
+    ],
+)
+
+WITHOUT_ATTENTION = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & WHOLE_BLOCK)
+"""The kinds of attention_config that are blocks of their own."""
+
+MLPS = Family(
+    "MLP",
+    "moe_num_experts",
+    [
+        Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block"),
+        Entry("moe", "megatron.model.mlp.moe:MixtureMLP", "A mixture of experts, arXiv:1701.06538"),
+    ],
+)
+
+ROUTERS = Family(
+    "router",
+    "moe_router_type",
+    [
+        Entry("sinkhorn", "megatron.model.mlp.router:sinkhorn", "Balanced assignment while training, arXiv:2103.16716"),
+        Entry("topk", "megatron.model.mlp.router:topk", "The most probable experts, arXiv:1701.06538"),
+    ],
+)
+
+INITS = Family(
+    "initialisation",
+    "init_method",
+    [
+        Entry("normal", "megatron.model.init:normal", "Normal, deviation init_method_std"),
+        Entry("scaled_normal", "megatron.model.init:scaled_normal", "Normal, deviation init_method_std/sqrt(2 L)"),
+        Entry("orthogonal", "megatron.model.init:orthogonal", "Orthogonal rows or columns, arXiv:1312.6120"),
+        Entry("scaled_orthogonal", "megatron.model.init:scaled_orthogonal", "Orthogonal, over sqrt(2 L)"),
+        Entry("xavier_uniform", "megatron.model.init:xavier_uniform", "Uniform by fan-in plus fan-out, Glorot 2010"),
+        Entry("xavier_normal", "megatron.model.init:xavier_normal", "Normal by fan-in plus fan-out, Glorot 2010"),
+        Entry("wang_init", "megatron.model.init:wang_init", "Normal, deviation 2/(L sqrt(h)), as GPT-J"),
+        Entry("small_init", "megatron.model.init:small_init", "Normal, deviation sqrt(2/(5 h)), arXiv:1910.05895"),
+        Entry(
+            "single_residual_scaled_normal",
+            "megatron.model.init:single_residual_scaled_normal",
+            "Normal, deviation init_method_std/sqrt(L), for parallel residual blocks",
+        ),
+    ],
+)
+
+TE_LAYERS = Family(
+    "layer of Transformer Engine",
+    "te_*",
+    [
+        Entry(name, f"megatron.model.transformer_engine:{function}", doc, extra="transformer-engine")
+        for name, function, doc in (
+            ("te_columnparallel", "columns", "Products of column-parallel layers, GPU"),
+            ("te_rowparallel", "rows", "Products of row-parallel layers, GPU"),
+            ("te_mha", "attention", "The attention core and the products beside it, GPU"),
+            ("te_layernorm_mlp", "norm_mlp", "The norm before the MLP and the MLP in one layer, GPU"),
+        )
+    ],
+)

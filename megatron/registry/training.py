@@ -1,0 +1,106 @@
+"""What a run is made of besides the model and the optimizer: schedules, tokenizers, objectives, metrics sinks."""
+
+from __future__ import annotations
+
+from megatron.registry.entry import Entry, ScheduleEntry, SinkEntry, TokenizerEntry
+from megatron.registry.family import Family
+
+SCHEDULES = Family(
+    "learning rate schedule",
+    "lr_decay_style",
+    [
+        ScheduleEntry("constant", "megatron.optim.schedule:constant", "The peak rate after warmup", settings=()),
+        ScheduleEntry("linear", "megatron.optim.schedule:linear", "Falls on a straight line to zero or min_lr"),
+        ScheduleEntry("cosine", "megatron.optim.schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"),
+        ScheduleEntry("exponential", "megatron.optim.schedule:exponential", "Halves over the horizon"),
+        ScheduleEntry(
+            "inverse_sqrt", "megatron.optim.schedule:inverse_sqrt", "Falls as 1/sqrt(step), arXiv:1706.03762"
+        ),
+        ScheduleEntry(
+            "wsd",
+            "megatron.optim.schedule:wsd",
+            "Stays at the peak, falls at the end, arXiv:2404.06395",
+            settings=("min_lr", "wsd_decay_fraction", "wsd_decay_style"),
+        ),
+    ],
+)
+
+TOKENIZERS = Family(
+    "tokenizer",
+    "tokenizer_type",
+    [
+        TokenizerEntry(
+            "HFTokenizer",
+            "megatron.tokenizers.huggingface:HFTokenizer",
+            "A tokenizer.json file",
+            vocab_size="megatron.plan.vocabulary:tokenizer_json_size",
+        ),
+        TokenizerEntry(
+            "CharLevelTokenizer",
+            "megatron.tokenizers.char_level:CharLevelTokenizer",
+            "One token a byte",
+            files=(),
+            vocab_size=512,
+        ),
+        TokenizerEntry(
+            "GPT2BPETokenizer",
+            "megatron.tokenizers.gpt2:GPT2BPETokenizer",
+            "vocab.json and merges.txt of GPT-2",
+            files=("vocab_file", "merge_file"),
+            vocab_size="megatron.plan.vocabulary:vocab_json_size",
+        ),
+        TokenizerEntry(
+            "HFGPT2Tokenizer", "megatron.tokenizers.pretrained:HFGPT2Tokenizer", "GPT-2's kin, folder or name"
+        ),
+        TokenizerEntry(
+            "PretrainedFromHF", "megatron.tokenizers.pretrained:PretrainedFromHF", "A pretrained model's tokenizer"
+        ),
+        TokenizerEntry(
+            "TiktokenTokenizer",
+            "megatron.tokenizers.tiktoken:TiktokenTokenizer",
+            "A vocabulary of tiktoken, by name or from its file",
+            extra="data",
+        ),
+        TokenizerEntry(
+            "SPMTokenizer",
+            "megatron.tokenizers.sentence_piece:SPMTokenizer",
+            "A sentencepiece .model",
+            extra="sentencepiece",
+        ),
+        TokenizerEntry(
+            "BertWordPieceLowerCase", "megatron.tokenizers.bert:BertWordPieceLowerCase", "Word pieces, in lower case"
+        ),
+        TokenizerEntry("BertWordPieceCase", "megatron.tokenizers.bert:BertWordPieceCase", "Word pieces, case kept"),
+    ],
+)
+
+OBJECTIVES = Family(
+    "objective",
+    "train_impl",
+    [Entry("normal", "megatron.objectives.language_model:LanguageModel", "Cross entropy of the next token")],
+)
+
+SINKS = Family(
+    "metrics sink",
+    "sinks",
+    [
+        SinkEntry(
+            "jsonl", "megatron.observe.sinks.jsonl:JsonLines", "metrics.jsonl in the run directory", key="log_dir"
+        ),
+        SinkEntry(
+            "tensorboard",
+            "megatron.observe.sinks.tensorboard:TensorBoard",
+            "Event files",
+            extra="tensorboard",
+            key="tensorboard_dir",
+        ),
+        SinkEntry(
+            "wandb",
+            "megatron.observe.sinks.wandb:WeightsAndBiases",
+            "A Weights & Biases run",
+            extra="wandb",
+            key="use_wandb",
+        ),
+        SinkEntry("comet", "megatron.observe.sinks.comet:Comet", "A Comet experiment", extra="comet", key="use_comet"),
+    ],
+)
