@@ -60,6 +60,7 @@ class HarnessModel(LM):
         self._engine = engine
         self._text_tokenizer = tokenizer
         self.max_length = max_length
+        self._told: set[int] = set()
         self.batch_size = batch_size
         self._seed = seed
         self._replicas = replicas or Axis("data")
@@ -180,6 +181,19 @@ class HarnessModel(LM):
                 self.max_length,
             )
 
+    def _shortened(self, wanted: int) -> int:
+        """Half of what the model holds, for answers that want all of it or more [tokens]; told once a length."""
+        length = self.max_length // 2
+        if wanted not in self._told:
+            self._told.add(wanted)
+            get_logger(__name__).warning(
+                "a task asks for answers of up to %d tokens, and the model's context is %d: they end after %d",
+                wanted,
+                self.max_length,
+                length,
+            )
+        return length
+
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
         work = partial(
             score,
@@ -221,11 +235,12 @@ class HarnessModel(LM):
         except ConfigError as fault:  # of a task that was not checked when it was loaded
             raise RunError(*fault.mistakes) from fault
         length = wanted.maximum_tokens
+        if length >= self.max_length:  # the context needs a place too
+            length = self._shortened(length)
         return Settings(
             sampling=wanted.sampling,
             seed=self._seed,
-            # More than the model can hold leaves half of it to the context.
-            maximum_tokens=length if length < self.max_length else self.max_length // 2,
+            maximum_tokens=length,
             seq_length=self.max_length,
             stop=wanted.until,
             end_ids=self._end_ids,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 import os
 import socket
@@ -201,6 +202,18 @@ def test_a_context_that_leaves_no_room_keeps_its_end(engine, monkeypatch):
     long = "x" * 100 + "the end of it"
     model(engine).generate_until([Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 5}), 0)])
     assert asked == [list(long.encode()[-(SEQUENCE - 5) :])]
+
+
+def test_answers_longer_than_the_model_holds_are_told_once(engine, caplog):
+    """Half of the context stays with the question, and the user knows that answers are shorter than the task wants."""
+    answerer = model(engine)
+    with caplog.at_level(logging.WARNING):
+        found = [
+            answerer._settings({"max_gen_toks": length}).maximum_tokens for length in (4, SEQUENCE, SEQUENCE, 8192)
+        ]
+    assert found == [4, SEQUENCE // 2, SEQUENCE // 2, SEQUENCE // 2]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and f"up to {SEQUENCE} tokens" in told[0] and "up to 8192 tokens" in told[1]
 
 
 def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
