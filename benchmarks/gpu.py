@@ -4,7 +4,7 @@
 
 Three contenders in one process, one after another, same shapes and precision (bfloat16, fp32 master weights): our
 engine through DeepSpeed, a plain loop over transformers' GPT-NeoX, and that loop under torch.compile. Utilisation is
-against the dense bfloat16 peak that is printed, by the FLOP count of megatron/observe/flops.py. `--models tiny` runs
+against the dense bfloat16 peak that is printed, by the FLOP count of megatron/plan/flops.py. `--models tiny` runs
 the same on a CPU, to see that it runs; without the compiled contender, whose bfloat16 code not every g++ takes.
 """
 
@@ -24,11 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import Shape, Step, ours, transformers_loop
-from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.observe.memory import peak_memory_bytes
 from megatron.observe.peak import find_peak
 from megatron.parallel.bootstrap import shutdown
 from megatron.parallel.process_group import device
+from megatron.plan.flops import flops_per_iteration
+from megatron.shapes import ModelDims, tensors
 
 MODELS = {
     "tiny": Shape(layers=2, hidden=64, heads=4, sequence=64, micro_batch=2, vocabulary=512),
@@ -45,21 +46,20 @@ CONTENDERS: dict[str, Callable[[Shape, str], Step]] = {
 }
 
 
-def flops_per_token(shape: Shape) -> int:
+def flops_per_token(shape: Shape) -> float:
     """Forward and backward, without recomputation [FLOP/token]."""
-    return training_flops_per_token(
-        FlopsShape(
-            num_layers=shape.layers,
-            hidden_size=shape.hidden,
-            num_attention_heads=shape.heads,
-            num_kv_heads=shape.heads,
-            kv_channels=shape.hidden // shape.heads,
-            mlp_width=4 * shape.hidden,
-            gated=False,
-            vocab_size=shape.vocabulary,
-            seq_length=shape.sequence,
-        )
+    dims = ModelDims(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_kv_heads=shape.heads,
+        head_dim=shape.hidden // shape.heads,
+        mlp_width=4 * shape.hidden,
+        pos_emb="rotary",
+        tied=False,
     )
+    table = tensors(dims, shape.vocabulary)
+    return flops_per_iteration(dims, table, seq_length=shape.sequence, train_batch_size=1) / shape.sequence
 
 
 def measure(make: Callable[[Shape, str], Step], shape: Shape, steps: int) -> tuple[float, int]:

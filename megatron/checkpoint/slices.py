@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import files, layout
-from megatron.checkpoint.files import Written
 from megatron.errors import RunError
 from megatron.shapes import TensorShape
 
@@ -68,17 +67,6 @@ def values(slices: Sequence[StateSlice]) -> list[dict[str, Tensor]]:
     return [
         {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.whole}.items()}
         for piece in slices
-    ]
-
-
-def write(
-    directory: Path, rank: int, *, model_rank: int, model_size: int, slices: Sequence[StateSlice]
-) -> list[Written]:
-    """Stores the slices of one global rank and their index."""
-    facts = index(slices, model_rank=model_rank, model_size=model_size)
-    return [
-        files.write_tensors(directory / layout.slice_file(rank), values(slices)),
-        files.write_json(directory / layout.slice_index(rank), facts),
     ]
 
 

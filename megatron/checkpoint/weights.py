@@ -57,14 +57,6 @@ def write_whole(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -
     return files.write_tensors(path, {"module": {_PREFIX + key: held for key, held in weights.items()}, **facts})
 
 
-def write_layers(directory: Path, weights: dict[str, Tensor], model_rank: int) -> list[Written]:
-    """One file a layer, for pipelined runs."""
-    return [
-        files.write_tensors(directory / layout.layer_file(layer, model_rank), layer_content(content))
-        for layer, content in by_layer(weights).items()
-    ]
-
-
 def public_biases(weights: dict[str, Tensor], *, summed: bool, model_rank: int) -> dict[str, Tensor]:
     """The weights with their row-parallel biases as the public layout has them on this tensor-parallel rank."""
     if not summed or model_rank == 0:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-IGNORED = -100
 """The label of a token that is not to be predicted, as label data sets hold it."""
 
 
@@ -70,10 +69,10 @@ def make_batch(
     """The micro-batch of some samples, int64 [b, s + 1].
 
     eod_mask_loss: positions whose input token ends a document do not count; their label is the first token of another
-    document, which nothing announces. labels: int64 [b, s + 1], the samples with IGNORED where a token is not to be
-    predicted; the samples themselves unless given. borders: bool [b, s + 1], True where a document starts; documents
-    then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1]. prompt: places before
-    every sequence for the vectors of a learned prompt, where no label counts; the batch is [b, prompt + s].
+    document, which nothing announces. labels: int64 [b, s + 1], the samples with IGNORE_INDEX where a token is not
+    to be predicted; the samples themselves unless given. borders: bool [b, s + 1], True where a document starts;
+    documents then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1]. prompt: places
+    before every sequence for the vectors of a learned prompt, where no label counts; the batch is [b, prompt + s].
     """
     tokens = samples[:, :-1].contiguous()  # [b, s]
     targets = (samples if labels is None else labels)[:, 1:].contiguous()  # [b, s]

@@ -10,19 +10,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megatron.data.batch import IGNORED
 from megatron.data.index_map import IndexMap
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IGNORE_INDEX, IndexedDataset
 
 PADDING = 0
-"""The token after the last document of a sample that is not full; its label is IGNORED."""
+"""The token after the last document of a sample that is not full; its label is IGNORE_INDEX."""
 
 
 class Extras(NamedTuple):
     """Where a sample's other facts go, arrays of sample_length or None where they are not wanted.
 
-    labels: int64, the tokens, or IGNORED where one is not to be predicted. rewards: float32, of each token's document.
-    borders: bool and False before, set to True where a document, a part of one or the padding starts.
+    labels: int64, the tokens, or IGNORE_INDEX where one is not to be predicted. rewards: float32, of each token's
+    document. borders: bool and False before, set to True where a document, a part of one or the padding starts.
     """
 
     labels: np.ndarray | None = None
@@ -131,7 +130,7 @@ class PackedDataset:
             if extras.rewards is not None:
                 extras.rewards[own] = 0 if rewards is None else rewards.get(document, 0, 1)
         if filled < self.sample_length:
-            for array, value in ((extras.borders, True), (extras.labels, IGNORED), (extras.rewards, 0)):
+            for array, value in ((extras.borders, True), (extras.labels, IGNORE_INDEX), (extras.rewards, 0)):
                 if array is not None:
                     array[filled:] = value
 

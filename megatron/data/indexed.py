@@ -38,6 +38,9 @@ import numpy as np
 
 from megatron.errors import ConfigError, RunError
 
+IGNORE_INDEX = -100
+"""In a file of labels: the token at this position is not to be predicted."""
+
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1

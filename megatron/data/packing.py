@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron.data.batch import IGNORED
 from megatron.data.index_map import IndexMap
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IGNORE_INDEX, IndexedDataset
 
 BLOCK = 1 << 24  # labels looked at together
 
@@ -45,7 +44,7 @@ def has_labels(labels: IndexedDataset, documents: range, seq_length: int) -> np.
     starts = np.asarray(labels.starts, np.int64) // labels.dtype.itemsize
     found = np.zeros(len(labels), bool)
     for first in range(0, len(labels.tokens), BLOCK):
-        places = np.flatnonzero(labels.tokens[first : first + BLOCK] != IGNORED) + first
+        places = np.flatnonzero(labels.tokens[first : first + BLOCK] != IGNORE_INDEX) + first
         owners = np.searchsorted(starts, places, side="right") - 1
         offsets = places - starts[owners]
         # The first token of a document is never a label within it.

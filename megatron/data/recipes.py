@@ -15,13 +15,12 @@ import numpy as np
 
 from megatron.data.conversations import text_bytes_of, turns_of, variables_of
 from megatron.data.encode import EncodedText, Encoding, NotADocument, ReadsSpecialTokens, text_of
-from megatron.data.indexed import dtype_for_vocabulary
+from megatron.data.indexed import IGNORE_INDEX, dtype_for_vocabulary
 from megatron.data.mending import mended
 from megatron.data.sentences import Sentences
 from megatron.data.special_tokens import spells_one
 from megatron.errors import RunError
 
-NO_LOSS = -100
 SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
@@ -161,7 +160,7 @@ class LabelledText:
             label = document.copy()
             end = end_of_pattern(document, self.pattern)
             without += not end
-            label[:end] = NO_LOSS
+            label[:end] = IGNORE_INDEX
             labels.append(label)
         ends = np.full(len(ids), self.append_eod)
         eod = self.tokenizer.eod
@@ -252,10 +251,12 @@ class Chat:
                 left_out = self.template.left_out(turns, variables)
             except ValueError as fault:
                 raise NotADocument("that the chat template cannot take", str(fault)) from fault
-            labels = [token if own or not self.mask else NO_LOSS for token, own in zip(tokens, written, strict=True)]
+            labels = [
+                token if own or not self.mask else IGNORE_INDEX for token, own in zip(tokens, written, strict=True)
+            ]
             if self.for_reward_model:
                 tokens = [*tokens, self.template.eod]
-                labels = [NO_LOSS] * len(tokens)
+                labels = [IGNORE_INDEX] * len(tokens)
             ends = [*tokens, self.template.eod], [*labels, self.template.eod]
             found.append(ReadConversation(*ends, reward, text_bytes_of(turns), left_out))
         return found

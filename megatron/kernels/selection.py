@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention import AttentionKernel, choose_attention, plain_attention, sdpa_attention
+from megatron.kernels.attention import AttentionKernel, choose_attention, sdpa_attention
 from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.mamba import MambaKernels, choose_mamba
-from megatron.kernels.rotary import RotaryKernel, plain_rotary, rotary
+from megatron.kernels.rotary import RotaryKernel, rotary
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,3 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
             scan=whole or getattr(section, "mamba_selective_scan_fusion", False),
         ),
     )
-
-
-def plain_kernels() -> Kernels:
-    """The plain twins: slower, and the reference for the others."""
-    return Kernels(linear=plain_linear, attention=plain_attention, flash=plain_attention, rotary=plain_rotary)

@@ -55,20 +55,3 @@ class StepClock:
     def _now(self) -> float:
         self._synchronize()
         return self._clock()
-
-
-class Stopwatch:
-    """Seconds spent in named parts, added up: `with watch.part("save"): ...`. Does not wait for the device."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the time of the enclosed work to `seconds[name]`."""
-        before = self._clock()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - before

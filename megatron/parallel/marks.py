@@ -73,13 +73,7 @@ def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
     The parts are summed inside autograd, before the gradient reaches the parameter: ZeRO partitions gradients as they
     arrive, and after that nobody could add them up.
     """
-    parameter.neox_sequence_partial = True  # type: ignore[attr-defined]
     parameter.register_hook(lambda gradient: summed(gradient, axis))
-
-
-def is_sequence_partial(parameter: nn.Parameter) -> bool:
-    """Whether the ranks of a tensor-parallel group each contribute a part of the parameter's gradient."""
-    return getattr(parameter, "neox_sequence_partial", False)
 
 
 def mark_experts(parameter: nn.Parameter, axis: Axis) -> None:

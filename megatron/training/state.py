@@ -13,14 +13,13 @@ class RunState:
     """Counters of the run, and of this process of it.
 
     iteration [steps], consumed_samples, consumed_tokens and skipped [steps] go on from a checkpoint; started_at
-    (monotonic clock [s]) and first_iteration belong to this process.
+    (monotonic clock [s]) belongs to this process.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped: int = 0
-    first_iteration: int = 0
     started_at: float = field(default_factory=time.monotonic)
 
     @staticmethod
@@ -31,7 +30,6 @@ class RunState:
             consumed_samples=counters.consumed_samples,
             consumed_tokens=counters.consumed_tokens,
             skipped=counters.skipped,
-            first_iteration=counters.iteration,
         )
 
     def counters(self) -> Counters:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megatron.checkpoint import layout, slices
+from megatron.checkpoint import files, layout, slices
 from megatron.checkpoint.publish import make_room, publish, retain
 from megatron.checkpoint.slices import StateSlice
 from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.weights import key_of, whole_content
+from megatron.checkpoint.weights import by_layer, key_of, layer_content, whole_content
 from megatron.shapes import ModelDims, tensors
 
 DIMS = ModelDims(
@@ -51,3 +52,17 @@ def save(folder: Path, iteration: int, keep: int | None = None) -> Path:
     publish(partial, final, list(snapshot(iteration).write(partial)))
     retain(folder, keep, newest=iteration, loaded=None)
     return final
+
+
+def write_layers(directory: Path, weights: dict[str, torch.Tensor], model_rank: int) -> None:
+    """The weights of a tensor-parallel rank of a pipelined run, one file a layer."""
+    for layer, content in by_layer(weights).items():
+        files.write_tensors(directory / layout.layer_file(layer, model_rank), layer_content(content))
+
+
+def write_slices(directory: Path, rank: int, *, model_rank: int, model_size: int, pieces: Sequence[StateSlice]) -> None:
+    """The optimizer slices of one global rank, and their index."""
+    files.write_tensors(directory / layout.slice_file(rank), slices.values(pieces))
+    files.write_json(
+        directory / layout.slice_index(rank), slices.index(pieces, model_rank=model_rank, model_size=model_size)
+    )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint import slices
 from megatron.checkpoint.slices import OptimizerState, StateSlice, cut_shard, join_shards
 from megatron.errors import RunError
 from megatron.shapes import TensorShape
+from tests.checkpoint.saved import write_slices
 
 QKV = TensorShape(2, "attention.query_key_value.weight", (16, 3), 0, "weight", (8, 4, 4))
 ROW = TensorShape(2, "mlp.linear2.weight", (3, 8), 1, "weight")
@@ -32,7 +32,7 @@ def write_layout(directory: Path, *, model_size: int, data_size: int) -> None:
                 start, stop = bounds[data_rank], bounds[data_rank + 1]
                 pieces.append(StateSlice(key, start, stop, 7, {"exp_avg": flat[start:stop]}))
             rank = model_rank * data_size + data_rank
-            slices.write(directory, rank, model_rank=model_rank, model_size=model_size, slices=pieces)
+            write_slices(directory, rank, model_rank=model_rank, model_size=model_size, pieces=pieces)
 
 
 @pytest.mark.parametrize(("model_size", "data_size"), [(1, 1), (1, 3), (2, 2), (4, 1)])

@@ -13,12 +13,11 @@ from megatron.checkpoint.weights import (
     key_of,
     public_biases,
     read_shards,
-    write_layers,
     write_whole,
 )
 from megatron.errors import RunError
 from megatron.shapes import TensorShape, tensors
-from tests.checkpoint.saved import DIMS
+from tests.checkpoint.saved import DIMS, write_layers
 
 GROUPED = {"num_layers": 2, "num_attention_heads": 4, "head_dim": 2, "mlp_width": 12, "gated": True}
 TABLE = tensors(replace(DIMS, **GROUPED), 16)

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.config import Resolution
-from megatron.observe.flops import FlopsShape, training_flops_per_token
 from megatron.plan import make_plan
 from megatron.plan.advice import gib
+from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import StateLayout, state_memory
 from megatron.plan.text import short
 from megatron.plan.vocabulary import find_vocabulary
+from megatron.shapes import ModelDims, tensors
 from tests.config.small import resolved
 from tests.plan.published import MODELS, resolution
 
@@ -23,22 +26,32 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_flops_agree_with_the_running_count(name: str) -> None:
+def test_flops_are_three_times_those_of_the_forward_products(name: str) -> None:
     found = resolution(name, 2)
     model = found.config.model
-    shape = FlopsShape(
-        num_layers=model.num_layers or 0,
-        hidden_size=model.hidden_size or 0,
-        num_attention_heads=model.num_attention_heads or 0,
-        num_kv_heads=model.num_kv_heads or 0,
-        kv_channels=model.kv_channels or 0,
-        mlp_width=model.mlp_width,
-        gated=model.activation == "swiglu",
-        vocab_size=MODELS[name][0]["vocab_size"],
-        seq_length=model.seq_length or 0,
-    )
-    tokens = 8 * (model.seq_length or 0)
-    assert make_plan(found).flops_per_iteration == training_flops_per_token(shape) * tokens
+    hidden, length, layers = model.hidden_size or 0, model.seq_length or 0, model.num_layers or 0
+    query, kv = ((heads or 0) * (model.kv_channels or 0) for heads in (model.num_attention_heads, model.num_kv_heads))
+    attention = 2 * hidden * (2 * query + 2 * kv) + 4 * length * query
+    mlp = 2 * hidden * model.mlp_width * (3 if model.activation == "swiglu" else 2)
+    forward = layers * (attention + mlp) + 2 * hidden * MODELS[name][0]["vocab_size"]
+    assert make_plan(found).flops_per_iteration == 3 * forward * 8 * length
+
+
+def test_flops_equal_what_torch_counts_in_a_gated_grouped_query_layer() -> None:
+    hidden, heads, kv_heads, head_dim, width, vocabulary, sequence = 32, 4, 2, 8, 48, 96, 16
+    dims = ModelDims(1, hidden, heads, kv_heads, head_dim, width, gated=True, pos_emb="rotary", tied=False)
+    x = torch.randn(sequence, hidden)
+    with FlopCounterMode(display=False) as counter:
+        q = (x @ torch.randn(hidden, heads * head_dim)).view(sequence, heads, head_dim).transpose(0, 1)
+        k = (x @ torch.randn(hidden, kv_heads * head_dim)).view(sequence, kv_heads, head_dim).transpose(0, 1)
+        v = (x @ torch.randn(hidden, kv_heads * head_dim)).view(sequence, kv_heads, head_dim).transpose(0, 1)
+        k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (k, v))
+        mixed = (torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)).transpose(0, 1).reshape(sequence, -1)
+        x = mixed @ torch.randn(heads * head_dim, hidden)
+        a, b = (x @ torch.randn(hidden, 2 * width)).chunk(2, -1)
+        (a * b) @ torch.randn(width, hidden) @ torch.randn(hidden, vocabulary)
+    found = flops_per_iteration(dims, tensors(dims, vocabulary), seq_length=sequence, train_batch_size=1)
+    assert found == 3 * counter.get_total_flops()
 
 
 def test_flops_and_memory_follow_what_attention_sees() -> None:
