@@ -24,13 +24,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config, Resources, resolve
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.engine.build import build_training_engine, join
 from megatron.optim.schedule import build as build_schedule
 from megatron.optim.schedule import linear
 from megatron.parallel.bootstrap import shutdown
 from megatron.parallel.topology import Topology
 from megatron.plan.base_shapes import write_base_shapes
-from megatron.tokenizers import build_tokenizer, padded_vocab_size
+from megatron.tokenizers import build_tokenizer
 from megatron.training.inputs import build_run_data
 
 HEAD = 16  # features of a head at every width

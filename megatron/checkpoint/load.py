@@ -28,6 +28,7 @@ from megatron.checkpoint.slices import MASTER, OptimizerState
 from megatron.checkpoint.spread import bring_to_all, by_host, one_folder
 from megatron.checkpoint.weights import StoredWeights, WeightFiles, key_of, read_shards
 from megatron.config import Config
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.config.sections.checkpoint import CheckpointSection
 from megatron.errors import ConfigError, Mistake, RunError
 from megatron.log import get_logger
@@ -286,17 +287,13 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
             return Rows(padded, tokens)
         told = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
         _log.warning(told, tokens, stored)
-        return Rows(_divided(stored, model_size), stored)
+        return Rows(padded_vocab_size(stored, 1, model_size), stored)
     taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
     declared = taken_over or config.tokenizer.vocab_size
     for size in (tokens, declared):
         if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
-            return Rows(_divided(stored, model_size), tokens)
+            return Rows(padded_vocab_size(stored, 1, model_size), tokens)
     return Rows(padded, tokens)
-
-
-def _divided(rows: int, model_size: int) -> int:
-    return -(-rows // model_size) * model_size
 
 
 def _stored_rows(config: Config) -> int | None:

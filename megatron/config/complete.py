@@ -11,7 +11,7 @@ from megatron.config.derive.adapters import derive_lora, derive_soft_prompt
 from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
 from megatron.config.derive.batch import STEPS as STEPS_PER_BATCH
-from megatron.config.derive.horizon import decay_horizon
+from megatron.config.derive.lr_schedule import decay_horizon
 from megatron.config.derive.mup import read_base_shapes
 from megatron.config.derive.optimizer import derive_optimizer, without_effect
 from megatron.config.derive.precision import (

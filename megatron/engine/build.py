@@ -23,6 +23,7 @@ from megatron.adapters import prompt_length
 from megatron.checkpoint.load import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.config.derive.zero import REDUCTION_BUCKET
 from megatron.config.known import known
 from megatron.config.sections.tokenizer import TokenizerSection
@@ -56,7 +57,6 @@ from megatron.shapes import PROMPT, ModelDims, TensorShape, learning_rates, reme
 from megatron.tokenizer_facts import TokenizerFacts
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.bounded import BoundedTokenizer
-from megatron.tokenizers.padding import padded_vocab_size
 
 _log = get_logger(__name__)
 

@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from megatron import log
 from megatron.config import Config, Resolution, Resources, resolve, wire
@@ -35,6 +35,16 @@ from megatron.ranks import Ranks
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stop(Protocol):
+    """Whether someone asked this process to end what it does and leave."""
+
+    @property
+    def requested(self) -> bool: ...
+
+    def listen(self) -> None:
+        """From now on a signal is an order to end in good order; before, it ends the process at once."""
 
 
 class StopSignal:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.config.sections.tokenizer import TokenizerSection
 from megatron.registry import TOKENIZERS, load_target
 
@@ -28,8 +29,8 @@ def find_vocabulary(section: TokenizerSection, model_parallel_size: int) -> Voca
         size, told = section.vocab_size, "vocab_size"
     if size is None:
         return Vocabulary(None, told)
-    multiple = section.make_vocab_size_divisible_by * model_parallel_size
-    return Vocabulary(-(-size // multiple) * multiple, f"{told}: {size:,} tokens")
+    padded = padded_vocab_size(size, section.make_vocab_size_divisible_by, model_parallel_size)
+    return Vocabulary(padded, f"{told}: {size:,} tokens")
 
 
 def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:

@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 from pathlib import Path
-from typing import Protocol
 
 import torch.distributed as dist
 
@@ -20,6 +19,7 @@ from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.inference.run import context_length, vocabulary, with_model
+from megatron.launch.worker import Stop
 from megatron.log import get_logger
 from megatron.parallel.topology import Topology
 from megatron.serving.batching import Orders, Service, Worker, follow_orders
@@ -27,16 +27,6 @@ from megatron.tokenizers.base import Tokenizer
 
 FLUSH_SECONDS = 10.0
 """How long the last answers may take to reach their clients."""
-
-
-class Stop(Protocol):
-    """Whether someone asked this process to leave."""
-
-    @property
-    def requested(self) -> bool: ...
-
-    def listen(self) -> None:
-        """From now on a signal is an order to finish what was taken; before, it ends the process."""
 
 
 def serve(config: Config, stop: Stop) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron.config import Config
 from megatron.config.config import CATALOG
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.config.known import known
 from megatron.config.rules.every import violations
 from megatron.config.rules.mup import FACTORS
@@ -27,7 +28,7 @@ from megatron.parallel.bootstrap import shutdown
 from megatron.parallel.topology import Topology
 from megatron.registry import ACTIVATIONS
 from megatron.shapes import Widths, base_widths
-from megatron.tokenizers import build_tokenizer, padded_vocab_size
+from megatron.tokenizers import build_tokenizer
 from megatron.training.coordinate_picture import draw, require_matplotlib
 from megatron.training.coordinates import Curves, Gauge, Sizes
 from megatron.training.inputs import build_run_data

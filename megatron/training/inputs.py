@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.adapters import prompt_length
 from megatron.checkpoint.run_inputs import RunInputs
 from megatron.config import Config
-from megatron.config.derive.horizon import decay_horizon
+from megatron.config.derive.lr_schedule import decay_horizon
 from megatron.config.derive.ramp import Ramp
 from megatron.config.known import known
 from megatron.data.build import Data, build_data, epoch_samples

@@ -11,7 +11,6 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -32,6 +31,7 @@ from megatron.errors import ConfigError
 from megatron.evaluation.characters import Characters
 from megatron.evaluation.run import live_evaluation
 from megatron.launch.again import going_on, restarted_by_others
+from megatron.launch.worker import Stop
 from megatron.log import get_logger
 from megatron.observe.build import build_reporter
 from megatron.observe.memory import peak_memory_bytes
@@ -61,18 +61,6 @@ from megatron.training.state import RunState
 from megatron.training.watch import watched
 
 _log = get_logger(__name__)
-
-
-class Stop(Protocol):
-    """Whether someone asked this process to save and leave."""
-
-    @property
-    def requested(self) -> bool: ...
-
-    def listen(self) -> None:
-        """From now on a signal is an order to save and leave; before, while there is nothing to save, it ends the
-        process.
-        """
 
 
 def train(config: Config, stop: Stop) -> None:

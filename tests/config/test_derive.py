@@ -4,7 +4,7 @@ import pytest
 
 from megatron.config.derive.attention import expand_attention
 from megatron.config.derive.batch import Batch, derive_batch
-from megatron.config.derive.horizon import decay_horizon
+from megatron.config.derive.lr_schedule import decay_horizon
 from megatron.config.derive.optimizer import derive_optimizer
 from megatron.config.derive.precision import derive_precision
 from megatron.config.derive.widths import mlp_width

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.tokenizers import make_tokenizer, padded_vocab_size
+from megatron.config.derive.vocabulary import padded_vocab_size
+from megatron.tokenizers import make_tokenizer
 from tests.packages import wheel_member
 
 pytestmark = pytest.mark.registry

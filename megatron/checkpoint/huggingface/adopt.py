@@ -20,6 +20,7 @@ from megatron.checkpoint.rewrite import write_weights
 from megatron.checkpoint.slices import grown
 from megatron.checkpoint.weights import as_stored, assemble, key_of
 from megatron.config import Resources, resolve, wire
+from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.errors import RunError
 from megatron.shapes import ModelDims, TensorShape, tensors
 
@@ -56,7 +57,7 @@ def adopt(
     flags |= {**(further or {}), "model_parallel_size": model_size}
     config = resolve([], flags, Resources(model_size)).config
     dims = ModelDims.of(config.model, config.moe, config.mixers)
-    rows = -(-folder.rows // model_size) * model_size
+    rows = padded_vocab_size(folder.rows, 1, model_size)
     table = tensors(dims, rows)
     weights = folder.weights(dims)
 

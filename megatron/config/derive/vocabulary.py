@@ -6,8 +6,9 @@ loaded with the divisor it was trained with.
 
 from __future__ import annotations
 
+from megatron.config.derive.widths import round_up
+
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, model_parallel_size: int) -> int:
     """The least multiple of divisible_by * model_parallel_size that holds vocab_size ids [tokens]."""
-    multiple = divisible_by * model_parallel_size
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, divisible_by * model_parallel_size)
