@@ -18,36 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.checkpoint.merge import merge
 from megatron.errors import ConfigError, RunError
+from tools.target_layout import layout_arguments, layout_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description="Merge low-rank updates into a checkpoint's weights.")
-    made.add_argument("--load-dir", "--load_dir", type=Path, required=True, help="a save folder or one checkpoint")
-    made.add_argument("--save-dir", "--save_dir", type=Path, required=True, help="the save folder to write")
-    made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
-    made.add_argument(
-        "--target-tensor-parallel-size", "--target_tensor_parallel_size", type=int, default=1, help="default: 1"
-    )
-    made.add_argument(
-        "--target-pipeline-parallel-size",
-        "--target_pipeline_parallel_size",
-        type=int,
-        default=0,
-        help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
-    )
-    made.add_argument(
-        "--config-file", "--config_file", type=Path, nargs="+", default=[], help="YAML files that describe the model"
-    )
-    return made
+    return layout_parser("Merge low-rank updates into a checkpoint's weights.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(arguments)
-    sizes = {"model_size": asked.target_tensor_parallel_size, "pipe_size": asked.target_pipeline_parallel_size}
     try:
-        made = merge(asked.load_dir, asked.save_dir, iteration=asked.iteration, config_files=asked.config_file, **sizes)
+        made = merge(asked.load_dir, asked.save_dir, **layout_arguments(asked))
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code

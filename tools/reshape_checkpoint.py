@@ -18,45 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.checkpoint.reshape import reshape
 from megatron.errors import ConfigError, RunError
+from tools.target_layout import layout_arguments, layout_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description="Write a checkpoint's weights in another layout.")
-    made.add_argument("--load-dir", "--load_dir", type=Path, required=True, help="a save folder or one checkpoint")
-    made.add_argument("--save-dir", "--save_dir", type=Path, required=True, help="the save folder to write")
-    made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
-    made.add_argument(
-        "--target-tensor-parallel-size", "--target_tensor_parallel_size", type=int, default=1, help="default: 1"
-    )
-    made.add_argument(
-        "--target-pipeline-parallel-size",
-        "--target_pipeline_parallel_size",
-        type=int,
-        default=0,
-        help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
-    )
-    made.add_argument(
-        "--config-file", "--config_file", type=Path, nargs="+", default=[], help="YAML files that describe the model"
-    )
-    return made
+    return layout_parser("Write a checkpoint's weights in another layout.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(arguments)
-    sizes = {
-        "model_size": asked.target_tensor_parallel_size,
-        "pipe_size": asked.target_pipeline_parallel_size,
-    }
+    target = layout_arguments(asked)
     try:
-        made = reshape(
-            asked.load_dir, asked.save_dir, iteration=asked.iteration, config_files=asked.config_file, **sizes
-        )
+        made = reshape(asked.load_dir, asked.save_dir, **target)
     except (ConfigError, RunError) as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
-    print(f"{made}: weights for tensor parallel {sizes['model_size']}, pipeline parallel {sizes['pipe_size']}")
+    print(f"{made}: weights for tensor parallel {target['model_size']}, pipeline parallel {target['pipe_size']}")
     return 0
 
 

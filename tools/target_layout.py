@@ -1,0 +1,39 @@
+"""The command line that the tools share which write a checkpoint's weights in another layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def layout_parser(description: str) -> argparse.ArgumentParser:
+    """Makes the parser: checkpoint to read, folder to write, layout there. Flags may have dashes or underscores."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--load-dir", "--load_dir", type=Path, required=True, help="a save folder or one checkpoint")
+    made.add_argument("--save-dir", "--save_dir", type=Path, required=True, help="the save folder to write")
+    made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
+    made.add_argument(
+        "--target-tensor-parallel-size", "--target_tensor_parallel_size", type=int, default=1, help="default: 1"
+    )
+    made.add_argument(
+        "--target-pipeline-parallel-size",
+        "--target_pipeline_parallel_size",
+        type=int,
+        default=0,
+        help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
+    )
+    made.add_argument(
+        "--config-file", "--config_file", type=Path, nargs="+", default=[], help="YAML files that describe the model"
+    )
+    return made
+
+
+def layout_arguments(asked: argparse.Namespace) -> dict[str, Any]:
+    """The parsed arguments as the functions of `megatron.checkpoint` take them, beside the two folders."""
+    return {
+        "iteration": asked.iteration,
+        "config_files": asked.config_file,
+        "model_size": asked.target_tensor_parallel_size,
+        "pipe_size": asked.target_pipeline_parallel_size,
+    }
