@@ -32,7 +32,7 @@ from megatron.checkpoint.schedule import schedule_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.spread import Item, Sharing, by_looking, one_folder, spread
 from megatron.config import Config, wire
-from megatron.config.known import known
+from megatron.config.partial import known
 from megatron.errors import ConfigError
 from megatron.parallel.process_group import all_gather_items
 

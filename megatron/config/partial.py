@@ -1,4 +1,4 @@
-"""What can still be judged of a configuration of which some values are wrong or unreadable.
+"""Values that may be unknown: asserted in a resolved configuration, left out of the rules of one with errors.
 
 A user wants every mistake at once, and no mistake that is only an echo of another one. So derivations and rules run
 on the values that are good; whoever asks for one that is not gets `NotKnown`, and is left out.
@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from megatron.config.key import Section
 from megatron.errors import Mistake
 
 if TYPE_CHECKING:
     from megatron.config.config import Config
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None) -> Value:
+    """The value of a key that a YAML may leave out and that resolving always fills, of a resolved configuration."""
+    assert value is not None, "resolving fills this key or refuses the configuration"
+    return value
 
 
 class NotKnown(Exception):

@@ -25,7 +25,7 @@ from megatron.config import Config
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.derive.vocabulary import padded_vocab_size
 from megatron.config.derive.zero import REDUCTION_BUCKET
-from megatron.config.known import known
+from megatron.config.partial import known
 from megatron.config.sections.tokenizer import TokenizerSection
 from megatron.engine.compiled import compile_blocks
 from megatron.engine.experts import own_experts

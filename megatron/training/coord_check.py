@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron.config import Config
 from megatron.config.config import CATALOG
 from megatron.config.derive.vocabulary import padded_vocab_size
-from megatron.config.known import known
+from megatron.config.partial import known
 from megatron.config.rules.every import violations
 from megatron.config.rules.mup import FACTORS
 from megatron.data.batch import MicroBatch

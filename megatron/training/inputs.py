@@ -7,7 +7,8 @@ from megatron.checkpoint.run_inputs import RunInputs
 from megatron.config import Config
 from megatron.config.derive.lr_schedule import decay_horizon
 from megatron.config.derive.ramp import Ramp
-from megatron.config.known import known
+from megatron.config.partial import known
+from megatron.config.sections.training import TrainingSection
 from megatron.data.build import Data, build_data, epoch_samples
 from megatron.data.order import order_facts
 from megatron.errors import ConfigError
@@ -17,7 +18,6 @@ from megatron.ranks import Ranks
 from megatron.tokenizer_facts import facts_of
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.bounded import known_ids, whole_tokenizer
-from megatron.training.lengths import samples_wanted
 
 
 def with_length(config: Config) -> Config:
@@ -91,6 +91,20 @@ def train_iters(config: Config) -> int:
     if config.training.train_iters is None:
         raise ConfigError.of("the number of steps is not set", key="train_iters", remedy="set train_iters")
     return config.training.train_iters
+
+
+def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bool = False) -> dict[str, int]:
+    """Samples of train, valid and test that all ranks together take in a run of so many iterations.
+
+    There is an evaluation every eval_interval iterations and one at the end, each on samples of its own, or with
+    same_valid all on the same ones.
+    """
+    batch = known(training.train_batch_size)
+    per_evaluation = training.eval_iters * batch
+    several = bool(training.eval_interval) and not same_valid
+    evaluations = iterations // training.eval_interval + 1 if several else 1
+    train = Ramp.of(batch, training.rampup_batch_size).consumed(iterations)
+    return {"train": train, "valid": evaluations * per_evaluation, "test": per_evaluation}
 
 
 def builds_index_maps(config: Config) -> bool:

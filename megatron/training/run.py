@@ -22,7 +22,7 @@ from megatron.checkpoint.save_folder import check_writable, claim
 from megatron.config import Config
 from megatron.config.derive.curriculum import curriculum_lengths
 from megatron.config.derive.ramp import Ramp
-from megatron.config.known import known
+from megatron.config.partial import known
 from megatron.data.build import Data
 from megatron.engine.build import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.pipelined import PipelinedEngine
