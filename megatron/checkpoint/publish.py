@@ -7,25 +7,20 @@ global_step<N>.replaced.partial   complete, for the moment in which another take
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import time
-import uuid
 from collections.abc import Container, Iterable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron.atomic import sync_directory, write_atomic
 from megatron.checkpoint import integrity, layout
 from megatron.checkpoint.files import Written
 from megatron.checkpoint.handles import together
 from megatron.errors import RunError
+from megatron.parallel.shared_folder import sees_files_of_rank_0
 
 _REPLACED = ".replaced.partial"
 _PATIENCE = 10.0  # seconds until a network file system shows a new file everywhere
-_LOOK = 0.05  # seconds
 
 
 def make_room(partial: Path) -> None:
@@ -42,34 +37,17 @@ def require_shared(save: Path, rank: int) -> None:
 
     A checkpoint whose parts lie on the disks of several nodes would be found incomplete only when it is needed.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    token = [uuid.uuid4().hex]
-    dist.broadcast_object_list(token, src=0)
-    probe = save / f".seen-by-all-{token[0]}"
+    seen = sees_files_of_rank_0(save, patience=_PATIENCE)
 
-    def write() -> None:
-        if rank == 0:
-            save.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+    def check() -> None:
+        if not seen:
+            raise RunError.of(
+                f"rank {rank} on {socket.gethostname()} does not see what rank 0 writes there",
+                where=str(save),
+                remedy="save to a folder on a file system that all nodes share, or set use_shared_fs: false",
+            )
 
-    def look() -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while not (save.is_dir() and probe.name in os.listdir(save)):
-            if time.monotonic() > deadline:
-                raise RunError.of(
-                    f"rank {rank} on {socket.gethostname()} does not see what rank 0 writes there",
-                    where=str(save),
-                    remedy="save to a folder on a file system that all nodes share, or set use_shared_fs: false",
-                )
-            time.sleep(_LOOK)
-
-    together(write, f"writing to {save}")
-    try:
-        together(look, f"looking into {save}")
-    finally:
-        if rank == 0:
-            probe.unlink(missing_ok=True)
+    together(check, f"looking into {save}")
 
 
 def recover(save: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from megatron.errors import Mistake, RunError
 from megatron.log import get_logger
 from megatron.parallel.bootstrap import host_name
 from megatron.parallel.process_group import all_gather_list, device
+from megatron.parallel.shared_folder import sees_files_of_rank_0
 from megatron.ranks import Ranks
 
 _log = get_logger(__name__)
@@ -92,7 +92,7 @@ def take_census(config_digest: str, folder: Path | None) -> list[Facts]:
         device=torch.cuda.get_device_name() if accelerators else platform.machine(),
         devices=accelerators,
         clock=clock,
-        visible=_sees(folder, ranks),
+        visible=_sees(folder),
         bandwidth=_bandwidth(),
     )
     return all_gather_list(mine)
@@ -200,20 +200,11 @@ def _clock_ahead() -> float:
     return float(own - first)
 
 
-def _sees(folder: Path | None, ranks: Ranks) -> bool:
-    """Whether a file that rank 0 makes in its folder is there for this rank."""
-    told: list[str | None] = [None]
-    if ranks.rank == 0 and folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        token = folder.absolute() / f".seen-{os.getpid()}"
-        token.touch()
-        told = [str(token)]
-    dist.broadcast_object_list(told, src=0)
-    seen = told[0] is not None and Path(told[0]).exists()
-    dist.barrier()
-    if ranks.rank == 0 and told[0] is not None:
-        Path(told[0]).unlink(missing_ok=True)
-    return seen
+def _sees(folder: Path | None) -> bool:
+    """Whether this rank sees rank 0's folder, under the name that it has there."""
+    theirs = [None if folder is None else str(folder.absolute())]
+    dist.broadcast_object_list(theirs, src=0)
+    return theirs[0] is not None and sees_files_of_rank_0(Path(theirs[0]))
 
 
 def _bandwidth() -> float:
