@@ -28,6 +28,8 @@ COUNT_NOTHING = frozenset(
     }
 )
 
+ABOUT_KEYS = ("megatron/config/sections/", "megatron/config/support.py", "megatron/config/legacy.py")
+
 # Keys that only say how a feature works, by the key that turns the feature on (with `:name` where a name does). As long
 # as the feature is not built they may wait unread; once it is, each of them must be read.
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -96,7 +98,7 @@ def read_names(sources: Iterable[Source]) -> set[str]:
     """Attributes that code reads and strings that it names, outside the sections that declare keys."""
     found = set()
     for source in sources:
-        if source.within("megatron/config/sections/", "megatron/config/support.py", "megatron/config/legacy.py"):
+        if source.within(*ABOUT_KEYS):
             continue
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
