@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 
 from megatron.config.support import FAMILIES
-from tests.architecture.source import PRODUCT, Source, imports, sample
+from tests.architecture.source import PRODUCT, ROOT, Source, imports, sample
 
 KNOW_CONFIG = (
     "megatron/config/",
@@ -144,6 +145,12 @@ def package_complaints(source: Source) -> list[str]:
 
 def test_few_know_the_whole_config() -> None:
     assert [complaint for source in PRODUCT for complaint in config_complaints(source)] == []
+
+
+def test_the_map_lists_who_knows_the_whole_config() -> None:
+    page = (ROOT / "megatron" / "README.md").read_text(encoding="utf-8")
+    sentence = page.partition("`Config` is named only by")[2].partition(". Everything else")[0]
+    assert {f"megatron/{path}" for path in re.findall(r"`([\w./]+)`", sentence)} == set(KNOW_CONFIG)
 
 
 def test_config_law_can_complain() -> None:

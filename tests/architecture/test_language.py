@@ -81,6 +81,28 @@ def broken_links(path: str, text: str, exists: Iterable[str]) -> list[str]:
     return found
 
 
+def missing_on_the_map(text: str, exists: Iterable[str]) -> list[str]:
+    """Files and folders that a row of the map names and megatron/ does not have.
+
+    A name without a folder is beside one that the row has named before.
+    """
+    known = set(exists)
+    known |= {"/".join(name.split("/")[:depth]) + "/" for name in known for depth in range(1, name.count("/") + 1)}
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            continue
+        folders = ["megatron/", ""]
+        for name in re.findall(r"`([\w./]+(?:\.py|/))`", line):
+            there = [folder for folder in folders if folder + name in known]
+            if there:
+                path = there[-1] + name
+                folders += [path if path.endswith("/") else path.rpartition("/")[0] + "/"]
+            else:
+                found.append(f"the map names {name}, which is not there")
+    return found
+
+
 def unknown_commands(path: str, text: str, makefile: str) -> list[str]:
     """`make` targets that a page tells people to type and the Makefile does not have."""
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
@@ -119,6 +141,18 @@ def test_link_law_can_complain() -> None:
     assert (
         broken_links("docs/a.md", "[b](../tools/b.py) [i](images/a.png) [w](https://a.b) `./tools/b.py`", files) == []
     )
+
+
+def test_the_map_names_what_exists() -> None:
+    assert missing_on_the_map(pages()["megatron/README.md"], all_files()) == []
+
+
+def test_map_law_can_complain() -> None:
+    files = ["megatron/data/gpt.py", "megatron/data/blend.py", "tools/a.py"]
+    assert missing_on_the_map("| a | `data/rules.py` |", files)
+    assert missing_on_the_map("| a | `blend.py` |", files)
+    assert missing_on_the_map("| a | `rules/` |", files)
+    assert missing_on_the_map("| a | `data/gpt.py`, `blend.py`, `tools/a.py`; `data/` |", files) == []
 
 
 def test_pages_tell_commands_that_exist() -> None:
