@@ -33,20 +33,37 @@ from megatron.registry.model import (
     WHOLE_BLOCK,
     WITHOUT_ATTENTION,
 )
-from megatron.registry.optimizers import EIGHT_BIT, OPTIMIZERS
+from megatron.registry.optimizers import (
+    ADAM_STATE,
+    COMPRESSED_COMM,
+    CPU_OFFLOAD,
+    EIGHT_BIT,
+    ENTRYWISE,
+    HANDLES_ZERO1,
+    NEEDS_FULL_TENSORS,
+    OPTIMIZERS,
+    PROPORTIONAL,
+)
 from megatron.registry.training import OBJECTIVES, SCHEDULES, SINKS, TOKENIZERS
 
 __all__ = [
     "ACTIVATIONS",
+    "ADAM_STATE",
     "ATTENTION",
+    "COMPRESSED_COMM",
+    "CPU_OFFLOAD",
     "EIGHT_BIT",
+    "ENTRYWISE",
+    "HANDLES_ZERO1",
     "INITS",
     "MLPS",
+    "NEEDS_FULL_TENSORS",
     "NORMS",
     "OBJECTIVES",
     "OPTIMIZERS",
     "PLUGINS",
     "POSITIONS",
+    "PROPORTIONAL",
     "ROUTERS",
     "SCHEDULES",
     "SINKS",

@@ -24,7 +24,7 @@ class Entry:
     extra: str | None = None
     """The pip extra that installs what the target imports."""
     traits: frozenset[str] = frozenset()
-    """Properties that rules ask for, such as `NEEDS_FULL_TENSORS` of an optimizer."""
+    """Properties that rules ask for, such as `megatron.registry.NEEDS_FULL_TENSORS` of an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerEntry(Entry):
-    """An optimizer: the target is called as `target(groups, request)`, see `megatron.optim.request`."""
+    """An optimizer: the target is called as `target(groups, request)`, see `megatron.optim.request`.
+
+    Without traits it works on flat shards, so that every ZeRO stage is possible, and muP has no rule for it. The traits
+    are constants of `megatron.registry.optimizers`.
+    """
 
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
     """What `optimizer.params` may hold beside lr, weight_decay and max_grad_norm."""

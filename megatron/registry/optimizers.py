@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from megatron.registry.entry import OptimizerEntry, Setting
 from megatron.registry.family import Family
 
-WHOLE = frozenset({"whole"})  # needs whole tensors, which ZeRO makes flat pieces of
-PIECES = frozenset({"pieces"})  # whole tensors put together again from the pieces of ZeRO 1, in bfloat16
-# Its step has a size of its own in every entry, whatever the gradient's size, or is as large as the gradient: muP has
-# rules for both.
-ENTRYWISE, PROPORTIONAL = frozenset({"entrywise"}), frozenset({"proportional"})
-MOMENTS = ENTRYWISE | {"moments"}  # keeps the two moments of Adam, so that one can go on with the state of another
-LOCAL = MOMENTS | {"local"}  # exchanges something else than gradients, which ZeRO sums itself
-IN_MEMORY = MOMENTS | {"host"}  # updates parameters in the host's memory
+NEEDS_FULL_TENSORS = frozenset({"whole"})
+"""Its step needs tensors in their shape; ZeRO makes flat shards of them."""
+HANDLES_ZERO1 = frozenset({"pieces"})
+"""Builds full tensors from the shards of ZeRO 1 itself, in bfloat16."""
+ENTRYWISE = frozenset({"entrywise"})
+"""Its step has a size of its own in every element, whatever the size of the gradient; muP has rules for it."""
+PROPORTIONAL = frozenset({"proportional"})
+"""Its step is as large as the gradient; muP has rules for it."""
+ADAM_STATE = ENTRYWISE | {"moments"}
+"""Keeps the two moments of Adam, so that such optimizers go on with each other's state."""
+COMPRESSED_COMM = ADAM_STATE | {"local"}
+"""Exchanges something else than gradients, which ZeRO would sum."""
+CPU_OFFLOAD = ADAM_STATE | {"host"}
+"""Updates parameters in the host's memory."""
 
 NUMBER, FRACTION, COUNT, SWITCH, BETAS = map(Setting, ("number", "fraction", "count", "switch", "betas"))
 DEEPSPEED_COMM = "torch.distributed carries the momenta"
@@ -58,12 +64,14 @@ OPTIMIZERS = Family(
     "optimizer",
     "optimizer",
     [
-        _optimizer("adam", "adam:build", "Adam, arXiv:1711.05101", FUSED_ADAM, moments=2, traits=MOMENTS),
-        _optimizer("cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", ADAM, moments=2, traits=IN_MEMORY),
+        _optimizer("adam", "adam:build", "Adam, arXiv:1711.05101", FUSED_ADAM, moments=2, traits=ADAM_STATE),
+        _optimizer("cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", ADAM, moments=2, traits=CPU_OFFLOAD),
         _optimizer(
-            "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", TORCH_ADAM, moments=2, traits=MOMENTS
+            "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", TORCH_ADAM, moments=2, traits=ADAM_STATE
         ),
-        _optimizer("onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", ONE_BIT, moments=3, traits=LOCAL),
+        _optimizer(
+            "onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", ONE_BIT, moments=3, traits=COMPRESSED_COMM
+        ),
         _optimizer("sgd", "sgd:build", "Descent with momentum", SGD, moments=1, traits=PROPORTIONAL),
         _optimizer(
             "lion",
@@ -82,9 +90,20 @@ OPTIMIZERS = Family(
             moments=3,
             extra="optimizers",
         ),
-        _optimizer("sm3", "sm3:build", "SM3, arXiv:1901.11150", SM3, moments=1, traits=WHOLE, extra="optimizers"),
-        _optimizer("adafactor", "adafactor:build", "Adafactor, arXiv:1804.04235", ADAFACTOR, moments=0, traits=WHOLE),
-        _optimizer("muon", "muon:build", "Muon, arXiv:2502.16982", MUON, moments=2, traits=WHOLE | PIECES),
+        _optimizer(
+            "sm3", "sm3:build", "SM3, arXiv:1901.11150", SM3, moments=1, traits=NEEDS_FULL_TENSORS, extra="optimizers"
+        ),
+        _optimizer(
+            "adafactor",
+            "adafactor:build",
+            "Adafactor, arXiv:1804.04235",
+            ADAFACTOR,
+            moments=0,
+            traits=NEEDS_FULL_TENSORS,
+        ),
+        _optimizer(
+            "muon", "muon:build", "Muon, arXiv:2502.16982", MUON, moments=2, traits=NEEDS_FULL_TENSORS | HANDLES_ZERO1
+        ),
     ],
 )
 
