@@ -29,19 +29,19 @@ def sees_files_of_rank_0(folder: Path, *, patience: float = 0.0) -> bool:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
-    name, error = f".seen-{uuid.uuid4().hex}", None
+    name, problem = f".seen-{uuid.uuid4().hex}", None
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
         except OSError as fault:
-            error = str(fault)
-    found = [name, error]
+            problem = str(fault)
+    found = [name, problem]
     dist.broadcast_object_list(found, src=0)
-    name, error = str(found[0]), found[1]
-    if error is not None:
+    name, problem = str(found[0]), found[1]
+    if problem is not None:
         remedy = "give a folder that this user can make and write to"
-        raise RunError.of(f"rank 0 cannot write there: {error}", where=str(folder), remedy=remedy)
+        raise RunError.of(f"rank 0 cannot write there: {problem}", where=str(folder), remedy=remedy)
     seen = _appears(folder, name, patience)
     barrier()
     if dist.get_rank() == 0:
