@@ -4,7 +4,7 @@
 import sys
 
 try:
-    from megatron.launch.start import main
+    from megatron.launcher.cli import main
 except ModuleNotFoundError as fault:
     sys.exit(f"{sys.executable} has no package {fault.name}; activate the environment: source .venv/bin/activate")
 

@@ -3,12 +3,12 @@
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import run_door
+from megatron.launcher.worker import run_door
 
 
 def main(config: Config) -> None:
     """Evaluates as the configuration says."""
-    from megatron.evaluation.run import evaluate
+    from megatron.evaluation.runner import evaluate
 
     evaluate(config)
 

@@ -3,12 +3,12 @@
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import run_door
+from megatron.launcher.worker import run_door
 
 
 def main(config: Config) -> None:
     """Generates as the configuration says."""
-    from megatron.inference.run import generate
+    from megatron.inference.runner import generate
 
     generate(config)
 

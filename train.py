@@ -3,7 +3,7 @@
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import StopSignal, run_door, wrote_base_shapes
+from megatron.launcher.worker import StopSignal, run_door, wrote_base_shapes
 
 
 def main(config: Config) -> None:
@@ -11,12 +11,12 @@ def main(config: Config) -> None:
     if wrote_base_shapes(config):
         return
     if config.mup.coord_check:
-        from megatron.training.coord_check import coord_check
+        from megatron.training.mup.coord_check import coord_check
 
         coord_check(config)
         return
     stop = StopSignal.install()
-    from megatron.training.run import train
+    from megatron.training.trainer import train
 
     train(config, stop)
 

@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.block_sparsity import layout_of, visible_share
 from megatron.kernels.attention import choose_attention
-from megatron.kernels.view import Blocks, Pattern, View, Window
-from megatron.sparsity import layout_of, visible_share
+from megatron.kernels.attention_mask import Blocks, Pattern, View, Window
 
 HEADS, SIZE = 8, 64
 OPTIONS: dict[str, dict[str, Any]] = {

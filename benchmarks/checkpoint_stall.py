@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from megatron.checkpoint import layout
-from megatron.checkpoint.background import BackgroundWriter
-from megatron.checkpoint.publish import make_room, publish
-from megatron.checkpoint.snapshot import Snapshot
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.save.async_writer import BackgroundWriter
+from megatron.checkpoint.save.commit import make_room, publish
+from megatron.checkpoint.save.snapshot import Snapshot
 
 TENSORS = 12
 

@@ -18,10 +18,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Resources, resolve
-from megatron.data.batch import MicroBatch, make_batch
-from megatron.engine.build import DTYPES, build_training_engine
-from megatron.parallel.bootstrap import bootstrap
-from megatron.parallel.process_group import device
+from megatron.data.dataset.batch import MicroBatch, make_batch
+from megatron.distributed.init import bootstrap
+from megatron.distributed.process_group import device
+from megatron.engine.builder import DTYPES, build_training_engine
 
 RATE = 1e-4
 Step = Callable[[], float]

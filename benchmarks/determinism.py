@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import Shape, ours
 from benchmarks.gpu import MODELS as FOR_GPUS
-from megatron.parallel.bootstrap import shutdown
-from megatron.parallel.process_group import device
+from megatron.distributed.init import shutdown
+from megatron.distributed.process_group import device
 
 Work = Callable[[], object]
 WARM_UP = 3

@@ -29,9 +29,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.generation import our_engine, twin
-from megatron.evaluation.adapter import HarnessModel
+from megatron.evaluation.lm_eval_model import HarnessModel
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import train_byte_level_bpe
+from megatron.tokenizers.trainer import train_byte_level_bpe
 
 LENGTH = 512
 Requests = dict[str, list[Instance]]

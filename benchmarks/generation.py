@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from megatron.config import Config, resolve
-from megatron.engine.inference import InferenceEngine, build_stage, pack
-from megatron.inference.decode import Limits, Text, decode
+from megatron.distributed.mesh import Topology
+from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.model.cache import KVCache, cache_dtype
-from megatron.model.plan import layer_plan
-from megatron.parallel.topology import Topology
+from megatron.inference.token_loop import Limits, Text, decode
+from megatron.model.kv_cache import KVCache, cache_dtype
+from megatron.model.layers import layer_plan
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, PROMPT, NEW = 12, 768, 12, 50304, 64, 128
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}

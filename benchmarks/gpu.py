@@ -24,12 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import Shape, Step, ours, transformers_loop
-from megatron.observe.memory import peak_memory_bytes
-from megatron.observe.peak import find_peak
-from megatron.parallel.bootstrap import shutdown
-from megatron.parallel.process_group import device
+from megatron.distributed.init import shutdown
+from megatron.distributed.process_group import device
+from megatron.metrics.memory import peak_memory_bytes
+from megatron.metrics.peak_flops import find_peak
+from megatron.param_table import ModelDims, tensors
 from megatron.plan.flops import flops_per_iteration
-from megatron.shapes import ModelDims, tensors
 
 MODELS = {
     "tiny": Shape(layers=2, hidden=64, heads=4, sequence=64, micro_batch=2, vocabulary=512),

@@ -25,13 +25,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.blend import blend_order
-from megatron.data.gpt import PackedDataset, Samples
-from megatron.data.index_map import build_index_map, epochs_needed, sample_starts, samples_in
-from megatron.data.indexed import IndexedDataset
-from megatron.data.loader import Loader
-from megatron.data.sampler import Sampler
-from megatron.data.writer import DatasetWriter
+from megatron.data.dataset.blend import blend_order
+from megatron.data.dataset.gpt_dataset import PackedDataset, Samples
+from megatron.data.dataset.index_map import build_index_map, epochs_needed, sample_starts, samples_in
+from megatron.data.dataset.loader import Loader
+from megatron.data.dataset.sampler import Sampler
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
 
 SEQUENCE = 2048
 SAMPLES = 40_000

@@ -23,7 +23,7 @@ import numpy
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.data.writer import DatasetWriter  # noqa: E402 (the checkout is on the path only now)
+from megatron.data.indexed.writer import DatasetWriter  # noqa: E402 (the checkout is on the path only now)
 
 SETTINGS = {
     "num_layers": 2,

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import Shape, Step, ours, transformers_loop
-from megatron.parallel.bootstrap import shutdown
+from megatron.distributed.init import shutdown
 
 
 def seconds(step: Step) -> float:

@@ -24,15 +24,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.derive.vocabulary import padded_vocab_size
-from megatron.engine.build import build_training_engine, join
-from megatron.optim.schedule import build as build_schedule
-from megatron.optim.schedule import linear
-from megatron.parallel.bootstrap import shutdown
-from megatron.parallel.topology import Topology
+from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.distributed.init import shutdown
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_training_engine, join
+from megatron.optim.lr_schedule import build as build_schedule
+from megatron.optim.lr_schedule import linear
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.tokenizers import build_tokenizer
-from megatron.training.inputs import build_run_data
+from megatron.training.data_setup import build_run_data
 
 HEAD = 16  # features of a head at every width
 KINDS = {"muP": True, "standard": False}

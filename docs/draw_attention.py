@@ -18,8 +18,8 @@ from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.kernels.view import Blocks, View, Window
-from megatron.sparsity import layout_of, visible_share
+from megatron.kernels.attention_mask import Blocks, View, Window
+from megatron.block_sparsity import layout_of, visible_share
 
 LENGTH, BLOCK = 64, 4
 KINDS: list[tuple[str, str, dict[str, Any] | None, int | None]] = [

@@ -1,7 +1,7 @@
 """The rank of this process, as the environment names it, and a port at which ranks of one host can meet.
 
 RANK, LOCAL_RANK and WORLD_SIZE are set by DeepSpeed's launcher and torchrun; for the schedulers and MPIs that have
-names of their own, `launch/place.py` sets them before anything else reads them.
+names of their own, `launcher/rank_env.py` sets them before anything else reads them.
 """
 
 from __future__ import annotations

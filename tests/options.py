@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.block_sparsity import SPARSE_KINDS
 from megatron.registry import ACTIVATIONS, NORMS, POSITIONS
-from megatron.sparsity import SPARSE_KINDS
 
 LAYERS = 2
 Keys = dict[str, Any]

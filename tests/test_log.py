@@ -28,7 +28,7 @@ def test_a_lone_process_prints_plain_lines_once(monkeypatch: pytest.MonkeyPatch,
     _world(monkeypatch, 0, 1)
     configure()
     configure()
-    get_logger("megatron.data.build").info("%d documents", 3)
+    get_logger("megatron.data.dataset.builder").info("%d documents", 3)
     assert re.fullmatch(r"\d\d:\d\d:\d\d 3 documents\n", capsys.readouterr().err)
 
 

@@ -11,13 +11,13 @@ import sys
 
 from megatron.config import Config
 from megatron.errors import ConfigError
-from megatron.launch.worker import run_door
+from megatron.launcher.worker import run_door
 
 
 def main(config: Config) -> None:
     """Measures and prints the table on rank 0."""
-    from megatron.parallel.bootstrap import bootstrap, shutdown
-    from megatron.parallel.measure import measure, table
+    from megatron.distributed.init import bootstrap, shutdown
+    from megatron.health.collective_bench import measure, table
 
     if config.parallelism.world_size == 1:
         raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, remedy="start more ranks")

@@ -9,12 +9,12 @@ The text is a plain file, or a .jsonl file with a document a line under "text". 
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import run_door
+from megatron.launcher.worker import run_door
 
 
 def main(config: Config) -> None:
     """Measures as the configuration says."""
-    from megatron.evaluation.run import measure_text
+    from megatron.evaluation.runner import measure_text
 
     measure_text(config)
 

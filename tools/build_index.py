@@ -18,14 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.derive.ramp import Ramp
+from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.flags import read_flags
-from megatron.config.partial import known
-from megatron.data.build import epoch_samples, index_requests
-from megatron.data.index_cache import IndexRequest, read_index_map, write_index_map
-from megatron.data.sources import read_splits
+from megatron.config.validation.unknown_values import known
+from megatron.data.dataset.builder import epoch_samples, index_requests
+from megatron.data.dataset.index_cache import IndexRequest, read_index_map, write_index_map
+from megatron.data.dataset.sources import read_splits
 from megatron.errors import ConfigError, RunError
-from megatron.training.inputs import samples_wanted
+from megatron.training.data_setup import samples_wanted
 
 
 def requests_of(config: Config) -> list[IndexRequest]:

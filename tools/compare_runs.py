@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError
-from megatron.observe.fingerprint import read_fingerprints
+from megatron.metrics.fingerprint import read_fingerprints
 
 Record = dict[str, Any]
 

@@ -24,11 +24,8 @@ if __name__ == "__main__":
 
 import yaml
 
-from megatron.checkpoint import layout
-from megatron.checkpoint.huggingface.adopt import TOKENIZER, adopt
-from megatron.checkpoint.huggingface.companions import copy_tokenizer
-from megatron.checkpoint.huggingface.export import PRECISIONS
-from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.huggingface.export_model import PRECISIONS
 from megatron.checkpoint.huggingface.generation_config import (
     GENERATION,
     IDS,
@@ -38,6 +35,9 @@ from megatron.checkpoint.huggingface.generation_config import (
     unheeded,
     write_generation,
 )
+from megatron.checkpoint.huggingface.import_model import TOKENIZER, adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.huggingface.tokenizer_files import copy_tokenizer
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
 

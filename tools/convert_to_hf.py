@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     gc.disable()  # the imports leave no garbage, and looking for it takes a sixth of the time of a small model
 
-from megatron.checkpoint import files
-from megatron.checkpoint.huggingface.adopt import TOKENIZER
-from megatron.checkpoint.huggingface.companions import WHOLE, copy_tokenizer, for_every_release
-from megatron.checkpoint.huggingface.export import PRECISIONS, Wishes, export, refuse_existing, vocabulary
+from megatron.checkpoint.format import files
+from megatron.checkpoint.format.stored_model import StoredModel, open_model
+from megatron.checkpoint.huggingface.export_model import PRECISIONS, Wishes, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.checkpoint.huggingface.generation_config import (
@@ -36,8 +35,9 @@ from megatron.checkpoint.huggingface.generation_config import (
     ids_for_config,
     write_generation,
 )
-from megatron.checkpoint.huggingface.peft import export_adapter
-from megatron.checkpoint.stored import StoredModel, open_model
+from megatron.checkpoint.huggingface.import_model import TOKENIZER
+from megatron.checkpoint.huggingface.peft_adapter import export_adapter
+from megatron.checkpoint.huggingface.tokenizer_files import WHOLE, copy_tokenizer, for_every_release
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.to_folder import Portable, portable, portable_of

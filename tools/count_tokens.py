@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.merge import find_pairs
+from megatron.data.indexed.merge import find_pairs
+from megatron.data.indexed.reader import IndexedDataset
 from megatron.errors import ConfigError, RunError
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.checkpoint import files, integrity, layout
-from megatron.checkpoint.slices import OptimizerState
-from megatron.checkpoint.stored import StoredModel, choose, open_model
-from megatron.checkpoint.weights import key_of
+from megatron.checkpoint.format import files, integrity, layout
+from megatron.checkpoint.format.optimizer_shards import OptimizerState
+from megatron.checkpoint.format.stored_model import StoredModel, choose, open_model
+from megatron.checkpoint.format.weight_shards import key_of
 from megatron.errors import ConfigError, RunError
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.card import read_card
-from megatron.data.indexed import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
+from megatron.data.indexed.metadata import read_card
+from megatron.data.indexed.reader import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_facts import facts_of
+from megatron.tokenizer_info import facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
 AT_ONCE = 16 << 20  # tokens that are counted at once

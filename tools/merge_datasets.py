@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.merge import find_pairs, merge
+from megatron.data.indexed.merge import find_pairs, merge
 from megatron.errors import ConfigError, RunError
 
 

@@ -9,12 +9,12 @@ Either file may be left out. `load` names the checkpoint; `eval_overlap` the tok
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import run_door
+from megatron.launcher.worker import run_door
 
 
 def main(config: Config) -> None:
     """Measures as the configuration says."""
-    from megatron.evaluation.run import measure_perplexity
+    from megatron.evaluation.runner import measure_perplexity
 
     measure_perplexity(config)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError, Mistake
-from megatron.observe import read_metrics
+from megatron.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

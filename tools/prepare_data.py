@@ -24,16 +24,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.corpora import CORPORA, Corpus, find_corpus, read_about
-from megatron.data.download import Source, fetch
-from megatron.data.indexed import bin_path, idx_path
-from megatron.data.preprocess import preprocess
-from megatron.data.progress import ProgressLine, TransferLine
-from megatron.data.public_corpora import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA, PublicCorpus
-from megatron.data.recipes import PlainText
-from megatron.data.text_files import find_text_files
+from megatron.data.corpora.catalog import CORPORA, Corpus, find_corpus, read_about
+from megatron.data.corpora.download import Source, fetch
+from megatron.data.corpora.public import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA, PublicCorpus
+from megatron.data.indexed.reader import bin_path, idx_path
+from megatron.data.preprocess.document_types import PlainText
+from megatron.data.preprocess.pipeline import preprocess
+from megatron.data.preprocess.progress_bar import ProgressLine, TransferLine
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_facts import facts_of
+from megatron.tokenizer_info import facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from tools.preprocess_data import told
 

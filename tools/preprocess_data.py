@@ -19,16 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.encode import Recipe
-from megatron.data.preprocess import Result, preprocess
-from megatron.data.progress import ProgressLine
-from megatron.data.recipes import PARSED, SPELT, WITHOUT_PATTERN, LabelledText, PlainText
-from megatron.data.sentences import Sentences
-from megatron.data.shard import parse_shard
-from megatron.data.text_files import find_text_files
+from megatron.data.preprocess.document_types import PARSED, SPELT, WITHOUT_PATTERN, LabelledText, PlainText
+from megatron.data.preprocess.encode import Recipe
+from megatron.data.preprocess.input_shard import parse_shard
+from megatron.data.preprocess.pipeline import Result, preprocess
+from megatron.data.preprocess.progress_bar import ProgressLine
+from megatron.data.preprocess.sentences import Sentences
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_facts import TokenizerFacts, facts_of
+from megatron.tokenizer_info import TokenizerFacts, facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from megatron.tokenizers.round_trip import losses
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.recipes import Chat
+from megatron.data.preprocess.document_types import Chat
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_facts import facts_of
-from megatron.tokenizers.chat import ChatTokens
+from megatron.tokenizer_info import facts_of
+from megatron.tokenizers.chat_encoding import ChatTokens
 from tools.preprocess_data import add_work_arguments, dashed, run_recipe, tell_losses, told
 
 

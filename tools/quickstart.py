@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import ConfigError, RunError
-from megatron.launch.resources import local_devices
+from megatron.launcher.hosts import local_devices
 from tools.stages import Stage, Stamps, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent

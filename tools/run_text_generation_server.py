@@ -10,13 +10,13 @@ and `/metrics`.
 import sys
 
 from megatron.config import Config
-from megatron.launch.worker import StopSignal, run_door
+from megatron.launcher.worker import StopSignal, run_door
 
 
 def main(config: Config) -> None:
     """Serves as the configuration says, until asked to stop."""
     stop = StopSignal.install()
-    from megatron.serving.run import serve
+    from megatron.serving.server import serve
 
     serve(config, stop)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.count import read_texts
-from megatron.data.encode import Skipped
-from megatron.data.text_files import find_text_files
+from megatron.data.preprocess.count_tokens import read_texts
+from megatron.data.preprocess.encode import Skipped
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe, train_sentence_piece
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 
 # The public name of an algorithm, and sentencepiece's where it trains.
 ALGORITHMS = {"BPE": None, "unigram": "unigram", "sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}

@@ -13,30 +13,30 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
-from megatron.config.key import Section
-from megatron.config.sections.checkpoint import CheckpointSection
-from megatron.config.sections.data import DataSection
-from megatron.config.sections.deepspeed import DeepspeedSection
-from megatron.config.sections.evaluation import EvaluationSection
-from megatron.config.sections.generation import GenerationSection
-from megatron.config.sections.initialization import InitializationSection
-from megatron.config.sections.kernels import KernelsSection
-from megatron.config.sections.launch import LaunchSection
-from megatron.config.sections.mixers import MixersSection
-from megatron.config.sections.model import ModelSection
-from megatron.config.sections.moe import MoeSection
-from megatron.config.sections.mup import MupSection
-from megatron.config.sections.observe import ObserveSection
-from megatron.config.sections.optimizer import OptimizerSection
-from megatron.config.sections.parallelism import ParallelismSection
-from megatron.config.sections.precision import PrecisionSection
-from megatron.config.sections.preference import PreferenceSection
-from megatron.config.sections.recompute import RecomputeSection
-from megatron.config.sections.schedule import ScheduleSection
-from megatron.config.sections.tokenizer import TokenizerSection
-from megatron.config.sections.training import TrainingSection
-from megatron.config.sections.transformer_engine import TransformerEngineSection
-from megatron.config.words import type_in_words, value_in_words
+from megatron.config.field import Section
+from megatron.config.schema.checkpoint import CheckpointSection
+from megatron.config.schema.data import DataSection
+from megatron.config.schema.deepspeed import DeepspeedSection
+from megatron.config.schema.evaluation import EvaluationSection
+from megatron.config.schema.generation import GenerationSection
+from megatron.config.schema.initialization import InitializationSection
+from megatron.config.schema.kernels import KernelsSection
+from megatron.config.schema.launch import LaunchSection
+from megatron.config.schema.mixers import MixersSection
+from megatron.config.schema.model import ModelSection
+from megatron.config.schema.moe import MoeSection
+from megatron.config.schema.mup import MupSection
+from megatron.config.schema.observe import ObserveSection
+from megatron.config.schema.optimizer import OptimizerSection
+from megatron.config.schema.parallelism import ParallelismSection
+from megatron.config.schema.precision import PrecisionSection
+from megatron.config.schema.preference import PreferenceSection
+from megatron.config.schema.recompute import RecomputeSection
+from megatron.config.schema.schedule import ScheduleSection
+from megatron.config.schema.tokenizer import TokenizerSection
+from megatron.config.schema.training import TrainingSection
+from megatron.config.schema.transformer_engine import TransformerEngineSection
+from megatron.config.type_names import type_in_words, value_in_words
 from megatron.errors import ConfigError, Mistake
 from megatron.registry import nearest_name
 

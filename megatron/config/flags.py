@@ -13,8 +13,8 @@ from itertools import takewhile
 from typing import Any
 
 from megatron.config.config import CATALOG, KeyFacts
-from megatron.config.merge import COMMAND_LINE, find_file, normal_name, read_value
-from megatron.config.words import accepts, members, type_in_words
+from megatron.config.type_names import accepts, members, type_in_words
+from megatron.config.yaml_loader import COMMAND_LINE, find_file, normal_name, read_value
 from megatron.errors import Mistake
 from megatron.registry import nearest_name
 

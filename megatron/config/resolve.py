@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron.config.complete import complete
+from megatron.config.cluster import Resources
+from megatron.config.coerce import decode
 from megatron.config.config import CATALOG, Config, unknown_key
-from megatron.config.decode import decode
-from megatron.config.legacy import RENAMED, modernise
-from megatron.config.merge import COMMAND_LINE, Given, find_file, merge, normal_name
-from megatron.config.partial import meant
-from megatron.config.resources import Resources
-from megatron.config.rules.every import violations
-from megatron.config.sections.launch import LaunchSection
-from megatron.config.support import not_supported_yet, without_effect
-from megatron.config.words import accepts
+from megatron.config.defaults.fill_defaults import complete
+from megatron.config.renamed_keys import RENAMED, modernise
+from megatron.config.schema.launch import LaunchSection
+from megatron.config.type_names import accepts
+from megatron.config.validation.unknown_values import meant
+from megatron.config.validation.unsupported import not_supported_yet, without_effect
+from megatron.config.validation.validate import violations
+from megatron.config.yaml_loader import COMMAND_LINE, Given, find_file, merge, normal_name
 from megatron.errors import UNSET, ConfigError, Mistake
 
 DEFAULT, DERIVED = "default", "derived"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import ConfigError
-from megatron.observe import read_metrics
+from megatron.metrics import read_metrics
 
 CONFIG, METRICS, RANKS = "config.json", "metrics.jsonl", "ranks.jsonl"
 MOST_POINTS = 1500  # of a curve on the page

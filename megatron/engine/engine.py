@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.data.batch import MicroBatch
-from megatron.model.cache import KVCache
+from megatron.data.dataset.batch import MicroBatch
+from megatron.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import deepspeed
 import torch.utils.checkpoint
 from torch import Tensor
 
-from megatron.config.sections.recompute import RecomputeSection
+from megatron.config.schema.recompute import RecomputeSection
+from megatron.distributed.mesh import Topology
+from megatron.distributed.rng_tracker import ShardedRandom
 from megatron.model.recompute import Recompute
-from megatron.parallel.rng import ShardedRandom
-from megatron.parallel.topology import Topology
 
 TORCH = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 

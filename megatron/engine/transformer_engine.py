@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from megatron.config.sections.transformer_engine import TransformerEngineSection
+from megatron.config.schema.transformer_engine import TransformerEngineSection
+from megatron.distributed.mesh import Topology
 from megatron.model.block import TransformerBlock
-from megatron.parallel.topology import Topology
 from megatron.registry import TE_LAYERS
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from megatron.log import get_logger
-from megatron.observe.console import duration
+from megatron.metrics.console import duration
 
 _SECONDS = 10.0
 

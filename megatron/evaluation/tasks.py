@@ -1,6 +1,6 @@
 """lm-eval's tasks, its runner and its table, as a class and a function.
 
-Only this file and adapter.py import lm_eval (0.4.13: lm_eval/tasks/manager.py, lm_eval/evaluator.py).
+Only this file and lm_eval_model.py import lm_eval (0.4.13: lm_eval/tasks/manager.py, lm_eval/evaluator.py).
 """
 
 from __future__ import annotations

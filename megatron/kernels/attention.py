@@ -5,8 +5,8 @@ to position (keys - queries + i). Fewer key/value heads than query heads means g
 i reads key/value head i // group; no kernel here copies the shared heads.
 
 Where a sequence holds several documents, `starts` says for each query where its document starts; keys before that are
-not seen. A `view` hides further keys and adds to scores (see view.py). Without either no mask is made where the kernel
-needs none.
+not seen. A `view` hides further keys and adds to scores (see attention_mask.py). Without either no mask is made where
+the kernel needs none.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s queries, k keys, d head dim. Inputs may be
 strided views; the result is [b, n, s, d].
@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.attention_mask import View
 from megatron.kernels.blocked_attention import blocked_attention
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
-from megatron.kernels.view import View
 
 
 class AttentionKernel(Protocol):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.processor import widens
-from megatron.kernels.view import View
+from megatron.kernels.attention_mask import View
+from megatron.kernels.cpu_features import widens
 
 QUERIES = 128
 """Queries of a block, measured best for 512 positions and heads of 32 and 64."""

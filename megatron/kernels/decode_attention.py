@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron.kernels.native import library
+from megatron.kernels.cpp_build import library
 from megatron.kernels.rotary import plain_rotary
 
 Table = tuple[Tensor, Tensor]

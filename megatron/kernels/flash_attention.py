@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import AttentionKernel, choose_attention
-from megatron.kernels.view import View, reach
+from megatron.kernels.attention_mask import View, reach
 
 
 def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -15,9 +15,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from megatron.kernels.cpp_build import library
+from megatron.kernels.cpu_features import widens
 from megatron.kernels.linear import LinearKernel, choose_linear, pieces_of
-from megatron.kernels.native import library
-from megatron.kernels.processor import widens
 
 FEW = 16
 """Rows of x up to which reading the weight costs more than multiplying."""

@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from transformer_engine.common.recipe import DelayedScaling, Format
 
 from megatron.kernels.attention import AttentionKernel
+from megatron.kernels.attention_mask import View, reach
 from megatron.kernels.linear import BoundLinear
-from megatron.kernels.view import View, reach
 
 WITHOUT_MEMORY = "meta"
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.model.cache import KVCache
-from megatron.model.parts import Parts
-from megatron.parallel.initialization import ParameterSource
-from megatron.parallel.sequence import leave
-from megatron.parallel.topology import Axis
+from megatron.distributed.mesh import Axis
+from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.tensor_parallel.sequence_parallel import leave
+from megatron.model.block_spec import Parts
+from megatron.model.kv_cache import KVCache
 
 
 class Block(nn.Module):

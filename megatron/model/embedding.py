@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.adapters import SoftPrompt
+from megatron.adapter_config import SoftPrompt
+from megatron.distributed.mesh import Axis
+from megatron.distributed.param_attrs import mark_tied
+from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.kernels.linear import LinearKernel
-from megatron.model.cache import KVCache
+from megatron.model.kv_cache import KVCache
 from megatron.model.positions.base import Positions, document_positions
-from megatron.model.prompt import LearnedPrompt
-from megatron.parallel.embedding import VocabParallelEmbedding
-from megatron.parallel.initialization import Fill, ParameterSource
-from megatron.parallel.marks import mark_tied
-from megatron.parallel.rng import ShardedRandom
-from megatron.parallel.topology import Axis
+from megatron.model.soft_prompt import LearnedPrompt
 
 
 class EmbeddingLayer(nn.Module):

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_attrs import mark_table
+from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
 from megatron.kernels.linear import LinearKernel
-from megatron.model.cache import KVCache
 from megatron.model.embedding import EmbeddingLayer
-from megatron.parallel.initialization import Fill, ParameterSource
-from megatron.parallel.linear import ColumnParallelLinear
-from megatron.parallel.marks import mark_table
+from megatron.model.kv_cache import KVCache
 
 
 class Glue(nn.Module):

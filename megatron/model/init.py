@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.parallel.initialization import Fill, FirstRows, Rescale
-from megatron.shapes import Growth
+from megatron.distributed.param_init import Fill, FirstRows, Rescale
+from megatron.param_table import Growth
 
 
 @dataclass(frozen=True)

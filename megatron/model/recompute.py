@@ -17,9 +17,9 @@ from typing import Literal
 
 from torch import Tensor, is_grad_enabled
 
+from megatron.distributed.rng_tracker import ShardedRandom
 from megatron.model.block import Block
-from megatron.model.cache import KVCache
-from megatron.parallel.rng import ShardedRandom
+from megatron.model.kv_cache import KVCache
 
 Layer = Callable[..., Tensor]
 Checkpoint = Callable[..., Tensor]

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.transformer_engine import Attention, NormMLPWeights, linear_of, norm_mlp_of
 from megatron.model.block import TransformerBlock
 from megatron.model.mlp.dense import ParallelMLP
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.registry import ACTIVATIONS
 
 Layer = ColumnParallelLinear | RowParallelLinear

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron.parallel.cross_entropy import weighted_cross_entropy
-from megatron.parallel.topology import Axis
+from megatron.distributed.mesh import Axis
+from megatron.distributed.tensor_parallel.cross_entropy import weighted_cross_entropy
 
 
 class LanguageModel:
@@ -28,7 +28,7 @@ class LanguageModel:
 
         logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
         tensor-parallel axis; all of its ranks get the same loss. Where a gradient is needed the logits are
-        overwritten with it. tokens: the engine's count, one for all micro batches of a step (engine/tokens.py).
-        vocabulary: the ids that exist [tokens]; logits past them have no probability.
+        overwritten with it. tokens: the engine's count, one for all micro batches of a step
+        (engine/loss_normalization.py). vocabulary: the ids that exist [tokens]; logits past them have no probability.
         """
         return weighted_cross_entropy(logits, labels.t(), loss_mask.t().float() / tokens, axis, vocabulary)

@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from megatron.optim.request import Groups, Request
-from megatron.optim.whole import over_whole_tensors
+from megatron.optim.builder_args import Groups, Request
+from megatron.optim.unsharded import over_whole_tensors
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron.optim.request import STEP, Groups, Request
+from megatron.optim.builder_args import STEP, Groups, Request
 
 BETAS = (0.9, 0.999)
 EPS = 1.0e-8

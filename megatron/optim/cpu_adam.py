@@ -9,10 +9,10 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
+from megatron.distributed.op_build import turn_to_compile
 from megatron.errors import ConfigError
 from megatron.optim.adam import BETAS, EPS
-from megatron.optim.request import Groups, Request, count_in_integers
-from megatron.parallel.compiling import turn_to_compile
+from megatron.optim.builder_args import Groups, Request, count_in_integers
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:

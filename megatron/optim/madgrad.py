@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import MADGRAD
 
-from megatron.optim.request import STEP, Groups, Request, count_in_integers
+from megatron.optim.builder_args import STEP, Groups, Request, count_in_integers
 
 SHARED_COUNT = "k"
 

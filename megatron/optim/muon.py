@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from megatron.distributed.param_attrs import is_table, no_weight_decay
 from megatron.optim.adam import BETAS, EPS
-from megatron.optim.request import Groups, Request, count_in_integers
-from megatron.optim.whole import WholeTensors
-from megatron.parallel.marks import is_table, no_weight_decay
+from megatron.optim.builder_args import Groups, Request, count_in_integers
+from megatron.optim.unsharded import WholeTensors
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:

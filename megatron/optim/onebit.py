@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from megatron.distributed.mesh import Topology
 from megatron.log import get_logger
 from megatron.optim.adam import BETAS, EPS
-from megatron.optim.exchange import Exchange, Traffic
-from megatron.optim.request import STEP, Groups, Request
-from megatron.parallel.topology import Topology
+from megatron.optim.builder_args import STEP, Groups, Request
+from megatron.optim.compressed_allreduce import Exchange, Traffic
 
 FREEZE_STEP = 100_000
 WORKER_ERROR, SERVER_ERROR = "worker_error", "server_error"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.optim.request import Groups, Request
+from megatron.optim.builder_args import Groups, Request
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from pytorch_optimizer import SM3
 
-from megatron.optim.request import Groups, Request
-from megatron.optim.whole import over_whole_tensors
+from megatron.optim.builder_args import Groups, Request
+from megatron.optim.unsharded import over_whole_tensors
 
 
 class DecayedSM3(SM3):  # type: ignore[misc]

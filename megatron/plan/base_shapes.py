@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import Config
-from megatron.config.derive.mup import FORMAT, read_base_shapes
+from megatron.config.defaults.mup import FORMAT, read_base_shapes
 from megatron.errors import ConfigError
-from megatron.shapes import ModelDims, Widths, base_shapes
+from megatron.param_table import ModelDims, Widths, base_shapes
 
 SHOWN = 3  # tensors that an error names
 

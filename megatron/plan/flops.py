@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.param_table import ModelDims, TensorShape
 from megatron.registry import WITHOUT_ATTENTION
-from megatron.shapes import ModelDims, TensorShape
 
 
 def flops_per_iteration(

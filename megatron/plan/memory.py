@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron.param_table import ModelDims
 from megatron.plan.mixers import kept_by_mixer
 from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION
-from megatron.shapes import ModelDims
 
 FP32 = 4
 

@@ -9,7 +9,7 @@ s sequence, b micro batch, h hidden, d channels, f features of a half, t tensor 
 
 from __future__ import annotations
 
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 FP32 = 4
 CHUNK = 16

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.block_sparsity import visible_share
 from megatron.config import Config, Resolution
-from megatron.config.derive.attention import layer_classes
-from megatron.config.derive.zero import REDUCTION_BUCKET
+from megatron.config.defaults.attention import layer_classes
+from megatron.config.defaults.zero import REDUCTION_BUCKET
+from megatron.param_table import ModelDims, TensorShape, trained
 from megatron.plan.advice import advice
-from megatron.plan.figures import Figures
+from megatron.plan.estimates import Figures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
-from megatron.plan.parameters import model_tensors, on_rank, split_experts, total, why_unknown
+from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, why_unknown
 from megatron.plan.stages import stage_bounds
-from megatron.plan.text import plan_text
+from megatron.plan.text_report import plan_text
 from megatron.plan.vocabulary import find_vocabulary
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
-from megatron.shapes import ModelDims, TensorShape, trained
-from megatron.sparsity import visible_share
 
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
 

@@ -34,7 +34,7 @@ class TensorSpec:
     name: str
     """The parameter's name within the part's module."""
     shape: tuple[int | str, ...]
-    """Sizes before tensor parallelism; a string names an attribute of `megatron.shapes.ModelDims`."""
+    """Sizes before tensor parallelism; a string names an attribute of `megatron.param_table.ModelDims`."""
     shard_dim: int | None = None
     """The dimension that tensor parallelism shards; None where every rank has the full tensor."""
 
@@ -95,7 +95,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerEntry(Entry):
-    """An optimizer: the target is called as `target(groups, request)`, see `megatron.optim.request`.
+    """An optimizer: the target is called as `target(groups, request)`, see `megatron.optim.builder_args`.
 
     Without traits it works on flat shards, so that every ZeRO stage is possible, and muP has no rule for it. The traits
     are constants of `megatron.registry.optimizers`.
@@ -109,7 +109,7 @@ class OptimizerEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleEntry(Entry):
-    """A learning rate schedule: a function of a `megatron.optim.schedule.Moment`."""
+    """A learning rate schedule: a function of a `megatron.optim.lr_schedule.Moment`."""
 
     settings: tuple[str, ...] = ("min_lr",)
     """Keys of the schedule section that only schedules which list them read."""
@@ -130,7 +130,7 @@ class TokenizerEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class SinkEntry(Entry):
-    """A metrics sink: the target has `open(observe, start)`, see `megatron.observe.sinks.base`."""
+    """A metrics sink: the target has `open(observe, start)`, see `megatron.metrics.sinks.base`."""
 
     key: str | None = None
     """The key of the observe section that asks for it; `sinks` asks for any by its name."""

@@ -201,7 +201,7 @@ MLPS = Family(
     "moe_num_experts",
     [
         Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block"),
-        Entry("moe", "megatron.model.mlp.moe:MixtureMLP", "A mixture of experts, arXiv:1701.06538"),
+        Entry("moe", "megatron.model.moe.layer:MixtureMLP", "A mixture of experts, arXiv:1701.06538"),
     ],
 )
 
@@ -209,8 +209,8 @@ ROUTERS = Family(
     "router",
     "moe_router_type",
     [
-        Entry("sinkhorn", "megatron.model.mlp.router:sinkhorn", "Balanced assignment while training, arXiv:2103.16716"),
-        Entry("topk", "megatron.model.mlp.router:topk", "The most probable experts, arXiv:1701.06538"),
+        Entry("sinkhorn", "megatron.model.moe.router:sinkhorn", "Balanced assignment while training, arXiv:2103.16716"),
+        Entry("topk", "megatron.model.moe.router:topk", "The most probable experts, arXiv:1701.06538"),
     ],
 )
 

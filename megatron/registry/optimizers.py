@@ -113,16 +113,18 @@ EIGHT_BIT = Family(
     [
         _optimizer(
             "adam",
-            "eight_bit:build_adam",
+            "bitsandbytes:build_adam",
             "8-bit Adam",
             {"betas": BETAS, "eps": NUMBER},
             moments=0.5,
             extra="bitsandbytes",
         ),
-        _optimizer("lion", "eight_bit:build_lion", "8-bit Lion", {"betas": BETAS}, moments=0.25, extra="bitsandbytes"),
+        _optimizer(
+            "lion", "bitsandbytes:build_lion", "8-bit Lion", {"betas": BETAS}, moments=0.25, extra="bitsandbytes"
+        ),
         _optimizer(
             "sgd",
-            "eight_bit:build_sgd",
+            "bitsandbytes:build_sgd",
             "8-bit descent",
             {"momentum": FRACTION, "nesterov": SWITCH},
             moments=0.25,

@@ -9,16 +9,18 @@ SCHEDULES = Family(
     "learning rate schedule",
     "lr_decay_style",
     [
-        ScheduleEntry("constant", "megatron.optim.schedule:constant", "The peak rate after warmup", settings=()),
-        ScheduleEntry("linear", "megatron.optim.schedule:linear", "Falls on a straight line to zero or min_lr"),
-        ScheduleEntry("cosine", "megatron.optim.schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"),
-        ScheduleEntry("exponential", "megatron.optim.schedule:exponential", "Halves over the horizon"),
+        ScheduleEntry("constant", "megatron.optim.lr_schedule:constant", "The peak rate after warmup", settings=()),
+        ScheduleEntry("linear", "megatron.optim.lr_schedule:linear", "Falls on a straight line to zero or min_lr"),
         ScheduleEntry(
-            "inverse_sqrt", "megatron.optim.schedule:inverse_sqrt", "Falls as 1/sqrt(step), arXiv:1706.03762"
+            "cosine", "megatron.optim.lr_schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"
+        ),
+        ScheduleEntry("exponential", "megatron.optim.lr_schedule:exponential", "Halves over the horizon"),
+        ScheduleEntry(
+            "inverse_sqrt", "megatron.optim.lr_schedule:inverse_sqrt", "Falls as 1/sqrt(step), arXiv:1706.03762"
         ),
         ScheduleEntry(
             "wsd",
-            "megatron.optim.schedule:wsd",
+            "megatron.optim.lr_schedule:wsd",
             "Stays at the peak, falls at the end, arXiv:2404.06395",
             settings=("min_lr", "wsd_decay_fraction", "wsd_decay_style"),
         ),
@@ -85,22 +87,22 @@ SINKS = Family(
     "sinks",
     [
         SinkEntry(
-            "jsonl", "megatron.observe.sinks.jsonl:JsonLines", "metrics.jsonl in the run directory", key="log_dir"
+            "jsonl", "megatron.metrics.sinks.jsonl:JsonLines", "metrics.jsonl in the run directory", key="log_dir"
         ),
         SinkEntry(
             "tensorboard",
-            "megatron.observe.sinks.tensorboard:TensorBoard",
+            "megatron.metrics.sinks.tensorboard:TensorBoard",
             "Event files",
             extra="tensorboard",
             key="tensorboard_dir",
         ),
         SinkEntry(
             "wandb",
-            "megatron.observe.sinks.wandb:WeightsAndBiases",
+            "megatron.metrics.sinks.wandb:WeightsAndBiases",
             "A Weights & Biases run",
             extra="wandb",
             key="use_wandb",
         ),
-        SinkEntry("comet", "megatron.observe.sinks.comet:Comet", "A Comet experiment", extra="comet", key="use_comet"),
+        SinkEntry("comet", "megatron.metrics.sinks.comet:Comet", "A Comet experiment", extra="comet", key="use_comet"),
     ],
 )

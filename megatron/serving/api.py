@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+from megatron.serving.api_context import Desk
+from megatron.serving.api_errors import ERRORS, MOST_BYTES, add_handlers
+from megatron.serving.body_limit import BodyLimit
 from megatron.serving.chat import add_chat
 from megatron.serving.completions import add_completions
-from megatron.serving.desk import Desk
-from megatron.serving.failures import ERRORS, MOST_BYTES, add_handlers
-from megatron.serving.limits import BodyLimit
 from megatron.serving.megatron_api import add_megatron
 from megatron.serving.models import add_models
-from megatron.serving.observation import add_observation
+from megatron.serving.status_endpoints import add_observation
 
 
 def build_app(desk: Desk) -> FastAPI:

@@ -14,12 +14,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from megatron.inference.answer import Record
+from megatron.inference.generation_request import Record
+from megatron.serving.api_context import Desk, Wish, reason, require_text, usage
+from megatron.serving.api_errors import failed_event
+from megatron.serving.async_results import Texts, TokenScore
 from megatron.serving.chat_request import Chat
-from megatron.serving.collect import Texts, TokenScore
 from megatron.serving.completions import STREAM
-from megatron.serving.desk import Desk, Wish, reason, require_text, usage
-from megatron.serving.failures import failed_event
 from megatron.serving.logprobs import chat_logprobs
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from megatron.inference.answer import Record
-from megatron.serving.collect import Texts, TokenScore
+from megatron.inference.generation_request import Record
+from megatron.serving.api_context import Desk, Wish, reason, require_text, usage
+from megatron.serving.api_errors import failed_event
+from megatron.serving.async_results import Texts, TokenScore
 from megatron.serving.completion_request import Completion
-from megatron.serving.desk import Desk, Wish, reason, require_text, usage
-from megatron.serving.failures import failed_event
 from megatron.serving.logprobs import completion_logprobs
 
 STREAM: dict[int | str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from megatron.serving.desk import Desk, Wish, require_text
+from megatron.serving.api_context import Desk, Wish, require_text
 from megatron.serving.requests import MegatronRequest
 
 

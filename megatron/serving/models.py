@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from megatron.serving.desk import Desk
+from megatron.serving.api_context import Desk
 
 
 def add_models(app: FastAPI, desk: Desk) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.inference.reading import TextBehind
+from megatron.inference.prompt_encoding import TextBehind
 from megatron.tokenizers.base import Tokenizer
 
 _WINDOW = 16

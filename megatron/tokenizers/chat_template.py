@@ -26,8 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.beside import CONFIG, read_beside, token_text
 from megatron.tokenizers.pretrained import HFGPT2Tokenizer, PretrainedFromHF, files_of
+from megatron.tokenizers.tokenizer_config import CONFIG, read_beside, token_text
 
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"

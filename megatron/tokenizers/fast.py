@@ -23,9 +23,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, as_array, bytes_of_piece
-from megatron.tokenizers.beside import Beside
 from megatron.tokenizers.byte_level import ByteLevelEngine, byte_alphabet, make_engine
 from megatron.tokenizers.llama_class import as_read, rebuild
+from megatron.tokenizers.tokenizer_config import Beside
 
 
 class FromTokenizers:

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.added import ADDED, add_tokens
+from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
-from megatron.tokenizers.beside import NAMES
-from megatron.tokenizers.build import make_tokenizer
+from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.gpt2 import gpt2_bpe
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+from megatron.tokenizers.tokenizer_config import NAMES
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")

@@ -13,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.beside import read_beside
 from megatron.tokenizers.fast import FromTokenizers, read_file
+from megatron.tokenizers.tokenizer_config import read_beside
 
 KIND = "GPT2BPETokenizer"
 

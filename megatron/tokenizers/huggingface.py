@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.beside import CONFIG, read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse, read_file
+from megatron.tokenizers.tokenizer_config import CONFIG, read_beside
 
 __all__ = ["END_OF_DOCUMENT", "HFTokenizer"]
 

@@ -1,8 +1,9 @@
 """PretrainedFromHF and HFGPT2Tokenizer: the tokenizer of a pretrained model, from a folder or by its public name.
 
-A folder holds tokenizer.json, or vocab.json and merges.txt, and the tokens that it adds to them (added.py). What is no
-folder is the name of a model on the Hugging Face hub, whose files are fetched once into its cache; HF_HUB_OFFLINE=1
-keeps to what is there. The end of a document is the model's end-of-text token, which tokenizer_config.json names.
+A folder holds tokenizer.json, or vocab.json and merges.txt, and the tokens that it adds to them (added_tokens.py). What
+is no folder is the name of a model on the Hugging Face hub, whose files are fetched once into its cache;
+HF_HUB_OFFLINE=1 keeps to what is there. The end of a document is the model's end-of-text token, which
+tokenizer_config.json names.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.added import ADDED, add_tokens
+from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.beside import CONFIG, NAMES, Beside, read_beside
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
+from megatron.tokenizers.tokenizer_config import CONFIG, NAMES, Beside, read_beside
 
 PADDING = "<|padding|>"
 _FILES = ("tokenizer.json", CONFIG, ADDED, NAMES, "vocab.json", "merges.txt")

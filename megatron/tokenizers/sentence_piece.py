@@ -21,7 +21,7 @@ import sentencepiece
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, bytes_of_piece, split_at
-from megatron.tokenizers.beside import Beside, read_beside
+from megatron.tokenizers.tokenizer_config import Beside, read_beside
 
 # The fields of normalizer_spec, itself field 3 of the model's protocol buffer. What is appended to a model of this form
 # overrides what stands before it.

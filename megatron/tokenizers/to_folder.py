@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.added import ADDED
+from megatron.tokenizers.added_tokens import ADDED
 from megatron.tokenizers.base import END_OF_DOCUMENT
-from megatron.tokenizers.build import make_tokenizer
+from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.fast import FromTokenizers
 from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, lost_tokens, named_tokens
 from megatron.tokenizers.llama_class import as_read

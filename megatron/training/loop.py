@@ -1,6 +1,7 @@
 """The training loop: step, count, report, evaluate?, save?, stop?
 
-Everything it uses is handed to it (see run.py, which wires it), so this page is the order of events and nothing else.
+Everything it uses is handed to it (see trainer.py, which wires it), so this page is the order of events and nothing
+else.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.data.batch import MicroBatch
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.process_group import any_rank
 from megatron.engine.engine import StepResult, TrainingEngine
 from megatron.errors import RunError
-from megatron.evaluation.characters import Characters
-from megatron.observe.reporter import Reporter
-from megatron.observe.timers import StepClock
-from megatron.optim.schedule import Schedule
-from megatron.parallel.process_group import any_rank
-from megatron.training import triggers
-from megatron.training.sizes import StepSize, StepSizes
-from megatron.training.state import RunState
+from megatron.evaluation.char_perplexity import Characters
+from megatron.metrics.reporter import Reporter
+from megatron.metrics.timers import StepClock
+from megatron.optim.lr_schedule import Schedule
+from megatron.training import intervals
+from megatron.training.run_state import RunState
+from megatron.training.step_schedule import StepSize, StepSizes
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Plan:
 
     def reports(self, iteration: int) -> bool:
         """Whether the iteration is reported."""
-        return triggers.every(iteration, self.log_interval) or iteration in (1, self.total)
+        return intervals.every(iteration, self.log_interval) or iteration in (1, self.total)
 
 
 class BatchSource(Protocol):
@@ -255,19 +256,19 @@ def _place(plan: Plan, state: RunState, size: StepSize) -> int:
 
 
 def _evaluation_due(plan: Plan, parts: Parts, state: RunState) -> bool:
-    due = triggers.every(state.iteration, plan.eval_interval) or state.iteration == plan.total
+    due = intervals.every(state.iteration, plan.eval_interval) or state.iteration == plan.total
     return due and parts.valid is not None and plan.eval_iters > 0
 
 
 def _save_due(plan: Plan, state: RunState) -> bool:
-    return triggers.save_due(state.iteration, scale=plan.save_scale, factor=plan.save_factor, extra=plan.save_extra)
+    return intervals.save_due(state.iteration, scale=plan.save_scale, factor=plan.save_factor, extra=plan.save_extra)
 
 
 def _reason_to_stop(plan: Plan, parts: Parts, state: RunState) -> str | None:
     """The reason that any rank has; every rank gets an answer at the same iteration. None at the last one."""
     if state.iteration >= plan.total:
         return None
-    reason = triggers.exit_due(
+    reason = intervals.exit_due(
         state.iteration,
         interval=plan.exit_interval,
         elapsed_seconds=state.elapsed(),

@@ -12,26 +12,27 @@ from tests.architecture.source import PRODUCT, ROOT, Source, imports, sample
 FLOORS = {
     "errors": 0,
     "ranks": 0,
-    "adapters": 1,
+    "adapter_config": 1,
     "atomic": 1,
-    "extensions": 1,
+    "extensions_dir": 1,
     "log": 1,
     "registry": 1,
     "shared_memory": 1,
-    "sparsity": 1,
-    "tokenizer_facts": 1,
+    "block_sparsity": 1,
+    "tokenizer_info": 1,
     "config": 2,
     "kernels": 2,
-    "shapes": 2,
-    "parallel": 3,
+    "param_table": 2,
+    "distributed": 3,
     "checkpoint": 4,
     "data": 4,
     "model": 4,
-    "observe": 4,
+    "health": 4,
+    "metrics": 4,
     "optim": 4,
     "plan": 4,
     "tokenizers": 4,
-    "launch": 5,
+    "launcher": 5,
     "dashboard": 5,
     "objectives": 5,
     "engine": 6,
@@ -45,19 +46,19 @@ DOOR = 10
 # What a room may import besides the standard library and lower floors; rooms not named here are free.
 PACKAGES_OF = {
     "errors": frozenset(),
-    "adapters": frozenset(),
+    "adapter_config": frozenset(),
     "atomic": frozenset(),
-    "extensions": frozenset(),
+    "extensions_dir": frozenset(),
     "log": frozenset(),
     "registry": frozenset(),
     "shared_memory": frozenset(),
-    "sparsity": frozenset(),
-    "tokenizer_facts": frozenset(),
+    "block_sparsity": frozenset(),
+    "tokenizer_info": frozenset(),
     "config": frozenset({"pydantic", "pydantic_core", "yaml"}),
-    "shapes": frozenset(),
+    "param_table": frozenset(),
     "plan": frozenset(),
     "ranks": frozenset(),
-    "launch": frozenset(),
+    "launcher": frozenset(),
 }
 HEAVY = frozenset({"torch", "deepspeed", "transformers", "numpy"})
 
@@ -169,19 +170,19 @@ def test_imports_go_down() -> None:
 
 
 def test_floor_law_sees_upward_sideways_local_and_type_checking_imports() -> None:
-    engine = sample("megatron/engine/build.py", "")
-    up = "from megatron.engine.build import x\n"
-    assert floor_complaints([engine, sample("megatron/data/gpt.py", up)])
-    assert floor_complaints([engine, sample("megatron/data/gpt.py", f"def f():\n    {up}")])
-    assert floor_complaints([engine, sample("megatron/data/gpt.py", f"if TYPE_CHECKING:\n    {up}")])
-    called = "import importlib\nimportlib.import_module('megatron.engine.build')\n"
-    assert floor_complaints([engine, sample("megatron/data/gpt.py", called)])
+    engine = sample("megatron/engine/builder.py", "")
+    up = "from megatron.engine.builder import x\n"
+    assert floor_complaints([engine, sample("megatron/data/dataset/gpt_dataset.py", up)])
+    assert floor_complaints([engine, sample("megatron/data/dataset/gpt_dataset.py", f"def f():\n    {up}")])
+    assert floor_complaints([engine, sample("megatron/data/dataset/gpt_dataset.py", f"if TYPE_CHECKING:\n    {up}")])
+    called = "import importlib\nimportlib.import_module('megatron.engine.builder')\n"
+    assert floor_complaints([engine, sample("megatron/data/dataset/gpt_dataset.py", called)])
     package = sample("megatron/engine/__init__.py", "")
-    assert floor_complaints([package, sample("megatron/data/gpt.py", "from megatron import engine\n")])
-    assert floor_complaints([sample("megatron/data/gpt.py", "import megatron.model.block\n")])
-    assert floor_complaints([sample("megatron/data/gpt.py", "from ..model import block\n")])
+    assert floor_complaints([package, sample("megatron/data/dataset/gpt_dataset.py", "from megatron import engine\n")])
+    assert floor_complaints([sample("megatron/data/dataset/gpt_dataset.py", "import megatron.model.block\n")])
+    assert floor_complaints([sample("megatron/data/dataset/gpt_dataset.py", "from ...model import block\n")])
     assert floor_complaints([sample("megatron/stuff/x.py", "")])
-    assert floor_complaints([engine, sample("megatron/training/run.py", up)]) == []
+    assert floor_complaints([engine, sample("megatron/training/trainer.py", up)]) == []
     assert floor_complaints([engine, sample("train.py", up)]) == []
 
 
@@ -192,7 +193,7 @@ def test_doors_only_hand_on() -> None:
 def test_door_law_can_complain() -> None:
     doors = [sample("train.py", "import generate\n"), sample("generate.py", ""), sample("tools/corpus.py", "")]
     assert door_complaints(doors)
-    assert door_complaints([*doors[1:], sample("megatron/data/gpt.py", "from tools import corpus\n")])
+    assert door_complaints([*doors[1:], sample("megatron/data/dataset/gpt_dataset.py", "from tools import corpus\n")])
     assert door_complaints([*doors[1:], sample("benchmarks/step.py", "from tools.corpus import main\n")])
     assert door_complaints([*doors[1:], sample("tools/other.py", "from tools.corpus import main\n")]) == []
     assert door_complaints([*doors[1:], sample("prepare_data.py", "from tools.corpus import main\n")]) == []
@@ -214,10 +215,11 @@ def test_light_rooms_stay_light() -> None:
 
 
 def test_light_room_law_can_complain() -> None:
-    assert package_complaints([sample("megatron/config/rules.py", "def f():\n    import torch.nn\n")])
-    assert package_complaints([sample("megatron/launch/run.py", "from deepspeed.launcher import runner\n")])
+    assert package_complaints([sample("megatron/config/validation/batch.py", "def f():\n    import torch.nn\n")])
+    assert package_complaints([sample("megatron/launcher/cli.py", "from deepspeed.launcher import runner\n")])
     assert (
-        package_complaints([sample("megatron/config/merge.py", "import yaml\nfrom megatron.errors import E\n")]) == []
+        package_complaints([sample("megatron/config/yaml_loader.py", "import yaml\nfrom megatron.errors import E\n")])
+        == []
     )
 
 
@@ -256,4 +258,7 @@ def test_the_map_tells_the_floors_of_all_rooms() -> None:
 
 
 def test_the_map_is_read() -> None:
-    assert rooms_on_the_map("| 2 | `config/`, `shapes/` | x |\n| 10 | `train.py` | y |\n") == {"config": 2, "shapes": 2}
+    assert rooms_on_the_map("| 2 | `config/`, `param_table/` | x |\n| 10 | `train.py` | y |\n") == {
+        "config": 2,
+        "param_table": 2,
+    }

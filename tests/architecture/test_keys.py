@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megatron.config import CATALOG
 from megatron.config.config import KeyFacts
-from megatron.config.support import DEAD, FAMILIES, GAPS, HINTS
+from megatron.config.validation.unsupported import DEAD, FAMILIES, GAPS, HINTS
 from tests.architecture.source import PRODUCT, Source, sample
 
 # Whole numbers that count nothing: names of things, seeds, factors.
@@ -28,7 +28,7 @@ COUNT_NOTHING = frozenset(
     }
 )
 
-ABOUT_KEYS = ("megatron/config/sections/", "megatron/config/support.py", "megatron/config/legacy.py")
+ABOUT_KEYS = ("megatron/config/schema/", "megatron/config/validation/unsupported.py", "megatron/config/renamed_keys.py")
 
 # Keys that only say how a feature works, by the key that turns the feature on (with `:name` where a name does). As long
 # as the feature is not built they may wait unread; once it is, each of them must be read.
@@ -137,8 +137,8 @@ def test_every_key_is_read_or_known_to_be_unread() -> None:
 
 
 def test_reading_law_can_complain() -> None:
-    reader = sample("megatron/data/gpt.py", "def f(data):\n    return data.split\n")
-    section = sample("megatron/config/sections/data.py", "split: str\nx.data_path\n")
+    reader = sample("megatron/data/dataset/gpt_dataset.py", "def f(data):\n    return data.split\n")
+    section = sample("megatron/config/schema/data.py", "split: str\nx.data_path\n")
     assert unread(["split", "data_path"], [reader, section], []) == ["data_path"]
     assert unread(["split", "data_path"], [reader, section], ["data_path"]) == []
 

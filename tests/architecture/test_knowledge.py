@@ -6,24 +6,24 @@ import ast
 import re
 import sys
 
-from megatron.config.support import FAMILIES
+from megatron.config.validation.unsupported import FAMILIES
 from tests.architecture.source import PRODUCT, ROOT, Source, imports, sample
 
 KNOW_CONFIG = (
     "megatron/config/",
     "megatron/plan/",
-    "megatron/launch/",
-    "megatron/checkpoint/save.py",
-    "megatron/checkpoint/load.py",
-    "megatron/checkpoint/reshape.py",
+    "megatron/launcher/",
+    "megatron/checkpoint/save/saver.py",
+    "megatron/checkpoint/load/loader.py",
+    "megatron/checkpoint/reshard/reshard.py",
     "megatron/checkpoint/huggingface/",
-    "megatron/engine/build.py",
-    "megatron/training/run.py",
-    "megatron/training/inputs.py",
-    "megatron/training/coord_check.py",
-    "megatron/inference/run.py",
-    "megatron/evaluation/run.py",
-    "megatron/serving/run.py",
+    "megatron/engine/builder.py",
+    "megatron/training/trainer.py",
+    "megatron/training/data_setup.py",
+    "megatron/training/mup/coord_check.py",
+    "megatron/inference/runner.py",
+    "megatron/evaluation/runner.py",
+    "megatron/serving/server.py",
 )
 
 # Every package that is imported and where. A trailing slash means a folder; "" means anywhere outside the light rooms,
@@ -34,35 +34,35 @@ WHERE: dict[str, tuple[str, ...]] = {
     "pydantic": ("megatron/config/", "megatron/serving/"),
     "pydantic_core": ("megatron/config/",),
     "yaml": ("megatron/config/", "megatron/evaluation/", "tools/", "benchmarks/"),
-    "rich": ("megatron/observe/", "tools/"),
+    "rich": ("megatron/metrics/", "tools/"),
     "tokenizers": ("megatron/tokenizers/", "tools/"),
     "deepspeed": (
-        "megatron/parallel/topology.py",
-        "megatron/parallel/bootstrap.py",
-        "megatron/parallel/rng.py",
-        "megatron/model/pipelined.py",
-        "megatron/model/mlp/",
+        "megatron/distributed/mesh.py",
+        "megatron/distributed/init.py",
+        "megatron/distributed/rng_tracker.py",
+        "megatron/model/pipeline_model.py",
+        "megatron/model/moe/",
         "megatron/engine/",
         "megatron/optim/",
         "benchmarks/",
     ),
-    "bitsandbytes": ("megatron/optim/eight_bit.py",),
+    "bitsandbytes": ("megatron/optim/bitsandbytes.py",),
     "pytorch_optimizer": ("megatron/optim/",),
-    "wandb": ("megatron/observe/sinks/wandb.py",),
-    "comet_ml": ("megatron/observe/sinks/comet.py",),
+    "wandb": ("megatron/metrics/sinks/wandb.py",),
+    "comet_ml": ("megatron/metrics/sinks/comet.py",),
     "lm_eval": ("megatron/evaluation/", "benchmarks/"),
-    "tensorboard": ("megatron/observe/sinks/tensorboard.py",),
+    "tensorboard": ("megatron/metrics/sinks/tensorboard.py",),
     "flash_attn": ("megatron/kernels/flash_attention.py",),
     "transformer_engine": ("megatron/model/norms/transformer_engine.py", "megatron/kernels/transformer_engine.py"),
-    "matplotlib": ("tools/plot_metrics.py", "megatron/training/coordinate_picture.py"),
-    "numba": ("megatron/data/compiled.py",),
+    "matplotlib": ("tools/plot_metrics.py", "megatron/training/mup/plot.py"),
+    "numba": ("megatron/data/dataset/numba_loops.py",),
     "transformers": ("benchmarks/",),
     "fastapi": ("megatron/serving/",),
     "starlette": ("megatron/serving/",),
     "uvicorn": ("megatron/serving/",),
     "litgpt": ("benchmarks/",),
-    "boto3": ("megatron/checkpoint/bucket.py",),
-    "botocore": ("megatron/checkpoint/bucket.py",),
+    "boto3": ("megatron/checkpoint/remote/s3_client.py",),
+    "botocore": ("megatron/checkpoint/remote/s3_client.py",),
     "causal_conv1d": ("megatron/kernels/mamba.py",),
     "mamba_ssm": ("megatron/kernels/mamba.py",),
     "ftfy": ("megatron/data/",),
@@ -89,7 +89,7 @@ CHOICES = {
     "tokenizer_type": "megatron/tokenizers/",
     "train_impl": "megatron/objectives/",
 }
-WITHOUT_TORCH = ("megatron/config/", "megatron/plan/", "megatron/shapes/")
+WITHOUT_TORCH = ("megatron/config/", "megatron/plan/", "megatron/param_table/")
 
 
 def choice_complaints(source: Source) -> list[str]:
@@ -154,10 +154,12 @@ def test_the_map_lists_who_knows_the_whole_config() -> None:
 
 
 def test_config_law_can_complain() -> None:
-    assert config_complaints(sample("megatron/data/build.py", "from megatron.config import Config\n"))
-    assert config_complaints(sample("megatron/data/build.py", "import megatron.config as c\ndef f(x: c.Config): ...\n"))
-    assert config_complaints(sample("megatron/data/build.py", 'def f(x: "Config"): ...\n'))
-    assert config_complaints(sample("megatron/engine/build.py", "from megatron.config import Config\n")) == []
+    assert config_complaints(sample("megatron/data/dataset/builder.py", "from megatron.config import Config\n"))
+    assert config_complaints(
+        sample("megatron/data/dataset/builder.py", "import megatron.config as c\ndef f(x: c.Config): ...\n")
+    )
+    assert config_complaints(sample("megatron/data/dataset/builder.py", 'def f(x: "Config"): ...\n'))
+    assert config_complaints(sample("megatron/engine/builder.py", "from megatron.config import Config\n")) == []
     assert config_complaints(sample("train.py", "from megatron.config import Config\n")) == []
 
 
@@ -168,10 +170,10 @@ def test_packages_stay_where_they_belong() -> None:
 def test_package_law_can_complain() -> None:
     assert package_complaints(sample("megatron/training/loop.py", "def f():\n    import deepspeed\n"))
     assert package_complaints(
-        sample("megatron/observe/reporter.py", "from torch.utils.tensorboard import SummaryWriter\n")
+        sample("megatron/metrics/reporter.py", "from torch.utils.tensorboard import SummaryWriter\n")
     )
-    assert package_complaints(sample("megatron/data/gpt.py", "import polars\n"))
-    assert package_complaints(sample("megatron/engine/plain.py", "import deepspeed, torch\n")) == []
+    assert package_complaints(sample("megatron/data/dataset/gpt_dataset.py", "import polars\n"))
+    assert package_complaints(sample("megatron/engine/deepspeed_engine.py", "import deepspeed, torch\n")) == []
 
 
 def test_a_choice_is_decided_once() -> None:
@@ -179,12 +181,12 @@ def test_a_choice_is_decided_once() -> None:
 
 
 def test_choice_law_can_complain() -> None:
-    assert choice_complaints(sample("megatron/engine/build.py", "if model.norm == 'rmsnorm': x\n"))
+    assert choice_complaints(sample("megatron/engine/builder.py", "if model.norm == 'rmsnorm': x\n"))
     assert choice_complaints(
-        sample("megatron/engine/build.py", "def f(pos_emb): return pos_emb in ('rotary', 'rpe')\n")
+        sample("megatron/engine/builder.py", "def f(pos_emb): return pos_emb in ('rotary', 'rpe')\n")
     )
-    assert choice_complaints(sample("megatron/model/plan.py", "if model.norm == 'rmsnorm': x\n")) == []
-    assert choice_complaints(sample("megatron/engine/build.py", "if norm > limit: x\n")) == []
+    assert choice_complaints(sample("megatron/model/layers.py", "if model.norm == 'rmsnorm': x\n")) == []
+    assert choice_complaints(sample("megatron/engine/builder.py", "if norm > limit: x\n")) == []
 
 
 def test_every_family_of_parts_has_an_owner() -> None:

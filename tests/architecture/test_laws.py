@@ -45,7 +45,7 @@ def dead_rooms(names: Mapping[str, Any], root: Path = ROOT) -> list[str]:
 def test_every_path_that_a_law_lists_exists() -> None:
     modules = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
     found = {name: vars(importlib.import_module(f"tests.architecture.{name}")) for name in modules}
-    assert "megatron/config/rules/" in set(strings(found["test_safety"]["USERS_VALUES"]))
+    assert "megatron/config/validation/" in set(strings(found["test_safety"]["USERS_VALUES"]))
     assert [f"{name}.py: {line}" for name, constants in found.items() for line in dead_paths(constants)] == []
 
 
@@ -66,12 +66,12 @@ def test_dead_path_law_can_complain(tmp_path: Path) -> None:
     (tmp_path / "megatron" / "config" / "rules").mkdir(parents=True)
     (tmp_path / "megatron" / "errors.py").touch()
     good = {
-        "LAW": ("megatron/config/rules/", {"key": frozenset({"megatron/errors.py"})}, "any text", "tools"),
+        "LAW": ("megatron/config/validation/", {"key": frozenset({"megatron/errors.py"})}, "any text", "tools"),
         "x": "tools/",
     }
     assert dead_paths(good, tmp_path) == []
     assert dead_paths({"LAW": ("megatron/config/rules.py",)}, tmp_path)
-    assert dead_paths({"LAW": {"key": "megatron/config/derive/"}}, tmp_path)
+    assert dead_paths({"LAW": {"key": "megatron/config/defaults/"}}, tmp_path)
     assert dead_paths({"LAW": {"megatron/errors.py/": 1}}, tmp_path)
     assert dead_rooms({"errors": 0, "config": 1}, tmp_path) == []
     assert dead_rooms({"warnings": 0}, tmp_path) == ["warnings"]

@@ -10,15 +10,15 @@ RUNS_CODE = frozenset({"pickle", "cPickle", "dill", "marshal", "shelve", "cloudp
 PICKLE_FREE = ("megatron/data/", "megatron/tokenizers/", "megatron/config/", "megatron/inference/", "tools/")
 
 USERS_VALUES = (
-    "megatron/config/complete.py",
-    "megatron/config/decode.py",
-    "megatron/config/derive/",
+    "megatron/config/defaults/fill_defaults.py",
+    "megatron/config/coerce.py",
+    "megatron/config/defaults/",
     "megatron/config/flags.py",
-    "megatron/config/legacy.py",
-    "megatron/config/merge.py",
+    "megatron/config/renamed_keys.py",
+    "megatron/config/yaml_loader.py",
     "megatron/config/paths.py",
     "megatron/config/resolve.py",
-    "megatron/config/rules/",
+    "megatron/config/validation/",
 )
 """Where values that a user wrote are judged."""
 
@@ -124,7 +124,7 @@ def test_users_meet_no_asserts() -> None:
 
 def test_assert_law_can_complain() -> None:
     assert assert_complaints(sample("train.py", "assert config.seed > 0\n"))
-    assert assert_complaints(sample("megatron/config/rules/optimizer.py", "def f(x):\n    assert x > 0\n"))
-    assert assert_complaints(sample("megatron/config/rules/optimizer.py", "assert x is not None, 'give x'\n"))
-    assert assert_complaints(sample("megatron/config/rules/optimizer.py", "assert x is not None\n")) == []
+    assert assert_complaints(sample("megatron/config/validation/optimizer.py", "def f(x):\n    assert x > 0\n"))
+    assert assert_complaints(sample("megatron/config/validation/optimizer.py", "assert x is not None, 'give x'\n"))
+    assert assert_complaints(sample("megatron/config/validation/optimizer.py", "assert x is not None\n")) == []
     assert assert_complaints(sample("megatron/model/block.py", "assert x\n")) == []

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint import files, layout, slices
-from megatron.checkpoint.publish import make_room, publish, retain
-from megatron.checkpoint.slices import StateSlice
-from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.weights import by_layer, key_of, layer_content, whole_content
-from megatron.shapes import ModelDims, tensors
+from megatron.checkpoint.format import files, layout, optimizer_shards
+from megatron.checkpoint.format.optimizer_shards import StateSlice
+from megatron.checkpoint.format.weight_shards import by_layer, key_of, layer_content, whole_content
+from megatron.checkpoint.save.commit import make_room, publish, retain
+from megatron.checkpoint.save.snapshot import Snapshot
+from megatron.param_table import ModelDims, tensors
 
 DIMS = ModelDims(
     num_layers=1,
@@ -36,10 +36,10 @@ def snapshot(iteration: int) -> Snapshot:
     return Snapshot(
         {
             layout.model_file(0): lambda: whole_content(weights, {"iteration": iteration}),
-            layout.slice_file(0): lambda: slices.values(kept),
+            layout.slice_file(0): lambda: optimizer_shards.values(kept),
         },
         {
-            layout.slice_index(0): json.dumps(slices.index(kept, model_rank=0, model_size=1)),
+            layout.slice_index(0): json.dumps(optimizer_shards.index(kept, model_rank=0, model_size=1)),
             layout.RUN: json.dumps(run),
         },
     )
@@ -62,7 +62,8 @@ def write_layers(directory: Path, weights: dict[str, torch.Tensor], model_rank: 
 
 def write_slices(directory: Path, rank: int, *, model_rank: int, model_size: int, pieces: Sequence[StateSlice]) -> None:
     """The optimizer slices of one global rank, and their index."""
-    files.write_tensors(directory / layout.slice_file(rank), slices.values(pieces))
+    files.write_tensors(directory / layout.slice_file(rank), optimizer_shards.values(pieces))
     files.write_json(
-        directory / layout.slice_index(rank), slices.index(pieces, model_rank=model_rank, model_size=model_size)
+        directory / layout.slice_index(rank),
+        optimizer_shards.index(pieces, model_rank=model_rank, model_size=model_size),
     )

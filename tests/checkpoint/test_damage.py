@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint import find, layout
-from megatron.checkpoint.weights import WeightFiles
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.format.weight_shards import WeightFiles
+from megatron.checkpoint.load import find
 from megatron.errors import ConfigError, RunError
 from tests.checkpoint.saved import save
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint import files, integrity, layout, rng
+from megatron.checkpoint.format import files, integrity, layout, rng
 from megatron.errors import RunError
 
 

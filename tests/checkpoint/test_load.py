@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import files, integrity, layout
-from megatron.checkpoint.files import Written
-from megatron.checkpoint.huggingface.adopt import adopt
-from megatron.checkpoint.huggingface.folder import Folder
-from megatron.checkpoint.load import find_checkpoint
+from megatron.checkpoint.format import files, integrity, layout
+from megatron.checkpoint.format.files import Written
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.loader import find_checkpoint
 from megatron.config import Config, Resources, resolve
-from megatron.engine.build import build_inference_engine
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError, RunError
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, tensors
+from megatron.param_table import ModelDims, tensors
 from tests.checkpoint.huggingface.models import save
-from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_dataset, run
+from tests.multi_rank import RankFailedError
 from tools import convert_from_hf, convert_to_hf, inspect_checkpoint, reshape_checkpoint
 
 

@@ -8,8 +8,8 @@ import numpy
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
-from megatron.checkpoint import files, layout
-from megatron.checkpoint.weights import WeightFiles, key_of, read_shards
+from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.format.weight_shards import WeightFiles, key_of, read_shards
 from tests.architecture.source import PRODUCT
 from tests.checkpoint.saved import TABLE
 
@@ -65,6 +65,6 @@ def test_older_names_of_a_gated_mlp_on_two_ranks(tmp_path: Path) -> None:
 def test_one_place_reads_pickles_and_deepspeed_reads_none() -> None:
     """torch.load is called in one file, and no method of DeepSpeed's that calls it is called anywhere."""
     loads = [source.path for source in PRODUCT if "torch.load(" in source.text]
-    assert [str(path).removeprefix(f"{ROOT}/") for path in loads] == ["megatron/checkpoint/files.py"]
+    assert [str(path).removeprefix(f"{ROOT}/") for path in loads] == ["megatron/checkpoint/format/files.py"]
     forbidden = (".load_checkpoint(", "load_universal", "ds_to_universal", "zero_to_fp32", ".load_state_dir(")
     assert [(str(source.path), name) for source in PRODUCT for name in forbidden if name in source.text] == []

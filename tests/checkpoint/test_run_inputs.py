@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.run_inputs import RunInputs, same_data_order, same_tokenizer
+from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
 from megatron.errors import ConfigError
-from megatron.tokenizer_facts import TokenizerFacts, facts_of
+from megatron.tokenizer_info import TokenizerFacts, facts_of
 from megatron.tokenizers.char_level import CharLevelTokenizer
 
 WHERE = Path("run/global_step5")

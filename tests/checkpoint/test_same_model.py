@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.same_model import same_model
+from megatron.checkpoint.load.model_check import same_model
 from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint import find, layout
-from megatron.checkpoint.bucket import Bucket
-from megatron.checkpoint.save_folder import check_writable, claim
-from megatron.config.sections.checkpoint import CheckpointSection
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.load import find
+from megatron.checkpoint.remote.s3_client import Bucket
+from megatron.checkpoint.save.folder_check import check_writable, claim
+from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.errors import ConfigError
 from tests.checkpoint.saved import save
-from tests.distributed import RankFailedError, run_distributed
+from tests.multi_rank import RankFailedError, run_distributed
 
 
 def section(folder: Path, **keys: object) -> CheckpointSection:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron.config.config import CATALOG
-from megatron.config.legacy import IGNORED, REFUSED, RENAMED, modernise
-from megatron.config.merge import Given
+from megatron.config.renamed_keys import IGNORED, REFUSED, RENAMED, modernise
+from megatron.config.yaml_loader import Given
 from tests.config.small import resolved
 
 PAGE = Path(__file__).parents[2] / "docs" / "differences.md"

@@ -6,10 +6,10 @@ from typing import Any, get_args, get_origin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import CATALOG, Config, Resolution, Resources, resolve, wire
+from megatron.config import CATALOG, Config, Resolution, Resources, resolve, serialize
 from megatron.config.config import KeyFacts
-from megatron.config.deepspeed_json import deepspeed_config
-from megatron.config.words import members
+from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.type_names import members
 from megatron.errors import ConfigError, Mistake
 from megatron.plan import make_plan
 from tests.config.small import SMALL
@@ -58,8 +58,8 @@ def test_flat_to_config_to_wire_and_back(values: dict[str, Any]) -> None:
     config = Config.from_flat(values)
     assert {name: config.flat()[name] for name in values} == values
     assert Config.from_flat(config.flat()) == config
-    assert wire.from_json(wire.to_json(config)) == config
-    assert wire.decode(wire.encode(config)) == config.replace(config_files=None)
+    assert serialize.from_json(serialize.to_json(config)) == config
+    assert serialize.decode(serialize.encode(config)) == config.replace(config_files=None)
     assert config.replace() == config
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron.config import CATALOG, Config, Resources, resolve
-from megatron.config.support import DEAD, HINTS
-from megatron.config.words import accepts
+from megatron.config.type_names import accepts
+from megatron.config.validation.unsupported import DEAD, HINTS
 from megatron.errors import ConfigError
 from tests.config.small import SMALL, faults, resolved, write
 
@@ -238,7 +238,8 @@ def test_config_is_frozen_and_replaced() -> None:
 
 def test_resolving_and_planning_import_no_torch() -> None:
     code = (
-        "import sys\nfrom megatron.config import resolve, Resources\nfrom megatron.config import deepspeed_json, wire\n"
+        "import sys\nfrom megatron.config import resolve, Resources\n"
+        "from megatron.config import deepspeed_config, serialize\n"
         "from megatron.plan import make_plan\n"
         f"make_plan(resolve([], {SMALL!r}, Resources(2))).text()\n"
         "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)\n"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.derive.zero import ZERO_NAMES
+from megatron.config.defaults.zero import ZERO_NAMES
 from tests.config.small import faults, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from megatron.config.config import CATALOG
-from megatron.config.support import GAPS
+from megatron.config.validation.unsupported import GAPS
 from megatron.registry import OBJECTIVES
 from tests.architecture.source import PRODUCT, ROOT, Source
 

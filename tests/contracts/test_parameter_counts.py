@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.config import Resources, resolve
-from megatron.model.plan import layer_plan
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.model.layers import layer_plan
 from megatron.plan import make_plan
-from megatron.plan.parameters import model_tensors
+from megatron.plan.parameter_counts import model_tensors
 from megatron.plan.vocabulary import find_vocabulary
 from tests.contracts.shipped import FILES, intended, name_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.config import CATALOG
-from megatron.config.words import accepts, members
+from megatron.config.type_names import accepts, members
 
 PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_keys.json").read_text())
 

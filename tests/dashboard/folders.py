@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron.observe.sinks.jsonl import JsonLines
+from megatron.metrics.sinks.jsonl import JsonLines
 
 
 def make_run(folder: Path, *, iterations: int = 50, scale: float = 1.0, **config: Any) -> Path:

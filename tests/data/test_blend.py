@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.blend import BlendedDataset, blend_order, greedy_order, samples_asked
+from megatron.data.dataset.blend import BlendedDataset, blend_order, greedy_order, samples_asked
 
 
 @settings(max_examples=60, deadline=None)

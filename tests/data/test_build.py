@@ -5,11 +5,11 @@ import resource
 import numpy as np
 import pytest
 
-from megatron.config.sections.data import DataSection
-from megatron.data.build import build_data
-from megatron.data.card import DatasetCard
-from megatron.data.index_map import build_index_map
-from megatron.data.writer import DatasetWriter
+from megatron.config.schema.data import DataSection
+from megatron.data.dataset.builder import build_data
+from megatron.data.dataset.index_map import build_index_map
+from megatron.data.indexed.metadata import DatasetCard
+from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 
 EOD = 0
@@ -201,7 +201,7 @@ def test_damage_is_found_before_training(one_set, tmp_path):
 
 def test_warming_up_reads_every_byte(one_set, tmp_path, monkeypatch):
     warmed = []
-    monkeypatch.setattr("megatron.data.indexed.IndexedDataset.warm_up", lambda self: warmed.append(self.prefix))
+    monkeypatch.setattr("megatron.data.indexed.reader.IndexedDataset.warm_up", lambda self: warmed.append(self.prefix))
     build(one_set.model_copy(update={"mmap_warmup": True}), valid=2)
     assert warmed == [str(tmp_path / "p")]
 

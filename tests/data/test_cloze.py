@@ -5,7 +5,7 @@ import random
 import pytest
 import yaml
 
-from megatron.data.cloze import cloze_items, cloze_task
+from megatron.data.corpora.cloze import cloze_items, cloze_task
 
 
 @pytest.fixture(scope="module")

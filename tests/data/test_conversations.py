@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset
 from tests.tokenizers.test_chat_template import DOCUMENT, PLAIN, TOOL, folder_with
 from tests.tokenizers.test_chat_tools import AS_TEXT, JSON_CALLS, MAPPING, parts, with_calls
 from tools.preprocess_data_with_chat_template import main

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron.data.blocks import parse_lengths, read_blocks
-from megatron.data.text_files import find_text_files
+from megatron.data.preprocess.reader import parse_lengths, read_blocks
+from megatron.data.preprocess.text_files import find_text_files
 
 
 def _records(count=1200):

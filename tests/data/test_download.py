@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron.data.download import ATTEMPTS, Source, fetch, read_sums
+from megatron.data.corpora.download import ATTEMPTS, Source, fetch, read_sums
 from megatron.errors import RunError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -233,7 +233,7 @@ def test_a_published_sum_of_a_zip_member(server, tmp_path):
 
 
 def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
-    from megatron.data import download
+    from megatron.data.corpora import download
 
     def full(descriptor):
         raise OSError(28, "No space left on device")

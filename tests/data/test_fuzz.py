@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import preprocess
-from megatron.data.recipes import PlainText
-from megatron.data.text_files import find_text_files
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.preprocess.document_types import PlainText
+from megatron.data.preprocess.pipeline import preprocess
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import RunError
-from megatron.tokenizer_facts import TokenizerFacts
+from megatron.tokenizer_info import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
 
 CHARACTERS = make_tokenizer("CharLevelTokenizer")

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron.data.index_cache import IndexRequest, index_maps, read_index_map
-from megatron.data.index_map import epochs_needed
-from megatron.data.indexed import IndexedDataset
-from megatron.data.writer import DatasetWriter
+from megatron.data.dataset.index_cache import IndexRequest, index_maps, read_index_map
+from megatron.data.dataset.index_map import epochs_needed
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
 
 
 def dataset(prefix, sizes):

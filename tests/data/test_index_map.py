@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.index_map import build_index_map, epochs_needed, samples_in
+from megatron.data.dataset.index_map import build_index_map, epochs_needed, samples_in
 
 
 def walked(sizes, documents, seq_length, wanted, seed):

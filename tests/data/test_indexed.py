@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed import IndexedDataset, dtype_for_vocabulary
-from megatron.data.writer import DatasetWriter
+from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocabulary
+from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]

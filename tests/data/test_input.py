@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset
 from tools.preprocess_data import main
 
 ROWS = [{"text": f"number {number}", "id": number} for number in range(5)]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections.data import DataSection
-from megatron.data.batch import make_batch
-from megatron.data.blend import document_weights
-from megatron.data.writer import DatasetWriter
+from megatron.config.schema.data import DataSection
+from megatron.data.dataset.batch import make_batch
+from megatron.data.dataset.blend import document_weights
+from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError
 from tests.data.test_build import build, documents, served, write
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data.batch import make_batch
-from megatron.data.loader import Loader
-from megatron.data.sampler import Sampler
+from megatron.data.dataset.batch import make_batch
+from megatron.data.dataset.loader import Loader
+from megatron.data.dataset.sampler import Sampler
 
 
 class Numbered:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.blend import blend_order
-from megatron.data.index_map import build_index_map, epochs_needed
-from megatron.data.indexed import IndexedDataset, dtype_for_vocabulary
-from megatron.data.writer import DatasetWriter
+from megatron.data.dataset.blend import blend_order
+from megatron.data.dataset.index_map import build_index_map, epochs_needed
+from megatron.data.indexed.reader import IndexedDataset, dtype_for_vocabulary
+from megatron.data.indexed.writer import DatasetWriter
 from tests.packages import installed
 
 pytestmark = pytest.mark.registry

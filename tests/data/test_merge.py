@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.merge import find_pairs, merge
-from megatron.data.preprocess import preprocess
-from megatron.data.recipes import PlainText
-from megatron.data.sentences import Sentences
-from megatron.data.shard import Shard, parse_shard
-from megatron.data.text_files import find_text_files
-from megatron.data.writer import DatasetWriter
+from megatron.data.indexed.merge import find_pairs, merge
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.data.preprocess.document_types import PlainText
+from megatron.data.preprocess.input_shard import Shard, parse_shard
+from megatron.data.preprocess.pipeline import preprocess
+from megatron.data.preprocess.sentences import Sentences
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError
-from megatron.tokenizer_facts import TokenizerFacts
+from megatron.tokenizer_info import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
 
 CHARACTERS = make_tokenizer("CharLevelTokenizer")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.python_stdlib import collect
+from megatron.data.corpora.python_stdlib import collect
+from megatron.data.indexed.reader import IndexedDataset
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe
 from tests.end_to_end.runs import run, series
 from tests.packages import installed
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.sections.data import DataSection
-from megatron.data.build import build_data, epoch_samples
-from megatron.data.indexed import IndexedDataset
-from megatron.data.packing import build_whole_map, has_labels, usable_documents
-from megatron.data.plan import WholeDocuments
-from megatron.data.writer import DatasetWriter
+from megatron.config.schema.data import DataSection
+from megatron.data.dataset.builder import build_data, epoch_samples
+from megatron.data.dataset.packing import build_whole_map, has_labels, usable_documents
+from megatron.data.dataset.summary import WholeDocuments
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError
 from tests.data.test_build import EOD, build, documents, served, write
 
@@ -71,7 +71,7 @@ def test_documents_without_labels_are_found(tmp_path, monkeypatch):
     with DatasetWriter(tmp_path / "l", np.dtype("<i4")) as writer:
         for document in labels:
             writer.add_document(np.array(document, np.int64))
-    monkeypatch.setattr("megatron.data.packing.BLOCK", 2)
+    monkeypatch.setattr("megatron.data.dataset.packing.BLOCK", 2)
     data = IndexedDataset(tmp_path / "l")
     assert has_labels(data, range(5), 3).tolist() == [False, False, True, False, True]
     assert has_labels(data, range(1, 4), 4).tolist() == [False, True, True]

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import preprocess
-from megatron.data.recipes import PlainText
-from megatron.data.text_files import find_text_files
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.preprocess.document_types import PlainText
+from megatron.data.preprocess.pipeline import preprocess
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_facts import TokenizerFacts
+from megatron.tokenizer_info import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe
 
 ROOT = Path(__file__).parents[2]
 CHARACTERS = make_tokenizer("CharLevelTokenizer")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron.data.corpora import find_corpus, read_about
-from megatron.data.python_stdlib import LARGEST_VALID_FILE, VALID_BYTES, Document, collect, split_by_file
+from megatron.data.corpora.catalog import find_corpus, read_about
+from megatron.data.corpora.python_stdlib import LARGEST_VALID_FILE, VALID_BYTES, Document, collect, split_by_file
 from megatron.errors import ConfigError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.preprocess import preprocess
-from megatron.data.recipes import PlainText
-from megatron.data.sentences import Sentences
-from megatron.data.text_files import find_text_files
+from megatron.data.preprocess.document_types import PlainText
+from megatron.data.preprocess.pipeline import preprocess
+from megatron.data.preprocess.sentences import Sentences
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError
-from megatron.tokenizer_facts import TokenizerFacts
+from megatron.tokenizer_info import TokenizerFacts
 from megatron.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]

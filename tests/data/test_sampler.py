@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.sampler import Sampler
+from megatron.data.dataset.sampler import Sampler
 from megatron.errors import RunError
 
 

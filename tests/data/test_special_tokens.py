@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.special_tokens import spells_one
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.preprocess.special_token_search import spells_one
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.round_trip import losses
 from tests.tokenizers import made
@@ -100,7 +100,7 @@ def test_a_pattern_of_another_vocabulary_is_refused(tmp_path, capsys, pattern):
 
 def test_counts_survive_a_resume(tmp_path):
     """They are part of what an interrupted work keeps."""
-    from megatron.data.journal import Counts, Journal
+    from megatron.data.preprocess.resume_state import Counts, Journal
 
     journal = Journal(str(tmp_path / "out"), "task")
     journal.write(Counts(1, notes={"what": 3}), [])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.splits import split_documents, split_shares
+from megatron.data.dataset.splits import split_documents, split_shares
 from megatron.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.blocks import read_blocks
-from megatron.data.encode import Counted, records_of
-from megatron.data.text_files import find_text_files
+from megatron.data.preprocess.encode import Counted, records_of
+from megatron.data.preprocess.reader import read_blocks
+from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError
 
 LINES = b"".join(json.dumps({"text": f"document {number} " * 9}).encode() + b"\n" for number in range(400))

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron.config.sections.data import DataSection
-from megatron.data.card import DatasetCard, read_card
-from megatron.data.indexed import IndexedDataset
-from megatron.data.merge import merge
-from megatron.data.writer import DatasetWriter
+from megatron.config.schema.data import DataSection
+from megatron.data.indexed.merge import merge
+from megatron.data.indexed.metadata import DatasetCard, read_card
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_facts import FROM_FILES, TokenizerFacts, facts_of
+from megatron.tokenizer_info import FROM_FILES, TokenizerFacts, facts_of
 from megatron.tokenizers import make_tokenizer
 from tests.data.test_build import build, documents, served, write
 from tests.data.test_labels import write_signed

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.adapters import prompt_length
-from megatron.checkpoint.load import find_checkpoint
-from megatron.checkpoint.save import Counters, Saver
+from megatron.adapter_config import prompt_length
+from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config, Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine
-from megatron.parallel.bootstrap import bootstrap
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, tensors
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.init import bootstrap
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_training_engine
+from megatron.param_table import ModelDims, tensors
 from tests.options import LAYERS, Keys
 
 VOCABULARY, LENGTH, STEPS, SAVED = 64, 24, 5, 2

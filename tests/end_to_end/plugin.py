@@ -46,7 +46,7 @@ from torch import nn
 
 from megatron.model.positions.base import Positions
 from megatron.objectives.language_model import LanguageModel
-from megatron.parallel.marks import mark_table, mark_tied
+from megatron.distributed.param_attrs import mark_table, mark_tied
 
 
 class DynamicTanh(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 
 from megatron.config import Resources, resolve
-from megatron.data.indexed import IndexedDataset
-from megatron.data.writer import DatasetWriter
-from megatron.observe.sinks.jsonl import read_metrics
-from megatron.training.run import train
-from tests.distributed import run_distributed
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.metrics.sinks.jsonl import read_metrics
+from megatron.training.trainer import train
+from tests.multi_rank import run_distributed
 
 BASE: dict[str, Any] = {
     "num_layers": 4,

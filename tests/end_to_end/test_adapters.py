@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.merge import merge
-from megatron.checkpoint.stored import StoredModel, open_model
+from megatron.checkpoint.format.stored_model import StoredModel, open_model
+from megatron.checkpoint.reshard.merge_lora import merge
 from megatron.config import Resources, resolve
-from megatron.evaluation.run import measure_text
-from megatron.inference import run as inference_run
-from megatron.inference.run import generate
+from megatron.evaluation.runner import measure_text
+from megatron.inference import runner as inference_run
+from megatron.inference.runner import generate
+from megatron.param_table import is_added
 from megatron.registry import OPTIMIZERS
-from megatron.shapes import is_added
-from tests.distributed import RankFailedError, run_distributed
 from tests.end_to_end.engines import CONTEXT, PIPELINE, SAVED, TENSOR, Curves, agree, train
 from tests.end_to_end.runs import BASE, make_dataset, run, series
 from tests.end_to_end.test_families import LAYOUTS as FAMILY_LAYOUTS
 from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same, same
 from tests.end_to_end.test_optimizers import LAYOUTS as OPTIMIZER_LAYOUTS
 from tests.end_to_end.test_optimizers import PARAMS, TOLERANCE
+from tests.multi_rank import RankFailedError, run_distributed
 from tests.options import Keys
 
 UPDATES: Keys = {"lora": {"rank": 4, "alpha": 16, "targets": "all"}}

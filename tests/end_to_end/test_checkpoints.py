@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint import layout
-from tests.distributed import RankFailedError
+from megatron.checkpoint.format import layout
 from tests.end_to_end.runs import make_dataset, run, series
 from tests.end_to_end.test_precision import run_fp16
+from tests.multi_rank import RankFailedError
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron.checkpoint import layout
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import RankFailedError, run_distributed
+from megatron.checkpoint.format import layout
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.multi_rank import RankFailedError, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy
 import pytest
 
-from megatron.data.indexed import IndexedDataset
-from megatron.data.writer import DatasetWriter
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
 from tests.end_to_end.runs import make_documents, run, series
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

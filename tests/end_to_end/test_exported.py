@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from megatron.config import Resources, resolve
-from megatron.data.writer import DatasetWriter
-from megatron.evaluation import run as evaluation_run
-from megatron.inference import run as inference_run
-from megatron.inference.run import generate
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.evaluation import runner as evaluation_run
+from megatron.inference import runner as inference_run
+from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import train_byte_level_bpe
-from tests.distributed import run_distributed
+from megatron.tokenizers.trainer import train_byte_level_bpe
 from tests.end_to_end.runs import BASE, run
+from tests.multi_rank import run_distributed
 from tools import convert_to_hf
 
 pytestmark = pytest.mark.long

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron.data.loader import Loader
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import RankFailedError, run_distributed
+from megatron.data.dataset.loader import Loader
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
 from tests.end_to_end.runs import run as train_alone
+from tests.multi_rank import RankFailedError, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 8.0  # [s] collective_timeout
@@ -63,7 +63,9 @@ class Run:
         """The process of a rank: the one whose environment says so and that runs the script itself."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             command = child.cmdline()
-            works = self.script in " ".join(command) and "megatron.launch.rank" not in command and "-u" in command
+            works = (
+                self.script in " ".join(command) and "megatron.launcher.rank_agent" not in command and "-u" in command
+            )
             if works and child.environ().get("RANK") == str(rank):
                 return child
         raise AssertionError(f"no worker of rank {rank}")

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.huggingface.export import export
-from megatron.checkpoint.reshape import reshape
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.reshard.reshard import reshape
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError
-from megatron.inference.decode import Limits, Text, decode
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.parallel.topology import Topology
+from megatron.inference.token_loop import Limits, Text, decode
 from megatron.registry import MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
 from tests.end_to_end.runs import BASE, make_dataset, run, run_files, series

@@ -11,13 +11,13 @@ import numpy
 import pytest
 
 from megatron.config import Resources, resolve
-from megatron.data.indexed import IndexedDataset
-from megatron.data.writer import DatasetWriter
-from megatron.evaluation.run import evaluate, measure_perplexity, measure_text
-from megatron.inference import run as inference_run
-from megatron.inference.run import generate
-from tests.distributed import RankFailedError, run_distributed
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.evaluation.runner import evaluate, measure_perplexity, measure_text
+from megatron.inference import runner as inference_run
+from megatron.inference.runner import generate
 from tests.end_to_end.runs import BASE, make_dataset, run
+from tests.multi_rank import RankFailedError, run_distributed
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),

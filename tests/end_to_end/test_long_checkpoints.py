@@ -16,9 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron.checkpoint import find, layout
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.checkpoint.test_publish import tear
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.load import find
+from megatron.metrics.sinks.jsonl import read_metrics
+from tests.checkpoint.test_commit import tear
 from tests.end_to_end.runs import BASE, make_dataset, run, series
 from tests.end_to_end.test_crash import ROOT, launch
 

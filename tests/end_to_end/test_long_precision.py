@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import run_distributed
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import run_files_rank, series
+from tests.multi_rank import run_distributed
 from tools import quickstart
 from tools.stages import Stamps, run_stages
 

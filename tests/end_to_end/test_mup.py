@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.export import export
-from megatron.checkpoint.load import find_checkpoint
-from megatron.checkpoint.save import Counters, Saver
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine, build_training_engine
+from megatron.distributed.init import bootstrap
+from megatron.engine.builder import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
-from megatron.parallel.bootstrap import bootstrap
+from megatron.param_table import ModelDims, tensors
 from megatron.plan.base_shapes import write_base_shapes
-from megatron.shapes import ModelDims, tensors
-from tests.distributed import run_distributed
 from tests.end_to_end.engines import BASE, LENGTH, PIPELINE, SAVED, TENSOR, VOCABULARY, Curves, agree, train
+from tests.multi_rank import run_distributed
 from tests.options import Keys
 
 NARROW: Keys = {"hidden_size": 32, "num_attention_heads": 4}

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.checkpoint.load import WeightFiles
+from megatron.checkpoint.load.loader import WeightFiles
 from megatron.config import Config, Resources, resolve
-from megatron.data.card import card_path
+from megatron.data.indexed.metadata import card_path
 from megatron.errors import RunError
-from megatron.evaluation.adapter import read_text as read_for_evaluation
-from megatron.inference.run import generate
+from megatron.evaluation.lm_eval_model import read_text as read_for_evaluation
+from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.bounded import BoundedTokenizer
-from megatron.training.run import train
+from megatron.tokenizers.vocab_limit import BoundedTokenizer
+from megatron.training.trainer import train
 from tests.checkpoint.huggingface.tokenized import FOLDERS
 from tests.end_to_end.runs import NeverStop
 from tools import convert_from_hf, preprocess_data

@@ -40,7 +40,7 @@ FLAT = frozenset({"whole", "local"})
 
 # Relative deviation of ten losses. Lion's step is a sign and Muon works in bfloat16, so that a sum in another order
 # now and then moves an element by a whole step; 1-bit Adam's momenta are signs too, and those of two data-parallel
-# ranks are others than those of one (tests/optim/test_exchange.py).
+# ranks are others than those of one (tests/optim/test_compressed_allreduce.py).
 TOLERANCE = {"lion": 2e-4, "muon": 2e-4, "onebitadam": 1e-4}
 STEPS = {"train_iters": 10, "eval_interval": 10, "eval_iters": 1}
 

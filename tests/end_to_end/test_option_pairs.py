@@ -10,8 +10,8 @@ import math
 
 import pytest
 
-from tests.distributed import run_distributed
 from tests.end_to_end.engines import BASE, PIPELINE, TENSOR, Curves, agree, train
+from tests.multi_rank import run_distributed
 from tests.options import ACTIVATION_CASES, ATTENTION_CASES, NORM_CASES, POSITION_CASES, Keys
 
 pytestmark = pytest.mark.long

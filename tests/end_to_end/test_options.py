@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.export import export
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES as THEIRS
-from megatron.checkpoint.save import Counters, Saver
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine, build_training_engine
+from megatron.distributed.init import bootstrap
+from megatron.engine.builder import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
-from megatron.parallel.bootstrap import bootstrap
-from tests.distributed import run_distributed
 from tests.end_to_end.engines import (
     BASE,
     CONTEXT,
@@ -36,6 +35,7 @@ from tests.end_to_end.engines import (
     agree,
     train,
 )
+from tests.multi_rank import run_distributed
 from tests.options import FAMILIES, Keys
 
 

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 
-from megatron.data.writer import DatasetWriter
+from megatron.data.indexed.writer import DatasetWriter
 from tests.architecture.source import ROOT
 from tests.end_to_end import plugin
 from tests.end_to_end.runs import BASE

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import RankFailedError, run_distributed
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.multi_rank import RankFailedError, run_distributed
 
 FP16 = {"precision": "fp16", "zero_optimization": {"stage": 1}, "train_iters": 10}
 

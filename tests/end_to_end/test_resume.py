@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_dataset, run, series
+from tests.multi_rank import RankFailedError
 
 EXACT = ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss", "consumed_tokens")
 ZERO = {"stage": 1}

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron.dashboard.runs import open_runs
-from megatron.observe.pace import ENOUGH
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import run_distributed
+from megatron.health.straggler import ENOUGH
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
+from tests.multi_rank import run_distributed
 
 SPINNING = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
@@ -28,9 +28,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def slowed(rank: int, world_size: int, settings: dict[str, Any], slow: str) -> list[str]:
     """A worker; rank 1 has slow data, slow products, or nothing. Returns what the run printed."""
-    from megatron.data.loader import Loader
-    from megatron.observe.console import Console
-    from megatron.observe.pace import Probe
+    from megatron.data.dataset.loader import Loader
+    from megatron.health.straggler import Probe
+    from megatron.metrics.console import Console
 
     said: list[str] = []
     Console._print = lambda self, text: said.append(text)  # type: ignore[method-assign]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megatron.config import Resources, resolve
-from megatron.observe.sinks.jsonl import read_metrics
-from megatron.training.run import train
-from tests.distributed import run_distributed
+from megatron.metrics.sinks.jsonl import read_metrics
+from megatron.training.trainer import train
 from tests.end_to_end.runs import BASE, make_dataset, series
+from tests.multi_rank import run_distributed
 
 STEPS = 4  # until the evaluation
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError, RunError
-from megatron.observe.sinks.jsonl import read_metrics
-from tests.distributed import run_distributed
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.multi_rank import run_distributed
 
 SETTINGS: dict[str, Any] = {
     "data_path": "data/text",

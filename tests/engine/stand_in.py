@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.parallel.sequence import enter, leave
-from megatron.parallel.topology import Axis
+from megatron.distributed.mesh import Axis
+from megatron.distributed.tensor_parallel.sequence_parallel import enter, leave
 
 
 @dataclass

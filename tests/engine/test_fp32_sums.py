@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine, join
-from tests.distributed import run_distributed
+from megatron.data.dataset.batch import MicroBatch
+from megatron.engine.builder import build_training_engine, join
 from tests.end_to_end.runs import BASE
+from tests.multi_rank import run_distributed
 
 VOCABULARY = 512
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")

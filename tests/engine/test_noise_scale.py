@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.engine.statistics import NoiseScale
+from megatron.engine.tensor_statistics import NoiseScale
 
 
 class Tap:

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from megatron.config import Config, Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine, join
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_training_engine, join
 from megatron.model.block import TransformerBlock
-from megatron.parallel.topology import Topology
-from tests.distributed import run_distributed
 from tests.end_to_end.runs import BASE
+from tests.multi_rank import run_distributed
 
 VOCABULARY = 512
 FULL = {"checkpoint_activations": True}

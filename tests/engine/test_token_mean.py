@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.config import Config, Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine, join
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_training_engine, join
 from megatron.engine.engine import eval_loss
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
-from megatron.optim.groups import parameter_groups
-from megatron.parallel.topology import Topology
-from tests.distributed import run_distributed
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
+from megatron.optim.param_groups import parameter_groups
 from tests.end_to_end.runs import BASE
+from tests.multi_rank import run_distributed
 
 SAMPLES, LENGTH, VOCABULARY, STEPS, RATE, CLIP = 8, 32, 512, 3, 1e-3, 0.5
 KEEPING = (1.0, 0.02, 0.0, 0.6, 0.05, 1.0, 0.3, 0.0)

@@ -9,11 +9,11 @@ import pytest
 
 from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
-from megatron.observe.sinks.jsonl import read_metrics
-from megatron.training.run import train
-from tests.distributed import run_distributed
+from megatron.metrics.sinks.jsonl import read_metrics
+from megatron.training.trainer import train
 from tests.end_to_end.runs import BASE, NeverStop, make_dataset, run, series
 from tests.engine import stand_in
+from tests.multi_rank import run_distributed
 
 LAYERS = {"te_columnparallel": True, "te_rowparallel": True, "te_mha": True, "te_layernorm_mlp": True}
 MODELS: dict[str, dict[str, Any]] = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_dataset, run, series
+from tests.multi_rank import RankFailedError
 
 
 def test_rows_that_do_not_follow_from_the_tokenizer_are_refused(tmp_path: Path) -> None:

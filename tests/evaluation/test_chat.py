@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
-from megatron.evaluation import run
-from megatron.evaluation.adapter import HarnessModel
+from megatron.evaluation import runner
+from megatron.evaluation.lm_eval_model import HarnessModel
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, folder_with
 
@@ -49,7 +49,7 @@ def test_a_conversation_that_no_template_takes_is_the_users_mistake(tmp_path):
 def test_the_template_of_a_folder_is_found_from_the_configuration(tmp_path, monkeypatch):
     folder = folder_with(tmp_path / "model", PLAIN)
     (tmp_path / "chat_template.jinja").write_text("that of the folder above")
-    monkeypatch.setattr(run, "require_harness", lambda tasks: None)
+    monkeypatch.setattr(runner, "require_harness", lambda tasks: None)
     monkeypatch.setattr("megatron.evaluation.tasks.Tasks", lambda *_: None)
     values = {
         "num_layers": 1,
@@ -60,6 +60,6 @@ def test_the_template_of_a_folder_is_found_from_the_configuration(tmp_path, monk
         "train_batch_size": 1,
     }
     values |= {"tokenizer_type": "PretrainedFromHF", "vocab_file": str(folder), "eval_chat_template": True}
-    _, chat = run._load_tasks(resolve([], values, Resources(1)).config)
+    _, chat = runner._load_tasks(resolve([], values, Resources(1)).config)
     assert chat is not None
     assert chat.source == PLAIN

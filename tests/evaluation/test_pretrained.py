@@ -11,11 +11,11 @@ import yaml
 from lm_eval.api.instance import Instance
 
 from megatron.config import Config, Resources, resolve
-from megatron.engine.build import build_inference_engine
-from megatron.evaluation.adapter import HarnessModel
-from megatron.inference.generate import TextGenerator
-from megatron.inference.run import _settings, vocabulary
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
+from megatron.evaluation.lm_eval_model import HarnessModel
+from megatron.inference.batch_generation import TextGenerator
+from megatron.inference.runner import _settings, vocabulary
 from megatron.tokenizers import build_tokenizer
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.checkpoint.huggingface.test_pretrained import ours, theirs

@@ -8,25 +8,25 @@ import time
 import numpy
 import pytest
 
+from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
-from megatron.evaluation import run
+from megatron.evaluation import runner
 from megatron.evaluation.progress import Progress
 from megatron.inference.scoring import NotNumbers
-from megatron.parallel.topology import Topology
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import small_config
 
 
 def test_the_file_name_is_the_public_one():
     moment = time.struct_time((2026, 3, 9, 14, 5, 6, 0, 0, 0))
-    assert str(run.results_path("", moment)) == "eval_results_03-09-2026-14-05-06.json"
-    assert str(run.results_path("out/pythia", moment)) == "out/pythia_eval_results_03-09-2026-14-05-06.json"
+    assert str(runner.results_path("", moment)) == "eval_results_03-09-2026-14-05-06.json"
+    assert str(runner.results_path("out/pythia", moment)) == "out/pythia_eval_results_03-09-2026-14-05-06.json"
 
 
 def test_the_record_says_how_the_scores_came_about():
     config = small_config(eval_limit=3, eval_batch_size=8)
     results = {"results": {"a": {"acc,none": 0.5}}, "versions": {"a": 1}, "samples": {"a": [object()]}}
-    record = json.loads(json.dumps(run.results_record(config, results)))
+    record = json.loads(json.dumps(runner.results_record(config, results)))
     assert record["results"] == results["results"] and record["versions"] == results["versions"]
     assert "samples" not in record
     assert record["config"]["batch_size"] == 8 and record["config"]["limit"] == 3
@@ -36,7 +36,7 @@ def test_the_record_says_how_the_scores_came_about():
 
 def test_what_is_no_number_is_null_in_the_file(tmp_path):
     record = {"acc": math.nan, 3: [math.inf, (numpy.float32("nan"), numpy.float64(0.5))], "ok": True, "size": 7}
-    run._write(tmp_path / "deep" / "results.json", record)
+    runner._write(tmp_path / "deep" / "results.json", record)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -49,21 +49,21 @@ def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog
     def fails(*_):
         raise NotNumbers.of("3 of 3 answers have no score")
 
-    monkeypatch.setattr(run, "_load_tasks", lambda config: (None, None))
-    monkeypatch.setattr(run, "_harness_model", lambda *_, **__: None)
-    monkeypatch.setattr(run, "_run_tasks", fails)
+    monkeypatch.setattr(runner, "_load_tasks", lambda config: (None, None))
+    monkeypatch.setattr(runner, "_harness_model", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "_run_tasks", fails)
     config = small_config(eval_tasks=["any"])
-    scored = run.live_evaluation(config, None, CharLevelTokenizer(), Topology.single(), stop_requested=lambda: False)
+    scored = runner.live_evaluation(config, None, CharLevelTokenizer(), Topology.single(), stop_requested=lambda: False)
     assert scored() is None
     assert "3 of 3 answers have no score" in caplog.text
 
 
 def test_without_tasks_or_harness_nothing_starts(monkeypatch):
     with pytest.raises(ConfigError, match="--eval_tasks"):
-        run.evaluate(small_config())
+        runner.evaluate(small_config())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"neox\[eval\]"):
-        run.evaluate(small_config(eval_tasks=["arc_easy"]))
+        runner.evaluate(small_config(eval_tasks=["arc_easy"]))
 
 
 def test_progress_speaks_every_ten_seconds():

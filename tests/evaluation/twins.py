@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron.checkpoint.huggingface.adopt import adopt
-from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from megatron.engine.engine import Engine
-from megatron.evaluation.adapter import HarnessModel
-from megatron.parallel.topology import Topology
+from megatron.evaluation.lm_eval_model import HarnessModel
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from megatron.tokenizers.chat_template import ChatTemplate
 

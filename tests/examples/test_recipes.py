@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.observe.sinks.jsonl import read_metrics
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.examples.scripts import EXAMPLES, ROOT, SMALL, flags, run, write_text
 from tests.examples.test_plans import containers, manifests
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.kernels.attention import choose_attention, plain_attention
-from megatron.kernels.grouped import fused_grouped, grouped_unavailable, plain_grouped
+from megatron.kernels.grouped_matmul import fused_grouped, grouped_unavailable, plain_grouped
 from megatron.kernels.mamba import choose_mamba, fused_convolution, fused_scan, plain_convolution, plain_scan
 from tests.end_to_end.runs import make_dataset, run, series
 

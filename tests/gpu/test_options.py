@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron.block_sparsity import SPARSE_KINDS, layout_of
 from megatron.kernels.attention import gpu_attention, plain_attention
+from megatron.kernels.attention_mask import Blocks, View, Window
 from megatron.kernels.flash_attention import choose_flash
-from megatron.kernels.view import Blocks, View, Window
 from megatron.registry import NORMS
-from megatron.sparsity import SPARSE_KINDS, layout_of
 
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, LENGTH, SIZE = 8, 4, 700, 64

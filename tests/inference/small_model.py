@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megatron.config import Config, resolve
-from megatron.model.cache import KVCache
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
 
 SEQUENCE = 48
 HEADS, HIDDEN, LAYERS = 4, 32, 3

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError, RunError
-from megatron.inference import modes
-from megatron.inference.answer import Answer, Settings
-from megatron.inference.conversation import Interruption, converse
-from megatron.inference.decode import TokenLoop
-from megatron.inference.generate import TextGenerator
-from megatron.inference.run import check_ends
+from megatron.inference import batch_modes
+from megatron.inference.batch_generation import TextGenerator
+from megatron.inference.generation_request import Answer, Settings
+from megatron.inference.interactive import Interruption, converse
+from megatron.inference.runner import check_ends
 from megatron.inference.sampling import Sampling
+from megatron.inference.token_loop import TokenLoop
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 
@@ -52,7 +52,7 @@ def test_a_record_has_the_public_fields(engine):
 def test_a_prompt_without_room_is_an_error_of_that_prompt_only(engine, tmp_path):
     path = tmp_path / "out.jsonl"
     contexts = ["short", "x" * SEQUENCE, "short"]
-    modes.run_over(generator(engine), contexts, path, writes=True)
+    batch_modes.run_over(generator(engine), contexts, path, writes=True)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["text"] is None for record in records] == [False, True, False]
     assert records[1]["length"] == 0
@@ -68,7 +68,7 @@ def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, width, r
     with torch.no_grad():
         broken.module.state_dict()["sequential.0.word_embeddings.weight"][ord("z")] = math.nan
     path = tmp_path / "out.jsonl"
-    modes.run_over(generator(broken, batch_size=rows), contexts, path, writes=True)
+    batch_modes.run_over(generator(broken, batch_size=rows), contexts, path, writes=True)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert "not numbers" in records[1]["message"] and not records[1]["finished"] and records[1]["text"] is None
     assert [record["text"] for record in records[:1] + records[2:]] == whole[:1] + whole[2:]
@@ -78,7 +78,7 @@ def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, width, r
 
 def test_when_no_prompt_has_room_the_run_fails(engine, tmp_path):
     with pytest.raises(RunError, match="none of the 2 prompts"):
-        modes.run_over(generator(engine), ["x" * SEQUENCE] * 2, tmp_path / "out.jsonl", writes=True)
+        batch_modes.run_over(generator(engine), ["x" * SEQUENCE] * 2, tmp_path / "out.jsonl", writes=True)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
@@ -166,13 +166,13 @@ def test_logits_are_those_of_the_generated_tokens(engine):
 
 
 def test_only_the_writing_rank_touches_the_file(engine, tmp_path):
-    modes.run_over(generator(engine), ["a"], tmp_path / "out.jsonl", writes=False)
+    batch_modes.run_over(generator(engine), ["a"], tmp_path / "out.jsonl", writes=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_shown_texts_hold_prompt_and_continuation(engine, tmp_path):
     shown = io.StringIO()
-    modes.run_over(generator(engine), ["hello"], tmp_path / "out.jsonl", writes=True, show=shown)
+    batch_modes.run_over(generator(engine), ["hello"], tmp_path / "out.jsonl", writes=True, show=shown)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert shown.getvalue() == f"--- text 1, {record['length']} tokens\nhello{record['text']}\n"
 
@@ -180,9 +180,9 @@ def test_shown_texts_hold_prompt_and_continuation(engine, tmp_path):
 def test_prompts_are_parted_stripped_and_never_empty(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("  one \n\n\ntwo words\n", encoding="utf-8")
-    assert modes.read_prompts(str(file), "\n") == ["one", "two words"]
+    assert batch_modes.read_prompts(str(file), "\n") == ["one", "two words"]
     file.write_text("one\ntwo<end> drei <end>\n", encoding="utf-8")
-    assert modes.read_prompts(str(file), "<end>") == ["one\ntwo", "drei"]
+    assert batch_modes.read_prompts(str(file), "<end>") == ["one\ntwo", "drei"]
 
 
 @pytest.mark.parametrize(
@@ -193,20 +193,20 @@ def test_unusable_prompt_files_are_the_users_mistake(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match="sample_input_file"):
-        modes.read_prompts(str(file), "\n")
+        batch_modes.read_prompts(str(file), "\n")
 
 
 def test_the_mode_follows_from_the_prompt_file_unless_given():
-    assert modes.chosen_mode(None, None) == "unconditional"
-    assert modes.chosen_mode(None, "prompts.txt") == "input-file"
-    assert modes.chosen_mode("interactive", "prompts.txt") == "interactive"
+    assert batch_modes.chosen_mode(None, None) == "unconditional"
+    assert batch_modes.chosen_mode(None, "prompts.txt") == "input-file"
+    assert batch_modes.chosen_mode("interactive", "prompts.txt") == "interactive"
     with pytest.raises(ConfigError, match="text_gen_type = 'chat'"):
-        modes.chosen_mode("chat", None)
+        batch_modes.chosen_mode("chat", None)
 
 
 def test_output_names_are_the_public_ones():
-    assert str(modes.output_path("out.jsonl", "in.txt")) == "out.jsonl"
-    assert str(modes.output_path(None, "in.txt")) == "in.txt.output.jsonl"
+    assert str(batch_modes.output_path("out.jsonl", "in.txt")) == "out.jsonl"
+    assert str(batch_modes.output_path(None, "in.txt")) == "in.txt.output.jsonl"
 
 
 def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):

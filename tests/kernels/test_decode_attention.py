@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from megatron.kernels import native
+from megatron.kernels import cpp_build
 from megatron.kernels.decode_attention import (
     choose_decode_attention,
     native_attention_unavailable,
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    assert isinstance(native.library(), ctypes.CDLL), native.library()
+    assert isinstance(cpp_build.library(), ctypes.CDLL), cpp_build.library()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -65,16 +65,16 @@ def test_why_it_cannot_be_used_is_told():
 
 
 def test_it_is_compiled_once_and_a_missing_compiler_is_told(tmp_path):
-    first = native.compiled(tmp_path, "g++")
+    first = cpp_build.compiled(tmp_path, "g++")
     made = first.stat().st_mtime_ns
-    assert native.compiled(tmp_path, "g++") == first and first.stat().st_mtime_ns == made
-    assert "no C++ compiler" in native.compiled(tmp_path, "no-such-compiler")
+    assert cpp_build.compiled(tmp_path, "g++") == first and first.stat().st_mtime_ns == made
+    assert "no C++ compiler" in cpp_build.compiled(tmp_path, "no-such-compiler")
     (tmp_path / "broken").write_text("#!/bin/sh\necho no >&2; test $1 = --version\n")
     (tmp_path / "broken").chmod(0o755)
-    told = native.compiled(tmp_path, str(tmp_path / "broken"))
+    told = cpp_build.compiled(tmp_path, str(tmp_path / "broken"))
     assert "cannot compile" in told and told.endswith(": no.")
 
 
 def test_it_can_be_switched_off(monkeypatch):
-    monkeypatch.setenv(native.SWITCH, "0")
-    assert "switches" in native.library.__wrapped__()
+    monkeypatch.setenv(cpp_build.SWITCH, "0")
+    assert "switches" in cpp_build.library.__wrapped__()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.kernels import grouped, linear, processor
+from megatron.kernels import cpu_features, grouped_matmul, linear
 from megatron.kernels import packed_linear as packed_linear_module
 from megatron.kernels.linear import choose_linear, onednn_linear, onednn_unavailable, plain_linear, widened_linear
 from megatron.kernels.packed_linear import (
@@ -75,18 +75,18 @@ def test_bfloat16_rounds_once(kernel: object) -> None:
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_processor_without_bfloat16_multiplies_in_fp32(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert processor.widens(CPU, torch.bfloat16) is not supported
-    assert not processor.widens(CPU, torch.float32)
-    assert not processor.widens(torch.device("cuda"), torch.bfloat16)
+    assert cpu_features.widens(CPU, torch.bfloat16) is not supported
+    assert not cpu_features.widens(CPU, torch.float32)
+    assert not cpu_features.widens(torch.device("cuda"), torch.bfloat16)
     assert choose_linear(CPU, torch.bfloat16) is (plain_linear if supported else widened_linear)
 
 
 def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, matrices, counts = torch.randn(9, 32), torch.randn(3, 32, 16), torch.tensor([4, 0, 5])
-    monkeypatch.setattr(grouped, "widens", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(grouped_matmul, "widens", lambda device, dtype: dtype == torch.bfloat16)
     low = [rows.bfloat16().requires_grad_(), matrices.bfloat16().requires_grad_()]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
-    got, wanted = grouped.plain_grouped(*low, counts), grouped.plain_grouped(*exact, counts)
+    got, wanted = grouped_matmul.plain_grouped(*low, counts), grouped_matmul.plain_grouped(*exact, counts)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
     grad = torch.randn(9, 16).bfloat16()

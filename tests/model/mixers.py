@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron.model.cache import KVCache
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, remembered
+from megatron.distributed.mesh import Topology
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
+from megatron.param_table import ModelDims, remembered
 from tests.model.sections import VOCABULARY, initialization_section, model_section
 
 POSITIONS = 32

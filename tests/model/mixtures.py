@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron.model.mlp.balance import RouterLosses
-from megatron.model.mlp.moe import MixtureMLP
-from megatron.model.plan import layer_plan
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.model.layers import layer_plan
+from megatron.model.moe.layer import MixtureMLP
+from megatron.model.moe.losses import RouterLosses
 from tests.model.sections import VOCABULARY, initialization_section, model_section
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
 
 VOCABULARY = 96
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron.model.sequential import SequentialModel
+from megatron.distributed.mesh import Topology
+from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.language_model import LanguageModel
-from megatron.parallel.topology import Topology
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb
 
 SEQUENCE = 40

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import attention
-from megatron.model.sequential import SequentialModel
+from megatron.model.sequential_model import SequentialModel
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb
 
 MODELS = {
@@ -66,7 +66,7 @@ def test_gradients_too(name: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["plain_attention", "sdpa_attention"])
 def test_with_every_attention_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.kernels.selection.choose_attention", lambda device: getattr(attention, kernel))
+    monkeypatch.setattr("megatron.kernels.dispatch.choose_attention", lambda device: getattr(attention, kernel))
     test_each_document_is_as_it_is_alone("llama")
 
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer as TheirMixer
 
+from megatron.distributed.collectives import all_gather_last
+from megatron.distributed.mesh import Topology
 from megatron.kernels.scan import causal_convolution, linear_scan, selective_scan
 from megatron.kernels.wkv import wkv
 from megatron.model.mixers.gmlp import GMLPTransformerBlock
 from megatron.model.mixers.mamba import MambaTransformerBlock
 from megatron.model.mixers.rwkv import RWKVTransformerBlock
-from megatron.parallel.collectives import all_gather_last
-from megatron.parallel.topology import Topology
+from megatron.param_table import tensors
 from megatron.registry import WITHOUT_ATTENTION
-from megatron.shapes import tensors
-from tests.distributed import run_distributed
 from tests.model.mixers import build, cache, dims, disturb
 from tests.model.sections import VOCABULARY
+from tests.multi_rank import run_distributed
 
 KINDS = sorted(WITHOUT_ATTENTION)
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from megatron.kernels.grouped import plain_grouped
-from megatron.model.mlp.balance import RouterLosses, load_balance, z_loss
-from megatron.model.mlp.moe import MixtureMLP
-from megatron.model.mlp.router import balanced, sinkhorn, topk
-from megatron.parallel.topology import Axis, Topology
+from megatron.distributed.mesh import Axis, Topology
+from megatron.kernels.grouped_matmul import plain_grouped
+from megatron.model.moe.layer import MixtureMLP
+from megatron.model.moe.losses import RouterLosses, load_balance, z_loss
+from megatron.model.moe.router import balanced, sinkhorn, topk
 from megatron.registry import ACTIVATIONS, ROUTERS
-from tests.distributed import run_distributed
 from tests.model.mixtures import mixture
+from tests.multi_rank import run_distributed
 
 ALONE = Axis("context")
 GATED = {"activation": "swiglu"}

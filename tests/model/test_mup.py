@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.config import Config, Resources, resolve
-from megatron.engine.build import build_training_engine
-from megatron.engine.plain import keyed_parameters
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
-from megatron.optim.groups import RATE, parameter_groups
-from megatron.parallel.bootstrap import bootstrap
-from megatron.parallel.initialization import parameter_seed
-from megatron.parallel.topology import Topology
+from megatron.distributed.init import bootstrap
+from megatron.distributed.mesh import Topology
+from megatron.distributed.param_init import parameter_seed
+from megatron.engine.builder import build_training_engine
+from megatron.engine.deepspeed_engine import keyed_parameters
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
+from megatron.optim.param_groups import RATE, parameter_groups
+from megatron.param_table import ModelDims, Multipliers, Widths, base_shapes, growths, learning_rates, tensors
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.registry import OPTIMIZERS
-from megatron.shapes import ModelDims, Multipliers, Widths, base_shapes, growths, learning_rates, tensors
-from tests.distributed import run_distributed
 from tests.end_to_end.engines import batches
 from tests.model.mup_side import Size, build_theirs
+from tests.multi_rank import run_distributed
 
 SEED, STD, VOCABULARY, LENGTH, LAYERS = 7, 0.1, 64, 24, 2
 DECAY, LR, STEPS = 0.1, 3.0e-3, 6

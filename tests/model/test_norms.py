@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.parallel.marks import no_weight_decay
+from megatron.distributed.param_attrs import no_weight_decay
 from megatron.registry import NORMS
 
 

@@ -15,13 +15,13 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from megatron.config import Resources, resolve
-from megatron.model.cache import KVCache
-from megatron.model.plan import layer_plan
+from megatron.distributed.mesh import Topology
+from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import layer_plan
 from megatron.model.recompute import Recompute
-from megatron.model.sequential import SequentialModel
-from megatron.parallel.rng import ShardedRandom
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, tensors
+from megatron.model.sequential_model import SequentialModel
+from megatron.param_table import ModelDims, tensors
 from tests.model.sections import disturb
 from tests.options import FAMILIES, LAYERS, Keys, uncovered
 

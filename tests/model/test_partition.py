@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.derive.attention import layer_classes
-from megatron.model.pipelined import PipelinedModel
-from megatron.model.plan import layer_plan
-from megatron.parallel.topology import Topology
+from megatron.config.defaults.attention import layer_classes
+from megatron.distributed.mesh import Topology
+from megatron.model.layers import layer_plan
+from megatron.model.pipeline_model import PipelinedModel
+from megatron.param_table import ModelDims, tensors
 from megatron.plan.stages import stage_bounds
-from megatron.shapes import ModelDims, tensors
-from tests.distributed import run_distributed
 from tests.model.sections import VOCABULARY, initialization_section, model_section
+from tests.multi_rank import run_distributed
 
 LAYERS = 4
 METHODS = ["uniform", "parameters", "type:transformer|mlp", "type:transformer|embedding", (1, 3), (4, 0), (0, 4)]

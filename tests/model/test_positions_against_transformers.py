@@ -31,8 +31,8 @@ from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.model.positions.alibi import slopes
 from megatron.model.positions.rope_scaling import scaled
 from megatron.model.positions.sinusoidal import SinusoidalPositions
-from megatron.model.sequential import SequentialModel
-from megatron.shapes import ModelDims
+from megatron.model.sequential_model import SequentialModel
+from megatron.param_table import ModelDims
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb, model_section
 
 LENGTH, CPU = 40, torch.device("cpu")

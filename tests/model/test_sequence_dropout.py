@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.parallel.rng import ShardedRandom
-from megatron.parallel.topology import Topology
-from tests.distributed import run_distributed
+from megatron.distributed.mesh import Topology
+from megatron.distributed.rng_tracker import ShardedRandom
 from tests.model.sections import build
+from tests.multi_rank import run_distributed
 
 RATE = 0.3
 

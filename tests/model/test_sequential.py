@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.model.cache import KVCache
-from megatron.model.sequential import SequentialModel
-from megatron.parallel.marks import is_sharded, is_tied, no_weight_decay, shard_dim
-from megatron.shapes import ModelDims, tensors
+from megatron.distributed.param_attrs import is_sharded, is_tied, no_weight_decay, shard_dim
+from megatron.model.kv_cache import KVCache
+from megatron.model.sequential_model import SequentialModel
+from megatron.param_table import ModelDims, tensors
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb, model_section
 
 OPTIONS = [

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.model.cache import KVCache
+from megatron.distributed.collectives import all_gather_last
+from megatron.distributed.mesh import Axis, Topology
+from megatron.model.kv_cache import KVCache
 from megatron.objectives.language_model import LanguageModel
-from megatron.parallel.collectives import all_gather_last
-from megatron.parallel.topology import Axis, Topology
-from megatron.shapes import ModelDims, tensors
-from tests.distributed import run_distributed
+from megatron.param_table import ModelDims, tensors
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb, model_section
+from tests.multi_rank import run_distributed
 
 OPTIONS = [
     {"gpt_j_residual": True},

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.block_sparsity import SPARSE_KINDS
 from megatron.kernels.attention import masked_attention
 from megatron.model.attention.dense import _shown
-from megatron.model.cache import Place
-from megatron.sparsity import SPARSE_KINDS
+from megatron.model.kv_cache import Place
 from tests.model.sections import build
 
 LENGTH = 64

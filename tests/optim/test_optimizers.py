@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.optim.eight_bit import codes, numbers
-from megatron.optim.groups import parameter_groups
-from megatron.optim.kept import kept, restore
-from megatron.optim.request import Request
-from megatron.parallel.marks import mark_no_weight_decay, mark_table
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.distributed.param_attrs import mark_no_weight_decay, mark_table
+from megatron.optim.bitsandbytes import codes, numbers
+from megatron.optim.builder_args import Request
+from megatron.optim.param_groups import parameter_groups
+from megatron.optim.state_io import kept, restore
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 
 STEPS, LR, DECAY = 50, 1.0e-2, 0.1

@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import RankFailedError
 from tests.end_to_end.runs import make_documents, run, series
+from tests.multi_rank import RankFailedError
 
 MOST_RANKS = 8
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4

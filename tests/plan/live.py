@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron.config import Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine, join
+from megatron.data.dataset.batch import MicroBatch
+from megatron.engine.builder import build_training_engine, join
 from megatron.model.block import Block
 from megatron.model.head import Head
 from megatron.model.mlp.dense import ParallelMLP
-from megatron.model.mlp.moe import ExpertStack
+from megatron.model.moe.layer import ExpertStack
 
 Storages = dict[int, int]
 """Address of a storage -> its size [bytes]."""

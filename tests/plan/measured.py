@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.config import Resources, resolve
 from megatron.plan import make_plan
-from tests.distributed import run_distributed
+from tests.multi_rank import run_distributed
 from tests.plan.live import count
 from tests.plan.test_live_memory import BASE, BUCKETS, GATHERED, VOCABULARY
 

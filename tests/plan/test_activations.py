@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from megatron.config import Config, Resources, resolve
-from megatron.engine.frozen import freeze
-from megatron.engine.plain import keyed_parameters
-from megatron.model.plan import layer_plan
-from megatron.model.sequential import SequentialModel
+from megatron.distributed.mesh import Topology
+from megatron.engine.deepspeed_engine import keyed_parameters
+from megatron.engine.freeze import freeze
+from megatron.model.layers import layer_plan
+from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.language_model import LanguageModel
-from megatron.parallel.topology import Topology
+from megatron.param_table import ModelDims, tensors
 from megatron.plan.memory import ActivationLayout, block_activations, head_activations
-from megatron.shapes import ModelDims, tensors
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 2
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.config import Resources, resolve
 from megatron.plan import make_plan
-from tests.distributed import run_distributed
+from tests.multi_rank import run_distributed
 from tests.plan.live import count
 
 VOCABULARY = 512

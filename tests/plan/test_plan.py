@@ -9,13 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.config import Resolution
+from megatron.param_table import ModelDims, tensors
 from megatron.plan import make_plan
 from megatron.plan.advice import gib
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import StateLayout, state_memory
-from megatron.plan.text import short
+from megatron.plan.text_report import short
 from megatron.plan.vocabulary import find_vocabulary
-from megatron.shapes import ModelDims, tensors
 from tests.config.small import resolved
 from tests.plan.published import MODELS, resolution
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from deepspeed.runtime import utils as deepspeed_utils
 
-from megatron.config.derive.attention import layer_classes
+from megatron.config.defaults.attention import layer_classes
 from megatron.plan.stages import balanced, stage_bounds, uniform
 
 
@@ -51,8 +51,8 @@ def test_methods() -> None:
 def test_class_names_are_those_of_the_layer_plan() -> None:
     import inspect
 
-    from megatron.model import plan
+    from megatron.model import layers
 
-    source = inspect.getsource(plan)
+    source = inspect.getsource(layers)
     for name in set(layer_classes(1)):
         assert name in source

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import uvicorn
 
 from megatron.serving.api import build_app
-from megatron.serving.batching import Service, Worker
-from megatron.serving.desk import Desk
-from megatron.serving.run import _listen
+from megatron.serving.api_context import Desk
+from megatron.serving.scheduler import Service, Worker
+from megatron.serving.server import _listen
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 

@@ -10,8 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 from transformers import AutoTokenizer
 
-from megatron.serving.failures import Refused
-from megatron.serving.rendering import Conversations
+from megatron.serving.api_errors import Refused
+from megatron.serving.chat_rendering import Conversations
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.evaluation.twins import LENGTH, twins
 from tests.serving.service import running

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron.serving.rendering import Conversations
+from megatron.serving.chat_rendering import Conversations
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.inference.small_model import SmallEngine, small_config
 from tests.serving.service import Running, running

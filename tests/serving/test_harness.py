@@ -8,7 +8,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-from megatron.serving.rendering import Conversations
+from megatron.serving.chat_rendering import Conversations
 from tests.evaluation.twins import LENGTH, twins
 from tests.serving.service import running
 from tests.tokenizers import made

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron.serving.collect import TokenScore
+from megatron.serving.async_results import TokenScore
 from megatron.serving.logprobs import chat_logprobs, completion_logprobs
 from megatron.serving.token_text import Words
 from megatron.tokenizers import make_tokenizer

@@ -7,7 +7,7 @@ import pytest
 from openai.resources.chat.completions.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 
-from megatron.serving.rendering import Conversations
+from megatron.serving.chat_rendering import Conversations
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.inference.small_model import SmallEngine, small_config
 from tests.serving.service import running

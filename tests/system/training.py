@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import layout
-from megatron.observe.sinks.jsonl import read_metrics
+from megatron.checkpoint.format import layout
+from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, series
 
 ROOT = Path(__file__).resolve().parents[2]

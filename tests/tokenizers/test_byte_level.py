@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from megatron.tokenizers import byte_level
 from megatron.tokenizers.byte_level import ByteLevelEngine, CannotEncodeAlike, make_engine, unequal_merge
-from megatron.tokenizers.train import train_byte_level_bpe
+from megatron.tokenizers.trainer import train_byte_level_bpe
 
 CORPUS = ["for each line of the file, it's what they've said: 12345  \n\n\tnaïve café 東京 " * 20]
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.chat import ChatTokens
+from megatron.tokenizers.chat_encoding import ChatTokens
 from tests.tokenizers import made
 from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, folder_with
 

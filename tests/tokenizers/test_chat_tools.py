@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.tokenizers.chat import ChatTokens
+from megatron.tokenizers.chat_encoding import ChatTokens
 from megatron.tokenizers.chat_messages import CallFault, Shapes
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.tokenizers.test_chat import marked

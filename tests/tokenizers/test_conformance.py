@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron.registry import TOKENIZERS
 from megatron.tokenizers import Tokenizer, build_tokenizer, make_tokenizer
-from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe, train_sentence_piece
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 
 TEXTS = [
     "",

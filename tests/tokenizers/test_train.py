@@ -4,7 +4,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import save_tokenizer, train_byte_level_bpe
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe
 
 TEXT = ["for each line in the file, print the line and count the words in each line"] * 5
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint import layout
-from megatron.checkpoint.stored import open_model
-from megatron.shapes import is_added
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.param_table import is_added
 from tests.end_to_end.runs import make_dataset, run
 from tools import convert_to_hf, inspect_checkpoint, merge_lora, reshape_checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.config import Resources, resolve
-from megatron.data import index_cache
+from megatron.data.dataset import index_cache
 from tests.end_to_end.runs import BASE, NeverStop, make_dataset
 from tools.build_index import main
 
@@ -26,7 +26,7 @@ from tools.build_index import main
 def test_a_run_finds_every_map(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron.training import run
+    from megatron.training import trainer
 
     settings = {**BASE, "data_path": make_dataset(tmp_path), "max_position_embeddings": 4000, **changes}
     (tmp_path / "run.json").write_text(json.dumps(settings))
@@ -47,9 +47,9 @@ def test_a_run_finds_every_map(
     def stop(*_: object, **__: object) -> None:
         raise Reached
 
-    monkeypatch.setattr(run, "find_checkpoint", stop)
+    monkeypatch.setattr(trainer, "find_checkpoint", stop)
     with pytest.raises(Reached):
-        run.train(resolve([], settings, Resources(1)).config, NeverStop())
+        trainer.train(resolve([], settings, Resources(1)).config, NeverStop())
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

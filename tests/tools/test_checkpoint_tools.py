@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint import files, layout
+from megatron.checkpoint.format import files, layout
 from tests.checkpoint.huggingface.models import save
 from tools import convert_from_hf, convert_to_hf, inspect_checkpoint, reshape_checkpoint
 

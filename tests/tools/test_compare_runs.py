@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.observe.fingerprint import Fingerprints, read_fingerprints
-from tests.distributed import run_distributed
+from megatron.metrics.fingerprint import Fingerprints, read_fingerprints
 from tests.end_to_end.runs import BASE, make_dataset, run_rank
+from tests.multi_rank import run_distributed
 from tools.compare_runs import main
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.card import read_card
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.metadata import read_card
+from megatron.data.indexed.reader import IndexedDataset
 from megatron.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed.reader import IndexedDataset
 
 ROOT = Path(__file__).parents[2]
 TITLE = "## One corpus, from lines of JSON to a trained model"

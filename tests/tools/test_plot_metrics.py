@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.observe.sinks.jsonl import JsonLines
+from megatron.metrics.sinks.jsonl import JsonLines
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_metrics.py"
 

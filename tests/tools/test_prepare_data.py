@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.data import corpora
-from megatron.data.corpora import find_corpus
-from megatron.data.download import Source
-from megatron.data.indexed import IndexedDataset
-from megatron.data.public_corpora import PUBLIC_CORPORA
+from megatron.data.corpora import catalog
+from megatron.data.corpora.catalog import find_corpus
+from megatron.data.corpora.download import Source
+from megatron.data.corpora.public import PUBLIC_CORPORA
+from megatron.data.indexed.reader import IndexedDataset
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.train import train_byte_level_bpe
+from megatron.tokenizers.trainer import train_byte_level_bpe
 from tests.data.test_download import serving
 from tools.prepare_data import main
 
@@ -145,7 +145,7 @@ def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
         server.codes = [404, 404]
         source = Source("enron_emails.jsonl.zst", (f"{server.url}/enron_emails.jsonl.zst",))
         known = {"enron": replace(PUBLIC_CORPORA["enron"], sources=(source,))}
-        monkeypatch.setattr(corpora, "PUBLIC_CORPORA", known)
+        monkeypatch.setattr(catalog, "PUBLIC_CORPORA", known)
         flags = ["enron", "-d", str(tmp_path), "-t", "CharLevelTokenizer"]
         assert main([*flags, "--mirror", f"{server.url}/copy/"]) == 1
     told = capsys.readouterr().err

@@ -13,8 +13,8 @@ import tools.quickstart as quickstart
 import tools.train_tokenizer
 from megatron.config import CATALOG, Config
 from megatron.errors import ConfigError
-from megatron.launch.request import read_request
-from megatron.launch.resolution import resolve_request
+from megatron.launcher.arguments import read_request
+from megatron.launcher.resolve import resolve_request
 from tools.stages import Stage
 
 PARSERS = {

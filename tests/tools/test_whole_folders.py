@@ -11,11 +11,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
-from megatron.checkpoint import files, integrity, layout
-from megatron.checkpoint.files import Written
-from megatron.checkpoint.load import vocabulary_rows
-from megatron.config import Resources, resolve, wire
-from megatron.inference.run import generate
+from megatron.checkpoint.format import files, integrity, layout
+from megatron.checkpoint.format.files import Written
+from megatron.checkpoint.load.loader import vocabulary_rows
+from megatron.config import Resources, resolve, serialize
+from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
 from tests.checkpoint.huggingface.tokenized import EXPECTED, FOLDERS, SAMPLES, gpt2_files, sentence_piece, write_model
 from tools import convert_from_hf, convert_to_hf
@@ -165,7 +165,7 @@ def trained(folder: Path, rows: int, **tokenizer: Any) -> Path:
     ours, keys = take_over(folder)
     told = {key: value for key, value in keys.items() if key not in ("vocab_size", "eos_token_ids")}
     config = resolve([], {**told, **tokenizer, "user_script": "generate.py"}, Resources(1)).config
-    files.write_text(ours / "global_step0" / layout.RESOLVED, wire.to_json(config))
+    files.write_text(ours / "global_step0" / layout.RESOLVED, serialize.to_json(config))
     seal(ours / "global_step0")
     return ours
 

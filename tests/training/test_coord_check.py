@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from megatron.config import Config, Resources, resolve
+from megatron.param_table import Widths
 from megatron.plan.base_shapes import write_base_shapes
-from megatron.shapes import Widths
-from megatron.training.coord_check import at_width, coord_check
-from megatron.training.coordinates import Curves, slope
-from tests.distributed import run_distributed
+from megatron.training.mup.activation_stats import Curves, slope
+from megatron.training.mup.coord_check import at_width, coord_check
 from tests.end_to_end.runs import make_dataset
+from tests.multi_rank import run_distributed
 
 KEYS: dict[str, Any] = {
     "num_layers": 2,

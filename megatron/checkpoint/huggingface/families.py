@@ -12,9 +12,9 @@ from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
 from megatron.checkpoint.huggingface.mamba import MAMBA
 from megatron.checkpoint.huggingface.mpt import MPT
 from megatron.checkpoint.huggingface.opt import OPT
-from megatron.config.sections.mixers import MixersSection
-from megatron.config.sections.model import ModelSection
-from megatron.config.sections.moe import MoeSection
+from megatron.config.schema.mixers import MixersSection
+from megatron.config.schema.model import ModelSection
+from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
 from megatron.registry import WITHOUT_ATTENTION
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.config.sections.mixers import MixersSection
-from megatron.config.sections.model import ModelSection
-from megatron.config.sections.moe import MoeSection
+from megatron.config.schema.mixers import MixersSection
+from megatron.config.schema.model import ModelSection
+from megatron.config.schema.moe import MoeSection
 from megatron.errors import ConfigError, Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 Settings = dict[str, Any]
 

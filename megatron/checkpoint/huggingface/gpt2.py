@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
-from megatron.checkpoint.huggingface.names import Names
-from megatron.config.sections.model import ModelSection
+from megatron.checkpoint.huggingface.name_map import Names
+from megatron.config.schema.model import ModelSection
 from megatron.errors import Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
 """Ours -> theirs."""

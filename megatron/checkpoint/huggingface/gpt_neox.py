@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import Family, Settings, choose, special_attention, unlike
-from megatron.checkpoint.huggingface.names import Names
-from megatron.checkpoint.huggingface.rotary import rotary_settings, scaling_config, scaling_misfits
-from megatron.config.sections.model import ModelSection
+from megatron.checkpoint.huggingface.name_map import Names
+from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling_config, scaling_misfits
+from megatron.config.schema.model import ModelSection
 from megatron.errors import Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 ACTIVATIONS = {
     "gelu": "gelu",

@@ -23,13 +23,13 @@ from megatron.checkpoint.huggingface.family import (
     stacked_transposed,
     unlike,
 )
-from megatron.checkpoint.huggingface.names import Names
-from megatron.checkpoint.huggingface.rotary import rotary_settings, scaling_config, scaling_misfits
-from megatron.checkpoint.huggingface.window import one_window
-from megatron.config.sections.model import ModelSection
-from megatron.config.sections.moe import MoeSection
+from megatron.checkpoint.huggingface.name_map import Names
+from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling_config, scaling_misfits
+from megatron.checkpoint.huggingface.sliding_window import one_window
+from megatron.config.schema.model import ModelSection
+from megatron.config.schema.moe import MoeSection
 from megatron.errors import Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 """Ours -> theirs: they name the activation of the gate."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import Correspondence, Family, Mixers, Settings, demand, same, unlike
-from megatron.config.sections.mixers import MixersSection
-from megatron.config.sections.model import ModelSection
+from megatron.config.schema.mixers import MixersSection
+from megatron.config.schema.model import ModelSection
 from megatron.errors import Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 SIZES: Settings = {"state_size": 16, "conv_kernel": 4, "expand": 2, "hidden_act": "silu", "use_bias": False}
 """What ours always has, by their names."""

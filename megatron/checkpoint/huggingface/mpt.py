@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import Family, Settings, demand, special_attention, unlike
-from megatron.checkpoint.huggingface.names import Names
-from megatron.config.sections.model import ModelSection
+from megatron.checkpoint.huggingface.name_map import Names
+from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, Mistake
-from megatron.shapes import ModelDims
+from megatron.param_table import ModelDims
 
 
 def _misfits(model: ModelSection) -> list[Mistake]:

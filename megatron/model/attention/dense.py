@@ -20,14 +20,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.context_parallel import heads_for_sequence, part_of_sequence, sequence_for_heads
+from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
-from megatron.kernels.view import View
-from megatron.model.cache import KVCache, Place
-from megatron.model.parts import Parts
+from megatron.kernels.attention_mask import View
+from megatron.model.block_spec import Parts
+from megatron.model.kv_cache import KVCache, Place
 from megatron.model.positions.base import document_positions
-from megatron.parallel.context import heads_for_sequence, part_of_sequence, sequence_for_heads
-from megatron.parallel.initialization import ParameterSource
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class ParallelSelfAttention(nn.Module):

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.distributed.collectives import copy_to, gather_from, scatter_to
+from megatron.distributed.param_init import ParameterSource, zeros
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import with_copy
 from megatron.model.block import Block
-from megatron.model.cache import KVCache
-from megatron.model.parts import Parts
-from megatron.parallel.collectives import copy_to, gather_from, scatter_to
-from megatron.parallel.initialization import ParameterSource, zeros
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.parallel.sequence import with_copy
+from megatron.model.block_spec import Parts
+from megatron.model.kv_cache import KVCache
 
 
 class GMLPTransformerBlock(Block):

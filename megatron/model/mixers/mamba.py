@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.distributed.collectives import copy_to, reduce_from
+from megatron.distributed.param_attrs import mark_no_weight_decay
+from megatron.distributed.param_init import ParameterSource, zeros
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.mamba import MambaKernels
 from megatron.kernels.scan import causal_convolution, selective_scan
 from megatron.model.block import Block
-from megatron.model.cache import KVCache
-from megatron.model.parts import Parts
-from megatron.parallel.collectives import copy_to, reduce_from
-from megatron.parallel.initialization import ParameterSource, zeros
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.parallel.marks import mark_no_weight_decay
-from megatron.shapes import MixerDims
+from megatron.model.block_spec import Parts
+from megatron.model.kv_cache import KVCache
+from megatron.param_table import MixerDims
 
 STEP_RANGE = (0.001, 0.1)
 STEP_FLOOR = 1e-4

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.distributed.collectives import copy_to, gather_from, reduce_from
+from megatron.distributed.param_attrs import mark_no_weight_decay, mark_sequence_partial
+from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.tensor_parallel.linear import RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import own_part, with_copy
 from megatron.kernels.wkv import wkv
 from megatron.model.block import Block
-from megatron.model.cache import KVCache
+from megatron.model.block_spec import Parts
+from megatron.model.kv_cache import KVCache
 from megatron.model.norms.layernorm import LayerNorm
-from megatron.model.parts import Parts
-from megatron.parallel.collectives import copy_to, gather_from, reduce_from
-from megatron.parallel.initialization import Fill, ParameterSource
-from megatron.parallel.linear import RowParallelLinear
-from megatron.parallel.marks import mark_no_weight_decay, mark_sequence_partial
-from megatron.parallel.sequence import own_part, with_copy
-from megatron.shapes.mixers import RWKV_DECAY_RANK, RWKV_MIX_RANK
+from megatron.param_table.mixers import RWKV_DECAY_RANK, RWKV_MIX_RANK
 
 EPSILON = 1e-5
 GROUP_EPSILON = 64e-5

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.model.parts import Parts
-from megatron.parallel.initialization import ParameterSource
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.model.block_spec import Parts
 
 
 class ParallelMLP(nn.Module):

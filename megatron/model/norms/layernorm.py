@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.parallel.marks import mark_no_weight_decay
+from megatron.distributed.param_attrs import mark_no_weight_decay
 
 
 class LayerNorm(nn.Module):

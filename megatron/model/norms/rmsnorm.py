@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_attrs import mark_no_weight_decay
 from megatron.kernels.norms import rms_norm
-from megatron.parallel.marks import mark_no_weight_decay
 
 
 class RMSNorm(nn.Module):

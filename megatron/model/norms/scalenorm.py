@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron.parallel.marks import mark_no_weight_decay
+from megatron.distributed.param_attrs import mark_no_weight_decay
 
 
 class ScaleNorm(nn.Module):

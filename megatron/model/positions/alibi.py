@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_init import ParameterSource
 from megatron.model.positions.base import Positions
-from megatron.parallel.initialization import ParameterSource
-from megatron.shapes import Multipliers
+from megatron.param_table import Multipliers
 
 
 def slopes(heads: int) -> list[float]:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_init import Fill, ParameterSource
 from megatron.kernels.rotary import RotaryKernel
-from megatron.parallel.initialization import Fill, ParameterSource
-from megatron.shapes import Multipliers
+from megatron.param_table import Multipliers
 
 
 def document_positions(document_starts: Tensor | None) -> Tensor | None:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.distributed.param_attrs import mark_table
+from megatron.distributed.param_init import Fill, ParameterSource
 from megatron.model.positions.base import Positions
-from megatron.parallel.initialization import Fill, ParameterSource
-from megatron.parallel.marks import mark_table
 
 
 class LearnedPositions(Positions, nn.Module):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_attrs import mark_table, mark_tied
+from megatron.distributed.param_init import ParameterSource
 from megatron.model.init import xavier_normal
 from megatron.model.positions.base import Positions
-from megatron.parallel.initialization import ParameterSource
-from megatron.parallel.marks import mark_table, mark_tied
-from megatron.shapes import Multipliers
+from megatron.param_table import Multipliers
 
 
 def buckets(length: int, count: int, max_distance: int, device: torch.device) -> Tensor:

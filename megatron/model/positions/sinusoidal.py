@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.distributed.param_init import Fill, ParameterSource
 from megatron.model.positions.base import Positions
-from megatron.parallel.initialization import Fill, ParameterSource
 
 BASE = 10000
 

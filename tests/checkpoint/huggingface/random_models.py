@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 
 VOCABULARY, LENGTH, POSITIONS = 48, 20, 32
 Settings = dict[str, Any]

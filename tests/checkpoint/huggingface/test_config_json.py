@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.adopt import adopt
-from megatron.checkpoint.huggingface.defaults import ALIASES, DEFAULTS
-from megatron.checkpoint.huggingface.export import Wishes, export
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
+from megatron.checkpoint.huggingface.export_model import Wishes, export
 from megatron.checkpoint.huggingface.families import FAMILIES, family_for
-from megatron.checkpoint.huggingface.folder import Folder
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError, RunError
-from megatron.parallel.topology import Topology
 from tests.checkpoint.huggingface.models import make, save, tokens
 from tests.checkpoint.huggingface.random_models import answer, ours, write
 

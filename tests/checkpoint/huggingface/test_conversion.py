@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.adopt import adopt
-from megatron.checkpoint.huggingface.export import export
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES
-from megatron.checkpoint.huggingface.folder import Folder
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError, RunError
-from megatron.parallel.topology import Topology
 from tests.checkpoint.huggingface.models import MODELS, make, save, tokens
-from tests.distributed import run_distributed
+from tests.multi_rank import run_distributed
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.huggingface.adopt import adopt
-from megatron.checkpoint.huggingface.folder import Folder
+from megatron.checkpoint.huggingface.import_model import adopt
+from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.config import Resources, resolve
-from megatron.engine.build import build_inference_engine
-from megatron.parallel.topology import Topology
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
 from tests.checkpoint.huggingface.models import save
 from tests.checkpoint.huggingface.test_pretrained import CACHE
 from tools import convert_to_hf

@@ -16,20 +16,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.huggingface.export import export
-from megatron.checkpoint.huggingface.folder import Folder
-from megatron.checkpoint.huggingface.peft import export_adapter
-from megatron.checkpoint.load import find_checkpoint
-from megatron.checkpoint.save import Counters, Saver
-from megatron.checkpoint.stored import open_model
+from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.huggingface.peft_adapter import export_adapter
+from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config, Resources, resolve
-from megatron.data.batch import MicroBatch
-from megatron.engine.build import build_training_engine, join
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_training_engine, join
 from megatron.errors import ConfigError
-from megatron.parallel.topology import Topology
-from megatron.shapes import ModelDims, tensors
+from megatron.param_table import ModelDims, tensors
 from tests.checkpoint.huggingface.models import VOCABULARY, make, save, tokens
-from tests.distributed import run_distributed
+from tests.multi_rank import run_distributed
 
 STEPS, RATE, CLIP, DECAY = 10, 5e-3, 0.5, 0.1
 LENGTH = 24

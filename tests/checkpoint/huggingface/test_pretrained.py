@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.config import Resources, resolve
-from megatron.data.writer import DatasetWriter
-from megatron.engine.build import build_inference_engine
-from megatron.inference.run import generate
-from megatron.parallel.topology import Topology
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.distributed.mesh import Topology
+from megatron.engine.builder import build_inference_engine
+from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
 from tests.checkpoint.huggingface import release
 from tests.end_to_end.runs import run, series

@@ -1,0 +1,241 @@
+"""Optimizer state by parameter name, so that any layout can read what any other wrote.
+
+A slice is a range of one tensor-parallel shard, flattened: ZeRO gives each data-parallel rank such ranges, a run
+without ZeRO gives data rank 0 the whole shard. Writing stores every rank's slices with an index beside them; reading
+puts the shards of one parameter together, then the global tensor, and cuts out what the reader's layout needs. Only
+one parameter is held whole at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.format import files, layout
+from megatron.errors import RunError
+from megatron.param_table import TensorShape
+
+VOCABULARY = ("word_embedding", "head")
+"""Kinds of tensors whose rows are padded to a multiple, so that readers may have more of them than writers."""
+
+MASTER = "master"
+"""The fp32 copy of a parameter that is trained in a lower precision."""
+
+WEIGHTS = (MASTER, "x0")
+"""State that holds weights: MADGRAD keeps the first ones."""
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
+
+    key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
+    step: number of updates made [steps]. whole: values of any shape that belong to the global tensor as a whole.
+    model_rank: whose shard it is, where it is not the writer's.
+    """
+
+    key: str
+    start: int
+    stop: int
+    step: int
+    tensors: dict[str, Tensor]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    model_rank: int | None = None
+
+
+def index(slices: Sequence[StateSlice], *, model_rank: int, model_size: int) -> dict[str, Any]:
+    """What the slices of one global rank are, without their values."""
+    entries = []
+    for piece in slices:
+        entry = {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step}
+        entry |= {"names": sorted(piece.tensors)}
+        if piece.whole:
+            entry["whole"] = sorted(piece.whole)
+        if piece.model_rank is not None:
+            entry["model_rank"] = piece.model_rank
+        entries.append(entry)
+    return {"model_rank": model_rank, "model_size": model_size, "slices": entries}
+
+
+def values(slices: Sequence[StateSlice]) -> list[dict[str, Tensor]]:
+    """The values of the slices, in order; copies in the host's memory."""
+    return [
+        {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.whole}.items()}
+        for piece in slices
+    ]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one slice lies: its file, its position there, and what it covers."""
+
+    file: Path
+    position: int
+    model_rank: int
+    start: int
+    stop: int
+    step: int
+    names: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+@dataclass
+class OptimizerState:
+    """The optimizer state of a checkpoint, read on demand.
+
+    places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them. shapes: key ->
+    the reader's tensor. rows: of the writer's embedding, where the reader's may have more. weights: (key, model rank,
+    model size) -> flat fp32 weights, where those were stored in fp32 and so are the MASTER that was not kept.
+    """
+
+    model_size: int
+    places: dict[str, list[_Place]]
+    shapes: dict[str, TensorShape]
+    rows: int | None = None
+    weights: Callable[[str, int, int], Tensor] | None = None
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def open(directory: Path, shapes: dict[str, TensorShape], rows: int | None = None) -> OptimizerState | None:
+        """Reads the indexes of a checkpoint; None if it holds no optimizer state.
+
+        shapes: parameter key -> its entry in the table of tensors. rows: see the class.
+        """
+        indexes = sorted((directory / layout.STATE).glob("rank_*.json"))
+        places: dict[str, list[_Place]] = {}
+        sizes = set()
+        for path in indexes:
+            facts = files.read_json(path)
+            sizes.add(facts["model_size"])
+            for position, entry in enumerate(facts["slices"]):
+                place = _Place(
+                    path.with_suffix(".pt"),
+                    position,
+                    entry.get("model_rank", facts["model_rank"]),
+                    entry["start"],
+                    entry["stop"],
+                    entry["step"],
+                    tuple(entry["names"]),
+                    tuple(entry.get("whole", ())),
+                )
+                places.setdefault(entry["key"], []).append(place)
+        if not places:
+            return None
+        if len(sizes) != 1:
+            raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", where=str(directory))
+        return OptimizerState(sizes.pop(), places, shapes, rows)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
+        names = tuple(dict.fromkeys(name for place in self.places.get(key, ()) for name in place.names))
+        return names if MASTER in names or self.weights is None or not names else (*names, MASTER)
+
+    def with_weights(self, weights: Callable[[str, int, int], Tensor]) -> OptimizerState:
+        """The same with fp32 weights to take the MASTER from."""
+        return replace(self, weights=weights)
+
+    def step(self, key: str) -> int:
+        """The number of updates the parameter has seen [steps]."""
+        return self.places[key][0].step
+
+    def whole(self, key: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of the global tensor as a whole, by name; copies.
+
+        Where the reader's vocabulary has more rows, those that the writer did not have are zero, as no token has
+        trained them.
+        """
+        rows, now = self._as_written(key).shape[0], self.shapes[key].shape[0]
+        found = {}
+        for place in self.places.get(key, ()):
+            for name in place.whole:
+                value = self._load(place.file)[place.position][name].clone()
+                if now > rows and value.dim() and value.shape[0] == rows:
+                    value = torch.cat((value, value.new_zeros(now - rows, *value.shape[1:])))
+                found[name] = value
+        return found
+
+    def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
+        """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
+        shape = self.shapes[key]
+        if name == MASTER and self.weights is not None and not any(MASTER in place.names for place in self.places[key]):
+            return self.weights(key, model_rank, model_size)
+        if shape.shard_dim is None:
+            return self._source_shard(key, name, 0).flatten()
+        written = self._as_written(key)
+        if model_size == self.model_size and written is shape:
+            return self._source_shard(key, name, model_rank).flatten()
+        whole = join_shards(written, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
+        whole = grown(shape, whole, zero=name not in WEIGHTS)
+        return cut_shard(shape, whole, model_rank, model_size).flatten()
+
+    def _as_written(self, key: str) -> TensorShape:
+        """The tensor with as many rows as the writer's vocabulary had, which may have been padded less."""
+        shape = self.shapes[key]
+        if self.rows is None or shape.kind not in VOCABULARY or self.rows >= shape.shape[0]:
+            return shape
+        return replace(shape, shape=(self.rows, *shape.shape[1:]))
+
+    def _source_shard(self, key: str, name: str, model_rank: int) -> Tensor:
+        """One tensor-parallel shard as it was cut when it was written. RunError if a piece of it is not there."""
+        shape = self._as_written(key).local_shape(self.model_size)
+        shard = torch.empty(shape, dtype=torch.float32)
+        flat = shard.view(-1)
+        covered = 0
+        for place in self.places[key]:
+            if place.model_rank == model_rank and name in place.names:
+                flat[place.start : place.stop] = self._load(place.file)[place.position][name]
+                covered += place.stop - place.start
+        if covered != flat.numel():
+            raise RunError.of(
+                f"optimizer state covers {covered} of {flat.numel()} elements of {key}",
+                where=str(self.places[key][0].file.parent),
+                remedy="a rank's file is missing; load another iteration, or set no_load_optim",
+            )
+        return shard
+
+    def _load(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = files.read_tensors(file)
+        return self._open[file]
+
+
+def cut_shard(shape: TensorShape, whole: Tensor, model_rank: int, model_size: int) -> Tensor:
+    """The part of a global tensor that one of `model_size` tensor-parallel ranks holds."""
+    if shape.shard_dim is None or model_size == 1:
+        return whole
+    dim = shape.shard_dim
+    parts = [whole.narrow(dim, start, stop - start) for start, stop in shape.slices(model_rank, model_size)]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def join_shards(shape: TensorShape, shards: Sequence[Tensor]) -> Tensor:
+    """The global tensor from the shards of all tensor-parallel ranks, in rank order."""
+    if shape.shard_dim is None or len(shards) == 1:
+        return shards[0]
+    whole = torch.empty(shape.shape, dtype=shards[0].dtype)
+    for rank, shard in enumerate(shards):
+        offset = 0
+        for start, stop in shape.slices(rank, len(shards)):
+            rows = shard.narrow(shape.shard_dim, offset, stop - start)
+            whole.narrow(shape.shard_dim, start, stop - start).copy_(rows)
+            offset += stop - start
+    return whole
+
+
+def grown(shape: TensorShape, whole: Tensor, *, zero: bool = False) -> Tensor:
+    """A tensor over the vocabulary with the rows of padding that the reader has beyond the writer's.
+
+    Each new row is the mean of the others, so its logit is the mean logit, and all n of them together take at most n
+    of rows + n parts of the probability (the mean of exponentials is at least the exponential of the mean). zero: they
+    are zero instead, as the optimizer's state of a row is that no token has trained.
+    """
+    missing = shape.shape[0] - whole.shape[0]
+    if missing <= 0:
+        return whole
+    row = torch.zeros_like(whole[:1]) if zero else whole.float().mean(0, keepdim=True).to(whole.dtype)
+    return torch.cat((whole, row.expand(missing, -1)))

@@ -1,0 +1,185 @@
+"""A checkpoint of ours as a folder that `transformers` loads: safetensors, their index and config.json.
+
+The tensors are made one by one while the files are written, so the memory needed is about one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.format import files
+from megatron.checkpoint.format.stored_model import StoredModel
+from megatron.checkpoint.format.weight_shards import key_of
+from megatron.checkpoint.huggingface import safetensors_format
+from megatron.checkpoint.huggingface.families import family_for
+from megatron.checkpoint.huggingface.family import Correspondence
+from megatron.checkpoint.huggingface.fold_mup import fold, fold_misfits
+from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, WHOLE
+from megatron.checkpoint.huggingface.safetensors_format import Promise
+from megatron.checkpoint.reshard.merge_lora import merged
+from megatron.config.schema.model import ModelSection
+from megatron.errors import ConfigError, RunError
+from megatron.param_table import ModelDims, Multipliers, TensorShape, tensors
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What changes no result and some programs that read the folder need.
+
+    zero_biases: attention has biases, of 0 where the model has none. own_head: the output layer is written as a matrix
+    of its own, where it is the embedding.
+    """
+
+    zero_biases: bool = False
+    own_head: bool = False
+
+    def applied(self, model: ModelSection) -> ModelSection:
+        """The model section that the folder tells of."""
+        changes = {"use_bias_in_attn_linear": True} if self.zero_biases else {}
+        changes |= {"no_weight_tying": True} if self.own_head else {}
+        return model.model_copy(update=changes)
+
+
+PLAIN = Wishes()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. rows: of the embedding. names: of the family and its class in transformers."""
+
+    family: str
+    architecture: str
+    tensors: int
+    size: int
+    rows: int
+
+
+def export(
+    stored: StoredModel,
+    output: Path,
+    *,
+    family_name: str | None = None,
+    precision: str = "auto",
+    largest_file: int = 5 << 30,
+    special: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
+    wishes: Wishes = PLAIN,
+) -> Exported:
+    """Writes the folder.
+
+    family_name: None chooses the first family that can express the model. precision: auto keeps each tensor's, as
+    transformers does, and config.json names the embedding's; fp32 takes the optimizer's fp32 copies where they were
+    kept. The factors of muP go into the weights, and so do low-rank updates. largest_file: [bytes]. special: ids for
+    config.json, such as eos_token_id. tokens: of the tokenizer; further rows of the embedding are padding, unless the
+    key vocab_size counts them. wishes: of other programs. Raises ConfigError naming each key that the family cannot
+    express.
+    """
+    ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
+    stored = merged(stored)
+    model = wishes.applied(stored.model)
+    family = family_for(model, stored.moe, stored.mixers, family_name)
+    dims = ModelDims.of(model, stored.moe, stored.mixers)
+    rows = vocabulary(stored, tokens)
+    dtype = PRECISIONS.get(precision)
+    shapes = {key_of(shape): shape for shape in tensors(dims, stored.rows)}
+    table = family.table(dims)
+    assert {row.ours for row in table} == set(shapes), "the table of a family covers every tensor of its models"
+    output.mkdir(parents=True, exist_ok=True)
+    held = {key_of(shape): shape for shape in stored.table}
+    promises = [promise for row in table for promise in _promises(stored, held, row, shapes[row.ours], rows, dtype)]
+    _write_files(output, promises, largest_file)
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= family.config(model, rows)
+    config |= family.experts.config(stored.moe) if family.experts else {}
+    config |= family.mixers.config(stored.mixers) if family.mixers else {}
+    config |= dict(special or {}) | {"torch_dtype": _CALLED[dtype or _stored_dtype(stored, stored.table[0])]}
+    files.write_json(output / CONFIG, config)
+    return Exported(family.name, family.architecture, len(promises), sum(promise.size for promise in promises), rows)
+
+
+def _promises(
+    stored: StoredModel,
+    held: Mapping[str, TensorShape],
+    row: Correspondence,
+    shape: TensorShape,
+    rows: int,
+    asked: torch.dtype | None,
+) -> Iterator[Promise]:
+    """Their tensors that one of ours turns into. held: our key of each stored tensor. asked: None keeps its type."""
+    source = held.get(row.ours)
+    if source is None and shape.kind == "head":
+        source = held["0.word_embeddings.weight"]
+    dtype = asked or _stored_dtype(stored, stored.table[0] if source is None else source)
+    ours = torch.empty(shape.shape, device="meta")
+    for part, theirs in enumerate(row.apart(_without_padding(shape, ours, rows))):
+        if source is None:
+            make = partial(_zeros, row, shape, part)
+        else:
+            make = partial(_make, stored, row, source, rows, part, dtype == torch.float32)
+        yield Promise(row.theirs[part], tuple(theirs.shape), dtype, make)
+
+
+def _stored_dtype(stored: StoredModel, shape: TensorShape) -> torch.dtype:
+    return stored.weights.shards(key_of(shape))[0].dtype
+
+
+def vocabulary(stored: StoredModel, tokens: int | None) -> int:
+    """Rows of the embedding that mean a token. tokens: of the tokenizer, where it is known.
+
+    The key vocab_size counts where it says more: a model that was taken over may have rows that no token of its
+    tokenizer has, and keeps them.
+    """
+    told = [size for size in (tokens, stored.tokenizer.vocab_size) if size is not None and size <= stored.rows]
+    return max(told, default=stored.rows)
+
+
+def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
+    dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
+    whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
+    return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
+
+
+def _zeros(row: Correspondence, shape: TensorShape, part: int) -> Tensor:
+    return row.apart(torch.zeros(shape.shape))[part]
+
+
+def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:
+    return whole[:rows] if shape.kind in ("word_embedding", "head") else whole
+
+
+def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
+    """One file, or several with an index."""
+    parts: list[list[Promise]] = [[]]
+    size = 0
+    for promise in promises:
+        if parts[-1] and size + promise.size > largest:
+            parts.append([])
+            size = 0
+        parts[-1].append(promise)
+        size += promise.size
+    if len(parts) == 1:
+        safetensors_format.write(output / WHOLE, parts[0], {"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        safetensors_format.write(output / name, part, {"format": "pt"})
+        where |= {promise.name: name for promise in part}
+    total = sum(promise.size for promise in promises)
+    files.write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def refuse_existing(output: Path) -> None:
+    """RunError when the folder already holds a model, whose files would mix with ours."""
+    if any(output.glob("*.safetensors")) or (output / CONFIG).is_file():
+        raise RunError.of("the folder already holds a model", where=str(output), remedy="give an empty or new one")

@@ -1,0 +1,96 @@
+"""A folder of `transformers` becomes a checkpoint of ours, at any degree of parallelism, a layer at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.format.metadata import public_facts
+from megatron.checkpoint.format.optimizer_shards import grown
+from megatron.checkpoint.format.weight_shards import as_stored, assemble, key_of
+from megatron.checkpoint.huggingface import safetensors_format
+from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.reshard.write_resharded import write_weights
+from megatron.checkpoint.save.commit import make_room, publish
+from megatron.config import Resources, resolve, serialize
+from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.errors import RunError
+from megatron.param_table import ModelDims, TensorShape, tensors
+
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What was written. settings: the model as keys of a configuration. rows: of the embedding, padding included."""
+
+    directory: Path
+    settings: dict[str, Any]
+    tensors: int
+    rows: int
+
+
+def adopt(
+    folder: Folder,
+    save: Path,
+    *,
+    model_size: int = 1,
+    pipe_size: int = 0,
+    dtype: torch.dtype | None = None,
+    further: Mapping[str, Any] | None = None,
+) -> Adopted:
+    """Writes <save>/global_step0 and points `latest` at it.
+
+    model_size, pipe_size: the layout of the weight files, which any run reads. dtype: None keeps the stored one.
+    further: keys for the configuration that is kept with the checkpoint. Raises ConfigError or RunError for what cannot
+    be taken over: a setting, a tensor that is missing or left over, a shape.
+    """
+    settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
+    flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": "generate.py"}
+    flags |= {**(further or {}), "model_parallel_size": model_size}
+    config = resolve([], flags, Resources(model_size)).config
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    rows = padded_vocab_size(folder.rows, 1, model_size)
+    table = tensors(dims, rows)
+    weights = folder.weights(dims)
+
+    def whole(shape: TensorShape) -> Tensor:
+        shards = weights.shards(key_of(shape))
+        tensor = grown(shape, assemble(as_stored(shape, shards, 1), shards, summed=False))
+        if tuple(tensor.shape) != shape.shape:
+            raise RunError.of(
+                f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json speaks of {list(shape.shape)}",
+                where=str(folder.path),
+            )
+        return tensor if dtype is None else safetensors_format.narrowed(key_of(shape), tensor, dtype)
+
+    final = layout.step_directory(save, 0)
+    partial = layout.partial_directory(save, 0)
+    make_room(partial)
+    try:
+        facts = public_facts(
+            config.model,
+            iteration=0,
+            consumed_samples=0,
+            skipped=0,
+            data_size=1,
+            model_size=model_size,
+            tokenizer_type=config.tokenizer.tokenizer_type,
+            divisible_by=1,
+            padded_vocab_size=rows,
+        )
+        summed = config.model.gpt_j_residual
+        sizes = {"model_size": model_size, "pipe_size": pipe_size}
+        written = write_weights(partial, table, whole, summed=summed, facts=facts, **sizes)
+        written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config)))
+        publish(partial, final, written)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Adopted(final, settings, len(table), rows)

@@ -1,0 +1,258 @@
+"""A folder as `transformers` writes it, read as weights of ours: config.json, and safetensors or .bin files.
+
+Nothing is copied before it is asked for, and no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron.checkpoint.format import files
+from megatron.checkpoint.huggingface import safetensors_format
+from megatron.checkpoint.huggingface.config_defaults import completed
+from megatron.checkpoint.huggingface.families import family_of
+from megatron.checkpoint.huggingface.family import Correspondence, Family, Settings
+from megatron.checkpoint.huggingface.safetensors_format import FETCH
+from megatron.errors import ConfigError, Mistake, RunError
+from megatron.param_table import ModelDims
+
+CONFIG = "config.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+ADAPTER = "adapter_config.json"
+UNPACKED = ("gguf",)
+"""Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
+_FETCH_BIN = f"{FETCH}, or the folder's {WHOLE}"
+WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_model.model.: peft")
+"""What programs put before the names of a model that they wrap."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+Source = Callable[[], Tensor]
+Table = dict[str, tuple[Correspondence, tuple[Source, ...]]]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is such a folder."""
+    return (path / CONFIG).is_file() and any((path / name).is_file() for name in (WHOLE, INDEX, OLD_WHOLE, OLD_INDEX))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Such a folder. config: the content of config.json, completed. tensors: name -> how to read it."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: dict[str, Source]
+
+    @staticmethod
+    def open(path: Path) -> Folder:
+        """Reads what describes the weights. Raises ConfigError for a folder or a model of another kind."""
+        if not is_folder(path):
+            if (path / ADAPTER).is_file():
+                raise ConfigError.of(
+                    "this folder holds an adapter of peft, and not the model that it changes",
+                    where=str(path),
+                    remedy="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
+                )
+            raise ConfigError.of(
+                f"it holds no {CONFIG} with {WHOLE}, {INDEX}, {OLD_WHOLE} or {OLD_INDEX}",
+                where=str(path),
+                remedy="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
+            )
+        where = str(path / CONFIG)
+        config = files.read_json(path / CONFIG)
+        if not isinstance(config, dict):
+            raise ConfigError.of("this is no object", where=where)
+        family = family_of(config, where)
+        ConfigError.raise_any(_changes_weights(path, config))
+        return Folder(path, completed(config, family.model_type, where), family, _sources(path))
+
+    def settings(self) -> Settings:
+        """The model as our keys."""
+        return self.family.settings(self.config)
+
+    @property
+    def rows(self) -> int:
+        """Rows of its embedding, as config.json tells; reading the weights compares."""
+        return int(self.config["vocab_size"])
+
+    def weights(self, dims: ModelDims) -> FolderWeights:
+        """Its weights under our keys. RunError when it holds tensors that no place of ours takes."""
+        return FolderWeights.of(self, dims)
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """The weights of a folder under our keys, as one tensor-parallel rank would have stored them."""
+
+    directory: Path
+    table: Table
+    model_size: int = 1
+
+    @staticmethod
+    def of(folder: Folder, dims: ModelDims) -> FolderWeights:
+        """Pairs the table of the family with the tensors that are there."""
+        named = _named(folder)
+        table: Table = {}
+        lacked: list[str] = []
+        for row in folder.family.table(dims):
+            lacking = [name for name in row.theirs if _old_head(name, named) not in named]
+            lacked += lacking
+            if not lacking:
+                table[row.ours] = (row, tuple(named.pop(_old_head(name, named)) for name in row.theirs))
+        RunError.raise_any(_wrapped(lacked, folder) or [_missing(name, folder) for name in lacked])
+        _compare_rows(folder, table)
+        _spare_head(folder, named, table)
+        if named:
+            raise RunError.of(
+                f"tensors that the model has no place for: {', '.join(sorted(named)[:8])}",
+                where=str(folder.path),
+                remedy="its config.json belongs to another model",
+            )
+        return FolderWeights(folder.path, table)
+
+    def keys(self) -> set[str]:
+        """Our keys of all its tensors."""
+        return set(self.table)
+
+    def shards(self, key: str) -> list[Tensor]:
+        """The one tensor. RunError when two tensors that must be equal are not."""
+        row, sources = self.table[key]
+        parts = [source() for source in sources]
+        if row.copies and not all(part.equal(parts[0]) for part in parts):
+            raise RunError.of(f"{' and '.join(row.theirs)} differ", where=str(self.directory))
+        return [row.together(parts)]
+
+
+def _named(folder: Folder) -> dict[str, Source]:
+    """Its tensors by full name, without those that hold no weights."""
+    prefix = folder.family.prefix
+    bare = not any(name.startswith(prefix) for name in folder.tensors)
+    return {
+        prefix + name if bare else name: source
+        for name, source in folder.tensors.items()
+        if not name.endswith(folder.family.spare)
+    }
+
+
+def _old_head(name: str, named: dict[str, Source]) -> str:
+    """GPT-NeoX's output layer has two names, by the version that wrote it."""
+    return "lm_head.weight" if name == "embed_out.weight" and name not in named else name
+
+
+def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[Mistake]:
+    """What would be done to the stored weights before they are used, and is not done here."""
+    where = str(path / CONFIG)
+    told = config.get("quantization_config")
+    if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
+        remedy = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
+        yield Mistake("quantized weights cannot be taken over", "quantization_config", told, where, remedy)
+    if (path / ADAPTER).is_file():
+        what = "transformers puts this adapter on top of the weights, which is not done here"
+        yield Mistake(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
+
+
+def _wrapped(lacked: list[str], folder: Folder) -> list[Mistake]:
+    """What is told where every lacking tensor is there under one prefix more, as wrappers of models save them."""
+    for name in folder.tensors:
+        prefix = name.removesuffix(lacked[0]) if lacked else name
+        if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
+            what = f"its tensors are called {prefix}{lacked[0]} and so on, where the model has {lacked[0]}"
+            remedy = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
+            return [Mistake(what, where=str(folder.path), remedy=remedy)]
+    return []
+
+
+def _missing(name: str, folder: Folder) -> Mistake:
+    what = f"there is no tensor {name}"
+    if name in HEADS:
+        remedy = "a model whose output layer is its embedding says tie_word_embeddings: true"
+        return Mistake(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
+    remedy = f"a file that the index does not name, or another model's config.json; {FETCH}"
+    return Mistake(what, where=str(folder.path), remedy=remedy)
+
+
+def _compare_rows(folder: Folder, table: Table) -> None:
+    """ConfigError where embedding or output layer have other rows than config.json says, which nothing may pad."""
+    for key, (row, sources) in table.items():
+        if key == "0.word_embeddings.weight" or key.endswith(".final_linear.weight"):
+            rows = sources[0]().shape[0]
+            if rows != folder.rows:
+                raise ConfigError.of(
+                    f"tensor {row.theirs[0]} has {rows:,} rows",
+                    key="vocab_size",
+                    value=folder.rows,
+                    where=str(folder.path / CONFIG),
+                    remedy=f"write vocab_size: {rows} if the tensor is right"
+                    if rows
+                    else "the tensor is empty, as ZeRO stage 3 saves what it does not gather: save the gathered model",
+                )
+
+
+def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
+    """Drops a second copy of a tied embedding, which some files hold. ConfigError where it is another matrix."""
+    if any(key.endswith("final_linear.weight") for key in table):
+        return
+    for head in HEADS:
+        if head not in named:
+            continue
+        if not named[head]().equal(table["0.word_embeddings.weight"][1][0]()):
+            raise ConfigError.of(
+                f"the stored {head} is not the embedding; some releases of transformers use it, others drop it",
+                key="tie_word_embeddings",
+                value=folder.config["tie_word_embeddings"],
+                where=str(folder.path / CONFIG),
+                remedy=f"write tie_word_embeddings: false to keep {head}, or take that tensor out",
+            )
+        del named[head]
+
+
+def _sources(path: Path) -> dict[str, Source]:
+    """Every tensor of the folder and how to read it."""
+    if (path / INDEX).is_file() or (path / WHOLE).is_file():
+        names = _files(path, WHOLE, INDEX)
+        readers = {name: safetensors_format.Reader(path / name) for name in names}
+        return {tensor: _of(reader, tensor) for reader in readers.values() for tensor in reader.names()}
+    held: dict[str, Source] = {}
+    for name in _files(path, OLD_WHOLE, OLD_INDEX):
+        for tensor, value in _old_tensors(path / name).items():
+            held[tensor] = lambda value=value: value  # type: ignore[misc]
+    return held
+
+
+def _of(reader: safetensors_format.Reader, tensor: str) -> Source:
+    return lambda: reader.tensor(tensor)
+
+
+def _files(path: Path, whole: str, index: str) -> list[str]:
+    """The files to read: as transformers, the whole one where there is one, an index or not."""
+    if (path / whole).is_file():
+        return [whole]
+    told = files.read_json(path / index)
+    where = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        what = "it has no weight_map, which says where each tensor stands"
+        raise RunError.of(what, where=str(path / index), remedy=FETCH)
+    names = sorted(set(where.values()))
+    what = f"this file is not there, which {index} names"
+    absent = [name for name in names if not (path / name).is_file()]
+    RunError.raise_any([Mistake(what, where=str(path / name), remedy=f"{FETCH} into this folder") for name in absent])
+    return names
+
+
+def _old_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file. RunError where it is damaged, or a pickle of other things."""
+    try:
+        found = files.read_tensors(path)
+    except RunError as fault:
+        raise RunError(*(replace(mistake, remedy=_FETCH_BIN) for mistake in fault.mistakes)) from fault
+    if not isinstance(found, dict):
+        raise RunError.of("this file holds no tensors by name", where=str(path), remedy=_FETCH_BIN)
+    return found

@@ -1,0 +1,124 @@
+"""The tensors of a decoder under our names and a family's: what every family's table has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.huggingface.family import (
+    Correspondence,
+    fused,
+    queries_keys_values,
+    query_key_value,
+    same,
+    stacked,
+    transposed,
+)
+from megatron.param_table import ModelDims
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its tensors; projections and norms without the .weight or .bias at the end.
+
+    block: what the names inside a block begin with; {} stands for its number. attention: one projection for queries,
+    keys and values together, or three. by_head: where it is one, its rows stand head by head as ours do, not all
+    queries first. linear1: one matrix, or its plain half and the one that the activation sees. norm_values: our and
+    their names of what a norm holds. head_norms: those of queries and of keys. matrices_turned: they keep matrices as
+    [in, out]. experts: (dimensions, begin of our names, of theirs) -> the rows of a block's experts, where the family
+    has them.
+    """
+
+    embedding: str
+    block: str
+    input_norm: str
+    attention: tuple[str, ...]
+    dense: str
+    mlp_norm: str
+    linear1: tuple[str, ...]
+    linear2: str
+    final_norm: str
+    head: str
+    positions: str | None = None
+    by_head: bool = True
+    norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+    matrices_turned: bool = False
+    head_norms: tuple[str, str] | None = None
+    experts: Callable[[ModelDims, str, str], list[Correspondence]] | None = None
+
+    def table(self, dims: ModelDims) -> list[Correspondence]:
+        """Every tensor of a model of those dimensions."""
+        rows = [same("0.word_embeddings.weight", f"{self.embedding}.weight")]
+        if self.positions is not None:
+            rows.append(same("0.position_embeddings.weight", f"{self.positions}.weight"))
+        for number in range(dims.num_layers):
+            rows += self._block(dims, number, f"{number + 2}.", self.block.format(number))
+        last = dims.num_layers + 3
+        rows += [same(f"{last}.norm.{ours}", f"{self.final_norm}.{theirs}") for ours, theirs in self.norm_values]
+        if not dims.tied:
+            rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
+        return rows
+
+    def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[Correspondence]:
+        rows = self._norms(dims, ours, theirs)
+        for kind in ("weight", "bias") if dims.attention_bias else ("weight",):
+            names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
+            rows.append(self._projection(dims, f"{ours}attention.query_key_value.{kind}", names))
+            rows.append(self._linear(f"{ours}attention.dense.{kind}", f"{theirs}{self.dense}.{kind}"))
+        if self.experts is not None and dims.has_experts(number):
+            return rows + self.experts(dims, ours, theirs)
+        for kind in ("weight", "bias") if dims.mlp_bias else ("weight",):
+            names = tuple(f"{theirs}{name}.{kind}" for name in self.linear1)
+            ours_first = f"{ours}mlp.linear1.{kind}"
+            rows.append(stacked(ours_first, names) if len(names) > 1 else self._linear(ours_first, names[0]))
+            rows.append(self._linear(f"{ours}mlp.linear2.{kind}", f"{theirs}{self.linear2}.{kind}"))
+        return rows
+
+    def _norms(self, dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+        """Two norms, or one that they keep twice (gpt_j_tied)."""
+        rows = []
+        for value, other in self.norm_values:
+            names = (f"{theirs}{self.input_norm}.{other}", f"{theirs}{self.mlp_norm}.{other}")
+            if dims.shared_norm:
+                rows.append(_twice(f"{ours}input_layernorm.{value}", names))
+                continue
+            rows.append(same(f"{ours}input_layernorm.{value}", names[0]))
+            rows.append(same(f"{ours}post_attention_layernorm.{value}", names[1]))
+        if dims.qk_norm and self.head_norms is not None:
+            for name, other in zip(("q_layernorm", "k_layernorm"), self.head_norms, strict=True):
+                rows += [
+                    same(f"{ours}attention.{name}.{mine}", f"{theirs}{other}.{it}") for mine, it in self.norm_values
+                ]
+        return rows
+
+    def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> Correspondence:
+        if len(theirs) > 1:
+            queries, keys, values = theirs
+            return fused(ours, (queries, keys, values), dims)
+        return same(ours, theirs[0]) if self.by_head else self._queries_first(dims, ours, theirs[0])
+
+    def _queries_first(self, dims: ModelDims, ours: str, theirs: str) -> Correspondence:
+        """Our rows [3h, ...] <-> all queries, all keys, all values."""
+
+        def apart(tensor: Tensor) -> Sequence[Tensor]:
+            return (self._turned(torch.cat(queries_keys_values(tensor, dims))),)
+
+        def together(tensors: Sequence[Tensor]) -> Tensor:
+            return query_key_value(self._turned(tensors[0]).chunk(3), dims)
+
+        turned = self.matrices_turned and ours.endswith(".weight")
+        return Correspondence(ours, (theirs,), apart, together, turned=turned)
+
+    def _linear(self, ours: str, theirs: str) -> Correspondence:
+        turned = self.matrices_turned and ours.endswith(".weight")
+        return transposed(ours, theirs) if turned else same(ours, theirs)
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.matrices_turned and tensor.dim() == 2 else tensor
+
+
+def _twice(ours: str, theirs: tuple[str, str]) -> Correspondence:
+    return Correspondence(ours, theirs, lambda tensor: (tensor, tensor), lambda tensors: tensors[0], copies=True)

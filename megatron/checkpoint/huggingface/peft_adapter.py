@@ -1,0 +1,128 @@
+"""What was trained beside a frozen model, as a folder that the package `peft` loads on top of that model.
+
+Low-rank updates become LORA: one of ours whose matrix is several of theirs gives each its rows of B, and A to all of
+them. A soft prompt becomes PROMPT_TUNING. Source of names and files: peft 0.21, utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.adapter_config import LowRank, low_rank, soft_prompt
+from megatron.checkpoint.format import files
+from megatron.checkpoint.format.stored_model import StoredModel
+from megatron.checkpoint.huggingface import safetensors_format
+from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
+from megatron.checkpoint.huggingface.families import family_for
+from megatron.checkpoint.huggingface.family import Correspondence, Family
+from megatron.checkpoint.huggingface.safetensors_format import Promise
+from megatron.errors import ConfigError
+from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def export_adapter(
+    stored: StoredModel,
+    output: Path,
+    *,
+    family_name: str | None = None,
+    precision: str = "auto",
+    base_model: str | None = None,
+) -> Exported:
+    """Writes the folder.
+
+    family_name, precision: as for a whole model. base_model: the name or folder under which peft finds the frozen model
+    by itself. Raises ConfigError where nothing was trained beside a frozen model, or naming each key that the family
+    cannot express.
+    """
+    updates, prompt = low_rank(stored.model.lora), soft_prompt(stored.model.soft_prompt_tuning)
+    if updates is None and prompt is None:
+        raise ConfigError.of(
+            "nothing was trained beside a frozen model here: neither lora nor soft_prompt_tuning is set",
+            where=str(stored.directory),
+            remedy="leave --adapter-only out",
+        )
+    plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
+    family = family_for(plain, stored.moe, stored.mixers, family_name)
+    dims = ModelDims.of(plain, stored.moe, stored.mixers)
+    dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
+    if updates is not None:
+        promises = list(_factors(stored, family, dims, dtype))
+        told = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
+    else:
+        promises = [_prompt(stored, dtype)]
+        told = _prompt_tuning(dims, promises[0].shape[0])
+    output.mkdir(parents=True, exist_ok=True)
+    safetensors_format.write(output / WEIGHTS, promises, {"format": "pt"})
+    usual = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    files.write_json(output / CONFIG, {**told, **usual})
+    size = sum(promise.size for promise in promises)
+    return Exported(family.name, str(told["peft_type"]), len(promises), size, stored.rows)
+
+
+def _factors(stored: StoredModel, family: Family, dims: ModelDims, dtype: torch.dtype) -> Iterator[Promise]:
+    """The tensors of all updates."""
+    shapes = {f"{shape.layer}.{shape.name}": shape for shape in stored.table}
+    for row in family.table(dims):
+        module = row.ours.removesuffix(".weight")
+        down, up = (shapes.get(f"{module}.{name}.weight") for name in (DOWN, UP))
+        if down is None or up is None:
+            continue
+        parts = _rows(row, torch.empty(up.shape, device="meta"))
+        for part, name in enumerate(row.theirs):
+            theirs = f"base_model.model.{name.removesuffix('.weight')}"
+            first, second = partial(_down, stored, down, dtype), partial(_up, stored, row, up, part, dtype)
+            yield Promise(f"{theirs}.lora_A.weight", down.shape, dtype, first)
+            yield Promise(f"{theirs}.lora_B.weight", tuple(parts[part].shape), dtype, second)
+
+
+def _rows(row: Correspondence, up: Tensor) -> list[Tensor]:
+    """The rows of B [out, rank] that belong to each of their matrices, which peft keeps as [out, rank] throughout."""
+    return [part.T if row.turned else part for part in row.apart(up)]
+
+
+def _down(stored: StoredModel, shape: TensorShape, dtype: torch.dtype) -> Tensor:
+    return stored.whole(shape, precise=dtype == torch.float32)
+
+
+def _up(stored: StoredModel, row: Correspondence, shape: TensorShape, part: int, dtype: torch.dtype) -> Tensor:
+    return _rows(row, stored.whole(shape, precise=dtype == torch.float32))[part]
+
+
+def _lora(asked: LowRank, promises: list[Promise], *, turned: bool) -> dict[str, Any]:
+    """modules: by their place in a block, since all blocks have the same."""
+    inside = {re.sub(r"^base_model\.model\..*?\.\d+\.|\.lora_[AB]\.weight$", "", promise.name) for promise in promises}
+    return {
+        "peft_type": "LORA",
+        "r": asked.rank,
+        "lora_alpha": asked.alpha,
+        "lora_dropout": asked.dropout,
+        "target_modules": sorted(inside),
+        "fan_in_fan_out": turned,
+        "bias": "none",
+    }
+
+
+def _prompt(stored: StoredModel, dtype: torch.dtype) -> Promise:
+    shape = next(one for one in stored.table if one.layer == 0 and one.name == PROMPT)
+    return Promise("prompt_embeddings", shape.shape, dtype, partial(_down, stored, shape, dtype))
+
+
+def _prompt_tuning(dims: ModelDims, length: int) -> dict[str, Any]:
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "num_virtual_tokens": length,
+        "token_dim": dims.hidden_size,
+        "num_layers": dims.num_layers,
+        "num_attention_heads": dims.num_attention_heads,
+        "num_transformer_submodules": 1,
+    }

@@ -1,0 +1,124 @@
+"""Rotary positions and their scaling, between our keys and config.json.
+
+transformers keeps base, part and scaling in `rope_parameters`, and before release 5 as `rope_theta`, `rope_scaling` and
+a key of each family; both spellings are read, and the older one is written, which every release reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.checkpoint.huggingface.config_defaults import DEFAULTS
+from megatron.checkpoint.huggingface.family import Settings
+from megatron.config.schema.model import ModelSection
+from megatron.errors import ConfigError, Mistake
+
+CONFIG = "config.json"
+_BESIDE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_DEFAULTS = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+"""What we may leave out and they must say."""
+
+
+def scaling_misfits(model: ModelSection) -> list[Mistake]:
+    """What of rope_scaling config.json cannot say: angles that follow from the length of each text."""
+    scaling = model.rope_scaling or {}
+    if scaling.get("type") != "dynamic":
+        return []
+    original = scaling["original_max_position_embeddings"]
+    if model.seq_length is not None and model.seq_length <= original and model.max_position_embeddings == original:
+        return []
+    return [
+        Mistake(
+            "transformers chooses the base by the length of each text, not by seq_length; the two agree only where "
+            "max_position_embeddings is original_max_position_embeddings",
+            key="rope_scaling",
+            value=dict(scaling),
+        )
+    ]
+
+
+def scaling_config(model: ModelSection) -> Settings:
+    """Their rope_scaling, or nothing."""
+    if not model.rope_scaling:
+        return {}
+    kind = model.rope_scaling["type"]
+    told = {"rope_type": kind, **_DEFAULTS.get(kind, {})}
+    told |= {name: value for name, value in model.rope_scaling.items() if name != "type"}
+    if kind == "dynamic":
+        del told["original_max_position_embeddings"]  # it is max_position_embeddings there
+    return {"rope_scaling": told}
+
+
+def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partial_rotary_factor") -> Settings:
+    """rotary_emb_base, rotary_pct and rope_scaling from either spelling.
+
+    theirs: completed. base, part: their names among the older keys. Raises ConfigError where two spellings contradict
+    each other, which every release of transformers settles in its own way, where blocks turn in different ways, and
+    for a base that is no whole number; resolving judges what a scaling says.
+    """
+    said = {name: theirs[name] for name in ("rope_scaling", "rope_parameters") if theirs.get(name)}
+    for name, block in said.items():
+        if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
+            what = "only one scaling for all blocks can be taken over"
+            raise ConfigError.of(what, key=name, value=block, where=CONFIG)
+    meanings = {name: _meaning(theirs, block, base, part) for name, block in said.items()}
+    if len(meanings) > 1 and meanings["rope_scaling"] != meanings["rope_parameters"]:
+        raise ConfigError.of(
+            f"it contradicts rope_parameters = {said['rope_parameters']!r}",
+            key="rope_scaling",
+            value=said["rope_scaling"],
+            where=CONFIG,
+            remedy="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
+        )
+    settings = next(iter(meanings.values()), None) or _meaning(theirs, {}, base, part)
+    _one_base(theirs, settings)
+    return settings
+
+
+def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, part: str) -> Settings:
+    """Our keys of one block, and of the keys beside it."""
+    usual = DEFAULTS[theirs["model_type"]]
+    theta = block.get("rope_theta", theirs.get(base, usual[base]))
+    if not isinstance(theta, (int, float)) or not float(theta).is_integer() or theta < 1:
+        raise ConfigError.of("the base must be a whole number", key=base, value=theta, where=CONFIG)
+    turned = block.get("partial_rotary_factor")
+    settings: Settings = {
+        "rotary_emb_base": int(theta),
+        "rotary_pct": float(theirs.get(part, usual.get(part, 1.0)) if turned is None else turned),
+    }
+    kind = block.get("rope_type") or block.get("type") or "default"
+    if kind == "default":
+        return settings
+    told = {name: value for name, value in block.items() if name not in _BESIDE and value is not None}
+    length = theirs["max_position_embeddings"]
+    if kind == "dynamic":
+        told["original_max_position_embeddings"] = length
+    elif kind in ("yarn", "llama3"):
+        told.setdefault("original_max_position_embeddings", length)
+        beside = theirs.get("original_max_position_embeddings")
+        if beside not in (None, told["original_max_position_embeddings"]):
+            raise ConfigError.of(
+                f"the scaling speaks of {told['original_max_position_embeddings']}",
+                key="original_max_position_embeddings",
+                value=beside,
+                where=CONFIG,
+            )
+    return settings | {"rope_scaling": {"type": kind, **told}}
+
+
+def _one_base(theirs: Mapping[str, Any], settings: Settings) -> None:
+    """ConfigError for a key beside the block that says something else, or that only some releases read."""
+    ours = {"rotary_emb_base": ("rope_theta", "rotary_emb_base"), "rotary_pct": ("partial_rotary_factor", "rotary_pct")}
+    for mine, names in ours.items():
+        for name in names:
+            value = theirs.get(name)
+            if value is None or value == settings[mine]:
+                continue
+            raise ConfigError.of(
+                f"it contradicts {settings[mine]!r}, which the rest of the file says",
+                key=name,
+                value=value,
+                where=CONFIG,
+                remedy="say it once",
+            )

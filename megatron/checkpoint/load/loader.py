@@ -1,0 +1,397 @@
+"""Loading: find a whole checkpoint, say what matches, and stop on anything that was not asked for.
+
+Weights go into a module before the engine is built around it; optimizer, counters and random generators follow. A
+folder of `transformers` is read as well; it holds weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.format import files, layout, logits_check, rng
+from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
+from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of, read_shards
+from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
+from megatron.checkpoint.load import find
+from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_to_use, warn_of_early_end
+from megatron.checkpoint.load.model_check import same_model
+from megatron.checkpoint.load.mup_check import same_parametrisation
+from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
+from megatron.checkpoint.remote.host_copy import bring_to_all, by_host, one_folder
+from megatron.checkpoint.remote.s3_sync import fetch_missing
+from megatron.checkpoint.save.protocol import Checkpointable
+from megatron.checkpoint.save.saver import Counters
+from megatron.config import Config
+from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.schema.checkpoint import CheckpointSection
+from megatron.distributed.mesh import Topology
+from megatron.errors import ConfigError, Mistake, RunError
+from megatron.log import get_logger
+from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_added
+from megatron.ranks import Ranks
+from megatron.registry import OPTIMIZERS
+from megatron.tokenizer_info import TokenizerFacts
+
+_log = get_logger(__name__)
+
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokenizer's: more of them are another vocabulary (the public default pads to
+128 times the tensor-parallel degree)."""
+
+
+class _Embedding(NamedTuple):
+    """The stored word embedding. rows: of all tensor-parallel ranks, padding included [tokens]."""
+
+    rows: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(weights: StoredWeights) -> _Embedding:
+        shards = weights.shards("0.word_embeddings.weight")
+        return _Embedding(sum(shard.shape[0] for shard in shards), shards[0].dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk, and what the configuration wants of it.
+
+    directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
+    `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored. validated_in: the
+    reader's precision, where its logits are to be compared with the kept ones. optimizer_type: the reader's. may_add:
+    what is trained beside a frozen model may be missing, and starts anew.
+    """
+
+    directory: Path
+    with_optimizer: bool
+    with_rng: bool
+    from_start: bool
+    summed_biases: bool
+    table: tuple[TensorShape, ...]
+    weights: StoredWeights
+    validated_in: str | None = None
+    optimizer_type: str = "adam"
+    may_add: bool = False
+
+    def optimizer(self) -> OptimizerState | None:
+        """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
+        if not self.with_optimizer:
+            return None
+        self._same_optimizer()
+        state = OptimizerState.open(self.directory, {key_of(shape): shape for shape in self.table}, self.rows)
+        if state is None:
+            raise RunError.of(
+                "the checkpoint holds no optimizer state",
+                where=str(self.directory),
+                remedy="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
+            )
+        return state.with_weights(self._shard) if self._embedding.dtype == torch.float32 else state
+
+    def _same_optimizer(self) -> None:
+        """The forms of Adam can go on with each other's state; any other optimizer only with its own."""
+        path, own = self.directory / layout.RUN, self.optimizer_type
+        stored = files.read_json(path).get("optimizer", own) if path.is_file() else own
+        alike = all(name in OPTIMIZERS and "moments" in OPTIMIZERS.entry(name).traits for name in (stored, own))
+        if stored != own and not alike:
+            raise ConfigError.of(
+                f"the checkpoint {self.directory} was trained with {stored}",
+                key="optimizer",
+                value=own,
+                remedy="set no_load_optim to start the optimizer anew",
+            )
+
+    def _shard(self, key: str, model_rank: int, model_size: int) -> Tensor:
+        """A weight as stored, which is the fp32 copy of a run in a lower precision."""
+        shapes, summed = [self._shapes[key]], self.summed_biases
+        found = read_shards(self.weights, shapes, summed=summed, model_rank=model_rank, model_size=model_size)
+        return found[key].flatten()
+
+    @cached_property
+    def _shapes(self) -> dict[str, TensorShape]:
+        return {key_of(shape): shape for shape in self.table}
+
+    @cached_property
+    def _embedding(self) -> _Embedding:
+        return _Embedding.of(self.weights)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stored embedding."""
+        return self._embedding.rows
+
+    def counters(self) -> Counters:
+        """Where the run stood; zero when only the weights are wanted."""
+        if self.from_start:
+            return Counters()
+        if (self.directory / layout.RUN).is_file():
+            return Counters(**files.read_json(self.directory / layout.RUN)["counters"])
+        found = layout.model_files(self.directory)
+        if not found:
+            return Counters()
+        stored = files.read_tensors(next(iter(found.values())))
+        iteration = stored.get("iteration", stored.get("total_iters", stored.get("global_steps", 0)))
+        return Counters(iteration=iteration, consumed_samples=stored.get("global_samples", 0))
+
+    def require_data_order(self, inputs: RunInputs, *, override: bool) -> None:
+        """ConfigError unless the samples go on in the order of the checkpoint's run; override: it may be another.
+
+        A model with other tensors is told of when these are read, since its samples may be shorter for that reason.
+        """
+        path = self.directory / layout.RUN
+        same_model = self.weights.keys() == self._shapes.keys()
+        if same_model and not self.from_start and inputs.data is not None and path.is_file():
+            same_data_order(files.read_json(path).get("data"), inputs.data, self.directory, override=override)
+
+    def schedule(self, config: Config) -> Config:
+        """The configuration with the learning-rate schedule to use. ConfigError where the stored one differs.
+
+        `override_lr_scheduler` keeps the configuration's, `use_checkpoint_lr_scheduler` takes the checkpoint's; where
+        iterations are counted anew there is nothing to compare.
+        """
+        section, path = config.schedule, self.directory / layout.RUN
+        if self.from_start or section.override_lr_scheduler or not path.is_file():
+            return config
+        own = schedule_facts(section, config.optimizer)
+        stored = files.read_json(path).get("schedule") or {}
+        use = schedule_to_use(stored, own, take_stored=section.use_checkpoint_lr_scheduler, where=self.directory)
+        if use != own:
+            warn_of_early_end(use, config.training.train_iters, self.directory)
+        return config if use == own else _with_schedule(config, use)
+
+
+def _with_schedule(config: Config, use: Mapping[str, Any]) -> Config:
+    block = dict(config.optimizer.optimizer or {})
+    block["params"] = {**config.optimizer.params, "lr": use["lr"]}
+    return config.replace(**use, optimizer=block)
+
+
+def make_available(section: CheckpointSection, *, shared: bool) -> None:
+    """Puts the checkpoint that `load` names where every rank can read it. Collective.
+
+    Fetches it from the bucket of `s3_path` where no host has it, and copies it between hosts that share no files.
+
+    Args:
+        section: names the folder, the iteration and the bucket.
+        shared: whether all hosts see the same files.
+
+    """
+    fetch_missing(section, Ranks.from_environment())
+    bring_to_all(section, shared=shared)
+
+
+def find_checkpoint(
+    config: Config, table: Sequence[TensorShape], *, tokenizer: TokenizerFacts | None = None, weights_only: bool = False
+) -> Checkpoint | None:
+    """The checkpoint that `load` and `iteration` name; None when `load` is not set. Collective.
+
+    tokenizer: the reader's, which must be the checkpoint's. A run whose `load` is the folder it saves to, and which
+    has saved nothing yet, starts fresh, and so does one that asks for it with `load_fallback`. Raises ConfigError
+    when there is nothing to load, and RunError when what is there is damaged.
+    """
+    section = config.checkpoint
+    if section.load is None:
+        return None
+    from_start = section.finetune or weights_only
+    root = Path(section.load)
+    weights: StoredWeights
+    if is_folder(root):
+        directory = root
+        weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers))
+    else:
+        sharing = one_folder() if config.data.use_shared_fs else by_host()
+        found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only, sharing=sharing)
+        if found is None:
+            _nothing(config, root)
+            return None
+        directory = found
+        if (directory / layout.RESOLVED).is_file():
+            trained = files.read_json(directory / layout.RESOLVED)
+            same_model(trained, config.flat(), directory, finetune=section.finetune and not weights_only)
+        if (directory / layout.RUN).is_file():
+            stored = files.read_json(directory / layout.RUN)
+            same_parametrisation(stored.get("mup", {}), config.mup, directory)
+            if tokenizer is not None:
+                same_tokenizer(
+                    stored.get("tokenizer"),
+                    tokenizer,
+                    directory,
+                    new_tokens=section.finetune and not weights_only,
+                    trains=not weights_only,
+                )
+        weights = WeightFiles.open(directory)
+    return Checkpoint(
+        directory,
+        with_optimizer=not (from_start or section.no_load_optim),
+        with_rng=not (from_start or section.no_load_rng),
+        from_start=from_start,
+        summed_biases=config.model.gpt_j_residual,
+        table=tuple(table),
+        weights=weights,
+        validated_in=config.precision.precision if section.checkpoint_validation_with_forward_pass else None,
+        optimizer_type=config.optimizer.optimizer_type,
+        may_add=section.finetune and not weights_only,
+    )
+
+
+def _nothing(config: Config, root: Path) -> None:
+    """ConfigError for a `load` without a checkpoint, unless that is how the first part of a run begins."""
+    section = config.checkpoint
+    iteration = layout.iteration_of(root)
+    if root.is_dir() and iteration is not None and (layout.model_files(root) or layout.layer_files(root)):
+        raise ConfigError.of(
+            "this is one checkpoint, and load names the folder of all of a run",
+            key="load",
+            value=section.load,
+            remedy=f"set load: {root.parent} and iteration: {iteration}",
+        )
+    itself = section.save is not None and layout.same_folder(Path(section.save), root)
+    if not itself and section.load_fallback != find.FRESH:
+        raise ConfigError.of(
+            "there is no checkpoint" if root.is_dir() else "there is no such folder",
+            key="load",
+            value=section.load,
+            remedy="correct the path, or set load_fallback: fresh to start from random weights",
+        )
+    _log.info("%s holds no checkpoint yet: starting fresh", root)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """rows: of the embedding. known: ids from here on are none that the model knows [tokens]."""
+
+    rows: int
+    known: int
+
+
+def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int, may_grow: bool = False) -> Rows:
+    """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
+
+    Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
+    divide are padded further. tokens: of the tokenizer; the key vocab_size tells what else a model may have rows for,
+    as one that was taken over from a folder of another program says it. may_grow: whether tokens beyond the
+    checkpoint's rows get rows of their own; otherwise the model knows nothing of them.
+    """
+    stored = _stored_rows(config)
+    if stored is None:
+        return Rows(padded, tokens)
+    if tokens > stored:
+        if may_grow:
+            _log.info(
+                "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
+            )
+            return Rows(padded, tokens)
+        told = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
+        _log.warning(told, tokens, stored)
+        return Rows(padded_vocab_size(stored, 1, model_size), stored)
+    taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
+    declared = taken_over or config.tokenizer.vocab_size
+    for size in (tokens, declared):
+        if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
+            return Rows(padded_vocab_size(stored, 1, model_size), tokens)
+    return Rows(padded, tokens)
+
+
+def _stored_rows(config: Config) -> int | None:
+    """Rows of the embedding in the checkpoint that `load` names, or an older one of that run; None if there is none."""
+    if config.checkpoint.load is None:
+        return None
+    root = Path(config.checkpoint.load)
+    if is_folder(root):
+        return Folder.open(root).rows
+    for directory in find.candidates(root, config.checkpoint.iteration):
+        try:
+            return _Embedding.of(WeightFiles.open(directory)).rows
+        except (RunError, OSError, KeyError):
+            continue  # it is damaged, which is told when it is read
+    return None
+
+
+def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[TensorShape]) -> dict[str, Tensor]:
+    """The tensor-parallel shards of the wanted tensors, by key; reports what matched.
+
+    With an optimizer that kept fp32 copies those are returned, since they are the more precise ones.
+    What `finetune` adds to the model and the checkpoint lacks is left out. Raises RunError naming every tensor that is
+    missing, unexpected or has another shape.
+    """
+    stored = checkpoint.weights
+    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if is_added(shape)}
+    expected = {key_of(shape) for shape in checkpoint.table}
+    unexpected, missing = sorted(found - expected), sorted(expected - found)
+    anew = added.intersection(missing) if checkpoint.may_add else set()
+    missing = [key for key in missing if key not in anew]
+    counts = (len(expected & found), len(missing), len(unexpected))
+    asked = f", {len(anew)} added to it as asked for" if anew else ""
+    _log.info("%s: %d tensors matched, %d missing, %d unexpected%s", checkpoint.directory, *counts, asked)
+    if unexpected or missing:
+        raise RunError(*_strangers(unexpected, missing, added, str(checkpoint.directory)))
+    axis = topology.model
+    summed = checkpoint.summed_biases
+    wanted = [shape for shape in wanted if key_of(shape) not in anew]
+    result = read_shards(stored, wanted, summed=summed, model_rank=axis.rank, model_size=axis.size)
+    state = checkpoint.optimizer()
+    if state is not None:
+        for key, tensor in result.items():
+            if MASTER in state.names(key):
+                master = state.shard(key, MASTER, model_rank=axis.rank, model_size=axis.size)
+                result[key] = master.view(tensor.shape)
+    return result
+
+
+def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[Mistake]:
+    """added: the keys of what is trained beside a frozen model."""
+    remedy = "give the configuration the shape of the checkpoint, or load another one"
+    if added.issuperset(missing) and missing:
+        remedy = "set finetune: true to start them beside the checkpoint's model"
+    elif any(f".{DOWN}." in key for key in unexpected):
+        remedy = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
+    elif f"0.{PROMPT}" in unexpected:
+        remedy = "give the configuration the soft_prompt_tuning of the checkpoint"
+    told = {
+        "the checkpoint has tensors that the model lacks": unexpected,
+        "the model has tensors that the checkpoint lacks": missing,
+    }
+    return [
+        Mistake(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, remedy=remedy)
+        for what, names in told.items()
+        if names
+    ]
+
+
+def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
+    """Puts optimizer and random generators back; returns where the run stood. The weights are in already."""
+    state = checkpoint.optimizer()
+    if state is not None:
+        engine.load_optimizer(state)
+        run = checkpoint.directory / layout.RUN
+        engine.load_loss_scaling(files.read_json(run).get("loss_scaling", {}) if run.is_file() else {})
+    if checkpoint.with_rng:
+        _restore_rng(checkpoint, engine)
+    validate(checkpoint, engine)
+    return checkpoint.counters()
+
+
+def validate(checkpoint: Checkpoint, engine: logits_check.Scoring) -> None:
+    """Compares the loaded model's logits with the kept ones, where that is wanted; collective. RunError."""
+    if checkpoint.validated_in is not None:
+        logits_check.compare(checkpoint.directory, engine, checkpoint.validated_in)
+
+
+def _restore_rng(checkpoint: Checkpoint, engine: Checkpointable) -> None:
+    """Each rank takes its own generators back; in another layout ranks mean other things, so they are seeded anew."""
+    topology = engine.topology
+    path = checkpoint.directory / layout.rng_file(topology.rank)
+    run = checkpoint.directory / layout.RUN
+    then = files.read_json(run)["layout"] if run.is_file() else {}
+    axes = (topology.pipe, topology.data, topology.context, topology.model)
+    if path.is_file() and all(then.get(axis.name, 1) == axis.size for axis in axes):
+        rng.restore(files.read_tensors(path), engine.random)
+        return
+    seed = torch.initial_seed() + checkpoint.counters().iteration
+    torch.manual_seed(seed)
+    _log.info("the layout changed or the generators were not stored: dropout masks are drawn from seed %d on", seed)

@@ -1,0 +1,118 @@
+"""Settings that change no tensor's shape, and make another model of the same weights.
+
+A checkpoint holds the configuration that it was trained with, and whoever loads it is held against that: with another
+number of heads every tensor fits, and nothing that the model says is right. Megatron-LM compares its arguments likewise
+(megatron/training/checkpointing.py, check_checkpoint_args). What muP makes of the weights stands in mup_check.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.adapter_config import low_rank
+from megatron.errors import ConfigError, Mistake
+from megatron.log import get_logger
+from megatron.registry import WITHOUT_ATTENTION
+
+_log = get_logger(__name__)
+
+Values = Mapping[str, Any]
+Concerned = Callable[[Values], bool]
+
+
+def _always(values: Values) -> bool:
+    return True
+
+
+def _attends(values: Values) -> bool:
+    return not set(values["attention_config"] or ()) <= set(WITHOUT_ATTENTION)
+
+
+def _rotary(values: Values) -> bool:
+    return values["pos_emb"] == "rotary"
+
+
+def _experts(values: Values) -> bool:
+    return values["moe_num_experts"] > 1
+
+
+_MODEL: dict[str, Concerned] = {
+    "num_attention_heads": _attends,
+    "num_kv_heads": _attends,
+    "kv_channels": _attends,
+    "activation": _always,
+    "norm": _always,
+    "gpt_j_residual": _always,
+    "gpt_j_tied": _always,
+    "attention_config": _always,
+    "pos_emb": _always,
+    "rotary_pct": _rotary,
+    "opt_pos_emb_offset": lambda values: values["pos_emb"] == "learned",
+    "rpe_max_distance": lambda values: values["pos_emb"] == "rpe",
+    "moe_top_k": _experts,
+    "moe_router_type": _experts,
+    "moe_normalize_top_k": _experts,
+    "lora": _always,
+}
+"""What nobody changes of a trained model: key -> whether it has an effect on a model of these values."""
+_ADJUSTED: dict[str, Concerned] = {
+    "rotary_emb_base": _rotary,
+    "rope_scaling": _rotary,
+    "sliding_window_width": _always,
+    "sparsity_config": _always,
+    "layernorm_epsilon": lambda values: "layernorm" in values["norm"],
+    "rms_norm_epsilon": lambda values: "rmsnorm" in values["norm"],
+    "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
+}
+"""What is changed on purpose at times, as for longer texts: told, and no more."""
+_SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm", "swish": "silu"}
+
+
+def same_model(stored: Values, own: Values, where: Path, *, finetune: bool) -> None:
+    """ConfigError for each key that would make another model of the weights; a line for those that may be changed.
+
+    stored, own: flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
+    compared. finetune: training starts anew from the weights, so that every change is told and none refused.
+    """
+    differing = list(_differing(_MODEL, stored, own))
+    told = [*(differing if finetune else []), *_differing(_ADJUSTED, stored, own)]
+    for key in told:
+        _log.warning(
+            "%s = %r: the checkpoint %s was trained with %r, and is another model with this value",
+            key,
+            own[key],
+            where,
+            stored[key],
+        )
+    if not finetune:
+        ConfigError.raise_any(
+            Mistake(
+                f"the checkpoint {where} was trained with {stored[key]!r}, and with another value its weights are "
+                "another model",
+                key=key,
+                value=own[key],
+                remedy="give the value of that run; finetune: true trains on with another one",
+            )
+            for key in differing
+        )
+
+
+def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> Iterator[str]:
+    for key, concerns in keys.items():
+        if key not in stored or not concerns(own):
+            continue
+        if key == "lora":
+            then, now = low_rank(stored[key]), low_rank(own[key])
+            if then and now and then.rank == now.rank and then.scale != now.scale:  # another rank: other tensors
+                yield key
+        elif _meaning(stored[key]) != _meaning(own[key]):
+            yield key
+
+
+def _meaning(value: Any) -> Any:
+    """The value, with one name for each operation."""
+    if isinstance(value, list | tuple):
+        return [_meaning(item) for item in value]
+    return _SAME.get(value, value) if isinstance(value, str) else value

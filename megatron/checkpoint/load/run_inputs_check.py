@@ -1,0 +1,121 @@
+"""What a run reads, kept with its checkpoints: the order of its samples and its tokenizer. A resume compares both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError, Mistake
+from megatron.log import get_logger
+from megatron.tokenizer_info import TokenizerFacts
+
+_log = get_logger(__name__)
+
+_WISH = "set override_data_order to go on in the new order, or give back what the checkpoint's run had"
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """tokenizer: of the run; None where it is not known. data: what `order_facts` gives."""
+
+    tokenizer: TokenizerFacts | None = None
+    data: Mapping[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts for a checkpoint."""
+        own = self.tokenizer
+        stored = None
+        if own is not None:
+            stored = {"tokenizer_type": own.kind, "vocab_size": own.vocab_size, "eod": own.eod}
+            stored["fingerprint"] = own.fingerprint
+        return {"tokenizer": stored, "data": dict(self.data) if self.data is not None else None}
+
+
+def same_tokenizer(
+    stored: Mapping[str, Any] | None, own: TokenizerFacts, where: Path, *, new_tokens: bool, trains: bool
+) -> None:
+    """ConfigError where the checkpoint's weights belong to another tokenizer.
+
+    stored: the checkpoint's facts, None where it has none. new_tokens: the weights may be tuned to another vocabulary
+    (`finetune`), which is a line in the log. trains: the end of a document matters, since it stands in the data.
+    """
+    if not stored:
+        return
+    then = TokenizerFacts(stored["tokenizer_type"], stored["vocab_size"], stored["eod"], stored.get("fingerprint"))
+    if then.agrees_with(own if trains else replace(own, eod=None)):
+        return
+    if not new_tokens:
+        raise ConfigError.of(
+            f"the checkpoint {where} was trained with {then}; this is {own}",
+            key="tokenizer_type",
+            value=own.kind,
+            remedy="give tokenizer_type, vocab_file and merge_file of that run"
+            + (", or set finetune: true to tune the weights to another tokenizer" if trains else ""),
+        )
+    _log.warning("the checkpoint %s was trained with another tokenizer: %s; this is %s", where, then, own)
+    added = own.vocab_size - then.vocab_size
+    if added > 0:
+        _log.warning("%d rows of the embedding belong to new tokens", added)
+
+
+def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], where: Path, *, override: bool) -> None:
+    """ConfigError for each fact by which the samples that follow would be others than those of the checkpoint's run.
+
+    stored: the checkpoint's facts, None where it has none. override: `override_data_order`, which makes it a line in
+    the log for each.
+    """
+    if not stored:
+        return
+    mistakes = list(_differences(stored, own, where))
+    if not override:
+        ConfigError.raise_any(mistakes)
+    for mistake in mistakes:
+        _log.warning("%s: %s; the samples that follow are in a new order", mistake.key, mistake.what)
+
+
+def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[Mistake]:
+    for name in dict.fromkeys((*own, *stored)):
+        then, now = stored.get(name), own.get(name)
+        if then == now or _follows(name, stored, own):
+            continue
+        if name == "data_path":
+            what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
+            yield Mistake(what, key="data_path", remedy=_WISH)
+        elif name == "passes":
+            what = (
+                f"the checkpoint's run shuffled {_passes(then)} over the data together, this one shuffles "
+                f"{_passes(now)}: samples would be read twice and others never"
+            )
+            remedy = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
+            yield Mistake(what, key="train_iters", remedy=remedy)
+        elif name == "train_label_data_paths":
+            what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
+            yield Mistake(what, key=name, remedy=_WISH)
+        else:
+            what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
+            yield Mistake(what, key=name, value=now, remedy=_WISH)
+
+
+def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether a difference is none of the order, or is told by another fact."""
+    other_sets = stored.get("data_path") != own.get("data_path")
+    if name == "passes":
+        return other_sets
+    if name == "train_epochs":  # it orders several sets among each other; of one, `passes` tells all
+        return len(own.get("data_path") or ()) == 1
+    if name == "train_label_data_paths":  # as do lengths, which others tell; earlier checkpoints do not have it
+        others = ("seq_length", "pack_impl", "allow_chopped")
+        return name not in stored or other_sets or any(stored.get(each) != own.get(each) for each in others)
+    return False
+
+
+def _sets(sets: Sequence[Sequence[Any]] | None) -> str:
+    told = [f"{documents:,} documents with {tokens:,} tokens [{digest}]" for documents, tokens, digest in sets or ()]
+    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
+
+
+def _passes(counts: Sequence[int] | None) -> str:
+    counts = sorted(set(counts or ()))
+    return f"{counts[0]} to {counts[-1]} passes" if len(counts) > 1 else f"{counts[0] if counts else 0} pass(es)"

@@ -1,0 +1,117 @@
+"""The folder that a run saves to, checked before the first step: it can be written, and it is free or the run's own.
+
+A run that starts at iteration 0 in a folder with checkpoints of another one would replace them one by one, and a later
+resume would find parts of both. That is refused, unless `save_overwrite` asks for a new start; then what is there moves
+aside first, to <save>/replaced-<time>.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.checkpoint.format import layout
+from megatron.checkpoint.remote.s3_client import Bucket
+from megatron.checkpoint.remote.s3_sync import copied_iterations
+from megatron.checkpoint.save.protocol import together
+from megatron.config.schema.checkpoint import CheckpointSection
+from megatron.distributed.init import host_name
+from megatron.distributed.process_group import all_gather_items
+from megatron.errors import ConfigError, Mistake
+from megatron.log import get_logger
+
+_log = get_logger(__name__)
+
+_NAMED = 6  # iterations in a message
+
+
+def check_writable(save: str, *, leads: bool) -> None:
+    """Makes the folder and writes a file in it, which is removed again. Collective; ConfigError on every rank.
+
+    leads: whether this rank does so, one rank for each file system.
+    """
+    faults: list[str] = []
+    if leads:
+        folder = Path(save)
+        probe = folder / f".writable-{uuid.uuid4().hex}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as fault:
+            faults.append(f"{fault.strerror or fault} on {host_name()}")
+    found = all_gather_items(faults)
+    if found:
+        raise ConfigError.of(
+            f"checkpoints cannot be written there: {found[0]}",
+            key="save",
+            value=save,
+            remedy="give a folder that this user can make and write to",
+        )
+
+
+def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> None:
+    """Makes sure that the run may save into its folder. Collective.
+
+    loaded: the checkpoint that the run goes on from, counters and all; None where iterations count from 0. leads:
+    whether this rank may move what is there, one rank for each file system. Raises ConfigError where the folder, or the
+    bucket of `s3_path`, holds checkpoints of another run.
+    """
+    assert section.save is not None, "the caller saves only where `save` is set"
+    save = Path(section.save)
+    held = sorted(set(all_gather_items(layout.iterations(save))))
+    number = layout.iteration_of(loaded) if loaded is not None else None
+    if loaded is not None and number is not None and layout.same_folder(loaded.parent, save):
+        later = [each for each in held if each > number]
+        if later:
+            _log.warning("%s also holds %s, which this run replaces as it comes to them", save, _named(later))
+        return
+    _refuse_bucket(section, leads=leads)
+    if not held:
+        return
+    if not section.save_overwrite:
+        raise ConfigError.of(
+            f"the folder holds checkpoints of another run ({_named(held)}), and this one starts "
+            + (f"from {loaded}" if loaded is not None else "at iteration 0"),
+            key="save",
+            value=section.save,
+            remedy="set load to this folder to go on with them, save to another folder, or set save_overwrite: true "
+            "to move them aside",
+        )
+    aside = save / f"replaced-{time.strftime('%Y%m%d-%H%M%S')}"
+    together(lambda: _move(save, aside) if leads else None, f"moving the checkpoints of another run to {aside}")
+    _log.warning("%s held %s of another run, which are now in %s", save, _named(held), aside)
+
+
+def _move(save: Path, aside: Path) -> None:
+    """`latest` goes first: whatever interrupts this, nobody takes a checkpoint that is moving for the newest."""
+    names = [layout.LATEST, *(layout.step_directory(save, number).name for number in layout.iterations(save))]
+    aside.mkdir(exist_ok=True)
+    for name in names:
+        if (save / name).exists():
+            (save / name).rename(aside / name)
+
+
+def _refuse_bucket(section: CheckpointSection, *, leads: bool) -> None:
+    if section.s3_path is None:
+        return
+    bucket = Bucket.open(section.s3_path, section.s3_chunk_size)
+    found: list[int] = []
+    together(lambda: found.extend(copied_iterations(bucket)) if leads else None, f"looking into {section.s3_path}")
+    held = sorted(set(all_gather_items(found)))
+    ConfigError.raise_any(
+        Mistake(
+            f"it holds copies of another run's checkpoints ({_named(held)})",
+            key="s3_path",
+            value=section.s3_path,
+            remedy="give another address, or set load to the folder save to go on with them",
+        )
+        for _ in held[:1]
+    )
+
+
+def _named(iterations: Sequence[int]) -> str:
+    shown = ", ".join(map(str, iterations[:_NAMED]))
+    return f"iteration{'s' if len(iterations) > 1 else ''} {shown}{', ...' if len(iterations) > _NAMED else ''}"

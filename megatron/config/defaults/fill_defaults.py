@@ -1,0 +1,377 @@
+"""Fills in every value that follows from others. The functions that do the arithmetic are in `derive/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.config.cluster import Resources
+from megatron.config.defaults.adapters import derive_lora, derive_soft_prompt
+from megatron.config.defaults.attention import expand_attention
+from megatron.config.defaults.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
+from megatron.config.defaults.batch import STEPS as STEPS_PER_BATCH
+from megatron.config.defaults.lr_schedule import decay_horizon
+from megatron.config.defaults.mlp_width import head_dim
+from megatron.config.defaults.mup import read_base_shapes
+from megatron.config.defaults.optimizer import derive_optimizer, without_effect
+from megatron.config.defaults.precision import (
+    bf16_block,
+    derive_data_types,
+    derive_precision,
+    fp16_block,
+)
+from megatron.config.defaults.zero import derive_zero
+from megatron.config.validation.unknown_values import NotKnown
+from megatron.errors import ConfigError, Mistake
+from megatron.registry import OPTIMIZERS
+
+MOST_LAYERS = 10_000
+INFERENCE_SCRIPTS = frozenset(
+    {
+        "generate.py",
+        "evaluate.py",
+        "eval.py",
+        "run_text_generation_server.py",
+        "bits_per_byte.py",
+        "perplexity.py",
+    }
+)
+
+OUTPUTS = {
+    "is_pipe_parallel": "pipe_parallel_size",
+    "zero_stage": "zero_optimization",
+    "zero_reduce_scatter": "zero_optimization",
+    "zero_contiguous_gradients": "zero_optimization",
+    "zero_reduce_bucket_size": "zero_optimization",
+    "zero_allgather_bucket_size": "zero_optimization",
+    "dynamic_loss_scale": "loss_scale",
+    "mup_base_widths": "base_shapes_file",
+}
+"""Keys that only report what another key decides. Giving them another value is a contradiction."""
+
+ZERO_OUTPUTS = ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size")
+
+
+@dataclass
+class Completion:
+    """The values as they grow. values: all flat keys. given: the keys that the user wrote.
+
+    resources: None where the machines could not be found. unknown: keys whose values are wrong or follow from such;
+    asking for one raises NotKnown, which ends the step.
+    """
+
+    values: dict[str, Any]
+    given: Collection[str]
+    resources: Resources | None
+    unknown: set[str] = field(default_factory=set)
+    derived: set[str] = field(default_factory=set)
+    settled: set[str] = field(default_factory=set)
+    mistakes: list[Mistake] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.unknown:
+            raise NotKnown(name)
+        return self.values[name]
+
+    def knows(self, *names: str) -> bool:
+        """Whether all these values can be judged by."""
+        return self.unknown.isdisjoint(names)
+
+    def derive(self, name: str, value: Any) -> None:
+        """Sets a value that follows from others; a value that stays as it was keeps its origin."""
+        before = self.values[name]
+        if name in OUTPUTS and name in self.given and self.knows(name) and before not in (None, value):
+            what, remedy = (
+                f"this follows from {OUTPUTS[name]}, which makes it {value!r}",
+                f"set {OUTPUTS[name]} instead",
+            )
+            self.mistakes.append(Mistake(what, key=name, value=before, remedy=remedy))
+        if before != value or type(before) is not type(value):
+            self.values[name] = value
+            self.derived.add(name)
+        self.settled.add(name)
+        self.unknown.discard(name)
+
+    def user(self, name: str) -> Any:
+        """What the user gave for the key, or None."""
+        return self[name] if name in self.given else None
+
+    def refuse(self, *mistakes: Mistake) -> None:
+        """Notes mistakes; their keys' values mean nothing from now on."""
+        self.mistakes += mistakes
+        self.unknown |= {mistake.key for mistake in mistakes if mistake.key is not None}
+
+
+def trains(user_script: str | None) -> bool:
+    """Whether the script to run trains, so that batch, optimizer and length must be known."""
+    return user_script is None or Path(user_script).name not in INFERENCE_SCRIPTS
+
+
+def complete(
+    values: Mapping[str, Any], given: Collection[str], resources: Resources | None, unknown: Collection[str] = ()
+) -> Completion:
+    """Runs every step below on the values. The mistakes of all steps are collected.
+
+    unknown: keys whose values are known to be wrong. What a step cannot fill because of one is unknown in turn.
+    """
+    draft = Completion(dict(values), given, resources, set(unknown))
+    for step, fills in STEPS:
+        draft.settled = set()
+        try:
+            step(draft)
+        except ConfigError as fault:
+            draft.refuse(*fault.mistakes)
+        except NotKnown:
+            pass
+        else:
+            continue
+        draft.unknown |= fills - draft.settled
+    return draft
+
+
+def _sequence(draft: Completion) -> None:
+    """A model that says how long a text may be is asked for texts of that length, as one that was taken over."""
+    if draft["seq_length"] is None and draft["max_position_embeddings"] is not None:
+        draft.derive("seq_length", draft["max_position_embeddings"])
+
+
+def _required(draft: Completion) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if not draft.knows(name):
+            continue
+        if draft[name] is None:
+            draft.refuse(Mistake("the key is not given", key=name, remedy="every model needs it"))
+        elif draft[name] < 1:
+            draft.refuse(Mistake("this must be at least 1", key=name, value=draft[name]))
+    if draft.knows("num_layers") and draft["num_layers"] > MOST_LAYERS:
+        draft.refuse(Mistake(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
+
+
+def _world(draft: Completion) -> None:
+    if draft.resources is None:
+        raise NotKnown("world_size")
+    asked, found = draft.user("world_size"), draft.resources.world_size
+    if asked not in (None, found):
+        draft.warnings.append(f"world_size = {asked!r}: has no effect; {found} is what the machines offer")
+    draft.derive("world_size", found)
+    if draft.resources.accelerator == "cpu" and draft["distributed_backend"] == "nccl":
+        draft.derive("distributed_backend", "gloo")
+
+
+def _launcher(draft: Completion) -> None:
+    if draft["deepspeed_slurm"] or draft["launcher"] == "slurm":
+        return
+    if draft["comment"] is not None:
+        draft.warnings.append("comment: has no effect, since only srun takes it")
+    if draft["account"] is not None:
+        draft.warnings.append("account: has no effect, since only srun takes it")
+
+
+def _tensor_ranks(draft: Completion) -> None:
+    if draft["model_parallel_size"] == 0:
+        draft.derive("model_parallel_size", 1)
+
+
+def _pipeline(draft: Completion) -> None:
+    draft.derive("is_pipe_parallel", draft["pipe_parallel_size"] >= 1)
+
+
+def _positions(draft: Completion) -> None:
+    if draft["max_position_embeddings"] is None:
+        draft.derive("max_position_embeddings", draft["seq_length"])
+
+
+def _key_heads(draft: Completion) -> None:
+    if draft["num_kv_heads"] is None:
+        draft.derive("num_kv_heads", draft["num_attention_heads"])
+
+
+def _head_width(draft: Completion) -> None:
+    if draft["kv_channels"] is None:
+        draft.derive("kv_channels", head_dim(draft["hidden_size"], draft["num_attention_heads"]))
+
+
+def _attention(draft: Completion) -> None:
+    draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
+
+
+def _adapters(draft: Completion) -> None:
+    for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
+        asked = draft[name] if draft.knows(name) else None
+        draft.derive(name, derive(asked))
+        if asked is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:
+            draft.warnings.append(f"{name}: load is not set, so what stays frozen are random weights")
+
+
+def _precision(draft: Completion) -> None:
+    precision = derive_precision(draft["precision"], draft["fp16"], draft["bf16"])
+    draft.derive("precision", precision)
+    draft.derive("fp16", fp16_block(precision, draft["fp16"]))
+    draft.derive("bf16", bf16_block(precision, draft["bf16"]))
+    draft.derive("data_types", derive_data_types(precision, draft["data_types"]))
+
+
+def _loss_scale(draft: Completion) -> None:
+    draft.derive("dynamic_loss_scale", draft["loss_scale"] is None)
+
+
+def _zero(draft: Completion) -> None:
+    block, tuned = draft["zero_optimization"], draft["autotuning"] is not None
+    precision = "" if block is not None and not draft.knows("precision") else draft["precision"]
+    zero = derive_zero(precision, block, tuned=tuned)
+    if block is not None and block.get("stage") == 0 and zero["stage"] == 1:
+        draft.warnings.append(
+            f"zero_optimization = {{stage: 0}}: runs as stage 1, since DeepSpeed sums {precision} gradients in fp32 "
+            "from there on; the optimizer state is shared out among the data-parallel ranks, and no result changes"
+        )
+    if block is None and draft["moe_expert_parallel_size"] > 1:  # DeepSpeed needs it where experts are spread
+        zero = {**zero, "contiguous_gradients": True}
+    draft.derive("zero_optimization", zero)
+    for name in ZERO_OUTPUTS:
+        draft.derive(f"zero_{name}", _as_output(name, zero.get(name)))
+
+
+def _as_output(name: str, value: Any) -> Any:
+    """The value in the type of its output key; None where the user wrote something else, which DeepSpeed judges."""
+    if name in {"reduce_scatter", "contiguous_gradients"}:
+        return value if isinstance(value, bool) else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if name == "stage" and isinstance(value, (list, str)):
+        return tuple(value) if isinstance(value, list) else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _optimizer(draft: Completion) -> None:
+    block = draft["optimizer"]
+    kind, rate = (draft.user(name) if draft.knows(name) else None for name in ("optimizer_type", "lr"))
+    if block is None and not draft.knows("optimizer_type", "lr"):
+        raise NotKnown("lr")
+    if block is None and rate is None and trains(draft["user_script"]):
+        draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
+    choice = derive_optimizer(block, kind, rate, OPTIMIZERS.names)
+    for name, why in without_effect(choice).items():
+        draft.warnings.append(f"optimizer: its parameter {name} has no effect; {why}")
+    draft.derive("optimizer", choice.block)
+    draft.derive("optimizer_type", choice.kind)
+    draft.derive("lr", choice.lr)
+    if choice.weight_decay is not None:
+        given = draft.user("weight_decay")
+        if given is not None and given != choice.weight_decay:
+            what = f"optimizer.params says weight_decay = {choice.weight_decay}"
+            raise ConfigError.of(what, key="weight_decay", value=given, remedy="leave one of the two out")
+        draft.derive("weight_decay", choice.weight_decay)
+
+
+def _base_model(draft: Completion) -> None:
+    if draft["use_mup"] and draft["base_shapes_file"] is not None and not draft["save_base_shapes"]:
+        draft.derive("mup_base_widths", read_base_shapes(draft["base_shapes_file"])["widths"])
+
+
+def _clipping(draft: Completion) -> None:
+    clip, gradient = draft.user("clip_grad"), draft.user("gradient_clipping")
+    if clip is not None and gradient is not None and clip != gradient:
+        what = f"gradient_clipping = {gradient} means the same"
+        raise ConfigError.of(what, key="clip_grad", value=clip, remedy="leave clip_grad out")
+    if clip is not None and gradient is None:
+        draft.derive("gradient_clipping", clip)
+    draft.derive("clip_grad", draft["gradient_clipping"])
+
+
+def _schedule(draft: Completion) -> None:
+    counts_samples = draft["train_samples"] is not None
+    name, length = ("lr_decay_samples", "train_samples") if counts_samples else ("lr_decay_iters", "train_iters")
+    asked = draft.user(name)
+    if asked is not None and asked < 1:
+        raise ConfigError.of("it must be more than 0", key=name, value=asked)
+    if asked is not None and draft.user("lr_decay_fraction") is not None:
+        draft.warnings.append(f"lr_decay_fraction: has no effect, since {name} is given")
+    horizon = asked or decay_horizon(draft[length], asked, draft["lr_decay_fraction"])
+    draft.derive(name, horizon)
+
+
+def _weights(weights: str, paths: str, preferred: str) -> Callable[[Completion], None]:
+    def step(draft: Completion) -> None:
+        sets = draft[paths] or draft[preferred]
+        if sets and draft[weights] is None:
+            draft.derive(weights, (1.0,) * len(sets))
+
+    return step
+
+
+WEIGHTS = {
+    "train_data_weights": ("train_data_paths", "pos_train_data_paths"),
+    "valid_data_weights": ("valid_data_paths", "pos_valid_data_paths"),
+    "test_data_weights": ("test_data_paths", "pos_test_data_paths"),
+}
+"""Keys of weights, and the lists of data sets that they weigh, of which one is given."""
+
+
+def _generation(draft: Completion) -> None:
+    if draft["text_gen_type"] is None:
+        draft.derive("text_gen_type", "input-file" if draft["sample_input_file"] else "unconditional")
+
+
+def _batch(draft: Completion) -> None:
+    share = max(1, draft["pipe_parallel_size"]) * draft["model_parallel_size"] * draft["context_parallel_size"]
+    if share < 1 or draft["world_size"] % share:
+        raise NotKnown("world_size")  # a rule tells of the layout
+    ranks = max(1, draft["world_size"] // share)
+    if trains(draft["user_script"]):
+        batch = _training_batch(draft, ranks)
+    else:
+        micro = max(1, draft[MICRO] or 1)
+        batch = Batch(micro * ranks, micro, 1)
+    for name, value in ((TOTAL, batch.total), (MICRO, batch.micro), (STEPS_PER_BATCH, batch.steps)):
+        draft.derive(name, value)
+    given = draft.user("batch_size")
+    if given is not None and given != batch.micro:
+        what = f"train_micro_batch_size_per_gpu = {batch.micro} means the same"
+        raise ConfigError.of(what, key="batch_size", value=given, remedy="leave batch_size out")
+    draft.derive("batch_size", batch.micro)
+
+
+def _training_batch(draft: Completion, ranks: int) -> Batch:
+    """The batch's sizes; with one of them unknown, only whether the other two can go together at all."""
+    names = (TOTAL, MICRO, STEPS_PER_BATCH)
+    total, micro, steps = (draft[name] if draft.knows(name) else None for name in names)
+    if not draft.knows(TOTAL):
+        ConfigError.raise_any(size_mistakes(total, micro, steps))
+    elif total is not None or draft.knows(*names):
+        batch = derive_batch(total, micro, steps, ranks)
+        if draft.knows(*names):
+            return batch
+    raise NotKnown("train_batch_size")
+
+
+def _fills(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
+    (_sequence, _fills("seq_length")),
+    (_required, _fills()),
+    (_world, _fills("world_size", "distributed_backend")),
+    (_launcher, _fills()),
+    (_tensor_ranks, _fills("model_parallel_size")),
+    (_pipeline, _fills("is_pipe_parallel")),
+    (_positions, _fills("max_position_embeddings")),
+    (_key_heads, _fills("num_kv_heads")),
+    (_head_width, _fills("kv_channels")),
+    (_attention, _fills("attention_config")),
+    (_adapters, _fills()),
+    (_precision, _fills("precision", "fp16", "bf16", "data_types")),
+    (_loss_scale, _fills("dynamic_loss_scale")),
+    (_zero, _fills("zero_optimization", *(f"zero_{name}" for name in ZERO_OUTPUTS))),
+    (_optimizer, _fills("optimizer", "optimizer_type", "lr", "weight_decay")),
+    (_base_model, _fills("mup_base_widths")),
+    (_clipping, _fills("gradient_clipping", "clip_grad")),
+    (_schedule, _fills("lr_decay_iters")),
+    *((_weights(weights, *paths), _fills(weights)) for weights, paths in WEIGHTS.items()),
+    (_generation, _fills("text_gen_type")),
+    (_batch, _fills(TOTAL, MICRO, STEPS_PER_BATCH, "batch_size")),
+)
+"""In this order, since later steps read what earlier ones derived; with each, the keys that it decides."""

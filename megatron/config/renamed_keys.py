@@ -1,0 +1,165 @@
+"""Keys of older GPT-NeoX releases: understood where they mean one of today's, else refused by the name of today's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron.config.yaml_loader import Given
+from megatron.errors import Mistake
+
+RENAMED = {
+    "gas": "gradient_accumulation_steps",
+    "autotuning_config": "autotuning",
+    "save_iters": "extra_save_iters",
+    "save_interval": "checkpoint_factor",
+    "num_experts": "moe_num_experts",
+}
+"""Same meaning, another name."""
+
+IGNORED = {
+    "detect_nvlink_pairs": "NCCL finds the links between accelerators itself",
+    "zero_allow_untested_optimizer": "every optimizer here is tried with ZeRO",
+    "moe_type": "there is one way to compute experts",
+    "enable_expert_tensor_parallelism": "experts are cut like every other layer, over model_parallel_size ranks",
+}
+"""Without effect on results; one warning line."""
+
+REFUSED = {
+    "attention_type": "write attention_config: [[[global], all]] with the kind of attention in it",
+    "mlp_type": "write activation: swiglu with use_bias_in_mlp: false for the LLaMA MLP",
+    "lr_warmup_iters": "write warmup_iters",
+    "decay_lr_to": "write min_lr, the learning rate itself",
+    "fp8_margin": "write te_fp8_margin",
+    "hf_tokenizer": "write tokenizer_type: HFTokenizer with vocab_file",
+    "global_batch_size": "write train_batch_size",
+    "micro_batch_size": "write train_micro_batch_size_per_gpu",
+    "tensor_model_parallel_size": "write model_parallel_size",
+    "tensor_parallel_size": "write model_parallel_size",
+    "pipeline_model_parallel_size": "write pipe_parallel_size",
+    "num_query_groups": "write num_kv_heads",
+    "ffn_hidden_size": "write intermediate_size; a gated activation uses a third of it",
+    "moe_loss_coeff": "write moe_aux_loss_coeff",
+    "moe_token_dropping": "give moe_capacity_factor to drop tokens beyond it; without it none is dropped",
+    "moe_train_capacity_factor": "write moe_capacity_factor",
+    "learning_rate": "write optimizer: {type: Adam, params: {lr: ...}}",
+    "bf16_enabled": "write precision: bfloat16",
+    "max_steps": "write train_iters",
+    "num_train_epochs": "write train_epochs",
+    "num_epochs": "write train_epochs",
+    "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
+    "micro_batch_size_per_gpu": "write train_micro_batch_size_per_gpu",
+    "train_micro_batch_size": "write train_micro_batch_size_per_gpu",
+    "num_hidden_layers": "write num_layers",
+    "num_key_value_heads": "write num_kv_heads",
+    "head_dim": "write kv_channels",
+    "encoder_seq_length": "write seq_length",
+    "max_seq_length": "write seq_length",
+    "max_seq_len": "write seq_length",
+    "model_max_length": "write seq_length",
+    "rope_theta": "write rotary_emb_base",
+    "rotary_base": "write rotary_emb_base",
+    "rotary_percent": "write rotary_pct",
+    "rms_norm_eps": "write rms_norm_epsilon",
+    "layer_norm_eps": "write layernorm_epsilon",
+    "normalization": "write norm",
+    "position_embedding_type": "write pos_emb",
+    "hidden_act": "write activation",
+    "tie_word_embeddings": "write no_weight_tying, which says the opposite",
+    "untie_embeddings_and_output_weights": "write no_weight_tying",
+    "max_grad_norm": "write gradient_clipping",
+    "warmup_steps": "write warmup_iters",
+    "warmup_ratio": "write warmup, the part of the decay horizon",
+    "lr_warmup_fraction": "write warmup, the part of the decay horizon",
+    "lr_warmup_samples": "write warmup, the part of lr_decay_samples",
+    "lr_scheduler_type": "write lr_decay_style",
+    "adam_beta1": "write optimizer: {type: Adam, params: {betas: [...]}}",
+    "adam_beta2": "write optimizer: {type: Adam, params: {betas: [...]}}",
+    "adam_eps": "write optimizer: {type: Adam, params: {eps: ...}}",
+    "gradient_checkpointing": "write checkpoint_activations",
+    "recompute_activations": "write recompute_granularity: selective",
+    "logging_steps": "write log_interval",
+    "eval_steps": "write eval_interval",
+    "save_steps": "write checkpoint_factor",
+    "output_dir": "write save",
+    "use_flash_attn": "write attention_config: [[[flash], all]]",
+    "zero_optimization_stage": "write zero_optimization: {stage: 1}",
+}
+"""The remedy names today's spelling."""
+
+
+SPARSITY: dict[object, tuple[str, ...]] = {
+    None: ("global",),
+    "none": ("global",),
+    "all": ("sparse_variable",),
+    "interspersed": ("global", "sparse_variable"),
+}
+"""What each value of `sparsity` makes of the blocks, again and again from the first on."""
+
+
+def _attention_of(values: Mapping[str, Given]) -> Given | Mistake:
+    """The attention_config that `sparsity` means."""
+    given = values["sparsity"]
+    if "attention_config" in values:
+        other = values["attention_config"]
+        what = f"attention_config, which is given at {other.where}, says what each block attends to"
+        return Mistake(what, "sparsity", given.value, given.where, "keep one of the two")
+    if isinstance(given.value, (list, dict)) or given.value not in SPARSITY:
+        return Mistake("it is none, all or interspersed", "sparsity", given.value, given.where)
+    kinds = SPARSITY[given.value]
+    layers = values["num_layers"].value if "num_layers" in values else None
+    if not isinstance(layers, int) or isinstance(layers, bool):
+        return Given([[list(kinds), "all"]], given.where)
+    return Given([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
+
+
+_BFLOAT16 = frozenset({"bfloat16", "bf16"})
+
+
+def _older_precision(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
+    """The values with `precision: {type: ...}` and `fp16: {type: bfloat16}` as today's releases write them."""
+    modern = dict(values)
+    mistakes: list[Mistake] = []
+    warnings: list[str] = []
+    precision, block = values.get("precision"), values.get("fp16")
+    if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
+        precision = modern["precision"] = Given(precision.value["type"], precision.where)
+        warnings.append(f"{precision.where}: precision = {{type: ...}}: read as precision: {precision.value}")
+    kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
+    if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
+        return modern, mistakes, warnings
+    del modern["fp16"]
+    if precision is not None and str(precision.value).lower() not in _BFLOAT16:
+        what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.where}, for another one"
+        mistakes.append(Mistake(what, "fp16", block.value, block.where, "keep one of the two"))
+    else:
+        modern["precision"] = Given("bfloat16", block.where)
+        warnings.append(f"{block.where}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale")
+    return modern, mistakes, warnings
+
+
+def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
+    """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
+    modern: dict[str, Given] = {}
+    values, mistakes, warnings = _older_precision(values)
+    for name, given in values.items():
+        if name == "sparsity":
+            attention = _attention_of(values)
+            if isinstance(attention, Mistake):
+                mistakes.append(attention)
+            else:
+                modern["attention_config"] = attention
+        elif name in REFUSED:
+            what = "this is a key of another release or program"
+            mistakes.append(Mistake(what, name, given.value, given.where, REFUSED[name]))
+        elif name in IGNORED:
+            warnings.append(f"{given.where}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")
+        elif name in RENAMED and RENAMED[name] in values:
+            other = values[RENAMED[name]]
+            what = f"this is an older name of {RENAMED[name]}, which is given at {other.where}"
+            mistakes.append(Mistake(what, name, given.value, given.where, "keep one of the two"))
+        elif name in RENAMED:
+            warnings.append(f"{given.where}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
+            modern[RENAMED[name]] = given
+        else:
+            modern[name] = given
+    return modern, mistakes, warnings

@@ -1,0 +1,67 @@
+"""Which tokens the model sees, and in what order."""
+
+from megatron.config.field import Section, key
+from megatron.config.types import Items, Numbers, Strings
+
+PATHS = "as prefixes of .bin and .idx files"
+
+
+class DataSection(Section):
+    """Data sets, splits and packing."""
+
+    data_path: str | None = key(None, "One data set, a prefix of .bin and .idx files, cut by `split`.")
+    split: str = key("969, 30, 1", "Shares of train, validation and test documents of data_path.")
+    train_data_paths: Strings | None = key(None, f"Training data sets, {PATHS}.")
+    valid_data_paths: Strings | None = key(None, f"Validation data sets, {PATHS}.")
+    test_data_paths: Strings | None = key(None, f"Test data sets, {PATHS}.")
+    train_data_weights: Numbers | None = key(None, "Sampling weight of each training set; 1 each when left out.")
+    valid_data_weights: Numbers | None = key(None, "Sampling weight of each validation set; 1 each when left out.")
+    test_data_weights: Numbers | None = key(None, "Sampling weight of each test set; 1 each when left out.")
+    valid_same_samples: bool = key(
+        False, "Every evaluation reads the same validation samples; otherwise each goes on where the last one ended."
+    )
+    valid_loss_per_set: bool = key(
+        False, "Report the loss of each of valid_data_paths as well, over eval_iters batches of its own."
+    )
+    weight_by_num_documents: bool = key(False, "Derive the weights from the number of documents of each set.")
+    weighted_sampler_alpha: float = key(1.0, "Exponent of the document counts; below 1 favours small sets.")
+    train_label_data_paths: Items | None = key(None, f"Labels of the training sets, {PATHS}.")
+    valid_label_data_paths: Items | None = key(None, f"Labels of the validation sets, {PATHS}.")
+    test_label_data_paths: Items | None = key(None, f"Labels of the test sets, {PATHS}.")
+    train_reward_data_paths: Items | None = key(None, f"Rewards of the training sets, {PATHS}.")
+    valid_reward_data_paths: Items | None = key(None, f"Rewards of the validation sets, {PATHS}.")
+    test_reward_data_paths: Items | None = key(None, f"Rewards of the test sets, {PATHS}.")
+    pos_train_data_paths: Strings | None = key(None, f"Preferred answers for training, {PATHS}.")
+    neg_train_data_paths: Strings | None = key(None, f"Rejected answers for training, {PATHS}.")
+    pos_train_label_data_paths: Items | None = key(None, f"Labels of the preferred training answers, {PATHS}.")
+    neg_train_label_data_paths: Items | None = key(None, f"Labels of the rejected training answers, {PATHS}.")
+    pos_valid_data_paths: Strings | None = key(None, f"Preferred answers for validation, {PATHS}.")
+    neg_valid_data_paths: Strings | None = key(None, f"Rejected answers for validation, {PATHS}.")
+    pos_valid_label_data_paths: Items | None = key(None, f"Labels of the preferred validation answers, {PATHS}.")
+    neg_valid_label_data_paths: Items | None = key(None, f"Labels of the rejected validation answers, {PATHS}.")
+    pos_test_data_paths: Strings | None = key(None, f"Preferred answers for testing, {PATHS}.")
+    neg_test_data_paths: Strings | None = key(None, f"Rejected answers for testing, {PATHS}.")
+    pos_test_label_data_paths: Items | None = key(None, f"Labels of the preferred test answers, {PATHS}.")
+    neg_test_label_data_paths: Items | None = key(None, f"Labels of the rejected test answers, {PATHS}.")
+    data_impl: str = key(
+        "infer",
+        "Format of the data files: mmap, cached (the legacy one) or what each .idx says.",
+        choices=("infer", "mmap", "cached"),
+    )
+    dataset_impl: str = key("gpt2", "Kind of samples.", choices=("gpt2", "pairwise", "online"))
+    pack_impl: str = key(
+        "packed",
+        "packed joins documents and cuts them anywhere, pack_until_overflow joins whole documents, unpacked takes "
+        "one document a sample.",
+        choices=("packed", "pack_until_overflow", "unpacked"),
+    )
+    allow_chopped: bool = key(True, "Keep documents longer than a sample, cut short, where packing does not cut.")
+    reset_attention_mask: bool = key(False, "Tokens attend to their own document only.")
+    reset_position_ids: bool = key(False, "Positions start again at each document.")
+    eod_mask_loss: bool = key(False, "Leave out the loss of positions whose input is the end of a document.")
+    num_workers: int = key(2, "Background workers of each data loader.", unit="processes")
+    mmap_warmup: bool = key(False, "Read the data files once at the start, to fill the page cache.")
+    use_shared_fs: bool = key(
+        True, "All hosts see the same files: one rank builds the index maps, and there is one copy of a checkpoint."
+    )
+    short_seq_prob: float = key(0.1, "Share of short samples in masked language models.", unit="probability")

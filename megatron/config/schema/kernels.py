@@ -1,0 +1,23 @@
+"""Which fused kernels to use. A kernel never changes results beyond rounding, so an absent one is only slower."""
+
+from megatron.config.field import Section, key
+
+
+class KernelsSection(Section):
+    """Fused kernels and compilation."""
+
+    compile: bool = key(False, "Compile blocks of attention and MLP with torch.compile.")
+    scaled_upper_triang_masked_softmax_fusion: bool = key(False, "Fuse scale, causal mask and softmax.")
+    scaled_masked_softmax_fusion: bool = key(False, "Fuse scale, a given mask and softmax.")
+    bias_gelu_fusion: bool = key(False, "Fuse the MLP's bias and gelu.")
+    bias_dropout_fusion: bool = key(False, "Fuse bias, dropout and the residual sum.")
+    rope_fusion: bool = key(False, "Fuse the rotation of queries and keys.")
+    layernorm_fusion: bool = key(False, "Use a fused layernorm kernel.")
+    rmsnorm_fusion: bool = key(False, "Use a fused rmsnorm kernel.")
+    use_flashattn_swiglu: bool = key(False, "Use the swiglu kernel of the flash-attn package.")
+    attention_softmax_in_fp32: bool = key(False, "Compute the attention softmax in fp32.")
+    fp16_lm_cross_entropy: bool = key(False, "Compute the loss in fp16; only with fp16 training.")
+    fused_kernels_build_path: str | None = key(None, "Folder for compiled kernels.")
+    mamba_selective_scan_fusion: bool = key(False, "Use the fused selective scan of the mamba-ssm package.")
+    mamba_causal_conv_fusion: bool = key(False, "Use the fused kernel of the causal-conv1d package.")
+    mamba_inner_func_fusion: bool = key(False, "Use both fused kernels of a Mamba block.")

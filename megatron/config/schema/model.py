@@ -1,0 +1,107 @@
+"""The architecture: sizes, the parts each block is made of, and positions.
+
+Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `max_position_embeddings` and
+`attention_config` are filled in by `megatron.config.defaults` when the user leaves them out.
+"""
+
+from megatron.adapter_config import prompt_length
+from megatron.config.defaults.mlp_width import mlp_width
+from megatron.config.field import Section, key
+from megatron.config.types import Items, Table
+from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS
+
+
+class ModelSection(Section):
+    """Sizes and parts of the transformer."""
+
+    num_layers: int | None = key(None, "Number of transformer blocks.", unit="blocks")
+    hidden_size: int | None = key(None, "Width of the residual stream.", unit="features")
+    num_attention_heads: int | None = key(None, "Number of query heads in each block.", unit="heads")
+    num_kv_heads: int | None = key(
+        None, "Number of key and value heads; fewer than the query heads is grouped-query attention.", unit="heads"
+    )
+    kv_channels: int | None = key(
+        None, "Width of one attention head; hidden_size / num_attention_heads when left out.", unit="features"
+    )
+    seq_length: int | None = key(
+        None, "Tokens in one training sequence; max_position_embeddings when left out.", unit="tokens"
+    )
+    max_position_embeddings: int | None = key(
+        None, "Longest sequence the positions cover; seq_length when left out.", unit="tokens"
+    )
+    intermediate_size: int | None = key(
+        None,
+        "Base width of the MLP, 4 x hidden_size when left out. A gated activation uses a third of it as its inner "
+        "width (two matrices of that width), rounded up to mlp_multiple_of.",
+        unit="features",
+    )
+    expansion_factor: float | None = key(
+        None, "Base width of the MLP as a multiple of hidden_size, instead of intermediate_size.", unit="ratio"
+    )
+    mlp_multiple_of: int = key(1, "The inner width of the MLP is rounded up to a multiple of this.", unit="features")
+    activation: str = key("gelu", "Activation of the MLP; the gated ones use two input matrices.", choices=ACTIVATIONS)
+    norm: str = key("layernorm", "Normalisation before attention, before the MLP and at the end.", choices=NORMS)
+    layernorm_epsilon: float = key(1.0e-5, "Added to the variance by layernorm.")
+    rms_norm_epsilon: float = key(1.0e-8, "Added to the mean square by rmsnorm.")
+    scalenorm_epsilon: float = key(1.0e-8, "Smallest norm that scalenorm divides by.")
+    use_qk_layernorm: bool = key(False, "Normalise queries and keys of each head before their product.")
+    use_bias_in_norms: bool = key(True, "Give layernorm a bias as well as a weight.")
+    use_bias_in_attn_linear: bool = key(True, "Give the attention projections a bias.")
+    use_bias_in_mlp: bool = key(True, "Give the MLP projections a bias.")
+    gpt_j_residual: bool = key(False, "Run attention and MLP in parallel from the same residual, as GPT-J does.")
+    gpt_j_tied: bool = key(False, "With gpt_j_residual: one norm feeds both attention and MLP.")
+    no_weight_tying: bool = key(False, "Give the output layer its own matrix instead of the word embedding's.")
+    attention_config: Items | None = key(
+        None,
+        "Kind of attention in each block: a list of [pattern, count] pairs such as [[[global, local], 6]], where "
+        "count may be `all`, or one name a block. All blocks are global when left out.",
+        choices=ATTENTION,
+    )
+    sparsity_config: Table | None = key(None, "Block sizes and windows of the sparse attention kinds.")
+    sliding_window_width: int | None = key(
+        None, "Positions that each token attends to, itself included.", unit="tokens"
+    )
+    hidden_dropout: float = key(0.0, "Dropout on what each block adds to the residual.", unit="probability")
+    attention_dropout: float = key(0.0, "Dropout on the attention probabilities.", unit="probability")
+    apply_query_key_layer_scaling: bool = key(False, "Divide attention scores of block i by i and undo it in fp32.")
+    pos_emb: str = key("learned", "How positions enter the model.", choices=POSITIONS)
+    rotary_pct: float = key(1.0, "Part of each head's width that rotary positions turn.", unit="fraction")
+    rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.")
+    rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")
+    rope_scaling: Table | None = key(
+        None, "Stretching of rotary positions for long contexts: {type: linear | dynamic | yarn | llama3, factor: ...}."
+    )
+    rpe_num_buckets: int = key(32, "Buckets of relative distance for pos_emb rpe.", unit="buckets")
+    rpe_max_distance: int = key(128, "Distance from which on rpe uses its last bucket.", unit="tokens")
+    opt_pos_emb_offset: int = key(0, "Rows skipped at the start of the learned positions, as OPT needs (2).")
+    num_unique_layers: int | None = key(None, "Number of blocks with weights of their own when blocks share weights.")
+    param_sharing_style: str = key("grouped", "How blocks share weights when num_unique_layers is set.")
+    soft_prompt_tuning: Table | None = key(
+        None,
+        "Train only a prompt of vectors before every text, everything else frozen: {num_tokens: 10, init_string: text "
+        "whose vectors it starts as, init_range: 0.5, enabled: true}, arXiv:2104.08691. It takes num_tokens of "
+        "seq_length.",
+    )
+    lora: Table | None = key(
+        None,
+        "Train only low-rank updates W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
+        "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given}, "
+        "arXiv:2106.09685.",
+    )
+    output_layer_parallelism: str = key(
+        "column", "How the output layer is cut by tensor parallelism.", choices=("column",)
+    )
+
+    @property
+    def text_length(self) -> int | None:
+        """What seq_length leaves for a text beside a learned prompt [tokens]."""
+        return None if self.seq_length is None else self.seq_length - prompt_length(self.soft_prompt_tuning)
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the MLP [features]: linear2 takes this many, a gated linear1 gives twice as many."""
+        assert self.hidden_size is not None
+        gated = ACTIVATIONS.entry(self.activation).gated
+        return mlp_width(
+            self.hidden_size, self.intermediate_size, self.expansion_factor, self.mlp_multiple_of, gated=gated
+        )

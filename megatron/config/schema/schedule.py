@@ -1,0 +1,34 @@
+"""The learning rate over time."""
+
+from megatron.config.field import Section, key
+from megatron.config.types import Table
+from megatron.registry import SCHEDULES
+
+
+class ScheduleSection(Section):
+    """Warmup, then decay over a horizon."""
+
+    lr_decay_style: str = key("linear", "Shape of the decay after warmup.", choices=SCHEDULES)
+    lr_decay_iters: int | None = key(
+        None, "Horizon of the decay; train_iters x lr_decay_fraction when left out.", unit="steps"
+    )
+    lr_decay_fraction: float | None = key(
+        None, "Horizon as a part of train_iters, where lr_decay_iters is not given.", unit="fraction"
+    )
+    lr_decay_samples: int | None = key(
+        None, "Horizon counted in samples, with train_samples, which it is unless given.", unit="samples"
+    )
+    min_lr: float = key(0.0, "The decay never goes below this learning rate.")
+    warmup: float = key(0.01, "Part of the horizon in which the rate rises on a line to its peak.", unit="fraction")
+    warmup_iters: int | None = key(None, "Length of the warmup in steps, in place of warmup.", unit="steps")
+    wsd_decay_fraction: float = key(
+        0.1, "With lr_decay_style wsd, the last part of the horizon, in which the rate falls.", unit="fraction"
+    )
+    wsd_decay_style: str = key("linear", "Shape of that fall.", choices=("linear", "cosine", "sqrt"))
+    override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
+    use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
+    scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")
+
+    def warmup_length(self, horizon: int) -> int:
+        """How long the rate rises [steps, or samples where the horizon counts those]."""
+        return int(self.warmup * horizon) if self.warmup_iters is None else self.warmup_iters

@@ -1,0 +1,46 @@
+"""How long and on how much at a time the model trains."""
+
+from megatron.config.field import Section, key
+from megatron.config.types import Integers
+from megatron.registry import OBJECTIVES
+
+
+class TrainingSection(Section):
+    """Batch sizes, lengths, evaluation and stopping.
+
+    train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data parallel size. Any one of
+    the three follows from the others.
+    """
+
+    train_batch_size: int | None = key(None, "Samples in one step, over all ranks.", unit="samples")
+    train_micro_batch_size_per_gpu: int | None = key(None, "Samples in one forward pass of a rank.", unit="samples")
+    gradient_accumulation_steps: int | None = key(
+        None, "Forward passes of a rank in one step; derived unless given.", unit="micro batches"
+    )
+    batch_size: int | None = key(
+        None, "The micro batch size; follows from train_micro_batch_size_per_gpu.", unit="samples"
+    )
+    rampup_batch_size: Integers | None = key(
+        None, "Growth of the batch: [first size, increment, samples over which it grows].", unit="samples"
+    )
+    train_iters: int | None = key(None, "Steps of the whole run.", unit="steps")
+    train_epochs: int | None = key(None, "Passes over the data, instead of train_iters.", unit="epochs")
+    train_samples: int | None = key(None, "Samples of the whole run, instead of train_iters.", unit="samples")
+    train_impl: str = key(
+        "normal", "What the model learns from.", choices=OBJECTIVES, planned=("dpo", "rm", "kto", "reinforce")
+    )
+    eval_interval: int = key(1000, "Steps between evaluations.", unit="steps")
+    eval_iters: int = key(100, "Batches in one evaluation.", unit="batches")
+    do_train: bool | None = key(None, "Whether there is anything to train; follows from the data.")
+    do_valid: bool | None = key(None, "Whether there is anything to validate; follows from the data.")
+    do_test: bool | None = key(None, "Whether there is anything to test; follows from the data.")
+    seed: int = key(1234, "Seed of initial weights, data order and dropout.")
+    deterministic: bool = key(False, "Use only operations that give the same bits on every run.")
+    exit_interval: int | None = key(None, "Stop when the iteration is a multiple of this.", unit="steps")
+    exit_duration: float | None = key(None, "Save and stop after this long.", unit="minutes")
+    on_nan: str = key(
+        "stop",
+        "What follows a loss or gradient that is not finite; its step is never applied.",
+        choices=("stop", "skip"),
+    )
+    char_level_ppl: bool = key(False, "Report perplexity a character too.")

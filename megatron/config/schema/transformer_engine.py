@@ -1,0 +1,28 @@
+"""Layers of the Transformer Engine package, for NVIDIA GPUs, and FP8."""
+
+from megatron.config.field import Section, key
+from megatron.registry import TE_LAYERS
+
+
+class TransformerEngineSection(Section):
+    """Which layers come from Transformer Engine, and its FP8 recipe."""
+
+    te_columnparallel: bool = key(False, "Column-parallel layers of attention and MLP multiply through it.")
+    te_rowparallel: bool = key(False, "Row-parallel layers of attention and MLP multiply through it.")
+    te_layernorm_mlp: bool = key(False, "Its layer computes the norm before the MLP and the MLP together.")
+    te_mha: bool = key(False, "Attention runs through it: the core and the products around it.")
+    te_fp8_format: str = key(
+        "hybrid", "FP8 format; hybrid is e4m3 forward and e5m2 backward.", choices=("e4m3", "hybrid")
+    )
+    te_fp8_wgrad: bool = key(True, "Compute weight gradients in FP8 too.")
+    te_fp8_amax_history_len: int = key(1, "Steps of the largest absolute value that set the scale.", unit="steps")
+    te_fp8_amax_compute_algo: str = key(
+        "most_recent", "Which value of that history sets the scale.", choices=("most_recent", "max")
+    )
+    te_fp8_margin: int = key(0, "Bits of headroom in the scale.", unit="bits")
+    te_fp8_mha: bool = key(False, "Training steps compute its layers, attention included, in FP8.")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The keys of the layers that are asked for."""
+        return tuple(name for name in TE_LAYERS.names if getattr(self, name))

@@ -1,0 +1,95 @@
+"""Rules about what is trained beside a frozen model: low-rank updates and soft prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.adapter_config import low_rank, soft_prompt
+from megatron.config.config import Config
+from megatron.config.defaults.curriculum import curriculum_lengths
+from megatron.errors import Mistake
+from megatron.registry import WITHOUT_ATTENTION
+
+
+def one_thing_is_trained(config: Config) -> Iterator[Mistake]:
+    """A soft prompt is trained alone."""
+    model = config.model
+    if low_rank(model.lora) is not None and soft_prompt(model.soft_prompt_tuning) is not None:
+        yield Mistake(
+            "lora trains the model's matrices, and a soft prompt is trained alone",
+            key="soft_prompt_tuning",
+            remedy="keep one of the two",
+        )
+
+
+def widths_are_those_of_the_model(config: Config) -> Iterator[Mistake]:
+    """Rates of muP are those of matrices whose sizes grow with the width, which neither a rank nor a prompt does."""
+    model = config.model
+    asked = {"lora": low_rank(model.lora), "soft_prompt_tuning": soft_prompt(model.soft_prompt_tuning)}
+    for key, found in asked.items():
+        if config.mup.use_mup and found is not None:
+            told = "muP has no learning rate for what is trained beside a frozen model"
+            yield Mistake(told, key=key, remedy="leave use_mup out: tools/convert_to_hf.py folds it into the weights")
+
+
+def updates_have_matrices(config: Config) -> Iterator[Mistake]:
+    """Every targeted matrix is in some block: only blocks with attention have them, and experts have none."""
+    model, moe = config.model, config.moe
+    asked = low_rank(model.lora)
+    if asked is None:
+        return
+    attending = [number for number, kind in enumerate(model.attention_config or ()) if kind not in WITHOUT_ATTENTION]
+    if not attending:
+        kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))
+        told = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
+        yield Mistake(told, key="lora", remedy="train the whole model, or a soft prompt")
+        return
+    mixtures = moe.moe_num_experts > 1 and all(number % max(1, moe.moe_expert_interval) == 0 for number in attending)
+    lost = [name for name, module in zip(asked.targets, asked.modules(), strict=True) if module.startswith("mlp.")]
+    if mixtures and lost:
+        yield Mistake(
+            f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
+            "updates",
+            key="lora",
+            remedy="write targets: [query_key_value, dense]",
+        )
+
+
+def prompts_leave_room(config: Config) -> Iterator[Mistake]:
+    """The prompt stands in the sequence, before one text that sees all of it."""
+    model, data, lengths = config.model, config.data, config.deepspeed.curriculum_learning
+    prompt = soft_prompt(model.soft_prompt_tuning)
+    if prompt is None:
+        return
+    assert model.seq_length is not None
+    if prompt.num_tokens >= model.seq_length:
+        yield Mistake(
+            f"its {prompt.num_tokens} vectors leave no room for a text in seq_length = {model.seq_length}",
+            key="soft_prompt_tuning",
+            remedy="lower num_tokens, or raise seq_length",
+        )
+    elif lengths and lengths.get("enabled") and _shortest(lengths, model.seq_length) <= prompt.num_tokens:
+        yield Mistake(
+            f"the shortest sequences are not longer than a prompt of {prompt.num_tokens} vectors",
+            key="curriculum_learning",
+            value=lengths,
+            remedy="begin with longer ones, or lower num_tokens",
+        )
+    for name in ("reset_attention_mask", "reset_position_ids"):
+        if getattr(data, name):
+            yield Mistake(
+                "only the first document of a sample would see the soft prompt",
+                key=name,
+                value=True,
+                remedy="leave it out; with pack_impl: unpacked every sample holds one document",
+            )
+
+
+def _shortest(block: dict[str, object], seq_length: int) -> int:
+    settings = block.get("schedule_config")
+    if isinstance(settings, dict) and isinstance(settings.get("difficulty"), list):
+        return min(settings["difficulty"], default=seq_length)
+    try:
+        return curriculum_lengths(block, seq_length)(1)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return seq_length  # another rule tells what is wrong with it

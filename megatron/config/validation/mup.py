@@ -1,0 +1,117 @@
+"""Rules about maximal update parametrisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.config.config import CATALOG, Config
+from megatron.config.defaults.fill_defaults import trains
+from megatron.errors import Mistake
+from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION
+
+FACTORS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
+
+
+def mup_is_on_where_it_is_meant(config: Config) -> Iterator[Mistake]:
+    """Factors of muP change nothing without it."""
+    mup = config.mup
+    if mup.use_mup:
+        return
+    for name in FACTORS:
+        if getattr(mup, name) != CATALOG[name].default:
+            what = "it is a factor of muP, which is off"
+            yield Mistake(what, key=name, value=getattr(mup, name), remedy="set use_mup, or leave it out")
+    if mup.coord_check:
+        yield Mistake("it looks at muP, which is off", key="coord_check", value=True, remedy="set use_mup")
+    if mup.base_shapes_file is not None and not mup.save_base_shapes:
+        yield Mistake(
+            "nobody reads or writes it",
+            key="base_shapes_file",
+            value=mup.base_shapes_file,
+            remedy="set use_mup to read it, or save_base_shapes to write it",
+        )
+    if mup.mup_base_widths is not None:
+        what = "it follows from base_shapes_file"
+        yield Mistake(what, key="mup_base_widths", value=mup.mup_base_widths, remedy="leave it out")
+
+
+def mup_has_a_base(config: Config) -> Iterator[Mistake]:
+    """Widths are compared with a base, which a file tells; that file is written by a run that trains nothing."""
+    mup = config.mup
+    if (mup.use_mup or mup.save_base_shapes) and mup.base_shapes_file is None:
+        name = "save_base_shapes" if mup.save_base_shapes else "use_mup"
+        what = "there is no file to write" if mup.save_base_shapes else "there is no base model to compare with"
+        remedy = "give base_shapes_file"
+        if not mup.save_base_shapes:
+            remedy += ", which ./deepy.py train.py BASE_CONF --save-base-shapes true --base-shapes-file FILE writes"
+        yield Mistake(what, key=name, value=True, remedy=remedy)
+    both = [name for name in ("save_base_shapes", "coord_check") if getattr(mup, name)]
+    if len(both) == 2:
+        yield Mistake("save_base_shapes is set as well", key="coord_check", value=True, remedy="one after the other")
+    elif both and not trains(config.launch.user_script):
+        what = f"{config.launch.user_script} does not do it"
+        yield Mistake(what, key=both[0], value=True, remedy="call ./deepy.py train.py with it")
+    if mup.coord_check and config.parallelism.pipe_parallel_size > 0:
+        yield Mistake(
+            "the check looks into whole models",
+            key="coord_check",
+            value=True,
+            remedy="add --pipe-parallel-size 0; what it shows does not depend on the layout",
+        )
+
+
+def mup_factors_are_positive(config: Config) -> Iterator[Mistake]:
+    """Factors and temperatures; a scale of widths makes wider."""
+    mup = config.mup
+    for name in FACTORS:
+        if not getattr(mup, name) > 0:
+            yield Mistake("it must be more than 0", key=name, value=getattr(mup, name))
+    if mup.mup_width_scale < 2:
+        yield Mistake(
+            "each width is that many times the one before: at least 2", key="mup_width_scale", value=mup.mup_width_scale
+        )
+    if mup.use_mup and mup.mup_rp_embedding_mult != 1.0 and not POSITIONS.entry(config.model.pos_emb).scores:
+        yield Mistake(
+            f"pos_emb = {config.model.pos_emb} learns no relative positions",
+            key="mup_rp_embedding_mult",
+            value=mup.mup_rp_embedding_mult,
+            remedy="leave it out, or use pos_emb: rpe",
+        )
+
+
+def mup_knows_the_model(config: Config) -> Iterator[Mistake]:
+    """The rules of muP are for products of matrices and for attention."""
+    if not config.mup.use_mup:
+        return
+    kinds = sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
+    if kinds:
+        yield Mistake(
+            f"muP has no rules for blocks of kind {', '.join(kinds)}: they are derived for products of matrices and "
+            "attention, and are known to fail for state spaces (Vankadara et al., NeurIPS 2024)",
+            key="use_mup",
+            value=True,
+            remedy="use kinds with attention, or leave use_mup out",
+        )
+    if NORMS.entry(config.model.norm).scalars:
+        yield Mistake(
+            "muP has no rule for its one length, which would have to grow with the root of the width",
+            key="norm",
+            value=config.model.norm,
+            remedy="use layernorm or rmsnorm, or leave use_mup out",
+        )
+
+
+def mup_knows_the_optimizer(config: Config) -> Iterator[Mistake]:
+    """How a learning rate follows the width depends on how a step follows the gradient."""
+    kind = config.optimizer.optimizer_type
+    if not config.mup.use_mup or not trains(config.launch.user_script):
+        return
+    known = {name for name in OPTIMIZERS.names if OPTIMIZERS.entry(name).traits & {"entrywise", "proportional"}}
+    if kind not in known:
+        yield Mistake(
+            f"muP has rules for steps of a size of their own in every entry and for steps as large as the gradient, "
+            f"and those of {kind} are neither",
+            key="optimizer",
+            value=config.optimizer.optimizer,
+            remedy=f"use one of {', '.join(name for name in OPTIMIZERS.names if name in known)}",
+        )

@@ -1,0 +1,164 @@
+"""Rules about how long a run is, how its learning rate moves, and how its batches and sequences grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.config.config import Config
+from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.curriculum import curriculum_mistakes
+from megatron.config.defaults.fill_defaults import trains
+from megatron.errors import Mistake
+
+
+def warmup_is_a_part(config: Config) -> Iterator[Mistake]:
+    """The warmup is a part of the decay horizon, though other programs count it in steps; warmup_iters does."""
+    schedule = config.schedule
+    warmup, steps = schedule.warmup, schedule.warmup_iters
+    if steps is not None:
+        if steps < 0:
+            yield Mistake("it cannot be negative", key="warmup_iters", value=steps)
+        if schedule.lr_decay_samples is not None:
+            remedy = "give warmup, a part of the horizon"
+            yield Mistake("the horizon counts samples (train_samples)", key="warmup_iters", value=steps, remedy=remedy)
+        return
+    if 0 <= warmup <= 1:
+        return
+    horizon = schedule.lr_decay_iters
+    remedy = "it is a part of the decay horizon, such as 0.01"
+    if warmup > 1 and horizon and horizon > warmup:
+        share = f"{warmup:g} of {horizon:,} steps are {warmup / horizon:.3g}"
+        remedy = f"it is a part of the decay horizon: {share}"
+        remedy += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
+    yield Mistake("it must lie between 0 and 1", key="warmup", value=warmup, remedy=remedy)
+
+
+def warmup_ends_before_the_horizon(config: Config) -> Iterator[Mistake]:
+    """A warmup that fills the horizon leaves no step at the peak, and none for the decay."""
+    schedule = config.schedule
+    if not trains(config.launch.user_script):
+        return
+    counts = "lr_decay_iters" if schedule.lr_decay_samples is None else "lr_decay_samples"
+    horizon = getattr(schedule, counts)
+    if not horizon:
+        return
+    name = "warmup" if schedule.warmup_iters is None else "warmup_iters"
+    length = schedule.warmup_length(horizon)
+    if 0 < horizon <= length:
+        yield Mistake(
+            f"the warmup is {length:,} {'steps' if counts == 'lr_decay_iters' else 'samples'} long and the decay ends "
+            f"at {horizon:,} ({counts})",
+            key=name,
+            value=getattr(schedule, name),
+            remedy="give a shorter warmup, or a longer horizon",
+        )
+
+
+def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:
+    """The floor of the schedule is not above its peak; the schedule has one source on resuming."""
+    rate, floor = config.optimizer.lr, config.schedule.min_lr
+    if rate is not None and floor > rate:
+        yield Mistake(f"it is above the learning rate {rate}", key="min_lr", value=floor)
+    if config.schedule.override_lr_scheduler and config.schedule.use_checkpoint_lr_scheduler:
+        yield Mistake(
+            "override_lr_scheduler asks for the opposite",
+            key="use_checkpoint_lr_scheduler",
+            value=True,
+            remedy="keep one",
+        )
+
+
+def run_has_a_length(config: Config) -> Iterator[Mistake]:
+    """One of train_iters, train_epochs and train_samples."""
+    if not trains(config.launch.user_script):
+        return
+    names = ("train_iters", "train_epochs", "train_samples")
+    given = [name for name in names if getattr(config.training, name) is not None]
+    if not given:
+        yield Mistake("the length of the run is not given", key="train_iters", remedy="give train_iters")
+    if len(given) > 1:
+        yield Mistake(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
+    for name in given:
+        value = getattr(config.training, name)
+        if value < 0 or (value == 0 and name != "train_iters"):
+            yield Mistake("a run cannot have this length", key=name, value=value)
+
+
+def horizon_counts_what_the_run_counts(config: Config) -> Iterator[Mistake]:
+    """A run counted in samples decays over samples, one counted in steps over steps."""
+    schedule, samples = config.schedule, config.training.train_samples
+    if samples is not None and schedule.lr_decay_iters is not None:
+        yield Mistake(
+            "the run's length is given in samples",
+            key="lr_decay_iters",
+            value=schedule.lr_decay_iters,
+            remedy="give lr_decay_samples",
+        )
+    if samples is None and schedule.lr_decay_samples is not None:
+        yield Mistake(
+            "the run's length is not given in samples",
+            key="lr_decay_samples",
+            value=schedule.lr_decay_samples,
+            remedy="give train_samples in place of train_iters, or lr_decay_iters",
+        )
+    full = config.training.train_batch_size
+    if samples is not None and full is not None and 0 < samples < full and config.training.rampup_batch_size is None:
+        yield Mistake(f"a step takes {full}", key="train_samples", value=samples, remedy="raise it")
+
+
+def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
+    """Every size on the way to train_batch_size is whole micro batches on every data-parallel rank."""
+    training = config.training
+    ramp, full, micro = training.rampup_batch_size, training.train_batch_size, training.train_micro_batch_size_per_gpu
+    if ramp is None or full is None or micro is None or not trains(config.launch.user_script):
+        return
+    form = f"write [first size, increment, samples], such as [{micro}, {micro}, {100 * full}]"
+    if len(ramp) != 3 or min(ramp) < 1:
+        yield Mistake("these are not three counts", key="rampup_batch_size", value=list(ramp), remedy=form)
+        return
+    first, increment, _ = ramp
+    if first > full or (full - first) % increment:
+        yield Mistake(
+            f"from {first} in steps of {increment} there is no way to train_batch_size = {full}",
+            key="rampup_batch_size",
+            value=list(ramp),
+            remedy=form,
+        )
+        return
+    share = micro * config.parallelism.data_parallel_size
+    uneven = [size for size in Ramp.of(full, ramp).sizes() if size % share]
+    if uneven:
+        yield Mistake(
+            f"a step of {uneven[0]} samples is not whole micro batches of {micro} on "
+            f"{config.parallelism.data_parallel_size} data-parallel ranks",
+            key="rampup_batch_size",
+            value=list(ramp),
+            remedy=f"use multiples of {share}, or a smaller micro batch",
+        )
+    if training.train_epochs is not None:
+        yield Mistake(
+            "the length of the run is given in passes (train_epochs)",
+            key="rampup_batch_size",
+            value=list(ramp),
+            remedy="give train_samples or train_iters in place of train_epochs",
+        )
+
+
+def curriculum_is_one_of_ours(config: Config) -> Iterator[Mistake]:
+    """The curriculum is built here, from DeepSpeed's block curriculum_learning; its data_efficiency block is not."""
+    block, length = config.deepspeed.curriculum_learning, config.model.seq_length
+    axes = config.parallelism
+    assert length is not None
+    parts = axes.context_parallel_size * (axes.model_parallel_size if axes.sequence_parallel else 1)
+    if block and block.get("enabled", False):
+        for what, remedy in curriculum_mistakes(block, seq_length=length, parts=parts):
+            yield Mistake(what, key="curriculum_learning", value=block, remedy=remedy)
+    efficiency = config.deepspeed.data_efficiency
+    if efficiency and efficiency.get("enabled", True):
+        yield Mistake(
+            "DeepSpeed samples data itself there, and drops tokens inside layers that it wraps; data and layers are "
+            "ours here",
+            key="data_efficiency",
+            value=efficiency,
+            remedy="for a curriculum over sequence lengths write curriculum_learning",
+        )

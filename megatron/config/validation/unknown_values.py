@@ -1,0 +1,70 @@
+"""Values that may be unknown: asserted in a resolved configuration, left out of the rules of one with errors.
+
+A user wants every mistake at once, and no mistake that is only an echo of another one. So derivations and rules run
+on the values that are good; whoever asks for one that is not gets `NotKnown`, and is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from megatron.config.field import Section
+from megatron.errors import Mistake
+
+if TYPE_CHECKING:
+    from megatron.config.config import Config
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None) -> Value:
+    """The value of a key that a YAML may leave out and that resolving always fills, of a resolved configuration."""
+    assert value is not None, "resolving fills this key or refuses the configuration"
+    return value
+
+
+class NotKnown(Exception):
+    """A value was asked for that is wrong, or that nobody could read."""
+
+
+def meant(mistakes: Iterable[Mistake], names: Collection[str]) -> set[str]:
+    """The keys that a remedy names: with `did you mean num_layers?`, num_layers is not missing."""
+    words = {word for mistake in mistakes for word in re.findall(r"\w+", mistake.remedy or "")}
+    return words & set(names)
+
+
+def partial(config: Config, unknown: Collection[str]) -> Config:
+    """The configuration, which raises NotKnown where one of the unknown keys is read."""
+    return cast("Config", _PartialConfig(config, unknown)) if unknown else config
+
+
+class _PartialConfig:
+    """A Config whose sections are watched."""
+
+    def __init__(self, config: Config, unknown: Collection[str]) -> None:
+        self._config, self._unknown = config, unknown
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._config, name)
+        return _PartialSection(found, self._unknown) if isinstance(found, Section) else found
+
+    def flat(self) -> dict[str, Any]:
+        """Every key and its value; None, which no rule minds, for what is not known."""
+        return {name: None if name in self._unknown else value for name, value in self._config.flat().items()}
+
+
+class _PartialSection:
+    """A section whose unknown keys cannot be read, through its properties either."""
+
+    def __init__(self, section: Section, unknown: Collection[str]) -> None:
+        self._section, self._unknown = section, unknown
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._unknown:
+            raise NotKnown(name)
+        derived = getattr(type(self._section), name, None)
+        if isinstance(derived, property) and derived.fget is not None:
+            return derived.fget(self)
+        return getattr(self._section, name)

@@ -1,0 +1,211 @@
+"""From the data section of a configuration to loaders: open files, cut splits, prepare index maps, say what comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron.config.schema.data import DataSection
+from megatron.data.dataset.blend import BlendedDataset, whole_passes
+from megatron.data.dataset.data_order import token_digest
+from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, WholeDataset
+from megatron.data.dataset.index_cache import PACKED, IndexRequest, index_maps
+from megatron.data.dataset.index_map import IndexMap, epochs_needed
+from megatron.data.dataset.loader import Loader
+from megatron.data.dataset.sampler import Sampler
+from megatron.data.dataset.sources import EACH_VALID, Source, Split, read_splits
+from megatron.data.dataset.splits import NAMES
+from megatron.data.dataset.summary import DataPlan, SourcePlan, SplitPlan, WholeDocuments
+from megatron.data.indexed.metadata import read_card
+from megatron.data.indexed.tokenizer_check import check_tokenizer
+from megatron.tokenizer_info import TokenizerFacts
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve.
+
+    valid_sets: of each validation set by its name, where each is to have a loss of its own.
+    """
+
+    train: Loader | None
+    valid: Loader | None
+    test: Loader | None
+    plan: DataPlan
+    valid_sets: Mapping[str, Loader] = field(default_factory=dict)
+
+
+def build_data(
+    data: DataSection,
+    *,
+    eod: int,
+    seq_length: int,
+    seed: int,
+    micro_batch: int,
+    data_rank: int,
+    data_size: int,
+    train_samples: int,
+    valid_samples: int,
+    test_samples: int,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    train_epochs: int | None = None,
+    prompt: int = 0,
+    tokenizer: TokenizerFacts | None = None,
+    ids: int | None = None,
+) -> Data:
+    """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
+
+    eod: the id that ends a document. seq_length: [tokens]. seed: of the sample order. micro_batch: samples of one rank
+    at once. *_samples: how many all ranks together will take over the whole run. is_builder: whether this rank writes
+    the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
+    that the training data is laid out for; train_samples are at most those of epoch_samples. prompt: places before each
+    each sequence of seq_length tokens for the vectors of a learned prompt. tokenizer: of the run; data that is known to
+    come from another is refused. ids: those from here on are refused
+    where they are read; None stands for the tokenizer's.
+    Raises ConfigError when no data is named, files are missing, a needed split is empty or another tokenizer made the
+    data; RunError when a file is damaged.
+    """
+    started = time.monotonic()
+    wanted = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
+    splits, warnings = read_splits(data, wanted, train_epochs=train_epochs)
+    if tokenizer is not None:
+        check_tokenizer(splits, tokenizer)
+    maps, cache_warnings = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
+    whole = data.pack_impl != PACKED
+    loaders: dict[str, Loader] = {}
+    plans: dict[str, SplitPlan] = {}
+    for split, own in zip(splits, maps, strict=True):
+        order = whole_passes([len(index) for index in own]) if split.epochs and len(own) > 1 else split.order
+        samples = _samples(split, own, order, seq_length, whole=whole)
+        loaders[split.name] = Loader(
+            samples,
+            Sampler(len(samples), micro_batch, data_rank, data_size),
+            eod=eod,
+            eod_mask_loss=data.eod_mask_loss,
+            labels=whole or any(source.data.labels is not None for source in split.sources),
+            rewards=any(source.data.rewards is not None for source in split.sources),
+            documents=data.reset_attention_mask or data.reset_position_ids,
+            workers=data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            prompt=prompt,
+            again=data.valid_same_samples and split.name not in ("train", "test"),
+            vocab_size=tokenizer.vocab_size if ids is None and tokenizer is not None else ids,
+        )
+        plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
+    if data.mmap_warmup:
+        _warm_up(splits)
+    plan = DataPlan(
+        train=plans.get("train"),
+        valid=plans.get("valid"),
+        test=plans.get("test"),
+        seconds=time.monotonic() - started,
+        warnings=(*warnings, *cache_warnings),
+    )
+    each = {name.removeprefix(EACH_VALID): loader for name, loader in loaders.items() if name.startswith(EACH_VALID)}
+    return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan, each)
+
+
+def epoch_samples(
+    data: DataSection, *, epochs: int, seq_length: int, seed: int, is_builder: bool, barrier: Callable[[], None]
+) -> int:
+    """How many training samples so many passes give; every rank must call this. The faults are those of build_data."""
+    splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
+    (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
+    return len(maps[0]) if len(maps) == 1 else len(whole_passes([len(index) for index in maps])[0])
+
+
+def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) -> list[IndexRequest]:
+    """The index map that each source of a split needs."""
+    packed = data.pack_impl == PACKED
+    requests = []
+    for source in split.sources:
+        epochs = split.epochs
+        if packed and not epochs:
+            epochs = epochs_needed(source.tokens, seq_length, source.asked or 0)
+        requests.append(
+            IndexRequest(
+                dataset=source.dataset,
+                name=source.name,
+                documents=source.documents,
+                seq_length=seq_length,
+                samples=source.asked,
+                epochs=epochs,
+                seed=seed,
+                packing=data.pack_impl,
+                chopped=data.allow_chopped,
+                labels=source.data.labels,
+            )
+        )
+    return requests
+
+
+def _maps(
+    splits: Sequence[Split],
+    data: DataSection,
+    seq_length: int,
+    seed: int,
+    *,
+    is_builder: bool,
+    barrier: Callable[[], None],
+) -> tuple[list[list[IndexMap]], list[str]]:
+    """The index maps of every split's sources, and warnings for the user."""
+    requests = [index_requests(data, split, seq_length, seed) for split in splits]
+    maps, warnings = index_maps([one for own in requests for one in own], is_builder=is_builder, barrier=barrier)
+    remaining = iter(maps)
+    return [[next(remaining) for _ in own] for own in requests], warnings
+
+
+def _samples(
+    split: Split,
+    maps: Sequence[IndexMap],
+    order: tuple[np.ndarray, np.ndarray] | None,
+    seq_length: int,
+    *,
+    whole: bool,
+) -> Samples:
+    kind = WholeDataset if whole else PackedDataset
+    made = [kind(source.data, index, seq_length) for source, index in zip(split.sources, maps, strict=True)]
+    return made[0] if order is None else BlendedDataset(made, *order)
+
+
+def _warm_up(splits: Sequence[Split]) -> None:
+    """Fills the page cache, with each file once."""
+    parts = [part for split in splits for source in split.sources for part in vars(source.data).values() if part]
+    for dataset in {part.prefix: part for part in parts}.values():
+        dataset.warm_up()
+
+
+def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, whole: bool) -> SplitPlan:
+    sources = []
+    together = sum(map(len, maps))
+    for source, index in zip(split.sources, maps, strict=True):
+        dataset = source.dataset
+        card = read_card(dataset.prefix, documents=len(dataset), tokens=len(dataset.tokens))
+        sources.append(
+            SourcePlan(
+                path=dataset.prefix,
+                documents=len(source.documents),
+                tokens=source.tokens,
+                epochs=index.epochs,
+                samples=len(index),
+                samples_per_pass=len(index) / index.epochs if whole else source.tokens / seq_length,
+                asked=len(index) if split.epochs else source.drawn,
+                weight=len(index) / together if split.epochs and together else source.weight,
+                bytes_per_token=card.bytes_per_token if card else None,
+                digest=token_digest(dataset),
+                whole=_whole_documents(source, index, seq_length) if whole else None,
+            )
+        )
+    return SplitPlan(split.name, samples, split.samples, seq_length, tuple(sources))
+
+
+def _whole_documents(source: Source, index: IndexMap, seq_length: int) -> WholeDocuments:
+    """What a pass reads of a source whose samples are whole documents."""
+    sizes = source.dataset.sizes[index.documents[: len(index.documents) // index.epochs]]
+    kept = np.minimum(sizes, seq_length + 1)
+    return WholeDocuments(len(sizes), int(kept.sum(dtype=np.int64)), int((sizes > seq_length + 1).sum()))

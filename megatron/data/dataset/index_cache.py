@@ -1,0 +1,156 @@
+"""Keep index maps in files beside the data, so that they are computed once and shared by all ranks of a machine.
+
+The names are the public ones, `<prefix>_<name>_indexmap_<N>ns_<seq>sl_<seed>s_<packing>pi[_ac]_..._idx.npy`, with a
+digest of everything that the public names leave out and that changes the map: the lengths of all documents, the range
+of documents, those of them that are used, the number of passes. Another split, or other data under the same prefix,
+therefore gets other files. N is None where passes are asked for and not samples.
+Each file appears complete under its name or not at all. Where they cannot be written, each rank computes its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron.atomic import atomic_writer
+from megatron.data.dataset.index_map import IndexMap, build_index_map
+from megatron.data.dataset.packing import build_whole_map, usable_documents
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.errors import ConfigError
+
+ARRAYS = {"documents": "doc", "samples": "sample", "shuffle": "shuffle"}
+DIGEST_BYTES = 8
+PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class IndexRequest:
+    """Everything that determines an index map.
+
+    name: of the split, such as train or valid_2. samples: how many are asked for, or None where passes are. epochs:
+    passes over the documents, for whole documents 0 where the samples decide. packing, chopped: of the documents, as
+    pack_impl and allow_chopped say. labels: the data set's labels, which decide which whole documents are used.
+    """
+
+    dataset: IndexedDataset
+    name: str
+    documents: range
+    seq_length: int
+    samples: int | None
+    epochs: int
+    seed: int
+    packing: str = PACKED
+    chopped: bool = True
+    labels: IndexedDataset | None = None
+
+    @cached_property
+    def stem(self) -> str:
+        """The files' common path."""
+        chopped = "_ac" if self.chopped else ""
+        public = f"{self.samples}ns_{self.seq_length}sl_{self.seed}s_{self.packing}pi{chopped}"
+        return f"{self.dataset.prefix}_{self.name}_indexmap_{public}_{self._digest()}"
+
+    def paths(self) -> dict[str, Path]:
+        """The file of each array."""
+        return {array: Path(f"{self.stem}_{short}_idx.npy") for array, short in ARRAYS.items()}
+
+    def build(self) -> IndexMap:
+        """Computes the map. ConfigError where no document can be used."""
+        sizes = self.dataset.sizes
+        if self.packing == PACKED:
+            return build_index_map(
+                sizes, self.documents, seq_length=self.seq_length, epochs=self.epochs, seed=self.seed
+            )
+        if not len(self.usable):
+            raise ConfigError.of(
+                f"no document of {self.dataset.prefix} can stand in {self.name} as a whole: they are empty, longer "
+                f"than {self.seq_length + 1} tokens or without labels",
+                key="pack_impl",
+                value=self.packing,
+                remedy="set allow_chopped, raise seq_length, or use pack_impl: packed",
+            )
+        return build_whole_map(
+            sizes,
+            self.usable,
+            seq_length=self.seq_length,
+            packed=self.packing != "unpacked",
+            seed=self.seed,
+            samples=self.samples or 0,
+            epochs=self.epochs,
+        )
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """The documents that the map holds in each pass."""
+        if self.packing == PACKED:
+            return np.arange(self.documents.start, self.documents.stop)
+        return usable_documents(
+            self.dataset.sizes,
+            self.documents,
+            seq_length=self.seq_length,
+            chopped=self.chopped,
+            labels=self.labels,
+        )
+
+    def _digest(self) -> str:
+        lengths = hashlib.blake2b(np.ascontiguousarray(self.dataset.sizes).data, digest_size=DIGEST_BYTES)
+        rest = (
+            f"{self.documents.start}:{self.documents.stop} epochs {self.epochs} seq {self.seq_length} seed {self.seed}"
+        )
+        if self.packing != PACKED:
+            rest += f" of {hashlib.blake2b(self.usable.data, digest_size=DIGEST_BYTES).hexdigest()}"
+        return hashlib.blake2b(f"{lengths.hexdigest()} {rest}".encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def write_index_map(request: IndexRequest) -> OSError | None:
+    """Computes and keeps the map, unless its files are there already; what stopped it from being kept, if anything."""
+    paths = request.paths()
+    if read_index_map(request) is not None:
+        return None
+    made = request.build()
+    try:
+        for array, path in paths.items():
+            with atomic_writer(path, durable=True) as file:
+                np.save(file, getattr(made, array), allow_pickle=False)
+    except OSError as fault:
+        return fault
+    return None
+
+
+def read_index_map(request: IndexRequest) -> IndexMap | None:
+    """The kept map, memory-mapped, or None when it is not there or not whole."""
+    try:
+        arrays = {
+            array: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            for array, path in request.paths().items()
+        }
+    except (OSError, ValueError):
+        return None
+    documents, samples, shuffle = (arrays[array] for array in ARRAYS)
+    once = len(request.documents) if request.packing == PACKED else len(request.usable)
+    epochs = request.epochs or len(documents) // max(once, 1)
+    whole = documents.shape == (once * epochs,) and samples.shape == (len(shuffle) + 1, 2)
+    return IndexMap(documents, samples, shuffle, epochs) if whole else None
+
+
+def index_maps(
+    requests: list[IndexRequest], *, is_builder: bool, barrier: Callable[[], None]
+) -> tuple[list[IndexMap], list[str]]:
+    """The maps of all requests, and warnings for the user.
+
+    is_builder: whether this rank writes for the others, who wait at the barrier; every rank must call this.
+    """
+    warnings = []
+    if is_builder:
+        for request in requests:
+            fault = write_index_map(request)
+            if fault is not None:
+                kept = f"the index map {request.stem} cannot be kept ({fault.strerror})"
+                warnings.append(f"{kept}: every rank computes it at each start")
+    barrier()
+    return [read_index_map(request) or request.build() for request in requests], warnings

@@ -1,0 +1,123 @@
+"""What a run will read, told before it starts: documents, tokens, passes and samples of every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WholeDocuments:
+    """What one pass of whole documents reads: documents and tokens in use, and how many of the documents are cut.
+
+    The others are left out.
+    """
+
+    documents: int
+    tokens: int
+    cut: int
+
+    def told(self, documents: int, tokens: int, seq_length: int) -> str:
+        """In words, of so many documents and tokens."""
+        parts = [f"a pass reads {self.documents:,} of the documents and {self.tokens:,} of the tokens"]
+        if self.cut:
+            parts.append(f"{self.cut:,} documents are cut to {seq_length + 1:,} tokens")
+        if self.documents < documents:
+            parts.append(f"{documents - self.documents:,} are left out")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One data set of a split.
+
+    documents, tokens: those that the split may use. epochs: passes over them that the index map holds. samples: what
+    the map gives. samples_per_pass: samples of one pass. asked: how many the run will take from it. weight: its share
+    of the split [fraction].
+    bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so. digest: a fingerprint of the
+    tokens (data_order.py). whole: of samples of whole documents, what a pass makes of them.
+    """
+
+    path: str
+    documents: int
+    tokens: int
+    epochs: int
+    samples: int
+    samples_per_pass: float
+    asked: int
+    weight: float
+    bytes_per_token: float | None
+    digest: str = ""
+    whole: WholeDocuments | None = None
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One of train, valid and test. samples: how many can be served; asked: how many the run wants."""
+
+    name: str
+    samples: int
+    asked: int
+    seq_length: int
+    sources: tuple[SourcePlan, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all sources."""
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over all sources."""
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def passes(self) -> float:
+        """How often the run reads an average document of the split."""
+        return self.asked / sum(source.samples_per_pass for source in self.sources)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Text bytes a token stands for, over all sources by their tokens; None unless every source says so."""
+        known = [(source.bytes_per_token, source.tokens) for source in self.sources]
+        if any(ratio is None for ratio, _ in known):
+            return None
+        return sum((ratio or 0.0) * tokens for ratio, tokens in known) / self.tokens
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.asked:,} samples of {self.seq_length:,} ({self.passes:.2f} passes)"
+        )
+        if len(self.sources) == 1:
+            return "\n".join([f"{text} from {self.sources[0].path}", *self._whole(self.sources[0])])
+        parts = [text]
+        for source in self.sources:
+            parts.append(f"  {source.weight:.1%} {source.path}, {source.tokens:,} tokens")
+            parts += self._whole(source)
+        return "\n".join(parts)
+
+    def _whole(self, source: SourcePlan) -> list[str]:
+        """What whole documents leave of a data set, where that is not all of it."""
+        whole = source.whole
+        if whole is None or (whole.documents, whole.tokens) == (source.documents, source.tokens):
+            return []
+        return [f"  {whole.told(source.documents, source.tokens, self.seq_length)}"]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The splits of a run, None where there is none. seconds: time to open the data and prepare the index maps [s]."""
+
+    train: SplitPlan | None
+    valid: SplitPlan | None
+    test: SplitPlan | None
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def splits(self) -> Iterator[SplitPlan]:
+        """The splits there are."""
+        return (split for split in (self.train, self.valid, self.test) if split is not None)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.splits()), *(f"warning: {warning}" for warning in self.warnings)])

@@ -1,0 +1,274 @@
+"""Text files to token files: read blocks, encode them, write them in order.
+
+The bytes written depend on the text, the tokenizer and the recipe alone: not on the number of workers, nor on how the
+text is cut into blocks, nor on whether the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+
+from megatron.data.indexed.metadata import DatasetCard
+from megatron.data.indexed.writer import DatasetWriter
+from megatron.data.preprocess.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
+from megatron.data.preprocess.input_shard import Shard, shard_blocks
+from megatron.data.preprocess.reader import EMPTY_FILE
+from megatron.data.preprocess.resume_state import Counts, Journal, Sidecar, task_of
+from megatron.data.preprocess.text_files import TextFile
+from megatron.data.preprocess.workers import encode_blocks
+from megatron.errors import ConfigError, Mistake, RunError
+from megatron.tokenizer_info import TokenizerFacts
+
+LEGACY = np.dtype("<i4")  # the legacy format's type of a token, whatever the vocabulary
+MARK_INTERVAL = 5.0  # seconds between two states that are kept
+
+_KEYS = "name the keys that hold the text with --jsonl-keys"
+_REMEDIES = {
+    "not JSON": "one JSON object a line is read; `jq -c .` makes such lines of objects that span several, and "
+    "`jq -c '.[]'` of an array",
+    "not a JSON object": "one JSON object a line is read; `jq -c '.[]'` makes such lines of a JSON array",
+    "not UTF-8": "make it UTF-8, as `iconv -t UTF-8 -f UTF-16` does of UTF-16",
+    "damaged": "fetch the file again, or make it again",
+    "empty": "name files that hold text",
+    "that the chat template cannot take": "change the conversations, or give a folder whose template takes them",
+    "without the key 'role'": "each turn of a conversation has a 'role' and a 'content'; rename what yours has",
+    "without the key 'content'": "a turn has a 'content', or 'tool_calls' in its place; rename what yours has",
+    "whose 'content' is not text": "a 'content' is a text or a list of parts that are texts; it may be null beside "
+    "'tool_calls' alone",
+    "with a part of a content that is no text": "leave these conversations out, or take images and the like from them",
+    "whose 'tools'": "it is a list of JSON schemas, or one as a JSON text; rename a field that means something else",
+    "whose 'documents'": "it is a list of objects for the template; rename a field that means something else",
+    "whose 'chat_template_kwargs'": "it is an object of variables of the template, without what the line says itself",
+    "not read": "name members of the archive .jsonl or .txt",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is. content_bytes: text files' content so far [bytes]. fraction: of the input that is done, in
+    [0, 1]. seconds: since the start.
+    """
+
+    documents: int
+    tokens: int
+    content_bytes: int
+    fraction: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """One pair of token files. prefix: their path without .bin and .idx."""
+
+    name: str
+    prefix: str
+    card: DatasetCard
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was done. empty: documents without text, which were left out. seconds: wall time [s], of which `starting`
+    passed before the first block came back. sidecar: the list of what was skipped, or None. notes: documents of which
+    something is to be told, by what it is.
+    """
+
+    outputs: tuple[Written, ...]
+    skipped: Skipped
+    empty: int
+    content_bytes: int
+    seconds: float
+    starting: float
+    sidecar: str | None
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+def preprocess(
+    files: Sequence[TextFile],
+    recipe: Recipe,
+    *,
+    output_prefix: str,
+    facts: TokenizerFacts,
+    workers: int = 1,
+    strict: bool = False,
+    resume: bool = False,
+    shard: Shard | None = None,
+    legacy: bool = False,
+    mark_interval: float = MARK_INTERVAL,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Writes `<output_prefix>_<output>.bin` and `.idx`, and what is known about them as `.json`, for each output of the
+    recipe; and `<output_prefix>_skipped.jsonl` with what gave no document, if anything.
+
+    strict: what gives no document ends the work. resume: go on where an interrupted work stopped. shard: this machine's
+    part. legacy: write the legacy format, with 4 bytes a token. mark_interval: [s] between two states that are kept.
+    Raises ConfigError for impossible wishes; RunError for damaged input, a full disk, a line that strict refuses, and
+    when no document is left. Nothing appears under a final name unless all of it is written.
+    """
+    shard = shard or Shard()
+    output_prefix = _checked(recipe, workers, output_prefix, shard)
+    journal = Journal(output_prefix, task_of(files, _wishes(recipe, facts, shard) | {"legacy": legacy}))
+    kept = journal.read() if resume else None
+    counts = Counts(len(recipe.outputs)) if kept is None else kept[0]
+    marks = [None] * len(recipe.outputs) if kept is None else kept[1]
+    work = _Work(counts, journal, mark_interval, strict, report)
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                DatasetWriter(f"{output_prefix}_{name}", LEGACY if legacy else dtype, legacy=legacy, mark=mark)
+            )
+            for (name, dtype), mark in zip(recipe.outputs, marks, strict=True)
+        ]
+        if kept is None:
+            journal.remove()
+        sidecar = stack.enter_context(Sidecar(output_prefix, counts.sidecar_bytes))
+        blocks = islice(shard_blocks(files, shard), counts.blocks, None)
+        encoded = stack.enter_context(contextlib.closing(encode_blocks(Encoder(recipe), blocks, workers)))
+        total = len(shard.part(sum(file.bytes for file in files)))
+        try:
+            for block in encoded:
+                work.take(block, writers, sidecar, total)
+            if shard.count == 1:
+                _refuse_nothing(writers[0], files, counts)
+        except BaseException as fault:
+            # A line that is refused, a full disk or an interrupt: what is done can be gone on with.
+            keep = resume or isinstance(fault, KeyboardInterrupt)
+            for writer in writers:
+                writer.keep = keep
+            sidecar.keep = keep
+            if not keep:
+                journal.remove()
+            raise
+        for writer, text_bytes in zip(writers, counts.text_bytes, strict=True):
+            writer.card = DatasetCard(
+                writer.documents,
+                writer.tokens,
+                text_bytes,
+                facts.kind,
+                facts.vocab_size,
+                facts.eod,
+                facts.fingerprint,
+            )
+    journal.remove()
+    outputs = tuple(
+        Written(name, writer.prefix, writer.card)
+        for (name, _), writer in zip(recipe.outputs, writers, strict=True)
+        if writer.card is not None
+    )
+    told = str(sidecar.path) if counts.skipped.total else None
+    starting = work.starting or 0.0
+    return Result(outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, starting, told, counts.notes)
+
+
+class _Work:
+    """Takes blocks in order, writes and counts them, and keeps a state now and then."""
+
+    def __init__(
+        self, counts: Counts, journal: Journal, interval: float, strict: bool, report: Callable[[Progress], None]
+    ) -> None:
+        self._counts = counts
+        self._journal = journal
+        self._interval = interval
+        self._strict = strict
+        self._report = report
+        self._started = time.monotonic()
+        self._kept = self._started
+        self._before = counts.content_bytes
+        self.starting: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def content_bytes(self) -> int:
+        """Read by this attempt."""
+        return self._counts.content_bytes - self._before
+
+    def take(self, block: EncodedBlock, writers: Sequence[DatasetWriter], sidecar: Sidecar, total: int) -> None:
+        """Writes a block."""
+        counts = self._counts
+        self.starting = self.seconds if self.starting is None else self.starting
+        if block.name != counts.record_name or block.begins:
+            counts.record_name, counts.record_base = block.name, 0
+        for record in block.skipped:
+            placed = replace(record, number=record.number and record.number + counts.record_base)
+            if self._strict and record.reason != EMPTY_FILE[0]:
+                raise RunError.of(
+                    str(placed), remedy="mend it, or let --on-error skip leave such lines out and count them"
+                )
+            counts.skipped.add(placed)
+            sidecar.add(placed)
+        for number, (writer, text) in enumerate(zip(writers, block.texts, strict=True)):
+            writer.add_documents(text.tokens, text.sizes, text.items)
+            counts.text_bytes[number] += text.text_bytes
+        counts.record_base += block.records
+        counts.empty += block.empty
+        for what, count in block.notes.items():
+            counts.notes[what] = counts.notes.get(what, 0) + count
+        counts.content_bytes += block.content_bytes
+        counts.blocks += 1
+        if time.monotonic() - self._kept >= self._interval:
+            counts.sidecar_bytes = sidecar.mark()
+            self._journal.write(counts, [writer.mark() for writer in writers])
+            self._kept = time.monotonic()
+        self._report(
+            Progress(
+                writers[0].documents,
+                sum(writer.tokens for writer in writers),
+                self.content_bytes,
+                min(block.read_bytes / max(total, 1), 1.0),
+                self.seconds,
+            )
+        )
+
+
+def _checked(recipe: Recipe, workers: int, output_prefix: str, shard: Shard) -> str:
+    mistakes = []
+    keys = recipe.keys
+    if not keys or len(set(keys)) != len(keys):
+        mistakes.append(Mistake("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
+    if any("/" in key for key in keys):
+        mistakes.append(Mistake("a key becomes part of a file name", key="jsonl_keys", value=list(keys)))
+    if workers < 1:
+        mistakes.append(Mistake("at least one process must work", key="workers", value=workers))
+    if not output_prefix or output_prefix.endswith("/"):
+        what = "this is a directory, and file names are made of what stands here"
+        remedy = "add a name, such as data/train"
+        mistakes.append(Mistake(what, key="output_prefix", value=output_prefix, remedy=remedy))
+    ConfigError.raise_any(mistakes)
+    with contextlib.suppress(NotADocument):
+        recipe.read(dict.fromkeys(keys, ""))  # refuses now, rather than in a worker, when a package is missing
+    return shard.prefix(output_prefix)
+
+
+def _wishes(recipe: Recipe, facts: TokenizerFacts, shard: Shard) -> dict[str, object]:
+    """Everything beside the input that decides the output. The tokenizer by what it makes of a text."""
+    fields = {name: value for name, value in vars(recipe).items() if name not in {"tokenizer", "template"}}
+    probe = ["The quick brown fox, 12345 naïve 東京 \n\n  <|endoftext|>"]
+    tokenizer = getattr(recipe, "tokenizer", None)
+    ids = tokenizer.encode_arrays(probe)[0].tolist() if tokenizer is not None else []
+    return {
+        "recipe": [type(recipe).__name__, repr(fields)],
+        "tokenizer": [repr(facts), hashlib.sha256(repr(ids).encode()).hexdigest()],
+        "shard": repr(shard),
+    }
+
+
+def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: Counts) -> None:
+    if writer.documents:
+        return
+    told = [f"there is no document in the {len(files)} input files"]
+    if counts.skipped.total:
+        told += [str(counts.skipped), *counts.skipped.examples[:1]]
+    if counts.empty:
+        told.append(f"{counts.empty:,} documents have no text")
+    most = max(counts.skipped.counts, key=counts.skipped.counts.__getitem__, default="")
+    remedy = next((remedy for start, remedy in _REMEDIES.items() if most.startswith(start)), _KEYS)
+    raise RunError.of("; ".join(told), remedy=remedy)

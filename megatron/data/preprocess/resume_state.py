@@ -1,0 +1,149 @@
+"""How far preprocessing is, kept on disk, so that a killed work goes on and ends with the same bytes.
+
+`<output prefix>_preprocess.journal` is replaced as a whole, after what it speaks of was forced to disk. It belongs to
+one task: the same input files, tokenizer and wishes. The sidecar `<output prefix>_skipped.jsonl` lists every line that
+gave no document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from megatron.atomic import flush_to_disk, write_atomic
+from megatron.data.indexed.writer import Mark, partial
+from megatron.data.preprocess.encode import Skipped, SkippedRecord
+from megatron.data.preprocess.text_files import TextFile
+from megatron.errors import ConfigError, RunError
+
+
+@dataclass
+class Counts:
+    """What grows while the work goes on. blocks: that are done. record_name, record_base: the file that is being read
+    and its records in the blocks that are done. text_bytes: of each output. sidecar_bytes: of the list of skipped ones.
+    notes: documents of which something is to be told, by what it is.
+    """
+
+    outputs: int
+    blocks: int = 0
+    content_bytes: int = 0
+    empty: int = 0
+    record_name: str = ""
+    record_base: int = 0
+    sidecar_bytes: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    text_bytes: list[int] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.text_bytes = self.text_bytes or [0] * self.outputs
+
+
+class Journal:
+    """The file. task: what the work is, for comparison."""
+
+    def __init__(self, output_prefix: str, task: str) -> None:
+        self.path = Path(f"{output_prefix}_preprocess.journal")
+        self._task = task
+
+    def read(self) -> tuple[Counts, list[Mark]] | None:
+        """Where an interrupted work of the same task stopped, or None when there was none.
+
+        Raises ConfigError when the journal belongs to another task.
+        """
+        try:
+            told = json.loads(self.path.read_text(encoding="utf-8"))
+            if told["task"] == self._task:
+                counts = told["counts"]
+                counts["skipped"] = Skipped(**counts["skipped"])
+                return Counts(**counts), [Mark(**mark) for mark in told["marks"]]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise ConfigError.of(
+                f"the journal of the earlier attempt cannot be read ({fault})",
+                key="resume",
+                where=str(self.path),
+                remedy="leave out --resume, and start afresh",
+            ) from fault
+        raise ConfigError.of(
+            "the earlier attempt had other input files, another tokenizer or other wishes",
+            key="resume",
+            where=str(self.path),
+            remedy="repeat its command line, or leave out --resume and start afresh",
+        )
+
+    def write(self, counts: Counts, marks: Sequence[Mark]) -> None:
+        """Keeps a state."""
+        told = {"task": self._task, "counts": asdict(counts), "marks": [asdict(mark) for mark in marks]}
+        write_atomic(self.path, json.dumps(told), durable=True)
+
+    def remove(self) -> None:
+        """The work is done, or starts afresh."""
+        self.path.unlink(missing_ok=True)
+
+
+def task_of(files: Sequence[TextFile], wishes: Mapping[str, Any]) -> str:
+    """A digest of the input files, by name, size and time of change, and of everything that decides the output."""
+    told = [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps([told, wishes], sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Sidecar:
+    """A context for the list of skipped records, which is only there when there is one."""
+
+    def __init__(self, output_prefix: str, size: int) -> None:
+        self.path = Path(f"{output_prefix}_skipped.jsonl")
+        self.keep = False
+        self._size = size
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Sidecar:
+        if self._size:
+            self._open()
+        else:
+            partial(self.path).unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None and self._size:
+            os.replace(partial(self.path), self.path)
+        elif kind is None:
+            self.path.unlink(missing_ok=True)  # of an earlier work
+        elif not self.keep:
+            partial(self.path).unlink(missing_ok=True)
+
+    def add(self, record: SkippedRecord) -> None:
+        """One more."""
+        file = self._file or self._open()
+        told = {"file": record.name, "line": record.number, "reason": record.reason, "detail": record.detail}
+        line = (json.dumps(told, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+        file.write(line)
+        self._size += len(line)
+
+    def mark(self) -> int:
+        """Forces what was added to disk, and says how far it goes [bytes]."""
+        if self._file is not None:
+            flush_to_disk(self._file)
+        return self._size
+
+    def _open(self) -> IO[bytes]:
+        path = partial(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if file.seek(0, os.SEEK_END) < self._size:
+            file.close()
+            raise RunError.of(
+                "the list of skipped lines is shorter than it was", where=str(path), remedy="start afresh"
+            )
+        file.truncate(self._size)
+        file.seek(self._size)
+        self._file = file
+        return file

@@ -1,0 +1,151 @@
+"""From a bare worker process to a Topology: the process group, the device and the seeds.
+
+The rank and world size come from the environment that DeepSpeed's launcher, torchrun and srun all set (RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started alone is a world of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import sys
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron.distributed.mesh import Topology
+from megatron.distributed.op_build import turn_to_compile
+from megatron.distributed.process_group import any_rank, barrier
+from megatron.distributed.timeouts import limit_waiting, record_collectives
+from megatron.errors import ConfigError, RunError
+from megatron.ranks import Ranks, free_port
+from megatron.shared_memory import remove_segment, segment
+
+
+def bootstrap(
+    *,
+    pipe_parallel_size: int,
+    model_parallel_size: int,
+    seed: int,
+    context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    fp32_allreduce: bool = False,
+    backend: str = "nccl",
+    timeout_seconds: float = 600.0,
+    deterministic: bool = False,
+) -> Topology:
+    """Joins the process group, picks the device, seeds the generators and returns this rank's Topology.
+
+    backend: the wish of the configuration; a machine without CUDA always talks gloo. timeout_seconds [s]: how long
+    a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators of every stage,
+    data and context rank get a number of their own after it, so that no two of them draw the same dropout masks, and
+    the tensor-parallel ranks of one place the same one.
+    Raises ConfigError if the world size does not fit the layout.
+    """
+    ranks = Ranks.from_environment()
+    pipe = max(1, pipe_parallel_size)
+    share = pipe * context_parallel_size * model_parallel_size
+    if ranks.world_size % share:
+        raise ConfigError.of(
+            f"{ranks.world_size} processes were started, which pipe {pipe} x context {context_parallel_size} x "
+            f"model {model_parallel_size} = {share} ranks does not divide",
+            key="pipe_parallel_size, context_parallel_size, model_parallel_size",
+            remedy="start a multiple of that number of processes",
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    _use_deterministic_algorithms(deterministic)
+    record_collectives()
+    _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)
+    _release_segment(ranks)
+    topology = Topology.build(
+        pipe=pipe,
+        context=context_parallel_size,
+        model=model_parallel_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        sequence_parallel=sequence_parallel,
+        fp32_sums=fp32_allreduce,
+        expert=expert_parallel_size,
+    )
+    limit_waiting(timeout_seconds)
+    seed_generators(seed + topology.pipe.rank * topology.gradient.size + topology.gradient.rank)
+    return topology
+
+
+def host_name() -> str:
+    """This host's name, as Slurm has it where there is Slurm: it may run several nodes on one machine."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's (all devices) generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> None:
+    """DeepSpeed's initialisation over torch.distributed; a process started alone gets an address of its own."""
+    import deepspeed
+
+    load_cpu_collectives()
+    os.environ.setdefault("RANK", str(ranks.rank))
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # it reports the op on stdout, which belongs to the run's output
+            deepspeed.init_distributed(
+                backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
+            )
+    except dist.DistNetworkError as fault:
+        raise RunError.of(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {fault}",
+            where=f"rank {ranks.rank}",
+            remedy="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
+        ) from fault
+
+
+def _release_segment(ranks: Ranks) -> None:
+    """Takes the name of this rank's shared memory away, once every rank has opened it. Collective."""
+    if torch.cuda.is_available() or not any_rank(segment(os.environ, ranks.rank).exists()):
+        return
+    barrier()
+    remove_segment(os.environ, ranks.rank)
+
+
+def load_cpu_collectives() -> None:
+    """Loads DeepSpeed's compiled CPU collectives, compiling them first where that was never done."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if get_accelerator().device_name() != "cpu" or builder is None:
+        return
+    if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return  # DeepSpeed does without it as well
+    with turn_to_compile(builder):
+        builder.load(verbose=False)
+
+
+def _use_deterministic_algorithms(deterministic: bool) -> None:
+    """Only deterministic kernels, or an error from the op that has none (cuBLAS needs its workspace fixed)."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention reads it
+        torch.use_deterministic_algorithms(True)

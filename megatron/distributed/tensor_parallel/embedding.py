@@ -1,0 +1,53 @@
+"""The word embedding, its vocabulary cut over tensor-parallel ranks; tied, it is the output layer as well.
+
+Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.distributed.collectives import copy_to
+from megatron.distributed.param_attrs import mark_table
+from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.tensor_parallel.sequence_parallel import gathered_linear, leave
+from megatron.kernels.linear import LinearKernel, plain_linear
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        source: ParameterSource,
+        *,
+        fill: Fill,
+        kernel: LinearKernel = plain_linear,
+    ) -> None:
+        super().__init__()
+        self.axis = source.axis
+        self.kernel = kernel
+        self.weight = source.shard("weight", (vocab_size, hidden_size), fill, dim=0)
+        mark_table(self.weight)
+        self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
+
+    def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:
+        """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
+
+        With sequence parallelism the vectors are those of this rank's part of the first dimension, [s/t, ..., h].
+        Both uses go through forward, so that ZeRO 3 gathers the weight before either.
+        """
+        if as_output_layer:
+            if self.axis.sequence:
+                return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
+            return self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
+        if self.axis.size == 1:
+            return F.embedding(x, self.weight)  # [..., h]
+        local = x - self.first
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return leave(vectors, self.axis)  # [..., h]

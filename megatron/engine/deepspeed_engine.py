@@ -1,0 +1,172 @@
+"""The engine of a model that is not cut into pipeline stages: DeepSpeedEngine around one module, ZeRO 0 to 3.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.context_parallel import part_of_sequence
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import device
+from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.engine import optimizer_state
+from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.expert_gather import all_experts
+from megatron.engine.grad_accumulation import accumulate
+from megatron.engine.inference_forward import for_sequence_cuts, gather_context, gather_vocabulary
+from megatron.engine.loss_normalization import sum_over_data, tokens_a_share, unmasked
+from megatron.engine.prompt_offset import behind, places_before
+from megatron.model.kv_cache import KVCache
+from megatron.model.moe.losses import RouterLosses
+from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.param_groups import set_learning_rate
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses / tokens."""
+
+
+@dataclass
+class PlainEngine:
+    """One module, one DeepSpeedEngine. See engine.py for what the methods promise.
+
+    deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
+    random: for draws on cut tensors. clipper: present where the gradient norm and clipping are ours (ZeRO 0).
+    router_losses: present where blocks have experts. prompt: vectors of a learned prompt before every text.
+    """
+
+    deepspeed: Any
+    topology: Topology
+    loss: Loss
+    parameters: dict[str, Parameter]
+    make_cache: Callable[[int, int], KVCache]
+    random: ShardedRandom
+    clipper: GradientClipper | None
+    router_losses: RouterLosses | None = None
+    pipelined: bool = False
+    prompt: int = 0
+
+    def prepare(self, micro_batches: int, length: int) -> None:
+        accumulate(self.deepspeed, micro_batches)
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        engine = self.deepspeed
+        engine.module.train()
+        set_learning_rate(engine.optimizer.param_groups, learning_rate)
+        total = torch.zeros((), device=engine.device)
+        skipped_before = engine.skipped_steps
+        if self.router_losses is not None:
+            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
+        step = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+        tokens = tokens_a_share(step, self.topology, engine.device)
+        for batch in step:
+            loss = self._forward(batch, tokens)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        mean = self._sum(total) / (len(step) * self.topology.gradient.size)
+        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        scale = loss_scale(engine.optimizer)
+        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
+        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        return StepResult(mean, norm, learning_rate, scale, skipped, more)
+
+    least_evaluated = 1
+
+    @torch.no_grad()
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
+        self.deepspeed.module.eval()
+        total, tokens = torch.zeros(2, dtype=torch.float64, device=self.deepspeed.device)
+        one = torch.ones((), device=self.deepspeed.device)
+        for _ in range(count):
+            batch = next(batches)
+            total += self._forward(batch, one)
+            tokens += unmasked([batch]).to(tokens.device)
+        return float(self._sum(total)), float(sum_over_data(tokens, self.topology))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
+        self.deepspeed.module.eval()
+        places = places_before(self.prompt, cache)
+        part = for_sequence_cuts(behind(tokens.to(device()), places), cache, self.topology)
+        logits = gather_vocabulary(self.deepspeed(part, cache), self.topology)
+        logits = gather_context(logits, self.topology)[:, places : places + tokens.shape[1]]
+        return logits if at is None else logits.flatten(0, 1)[at]
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)
+
+    def layers(self) -> dict[int, Module]:
+        """The layers of this rank, by their index in the plan."""
+        return dict(enumerate(self.deepspeed.module.sequential))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together.
+
+        There the shards come one by one into the host's memory of those that write them, and the others get nothing.
+        """
+        keeps = self.topology.gradient.is_first
+        found = {key: _whole(parameter, keeps) for key, parameter in self.parameters.items()}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def owned(self) -> dict[str, Parameter]:
+        """Key -> parameter that this rank answers for."""
+        return self.parameters
+
+    def optimizer_slices(self) -> list[StateSlice]:
+        return optimizer_state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)
+
+    def loss_scaling(self) -> dict[str, float]:
+        return optimizer_state.read_scaling(self.deepspeed.optimizer)
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
+
+    def load_optimizer(self, stored: OptimizerState) -> None:
+        axis = self.topology.model
+        optimizer_state.write(
+            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
+        )
+
+    def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
+        """The sum of the losses of this rank's part of the sequences, divided by `tokens`."""
+        batch = batch.to(self.deepspeed.device)
+        part = partial(part_of_sequence, axis=self.topology.context)
+        logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
+        return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum, in place, over the data-parallel ranks and those that share their sequences."""
+        axis = self.topology.gradient
+        if axis.size > 1:
+            dist.all_reduce(value, group=axis.group)
+        return value
+
+
+def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, Parameter]:
+    """Key -> parameter of a module whose layers stand under `sequential.<layer>.`."""
+    return {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
+
+
+def _whole(parameter: Parameter, keeps: bool) -> Tensor | None:
+    """The tensor-parallel shard, gathered from the ranks that ZeRO 3 or expert parallelism has spread it over.
+
+    keeps: whether it is wanted here; None under ZeRO 3 where it is not.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return all_experts(parameter)
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().to("cpu", copy=True) if keeps else None

@@ -1,0 +1,26 @@
+"""Stacks of experts that are spread over ranks: the whole stack of a tensor-parallel rank, and a rank's part of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.distributed.param_attrs import expert_axis, expert_share
+
+
+def all_experts(parameter: Parameter) -> Tensor:
+    """The tensor-parallel shard with the experts of all ranks; collective for a stack that is spread."""
+    axis = expert_axis(parameter)
+    if axis is None or axis.size == 1:
+        return parameter.detach()
+    parts = [torch.empty_like(parameter) for _ in range(axis.size)]
+    dist.all_gather(parts, parameter.detach().contiguous(), group=axis.group)
+    return torch.cat(parts)
+
+
+def own_experts(parameter: Parameter, shard: Tensor) -> Tensor:
+    """What this rank's parameter holds of a tensor-parallel shard."""
+    rank, size = expert_share(parameter)
+    return shard if size == 1 else shard.chunk(size)[rank]

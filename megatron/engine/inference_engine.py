@@ -1,0 +1,115 @@
+"""The engine of generation and evaluation: one stage's layers alone, without DeepSpeed.
+
+Weights are stored by name, so the stages here need not be those of training: the layers are spread evenly.
+s sequence, b batch, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import device
+from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
+from megatron.engine.inference_forward import through_stages
+from megatron.engine.prompt_offset import behind, places_before, shifted
+from megatron.kernels.packed_linear import packed_linear, packing_unavailable
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import LayerPlan
+from megatron.model.pipeline_model import tied_output
+from megatron.param_table import key_in_table
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The built layers of one stage.
+
+    indices: their places in the plan. functions: called in order as function(carry, cache). parameters: key ->
+    parameter; the copy of a tied embedding that serves as output layer has the embedding's key.
+    """
+
+    indices: range
+    functions: tuple[Callable[..., Tensor], ...]
+    parameters: dict[str, Parameter]
+
+
+def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
+    """Builds this rank's share of the plan, on its device and in evaluation mode."""
+    pipe = topology.pipe
+    indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
+    functions: list[Callable[..., Tensor]] = []
+    modules: dict[int, Module] = {}
+    parameters: dict[str, Parameter] = {}
+    for index in indices:
+        layer = plan[index]
+        if layer.tied_to is None:
+            module = modules[index] = layer.build().to(device()).eval()
+            functions.append(module)
+            for name, parameter in module.named_parameters():
+                parameters[key_in_table(index, name)] = parameter
+        elif layer.tied_to in indices:
+            functions.append(partial(tied_output, modules[layer.tied_to]))
+        else:
+            copy = EmbeddingLayer(**{**plan[layer.tied_to].arguments, "positions": None}).to(device()).eval()
+            functions.append(partial(tied_output, copy))
+            parameters.update({f"{layer.tied_to}.{name}": parameter for name, parameter in copy.named_parameters()})
+    return Stage(indices, tuple(functions), parameters)
+
+
+def pack(stage: Stage) -> None:
+    """Lays the weights of linear layers out once for products with few rows, where the processor gains by it.
+
+    The plain weights are given up, except a word embedding's, which is looked up too; the stage's parameters can no
+    longer be filled.
+    """
+    tied = {function.args[0] for function in stage.functions if isinstance(function, partial)}
+    layers = {function for function in stage.functions if isinstance(function, Module)} | tied
+    for layer in layers:
+        for module in layer.modules():
+            embedding = isinstance(module, VocabParallelEmbedding)
+            if not hasattr(module, "kernel") or (embedding and layer not in tied):
+                continue
+            weight = getattr(module, "weight", None)  # a kernel may serve what owns no weight
+            if isinstance(weight, Parameter) and packing_unavailable(weight) is None:
+                module.kernel = packed_linear(weight)
+                module.weight = weight if embedding else None
+    stage.parameters.clear()
+
+
+@dataclass
+class InferenceEngine:
+    """Scores tokens; see engine.py for what the methods promise. prompt: vectors of a learned prompt before texts."""
+
+    stage: Stage
+    topology: Topology
+    make_cache: Callable[[int, int], KVCache]
+    hidden_size: int
+    padded_vocab_size: int
+    dtype: torch.dtype
+    prompt: int = 0
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
+        places = places_before(self.prompt, cache)
+        at = shifted(at, tokens.shape[1], places)
+        logits = through_stages(
+            self.stage.functions,
+            behind(tokens, places),
+            cache,
+            self.topology,
+            hidden_size=self.hidden_size,
+            padded_vocab_size=self.padded_vocab_size,
+            dtype=self.dtype,
+            at=None if at is None else at.to(device()),
+        )
+        return logits[:, places:] if at is None else logits
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)

@@ -1,0 +1,96 @@
+"""The forward pass outside training: through one module or through the stages of a pipeline.
+
+s sequence, b micro batch, h hidden, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.distributed.collectives import gather_from
+from megatron.distributed.context_parallel import part_of_sequence
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import device
+from megatron.model.kv_cache import KVCache
+
+Layer = Callable[..., Tensor]
+
+
+def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology) -> Tensor:
+    """This rank's part of the tokens [b, s], padded at the end to what sequence and context parallelism can cut.
+
+    A model is causal, so padding changes no other position. ValueError for a cache, which needs whole sequences.
+    """
+    axis = topology.model
+    parts = topology.context.size * (axis.size if axis.sequence else 1)
+    if parts == 1:
+        return tokens
+    if cache is not None:
+        raise ValueError("generation with a cache needs an engine without sequence and context parallelism")
+    padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % parts))
+    return part_of_sequence(padded, topology.context)
+
+
+def gather_context(logits: Tensor, topology: Topology) -> Tensor:
+    """The logits of whole sequences from those of each context-parallel rank: [b, s/c, v] -> [b, s, v]."""
+    axis = topology.context
+    if axis.size == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(axis.size)]
+    dist.all_gather(parts, logits.contiguous(), group=axis.group)
+    return torch.cat(parts, dim=1)
+
+
+def gather_vocabulary(logits: Tensor, topology: Topology) -> Tensor:
+    """[s, b, v/t] of every tensor-parallel rank -> [b, s, v] in fp32 on all of them."""
+    return gather_from(logits, topology.model).transpose(0, 1).float()  # [b, s, v]
+
+
+def through_stages(
+    layers: Sequence[Layer],
+    tokens: Tensor,
+    cache: KVCache | None,
+    topology: Topology,
+    *,
+    hidden_size: int,
+    padded_vocab_size: int,
+    dtype: torch.dtype,
+    at: Tensor | None = None,
+) -> Tensor:
+    """Runs this stage's layers between a receive and a send, and shares the last stage's logits [b, s, v].
+
+    layers: those of this stage, each called as layer(carry, cache). at: only the logits of these places of the
+    flattened [b, s] are computed, [k, v]. Collective over the pipe axis.
+    """
+    pipe = topology.pipe
+    batch, length = tokens.shape
+    carry = tokens.to(device())
+    if not pipe.is_first:
+        rows = length // topology.model.size if topology.model.sequence else length
+        carry = torch.empty(rows, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
+        dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
+    for layer in layers if at is None or not pipe.is_last else layers[:-1]:
+        carry = layer(carry, cache)
+    if at is not None and pipe.is_last:
+        carry = layers[-1](positions_at(carry, at), cache)  # [k, 1, v/t]
+    if cache is not None:
+        cache.advance(length)
+    if not pipe.is_last:
+        dist.send(carry.contiguous(), dst=pipe.ranks[pipe.rank + 1], group=pipe.group)
+        shape = (batch, length) if at is None else (1, len(at))
+        logits = torch.empty(*shape, padded_vocab_size, device=device())  # [b, s, v]
+    else:
+        logits = gather_vocabulary(carry, topology).contiguous()  # [b, s, v]
+    if pipe.size > 1:
+        dist.broadcast(logits, src=pipe.ranks[-1], group=pipe.group)
+    return logits if at is None else logits[0]  # [k, v]
+
+
+def positions_at(hidden: Tensor, at: Tensor) -> Tensor:
+    """Some positions of [s, b, h], by their places in the flattened [b, s] -> [k, 1, h]."""
+    length = hidden.shape[0]
+    return hidden[at % length, at // length].unsqueeze(1)  # [k, 1, h]

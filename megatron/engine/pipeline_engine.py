@@ -1,0 +1,170 @@
+"""The engine of a model cut into pipeline stages: DeepSpeed's PipelineEngine, ZeRO 0 and 1.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Topology
+from megatron.distributed.param_attrs import is_tied
+from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.engine import optimizer_state
+from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.expert_gather import all_experts
+from megatron.engine.grad_accumulation import accumulate
+from megatron.engine.inference_forward import for_sequence_cuts, through_stages
+from megatron.engine.loss_normalization import sum_over_data, tokens_a_share, unmasked
+from megatron.engine.prompt_offset import behind, places_before
+from megatron.model.kv_cache import KVCache
+from megatron.model.moe.losses import RouterLosses
+from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.param_groups import set_learning_rate
+
+Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+_FULL_PIPELINE = 8
+"""Micro batches a stage from which on the time in which stages wait for others is below an eighth."""
+
+
+@dataclass
+class PipelinedEngine:
+    """One stage in one PipelineEngine. See engine.py for what the methods promise.
+
+    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
+    clipper: present at ZeRO 0. router_losses: present where blocks have experts. length: of the sequences of the last
+    step [tokens]. prompt: vectors of a learned prompt before every text.
+    """
+
+    deepspeed: Any
+    topology: Topology
+    parameters: dict[str, Parameter]
+    make_cache: Callable[[int, int], KVCache]
+    random: ShardedRandom
+    clipper: GradientClipper | None
+    hidden_size: int
+    padded_vocab_size: int
+    dtype: torch.dtype
+    router_losses: RouterLosses | None = None
+    pipelined: bool = True
+    length: int | None = None
+    prompt: int = 0
+
+    def prepare(self, micro_batches: int, length: int) -> None:
+        accumulate(self.deepspeed, micro_batches)
+        if length != self.length:
+            self.deepspeed.reset_activation_shape()
+            self.length = length
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        engine = self.deepspeed
+        set_learning_rate(engine.optimizer.param_groups, learning_rate)
+        skipped_before = engine.skipped_steps
+        if self.router_losses is not None:
+            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
+        loss = engine.train_batch(self._step(batches))
+        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        scale = loss_scale(engine.optimizer)
+        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
+        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        return StepResult(as_tensor(loss), norm, learning_rate, scale, skipped, more)
+
+    @property
+    def least_evaluated(self) -> int:
+        return _FULL_PIPELINE * self.topology.pipe.size
+
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
+        tokens = torch.zeros((), dtype=torch.float64, device=self.deepspeed.device)
+        one = torch.ones((), device=self.deepspeed.device)
+
+        def counted() -> Iterator[Pair]:
+            for batch in islice(batches, count):
+                tokens.add_(unmasked([batch]).to(tokens.device))
+                yield _pair(batch, one)
+
+        self.deepspeed.reset_activation_shape()  # training may have shorter sequences
+        try:  # the mean of the sums of micro batches and ranks
+            mean = self.deepspeed.eval_batch(counted(), num_micro_batches=count)
+        finally:
+            self.deepspeed.reset_activation_shape()
+        if not self.topology.pipe.is_last:
+            tokens.zero_()  # the stages between the ends read no samples; the last one speaks for all
+        sum_over_data(tokens, self.topology)
+        if self.topology.pipe.size > 1:
+            dist.all_reduce(tokens, group=self.topology.pipe.group)
+        return float(mean) * count * self.topology.data.size, float(tokens)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
+        module = self.deepspeed.module
+        module.eval()
+        places = places_before(self.prompt, cache)
+        logits = through_stages(
+            module.forward_funcs,
+            for_sequence_cuts(behind(tokens, places), cache, self.topology),
+            cache,
+            self.topology,
+            hidden_size=self.hidden_size,
+            padded_vocab_size=self.padded_vocab_size,
+            dtype=self.dtype,
+        )
+        logits = logits[:, places : places + tokens.shape[1]]
+        return logits if at is None else logits.flatten(0, 1)[at]
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)
+
+    def layers(self) -> dict[int, Module]:
+        """The layers of this stage, by their index in the plan; a tied output layer is no module and left out."""
+        model = self.deepspeed.module
+        numbered = zip(model.layer_range, model.forward_funcs, strict=True)
+        return {index: layer for index, layer in numbered if isinstance(layer, Module)}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Key -> this rank's shards of the layers its stage owns."""
+        return {key: all_experts(parameter) for key, parameter in self.owned().items()}
+
+    def optimizer_slices(self) -> list[StateSlice]:
+        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.data.rank)
+
+    def loss_scaling(self) -> dict[str, float]:
+        return optimizer_state.read_scaling(self.deepspeed.optimizer)
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
+
+    def load_optimizer(self, stored: OptimizerState) -> None:
+        axis = self.topology.model
+        optimizer_state.write(
+            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
+        )
+
+    def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
+        """The pairs of one step, drawn at the ends of the pipeline: the stages between need none."""
+        if not (self.topology.pipe.is_first or self.topology.pipe.is_last):
+            return iter(())
+        step = [next(batches) for _ in range(self.deepspeed.micro_batches)]
+        tokens = tokens_a_share(step, self.topology, self.deepspeed.device)
+        return iter([_pair(batch, tokens) for batch in step])
+
+    def owned(self) -> dict[str, Parameter]:
+        """Without the copy of a tied weight that the last stage holds: the first stage speaks for it."""
+        first = self.topology.pipe.is_first
+        return {key: parameter for key, parameter in self.parameters.items() if first or not is_tied(parameter)}
+
+
+def _pair(batch: MicroBatch, tokens: Tensor) -> Pair:
+    """A micro batch as the PipelineEngine takes it: (inputs, what the loss needs)."""
+    starts = batch.document_starts
+    return batch.tokens if starts is None else (batch.tokens, starts), (batch.labels, batch.loss_mask, tokens)

@@ -1,0 +1,181 @@
+"""Generation from a checkpoint: the wiring, in order.
+
+What the user asked for is checked before anything costly starts; then the process group, the tokenizer, the model with
+its weights, and the texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from megatron.checkpoint.load.loader import make_available
+from megatron.config import Config
+from megatron.distributed.init import shutdown
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import any_rank
+from megatron.engine.builder import build_inference_engine, build_vocabulary, join
+from megatron.engine.engine import Engine
+from megatron.errors import ConfigError
+from megatron.health.heartbeat import ASKING
+from megatron.health.watchdog import Watch
+from megatron.inference import batch_modes
+from megatron.inference.batch_generation import TextGenerator
+from megatron.inference.generation_request import Settings
+from megatron.inference.interactive import Interruption, converse
+from megatron.inference.precompute_logprobs import write_log_probabilities
+from megatron.inference.prompt_broadcast import share_prompt
+from megatron.inference.sampling import Sampling
+from megatron.tokenizer_info import facts_of
+from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.builder import build_tokenizer
+from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
+
+
+def generate(config: Config) -> None:
+    """Makes the texts that the configuration asks for. Collective over all ranks; rank 0 writes.
+
+    Raises ConfigError before the model is loaded, RunError when the checkpoint cannot be used or nothing was generated.
+    """
+    config = config.for_inference()
+    section = config.generation
+    if section.text_gen_type == batch_modes.PRECOMPUTE:
+        precompute(config)
+        return
+    mode = batch_modes.chosen_mode(section.text_gen_type, section.sample_input_file)
+    contexts = _contexts(config, mode)
+
+    def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        generator = TextGenerator(engine, tokenizer, _settings(config))
+        speaks = topology.rank == 0
+        if mode == batch_modes.INTERACTIVE:
+            converse(
+                generator,
+                section.prompt_end,
+                speaks=speaks,
+                share=partial(share_prompt, limit=config.launch.collective_timeout),
+                any_rank=any_rank,
+                interruption=Interruption.install(lambda text: print(text, end="", flush=True) if speaks else None),
+            )
+        else:
+            path = batch_modes.output_path(section.sample_output_file, section.sample_input_file)
+            batch_modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+
+    with_model(config, work)
+
+
+def precompute(config: Config) -> None:
+    """Writes the log-probabilities of the labels of every data set;
+
+    see precompute_logprobs.py. Collective over all ranks.
+    """
+    data = config.data
+    paths = [
+        path for some in (data.train_data_paths, data.test_data_paths, data.valid_data_paths) for path in some or ()
+    ]
+    paths += [data.data_path] if data.data_path and not paths else []
+    for key in ("train", "valid", "test"):
+        paths += [path for side in ("pos", "neg") for path in getattr(data, f"{side}_{key}_data_paths") or ()]
+    if not paths:
+        raise ConfigError.of("there is no data set to work on", key="data_path", remedy="set data_path")
+    name = (
+        config.generation.precompute_model_name or hashlib.sha256(str(config.checkpoint.load).encode()).hexdigest()[:16]
+    )
+
+    def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
+        for path in dict.fromkeys(str(each) for each in paths):
+            write_log_probabilities(
+                engine,
+                path,
+                f"{path}_{name}",
+                max_length=context_length(config),
+                batch_size=config.generation.generation_batch_size,
+                writes=topology.rank == 0,
+                vocabulary=vocabulary(config, tokenizer),
+            )
+
+    with_model(config, work)
+
+
+def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], None]) -> None:
+    """Calls work with the model of the checkpoint that `load` names, ready to be asked. Collective over all ranks.
+
+    config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
+    """
+    topology = join(config)
+    watch = Watch(topology, config.observe.folder, config.launch.collective_timeout)
+    try:
+        with watch.over():
+            tokenizer = build_tokenizer(config.tokenizer)
+            make_available(config.checkpoint, shared=config.data.use_shared_fs)
+            tokenizer, rows = build_vocabulary(config, topology, tokenizer)
+            check_ends(config.generation.eos_token_ids, tokenizer)
+            facts = facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
+            engine = build_inference_engine(config, topology, rows, facts)
+            with watch.doing(ASKING):
+                work(engine, tokenizer, topology)
+    finally:
+        shutdown()
+
+
+def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """The ids that exist [tokens]; the further rows of an embedding only pad it, and no text was trained on them.
+
+    A model that was trained elsewhere may have more ids than its tokenizer, which `vocab_size` says.
+    """
+    return max(config.tokenizer.vocab_size or 0, known_ids(tokenizer))
+
+
+def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where `eos_token_ids` names tokens that the vocabulary does not have."""
+    beyond = [number for number in ids or () if number >= tokenizer.vocab_size]
+    if beyond:
+        raise ConfigError.of(
+            f"the vocabulary has {tokenizer.vocab_size:,} tokens, so there is no {', '.join(map(str, beyond))}",
+            key="eos_token_ids",
+            value=list(ids or ()),
+            remedy="give ids of this tokenizer",
+        )
+
+
+def context_length(config: Config) -> int:
+    """The most tokens that the model reads at once, beside a learned prompt."""
+    if config.model.text_length is None:
+        raise ConfigError.of("the length of the model's context is not given", key="seq_length", value=None)
+    return config.model.text_length
+
+
+def _contexts(config: Config, mode: str) -> list[str]:
+    """The contexts of a run over given prompts, each as often as samples are wanted."""
+    section = config.generation
+    if mode == batch_modes.INTERACTIVE:
+        return []
+    prompts = (
+        [""]
+        if mode == batch_modes.UNCONDITIONAL
+        else batch_modes.read_prompts(section.sample_input_file, section.prompt_end)
+    )
+    return [prompt for prompt in prompts for _ in range(section.num_samples)]
+
+
+def _settings(config: Config) -> Settings:
+    section = config.generation
+    return Settings(
+        sampling=Sampling(
+            temperature=section.temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            min_p=section.min_p,
+            repetition_penalty=section.repetition_penalty,
+        ),
+        seed=config.training.seed,
+        maximum_tokens=section.maximum_tokens,
+        seq_length=context_length(config),
+        recompute=section.recompute,
+        stop=tuple(section.stop or ()),
+        end_ids=tuple(section.eos_token_ids or ()),
+        return_logits=section.return_logits,
+        batch_size=section.generation_batch_size,
+    )

@@ -1,0 +1,142 @@
+"""What queries see besides the causal mask, and what is added to their scores.
+
+A pattern hides keys: a sliding window, or blocks by a layout. A bias is added to the score of a query and a key by
+their distance alone, which is what ALiBi (arXiv:2108.12409) and T5's relative positions (arXiv:1910.10683) do.
+
+Positions are places in the sequence. Shapes: b batch, n query heads of a call, s queries, k keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Pattern(Protocol):
+    """Which keys the queries of some heads see; later keys are hidden whatever it says."""
+
+    def __hash__(self) -> int: ...
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Positions [..., s, 1] and [..., 1, k], with a dimension of heads before them -> bool, of all together.
+
+        The dimension of heads in the result is 1 where all heads see the same.
+        """
+
+    def columns(self, first: int, end: int, start: int, device: torch.device) -> slice | Tensor:
+        """The keys from ``start`` on that some query of first .. end - 1 sees, in order, these places the last."""
+
+
+class Layout(Protocol):
+    """A layout of blocks, see megatron.block_sparsity."""
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def per_head(self) -> bool: ...
+
+    def seen(self, row: int, head: int = 0) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last `width` positions, the query's own included (arXiv:2004.05150; Mistral, arXiv:2310.06825)."""
+
+    width: int
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return keys > queries - self.width
+
+    def columns(self, first: int, end: int, start: int, device: torch.device) -> slice:
+        return slice(max(start, first - self.width + 1), end)
+
+
+class Blocks:
+    """The blocks of a layout. heads: numbers of the heads of a call, in the whole model."""
+
+    def __init__(self, layout: Layout, heads: range) -> None:
+        self.layout = layout
+        self.heads = heads if layout.per_head else range(1)
+        self._rows: list[list[list[int]]] = []  # of each row and head, the columns that are seen
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        size = self.layout.block
+        rows = int(torch.maximum(queries.max(), keys.max())) // size + 1
+        table = self.table(rows, queries.device)
+        heads = torch.arange(len(self.heads), device=queries.device)[:, None, None]
+        return table[heads, queries // size, keys // size]
+
+    def columns(self, first: int, end: int, start: int, device: torch.device) -> slice | Tensor:
+        size = self.layout.block
+        rows = self._seen((end - 1) // size + 1)
+        blocks = {column for row in rows[first // size : (end - 1) // size + 1] for head in row for column in head}
+        keys = [range(max(start, column * size), min(end, (column + 1) * size)) for column in sorted(blocks)]
+        keys = [part for part in keys if len(part)]
+        if keys[-1].stop - keys[0].start == sum(len(part) for part in keys):
+            return slice(keys[0].start, keys[-1].stop)
+        return torch.cat([torch.arange(part.start, part.stop, device=device) for part in keys])
+
+    def table(self, rows: int, device: torch.device) -> Tensor:
+        """The layout of at least that many rows, bool [heads or 1, rows, rows]; the memory grows by doubling."""
+        known = self._tables.get(device)
+        if known is None or known.shape[1] < rows:
+            room = 1 << (rows - 1).bit_length()
+            known = torch.zeros(len(self.heads), room, room, dtype=torch.bool)
+            for row, by_head in enumerate(self._seen(room)[:room]):
+                for head, columns in enumerate(by_head):
+                    known[head, row, columns] = True
+            known = known.to(device)
+            self._tables[device] = known
+        return known
+
+    def _seen(self, rows: int) -> list[list[list[int]]]:
+        """Of at least the first rows."""
+        for row in range(len(self._rows), rows):
+            self._rows.append([self.layout.seen(row, head) for head in self.heads])
+        return self._rows
+
+
+@dataclass(frozen=True)
+class View:
+    """pattern: hides keys, None hides none. bias: [n, distances], added to the score of a query and the key that many
+    positions before it; None adds nothing.
+    """
+
+    pattern: Pattern | None = None
+    bias: Tensor | None = None
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """What is added to the scores: 0 or the bias, and -inf where a key is hidden, fp32 [..., n or 1, s, k].
+
+        queries and keys: positions [..., 1, s, 1] and [..., 1, 1, k].
+        """
+        seen = self.seen(queries, keys)
+        if self.bias is None:
+            return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+        distance = (queries - keys).clamp_(min=0)  # [..., 1, s, k]
+        heads = torch.arange(self.bias.shape[0], device=distance.device)[:, None, None]
+        return self.bias[heads, distance].float().masked_fill(~seen, float("-inf"))
+
+    def seen(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which keys are seen, bool [..., n or 1, s, k]; positions as in ``scores``."""
+        seen = keys <= queries
+        return seen if self.pattern is None else seen & self.pattern.sees(queries, keys)
+
+
+def reach(starts: Tensor | None, view: View | None) -> int | None:
+    """How many earlier positions every query sees, -1 for all of them: what the kernels of packages can be told.
+
+    None where more is asked: documents kept apart, another pattern than a window, positions added to the scores.
+    """
+    if starts is not None:
+        return None
+    if view is None:
+        return -1
+    if view.bias is not None or not isinstance(view.pattern, Window | None):
+        return None
+    return -1 if view.pattern is None else view.pattern.width - 1

@@ -1,0 +1,56 @@
+"""The product of groups of rows with a matrix each: what the experts of a mixture do.
+
+The rows of one group lie together, in the order of the matrices. A group may be empty.
+
+Shapes: m rows of all groups, e groups, in and out the widths of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.kernels.cpu_features import widens
+from megatron.kernels.linear import widened_linear
+
+GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [m, in], matrices [e, in, out], rows of each group [e]) -> [m, out]."""
+
+
+def plain_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """The plain twin: one product a group. An empty group gives its matrix a gradient of zeros."""
+    product = _widened if widens(rows.device, rows.dtype) else torch.mm
+    parts = rows.split(counts.tolist())
+    return torch.cat([product(part, matrix) for part, matrix in zip(parts, matrices.unbind(), strict=True)])
+
+
+def _widened(rows: Tensor, matrix: Tensor) -> Tensor:
+    return widened_linear(rows, matrix.t(), None) if len(rows) else rows @ matrix
+
+
+def grouped_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's grouped product cannot be used, as a sentence; None where it can."""
+    if device.type != "cuda":
+        return f"torch's grouped product is for CUDA, and the model is on {device.type}."
+    if dtype != torch.bfloat16:
+        return f"torch's grouped product is for bfloat16, and the model is in {dtype}."
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch's grouped product needs a GPU of compute capability 8.0."
+    if not hasattr(F, "grouped_mm"):
+        return "This version of torch has no grouped product."
+    return None
+
+
+def fused_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """One kernel for all groups, which never asks the host how large they are."""
+    ends = counts.cumsum(0).to(torch.int32)
+    product: Tensor = F.grouped_mm(rows, matrices, offs=ends)
+    return product
+
+
+def choose_grouped(device: torch.device, dtype: torch.dtype) -> GroupedKernel:
+    """The fastest grouped product for parameters of this type on this device."""
+    return fused_grouped if grouped_unavailable(device, dtype) is None else plain_grouped

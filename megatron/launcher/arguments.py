@@ -1,0 +1,142 @@
+"""argv -> Request: which script, which configuration files, which keys, and what to do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.config.flags import read_flags
+from megatron.config.yaml_loader import COMMAND_LINE
+from megatron.errors import ConfigError, Mistake
+
+USAGE = """\
+usage: ./deepy.py SCRIPT [-d DIR] CONF [CONF ...] [--KEY VALUE ...]
+
+  SCRIPT     train.py, generate.py, evaluate.py, or a tool that runs as a worker
+  CONF       YAML or JSON files, merged; the suffix .yml may be left out
+  -d DIR     folder of the CONF files
+  --KEY      every configuration key is a flag, such as --train-iters 100 (configs/README.md lists them)
+  -i, -o, -H short for --sample-input-file, --sample-output-file, --hostfile
+  --eval_tasks TASK ...    tasks to evaluate
+  --autotuning tune|run    DeepSpeed's autotuner
+  --dry-run  resolve the configuration, print the plan and stop; with --json, as one JSON object
+  --strict-config          warnings about the configuration are errors
+"""
+WORKER_MARK = "megatron.launcher.worker"
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHORT_FLAGS = {
+    "-i": "--sample_input_file",
+    "-o": "--sample_output_file",
+    "-H": "--hostfile",
+    "-d": "--conf_dir",
+    "-h": "--help",
+}
+OWN_SWITCHES = ("dry_run", "json", "help")
+OWN_VALUES = ("conf_dir", "autotuning")
+AUTOTUNING = ("tune", "run")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one command line asks for. arguments: the command line itself, for the record.
+
+    mistakes: what is wrong with its flags, told together with what is wrong in the files.
+    """
+
+    script: Path
+    files: tuple[str, ...]
+    flags: dict[str, Any]
+    dry_run: bool = False
+    as_json: bool = False
+    arguments: tuple[str, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks how to write it, or says nothing at all."""
+    return not arguments or "-h" in arguments or "--help" in arguments
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """Reads deepy.py's command line. Raises ConfigError where no script can be found in it."""
+    own = _own_flags(arguments)
+    flags = read_flags(own.rest)
+    unknown = [word for word in flags.rest if word.startswith("-")]
+    mistakes = [*own.mistakes, *flags.mistakes]
+    what, remedy = "there is no such flag", "./deepy.py --help"
+    mistakes += [Mistake(what, word, where=COMMAND_LINE, remedy=remedy) for word in unknown]
+    words = [word for word in flags.rest if word not in unknown]
+    if not words:
+        told = Mistake("no script is named", where=COMMAND_LINE, remedy="./deepy.py train.py CONF ...")
+        raise ConfigError(*mistakes, told)
+    script, *files = words
+    try:
+        path = find_script(script)
+    except ConfigError as fault:
+        raise ConfigError(*mistakes, *fault.mistakes) from fault
+    chosen = {**flags.values, "user_script": script}
+    if "autotuning" in own.values:
+        if own.values["autotuning"] not in AUTOTUNING:
+            what = "this is tune or run"
+            mistakes.append(Mistake(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
+        chosen["autotuning_run"] = own.values["autotuning"]
+    folder = own.values.get("conf_dir")
+    named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
+    asked = own.switches
+    return Request(path, named, chosen, "dry_run" in asked, "json" in asked, tuple(arguments), tuple(mistakes))
+
+
+@dataclass
+class _OwnFlags:
+    """The flags that are no configuration key, with their values; rest: all other arguments."""
+
+    switches: set[str] = field(default_factory=set)
+    values: dict[str, str] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
+    found = _OwnFlags()
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        argument = SHORT_FLAGS.get(argument, argument)
+        written, equals, text = argument.partition("=")
+        name = written[2:].replace("-", "_") if written.startswith("--") else ""
+        if name in OWN_SWITCHES and not equals:
+            found.switches.add(name)
+        elif name in OWN_VALUES:
+            if equals or waiting:
+                found.values[name] = text if equals else waiting.pop(0)
+            else:
+                found.mistakes.append(Mistake("the flag needs a value", written, where=COMMAND_LINE))
+        else:
+            found.rest.append(argument)
+    return found
+
+
+def find_script(name: str) -> Path:
+    """The worker script of that name, here or in the checkout. Raises ConfigError where it is none."""
+    tried = [Path(name), Path(f"{name}.py"), CHECKOUT / name, CHECKOUT / f"{name}.py"]
+    found = next((path for path in tried if path.is_file()), None)
+    if found is None:
+        remedy = "evaluate.py evaluates" if Path(name).name == "eval.py" else "train.py, generate.py or evaluate.py"
+        raise ConfigError.of("there is no such script", key="SCRIPT", value=name, remedy=remedy)
+    if found.suffix != ".py":
+        raise ConfigError.of(
+            "the script comes first, then the configuration files",
+            key="SCRIPT",
+            value=name,
+            remedy="./deepy.py train.py CONF ...",
+        )
+    if WORKER_MARK not in found.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError.of(
+            f"the script is no worker: it does not use {WORKER_MARK}",
+            key="SCRIPT",
+            value=name,
+            remedy=f"run it directly: python {name}",
+        )
+    return found.resolve()

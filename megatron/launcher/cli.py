@@ -1,0 +1,204 @@
+"""What deepy.py does: argv -> Request -> machines and Config -> plan -> run directory -> workers -> exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.config import Config, serialize
+from megatron.errors import INTERRUPTED, ConfigError, RunError
+from megatron.launcher import restart
+from megatron.launcher.arguments import USAGE, Request, read_request, wants_help
+from megatron.launcher.commands.local import (
+    DEFAULT_PORT,
+    Command,
+    Rendezvous,
+    local_command,
+    meeting_port,
+    torchrun_command,
+)
+from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, command_elsewhere
+from megatron.launcher.dry_run import as_json, as_text, values_as_text
+from megatron.launcher.hosts import SCHEDULERS, Machines, local_names
+from megatron.launcher.preflight import check, gpu_layers
+from megatron.launcher.rank_env import without_place
+from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
+from megatron.launcher.run_directory import (
+    CONFIG_FILE,
+    choose_run_directory,
+    git_revision,
+    prepare_run_directory,
+)
+from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
+from megatron.launcher.supervisor import Network, Outcome, Supervisor, tell, terminal_environment
+from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command line of deepy.py and returns its exit code."""
+    try:
+        return _run(arguments)
+    except (ConfigError, RunError) as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads the plan has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if wants_help(arguments):
+        print(USAGE, end="")
+        return 0 if arguments else ConfigError.exit_code
+    request = read_request(arguments)
+    resolved = resolve_request(request, os.environ)
+    config = resolved.resolution.config
+    check_base_shapes(config)
+    folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
+    if request.dry_run:
+        command = build_command(request, resolved, folder, rendezvous(resolved, os.environ), os.environ)
+        page = as_text(resolved) + values_as_text(resolved.resolution)
+        print(as_json(resolved, command) + "\n" if request.as_json else page, end="", flush=True)
+        return 0
+    if config.mup.save_base_shapes:
+        print(write_base_shapes(config))
+        return 0
+    return _launch(request, resolved, folder)
+
+
+def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
+    """Runs the workers, again and again while they fail and `max_restarts` allows; returns the exit code."""
+    launch = resolved.resolution.config.launch
+    by_ssh = launcher_of(launch) in OVER_SSH
+    launched = time.time()
+    outcome = _attempt(request, resolved, folder)
+    for number in range(1, launch.max_restarts + 1):
+        if not restart.failed(outcome):
+            break
+        answers = restart.answers_ssh if by_ssh and not launch.no_ssh_check else None
+        goes_on = restart.going_on(resolved.resolution.config, launched)
+        resolved = restart.resolve_again(request, resolved, os.environ, answers=answers, since=launched)
+        whence = "from its newest checkpoint" if goes_on else "from its beginning"
+        ranks = resolved.machines.world_size
+        print(
+            f"restart {number} of {launch.max_restarts}: the run goes on {whence}, on {ranks} ranks",
+            file=sys.stderr,
+            flush=True,
+        )
+        outcome = _attempt(request, resolved, folder)
+    return outcome.code
+
+
+def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
+    """Starts the workers, waits for them and tells how they ended."""
+    machines, config = resolved.machines, resolved.resolution.config
+    refuse_unsupported(resolved.resolution)
+    if machines.shortage is not None:
+        raise ConfigError.of(machines.shortage)
+    caller = dict(os.environ)
+    check(
+        machines.accelerator,
+        caller,
+        precision=config.precision.precision,
+        zero=config.deepspeed.zero_optimization,
+        gpu_layers=gpu_layers(config, request.script),
+    )
+    print(as_text(resolved), end="", file=sys.stderr, flush=True)
+    launcher = launcher_of(config.launch)
+    here = starts_here(machines, launcher, force=forced(config))
+    where = _meeting(resolved, caller, here=here)
+    config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
+    sources = config.checkpoint.config_files or {}
+    network = None if here else Network.open()
+    if network is not None:
+        towards = where.master_addr or (next(iter(machines.hosts)) if machines.named else None)
+        where = replace(where, supervisor=network.address(own_address(towards)))
+    prepare_run_directory(folder, serialize.to_json(config), sources, ["deepy.py", *request.arguments])
+    command = build_command(request, resolved, folder, where, caller)
+    if command.hostfile is not None:
+        (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
+    environment = {**(without_place(caller) if here else caller), **command.environment, **terminal_environment()}
+    talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
+    ranks = len(machines.hosts[list(machines.hosts)[where.node]]) if launcher == "torchrun" else machines.world_size
+    supervisor = Supervisor(ranks, interrupts_answers=talks, network=network)
+    outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
+    tell(outcome)
+    return outcome
+
+
+def forced(config: Config) -> bool:
+    """Whether a launcher for several hosts is to be used even for one."""
+    return config.launch.force_multi or config.launch.deepspeed_mpi
+
+
+def starts_here(machines: Machines, launcher: str, *, force: bool = False) -> bool:
+    """Whether the workers are processes of this host, started without a tool for many hosts."""
+    if launcher == "torchrun":
+        return True
+    return machines.is_local and len(machines.hosts) == 1 and not force and launcher not in SCHEDULERS
+
+
+def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
+    """Where the ranks meet, once the launcher and its hosts have been found to be there. Raises ConfigError."""
+    launch, machines = resolved.resolution.config.launch, resolved.machines
+    where = rendezvous(resolved, caller)
+    given = resolved.resolution.origin["master_port"] != "default"
+    if next(iter(machines.hosts)) in local_names():
+        where = replace(where, master_port=meeting_port(launch.master_port, given=given))
+    if where.launcher == "torchrun":
+        node = node_number(list(machines.hosts), caller, local_names())
+        if len(machines.hosts) > 1 and where.master_addr is None:
+            what = "the hosts do not know where they meet"
+            raise ConfigError.of(what, key="master_addr", remedy="give the address of the first host")
+        return replace(where, node=node)
+    if here:
+        return where
+    if where.launcher == "local":
+        hosts = ", ".join(machines.hosts)
+        what = f"the hostfile names other hosts: {hosts}"
+        raise ConfigError.of(what, key="launcher", value="local", remedy="name a launcher for several hosts")
+    check_launcher(where.launcher, caller)
+    if launch.no_ssh_check:
+        return where
+    address = check_hosts(where.launcher, list(machines.hosts), caller)
+    return replace(where, master_addr=where.master_addr or address)
+
+
+def rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
+    """Where the ranks meet and who starts them, as far as the keys and the environment say."""
+    config, machines = resolved.resolution.config, resolved.machines
+    launch, launcher = config.launch, launcher_of(config.launch)
+    # Ranks of one host meet there; what the environment says is of another job or another host.
+    alone = len(machines.hosts) == 1 and starts_here(machines, launcher, force=forced(config))
+    return Rendezvous(
+        master_addr=launch.master_addr or (None if alone else caller.get("MASTER_ADDR")),
+        master_port=launch.master_port or DEFAULT_PORT,
+        launcher=launcher,
+        launcher_args=launch.launcher_args,
+        comment=launch.comment,
+        account=launch.account,
+    )
+
+
+def build_command(
+    request: Request, resolved: Resolved, folder: Path, where: Rendezvous, caller: Mapping[str, str]
+) -> Command:
+    """The command that starts the workers of this request."""
+    config, machines = resolved.resolution.config, resolved.machines
+    here = starts_here(machines, where.launcher, force=forced(config))
+    worker = (str(request.script), *_handed_over(config, folder, shared=here))
+    build = torchrun_command if where.launcher == "torchrun" else local_command if here else command_elsewhere
+    return build(machines, where, worker, folder, caller)
+
+
+def _handed_over(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
+    """How the workers get the configuration: a file, or base64 text where their hosts share no file system."""
+    if shared or config.data.use_shared_fs:
+        return "--run-config", str(folder / CONFIG_FILE)
+    return "--megatron-config", serialize.encode(config.replace(log_dir=str(folder)))

@@ -1,0 +1,121 @@
+"""What must be there before workers start, said in a sentence instead of a traceback from within them.
+
+DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library
+stays in a cache (see extensions.py); from then on only ninja is asked, whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron.config import Config
+from megatron.errors import ConfigError, Mistake
+from megatron.extensions_dir import extensions_folder
+
+CPU_OP = "deepspeed_shm_comm"
+CPU_FACTS = Path("/proc/cpuinfo")
+
+
+FP16_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}
+"""What Linux calls arithmetic in fp16 among a processor's abilities, on x86 and on ARM."""
+
+
+def check(
+    accelerator: str,
+    environment: Mapping[str, str],
+    *,
+    precision: str | None = None,
+    zero: Mapping[str, Any] | None = None,
+    gpu_layers: Iterable[str] = (),
+) -> None:
+    """Raises ConfigError for everything that is missing, all at once.
+
+    zero: the ZeRO block. gpu_layers: keys that ask for layers which only a GPU computes.
+    """
+    missing = [
+        Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
+        for name in ("torch", "deepspeed")
+        if find_spec(name) is None
+    ]
+    if accelerator == "cpu" and precision == "fp16" and not computes_in_fp16(CPU_FACTS):
+        missing.append(
+            Mistake(
+                "this processor does not compute in fp16",
+                key="precision",
+                value=precision,
+                remedy="write precision: bfloat16, which needs no loss scale, or fp32",
+            )
+        )
+    if accelerator == "cpu":
+        what, remedy = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
+        missing += [Mistake(what, key=key, value=True, remedy=remedy) for key in gpu_layers]
+    if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
+        missing += missing_for_disk(environment)
+    if accelerator == "cpu":
+        folder = op_folder(environment)
+        missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
+    ConfigError.raise_any(missing)
+
+
+def gpu_layers(config: Config, script: str | Path) -> tuple[str, ...]:
+    """Keys that ask for layers which only a GPU computes; only training uses them."""
+    return config.transformer_engine.layers if Path(script).name == "train.py" else ()
+
+
+def computes_in_fp16(facts: Path) -> bool:
+    """Whether the processor has arithmetic in fp16. facts: the kernel's list of its abilities."""
+    try:
+        text = facts.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    lines = [line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return any(FP16_FLAGS & set(line.split()) for line in lines)
+
+
+def missing_for_disk(environment: Mapping[str, str]) -> list[Mistake]:
+    """What offloading to a disk needs: DeepSpeed compiles its reader and writer against libaio."""
+    flags = [*shlex.split(environment.get("CFLAGS", "")), *shlex.split(environment.get("LDFLAGS", ""))]
+    command = [environment.get("CXX") or "g++", "-x", "c++", "-", "-o", os.devnull, *flags, "-laio"]
+    program = "#include <libaio.h>\nint main() { io_context_t context = 0; return io_setup(1, &context); }\n"
+    try:
+        built = subprocess.run(
+            command, check=False, input=program, text=True, capture_output=True, env=dict(environment)
+        )
+    except FileNotFoundError:
+        return [Mistake("there is no C++ compiler: offloading to a disk needs one", remedy="install g++")]
+    if built.returncode == 0:
+        return []
+    what = "there is no libaio: offloading to a disk (device: nvme) needs it"
+    return [Mistake(what, key="zero_optimization", remedy="install it (Debian: libaio-dev), or write device: cpu")]
+
+
+def op_folder(environment: Mapping[str, str]) -> Path:
+    """Where DeepSpeed's compiled CPU collectives are kept."""
+    return extensions_folder(environment) / CPU_OP
+
+
+def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mistake]:
+    """Which of the tools for DeepSpeed's one-time build are not there. built: it has been done before."""
+    purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
+    # Workers look in the interpreter's own folder first, as in an activated virtual environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    missing = []
+    if shutil.which("ninja", path=path) is None:
+        missing.append(Mistake(f"there is no ninja: {purpose}", remedy="pip install ninja"))
+    if built:
+        return missing
+    if shutil.which(environment.get("CXX") or "g++", path=path) is None:
+        missing.append(Mistake(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)"))
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        missing.append(Mistake(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
+    return missing

@@ -1,0 +1,266 @@
+"""Stands between DeepSpeed's launcher and one worker: relays its output, its signals and its exit code.
+
+    python -m megatron.launcher.rank_agent [--log-dir DIR] [NAME=VALUE ...] SCRIPT ARGUMENT...
+
+DeepSpeed's launcher starts one of these per rank. It exists for what that launcher does not do:
+- a worker killed by a signal must not look like success: the launcher exits 0 for a negative child code, so the code
+  handed up here is 128 + signal, as a shell counts;
+- a stop signal must reach the worker alone: the launcher would terminate everything and kill it after 30 seconds, a
+  checkpoint being written or not. deepy.py tells this process over a socket, and this process tells the worker;
+- every rank's output is kept in DIR/rank_N.log, and rank 0's is shown live on deepy.py's own terminal, whose file
+  descriptors come over the same socket;
+- nobody is orphaned: when the launcher ends the kernel tells this process (PR_SET_PDEATHSIG), which takes the worker
+  and what that has started with it; when this process is killed the worker is too; and the socket's end means that
+  deepy.py is gone.
+
+On other hosts the socket is a TCP connection, and rank 0's output goes the way that the launcher there carries it.
+The socket speaks JSON lines. Up: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. Down: one byte with the
+terminal's descriptors (rank 0), then {"signal"}. Where no connection is possible all the rest works.
+Little is imported: this stands in front of every start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron.errors import ConfigError
+from megatron.launcher.rank_env import adopt_place
+from megatron.ranks import Ranks
+from megatron.shared_memory import remove_segment
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+SOCKET_VARIABLE = "NEOX_SUPERVISOR"
+NETWORK = "tcp://"
+CONNECT_SECONDS = 10.0
+PARENT_GONE = signal.SIGUSR2
+TAIL_LINES = 40
+DRAIN_SECONDS = 1.0  # how long output may still come after the worker ended
+CHUNK = 1 << 16
+ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def shell_code(returncode: int) -> int:
+    """A process's exit code as a shell counts it: 128 + n for one that signal n killed."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when its parent ends, however that comes about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
+
+
+class Link:
+    """The socket to deepy.py; every method does nothing where there is none."""
+
+    def __init__(self, rank: int, address: str | None) -> None:
+        self.rank = rank
+        self.terminal: list[int] = []
+        self.socket: socket.socket | None = None
+        self._pending = b""
+        if address and address.startswith(NETWORK):
+            self._connect_from_afar(address)
+        elif address:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(address)
+            self.tell()
+            _, self.terminal, _, _ = socket.recv_fds(self.socket, 1, 3)
+
+    def _connect_from_afar(self, address: str) -> None:
+        """From another host, by tcp://HOST:PORT/WORD; the word shows that this is a rank of that launch."""
+        place, _, word = address.removeprefix(NETWORK).partition("/")
+        host, _, port = place.rpartition(":")
+        try:
+            self.socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        except OSError as fault:
+            told = f"rank {self.rank}: deepy.py cannot be reached at {place} ({fault}); a stop signal will not arrive"
+            print(told, file=sys.stderr, flush=True)
+            return
+        self.socket.settimeout(None)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        self.tell(word=word, host=os.uname().nodename)
+
+    def tell(self, **facts: Any) -> None:
+        if self.socket is not None:
+            with suppress(OSError):
+                self.socket.sendall(json.dumps({"rank": self.rank, **facts}).encode() + b"\n")
+
+    def orders(self) -> list[dict[str, Any]] | None:
+        """What deepy.py asked for since the last call; None when it is gone."""
+        assert self.socket is not None
+        try:
+            received = self.socket.recv(CHUNK)
+        except OSError:
+            return None
+        if not received:
+            return None
+        *lines, self._pending = (self._pending + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class Record:
+    """A worker's output: the log file, the last lines, and the terminal where there is one."""
+
+    def __init__(self, log: Path | None) -> None:
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._log: BinaryIO | None = None
+        self._partial: dict[int, bytes] = {}
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log.open("ab", buffering=0)
+
+    def take(self, data: bytes, source: int, shown_on: int | None) -> None:
+        """Files away what came from `source`, a descriptor, and shows it."""
+        if shown_on is not None:
+            with suppress(OSError):  # the reader of a pipe may have left
+                _write_all(shown_on, data)
+        *lines, self._partial[source] = (self._partial.get(source, b"") + data).split(b"\n")
+        for line in lines:
+            self._keep(line)
+
+    def finish(self) -> None:
+        for line in self._partial.values():
+            if line:
+                self._keep(line)
+        self._partial = {}
+
+    def _keep(self, line: bytes) -> None:
+        """One line as it stood at last: a live line rewrites itself after carriage returns."""
+        plain = ESCAPES.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
+        self.tail.append(plain.decode(errors="replace"))
+        if self._log is not None:
+            with suppress(OSError):  # a full disk must not end the run here
+                self._log.write(plain + b"\n")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            time.sleep(0.01)
+
+
+class Worker:
+    """The worker process and the loop that serves it."""
+
+    def __init__(self, command: list[str], link: Link, record: Record) -> None:
+        self._link, self._record = link, record
+        shown = dict(zip((0, 1, 2), link.terminal, strict=False))
+        if not shown and link.rank == 0 and (link.socket is None or link.socket.family != socket.AF_UNIX):
+            shown = {0: 0, 1: 1, 2: 2}
+        self.process = subprocess.Popen(
+            command,
+            stdin=shown.get(0, subprocess.DEVNULL),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
+            process_group=0,  # so that what a worker leaves behind can be ended with it
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self._outputs = {self.process.stdout.fileno(): shown.get(1), self.process.stderr.fileno(): shown.get(2)}
+        signal.signal(PARENT_GONE, self._abandon)
+        link.tell(pid=self.process.pid)
+
+    def serve(self) -> int:
+        """Relays until the worker has ended; returns its exit code as a shell counts it."""
+        with selectors.DefaultSelector() as selector:
+            wake, wake_end = socket.socketpair()
+            wake.setblocking(False)
+            wake_end.setblocking(False)
+            signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False)
+            selector.register(wake, selectors.EVENT_READ)
+            if self._link.socket is not None:
+                selector.register(self._link.socket, selectors.EVENT_READ)
+            for descriptor in self._outputs:
+                selector.register(descriptor, selectors.EVENT_READ)
+            deadline: float | None = None
+            while deadline is None or (self._outputs and time.monotonic() < deadline):
+                for selected, _ in selector.select(1.0 if deadline is None else 0.05):
+                    self._attend(selected.fileobj, wake, selector)
+                if deadline is None and self.process.poll() is not None:
+                    deadline = time.monotonic() + DRAIN_SECONDS
+        self._record.finish()
+        self._kill_group()
+        return shell_code(self.process.returncode)
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        remove_segment(os.environ, self._link.rank)
+
+    def _abandon(self, _number: int, _frame: object) -> None:
+        """The launcher is gone. Done in the handler itself, since the loop may be stuck writing to a terminal."""
+        self._kill_group()
+        os._exit(shell_code(-signal.SIGKILL))
+
+    def _attend(self, source: Any, wake: socket.socket, selector: selectors.BaseSelector) -> None:
+        if source is wake:
+            with suppress(BlockingIOError):
+                wake.recv(CHUNK)
+        elif isinstance(source, socket.socket):
+            orders = self._link.orders()
+            if orders is None:
+                selector.unregister(source)
+                self.process.kill()
+            for order in orders or []:
+                with suppress(ProcessLookupError):
+                    self.process.send_signal(order["signal"])
+        else:
+            data = os.read(source, CHUNK)
+            if data:
+                self._record.take(data, source, self._outputs[source])
+            else:
+                selector.unregister(source)
+                del self._outputs[source]
+
+
+def _noted(_signal: int, _frame: object) -> None:
+    """DeepSpeed's launcher signals its whole process tree; the worker answers, and this process waits for it."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs SCRIPT as the worker of the rank that the environment names."""
+    die_with_parent(PARENT_GONE)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(each, _noted)
+    rest = list(arguments)
+    folder: Path | None = None
+    if rest and rest[0] == "--log-dir":
+        folder = Path(rest[1])
+        del rest[:2]
+    while rest and "=" in rest[0]:
+        name, _, value = rest.pop(0).partition("=")
+        os.environ[name] = value
+    try:
+        adopt_place(os.environ)
+    except ConfigError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    rank = Ranks.from_environment().rank
+    link = Link(rank, os.environ.pop(SOCKET_VARIABLE, None))
+    record = Record(None if folder is None else folder / f"rank_{rank}.log")
+    code = Worker([sys.executable, "-u", *rest], link, record).serve()
+    tail = list(record.tail)
+    link.tell(code=code, tail=tail)
+    if code != 0 and link.socket is None and rank != 0:
+        print(f"rank {rank} failed with exit code {code}; its last lines:", *tail, sep="\n  ", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

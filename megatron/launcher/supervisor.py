@@ -1,0 +1,341 @@
+"""Runs DeepSpeed's launcher and owns what the shell sees: signals in, one exit code out, nobody left behind.
+
+The launcher runs in a session of its own, so that Ctrl-C on the terminal reaches this process alone. Each rank's
+`megatron.launcher.rank_agent` connects to a socket here. A stop signal goes through it to the workers only, which save
+and leave with 0. When a worker fails, the others get a moment to notice and are then ended, and the first one's exit
+code and last lines are what the user gets. This process watches the ranks rather than the launcher, which exits 0 when
+a signal killed a worker and otherwise takes seconds to notice that all have ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.launcher.rank_agent import CHUNK, NETWORK, SOCKET_VARIABLE, die_with_parent, shell_code
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+MISTAKE = 2  # a ConfigError's exit code
+GRACE_SECONDS = 3.0  # from the first failure until the other workers are killed
+END_SECONDS = 5.0  # how long killed workers may take to be gone
+
+
+@dataclass
+class Rank:
+    """What is known of one rank. code: its exit code, once it has ended."""
+
+    rank: int
+    link: socket.socket | None
+    pid: int | None = None
+    code: int | None = None
+    tail: list[str] = field(default_factory=list)
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended. failed: the rank that failed first, None when none did; tail: its last lines."""
+
+    code: int
+    failed: int | None = None
+    tail: tuple[str, ...] = ()
+    stopped_by: signal.Signals | None = None
+    host: str | None = None
+
+
+def terminal_environment() -> dict[str, str]:
+    """What rank 0 must be told about the user's terminal, since it only sees a pipe."""
+    if not sys.stdout.isatty():
+        return {}
+    return {"NEOX_TTY": "1", "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)}
+
+
+@dataclass
+class Network:
+    """Where ranks on other hosts report. word: what they must say first."""
+
+    listener: socket.socket
+    word: str
+
+    @classmethod
+    def open(cls) -> Network:
+        """Listens at a free port, on every address of this host."""
+        listener = socket.create_server(("", 0), backlog=4096)
+        return cls(listener, secrets.token_hex(16))
+
+    def address(self, host: str) -> str:
+        """How ranks reach it, by a name or number of this host."""
+        return f"{NETWORK}{host}:{self.listener.getsockname()[1]}/{self.word}"
+
+
+class Supervisor:
+    """One launch.
+
+    interrupts_answers: Ctrl-C is for the workers to answer, each time, and ends nothing. network: where ranks on other
+    hosts report; None for a launch on this host.
+    """
+
+    def __init__(self, world_size: int, *, interrupts_answers: bool = False, network: Network | None = None) -> None:
+        self._world_size = world_size
+        self._interrupts_answers = interrupts_answers
+        self._network = network
+        self._ranks: dict[int, Rank] = {}
+        self._first: Rank | None = None  # that failed
+        self._stop: signal.Signals | None = None
+        self._kill_at: float | None = None
+        self._selector = selectors.DefaultSelector()
+        self._pending: dict[socket.socket, bytes] = {}
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], launcher_log: Path) -> Outcome:
+        """Starts the launcher's command and returns when every rank has ended.
+
+        environment: the whole environment of the launcher. launcher_log: where its own output goes.
+        """
+        with ExitStack() as cleanup:
+            cleanup.enter_context(self._selector)
+            whole = {**environment, **self._listen(cleanup)}
+            self._watch_signals(cleanup)
+            log = cleanup.enter_context(launcher_log.open("ab"))
+            start_of_output = log.tell()
+            launcher = subprocess.Popen(
+                list(command),
+                env=whole,
+                stdin=subprocess.DEVNULL,
+                stdout=log if self._network is None else None,
+                stderr=log if self._network is None else None,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
+            )
+            ctypes.CDLL(None).prctl(
+                PR_SET_CHILD_SUBREAPER, 1
+            )  # whoever loses its parent becomes a child of this process
+            cleanup.callback(_end_all, launcher)
+            self._serve(launcher)
+            if self._network is not None:
+                self._let_go(launcher)
+            return self._outcome(launcher, launcher_log, start_of_output)
+
+    def _listen(self, cleanup: ExitStack) -> dict[str, str]:
+        """Opens the socket at which ranks report; returns the variable that names it to ranks of this host."""
+        if self._network is not None:
+            listener, found = cleanup.enter_context(self._network.listener), {}
+        else:
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="neox-"))
+            address = os.path.join(folder, "supervisor")
+            listener, found = cleanup.enter_context(socket.socket(socket.AF_UNIX)), {SOCKET_VARIABLE: address}
+            listener.bind(address)
+            listener.listen(self._world_size)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        return found
+
+    def _let_go(self, launcher: subprocess.Popen[bytes]) -> None:
+        """Ends ranks on other hosts by closing their links, and gives the launcher time to see it; then asks it."""
+        for link in list(self._pending):
+            link.close()
+        for ask in (None, signal.SIGINT, signal.SIGTERM):
+            if ask is not None:
+                launcher.send_signal(ask)
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(END_SECONDS)
+                return
+
+    def _watch_signals(self, cleanup: ExitStack) -> None:
+        """Signals wake the loop; the handlers themselves do nothing. An ignored SIGHUP (nohup) stays ignored."""
+        wake, wake_end = socket.socketpair()
+        cleanup.callback(wake.close)
+        cleanup.callback(wake_end.close)
+        wake.setblocking(False)
+        wake_end.setblocking(False)
+        cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False))
+        for each in (*STOP_SIGNALS, signal.SIGCHLD):
+            before = signal.getsignal(each)
+            if each == signal.SIGHUP and before == signal.SIG_IGN:
+                continue
+            signal.signal(each, lambda _number, _frame: None)
+            cleanup.callback(signal.signal, each, before)
+        self._selector.register(wake, selectors.EVENT_READ, self._signalled)
+
+    def _serve(self, launcher: subprocess.Popen[bytes]) -> None:
+        launcher_gone_at: float | None = None
+        while not self._finished():
+            for key, _ in self._selector.select(0.2 if self._kill_at or launcher_gone_at else 5.0):
+                key.data(key.fileobj)
+            now = time.monotonic()
+            if self._kill_at is not None and now >= self._kill_at:
+                return
+            if launcher.poll() is not None:
+                launcher_gone_at = launcher_gone_at or now
+                if now - launcher_gone_at > 1.0:  # the last reports have had time to arrive
+                    return
+
+    def _finished(self) -> bool:
+        return len(self._ranks) == self._world_size and all(each.code is not None for each in self._ranks.values())
+
+    def _accept(self, listener: Any) -> None:
+        link, _ = listener.accept()
+        self._pending[link] = b""
+        self._selector.register(link, selectors.EVENT_READ, self._heard)
+
+    def _heard(self, link: Any) -> None:
+        """Reads what a rank has to say; its silence before the exit code means that it was killed."""
+        try:
+            received = link.recv(CHUNK)
+        except OSError:
+            received = b""
+        if not received:
+            self._selector.unregister(link)
+            link.close()
+            for each in self._ranks.values():
+                if each.link is link:
+                    each.link = None
+                    if each.code is None:
+                        self._ended(each, shell_code(-signal.SIGKILL), [])
+            return
+        *lines, self._pending[link] = (self._pending[link] + received).split(b"\n")
+        for line in lines:
+            facts = self._facts(link, line)
+            if facts is None:  # no rank of this launch
+                self._selector.unregister(link)
+                link.close()
+                return
+            self._told(link, facts)
+
+    def _facts(self, link: socket.socket, line: bytes) -> dict[str, Any] | None:
+        """What a rank tells; from the network, only once it has shown the word."""
+        known = self._network is None or any(each.link is link for each in self._ranks.values())
+        try:
+            facts: dict[str, Any] = json.loads(line)
+            shown = known or (self._network is not None and facts.get("word") == self._network.word)
+            return facts if shown and isinstance(facts.get("rank"), int) else None
+        except (ValueError, AttributeError):
+            return None
+
+    def _told(self, link: socket.socket, facts: dict[str, Any]) -> None:
+        number = facts["rank"]
+        if number not in self._ranks:
+            self._ranks[number] = Rank(number, link, host=facts.get("host"))
+            if self._network is None:
+                with suppress(OSError):
+                    socket.send_fds(link, [b"."], [0, 1, 2] if number == 0 else [])
+            if self._stop is not None:
+                self._send(self._ranks[number], self._stop)
+        each = self._ranks[number]
+        each.pid = facts.get("pid", each.pid)
+        if "code" in facts:
+            self._ended(each, facts["code"], facts["tail"])
+
+    def _ended(self, each: Rank, code: int, tail: list[str]) -> None:
+        each.code, each.tail = code, tail
+        if code != 0 and self._first is None:
+            self._first = each
+            self._kill_at = time.monotonic() + GRACE_SECONDS
+
+    def _signalled(self, wake: Any) -> None:
+        try:
+            numbers = wake.recv(CHUNK)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number == signal.SIGCHLD:
+                continue
+            if number == signal.SIGINT and self._interrupts_answers and self._ranks:
+                for each in self._ranks.values():
+                    self._send(each, signal.SIGINT)
+                continue
+            if number == signal.SIGINT and self._stop == signal.SIGINT:
+                self._kill_at = time.monotonic()
+                return
+            self._stop = signal.Signals(number)
+            if not self._ranks:
+                self._kill_at = time.monotonic()  # no worker runs yet, so there is nothing to save
+                return
+            again = "; once more ends them without saving" if number == signal.SIGINT else ""
+            below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 stands there
+            _say(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
+            for each in self._ranks.values():
+                self._send(each, self._stop)
+
+    def _send(self, each: Rank, number: signal.Signals) -> None:
+        if each.link is not None and each.code is None:
+            # A worker knows three stop signals; a closed terminal is told to it as a request to end.
+            order = signal.SIGTERM if number == signal.SIGHUP else number
+            with suppress(OSError):
+                each.link.sendall(json.dumps({"signal": int(order)}).encode() + b"\n")
+
+    def _outcome(self, launcher: subprocess.Popen[bytes], log: Path, start: int) -> Outcome:
+        if self._first is not None:
+            assert self._first.code is not None
+            return Outcome(
+                self._first.code, self._first.rank, tuple(self._first.tail), self._stop, host=self._first.host
+            )
+        unseen = self._network is not None and launcher.poll() == 0  # some may not have been able to connect
+        if self._finished() or (unseen and all(each.code == 0 for each in self._ranks.values())):
+            return Outcome(0, stopped_by=self._stop)
+        if self._stop is not None:
+            return Outcome(shell_code(-self._stop), stopped_by=self._stop)
+        said = log.read_bytes()[start:].decode(errors="replace").splitlines()
+        return Outcome(shell_code(launcher.poll() or 1), tail=tuple(said[-40:]))
+
+
+def _end_all(launcher: subprocess.Popen[bytes]) -> None:
+    """Ends the launcher and all that it started.
+
+    Its ranks share its process group, each worker dies with its rank, and what a worker had started comes to this
+    process, the nearest subreaper, as a child.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    while (left := _children()) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    children = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            children += [int(pid) for pid in (task / "children").read_text().split()]
+    return children
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tell(outcome: Outcome) -> None:
+    """Prints what went wrong, the failing rank's last lines first."""
+    if outcome.code == 0 or (outcome.code == MISTAKE and outcome.failed == 0):
+        return  # nothing did, or the user's mistake, which rank 0 has just told
+    if outcome.stopped_by is not None and outcome.code == shell_code(-outcome.stopped_by):
+        _say(f"ended by {outcome.stopped_by.name} without saving")
+    elif outcome.failed is None:
+        _say(
+            "\n".join([*outcome.tail, "DeepSpeed's launcher ended before the workers did; its last lines stand above"])
+        )
+    else:
+        killed = outcome.code > 128
+        how = f"signal {signal.Signals(outcome.code - 128).name}" if killed else f"exit code {outcome.code}"
+        lines = [f"[rank {outcome.failed}] {line}" for line in outcome.tail]
+        place = f" on {outcome.host}" if outcome.host else ""
+        _say("\n".join([*lines, f"rank {outcome.failed}{place} failed first, with {how}; its last lines stand above"]))

@@ -1,0 +1,195 @@
+"""The worker's side of a launch: where its configuration comes from, how it stops, what its exit code means.
+
+A door (train.py, generate.py, evaluate.py, a tool) is one function of the Config and one line:
+
+    sys.exit(run_door(main, sys.argv[1:]))
+
+deepy.py starts workers with `--run-config FILE`, or `--megatron-config BASE64` where hosts share no file system. Under
+torchrun, srun or mpirun the same script takes the configuration files and flags themselves, and the place in the world
+comes from the environment that those set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+from megatron import log
+from megatron.config import Config, Resolution, Resources, resolve, serialize
+from megatron.config.schema.launch import LaunchSection
+from megatron.errors import INTERRUPTED, ConfigError, RunError
+from megatron.launcher.arguments import read_request
+from megatron.launcher.hosts import Accelerator, local_devices
+from megatron.launcher.preflight import check, gpu_layers
+from megatron.launcher.rank_env import adopt_place
+from megatron.launcher.resolve import refuse_unsupported
+from megatron.launcher.restart import going_on, restarted_by_others
+from megatron.launcher.run_directory import choose_run_directory, prepare_run_directory
+from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
+from megatron.ranks import Ranks
+
+RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stop(Protocol):
+    """Whether someone asked this process to end what it does and leave."""
+
+    @property
+    def requested(self) -> bool: ...
+
+    def listen(self) -> None:
+        """From now on a signal is an order to end in good order; before, it ends the process at once."""
+
+
+class StopSignal:
+    """Whether this process was asked to save and leave. The loop looks at `requested` between two steps.
+
+    SIGTERM and SIGUSR1 (what schedulers send before they take a machine away) and the first Ctrl-C only set it; a
+    second Ctrl-C interrupts at once. While the run starts there is nothing to save, and each of them ends the process:
+    by the kernel, since a handler of Python's would wait until torch returns from a wait for other ranks.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @classmethod
+    def install(cls) -> Self:
+        """A StopSignal of a run that starts."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        return cls()
+
+    def listen(self) -> None:
+        """From now on there is something to save."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, self._note)
+
+    @property
+    def requested(self) -> bool:
+        return self.received is not None
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
+    """Calls main with the configuration that the arguments lead to, and returns the exit code of the process.
+
+    A ConfigError becomes 2 and a RunError 1, told in one line a mistake; an interruption 130. Any other exception is a
+    fault of the program: its traceback is printed, and the code is 1.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        adopt_place(os.environ)
+    except ConfigError as fault:
+        print(fault, file=sys.stderr, flush=True)
+        return ConfigError.exit_code
+    try:
+        log.configure()
+        config = worker_config(given)
+    except ConfigError as fault:
+        if Ranks.from_environment().rank == 0:  # the same on every rank
+            print(fault, file=sys.stderr, flush=True)
+        return ConfigError.exit_code
+    try:
+        return main(config) or 0
+    except (ConfigError, RunError) as fault:
+        ranks = Ranks.from_environment()
+        name = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+        print("\n".join(f"{name}{mistake}" for mistake in fault.mistakes), file=sys.stderr, flush=True)
+        return _leave(fault.exit_code)
+    except KeyboardInterrupt:
+        return _leave(INTERRUPTED)
+    except Exception:  # noqa: BLE001 (whatever it is, it ends this rank and must not hang the others)
+        traceback.print_exc()
+        return _leave(RunError.exit_code)
+
+
+def _leave(code: int) -> int:
+    """In a world of several ranks, ends the process here.
+
+    The others may wait for this one in a collective, and the interpreter's own ending may wait for them.
+    """
+    if Ranks.from_environment().world_size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def wrote_base_shapes(config: Config) -> bool:
+    """Whether the configuration asks for its base shapes and nothing else; the first rank has then written them."""
+    if config.mup.save_base_shapes and Ranks.from_environment().rank == 0:
+        print(write_base_shapes(config))
+    return config.mup.save_base_shapes
+
+
+def worker_config(arguments: Sequence[str]) -> Config:
+    """The configuration of a worker.
+
+    From `--run-config FILE` or `--megatron-config BASE64`, or else from configuration files and flags as deepy.py
+    takes them. Raises ConfigError.
+    """
+    handed = _handed_over(arguments)
+    if handed is not None:
+        return handed
+    return _resolve_here(arguments)
+
+
+def _handed_over(arguments: Sequence[str]) -> Config | None:
+    for position, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        name = name.replace("_", "-")
+        if name not in {RUN_CONFIG, ENCODED_CONFIG}:
+            continue
+        if not equals:
+            text = arguments[position + 1] if position + 1 < len(arguments) else ""
+        return serialize.read(text) if name == RUN_CONFIG else serialize.decode(text)
+    return None
+
+
+def _resolve_here(arguments: Sequence[str]) -> Config:
+    """Every rank resolves the same files; rank 0 writes the run directory."""
+    script = str(Path(sys.argv[0]))
+    given = [word for word in arguments if not word.replace("_", "-").startswith("--local-rank")]
+    if not any(word and not word.startswith("-") for word in given):
+        raise ConfigError.of(
+            "no configuration file is named",
+            where=script,
+            remedy=f"./deepy.py {Path(script).name} CONF ..., or python {Path(script).name} CONF ...",
+        )
+    request = read_request([script, *given])
+    accelerator: Accelerator = "cuda" if local_devices(os.environ) else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+
+    def resources(_launch: LaunchSection) -> Resources:
+        return Resources(Ranks.from_environment().world_size, accelerator)
+
+    resolution: Resolution = resolve(request.files, request.flags, resources, request.mistakes)
+    if restarted_by_others(os.environ):
+        resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
+    refuse_unsupported(resolution)
+    config = resolution.config
+    check_base_shapes(config)
+    check(
+        accelerator,
+        os.environ,
+        precision=config.precision.precision,
+        zero=config.deepspeed.zero_optimization,
+        gpu_layers=gpu_layers(config, script),
+    )
+    folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
+    config = config.replace(log_dir=str(folder))
+    if Ranks.from_environment().rank == 0:
+        for line in resolution.warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        prepare_run_directory(folder, serialize.to_json(config), config.checkpoint.config_files or {}, sys.argv)
+    return config

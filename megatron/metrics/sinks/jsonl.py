@@ -1,0 +1,94 @@
+"""Metrics as one JSON object a line in `<log_dir>/metrics.jsonl`: the file that every run has and every tool reads.
+
+The file is only ever appended to, so a resumed run loses no line. A run that is killed at iteration 15 and resumed from
+a checkpoint at 10 leaves 11 to 15 in the file twice; `read_metrics` resolves that: what was written later wins.
+A value that is not finite is stored as null, since JSON has no NaN; `read_metrics` gives NaN back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+from megatron.errors import ConfigError
+from megatron.metrics.sinks.base import Observe, Start
+
+FILE_NAME = "metrics.jsonl"
+_TRAINING_MARK = "train/lm_loss"
+
+
+class JsonLines:
+    """Appends one line a record to `path`, and flushes it, so that a killed run has its last line on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_inside_a_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    @classmethod
+    def open(cls, observe: Observe, start: Start) -> Self:
+        """The sink in the run directory."""
+        if observe.log_dir is None:
+            raise ConfigError.of(
+                "metrics need a run directory", key="log_dir", value=None, remedy="name a directory for the run's logs"
+            )
+        return cls(Path(observe.log_dir) / FILE_NAME)
+
+    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        record: dict[str, float | None] = {"iteration": iteration}
+        record.update((name, _as_json(value)) for name, value in metrics.items())
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The records of a run that a reader should see, ordered by iteration: one dict for each, with key `iteration`.
+
+    path: a metrics.jsonl, or the run directory that holds it. Training and evaluation values of one iteration come in
+    one dict. Where the run went back to an earlier iteration, what it had written beyond that point is left out. A line
+    that is not JSON (the torn end of a killed run) is left out too. Raises FileNotFoundError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    merged: dict[int, dict[str, float]] = {}
+    for record in _lines(path):
+        iteration = int(record["iteration"])
+        if _TRAINING_MARK in record:
+            for stale in [known for known in merged if known >= iteration]:
+                del merged[stale]
+        merged.setdefault(iteration, {}).update(record)
+    return [merged[iteration] for iteration in sorted(merged)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+                yield {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def _as_json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    """Whether the last write of an earlier run was cut off."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"

@@ -1,0 +1,225 @@
+"""A mixture of experts in place of a block's MLP: every token visits the few experts that a router chooses for it.
+
+Experts are spread over the expert-parallel ranks (whole experts: tokens travel) and cut over the tensor-parallel ranks
+(each expert's width: tokens are the same there). Without a capacity no token is dropped. With one, an expert takes the
+first tokens that come, in the order of their positions, so no token can push out an earlier one; a token that finds its
+expert full is passed on by the residual stream alone (arXiv:2101.03961, section 2.2).
+
+Names of parameters are those of the public layout: `router.layer.weight` and `experts.mlp.w1`, `w3`, `w2`.
+
+Shapes: s sequence, b micro batch, h hidden, n tokens (s b), e experts of this rank, k experts of a token, m rows that
+visit an expert, w width of an expert, t tensor-parallel and p expert-parallel degree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.distributed.collectives import copy_to
+from megatron.distributed.expert_all_to_all import exchange_counts, exchange_rows
+from megatron.distributed.mesh import Axis
+from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.tensor_parallel.sequence_parallel import leave, with_copy
+from megatron.model.block_spec import Parts
+from megatron.model.moe.losses import RouterLosses, load_balance, z_loss
+
+Router = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What every mixture of a model shares.
+
+    choose: a function of router.py. jitter: the router's input is multiplied by noise in 1 +- this. normalize: the
+    weights of a token sum to 1. capacity, eval_capacity: slots of an expert over its fair share, None for no limit.
+    least: slots of an expert at least. axis: the ranks over which experts are spread. batch: those whose tokens make
+    one batch. context: those with other parts of the same sequences.
+    """
+
+    choose: Router
+    jitter: float | None
+    normalize: bool
+    capacity: float | None
+    eval_capacity: float | None
+    least: int
+    losses: RouterLosses
+    axis: Axis = field(default_factory=lambda: Axis("expert"))
+    batch: Axis = field(default_factory=lambda: Axis("gradient"))
+    context: Axis = field(default_factory=lambda: Axis("context"))
+
+
+class MixtureMLP(nn.Module):
+    """The router and the experts of one block."""
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        assert parts.mixture is not None
+        self.parallel = source.axis
+        self.mixture: Mixture = parts.mixture
+        self.count, self.top_k = parts.dims.mixture.experts, parts.dims.mixture.top_k
+        self.router = RouterLayer(parts, source.of("router"))
+        self.experts = Experts(parts, source.of("experts"))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks."""
+        x, region = with_copy(x, self.parallel)  # [s, b, h]
+        tokens = x.flatten(0, 1)  # [n, h]
+        logits = self.router(self._jittered(tokens))  # [n, all experts], fp32
+        mixture = self.mixture
+        weights, experts = mixture.choose(logits, self.top_k, training=self.training, axis=mixture.context)
+        if mixture.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        routes = Routes.of(experts, self.count, self._slots(len(tokens)))
+        if self.training and torch.is_grad_enabled():
+            probabilities = logits.softmax(dim=-1)
+            balance = load_balance(probabilities, routes.wanted, mixture.batch)
+            weights = mixture.losses.attach(weights, balance, z_loss(logits), routes.dropped)
+        weights = copy_to(weights.to(x.dtype), self.parallel)
+        return self.experts(region.flatten(0, 1), routes, weights).view_as(x)
+
+    def add_bias(self, total: Tensor) -> Tensor:
+        """Experts have no bias."""
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all tensor-parallel ranks."""
+        return leave(self.partial(x), self.parallel)
+
+    def _jittered(self, tokens: Tensor) -> Tensor:
+        """The same noise on all tensor-parallel ranks, whose default generators agree."""
+        eps = self.mixture.jitter
+        if not eps or not self.training:
+            return tokens
+        return tokens * torch.empty_like(tokens).uniform_(1 - eps, 1 + eps)
+
+    def _slots(self, tokens: int) -> int | None:
+        """The most tokens that an expert takes from this rank."""
+        factor = self.mixture.capacity if self.training else self.mixture.eval_capacity
+        if factor is None:
+            return None
+        return max(self.mixture.least, math.ceil(tokens * self.top_k * factor / self.count))
+
+
+class RouterLayer(nn.Module):
+    """The logits of every expert, computed in fp32 at least (arXiv:2101.03961, section 2.4).
+
+    It sums over features and has as many outputs at any width, so to muP it is an output layer.
+    """
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        self.layer = _WideLinear(parts, source.of("layer"))
+        self.multiplier = parts.multipliers.router
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, h] -> [n, all experts]."""
+        logits: Tensor = self.layer(tokens)
+        return logits if self.multiplier == 1.0 else logits * self.multiplier
+
+
+class _WideLinear(nn.Module):
+    """A product in fp32 at least: ``weight`` [all experts, h]."""
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        shape = (parts.dims.mixture.experts, parts.dims.hidden_size)
+        self.weight = source.replica("weight", shape, parts.fill, whole_sequence=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        return F.linear(tokens.to(wide), self.weight.to(wide))
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The assignments of n tokens that are carried out, ordered by expert and, for one expert, by token.
+
+    order: places in the flattened [n, k] [m]. counts: assignments of each expert [all experts]; wanted: before any was
+    dropped. dropped: the part that was, scalar.
+    """
+
+    order: Tensor
+    counts: Tensor
+    wanted: Tensor
+    dropped: Tensor
+
+    @staticmethod
+    def of(experts: Tensor, count: int, slots: int | None) -> Routes:
+        """From the experts of each token [n, k]. slots: the most tokens of an expert, None for all of them."""
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        wanted = torch.bincount(flat, minlength=count)
+        if slots is None:
+            return Routes(order, wanted, wanted, torch.zeros((), device=flat.device))
+        first = wanted.cumsum(0) - wanted  # [all experts]
+        place = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        counts = wanted.clamp(max=slots)
+        return Routes(order[place < slots], counts, wanted, 1 - counts.sum() / max(1, len(flat)))
+
+
+class Experts(nn.Module):
+    """The experts of this rank."""
+
+    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+        super().__init__()
+        assert parts.mixture is not None
+        self.axis = parts.mixture.axis
+        self.mlp = ExpertStack(parts, source.of("mlp"), self.axis)
+        if self.axis.size > 1 and not parts.dims.frozen:  # frozen ones have no gradients to keep apart
+            from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
+
+            self.mark = DeepSpeedExperts(parts.dims.mixture.experts)
+
+    def forward(self, tokens: Tensor, routes: Routes, weights: Tensor) -> Tensor:
+        """Tokens [n, h] and the weights of their experts [n, k] -> the weighted sums of what these make of them."""
+        top_k = weights.shape[1]
+        rows = tokens.index_select(0, routes.order // top_k)  # [m, h]
+        made = self._visit(rows, routes.counts)  # [m, h]
+        places = made.new_zeros(weights.numel(), tokens.shape[1]).index_copy(0, routes.order, made)
+        return (places.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # [n, h]
+
+    def _visit(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Every row through its expert, wherever that is: rows [m, h] in order of experts -> [m, h]."""
+        if self.axis.size == 1:
+            return self.mlp(rows, counts)
+        sent = counts.view(self.axis.size, -1)  # [p, e]
+        received = exchange_counts(sent, self.axis)  # [p, e]
+        numbers = torch.stack((sent.sum(1), received.sum(1))).tolist()  # [2, p]
+        came = exchange_rows(rows, numbers[0], numbers[1], self.axis)
+        local = torch.arange(received.shape[1], device=rows.device).repeat(self.axis.size)
+        order = local.repeat_interleave(received.flatten()).argsort(stable=True)
+        made = self.mlp(came.index_select(0, order), received.sum(0))
+        back = torch.zeros_like(came).index_copy(0, order, made)
+        return exchange_rows(back, numbers[1], numbers[0], self.axis)
+
+
+class ExpertStack(nn.Module):
+    """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h]."""
+
+    def __init__(self, parts: Parts, source: ParameterSource, axis: Axis) -> None:
+        super().__init__()
+        dims = parts.dims
+        count, shape = dims.mixture.experts, (dims.mlp_width, dims.hidden_size)
+        self.local = count // axis.size
+        self.product, self.activation = parts.kernels.grouped, parts.activation
+        self.w1 = source.experts("w1", shape, parts.fill, count=count, over=axis)
+        self.w3 = source.experts("w3", shape, parts.fill, count=count, over=axis) if dims.gated else None
+        self.w2 = source.experts("w2", shape, parts.output_fill, count=count, over=axis, transposed=True)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows [m, h] in order of experts, and how many each has [e] -> this rank's term of the sum [m, h]."""
+        inner = self.product(rows, self._stack(self.w1).transpose(1, 2), counts)  # [m, w/t]
+        if self.w3 is not None:
+            plain = self.product(rows, self._stack(self.w3).transpose(1, 2), counts)
+            inner = torch.cat((plain, inner), dim=-1)  # [m, 2w/t]
+        return self.product(self.activation(inner), self._stack(self.w2), counts)
+
+    def _stack(self, weight: Tensor) -> Tensor:
+        """[e w/t, h] -> [e, w/t, h]."""
+        return weight.view(self.local, -1, weight.shape[1])

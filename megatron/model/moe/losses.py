@@ -1,0 +1,92 @@
+"""The losses of a router, which keep it balanced and its logits small, and how they reach the gradient.
+
+Load balance (arXiv:2101.03961, equation 4): e sum_i f_i P_i, where f_i is the part of the assignments that go to expert
+i and P_i its mean probability; 1 where both are even. f is taken over the tokens of all data-parallel ranks in this
+micro batch, so that the mean over the ranks is the loss of the whole. Router z (arXiv:2202.08906, equation 5): the mean
+of logsumexp(logits)².
+
+A mixture may stand on any stage of a pipeline, far from where the language model's loss is made. So its losses do not
+travel: the backward pass, on its way through the block, adds their gradient there, scaled as the language model's loss
+is (Megatron-LM does the same).
+
+Shapes: n tokens, e experts, k experts of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.distributed.mesh import Axis, Topology
+
+NAMES = ("moe_load_balance_loss", "moe_z_loss", "moe_dropped")
+
+
+def load_balance(probabilities: Tensor, counts: Tensor, axis: Axis) -> Tensor:
+    """The loss of equation 4, scalar. probabilities [n, e]; counts: assignments of each expert [e]; axis: the ranks
+    whose tokens make one batch.
+    """
+    counts = counts.to(probabilities.dtype)
+    if axis.size > 1:
+        dist.all_reduce(counts, group=axis.group)
+    return len(counts) * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """The mean of the squared logarithms of the partition function, scalar. logits [n, e]."""
+    return logits.logsumexp(dim=-1).square().mean()
+
+
+class RouterLosses:
+    """The coefficients of the losses of all mixtures of a rank, their scale, and what was measured of them.
+
+    scale: the factor between the language model's loss and what its backward pass starts with: the loss scale over the
+    number of micro batches; set by the engine before a step.
+    """
+
+    def __init__(self, balance: float, z: float) -> None:
+        self.balance, self.z = balance, z
+        self.scale = 1.0
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def attach(self, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor) -> Tensor:
+        """The weights, whose backward pass adds the gradients of the two losses and notes their values.
+
+        dropped: part of the assignments that found their expert full, scalar.
+        """
+        attached: Tensor = _Attach.apply(weights, balance, z, dropped, self)
+        return attached
+
+    def note(self, values: Tensor) -> None:
+        """One mixture and one micro batch. values: in the order of NAMES, [3]."""
+        self._sums = values if self._sums is None else self._sums + values
+        self._count += 1
+
+    def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
+        """Name -> mean over the mixtures, the micro batches and the ranks since the last call; collective."""
+        sums = torch.zeros(len(NAMES), device=device) if self._sums is None else self._sums
+        whole = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
+        for axis in (topology.gradient, topology.pipe):
+            if axis.size > 1:
+                dist.all_reduce(whole, group=axis.group)
+        self._sums, self._count = None, 0
+        return dict(zip(NAMES, (whole[:-1] / whole[-1].clamp(min=1)).unbind(), strict=True))
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor, losses: RouterLosses) -> Tensor:
+        ctx.losses = losses
+        ctx.values = torch.stack((balance, z, dropped)).detach()
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        losses = ctx.losses
+        losses.note(ctx.values)
+        one = torch.full_like(ctx.values[0], losses.scale)
+        return grads[0], losses.balance * one, losses.z * one, None, None

@@ -1,0 +1,62 @@
+"""Routers: which experts a token visits, and how much each of them counts.
+
+A router sees the logits of all tokens of a rank's micro batch, in fp32. Choosing is not differentiable; the weights
+are, and through them the router learns.
+
+Shapes: n tokens, e experts, k experts of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.distributed.mesh import Axis
+
+TOLERANCE = 1e-4
+"""Sinkhorn's iteration ends when the experts' factors change less than this, on the mean."""
+
+MOST_ITERATIONS = 1000
+
+
+def topk(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The k experts of the highest probability, weighted by it (arXiv:1701.06538; k = 1: arXiv:2101.03961).
+
+    logits [n, e] -> weights [n, k], experts [n, k]. The probabilities are a softmax over all experts.
+    """
+    weights, experts = logits.softmax(dim=-1).topk(k, dim=-1)
+    return weights, experts
+
+
+def sinkhorn(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor, Tensor]:
+    """While training, the k experts of a balanced assignment (arXiv:2103.16716); else the k of the highest logit.
+
+    Balancing looks at all tokens of a sequence, later ones too, so it cannot be used to write text. The weights are a
+    sigmoid where k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k].
+    axis: ranks with other parts of the same sequences.
+    """
+    scores = logits.sigmoid() if k == 1 else logits.softmax(dim=-1)
+    chosen = balanced(logits.detach(), axis) if training else logits.detach()
+    experts = chosen.topk(k, dim=-1).indices
+    return scores.gather(1, experts), experts
+
+
+@torch.no_grad()
+def balanced(logits: Tensor, axis: Axis) -> Tensor:
+    """Sinkhorn's matrix: exp(logits) scaled by a factor for each token and one for each expert.
+
+    Afterwards each token has 1/n and each expert 1/e of the whole (Sinkhorn 1967). logits [n, e] -> [n, e].
+    """
+    cost = (logits - logits.amax(dim=1, keepdim=True)).exp()
+    tokens, experts = cost.shape[0] * axis.size, cost.shape[1]
+    columns = torch.ones_like(cost[0])
+    for _ in range(MOST_ITERATIONS):
+        rows = 1 / (tokens * (cost @ columns).clamp(min=1e-8))
+        sums = rows @ cost
+        if axis.size > 1:
+            dist.all_reduce(sums, group=axis.group)
+        before, columns = columns, 1 / (experts * sums.clamp(min=1e-8))
+        if (before - columns).abs().mean() <= TOLERANCE:
+            break
+    return columns * cost * rows[:, None]

@@ -1,0 +1,186 @@
+"""The same plan as a DeepSpeed PipelineModule: each stage builds its own layers and no others.
+
+DeepSpeed reads the names of the layer classes (`type:transformer` partitions by them). A tied output layer is a second
+copy of the word embedding on the last stage; DeepSpeed adds up the gradients of the two.
+
+s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from itertools import accumulate
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, is_grad_enabled, nn
+
+from megatron.distributed.mesh import Topology
+from megatron.errors import RunError
+from megatron.model.block import TransformerBlock
+from megatron.model.embedding import EmbeddingLayer
+from megatron.model.kv_cache import KVCache
+from megatron.model.layers import LayerPlan
+from megatron.model.recompute import Recompute, run_layers
+from megatron.param_table import FIRST_BLOCK, key_in_table
+
+TIED = "embedding"
+"""The name under which DeepSpeed keeps the module that both pipeline ends share."""
+
+RELATIVE = "relative_positions"
+"""The same for the positions that all blocks add to scores, where these are learned."""
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Carry = Tensor | tuple[Tensor, Tensor]
+
+
+class PipelinedModel(PipelineModule):
+    """One stage of the model.
+
+    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
+    loss: (logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens []) -> scalar, called on the last stage.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[LayerPlan],
+        topology: Topology,
+        *,
+        partition_method: str | tuple[int, ...],
+        loss: Loss,
+        recompute: Recompute | None = None,
+    ) -> None:
+        grid = PipeModelDataParallelTopology(
+            num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
+        )
+        self._relative = _learned_relative(plan)
+        self._attending = [layer.index for layer in plan if issubclass(layer.layer, TransformerBlock)]
+        with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
+            super().__init__(
+                layers=_specs(plan),
+                topology=grid,
+                partition_method=partition_method,
+                loss_fn=lambda logits, targets: _released(loss(logits, *targets), logits),
+            )
+        self.recompute = recompute
+
+    def forward(self, forward_input: Carry) -> Carry:
+        """This stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
+
+        Where documents are kept apart, the places where they start [b, s] go from stage to stage beside it.
+        """
+        if isinstance(forward_input, Tensor):
+            return _differentiable(run_layers(self.forward_funcs, forward_input, None, self.recompute))
+        carry, document_starts = forward_input
+        carry = _differentiable(run_layers(self.forward_funcs, carry, None, self.recompute, document_starts))
+        return carry if self._local_stop == self._num_layers else (carry, document_starts)
+
+    def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
+        """DeepSpeed asks this which layers are its own; block i is layer i + 2."""
+        if isinstance(method, str):
+            super()._partition_layers(method)
+            return
+        bounds = [0, *(2 + blocks for blocks in accumulate(method[:-1])), len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = bounds
+        self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """DeepSpeed asks this whose gradients it must add up; frozen weights have none."""
+        found = super().get_tied_weights_and_groups()
+        return [(weight, group) for weight, group in found if weight.requires_grad]
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """DeepSpeed asks this what stages share: the tied embedding, and positions that all blocks learn together.
+
+        RunError where the first stage has no block: it speaks for what stages share.
+        """
+        comms: dict[str, Any] = super()._index_tied_modules()
+        if not self._relative or self._topo.get_dim("pipe") == 1:
+            return comms
+        stages = sorted({self.stage_owner(index) for index in self._attending})
+        if stages[0] != 0:
+            raise RunError.of(
+                "the first pipeline stage has no block to hold the relative positions that all blocks share",
+                remedy="give it one with pipe_partition_method, or choose other positions (pos_emb)",
+            )
+        relative = self._relative[0]
+        for data in range(self._grid.data_parallel_size):
+            for model in range(self._topo.get_dim("model")):
+                ranks = [self._topo.get_rank(pipe=stage, data=data, model=model) for stage in stages]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    self.tied_modules[RELATIVE] = relative
+                    comms[RELATIVE] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": relative}
+                    for parameter in relative.parameters():  # counted once
+                        parameter.ds_pipe_replicated = self.global_rank != ranks[0]  # type: ignore[attr-defined]
+        return comms
+
+    def keyed_parameters(self) -> dict[str, nn.Parameter]:
+        """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""
+        moved = {f"tied_modules.{TIED}.": "0.", f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe."}
+        keyed = {}
+        for name, parameter in self.named_parameters():
+            for start, end in moved.items():
+                name = name.replace(start, end)
+            layer, _, rest = name.partition(".")
+            keyed[key_in_table(int(layer), rest)] = parameter
+        return keyed
+
+    @property
+    def layer_range(self) -> range:
+        """The plan indices of this stage's layers."""
+        return range(self._local_start, self._local_stop)
+
+
+def _learned_relative(plan: Sequence[LayerPlan]) -> tuple[nn.Module, ...]:
+    """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
+    relative = {layer.arguments["parts"].relative for layer in plan if "parts" in layer.arguments}
+    return tuple(module for module in relative if module is not None and list(module.parameters()))
+
+
+def _differentiable(carry: Tensor) -> Tensor:
+    """What goes on to the next stage: DeepSpeed sends a gradient back through it, also to a stage that is frozen."""
+    return carry if carry.requires_grad or not is_grad_enabled() else carry.requires_grad_()
+
+
+def _released(value: Tensor, logits: Tensor) -> Tensor:
+    """The loss, once the logits are given up: DeepSpeed holds on to those of several micro batches.
+
+    What the backward pass needs of them is kept by the graph of the loss.
+    """
+    if value.requires_grad:
+        logits.data = logits.new_empty(0)
+    return value
+
+
+def _specs(plan: Sequence[LayerPlan]) -> list[LayerSpec]:
+    tied_index = next((layer.tied_to for layer in plan if layer.tied_to is not None), None)
+    specs = []
+    for layer in plan:
+        if layer.tied_to is not None:
+            copy = {**plan[layer.tied_to].arguments, "positions": None}
+            specs.append(_tied(copy, tied_output))
+        elif layer.index == tied_index:
+            specs.append(_tied(dict(layer.arguments), None))
+        else:
+            specs.append(LayerSpec(layer.layer, **layer.arguments))
+    return specs
+
+
+def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -> TiedLayerSpec:
+    return TiedLayerSpec(
+        TIED, EmbeddingLayer, forward_fn=forward, tied_weight_attr="word_embeddings.weight", **arguments
+    )
+
+
+def tied_output(
+    embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None
+) -> Tensor:
+    """Scores of a hidden state: [s, b, h] -> logits [s, b, v/t] with the word embedding's matrix."""
+    assert isinstance(embedding, EmbeddingLayer)
+    return embedding.logits(hidden)

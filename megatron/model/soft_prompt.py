@@ -1,0 +1,40 @@
+"""A learned prompt: vectors that stand before every text (arXiv:2104.08691, section 2).
+
+The tokens of a sequence begin with a place for each vector; what is looked up there is replaced. So a prompt takes
+positions 0, 1, ... and everything behind the embedding sees a sequence of the usual length.
+
+Shapes: n vectors of the prompt, s sequence, b micro batch, h hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.adapter_config import SoftPrompt
+from megatron.distributed.param_attrs import mark_table
+from megatron.distributed.param_init import ParameterSource
+
+
+class LearnedPrompt(nn.Module):
+    """Parameter ``weight`` [n, h], whole on every rank."""
+
+    def __init__(self, asked: SoftPrompt, hidden_size: int, source: ParameterSource) -> None:
+        super().__init__()
+
+        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+            tensor.uniform_(-asked.init_range, asked.init_range, generator=generator)
+
+        self.weight = source.replica("weight", (asked.num_tokens, hidden_size), fill)
+        mark_table(self.weight)
+
+    def forward(self, hidden: Tensor, first: int) -> Tensor:
+        """Vectors [s, b, h] of positions first, first + 1, ...; those of the prompt's positions become its own.
+
+        Ranks without any of these positions take part with none of the rows: their share of a gradient that is summed
+        over ranks is zero.
+        """
+        count, length = self.weight.shape[0], hidden.shape[0]
+        begin = min(first, count)
+        rows = self.weight[begin : min(first + length, count)]
+        return torch.cat((rows.unsqueeze(1).expand(-1, hidden.shape[1], -1), hidden[len(rows) :]))

@@ -1,0 +1,90 @@
+"""The global gradient norm and clipping, for the runs in which DeepSpeed leaves them to us (ZeRO 0).
+
+DeepSpeed's own norm counts parameters by rank and counts tied weights twice when a pipeline has several stages. Here
+a parameter's marks say who counts it: a sharded parameter counts on every tensor-parallel rank, a replicated one on
+the first only, a tied one on the first of its stages only, and experts on each of the ranks that they are spread over.
+Clipping scales all gradients by max_norm / (norm + 1e-6) when the norm exceeds max_norm (arXiv:1211.5063, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron.distributed.mesh import Topology
+from megatron.distributed.param_attrs import expert_share, is_sharded, is_tied
+
+
+class GradientClipper:
+    """Computes the norm over one replica of the model and scales the gradients; `norm` keeps the last one.
+
+    A gradient that is not finite is dropped, and `skipped` says so: every rank then leaves its weights and state as
+    they are. DeepSpeed does the same at ZeRO 1 to 3. factor: what the last gradients were multiplied by.
+    gradients_are_apart: each data-parallel rank has a gradient of its own, which nobody sums; the norm is then the root
+    mean square of theirs, so that all are scaled alike.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:
+        """max_norm: the largest norm left alone; 0 computes the norm and scales nothing."""
+        self._held = list(parameters)
+        self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
+        self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
+        self._replica, self._expert = topology.replica, topology.expert
+        self._spread = [parameter for parameter in self._counted if expert_share(parameter)[1] > 1]
+        self._counted = [parameter for parameter in self._counted if expert_share(parameter)[1] == 1]
+        self._apart = topology.gradient
+        self.gradients_are_apart = False
+        self._max_norm = max_norm
+        self.norm = torch.zeros(())
+        self.factor = 1.0
+        self.skipped = False
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes every step of the optimizer clip first."""
+        optimizer.register_step_pre_hook(lambda *_: self.clip())
+
+    def clip(self) -> None:
+        """Computes `norm`, the same on every rank of the replica, and clips in place."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._parameters and not gradients:
+            return  # on no rank then; one that trains nothing itself takes part in the sums of the others
+        device = self._held[0].device
+        square = _square(self._counted, device)
+        if self._expert.size > 1:
+            spread = _square(self._spread, device)
+            dist.all_reduce(spread, group=self._expert.group)
+            square = square + spread
+        if self._replica.size > 1:
+            dist.all_reduce(square, group=self._replica.group)
+        if self.gradients_are_apart and self._apart.size > 1:
+            dist.all_reduce(square, group=self._apart.group)
+            square /= self._apart.size
+        self.norm = square.sqrt()
+        self.factor = 1.0
+        self.skipped = not math.isfinite(float(self.norm))
+        if self.skipped:
+            for parameter in self._parameters:
+                parameter.grad = None  # an optimizer leaves a parameter without a gradient as it is
+        elif self._max_norm > 0:
+            factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
+            self.factor = float(factor)
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
+
+
+def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:
+    """The squared norm of their gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device=device)
+
+
+def _counts_here(parameter: Parameter, topology: Topology) -> bool:
+    """Whether this rank's copy of the parameter is the one that enters the norm."""
+    if is_tied(parameter) and not topology.pipe.is_first:
+        return False
+    return is_sharded(parameter) or topology.model.is_first

@@ -1,0 +1,112 @@
+"""The tensors of blocks that mix tokens by other means than attention, and what such a block remembers of a text.
+
+Names and shapes are those of the public layout (gMLP's small attention aside, which there reads another tensor).
+"""
+
+from __future__ import annotations
+
+from megatron.param_table.dims import ModelDims
+from megatron.param_table.parts import column, norm, row
+from megatron.param_table.tensor import TensorShape
+
+RWKV_MIX_RANK = 32
+"""Rank of the corrections of RWKV's five interpolations."""
+
+RWKV_DECAY_RANK = 64
+"""Rank of the correction of RWKV's decay."""
+
+
+def mamba_block(dims: ModelDims, block: int) -> list[TensorShape]:
+    """A norm and a Mamba mixer; its channels are cut."""
+    layer, mixers, hidden = block + 2, dims.mixers, dims.hidden_size
+    inner, state, rank, bias = mixers.mamba_inner, mixers.mamba_state, mixers.mamba_rank, mixers.mamba_linear_bias
+    table = norm(dims, layer, "norm")
+    table.append(TensorShape(layer, "mixer.A_log", (inner, state), 0, "mixing"))
+    table.append(TensorShape(layer, "mixer.D", (inner,), 0, "mixing"))
+    table += column(layer, "mixer.in_proj", 2 * inner, hidden, bias, (inner, inner))
+    table.append(TensorShape(layer, "mixer.conv1d.weight", (inner, 1, mixers.mamba_convolution), 0, "mixing"))
+    if mixers.mamba_conv_bias:
+        table.append(TensorShape(layer, "mixer.conv1d.bias", (inner,), 0, "bias"))
+    table += row(layer, "mixer.x_proj", rank + 2 * state, inner, bias)
+    table += column(layer, "mixer.dt_proj", inner, rank, True)
+    return table + row(layer, "mixer.out_proj", hidden, inner, bias)
+
+
+def rwkv_block(dims: ModelDims, block: int) -> list[TensorShape]:
+    """Time mixing and channel mixing, a norm before each; heads and the inner width are cut."""
+    return (
+        _rwkv_norm(dims, block, "ln1")
+        + _time_mixing(dims, block)
+        + _rwkv_norm(dims, block, "ln2")
+        + _channel(dims, block)
+    )
+
+
+def _rwkv_norm(dims: ModelDims, block: int, name: str) -> list[TensorShape]:
+    """Always a layernorm with a bias."""
+    shape = (dims.hidden_size,)
+    return [TensorShape(block + 2, f"{name}.{kind}", shape, None, "norm") for kind in ("weight", "bias")]
+
+
+def _time_mixing(dims: ModelDims, block: int) -> list[TensorShape]:
+    layer, hidden, width, head = block + 2, dims.hidden_size, dims.mixers.rwkv_attention, dims.mixers.rwkv_head
+
+    def mixing(name: str, shape: tuple[int, ...], dim: int | None = None) -> TensorShape:
+        return TensorShape(layer, f"att.{name}", shape, dim, "mixing")
+
+    table = [mixing(f"time_maa_{part}", (1, 1, hidden)) for part in "xwkvrg"]
+    table += [
+        TensorShape(layer, "att.time_maa_w1", (hidden, 5 * RWKV_MIX_RANK), None, "weight", inputs=0),
+        TensorShape(layer, "att.time_maa_w2", (5, RWKV_MIX_RANK, hidden), None, "weight", inputs=1),
+        mixing("time_decay", (1, 1, width), 2),
+        TensorShape(layer, "att.time_decay_w1", (hidden, RWKV_DECAY_RANK), None, "weight", inputs=0),
+        TensorShape(layer, "att.time_decay_w2", (RWKV_DECAY_RANK, width), 1, "weight", inputs=0),
+        mixing("time_faaaa", (width // head, head), 0),
+    ]
+    for name in ("receptance", "key", "value"):
+        table += column(layer, f"att.{name}", width, hidden, False)
+    table += row(layer, "att.output", hidden, width, False)
+    table += column(layer, "att.gate", width, hidden, False)
+    return [*table, *(TensorShape(layer, f"att.ln_x.{kind}", (width,), 0, "norm") for kind in ("weight", "bias"))]
+
+
+def _channel(dims: ModelDims, block: int) -> list[TensorShape]:
+    layer, hidden, width = block + 2, dims.hidden_size, dims.mixers.rwkv_ffn
+    table = [TensorShape(layer, f"ffn.time_maa_{part}", (1, 1, hidden), None, "mixing") for part in "kr"]
+    table += column(layer, "ffn.key", width, hidden, False)
+    table += column(layer, "ffn.receptance", hidden, hidden, False)
+    return table + row(layer, "ffn.value", hidden, width, False)
+
+
+def gmlp_block(dims: ModelDims, block: int) -> list[TensorShape]:
+    """A norm, an MLP whose gate is mixed over positions, and for amlp a small attention beside it."""
+    layer, hidden, width, places = block + 2, dims.hidden_size, dims.mixers.gmlp_width, dims.mixers.gmlp_positions
+    table = norm(dims, layer, "norm")
+    table += column(layer, "input_linear", 2 * width, hidden, True, (width, width))
+    table += norm(dims, layer, "sgu.norm", width)
+    table.append(TensorShape(layer, "sgu.proj.weight", (places, places), None, "spatial"))
+    table.append(TensorShape(layer, "sgu.proj.bias", (places,), None, "mixing"))
+    if dims.kind(block) == "amlp":
+        small = dims.mixers.gmlp_attention
+        table.append(TensorShape(layer, "sgu.attn.proj_qkv.weight", (3 * small, hidden), None, "weight"))
+        table.append(TensorShape(layer, "sgu.attn.proj_qkv.bias", (3 * small,), None, "bias"))
+        table += column(layer, "sgu.attn.proj_ffn", width, small, True)
+    return table + row(layer, "output_linear", hidden, width, True)
+
+
+def remembered(dims: ModelDims, block: int, *, model_size: int, max_length: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a block without attention keeps of one text on a tensor-parallel rank; {} for attention."""
+    mixers, hidden = dims.mixers, dims.hidden_size
+    kind = dims.kind(block)
+    if kind == "mamba":
+        channels = mixers.mamba_inner // model_size
+        return {"convolution": (mixers.mamba_convolution - 1, channels), "state": (channels, mixers.mamba_state)}
+    if kind == "rwkv":
+        heads = mixers.rwkv_attention // mixers.rwkv_head // model_size
+        state = (heads, mixers.rwkv_head, mixers.rwkv_head)
+        return {"time": (hidden,), "channel": (hidden,), "state": state}
+    if kind in {"gmlp", "amlp"}:
+        small = (max_length, mixers.gmlp_attention)
+        kept: dict[str, tuple[int, ...]] = {"gate": (max_length, mixers.gmlp_width // model_size)}
+        return kept | ({"keys": small, "values": small} if kind == "amlp" else {})
+    return {}

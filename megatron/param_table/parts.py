@@ -1,0 +1,54 @@
+"""The tensors of the parts that blocks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron.param_table.dims import ModelDims
+from megatron.param_table.tensor import TensorShape
+from megatron.registry import NORMS, TensorSpec
+
+FIRST_BLOCK = 2
+"""Layer index of block 0."""
+
+SHARED = "attention.rpe."
+"""Prefix of the tensors of positions that enter in scores: one set for all blocks, which is that of block 0."""
+
+
+def key_in_table(layer: int, name: str) -> str:
+    """The key "<layer>.<name>" under which the table holds a parameter that a layer has under that name."""
+    return f"{FIRST_BLOCK if name.startswith(SHARED) else layer}.{name}"
+
+
+def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
+    """A norm of the residual stream, or of another number of features."""
+    size = size or dims.hidden_size
+    entry = NORMS.entry(dims.norm)
+    parts = {part: size for part in entry.tensors if dims.norm_bias or part not in entry.optional}
+    parts |= dict.fromkeys(entry.scalars, 1)
+    return [TensorShape(layer, f"{name}.{part}", (length,), None, "norm") for part, length in parts.items()]
+
+
+def positions(dims: ModelDims, layer: int, prefix: str, specs: Iterable[TensorSpec]) -> list[TensorShape]:
+    """Tensors of a position scheme."""
+    table = []
+    for spec in specs:
+        shape = tuple(size if isinstance(size, int) else int(getattr(dims, size)) for size in spec.shape)
+        table.append(TensorShape(layer, f"{prefix}{spec.name}", shape, spec.shard_dim, "position_embedding"))
+    return table
+
+
+def column(layer: int, name: str, out: int, inp: int, bias: bool, sections: tuple[int, ...] = ()) -> list[TensorShape]:
+    """A linear layer whose outputs are cut."""
+    table = [TensorShape(layer, f"{name}.weight", (out, inp), 0, "weight", sections)]
+    if bias:
+        table.append(TensorShape(layer, f"{name}.bias", (out,), 0, "bias", sections))
+    return table
+
+
+def row(layer: int, name: str, out: int, inp: int, bias: bool) -> list[TensorShape]:
+    """A linear layer whose inputs are cut; its bias is added after the sum."""
+    table = [TensorShape(layer, f"{name}.weight", (out, inp), 1, "weight")]
+    if bias:
+        table.append(TensorShape(layer, f"{name}.bias", (out,), None, "bias"))
+    return table

@@ -1,0 +1,35 @@
+"""Every tensor of a model, written down once.
+
+The order and the names are the public GPT-NeoX checkpoint layout and must not move: layer 0 is the embedding, layers
+1 and L+2 hold no parameters, block i is layer i+2, the final norm is layer L+3 and the output layer L+4 (a tied output
+layer owns no tensor). Linear weights are [out, in].
+
+How tensor parallelism cuts a tensor: along ``shard_dim``. A tensor with ``sections`` is a stack of parts along that
+dimension, and each rank holds its slice of every part, in order. So a rank of a grouped-query model holds
+[its q rows | its k rows | its v rows], and a rank of a gated MLP [its up rows | its gate rows]. With as many key/value
+heads as query heads the QKV rows are interleaved head by head, [q, k, v] for each, and one plain slice is right.
+"""
+
+from __future__ import annotations
+
+from megatron.param_table.adapters import prompt_tensor
+from megatron.param_table.blocks import block_tensors
+from megatron.param_table.dims import ModelDims
+from megatron.param_table.parts import norm, positions
+from megatron.param_table.tensor import TensorShape
+from megatron.registry import POSITIONS
+
+
+def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
+    """Every tensor of the model in layer order; a tied head has none of its own. padded_vocab_size [tokens]."""
+    table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
+    table += positions(dims, 0, "position_embeddings.", POSITIONS.entry(dims.pos_emb).embedding)
+    if dims.prompt:
+        table.append(prompt_tensor(dims.prompt, dims.hidden_size))
+    for block in range(dims.num_layers):
+        table += block_tensors(dims, block)
+    table += norm(dims, dims.num_layers + 3, "norm")
+    if not dims.tied:
+        shape = (padded_vocab_size, dims.hidden_size)
+        table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))
+    return table

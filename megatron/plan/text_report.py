@@ -1,0 +1,149 @@
+"""The plan as a page of text."""
+
+from __future__ import annotations
+
+from megatron.adapter_config import low_rank, soft_prompt
+from megatron.config import Config
+from megatron.param_table import base_widths
+from megatron.plan.advice import gib
+from megatron.plan.estimates import Figures
+from megatron.registry import WITHOUT_ATTENTION
+
+WIDTH = 12
+
+
+def plan_text(plan: Figures) -> str:
+    """A page: what is trained, on what, how much of everything, then warnings and what is not built yet."""
+    lines = ["Plan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
+    lines += _listed("Warnings", plan.warnings)
+    lines += _listed("Not built yet, so launching this would be refused", plan.not_supported_yet)
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, told: str) -> str:
+    return f"  {name:<{WIDTH}} {told}"
+
+
+def _model(plan: Figures) -> list[str]:
+    model = plan.config.model
+    kinds = sorted({str(kind) for kind in model.attention_config or ()})
+    heads = f"{model.num_attention_heads} heads"
+    if model.num_kv_heads != model.num_attention_heads:
+        heads += f" over {model.num_kv_heads} key heads"
+    shape = f"{model.num_layers} blocks x {model.hidden_size}"
+    attention = " attention" if set(kinds) - WITHOUT_ATTENTION else ""
+    if attention:
+        shape += f", {heads} x {model.kv_channels}, MLP {model.mlp_width}"
+    shape += _experts(plan.config)
+    parts = f"{model.norm}, {model.activation}, {model.pos_emb} positions, {'/'.join(kinds)}{attention}"
+    count = f"{plan.parameters:,} ({short(plan.parameters)})" if plan.parameters else f"unknown: {plan.unknown}"
+    lines = [_line("model", shape), _line("", parts), *_base(plan.config)]
+    return [*lines, _line("vocabulary", plan.vocabulary), _line("parameters", count), *_trained(plan)]
+
+
+def _base(config: Config) -> list[str]:
+    """The model that muP compares this one with."""
+    base = base_widths(config.mup) if config.mup.mup_base_widths else None
+    if base is None or config.model.hidden_size is None:
+        return []
+    ratio = config.model.hidden_size / base.hidden_size
+    return [_line("muP", f"{ratio:g} x as wide as the base of {base.hidden_size} in {config.mup.base_shapes_file}")]
+
+
+def _trained(plan: Figures) -> list[str]:
+    """What is trained, where the rest is frozen."""
+    model = plan.config.model
+    updates, prompt = low_rank(model.lora), soft_prompt(model.soft_prompt_tuning)
+    if updates is not None:
+        told = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
+    elif prompt is not None:
+        told = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"
+    else:
+        return []
+    if plan.trainable is not None and plan.parameters:
+        told = f"{plan.trainable:,} of them ({plan.trainable / plan.parameters:.2%}): {told}"
+    return [_line("trained", told)]
+
+
+def _experts(config: Config) -> str:
+    moe = config.moe
+    if moe.moe_num_experts == 1:
+        return ""
+    where = "" if moe.moe_expert_interval == 1 else f" in 1 of {moe.moe_expert_interval} blocks"
+    return f" x {moe.moe_num_experts} experts{where}, {moe.moe_top_k} a token"
+
+
+def _world(config: Config) -> list[str]:
+    axes = config.parallelism
+    stages = "no pipeline" if axes.pipe_parallel_size == 0 else f"pipeline {axes.pipe_parallel_size}"
+    told = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
+    if axes.context_parallel_size > 1:
+        told += f" x context {axes.context_parallel_size}"
+    if config.moe.moe_expert_parallel_size > 1:
+        told += f", experts over {config.moe.moe_expert_parallel_size}"
+    return [_line("world", f"{told}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
+
+
+def _batch(config: Config) -> list[str]:
+    training, axes, model = config.training, config.parallelism, config.model
+    assert training.train_batch_size
+    assert model.seq_length
+    told = (
+        f"{training.train_batch_size} samples = micro batch {training.train_micro_batch_size_per_gpu} "
+        f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
+    )
+    tokens = training.train_batch_size * model.seq_length
+    lines = [_line("batch", told), _line("", f"{tokens:,} tokens a step at sequence length {model.seq_length}")]
+    if training.train_iters is not None:
+        lines.append(_line("length", f"{training.train_iters:,} steps, {short(tokens * training.train_iters)} tokens"))
+    rate = config.optimizer.lr
+    if rate is not None:
+        schedule = config.schedule
+        horizon = f" over {schedule.lr_decay_iters:,} steps" if schedule.lr_decay_iters else ""
+        told = f"{config.optimizer.optimizer_type}, {rate:g} {schedule.lr_decay_style} to {schedule.min_lr:g}{horizon}"
+        whole = schedule.lr_decay_iters or schedule.lr_decay_samples
+        counted = "steps" if schedule.lr_decay_iters else "samples"
+        rise = (
+            f"{schedule.warmup_length(whole):,} {counted} of warmup" if whole else f"warmup {schedule.warmup:g} of it"
+        )
+        lines.append(_line("optimizer", f"{told}, {rise}"))
+    return lines
+
+
+def _work(plan: Figures) -> list[str]:
+    if plan.flops_per_iteration is None:
+        return []
+    told = f"{plan.flops_per_iteration:.3g} FLOP an iteration, forward and backward, without recomputation"
+    return [_line("work", told)]
+
+
+def _memory(plan: Figures) -> list[str]:
+    memory = plan.memory
+    if memory is None:
+        return []
+    parts = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    told = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    lines = [_line("memory", f"{gib(memory.total)} on the fullest rank"), _line("", told)]
+    if plan.budget is None:
+        return lines
+    if memory.total <= plan.budget:
+        return [*lines, _line("", f"fits the {gib(plan.budget)} of gpu_memory")]
+    lines.append(_line("", f"exceeds the {gib(plan.budget)} of gpu_memory; what would lower it:"))
+    return lines + [_line("", f"- {one}") for one in plan.advice]
+
+
+def _listed(title: str, items: tuple[str, ...]) -> list[str]:
+    return [f"{title} ({len(items)})", *(f"  - {item}" for item in items)] if items else []
+
+
+def short(count: float) -> str:
+    """A large number in three digits: 410M, 20.6B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,151 @@
+"""What the endpoints of the text service share: who may ask, for which model, and how texts are begun."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fastapi import Request
+
+from megatron.errors import RunError
+from megatron.inference.generation_request import Record, Settings
+from megatron.inference.prompt_encoding import read_prompt
+from megatron.inference.sampling import Sampling
+from megatron.serving.api_errors import Refused
+from megatron.serving.async_results import Keep, Texts, start
+from megatron.serving.chat_rendering import Conversations
+from megatron.serving.scheduler import Closing, Full, Service
+from megatron.serving.token_text import Words
+from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.vocab_limit import known_ids
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How the texts of a request are made.
+
+    new [tokens]: at most, all that fit where it is None. stops, end_ids: what ends a text. copies: of each prompt.
+    tokens: whether the answers' single tokens are wanted; likeliest: with their log-probabilities, and those of so many
+    others. scored: whether those of the prompts' tokens are wanted as well.
+    """
+
+    sampling: Sampling
+    new: int | None
+    stops: tuple[str, ...] = ()
+    seed: int | None = None
+    copies: int = 1
+    tokens: bool = False
+    likeliest: int | None = None
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the endpoints share.
+
+    model: its name for clients. seq_length [tokens]: of prompt and answer together. key: what requests must carry.
+    end_ids: tokens that end a text, besides the end of a document. vocabulary [tokens]: the ids that have a
+    probability, the tokenizer's unless given. conversations: the chat template.
+    """
+
+    service: Service
+    tokenizer: Tokenizer
+    model: str
+    seq_length: int
+    key: str | None
+    seed: int
+    end_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None
+    conversations: Conversations = field(default_factory=Conversations)
+
+    @cached_property
+    def words(self) -> Words:
+        """The texts of single tokens."""
+        return Words(self.tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Stands for the model and how it is served, so that clients see when it changes."""
+        told = repr((self.model, self.seq_length, self.seed, self.end_ids, self.service.started))
+        return f"neox-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+    def check(self, request: Request, model: str | None = None) -> None:
+        """Raises Refused unless the request carries the key, where one is set, and means the model that is here."""
+        header = request.headers.get("authorization", "")
+        scheme, _, rest = header.partition(" ")
+        given = rest.strip() if scheme.lower() == "bearer" else header
+        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise Refused(401, "the key is missing or wrong: send `Authorization: Bearer KEY`")
+        if model is not None and model != self.model:
+            raise Refused(404, f"the model `{model}` does not exist; this is `{self.model}`", "model_not_found")
+
+    def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens, at least one. Raises Refused for ids that do not exist."""
+        if isinstance(prompt, str):
+            try:
+                return read_prompt(self.tokenizer, prompt)
+            except RunError as fault:
+                raise Refused(400, f"prompt: {fault.mistakes[0].what}") from None
+        if max(prompt) >= known_ids(self.tokenizer):
+            raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
+        return list(prompt)
+
+    def begin(self, prompts: Sequence[Sequence[int]], wish: Wish) -> Texts:
+        """Queues the texts of a request. Raises Refused for what does not fit, or while too many wait."""
+        beyond = [token for token, _ in wish.sampling.bias if token >= known_ids(self.tokenizer)]
+        if beyond:
+            raise Refused(400, f"logit_bias: there is no token {beyond[0]}, only {known_ids(self.tokenizer)} tokens")
+        longest = max(len(each) for each in prompts)
+        new = max(1, self.seq_length - longest) if wish.new is None else wish.new
+        if longest + new > self.seq_length:
+            raise Refused(
+                400,
+                f"the longest prompt has {longest} tokens and {new} more are wanted; the model's context is "
+                f"{self.seq_length} tokens",
+                "context_length_exceeded",
+            )
+        texts = [each for each in prompts for _ in range(wish.copies)]
+        chance = self.seed if wish.sampling.greedy else time.time_ns() % 2**62
+        first = chance if wish.seed is None else wish.seed
+        settings = [
+            Settings(
+                wish.sampling,
+                first + at,
+                self.seq_length - len(each) if wish.new is None else new,
+                self.seq_length,
+                stop=wish.stops,
+                end_ids=self.end_ids,
+            )
+            for at, each in enumerate(texts)
+        ]
+        keep = Keep(self.vocabulary or known_ids(self.tokenizer), wish.tokens, wish.likeliest, wish.scored)
+        try:
+            started = start(self.service, self.words, texts, settings, keep)
+        except Full:
+            raise Refused(429, "too many requests are waiting; try again later") from None
+        except Closing:
+            raise Refused(503, "the service is shutting down") from None
+        started.prompt_tokens = sum(len(each) for each in prompts)
+        return started
+
+
+def require_text(records: Sequence[Record]) -> None:
+    """Raises Refused where the model failed on one of the texts."""
+    failed = [record.message for record in records if record.failed]
+    if failed:
+        raise Refused(500, failed[0] or "the model failed")
+
+
+def usage(texts: Texts) -> dict[str, int]:
+    """The tokens of a request that is done."""
+    new = sum(record.length for record in texts.records.values())
+    return {"prompt_tokens": texts.prompt_tokens, "completion_tokens": new, "total_tokens": texts.prompt_tokens + new}
+
+
+def reason(record: Record) -> str:
+    """Why a text ended, in OpenAI's words."""
+    return "stop" if record.finished else "length"

@@ -1,0 +1,203 @@
+"""From the decoding thread to a request's coroutine: pieces, tokens and outcomes of a request's texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from megatron.inference.generation_request import Record, Settings
+from megatron.serving.scheduler import Listener, Service
+from megatron.serving.token_text import Places, Words
+
+_BEHIND = 32
+"""Events from which on a reader is too slow for one at a time."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is wanted besides text.
+
+    tokens: the single tokens of the answers. likeliest: their log-probabilities, and those of so many others there.
+    prompt: the same of the prompts' tokens. vocabulary [tokens]: the ids that exist; others have no probability.
+    """
+
+    vocabulary: int
+    tokens: bool = False
+    likeliest: int | None = None
+    prompt: bool = False
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """One token.
+
+    place: where it begins in the text [characters]. log_probability [nats]: None where it is not known, as of a
+    prompt's first token. likeliest: the log-probabilities of the likeliest tokens there, the largest first, and of
+    this one.
+    """
+
+    token: int
+    place: int
+    log_probability: float | None = None
+    likeliest: dict[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to text `index` of a request: a piece of it, its outcome, or both, and the tokens that it holds."""
+
+    index: int
+    piece: str = ""
+    record: Record | None = None
+    tokens: tuple[TokenScore, ...] = ()
+
+
+class Growing:
+    """One text of a request on the decoding thread: parts what is told of it into events, tokens with their text."""
+
+    def __init__(self, index: int, keep: Keep, places: Places, put: Callable[[Event], None]) -> None:
+        self._index, self._keep, self._places, self._put = index, keep, places, put
+        self._held: deque[TokenScore] = deque()
+        self._released = 0
+
+    def token(self, number: int, logits: Tensor) -> None:
+        """A token that belongs to the text, before its text does. logits [v]."""
+        if not self._keep.tokens and self._keep.likeliest is None:
+            return
+        found = TokenScore(number, self._places.add(number))
+        if self._keep.likeliest is not None:
+            log_probabilities = logits[: self._keep.vocabulary].float().log_softmax(-1)
+            found = _scored([found], log_probabilities[None], self._keep.likeliest)[0]
+        self._held.append(found)
+
+    def piece(self, text: str) -> None:
+        """A piece of the text, which no later token changes."""
+        self._released += len(text)
+        self._put(Event(self._index, piece=text, tokens=self._up_to(self._released)))
+
+    def done(self, record: Record) -> None:
+        """The outcome. Tokens behind a stop text's begin are left out."""
+        rest = self._up_to(len(record.text or "")) if record.cut else tuple(self._held)
+        self._put(Event(self._index, record=record, tokens=rest))
+
+    def _up_to(self, place: int) -> tuple[TokenScore, ...]:
+        found = []
+        while self._held and self._held[0].place < place:
+            found.append(self._held.popleft())
+        return tuple(found)
+
+
+def _together(events: Sequence[Event]) -> Event:
+    """What happened to one text, as one event; nothing happens after its outcome."""
+    tokens = tuple(token for event in events for token in event.tokens)
+    return Event(events[0].index, "".join(event.piece for event in events), events[-1].record, tokens)
+
+
+@dataclass
+class Texts:
+    """The texts of one request in progress.
+
+    tokens: of each text, so far. prompts: the tokens of each prompt with their scores, where asked for. prompt_tokens
+    [tokens]: of all different prompts.
+    """
+
+    service: Service
+    numbers: list[int]
+    queue: asyncio.Queue[Event]
+    prompts: list[list[TokenScore]]
+    prompt_tokens: int = 0
+    tokens: list[list[TokenScore]] = field(default_factory=list)
+    records: dict[int, Record] = field(default_factory=dict)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Everything that happens until all texts are done; abandons them when the reader stops early."""
+        try:
+            while len(self.records) < len(self.numbers):
+                for event in await self._next():
+                    self.tokens[event.index] += event.tokens
+                    if event.record is not None:
+                        self.records[event.index] = event.record
+                    yield event
+        finally:
+            self.abandon()
+
+    async def _next(self) -> list[Event]:
+        """The next event; where the reader has fallen behind, one for each text of all that there are."""
+        events = [await self.queue.get()]
+        if self.queue.qsize() < _BEHIND:
+            return events
+        events += [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+        found: dict[int, list[Event]] = {}
+        for event in events:
+            found.setdefault(event.index, []).append(event)
+        return [_together(each) for each in found.values()]
+
+    def abandon(self) -> None:
+        """Nobody reads on."""
+        if len(self.records) < len(self.numbers):
+            self.service.abandon(self.numbers)
+
+    async def all(self, gone: Callable[[], object]) -> list[Record] | None:
+        """The outcomes in order; None when the client has gone. gone: a coroutine function that says so."""
+        reading = asyncio.ensure_future(self._read())
+        try:
+            while not reading.done():
+                await asyncio.wait({reading}, timeout=0.25)
+                if not reading.done() and await gone():  # type: ignore[misc]
+                    return None
+        finally:
+            if not reading.done():
+                reading.cancel()
+                self.abandon()
+        return [self.records[index] for index in range(len(self.numbers))]
+
+    async def _read(self) -> None:
+        async for _ in self.events():
+            pass
+
+
+def start(
+    service: Service, words: Words, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], keep: Keep
+) -> Texts:
+    """Hands a request's texts in. keep: what is wanted besides their text. Raises Full or Closing."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+    scored: list[list[TokenScore]] = [[TokenScore(tokens[0], 0)] for tokens in prompts]
+
+    def put(event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    def listener(index: int) -> Listener:
+        tokens = prompts[index]
+        growing = Growing(index, keep, words.places(tokens), put)
+
+        def prompt(scores: Tensor) -> None:
+            plain = [TokenScore(token, 0) for token in tokens[1:]]
+            log_probabilities = scores[:, : keep.vocabulary].float().log_softmax(-1)
+            scored[index] += _scored(plain, log_probabilities, keep.likeliest or 0)
+
+        return Listener(piece=growing.piece, token=growing.token, done=growing.done, prompt=prompt)
+
+    wanted = [
+        (tuple(tokens), each, "", listener(index))
+        for index, (tokens, each) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    numbers = service.submit(wanted, scored=keep.prompt)
+    return Texts(service, numbers, queue, scored, tokens=[[] for _ in prompts])
+
+
+def _scored(tokens: Sequence[TokenScore], log_probabilities: Tensor, likeliest: int) -> list[TokenScore]:
+    """The tokens with their log-probabilities, of [tokens, v]."""
+    found = torch.topk(log_probabilities, min(likeliest, log_probabilities.shape[-1]))
+    ids = torch.tensor([each.token for each in tokens], device=log_probabilities.device)
+    own = log_probabilities.gather(-1, ids[:, None])[:, 0].tolist()
+    rows = zip(tokens, own, found.indices.tolist(), found.values.tolist(), strict=True)
+    return [
+        replace(each, log_probability=value, likeliest={**dict(zip(near, values, strict=True)), each.token: value})
+        for each, value, near, values in rows
+    ]

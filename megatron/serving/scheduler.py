@@ -1,0 +1,329 @@
+"""Continuous batching: requests come and go while one token loop runs.
+
+Before every step the first rank takes in requests that have arrived and lets go of those whose clients have left, and
+tells the other ranks of the model what it did (`Orders`), so that all of them run the same loop. A request that arrives
+while others decode has its first token after the step in progress; greedy text of the others does not change.
+
+What goes wrong with one text ends that text. An error of the model itself ends the texts that it was asked about; where
+several ranks hold the model it ends the service, since their loops may no longer be alike.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron.engine.engine import Engine
+from megatron.inference.generation_request import Answer, Record, Settings
+from megatron.inference.token_loop import Step, Text, TokenLoop
+from megatron.log import get_logger
+from megatron.tokenizers.base import Tokenizer
+
+IDLE_SECONDS = 5.0
+"""How often the other ranks hear of the first one when there is nothing to do, so that no collective times out."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One text that is wanted. number: of the request in the service. prompt: at least one token.
+
+    scored: whether the prompt's own scores are wanted, which costs a pass over it.
+    """
+
+    number: int
+    prompt: tuple[int, ...]
+    settings: Settings
+    context: str = ""
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom an answer goes to; called from the decoding thread.
+
+    piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome. prompt: the scores
+    [tokens - 1, v] of the prompt's tokens but the first, before anything else, where they were asked for.
+    """
+
+    piece: Callable[[str], None]
+    token: Callable[[int, Tensor], None]
+    done: Callable[[Record], None]
+    prompt: Callable[[Tensor], None] = lambda scores: None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What every rank does before the next step."""
+
+    joining: tuple[Ask, ...] = ()
+    leaving: tuple[int, ...] = ()
+    stop: bool = False
+
+
+class Worker:
+    """One rank's token loop, which follows orders.
+
+    rows: texts side by side. max_length: tokens of the longest text. alone: whether this rank holds the whole model.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int, alone: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._loop = TokenLoop(engine, rows=rows, max_length=max_length)
+        self._answers: dict[int, Answer] = {}
+        self._alone = alone
+        self._failures = 0
+        self.rows = rows
+
+    @property
+    def free(self) -> int:
+        """How many texts may join."""
+        return self._loop.free
+
+    @property
+    def running(self) -> int:
+        """Texts that grow now."""
+        return len(self._answers)
+
+    def has(self, number: int) -> bool:
+        """Whether a text is still in the loop."""
+        return number in self._answers
+
+    def follow(self, orders: Orders, listeners: dict[int, Listener] | None = None) -> list[tuple[int, Record]]:
+        """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number.
+
+        A text that something went wrong with is among them, and grows on until it is told to leave.
+        """
+        for number in orders.leaving:
+            answer = self._answers.pop(number, None)
+            if answer is not None and answer.growing in self._loop.texts:
+                self._loop.leave(answer.growing)
+        done = self._model(self._loop.step, [text for text in self._loop.texts if not text.ended])
+        heard = listeners or {}
+        joining = [self._answer(ask, heard.get(ask.number)) for ask in orders.joining]
+        for ask, answer in zip(orders.joining, joining, strict=True):
+            if ask.scored and len(ask.prompt) > 1:
+                done += self._score(ask, answer, heard.get(ask.number))
+        starting = [answer.growing for answer in joining if not answer.growing.ended]
+        done += self._model(lambda: self._loop.join(starting), starting) if starting else []
+        return done + self._ended()
+
+    def _answer(self, ask: Ask, heard: Listener | None) -> Answer:
+        self._answers[ask.number] = answer = Answer(
+            self._tokenizer,
+            ask.settings,
+            ask.prompt,
+            ask.context,
+            stream=heard.piece if heard else None,
+            on_token=heard.token if heard else None,
+        )
+        return answer
+
+    def _model(self, ask: Callable[[], list[Step]], texts: list[Text]) -> list[tuple[int, Record]]:
+        """Asks the model about texts and hands their tokens on. Returns the texts that this failed for."""
+        try:
+            steps = ask()
+        except Exception as fault:
+            if not self._alone:
+                raise
+            self._tell(f"the model could not be asked about {len(texts)} texts", fault)
+            return [self._given_up(text, fault) for text in texts]
+        return [each for step in steps if (each := self._hand_on(step)) is not None]
+
+    def _score(self, ask: Ask, answer: Answer, heard: Listener | None) -> list[tuple[int, Record]]:
+        """Hands the scores of a prompt's tokens on. Returns the text if this failed for it, as `follow` does."""
+        try:
+            scores = self._loop.scores_of(ask.prompt)
+        except Exception as fault:
+            if not self._alone:
+                raise
+            self._tell(f"the model could not be asked about the prompt of text {ask.number}", fault)
+            answer.give_up(f"the model failed ({type(fault).__name__})")
+            return []
+        if not bool(scores.logsumexp(-1).isfinite().all()):
+            answer.give_up("the model's scores of the prompt are not numbers (NaN or infinite)")
+            self._tell(f"text {ask.number} ends: the model's scores are not numbers (NaN or infinite)")
+            return []
+        try:
+            if heard is not None:
+                heard.prompt(scores)
+        except Exception as fault:  # noqa: BLE001  of a listener
+            self._tell(f"the scores of text {ask.number} could not be handed on", fault)
+            return [(ask.number, answer.failure(f"the text could not be handed on ({type(fault).__name__})"))]
+        return []
+
+    def _given_up(self, text: Text, fault: Exception) -> tuple[int, Record]:
+        number, answer = next(item for item in self._answers.items() if item[1].growing is text)
+        del self._answers[number]
+        if text in self._loop.texts:
+            self._loop.leave(text)
+        return number, answer.failure(f"the model failed ({type(fault).__name__})")
+
+    def _hand_on(self, step: Step) -> tuple[int, Record] | None:
+        number, answer = next(item for item in self._answers.items() if item[1].growing is step.text)
+        try:
+            if answer.take(step):
+                step.text.end()
+        except Exception as fault:  # noqa: BLE001  of a listener, or of the text's own decoding
+            self._tell(f"text {number} could not be handed on", fault)
+            return number, answer.failure(f"the text could not be handed on ({type(fault).__name__})")
+        if step.text.failed:
+            self._tell(f"text {number} ends: the model's scores are not numbers (NaN or infinite)")
+        return None
+
+    def _ended(self) -> list[tuple[int, Record]]:
+        done = [(number, answer) for number, answer in self._answers.items() if answer.growing.ended]
+        for number, _ in done:
+            del self._answers[number]
+        return [(number, answer.record()) for number, answer in done]
+
+    def _tell(self, what: str, fault: Exception | None = None) -> None:
+        """Says the first of a kind with all that is known, and later ones in a line."""
+        self._failures += 1
+        trace = fault if self._failures == 1 else None
+        get_logger(__name__).warning("%s%s", what, f" ({fault!r})" if fault else "", exc_info=trace)
+
+
+@dataclass
+class Counts:
+    """What the service has done since it started."""
+
+    requests: int = 0
+    refused: int = 0
+    abandoned: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class Full(Exception):
+    """So many requests wait already that no more are taken."""
+
+
+class Closing(Exception):
+    """The service finishes what it has and takes no more."""
+
+
+@dataclass
+class Service:
+    """The first rank's side: threads hand requests in with `submit`, one thread decodes with `run`.
+
+    tell: hands the orders to the other ranks of the model. max_waiting: texts that may wait for a free row.
+    """
+
+    worker: Worker
+    max_waiting: int
+    tell: Callable[[Orders], None] = lambda orders: None
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self.started = time.time()
+        self._waiting: deque[Ask] = deque()
+        self._listeners: dict[int, Listener] = {}
+        self._leaving: list[int] = []
+        self._next = 0
+        self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a free row."""
+        return len(self._waiting)
+
+    @property
+    def closing(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closing
+
+    def submit(
+        self, wanted: list[tuple[tuple[int, ...], Settings, str, Listener]], *, scored: bool = False
+    ) -> list[int]:
+        """Queues texts, all or none, as (prompt, settings, context, listener); returns their numbers.
+
+        As many are taken as there are free rows and places to wait. More than there are at all are taken when nobody
+        waits. scored: whether the scores of the prompts are wanted. Raises Full or Closing.
+        """
+        with self._changed:
+            if self._closing:
+                raise Closing
+            places = self.worker.rows + self.max_waiting
+            beyond = len(wanted) > places and not self._waiting
+            if len(self._listeners) + len(wanted) > places and not beyond:
+                self.counts.refused += len(wanted)
+                raise Full
+            numbers = []
+            for prompt, settings, context, listener in wanted:
+                self._listeners[self._next] = listener
+                self._waiting.append(Ask(self._next, prompt, settings, context, scored))
+                numbers.append(self._next)
+                self._next += 1
+                self.counts.requests += 1
+                self.counts.prompt_tokens += len(prompt)
+            self._changed.notify()
+            return numbers
+
+    def abandon(self, numbers: list[int]) -> None:
+        """Nobody waits for these texts any more; those that have ended are no matter."""
+        with self._changed:
+            for number in numbers:
+                if self._listeners.pop(number, None) is None:
+                    continue
+                self.counts.abandoned += 1
+                before = len(self._waiting)
+                self._waiting = deque(ask for ask in self._waiting if ask.number != number)
+                if len(self._waiting) == before:
+                    self._leaving.append(number)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Takes no more requests; `run` returns when those it has are done."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def run(self, closing: Callable[[], bool] = lambda: False) -> None:
+        """Decodes until `close` is called, or closing() says so, and all is done. Collective with `follow_orders`."""
+        while True:
+            if closing() and not self._closing:
+                self.close()
+            orders = self._orders()
+            self.tell(orders)
+            if orders.stop:
+                return
+            for number, record in self.worker.follow(orders, self._listeners):
+                self._finish(number, record)
+
+    def _finish(self, number: int, record: Record) -> None:
+        """Hands an outcome to its listener; a text that grows on although it failed is told to leave."""
+        with self._changed:
+            listener = self._listeners.pop(number, None)
+            if self.worker.has(number):
+                self._leaving.append(number)
+        self.counts.tokens += record.length
+        try:
+            if listener is not None:
+                listener.done(record)
+        except Exception as fault:  # noqa: BLE001  whatever the listener does
+            get_logger(__name__).warning("the outcome of text %d could not be handed on (%r)", number, fault)
+
+    def _orders(self) -> Orders:
+        """What to do next; waits a while when there is nothing."""
+        with self._changed:
+            if not (self._waiting or self._leaving or self.worker.running):
+                if self._closing:
+                    return Orders(stop=True)
+                self._changed.wait(min(IDLE_SECONDS, 0.5))
+            leaving = tuple(self._leaving)
+            self._leaving.clear()
+            free = self.worker.free + sum(map(self.worker.has, leaving))
+            joining = tuple(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
+            return Orders(joining, leaving)
+
+
+def follow_orders(worker: Worker, hear: Callable[[], Orders]) -> None:
+    """What the other ranks of the model do: the same steps, until told to stop."""
+    while not (orders := hear()).stop:
+        worker.follow(orders)

@@ -1,0 +1,113 @@
+"""What a run reads: how long it is, its loaders, and what a checkpoint remembers of both."""
+
+from __future__ import annotations
+
+from megatron.adapter_config import prompt_length
+from megatron.checkpoint.load.run_inputs_check import RunInputs
+from megatron.config import Config
+from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.lr_schedule import decay_horizon
+from megatron.config.schema.training import TrainingSection
+from megatron.config.validation.unknown_values import known
+from megatron.data.dataset.builder import Data, build_data, epoch_samples
+from megatron.data.dataset.data_order import order_facts
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import barrier
+from megatron.errors import ConfigError
+from megatron.ranks import Ranks
+from megatron.tokenizer_info import facts_of
+from megatron.tokenizers import Tokenizer
+from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
+
+
+def with_length(config: Config) -> Config:
+    """The configuration in which samples, or passes over the data, which the data alone can tell, have become steps."""
+    training, schedule = config.training, config.schedule
+    full = known(training.train_batch_size)
+    if training.train_samples is not None:
+        return config.replace(train_iters=Ramp.of(full, training.rampup_batch_size).steps(training.train_samples))
+    if training.train_epochs is None:
+        return config
+    samples = epoch_samples(
+        config.data,
+        epochs=training.train_epochs,
+        seq_length=known(config.model.text_length),
+        seed=training.seed,
+        is_builder=builds_index_maps(config),
+        barrier=barrier,
+    )
+    steps = samples // full
+    if steps < 1:
+        raise ConfigError.of(
+            f"{training.train_epochs} passes give {samples} samples, and a step takes {full}",
+            key="train_epochs",
+            value=training.train_epochs,
+            remedy="raise it, or lower train_batch_size",
+        )
+    horizon = decay_horizon(steps, schedule.lr_decay_iters, schedule.lr_decay_fraction)
+    return config.replace(train_iters=steps, lr_decay_iters=horizon)
+
+
+def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
+    """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
+    training = config.training
+    wanted = samples_wanted(training, train_iters(config), same_valid=config.data.valid_same_samples)
+    data = build_data(
+        config.data,
+        eod=tokenizer.eod,
+        seq_length=known(config.model.text_length),
+        seed=training.seed,
+        micro_batch=known(training.train_micro_batch_size_per_gpu),
+        data_rank=topology.data.rank,
+        data_size=topology.data.size,
+        train_samples=wanted["train"],
+        valid_samples=wanted["valid"],
+        test_samples=wanted["test"],
+        is_builder=builds_index_maps(config),
+        barrier=barrier,
+        train_epochs=training.train_epochs,
+        prompt=prompt_length(config.model.soft_prompt_tuning),
+        tokenizer=facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)),
+        ids=known_ids(tokenizer),
+    )
+    if data.train is None and wanted["train"]:
+        raise ConfigError.of(
+            "there is nothing to train on", key="data_path", remedy="set data_path or train_data_paths"
+        )
+    return data
+
+
+def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
+    """What a checkpoint keeps of tokenizer and data, to be compared when it is loaded."""
+    order = None
+    if data.plan.train is not None:
+        epochs = config.training.train_epochs
+        order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
+    return RunInputs(facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)), order)
+
+
+def train_iters(config: Config) -> int:
+    """The length of the run [steps]. ConfigError where nothing has told it."""
+    if config.training.train_iters is None:
+        raise ConfigError.of("the number of steps is not set", key="train_iters", remedy="set train_iters")
+    return config.training.train_iters
+
+
+def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bool = False) -> dict[str, int]:
+    """Samples of train, valid and test that all ranks together take in a run of so many iterations.
+
+    There is an evaluation every eval_interval iterations and one at the end, each on samples of its own, or with
+    same_valid all on the same ones.
+    """
+    batch = known(training.train_batch_size)
+    per_evaluation = training.eval_iters * batch
+    several = bool(training.eval_interval) and not same_valid
+    evaluations = iterations // training.eval_interval + 1 if several else 1
+    train = Ramp.of(batch, training.rampup_batch_size).consumed(iterations)
+    return {"train": train, "valid": evaluations * per_evaluation, "test": per_evaluation}
+
+
+def builds_index_maps(config: Config) -> bool:
+    """Whether this rank writes index maps for others: one rank of all, or one of each host."""
+    ranks = Ranks.from_environment()
+    return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0

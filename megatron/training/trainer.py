@@ -1,0 +1,308 @@
+"""The composition root of training: what is built, in order, and from what.
+
+1 process group and topology; 2 tokenizer, the checkpoint to load where every rank can read it, padded vocabulary;
+3 data; 4 model, optimizer and engine, with the weights of a checkpoint if there is one; 5 the rest of the checkpoint;
+6 the loop; 7 final evaluation, sinks closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron.adapter_config import soft_prompt
+from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, make_available, restore
+from megatron.checkpoint.load.run_inputs_check import RunInputs
+from megatron.checkpoint.save.folder_check import check_writable, claim
+from megatron.checkpoint.save.saver import Counters, Saver
+from megatron.config import Config
+from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.curriculum import curriculum_lengths
+from megatron.config.validation.unknown_values import known
+from megatron.data.dataset.builder import Data
+from megatron.distributed.init import shutdown
+from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import any_rank, device
+from megatron.distributed.timeouts import limit_waiting
+from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, join
+from megatron.engine.deepspeed_engine import PlainEngine
+from megatron.engine.pipeline_engine import PipelinedEngine
+from megatron.errors import ConfigError
+from megatron.evaluation.char_perplexity import Characters
+from megatron.evaluation.runner import live_evaluation
+from megatron.health.host_check import roll_call
+from megatron.health.watchdog import Watch
+from megatron.launcher.restart import going_on, restarted_by_others
+from megatron.launcher.worker import Stop
+from megatron.log import get_logger
+from megatron.metrics.builder import build_reporter
+from megatron.metrics.memory import peak_memory_bytes
+from megatron.metrics.peak_flops import find_peak
+from megatron.metrics.reporter import Reporter
+from megatron.metrics.timers import no_wait
+from megatron.optim.lr_schedule import build as build_schedule
+from megatron.param_table import ModelDims, tensors
+from megatron.plan.flops import flops_per_iteration
+from megatron.registry import SCHEDULES
+from megatron.tokenizers import Tokenizer
+from megatron.tokenizers.builder import build_tokenizer
+from megatron.tokenizers.vocab_limit import known_ids
+from megatron.training.data_setup import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
+from megatron.training.hooks import Instruments, build_instruments
+from megatron.training.locate_failure import Diagnosis
+from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
+from megatron.training.nan_guard import Judge
+from megatron.training.run_state import RunState
+from megatron.training.step_schedule import StepSizes
+from megatron.training.watchdog_hooks import watched
+
+_log = get_logger(__name__)
+
+
+def train(config: Config, stop: Stop) -> None:
+    """Trains as the configuration says. Collective: every worker calls it with the same configuration.
+
+    Raises ConfigError for mistakes that only show here (missing data, nothing to load), RunError for later faults.
+    """
+    topology = join(config)
+    config = _alike_after_a_restart(config)
+    folder = config.observe.folder
+    watch = Watch(topology, folder, config.launch.collective_timeout)
+    try:
+        with watch.over():
+            alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
+            hosts = roll_call(alike, folder, shared=config.data.use_shared_fs)
+            _train(with_length(config), topology, stop, watch, hosts)
+    finally:
+        shutdown()
+
+
+def _alike_after_a_restart(config: Config) -> Config:
+    """The same start on every rank: torchrun counts restarts on each host for itself, and all start again together."""
+    again = any_rank(restarted_by_others(os.environ))
+    return config.replace(**going_on(config)) if again else config
+
+
+def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
+    leads = builds_index_maps(config)
+    if config.checkpoint.save is not None:
+        check_writable(config.checkpoint.save, leads=leads)
+    tokenizer = build_tokenizer(config.tokenizer)
+    make_available(config.checkpoint, shared=config.data.use_shared_fs)
+    tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
+    data = build_run_data(config, topology, tokenizer)
+    inputs = run_inputs(config, data, tokenizer)
+    checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)
+    config = checkpoint.schedule(config) if checkpoint else config
+    engine = build_training_engine(
+        config,
+        topology,
+        padded_vocab_size=vocabulary,
+        vocab_size=known_ids(tokenizer),
+        checkpoint=checkpoint,
+        prompt_tokens=_prompt_tokens(config, tokenizer),
+    )
+    counters = restore(checkpoint, engine) if checkpoint else Counters()
+    state = RunState.from_counters(counters)
+    reporter = build_reporter(
+        config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat(), hosts=hosts
+    )
+    try:
+        plan = _plan(config, topology, vocabulary, reporter)
+        saver = _saver(config, engine, vocabulary, checkpoint, inputs)
+        parts = _parts(config, engine, data, reporter, stop, saver)
+        tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
+        parts = replace(parts, evaluate_tasks=tasks)
+        if config.training.char_level_ppl:
+            parts = replace(parts, characters=Characters(tokenizer))
+        instruments = build_instruments(
+            config.observe,
+            engine,
+            hosts=hosts,
+            max_norm=config.optimizer.gradient_clipping,
+            due=plan.reports,
+            tell=reporter.message,
+        )
+        parts = _watched(config, engine, data, parts, instruments)
+        parts = watched(parts, watch, instruments.waiting)
+        limit_waiting(config.launch.collective_timeout)
+        _introduce(config, topology, data, state, reporter)
+        _keep_for_good()
+        stop.listen()
+        reason = run_loop(plan, parts, state)
+        instruments.close()
+        if saver is not None:
+            saver.finish()
+        if reason is not None:
+            reporter.message(f"stopped after iteration {state.iteration}: {reason}")
+        elif data.test is not None and plan.eval_iters > 0:
+            _test(plan, parts, data, state)
+    finally:
+        reporter.close()
+
+
+def _starting_point(config: Config, vocabulary: int, inputs: RunInputs, *, leads: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, which fits tokenizer and data; the run may then save into its folder. Collective.
+
+    leads: whether this rank may move files, one rank for each file system.
+    """
+    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary)
+    checkpoint = find_checkpoint(config, table, tokenizer=inputs.tokenizer)
+    if checkpoint is not None:
+        checkpoint.require_data_order(inputs, override=config.checkpoint.override_data_order)
+    if config.checkpoint.save is not None:
+        continues = checkpoint is not None and not checkpoint.from_start
+        claim(config.checkpoint, checkpoint.directory if checkpoint and continues else None, leads=leads)
+    return checkpoint
+
+
+def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The tokens whose vectors a learned prompt starts as; none where it is drawn, or there is none."""
+    prompt = soft_prompt(config.model.soft_prompt_tuning)
+    if prompt is None or not prompt.init_string:
+        return []
+    tokens = list(tokenizer.encode(prompt.init_string))
+    if not tokens:
+        what = "init_string has no token"
+        raise ConfigError.of(what, key="soft_prompt_tuning", value=config.model.soft_prompt_tuning)
+    return tokens
+
+
+def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
+    training, checkpoint, model = config.training, config.checkpoint, config.model
+    dims = ModelDims.of(model, config.moe, config.mixers)
+    batch = known(training.train_batch_size)
+    table = tensors(dims, vocabulary)
+    peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
+    reporter.message(f"model FLOPs utilisation is against {peak}")
+    return Plan(
+        total=train_iters(config),
+        log_interval=config.observe.log_interval,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        exit_interval=training.exit_interval,
+        exit_minutes=training.exit_duration,
+        save_scale=checkpoint.checkpoint_scale,
+        save_factor=checkpoint.checkpoint_factor,
+        save_extra=tuple(checkpoint.extra_save_iters or ()),
+        samples=batch,
+        micro_batches=known(training.gradient_accumulation_steps),
+        sizes=StepSizes(
+            Ramp.of(batch, training.rampup_batch_size),
+            share=known(training.train_micro_batch_size_per_gpu) * topology.data.size,
+            lengths=curriculum_lengths(config.deepspeed.curriculum_learning, known(model.seq_length)),
+            whole=known(model.seq_length),
+        ),
+        flops=lambda length: (
+            flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
+        ),
+        peak_flops=peak.flops_per_second,
+        overflow_limit=config.precision.overflow_limit,
+        counts_samples=training.train_samples is not None,
+    )
+
+
+def _parts(
+    config: Config,
+    engine: PlainEngine | PipelinedEngine,
+    data: Data,
+    reporter: Reporter,
+    stop: Stop,
+    saver: Saver | None,
+) -> Parts:
+    section = config.schedule
+    horizon = section.lr_decay_samples if config.training.train_samples is not None else section.lr_decay_iters
+    schedule = build_schedule(
+        SCHEDULES.load(section.lr_decay_style),
+        peak=known(config.optimizer.lr),
+        floor=section.min_lr,
+        warmup_fraction=section.warmup,
+        warmup=section.warmup_iters,
+        horizon=known(horizon),
+        tail=section.wsd_decay_fraction,
+        tail_shape=section.wsd_decay_style,
+    )
+    return Parts(
+        engine=engine,
+        schedule=schedule,
+        train=data.train,
+        valid=data.valid,
+        valid_sets=data.valid_sets,
+        reporter=reporter,
+        stop_requested=lambda: stop.requested,
+        save=_save(saver, reporter) if saver else None,
+        check_saves=saver.check if saver else no_wait,
+        synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
+        peak_memory=lambda: peak_memory_bytes(device()),
+    )
+
+
+def _saver(
+    config: Config,
+    engine: PlainEngine | PipelinedEngine,
+    vocabulary: int,
+    checkpoint: Checkpoint | None,
+    inputs: RunInputs,
+) -> Saver | None:
+    if config.checkpoint.save is None:
+        return None
+    loaded = checkpoint.directory if checkpoint else None
+    return Saver(config, engine, padded_vocab_size=vocabulary, loaded=loaded, inputs=inputs)
+
+
+def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
+    def save(state: RunState) -> None:
+        directory = saver.save(state.counters())
+        how = "saving" if saver.config.checkpoint.checkpoint_async else "saved"
+        reporter.message(f"{how} {directory}")
+
+    return save
+
+
+def _keep_for_good() -> None:
+    """What is alive now lives as long as the run: a look through it for garbage would stop a rank for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def _watched(
+    config: Config, engine: PlainEngine | PipelinedEngine, data: Data, parts: Parts, instruments: Instruments
+) -> Parts:
+    """The parts with those that look at the run."""
+    training = config.training
+    if data.train is None:
+        return parts
+    diagnosis = Diagnosis(engine, data.train, known(training.train_micro_batch_size_per_gpu))
+    judge = Judge(
+        diagnosis,
+        training.on_nan,
+        config.observe.loss_spike_factor,
+        scaled=config.precision.precision == "fp16",
+        tell=parts.reporter.message,
+    )
+    return replace(parts, judge=judge.judge, recording=instruments.recording, measure=instruments.measure)
+
+
+def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
+    reporter.message(
+        f"{topology.world_size} rank(s): pipe {topology.pipe.size} x data {topology.data.size} x "
+        f"context {topology.context.size} x model {topology.model.size}, ZeRO {config.deepspeed.zero_stage}, "
+        f"{config.precision.precision}"
+    )
+    reporter.message(str(data.plan))
+    if state.iteration:
+        reporter.message(f"continuing after iteration {state.iteration}, sample {state.consumed_samples}")
+    if state.iteration >= train_iters(config):
+        reporter.message(f"nothing is left to train: the run ends at iteration {train_iters(config)} (train_iters)")
+
+
+def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
+    """The last word: the loss on the test split, from its first sample on."""
+    assert data.test is not None
+    metrics = evaluation_metrics(plan, parts, data.test.batches(0))
+    if metrics is not None:
+        parts.reporter.evaluation(state.iteration, "test", metrics)

@@ -1,0 +1,75 @@
+"""Limits on waiting, and who is blamed when one is reached."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.distributed.timeouts import collective_in_progress, failed_in_a_collective, limit_waiting
+from megatron.health.heartbeat import STALE, Pulse, suspects
+from tests.multi_rank import run_distributed
+
+NOW = 1000.0
+
+
+def late_rank(rank: int, world_size: int) -> tuple[float, bool]:
+    """Seconds until rank 0's all-reduce in a group of its own gave up, and whether its error is a collective's."""
+    group = dist.new_group([0, 1])
+    limit_waiting(1.0)
+    started, collective = time.monotonic(), False
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+        except RuntimeError as fault:
+            collective = failed_in_a_collective(fault)
+    else:
+        time.sleep(2.5)
+    seconds = time.monotonic() - started
+    limit_waiting(60.0)  # for the helper's own barrier
+    return seconds, collective
+
+
+def test_the_limit_holds_in_groups_that_were_made_without_one() -> None:
+    """Without it the group waits for gloo's own half hour."""
+    (seconds, collective), _ = run_distributed(late_rank, 2)
+    assert 0.9 < seconds < 2.3
+    assert collective
+
+
+def pulse(rank: int, *, iteration: int = 5, heard: float = NOW, waiting_in: str | None = "all_reduce") -> Pulse:
+    return Pulse(rank, f"host{rank}", 0, iteration, "training", NOW - 20, heard, waiting_in, "step (x.py:1)")
+
+
+@pytest.mark.parametrize(
+    ("pulses", "blamed"),
+    [
+        ([pulse(0), pulse(1, heard=NOW - STALE - 1), pulse(2)], [1]),  # frozen or gone
+        ([pulse(0), pulse(2)], [1]),  # never came
+        ([pulse(0), pulse(1), pulse(2, waiting_in=None)], [2]),  # busy with something else
+        ([pulse(0), pulse(1, iteration=4), pulse(2)], [1]),  # behind: the ranks wait in different collectives
+        ([pulse(0), pulse(1), pulse(2)], []),  # nobody stands out
+        ([pulse(0), pulse(1, heard=NOW - 9), pulse(2, waiting_in=None)], [1]),  # silence speaks louder
+    ],
+)
+def test_who_is_blamed(pulses: list[Pulse], blamed: list[int]) -> None:
+    told = suspects(pulses, 3, NOW)
+    assert [int(sentence.split()[1]) for sentence in told] == blamed
+
+
+def test_a_thread_in_no_collective_waits_for_nobody() -> None:
+    import threading
+
+    assert collective_in_progress(threading.get_ident()) is None
+
+
+def test_an_ordinary_error_is_no_collective_that_failed() -> None:
+    assert not failed_in_a_collective(RuntimeError("shapes do not match"))
+    assert not failed_in_a_collective(ValueError("gloo"))
+
+
+def test_where_there_are_no_iterations_none_is_told() -> None:
+    assert "stage 0): training for" in str(pulse(1, iteration=0))
+    assert "stage 0) at iteration 5: training for" in str(pulse(1))

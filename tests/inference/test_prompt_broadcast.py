@@ -1,0 +1,38 @@
+"""Ranks that wait for a person wait longer than they may wait for each other."""
+
+from __future__ import annotations
+
+import time
+
+from megatron.distributed.process_group import any_rank
+from megatron.distributed.timeouts import limit_waiting
+from megatron.inference.prompt_broadcast import share_prompt
+from tests.multi_rank import run_distributed
+
+LIMIT = 1.0  # [s]
+THOUGHT = 3.0  # [s]
+
+
+def slow_typist(rank: int, world_size: int) -> tuple[list[str | None], bool, bool]:
+    """What every rank hears of two prompts and the end, and whether rank 1's wish reached it."""
+    limit_waiting(LIMIT)
+    typed = iter(["hello", "", None])
+
+    def ask() -> str | None:
+        assert rank == 0, "only rank 0 has a terminal"
+        time.sleep(THOUGHT)
+        return next(typed)
+
+    heard = [share_prompt(ask, limit=LIMIT) for _ in range(3)]
+    wished = any_rank(rank == 1), any_rank(False)
+    limit_waiting(60.0)  # for the helper's own barrier
+    return heard, *wished
+
+
+def test_a_person_may_think_for_longer_than_ranks_wait() -> None:
+    assert run_distributed(slow_typist, 2) == [(["hello", "", None], True, False)] * 2
+
+
+def test_one_rank_asks_for_itself() -> None:
+    assert share_prompt(lambda: "hello", limit=LIMIT) == "hello"
+    assert any_rank(True) and not any_rank(False)

@@ -1,0 +1,280 @@
+"""The command line of every launcher, and one that really starts ranks which report over the network."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from megatron.config.config import CATALOG
+from megatron.errors import ConfigError
+from megatron.launcher.commands.local import Rendezvous, torchrun_command
+from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, command_elsewhere
+from megatron.launcher.hosts import Machines, Wanted, allocated, find_machines
+from megatron.launcher.ssh_check import check_launcher, node_number
+from tests.launcher.conftest import Deepy
+from tests.launcher.test_supervisor import STOPS
+
+WORKER = ("/x/train.py", "--run-config", "/run/config.json")
+EVEN = Machines({"first": (0, 1), "second": (0, 1)}, "cuda", 4)
+PICKED = Machines({"first": (0, 1), "second": (3,)}, "cuda", 3)
+UNEVEN = Machines({"first": (0, 1), "second": (0,)}, "cuda", 3)
+RUN = Path("/run")
+PORTS = {"slurm": 29500}  # the default, of which srun is told nothing
+
+
+def argv(launcher: str, machines: Machines = EVEN, **more: object) -> str:
+    port = PORTS.get(launcher, 1234)
+    where = Rendezvous(launcher=launcher, **{"master_port": port, **more})  # type: ignore[arg-type]
+    return shlex.join(command_elsewhere(machines, where, WORKER, RUN, {"PATH": "/bin"}).argv)
+
+
+def runner(launcher: str, options: str, master: str = "first", arguments: str = "") -> str:
+    given = f" {shlex.quote(f'--launcher_args={arguments}')}" if arguments else ""
+    port = PORTS.get(launcher, 1234)
+    return (
+        f"{sys.executable} -m deepspeed.launcher.runner --hostfile=/run/hostfile --master_addr={master} "
+        f"--master_port={port} --launcher={launcher}{given} "
+        f"--force_multi --no_ssh_check --log_level=error {options}"
+    )
+
+
+SETTINGS = "--log-dir /run DS_ACCELERATOR=cuda"
+MEETING = "MASTER_ADDR=first MASTER_PORT=1234"
+SCRIPT = "/x/train.py --run-config /run/config.json"
+LINES = {
+    "pdsh": runner(
+        "pdsh",
+        f"--include=first:0,1@second:0,1 --no_local_rank --module megatron.launcher.rank_agent {SETTINGS} {SCRIPT}",
+    ),
+    **{
+        name: runner(name, f"{RANK_FILE} {SETTINGS} {MEETING} {SCRIPT}")
+        for name in ("openmpi", "mpich", "impi", "mvapich")
+    },
+    "slurm": runner(
+        "slurm",
+        f"{RANK_FILE} {SETTINGS} {SCRIPT}",
+        arguments="--ntasks-per-node=2 --nodes=2 --nodelist=first,second --gpus-per-node=2",
+    ),
+    "jsrun": "jsrun --nrs 2 --rs_per_host 1 --tasks_per_rs 2 --cpu_per_rs ALL_CPUS --gpu_per_rs 2 "
+    f"--launch_distribution packed --bind none {sys.executable} -u {RANK_FILE} {SETTINGS} {MEETING} {SCRIPT}",
+    "flux": "flux run --nodes 2 --tasks-per-node 2 --gpus-per-node 2 --exclusive -o mpi=none -o cpu-affinity=off "
+    f"--requires=host:first,second {sys.executable} -u {RANK_FILE} {SETTINGS} {MEETING} {SCRIPT}",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_command_lines(launcher: str) -> None:
+    assert argv(launcher) == LINES[launcher]
+
+
+def test_every_choice_of_the_key_has_a_command() -> None:
+    assert {*LAUNCHERS, "torchrun", "local"} == set(CATALOG["launcher"].choices)
+    assert PROGRAMS.keys() == LAUNCHERS.keys()
+
+
+def test_the_options_of_deepspeeds_runner_are_its_own() -> None:
+    """The real parser of the runner takes every line, and finds the script and its arguments where they are meant."""
+    from deepspeed.launcher.runner import parse_args  # takes seconds
+
+    for name, line in LINES.items():
+        if name in {"jsrun", "flux"}:
+            continue
+        found = parse_args(shlex.split(line)[3:])
+        assert (found.launcher, found.force_multi, found.no_ssh_check) == (name, True, True)
+        assert found.user_script == ("megatron.launcher.rank_agent" if name == "pdsh" else str(RANK_FILE))
+        assert found.module == (name == "pdsh")
+        assert found.user_args[-3:] == list(WORKER)
+
+
+def test_slots_are_chosen_by_pdsh_alone() -> None:
+    assert "--include=first:0,1@second:3" in argv("pdsh", PICKED)
+    for launcher in LAUNCHERS.keys() - {"pdsh"}:
+        with pytest.raises(ConfigError, match=r"it cannot choose the slots \[3\] of second; choose hosts, or use pdsh"):
+            argv(launcher, PICKED)
+
+
+def test_the_hostfile_offers_what_was_chosen() -> None:
+    command = command_elsewhere(PICKED, Rendezvous(launcher="pdsh"), WORKER, RUN, {})
+    assert command.hostfile == "first slots=2\nsecond slots=4\n"
+
+
+def test_hosts_with_different_numbers_of_ranks() -> None:
+    assert "MASTER_ADDR" in argv("openmpi", UNEVEN)
+    for launcher in ("mpich", "impi", "mvapich", "slurm", "jsrun", "flux"):
+        with pytest.raises(ConfigError, match="as many ranks on every host, and these have first 2, second 1"):
+            argv(launcher, UNEVEN)
+
+
+def test_what_the_user_adds() -> None:
+    assert "--launcher_args" not in argv("pdsh")
+    assert "--launcher_args=-x lost" in argv("pdsh", launcher_args="-x lost")
+    told = argv("slurm", comment="a b", account="ours", launcher_args="--qos=high --gpus=4")
+    assert "--qos=high --gpus=4 --ntasks-per-node=2 --nodes=2" in told
+    assert "--account=ours" in told
+    assert "comment=a b" in told
+    assert "--gpus-per-node" not in told
+    assert " -g 2 " in argv("jsrun", launcher_args="-g 2")
+    assert "NEOX_SUPERVISOR=tcp://me:1/x" in argv("pdsh", supervisor="tcp://me:1/x")
+    assert "MASTER_ADDR=there" in argv("openmpi", master_addr="there")
+    assert "MASTER_ADDR=there MASTER_PORT=77" in argv("slurm", master_addr="there", master_port=77)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
+def test_modules_that_register_parts_reach_other_hosts(launcher: str) -> None:
+    where, caller = Rendezvous(launcher=launcher, master_port=1234), {"NEOX_PLUGINS": "my_parts"}
+    assert "NEOX_PLUGINS=my_parts" in shlex.join(command_elsewhere(EVEN, where, WORKER, RUN, caller).argv)
+
+
+def test_torchrun_on_one_host_of_two() -> None:
+    there = {"master_addr": "first", "master_port": 1234, "node": 1}
+    where = Rendezvous(launcher="torchrun", launcher_args="--max-restarts=3", **there)  # type: ignore[arg-type]
+    command = torchrun_command(EVEN, where, WORKER, RUN, {})
+    assert shlex.join(command.argv) == (
+        f"{sys.executable} -m torch.distributed.run --nnodes=2 --node-rank=1 --nproc-per-node=2 --master-addr=first "
+        f"--master-port=1234 --max-restarts=3 --module megatron.launcher.rank_agent --log-dir /run {SCRIPT}"
+    )
+
+
+def test_which_host_this_is() -> None:
+    hosts = ["a", "b"]
+    assert node_number(hosts, {"NODE_RANK": "1"}, frozenset()) == 1
+    assert node_number(hosts, {}, frozenset({"b"})) == 1
+    assert node_number(["a"], {}, frozenset()) == 0
+    with pytest.raises(ConfigError, match="NODE_RANK: nothing says which of the 2 hosts this is"):
+        node_number(hosts, {}, frozenset())
+
+
+def test_a_launcher_that_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match="launcher = 'flux': there is no flux on this host; install it"):
+        check_launcher("flux", {"PATH": "/nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, {}),
+        ({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "4"}, {"n1": 4, "n2": 4}),
+        ({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "8"}, {"n1": 8, "n2": 8}),
+        ({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}, {"n1": 2, "n2": 2, "n3": 1}),
+        ({"SLURM_JOB_NODELIST": "n1"}, {"n1": 1}),
+    ],
+)
+def test_the_allocation_of_slurm(environment: dict[str, str], found: dict[str, int]) -> None:
+    assert allocated(environment) == found
+
+
+def test_machines_of_schedulers(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NTASKS_PER_NODE": "2"}
+    found = find_machines(Wanted(launcher="slurm"), job, tmp_path)
+    assert (list(found.hosts), found.world_size, found.named, found.shortage) == (["n1", "n2", "n3"], 6, True, None)
+    assert find_machines(Wanted(launcher="slurm", exclude="n2", num_gpus=1), job, tmp_path).world_size == 2
+    with pytest.raises(ConfigError, match="num_nodes = 4: the allocation offers 3 hosts"):
+        find_machines(Wanted(launcher="slurm", num_nodes=4), job, tmp_path)
+    for launcher in ("slurm", "jsrun", "flux"):
+        outside = find_machines(Wanted(launcher=launcher, num_nodes=2, num_gpus=8), {}, tmp_path)
+        assert (outside.world_size, outside.named, outside.shortage) == (16, False, None)
+        unknown = find_machines(Wanted(launcher=launcher, global_num_gpus=96), {}, tmp_path)
+        assert unknown.world_size == 96
+        assert f"nothing tells {launcher} which hosts to use" in str(unknown.shortage)
+    several = find_machines(Wanted(launcher="torchrun", num_nodes=2, num_gpus=2), {}, tmp_path)
+    assert (several.world_size, len(several.hosts)) == (4, 2)
+
+
+FLUX = """\
+    #!{python}
+    # Stands in for `flux run`: starts every task on this host, with the names that Flux gives.
+    import os, subprocess, sys
+    words = sys.argv[1:]
+    tasks = int(words[words.index("--nodes") + 1]) * int(words[words.index("--tasks-per-node") + 1])
+    command = words[words.index({python!r}):]
+    def environment(rank):
+        names = dict(FLUX_TASK_RANK=str(rank), FLUX_JOB_SIZE=str(tasks), FLUX_TASK_LOCAL_ID=str(rank))
+        return dict(os.environ, **names)
+    started = [subprocess.Popen(command, env=environment(rank)) for rank in range(tasks)]
+    sys.exit(max(each.wait() for each in started))
+    """
+
+
+@pytest.fixture
+def flux(deepy: Deepy) -> Deepy:
+    """deepy.py beside a stand-in for flux."""
+    programs = deepy.folder / "bin"
+    programs.mkdir()
+    (programs / "flux").write_text(textwrap.dedent(FLUX).format(python=sys.executable))
+    (programs / "flux").chmod(0o755)
+    deepy.environment["PATH"] = f"{programs}:{deepy.environment['PATH']}"
+    with (deepy.folder / "conf.yml").open("a") as configuration:
+        configuration.write("launcher: flux\nnum_nodes: 1\n")
+    return deepy
+
+
+def test_ranks_elsewhere_report_over_the_network(flux: Deepy) -> None:
+    code, out, err = flux.run("print('said by', rank, os.environ['MASTER_PORT'], os.environ['WORLD_SIZE'])")
+    assert code == 0, err
+    assert out == "said by 0 29500 2\n"
+    assert (flux.folder / "run/work/rank_1.log").read_text() == "said by 1 29500 2\n"
+
+
+def test_torchrun_on_this_host(deepy: Deepy) -> None:
+    code, out, err = deepy.run("print('said by', rank, os.environ['LOCAL_WORLD_SIZE'])", "--launcher", "torchrun")
+    assert code == 0, err
+    assert out == "said by 0 2\n"
+    assert (deepy.folder / "run/work/rank_1.log").read_text() == "said by 1 2\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--launcher", "torchrun", "--num-nodes", "2"], "NODE_RANK: nothing says which of the 2 hosts this is"),
+        (["--launcher", "local", "--hostfile", "hosts"], "launcher = 'local': the hostfile names other hosts: far"),
+        (["--launcher", "jsrun", "--hostfile", "hosts"], "launcher = 'jsrun': there is no jsrun on this host"),
+    ],
+)
+def test_launches_that_cannot_be(deepy: Deepy, flags: list[str], told: str) -> None:
+    (deepy.folder / "hosts").write_text("far slots=2\n")
+    code, _, err = deepy.run("", *flags)
+    assert code == 2
+    assert told in err
+
+
+def test_a_failure_elsewhere_names_rank_host_and_last_lines(flux: Deepy) -> None:
+    code, _, err = flux.run("""
+        if rank == 1:
+            print("the disk is on fire", file=sys.stderr)
+            sys.exit(3)
+        time.sleep(600)
+    """)
+    assert code == 3
+    assert "[rank 1] the disk is on fire" in err
+    assert f"rank 1 on {os.uname().nodename} failed first, with exit code 3" in err
+
+
+def test_a_stop_signal_reaches_workers_elsewhere(flux: Deepy) -> None:
+    started = flux.start(STOPS.replace("SAVING", "0.5"))
+    started.wait_for("ready.0", "ready.1")
+    started.process.send_signal(signal.SIGTERM)
+    code, _, err = started.finish()
+    assert code == 0, err
+    assert [(flux.folder / f"saved.{rank}").read_text() for rank in (0, 1)] == ["15\n", "15\n"]
+
+
+def test_a_stranger_at_the_network_is_sent_away(flux: Deepy) -> None:
+    """Whoever does not know the word cannot report for a rank."""
+    code, _, err = flux.run("""
+        import json, socket
+        from pathlib import Path
+        if rank == 0:
+            line = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+            place = line.split("NEOX_SUPERVISOR=tcp://")[1].split("/")[0]
+            host, _, port = place.rpartition(":")
+            with socket.create_connection((host, int(port))) as link:
+                link.sendall(json.dumps({"rank": 1, "word": "guess", "code": 9, "tail": []}).encode() + b"\\n")
+                assert link.recv(1) == b""
+    """)
+    assert code == 0, err

@@ -1,0 +1,82 @@
+"""The folder that keeps what a run was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.config import serialize
+from megatron.errors import RunError
+from megatron.launcher.arguments import read_request
+from megatron.launcher.cli import build_command, rendezvous
+from megatron.launcher.resolve import resolve_request
+from megatron.launcher.run_directory import choose_run_directory, git_revision, prepare_run_directory
+from tests.config.small import SMALL
+
+TRAIN = Path("/somewhere/train.py")
+
+
+def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_run_directory("here", "elsewhere", ["a.yml"], TRAIN) == tmp_path / "here"
+    assert choose_run_directory(None, "saved", ["a.yml"], TRAIN) == tmp_path / "saved/logs"
+    named = choose_run_directory(None, None, ["configs/small.yml", "local"], TRAIN)
+    assert named.parent == tmp_path / "runs"
+    assert re.fullmatch(r"small-local-\d{8}-\d{6}", named.name)
+
+
+def test_other_scripts_do_not_overwrite_what_trained() -> None:
+    assert choose_run_directory("/run", None, [], Path("/x/generate.py")) == Path("/run/generate")
+
+
+def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = prepare_run_directory(folder, "{}\n", {"a.yml": "train_iters: 1\n"}, ["deepy.py", "train.py", "a.yml"])
+    assert config.read_text() == "{}\n"
+    assert (folder / "sources/a.yml").read_text() == "train_iters: 1\n"
+    prepare_run_directory(folder, "{}\n", {}, ["again"])
+    prepare_run_directory(folder, '{"changed": 1}\n', {}, ["once more"])
+    assert config.read_text() == '{"changed": 1}\n'
+    assert [path.name for path in folder.glob("config.*.json")] == ["config.1.json"]
+    launches = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
+    assert [launch["command"] for launch in launches] == [["deepy.py", "train.py", "a.yml"], ["again"], ["once more"]]
+    assert launches[0]["packages"]["deepspeed"]
+    assert launches[0]["python"].startswith("3.")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="the run directory cannot be written"):
+        prepare_run_directory(tmp_path / "file" / "run", "{}", {}, [])
+
+
+def test_the_revision_of_a_folder_outside_any_checkout(tmp_path: Path) -> None:
+    assert git_revision(tmp_path) is None
+
+
+def started(tmp_path: Path, *flags: str) -> tuple[str, ...]:
+    """The command line that starts the workers of a small run on two hosts."""
+    hosts, paths = tmp_path / "hosts", tmp_path / "run.yml"
+    hosts.write_text("one slots=1\ntwo slots=1\n")
+    paths.write_text(json.dumps({**SMALL, "hostfile": str(hosts), "log_dir": str(tmp_path / "run")}))
+    request = read_request(["train.py", str(paths), "--launcher", "pdsh", *flags])
+    resolved = resolve_request(request, {})
+    return build_command(request, resolved, tmp_path / "run", rendezvous(resolved, {}), {}).argv
+
+
+def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Path) -> None:
+    assert started(tmp_path)[-2:] == ("--run-config", str(tmp_path / "run" / "config.json"))
+    name, text = started(tmp_path, "--use_shared_fs", "false")[-2:]
+    assert name == "--megatron-config"
+    assert serialize.decode(text).flat()["num_layers"] == SMALL["num_layers"]
+    assert len(text) < 1500
+
+
+def test_the_revision_of_a_checkout_is_kept(tmp_path: Path) -> None:
+    prepare_run_directory(tmp_path, "{}", {}, [])
+    launch = json.loads((tmp_path / "launches.jsonl").read_text())
+    assert launch["git"] == git_revision(Path(__file__).parent)
+    assert launch["packages"].keys() >= {"torch", "deepspeed", "pydantic"}

@@ -1,0 +1,62 @@
+"""Hosts are asked before anything starts, and the address of this one is that of the right network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.launcher.ssh_check import ask, check_hosts, check_launcher, own_address
+
+SSH = """\
+#!/bin/sh
+# Stands in for ssh: the host is the last word but one.
+for word; do before=$host; host=$word; done
+case "$before" in
+  good*) echo "10.0.0.7 fe80::1"; exit 0 ;;
+  odd*) exit 3 ;;
+  closed*) echo "warning: something" >&2; echo "$*: Permission denied (publickey)." >&2; exit 255 ;;
+  *) exit 255 ;;
+esac
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_answers(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", environment["PATH"])
+    assert ask("good", environment).address == "10.0.0.7"
+    assert ask("odd", environment).fault is None  # it lets the user in, whatever the command says
+    assert str(ask("closed", environment).fault).endswith("Permission denied (publickey).")
+    told = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).fault)
+    assert "-o BatchMode=yes -o ConnectTimeout=10 -p 2222 closed hostname -I" in told
+    assert ask("silent", environment).fault == "ssh gives no reason"
+
+
+def test_every_host_that_fails_is_named(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", environment["PATH"])
+    assert check_hosts("pdsh", ["good1", "good2"], environment) == "10.0.0.7"
+    with pytest.raises(ConfigError) as fault:
+        check_hosts("openmpi", ["good", "closed", "silent"], environment)
+    assert [mistake.value for mistake in fault.value.mistakes] == ["closed", "silent"]
+    assert "leave the host out with exclude" in str(fault.value)
+    assert check_hosts("slurm", ["silent"], environment) is None  # srun needs no ssh
+
+
+def test_a_host_without_ssh(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="launcher = 'pdsh': there is no pdsh and no ssh on this host"):
+        check_launcher("pdsh", {"PATH": str(tmp_path)})
+    (tmp_path / "flux").touch(0o755)
+    check_launcher("flux", {"PATH": str(tmp_path)})
+
+
+def test_own_address() -> None:
+    assert own_address("127.0.0.1") == own_address(None)  # loopback leads to nobody else
+    assert own_address("no-such-host.invalid")

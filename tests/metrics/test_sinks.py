@@ -1,0 +1,205 @@
+"""Every registered sink: it opens, stores records, goes on after a restart, and says what it needs."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.schema.observe import ObserveSection
+from megatron.errors import ConfigError
+from megatron.metrics.builder import build_reporter, chosen_sinks, wants_wandb
+from megatron.metrics.sinks.base import Start
+from megatron.metrics.sinks.jsonl import read_metrics
+from megatron.metrics.wandb_key import wandb_key
+from megatron.registry import SINKS
+
+KEYS = ("WANDB_API_KEY", "WANDB_LOCAL", "WANDB_MODE", "COMET_API_KEY", "COMET_START_ONLINE", "NETRC")
+RECORDS = {1: {"train/lm_loss": 4.5}, 2: {"train/lm_loss": 4.25, "runtime/tokens_per_sec": 100.0}}
+SETTINGS = {"num_layers": 2, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}, "lr_decay_iters": None}
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key in KEYS:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def observed(folder: Path) -> ObserveSection:
+    return ObserveSection(
+        log_dir=str(folder),
+        tensorboard_dir=str(folder / "board"),
+        use_wandb=True,
+        wandb_group="group",
+        wandb_run_name="name",
+        wandb_team="team",
+        use_comet=True,
+        comet_workspace="space",
+        comet_project="project",
+        comet_experiment_name="experiment",
+        comet_tags=("one", "two"),
+        comet_others={"cluster": "here"},
+    )
+
+
+def stored_by_jsonl(folder: Path) -> set[str]:
+    return {name for record in read_metrics(folder) for name in record}
+
+
+def stored_by_tensorboard(folder: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "board"))
+    found.Reload()
+    return set(found.Tags()["scalars"])
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the end of one
+            yield whole
+            whole = b""
+
+
+def stored_by_wandb(folder: Path) -> set[str]:
+    from wandb.proto import wandb_internal_pb2
+
+    names: set[str] = set()
+    runs = 0
+    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        for data in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+            if record.HasField("run"):
+                run = record.run
+                assert (run.project, run.run_group, run.display_name, run.entity) == ("neox", "group", "name", "team")
+                config = {update.key: json.loads(update.value_json) for update in run.config.update}
+                assert config["num_layers"] == 2
+                runs += 1
+    assert runs >= 1
+    return names
+
+
+def stored_by_comet(folder: Path) -> set[str]:
+    names: set[str] = set()
+    text = ""
+    for path in folder.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            lines = archive.read("messages.json").decode().splitlines()
+        text += "\n".join(lines)
+        for line in lines:
+            metric = json.loads(line).get("payload", {}).get("metric") or {}
+            names |= {metric["metricName"]} if "metricName" in metric else set()
+    for told in ("experiment", "cluster", "two"):
+        assert told in text
+    return names
+
+
+STORED: dict[str, Callable[[Path], set[str]]] = {
+    "jsonl": stored_by_jsonl,
+    "tensorboard": stored_by_tensorboard,
+    "wandb": stored_by_wandb,
+    "comet": stored_by_comet,
+}
+
+
+@pytest.mark.parametrize("name", SINKS.names)
+def test_records_are_stored_and_a_restart_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("COMET_START_ONLINE", "0")
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    for start in (0, 1):
+        sink = SINKS.load(name).open(observed(tmp_path), Start(start, settings=SETTINGS))
+        for iteration, metrics in RECORDS.items():
+            if iteration > start:
+                sink.write(iteration, metrics)
+        sink.close()
+    assert STORED[name](tmp_path) >= {"train/lm_loss", "runtime/tokens_per_sec"}
+
+
+def test_every_sink_is_read_back() -> None:
+    assert set(STORED) == set(SINKS.names)
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "WANDB_API_KEY"), ("comet", "COMET_API_KEY")])
+def test_a_service_without_a_key_says_how_to_get_on(name: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"there is no key.*{key}.*(offline|COMET_START_ONLINE)"):
+        SINKS.load(name).open(observed(tmp_path), Start())
+
+
+def test_wandb_is_on_by_itself_only_where_there_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    silent = ObserveSection()
+    assert not wants_wandb(silent)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wants_wandb(silent)
+    assert not wants_wandb(ObserveSection(use_wandb=False))
+    assert chosen_sinks(silent) == ["wandb"]
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert wandb_key("https://api.wandb.ai") == "secret"
+    assert wandb_key("https://wandb.example.org") is None
+
+
+def test_other_ranks_log_only_where_all_are_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(type(SINKS), "load", lambda self, name: Recorded(name, opened))
+    build_reporter(ObserveSection(use_wandb=True), 3)
+    assert opened == []
+    build_reporter(ObserveSection(use_wandb=True, wandb_init_all_ranks=True), 3)
+    assert opened == [("wandb", 3)]
+
+
+class Recorded:
+    """Stands for a sink's class."""
+
+    def __init__(self, name: str, opened: list[Any]) -> None:
+        self.name, self.opened = name, opened
+
+    def open(self, observe: Any, start: Start) -> None:
+        self.opened.append((self.name, start.rank))
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"tensorboard_dir.*cannot be written there"):
+        build_reporter(ObserveSection(tensorboard_dir=str(tmp_path / "file" / "events")), 0)
+
+
+def test_only_a_wish_for_it_lets_wandb_stop_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key in the environment and a service that does not answer."""
+    import wandb
+
+    waited: list[float | None] = []
+
+    def unreachable(**keys: Any) -> None:
+        waited.append(keys["settings"].init_timeout)
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    build_reporter(ObserveSection(log_dir=str(tmp_path)), 0).close()
+    assert "not logged to Weights & Biases" in caplog.text
+    assert "no network" in caplog.text
+    with pytest.raises(ConfigError, match="no network"):
+        build_reporter(ObserveSection(log_dir=str(tmp_path), use_wandb=True), 0)
+    assert waited == [20.0, wandb.Settings().init_timeout]
