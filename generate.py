@@ -3,7 +3,7 @@
 import sys
 
 from megatron.config import Config
-from megatron.launcher.worker import run_door
+from megatron.launcher.worker import worker_main
 
 
 def main(config: Config) -> None:
@@ -14,4 +14,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))

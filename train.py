@@ -3,7 +3,7 @@
 import sys
 
 from megatron.config import Config
-from megatron.launcher.worker import StopSignal, run_door, wrote_base_shapes
+from megatron.launcher.worker import StopSignal, worker_main, wrote_base_shapes
 
 
 def main(config: Config) -> None:
@@ -22,4 +22,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 ConfigError: a mistake in what the user asked for, found before any work that it could waste (exit code 2).
 RunError: a fault met later, such as a damaged checkpoint, a full disk or a NaN loss (exit code 1).
-Both carry one or more `Mistake`s, so that every mistake is reported at once, one a line.
+Both carry one or more `ConfigIssue`s, so that every mistake is reported at once, one a line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNSET = Unset.UNSET
 
 
 @dataclass(frozen=True)
-class Mistake:
+class ConfigIssue:
     """One thing that is wrong.
 
     what: the fault, as a sentence without a full stop. key and value: the configuration key involved and what it
@@ -48,16 +48,16 @@ class Mistake:
         return ": ".join(part for part in (self.where, subject, told) if part)
 
 
-class _Fault(Exception):
+class NeoxError(Exception):
     """A bundle of mistakes; the message is one line for each."""
 
     exit_code = 1
 
-    def __init__(self, *mistakes: Mistake) -> None:
+    def __init__(self, *mistakes: ConfigIssue) -> None:
         super().__init__("\n".join(str(mistake) for mistake in mistakes))
         self.mistakes = mistakes
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Mistake, ...]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[ConfigIssue, ...]]:
         """Pickling keeps the mistakes, which a worker process may have to hand over."""
         return type(self), self.mistakes
 
@@ -72,21 +72,21 @@ class _Fault(Exception):
         remedy: str | None = None,
     ) -> Self:
         """The common case of a single mistake."""
-        return cls(Mistake(what, key, value, where, remedy))
+        return cls(ConfigIssue(what, key, value, where, remedy))
 
     @classmethod
-    def raise_any(cls, mistakes: Iterable[Mistake]) -> None:
+    def raise_any(cls, mistakes: Iterable[ConfigIssue]) -> None:
         """Raises one fault that holds all the mistakes, if there are any."""
         found = tuple(mistakes)
         if found:
             raise cls(*found)
 
 
-class ConfigError(_Fault):
+class ConfigError(NeoxError):
     """The user asked for something that cannot be, said before any work starts."""
 
     exit_code = 2
 
 
-class RunError(_Fault):
+class RunError(NeoxError):
     """Something failed while the work was under way; what was already written stays usable."""

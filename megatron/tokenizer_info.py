@@ -32,7 +32,7 @@ class Encodes(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
+class TokenizerInfo:
     """What is written down about a tokenizer.
 
     kind: as tokenizer_type names it. vocab_size: [tokens], before padding. eod: the id that ends each document, or None
@@ -49,7 +49,7 @@ class TokenizerFacts:
         known = "" if self.fingerprint is None else f", fingerprint {self.fingerprint}"
         return f"{self.kind} of {self.vocab_size:,} tokens, {end}{known}"
 
-    def agrees_with(self, other: TokenizerFacts) -> bool:
+    def agrees_with(self, other: TokenizerInfo) -> bool:
         """Whether both can be the same tokenizer, by all that both say.
 
         The kind decides only where no fingerprint does: kinds that read the same files may go by another name.
@@ -62,8 +62,8 @@ class TokenizerFacts:
         return self.kind == other.kind or {self.kind, other.kind} <= FROM_FILES
 
 
-def facts_of(kind: str, tokenizer: Encodes, *, append_eod: bool = True) -> TokenizerFacts:
+def facts_of(kind: str, tokenizer: Encodes, *, append_eod: bool = True) -> TokenizerInfo:
     """The facts of a tokenizer. append_eod: whether its end of document stands behind each document."""
     ids = [int(token) for token in tokenizer.encode(PROBE)]
     fingerprint = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
-    return TokenizerFacts(kind, tokenizer.vocab_size, tokenizer.eod if append_eod else None, fingerprint)
+    return TokenizerInfo(kind, tokenizer.vocab_size, tokenizer.eod if append_eod else None, fingerprint)

@@ -11,7 +11,7 @@ import sys
 
 from megatron.config import Config
 from megatron.errors import ConfigError
-from megatron.launcher.worker import run_door
+from megatron.launcher.worker import worker_main
 
 
 def main(config: Config) -> None:
@@ -38,4 +38,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))

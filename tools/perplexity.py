@@ -9,7 +9,7 @@ Either file may be left out. `load` names the checkpoint; `eval_overlap` the tok
 import sys
 
 from megatron.config import Config
-from megatron.launcher.worker import run_door
+from megatron.launcher.worker import worker_main
 
 
 def main(config: Config) -> None:
@@ -20,4 +20,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))

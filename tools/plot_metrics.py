@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--title")
     asked = parser.parse_args(arguments)
     runs: list[Run] = []
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     for path in asked.runs:
         try:
             runs.append(read_run(path))

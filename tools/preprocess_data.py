@@ -28,7 +28,7 @@ from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_info import TokenizerFacts, facts_of
+from megatron.tokenizer_info import TokenizerInfo, facts_of
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from megatron.tokenizers.round_trip import losses
 
@@ -132,7 +132,7 @@ def _ids(told: str, vocab_size: int) -> tuple[int, ...]:
     return found
 
 
-def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerFacts) -> Result:
+def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerInfo) -> Result:
     """Writes the token files. Raises ConfigError and RunError."""
     files = find_text_files(name for name in asked.input.split(",") if name)
     line = ProgressLine(every=asked.log_interval, known_documents=asked.num_docs)

@@ -10,7 +10,7 @@ and `/metrics`.
 import sys
 
 from megatron.config import Config
-from megatron.launcher.worker import StopSignal, run_door
+from megatron.launcher.worker import StopSignal, worker_main
 
 
 def main(config: Config) -> None:
@@ -22,4 +22,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.preprocess.count_tokens import read_texts
-from megatron.data.preprocess.encode import Skipped
+from megatron.data.preprocess.encode import SkippedCounts
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         files = find_text_files((asked.input or asked.json_input_dir).split(","))
-        skipped = Skipped()
+        skipped = SkippedCounts()
         texts = read_texts(files, asked.jsonl_key, skipped)
         output = Path(asked.tokenizer_output_path)
         algorithm = ALGORITHMS[asked.tokenizer_type]

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.config.config import CATALOG, KeyFacts
+from megatron.config.config import FIELDS, FieldInfo
 from megatron.config.paths import PATH_KEYS, read_paths
 from megatron.config.type_names import accepts, members
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import nearest_name
 
-OTHERS_WORDS = {
+CHOICE_ALIASES = {
     ("pos_emb", "rope"): "rotary",
     ("pos_emb", "absolute"): "learned",
     ("precision", "bf16"): "bfloat16",
@@ -28,15 +28,15 @@ OTHERS_WORDS = {
 """What other programs call a choice -> what it is here."""
 
 
-def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
+def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """The values as the sections take them, and the choices that do not exist. Unknown keys are left out."""
     decoded: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     for name, value in values.items():
-        if name not in CATALOG:
+        if name not in FIELDS:
             continue
-        facts = CATALOG[name]
-        value = _kindly(facts, value)
+        facts = FIELDS[name]
+        value = _coerce(facts, value)
         if facts.choices:
             value, found = _choose(facts, value)
             mistakes += found
@@ -47,7 +47,7 @@ def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     return decoded, mistakes
 
 
-def _kindly(facts: KeyFacts, value: Any) -> Any:
+def _coerce(facts: FieldInfo, value: Any) -> Any:
     kinds = members(facts.annotation)
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)
@@ -56,7 +56,7 @@ def _kindly(facts: KeyFacts, value: Any) -> Any:
     return value
 
 
-def _choose(facts: KeyFacts, value: Any) -> tuple[Any, list[Mistake]]:
+def _choose(facts: FieldInfo, value: Any) -> tuple[Any, list[ConfigIssue]]:
     if isinstance(value, (list, tuple)):
         pairs = [_choose(facts, item) for item in value]
         return [item for item, _ in pairs], [mistake for _, found in pairs for mistake in found]
@@ -65,7 +65,7 @@ def _choose(facts: KeyFacts, value: Any) -> tuple[Any, list[Mistake]]:
     for choice in facts.choices:
         if choice.lower() == value.lower():
             return choice, []
-    close = OTHERS_WORDS.get((facts.name, value.lower())) or nearest_name(value, facts.choices)
+    close = CHOICE_ALIASES.get((facts.name, value.lower())) or nearest_name(value, facts.choices)
     listed = ", ".join(facts.choices)
     remedy = f"did you mean {close}? The choices are {listed}" if close else f"the choices are {listed}"
-    return value, [Mistake("there is no such choice", key=facts.name, value=value, remedy=remedy)]
+    return value, [ConfigIssue("there is no such choice", key=facts.name, value=value, remedy=remedy)]

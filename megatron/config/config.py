@@ -1,6 +1,6 @@
 """Config: the sections composed, and the flat view that a YAML has of them.
 
-Every key lives in one section; `CATALOG` says in which, with its type, default, choices, unit and documentation.
+Every key lives in one section; `FIELDS` says in which, with its type, default, choices, unit and documentation.
 A Config is frozen: `replace` makes another one.
 """
 
@@ -37,12 +37,12 @@ from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.schema.training import TrainingSection
 from megatron.config.schema.transformer_engine import TransformerEngineSection
 from megatron.config.type_names import type_in_words, value_in_words
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import nearest_name
 
 
 @dataclass(frozen=True)
-class KeyFacts:
+class FieldInfo:
     """What is known of one key. section: the attribute of Config that holds it. names: gives its choices."""
 
     name: str
@@ -93,11 +93,11 @@ class Config:
         Nothing is derived and no rule is applied: that is `megatron.config.resolve`. Raises ConfigError for unknown
         keys and wrong types, all at once.
         """
-        mistakes = [unknown_key(name) for name in values if name not in CATALOG]
+        mistakes = [unknown_key(name) for name in values if name not in FIELDS]
         given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for name, value in values.items():
-            if name in CATALOG:
-                given[CATALOG[name].section][name] = value
+            if name in FIELDS:
+                given[FIELDS[name].section][name] = value
         sections: dict[str, Section] = {}
         for name, section in SECTIONS.items():
             try:
@@ -109,7 +109,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Every key and its value, in the order of the catalog."""
-        return {name: getattr(getattr(self, facts.section), name) for name, facts in CATALOG.items()}
+        return {name: getattr(getattr(self, facts.section), name) for name, facts in FIELDS.items()}
 
     def replace(self, **values: Any) -> Config:
         """A Config in which these keys have other values. Nothing is derived again."""
@@ -140,14 +140,14 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(get_type_hints(Config))
 """Attribute of Config -> class of the section."""
 
 
-def _catalog() -> dict[str, KeyFacts]:
-    catalog: dict[str, KeyFacts] = {}
+def _catalog() -> dict[str, FieldInfo]:
+    catalog: dict[str, FieldInfo] = {}
     for section_name, section in SECTIONS.items():
         for name, field in section.model_fields.items():
             assert name not in catalog, f"{name} stands in two sections"
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             unit = extra.get("unit")
-            catalog[name] = KeyFacts(
+            catalog[name] = FieldInfo(
                 name=name,
                 section=section_name,
                 annotation=field.annotation,
@@ -159,7 +159,7 @@ def _catalog() -> dict[str, KeyFacts]:
     return catalog
 
 
-CATALOG: Mapping[str, KeyFacts] = MappingProxyType(_catalog())
+FIELDS: Mapping[str, FieldInfo] = MappingProxyType(_catalog())
 """Every key and what is known of it."""
 
 
@@ -173,29 +173,29 @@ WRITTEN = {
 """How a mapping is written that users give another form."""
 
 
-def unknown_key(name: str, *, value: object = None, where: str | None = None) -> Mistake:
+def unknown_key(name: str, *, value: object = None, where: str | None = None) -> ConfigIssue:
     """The mistake of a key that does not exist, with the nearest one that does."""
-    if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in CATALOG for inner in value):
+    if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in FIELDS for inner in value):
         remedy = f"write its keys without {name} around them, since keys are not nested"
-        return Mistake("there is no such key", key=name, where=where, remedy=remedy)
-    close = nearest_name(name, CATALOG)
+        return ConfigIssue("there is no such key", key=name, where=where, remedy=remedy)
+    close = nearest_name(name, FIELDS)
     remedy = f"did you mean {close}?" if close else "configs/README.md lists every key"
-    return Mistake("there is no such key", key=name, where=where, remedy=remedy)
+    return ConfigIssue("there is no such key", key=name, where=where, remedy=remedy)
 
 
-def mistakes_of(fault: ValidationError, section: type[Section]) -> list[Mistake]:
+def mistakes_of(fault: ValidationError, section: type[Section]) -> list[ConfigIssue]:
     """One Mistake for each key that pydantic refused, in words of ours."""
-    mistakes: dict[str, Mistake] = {}
+    mistakes: dict[str, ConfigIssue] = {}
     for error in fault.errors(include_url=False):
         if not error["loc"]:  # the choices, which look at the whole section
-            mistakes["choices"] = Mistake(str(error["msg"]).removeprefix("Value error, "))
+            mistakes["choices"] = ConfigIssue(str(error["msg"]).removeprefix("Value error, "))
             continue
         name = str(error["loc"][0])
         if name not in mistakes:
-            wanted = type_in_words(CATALOG[name].annotation)
+            wanted = type_in_words(FIELDS[name].annotation)
             items = [part + 1 for part in error["loc"][1:] if isinstance(part, int)]
             what = f"item {items[0]} is" if items else "this is"
-            mistakes[name] = Mistake(
+            mistakes[name] = ConfigIssue(
                 f"{what} {value_in_words(error['input'])}", key=name, remedy=WRITTEN.get(name, f"give {wanted}")
             )
     return list(mistakes.values())

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.config import CATALOG, Config
-from megatron.errors import ConfigError, Mistake
+from megatron.config.config import FIELDS, Config
+from megatron.errors import ConfigError, ConfigIssue
 
 HANDED_ON = (
     "prescale_gradients",
@@ -56,11 +56,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     if values["fp32_allreduce"]:
         settings["communication_data_type"] = "fp32"
     for name in HANDED_ON:
-        if values[name] != CATALOG[name].default:
+        if values[name] != FIELDS[name].default:
             settings[name] = values[name]
     extra = values["deepspeed_extra_args"] or {}
     ConfigError.raise_any(
-        Mistake(
+        ConfigIssue(
             f"{name} = {value!r} contradicts {name} = {settings.get(name, values.get(name))!r}",
             key="deepspeed_extra_args",
             value=extra,
@@ -75,5 +75,5 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 def _steps_per_print(config: Config) -> int | None:
     """How often DeepSpeed prints a line beside ours: as asked for, and never by default."""
     section = config.deepspeed
-    asked = section.wall_clock_breakdown or section.steps_per_print != CATALOG["steps_per_print"].default
+    asked = section.wall_clock_breakdown or section.steps_per_print != FIELDS["steps_per_print"].default
     return section.steps_per_print if asked else None

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, get_origin
 
-from megatron.config.config import CATALOG, SECTIONS, KeyFacts
+from megatron.config.config import FIELDS, SECTIONS, FieldInfo
 from megatron.config.type_names import item_type, members, type_in_short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +40,11 @@ def key_table() -> str:
         parts.append(
             f"\n## {name}\n\n{module_doc}\n\n| key | type | unit | default | meaning |\n|---|---|---|---|---|\n"
         )
-        parts += [_row(facts) for facts in CATALOG.values() if facts.section == name]
+        parts += [_row(facts) for facts in FIELDS.values() if facts.section == name]
     return "".join(parts)
 
 
-def _row(facts: KeyFacts) -> str:
+def _row(facts: FieldInfo) -> str:
     doc = facts.doc
     if facts.choices:
         doc += " Choices: " + ", ".join(f"`{choice}`" for choice in facts.choices) + "."
@@ -56,7 +56,7 @@ def _row(facts: KeyFacts) -> str:
 def schema() -> dict[str, Any]:
     """configs/schema.json: every key, in both spellings."""
     properties: dict[str, Any] = {}
-    for name, facts in CATALOG.items():
+    for name, facts in FIELDS.items():
         properties[name] = _property(facts)
         if "_" in name:
             properties[name.replace("_", "-")] = {"$ref": f"#/properties/{name}"}
@@ -69,7 +69,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _property(facts: KeyFacts) -> dict[str, Any]:
+def _property(facts: FieldInfo) -> dict[str, Any]:
     unit = f" [{facts.unit}]" if facts.unit else ""
     told: dict[str, Any] = {"description": facts.doc + unit, "default": facts.default}
     if facts.annotation is Any:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from megatron.config.config import CATALOG, KeyFacts
+from megatron.config.config import FIELDS, FieldInfo
 from megatron.config.type_names import accepts, members, type_in_words
 from megatron.config.yaml_loader import COMMAND_LINE, find_file, normal_name, read_value
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import nearest_name
 
 NUMBER = re.compile(r"^-[0-9.]")
@@ -27,7 +27,7 @@ class Flags:
 
     values: dict[str, Any]
     rest: list[str]
-    mistakes: list[Mistake]
+    mistakes: list[ConfigIssue]
 
 
 def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
@@ -39,7 +39,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
     own = {normal_name(name.lstrip("-")) for name in others}
     values: dict[str, Any] = {}
     rest: list[str] = []
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     position = 0
     while position < len(arguments):
         argument = arguments[position]
@@ -55,26 +55,26 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
         if name in own:
             rest.append(argument)
             continue
-        if name not in CATALOG:
+        if name not in FIELDS:
             mistakes.append(_unknown_flag(written, own))
             position += 0 if equals else len(_values_of_unknown(name, arguments, position))
             continue
         if name in values:
-            mistakes.append(Mistake("the flag is given twice", key=f"--{written}", remedy="keep one of the two"))
+            mistakes.append(ConfigIssue("the flag is given twice", key=f"--{written}", remedy="keep one of the two"))
         if equals:
-            values[name] = flag_value(CATALOG[name], text)
+            values[name] = flag_value(FIELDS[name], text)
             continue
-        taken = _values_after(CATALOG[name], arguments, position)
+        taken = _values_after(FIELDS[name], arguments, position)
         position += len(taken)
-        if not taken and not accepts(CATALOG[name].annotation, bool):
-            wanted = type_in_words(CATALOG[name].annotation)
-            mistakes.append(Mistake("the flag needs a value", key=f"--{written}", remedy=f"give {wanted}"))
+        if not taken and not accepts(FIELDS[name].annotation, bool):
+            wanted = type_in_words(FIELDS[name].annotation)
+            mistakes.append(ConfigIssue("the flag needs a value", key=f"--{written}", remedy=f"give {wanted}"))
             continue
-        values[name] = _joined(CATALOG[name], taken)
+        values[name] = _joined(FIELDS[name], taken)
     return Flags(values, rest, [replace(mistake, where=COMMAND_LINE) for mistake in mistakes])
 
 
-def flag_value(facts: KeyFacts, text: str) -> Any:
+def flag_value(facts: FieldInfo, text: str) -> Any:
     """The value of one flag: text for a text key, else YAML."""
     kinds = [member for member in members(facts.annotation) if member is not type(None)]
     if kinds == [str]:
@@ -84,15 +84,15 @@ def flag_value(facts: KeyFacts, text: str) -> Any:
 
 def _values_of_unknown(name: str, arguments: Sequence[str], start: int) -> list[str]:
     """What follows a flag that does not exist: the values of the nearest one, else one that is no file."""
-    close = nearest_name(name, CATALOG)
+    close = nearest_name(name, FIELDS)
     if close:
-        following = _values_after(CATALOG[close], arguments, start)
+        following = _values_after(FIELDS[close], arguments, start)
     else:
         following = [] if start >= len(arguments) or _is_flag(arguments[start]) else [arguments[start]]
     return list(takewhile(lambda text: find_file(text) is None and not text.endswith(".py"), following))
 
 
-def _values_after(facts: KeyFacts, arguments: Sequence[str], start: int) -> list[str]:
+def _values_after(facts: FieldInfo, arguments: Sequence[str], start: int) -> list[str]:
     """The arguments from `start` on that are values of this key."""
     if accepts(facts.annotation, tuple):
         taken = []
@@ -112,7 +112,7 @@ def _is_flag(argument: str) -> bool:
     return argument.startswith("-") and len(argument) > 1 and not NUMBER.match(argument)
 
 
-def _joined(facts: KeyFacts, taken: list[str]) -> Any:
+def _joined(facts: FieldInfo, taken: list[str]) -> Any:
     if not taken:
         return True
     if not accepts(facts.annotation, tuple):
@@ -125,7 +125,7 @@ def _joined(facts: KeyFacts, taken: list[str]) -> Any:
     return read
 
 
-def _unknown_flag(written: str, own: set[str]) -> Mistake:
-    close = nearest_name(normal_name(written), [*CATALOG, *own])
+def _unknown_flag(written: str, own: set[str]) -> ConfigIssue:
+    close = nearest_name(normal_name(written), [*FIELDS, *own])
     remedy = f"did you mean --{close}?" if close else "configs/README.md lists every key"
-    return Mistake("there is no such flag", key=f"--{written}", remedy=remedy)
+    return ConfigIssue("there is no such flag", key=f"--{written}", remedy=remedy)

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 
 _SPLITS = ("train", "valid", "test")
 
@@ -37,7 +37,7 @@ PATH_KEYS = frozenset(
 _VARIABLE = re.compile(r"\$(?:\w|\{)")
 
 
-def read_paths(name: str, value: Any) -> tuple[Any, list[Mistake]]:
+def read_paths(name: str, value: Any) -> tuple[Any, list[ConfigIssue]]:
     """The value of a key with `~` and `~user` written out, and what is no path. Lists are read item by item."""
     if isinstance(value, (list, tuple)):
         pairs = [read_paths(name, item) for item in value]
@@ -45,8 +45,8 @@ def read_paths(name: str, value: Any) -> tuple[Any, list[Mistake]]:
     if not isinstance(value, str):
         return value, []
     if not value.strip():
-        return value, [Mistake("this is no path", key=name, value=value, remedy="leave the key out")]
+        return value, [ConfigIssue("this is no path", key=name, value=value, remedy="leave the key out")]
     if _VARIABLE.search(value):
         remedy = "write the path out, or give the key on the command line, where the shell fills variables in"
-        return value, [Mistake("variables of the shell have no meaning here", key=name, value=value, remedy=remedy)]
+        return value, [ConfigIssue("variables of the shell have no meaning here", key=name, value=value, remedy=remedy)]
     return os.path.expanduser(value) if value.startswith("~") else value, []

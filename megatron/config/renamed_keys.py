@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron.config.yaml_loader import Given
-from megatron.errors import Mistake
+from megatron.config.yaml_loader import SourcedValue
+from megatron.errors import ConfigIssue
 
 RENAMED = {
     "gas": "gradient_accumulation_steps",
@@ -96,33 +96,35 @@ SPARSITY: dict[object, tuple[str, ...]] = {
 """What each value of `sparsity` makes of the blocks, again and again from the first on."""
 
 
-def _attention_of(values: Mapping[str, Given]) -> Given | Mistake:
+def _attention_of(values: Mapping[str, SourcedValue]) -> SourcedValue | ConfigIssue:
     """The attention_config that `sparsity` means."""
     given = values["sparsity"]
     if "attention_config" in values:
         other = values["attention_config"]
         what = f"attention_config, which is given at {other.where}, says what each block attends to"
-        return Mistake(what, "sparsity", given.value, given.where, "keep one of the two")
+        return ConfigIssue(what, "sparsity", given.value, given.where, "keep one of the two")
     if isinstance(given.value, (list, dict)) or given.value not in SPARSITY:
-        return Mistake("it is none, all or interspersed", "sparsity", given.value, given.where)
+        return ConfigIssue("it is none, all or interspersed", "sparsity", given.value, given.where)
     kinds = SPARSITY[given.value]
     layers = values["num_layers"].value if "num_layers" in values else None
     if not isinstance(layers, int) or isinstance(layers, bool):
-        return Given([[list(kinds), "all"]], given.where)
-    return Given([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
+        return SourcedValue([[list(kinds), "all"]], given.where)
+    return SourcedValue([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
 
 
 _BFLOAT16 = frozenset({"bfloat16", "bf16"})
 
 
-def _older_precision(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
+def _older_precision(
+    values: Mapping[str, SourcedValue],
+) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
     """The values with `precision: {type: ...}` and `fp16: {type: bfloat16}` as today's releases write them."""
     modern = dict(values)
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     warnings: list[str] = []
     precision, block = values.get("precision"), values.get("fp16")
     if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
-        precision = modern["precision"] = Given(precision.value["type"], precision.where)
+        precision = modern["precision"] = SourcedValue(precision.value["type"], precision.where)
         warnings.append(f"{precision.where}: precision = {{type: ...}}: read as precision: {precision.value}")
     kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
     if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
@@ -130,33 +132,33 @@ def _older_precision(values: Mapping[str, Given]) -> tuple[dict[str, Given], lis
     del modern["fp16"]
     if precision is not None and str(precision.value).lower() not in _BFLOAT16:
         what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.where}, for another one"
-        mistakes.append(Mistake(what, "fp16", block.value, block.where, "keep one of the two"))
+        mistakes.append(ConfigIssue(what, "fp16", block.value, block.where, "keep one of the two"))
     else:
-        modern["precision"] = Given("bfloat16", block.where)
+        modern["precision"] = SourcedValue("bfloat16", block.where)
         warnings.append(f"{block.where}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale")
     return modern, mistakes, warnings
 
 
-def modernise(values: Mapping[str, Given]) -> tuple[dict[str, Given], list[Mistake], list[str]]:
+def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
     """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
-    modern: dict[str, Given] = {}
+    modern: dict[str, SourcedValue] = {}
     values, mistakes, warnings = _older_precision(values)
     for name, given in values.items():
         if name == "sparsity":
             attention = _attention_of(values)
-            if isinstance(attention, Mistake):
+            if isinstance(attention, ConfigIssue):
                 mistakes.append(attention)
             else:
                 modern["attention_config"] = attention
         elif name in REFUSED:
             what = "this is a key of another release or program"
-            mistakes.append(Mistake(what, name, given.value, given.where, REFUSED[name]))
+            mistakes.append(ConfigIssue(what, name, given.value, given.where, REFUSED[name]))
         elif name in IGNORED:
             warnings.append(f"{given.where}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")
         elif name in RENAMED and RENAMED[name] in values:
             other = values[RENAMED[name]]
             what = f"this is an older name of {RENAMED[name]}, which is given at {other.where}"
-            mistakes.append(Mistake(what, name, given.value, given.where, "keep one of the two"))
+            mistakes.append(ConfigIssue(what, name, given.value, given.where, "keep one of the two"))
         elif name in RENAMED:
             warnings.append(f"{given.where}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
             modern[RENAMED[name]] = given

@@ -12,16 +12,16 @@ from typing import Any
 
 from megatron.config.cluster import Resources
 from megatron.config.coerce import decode
-from megatron.config.config import CATALOG, Config, unknown_key
+from megatron.config.config import FIELDS, Config, unknown_key
 from megatron.config.defaults.fill_defaults import complete
-from megatron.config.renamed_keys import RENAMED, modernise
+from megatron.config.renamed_keys import RENAMED, apply_renames
 from megatron.config.schema.launch import LaunchSection
 from megatron.config.type_names import accepts
 from megatron.config.validation.unknown_values import meant
 from megatron.config.validation.unsupported import not_supported_yet, without_effect
 from megatron.config.validation.validate import violations
-from megatron.config.yaml_loader import COMMAND_LINE, Given, find_file, merge, normal_name
-from megatron.errors import UNSET, ConfigError, Mistake
+from megatron.config.yaml_loader import COMMAND_LINE, SourcedValue, find_file, merge, normal_name
+from megatron.errors import UNSET, ConfigError, ConfigIssue
 
 DEFAULT, DERIVED = "default", "derived"
 
@@ -47,7 +47,7 @@ def resolve(
     files: Sequence[str | os.PathLike[str]],
     flags: Mapping[str, Any] | None = None,
     resources: Resources | Callable[[LaunchSection], Resources] = Resources(1),  # noqa: B008 (it is frozen)
-    mistakes: Sequence[Mistake] = (),
+    mistakes: Sequence[ConfigIssue] = (),
 ) -> Resolution:
     """Reads files and flags and returns the one configuration that they mean.
 
@@ -68,12 +68,12 @@ def resolve(
     lines = [*draft.warnings, *without_effect(config, read.given.keys())]
     warnings = [*read.warnings, *_with_where(lines, read.given)]
     if config.launch.strict_config and draft.knows("strict_config"):
-        read.mistakes += [Mistake(line, remedy="strict_config makes this an error") for line in warnings]
+        read.mistakes += [ConfigIssue(line, remedy="strict_config makes this an error") for line in warnings]
     ConfigError.raise_any(_in_order(read.mistakes, files, read.given))
     derived = draft.derived | {"config_files"}
     origin = {
         name: DERIVED if name in derived else read.given[name].where if name in read.given else DEFAULT
-        for name in CATALOG
+        for name in FIELDS
     }
     return Resolution(config, origin, warnings, not_supported_yet(config))
 
@@ -83,36 +83,38 @@ class _Read:
     """What the sources say. typed: the good values. unknown: keys of which it is not known what the user wants."""
 
     typed: Config
-    given: Mapping[str, Given]
+    given: Mapping[str, SourcedValue]
     texts: dict[str, str] | None
-    mistakes: list[Mistake]
+    mistakes: list[ConfigIssue]
     warnings: list[str]
     unknown: set[str]
 
 
-def _read(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None, before: Sequence[Mistake]) -> _Read:
+def _read(
+    files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None, before: Sequence[ConfigIssue]
+) -> _Read:
     merged = merge(files, flags)
-    given, outdated, warnings = modernise(merged.values)
-    strange = {name: one for name, one in given.items() if name not in CATALOG}
+    given, outdated, warnings = apply_renames(merged.values)
+    strange = {name: one for name, one in given.items() if name not in FIELDS}
     spelling = [unknown_key(name, value=one.value, where=one.where) for name, one in strange.items()]
     values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
     refused = {mistake.key for mistake in unchosen}
     good = {name: value for name, value in values.items() if name not in refused}
     typed, mistyped = _typed(good)
     wrong = [*unchosen, *mistyped]
-    unknown = {mistake.key for mistake in (*wrong, *merged.doubtful) if mistake.key in CATALOG}
-    unknown |= meant([*before, *outdated, *spelling], CATALOG.keys() - given.keys())
+    unknown = {mistake.key for mistake in (*wrong, *merged.doubtful) if mistake.key in FIELDS}
+    unknown |= meant([*before, *outdated, *spelling], FIELDS.keys() - given.keys())
     nested = {str(name) for one in strange.values() if isinstance(one.value, Mapping) for name in one.value}
-    unknown |= {normal_name(name) for name in nested} & (CATALOG.keys() - given.keys())
+    unknown |= {normal_name(name) for name in nested} & (FIELDS.keys() - given.keys())
     unknown |= {RENAMED[mistake.key] for mistake in outdated if mistake.key in RENAMED}
     if merged.unreadable:
-        unknown |= CATALOG.keys() - given.keys()
+        unknown |= FIELDS.keys() - given.keys()
     texts = merged.texts or typed.checkpoint.config_files
     mistakes = [*before, *merged.mistakes, *outdated, *spelling, *wrong]
     return _Read(typed, given, texts, mistakes, warnings, {name for name in unknown if name})
 
 
-def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Mistake]]:
+def _typed(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
     """The configuration of those values that have their key's type, and the mistakes of the others."""
     try:
         return Config.from_flat(values), []
@@ -135,27 +137,27 @@ def _machines(resources: Resources | Callable[[LaunchSection], Resources], read:
         return None
 
 
-def _without_auto(given: Mapping[str, Given]) -> dict[str, Given]:
+def _without_auto(given: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
     """Leaves out the keys that the autotuner is to find."""
     tuned = _left_to_autotuner(given)
     return {name: one for name, one in given.items() if name not in tuned}
 
 
-def _left_to_autotuner(given: Mapping[str, Given]) -> set[str]:
+def _left_to_autotuner(given: Mapping[str, SourcedValue]) -> set[str]:
     """Keys that take no text and say `auto`, where the autotuner is asked for; they count as not given."""
     if "autotuning" not in given or not given["autotuning"].value:
         return set()
-    auto = {name for name, one in given.items() if one.value == "auto" and name in CATALOG}
-    return {name for name in auto if not accepts(CATALOG[name].annotation, str)}
+    auto = {name for name, one in given.items() if one.value == "auto" and name in FIELDS}
+    return {name for name in auto if not accepts(FIELDS[name].annotation, str)}
 
 
 def _in_order(
-    mistakes: Sequence[Mistake], files: Sequence[str | os.PathLike[str]], given: Mapping[str, Given]
-) -> list[Mistake]:
+    mistakes: Sequence[ConfigIssue], files: Sequence[str | os.PathLike[str]], given: Mapping[str, SourcedValue]
+) -> list[ConfigIssue]:
     """The mistakes with the places where their keys were given, from the first file's first line to no place."""
     names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
-    def place(mistake: Mistake) -> tuple[int, int]:
+    def place(mistake: ConfigIssue) -> tuple[int, int]:
         where = mistake.where or ""
         name, _, line = where.rpartition(":")
         if name in names and line.isdecimal():
@@ -166,7 +168,7 @@ def _in_order(
     return sorted(once.values(), key=place)
 
 
-def _placed(mistakes: Sequence[Mistake], given: Mapping[str, Given]) -> list[Mistake]:
+def _placed(mistakes: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
     """The mistakes with the place where the key was given."""
     placed = []
     for mistake in mistakes:
@@ -178,7 +180,7 @@ def _placed(mistakes: Sequence[Mistake], given: Mapping[str, Given]) -> list[Mis
     return placed
 
 
-def _with_where(lines: Sequence[str], given: Mapping[str, Given]) -> list[str]:
+def _with_where(lines: Sequence[str], given: Mapping[str, SourcedValue]) -> list[str]:
     """Each line, after the place where its key was given."""
     told = []
     for line in lines:

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from megatron.atomic import write_atomic
-from megatron.config.config import CATALOG, Config
+from megatron.config.config import FIELDS, Config
 from megatron.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def encode(config: Config) -> str:
 
     Only values that are not defaults are in it, and no texts of the sources, which the run directory keeps.
     """
-    found = {name: value for name, value in config.flat().items() if value != CATALOG[name].default}
+    found = {name: value for name, value in config.flat().items() if value != FIELDS[name].default}
     found.pop("config_files", None)
     plain = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     return base64.urlsafe_b64encode(zlib.compress(plain.encode(), 9)).decode()

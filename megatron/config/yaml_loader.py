@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 
 COMMAND_LINE = "command line"
 SUFFIXES = (".yml", ".yaml", ".json")
@@ -52,7 +52,7 @@ Loader.add_implicit_resolver(
 
 
 @dataclass(frozen=True)
-class Given:
+class SourcedValue:
     """A value that the user wrote, and where: `file:line` or "command line"."""
 
     value: Any
@@ -67,9 +67,9 @@ class Merged:
     key that stands nowhere else may stand there.
     """
 
-    values: dict[str, Given] = field(default_factory=dict)
-    mistakes: list[Mistake] = field(default_factory=list)
-    doubtful: list[Mistake] = field(default_factory=list)
+    values: dict[str, SourcedValue] = field(default_factory=dict)
+    mistakes: list[ConfigIssue] = field(default_factory=list)
+    doubtful: list[ConfigIssue] = field(default_factory=list)
     unreadable: bool = False
     texts: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +94,7 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
     for name in files:
         path = find_file(name)
         if path is not None and path.resolve() in seen:
-            merged.mistakes.append(Mistake("the file is named twice", where=str(path), remedy="name it once"))
+            merged.mistakes.append(ConfigIssue("the file is named twice", where=str(path), remedy="name it once"))
             continue
         seen |= {path.resolve()} if path else set()
         if path is None:
@@ -103,7 +103,7 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
             continue
         _read_file(path, merged)
     for name, value in (flags or {}).items():
-        merged.values[normal_name(name)] = Given(value, COMMAND_LINE)
+        merged.values[normal_name(name)] = SourcedValue(value, COMMAND_LINE)
     return merged
 
 
@@ -120,14 +120,14 @@ def find_file(name: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _no_such_file(name: str | os.PathLike[str]) -> Mistake:
+def _no_such_file(name: str | os.PathLike[str]) -> ConfigIssue:
     path = Path(name)
     if path.is_dir():
-        return Mistake("this is a folder, not a configuration file", where=str(name))
+        return ConfigIssue("this is a folder, not a configuration file", where=str(name))
     folder = path.parent
     known = [entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, [*known, *(Path(one).stem for one in known)], n=1)
-    return Mistake(
+    return ConfigIssue(
         "there is no such configuration file",
         where=str(name),
         remedy=f"did you mean {folder / close[0]}?" if close else "check the name and the folder",
@@ -138,7 +138,7 @@ def _read_file(path: Path, merged: Merged) -> None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
-        merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+        merged.mistakes.append(ConfigIssue(f"the file cannot be read: {fault}", where=str(path)))
         merged.unreadable = True
         return
     merged.texts[_free_name(path.name, merged.texts)] = text
@@ -150,7 +150,7 @@ def _read_file(path: Path, merged: Merged) -> None:
         merged.mistakes.append(_syntax_mistake(fault, path, text))
         merged.unreadable = True
     except (ValueError, RecursionError) as fault:
-        merged.mistakes.append(Mistake(f"the file cannot be read: {fault}", where=str(path)))
+        merged.mistakes.append(ConfigIssue(f"the file cannot be read: {fault}", where=str(path)))
         merged.unreadable = True
 
 
@@ -172,7 +172,7 @@ def _free_name(name: str, taken: Mapping[str, str]) -> str:
     return name
 
 
-def _syntax_mistake(fault: yaml.YAMLError, path: Path, text: str) -> Mistake:
+def _syntax_mistake(fault: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
     """What is not YAML, in words; the two most frequent slips are looked for, since the reader tells of neither."""
     mark = getattr(fault, "problem_mark", None)
     line = mark.line + 1 if mark is not None else None
@@ -186,7 +186,7 @@ def _syntax_mistake(fault: yaml.YAMLError, path: Path, text: str) -> Mistake:
             line, what, remedy = number, "there is no space after the colon", "write `key: value`"
             break
     where = f"{path}:{line}" if line is not None else str(path)
-    return Mistake(what, where=where, remedy=remedy)
+    return ConfigIssue(what, where=where, remedy=remedy)
 
 
 def _read_text(text: str, name: str, merged: Merged) -> None:
@@ -196,7 +196,9 @@ def _read_text(text: str, name: str, merged: Merged) -> None:
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            told = Mistake("the file is not a mapping of keys to values", where=name, remedy="write `key: value` lines")
+            told = ConfigIssue(
+                "the file is not a mapping of keys to values", where=name, remedy="write `key: value` lines"
+            )
             merged.mistakes.append(told)
             merged.unreadable = True
             return
@@ -220,13 +222,13 @@ def _merged_pairs(root: yaml.MappingNode, loader: Any) -> list[tuple[yaml.Node, 
 
 def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merged) -> None:
     if not isinstance(key, str):
-        merged.mistakes.append(Mistake(f"the key {key!r} is not text", where=where))
+        merged.mistakes.append(ConfigIssue(f"the key {key!r} is not text", where=where))
         return
     normal = normal_name(key)
     value = loader.construct_object(value_node, deep=True)
     before = merged.values.get(normal)
     if before is not None:
-        told = Mistake(
+        told = ConfigIssue(
             f"the key is also given at {before.where}, as {before.value!r}",
             key=normal,
             value=value,
@@ -237,7 +239,7 @@ def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merge
         if value != before.value:
             merged.doubtful.append(told)
         return
-    merged.values[normal] = Given(value, where)
+    merged.values[normal] = SourcedValue(value, where)
 
 
 def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 0) -> None:
@@ -251,7 +253,7 @@ def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 
         line = key_node.start_mark.line + 1
         key = str(key_node.value)
         if key in seen and key != "<<":
-            told = Mistake(
+            told = ConfigIssue(
                 f"the key is also given at {name}:{seen[key]}",
                 key=key,
                 where=f"{name}:{line}",

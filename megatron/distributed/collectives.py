@@ -19,14 +19,14 @@ from torch import Tensor
 from megatron.distributed.mesh import Axis
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-"""Types whose sums over ranks `fp32_sums` widens."""
+"""Types whose sums over ranks `fp32_reduce` widens."""
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce ``x`` in place over the axis, without a gradient. Returns ``x``."""
     if axis.size == 1:
         return x
-    if axis.fp32_sums and x.dtype in LOW_PRECISION:
+    if axis.fp32_reduce and x.dtype in LOW_PRECISION:
         wide = x.float()
         dist.all_reduce(wide, op=op, group=axis.group)
         return x.copy_(wide)

@@ -17,12 +17,12 @@ from megatron.distributed.collectives import paired
 from megatron.distributed.mesh import Axis
 
 
-def heads_for_sequence(x: Tensor, axis: Axis) -> Tensor:
+def all_to_all_seq_to_heads(x: Tensor, axis: Axis) -> Tensor:
     """Part of the sequence, all heads -> the whole sequence, this rank's heads: [b, n, s, d] -> [b, n/c, c s, d]."""
     return paired(x, axis, _parts_to_heads, _heads_to_parts)
 
 
-def sequence_for_heads(x: Tensor, axis: Axis) -> Tensor:
+def all_to_all_heads_to_seq(x: Tensor, axis: Axis) -> Tensor:
     """The way back, from the whole sequence of this rank's heads: [b, n/c, c s, d] -> [b, n, s, d]."""
     return paired(x, axis, _heads_to_parts, _parts_to_heads)
 
@@ -43,7 +43,7 @@ def _heads_to_parts(x: Tensor, axis: Axis) -> Tensor:
     return _exchange(x, axis, cut=2, join=1)  # [b, n, s, d]
 
 
-def part_of_sequence(x: Tensor, axis: Axis) -> Tensor:
+def shard_sequence(x: Tensor, axis: Axis) -> Tensor:
     """This rank's part of whole sequences: [b, s] -> [b, s/c]. ValueError where c does not divide s."""
     if axis.size == 1:
         return x

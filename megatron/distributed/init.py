@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.distributed.mesh import Topology
-from megatron.distributed.op_build import turn_to_compile
+from megatron.distributed.op_build import build_lock
 from megatron.distributed.process_group import any_rank, barrier
-from megatron.distributed.timeouts import limit_waiting, record_collectives
+from megatron.distributed.timeouts import record_collectives, set_collective_timeout
 from megatron.errors import ConfigError, RunError
 from megatron.ranks import Ranks, free_port
 from megatron.shared_memory import remove_segment, segment
@@ -71,10 +71,10 @@ def bootstrap(
         rank=ranks.rank,
         world_size=ranks.world_size,
         sequence_parallel=sequence_parallel,
-        fp32_sums=fp32_allreduce,
+        fp32_reduce=fp32_allreduce,
         expert=expert_parallel_size,
     )
-    limit_waiting(timeout_seconds)
+    set_collective_timeout(timeout_seconds)
     seed_generators(seed + topology.pipe.rank * topology.gradient.size + topology.gradient.rank)
     return topology
 
@@ -139,7 +139,7 @@ def load_cpu_collectives() -> None:
         return
     if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return  # DeepSpeed does without it as well
-    with turn_to_compile(builder):
+    with build_lock(builder):
         builder.load(verbose=False)
 
 

@@ -29,7 +29,7 @@ class Axis:
     size: number of ranks along it. rank: this rank's index, 0 <= rank < size. ranks: the global ranks that differ
     from this one only along this axis, in order. group: their process group; None where none was initialised.
     sequence: between tensor-parallel regions each of these ranks holds its part of the sequence only (Megatron
-    sequence parallelism). fp32_sums: tensors of lower precision are summed over these ranks in fp32.
+    sequence parallelism). fp32_reduce: tensors of lower precision are summed over these ranks in fp32.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: Group = None
     sequence: bool = False
-    fp32_sums: bool = False
+    fp32_reduce: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -83,13 +83,13 @@ class Topology:
         world_size: int,
         context: int = 1,
         sequence_parallel: bool = False,
-        fp32_sums: bool = False,
+        fp32_reduce: bool = False,
         expert: int = 1,
     ) -> Topology:
         """Creates the process groups; collective: every rank calls it with the same sizes.
 
         pipe, context and model: sizes of those axes; the data axis takes what is left of world_size.
-        sequence_parallel, fp32_sums: properties of the model axis. expert: ranks over which experts are spread.
+        sequence_parallel, fp32_reduce: properties of the model axis. expert: ranks over which experts are spread.
         Raises ValueError if the sizes do not divide world_size (the configuration rules say so earlier).
         """
         if world_size % (pipe * context * model):
@@ -98,7 +98,7 @@ class Topology:
         data = world_size // (pipe * context * model)
         sizes = {"pipe": pipe, "data": data, "context": context, "model": model}
         axes = {name: _axis(name, sizes, rank, (name,)) for name in sizes}
-        axes["model"] = replace(axes["model"], sequence=sequence_parallel and model > 1, fp32_sums=fp32_sums)
+        axes["model"] = replace(axes["model"], sequence=sequence_parallel and model > 1, fp32_reduce=fp32_reduce)
         axes["replica"] = _axis("replica", sizes, rank, ("pipe", "model"))
         axes["gradient"] = _axis("gradient", sizes, rank, ("data", "context"))
         if expert > 1:

@@ -19,7 +19,7 @@ from megatron import extensions_dir
 
 
 @contextmanager
-def turn_to_compile(builder: Any) -> Iterator[None]:
+def build_lock(builder: Any) -> Iterator[None]:
     """Around the loading of the op of one of DeepSpeed's builders."""
     from torch.utils.cpp_extension import _get_build_directory
 

@@ -56,7 +56,7 @@ def is_tied(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "neox_tied", False)
 
 
-def mark_table(parameter: nn.Parameter) -> None:
+def mark_embedding_like(parameter: nn.Parameter) -> None:
     """The matrix is a table with a row a token or a position, or the output layer: it maps no features to features."""
     parameter.neox_table = True  # type: ignore[attr-defined]
 
@@ -66,7 +66,7 @@ def is_table(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "neox_table", False)
 
 
-def mark_sequence_partial(parameter: nn.Parameter, axis: Axis) -> None:
+def mark_partial_grad(parameter: nn.Parameter, axis: Axis) -> None:
     """Each rank of the axis uses the parameter on its part of the sequence or of the heads only, so its gradient is a
     part of a sum.
 
@@ -93,7 +93,7 @@ def expert_axis(parameter: nn.Parameter) -> Axis | None:
     return getattr(parameter, "neox_experts", None)
 
 
-def expert_share(parameter: nn.Parameter) -> tuple[int, int]:
+def expert_rank_and_size(parameter: nn.Parameter) -> tuple[int, int]:
     """(rank, size) along the axis of experts; (0, 1) where the parameter is whole."""
     axis = expert_axis(parameter)
     return (axis.rank, axis.size) if axis is not None else (0, 1)

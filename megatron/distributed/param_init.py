@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_sequence_partial, mark_sharded
+from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_partial_grad, mark_sharded
 
 Fill = Callable[[Tensor, torch.Generator], None]
 """Fills a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""
@@ -29,7 +29,7 @@ def zeros(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 @dataclass(frozen=True)
-class FirstRows:
+class PaddedInit:
     """Fills the first rows only, as if there were no others, which are 0: padding then changes no initial value."""
 
     fill: Fill
@@ -41,7 +41,7 @@ class FirstRows:
 
 
 @dataclass(frozen=True)
-class ParameterSource:
+class ParamFactory:
     """Makes the parameters of one module.
 
     seed: of the run. layer: index in the layer plan. prefix: dotted name of the module inside its layer. rescale: how
@@ -55,7 +55,7 @@ class ParameterSource:
     prefix: str = ""
     rescale: Rescale | None = None
 
-    def of(self, module: str) -> ParameterSource:
+    def of(self, module: str) -> ParamFactory:
         """The source of a submodule."""
         return replace(self, prefix=f"{self.prefix}{module}.")
 
@@ -69,7 +69,7 @@ class ParameterSource:
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
         if self.axis.sequence and not whole_sequence:
-            mark_sequence_partial(parameter, self.axis)
+            mark_partial_grad(parameter, self.axis)
         return parameter
 
     def experts(

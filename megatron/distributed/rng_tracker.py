@@ -2,8 +2,8 @@
 
 Where a tensor is the same on all tensor-parallel ranks (the residual stream), dropout must draw the same mask on all of
 them: it uses torch's default generator, which every rank of a tensor-parallel group seeds alike. Where a tensor is cut
-over the ranks (attention heads), the masks must differ: those draws run inside ``ShardedRandom.fork``, on a state of
-its own that each rank seeds differently (Megatron-LM, arXiv:1909.08053, appendix B.2).
+over the ranks (attention heads), the masks must differ: those draws run inside ``TensorParallelRNG.fork``, on a state
+of its own that each rank seeds differently (Megatron-LM, arXiv:1909.08053, appendix B.2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.distributed.param_init import parameter_seed
 
 
-class ShardedRandom:
+class TensorParallelRNG:
     """The random state for draws on tensors that are cut over tensor-parallel ranks.
 
     seed: of the run. rank: a number that differs between the ranks that must draw differently (tensor, pipeline and

@@ -30,7 +30,7 @@ def record_collectives() -> None:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(RECORDED))
 
 
-def limit_waiting(seconds: float) -> None:
+def set_collective_timeout(seconds: float) -> None:
     """No collective of any process group that exists by now may wait longer [s]."""
     if not dist.is_initialized():
         return

@@ -30,11 +30,11 @@ from megatron.config.validation.unknown_values import known
 from megatron.distributed.init import bootstrap
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import Loss, PlainEngine, keyed_parameters
 from megatron.engine.expert_gather import own_experts
-from megatron.engine.freeze import for_the_optimizer, freeze, norm_of_nothing, start_prompt
+from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
@@ -44,17 +44,17 @@ from megatron.log import get_logger
 from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerPlan, layer_plan
-from megatron.model.moe.losses import RouterLosses
+from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.builder_args import Request
 from megatron.optim.grad_clip import GradientClipper
 from megatron.optim.muon import finds_groups
 from megatron.optim.onebit import OnebitAdam
-from megatron.optim.param_groups import equally_many, parameter_groups
+from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import BoundedTokenizer
 
@@ -93,8 +93,8 @@ def build_training_engine(
 
     prompt_tokens: whose vectors a learned prompt starts as, where it is not in the checkpoint.
     """
-    _quieten()
-    random = ShardedRandom(config.training.seed, topology.rank, device())
+    _silence_deepspeed()
+    random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
     plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size, losses)
     recompute = full_recompute(config.recompute, topology, random, known(config.model.num_layers))
@@ -168,7 +168,7 @@ def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
 
 
 def build_inference_engine(
-    config: Config, topology: Topology, padded_vocab_size: int, tokenizer: TokenizerFacts | None = None
+    config: Config, topology: Topology, padded_vocab_size: int, tokenizer: TokenizerInfo | None = None
 ) -> InferenceEngine:
     """The model of the checkpoint that `load` names, without optimizer, on any layout.
 
@@ -218,9 +218,9 @@ def _layer_plan(
     config: Config,
     topology: Topology,
     padded_vocab_size: int,
-    random: ShardedRandom | None = None,
+    random: TensorParallelRNG | None = None,
     vocab_size: int | None = None,
-    losses: RouterLosses | None = None,
+    losses: RouterLossTracker | None = None,
 ) -> list[LayerPlan]:
     return layer_plan(
         config.model,
@@ -249,10 +249,10 @@ def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]
     return length // (topology.model.size if topology.model.sequence else 1), 1, known(config.model.hidden_size)
 
 
-def _router_losses(config: Config) -> RouterLosses | None:
+def _router_losses(config: Config) -> RouterLossTracker | None:
     """The losses of the routers; None where no block has experts."""
     moe = config.moe
-    return RouterLosses(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
+    return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
 
 
 def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
@@ -270,10 +270,10 @@ def _initialize(
 ) -> tuple[object, GradientClipper | None]:
     """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
     section = config.optimizer
-    trained = for_the_optimizer(model, parameters.values())
+    trained = optimizer_parameters(model, parameters.values())
     groups = parameter_groups(trained, section.weight_decay, _rates(config, parameters))
     if config.deepspeed.zero_stage != 0:
-        groups = equally_many(groups, topology.pipe, device())
+        groups = balance_group_count(groups, topology.pipe, device())
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     build = family.load(section.optimizer_type)
     optimizer = build(
@@ -292,9 +292,9 @@ def _initialize(
             mpu=None if config.parallelism.is_pipe_parallel or finds_groups(optimizer) else topology,
             dist_init_required=False,
         )
-    norm_of_nothing(initialised.optimizer)
+    allow_empty_grad_norm(initialised.optimizer)
     if isinstance(optimizer, OnebitAdam):
-        optimizer.on_freeze = partial(_keep_gradients_apart, initialised, clipper)
+        optimizer.on_freeze = partial(_disable_grad_allreduce, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
@@ -318,20 +318,20 @@ def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Paramete
     return {parameter: rates[key] for key, parameter in parameters.items() if key in rates}
 
 
-def _keep_gradients_apart(initialised: Any, clipper: GradientClipper | None) -> None:
+def _disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) -> None:
     """From now on the optimizer exchanges what data-parallel ranks know; DeepSpeed sums no gradients any more."""
     if hasattr(initialised, "pipeline_enable_backward_allreduce"):
         initialised.pipeline_enable_backward_allreduce = False
     else:
         initialised.enable_backward_allreduce = False
     if clipper is not None:
-        clipper.gradients_are_apart = True
+        clipper.grads_are_unreduced = True
 
 
 def _gather_blocks_whole(model: Module) -> None:
     """Tells ZeRO 3 of blocks whose parameters are needed together; the other stages do not ask."""
     for module in model.modules():
-        if isinstance(module, Block) and module.gathered_whole:
+        if isinstance(module, Block) and module.zero3_gather_together:
             set_z3_leaf_module(module, True)
 
 
@@ -361,7 +361,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
     return make
 
 
-def _quieten() -> None:
+def _silence_deepspeed() -> None:
     """DeepSpeed speaks at every turn; its warnings are enough. It calls torch by names that torch will drop."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(max(logger.level, logging.WARNING))

@@ -24,7 +24,7 @@ def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
         if isinstance(block, TransformerBlock):
             _fill_tables(block, shape)
             block.forward = _on_whole_sequences(block.forward)  # type: ignore[method-assign, assignment]
-            block.gathered_whole = True
+            block.zero3_gather_together = True
 
 
 @torch.no_grad()

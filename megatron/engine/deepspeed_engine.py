@@ -15,21 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
 from megatron.data.dataset.batch import MicroBatch
-from megatron.distributed.context_parallel import part_of_sequence
+from megatron.distributed.context_parallel import shard_sequence
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.expert_gather import all_experts
 from megatron.engine.grad_accumulation import accumulate
 from megatron.engine.inference_forward import for_sequence_cuts, gather_context, gather_vocabulary
-from megatron.engine.loss_normalization import sum_over_data, tokens_a_share, unmasked
-from megatron.engine.prompt_offset import behind, places_before
+from megatron.engine.loss_normalization import loss_divisor, sum_over_data, unmasked
+from megatron.engine.prompt_offset import behind, prompt_offset
 from megatron.model.kv_cache import KVCache
-from megatron.model.moe.losses import RouterLosses
+from megatron.model.moe.losses import RouterLossTracker
 from megatron.optim.grad_clip import GradientClipper
 from megatron.optim.param_groups import set_learning_rate
 
@@ -51,9 +51,9 @@ class PlainEngine:
     loss: Loss
     parameters: dict[str, Parameter]
     make_cache: Callable[[int, int], KVCache]
-    random: ShardedRandom
+    random: TensorParallelRNG
     clipper: GradientClipper | None
-    router_losses: RouterLosses | None = None
+    router_losses: RouterLossTracker | None = None
     pipelined: bool = False
     prompt: int = 0
 
@@ -69,7 +69,7 @@ class PlainEngine:
         if self.router_losses is not None:
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
         step = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
-        tokens = tokens_a_share(step, self.topology, engine.device)
+        tokens = loss_divisor(step, self.topology, engine.device)
         for batch in step:
             loss = self._forward(batch, tokens)
             engine.backward(loss)
@@ -98,7 +98,7 @@ class PlainEngine:
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         self.deepspeed.module.eval()
-        places = places_before(self.prompt, cache)
+        places = prompt_offset(self.prompt, cache)
         part = for_sequence_cuts(behind(tokens.to(device()), places), cache, self.topology)
         logits = gather_vocabulary(self.deepspeed(part, cache), self.topology)
         logits = gather_context(logits, self.topology)[:, places : places + tokens.shape[1]]
@@ -124,7 +124,7 @@ class PlainEngine:
         """Key -> parameter that this rank answers for."""
         return self.parameters
 
-    def optimizer_slices(self) -> list[StateSlice]:
+    def optimizer_slices(self) -> list[OptimizerShard]:
         return optimizer_state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)
 
     def loss_scaling(self) -> dict[str, float]:
@@ -142,7 +142,7 @@ class PlainEngine:
     def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """The sum of the losses of this rank's part of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
-        part = partial(part_of_sequence, axis=self.topology.context)
+        part = partial(shard_sequence, axis=self.topology.context)
         logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
         return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.distributed.param_attrs import expert_axis, expert_share
+from megatron.distributed.param_attrs import expert_axis, expert_rank_and_size
 
 
 def all_experts(parameter: Parameter) -> Tensor:
@@ -22,5 +22,5 @@ def all_experts(parameter: Parameter) -> Tensor:
 
 def own_experts(parameter: Parameter, shard: Tensor) -> Tensor:
     """What this rank's parameter holds of a tensor-parallel shard."""
-    rank, size = expert_share(parameter)
+    rank, size = expert_rank_and_size(parameter)
     return shard if size == 1 else shard.chunk(size)[rank]

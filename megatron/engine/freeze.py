@@ -25,7 +25,7 @@ def freeze(parameters: Mapping[str, Parameter], table: Sequence[TensorShape]) ->
         parameter.requires_grad_(key in changed)
 
 
-def for_the_optimizer(model: Module, parameters: Iterable[Parameter]) -> list[Parameter]:
+def optimizer_parameters(model: Module, parameters: Iterable[Parameter]) -> list[Parameter]:
     """The parameters of this rank, and on a pipeline stage where all of them are frozen one that is not.
 
     Optimizers and DeepSpeed want at least one each. It takes no part in the model and never has a gradient.
@@ -38,7 +38,7 @@ def for_the_optimizer(model: Module, parameters: Iterable[Parameter]) -> list[Pa
     return [*held, idle]
 
 
-def norm_of_nothing(optimizer: Any) -> None:
+def allow_empty_grad_norm(optimizer: Any) -> None:
     """Lets a rank take part in the gradient norm without a gradient that it counts: it adds 0.
 
     DeepSpeed's optimizer of bfloat16 stops at an empty list, where everything on a stage is frozen, or all that is

@@ -17,8 +17,8 @@ from torch.nn import Module, Parameter
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
-from megatron.engine.inference_forward import through_stages
-from megatron.engine.prompt_offset import behind, places_before, shifted
+from megatron.engine.inference_forward import pipeline_forward
+from megatron.engine.prompt_offset import behind, prompt_offset, shifted
 from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
@@ -97,9 +97,9 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        places = places_before(self.prompt, cache)
+        places = prompt_offset(self.prompt, cache)
         at = shifted(at, tokens.shape[1], places)
-        logits = through_stages(
+        logits = pipeline_forward(
             self.stage.functions,
             behind(tokens, places),
             cache,

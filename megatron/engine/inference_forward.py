@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import gather_from
-from megatron.distributed.context_parallel import part_of_sequence
+from megatron.distributed.context_parallel import shard_sequence
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.model.kv_cache import KVCache
@@ -32,7 +32,7 @@ def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology)
     if cache is not None:
         raise ValueError("generation with a cache needs an engine without sequence and context parallelism")
     padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % parts))
-    return part_of_sequence(padded, topology.context)
+    return shard_sequence(padded, topology.context)
 
 
 def gather_context(logits: Tensor, topology: Topology) -> Tensor:
@@ -50,7 +50,7 @@ def gather_vocabulary(logits: Tensor, topology: Topology) -> Tensor:
     return gather_from(logits, topology.model).transpose(0, 1).float()  # [b, s, v]
 
 
-def through_stages(
+def pipeline_forward(
     layers: Sequence[Layer],
     tokens: Tensor,
     cache: KVCache | None,
@@ -76,7 +76,7 @@ def through_stages(
     for layer in layers if at is None or not pipe.is_last else layers[:-1]:
         carry = layer(carry, cache)
     if at is not None and pipe.is_last:
-        carry = layers[-1](positions_at(carry, at), cache)  # [k, 1, v/t]
+        carry = layers[-1](select_positions(carry, at), cache)  # [k, 1, v/t]
     if cache is not None:
         cache.advance(length)
     if not pipe.is_last:
@@ -90,7 +90,7 @@ def through_stages(
     return logits if at is None else logits[0]  # [k, v]
 
 
-def positions_at(hidden: Tensor, at: Tensor) -> Tensor:
+def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
     """Some positions of [s, b, h], by their places in the flattened [b, s] -> [k, 1, h]."""
     length = hidden.shape[0]
     return hidden[at % length, at // length].unsqueeze(1)  # [k, 1, h]

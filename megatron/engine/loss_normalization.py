@@ -19,7 +19,7 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 
 
-def tokens_a_share(batches: Sequence[MicroBatch], topology: Topology, device: torch.device | str) -> Tensor:
+def loss_divisor(batches: Sequence[MicroBatch], topology: Topology, device: torch.device | str) -> Tensor:
     """What each micro batch's sum of losses is divided by [tokens]: the step's unmasked tokens over its shares.
 
     DeepSpeed averages losses and gradients over the micro batches of a step and over the ranks that it takes for

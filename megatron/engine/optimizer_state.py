@@ -16,12 +16,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState, StateSlice
-from megatron.distributed.param_attrs import expert_share
+from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerShard, OptimizerState
+from megatron.distributed.param_attrs import expert_rank_and_size
 from megatron.optim.builder_args import STEP
 from megatron.optim.onebit import SERVER_ERROR, WORKER_ERROR, OnebitAdam
 from megatron.optim.state_io import Kept, kept, restore
-from megatron.optim.unsharded import Dealt
+from megatron.optim.unsharded import AssignedTensor
 
 _SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a moving loss scale of DeepSpeed keeps."""
@@ -56,13 +56,13 @@ class Piece:
         return self.owner.dtype != self.parameter.dtype
 
 
-def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) -> list[StateSlice]:
+def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) -> list[OptimizerShard]:
     """The slices this rank is responsible for. Views, not copies.
 
     optimizer: DeepSpeed's or torch's. parameters: key -> parameter of this rank's model.
     """
     inner = inner_optimizer(optimizer)
-    slices: list[StateSlice] = []
+    slices: list[OptimizerShard] = []
     found: dict[Tensor, Kept] = {}
     for piece in pieces(optimizer, parameters, data_rank):
         dealt = getattr(inner, "dealt", {}).get(piece.parameter)
@@ -76,7 +76,7 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
         if piece.has_master:
             tensors[MASTER] = piece.of(piece.owner.detach())
         start, stop = piece.base + piece.start, piece.base + piece.stop
-        slices.append(StateSlice(piece.key, start, stop, one.step, tensors, one.whole))
+        slices.append(OptimizerShard(piece.key, start, stop, one.step, tensors, one.whole))
     if isinstance(inner, OnebitAdam):
         slices += _errors(inner, parameters)
     return slices
@@ -137,7 +137,7 @@ def _moving_scaler(optimizer: Any) -> Any:
     return None
 
 
-def _dealt_slices(key: str, dealt: Dealt, inner: torch.optim.Optimizer) -> Iterator[StateSlice]:
+def _dealt_slices(key: str, dealt: AssignedTensor, inner: torch.optim.Optimizer) -> Iterator[OptimizerShard]:
     """State of a tensor that its owner updates whole, as the slices of every tensor-parallel rank."""
     if dealt.whole is None:
         return
@@ -146,10 +146,10 @@ def _dealt_slices(key: str, dealt: Dealt, inner: torch.optim.Optimizer) -> Itera
     for rank in range(size):
         tensors = {name: dealt.cut(value, rank, size).flatten() for name, value in one.elementwise.items()}
         whole = one.whole if rank == 0 else {}
-        yield StateSlice(key, 0, dealt.shard.numel(), one.step, tensors, whole, model_rank=rank)
+        yield OptimizerShard(key, 0, dealt.shard.numel(), one.step, tensors, whole, model_rank=rank)
 
 
-def _write_dealt(key: str, dealt: Dealt, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
+def _write_dealt(key: str, dealt: AssignedTensor, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
     if dealt.whole is None:
         return
     whole = dealt.whole
@@ -168,7 +168,7 @@ def _plain_names(stored: OptimizerState, key: str) -> list[str]:
     return [name for name in stored.names(key) if not name.startswith(RANKED)]
 
 
-def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[StateSlice]:
+def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[OptimizerShard]:
     """What compression left out: each rank's own error for whole shards, and its part of the servers' error."""
     for key, parameter in parameters.items():
         state = inner.state.get(parameter, {})
@@ -176,9 +176,9 @@ def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[Sta
             continue
         own = {f"{WORKER_ERROR}.{inner.data_rank}": state[WORKER_ERROR].flatten()}
         start, stop = inner.server_range(parameter)
-        yield StateSlice(key, 0, parameter.numel(), int(state[STEP]), own)
+        yield OptimizerShard(key, 0, parameter.numel(), int(state[STEP]), own)
         if start < stop:
-            yield StateSlice(key, start, stop, int(state[STEP]), {SERVER_ERROR: state[SERVER_ERROR]})
+            yield OptimizerShard(key, start, stop, int(state[STEP]), {SERVER_ERROR: state[SERVER_ERROR]})
 
 
 def _write_errors(
@@ -218,13 +218,13 @@ def pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> 
                 owner = inner_optimizer(optimizer).param_groups[mapping.param_group_index]["params"][0]
                 stop = range_.start + range_.numel
                 yield Piece(key, parameter, range_.start, stop, owner, address.start, _base(parameter))
-        elif data_rank // expert_share(parameter)[1] == 0:
+        elif data_rank // expert_rank_and_size(parameter)[1] == 0:
             yield Piece(key, parameter, 0, parameter.numel(), parameter, 0, _base(parameter))
 
 
 def _base(parameter: Parameter) -> int:
     """Where the parameter begins in the flattened tensor-parallel shard, which holds the experts of all ranks."""
-    return expert_share(parameter)[0] * parameter.numel()
+    return expert_rank_and_size(parameter)[0] * parameter.numel()
 
 
 def _stage3_pieces(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator[Piece]:

@@ -15,20 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import is_tied
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, as_tensor, loss_scale
 from megatron.engine.expert_gather import all_experts
 from megatron.engine.grad_accumulation import accumulate
-from megatron.engine.inference_forward import for_sequence_cuts, through_stages
-from megatron.engine.loss_normalization import sum_over_data, tokens_a_share, unmasked
-from megatron.engine.prompt_offset import behind, places_before
+from megatron.engine.inference_forward import for_sequence_cuts, pipeline_forward
+from megatron.engine.loss_normalization import loss_divisor, sum_over_data, unmasked
+from megatron.engine.prompt_offset import behind, prompt_offset
 from megatron.model.kv_cache import KVCache
-from megatron.model.moe.losses import RouterLosses
+from megatron.model.moe.losses import RouterLossTracker
 from megatron.optim.grad_clip import GradientClipper
 from megatron.optim.param_groups import set_learning_rate
 
@@ -51,12 +51,12 @@ class PipelinedEngine:
     topology: Topology
     parameters: dict[str, Parameter]
     make_cache: Callable[[int, int], KVCache]
-    random: ShardedRandom
+    random: TensorParallelRNG
     clipper: GradientClipper | None
     hidden_size: int
     padded_vocab_size: int
     dtype: torch.dtype
-    router_losses: RouterLosses | None = None
+    router_losses: RouterLossTracker | None = None
     pipelined: bool = True
     length: int | None = None
     prompt: int = 0
@@ -109,8 +109,8 @@ class PipelinedEngine:
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         module = self.deepspeed.module
         module.eval()
-        places = places_before(self.prompt, cache)
-        logits = through_stages(
+        places = prompt_offset(self.prompt, cache)
+        logits = pipeline_forward(
             module.forward_funcs,
             for_sequence_cuts(behind(tokens, places), cache, self.topology),
             cache,
@@ -135,7 +135,7 @@ class PipelinedEngine:
         """Key -> this rank's shards of the layers its stage owns."""
         return {key: all_experts(parameter) for key, parameter in self.owned().items()}
 
-    def optimizer_slices(self) -> list[StateSlice]:
+    def optimizer_slices(self) -> list[OptimizerShard]:
         return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.data.rank)
 
     def loss_scaling(self) -> dict[str, float]:
@@ -155,7 +155,7 @@ class PipelinedEngine:
         if not (self.topology.pipe.is_first or self.topology.pipe.is_last):
             return iter(())
         step = [next(batches) for _ in range(self.deepspeed.micro_batches)]
-        tokens = tokens_a_share(step, self.topology, self.deepspeed.device)
+        tokens = loss_divisor(step, self.topology, self.deepspeed.device)
         return iter([_pair(batch, tokens) for batch in step])
 
     def owned(self) -> dict[str, Parameter]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.model.kv_cache import KVCache
 
 
-def places_before(length: int, cache: KVCache | None) -> int:
+def prompt_offset(length: int, cache: KVCache | None) -> int:
     """How many places the prompt takes before these tokens: all of its n, or none where the cache has it already."""
     return length if cache is None or cache.length == 0 else 0
 

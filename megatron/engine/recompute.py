@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.config.schema.recompute import RecomputeSection
 from megatron.distributed.mesh import Topology
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.model.recompute import Recompute
 
 TORCH = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -33,7 +33,7 @@ def in_host_memory(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def full_recompute(
-    section: RecomputeSection, topology: Topology, random: ShardedRandom, num_layers: int
+    section: RecomputeSection, topology: Topology, random: TensorParallelRNG, num_layers: int
 ) -> Recompute | None:
     """How whole blocks are recomputed; None when they are not. num_layers: of the whole model [blocks]."""
     asked = section.checkpoint_activations or section.recompute_granularity == "full"

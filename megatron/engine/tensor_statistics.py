@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.checkpoint.format.optimizer_shards import MASTER, StateSlice
+from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerShard
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import is_sharded
 from megatron.distributed.process_group import all_gather_list
@@ -36,7 +36,7 @@ class Watched(Protocol):
 
     def owned(self) -> dict[str, Parameter]: ...
 
-    def optimizer_slices(self) -> list[StateSlice]: ...
+    def optimizer_slices(self) -> list[OptimizerShard]: ...
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _counted_here(engine: Watched) -> list[Piece]:
     return [piece for piece in found if topology.model.is_first or is_sharded(piece.parameter)]
 
 
-def _named(part: StateSlice) -> Iterable[tuple[str, Tensor]]:
+def _named(part: OptimizerShard) -> Iterable[tuple[str, Tensor]]:
     found = {**part.tensors, **part.whole}
     return ((name, value) for name, value in found.items() if name != MASTER)
 

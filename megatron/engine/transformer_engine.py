@@ -30,7 +30,7 @@ def use_transformer_engine(
             continue
         for take in asked:
             take(block, recompute)
-        block.gathered_whole = True  # the package reads parameters that are not its own
+        block.zero3_gather_together = True  # the package reads parameters that are not its own
         if region is not None:
             block.region = region
 

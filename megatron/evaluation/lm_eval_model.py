@@ -21,7 +21,7 @@ from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.progress import Progress
-from megatron.evaluation.work_split import share_out
+from megatron.evaluation.work_split import split_over_replicas
 from megatron.inference.batch_generation import TextGenerator
 from megatron.inference.generation_request import Record, Settings
 from megatron.inference.prompt_encoding import read_prompt, read_text
@@ -116,7 +116,7 @@ class HarnessModel(LM):
             for number, (context, arguments) in enumerate(request.args for request in requests)
         ]
         self._tell_cut(sum(len(each.tokens) > self._room(each.settings) for each in asked), len(asked))
-        records = share_out(asked, self._write, self._replicas, size=lambda each: len(each.tokens))
+        records = split_over_replicas(asked, self._write, self._replicas, size=lambda each: len(each.tokens))
         failed = [record.message for record in records if record.failed]
         if failed:
             raise NotNumbers.of(f"{len(failed)} of {len(records)} contexts could not be continued ({failed[0]})")
@@ -204,7 +204,7 @@ class HarnessModel(LM):
             vocabulary=self._vocabulary,
             on_progress=Progress("scoring"),
         )
-        return share_out(pairs, work, self._replicas, size=lambda pair: len(pair.inputs()))
+        return split_over_replicas(pairs, work, self._replicas, size=lambda pair: len(pair.inputs()))
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Context and continuation as tokens, parted where the tokens of the context alone end.

@@ -28,8 +28,8 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation import bits_per_byte, perplexity
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.stop_request import StoppableEngine
-from megatron.evaluation.work_split import share_out
-from megatron.inference.runner import context_length, vocabulary, with_model
+from megatron.evaluation.work_split import split_over_replicas
+from megatron.inference.runner import context_length, vocabulary, with_loaded_model
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
@@ -54,7 +54,7 @@ def evaluate(config: Config) -> None:
             _publish(config, results)
             _report(config, flat_metrics(results), known_iteration(config))
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
 def live_evaluation(
@@ -138,7 +138,7 @@ def measure_text(config: Config) -> None:
         if topology.rank == 0:
             _tell_bits(config, measured, documents)
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
 def measure_perplexity(config: Config) -> None:
@@ -165,7 +165,7 @@ def measure_perplexity(config: Config) -> None:
                 padding=tokenizer.eod,
                 vocabulary=vocabulary(config, tokenizer),
             )
-            found = share_out(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
+            found = split_over_replicas(pairs, scored, topology.data, size=lambda pair: len(pair.inputs()))
             require_numbers(found, "pieces of text")
             return found
 
@@ -181,7 +181,7 @@ def measure_perplexity(config: Config) -> None:
             if config.observe.log_dir is not None:
                 _write(Path(config.observe.log_dir) / "perplexity.json", record)
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
 def require_harness(eval_tasks: Any) -> None:

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def share_out(
+def split_over_replicas(
     items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]], axis: Axis, size: Callable[[Item], int]
 ) -> list[Result]:
     """The results of all items, in order. Collective over the axis.

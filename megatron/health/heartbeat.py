@@ -36,7 +36,7 @@ PATIENCE = 0.9  # part of the limit after which a rank that waits for nobody is 
 
 
 @dataclass(frozen=True)
-class Pulse:
+class HeartbeatRecord:
     """What one rank last told.
 
     doing: "training", "reading data", "saving", ... since, heard: when that began and when this was written, by the
@@ -66,16 +66,16 @@ class Pulse:
         return f"{place}: {self.doing} for {self.heard - self.since:.0f} s{waits}{stands}"
 
 
-class Heart:
+class Heartbeat:
     """This rank's record, and the thread that keeps it fresh.
 
     limit [s]: how long an activity may last. hanging: called once, in the thread, when the main thread has done the
     same for nearly that long without waiting for another rank.
     """
 
-    def __init__(self, *, rank: int, stage: int, limit: float, hanging: Callable[[Pulse], None]) -> None:
+    def __init__(self, *, rank: int, stage: int, limit: float, hanging: Callable[[HeartbeatRecord], None]) -> None:
         now = time.time()
-        self._pulse = Pulse(rank, host_name(), stage, 0, STARTING, now, now)
+        self._pulse = HeartbeatRecord(rank, host_name(), stage, 0, STARTING, now, now)
         self._limit, self._hanging = limit, hanging
         self._main = threading.main_thread().ident or 0
         self._store = _store()
@@ -111,24 +111,24 @@ class Heart:
             if not failed:
                 self._pulse = replace(self._pulse, doing=before.doing, since=time.time())
 
-    def everyone(self, world_size: int) -> list[Pulse]:
+    def everyone(self, world_size: int) -> list[HeartbeatRecord]:
         """The records of all ranks that told anything; none where the store cannot be reached within STALE [s].
 
         A host that is cut off gets no answer at all, and the network's own patience is a quarter of an hour.
         """
-        found: list[list[Pulse]] = []
+        found: list[list[HeartbeatRecord]] = []
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store went with the rank that kept it
                 told = [_key(rank) for rank in range(world_size) if self._store.check([_key(rank)])]
-                found.append([Pulse(**json.loads(self._store.get(key))) for key in told])
+                found.append([HeartbeatRecord(**json.loads(self._store.get(key))) for key in told])
 
         asking = threading.Thread(target=ask, name="heart-asks", daemon=True)
         asking.start()
         asking.join(STALE)
         return found[0] if found else []
 
-    def now(self) -> Pulse:
+    def now(self) -> HeartbeatRecord:
         """This rank's record at this moment."""
         return replace(
             self._pulse,
@@ -148,14 +148,14 @@ class Heart:
                 self._hanging(pulse)
             self._end.wait(BEAT)
 
-    def _hangs(self, pulse: Pulse) -> bool:
+    def _hangs(self, pulse: HeartbeatRecord) -> bool:
         long = pulse.heard - pulse.since > PATIENCE * self._limit
         if not long or pulse.doing in UNLIMITED or pulse.waiting_in is not None:
             return False
         return device_collective_in_progress() is None
 
 
-def suspects(pulses: list[Pulse], world_size: int, now: float) -> list[str]:
+def likely_culprits(pulses: list[HeartbeatRecord], world_size: int, now: float) -> list[str]:
     """A sentence for each rank that the others most likely wait for, the likeliest first.
 
     Ranks that were not heard of lately come first; else those whose main thread is not waiting in a collective;

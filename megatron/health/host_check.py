@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.distributed.init import host_name
 from megatron.distributed.process_group import all_gather_list, device
 from megatron.distributed.shared_folder import sees_files_of_rank_0
-from megatron.errors import Mistake, RunError
+from megatron.errors import ConfigIssue, RunError
 from megatron.log import get_logger
 from megatron.ranks import Ranks
 
@@ -64,7 +64,7 @@ def roll_call(config_text: str, folder: Path | None, *, shared: bool) -> list[st
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [host_name()]
-    facts = take_census(hashlib.sha256(config_text.encode()).hexdigest(), folder)
+    facts = gather_host_info(hashlib.sha256(config_text.encode()).hexdigest(), folder)
     if len(hosts(facts)) > 1:
         _log.info("the hosts of this run:\n%s", table(facts))
         for line in warnings(facts, shared=shared):
@@ -73,7 +73,7 @@ def roll_call(config_text: str, folder: Path | None, *, shared: bool) -> list[st
     return [each.host for each in facts]
 
 
-def take_census(config_digest: str, folder: Path | None) -> list[Facts]:
+def gather_host_info(config_digest: str, folder: Path | None) -> list[Facts]:
     """The facts of every rank, in order, on every rank. Collective; takes less than a second.
 
     config_digest: of this rank's configuration. folder: rank 0's, which all hosts should see; None to ask for none.
@@ -106,7 +106,7 @@ def hosts(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
     return found
 
 
-def judge(facts: Sequence[Facts], *, shared: bool) -> list[Mistake]:
+def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
     """What is wrong with which host, compared with what most hosts have. shared: all should see one folder."""
     first = [ranks[0] for ranks in hosts(facts).values()]
     mistakes = []
@@ -114,17 +114,17 @@ def judge(facts: Sequence[Facts], *, shared: bool) -> list[Mistake]:
         values = [of(each) for each in first]
         usual = Counter(values).most_common(1)[0][0]
         mistakes += [
-            Mistake(f"{what} is {value}, where most hosts have {usual}", where=f"host {each.host}", remedy=remedy)
+            ConfigIssue(f"{what} is {value}, where most hosts have {usual}", where=f"host {each.host}", remedy=remedy)
             for each, value in zip(first, values, strict=True)
             if value != usual
         ]
     for host, ranks in hosts(facts).items():
         if ranks[0].devices and len(ranks) > ranks[0].devices:
             told = f"{len(ranks)} ranks run on {ranks[0].devices} accelerators"
-            mistakes.append(Mistake(told, where=f"host {host}", remedy="give it fewer slots in the hostfile"))
+            mistakes.append(ConfigIssue(told, where=f"host {host}", remedy="give it fewer slots in the hostfile"))
         if shared and not all(each.visible for each in ranks):
             mistakes.append(
-                Mistake(
+                ConfigIssue(
                     "the run directory is not the one that rank 0 sees",
                     key="use_shared_fs",
                     value=True,

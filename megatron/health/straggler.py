@@ -30,7 +30,7 @@ LONGEST = 0.05  # [s] of products in one report: longer than a scheduler lets on
 
 
 @dataclass(frozen=True)
-class Ranking:
+class StepTimings:
     """What a report says of all ranks, in rank order.
 
     step [s]: of all of them. data_wait [s a step], probe [s a product]: of each.
@@ -61,14 +61,14 @@ class Ranking:
         return self.step / max(self.step - max(more, 0.0), 0.01 * self.step)
 
 
-def settled(rankings: Sequence[Ranking]) -> Ranking:
+def settled(rankings: Sequence[StepTimings]) -> StepTimings:
     """The median of each rank's figures over several reports, since a single product may meet with anything."""
 
     def medians(columns: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
         return tuple(statistics.median(of_a_rank) for of_a_rank in zip(*columns, strict=True))
 
     step = statistics.median(each.step for each in rankings)
-    return Ranking(step, medians([each.data_wait for each in rankings]), medians([each.probe for each in rankings]))
+    return StepTimings(step, medians([each.data_wait for each in rankings]), medians([each.probe for each in rankings]))
 
 
 class Probe:
@@ -102,7 +102,7 @@ class Probe:
                 torch.mm(self._left, self._right, out=self._product)
 
 
-class Pace:
+class StragglerMonitor:
     """The pace of every rank of a run.
 
     hosts: of each rank. folder: where ranks.jsonl goes, None for nowhere. tell: speaks to the user.
@@ -118,7 +118,7 @@ class Pace:
         self._waited = 0.0
         self._since: float | None = None
         self._judge = Judge(hosts)
-        self._last: deque[Ranking] = deque(maxlen=REPORTS)
+        self._last: deque[StepTimings] = deque(maxlen=REPORTS)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -151,14 +151,14 @@ class Pace:
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
         return found
 
-    def _gather(self, *own: float) -> Ranking:
+    def _gather(self, *own: float) -> StepTimings:
         mine = torch.tensor(own, dtype=torch.float64, device=self._device)
         everyone = torch.empty(len(self._hosts) * len(own), dtype=mine.dtype, device=self._device)
         dist.all_gather_into_tensor(everyone, mine)
         step, wait, probe = everyone.view(-1, len(own)).T.tolist()
-        return Ranking(statistics.median(step), tuple(wait), tuple(probe))
+        return StepTimings(statistics.median(step), tuple(wait), tuple(probe))
 
-    def _report(self, ranking: Ranking) -> dict[str, float]:
+    def _report(self, ranking: StepTimings) -> dict[str, float]:
         self._last.append(ranking)
         slowness = settled(self._last).slowness()
         slowest = max(range(len(slowness)), key=slowness.__getitem__)
@@ -171,7 +171,7 @@ class Pace:
             "runtime/slowest_rank_ratio": slowness[slowest],
         }
 
-    def _write(self, ranking: Ranking) -> None:
+    def _write(self, ranking: StepTimings) -> None:
         if self._path is None:
             return
         columns = {"data_wait": ranking.data_wait, "probe": ranking.probe}
@@ -192,7 +192,7 @@ class Judge:
         self._slow: deque[set[int]] = deque(maxlen=REPORTS)
         self._told: set[int] = set()
 
-    def sentences(self, ranking: Ranking) -> list[str]:
+    def sentences(self, ranking: StepTimings) -> list[str]:
         """What is new after this report."""
         slowness = ranking.slowness()
         self._slow.append({rank for rank, ratio in enumerate(slowness) if ratio >= RATIO})

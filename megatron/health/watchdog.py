@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron.distributed.mesh import Topology
 from megatron.distributed.timeouts import failed_in_a_collective, flight_record
 from megatron.errors import ConfigError, RunError
-from megatron.health.heartbeat import STALE, Heart, Pulse, suspects
+from megatron.health.heartbeat import STALE, Heartbeat, HeartbeatRecord, likely_culprits
 
 FAILURES = "failures"
 
@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, topology: Topology, folder: Path | None, limit: float) -> None:
         self._world_size, self._rank = topology.world_size, topology.rank
         self._folder, self._limit = folder, limit
-        self._heart = Heart(rank=topology.rank, stage=topology.pipe.rank, limit=limit, hanging=self._leave)
+        self._heart = Heartbeat(rank=topology.rank, stage=topology.pipe.rank, limit=limit, hanging=self._leave)
 
     @contextmanager
     def over(self) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Watch:
         with self._heart.doing("failing"):
             time.sleep(STALE)  # a rank that is gone must have grown silent
         pulses = self._heart.everyone(self._world_size)
-        found = suspects(pulses, self._world_size, time.time()) if pulses else [_unreachable(mine)]
+        found = likely_culprits(pulses, self._world_size, time.time()) if pulses else [_unreachable(mine)]
         blamed = "; ".join(found) or "no rank stands out: the network between them may be cut"
         first_line = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         return RunError.of(
@@ -70,7 +70,7 @@ class Watch:
             f"= {self._limit:g} s",
         )
 
-    def _leave(self, pulse: Pulse) -> None:
+    def _leave(self, pulse: HeartbeatRecord) -> None:
         """The main thread hangs, so this thread ends the process."""
         told = f"{pulse}; nothing moved for that long, and collective_timeout is {self._limit:g} s"
         self._write(told)
@@ -89,6 +89,6 @@ class Watch:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
 
-def _unreachable(mine: Pulse) -> str:
+def _unreachable(mine: HeartbeatRecord) -> str:
     first = os.environ.get("MASTER_ADDR", "rank 0's host")
     return f"nothing is heard from {first}, where the ranks met: it is gone, or this host ({mine.host}) is cut off"

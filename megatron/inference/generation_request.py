@@ -96,7 +96,7 @@ class Answer:
         self._settings = settings
         self._context = context
         self._on_token = on_token
-        self._pieces = Pieces(tokenizer, settings.stop, stream, () if settings.alone else prompt)
+        self._pieces = Detokenizer(tokenizer, settings.stop, stream, () if settings.alone else prompt)
         self._logits: list[list[float]] | None = [] if settings.return_logits else None
         self._started = time.perf_counter()
         self.prompt_tokens = len(prompt)
@@ -186,7 +186,7 @@ class Answer:
         )
 
 
-class Pieces:
+class Detokenizer:
     """The text of the tokens so far: streams what is whole, and finds the stop texts.
 
     prompt: the tokens that the text follows; none to decode it alone. A stop text may hold special tokens, which leave

@@ -42,7 +42,7 @@ class Interruption:
         self.pressed, self.answering = False, answering
 
 
-def converse(
+def run_interactive(
     generator: TextGenerator,
     prompt_end: str,
     *,

@@ -17,7 +17,7 @@ Answer = list[str | None]
 """What was typed, or nothing yet."""
 
 
-def share_prompt(ask: Callable[[], str | None], *, limit: float) -> str | None:
+def broadcast_prompt(ask: Callable[[], str | None], *, limit: float) -> str | None:
     """What rank 0 gets by asking, on every rank. Collective.
 
     limit [s]: how long a rank may wait for another. A person may take longer, so rank 0 gives signs meanwhile.

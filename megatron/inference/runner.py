@@ -24,9 +24,9 @@ from megatron.health.watchdog import Watch
 from megatron.inference import batch_modes
 from megatron.inference.batch_generation import TextGenerator
 from megatron.inference.generation_request import Settings
-from megatron.inference.interactive import Interruption, converse
+from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.precompute_logprobs import write_log_probabilities
-from megatron.inference.prompt_broadcast import share_prompt
+from megatron.inference.prompt_broadcast import broadcast_prompt
 from megatron.inference.sampling import Sampling
 from megatron.tokenizer_info import facts_of
 from megatron.tokenizers.base import Tokenizer
@@ -51,11 +51,11 @@ def generate(config: Config) -> None:
         generator = TextGenerator(engine, tokenizer, _settings(config))
         speaks = topology.rank == 0
         if mode == batch_modes.INTERACTIVE:
-            converse(
+            run_interactive(
                 generator,
                 section.prompt_end,
                 speaks=speaks,
-                share=partial(share_prompt, limit=config.launch.collective_timeout),
+                share=partial(broadcast_prompt, limit=config.launch.collective_timeout),
                 any_rank=any_rank,
                 interruption=Interruption.install(lambda text: print(text, end="", flush=True) if speaks else None),
             )
@@ -63,7 +63,7 @@ def generate(config: Config) -> None:
             path = batch_modes.output_path(section.sample_output_file, section.sample_input_file)
             batch_modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
 def precompute(config: Config) -> None:
@@ -96,10 +96,10 @@ def precompute(config: Config) -> None:
                 vocabulary=vocabulary(config, tokenizer),
             )
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
-def with_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], None]) -> None:
+def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topology], None]) -> None:
     """Calls work with the model of the checkpoint that `load` names, ready to be asked. Collective over all ranks.
 
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.

@@ -87,7 +87,7 @@ class Sampler:
         self._generator = torch.Generator().manual_seed((seed * 1_000_003 + text_index) % 2**63)
 
     @property
-    def takes_the_likeliest(self) -> bool:
+    def is_greedy(self) -> bool:
         """Whether the scores alone decide, as the model gives them."""
         return self.sampling.greedy and not self.sampling.changes_scores
 
@@ -110,7 +110,7 @@ class Sampler:
 def choose_all(samplers: Sequence[Sampler], logits: Tensor, seen: Sequence[Sequence[int]]) -> list[int]:
     """The next token of each text of a batch, or NO_TOKEN. logits [b, v]; seen: the tokens of each text so far."""
     first = samplers[0]
-    if all(each.takes_the_likeliest and each.vocab_size == first.vocab_size for each in samplers):
+    if all(each.is_greedy and each.vocab_size == first.vocab_size for each in samplers):
         best = logits[:, : first.vocab_size].max(-1)
         likeliest: list[int] = best.indices.where(best.values.isfinite(), NO_TOKEN).tolist()
         return likeliest

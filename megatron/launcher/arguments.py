@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.config.flags import read_flags
 from megatron.config.yaml_loader import COMMAND_LINE
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 USAGE = """\
 usage: ./deepy.py SCRIPT [-d DIR] CONF [CONF ...] [--KEY VALUE ...]
@@ -51,7 +51,7 @@ class Request:
     dry_run: bool = False
     as_json: bool = False
     arguments: tuple[str, ...] = ()
-    mistakes: tuple[Mistake, ...] = ()
+    mistakes: tuple[ConfigIssue, ...] = ()
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -66,10 +66,10 @@ def read_request(arguments: Sequence[str]) -> Request:
     unknown = [word for word in flags.rest if word.startswith("-")]
     mistakes = [*own.mistakes, *flags.mistakes]
     what, remedy = "there is no such flag", "./deepy.py --help"
-    mistakes += [Mistake(what, word, where=COMMAND_LINE, remedy=remedy) for word in unknown]
+    mistakes += [ConfigIssue(what, word, where=COMMAND_LINE, remedy=remedy) for word in unknown]
     words = [word for word in flags.rest if word not in unknown]
     if not words:
-        told = Mistake("no script is named", where=COMMAND_LINE, remedy="./deepy.py train.py CONF ...")
+        told = ConfigIssue("no script is named", where=COMMAND_LINE, remedy="./deepy.py train.py CONF ...")
         raise ConfigError(*mistakes, told)
     script, *files = words
     try:
@@ -80,7 +80,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     if "autotuning" in own.values:
         if own.values["autotuning"] not in AUTOTUNING:
             what = "this is tune or run"
-            mistakes.append(Mistake(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
+            mistakes.append(ConfigIssue(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
         chosen["autotuning_run"] = own.values["autotuning"]
     folder = own.values.get("conf_dir")
     named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
@@ -95,7 +95,7 @@ class _OwnFlags:
     switches: set[str] = field(default_factory=set)
     values: dict[str, str] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
-    mistakes: list[Mistake] = field(default_factory=list)
+    mistakes: list[ConfigIssue] = field(default_factory=list)
 
 
 def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
@@ -112,7 +112,7 @@ def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
             if equals or waiting:
                 found.values[name] = text if equals else waiting.pop(0)
             else:
-                found.mistakes.append(Mistake("the flag needs a value", written, where=COMMAND_LINE))
+                found.mistakes.append(ConfigIssue("the flag needs a value", written, where=COMMAND_LINE))
         else:
             found.rest.append(argument)
     return found

@@ -21,9 +21,9 @@ from megatron.launcher.commands.local import (
     meeting_port,
     torchrun_command,
 )
-from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, command_elsewhere
+from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, multi_host_command
 from megatron.launcher.dry_run import as_json, as_text, values_as_text
-from megatron.launcher.hosts import SCHEDULERS, Machines, local_names
+from megatron.launcher.hosts import SCHEDULERS, Hosts, local_names
 from megatron.launcher.preflight import check, gpu_layers
 from megatron.launcher.rank_env import without_place
 from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
@@ -82,7 +82,7 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
         if not restart.failed(outcome):
             break
         answers = restart.answers_ssh if by_ssh and not launch.no_ssh_check else None
-        goes_on = restart.going_on(resolved.resolution.config, launched)
+        goes_on = restart.resume_overrides(resolved.resolution.config, launched)
         resolved = restart.resolve_again(request, resolved, os.environ, answers=answers, since=launched)
         whence = "from its newest checkpoint" if goes_on else "from its beginning"
         ranks = resolved.machines.world_size
@@ -112,7 +112,7 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)
     here = starts_here(machines, launcher, force=forced(config))
-    where = _meeting(resolved, caller, here=here)
+    where = _rendezvous_for(resolved, caller, here=here)
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
     sources = config.checkpoint.config_files or {}
     network = None if here else Network.open()
@@ -137,14 +137,14 @@ def forced(config: Config) -> bool:
     return config.launch.force_multi or config.launch.deepspeed_mpi
 
 
-def starts_here(machines: Machines, launcher: str, *, force: bool = False) -> bool:
+def starts_here(machines: Hosts, launcher: str, *, force: bool = False) -> bool:
     """Whether the workers are processes of this host, started without a tool for many hosts."""
     if launcher == "torchrun":
         return True
     return machines.is_local and len(machines.hosts) == 1 and not force and launcher not in SCHEDULERS
 
 
-def _meeting(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
+def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
     """Where the ranks meet, once the launcher and its hosts have been found to be there. Raises ConfigError."""
     launch, machines = resolved.resolution.config.launch, resolved.machines
     where = rendezvous(resolved, caller)
@@ -192,12 +192,12 @@ def build_command(
     """The command that starts the workers of this request."""
     config, machines = resolved.resolution.config, resolved.machines
     here = starts_here(machines, where.launcher, force=forced(config))
-    worker = (str(request.script), *_handed_over(config, folder, shared=here))
-    build = torchrun_command if where.launcher == "torchrun" else local_command if here else command_elsewhere
+    worker = (str(request.script), *_config_argument(config, folder, shared=here))
+    build = torchrun_command if where.launcher == "torchrun" else local_command if here else multi_host_command
     return build(machines, where, worker, folder, caller)
 
 
-def _handed_over(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
+def _config_argument(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
     """How the workers get the configuration: a file, or base64 text where their hosts share no file system."""
     if shared or config.data.use_shared_fs:
         return "--run-config", str(folder / CONFIG_FILE)

@@ -30,7 +30,7 @@ Slots = dict[str, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
-class Machines:
+class Hosts:
     """hosts: host -> device numbers (or names), one rank each, in rank order. accelerator: "cuda" or "cpu".
 
     world_size: what the run is planned for; it differs from the number of slots only in a plan that cannot start here.
@@ -61,7 +61,7 @@ class Wanted:
     launcher: str = "pdsh"
 
 
-def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Machines:
+def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Hosts:
     """The machines of a run. Raises ConfigError for a missing or wrong hostfile and for slots that are not there."""
     path = hostfile_in_use(wanted, environment)
     if path is not None:
@@ -72,7 +72,7 @@ def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path 
         here = _on_this_machine(replace(wanted, num_nodes=-1, global_num_gpus=None), environment, devices)
         hosts = {f"node-{number}": here.hosts[LOCAL] for number in range(wanted.num_nodes)}
         ranks = sum(len(slots) for slots in hosts.values())
-        return Machines(hosts, here.accelerator, ranks, here.shortage, named=False)
+        return Hosts(hosts, here.accelerator, ranks, here.shortage, named=False)
     return _on_this_machine(wanted, environment, devices)
 
 
@@ -80,7 +80,7 @@ def _numbered(counts: Mapping[str, int]) -> Slots:
     return {host: tuple(range(count)) for host, count in counts.items()}
 
 
-def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Machines:
+def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
     """What the keys choose of the hosts that `source` offers."""
     hosts = select_slots(hosts, wanted)
     if wanted.num_nodes > len(hosts):
@@ -102,10 +102,10 @@ def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str,
             value=wanted.global_num_gpus,
             remedy="leave the key out, or choose hosts with include, exclude, num_nodes and num_gpus",
         )
-    return Machines(hosts, _accelerator_of(hosts, environment, devices), ranks)
+    return Hosts(hosts, _accelerator_of(hosts, environment, devices), ranks)
 
 
-def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Machines:
+def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
     """The hosts of a scheduler's allocation; outside of one, as many as num_nodes says, whose names are not known."""
     counts = allocated(environment) if wanted.launcher == "slurm" else {}
     if counts:
@@ -115,7 +115,7 @@ def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Pat
     if wanted.num_nodes > 0 and wanted.num_gpus is not None and wanted.num_gpus > 0:
         hosts = _numbered({f"node-{number}": wanted.num_gpus for number in range(wanted.num_nodes)})
         accelerator = _accelerator_of(hosts, environment, devices)
-        return Machines(hosts, accelerator, wanted.num_nodes * wanted.num_gpus, named=False)
+        return Hosts(hosts, accelerator, wanted.num_nodes * wanted.num_gpus, named=False)
     plan = _on_this_machine(wanted, environment, devices)
     remedy = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if wanted.launcher == "slurm" else "")
     return replace(plan, shortage=f"nothing tells {wanted.launcher} which hosts to use; {remedy}")
@@ -217,7 +217,7 @@ def _first(slots: tuple[int | str, ...], count: int, host: str) -> tuple[int | s
     return slots[:count]
 
 
-def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Machines:
+def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
     if wanted.num_nodes > 1:
         raise ConfigError.of(
             "more than one host needs a hostfile", key="num_nodes", value=wanted.num_nodes, remedy="give hostfile"
@@ -240,9 +240,9 @@ def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Pa
         slots = tuple(range(min(world_size, available)))
         shortage = f"this machine has no accelerator, and {core_count()} CPU cores cannot carry so many processes"
     if world_size <= available:
-        return Machines({LOCAL: slots[:world_size]}, accelerator, world_size)
+        return Hosts({LOCAL: slots[:world_size]}, accelerator, world_size)
     shortage = f"the run wants {world_size} ranks: {shortage}; name the hosts in a hostfile"
-    return Machines({LOCAL: slots}, accelerator, world_size, shortage)
+    return Hosts({LOCAL: slots}, accelerator, world_size, shortage)
 
 
 def local_devices(environment: Mapping[str, str], devices: Path = Path("/dev")) -> tuple[int | str, ...]:

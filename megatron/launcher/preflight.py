@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import Config
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.extensions_dir import extensions_folder
 
 CPU_OP = "deepspeed_shm_comm"
@@ -42,13 +42,13 @@ def check(
     zero: the ZeRO block. gpu_layers: keys that ask for layers which only a GPU computes.
     """
     missing = [
-        Mistake(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
+        ConfigIssue(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
         if find_spec(name) is None
     ]
     if accelerator == "cpu" and precision == "fp16" and not computes_in_fp16(CPU_FACTS):
         missing.append(
-            Mistake(
+            ConfigIssue(
                 "this processor does not compute in fp16",
                 key="precision",
                 value=precision,
@@ -57,7 +57,7 @@ def check(
         )
     if accelerator == "cpu":
         what, remedy = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
-        missing += [Mistake(what, key=key, value=True, remedy=remedy) for key in gpu_layers]
+        missing += [ConfigIssue(what, key=key, value=True, remedy=remedy) for key in gpu_layers]
     if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
         missing += missing_for_disk(environment)
     if accelerator == "cpu":
@@ -81,7 +81,7 @@ def computes_in_fp16(facts: Path) -> bool:
     return any(FP16_FLAGS & set(line.split()) for line in lines)
 
 
-def missing_for_disk(environment: Mapping[str, str]) -> list[Mistake]:
+def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
     """What offloading to a disk needs: DeepSpeed compiles its reader and writer against libaio."""
     flags = [*shlex.split(environment.get("CFLAGS", "")), *shlex.split(environment.get("LDFLAGS", ""))]
     command = [environment.get("CXX") or "g++", "-x", "c++", "-", "-o", os.devnull, *flags, "-laio"]
@@ -91,11 +91,11 @@ def missing_for_disk(environment: Mapping[str, str]) -> list[Mistake]:
             command, check=False, input=program, text=True, capture_output=True, env=dict(environment)
         )
     except FileNotFoundError:
-        return [Mistake("there is no C++ compiler: offloading to a disk needs one", remedy="install g++")]
+        return [ConfigIssue("there is no C++ compiler: offloading to a disk needs one", remedy="install g++")]
     if built.returncode == 0:
         return []
     what = "there is no libaio: offloading to a disk (device: nvme) needs it"
-    return [Mistake(what, key="zero_optimization", remedy="install it (Debian: libaio-dev), or write device: cpu")]
+    return [ConfigIssue(what, key="zero_optimization", remedy="install it (Debian: libaio-dev), or write device: cpu")]
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:
@@ -103,19 +103,21 @@ def op_folder(environment: Mapping[str, str]) -> Path:
     return extensions_folder(environment) / CPU_OP
 
 
-def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Mistake]:
+def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[ConfigIssue]:
     """Which of the tools for DeepSpeed's one-time build are not there. built: it has been done before."""
     purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
     # Workers look in the interpreter's own folder first, as in an activated virtual environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     missing = []
     if shutil.which("ninja", path=path) is None:
-        missing.append(Mistake(f"there is no ninja: {purpose}", remedy="pip install ninja"))
+        missing.append(ConfigIssue(f"there is no ninja: {purpose}", remedy="pip install ninja"))
     if built:
         return missing
     if shutil.which(environment.get("CXX") or "g++", path=path) is None:
-        missing.append(Mistake(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)"))
+        missing.append(
+            ConfigIssue(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)")
+        )
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        missing.append(Mistake(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
+        missing.append(ConfigIssue(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
     return missing

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron.errors import ConfigError
-from megatron.launcher.rank_env import adopt_place
+from megatron.launcher.rank_env import set_rank_env
 from megatron.ranks import Ranks
 from megatron.shared_memory import remove_segment
 
@@ -62,7 +62,7 @@ def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
 
 
-class Link:
+class SupervisorConnection:
     """The socket to deepy.py; every method does nothing where there is none."""
 
     def __init__(self, rank: int, address: str | None) -> None:
@@ -158,7 +158,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 class Worker:
     """The worker process and the loop that serves it."""
 
-    def __init__(self, command: list[str], link: Link, record: Record) -> None:
+    def __init__(self, command: list[str], link: SupervisorConnection, record: Record) -> None:
         self._link, self._record = link, record
         shown = dict(zip((0, 1, 2), link.terminal, strict=False))
         if not shown and link.rank == 0 and (link.socket is None or link.socket.family != socket.AF_UNIX):
@@ -247,12 +247,12 @@ def main(arguments: list[str]) -> int:
         name, _, value = rest.pop(0).partition("=")
         os.environ[name] = value
     try:
-        adopt_place(os.environ)
+        set_rank_env(os.environ)
     except ConfigError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code
     rank = Ranks.from_environment().rank
-    link = Link(rank, os.environ.pop(SOCKET_VARIABLE, None))
+    link = SupervisorConnection(rank, os.environ.pop(SOCKET_VARIABLE, None))
     record = Record(None if folder is None else folder / f"rank_{rank}.log")
     code = Worker([sys.executable, "-u", *rest], link, record).serve()
     tail = list(record.tail)

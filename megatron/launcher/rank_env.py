@@ -26,7 +26,7 @@ ALIASES: Mapping[str, tuple[str, str, str]] = {
 The MPIs stand before the schedulers under which they may run, whose numbers are then those of their helpers.
 """
 
-ON_ONE_HOST = {
+SINGLE_HOST_VARS = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": None,
     "MV2_COMM_WORLD_LOCAL_SIZE": None,
     "MPI_LOCALNRANKS": None,
@@ -43,7 +43,7 @@ FIRST_PORT, PORTS = 20_000, 10_000
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
-def adopt_place(environment: MutableMapping[str, str]) -> None:
+def set_rank_env(environment: MutableMapping[str, str]) -> None:
     """Completes the environment. Raises ConfigError where it names a place that cannot be."""
     if "RANK" not in environment:
         for names in _started_by(environment):
@@ -69,7 +69,7 @@ def adopt_place(environment: MutableMapping[str, str]) -> None:
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer job, or a login profile, says of ranks: ours get places of their own."""
     aliases = {name for names in ALIASES.values() for name in names}
-    ours = {*NAMES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", *ON_ONE_HOST, *aliases}
+    ours = {*NAMES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", *SINGLE_HOST_VARS, *aliases}
     return {name: text for name, text in environment.items() if name not in ours and not name.startswith(OUTER)}
 
 
@@ -90,7 +90,7 @@ def _number(name: str, text: str) -> int:
 def _meet(environment: MutableMapping[str, str], size: int) -> None:
     """Where the ranks meet: at rank 0's host, and at a port that all of them find in the job's number."""
     if "MASTER_ADDR" not in environment:
-        alone = any(environment.get(name) == (value or str(size)) for name, value in ON_ONE_HOST.items())
+        alone = any(environment.get(name) == (value or str(size)) for name, value in SINGLE_HOST_VARS.items())
         found = "127.0.0.1" if alone else _first_host(environment)
         if found is None:
             raise ConfigError.of(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from megatron.config import Resolution, Resources, resolve
 from megatron.config.schema.launch import LaunchSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.launcher.arguments import Request
-from megatron.launcher.hosts import Machines, Wanted, find_machines
+from megatron.launcher.hosts import Hosts, Wanted, find_machines
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Resolved:
     """What a request means on these machines."""
 
     resolution: Resolution
-    machines: Machines
+    machines: Hosts
 
 
 def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolved:
     """Finds the machines and resolves the configuration for them. Raises ConfigError with every mistake."""
-    found: list[Machines] = []
+    found: list[Hosts] = []
 
     def resources(launch: LaunchSection) -> Resources:
         machines = find_machines(wanted_machines(launch), environment)
@@ -56,4 +56,4 @@ def launcher_of(launch: LaunchSection) -> str:
 
 def refuse_unsupported(resolution: Resolution) -> None:
     """Raises ConfigError where the configuration asks for a feature that is not built."""
-    ConfigError.raise_any(Mistake(line, remedy="leave it out") for line in resolution.not_supported_yet)
+    ConfigError.raise_any(ConfigIssue(line, remedy="leave it out") for line in resolution.not_supported_yet)

@@ -29,7 +29,7 @@ def failed(outcome: Outcome) -> bool:
     return outcome.code not in (0, MISTAKE) and outcome.stopped_by is None
 
 
-def going_on(config: Config, since: float | None = None) -> dict[str, Any]:
+def resume_overrides(config: Config, since: float | None = None) -> dict[str, Any]:
     """The keys that let a run go on from its newest checkpoint; none while it has not saved one.
 
     since: when the run was launched [s since the epoch]; with `save_overwrite`, what was saved before is another run's.
@@ -60,7 +60,7 @@ def _has_saved(save: Path, since: float | None) -> bool:
     return any(since is None or directory.stat().st_mtime >= since for directory in found)
 
 
-def restarted_by_others(environment: Mapping[str, str]) -> bool:
+def restarted_by_scheduler(environment: Mapping[str, str]) -> bool:
     """Whether torchrun or Slurm have started this job before."""
     return any(int(environment.get(name) or 0) > 0 for name in COUNTERS)
 
@@ -74,11 +74,11 @@ def resolve_again(
 ) -> Resolved:
     """The next attempt: the request with what lets it go on, resolved for the hosts that answer.
 
-    since: as `going_on` takes it. answers: whether a host can be reached, None to ask none. Raises RunError where no
-    host is left, ConfigError where the layout or the batch does not fit those that are.
+    since: as `resume_overrides` takes it. answers: whether a host can be reached, None to ask none. Raises RunError
+    where no host is left, ConfigError where the layout or the batch does not fit those that are.
     """
     config, hosts = before.resolution.config, list(before.machines.hosts)
-    flags = {**request.flags, **going_on(config, since)}
+    flags = {**request.flags, **resume_overrides(config, since)}
     if answers is not None and not before.machines.is_local:
         left = [host for host in hosts if answers(host)]
         if not left:

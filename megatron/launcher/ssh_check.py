@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.launcher.commands.multi_host import OVER_SSH, PROGRAMS
 
 PROBE_SECONDS = 10.0  # for a host to answer
@@ -49,7 +49,9 @@ def check_hosts(launcher: str, hosts: Sequence[str], environment: Mapping[str, s
         answers = list(pool.map(lambda host: ask(host, environment), hosts))
     remedy = "mend it, leave the host out with exclude, or set no_ssh_check where the launcher needs no ssh"
     ConfigError.raise_any(
-        Mistake(f"the host cannot be reached by ssh: {answer.fault}", key="hostfile", value=answer.host, remedy=remedy)
+        ConfigIssue(
+            f"the host cannot be reached by ssh: {answer.fault}", key="hostfile", value=answer.host, remedy=remedy
+        )
         for answer in answers
         if answer.fault is not None
     )

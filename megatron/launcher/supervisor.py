@@ -128,7 +128,7 @@ class Supervisor:
             cleanup.callback(_end_all, launcher)
             self._serve(launcher)
             if self._network is not None:
-                self._let_go(launcher)
+                self._disconnect_ranks(launcher)
             return self._outcome(launcher, launcher_log, start_of_output)
 
     def _listen(self, cleanup: ExitStack) -> dict[str, str]:
@@ -144,7 +144,7 @@ class Supervisor:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         return found
 
-    def _let_go(self, launcher: subprocess.Popen[bytes]) -> None:
+    def _disconnect_ranks(self, launcher: subprocess.Popen[bytes]) -> None:
         """Ends ranks on other hosts by closing their links, and gives the launcher time to see it; then asks it."""
         for link in list(self._pending):
             link.close()

@@ -2,7 +2,7 @@
 
 A door (train.py, generate.py, evaluate.py, a tool) is one function of the Config and one line:
 
-    sys.exit(run_door(main, sys.argv[1:]))
+    sys.exit(worker_main(main, sys.argv[1:]))
 
 deepy.py starts workers with `--run-config FILE`, or `--megatron-config BASE64` where hosts share no file system. Under
 torchrun, srun or mpirun the same script takes the configuration files and flags themselves, and the place in the world
@@ -26,9 +26,9 @@ from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launcher.arguments import read_request
 from megatron.launcher.hosts import Accelerator, local_devices
 from megatron.launcher.preflight import check, gpu_layers
-from megatron.launcher.rank_env import adopt_place
+from megatron.launcher.rank_env import set_rank_env
 from megatron.launcher.resolve import refuse_unsupported
-from megatron.launcher.restart import going_on, restarted_by_others
+from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.run_directory import choose_run_directory, prepare_run_directory
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 from megatron.ranks import Ranks
@@ -80,7 +80,7 @@ class StopSignal:
         self.received = signal.Signals(number)
 
 
-def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
+def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
     """Calls main with the configuration that the arguments lead to, and returns the exit code of the process.
 
     A ConfigError becomes 2 and a RunError 1, told in one line a mistake; an interruption 130. Any other exception is a
@@ -88,7 +88,7 @@ def run_door(main: Callable[[Config], int | None], arguments: Sequence[str] | No
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        adopt_place(os.environ)
+        set_rank_env(os.environ)
     except ConfigError as fault:
         print(fault, file=sys.stderr, flush=True)
         return ConfigError.exit_code
@@ -138,13 +138,13 @@ def worker_config(arguments: Sequence[str]) -> Config:
     From `--run-config FILE` or `--megatron-config BASE64`, or else from configuration files and flags as deepy.py
     takes them. Raises ConfigError.
     """
-    handed = _handed_over(arguments)
+    handed = _config_argument(arguments)
     if handed is not None:
         return handed
     return _resolve_here(arguments)
 
 
-def _handed_over(arguments: Sequence[str]) -> Config | None:
+def _config_argument(arguments: Sequence[str]) -> Config | None:
     for position, argument in enumerate(arguments):
         name, equals, text = argument.partition("=")
         name = name.replace("_", "-")
@@ -174,8 +174,8 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         return Resources(Ranks.from_environment().world_size, accelerator)
 
     resolution: Resolution = resolve(request.files, request.flags, resources, request.mistakes)
-    if restarted_by_others(os.environ):
-        resolution = resolve(request.files, {**request.flags, **going_on(resolution.config)}, resources)
+    if restarted_by_scheduler(os.environ):
+        resolution = resolve(request.files, {**request.flags, **resume_overrides(resolution.config)}, resources)
     refuse_unsupported(resolution)
     config = resolution.config
     check_base_shapes(config)

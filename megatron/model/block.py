@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import leave
 from megatron.model.block_spec import Parts
 from megatron.model.kv_cache import KVCache
@@ -25,11 +25,11 @@ from megatron.model.kv_cache import KVCache
 class Block(nn.Module):
     """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h].
 
-    axis: the tensor-parallel ranks, which may each hold a part of the sequence here. gathered_whole: parts read each
-    other's parameters, so ZeRO 3 must gather those of the block together.
+    axis: the tensor-parallel ranks, which may each hold a part of the sequence here. zero3_gather_together: parts read
+    each other's parameters, so ZeRO 3 must gather those of the block together.
     """
 
-    gathered_whole = False
+    zero3_gather_together = False
 
     def __init__(self, parts: Parts, axis: Axis) -> None:
         super().__init__()
@@ -47,13 +47,14 @@ class Block(nn.Module):
 class TransformerBlock(Block):
     """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2.
 
-    norm_mlp: where set, computes the MLP of a normed input in one go. region: what a training step is computed within.
+    fused_norm_mlp: where set, computes the MLP of a normed input in one go. region: what a training step is computed
+    within.
     """
 
-    norm_mlp: Callable[[Tensor], Tensor] | None = None
+    fused_norm_mlp: Callable[[Tensor], Tensor] | None = None
     region: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__(parts, source.axis)
         dims = parts.dims
         self.axis = source.axis
@@ -74,14 +75,14 @@ class TransformerBlock(Block):
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         hidden = hidden + self.drop(self.attention(self.input_layernorm(hidden), cache, starts))
-        if self.norm_mlp is not None:
-            return hidden + self.drop(self.norm_mlp(hidden))
+        if self.fused_norm_mlp is not None:
+            return hidden + self.drop(self.fused_norm_mlp(hidden))
         return hidden + self.drop(self.mlp(self.post_attention_layernorm(hidden)))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)
-        if self.norm_mlp is not None:
-            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.norm_mlp(hidden))
+        if self.fused_norm_mlp is not None:
+            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.fused_norm_mlp(hidden))
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
             return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))

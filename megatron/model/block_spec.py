@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import Fill
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import Update
 from megatron.kernels.attention_mask import Pattern
 from megatron.kernels.dispatch import Kernels
@@ -29,7 +29,7 @@ class Parts:
     scores, a module (distances, device) -> [n/t, distances] that all blocks share, or None. head_norm: makes a norm
     of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
     residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
-    that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `Mixture` of
+    that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `MoEConfig` of
     blocks with experts, in a model that has any. multipliers: the factors of muP. updates: target of `lora` -> the
     low-rank update of such matrices.
     """
@@ -49,7 +49,7 @@ class Parts:
     kernels: Kernels
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    random: ShardedRandom = field(default_factory=lambda: ShardedRandom(0, 0))
+    random: TensorParallelRNG = field(default_factory=lambda: TensorParallelRNG(0, 0))
     dtype: torch.dtype = torch.float32
     reset_attention: bool = False
     reset_positions: bool = False

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megatron.adapter_config import SoftPrompt
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_attrs import mark_tied
-from megatron.distributed.param_init import Fill, ParameterSource
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.kernels.linear import LinearKernel
 from megatron.model.kv_cache import KVCache
@@ -38,7 +38,7 @@ class EmbeddingLayer(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
-        source: ParameterSource,
+        source: ParamFactory,
         *,
         fill: Fill,
         position_fill: Fill,
@@ -49,7 +49,7 @@ class EmbeddingLayer(nn.Module):
         tied: bool,
         dtype: torch.dtype,
         context: Axis,
-        random: ShardedRandom,
+        random: TensorParallelRNG,
         reset_positions: bool = False,
         multiplier: float = 1.0,
         output_multiplier: float = 1.0,

@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.param_attrs import mark_table
-from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.param_attrs import mark_embedding_like
+from megatron.distributed.param_init import Fill, ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
 from megatron.kernels.linear import LinearKernel
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 
 
-class Glue(nn.Module):
+class Identity(nn.Module):
     """Layers 1 and L+2 of the public layout: no parameters, passes the carry on."""
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ class Head(nn.Module):
         self,
         hidden_size: int,
         vocab_size: int,
-        source: ParameterSource,
+        source: ParamFactory,
         *,
         fill: Fill,
         kernel: LinearKernel,
@@ -57,7 +57,7 @@ class Head(nn.Module):
         self.final_linear = ColumnParallelLinear(
             hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
         )
-        mark_table(self.final_linear.weight)
+        mark_embedding_like(self.final_linear.weight)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.distributed.param_init import Fill, FirstRows, Rescale
-from megatron.param_table import Growth
+from megatron.distributed.param_init import Fill, PaddedInit, Rescale
+from megatron.param_table import WidthRatio
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
     return _orthogonal(1 / math.sqrt(2 * num_layers))
 
 
-def rescaling(growths: Mapping[str, Growth], factor: float) -> Rescale:
+def rescaling(growths: Mapping[str, WidthRatio], factor: float) -> Rescale:
     """Initial values under muP: the deviation that the tensor has in the base model, over sqrt(width) for a matrix.
 
     growths: by key. factor: of all of them.
     """
 
     def rescale(key: str, fill: Fill, transposed: bool) -> Fill:
-        if isinstance(fill, FirstRows):
-            return FirstRows(rescale(key, fill.fill, transposed), fill.rows)
+        if isinstance(fill, PaddedInit):
+            return PaddedInit(rescale(key, fill.fill, transposed), fill.rows)
         growth = growths[key]
         ratios = [ratio or 1.0 for ratio in growth.ratios][:: -1 if transposed else 1]
 

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from megatron.adapter_config import LowRank, soft_prompt
 from megatron.block_sparsity import BlockLayout, layout_of
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_sequence_partial
-from megatron.distributed.param_init import FirstRows, ParameterSource
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.param_attrs import mark_partial_grad
+from megatron.distributed.param_init import PaddedInit, ParamFactory
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import Update
 from megatron.kernels.attention_mask import Blocks, Pattern, Window
 from megatron.kernels.dispatch import Kernels, choose_kernels
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import Parts
 from megatron.model.embedding import EmbeddingLayer
-from megatron.model.head import FinalNorm, Glue, Head, TiedHead
+from megatron.model.head import FinalNorm, Head, Identity, TiedHead
 from megatron.model.init import rescaling
-from megatron.model.moe.layer import Mixture
-from megatron.model.moe.losses import RouterLosses
+from megatron.model.moe.layer import MoEConfig
+from megatron.model.moe.losses import RouterLossTracker
 from megatron.param_table import FIRST_BLOCK, ModelDims, Multipliers, base_widths, growths
 from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, WHOLE_BLOCK
 
@@ -65,14 +65,14 @@ def layer_plan(
     seed: int,
     dtype: torch.dtype,
     device: torch.device | None = None,
-    random: ShardedRandom | None = None,
+    random: TensorParallelRNG | None = None,
     recompute_attention: Callable[..., Tensor] | None = None,
     reset_attention: bool = False,
     reset_positions: bool = False,
     moe: Any = None,
     mixers: Any = None,
     mup: Any = None,
-    losses: RouterLosses | None = None,
+    losses: RouterLossTracker | None = None,
 ) -> list[LayerPlan]:
     """The layers of a model.
 
@@ -90,11 +90,11 @@ def layer_plan(
     if recompute_attention is not None:
         chosen = chosen.recomputed(recompute_attention)
     dims, base = ModelDims.of(model, moe, mixers), base_widths(mup)
-    random = random or ShardedRandom(seed, topology.rank, device)
+    random = random or TensorParallelRNG(seed, topology.rank, device)
     rescale = None if base is None else rescaling(growths(dims, base), mup.mup_init_scale)
 
-    def source(layer: int) -> ParameterSource:
-        return ParameterSource(seed=seed, layer=layer, axis=topology.model, dtype=dtype, rescale=rescale)
+    def source(layer: int) -> ParamFactory:
+        return ParamFactory(seed=seed, layer=layer, axis=topology.model, dtype=dtype, rescale=rescale)
 
     parts = replace(
         _parts(
@@ -117,7 +117,7 @@ def layer_plan(
     table = {
         "vocab_size": padded_vocab_size,
         "hidden_size": dims.hidden_size,
-        "fill": FirstRows(parts.fill, vocab_size or padded_vocab_size),
+        "fill": PaddedInit(parts.fill, vocab_size or padded_vocab_size),
         "kernel": chosen.linear,
     }
     embedding = {**table, **_embedding(model, parts), "source": source(0)}
@@ -128,9 +128,9 @@ def layer_plan(
     ]
     return [
         LayerPlan(0, EmbeddingLayer, embedding),
-        LayerPlan(1, Glue),
+        LayerPlan(1, Identity),
         *blocks,
-        LayerPlan(last - 2, Glue),
+        LayerPlan(last - 2, Identity),
         LayerPlan(last - 1, FinalNorm, {"norm": parts.norm, "dtype": dtype}),
         LayerPlan(last, TiedHead, tied_to=0) if dims.tied else LayerPlan(last, Head, head),
     ]
@@ -159,9 +159,9 @@ def _parts(
     initialization: Any,
     dims: ModelDims,
     chosen: Kernels,
-    random: ShardedRandom,
+    random: TensorParallelRNG,
     topology: Topology,
-    first_block: ParameterSource,
+    first_block: ParamFactory,
     multipliers: Multipliers,
     initial_width: int,
 ) -> Parts:
@@ -197,23 +197,23 @@ def _parts(
     )
 
 
-def _mixture(moe: Any, topology: Topology, losses: RouterLosses | None) -> Mixture:
+def _mixture(moe: Any, topology: Topology, losses: RouterLossTracker | None) -> MoEConfig:
     """What the blocks with experts share."""
-    return Mixture(
+    return MoEConfig(
         choose=ROUTERS.load(moe.moe_router_type),
         jitter=moe.moe_jitter_eps,
         normalize=moe.moe_normalize_top_k,
         capacity=moe.moe_capacity_factor,
         eval_capacity=moe.moe_eval_capacity_factor,
         least=moe.moe_min_capacity,
-        losses=losses or RouterLosses(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
+        losses=losses or RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
         axis=topology.expert,
         batch=topology.gradient,
         context=topology.context,
     )
 
 
-def _updates(asked: LowRank | None, random: ShardedRandom) -> dict[str, Update]:
+def _updates(asked: LowRank | None, random: TensorParallelRNG) -> dict[str, Update]:
     """The update of each targeted matrix, by the name of the target."""
     if asked is None:
         return {}
@@ -247,5 +247,5 @@ def _norm(make: Callable[[], nn.Module], axis: Axis, *, partial_sum: bool) -> nn
     norm = make()
     if partial_sum:
         for parameter in norm.parameters():
-            mark_sequence_partial(parameter, axis)
+            mark_partial_grad(parameter, axis)
     return norm

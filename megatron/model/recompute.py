@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor, is_grad_enabled
 
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache
 
@@ -34,7 +34,7 @@ class Recompute:
     """
 
     checkpoint: Checkpoint
-    random: ShardedRandom
+    random: TensorParallelRNG
     layers: int = 1
     method: Literal["uniform", "block"] = "uniform"
 
@@ -63,13 +63,13 @@ class Recompute:
 
         if not carry.requires_grad:  # nothing before is trained, and DeepSpeed's function follows its input alone
             carry = carry.detach().requires_grad_()
-        return self.checkpoint(_Replayed(forward, self.random), carry)
+        return self.checkpoint(_SameRNGForward(forward, self.random), carry)
 
 
-class _Replayed:
+class _SameRNGForward:
     """A function whose second call starts from the random state of the first, and leaves the state alone."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], random: ShardedRandom) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], random: TensorParallelRNG) -> None:
         self._function = function
         self._random = random
         self._start: Tensor | None = None

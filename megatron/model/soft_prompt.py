@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from megatron.adapter_config import SoftPrompt
-from megatron.distributed.param_attrs import mark_table
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_attrs import mark_embedding_like
+from megatron.distributed.param_init import ParamFactory
 
 
 class LearnedPrompt(nn.Module):
     """Parameter ``weight`` [n, h], whole on every rank."""
 
-    def __init__(self, asked: SoftPrompt, hidden_size: int, source: ParameterSource) -> None:
+    def __init__(self, asked: SoftPrompt, hidden_size: int, source: ParamFactory) -> None:
         super().__init__()
 
         def fill(tensor: Tensor, generator: torch.Generator) -> None:
             tensor.uniform_(-asked.init_range, asked.init_range, generator=generator)
 
         self.weight = source.replica("weight", (asked.num_tokens, hidden_size), fill)
-        mark_table(self.weight)
+        mark_embedding_like(self.weight)
 
     def forward(self, hidden: Tensor, first: int) -> Tensor:
         """Vectors [s, b, h] of positions first, first + 1, ...; those of the prompt's positions become its own.

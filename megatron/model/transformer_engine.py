@@ -62,7 +62,7 @@ def attention(block: TransformerBlock, recompute: Recompute) -> None:
     block.attention.attend = core if recompute is None else partial(recompute, core)
 
 
-def norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
+def fused_norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
     """The norm before the MLP and the MLP, in one layer."""
     norm: Any = block.post_attention_layernorm
     mlp = block.mlp
@@ -75,7 +75,7 @@ def norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
         second=mlp.linear2.weight,
         second_bias=mlp.linear2.bias,
     )
-    block.norm_mlp = norm_mlp_of(
+    block.fused_norm_mlp = norm_mlp_of(
         weights,
         epsilon=norm.epsilon,
         activation=_name_of(mlp.activation),

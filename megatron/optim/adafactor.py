@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from megatron.optim.builder_args import Groups, Request
-from megatron.optim.unsharded import over_whole_tensors
+from megatron.optim.unsharded import unsharded
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
@@ -22,4 +22,4 @@ def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
         eps=(None, request.number("eps", 1.0e-3)),
         d=request.number("d", 1.0),
     )
-    return over_whole_tensors(groups, make, request.topology.model)
+    return unsharded(groups, make, request.topology.model)

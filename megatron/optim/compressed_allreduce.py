@@ -22,7 +22,7 @@ BITS = 8
 
 
 @dataclass
-class Traffic:
+class CommBytes:
     """What one rank sends [bytes]: sent, and what a ring all-reduce of the same tensors in fp32 would have sent."""
 
     sent: float = 0.0
@@ -51,7 +51,7 @@ class _Place:
 class Exchange:
     """Averages tensors over `topology.gradient`. live: parameter -> the elements that take part."""
 
-    def __init__(self, live: Mapping[Parameter, Tensor], topology: Topology, traffic: Traffic) -> None:
+    def __init__(self, live: Mapping[Parameter, Tensor], topology: Topology, traffic: CommBytes) -> None:
         self._axis, self._model, self._traffic = topology.gradient, topology.model, traffic
         self._places: list[_Place] = []
         row = byte = 0

@@ -9,7 +9,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
-from megatron.distributed.op_build import turn_to_compile
+from megatron.distributed.op_build import build_lock
 from megatron.errors import ConfigError
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, Request, count_in_integers
@@ -18,7 +18,7 @@ from megatron.optim.builder_args import Groups, Request, count_in_integers
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
     """DeepSpeedCPUAdam. ConfigError where it cannot be compiled."""
     try:
-        with turn_to_compile(CPUAdamBuilder()):
+        with build_lock(CPUAdamBuilder()):
             optimizer = DeepSpeedCPUAdam(
                 groups,
                 lr=request.lr,

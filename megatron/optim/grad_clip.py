@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
-from megatron.distributed.param_attrs import expert_share, is_sharded, is_tied
+from megatron.distributed.param_attrs import expert_rank_and_size, is_sharded, is_tied
 
 
 class GradientClipper:
@@ -25,7 +25,7 @@ class GradientClipper:
 
     A gradient that is not finite is dropped, and `skipped` says so: every rank then leaves its weights and state as
     they are. DeepSpeed does the same at ZeRO 1 to 3. factor: what the last gradients were multiplied by.
-    gradients_are_apart: each data-parallel rank has a gradient of its own, which nobody sums; the norm is then the root
+    grads_are_unreduced: each data-parallel rank has a gradient of its own, which nobody sums; the norm is then the root
     mean square of theirs, so that all are scaled alike.
     """
 
@@ -35,10 +35,10 @@ class GradientClipper:
         self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
         self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
         self._replica, self._expert = topology.replica, topology.expert
-        self._spread = [parameter for parameter in self._counted if expert_share(parameter)[1] > 1]
-        self._counted = [parameter for parameter in self._counted if expert_share(parameter)[1] == 1]
+        self._spread = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] > 1]
+        self._counted = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] == 1]
         self._apart = topology.gradient
-        self.gradients_are_apart = False
+        self.grads_are_unreduced = False
         self._max_norm = max_norm
         self.norm = torch.zeros(())
         self.factor = 1.0
@@ -61,7 +61,7 @@ class GradientClipper:
             square = square + spread
         if self._replica.size > 1:
             dist.all_reduce(square, group=self._replica.group)
-        if self.gradients_are_apart and self._apart.size > 1:
+        if self.grads_are_unreduced and self._apart.size > 1:
             dist.all_reduce(square, group=self._apart.group)
             square /= self._apart.size
         self.norm = square.sqrt()

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from megatron.distributed.param_attrs import is_table, no_weight_decay
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, Request, count_in_integers
-from megatron.optim.unsharded import WholeTensors
+from megatron.optim.unsharded import UnshardedOptimizer
 
 
 def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
@@ -48,7 +48,7 @@ def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
         eps=request.number("eps", EPS),
         fused=True,
     )
-    return WholeTensors(matrices, muon, request.topology.model, others=others, make_others=adam)
+    return UnshardedOptimizer(matrices, muon, request.topology.model, others=others, make_others=adam)
 
 
 def _of_deepspeed(matrices: Groups, others: Groups, request: Request) -> torch.optim.Optimizer:

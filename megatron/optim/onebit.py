@@ -23,7 +23,7 @@ from megatron.distributed.mesh import Topology
 from megatron.log import get_logger
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import STEP, Groups, Request
-from megatron.optim.compressed_allreduce import Exchange, Traffic
+from megatron.optim.compressed_allreduce import CommBytes, Exchange
 
 FREEZE_STEP = 100_000
 WORKER_ERROR, SERVER_ERROR = "worker_error", "server_error"
@@ -67,7 +67,7 @@ class OnebitAdam(torch.optim.Optimizer):
         self._freeze_step = freeze_step
         self._exchange: Exchange | None = None
         self._topology = topology
-        self.traffic = Traffic()
+        self.traffic = CommBytes()
         self.on_freeze: Callable[[], None] = lambda: None
 
     @property

@@ -49,7 +49,7 @@ def set_learning_rate(groups: list[dict[str, Any]], rate: float) -> None:
         group["lr"] = rate * group.get(RATE, 1.0)
 
 
-def equally_many(groups: list[dict[str, Any]], axis: Axis, device: torch.device) -> list[dict[str, Any]]:
+def balance_group_count(groups: list[dict[str, Any]], axis: Axis, device: torch.device) -> list[dict[str, Any]]:
     """The groups, some of them in two, so that all ranks of the axis have as many; collective.
 
     DeepSpeed's ZeRO sums the norm of each group over pipeline stages, and a stage without an embedding, say, would

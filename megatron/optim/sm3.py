@@ -13,7 +13,7 @@ import torch
 from pytorch_optimizer import SM3
 
 from megatron.optim.builder_args import Groups, Request
-from megatron.optim.unsharded import over_whole_tensors
+from megatron.optim.unsharded import unsharded
 
 
 class DecayedSM3(SM3):  # type: ignore[misc]
@@ -38,4 +38,4 @@ def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
         beta=request.number("beta", 0.0),
         eps=request.number("eps", 1.0e-30),
     )
-    return over_whole_tensors(groups, make, request.topology.model)
+    return unsharded(groups, make, request.topology.model)

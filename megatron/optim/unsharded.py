@@ -28,7 +28,7 @@ Make = Callable[[Groups], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Dealt:
+class AssignedTensor:
     """A cut tensor and its owner. shard: this rank's slice. whole: the tensor, on the owner only."""
 
     shard: Parameter
@@ -56,12 +56,12 @@ class Dealt:
         return whole
 
 
-def over_whole_tensors(groups: Groups, make: Make, axis: Axis) -> torch.optim.Optimizer:
+def unsharded(groups: Groups, make: Make, axis: Axis) -> torch.optim.Optimizer:
     """An optimizer that updates whole tensors; the library's own where tensor parallelism cuts nothing."""
-    return make(groups) if axis.size == 1 else WholeTensors(groups, make, axis)
+    return make(groups) if axis.size == 1 else UnshardedOptimizer(groups, make, axis)
 
 
-class WholeTensors(torch.optim.Optimizer):
+class UnshardedOptimizer(torch.optim.Optimizer):
     """One optimizer to the outside; inside, one over whole tensors and, for Muon, one over the other parameters.
 
     dealt: cut parameter -> who owns it. others, make_others: groups whose slices may be updated one by one.
@@ -78,7 +78,7 @@ class WholeTensors(torch.optim.Optimizer):
     ) -> None:
         super().__init__([*groups, *(others or [])], {})
         self._axis = axis
-        self.dealt: dict[Parameter, Dealt] = {}
+        self.dealt: dict[Parameter, AssignedTensor] = {}
         owners = _owners([parameter for group in groups for parameter in group["params"]], axis)
         self._inner: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
         shown = self.param_groups[: len(groups)]
@@ -119,14 +119,14 @@ class WholeTensors(torch.optim.Optimizer):
             dim = _dim(parameter)
             shape = list(parameter.shape)
             shape[dim] *= self._axis.size
-            dealt = Dealt(parameter, owners[parameter], torch.Size(shape), None)
+            dealt = AssignedTensor(parameter, owners[parameter], torch.Size(shape), None)
             whole = self._collect(dealt, parameter.detach())
             owned = None if whole is None else Parameter(whole)
-            self.dealt[parameter] = Dealt(parameter, dealt.owner, dealt.shape, owned)
+            self.dealt[parameter] = AssignedTensor(parameter, dealt.owner, dealt.shape, owned)
             if owned is not None:
                 yield owned
 
-    def _collect(self, dealt: Dealt, shard: Tensor) -> Tensor | None:
+    def _collect(self, dealt: AssignedTensor, shard: Tensor) -> Tensor | None:
         """The whole of a cut tensor, on its owner."""
         axis = self._axis
         owns = axis.rank == dealt.owner
@@ -134,7 +134,7 @@ class WholeTensors(torch.optim.Optimizer):
         dist.gather(shard.contiguous(), shards or None, dst=axis.ranks[dealt.owner], group=axis.group)
         return dealt.join(shards) if owns else None
 
-    def _gather(self, dealt: Dealt) -> None:
+    def _gather(self, dealt: AssignedTensor) -> None:
         gradient = dealt.shard.grad
         if gradient is None:
             return  # on no rank then: all of them compute the same graph
@@ -142,7 +142,7 @@ class WholeTensors(torch.optim.Optimizer):
         if dealt.whole is not None:
             dealt.whole.grad = whole
 
-    def _scatter(self, dealt: Dealt) -> None:
+    def _scatter(self, dealt: AssignedTensor) -> None:
         axis = self._axis
         if dealt.shard.grad is None:
             return

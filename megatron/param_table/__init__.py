@@ -6,19 +6,27 @@ from megatron.param_table.mixers import remembered
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
 from megatron.param_table.table import tensors
 from megatron.param_table.tensor import TensorShape, section_slices
-from megatron.param_table.widths import Growth, Multipliers, Widths, base_shapes, base_widths, growths, learning_rates
+from megatron.param_table.widths import (
+    Multipliers,
+    WidthRatio,
+    Widths,
+    base_shapes,
+    base_widths,
+    growths,
+    learning_rates,
+)
 
 __all__ = [
     "DOWN",
     "FIRST_BLOCK",
     "PROMPT",
     "UP",
-    "Growth",
     "MixerDims",
     "MixtureDims",
     "ModelDims",
     "Multipliers",
     "TensorShape",
+    "WidthRatio",
     "Widths",
     "base_shapes",
     "base_widths",

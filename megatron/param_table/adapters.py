@@ -15,7 +15,7 @@ ADDED = ("adapter", "prompt")
 """Kinds of tensors that are added to a model; where there are any, they alone are trained."""
 
 
-def with_updates(table: Sequence[TensorShape], asked: LowRank | None) -> list[TensorShape]:
+def with_lora(table: Sequence[TensorShape], asked: LowRank | None) -> list[TensorShape]:
     """The tensors of a block, with the two factors behind each matrix that has an update.
 
     Of a matrix whose outputs are cut over ranks B is cut alike, of one whose inputs are cut A.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.param_table.adapters import with_updates
+from megatron.param_table.adapters import with_lora
 from megatron.param_table.dims import ModelDims
 from megatron.param_table.mixers import gmlp_block, mamba_block, rwkv_block
 from megatron.param_table.parts import FIRST_BLOCK, SHARED, column, norm, positions, row
@@ -12,7 +12,7 @@ from megatron.registry import POSITIONS
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
     """The tensors of block number ``block`` (from 0), which is layer ``block + 2`` of the plan."""
-    return with_updates(BLOCKS.get(dims.kind(block), attention_block)(dims, block), dims.low_rank)
+    return with_lora(BLOCKS.get(dims.kind(block), attention_block)(dims, block), dims.low_rank)
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:

@@ -166,7 +166,7 @@ class ModelDims:
         """Whether only what was added to the model is trained."""
         return self.low_rank is not None or self.prompt > 0
 
-    def keeps_input(self, target: str) -> bool:
+    def saves_input(self, target: str) -> bool:
         """Whether what a matrix of the blocks reads is needed again for a gradient: its own, or that of its update.
 
         target: a name of `lora`'s targets.

@@ -48,7 +48,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Growth:
+class WidthRatio:
     """A tensor of a model beside that of its base.
 
     ratios: along each dimension, None where it is finite. inputs: the dimension that a matrix sums over.
@@ -146,11 +146,11 @@ def base_shapes(dims: ModelDims, widths: Widths) -> dict[str, BaseShape]:
     }
 
 
-def growths(dims: ModelDims, widths: Widths) -> dict[str, Growth]:
+def growths(dims: ModelDims, widths: Widths) -> dict[str, WidthRatio]:
     """Key -> growth of every tensor of a model over its base. widths: of the base."""
     base = base_shapes(dims, widths)
     return {
-        shape.key: Growth(
+        shape.key: WidthRatio(
             tuple(
                 None if narrow is None else size / narrow
                 for size, narrow in zip(shape.shape, base[shape.key], strict=True)

@@ -159,8 +159,8 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
 
 def _between(dims: ModelDims, block: int) -> int:
     """How many outputs of norms are kept for the gradients of what reads them."""
-    attention = dims.keeps_input("query_key_value")
-    mlp = dims.keeps_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
+    attention = dims.saves_input("query_key_value")
+    mlp = dims.saves_input("dense_h_to_4h") and not (dims.frozen and dims.has_experts(block))
     return int(attention or mlp) if dims.shared_norm else int(attention) + int(mlp)
 
 
@@ -203,7 +203,7 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
 def _mlp_width(dims: ModelDims, layout: ActivationLayout) -> int:
     """Features that an MLP keeps of a token, besides its input."""
     inner = dims.mlp_width // layout.model_parallel_size
-    return ((4 if dims.gated else 2) - (not dims.keeps_input("dense_4h_to_h"))) * inner
+    return ((4 if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
 
 
 def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
@@ -240,7 +240,7 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
 
 def _attention(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
     """Bytes that the attention core and the projection after it keep, and the norms before it."""
-    projected = 0 if dims.keeps_input("dense") else dims.query_size // layout.model_parallel_size
+    projected = 0 if dims.saves_input("dense") else dims.query_size // layout.model_parallel_size
     return _core(dims, layout, share) + _head_norms(dims, layout) - layout.tokens * projected * layout.width
 
 

@@ -201,7 +201,7 @@ MLPS = Family(
     "moe_num_experts",
     [
         Entry("dense", "megatron.model.mlp.dense:ParallelMLP", "One MLP a block"),
-        Entry("moe", "megatron.model.moe.layer:MixtureMLP", "A mixture of experts, arXiv:1701.06538"),
+        Entry("moe", "megatron.model.moe.layer:MoELayer", "A mixture of experts, arXiv:1701.06538"),
     ],
 )
 
@@ -243,7 +243,7 @@ TE_LAYERS = Family(
             ("te_columnparallel", "columns", "Products of column-parallel layers, GPU"),
             ("te_rowparallel", "rows", "Products of row-parallel layers, GPU"),
             ("te_mha", "attention", "The attention core and the products beside it, GPU"),
-            ("te_layernorm_mlp", "norm_mlp", "The norm before the MLP and the MLP in one layer, GPU"),
+            ("te_layernorm_mlp", "fused_norm_mlp", "The norm before the MLP and the MLP in one layer, GPU"),
         )
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from megatron.serving.api_context import Desk
+from megatron.serving.api_context import ApiContext
 from megatron.serving.api_errors import ERRORS, MOST_BYTES, add_handlers
 from megatron.serving.body_limit import BodyLimit
 from megatron.serving.chat import add_chat
@@ -17,7 +17,7 @@ from megatron.serving.models import add_models
 from megatron.serving.status_endpoints import add_observation
 
 
-def build_app(desk: Desk) -> FastAPI:
+def build_app(desk: ApiContext) -> FastAPI:
     """The application. Interactive documentation stands at /docs, the description at /openapi.json."""
     app = FastAPI(title="NeoX text generation", version="1", responses=ERRORS, redoc_url=None)
     app.add_middleware(BodyLimit, most=MOST_BYTES)

@@ -16,9 +16,9 @@ from megatron.inference.generation_request import Record, Settings
 from megatron.inference.prompt_encoding import read_prompt
 from megatron.inference.sampling import Sampling
 from megatron.serving.api_errors import Refused
-from megatron.serving.async_results import Keep, Texts, start
+from megatron.serving.async_results import Keep, PendingRequest, start
 from megatron.serving.chat_rendering import Conversations
-from megatron.serving.scheduler import Closing, Full, Service
+from megatron.serving.scheduler import QueueFull, Service, ShuttingDown
 from megatron.serving.token_text import Words
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.vocab_limit import known_ids
@@ -44,7 +44,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Desk:
+class ApiContext:
     """What the endpoints share.
 
     model: its name for clients. seq_length [tokens]: of prompt and answer together. key: what requests must carry.
@@ -94,7 +94,7 @@ class Desk:
             raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)
 
-    def begin(self, prompts: Sequence[Sequence[int]], wish: Wish) -> Texts:
+    def begin(self, prompts: Sequence[Sequence[int]], wish: Wish) -> PendingRequest:
         """Queues the texts of a request. Raises Refused for what does not fit, or while too many wait."""
         beyond = [token for token, _ in wish.sampling.bias if token >= known_ids(self.tokenizer)]
         if beyond:
@@ -125,9 +125,9 @@ class Desk:
         keep = Keep(self.vocabulary or known_ids(self.tokenizer), wish.tokens, wish.likeliest, wish.scored)
         try:
             started = start(self.service, self.words, texts, settings, keep)
-        except Full:
+        except QueueFull:
             raise Refused(429, "too many requests are waiting; try again later") from None
-        except Closing:
+        except ShuttingDown:
             raise Refused(503, "the service is shutting down") from None
         started.prompt_tokens = sum(len(each) for each in prompts)
         return started
@@ -140,7 +140,7 @@ def require_text(records: Sequence[Record]) -> None:
         raise Refused(500, failed[0] or "the model failed")
 
 
-def usage(texts: Texts) -> dict[str, int]:
+def usage(texts: PendingRequest) -> dict[str, int]:
     """The tokens of a request that is done."""
     new = sum(record.length for record in texts.records.values())
     return {"prompt_tokens": texts.prompt_tokens, "completion_tokens": new, "total_tokens": texts.prompt_tokens + new}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.inference.generation_request import Record, Settings
-from megatron.serving.scheduler import Listener, Service
+from megatron.serving.scheduler import Callbacks, Service
 from megatron.serving.token_text import Places, Words
 
 _BEHIND = 32
@@ -99,7 +99,7 @@ def _together(events: Sequence[Event]) -> Event:
 
 
 @dataclass
-class Texts:
+class PendingRequest:
     """The texts of one request in progress.
 
     tokens: of each text, so far. prompts: the tokens of each prompt with their scores, where asked for. prompt_tokens
@@ -163,7 +163,7 @@ class Texts:
 
 def start(
     service: Service, words: Words, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], keep: Keep
-) -> Texts:
+) -> PendingRequest:
     """Hands a request's texts in. keep: what is wanted besides their text. Raises Full or Closing."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -172,7 +172,7 @@ def start(
     def put(event: Event) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    def listener(index: int) -> Listener:
+    def listener(index: int) -> Callbacks:
         tokens = prompts[index]
         growing = Growing(index, keep, words.places(tokens), put)
 
@@ -181,14 +181,14 @@ def start(
             log_probabilities = scores[:, : keep.vocabulary].float().log_softmax(-1)
             scored[index] += _scored(plain, log_probabilities, keep.likeliest or 0)
 
-        return Listener(piece=growing.piece, token=growing.token, done=growing.done, prompt=prompt)
+        return Callbacks(piece=growing.piece, token=growing.token, done=growing.done, prompt=prompt)
 
     wanted = [
         (tuple(tokens), each, "", listener(index))
         for index, (tokens, each) in enumerate(zip(prompts, settings, strict=True))
     ]
     numbers = service.submit(wanted, scored=keep.prompt)
-    return Texts(service, numbers, queue, scored, tokens=[[] for _ in prompts])
+    return PendingRequest(service, numbers, queue, scored, tokens=[[] for _ in prompts])
 
 
 def _scored(tokens: Sequence[TokenScore], log_probabilities: Tensor, likeliest: int) -> list[TokenScore]:

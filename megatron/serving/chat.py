@@ -15,15 +15,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from megatron.inference.generation_request import Record
-from megatron.serving.api_context import Desk, Wish, reason, require_text, usage
+from megatron.serving.api_context import ApiContext, Wish, reason, require_text, usage
 from megatron.serving.api_errors import failed_event
-from megatron.serving.async_results import Texts, TokenScore
+from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.chat_request import Chat
 from megatron.serving.completions import STREAM
 from megatron.serving.logprobs import chat_logprobs
 
 
-def add_chat(app: FastAPI, desk: Desk) -> None:
+def add_chat(app: FastAPI, desk: ApiContext) -> None:
     """POST /v1/chat/completions."""
 
     @app.post("/v1/chat/completions", response_model=None, responses=STREAM)
@@ -62,7 +62,7 @@ def add_chat(app: FastAPI, desk: Desk) -> None:
 class Messages:
     """The answers to a request in OpenAI's form."""
 
-    def __init__(self, desk: Desk, body: Chat, texts: Texts) -> None:
+    def __init__(self, desk: ApiContext, body: Chat, texts: PendingRequest) -> None:
         self._desk, self._body, self._texts = desk, body, texts
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 

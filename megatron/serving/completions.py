@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from megatron.inference.generation_request import Record
-from megatron.serving.api_context import Desk, Wish, reason, require_text, usage
+from megatron.serving.api_context import ApiContext, Wish, reason, require_text, usage
 from megatron.serving.api_errors import failed_event
-from megatron.serving.async_results import Texts, TokenScore
+from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.completion_request import Completion
 from megatron.serving.logprobs import completion_logprobs
 
@@ -27,7 +27,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def add_completions(app: FastAPI, desk: Desk) -> None:
+def add_completions(app: FastAPI, desk: ApiContext) -> None:
     """POST /v1/completions."""
 
     @app.post("/v1/completions", response_model=None, responses=STREAM)
@@ -75,7 +75,9 @@ class Echo:
 class Answers:
     """The texts of a request in OpenAI's form. echoes: the prompts, where they are wanted back."""
 
-    def __init__(self, desk: Desk, body: Completion, texts: Texts, echoes: Sequence[Echo] | None) -> None:
+    def __init__(
+        self, desk: ApiContext, body: Completion, texts: PendingRequest, echoes: Sequence[Echo] | None
+    ) -> None:
         self._desk, self._body, self._texts, self._echoes = desk, body, texts, echoes
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",

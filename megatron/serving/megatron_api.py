@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from megatron.serving.api_context import Desk, Wish, require_text
+from megatron.serving.api_context import ApiContext, Wish, require_text
 from megatron.serving.requests import MegatronRequest
 
 
-def add_megatron(app: FastAPI, desk: Desk) -> None:
+def add_megatron(app: FastAPI, desk: ApiContext) -> None:
     """PUT /api: each prompt with its answer, whole and parted into tokens.
 
     The segments of a text are its tokens' parts of it, so that they put together are the text. A token without text

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from megatron.serving.api_context import Desk
+from megatron.serving.api_context import ApiContext
 
 
-def add_models(app: FastAPI, desk: Desk) -> None:
+def add_models(app: FastAPI, desk: ApiContext) -> None:
     """GET /v1/models and GET /v1/models/{name}."""
     model = {"id": desk.model, "object": "model", "created": int(desk.service.started), "owned_by": "neox"}
 

@@ -1,8 +1,8 @@
 """Continuous batching: requests come and go while one token loop runs.
 
 Before every step the first rank takes in requests that have arrived and lets go of those whose clients have left, and
-tells the other ranks of the model what it did (`Orders`), so that all of them run the same loop. A request that arrives
-while others decode has its first token after the step in progress; greedy text of the others does not change.
+tells the other ranks of the model what it did (`SchedulerStep`), so that all of them run the same loop. A request that
+arrives while others decode has its first token after the step in progress; greedy text of the others does not change.
 
 What goes wrong with one text ends that text. An error of the model itself ends the texts that it was asked about; where
 several ranks hold the model it ends the service, since their loops may no longer be alike.
@@ -29,7 +29,7 @@ IDLE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Ask:
+class QueuedRequest:
     """One text that is wanted. number: of the request in the service. prompt: at least one token.
 
     scored: whether the prompt's own scores are wanted, which costs a pass over it.
@@ -43,7 +43,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Listener:
+class Callbacks:
     """Whom an answer goes to; called from the decoding thread.
 
     piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome. prompt: the scores
@@ -57,10 +57,10 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Orders:
+class SchedulerStep:
     """What every rank does before the next step."""
 
-    joining: tuple[Ask, ...] = ()
+    joining: tuple[QueuedRequest, ...] = ()
     leaving: tuple[int, ...] = ()
     stop: bool = False
 
@@ -93,7 +93,7 @@ class Worker:
         """Whether a text is still in the loop."""
         return number in self._answers
 
-    def follow(self, orders: Orders, listeners: dict[int, Listener] | None = None) -> list[tuple[int, Record]]:
+    def follow(self, orders: SchedulerStep, listeners: dict[int, Callbacks] | None = None) -> list[tuple[int, Record]]:
         """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number.
 
         A text that something went wrong with is among them, and grows on until it is told to leave.
@@ -112,7 +112,7 @@ class Worker:
         done += self._model(lambda: self._loop.join(starting), starting) if starting else []
         return done + self._ended()
 
-    def _answer(self, ask: Ask, heard: Listener | None) -> Answer:
+    def _answer(self, ask: QueuedRequest, heard: Callbacks | None) -> Answer:
         self._answers[ask.number] = answer = Answer(
             self._tokenizer,
             ask.settings,
@@ -134,7 +134,7 @@ class Worker:
             return [self._given_up(text, fault) for text in texts]
         return [each for step in steps if (each := self._hand_on(step)) is not None]
 
-    def _score(self, ask: Ask, answer: Answer, heard: Listener | None) -> list[tuple[int, Record]]:
+    def _score(self, ask: QueuedRequest, answer: Answer, heard: Callbacks | None) -> list[tuple[int, Record]]:
         """Hands the scores of a prompt's tokens on. Returns the text if this failed for it, as `follow` does."""
         try:
             scores = self._loop.scores_of(ask.prompt)
@@ -199,11 +199,11 @@ class Counts:
     prompt_tokens: int = 0
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """So many requests wait already that no more are taken."""
 
 
-class Closing(Exception):
+class ShuttingDown(Exception):
     """The service finishes what it has and takes no more."""
 
 
@@ -216,14 +216,14 @@ class Service:
 
     worker: Worker
     max_waiting: int
-    tell: Callable[[Orders], None] = lambda orders: None
+    tell: Callable[[SchedulerStep], None] = lambda orders: None
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self.started = time.time()
-        self._waiting: deque[Ask] = deque()
-        self._listeners: dict[int, Listener] = {}
+        self._waiting: deque[QueuedRequest] = deque()
+        self._listeners: dict[int, Callbacks] = {}
         self._leaving: list[int] = []
         self._next = 0
         self._closing = False
@@ -239,7 +239,7 @@ class Service:
         return self._closing
 
     def submit(
-        self, wanted: list[tuple[tuple[int, ...], Settings, str, Listener]], *, scored: bool = False
+        self, wanted: list[tuple[tuple[int, ...], Settings, str, Callbacks]], *, scored: bool = False
     ) -> list[int]:
         """Queues texts, all or none, as (prompt, settings, context, listener); returns their numbers.
 
@@ -248,16 +248,16 @@ class Service:
         """
         with self._changed:
             if self._closing:
-                raise Closing
+                raise ShuttingDown
             places = self.worker.rows + self.max_waiting
             beyond = len(wanted) > places and not self._waiting
             if len(self._listeners) + len(wanted) > places and not beyond:
                 self.counts.refused += len(wanted)
-                raise Full
+                raise QueueFull
             numbers = []
             for prompt, settings, context, listener in wanted:
                 self._listeners[self._next] = listener
-                self._waiting.append(Ask(self._next, prompt, settings, context, scored))
+                self._waiting.append(QueuedRequest(self._next, prompt, settings, context, scored))
                 numbers.append(self._next)
                 self._next += 1
                 self.counts.requests += 1
@@ -285,7 +285,7 @@ class Service:
             self._changed.notify()
 
     def run(self, closing: Callable[[], bool] = lambda: False) -> None:
-        """Decodes until `close` is called, or closing() says so, and all is done. Collective with `follow_orders`."""
+        """Decodes until `close` is called, or closing() says so, and all is done. Collective with `run_follower`."""
         while True:
             if closing() and not self._closing:
                 self.close()
@@ -309,21 +309,21 @@ class Service:
         except Exception as fault:  # noqa: BLE001  whatever the listener does
             get_logger(__name__).warning("the outcome of text %d could not be handed on (%r)", number, fault)
 
-    def _orders(self) -> Orders:
+    def _orders(self) -> SchedulerStep:
         """What to do next; waits a while when there is nothing."""
         with self._changed:
             if not (self._waiting or self._leaving or self.worker.running):
                 if self._closing:
-                    return Orders(stop=True)
+                    return SchedulerStep(stop=True)
                 self._changed.wait(min(IDLE_SECONDS, 0.5))
             leaving = tuple(self._leaving)
             self._leaving.clear()
             free = self.worker.free + sum(map(self.worker.has, leaving))
             joining = tuple(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
-            return Orders(joining, leaving)
+            return SchedulerStep(joining, leaving)
 
 
-def follow_orders(worker: Worker, hear: Callable[[], Orders]) -> None:
+def run_follower(worker: Worker, hear: Callable[[], SchedulerStep]) -> None:
     """What the other ranks of the model do: the same steps, until told to stop."""
     while not (orders := hear()).stop:
         worker.follow(orders)

@@ -19,10 +19,10 @@ from megatron.config import Config
 from megatron.distributed.mesh import Topology
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
-from megatron.inference.runner import context_length, vocabulary, with_model
+from megatron.inference.runner import context_length, vocabulary, with_loaded_model
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
-from megatron.serving.scheduler import Orders, Service, Worker, follow_orders
+from megatron.serving.scheduler import SchedulerStep, Service, Worker, run_follower
 from megatron.tokenizers.base import Tokenizer
 
 FLUSH_SECONDS = 10.0
@@ -45,12 +45,12 @@ def serve(config: Config, stop: Stop) -> None:
             engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
         )
         if topology.rank != 0:
-            follow_orders(worker, _hear)
+            run_follower(worker, _hear)
             return
         service = Service(worker, section.serve_max_waiting, tell=_tell)
         _answer_http(config, service, tokenizer, stop)
 
-    with_model(config, work)
+    with_loaded_model(config, work)
 
 
 def _check(host: str, key: str | None) -> None:
@@ -77,14 +77,14 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
     import uvicorn
 
     from megatron.serving.api import build_app
-    from megatron.serving.api_context import Desk
+    from megatron.serving.api_context import ApiContext
     from megatron.serving.chat_rendering import Conversations
 
     section = config.generation
     name = Path(config.checkpoint.load or "model").name
     length, ends = context_length(config), tuple(section.eos_token_ids or ())
     named = config.tokenizer
-    desk = Desk(
+    desk = ApiContext(
         service,
         tokenizer,
         name,
@@ -125,12 +125,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _tell(orders: Orders) -> None:
+def _tell(orders: SchedulerStep) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list([orders], src=0)
 
 
-def _hear() -> Orders:
-    held: list[Orders] = [Orders()]
+def _hear() -> SchedulerStep:
+    held: list[SchedulerStep] = [SchedulerStep()]
     dist.broadcast_object_list(held, src=0)
     return held[0]

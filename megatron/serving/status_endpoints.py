@@ -7,11 +7,11 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
-from megatron.serving.api_context import Desk
+from megatron.serving.api_context import ApiContext
 from megatron.serving.scheduler import Service
 
 
-def add_observation(app: FastAPI, desk: Desk) -> None:
+def add_observation(app: FastAPI, desk: ApiContext) -> None:
     """GET /, /health and /metrics."""
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"

@@ -17,7 +17,7 @@ from megatron.engine.optimizer_state import inner_optimizer
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.tensor_statistics import GradientTap, NoiseScale, Statistics, Wanted
 from megatron.errors import ConfigError
-from megatron.health.straggler import Pace
+from megatron.health.straggler import StragglerMonitor
 from megatron.metrics.fingerprint import Fingerprints
 from megatron.metrics.profiler import MemoryRecorder, Tracer
 from megatron.optim.onebit import OnebitAdam
@@ -71,7 +71,7 @@ def build_instruments(
     ConfigError where something cannot be watched on this machine.
     """
     rank = engine.topology.rank
-    pace = Pace(rank, hosts, device(), observe.folder, tell)
+    pace = StragglerMonitor(rank, hosts, device(), observe.folder, tell)
     instruments = Instruments(waiting=pace.waiting, meters=[pace.measure])
     instruments.recorders.append(lambda iteration, size: pace.recording(iteration))
     _add_files(instruments, observe, engine, rank, tell)

@@ -27,7 +27,7 @@ from megatron.data.dataset.builder import Data
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank, device
-from megatron.distributed.timeouts import limit_waiting
+from megatron.distributed.timeouts import set_collective_timeout
 from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, join
 from megatron.engine.deepspeed_engine import PlainEngine
 from megatron.engine.pipeline_engine import PipelinedEngine
@@ -36,7 +36,7 @@ from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
 from megatron.health.host_check import roll_call
 from megatron.health.watchdog import Watch
-from megatron.launcher.restart import going_on, restarted_by_others
+from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
@@ -83,8 +83,8 @@ def train(config: Config, stop: Stop) -> None:
 
 def _alike_after_a_restart(config: Config) -> Config:
     """The same start on every rank: torchrun counts restarts on each host for itself, and all start again together."""
-    again = any_rank(restarted_by_others(os.environ))
-    return config.replace(**going_on(config)) if again else config
+    again = any_rank(restarted_by_scheduler(os.environ))
+    return config.replace(**resume_overrides(config)) if again else config
 
 
 def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
@@ -127,11 +127,11 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
             due=plan.reports,
             tell=reporter.message,
         )
-        parts = _watched(config, engine, data, parts, instruments)
+        parts = _with_guards(config, engine, data, parts, instruments)
         parts = watched(parts, watch, instruments.waiting)
-        limit_waiting(config.launch.collective_timeout)
-        _introduce(config, topology, data, state, reporter)
-        _keep_for_good()
+        set_collective_timeout(config.launch.collective_timeout)
+        _log_setup(config, topology, data, state, reporter)
+        _freeze_gc()
         stop.listen()
         reason = run_loop(plan, parts, state)
         instruments.close()
@@ -263,13 +263,13 @@ def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
     return save
 
 
-def _keep_for_good() -> None:
+def _freeze_gc() -> None:
     """What is alive now lives as long as the run: a look through it for garbage would stop a rank for half a second."""
     gc.collect()
     gc.freeze()
 
 
-def _watched(
+def _with_guards(
     config: Config, engine: PlainEngine | PipelinedEngine, data: Data, parts: Parts, instruments: Instruments
 ) -> Parts:
     """The parts with those that look at the run."""
@@ -287,7 +287,7 @@ def _watched(
     return replace(parts, judge=judge.judge, recording=instruments.recording, measure=instruments.measure)
 
 
-def _introduce(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
+def _log_setup(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
     reporter.message(
         f"{topology.world_size} rank(s): pipe {topology.pipe.size} x data {topology.data.size} x "
         f"context {topology.context.size} x model {topology.model.size}, ZeRO {config.deepspeed.zero_stage}, "

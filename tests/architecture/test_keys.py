@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron.config import CATALOG
-from megatron.config.config import KeyFacts
-from megatron.config.validation.unsupported import DEAD, FAMILIES, GAPS, HINTS
+from megatron.config import FIELDS
+from megatron.config.config import FieldInfo
+from megatron.config.validation.unsupported import FAMILIES, GAPS, IGNORED_HINTS, UNUSED_KEYS
 from tests.architecture.source import PRODUCT, Source, sample
 
 # Whole numbers that count nothing: names of things, seeds, factors.
@@ -82,7 +82,7 @@ def is_built(feature: str) -> bool:
     return name in FAMILIES[key] if name else key not in {gap.key for gap in GAPS}
 
 
-def explanation_complaints(catalog: Mapping[str, KeyFacts]) -> list[str]:
+def explanation_complaints(catalog: Mapping[str, FieldInfo]) -> list[str]:
     """Keys without a sentence about them, and counts without a unit."""
     found = []
     for name, facts in catalog.items():
@@ -119,12 +119,12 @@ def waiting(features: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def test_every_key_is_explained() -> None:
-    assert explanation_complaints(CATALOG) == []
+    assert explanation_complaints(FIELDS) == []
 
 
 def test_explanation_law_can_complain() -> None:
-    def facts(doc: str, unit: str | None) -> dict[str, KeyFacts]:
-        return {"a_key": KeyFacts("a_key", "model", int, 1, doc, unit)}
+    def facts(doc: str, unit: str | None) -> dict[str, FieldInfo]:
+        return {"a_key": FieldInfo("a_key", "model", int, 1, doc, unit)}
 
     assert explanation_complaints(facts("", "steps"))
     assert explanation_complaints(facts("Steps to run.", None))
@@ -132,8 +132,8 @@ def test_explanation_law_can_complain() -> None:
 
 
 def test_every_key_is_read_or_known_to_be_unread() -> None:
-    known = {gap.key for gap in GAPS} | HINTS.keys() | DEAD.keys() | waiting(FEATURES)
-    assert unread(CATALOG, PRODUCT, known) == []
+    known = {gap.key for gap in GAPS} | IGNORED_HINTS.keys() | UNUSED_KEYS.keys() | waiting(FEATURES)
+    assert unread(FIELDS, PRODUCT, known) == []
 
 
 def test_reading_law_can_complain() -> None:
@@ -150,4 +150,4 @@ def test_keys_wait_only_for_features_that_are_not_built() -> None:
 
 def test_tables_name_keys_that_exist() -> None:
     named = {feature.partition(":")[0] for feature in FEATURES} | {key for keys in FEATURES.values() for key in keys}
-    assert sorted((named | COUNT_NOTHING) - CATALOG.keys()) == []
+    assert sorted((named | COUNT_NOTHING) - FIELDS.keys()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.format import files, layout, optimizer_shards
-from megatron.checkpoint.format.optimizer_shards import StateSlice
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard
 from megatron.checkpoint.format.weight_shards import by_layer, key_of, layer_content, whole_content
 from megatron.checkpoint.save.commit import make_room, publish, retain
 from megatron.checkpoint.save.snapshot import Snapshot
@@ -31,7 +31,7 @@ TABLE = tensors(DIMS, 16)
 def snapshot(iteration: int) -> Snapshot:
     """What the one rank of a run has to write after that iteration; every number in it is the iteration."""
     weights = {key_of(shape): torch.full(shape.shape, float(iteration)) for shape in TABLE}
-    kept = [StateSlice(key, 0, w.numel(), iteration, {"exp_avg": w.flatten()}) for key, w in weights.items()]
+    kept = [OptimizerShard(key, 0, w.numel(), iteration, {"exp_avg": w.flatten()}) for key, w in weights.items()]
     run = {"version": 1, "counters": {"iteration": iteration}, "layout": {}}
     return Snapshot(
         {
@@ -60,7 +60,9 @@ def write_layers(directory: Path, weights: dict[str, torch.Tensor], model_rank: 
         files.write_tensors(directory / layout.layer_file(layer, model_rank), layer_content(content))
 
 
-def write_slices(directory: Path, rank: int, *, model_rank: int, model_size: int, pieces: Sequence[StateSlice]) -> None:
+def write_slices(
+    directory: Path, rank: int, *, model_rank: int, model_size: int, pieces: Sequence[OptimizerShard]
+) -> None:
     """The optimizer slices of one global rank, and their index."""
     files.write_tensors(directory / layout.slice_file(rank), optimizer_shards.values(pieces))
     files.write_json(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice, cut_shard, join_shards
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState, cut_shard, join_shards
 from megatron.errors import RunError
 from megatron.param_table import TensorShape
 from tests.checkpoint.saved import write_slices
@@ -30,7 +30,7 @@ def write_layout(directory: Path, *, model_size: int, data_size: int) -> None:
                 flat = cut_shard(shape, values(shape), model_rank, model_size).flatten()
                 bounds = [flat.numel() * i // data_size for i in range(data_size + 1)]
                 start, stop = bounds[data_rank], bounds[data_rank + 1]
-                pieces.append(StateSlice(key, start, stop, 7, {"exp_avg": flat[start:stop]}))
+                pieces.append(OptimizerShard(key, start, stop, 7, {"exp_avg": flat[start:stop]}))
             rank = model_rank * data_size + data_rank
             write_slices(directory, rank, model_rank=model_rank, model_size=model_size, pieces=pieces)
 

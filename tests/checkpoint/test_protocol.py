@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron.checkpoint.save.protocol import patiently
+from megatron.checkpoint.save.protocol import run_with_heartbeat
 from megatron.errors import RunError
 from tests.multi_rank import run_distributed
 
@@ -22,7 +22,7 @@ def slow_on_one(rank: int, world_size: int, fails: bool) -> tuple[str, float]:
                 raise OSError("the disk is full")
 
     try:
-        patiently(work, "writing", beat=0.1)
+        run_with_heartbeat(work, "writing", beat=0.1)
     except RunError as error:
         return str(error), time.monotonic() - started
     return "", time.monotonic() - started

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import TokenizerFacts, facts_of
+from megatron.tokenizer_info import TokenizerInfo, facts_of
 from megatron.tokenizers.char_level import CharLevelTokenizer
 
 WHERE = Path("run/global_step5")
@@ -38,11 +38,11 @@ class Words:
 STORED = RunInputs(facts_of("CharLevelTokenizer", CharLevelTokenizer())).as_json()["tokenizer"]
 
 
-def facts(**changes: Any) -> TokenizerFacts:
+def facts(**changes: Any) -> TokenizerInfo:
     return replace(facts_of("CharLevelTokenizer", CharLevelTokenizer()), **changes)
 
 
-def check(own: TokenizerFacts, *, new_tokens: bool = False, trains: bool = True) -> None:
+def check(own: TokenizerInfo, *, new_tokens: bool = False, trains: bool = True) -> None:
     same_tokenizer(STORED, own, WHERE, new_tokens=new_tokens, trains=trains)
 
 
@@ -52,7 +52,7 @@ def test_another_kind_that_gives_the_same_ids_is_the_same_tokenizer() -> None:
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("own", [facts(vocab_size=400), facts_of("Words", Words())], ids=["size", "ids"])
-def test_another_tokenizer_is_refused(own: TokenizerFacts, trains: bool) -> None:
+def test_another_tokenizer_is_refused(own: TokenizerInfo, trains: bool) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer_type.*trained with CharLevelTokenizer of 512 tokens"):
         check(own, trains=trains)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron.config import CATALOG, Resources, resolve
-from megatron.config.defaults.fill_defaults import OUTPUTS
+from megatron.config import FIELDS, Resources, resolve
+from megatron.config.defaults.fill_defaults import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
-from megatron.config.validation.unsupported import DEAD, GAPS, HINTS
+from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
 from tests.config.small import SMALL, faults, resolved
 
 MAMBA = {"attention_config": ["mamba", "global"]}
@@ -199,7 +199,7 @@ REFUSED: dict[str, Any] = {
 }
 PAIRS = {
     key
-    for key in CATALOG
+    for key in FIELDS
     if key.startswith(("pos_", "neg_")) and key.endswith("_data_paths") and key != "pos_train_data_paths"
 }
 """Sets of pairs, which launching refuses by name together with pos_train_data_paths."""
@@ -218,18 +218,24 @@ def told(changes: dict[str, Any]) -> set[str]:
 def test_every_key_is_accounted_for() -> None:
     dependent = {key for entry in DEPENDENT for key in entry.keys}
     assert dependent == WHERE_IT_MATTERS.keys()
-    others = {name for name, facts in CATALOG.items() if facts.section in ("generation", "evaluation", "launch")}
-    known = [dependent - others, set(HINTS), set(DEAD) - others, {gap.key for gap in GAPS} - others, set(OUTPUTS)]
+    others = {name for name, facts in FIELDS.items() if facts.section in ("generation", "evaluation", "launch")}
+    known = [
+        dependent - others,
+        set(IGNORED_HINTS),
+        set(UNUSED_KEYS) - others,
+        {gap.key for gap in GAPS} - others,
+        set(DERIVED_ONLY),
+    ]
     known += [EVERY_RUN, set(REFUSED), PAIRS, TOLD_AT_THE_START, others]
-    assert sorted(CATALOG.keys() - set().union(*known)) == []
-    assert sorted(set().union(*known) - CATALOG.keys()) == []
-    assert sorted(EVERY_RUN & (dependent | set(HINTS) | set(DEAD) | set(REFUSED))) == []
+    assert sorted(FIELDS.keys() - set().union(*known)) == []
+    assert sorted(set().union(*known) - FIELDS.keys()) == []
+    assert sorted(EVERY_RUN & (dependent | set(IGNORED_HINTS) | set(UNUSED_KEYS) | set(REFUSED))) == []
 
 
 @pytest.mark.parametrize("key", sorted(WHERE_IT_MATTERS))
 def test_a_key_gets_a_line_exactly_where_nothing_reads_it(key: str) -> None:
     value, where = WHERE_IT_MATTERS[key]
-    assert value != CATALOG[key].default
+    assert value != FIELDS[key].default
     assert key in told({**WHERE_IT_DOES_NOT.get(key, {}), key: value})
     if where is not None:
         assert key not in told({**where, key: value})

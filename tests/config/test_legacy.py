@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron.config.config import CATALOG
-from megatron.config.renamed_keys import IGNORED, REFUSED, RENAMED, modernise
-from megatron.config.yaml_loader import Given
+from megatron.config.config import FIELDS
+from megatron.config.renamed_keys import IGNORED, REFUSED, RENAMED, apply_renames
+from megatron.config.yaml_loader import SourcedValue
 from tests.config.small import resolved
 
 PAGE = Path(__file__).parents[2] / "docs" / "differences.md"
@@ -36,16 +36,16 @@ def answers(text: str) -> list[str]:
 def examples(text: str) -> dict[str, Any]:
     """What an answer writes out: `key: value`, with a value that is no ellipsis."""
     found = re.findall(r"(\w+): (\[\[.*?\]\]\]|\{.*\}|\w+)", text)
-    return {name: yaml.safe_load(value) for name, value in found if name in CATALOG and "..." not in value}
+    return {name: yaml.safe_load(value) for name, value in found if name in FIELDS and "..." not in value}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_an_answer_names_keys_that_exist(name: str) -> None:
     named = answers(REFUSED[name])
     assert named
-    assert [key for key in named if key not in CATALOG] == []
-    assert name not in CATALOG and name not in RENAMED and name not in IGNORED
-    _, mistakes, _ = modernise({name: Given(1, "a.yml:1")})
+    assert [key for key in named if key not in FIELDS] == []
+    assert name not in FIELDS and name not in RENAMED and name not in IGNORED
+    _, mistakes, _ = apply_renames({name: SourcedValue(1, "a.yml:1")})
     assert [mistake.remedy for mistake in mistakes] == [REFUSED[name]]
 
 
@@ -53,14 +53,14 @@ def test_an_answer_names_keys_that_exist(name: str) -> None:
 def test_an_answer_counts_what_the_old_key_counted(name: str) -> None:
     key = answers(REFUSED[name])[0]
     units = {unit for unit, ends in UNITS.items() if name.endswith(ends)}
-    assert not units or CATALOG[key].unit in units
+    assert not units or FIELDS[key].unit in units
     if name.endswith("_samples"):
-        assert CATALOG[key].unit in ("samples", "fraction") and "lr_decay_samples" in REFUSED[name]
+        assert FIELDS[key].unit in ("samples", "fraction") and "lr_decay_samples" in REFUSED[name]
 
 
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
 def test_a_renamed_key_exists(old: str, new: str) -> None:
-    assert new in CATALOG and old not in CATALOG
+    assert new in FIELDS and old not in FIELDS
 
 
 def test_warmups_of_other_programs_are_answered_by_what_they_count() -> None:

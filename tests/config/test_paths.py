@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import CATALOG
+from megatron.config import FIELDS
 from megatron.config.paths import PATH_KEYS
 from tests.config.small import faults, resolved
 
@@ -17,8 +17,8 @@ NO_PATHS = {"s3_path"}  # an address
 
 
 def test_every_key_that_names_files_is_known() -> None:
-    named = {name for name, facts in CATALOG.items() if NAMES.search(name) and "str" in str(facts.annotation)}
-    named |= {name for name in CATALOG if name.endswith("_data_paths")}
+    named = {name for name, facts in FIELDS.items() if NAMES.search(name) and "str" in str(facts.annotation)}
+    named |= {name for name in FIELDS if name.endswith("_data_paths")}
     assert named - NO_PATHS == PATH_KEYS
 
 

@@ -6,11 +6,11 @@ from typing import Any, get_args, get_origin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import CATALOG, Config, Resolution, Resources, resolve, serialize
-from megatron.config.config import KeyFacts
+from megatron.config import FIELDS, Config, Resolution, Resources, resolve, serialize
+from megatron.config.config import FieldInfo
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.type_names import members
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.plan import make_plan
 from tests.config.small import SMALL
 
@@ -24,7 +24,7 @@ anything = st.recursive(
 SIMPLE = {bool: st.booleans(), int: st.integers(), float: finite, str: text, type(None): st.none()}
 
 
-def values_of(facts: KeyFacts) -> st.SearchStrategy[Any]:
+def values_of(facts: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that the key's type allows."""
     if facts.name == "attention_config":
         return st.one_of(st.none(), st.lists(st.sampled_from(facts.choices), max_size=4).map(tuple))
@@ -44,12 +44,12 @@ def value_of(kind: Any) -> st.SearchStrategy[Any]:
     return SIMPLE[kind]
 
 
-some_keys = st.lists(st.sampled_from(sorted(CATALOG)), max_size=30, unique=True)
+some_keys = st.lists(st.sampled_from(sorted(FIELDS)), max_size=30, unique=True)
 
 
 @st.composite
 def valid(draw: st.DrawFn) -> dict[str, Any]:
-    return {name: draw(values_of(CATALOG[name])) for name in draw(some_keys)}
+    return {name: draw(values_of(FIELDS[name])) for name in draw(some_keys)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,11 +66,11 @@ def test_flat_to_config_to_wire_and_back(values: dict[str, Any]) -> None:
 @st.composite
 def mutated(draw: st.DrawFn) -> dict[str, Any]:
     values = dict(SMALL)
-    for name in draw(st.lists(st.sampled_from(sorted(CATALOG)), min_size=1, max_size=5)):
+    for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=5)):
         near = st.sampled_from(
             [-1, 0, 1, 2, 3, 7, 0.5, True, "", "auto", [], {}, {"enabled": True}, [[["flash"], "all"]]]
         )
-        values[name] = draw(st.one_of(near, values_of(CATALOG[name]), anything))
+        values[name] = draw(st.one_of(near, values_of(FIELDS[name]), anything))
     return values
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_told_but_what_is_wrong(mistyped: set[str], misspelt: set[str
     mistyped = mistyped - misspelt
     values |= {name: 7 if isinstance(WHOLE[name], dict) else {"wrong": 1} for name in mistyped}
     wrong = {f"{name}q" for name in misspelt} | mistyped
-    told: tuple[Mistake, ...] = ()
+    told: tuple[ConfigIssue, ...] = ()
     try:
         resolve([], values, Resources(4))
     except ConfigError as fault:

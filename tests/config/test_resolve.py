@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from megatron.config import CATALOG, Config, Resources, resolve
+from megatron.config import FIELDS, Config, Resources, resolve
 from megatron.config.type_names import accepts
-from megatron.config.validation.unsupported import DEAD, HINTS
+from megatron.config.validation.unsupported import IGNORED_HINTS, UNUSED_KEYS
 from megatron.errors import ConfigError
 from tests.config.small import SMALL, faults, resolved, write
 
-ALL_REASONS = {**HINTS, **DEAD}
+ALL_REASONS = {**IGNORED_HINTS, **UNUSED_KEYS}
 
 
 def test_the_origin_of_every_value_is_kept(tmp_path: Path) -> None:
     text = "".join(f"{name}: {value}\n" for name, value in SMALL.items())
     path = write(tmp_path, "small.yml", text)
     resolution = resolve([path], {"seed": 7}, Resources(2))
-    assert resolution.origin.keys() == CATALOG.keys()
+    assert resolution.origin.keys() == FIELDS.keys()
     assert resolution.origin["num_layers"] == f"{path}:1"
     assert resolution.origin["seed"] == "command line"
     assert resolution.origin["train_batch_size"] == "derived"
@@ -164,9 +164,9 @@ def test_options_that_no_block_reads_are_told() -> None:
     assert not any("sparsity_config" in line for line in local.warnings)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(CATALOG[name].choices) != 1])
+@pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(FIELDS[name].choices) != 1])
 def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_path: Path) -> None:
-    facts = CATALOG[name]
+    facts = FIELDS[name]
     others = [choice for choice in facts.choices if choice != facts.default]
     examples = {bool: not facts.default, int: 7, float: 7.0, str: "x", dict: {"a": 1}}
     others += [value for kind, value in examples.items() if accepts(facts.annotation, kind)]

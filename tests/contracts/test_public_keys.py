@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import CATALOG
+from megatron.config import FIELDS
 from megatron.config.type_names import accepts, members
 
 PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_keys.json").read_text())
@@ -67,7 +67,7 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_key(name: str) -> None:
-    facts, public = CATALOG[name], PUBLIC[name]
+    facts, public = FIELDS[name], PUBLIC[name]
     assert facts.default == OTHER_DEFAULTS.get(name, public["default"])
     assert type(facts.default) is type(OTHER_DEFAULTS.get(name, public["default"]))
     assert set(public.get("choices", ())) <= set(facts.choices) or not public.get("choices")
@@ -106,18 +106,18 @@ def test_types_are_read_from_annotations() -> None:
 
 
 def test_new_keys_are_there_and_not_public() -> None:
-    assert CATALOG.keys() >= NEW
+    assert FIELDS.keys() >= NEW
     assert not NEW & PUBLIC.keys()
 
 
 def test_every_other_key_is_told_in_differences() -> None:
     page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
-    untold = [name for name in CATALOG if name not in PUBLIC and f"`{name}`" not in page]
+    untold = [name for name in FIELDS if name not in PUBLIC and f"`{name}`" not in page]
     assert untold == []
     assert [name for name in OTHER_DEFAULTS if f"`{name}`" not in page] == []
 
 
 def test_new_keys_are_told_with_their_defaults() -> None:
     page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
-    for name in CATALOG.keys() - PUBLIC.keys():
-        assert f"| `{name}` | `{json.dumps(CATALOG[name].default)}` |" in page, name
+    for name in FIELDS.keys() - PUBLIC.keys():
+        assert f"| `{name}` | `{json.dumps(FIELDS[name].default)}` |" in page, name

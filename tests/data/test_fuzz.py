@@ -12,11 +12,11 @@ from megatron.data.preprocess.document_types import PlainText
 from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import RunError
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers import make_tokenizer
 
 CHARACTERS = make_tokenizer("CharLevelTokenizer")
-FACTS = TokenizerFacts("CharLevelTokenizer", 512, 0)
+FACTS = TokenizerInfo("CharLevelTokenizer", 512, 0)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -17,7 +17,7 @@ from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers import make_tokenizer
 
 CHARACTERS = make_tokenizer("CharLevelTokenizer")
@@ -55,7 +55,7 @@ def test_shards_merge_to_the_bytes_of_one_work(tmp_path, shards, sentences):
     (tmp_path / "in" / "b3.jsonl.gz").write_bytes(gzip.compress(packed))
     (tmp_path / "in" / "d.jsonl.zst").write_bytes(zstandard.compress(packed))
     recipe = PlainText(CHARACTERS, append_eod=True, sentences=sentences)
-    facts = TokenizerFacts("CharLevelTokenizer", 512, 0)
+    facts = TokenizerInfo("CharLevelTokenizer", 512, 0)
     files = find_text_files([str(tmp_path / "in")])
     once = preprocess(files, recipe, output_prefix=str(tmp_path / "once"), facts=facts).outputs[0]
     prefixes = [
@@ -75,7 +75,7 @@ def test_sentences_stay_items_of_their_documents(tmp_path):
     (tmp_path / "a.txt").write_text("One here. Two there! Three.")
     (tmp_path / "b.txt").write_text("Four.")
     recipe = PlainText(CHARACTERS, sentences=Sentences())
-    facts = TokenizerFacts("CharLevelTokenizer", 512, None)
+    facts = TokenizerInfo("CharLevelTokenizer", 512, None)
     prefixes = []
     for name in "ab":
         files = find_text_files([str(tmp_path / f"{name}.txt")])

@@ -18,7 +18,7 @@ from megatron.data.preprocess.document_types import PlainText
 from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe
 
@@ -39,7 +39,7 @@ def made(path, prefix, **settings):
         tokenizer, **{name: settings.pop(name) for name in names if name in settings}
     )
     eod = tokenizer.eod if getattr(recipe, "append_eod", False) else None
-    facts = TokenizerFacts("CharLevelTokenizer", tokenizer.vocab_size, eod)
+    facts = TokenizerInfo("CharLevelTokenizer", tokenizer.vocab_size, eod)
     return preprocess(find_text_files([str(path)]), recipe, output_prefix=str(prefix), facts=facts, **settings)
 
 

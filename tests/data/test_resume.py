@@ -13,12 +13,12 @@ from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHARACTERS = make_tokenizer("CharLevelTokenizer")
-FACTS = TokenizerFacts("CharLevelTokenizer", 512, 0)
+FACTS = TokenizerInfo("CharLevelTokenizer", 512, 0)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_info import FROM_FILES, TokenizerFacts, facts_of
+from megatron.tokenizer_info import FROM_FILES, TokenizerInfo, facts_of
 from megatron.tokenizers import make_tokenizer
 from tests.data.test_build import build, documents, served, write
 from tests.data.test_labels import write_signed
@@ -108,8 +108,8 @@ def test_the_same_content_elsewhere_is_the_same_tokenizer(tmp_path):
     ],
 )
 def test_what_makes_two_the_same(card, run, same):
-    assert TokenizerFacts(*card).agrees_with(TokenizerFacts(*run)) == same
-    assert TokenizerFacts(*run).agrees_with(TokenizerFacts(*card)) == same
+    assert TokenizerInfo(*card).agrees_with(TokenizerInfo(*run)) == same
+    assert TokenizerInfo(*run).agrees_with(TokenizerInfo(*card)) == same
 
 
 def test_the_kinds_that_share_files_exist():
@@ -124,7 +124,7 @@ def test_a_card_of_an_earlier_version_is_read(tmp_path):
     path = write(tmp_path / "p", made)
     for card in (known | {"eod": 0}, known | {"eod": 0, "fingerprint": None, "later": 1}):
         Path(f"{path}.json").write_text(json.dumps(card))
-        assert "of 40 tokens" in str(refused(DataSection(data_path=path), TokenizerFacts("HFTokenizer", 300, 0)))
+        assert "of 40 tokens" in str(refused(DataSection(data_path=path), TokenizerInfo("HFTokenizer", 300, 0)))
 
 
 @pytest.mark.parametrize("named", ["train_data_paths", "valid_data_paths", "train_label_data_paths"])
@@ -136,7 +136,7 @@ def test_every_named_set_is_looked_at(tmp_path, named):
     for key in ("train_data_paths", "valid_data_paths", "train_label_data_paths"):
         paths[key] = [write_signed(tmp_path / key, made)]
         Path(f"{paths[key][0]}.json").write_text((bad if key == named else good).to_json())
-    fault = refused(DataSection(**paths, num_workers=0), TokenizerFacts("HFTokenizer", 300, 0), valid=4)
+    fault = refused(DataSection(**paths, num_workers=0), TokenizerInfo("HFTokenizer", 300, 0), valid=4)
     assert [(mistake.key, mistake.value) for mistake in fault.mistakes] == [(named, paths[named][0])]
 
 
@@ -155,10 +155,10 @@ def test_an_id_beyond_the_vocabulary_is_named_where_no_card_is(tmp_path, packing
         pack_impl=packing,
         train_data_weights=None,
     )
-    sound = TokenizerFacts("HFTokenizer", 5001, 0)
+    sound = TokenizerInfo("HFTokenizer", 5001, 0)
     assert served(build(section, train=60, tokenizer=sound).train)
     with pytest.raises(RunError) as caught:
-        served(build(section, train=60, tokenizer=TokenizerFacts("HFTokenizer", 5000, 0)).train)
+        served(build(section, train=60, tokenizer=TokenizerInfo("HFTokenizer", 5000, 0)).train)
     (mistake,) = caught.value.mistakes
     assert mistake.where == paths[1]
     assert "document 7 holds the id 5000, and the tokenizer's ids are 0 to 4999" in mistake.what
@@ -168,7 +168,7 @@ def test_negative_ids_and_labels_beyond_the_vocabulary_are_named(tmp_path):
     made = [np.array(row) for row in documents(20)]
     negative = [row.copy() for row in made]
     negative[2][0] = -7
-    tokenizer = TokenizerFacts("HFTokenizer", 1000, 0)
+    tokenizer = TokenizerInfo("HFTokenizer", 1000, 0)
     section = DataSection(train_data_paths=[write_signed(tmp_path / "n", negative)], num_workers=0)
     with pytest.raises(RunError, match="n: document 2 holds the id -7"):
         served(build(section, train=60, tokenizer=tokenizer).train)
@@ -185,7 +185,7 @@ def test_negative_ids_and_labels_beyond_the_vocabulary_are_named(tmp_path):
 
 def test_public_data_without_a_card_trains(tmp_path):
     section = DataSection(data_path=write(tmp_path / "p", documents(20)), num_workers=0)
-    assert served(build(section, tokenizer=TokenizerFacts("HFTokenizer", 1000, 3)).train)
+    assert served(build(section, tokenizer=TokenizerInfo("HFTokenizer", 1000, 3)).train)
 
 
 def test_merging_refuses_files_of_two_tokenizers(tmp_path):

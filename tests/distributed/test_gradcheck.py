@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from, scatter_to
-from megatron.distributed.context_parallel import heads_for_sequence, sequence_for_heads
+from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.expert_all_to_all import exchange_rows
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_sequence_partial
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_attrs import mark_partial_grad
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy, weighted_cross_entropy
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -66,7 +66,7 @@ def cases(rank: int, size: int) -> dict[str, Case]:
 
 def layer_cases(axis: Axis) -> dict[str, Case]:
     """The layers, with the whole sequence on every rank or a part of it."""
-    source, mine = ParameterSource(seed=3, layer=2, axis=axis, dtype=torch.float64), 100 + axis.rank
+    source, mine = ParamFactory(seed=3, layer=2, axis=axis, dtype=torch.float64), 100 + axis.rank
     column = ColumnParallelLinear(H, INNER, source.of("column"), fill=draw, bias=True)
     row = RowParallelLinear(INNER, H, source.of("row"), fill=draw, bias=True)
     embedding = VocabParallelEmbedding(VOCABULARY, H, source.of("words"), fill=draw)
@@ -76,7 +76,7 @@ def layer_cases(axis: Axis) -> dict[str, Case]:
     if axis.sequence:
         x = values(S // axis.size, B, H, seed=mine)
         for parameter in norm.parameters():
-            mark_sequence_partial(parameter, axis)
+            mark_partial_grad(parameter, axis)
     own, everywhere = ((x,), ()) if axis.sequence else ((), (x,))
     return {
         "column": Case(lambda: column(x), copies=everywhere, parts=(*own, column.weight, column.bias)),
@@ -115,8 +115,8 @@ def exchange_cases(axis: Axis) -> dict[str, Case]:
             parts=(logits,),
             whole=True,
         ),
-        "heads for sequence": Case(lambda: heads_for_sequence(heads, axis) ** 2, parts=(heads,)),
-        "sequence for heads": Case(lambda: sequence_for_heads(tokens, axis) ** 2, parts=(tokens,)),
+        "heads for sequence": Case(lambda: all_to_all_seq_to_heads(heads, axis) ** 2, parts=(heads,)),
+        "sequence for heads": Case(lambda: all_to_all_heads_to_seq(tokens, axis) ** 2, parts=(tokens,)),
     }
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_attrs import is_sharded, no_weight_decay, shard_dim, shard_sections
-from megatron.distributed.param_init import ParameterSource
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.linear import onednn_linear, plain_linear
@@ -31,8 +31,8 @@ def model_axis(rank: int, world_size: int) -> Axis:
     return Topology.build(pipe=1, model=world_size, rank=rank, world_size=world_size).model
 
 
-def source(axis: Axis) -> ParameterSource:
-    return ParameterSource(seed=3, layer=2, axis=axis).of("part")
+def source(axis: Axis) -> ParamFactory:
+    return ParamFactory(seed=3, layer=2, axis=axis).of("part")
 
 
 def rows(tensor: Tensor, sections: tuple[int, ...], rank: int, size: int) -> Tensor:
@@ -174,7 +174,7 @@ def test_sharded_draws_differ_by_rank_and_leave_the_shared_ones_alone() -> None:
     shared = torch.rand(8)
     draws = []
     for rank in (0, 1):
-        random = ShardedRandom(seed=5, rank=rank)
+        random = TensorParallelRNG(seed=5, rank=rank)
         torch.manual_seed(1)
         with random.fork():
             first = torch.rand(8)

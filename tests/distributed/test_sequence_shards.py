@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.distributed.context_parallel import heads_for_sequence, part_of_sequence, sequence_for_heads
+from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads, shard_sequence
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_sequence_partial
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_attrs import mark_partial_grad
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import all_gather_first, leave, reduce_scatter_first
@@ -34,8 +34,8 @@ def model_axis(rank: int, size: int) -> Axis:
     return Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=True).model
 
 
-def source(axis: Axis) -> ParameterSource:
-    return ParameterSource(seed=3, layer=2, axis=axis, dtype=torch.float64)
+def source(axis: Axis) -> ParamFactory:
+    return ParamFactory(seed=3, layer=2, axis=axis, dtype=torch.float64)
 
 
 def part(x: Tensor, rank: int, size: int) -> Tensor:
@@ -47,7 +47,7 @@ def mlp(rank: int, size: int) -> dict[str, Tensor]:
     axis = model_axis(rank, size)
     norm = LayerNorm(WIDTH, 1e-5, bias=True).double()
     for parameter in norm.parameters():
-        mark_sequence_partial(parameter, axis)
+        mark_partial_grad(parameter, axis)
     column = ColumnParallelLinear(WIDTH, INNER, source(axis).of("column"), fill=draw, bias=True)
     row = RowParallelLinear(INNER, WIDTH, source(axis).of("row"), fill=draw, bias=True)
     x = part(fixed(LENGTH, BATCH, WIDTH, seed=5), rank, size)
@@ -111,8 +111,8 @@ def adjoints(rank: int, size: int) -> list[tuple[float, float]]:
     found = []
     for function, shape in (
         (lambda x: leave(x, axis), (LENGTH, BATCH)),
-        (lambda x: heads_for_sequence(x, context), (BATCH, 4, LENGTH, 5)),
-        (lambda x: sequence_for_heads(x, context), (BATCH, 4, LENGTH, 5)),
+        (lambda x: all_to_all_seq_to_heads(x, context), (BATCH, 4, LENGTH, 5)),
+        (lambda x: all_to_all_heads_to_seq(x, context), (BATCH, 4, LENGTH, 5)),
     ):
         x = fixed(*shape, seed=rank).requires_grad_()
         out = function(x)
@@ -134,8 +134,8 @@ def exchanged(rank: int, size: int) -> tuple[Tensor, Tensor]:
     axis = Topology.build(pipe=1, model=1, context=size, rank=rank, world_size=size).context
     q, k, v = (fixed(2, heads, LENGTH, 5, seed=heads + i).chunk(size, 2)[rank] for i, heads in enumerate((8, 4, 4)))
     q = q.clone().requires_grad_()
-    out = plain_attention(*(heads_for_sequence(x, axis) for x in (q, k, v)))
-    back = sequence_for_heads(out, axis)
+    out = plain_attention(*(all_to_all_seq_to_heads(x, axis) for x in (q, k, v)))
+    back = all_to_all_heads_to_seq(out, axis)
     back.backward(fixed(2, 8, LENGTH, 5, seed=30).chunk(size, 2)[rank])
     return back.detach(), q.grad
 
@@ -153,7 +153,9 @@ def test_attention_over_exchanged_heads(size: int) -> None:
 
 def low_precision(rank: int, size: int) -> tuple[Tensor, Tensor]:
     """Sums of numbers of which bfloat16 would lose one in a thousand, with and without fp32 sums."""
-    axis = Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=True, fp32_sums=True).model
+    axis = Topology.build(
+        pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=True, fp32_reduce=True
+    ).model
     x = torch.full((size, 4), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
     return reduce_scatter_first(x, axis), all_gather_first(x[:1], axis)
 
@@ -169,6 +171,6 @@ def test_fp32_sums() -> None:
 def test_uneven_sequences_are_refused() -> None:
     three = Axis("context", 3, 0, (0, 1, 2))
     with pytest.raises(ValueError, match="a sequence of 8 does not divide by 3 context-parallel ranks"):
-        part_of_sequence(torch.zeros(1, 8), three)
+        shard_sequence(torch.zeros(1, 8), three)
     with pytest.raises(ValueError, match="a sequence of 8 does not divide by 3 tensor-parallel ranks"):
         reduce_scatter_first(torch.zeros(8, 1), three)

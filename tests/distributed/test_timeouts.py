@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.distributed.timeouts import collective_in_progress, failed_in_a_collective, limit_waiting
-from megatron.health.heartbeat import STALE, Pulse, suspects
+from megatron.distributed.timeouts import collective_in_progress, failed_in_a_collective, set_collective_timeout
+from megatron.health.heartbeat import STALE, HeartbeatRecord, likely_culprits
 from tests.multi_rank import run_distributed
 
 NOW = 1000.0
@@ -18,7 +18,7 @@ NOW = 1000.0
 def late_rank(rank: int, world_size: int) -> tuple[float, bool]:
     """Seconds until rank 0's all-reduce in a group of its own gave up, and whether its error is a collective's."""
     group = dist.new_group([0, 1])
-    limit_waiting(1.0)
+    set_collective_timeout(1.0)
     started, collective = time.monotonic(), False
     if rank == 0:
         try:
@@ -28,7 +28,7 @@ def late_rank(rank: int, world_size: int) -> tuple[float, bool]:
     else:
         time.sleep(2.5)
     seconds = time.monotonic() - started
-    limit_waiting(60.0)  # for the helper's own barrier
+    set_collective_timeout(60.0)  # for the helper's own barrier
     return seconds, collective
 
 
@@ -39,8 +39,10 @@ def test_the_limit_holds_in_groups_that_were_made_without_one() -> None:
     assert collective
 
 
-def pulse(rank: int, *, iteration: int = 5, heard: float = NOW, waiting_in: str | None = "all_reduce") -> Pulse:
-    return Pulse(rank, f"host{rank}", 0, iteration, "training", NOW - 20, heard, waiting_in, "step (x.py:1)")
+def pulse(
+    rank: int, *, iteration: int = 5, heard: float = NOW, waiting_in: str | None = "all_reduce"
+) -> HeartbeatRecord:
+    return HeartbeatRecord(rank, f"host{rank}", 0, iteration, "training", NOW - 20, heard, waiting_in, "step (x.py:1)")
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,8 @@ def pulse(rank: int, *, iteration: int = 5, heard: float = NOW, waiting_in: str 
         ([pulse(0), pulse(1, heard=NOW - 9), pulse(2, waiting_in=None)], [1]),  # silence speaks louder
     ],
 )
-def test_who_is_blamed(pulses: list[Pulse], blamed: list[int]) -> None:
-    told = suspects(pulses, 3, NOW)
+def test_who_is_blamed(pulses: list[HeartbeatRecord], blamed: list[int]) -> None:
+    told = likely_culprits(pulses, 3, NOW)
     assert [int(sentence.split()[1]) for sentence in told] == blamed
 
 

@@ -46,7 +46,7 @@ from torch import nn
 
 from megatron.model.positions.base import Positions
 from megatron.objectives.language_model import LanguageModel
-from megatron.distributed.param_attrs import mark_table, mark_tied
+from megatron.distributed.param_attrs import mark_embedding_like, mark_tied
 
 
 class DynamicTanh(nn.Module):
@@ -70,7 +70,7 @@ class Table(nn.Module):
     def __init__(self, rows, width, source, fill):
         super().__init__()
         self.table = source.replica("table", (rows, width), fill)
-        mark_table(self.table)
+        mark_embedding_like(self.table)
 
     def forward(self, length, offset, positions, device):
         return self.table[offset : offset + length].unsqueeze(1)
@@ -80,7 +80,7 @@ class Bias(nn.Module):
     def __init__(self, heads, source):
         super().__init__()
         self.bias = source.shard("bias", (8, heads), lambda full, generator: full.zero_(), dim=1)
-        mark_table(self.bias)
+        mark_embedding_like(self.bias)
         mark_tied(self.bias)
 
     def forward(self, length, device):

@@ -1,7 +1,7 @@
 """Work is shared out among replicas, each item exactly once, and every replica gets all results in order."""
 
 from megatron.distributed.mesh import Axis, Topology
-from megatron.evaluation.work_split import share_out
+from megatron.evaluation.work_split import split_over_replicas
 from tests.multi_rank import run_distributed
 
 ITEMS = ["a", "bbbb", "cc", "ddd", "e", "ffffff", ""]
@@ -15,7 +15,7 @@ def shared(rank: int, world_size: int) -> tuple[list[str], list[str]]:
         return [item.upper() for item in items]
 
     axis = Topology.build(pipe=1, model=1, rank=rank, world_size=world_size).data
-    return share_out(ITEMS, work, axis, len), done
+    return split_over_replicas(ITEMS, work, axis, len), done
 
 
 def test_each_item_is_done_once_by_one_of_two_replicas():
@@ -26,5 +26,7 @@ def test_each_item_is_done_once_by_one_of_two_replicas():
 
 
 def test_one_replica_does_all_and_nothing_is_nothing():
-    assert share_out(ITEMS, lambda items: [item * 2 for item in items], Axis("data"), len) == [x * 2 for x in ITEMS]
-    assert share_out([], lambda items: [], Axis("data"), len) == []
+    assert split_over_replicas(ITEMS, lambda items: [item * 2 for item in items], Axis("data"), len) == [
+        x * 2 for x in ITEMS
+    ]
+    assert split_over_replicas([], lambda items: [], Axis("data"), len) == []

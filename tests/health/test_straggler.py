@@ -10,36 +10,36 @@ import pytest
 import torch
 
 from megatron.health import straggler
-from megatron.health.straggler import ENOUGH, LONGEST, REPORTS, Judge, Pace, Probe, Ranking
+from megatron.health.straggler import ENOUGH, LONGEST, REPORTS, Judge, Probe, StepTimings, StragglerMonitor
 
 HOSTS = ("a", "a", "b", "b")
-EVEN = Ranking(1.0, (0.01, 0.02, 0.01, 0.01), (1e-3, 1.1e-3, 1e-3, 0.9e-3))
+EVEN = StepTimings(1.0, (0.01, 0.02, 0.01, 0.01), (1e-3, 1.1e-3, 1e-3, 0.9e-3))
 
 
 def test_a_long_product_is_slow_by_its_ratio_to_the_median():
-    ranking = Ranking(1.0, (0.0,) * 4, (1e-3, 1e-3, 3e-3, 1.2e-3))
+    ranking = StepTimings(1.0, (0.0,) * 4, (1e-3, 1e-3, 3e-3, 1.2e-3))
     assert ranking.slowness() == pytest.approx([1.0, 1.0, 3.0, 1.2])
     assert ranking.reason(2) == "a fixed matrix product takes 3 ms there, 1 ms elsewhere"
 
 
 def test_waiting_is_slow_by_the_step_without_it():
     """A step of 1 s, of which one rank waits for 0.5 s and the others 0.1 s, would take 0.6 s without that."""
-    ranking = Ranking(1.0, (0.1, 0.5, 0.1, 0.1), (1e-3,) * 4)
+    ranking = StepTimings(1.0, (0.1, 0.5, 0.1, 0.1), (1e-3,) * 4)
     assert ranking.slowness() == pytest.approx([1.0, 1 / 0.6, 1.0, 1.0])
     assert ranking.reason(1) == "it waits 0.5 s a step for its data, others 0.1 s"
 
 
 def test_when_all_wait_alike_none_is_slow():
-    assert Ranking(1.0, (0.9,) * 4, (1e-3,) * 4).slowness() == [1.0] * 4
+    assert StepTimings(1.0, (0.9,) * 4, (1e-3,) * 4).slowness() == [1.0] * 4
 
 
 def test_a_single_outlier_does_not_show():
-    odd = Ranking(9.0, (0.01, 0.02, 0.01, 5.0), (1e-3, 1.1e-3, 9e-3, 0.9e-3))
+    odd = StepTimings(9.0, (0.01, 0.02, 0.01, 5.0), (1e-3, 1.1e-3, 9e-3, 0.9e-3))
     assert straggler.settled([EVEN, odd, EVEN]) == EVEN
 
 
-def slow(rank: int) -> Ranking:
-    return Ranking(1.0, EVEN.data_wait, tuple(2e-3 if number == rank else 1e-3 for number in range(4)))
+def slow(rank: int) -> StepTimings:
+    return StepTimings(1.0, EVEN.data_wait, tuple(2e-3 if number == rank else 1e-3 for number in range(4)))
 
 
 def test_a_slow_rank_is_told_once_and_again_after_it_was_even():
@@ -69,7 +69,7 @@ def test_the_products_take_no_longer_than_they_may():
 
 
 def test_one_rank_is_told_how_long_it_waits_and_nothing_else(tmp_path: Path):
-    one = Pace(0, ["a"], torch.device("cpu"), tmp_path, print)
+    one = StragglerMonitor(0, ["a"], torch.device("cpu"), tmp_path, print)
     for iteration in (1, 2):
         with one.recording(iteration), one.waiting():
             time.sleep(0.02)
@@ -81,7 +81,7 @@ def test_one_rank_is_told_how_long_it_waits_and_nothing_else(tmp_path: Path):
 
 def test_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(straggler, "LARGEST", 1000)
-    many = Pace(0, HOSTS, torch.device("cpu"), tmp_path, print)
+    many = StragglerMonitor(0, HOSTS, torch.device("cpu"), tmp_path, print)
     for _ in range(50):
         many._write(EVEN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.jsonl", "ranks.old.jsonl"]

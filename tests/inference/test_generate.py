@@ -11,7 +11,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.inference import batch_modes
 from megatron.inference.batch_generation import TextGenerator
 from megatron.inference.generation_request import Answer, Settings
-from megatron.inference.interactive import Interruption, converse
+from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.runner import check_ends
 from megatron.inference.sampling import Sampling
 from megatron.inference.token_loop import TokenLoop
@@ -218,20 +218,20 @@ def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):
         return shared[-1]
 
     source = io.StringIO("hello\n\nwhat\nis it?<end>\n")
-    converse(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
+    run_interactive(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
     assert shared == ["hello", "what", "is it?<end>", None]
     answer = generator(engine).continue_text("hello", text_index=0).text
     assert out.getvalue().startswith(f"prompt> {answer}\nprompt> ")
     shared.clear()
     source.seek(0)
-    converse(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
+    run_interactive(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
     assert shared == ["hello\n\nwhat\nis it?", None]
 
 
 def answers(engine, typed, interruption=None, **settings):
     """What a person reads who types these lines."""
     out = io.StringIO()
-    converse(
+    run_interactive(
         TextGenerator(engine, Spelling(), Settings(**{**DEFAULTS, "sampling": Sampling(), **settings})),
         "\n",
         speaks=True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from megatron.distributed.process_group import any_rank
-from megatron.distributed.timeouts import limit_waiting
-from megatron.inference.prompt_broadcast import share_prompt
+from megatron.distributed.timeouts import set_collective_timeout
+from megatron.inference.prompt_broadcast import broadcast_prompt
 from tests.multi_rank import run_distributed
 
 LIMIT = 1.0  # [s]
@@ -15,7 +15,7 @@ THOUGHT = 3.0  # [s]
 
 def slow_typist(rank: int, world_size: int) -> tuple[list[str | None], bool, bool]:
     """What every rank hears of two prompts and the end, and whether rank 1's wish reached it."""
-    limit_waiting(LIMIT)
+    set_collective_timeout(LIMIT)
     typed = iter(["hello", "", None])
 
     def ask() -> str | None:
@@ -23,9 +23,9 @@ def slow_typist(rank: int, world_size: int) -> tuple[list[str | None], bool, boo
         time.sleep(THOUGHT)
         return next(typed)
 
-    heard = [share_prompt(ask, limit=LIMIT) for _ in range(3)]
+    heard = [broadcast_prompt(ask, limit=LIMIT) for _ in range(3)]
     wished = any_rank(rank == 1), any_rank(False)
-    limit_waiting(60.0)  # for the helper's own barrier
+    set_collective_timeout(60.0)  # for the helper's own barrier
     return heard, *wished
 
 
@@ -34,5 +34,5 @@ def test_a_person_may_think_for_longer_than_ranks_wait() -> None:
 
 
 def test_one_rank_asks_for_itself() -> None:
-    assert share_prompt(lambda: "hello", limit=LIMIT) == "hello"
+    assert broadcast_prompt(lambda: "hello", limit=LIMIT) == "hello"
     assert any_rank(True) and not any_rank(False)

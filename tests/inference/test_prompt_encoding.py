@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from megatron.inference.generation_request import Pieces
+from megatron.inference.generation_request import Detokenizer
 from megatron.inference.prompt_encoding import TextBehind, read_prompt, read_text
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.char_level import CharLevelTokenizer
@@ -71,7 +71,7 @@ def test_streamed_pieces_keep_the_blank_before_the_first_word(both):
     rest = WHOLE.removeprefix(ours.decode(ids[:before]))
     assert 0 < len(rest) < len(WHOLE)
     pieces = []
-    made_of = Pieces(ours, (), pieces.append, ids[:before])
+    made_of = Detokenizer(ours, (), pieces.append, ids[:before])
     for place in range(before + 1, len(ids) + 1):
         made_of.add(ids[before:place])
     assert made_of.close(ids[before:]) == rest
@@ -94,7 +94,7 @@ def test_a_long_answer_costs_no_more_a_token_and_is_the_same_text(both, behind, 
 
     monkeypatch.setattr(type(ours), "decode", decode)
     pieces = []
-    made_of = Pieces(ours, stops, pieces.append, prompt)
+    made_of = Detokenizer(ours, stops, pieces.append, prompt)
     for place in range(1, len(rest) + 1):
         made_of.add(rest[:place])
     assert len(rest) > 600 and max(decoded) < 400
@@ -105,7 +105,7 @@ def test_a_stop_text_far_into_an_answer(both):
     ours, _ = both
     ids = ours.encode(WHOLE * 8 + " the end, and more")
     pieces = []
-    made_of = Pieces(ours, ("the end,",), pieces.append, ids[:5])
+    made_of = Detokenizer(ours, ("the end,",), pieces.append, ids[:5])
     place = next(place for place in range(6, len(ids) + 1) if made_of.add(ids[5:place]))
     assert place > 200
     text = (WHOLE * 8 + " ")[len(ours.decode(ids[:5])) :]
@@ -122,10 +122,10 @@ def test_a_stop_text_with_a_special_token_in_it(both):
         (f"{end}\n", f"one{end}two\nthree", None),
     ):
         tokens = ours.encode_with_special_tokens("Hello" + text)[len(prompt) - len(ours.prefix_ids) :]
-        pieces = Pieces(ours, (stop,), None, prompt)
+        pieces = Detokenizer(ours, (stop,), None, prompt)
         stopped = [place for place in range(1, len(tokens) + 1) if pieces.add(tokens[:place])][:1]
         assert bool(stopped) == (expected is not None)
         if stopped:
-            pieces = Pieces(ours, (stop,), None, prompt)
+            pieces = Detokenizer(ours, (stop,), None, prompt)
             assert pieces.add(tokens[: stopped[0]])
             assert pieces.close(tokens[: stopped[0]]) == expected

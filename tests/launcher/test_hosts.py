@@ -8,7 +8,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.launcher import hosts
-from megatron.launcher.hosts import Machines, Wanted, core_count, find_machines, read_hostfile
+from megatron.launcher.hosts import Hosts, Wanted, core_count, find_machines, read_hostfile
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def eight_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_process_on_the_cpus_or_as_many_as_asked(tmp_path: Path) -> None:
-    assert find_machines(Wanted(), {}, tmp_path) == Machines({"localhost": (0,)}, "cpu", 1)
-    assert find_machines(Wanted(num_gpus=2), {}, tmp_path) == Machines({"localhost": (0, 1)}, "cpu", 2)
+    assert find_machines(Wanted(), {}, tmp_path) == Hosts({"localhost": (0,)}, "cpu", 1)
+    assert find_machines(Wanted(num_gpus=2), {}, tmp_path) == Hosts({"localhost": (0, 1)}, "cpu", 2)
     assert find_machines(Wanted(global_num_gpus=2), {}, tmp_path).world_size == 2
 
 
@@ -48,7 +48,7 @@ def test_a_cluster_can_be_planned_but_not_started_on_a_laptop(tmp_path: Path) ->
 
 
 def test_the_local_accelerators(eight_gpus: Path) -> None:
-    assert find_machines(Wanted(), {}, eight_gpus) == Machines({"localhost": tuple(range(8))}, "cuda", 8)
+    assert find_machines(Wanted(), {}, eight_gpus) == Hosts({"localhost": tuple(range(8))}, "cuda", 8)
     assert find_machines(Wanted(num_gpus=2), {}, eight_gpus).hosts == {"localhost": (0, 1)}
     assert find_machines(Wanted(), {"CUDA_VISIBLE_DEVICES": "3,5"}, eight_gpus).hosts == {"localhost": (3, 5)}
     assert find_machines(Wanted(), {"CUDA_VISIBLE_DEVICES": "GPU-8f"}, eight_gpus).hosts == {"localhost": ("GPU-8f",)}

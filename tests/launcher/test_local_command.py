@@ -20,11 +20,11 @@ from megatron.launcher.commands.local import (
     search_paths,
     workers_environment,
 )
-from megatron.launcher.hosts import Machines, core_count
+from megatron.launcher.hosts import Hosts, core_count
 
 WORKER = ("/x/train.py", "--run-config", "/run/config.json")
-TWO_CPUS = Machines({"localhost": (0, 1)}, "cpu", 2)
-CLUSTER = Machines({"first": (0, 1), "second": (3,)}, "cuda", 3)
+TWO_CPUS = Hosts({"localhost": (0, 1)}, "cpu", 2)
+CLUSTER = Hosts({"first": (0, 1), "second": (3,)}, "cuda", 3)
 
 
 def test_the_local_command_is_deepspeeds_launcher_with_a_rank_around_each_worker() -> None:

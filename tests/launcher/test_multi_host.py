@@ -11,27 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.config import CATALOG
+from megatron.config.config import FIELDS
 from megatron.errors import ConfigError
 from megatron.launcher.commands.local import Rendezvous, torchrun_command
-from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, command_elsewhere
-from megatron.launcher.hosts import Machines, Wanted, allocated, find_machines
+from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, multi_host_command
+from megatron.launcher.hosts import Hosts, Wanted, allocated, find_machines
 from megatron.launcher.ssh_check import check_launcher, node_number
 from tests.launcher.conftest import Deepy
 from tests.launcher.test_supervisor import STOPS
 
 WORKER = ("/x/train.py", "--run-config", "/run/config.json")
-EVEN = Machines({"first": (0, 1), "second": (0, 1)}, "cuda", 4)
-PICKED = Machines({"first": (0, 1), "second": (3,)}, "cuda", 3)
-UNEVEN = Machines({"first": (0, 1), "second": (0,)}, "cuda", 3)
+EVEN = Hosts({"first": (0, 1), "second": (0, 1)}, "cuda", 4)
+PICKED = Hosts({"first": (0, 1), "second": (3,)}, "cuda", 3)
+UNEVEN = Hosts({"first": (0, 1), "second": (0,)}, "cuda", 3)
 RUN = Path("/run")
 PORTS = {"slurm": 29500}  # the default, of which srun is told nothing
 
 
-def argv(launcher: str, machines: Machines = EVEN, **more: object) -> str:
+def argv(launcher: str, machines: Hosts = EVEN, **more: object) -> str:
     port = PORTS.get(launcher, 1234)
     where = Rendezvous(launcher=launcher, **{"master_port": port, **more})  # type: ignore[arg-type]
-    return shlex.join(command_elsewhere(machines, where, WORKER, RUN, {"PATH": "/bin"}).argv)
+    return shlex.join(multi_host_command(machines, where, WORKER, RUN, {"PATH": "/bin"}).argv)
 
 
 def runner(launcher: str, options: str, master: str = "first", arguments: str = "") -> str:
@@ -74,7 +74,7 @@ def test_command_lines(launcher: str) -> None:
 
 
 def test_every_choice_of_the_key_has_a_command() -> None:
-    assert {*LAUNCHERS, "torchrun", "local"} == set(CATALOG["launcher"].choices)
+    assert {*LAUNCHERS, "torchrun", "local"} == set(FIELDS["launcher"].choices)
     assert PROGRAMS.keys() == LAUNCHERS.keys()
 
 
@@ -100,7 +100,7 @@ def test_slots_are_chosen_by_pdsh_alone() -> None:
 
 
 def test_the_hostfile_offers_what_was_chosen() -> None:
-    command = command_elsewhere(PICKED, Rendezvous(launcher="pdsh"), WORKER, RUN, {})
+    command = multi_host_command(PICKED, Rendezvous(launcher="pdsh"), WORKER, RUN, {})
     assert command.hostfile == "first slots=2\nsecond slots=4\n"
 
 
@@ -128,7 +128,7 @@ def test_what_the_user_adds() -> None:
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
 def test_modules_that_register_parts_reach_other_hosts(launcher: str) -> None:
     where, caller = Rendezvous(launcher=launcher, master_port=1234), {"NEOX_PLUGINS": "my_parts"}
-    assert "NEOX_PLUGINS=my_parts" in shlex.join(command_elsewhere(EVEN, where, WORKER, RUN, caller).argv)
+    assert "NEOX_PLUGINS=my_parts" in shlex.join(multi_host_command(EVEN, where, WORKER, RUN, caller).argv)
 
 
 def test_torchrun_on_one_host_of_two() -> None:

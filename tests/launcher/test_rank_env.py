@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launcher.rank_env import adopt_place, expand_hosts, without_place
+from megatron.launcher.rank_env import expand_hosts, set_rank_env, without_place
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -61,7 +61,7 @@ SLURM = {
 )
 def test_places(given: dict[str, str], meeting: str) -> None:
     environment = dict(given)
-    adopt_place(environment)
+    set_rank_env(environment)
     assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"]
     assert environment["MASTER_ADDR"] == meeting
     assert 20_000 <= int(environment["MASTER_PORT"]) < 30_000
@@ -69,7 +69,7 @@ def test_places(given: dict[str, str], meeting: str) -> None:
 
 def test_what_is_set_already_stays() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7", **SLURM}
-    adopt_place(environment)
+    set_rank_env(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_PORT"]) == ("0", "2", "7")
     assert environment["LOCAL_RANK"] == "0"
 
@@ -77,13 +77,13 @@ def test_what_is_set_already_stays() -> None:
 def test_ports_differ_between_jobs_and_steps() -> None:
     steps = [{**SLURM, "SLURM_STEP_ID": str(step)} for step in (0, 1)] + [{**SLURM, "SLURM_JOB_ID": "4323"}]
     for environment in steps:
-        adopt_place(environment)
+        set_rank_env(environment)
     assert len({environment["MASTER_PORT"] for environment in steps}) == 3
 
 
 def test_a_batch_script_of_slurm_is_no_task() -> None:
     environment = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    adopt_place(environment)
+    set_rank_env(environment)
     assert "RANK" not in environment
 
 
@@ -99,7 +99,7 @@ def test_a_batch_script_of_slurm_is_no_task() -> None:
 )
 def test_a_place_that_cannot_be(given: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError) as fault:
-        adopt_place(dict(given))
+        set_rank_env(dict(given))
     assert told in str(fault.value)
 
 

@@ -14,7 +14,7 @@ import pytest
 from megatron.errors import ConfigError, RunError
 from megatron.launcher.arguments import Request, read_request
 from megatron.launcher.resolve import resolve_request
-from megatron.launcher.restart import failed, going_on, resolve_again, restarted_by_others
+from megatron.launcher.restart import failed, resolve_again, restarted_by_scheduler, resume_overrides
 from megatron.launcher.supervisor import Outcome
 from tests.end_to_end.runs import BASE
 
@@ -36,10 +36,10 @@ def test_what_is_worth_another_attempt(outcome: Outcome, again: bool) -> None:
 
 
 def test_restarts_of_torchrun_and_slurm_are_noticed() -> None:
-    assert restarted_by_others({"TORCHELASTIC_RESTART_COUNT": "1"})
-    assert restarted_by_others({"SLURM_RESTART_COUNT": "2"})
-    assert not restarted_by_others({"TORCHELASTIC_RESTART_COUNT": "0"})
-    assert not restarted_by_others({})
+    assert restarted_by_scheduler({"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert restarted_by_scheduler({"SLURM_RESTART_COUNT": "2"})
+    assert not restarted_by_scheduler({"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert not restarted_by_scheduler({})
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def request_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request
 
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(request_on_hosts: Request) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
-    assert going_on(before.resolution.config) == {}
+    assert resume_overrides(before.resolution.config) == {}
     after = resolve_again(request_on_hosts, before, ENVIRONMENT)
     assert after.resolution.config == before.resolution.config
 

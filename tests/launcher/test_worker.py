@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config import Config, serialize
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.launcher import preflight
-from megatron.launcher.worker import StopSignal, run_door, worker_config
+from megatron.launcher.worker import StopSignal, worker_config, worker_main
 from megatron.ranks import free_port
 from tests.launcher.conftest import CONFIG, ROOT
 
@@ -94,12 +94,12 @@ def test_no_configuration_at_all_is_a_mistake_with_a_remedy(monkeypatch: pytest.
 
 def _door(config: Config, tmp_path: Path, main: object) -> int:
     serialize.write(config, tmp_path / "config.json")
-    return run_door(main, ["--run-config", "config.json"])  # type: ignore[arg-type]
+    return worker_main(main, ["--run-config", "config.json"])  # type: ignore[arg-type]
 
 
 def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def mistaken(_config: Config) -> None:
-        raise ConfigError(Mistake("wrong", key="a"), Mistake("wrong too", key="b"))
+        raise ConfigError(ConfigIssue("wrong", key="a"), ConfigIssue("wrong too", key="b"))
 
     def failing(_config: Config) -> None:
         raise RunError.of("the disk is full", where="/data", remedy="free some space")
@@ -124,7 +124,7 @@ def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_damaged_configuration_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{")
-    assert run_door(lambda _config: 0, ["--run-config", "config.json"]) == 2
+    assert worker_main(lambda _config: 0, ["--run-config", "config.json"]) == 2
     assert "config.json" in capsys.readouterr().err
 
 
@@ -134,11 +134,11 @@ def test_a_rank_of_many_names_itself_and_leaves_without_waiting(config: Config, 
     (tmp_path / "door.py").write_text(
         "import sys, threading, time\n"
         "from megatron.errors import RunError\n"
-        "from megatron.launcher.worker import run_door\n"
+        "from megatron.launcher.worker import worker_main\n"
         "def main(config):\n"
         "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
         "    raise RunError.of('too bad')\n"
-        "sys.exit(run_door(main, sys.argv[1:]))\n"
+        "sys.exit(worker_main(main, sys.argv[1:]))\n"
     )
     done = subprocess.run(
         [sys.executable, "door.py", "--run-config", "config.json"],

@@ -8,8 +8,8 @@ import torch
 
 from megatron.distributed.mesh import Topology
 from megatron.model.layers import layer_plan
-from megatron.model.moe.layer import MixtureMLP
-from megatron.model.moe.losses import RouterLosses
+from megatron.model.moe.layer import MoELayer
+from megatron.model.moe.losses import RouterLossTracker
 from tests.model.sections import VOCABULARY, initialization_section, model_section
 
 
@@ -35,10 +35,10 @@ def moe_section(**changes: object) -> SimpleNamespace:
 def mixture(
     dtype: torch.dtype = torch.float32,
     topology: Topology | None = None,
-    losses: RouterLosses | None = None,
+    losses: RouterLossTracker | None = None,
     model: dict[str, object] | None = None,
     **changes: object,
-) -> MixtureMLP:
+) -> MoELayer:
     """The MLP of a block with experts. model: keys of the model section. changes: of the moe section."""
     plan = layer_plan(
         model_section(**(model or {})),
@@ -53,5 +53,5 @@ def mixture(
         losses=losses,
     )
     made = plan[2].build().mlp
-    assert isinstance(made, MixtureMLP)
+    assert isinstance(made, MoELayer)
     return made

@@ -12,8 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from megatron.distributed.mesh import Axis, Topology
 from megatron.kernels.grouped_matmul import plain_grouped
-from megatron.model.moe.layer import MixtureMLP
-from megatron.model.moe.losses import RouterLosses, load_balance, z_loss
+from megatron.model.moe.layer import MoELayer
+from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
 from megatron.model.moe.router import balanced, sinkhorn, topk
 from megatron.registry import ACTIVATIONS, ROUTERS
 from tests.model.mixtures import mixture
@@ -27,7 +27,7 @@ def hidden(length: int = 12, batch: int = 3) -> Tensor:
     return torch.randn(length, batch, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def visit(mlp: MixtureMLP, expert: int, token: Tensor, activation: str) -> Tensor:
+def visit(mlp: MoELayer, expert: int, token: Tensor, activation: str) -> Tensor:
     """One token through one expert, matrix by matrix."""
     stack, count = mlp.experts.mlp, 4
     width = stack.w1.shape[0] // count
@@ -38,7 +38,7 @@ def visit(mlp: MixtureMLP, expert: int, token: Tensor, activation: str) -> Tenso
     return ACTIVATIONS.load(activation)(inner) @ stack.w2[rows]
 
 
-def loop(mlp: MixtureMLP, x: Tensor, activation: str, slots: int | None = None) -> Tensor:
+def loop(mlp: MoELayer, x: Tensor, activation: str, slots: int | None = None) -> Tensor:
     """What the mixture should give, token by token. slots: of an expert; who comes later finds it full."""
     taken = [0] * 4
     out = torch.zeros_like(x)
@@ -155,7 +155,7 @@ def test_the_losses_are_those_of_the_papers() -> None:
 @pytest.mark.parametrize("router", ROUTERS.names)
 def test_the_losses_are_in_the_gradient(router: str) -> None:
     """The router's gradient is that of the sum of all three losses, each scaled alike, and the values are reported."""
-    losses = RouterLosses(0.3, 0.2)
+    losses = RouterLossTracker(0.3, 0.2)
     losses.scale = 0.25
     mlp = mixture(losses=losses, moe_router_type=router, moe_jitter_eps=0.0)
     x, weight = hidden().float(), mlp.router.layer.weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import layer_plan
 from megatron.model.recompute import Recompute
@@ -66,7 +66,7 @@ def build(
         reset_attention=reset,
         reset_positions=reset,
     )
-    again = Recompute(TORCH, ShardedRandom(0, 0)) if recompute == "full" else None
+    again = Recompute(TORCH, TensorParallelRNG(0, 0)) if recompute == "full" else None
     model = SequentialModel(plan, again)
     disturb(model)
     return model, ModelDims.of(config.model)

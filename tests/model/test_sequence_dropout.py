@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.distributed.mesh import Topology
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from tests.model.sections import build
 from tests.multi_rank import run_distributed
 
@@ -39,6 +39,6 @@ def test_masks_and_their_rate(sequence: bool) -> None:
 def test_ranks_differ_by_their_number() -> None:
     draws = []
     for rank in range(8):
-        with ShardedRandom(seed=1, rank=rank).fork():
+        with TensorParallelRNG(seed=1, rank=rank).fork():
             draws.append(tuple(torch.rand(4).tolist()))
     assert len(set(draws)) == 8

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
-from megatron.distributed.param_attrs import mark_no_weight_decay, mark_table
+from megatron.distributed.param_attrs import mark_embedding_like, mark_no_weight_decay
 from megatron.optim.bitsandbytes import codes, numbers
 from megatron.optim.builder_args import Request
 from megatron.optim.param_groups import parameter_groups
@@ -33,7 +33,7 @@ def parameters(dtype: torch.dtype = torch.float32, scale: int = 1) -> list[Param
     for shape in (MATRIX, TABLE, VECTOR):
         grown = (shape[0] * scale, *shape[1:])
         made.append(Parameter(torch.randn(grown, generator=generator).to(dtype)))
-    mark_table(made[1])
+    mark_embedding_like(made[1])
     mark_no_weight_decay(made[2])
     return made
 

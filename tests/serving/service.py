@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from megatron.serving.api import build_app
-from megatron.serving.api_context import Desk
+from megatron.serving.api_context import ApiContext
 from megatron.serving.scheduler import Service, Worker
 from megatron.serving.server import _listen
 from megatron.tokenizers.char_level import CharLevelTokenizer
@@ -52,7 +52,7 @@ def running(
     engine = engine or SmallEngine(small_config())
     tokenizer = tokenizer or Spelling()
     service = Service(Worker(engine, tokenizer, rows=rows, max_length=length), max_waiting)
-    app = build_app(Desk(service, tokenizer, "small", length, key, 1, **more))
+    app = build_app(ApiContext(service, tokenizer, "small", length, key, 1, **more))
     listening = _listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))
     threads = [

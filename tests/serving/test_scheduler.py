@@ -11,7 +11,16 @@ import pytest
 
 from megatron.inference.generation_request import Settings
 from megatron.inference.sampling import Sampling
-from megatron.serving.scheduler import Ask, Closing, Full, Listener, Orders, Service, Worker, follow_orders
+from megatron.serving.scheduler import (
+    Callbacks,
+    QueuedRequest,
+    QueueFull,
+    SchedulerStep,
+    Service,
+    ShuttingDown,
+    Worker,
+    run_follower,
+)
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling
 
@@ -33,9 +42,9 @@ def worker(engine, rows=4):
 
 def alone(engine, prompt, new=12):
     each = worker(engine)
-    done = each.follow(Orders((Ask(0, prompt, settings(new)),)))
+    done = each.follow(SchedulerStep((QueuedRequest(0, prompt, settings(new)),)))
     while not done:
-        done = each.follow(Orders())
+        done = each.follow(SchedulerStep())
     return done[0][1].text
 
 
@@ -43,30 +52,30 @@ def test_a_newcomer_starts_within_two_steps_and_changes_nothing(engine):
     each, texts = worker(engine), {}
     heard = {number: [] for number in range(len(PROMPTS))}
     listeners = {
-        number: Listener(lambda piece: None, lambda token, _, to=heard[number]: to.append(token), lambda record: None)
+        number: Callbacks(lambda piece: None, lambda token, _, to=heard[number]: to.append(token), lambda record: None)
         for number in heard
     }
     for number, prompt in enumerate(PROMPTS[:4]):
-        for ended, record in each.follow(Orders((Ask(number, prompt, settings()),)), listeners):
+        for ended, record in each.follow(SchedulerStep((QueuedRequest(number, prompt, settings()),)), listeners):
             texts[ended] = record.text
         assert len(heard[number]) == 1  # its first token came with the very step that took it in
-        for ended, record in each.follow(Orders(), listeners):
+        for ended, record in each.follow(SchedulerStep(), listeners):
             texts[ended] = record.text
     while each.running:
-        texts |= {number: record.text for number, record in each.follow(Orders(), listeners)}
+        texts |= {number: record.text for number, record in each.follow(SchedulerStep(), listeners)}
     assert texts == {number: alone(engine, prompt) for number, prompt in enumerate(PROMPTS[:4])}
 
 
 def test_a_row_that_is_left_serves_the_next_and_others_go_on(engine):
     each = worker(engine, rows=2)
-    each.follow(Orders((Ask(0, PROMPTS[0], settings(40)), Ask(1, PROMPTS[1], settings()))))
-    each.follow(Orders())
+    each.follow(SchedulerStep((QueuedRequest(0, PROMPTS[0], settings(40)), QueuedRequest(1, PROMPTS[1], settings()))))
+    each.follow(SchedulerStep())
     assert each.free == 0
-    each.follow(Orders(leaving=(0, 77)))
+    each.follow(SchedulerStep(leaving=(0, 77)))
     assert each.free == 1
-    found = dict(each.follow(Orders((Ask(2, PROMPTS[4], settings(5)),))))
+    found = dict(each.follow(SchedulerStep((QueuedRequest(2, PROMPTS[4], settings(5)),))))
     while each.running:
-        found |= dict(each.follow(Orders()))
+        found |= dict(each.follow(SchedulerStep()))
     assert {number: record.text for number, record in found.items()} == {
         1: alone(engine, PROMPTS[1]),
         2: alone(engine, PROMPTS[4], 5),
@@ -74,18 +83,18 @@ def test_a_row_that_is_left_serves_the_next_and_others_go_on(engine):
 
 
 def collecting(records):
-    return Listener(lambda piece: None, lambda token, logits: None, records.append)
+    return Callbacks(lambda piece: None, lambda token, logits: None, records.append)
 
 
 def test_the_queue_is_bounded_and_closing_finishes_what_is_there(engine):
     service, records = Service(worker(engine, rows=2), max_waiting=1), []
     entry = (PROMPTS[0], settings(), "", collecting(records))
     service.submit([entry, entry, entry])
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry])
     assert (service.counts.requests, service.counts.refused) == (3, 1)
     service.close()
-    with pytest.raises(Closing):
+    with pytest.raises(ShuttingDown):
         service.submit([entry])
     service.run()
     assert [record.text for record in records] == [alone(engine, PROMPTS[0])] * 3
@@ -99,7 +108,7 @@ def test_as_many_requests_as_rows_start_in_one_step(engine):
     service = Service(worker(engine, rows=4), max_waiting=0, tell=orders.append)
     entry = (PROMPTS[0], settings(), "", collecting([]))
     numbers = [service.submit([entry])[0] for _ in range(4)]
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry])
     first = service._orders()
     assert [ask.number for ask in first.joining] == numbers
@@ -107,7 +116,7 @@ def test_as_many_requests_as_rows_start_in_one_step(engine):
     assert service.worker.running == 4
     service.abandon(numbers[:3])
     further = [service.submit([entry])[0] for _ in range(3)]
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry])
     second = service._orders()
     assert (second.leaving, [ask.number for ask in second.joining]) == (tuple(numbers[:3]), further)
@@ -124,7 +133,7 @@ def test_waiting_texts_are_counted_once(engine):
     service.worker.follow(service._orders())
     service.submit([entry])
     service.submit([entry] * 2)
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry])
     service.close()
     service.run()
@@ -135,9 +144,9 @@ def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits
     service, records = Service(worker(engine, rows=2), max_waiting=1), []
     entry = (PROMPTS[0], settings(), "", collecting(records))
     service.submit([entry] * 9)
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry])
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         service.submit([entry] * 9)
     service.close()
     service.run()
@@ -234,7 +243,7 @@ def test_a_listener_that_fails_ends_its_own_text_only(engine, where):
 def test_where_ranks_share_a_model_its_errors_end_the_service():
     each = Worker(Broken(99, RuntimeError("lost")), Spelling(), rows=2, max_length=SEQUENCE, alone=False)
     with pytest.raises(RuntimeError, match="lost"):
-        each.follow(Orders((Ask(0, (99,), settings()),)))
+        each.follow(SchedulerStep((QueuedRequest(0, (99,), settings()),)))
 
 
 def test_other_ranks_follow_the_orders_of_the_first(engine):
@@ -244,5 +253,5 @@ def test_other_ranks_follow_the_orders_of_the_first(engine):
     service.close()
     service.run()
     follower, orders = worker(engine, rows=2), iter(told)
-    follow_orders(follower, lambda: next(orders))
+    run_follower(follower, lambda: next(orders))
     assert told[-1].stop and follower.running == 0 and next(orders, None) is None

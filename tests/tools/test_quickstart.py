@@ -11,7 +11,7 @@ import tools.prepare_data
 import tools.preprocess_data
 import tools.quickstart as quickstart
 import tools.train_tokenizer
-from megatron.config import CATALOG, Config
+from megatron.config import FIELDS, Config
 from megatron.errors import ConfigError
 from megatron.launcher.arguments import read_request
 from megatron.launcher.resolve import resolve_request
@@ -77,7 +77,7 @@ def test_every_measure_reads_the_checkpoint_that_training_wrote() -> None:
     saved = found["train"].save
     assert {checkpoint.load for checkpoint in found.values()} == {saved}
     assert found["train"].load_fallback == "fresh"
-    assert {found[name].load_fallback for name in ("bits", "cloze", "samples")} == {CATALOG["load_fallback"].default}
+    assert {found[name].load_fallback for name in ("bits", "cloze", "samples")} == {FIELDS["load_fallback"].default}
 
 
 def test_the_batch_is_shared_by_every_number_of_workers_that_may_be_chosen() -> None:

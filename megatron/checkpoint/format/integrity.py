@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.files import Written
-from megatron.errors import Mistake, RunError
+from megatron.errors import ConfigIssue, RunError
 
 VERSION = 1
 """Of the manifest and of what it lists."""
@@ -20,7 +20,7 @@ def write_manifest(directory: Path, written: Iterable[Written]) -> None:
     """
     entries = {str(each.path.relative_to(directory)): {"bytes": each.size, "sha256": each.sha256} for each in written}
     RunError.raise_any(
-        Mistake(
+        ConfigIssue(
             "a rank wrote this file, and it is not whole where rank 0 looks",
             where=str(directory / name),
             remedy="save to a folder on a file system that all nodes share",
@@ -36,7 +36,7 @@ def is_ours(directory: Path) -> bool:
     return (directory / layout.MANIFEST).is_file() or (directory / layout.STATE).is_dir()
 
 
-def damage(directory: Path, *, contents: bool = False, share: tuple[int, int] = (0, 1)) -> list[Mistake]:
+def damage(directory: Path, *, contents: bool = False, share: tuple[int, int] = (0, 1)) -> list[ConfigIssue]:
     """What is wrong with a checkpoint of ours, file by file; empty when it is whole.
 
     Sizes are always compared; with `contents` the SHA-256 of every file is too, which reads them all. share: (number,
@@ -45,29 +45,29 @@ def damage(directory: Path, *, contents: bool = False, share: tuple[int, int] = 
     manifest = files.read_json(directory / layout.MANIFEST)
     where = str(directory / layout.MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        return [Mistake("this is no list of a checkpoint's files", where=where)]
+        return [ConfigIssue("this is no list of a checkpoint's files", where=where)]
     if manifest.get("version") != VERSION:
-        return [Mistake(f"version {manifest.get('version')} is not one that can be read ({VERSION})", where=where)]
+        return [ConfigIssue(f"version {manifest.get('version')} is not one that can be read ({VERSION})", where=where)]
     faults = []
     for name, expected in list(manifest["files"].items())[share[0] :: share[1]]:
         path = directory / name
         if not path.is_file():
-            faults.append(Mistake("the file is missing", where=str(path)))
+            faults.append(ConfigIssue("the file is missing", where=str(path)))
         elif path.stat().st_size != expected["bytes"]:
             faults.append(
-                Mistake(f"{path.stat().st_size} bytes where {expected['bytes']} were written", where=str(path))
+                ConfigIssue(f"{path.stat().st_size} bytes where {expected['bytes']} were written", where=str(path))
             )
         elif contents and files.digest(path) != expected["sha256"]:
-            faults.append(Mistake("its content changed after it was written", where=str(path)))
+            faults.append(ConfigIssue("its content changed after it was written", where=str(path)))
     return faults + _strangers(directory, manifest["files"])
 
 
-def _strangers(directory: Path, listed: Mapping[str, object]) -> list[Mistake]:
+def _strangers(directory: Path, listed: Mapping[str, object]) -> list[ConfigIssue]:
     """Files that look like a rank's and were not written with the others."""
     found = [*directory.glob("*.pt"), *(directory / layout.STATE).glob("rank_*")]
     names = sorted(str(path.relative_to(directory)) for path in found)
     return [
-        Mistake("this file does not belong to the checkpoint", where=str(directory / name))
+        ConfigIssue("this file does not belong to the checkpoint", where=str(directory / name))
         for name in names
         if name not in listed
     ]

@@ -31,7 +31,7 @@ WEIGHTS = (MASTER, "x0")
 
 
 @dataclass(frozen=True)
-class StateSlice:
+class OptimizerShard:
     """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
 
     key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
@@ -48,7 +48,7 @@ class StateSlice:
     model_rank: int | None = None
 
 
-def index(slices: Sequence[StateSlice], *, model_rank: int, model_size: int) -> dict[str, Any]:
+def index(slices: Sequence[OptimizerShard], *, model_rank: int, model_size: int) -> dict[str, Any]:
     """What the slices of one global rank are, without their values."""
     entries = []
     for piece in slices:
@@ -62,7 +62,7 @@ def index(slices: Sequence[StateSlice], *, model_rank: int, model_size: int) -> 
     return {"model_rank": model_rank, "model_size": model_size, "slices": entries}
 
 
-def values(slices: Sequence[StateSlice]) -> list[dict[str, Tensor]]:
+def values(slices: Sequence[OptimizerShard]) -> list[dict[str, Tensor]]:
     """The values of the slices, in order; copies in the host's memory."""
     return [
         {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.whole}.items()}

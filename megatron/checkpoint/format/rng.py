@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 import torch
 
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 
 
-def capture(sharded: ShardedRandom | None = None) -> dict[str, Any]:
+def capture(sharded: TensorParallelRNG | None = None) -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators (CPU and current GPU), and of the one for cut tensors."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
@@ -27,7 +27,7 @@ def capture(sharded: ShardedRandom | None = None) -> dict[str, Any]:
     return state
 
 
-def restore(state: dict[str, Any], sharded: ShardedRandom | None = None) -> None:
+def restore(state: dict[str, Any], sharded: TensorParallelRNG | None = None) -> None:
     """Puts the generators back where `capture` found them."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

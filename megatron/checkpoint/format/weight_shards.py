@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.files import Written
 from megatron.checkpoint.format.optimizer_shards import VOCABULARY, cut_shard, grown, join_shards
-from megatron.errors import Mistake, RunError
+from megatron.errors import ConfigIssue, RunError
 from megatron.param_table import TensorShape, key_in_table
 
 _ROW_BIASES = ("attention.dense.bias", "mlp.linear2.bias")
@@ -187,12 +187,12 @@ def read_shards(
     """
     keys = stored.keys()
     result: dict[str, Tensor] = {}
-    faults: list[Mistake] = []
+    faults: list[ConfigIssue] = []
     where = str(stored.directory)
     for shape in wanted:
         key = key_of(shape)
         if key not in keys:
-            faults.append(Mistake(f"the model has a tensor {key} that the checkpoint lacks", where=where))
+            faults.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", where=where))
             continue
         shards = stored.shards(key)
         written = as_stored(shape, shards, stored.model_size)
@@ -201,10 +201,10 @@ def read_shards(
             whole = grown(shape, assemble(written, shards, summed=summed))
             result[key] = cut_shard(shape, whole, model_rank, model_size)
         else:
-            faults.append(Mistake(fault, where=where))
+            faults.append(ConfigIssue(fault, where=where))
     if faults:
         remedy = "give the configuration the shape of the checkpoint, or load another one"
-        faults[-1] = Mistake(faults[-1].what, where=faults[-1].where, remedy=remedy)
+        faults[-1] = ConfigIssue(faults[-1].what, where=faults[-1].where, remedy=remedy)
         raise RunError(*faults)
     return result
 

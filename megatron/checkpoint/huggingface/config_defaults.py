@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import Settings
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 _NEOX: Settings = {
     "vocab_size": 50432,
@@ -173,7 +173,7 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
             continue
         if found.get(key) not in (None, found[name]):
             what = f"it is another name of {key}, which is {found[key]!r}"
-            mistakes.append(Mistake(what, key=name, value=found[name], where=where, remedy="keep one of them"))
+            mistakes.append(ConfigIssue(what, key=name, value=found[name], where=where, remedy="keep one of them"))
         found[key] = found[name]
     for key, usual in DEFAULTS[model_type].items():
         if key in ROTARY and key not in found:
@@ -182,7 +182,9 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
         if not _fits(value, usual, key):
             kind = "a number" if isinstance(usual, float) else f"a value such as {usual!r}"
             remedy = f"give {kind}, or leave the key out"
-            mistakes.append(Mistake("this is no value of the key", key=key, value=value, where=where, remedy=remedy))
+            mistakes.append(
+                ConfigIssue("this is no value of the key", key=key, value=value, where=where, remedy=remedy)
+            )
     ConfigError.raise_any(mistakes)
     return found
 

@@ -19,7 +19,7 @@ from megatron.checkpoint.format.stored_model import StoredModel
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.families import family_for
-from megatron.checkpoint.huggingface.family import Correspondence
+from megatron.checkpoint.huggingface.family import TensorMapping
 from megatron.checkpoint.huggingface.fold_mup import fold, fold_misfits
 from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, WHOLE
 from megatron.checkpoint.huggingface.safetensors_format import Promise
@@ -110,7 +110,7 @@ def export(
 def _promises(
     stored: StoredModel,
     held: Mapping[str, TensorShape],
-    row: Correspondence,
+    row: TensorMapping,
     shape: TensorShape,
     rows: int,
     asked: torch.dtype | None,
@@ -143,13 +143,13 @@ def vocabulary(stored: StoredModel, tokens: int | None) -> int:
     return max(told, default=stored.rows)
 
 
-def _make(stored: StoredModel, row: Correspondence, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
+def _make(stored: StoredModel, row: TensorMapping, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
     whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
     return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
 
 
-def _zeros(row: Correspondence, shape: TensorShape, part: int) -> Tensor:
+def _zeros(row: TensorMapping, shape: TensorShape, part: int) -> Tensor:
     return row.apart(torch.zeros(shape.shape))[part]
 
 

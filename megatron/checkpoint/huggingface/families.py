@@ -15,7 +15,7 @@ from megatron.checkpoint.huggingface.opt import OPT
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import WITHOUT_ATTENTION
 
 FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA)}
@@ -41,21 +41,21 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     raise ConfigError(*min((faults[family.name] for family in likely), key=len))
 
 
-def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[Mistake]:
+def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
     """What of a model a family cannot say."""
     faults = family.misfits(model)
     known = family.mixers.kinds if family.mixers else frozenset()
     others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
     if others:
         what = f"a model of the family {family.name} has no blocks of kind {', '.join(others)}"
-        faults.append(Mistake(what, key="attention_config", value=others))
+        faults.append(ConfigIssue(what, key="attention_config", value=others))
     if family.mixers is not None:
         faults += family.mixers.misfits(mixers)
     if family.experts is not None:
         return faults + family.experts.misfits(moe)
     if moe.moe_num_experts > 1:
         what = f"a model of the family {family.name} has no experts"
-        faults.append(Mistake(what, key="moe_num_experts", value=moe.moe_num_experts))
+        faults.append(ConfigIssue(what, key="moe_num_experts", value=moe.moe_num_experts))
     return faults
 
 

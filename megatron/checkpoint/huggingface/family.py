@@ -16,14 +16,14 @@ from torch import Tensor
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.param_table import ModelDims
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Correspondence:
+class TensorMapping:
     """One tensor of ours and those of theirs that hold the same values.
 
     ours: "<layer>.<name>". apart: ours -> theirs, in the order of their names; it works on shapes alone too (the meta
@@ -46,7 +46,7 @@ class Experts:
     misfits: what of a moe section its configuration cannot say. config: our section -> config.json.
     """
 
-    misfits: Callable[[MoeSection], list[Mistake]]
+    misfits: Callable[[MoeSection], list[ConfigIssue]]
     config: Callable[[MoeSection], Settings]
 
 
@@ -59,7 +59,7 @@ class Mixers:
     """
 
     kinds: frozenset[str]
-    misfits: Callable[[MixersSection], list[Mistake]]
+    misfits: Callable[[MixersSection], list[ConfigIssue]]
     config: Callable[[MixersSection], Settings]
 
 
@@ -78,38 +78,36 @@ class Family:
     name: str
     model_type: str
     architecture: str
-    misfits: Callable[[ModelSection], list[Mistake]]
+    misfits: Callable[[ModelSection], list[ConfigIssue]]
     config: Callable[[ModelSection, int], Settings]
     settings: Callable[[Mapping[str, Any]], Settings]
-    table: Callable[[ModelDims], list[Correspondence]]
+    table: Callable[[ModelDims], list[TensorMapping]]
     spare: tuple[str, ...] = ()
     prefix: str = ""
     experts: Experts | None = None
     mixers: Mixers | None = None
 
 
-def same(ours: str, theirs: str) -> Correspondence:
+def same(ours: str, theirs: str) -> TensorMapping:
     """The same values in the same order."""
-    return Correspondence(ours, (theirs,), lambda tensor: (tensor,), lambda tensors: tensors[0])
+    return TensorMapping(ours, (theirs,), lambda tensor: (tensor,), lambda tensors: tensors[0])
 
 
-def transposed(ours: str, theirs: str) -> Correspondence:
+def transposed(ours: str, theirs: str) -> TensorMapping:
     """A matrix that they keep as [in, out]."""
-    return Correspondence(ours, (theirs,), lambda tensor: (tensor.T,), lambda tensors: tensors[0].T, turned=True)
+    return TensorMapping(ours, (theirs,), lambda tensor: (tensor.T,), lambda tensors: tensors[0].T, turned=True)
 
 
-def stacked(ours: str, theirs: tuple[str, ...]) -> Correspondence:
+def stacked(ours: str, theirs: tuple[str, ...]) -> TensorMapping:
     """Ours is theirs on top of each other, in equal parts."""
     count = len(theirs)
-    return Correspondence(
-        ours, theirs, lambda tensor: tensor.chunk(count, 0), lambda tensors: torch.cat(tuple(tensors))
-    )
+    return TensorMapping(ours, theirs, lambda tensor: tensor.chunk(count, 0), lambda tensors: torch.cat(tuple(tensors)))
 
 
-def stacked_transposed(ours: str, theirs: tuple[str, ...]) -> Correspondence:
+def stacked_transposed(ours: str, theirs: tuple[str, ...]) -> TensorMapping:
     """Ours is theirs, each turned, on top of each other, in equal parts."""
     count = len(theirs)
-    return Correspondence(
+    return TensorMapping(
         ours,
         theirs,
         lambda tensor: tuple(part.T for part in tensor.chunk(count, 0)),
@@ -117,9 +115,9 @@ def stacked_transposed(ours: str, theirs: tuple[str, ...]) -> Correspondence:
     )
 
 
-def fused(ours: str, theirs: tuple[str, str, str], dims: ModelDims) -> Correspondence:
+def fused(ours: str, theirs: tuple[str, str, str], dims: ModelDims) -> TensorMapping:
     """Query, key and value projections (weights or biases), which they keep apart."""
-    return Correspondence(
+    return TensorMapping(
         ours,
         theirs,
         lambda tensor: queries_keys_values(tensor, dims),
@@ -146,10 +144,10 @@ def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
 
 def unlike(
     section: ModelSection | MoeSection | MixersSection, wanted: Mapping[str, object], family: str
-) -> list[Mistake]:
+) -> list[ConfigIssue]:
     """A mistake for every key of the section whose value is not the one that the family is made of."""
     return [
-        Mistake(f"a {family} model has {value!r}", key=key, value=getattr(section, key))
+        ConfigIssue(f"a {family} model has {value!r}", key=key, value=getattr(section, key))
         for key, value in wanted.items()
         if getattr(section, key) != value
     ]
@@ -167,14 +165,14 @@ def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str
 def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
     """Raises ConfigError for keys of config.json whose value asks for something that we have not."""
     ConfigError.raise_any(
-        Mistake(f"only {value!r} can be taken over", key=key, value=theirs[key], where="config.json")
+        ConfigIssue(f"only {value!r} can be taken over", key=key, value=theirs[key], where="config.json")
         for key, value in wanted.items()
         if theirs.get(key, value) not in (value, None)
     )
 
 
-def special_attention(model: ModelSection, family: str) -> list[Mistake]:
+def special_attention(model: ModelSection, family: str) -> list[ConfigIssue]:
     """A mistake for every block that does not attend to all earlier positions of its window."""
     others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
     told = f"a {family} model has no blocks of kind {', '.join(others)}"
-    return [Mistake(told, key="attention_config", value=others)] if others else []
+    return [ConfigIssue(told, key="attention_config", value=others)] if others else []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.mup import MupSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims, Multipliers, TensorShape
 from megatron.registry import POSITIONS
 
@@ -24,12 +24,12 @@ def fold(shape: TensorShape, whole: Tensor, dims: ModelDims, factors: Multiplier
     return whole if factor == 1.0 else whole.float() * factor
 
 
-def fold_misfits(mup: MupSection, model: ModelSection) -> list[Mistake]:
+def fold_misfits(mup: MupSection, model: ModelSection) -> list[ConfigIssue]:
     """What no weight can hold."""
     positions = POSITIONS.entry(model.pos_emb)
     if mup.use_mup and mup.mup_attn_temp != 1.0 and "scores" in positions.enters and not positions.scores:
         what = f"transformers gives what {model.pos_emb} adds to scores no temperature"
-        return [Mistake(what, key="mup_attn_temp", value=mup.mup_attn_temp)]
+        return [ConfigIssue(what, key="mup_attn_temp", value=mup.mup_attn_temp)]
     return []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.schema.model import ModelSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -16,16 +16,16 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": 
 _BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
-def _misfits(model: ModelSection) -> list[Mistake]:
+def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     wanted |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
     wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0, "use_qk_layernorm": False}
     faults = unlike(model, wanted, "GPT-2") + special_attention(model, "GPT-2")
     if model.activation not in ACTIVATIONS:
-        faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
+        faults.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(Mistake("a GPT-2 model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+        faults.append(ConfigIssue("a GPT-2 model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
     return faults
 
 

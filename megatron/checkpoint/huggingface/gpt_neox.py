@@ -9,7 +9,7 @@ from megatron.checkpoint.huggingface.family import Family, Settings, choose, spe
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling_config, scaling_misfits
 from megatron.config.schema.model import ModelSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 ACTIVATIONS = {
@@ -26,15 +26,17 @@ THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
 """Theirs -> ours."""
 
 
-def _misfits(model: ModelSection) -> list[Mistake]:
+def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
     wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
     faults = unlike(model, wanted, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
-        faults.append(Mistake("transformers has no such activation", key="activation", value=model.activation))
+        faults.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(Mistake("a GPT-NeoX model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+        faults.append(
+            ConfigIssue("a GPT-NeoX model has hidden_size / heads", key="kv_channels", value=model.kv_channels)
+        )
     return faults
 
 

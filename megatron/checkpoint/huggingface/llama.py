@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import (
-    Correspondence,
     Experts,
     Family,
     Settings,
+    TensorMapping,
     choose,
     demand,
     same,
@@ -28,7 +28,7 @@ from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling
 from megatron.checkpoint.huggingface.sliding_window import one_window
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
@@ -36,24 +36,24 @@ ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 _BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 
-def _misfits(model: ModelSection) -> list[Mistake]:
+def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
     faults = unlike(model, wanted, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
-        faults.append(Mistake("a LLaMA model has a gated activation", key="activation", value=model.activation))
+        faults.append(ConfigIssue("a LLaMA model has a gated activation", key="activation", value=model.activation))
     return faults
 
 
-def _llama_misfits(model: ModelSection) -> list[Mistake]:
+def _llama_misfits(model: ModelSection) -> list[ConfigIssue]:
     return _misfits(model) + unlike(model, {"sliding_window_width": None, "use_qk_layernorm": False}, "LLaMA")
 
 
-def _mistral_misfits(model: ModelSection) -> list[Mistake]:
+def _mistral_misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "use_qk_layernorm": False}
     return _misfits(model) + unlike(model, wanted, "Mistral")
 
 
-def _qwen_misfits(model: ModelSection) -> list[Mistake]:
+def _qwen_misfits(model: ModelSection) -> list[ConfigIssue]:
     return _misfits(model) + unlike(model, {"use_bias_in_mlp": False, "use_qk_layernorm": True}, "Qwen3")
 
 
@@ -138,7 +138,7 @@ def _qwen_settings(theirs: Mapping[str, Any]) -> Settings:
     return _settings({**theirs, "mlp_bias": False}) | {"use_qk_layernorm": True} | found
 
 
-def _experts(dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+def _experts(dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
     names = [f"{theirs}block_sparse_moe.experts.{expert}" for expert in range(dims.mixture.experts)]
     return [
         same(f"{ours}mlp.router.layer.weight", f"{theirs}block_sparse_moe.gate.weight"),
@@ -188,11 +188,11 @@ MISTRAL = Family(
 )
 
 
-def _mixtral_misfits(moe: MoeSection) -> list[Mistake]:
+def _mixtral_misfits(moe: MoeSection) -> list[ConfigIssue]:
     wanted = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
     faults = unlike(moe, wanted, "Mixtral")
     if moe.moe_num_experts == 1:
-        faults.append(Mistake("a Mixtral model has experts", key="moe_num_experts", value=1))
+        faults.append(ConfigIssue("a Mixtral model has experts", key="moe_num_experts", value=1))
     return faults
 
 

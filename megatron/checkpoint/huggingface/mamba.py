@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Correspondence, Family, Mixers, Settings, demand, same, unlike
+from megatron.checkpoint.huggingface.family import Family, Mixers, Settings, TensorMapping, demand, same, unlike
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 SIZES: Settings = {"state_size": 16, "conv_kernel": 4, "expand": 2, "hidden_act": "silu", "use_bias": False}
@@ -20,16 +20,16 @@ CONTEXT = 2048
 _PARTS = ("A_log", "D", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
 
 
-def _misfits(model: ModelSection) -> list[Mistake]:
+def _misfits(model: ModelSection) -> list[ConfigIssue]:
     faults = unlike(model, {"norm": "rmsnorm", "pos_emb": "none"}, "Mamba")
     others = sorted(set(map(str, model.attention_config or ())) - {"mamba"})
     if others:
         what = f"every block of a Mamba model is of kind mamba, not {', '.join(others)}"
-        faults.append(Mistake(what, key="attention_config", value=others))
+        faults.append(ConfigIssue(what, key="attention_config", value=others))
     return faults
 
 
-def _mixer_misfits(mixers: MixersSection) -> list[Mistake]:
+def _mixer_misfits(mixers: MixersSection) -> list[ConfigIssue]:
     return unlike(mixers, {"mamba_use_bias_in_linears": False}, "Mamba")
 
 
@@ -66,7 +66,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     }
 
 
-def _table(dims: ModelDims) -> list[Correspondence]:
+def _table(dims: ModelDims) -> list[TensorMapping]:
     rows = [same("0.word_embeddings.weight", "backbone.embeddings.weight")]
     for block in range(dims.num_layers):
         ours, theirs = f"{block + 2}.", f"backbone.layers.{block}."

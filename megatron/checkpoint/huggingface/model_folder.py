@@ -16,9 +16,9 @@ from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.config_defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
-from megatron.checkpoint.huggingface.family import Correspondence, Family, Settings
+from megatron.checkpoint.huggingface.family import Family, Settings, TensorMapping
 from megatron.checkpoint.huggingface.safetensors_format import FETCH
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.param_table import ModelDims
 
 CONFIG = "config.json"
@@ -34,7 +34,7 @@ WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_mod
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 Source = Callable[[], Tensor]
-Table = dict[str, tuple[Correspondence, tuple[Source, ...]]]
+Table = dict[str, tuple[TensorMapping, tuple[Source, ...]]]
 
 
 def is_folder(path: Path) -> bool:
@@ -147,36 +147,36 @@ def _old_head(name: str, named: dict[str, Source]) -> str:
     return "lm_head.weight" if name == "embed_out.weight" and name not in named else name
 
 
-def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[Mistake]:
+def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What would be done to the stored weights before they are used, and is not done here."""
     where = str(path / CONFIG)
     told = config.get("quantization_config")
     if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
         remedy = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
-        yield Mistake("quantized weights cannot be taken over", "quantization_config", told, where, remedy)
+        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, where, remedy)
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
-        yield Mistake(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
+        yield ConfigIssue(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
 
 
-def _wrapped(lacked: list[str], folder: Folder) -> list[Mistake]:
+def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
     """What is told where every lacking tensor is there under one prefix more, as wrappers of models save them."""
     for name in folder.tensors:
         prefix = name.removesuffix(lacked[0]) if lacked else name
         if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
             what = f"its tensors are called {prefix}{lacked[0]} and so on, where the model has {lacked[0]}"
             remedy = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
-            return [Mistake(what, where=str(folder.path), remedy=remedy)]
+            return [ConfigIssue(what, where=str(folder.path), remedy=remedy)]
     return []
 
 
-def _missing(name: str, folder: Folder) -> Mistake:
+def _missing(name: str, folder: Folder) -> ConfigIssue:
     what = f"there is no tensor {name}"
     if name in HEADS:
         remedy = "a model whose output layer is its embedding says tie_word_embeddings: true"
-        return Mistake(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
+        return ConfigIssue(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
     remedy = f"a file that the index does not name, or another model's config.json; {FETCH}"
-    return Mistake(what, where=str(folder.path), remedy=remedy)
+    return ConfigIssue(what, where=str(folder.path), remedy=remedy)
 
 
 def _compare_rows(folder: Folder, table: Table) -> None:
@@ -243,7 +243,9 @@ def _files(path: Path, whole: str, index: str) -> list[str]:
     names = sorted(set(where.values()))
     what = f"this file is not there, which {index} names"
     absent = [name for name in names if not (path / name).is_file()]
-    RunError.raise_any([Mistake(what, where=str(path / name), remedy=f"{FETCH} into this folder") for name in absent])
+    RunError.raise_any(
+        [ConfigIssue(what, where=str(path / name), remedy=f"{FETCH} into this folder") for name in absent]
+    )
     return names
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.huggingface.family import (
-    Correspondence,
+    TensorMapping,
     fused,
     queries_keys_values,
     query_key_value,
@@ -47,9 +47,9 @@ class Names:
     norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
     matrices_turned: bool = False
     head_norms: tuple[str, str] | None = None
-    experts: Callable[[ModelDims, str, str], list[Correspondence]] | None = None
+    experts: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
 
-    def table(self, dims: ModelDims) -> list[Correspondence]:
+    def table(self, dims: ModelDims) -> list[TensorMapping]:
         """Every tensor of a model of those dimensions."""
         rows = [same("0.word_embeddings.weight", f"{self.embedding}.weight")]
         if self.positions is not None:
@@ -62,7 +62,7 @@ class Names:
             rows.append(same(f"{last + 1}.final_linear.weight", f"{self.head}.weight"))
         return rows
 
-    def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[Correspondence]:
+    def _block(self, dims: ModelDims, number: int, ours: str, theirs: str) -> list[TensorMapping]:
         rows = self._norms(dims, ours, theirs)
         for kind in ("weight", "bias") if dims.attention_bias else ("weight",):
             names = tuple(f"{theirs}{name}.{kind}" for name in self.attention)
@@ -77,7 +77,7 @@ class Names:
             rows.append(self._linear(f"{ours}mlp.linear2.{kind}", f"{theirs}{self.linear2}.{kind}"))
         return rows
 
-    def _norms(self, dims: ModelDims, ours: str, theirs: str) -> list[Correspondence]:
+    def _norms(self, dims: ModelDims, ours: str, theirs: str) -> list[TensorMapping]:
         """Two norms, or one that they keep twice (gpt_j_tied)."""
         rows = []
         for value, other in self.norm_values:
@@ -94,13 +94,13 @@ class Names:
                 ]
         return rows
 
-    def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> Correspondence:
+    def _projection(self, dims: ModelDims, ours: str, theirs: tuple[str, ...]) -> TensorMapping:
         if len(theirs) > 1:
             queries, keys, values = theirs
             return fused(ours, (queries, keys, values), dims)
         return same(ours, theirs[0]) if self.by_head else self._queries_first(dims, ours, theirs[0])
 
-    def _queries_first(self, dims: ModelDims, ours: str, theirs: str) -> Correspondence:
+    def _queries_first(self, dims: ModelDims, ours: str, theirs: str) -> TensorMapping:
         """Our rows [3h, ...] <-> all queries, all keys, all values."""
 
         def apart(tensor: Tensor) -> Sequence[Tensor]:
@@ -110,9 +110,9 @@ class Names:
             return query_key_value(self._turned(tensors[0]).chunk(3), dims)
 
         turned = self.matrices_turned and ours.endswith(".weight")
-        return Correspondence(ours, (theirs,), apart, together, turned=turned)
+        return TensorMapping(ours, (theirs,), apart, together, turned=turned)
 
-    def _linear(self, ours: str, theirs: str) -> Correspondence:
+    def _linear(self, ours: str, theirs: str) -> TensorMapping:
         turned = self.matrices_turned and ours.endswith(".weight")
         return transposed(ours, theirs) if turned else same(ours, theirs)
 
@@ -120,5 +120,5 @@ class Names:
         return tensor.T if self.matrices_turned and tensor.dim() == 2 else tensor
 
 
-def _twice(ours: str, theirs: tuple[str, str]) -> Correspondence:
-    return Correspondence(ours, theirs, lambda tensor: (tensor, tensor), lambda tensors: tensors[0], copies=True)
+def _twice(ours: str, theirs: tuple[str, str]) -> TensorMapping:
+    return TensorMapping(ours, theirs, lambda tensor: (tensor, tensor), lambda tensors: tensors[0], copies=True)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.schema.model import ModelSection
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.param_table import ModelDims
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
@@ -17,17 +17,17 @@ _BACK = {"relu": "relu", "gelu": "gelu", "silu": "silu"}
 _OFFSET = 2
 
 
-def _misfits(model: ModelSection) -> list[Mistake]:
+def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     wanted |= {"layernorm_epsilon": 1e-5, "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": _OFFSET}
     wanted |= {"sliding_window_width": None, "use_bias_in_mlp": model.use_bias_in_attn_linear}
     wanted |= {"use_qk_layernorm": False}
     faults = unlike(model, wanted, "OPT") + special_attention(model, "OPT")
     if model.activation not in ACTIVATIONS:
-        faults.append(Mistake("an OPT model has no such activation", key="activation", value=model.activation))
+        faults.append(ConfigIssue("an OPT model has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(Mistake("an OPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+        faults.append(ConfigIssue("an OPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
     return faults
 
 

@@ -21,7 +21,7 @@ from megatron.checkpoint.format.stored_model import StoredModel
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
-from megatron.checkpoint.huggingface.family import Correspondence, Family
+from megatron.checkpoint.huggingface.family import Family, TensorMapping
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.errors import ConfigError
 from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
@@ -84,7 +84,7 @@ def _factors(stored: StoredModel, family: Family, dims: ModelDims, dtype: torch.
             yield Promise(f"{theirs}.lora_B.weight", tuple(parts[part].shape), dtype, second)
 
 
-def _rows(row: Correspondence, up: Tensor) -> list[Tensor]:
+def _rows(row: TensorMapping, up: Tensor) -> list[Tensor]:
     """The rows of B [out, rank] that belong to each of their matrices, which peft keeps as [out, rank] throughout."""
     return [part.T if row.turned else part for part in row.apart(up)]
 
@@ -93,7 +93,7 @@ def _down(stored: StoredModel, shape: TensorShape, dtype: torch.dtype) -> Tensor
     return stored.whole(shape, precise=dtype == torch.float32)
 
 
-def _up(stored: StoredModel, row: Correspondence, shape: TensorShape, part: int, dtype: torch.dtype) -> Tensor:
+def _up(stored: StoredModel, row: TensorMapping, shape: TensorShape, part: int, dtype: torch.dtype) -> Tensor:
     return _rows(row, stored.whole(shape, precise=dtype == torch.float32))[part]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.checkpoint.huggingface.config_defaults import DEFAULTS
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.config.schema.model import ModelSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 CONFIG = "config.json"
 _BESIDE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -20,7 +20,7 @@ _DEFAULTS = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
 """What we may leave out and they must say."""
 
 
-def scaling_misfits(model: ModelSection) -> list[Mistake]:
+def scaling_misfits(model: ModelSection) -> list[ConfigIssue]:
     """What of rope_scaling config.json cannot say: angles that follow from the length of each text."""
     scaling = model.rope_scaling or {}
     if scaling.get("type") != "dynamic":
@@ -29,7 +29,7 @@ def scaling_misfits(model: ModelSection) -> list[Mistake]:
     if model.seq_length is not None and model.seq_length <= original and model.max_position_embeddings == original:
         return []
     return [
-        Mistake(
+        ConfigIssue(
             "transformers chooses the base by the length of each text, not by seq_length; the two agree only where "
             "max_position_embeddings is original_max_position_embeddings",
             key="rope_scaling",

@@ -9,7 +9,7 @@ from megatron.checkpoint.format import integrity, layout
 from megatron.checkpoint.remote.host_copy import Sharing, one_folder
 from megatron.checkpoint.save.commit import recover
 from megatron.distributed.process_group import all_gather_items, all_gather_list, barrier
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
 
 _log = get_logger(__name__)
@@ -84,13 +84,13 @@ def _on_all(found: list[Path], sharing: Sharing) -> list[Path]:
     return [path for path in found if all(path.name in names for names in lists)]
 
 
-def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[Mistake]:
+def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue]:
     """What is wrong with a checkpoint, the same list on every rank; collective."""
     if not directory.is_dir() or directory == load:
-        return [Mistake("names a checkpoint that is not there", where=str(load / layout.LATEST))]
+        return [ConfigIssue("names a checkpoint that is not there", where=str(load / layout.LATEST))]
     if not integrity.is_ours(directory):
         empty = not layout.model_files(directory) and not layout.layer_files(directory)
-        return [Mistake("no weight files", where=str(directory))] if empty else []
+        return [ConfigIssue("no weight files", where=str(directory))] if empty else []
     try:
         mine = integrity.damage(directory, contents=True, share=sharing.share)
     except RunError as error:
@@ -105,7 +105,7 @@ def offer(found: list[int]) -> str:
     return f"choose one with --iteration: {', '.join(map(str, found))}"
 
 
-def _with_remedy(faults: list[Mistake], load: Path, damaged: Path) -> list[Mistake]:
+def _with_remedy(faults: list[ConfigIssue], load: Path, damaged: Path) -> list[ConfigIssue]:
     others = [each for each in layout.iterations(load) if each != layout.iteration_of(damaged)]
     remedy = offer(others) + (", or set load_fallback: previous" if others else "")
-    return [Mistake(fault.what, where=fault.where, remedy=remedy) for fault in faults]
+    return [ConfigIssue(fault.what, where=fault.where, remedy=remedy) for fault in faults]

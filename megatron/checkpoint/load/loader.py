@@ -24,7 +24,7 @@ from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_
 from megatron.checkpoint.load.model_check import same_model
 from megatron.checkpoint.load.mup_check import same_parametrisation
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
-from megatron.checkpoint.remote.host_copy import bring_to_all, by_host, one_folder
+from megatron.checkpoint.remote.host_copy import by_host, copy_to_missing_hosts, one_folder
 from megatron.checkpoint.remote.s3_sync import fetch_missing
 from megatron.checkpoint.save.protocol import Checkpointable
 from megatron.checkpoint.save.saver import Counters
@@ -32,12 +32,12 @@ from megatron.config import Config
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
 from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_added
 from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 
 _log = get_logger(__name__)
 
@@ -182,11 +182,11 @@ def make_available(section: CheckpointSection, *, shared: bool) -> None:
 
     """
     fetch_missing(section, Ranks.from_environment())
-    bring_to_all(section, shared=shared)
+    copy_to_missing_hosts(section, shared=shared)
 
 
 def find_checkpoint(
-    config: Config, table: Sequence[TensorShape], *, tokenizer: TokenizerFacts | None = None, weights_only: bool = False
+    config: Config, table: Sequence[TensorShape], *, tokenizer: TokenizerInfo | None = None, weights_only: bool = False
 ) -> Checkpoint | None:
     """The checkpoint that `load` and `iteration` name; None when `load` is not set. Collective.
 
@@ -343,7 +343,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
     return result
 
 
-def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[Mistake]:
+def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[ConfigIssue]:
     """added: the keys of what is trained beside a frozen model."""
     remedy = "give the configuration the shape of the checkpoint, or load another one"
     if added.issuperset(missing) and missing:
@@ -357,7 +357,7 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], where
         "the model has tensors that the checkpoint lacks": missing,
     }
     return [
-        Mistake(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, remedy=remedy)
+        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, remedy=remedy)
         for what, names in told.items()
         if names
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config.schema.optimizer import OptimizerSection
 from megatron.config.schema.schedule import ScheduleSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 
 _log = get_logger(__name__)
@@ -39,7 +39,7 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
     known = {key: stored[key] for key in own if key in stored}
     if not take_stored:
         ConfigError.raise_any(
-            Mistake(
+            ConfigIssue(
                 f"the checkpoint {where} was trained with {known[key]!r}",
                 key=key,
                 value=own[key],

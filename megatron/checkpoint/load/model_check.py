@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.adapter_config import low_rank
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 from megatron.registry import WITHOUT_ATTENTION
 
@@ -88,7 +88,7 @@ def same_model(stored: Values, own: Values, where: Path, *, finetune: bool) -> N
         )
     if not finetune:
         ConfigError.raise_any(
-            Mistake(
+            ConfigIssue(
                 f"the checkpoint {where} was trained with {stored[key]!r}, and with another value its weights are "
                 "another model",
                 key=key,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema.mup import MupSection
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 _KEYS = ("mup_base_widths", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 
@@ -29,7 +29,7 @@ def same_parametrisation(stored: Mapping[str, Any], mup: MupSection, where: Path
     stored, own = (dict(facts) or default for facts in (stored, own))
     differing = ["use_mup"] if stored["use_mup"] != own["use_mup"] else [key for key in own if stored[key] != own[key]]
     ConfigError.raise_any(
-        Mistake(
+        ConfigIssue(
             f"the checkpoint {where} was trained with {stored[key]!r}, and with another value its weights are another "
             "model",
             key=key,

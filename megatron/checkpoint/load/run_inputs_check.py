@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 
 _log = get_logger(__name__)
 
@@ -20,7 +20,7 @@ _WISH = "set override_data_order to go on in the new order, or give back what th
 class RunInputs:
     """tokenizer: of the run; None where it is not known. data: what `order_facts` gives."""
 
-    tokenizer: TokenizerFacts | None = None
+    tokenizer: TokenizerInfo | None = None
     data: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class RunInputs:
 
 
 def same_tokenizer(
-    stored: Mapping[str, Any] | None, own: TokenizerFacts, where: Path, *, new_tokens: bool, trains: bool
+    stored: Mapping[str, Any] | None, own: TokenizerInfo, where: Path, *, new_tokens: bool, trains: bool
 ) -> None:
     """ConfigError where the checkpoint's weights belong to another tokenizer.
 
@@ -43,7 +43,7 @@ def same_tokenizer(
     """
     if not stored:
         return
-    then = TokenizerFacts(stored["tokenizer_type"], stored["vocab_size"], stored["eod"], stored.get("fingerprint"))
+    then = TokenizerInfo(stored["tokenizer_type"], stored["vocab_size"], stored["eod"], stored.get("fingerprint"))
     if then.agrees_with(own if trains else replace(own, eod=None)):
         return
     if not new_tokens:
@@ -75,27 +75,27 @@ def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], wh
         _log.warning("%s: %s; the samples that follow are in a new order", mistake.key, mistake.what)
 
 
-def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[Mistake]:
+def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[ConfigIssue]:
     for name in dict.fromkeys((*own, *stored)):
         then, now = stored.get(name), own.get(name)
         if then == now or _follows(name, stored, own):
             continue
         if name == "data_path":
             what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
-            yield Mistake(what, key="data_path", remedy=_WISH)
+            yield ConfigIssue(what, key="data_path", remedy=_WISH)
         elif name == "passes":
             what = (
                 f"the checkpoint's run shuffled {_passes(then)} over the data together, this one shuffles "
                 f"{_passes(now)}: samples would be read twice and others never"
             )
             remedy = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
-            yield Mistake(what, key="train_iters", remedy=remedy)
+            yield ConfigIssue(what, key="train_iters", remedy=remedy)
         elif name == "train_label_data_paths":
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
-            yield Mistake(what, key=name, remedy=_WISH)
+            yield ConfigIssue(what, key=name, remedy=_WISH)
         else:
             what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
-            yield Mistake(what, key=name, value=now, remedy=_WISH)
+            yield ConfigIssue(what, key=name, value=now, remedy=_WISH)
 
 
 def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bool:

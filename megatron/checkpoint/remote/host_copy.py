@@ -173,7 +173,7 @@ def _raise(faults: Sequence[OSError]) -> None:
         raise faults[0]
 
 
-def bring_to_all(section: CheckpointSection, *, shared: bool) -> None:
+def copy_to_missing_hosts(section: CheckpointSection, *, shared: bool) -> None:
     """Every host gets the checkpoint that `load` and `iteration` name, from one that has it. Collective.
 
     shared: all hosts see the same files, so there is nothing to do. Which iteration is meant without `iteration`: the

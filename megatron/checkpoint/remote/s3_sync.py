@@ -24,9 +24,9 @@ from megatron.checkpoint.format import files, integrity, layout
 from megatron.checkpoint.huggingface.model_folder import is_folder
 from megatron.checkpoint.remote.s3_client import Bucket
 from megatron.checkpoint.save.commit import beyond
-from megatron.checkpoint.save.protocol import patiently, together
+from megatron.checkpoint.save.protocol import run_with_heartbeat, together
 from megatron.config.schema.checkpoint import CheckpointSection
-from megatron.errors import Mistake, RunError
+from megatron.errors import ConfigIssue, RunError
 from megatron.log import get_logger
 from megatron.ranks import Ranks
 
@@ -69,7 +69,7 @@ class Mirror:
             self._begin()
             self._join()
         RunError.raise_any(
-            Mistake(
+            ConfigIssue(
                 f"it has no copy at {self.bucket.address()}: {self._faults[directory]}",
                 where=str(directory),
                 remedy="the checkpoint itself is whole; copy the folder there when the bucket answers",
@@ -157,7 +157,7 @@ def fetch_missing(section: CheckpointSection, ranks: Ranks) -> None:
         return  # the bucket holds what the run saves, which is not what it starts from
     fetch = partial(_fetch, bucket, Path(section.load), section.iteration)
     for turn in (ranks.rank == 0, ranks.rank > 0 and ranks.local_rank == 0):
-        patiently(fetch if turn else _nothing, f"fetching from {section.s3_path}")
+        run_with_heartbeat(fetch if turn else _nothing, f"fetching from {section.s3_path}")
 
 
 def _nothing() -> None:
@@ -193,7 +193,7 @@ def _listed(directory: Path, where: str) -> list[str]:
     except (KeyError, TypeError) as fault:
         raise RunError.of("its manifest.json is no list of a checkpoint's files", where=where) from fault
     RunError.raise_any(
-        Mistake(f"its manifest.json names {json.dumps(name)}, which lies outside", where=where)
+        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which lies outside", where=where)
         for name in names
         if Path(name).is_absolute() or ".." in Path(name).parts
     )

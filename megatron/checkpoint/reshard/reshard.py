@@ -13,7 +13,7 @@ from megatron.checkpoint.format.metadata import public_facts
 from megatron.checkpoint.format.stored_model import StoredModel, open_model
 from megatron.checkpoint.reshard.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
-from megatron.errors import ConfigError, Mistake, RunError
+from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.param_table import TensorShape
 
 
@@ -55,12 +55,12 @@ def refuse_uneven(table: Sequence[TensorShape], model_size: int) -> None:
     ConfigError.raise_any(_uneven(table, model_size))
 
 
-def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[Mistake]:
+def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[ConfigIssue]:
     for shape in table:
         try:
             shape.local_shape(size)
         except ValueError as fault:
-            yield Mistake(f"{shape.layer}.{shape.name}: {fault}", key="target_tensor_parallel_size", value=size)
+            yield ConfigIssue(f"{shape.layer}.{shape.name}: {fault}", key="target_tensor_parallel_size", value=size)
             return
 
 

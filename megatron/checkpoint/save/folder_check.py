@@ -19,7 +19,7 @@ from megatron.checkpoint.save.protocol import together
 from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.init import host_name
 from megatron.distributed.process_group import all_gather_items
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 
 _log = get_logger(__name__)
@@ -102,7 +102,7 @@ def _refuse_bucket(section: CheckpointSection, *, leads: bool) -> None:
     together(lambda: found.extend(copied_iterations(bucket)) if leads else None, f"looking into {section.s3_path}")
     held = sorted(set(all_gather_items(found)))
     ConfigError.raise_any(
-        Mistake(
+        ConfigIssue(
             f"it holds copies of another run's checkpoints ({_named(held)})",
             key="s3_path",
             value=section.s3_path,

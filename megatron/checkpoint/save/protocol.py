@@ -8,10 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerState, StateSlice
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.errors import RunError
 
 
@@ -26,7 +26,7 @@ class Checkpointable(Protocol):
         """Whether weights are stored a layer a file."""
 
     @property
-    def random(self) -> ShardedRandom:
+    def random(self) -> TensorParallelRNG:
         """The generator for draws on tensors that are cut over tensor-parallel ranks."""
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Checkpointable(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """This rank's tensor-parallel shards of the layers it holds, where it is the first data rank; collective."""
 
-    def optimizer_slices(self) -> list[StateSlice]:
+    def optimizer_slices(self) -> list[OptimizerShard]:
         """What this rank's part of the optimizer keeps; a slice that another rank also has is left out."""
 
     def loss_scaling(self) -> dict[str, float]:
@@ -67,7 +67,7 @@ def together(action: Callable[[], None], what: str) -> None:
         raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error
 
 
-def patiently(action: Callable[[], None], what: str, beat: float = 5.0) -> None:
+def run_with_heartbeat(action: Callable[[], None], what: str, beat: float = 5.0) -> None:
     """The same for what may take longer than a collective may wait: the ranks meet every `beat` [s] until all are done.
 
     The action runs in a thread, so it is none that needs a GPU.

@@ -29,7 +29,7 @@ from megatron.checkpoint.remote.host_copy import Item, Sharing, by_looking, one_
 from megatron.checkpoint.remote.s3_sync import open_mirror
 from megatron.checkpoint.save.async_writer import BackgroundWriter
 from megatron.checkpoint.save.commit import make_room, publish, require_shared, retain
-from megatron.checkpoint.save.protocol import Checkpointable, patiently, together
+from megatron.checkpoint.save.protocol import Checkpointable, run_with_heartbeat, together
 from megatron.checkpoint.save.snapshot import Snapshot
 from megatron.config import Config, serialize
 from megatron.config.validation.unknown_values import known
@@ -122,11 +122,11 @@ class Saver:
         """Returns when everything is written, and copied to `s3_path`. RunError on every rank if it failed on any."""
         self._settle()
         if self.config.checkpoint.s3_path is not None:
-            patiently(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
+            run_with_heartbeat(self._finish_copies, f"copying to {self.config.checkpoint.s3_path}")
 
     def _settle(self) -> None:
         if self.config.checkpoint.checkpoint_async:
-            patiently(self._writer.wait, "the save in flight")
+            run_with_heartbeat(self._writer.wait, "the save in flight")
 
     def _everywhere(self, beside: Path, written: Sequence[Written]) -> list[Written]:
         """What all ranks have written, once it is in the folder of every host."""

@@ -38,7 +38,7 @@ def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
     """The class name of each layer of the model, which `type:REGEX` looks at. kinds: of the blocks; () all attend."""
     named = {**CLASSES, "amlp": CLASSES["gmlp"]}
     blocks = [named.get(kind, "TransformerBlock") for kind in kinds] or ["TransformerBlock"] * num_layers
-    return ["EmbeddingLayer", "Glue", *blocks, "Glue", "FinalNorm", "Head"]
+    return ["EmbeddingLayer", "Identity", *blocks, "Identity", "FinalNorm", "Head"]
 
 
 def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int) -> tuple[str, ...]:

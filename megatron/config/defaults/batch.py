@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 TOTAL, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 
@@ -24,10 +24,10 @@ def equation(total: int | None, micro: int | None, steps: int | None, data_paral
     return f"{TOTAL} = {MICRO} x {STEPS} x data parallel size: {shown[0]} = {shown[1]} x {shown[2]} x {data_parallel}"
 
 
-def size_mistakes(total: int | None, micro: int | None, steps: int | None) -> list[Mistake]:
+def size_mistakes(total: int | None, micro: int | None, steps: int | None) -> list[ConfigIssue]:
     """The sizes that are less than one."""
     return [
-        Mistake("a size must be at least 1", key=name, value=value)
+        ConfigIssue("a size must be at least 1", key=name, value=value)
         for name, value in ((TOTAL, total), (MICRO, micro), (STEPS, steps))
         if value is not None and value < 1
     ]

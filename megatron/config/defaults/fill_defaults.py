@@ -23,8 +23,8 @@ from megatron.config.defaults.precision import (
     fp16_block,
 )
 from megatron.config.defaults.zero import derive_zero
-from megatron.config.validation.unknown_values import NotKnown
-from megatron.errors import ConfigError, Mistake
+from megatron.config.validation.unknown_values import UnresolvedValue
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import OPTIMIZERS
 
 MOST_LAYERS = 10_000
@@ -39,7 +39,7 @@ INFERENCE_SCRIPTS = frozenset(
     }
 )
 
-OUTPUTS = {
+DERIVED_ONLY = {
     "is_pipe_parallel": "pipe_parallel_size",
     "zero_stage": "zero_optimization",
     "zero_reduce_scatter": "zero_optimization",
@@ -59,7 +59,7 @@ class Completion:
     """The values as they grow. values: all flat keys. given: the keys that the user wrote.
 
     resources: None where the machines could not be found. unknown: keys whose values are wrong or follow from such;
-    asking for one raises NotKnown, which ends the step.
+    asking for one raises UnresolvedValue, which ends the step.
     """
 
     values: dict[str, Any]
@@ -68,12 +68,12 @@ class Completion:
     unknown: set[str] = field(default_factory=set)
     derived: set[str] = field(default_factory=set)
     settled: set[str] = field(default_factory=set)
-    mistakes: list[Mistake] = field(default_factory=list)
+    mistakes: list[ConfigIssue] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
         if name in self.unknown:
-            raise NotKnown(name)
+            raise UnresolvedValue(name)
         return self.values[name]
 
     def knows(self, *names: str) -> bool:
@@ -83,12 +83,12 @@ class Completion:
     def derive(self, name: str, value: Any) -> None:
         """Sets a value that follows from others; a value that stays as it was keeps its origin."""
         before = self.values[name]
-        if name in OUTPUTS and name in self.given and self.knows(name) and before not in (None, value):
+        if name in DERIVED_ONLY and name in self.given and self.knows(name) and before not in (None, value):
             what, remedy = (
-                f"this follows from {OUTPUTS[name]}, which makes it {value!r}",
-                f"set {OUTPUTS[name]} instead",
+                f"this follows from {DERIVED_ONLY[name]}, which makes it {value!r}",
+                f"set {DERIVED_ONLY[name]} instead",
             )
-            self.mistakes.append(Mistake(what, key=name, value=before, remedy=remedy))
+            self.mistakes.append(ConfigIssue(what, key=name, value=before, remedy=remedy))
         if before != value or type(before) is not type(value):
             self.values[name] = value
             self.derived.add(name)
@@ -99,7 +99,7 @@ class Completion:
         """What the user gave for the key, or None."""
         return self[name] if name in self.given else None
 
-    def refuse(self, *mistakes: Mistake) -> None:
+    def refuse(self, *mistakes: ConfigIssue) -> None:
         """Notes mistakes; their keys' values mean nothing from now on."""
         self.mistakes += mistakes
         self.unknown |= {mistake.key for mistake in mistakes if mistake.key is not None}
@@ -124,7 +124,7 @@ def complete(
             step(draft)
         except ConfigError as fault:
             draft.refuse(*fault.mistakes)
-        except NotKnown:
+        except UnresolvedValue:
             pass
         else:
             continue
@@ -143,16 +143,16 @@ def _required(draft: Completion) -> None:
         if not draft.knows(name):
             continue
         if draft[name] is None:
-            draft.refuse(Mistake("the key is not given", key=name, remedy="every model needs it"))
+            draft.refuse(ConfigIssue("the key is not given", key=name, remedy="every model needs it"))
         elif draft[name] < 1:
-            draft.refuse(Mistake("this must be at least 1", key=name, value=draft[name]))
+            draft.refuse(ConfigIssue("this must be at least 1", key=name, value=draft[name]))
     if draft.knows("num_layers") and draft["num_layers"] > MOST_LAYERS:
-        draft.refuse(Mistake(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
+        draft.refuse(ConfigIssue(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
 
 
 def _world(draft: Completion) -> None:
     if draft.resources is None:
-        raise NotKnown("world_size")
+        raise UnresolvedValue("world_size")
     asked, found = draft.user("world_size"), draft.resources.world_size
     if asked not in (None, found):
         draft.warnings.append(f"world_size = {asked!r}: has no effect; {found} is what the machines offer")
@@ -249,7 +249,7 @@ def _optimizer(draft: Completion) -> None:
     block = draft["optimizer"]
     kind, rate = (draft.user(name) if draft.knows(name) else None for name in ("optimizer_type", "lr"))
     if block is None and not draft.knows("optimizer_type", "lr"):
-        raise NotKnown("lr")
+        raise UnresolvedValue("lr")
     if block is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
     choice = derive_optimizer(block, kind, rate, OPTIMIZERS.names)
@@ -318,7 +318,7 @@ def _generation(draft: Completion) -> None:
 def _batch(draft: Completion) -> None:
     share = max(1, draft["pipe_parallel_size"]) * draft["model_parallel_size"] * draft["context_parallel_size"]
     if share < 1 or draft["world_size"] % share:
-        raise NotKnown("world_size")  # a rule tells of the layout
+        raise UnresolvedValue("world_size")  # a rule tells of the layout
     ranks = max(1, draft["world_size"] // share)
     if trains(draft["user_script"]):
         batch = _training_batch(draft, ranks)
@@ -344,7 +344,7 @@ def _training_batch(draft: Completion, ranks: int) -> Batch:
         batch = derive_batch(total, micro, steps, ranks)
         if draft.knows(*names):
             return batch
-    raise NotKnown("train_batch_size")
+    raise UnresolvedValue("train_batch_size")
 
 
 def _fills(*names: str) -> frozenset[str]:

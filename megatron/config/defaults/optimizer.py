@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import OPTIMIZERS, Setting, nearest_name
 
 DEFAULT_LR = 1.0e-3
@@ -70,44 +70,46 @@ def _settings(kind: str) -> dict[str, Setting]:
     return {**COMMON, **(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else {})}
 
 
-def _form_mistakes(block: dict[str, Any]) -> list[Mistake]:
+def _form_mistakes(block: dict[str, Any]) -> list[ConfigIssue]:
     remedy = "write {type: Adam, params: {lr: 6.0e-4}}"
     faults = ["the block names no type"] if not isinstance(block.get("type"), str) else []
     faults += ["the block has no params"] if not isinstance(block.get("params"), dict) else []
-    return [Mistake(what, key="optimizer", value=block, remedy=remedy) for what in faults]
+    return [ConfigIssue(what, key="optimizer", value=block, remedy=remedy) for what in faults]
 
 
-def _kind_mistakes(kind: str, choices: tuple[str, ...]) -> list[Mistake]:
+def _kind_mistakes(kind: str, choices: tuple[str, ...]) -> list[ConfigIssue]:
     if kind.lower() in choices:
         return []
     close = "adam, whose weight decay is decoupled" if kind.lower() == "adamw" else nearest_name(kind, choices)
     listed = f"the choices are {', '.join(choices)}"
     remedy = f"did you mean {close}? Otherwise {listed}" if close else listed
-    return [Mistake("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)]
+    return [ConfigIssue("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)]
 
 
-def _contradiction(key: str, given: object, found: object, block: dict[str, Any]) -> list[Mistake]:
+def _contradiction(key: str, given: object, found: object, block: dict[str, Any]) -> list[ConfigIssue]:
     if given is None or given == found:
         return []
-    return [Mistake(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")]
+    return [
+        ConfigIssue(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")
+    ]
 
 
-def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) -> list[Mistake]:
+def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) -> list[ConfigIssue]:
     mistakes = []
     known = _settings(kind)
     for name in params:
         if name not in known:
             close = nearest_name(str(name), known)
             remedy = f"did you mean {close}?" if close else f"the parameters are {', '.join(known)}"
-            mistakes.append(Mistake(f"{kind} has no parameter {name}", key="optimizer", value=block, remedy=remedy))
+            mistakes.append(ConfigIssue(f"{kind} has no parameter {name}", key="optimizer", value=block, remedy=remedy))
     return mistakes
 
 
-def _wrong_values(kind: str, block: dict[str, Any]) -> list[Mistake]:
+def _wrong_values(kind: str, block: dict[str, Any]) -> list[ConfigIssue]:
     """Values of a wrong kind, of the parameters that the optimizer has."""
     known = _settings(kind)
     issues = [_issue(name, value, known[name]) for name, value in block["params"].items() if name in known]
-    return [Mistake(what, key="optimizer", value=block, remedy=hint) for what, hint in filter(None, issues)]
+    return [ConfigIssue(what, key="optimizer", value=block, remedy=hint) for what, hint in filter(None, issues)]
 
 
 def _issue(name: str, value: Any, setting: Setting) -> tuple[str, str] | None:

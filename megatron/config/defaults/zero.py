@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import nearest_name
 
 Table = dict[str, Any]
@@ -100,20 +100,20 @@ def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> T
     return {**zero, "stage": 1} if precision in HALF and zero["stage"] == 0 else zero
 
 
-def _stage_mistakes(zero: Table, *, tuned: bool) -> list[Mistake]:
+def _stage_mistakes(zero: Table, *, tuned: bool) -> list[ConfigIssue]:
     stage = zero.get("stage")
     if stage is None:
         if any(nearest_name(str(name), ZERO_NAMES) == "stage" for name in zero if name not in ZERO_NAMES):
             return []  # a misspelt stage, told by its name
-        return [Mistake("the block has no stage", "zero_optimization", zero, remedy="add stage: 0, 1, 2 or 3")]
+        return [ConfigIssue("the block has no stage", "zero_optimization", zero, remedy="add stage: 0, 1, 2 or 3")]
     stages = stage if tuned and isinstance(stage, list) else [stage]
     if all(type(one) in (int, float) and one in (0, 1, 2, 3) for one in stages) or (tuned and stage == "all"):
         return []
     what = f"there is no ZeRO stage {stage!r}"
-    return [Mistake(what, "zero_optimization", zero, remedy="the stages are 0, 1, 2 and 3")]
+    return [ConfigIssue(what, "zero_optimization", zero, remedy="the stages are 0, 1, 2 and 3")]
 
 
-def _name_mistakes(zero: Table) -> list[Mistake]:
+def _name_mistakes(zero: Table) -> list[ConfigIssue]:
     """DeepSpeed refuses unknown names in the block as well, but only once the workers run."""
     mistakes = []
     for name in zero:
@@ -121,5 +121,5 @@ def _name_mistakes(zero: Table) -> list[Mistake]:
             close = nearest_name(str(name), ZERO_NAMES)
             remedy = f"did you mean {close}?" if close else "leave it out"
             what = f"DeepSpeed knows no {name} in this block"
-            mistakes.append(Mistake(what, "zero_optimization", zero, remedy=remedy))
+            mistakes.append(ConfigIssue(what, "zero_optimization", zero, remedy=remedy))
     return mistakes

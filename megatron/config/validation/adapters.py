@@ -7,32 +7,34 @@ from collections.abc import Iterator
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.defaults.curriculum import curriculum_lengths
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import WITHOUT_ATTENTION
 
 
-def one_thing_is_trained(config: Config) -> Iterator[Mistake]:
+def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
     """A soft prompt is trained alone."""
     model = config.model
     if low_rank(model.lora) is not None and soft_prompt(model.soft_prompt_tuning) is not None:
-        yield Mistake(
+        yield ConfigIssue(
             "lora trains the model's matrices, and a soft prompt is trained alone",
             key="soft_prompt_tuning",
             remedy="keep one of the two",
         )
 
 
-def widths_are_those_of_the_model(config: Config) -> Iterator[Mistake]:
+def widths_are_those_of_the_model(config: Config) -> Iterator[ConfigIssue]:
     """Rates of muP are those of matrices whose sizes grow with the width, which neither a rank nor a prompt does."""
     model = config.model
     asked = {"lora": low_rank(model.lora), "soft_prompt_tuning": soft_prompt(model.soft_prompt_tuning)}
     for key, found in asked.items():
         if config.mup.use_mup and found is not None:
             told = "muP has no learning rate for what is trained beside a frozen model"
-            yield Mistake(told, key=key, remedy="leave use_mup out: tools/convert_to_hf.py folds it into the weights")
+            yield ConfigIssue(
+                told, key=key, remedy="leave use_mup out: tools/convert_to_hf.py folds it into the weights"
+            )
 
 
-def updates_have_matrices(config: Config) -> Iterator[Mistake]:
+def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     """Every targeted matrix is in some block: only blocks with attention have them, and experts have none."""
     model, moe = config.model, config.moe
     asked = low_rank(model.lora)
@@ -42,12 +44,12 @@ def updates_have_matrices(config: Config) -> Iterator[Mistake]:
     if not attending:
         kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))
         told = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
-        yield Mistake(told, key="lora", remedy="train the whole model, or a soft prompt")
+        yield ConfigIssue(told, key="lora", remedy="train the whole model, or a soft prompt")
         return
     mixtures = moe.moe_num_experts > 1 and all(number % max(1, moe.moe_expert_interval) == 0 for number in attending)
     lost = [name for name, module in zip(asked.targets, asked.modules(), strict=True) if module.startswith("mlp.")]
     if mixtures and lost:
-        yield Mistake(
+        yield ConfigIssue(
             f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
             "updates",
             key="lora",
@@ -55,7 +57,7 @@ def updates_have_matrices(config: Config) -> Iterator[Mistake]:
         )
 
 
-def prompts_leave_room(config: Config) -> Iterator[Mistake]:
+def prompts_leave_room(config: Config) -> Iterator[ConfigIssue]:
     """The prompt stands in the sequence, before one text that sees all of it."""
     model, data, lengths = config.model, config.data, config.deepspeed.curriculum_learning
     prompt = soft_prompt(model.soft_prompt_tuning)
@@ -63,13 +65,13 @@ def prompts_leave_room(config: Config) -> Iterator[Mistake]:
         return
     assert model.seq_length is not None
     if prompt.num_tokens >= model.seq_length:
-        yield Mistake(
+        yield ConfigIssue(
             f"its {prompt.num_tokens} vectors leave no room for a text in seq_length = {model.seq_length}",
             key="soft_prompt_tuning",
             remedy="lower num_tokens, or raise seq_length",
         )
     elif lengths and lengths.get("enabled") and _shortest(lengths, model.seq_length) <= prompt.num_tokens:
-        yield Mistake(
+        yield ConfigIssue(
             f"the shortest sequences are not longer than a prompt of {prompt.num_tokens} vectors",
             key="curriculum_learning",
             value=lengths,
@@ -77,7 +79,7 @@ def prompts_leave_room(config: Config) -> Iterator[Mistake]:
         )
     for name in ("reset_attention_mask", "reset_position_ids"):
         if getattr(data, name):
-            yield Mistake(
+            yield ConfigIssue(
                 "only the first document of a sample would see the soft prompt",
                 key=name,
                 value=True,

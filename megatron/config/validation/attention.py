@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.block_sparsity import SPARSE_KINDS, options_of
 from megatron.config.config import Config
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS, nearest_name
 
 FIXED = {"attention": "unidirectional", "horizontal_global_attention": False}
@@ -16,7 +16,7 @@ LISTS = frozenset({"local_window_blocks", "global_block_indices", "global_block_
 FROM_ZERO = frozenset({"num_random_blocks", "global_block_indices"})
 
 
-def sparse_options_are_known(config: Config) -> Iterator[Mistake]:
+def sparse_options_are_known(config: Config) -> Iterator[ConfigIssue]:
     """sparsity_config holds names that the model's sparse kinds read, with numbers that make a layout."""
     options: Mapping[str, Any] = config.model.sparsity_config or {}
     kinds = [kind for kind in SPARSE_KINDS if kind in (config.model.attention_config or ())]
@@ -76,22 +76,22 @@ def _no_layout(options: Mapping[str, Any], kinds: list[str]) -> str | None:
     return None
 
 
-def _fault(config: Config, told: str) -> Mistake:
-    return Mistake(told, key="sparsity_config", value=config.model.sparsity_config)
+def _fault(config: Config, told: str) -> ConfigIssue:
+    return ConfigIssue(told, key="sparsity_config", value=config.model.sparsity_config)
 
 
-def window_holds_a_token(config: Config) -> Iterator[Mistake]:
+def window_holds_a_token(config: Config) -> Iterator[ConfigIssue]:
     """A token sees at least itself."""
     width = config.model.sliding_window_width
     if width is not None and width < 1:
-        yield Mistake("it must be at least 1", key="sliding_window_width", value=width)
+        yield ConfigIssue("it must be at least 1", key="sliding_window_width", value=width)
 
 
-def blocks_have_their_own_weights(config: Config) -> Iterator[Mistake]:
+def blocks_have_their_own_weights(config: Config) -> Iterator[ConfigIssue]:
     """A checkpoint has a file for each block, and no public release ever shared weights between blocks."""
     unique = config.model.num_unique_layers
     if unique is not None and unique != config.model.num_layers:
-        yield Mistake(
+        yield ConfigIssue(
             "blocks do not share weights: the checkpoint layout keeps a file for every block, and a pipeline would "
             "have to sum the gradients of all its stages for each of them",
             key="num_unique_layers",
@@ -100,7 +100,7 @@ def blocks_have_their_own_weights(config: Config) -> Iterator[Mistake]:
         )
 
 
-def shared_positions_are_reduced_once(config: Config) -> Iterator[Mistake]:
+def shared_positions_are_reduced_once(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed's recomputation runs a backward pass for every group of blocks, and ZeRO reduces a gradient in each."""
     again = config.recompute
     names = ("partition_activations", "contiguous_checkpointing", "synchronize_each_layer", "profile_backward")
@@ -108,7 +108,7 @@ def shared_positions_are_reduced_once(config: Config) -> Iterator[Mistake]:
     recomputes = again.checkpoint_activations or again.recompute_granularity == "full"
     positions = POSITIONS.entry(config.model.pos_emb)
     if positions.scores and asked and recomputes and config.deepspeed.zero_stage not in (0, None):
-        yield Mistake(
+        yield ConfigIssue(
             f"pos_emb = {positions.name} has one table for all blocks, whose gradient ZeRO would reduce once for every "
             "group that DeepSpeed's recomputation repeats",
             key=asked[0],

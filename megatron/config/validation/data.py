@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.defaults.fill_defaults import trains
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS
 
 
-def data_has_one_source(config: Config) -> Iterator[Mistake]:
+def data_has_one_source(config: Config) -> Iterator[ConfigIssue]:
     """Either data_path, which `split` cuts, or lists of paths."""
     data = config.data
     lists = {f"{split}_data_paths": getattr(data, f"{split}_data_paths") for split in ("train", "valid", "test")}
     given = [name for name, paths in lists.items() if paths is not None]
     if data.data_path is not None and given:
-        yield Mistake(
+        yield ConfigIssue(
             f"{given[0]} is given as well", key="data_path", value=data.data_path, remedy="keep one of the two"
         )
     elif data.train_label_data_paths is not None and data.train_data_paths is None:
-        yield Mistake("there are no train_data_paths that it labels", key="train_label_data_paths")
+        yield ConfigIssue("there are no train_data_paths that it labels", key="train_label_data_paths")
     if given and lists["train_data_paths"] is None and trains(config.launch.user_script):
-        yield Mistake("there are no train_data_paths beside it", key=given[0], value=list(lists[given[0]] or ()))
+        yield ConfigIssue("there are no train_data_paths beside it", key=given[0], value=list(lists[given[0]] or ()))
 
 
-def lists_are_as_long_as_their_paths(config: Config) -> Iterator[Mistake]:
+def lists_are_as_long_as_their_paths(config: Config) -> Iterator[ConfigIssue]:
     """Weights, labels and rewards go with paths one by one."""
     data = config.data
     for split in ("train", "valid", "test"):
@@ -34,13 +34,15 @@ def lists_are_as_long_as_their_paths(config: Config) -> Iterator[Mistake]:
         for name in (f"{split}_data_weights", f"{split}_label_data_paths", f"{split}_reward_data_paths"):
             values = getattr(data, name)
             if values is not None and paths is not None and len(values) != count:
-                yield Mistake(f"it has {len(values)} items for {count} data sets", key=name, value=list(values))
+                yield ConfigIssue(f"it has {len(values)} items for {count} data sets", key=name, value=list(values))
         weights = getattr(data, f"{split}_data_weights") or ()
         if any(weight < 0 for weight in weights) or (weights and sum(weights) <= 0):
-            yield Mistake("weights are not negative and not all zero", key=f"{split}_data_weights", value=list(weights))
+            yield ConfigIssue(
+                "weights are not negative and not all zero", key=f"{split}_data_weights", value=list(weights)
+            )
 
 
-def split_is_readable(config: Config) -> Iterator[Mistake]:
+def split_is_readable(config: Config) -> Iterator[ConfigIssue]:
     """`split` holds up to three shares, separated by commas or slashes."""
     text = config.data.split
     try:
@@ -48,24 +50,24 @@ def split_is_readable(config: Config) -> Iterator[Mistake]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-        yield Mistake("this is not three shares", key="split", value=text, remedy="write 969,30,1 or the like")
+        yield ConfigIssue("this is not three shares", key="split", value=text, remedy="write 969,30,1 or the like")
 
 
-def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
+def passes_need_no_weights(config: Config) -> Iterator[ConfigIssue]:
     """A length in passes reads every training set equally often, so nothing else can say how often."""
     data = config.data
     if config.training.train_epochs is None:
         return
     weights = data.train_data_weights or ()
     if len(set(weights)) > 1:
-        yield Mistake(
+        yield ConfigIssue(
             "train_epochs reads every data set equally often",
             key="train_data_weights",
             value=list(weights),
             remedy="leave the weights out, or give train_iters",
         )
     if data.weight_by_num_documents:
-        yield Mistake(
+        yield ConfigIssue(
             "train_epochs reads every data set equally often",
             key="weight_by_num_documents",
             value=True,
@@ -73,12 +75,12 @@ def passes_need_no_weights(config: Config) -> Iterator[Mistake]:
         )
 
 
-def distances_start_again_with_attention(config: Config) -> Iterator[Mistake]:
+def distances_start_again_with_attention(config: Config) -> Iterator[ConfigIssue]:
     """A distance within a document is the same wherever the document lies; between documents there is none."""
     data, model = config.data, config.model
     counts_distances = "scores" in POSITIONS.entry(model.pos_emb).enters
     if data.reset_position_ids and not data.reset_attention_mask and counts_distances:
-        yield Mistake(
+        yield ConfigIssue(
             f"pos_emb = {model.pos_emb} counts distances, which start again only where documents are kept apart",
             key="reset_position_ids",
             value=True,

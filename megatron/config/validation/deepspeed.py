@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import OPTIMIZERS
 
 
-def offload_is_possible(config: Config) -> Iterator[Mistake]:
+def offload_is_possible(config: Config) -> Iterator[ConfigIssue]:
     """ZeRO can move away what it has cut; DeepSpeed overlooks other wishes, or fails in the workers."""
     block, stage = config.deepspeed.zero_optimization or {}, config.deepspeed.zero_stage
     by_host = "host" in OPTIMIZERS.entry(config.optimizer.optimizer_type).traits
@@ -31,10 +31,10 @@ def offload_is_possible(config: Config) -> Iterator[Mistake]:
         elif wish.get("ratio", 1) != 1 and not by_host:
             told = f"an {name} of ratio {wish['ratio']} needs DeepSpeed's own Adam", "leave ratio out"
         if told is not None:
-            yield Mistake(told[0], key="zero_optimization", value=block, remedy=told[1])
+            yield ConfigIssue(told[0], key="zero_optimization", value=block, remedy=told[1])
 
 
-def extra_arguments_only_add(config: Config) -> Iterator[Mistake]:
+def extra_arguments_only_add(config: Config) -> Iterator[ConfigIssue]:
     """`deepspeed_extra_args` may not change what other keys decide."""
     if not config.deepspeed.deepspeed_extra_args:
         return

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.defaults.attention import layer_classes
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 
 MOST_EXPANSION = 10_000
 """Of the MLP over the hidden size; more is a mistake, and could not be counted."""
 
 
-def layout_divides_world(config: Config) -> Iterator[Mistake]:
+def layout_divides_world(config: Config) -> Iterator[ConfigIssue]:
     """The product pipe x model x context must divide the world size."""
     axes = config.parallelism
     stages = max(1, axes.pipe_parallel_size)
     for name in ("pipe_parallel_size", "model_parallel_size", "context_parallel_size"):
         if getattr(axes, name) < 0 or (name != "pipe_parallel_size" and getattr(axes, name) < 1):
-            yield Mistake("a parallel size cannot be this small", key=name, value=getattr(axes, name))
+            yield ConfigIssue("a parallel size cannot be this small", key=name, value=getattr(axes, name))
             return
     share = stages * axes.model_parallel_size * axes.context_parallel_size
     assert axes.world_size is not None
@@ -28,7 +28,7 @@ def layout_divides_world(config: Config) -> Iterator[Mistake]:
         names = "pipe_parallel_size x model_parallel_size"
         if axes.context_parallel_size > 1:
             product, names = f"{product} x {axes.context_parallel_size}", f"{names} x context_parallel_size"
-        yield Mistake(
+        yield ConfigIssue(
             f"the world size does not divide by {names} = {product} = {share}",
             key="world_size",
             value=axes.world_size,
@@ -37,17 +37,17 @@ def layout_divides_world(config: Config) -> Iterator[Mistake]:
         )
 
 
-def stages_hold_layers(config: Config) -> Iterator[Mistake]:
+def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
     """Every pipeline stage needs a block, and the layers are dealt out by a method that exists."""
     axes, layers = config.parallelism, config.model.num_layers
     assert layers
     if axes.pipe_parallel_size > layers:
-        yield Mistake(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
+        yield ConfigIssue(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
     method = axes.pipe_partition_method
     if isinstance(method, tuple):
         yield from _blocks_are_dealt_out(method, max(1, axes.pipe_parallel_size), layers)
     elif method.lower() not in {"uniform", "parameters"} and not _is_type_method(method.lower()):
-        yield Mistake(
+        yield ConfigIssue(
             "there is no such method",
             key="pipe_partition_method",
             value=method,
@@ -58,11 +58,11 @@ def stages_hold_layers(config: Config) -> Iterator[Mistake]:
         yield from _some_layer_is_meant(method, layer_classes(layers, kinds))
 
 
-def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[Mistake]:
+def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[ConfigIssue]:
     """Layers of the classes that match are dealt out evenly, so one at least must match."""
     expression = method.partition(":")[2]
     if not expression or not any(re.search(expression, name, re.IGNORECASE) for name in classes):
-        yield Mistake(
+        yield ConfigIssue(
             "no layer of this model is of such a class",
             key="pipe_partition_method",
             value=method,
@@ -70,10 +70,10 @@ def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[Mistake]:
         )
 
 
-def _blocks_are_dealt_out(blocks: tuple[int, ...], stages: int, layers: int) -> Iterator[Mistake]:
+def _blocks_are_dealt_out(blocks: tuple[int, ...], stages: int, layers: int) -> Iterator[ConfigIssue]:
     """The first stage has the embedding and the last the output layer, so these may go without a block."""
     if len(blocks) != stages or sum(blocks) != layers or min(blocks) < 0 or 0 in blocks[1:-1]:
-        yield Mistake(
+        yield ConfigIssue(
             f"this does not deal {layers} blocks to {stages} stages",
             key="pipe_partition_method",
             value=list(blocks),
@@ -89,14 +89,14 @@ def _is_type_method(method: str) -> bool:
     return method.startswith("type:")
 
 
-def vocabulary_divides_ranks(config: Config) -> Iterator[Mistake]:
+def vocabulary_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
     """A padded vocabulary that is given outright is cut evenly by tensor parallelism."""
     padded, ranks = config.tokenizer.padded_vocab_size, config.parallelism.model_parallel_size
     if padded is not None and ranks > 0 and padded % ranks:
-        yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="padded_vocab_size", value=padded)
+        yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="padded_vocab_size", value=padded)
 
 
-def heads_divide_ranks(config: Config) -> Iterator[Mistake]:
+def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
     """Tensor parallel ranks hold whole heads, of queries and of keys."""
     heads, ranks = config.model.num_attention_heads, config.parallelism.model_parallel_size
     kv_heads = config.model.num_kv_heads
@@ -105,11 +105,11 @@ def heads_divide_ranks(config: Config) -> Iterator[Mistake]:
     if not _any_block(config, beside={"mamba", "gmlp", "amlp"}):
         return
     if ranks > 0 and heads % ranks:
-        yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
+        yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
     if kv_heads < 1 or heads % kv_heads:
-        yield Mistake(f"it does not divide num_attention_heads = {heads}", key="num_kv_heads", value=kv_heads)
+        yield ConfigIssue(f"it does not divide num_attention_heads = {heads}", key="num_kv_heads", value=kv_heads)
     elif kv_heads != heads and ranks > 0 and kv_heads % ranks:
-        yield Mistake(
+        yield ConfigIssue(
             f"model_parallel_size = {ranks} does not divide it",
             key="num_kv_heads",
             value=kv_heads,
@@ -122,26 +122,26 @@ def _any_block(config: Config, *, beside: set[str]) -> bool:
     return bool(set(map(str, config.model.attention_config or ())) - beside)
 
 
-def mlp_width_divides_ranks(config: Config) -> Iterator[Mistake]:
+def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
     """The MLP's inner width is cut evenly; only one of its two sizes may be given."""
     model, ranks = config.model, config.parallelism.model_parallel_size
     if model.intermediate_size is not None and model.expansion_factor is not None:
-        yield Mistake(
+        yield ConfigIssue(
             f"intermediate_size = {model.intermediate_size} says the same width",
             key="expansion_factor",
             value=model.expansion_factor,
             remedy="leave one of the two out",
         )
     elif model.expansion_factor is not None and abs(model.expansion_factor) > MOST_EXPANSION:
-        yield Mistake(f"at most {MOST_EXPANSION:,}", key="expansion_factor", value=model.expansion_factor)
+        yield ConfigIssue(f"at most {MOST_EXPANSION:,}", key="expansion_factor", value=model.expansion_factor)
     elif model.mlp_multiple_of < 1:
-        yield Mistake("it must be at least 1", key="mlp_multiple_of", value=model.mlp_multiple_of)
+        yield ConfigIssue("it must be at least 1", key="mlp_multiple_of", value=model.mlp_multiple_of)
     elif model.mlp_width < 1:
         key = "intermediate_size" if model.intermediate_size is not None else "expansion_factor"
-        yield Mistake("the MLP would have no width", key=key, value=getattr(model, key))
+        yield ConfigIssue("the MLP would have no width", key=key, value=getattr(model, key))
     elif ranks > 0 and model.mlp_width % ranks and _any_block(config, beside={"mamba", "rwkv"}):
         key = "intermediate_size" if model.intermediate_size is not None else "hidden_size"
-        yield Mistake(
+        yield ConfigIssue(
             f"the MLP's inner width is {model.mlp_width}, which model_parallel_size = {ranks} does not divide",
             key=key,
             value=getattr(model, key),
@@ -149,11 +149,11 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[Mistake]:
         )
 
 
-def pipeline_limits_zero(config: Config) -> Iterator[Mistake]:
+def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed's pipeline engine keeps whole gradients, which ZeRO 2 and 3 partition."""
     stage = config.deepspeed.zero_stage
     if config.parallelism.pipe_parallel_size >= 1 and stage in (2, 3):
-        yield Mistake(
+        yield ConfigIssue(
             f"the pipeline engine (pipe_parallel_size = {config.parallelism.pipe_parallel_size}) "
             f"does not work with ZeRO stage {stage}",
             key="zero_optimization",
@@ -162,14 +162,14 @@ def pipeline_limits_zero(config: Config) -> Iterator[Mistake]:
         )
 
 
-def context_needs_no_pipeline(config: Config) -> Iterator[Mistake]:
+def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed's pipeline has no axis for ranks that share a sequence; such ranks exchange whole heads."""
     axes, model = config.parallelism, config.model
     size = axes.context_parallel_size
     if size <= 1:
         return
     if axes.pipe_parallel_size >= 1:
-        yield Mistake(
+        yield ConfigIssue(
             f"the pipeline engine (pipe_parallel_size = {axes.pipe_parallel_size}) cannot share sequences",
             key="context_parallel_size",
             value=size,
@@ -178,7 +178,7 @@ def context_needs_no_pipeline(config: Config) -> Iterator[Mistake]:
     assert model.num_kv_heads is not None
     heads, rest = divmod(model.num_kv_heads, max(1, axes.model_parallel_size))
     if rest == 0 and (heads % size or heads == 0):
-        yield Mistake(
+        yield ConfigIssue(
             f"the {heads} key heads of a tensor parallel rank do not divide by it",
             key="context_parallel_size",
             value=size,
@@ -187,13 +187,13 @@ def context_needs_no_pipeline(config: Config) -> Iterator[Mistake]:
     yield from _sequence_divides(config, size, "context_parallel_size")
 
 
-def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[Mistake]:
+def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[ConfigIssue]:
     """Sequence parallelism cuts the sequence over the tensor parallel ranks."""
     axes = config.parallelism
     if not axes.sequence_parallel:
         return
     if axes.model_parallel_size == 1:
-        yield Mistake(
+        yield ConfigIssue(
             "there are no tensor parallel ranks to spread the sequence over (model_parallel_size = 1)",
             key="sequence_parallel",
             value=True,
@@ -204,11 +204,11 @@ def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[Mistake]
         yield from _sequence_divides(config, parts, "sequence_parallel")
 
 
-def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[Mistake]:
+def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[ConfigIssue]:
     length = config.model.seq_length
     assert length is not None
     if parts > 0 and length % parts:
-        yield Mistake(
+        yield ConfigIssue(
             f"seq_length = {length} does not divide into {parts} parts",
             key=key,
             value=getattr(config.parallelism, key),

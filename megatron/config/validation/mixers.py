@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 
@@ -13,13 +13,13 @@ def _kinds(config: Config) -> list[str]:
     return sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
 
 
-def mixers_limit_layouts(config: Config) -> Iterator[Mistake]:
+def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
     """Such a block needs whole sequences."""
     kinds, axes = _kinds(config), config.parallelism
     if not kinds:
         return
     if axes.context_parallel_size > 1:
-        yield Mistake(
+        yield ConfigIssue(
             f"blocks of kind {', '.join(kinds)} run through the sequence in order, so ranks cannot share it",
             key="context_parallel_size",
             value=axes.context_parallel_size,
@@ -28,20 +28,20 @@ def mixers_limit_layouts(config: Config) -> Iterator[Mistake]:
     yield from _attention_has_a_block(config)
 
 
-def _attention_has_a_block(config: Config) -> Iterator[Mistake]:
+def _attention_has_a_block(config: Config) -> Iterator[ConfigIssue]:
     """What speaks of attention needs a block that attends."""
     kinds, positions = tuple(map(str, config.model.attention_config or ())), config.model.pos_emb
     attends = set(kinds) - WITHOUT_ATTENTION
     entry = POSITIONS.entry(positions)
     if entry.enters & {"attention", "scores"} and not attends:
-        yield Mistake(
+        yield ConfigIssue(
             "this changes attention, and no block has any",
             key="pos_emb",
             value=positions,
             remedy="use none, learned or sinusoidal",
         )
     elif entry.scores and kinds[0] in WITHOUT_ATTENTION:
-        yield Mistake(
+        yield ConfigIssue(
             f"the first block holds the table of all blocks, and it is of kind {kinds[0]}",
             key="pos_emb",
             value=positions,
@@ -49,9 +49,9 @@ def _attention_has_a_block(config: Config) -> Iterator[Mistake]:
         )
     heads = config.model.num_kv_heads
     if heads != config.model.num_attention_heads and not attends:
-        yield Mistake("no block has attention", key="num_kv_heads", value=heads, remedy="leave it out")
+        yield ConfigIssue("no block has attention", key="num_kv_heads", value=heads, remedy="leave it out")
     if config.model.attention_dropout > 0 and not attends:
-        yield Mistake(
+        yield ConfigIssue(
             "no block has attention",
             key="attention_dropout",
             value=config.model.attention_dropout,
@@ -59,7 +59,7 @@ def _attention_has_a_block(config: Config) -> Iterator[Mistake]:
         )
 
 
-def mixer_widths_divide(config: Config) -> Iterator[Mistake]:
+def mixer_widths_divide(config: Config) -> Iterator[ConfigIssue]:
     """Heads and channels are whole on every tensor-parallel rank."""
     kinds, model, mixers = _kinds(config), config.model, config.mixers
     ranks = config.parallelism.model_parallel_size
@@ -68,20 +68,20 @@ def mixer_widths_divide(config: Config) -> Iterator[Mistake]:
     if "rwkv" in kinds:
         width, heads = mixers.dim_att or model.hidden_size, model.num_attention_heads
         if width % heads:
-            yield Mistake(f"num_attention_heads = {heads} does not divide it", key="dim_att", value=width)
+            yield ConfigIssue(f"num_attention_heads = {heads} does not divide it", key="dim_att", value=width)
         elif mixers.head_size not in (None, width // heads):
-            yield Mistake(
+            yield ConfigIssue(
                 f"{heads} heads of {width} features are {width // heads} wide", key="head_size", value=mixers.head_size
             )
         if model.hidden_size % max(1, ranks):
-            yield Mistake(
+            yield ConfigIssue(
                 f"model_parallel_size = {ranks} does not divide it", key="hidden_size", value=model.hidden_size
             )
         ffn = mixers.ffn_dim
         if ffn is not None and (ffn < 1 or ffn % max(1, ranks)):
-            yield Mistake(f"model_parallel_size = {ranks} does not divide it", key="ffn_dim", value=ffn)
+            yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="ffn_dim", value=ffn)
     if "mamba" in kinds and 2 * model.hidden_size % max(1, ranks):
-        yield Mistake(
+        yield ConfigIssue(
             f"its blocks have {2 * model.hidden_size} channels, which model_parallel_size = {ranks} does not divide",
             key="hidden_size",
             value=model.hidden_size,
@@ -90,14 +90,14 @@ def mixer_widths_divide(config: Config) -> Iterator[Mistake]:
         yield from _gating(config)
 
 
-def _gating(config: Config) -> Iterator[Mistake]:
+def _gating(config: Config) -> Iterator[ConfigIssue]:
     model = config.model
     if ACTIVATIONS.entry(model.activation).gated:
-        yield Mistake(
+        yield ConfigIssue(
             "a gMLP gates by itself, and needs an activation that keeps the width",
             key="activation",
             value=model.activation,
             remedy="use gelu or the like",
         )
     if config.mixers.gmlp_attn_dim < 1:
-        yield Mistake("it must be at least 1", key="gmlp_attn_dim", value=config.mixers.gmlp_attn_dim)
+        yield ConfigIssue("it must be at least 1", key="gmlp_attn_dim", value=config.mixers.gmlp_attn_dim)

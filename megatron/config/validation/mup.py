@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.config.config import CATALOG, Config
+from megatron.config.config import FIELDS, Config
 from megatron.config.defaults.fill_defaults import trains
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION
 
 FACTORS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 
 
-def mup_is_on_where_it_is_meant(config: Config) -> Iterator[Mistake]:
+def mup_is_on_where_it_is_meant(config: Config) -> Iterator[ConfigIssue]:
     """Factors of muP change nothing without it."""
     mup = config.mup
     if mup.use_mup:
         return
     for name in FACTORS:
-        if getattr(mup, name) != CATALOG[name].default:
+        if getattr(mup, name) != FIELDS[name].default:
             what = "it is a factor of muP, which is off"
-            yield Mistake(what, key=name, value=getattr(mup, name), remedy="set use_mup, or leave it out")
+            yield ConfigIssue(what, key=name, value=getattr(mup, name), remedy="set use_mup, or leave it out")
     if mup.coord_check:
-        yield Mistake("it looks at muP, which is off", key="coord_check", value=True, remedy="set use_mup")
+        yield ConfigIssue("it looks at muP, which is off", key="coord_check", value=True, remedy="set use_mup")
     if mup.base_shapes_file is not None and not mup.save_base_shapes:
-        yield Mistake(
+        yield ConfigIssue(
             "nobody reads or writes it",
             key="base_shapes_file",
             value=mup.base_shapes_file,
@@ -32,10 +32,10 @@ def mup_is_on_where_it_is_meant(config: Config) -> Iterator[Mistake]:
         )
     if mup.mup_base_widths is not None:
         what = "it follows from base_shapes_file"
-        yield Mistake(what, key="mup_base_widths", value=mup.mup_base_widths, remedy="leave it out")
+        yield ConfigIssue(what, key="mup_base_widths", value=mup.mup_base_widths, remedy="leave it out")
 
 
-def mup_has_a_base(config: Config) -> Iterator[Mistake]:
+def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
     """Widths are compared with a base, which a file tells; that file is written by a run that trains nothing."""
     mup = config.mup
     if (mup.use_mup or mup.save_base_shapes) and mup.base_shapes_file is None:
@@ -44,15 +44,17 @@ def mup_has_a_base(config: Config) -> Iterator[Mistake]:
         remedy = "give base_shapes_file"
         if not mup.save_base_shapes:
             remedy += ", which ./deepy.py train.py BASE_CONF --save-base-shapes true --base-shapes-file FILE writes"
-        yield Mistake(what, key=name, value=True, remedy=remedy)
+        yield ConfigIssue(what, key=name, value=True, remedy=remedy)
     both = [name for name in ("save_base_shapes", "coord_check") if getattr(mup, name)]
     if len(both) == 2:
-        yield Mistake("save_base_shapes is set as well", key="coord_check", value=True, remedy="one after the other")
+        yield ConfigIssue(
+            "save_base_shapes is set as well", key="coord_check", value=True, remedy="one after the other"
+        )
     elif both and not trains(config.launch.user_script):
         what = f"{config.launch.user_script} does not do it"
-        yield Mistake(what, key=both[0], value=True, remedy="call ./deepy.py train.py with it")
+        yield ConfigIssue(what, key=both[0], value=True, remedy="call ./deepy.py train.py with it")
     if mup.coord_check and config.parallelism.pipe_parallel_size > 0:
-        yield Mistake(
+        yield ConfigIssue(
             "the check looks into whole models",
             key="coord_check",
             value=True,
@@ -60,18 +62,18 @@ def mup_has_a_base(config: Config) -> Iterator[Mistake]:
         )
 
 
-def mup_factors_are_positive(config: Config) -> Iterator[Mistake]:
+def mup_factors_are_positive(config: Config) -> Iterator[ConfigIssue]:
     """Factors and temperatures; a scale of widths makes wider."""
     mup = config.mup
     for name in FACTORS:
         if not getattr(mup, name) > 0:
-            yield Mistake("it must be more than 0", key=name, value=getattr(mup, name))
+            yield ConfigIssue("it must be more than 0", key=name, value=getattr(mup, name))
     if mup.mup_width_scale < 2:
-        yield Mistake(
+        yield ConfigIssue(
             "each width is that many times the one before: at least 2", key="mup_width_scale", value=mup.mup_width_scale
         )
     if mup.use_mup and mup.mup_rp_embedding_mult != 1.0 and not POSITIONS.entry(config.model.pos_emb).scores:
-        yield Mistake(
+        yield ConfigIssue(
             f"pos_emb = {config.model.pos_emb} learns no relative positions",
             key="mup_rp_embedding_mult",
             value=mup.mup_rp_embedding_mult,
@@ -79,13 +81,13 @@ def mup_factors_are_positive(config: Config) -> Iterator[Mistake]:
         )
 
 
-def mup_knows_the_model(config: Config) -> Iterator[Mistake]:
+def mup_knows_the_model(config: Config) -> Iterator[ConfigIssue]:
     """The rules of muP are for products of matrices and for attention."""
     if not config.mup.use_mup:
         return
     kinds = sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
     if kinds:
-        yield Mistake(
+        yield ConfigIssue(
             f"muP has no rules for blocks of kind {', '.join(kinds)}: they are derived for products of matrices and "
             "attention, and are known to fail for state spaces (Vankadara et al., NeurIPS 2024)",
             key="use_mup",
@@ -93,7 +95,7 @@ def mup_knows_the_model(config: Config) -> Iterator[Mistake]:
             remedy="use kinds with attention, or leave use_mup out",
         )
     if NORMS.entry(config.model.norm).scalars:
-        yield Mistake(
+        yield ConfigIssue(
             "muP has no rule for its one length, which would have to grow with the root of the width",
             key="norm",
             value=config.model.norm,
@@ -101,14 +103,14 @@ def mup_knows_the_model(config: Config) -> Iterator[Mistake]:
         )
 
 
-def mup_knows_the_optimizer(config: Config) -> Iterator[Mistake]:
+def mup_knows_the_optimizer(config: Config) -> Iterator[ConfigIssue]:
     """How a learning rate follows the width depends on how a step follows the gradient."""
     kind = config.optimizer.optimizer_type
     if not config.mup.use_mup or not trains(config.launch.user_script):
         return
     known = {name for name in OPTIMIZERS.names if OPTIMIZERS.entry(name).traits & {"entrywise", "proportional"}}
     if kind not in known:
-        yield Mistake(
+        yield ConfigIssue(
             f"muP has rules for steps of a size of their own in every entry and for steps as large as the gradient, "
             f"and those of {kind} are neither",
             key="optimizer",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 
 
-def whole_tensors_need_no_zero(config: Config) -> Iterator[Mistake]:
+def whole_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
     """ZeRO cuts parameters into flat pieces, which have no rows and columns."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
     traits = OPTIMIZERS.entry(kind).traits
@@ -20,7 +20,7 @@ def whole_tensors_need_no_zero(config: Config) -> Iterator[Mistake]:
         return
     if not _asked_for_pieces(config):
         return
-    yield Mistake(
+    yield ConfigIssue(
         f"{kind} looks at the rows and columns of a matrix, and ZeRO stage {stage} makes flat pieces of it",
         key="optimizer",
         value=config.optimizer.optimizer,
@@ -34,27 +34,27 @@ def _asked_for_pieces(config: Config) -> bool:
     return stage not in (0, None) and not (stage == 1 and config.precision.precision != "fp32")
 
 
-def _matrices_from_pieces(config: Config) -> Iterator[Mistake]:
+def _matrices_from_pieces(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed's Muon puts matrices together from the pieces of ZeRO 1 in bfloat16, over data-parallel ranks alone."""
     axes, observe, value = config.parallelism, config.observe, config.optimizer.optimizer
     cut = axes.model_parallel_size > 1 or axes.context_parallel_size > 1 or axes.pipe_parallel_size > 0
     accumulate = (config.precision.data_types or {}).get("grad_accum_dtype")
     if config.deepspeed.zero_stage != 1 or cut or accumulate != "fp32":
-        yield Mistake(
+        yield ConfigIssue(
             "in bfloat16 DeepSpeed's muon needs ZeRO stage 1, gradients summed in fp32, and data parallelism alone",
             key="optimizer",
             value=value,
             remedy="set pipe_parallel_size: 0, model_parallel_size: 1 and zero_optimization: {stage: 1}, or use fp32",
         )
     if config.optimizer.params.get("adjust_lr_fn") != "original" or config.optimizer.params.get("nesterov") is False:
-        yield Mistake(
+        yield ConfigIssue(
             "in bfloat16 DeepSpeed's muon scales a step by sqrt(max(1, rows/columns)) and looks ahead",
             key="optimizer",
             value=value,
             remedy="write adjust_lr_fn: original and leave nesterov out, or use fp32",
         )
     if observe.log_grad_norm or observe.log_grad_pct_zeros or observe.log_gradient_noise_scale:
-        yield Mistake(
+        yield ConfigIssue(
             "DeepSpeed's muon has made updates of the gradients before anyone can look at them",
             key="optimizer",
             value=value,
@@ -62,11 +62,11 @@ def _matrices_from_pieces(config: Config) -> Iterator[Mistake]:
         )
 
 
-def momenta_are_exchanged_once(config: Config) -> Iterator[Mistake]:
+def momenta_are_exchanged_once(config: Config) -> Iterator[ConfigIssue]:
     """1-bit Adam sums no gradients, which ZeRO does as they arrive, and keeps fp32 momenta."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
     if "local" in OPTIMIZERS.entry(kind).traits and _asked_for_pieces(config):
-        yield Mistake(
+        yield ConfigIssue(
             f"{kind} exchanges momenta in place of gradients, and ZeRO stage {stage} sums gradients",
             key="optimizer",
             value=config.optimizer.optimizer,
@@ -74,14 +74,14 @@ def momenta_are_exchanged_once(config: Config) -> Iterator[Mistake]:
         )
 
 
-def pieces_need_full_precision(config: Config) -> Iterator[Mistake]:
+def pieces_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
     """DeepSpeed keeps the fp32 copies of low-precision weights as flat pieces."""
     kind, precision = config.optimizer.optimizer_type, config.precision.precision
     traits = OPTIMIZERS.entry(kind).traits
     if "pieces" in traits and precision == "bfloat16" and config.deepspeed.zero_stage == 1:
         return  # DeepSpeed's own form of it
     if traits & {"whole", "local"} and precision != "fp32":
-        yield Mistake(
+        yield ConfigIssue(
             f"{kind} works on whole fp32 tensors, and DeepSpeed makes flat fp32 copies of {precision} weights",
             key="precision",
             value=precision,
@@ -89,11 +89,11 @@ def pieces_need_full_precision(config: Config) -> Iterator[Mistake]:
         )
 
 
-def spread_experts_are_pieces(config: Config) -> Iterator[Mistake]:
+def spread_experts_are_pieces(config: Config) -> Iterator[ConfigIssue]:
     """Ranks that share the experts each hold a part of a stack, and sum the gradients of that part themselves."""
     kind, spread = config.optimizer.optimizer_type, config.moe.moe_expert_parallel_size
     if OPTIMIZERS.entry(kind).traits & {"whole", "local"} and config.moe.moe_num_experts > 1 and spread > 1:
-        yield Mistake(
+        yield ConfigIssue(
             f"{kind} works on whole tensors and all data-parallel ranks, and experts are spread over ranks",
             key="moe_expert_parallel_size",
             value=spread,
@@ -101,14 +101,14 @@ def spread_experts_are_pieces(config: Config) -> Iterator[Mistake]:
         )
 
 
-def host_memory_holds_parameters(config: Config) -> Iterator[Mistake]:
+def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
     """An optimizer for the host's processor needs parameters, or copies of them, in the host's memory."""
     kind = config.optimizer.optimizer_type
     if "host" not in OPTIMIZERS.entry(kind).traits or config.launch.distributed_backend != "nccl":
         return
     offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
     if offload.get("device") != "cpu":
-        yield Mistake(
+        yield ConfigIssue(
             f"{kind} updates in the host's memory, and the parameters are on the GPU",
             key="optimizer",
             value=config.optimizer.optimizer,
@@ -116,19 +116,19 @@ def host_memory_holds_parameters(config: Config) -> Iterator[Mistake]:
         )
 
 
-def eight_bits_are_built(config: Config) -> Iterator[Mistake]:
+def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
     """Not every optimizer has a form whose state has eight bits."""
     kind = config.optimizer.optimizer_type
     if not config.optimizer.use_bnb_optimizer:
         return
     if kind not in EIGHT_BIT:
         remedy = f"use one of {', '.join(EIGHT_BIT.names)}, or leave it out"
-        yield Mistake(f"bitsandbytes has no {kind}", key="use_bnb_optimizer", value=True, remedy=remedy)
+        yield ConfigIssue(f"bitsandbytes has no {kind}", key="use_bnb_optimizer", value=True, remedy=remedy)
         return
     further = sorted(set(config.optimizer.params) & set(OPTIMIZERS.entry(kind).settings))
     unknown = [name for name in further if name not in EIGHT_BIT.entry(kind).settings]
     if unknown:
-        yield Mistake(
+        yield ConfigIssue(
             f"the 8-bit {kind} has no parameter {', '.join(unknown)}",
             key="optimizer",
             value=config.optimizer.optimizer,
@@ -136,13 +136,13 @@ def eight_bits_are_built(config: Config) -> Iterator[Mistake]:
         )
 
 
-def nesterov_needs_momentum(config: Config) -> Iterator[Mistake]:
+def nesterov_needs_momentum(config: Config) -> Iterator[ConfigIssue]:
     """Nesterov's step looks ahead along a momentum."""
     params = config.optimizer.params
     dampens = "dampening" in OPTIMIZERS.entry(config.optimizer.optimizer_type).settings
     looks_ahead = dampens and params.get("nesterov")
     if looks_ahead and (not params.get("momentum") or params.get("dampening")):
-        yield Mistake(
+        yield ConfigIssue(
             "nesterov needs a momentum and no dampening",
             key="optimizer",
             value=config.optimizer.optimizer,

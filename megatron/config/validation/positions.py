@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config.config import Config
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 from megatron.registry import POSITIONS, nearest_name
 
 SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -24,29 +24,29 @@ SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 """What each type of rope_scaling must say, and what it may say."""
 
 
-def sines_come_in_pairs(config: Config) -> Iterator[Mistake]:
+def sines_come_in_pairs(config: Config) -> Iterator[ConfigIssue]:
     """Half of the features hold sines and half cosines."""
     model = config.model
     if model.pos_emb == "sinusoidal" and (model.hidden_size or 0) % 2:
-        yield Mistake("pos_emb = sinusoidal needs an even width", key="hidden_size", value=model.hidden_size)
+        yield ConfigIssue("pos_emb = sinusoidal needs an even width", key="hidden_size", value=model.hidden_size)
 
 
-def buckets_hold_distances(config: Config) -> Iterator[Mistake]:
+def buckets_hold_distances(config: Config) -> Iterator[ConfigIssue]:
     """Half of the buckets hold one distance each; the rest reach from there to rpe_max_distance."""
     model = config.model
     if "rpe_num_buckets" not in POSITIONS.entry(model.pos_emb).settings:
         return
     if model.rpe_num_buckets < 2:
-        yield Mistake("it must be at least 2", key="rpe_num_buckets", value=model.rpe_num_buckets)
+        yield ConfigIssue("it must be at least 2", key="rpe_num_buckets", value=model.rpe_num_buckets)
     elif model.rpe_max_distance <= model.rpe_num_buckets // 2:
-        yield Mistake(
+        yield ConfigIssue(
             f"the first {model.rpe_num_buckets // 2} of rpe_num_buckets = {model.rpe_num_buckets} reach further",
             key="rpe_max_distance",
             value=model.rpe_max_distance,
         )
 
 
-def scaling_is_known(config: Config) -> Iterator[Mistake]:
+def scaling_is_known(config: Config) -> Iterator[ConfigIssue]:
     """rope_scaling names a type and the numbers that this type takes; only rotary positions are scaled."""
     model = config.model
     scaling: Mapping[str, Any] | None = model.rope_scaling
@@ -58,7 +58,7 @@ def scaling_is_known(config: Config) -> Iterator[Mistake]:
     elif told is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
         told = "the dynamic type needs at least two turned pairs of features"
     if told is not None:
-        yield Mistake(told, key="rope_scaling", value=dict(scaling))
+        yield ConfigIssue(told, key="rope_scaling", value=dict(scaling))
 
 
 def _scaling_fault(scaling: Mapping[str, Any]) -> str | None:

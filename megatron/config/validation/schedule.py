@@ -8,19 +8,21 @@ from megatron.config.config import Config
 from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.defaults.curriculum import curriculum_mistakes
 from megatron.config.defaults.fill_defaults import trains
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 
 
-def warmup_is_a_part(config: Config) -> Iterator[Mistake]:
+def warmup_is_a_part(config: Config) -> Iterator[ConfigIssue]:
     """The warmup is a part of the decay horizon, though other programs count it in steps; warmup_iters does."""
     schedule = config.schedule
     warmup, steps = schedule.warmup, schedule.warmup_iters
     if steps is not None:
         if steps < 0:
-            yield Mistake("it cannot be negative", key="warmup_iters", value=steps)
+            yield ConfigIssue("it cannot be negative", key="warmup_iters", value=steps)
         if schedule.lr_decay_samples is not None:
             remedy = "give warmup, a part of the horizon"
-            yield Mistake("the horizon counts samples (train_samples)", key="warmup_iters", value=steps, remedy=remedy)
+            yield ConfigIssue(
+                "the horizon counts samples (train_samples)", key="warmup_iters", value=steps, remedy=remedy
+            )
         return
     if 0 <= warmup <= 1:
         return
@@ -30,10 +32,10 @@ def warmup_is_a_part(config: Config) -> Iterator[Mistake]:
         share = f"{warmup:g} of {horizon:,} steps are {warmup / horizon:.3g}"
         remedy = f"it is a part of the decay horizon: {share}"
         remedy += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
-    yield Mistake("it must lie between 0 and 1", key="warmup", value=warmup, remedy=remedy)
+    yield ConfigIssue("it must lie between 0 and 1", key="warmup", value=warmup, remedy=remedy)
 
 
-def warmup_ends_before_the_horizon(config: Config) -> Iterator[Mistake]:
+def warmup_ends_before_the_horizon(config: Config) -> Iterator[ConfigIssue]:
     """A warmup that fills the horizon leaves no step at the peak, and none for the decay."""
     schedule = config.schedule
     if not trains(config.launch.user_script):
@@ -45,7 +47,7 @@ def warmup_ends_before_the_horizon(config: Config) -> Iterator[Mistake]:
     name = "warmup" if schedule.warmup_iters is None else "warmup_iters"
     length = schedule.warmup_length(horizon)
     if 0 < horizon <= length:
-        yield Mistake(
+        yield ConfigIssue(
             f"the warmup is {length:,} {'steps' if counts == 'lr_decay_iters' else 'samples'} long and the decay ends "
             f"at {horizon:,} ({counts})",
             key=name,
@@ -54,13 +56,13 @@ def warmup_ends_before_the_horizon(config: Config) -> Iterator[Mistake]:
         )
 
 
-def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:
+def learning_rates_are_ordered(config: Config) -> Iterator[ConfigIssue]:
     """The floor of the schedule is not above its peak; the schedule has one source on resuming."""
     rate, floor = config.optimizer.lr, config.schedule.min_lr
     if rate is not None and floor > rate:
-        yield Mistake(f"it is above the learning rate {rate}", key="min_lr", value=floor)
+        yield ConfigIssue(f"it is above the learning rate {rate}", key="min_lr", value=floor)
     if config.schedule.override_lr_scheduler and config.schedule.use_checkpoint_lr_scheduler:
-        yield Mistake(
+        yield ConfigIssue(
             "override_lr_scheduler asks for the opposite",
             key="use_checkpoint_lr_scheduler",
             value=True,
@@ -68,34 +70,34 @@ def learning_rates_are_ordered(config: Config) -> Iterator[Mistake]:
         )
 
 
-def run_has_a_length(config: Config) -> Iterator[Mistake]:
+def run_has_a_length(config: Config) -> Iterator[ConfigIssue]:
     """One of train_iters, train_epochs and train_samples."""
     if not trains(config.launch.user_script):
         return
     names = ("train_iters", "train_epochs", "train_samples")
     given = [name for name in names if getattr(config.training, name) is not None]
     if not given:
-        yield Mistake("the length of the run is not given", key="train_iters", remedy="give train_iters")
+        yield ConfigIssue("the length of the run is not given", key="train_iters", remedy="give train_iters")
     if len(given) > 1:
-        yield Mistake(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
+        yield ConfigIssue(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
     for name in given:
         value = getattr(config.training, name)
         if value < 0 or (value == 0 and name != "train_iters"):
-            yield Mistake("a run cannot have this length", key=name, value=value)
+            yield ConfigIssue("a run cannot have this length", key=name, value=value)
 
 
-def horizon_counts_what_the_run_counts(config: Config) -> Iterator[Mistake]:
+def horizon_counts_what_the_run_counts(config: Config) -> Iterator[ConfigIssue]:
     """A run counted in samples decays over samples, one counted in steps over steps."""
     schedule, samples = config.schedule, config.training.train_samples
     if samples is not None and schedule.lr_decay_iters is not None:
-        yield Mistake(
+        yield ConfigIssue(
             "the run's length is given in samples",
             key="lr_decay_iters",
             value=schedule.lr_decay_iters,
             remedy="give lr_decay_samples",
         )
     if samples is None and schedule.lr_decay_samples is not None:
-        yield Mistake(
+        yield ConfigIssue(
             "the run's length is not given in samples",
             key="lr_decay_samples",
             value=schedule.lr_decay_samples,
@@ -103,10 +105,10 @@ def horizon_counts_what_the_run_counts(config: Config) -> Iterator[Mistake]:
         )
     full = config.training.train_batch_size
     if samples is not None and full is not None and 0 < samples < full and config.training.rampup_batch_size is None:
-        yield Mistake(f"a step takes {full}", key="train_samples", value=samples, remedy="raise it")
+        yield ConfigIssue(f"a step takes {full}", key="train_samples", value=samples, remedy="raise it")
 
 
-def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
+def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
     """Every size on the way to train_batch_size is whole micro batches on every data-parallel rank."""
     training = config.training
     ramp, full, micro = training.rampup_batch_size, training.train_batch_size, training.train_micro_batch_size_per_gpu
@@ -114,11 +116,11 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
         return
     form = f"write [first size, increment, samples], such as [{micro}, {micro}, {100 * full}]"
     if len(ramp) != 3 or min(ramp) < 1:
-        yield Mistake("these are not three counts", key="rampup_batch_size", value=list(ramp), remedy=form)
+        yield ConfigIssue("these are not three counts", key="rampup_batch_size", value=list(ramp), remedy=form)
         return
     first, increment, _ = ramp
     if first > full or (full - first) % increment:
-        yield Mistake(
+        yield ConfigIssue(
             f"from {first} in steps of {increment} there is no way to train_batch_size = {full}",
             key="rampup_batch_size",
             value=list(ramp),
@@ -128,7 +130,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
     share = micro * config.parallelism.data_parallel_size
     uneven = [size for size in Ramp.of(full, ramp).sizes() if size % share]
     if uneven:
-        yield Mistake(
+        yield ConfigIssue(
             f"a step of {uneven[0]} samples is not whole micro batches of {micro} on "
             f"{config.parallelism.data_parallel_size} data-parallel ranks",
             key="rampup_batch_size",
@@ -136,7 +138,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
             remedy=f"use multiples of {share}, or a smaller micro batch",
         )
     if training.train_epochs is not None:
-        yield Mistake(
+        yield ConfigIssue(
             "the length of the run is given in passes (train_epochs)",
             key="rampup_batch_size",
             value=list(ramp),
@@ -144,7 +146,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[Mistake]:
         )
 
 
-def curriculum_is_one_of_ours(config: Config) -> Iterator[Mistake]:
+def curriculum_is_one_of_ours(config: Config) -> Iterator[ConfigIssue]:
     """The curriculum is built here, from DeepSpeed's block curriculum_learning; its data_efficiency block is not."""
     block, length = config.deepspeed.curriculum_learning, config.model.seq_length
     axes = config.parallelism
@@ -152,10 +154,10 @@ def curriculum_is_one_of_ours(config: Config) -> Iterator[Mistake]:
     parts = axes.context_parallel_size * (axes.model_parallel_size if axes.sequence_parallel else 1)
     if block and block.get("enabled", False):
         for what, remedy in curriculum_mistakes(block, seq_length=length, parts=parts):
-            yield Mistake(what, key="curriculum_learning", value=block, remedy=remedy)
+            yield ConfigIssue(what, key="curriculum_learning", value=block, remedy=remedy)
     efficiency = config.deepspeed.data_efficiency
     if efficiency and efficiency.get("enabled", True):
-        yield Mistake(
+        yield ConfigIssue(
             "DeepSpeed samples data itself there, and drops tokens inside layers that it wraps; data and layers are "
             "ours here",
             key="data_efficiency",

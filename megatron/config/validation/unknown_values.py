@@ -1,7 +1,7 @@
 """Values that may be unknown: asserted in a resolved configuration, left out of the rules of one with errors.
 
 A user wants every mistake at once, and no mistake that is only an echo of another one. So derivations and rules run
-on the values that are good; whoever asks for one that is not gets `NotKnown`, and is left out.
+on the values that are good; whoever asks for one that is not gets `UnresolvedValue`, and is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from megatron.config.field import Section
-from megatron.errors import Mistake
+from megatron.errors import ConfigIssue
 
 if TYPE_CHECKING:
     from megatron.config.config import Config
@@ -25,18 +25,18 @@ def known(value: Value | None) -> Value:
     return value
 
 
-class NotKnown(Exception):
+class UnresolvedValue(Exception):
     """A value was asked for that is wrong, or that nobody could read."""
 
 
-def meant(mistakes: Iterable[Mistake], names: Collection[str]) -> set[str]:
+def meant(mistakes: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
     """The keys that a remedy names: with `did you mean num_layers?`, num_layers is not missing."""
     words = {word for mistake in mistakes for word in re.findall(r"\w+", mistake.remedy or "")}
     return words & set(names)
 
 
 def partial(config: Config, unknown: Collection[str]) -> Config:
-    """The configuration, which raises NotKnown where one of the unknown keys is read."""
+    """The configuration, which raises UnresolvedValue where one of the unknown keys is read."""
     return cast("Config", _PartialConfig(config, unknown)) if unknown else config
 
 
@@ -63,7 +63,7 @@ class _PartialSection:
 
     def __getattr__(self, name: str) -> Any:
         if name in self._unknown:
-            raise NotKnown(name)
+            raise UnresolvedValue(name)
         derived = getattr(type(self._section), name, None)
         if isinstance(derived, property) and derived.fget is not None:
             return derived.fget(self)

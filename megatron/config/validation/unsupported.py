@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.config import CATALOG, Config
+from megatron.config.config import FIELDS, Config
 from megatron.config.validation.dependent_keys import (
     dependent_without_effect,
     profile_never_starts,
@@ -31,7 +31,7 @@ from megatron.registry import (
 
 
 @dataclass(frozen=True)
-class Gap:
+class UnsupportedKey:
     """One key whose feature is not built. asked: whether this value asks for it."""
 
     key: str
@@ -60,23 +60,25 @@ FAMILIES: Mapping[str, Family[Any]] = {
 }
 """Keys that name a part: a name that the family does not list is not built."""
 
-GAPS: tuple[Gap, ...] = (
-    Gap("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
-    Gap("train_reward_data_paths", "learning from rewards", _on),
-    Gap("pos_train_data_paths", "pairs of answers", _on),
-    Gap("serve_model_weights", "serving weights while training", _on),
-    Gap("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
-    Gap("autotuning", "DeepSpeed's autotuner", _on),
-    Gap("amp", "Apex mixed precision, gone from DeepSpeed; precision: bfloat16 replaces it", _on),
-    Gap("sparse_gradients", "sparse gradients, gone from DeepSpeed", _on),
-    Gap("sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on),
-    Gap("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
-    Gap("compression_training", "compressed training, gone from DeepSpeed", _on),
-    Gap("lazy_mpu_init", "process groups made by the caller", _on),
+GAPS: tuple[UnsupportedKey, ...] = (
+    UnsupportedKey("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
+    UnsupportedKey("train_reward_data_paths", "learning from rewards", _on),
+    UnsupportedKey("pos_train_data_paths", "pairs of answers", _on),
+    UnsupportedKey("serve_model_weights", "serving weights while training", _on),
+    UnsupportedKey("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
+    UnsupportedKey("autotuning", "DeepSpeed's autotuner", _on),
+    UnsupportedKey("amp", "Apex mixed precision, gone from DeepSpeed; precision: bfloat16 replaces it", _on),
+    UnsupportedKey("sparse_gradients", "sparse gradients, gone from DeepSpeed", _on),
+    UnsupportedKey(
+        "sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on
+    ),
+    UnsupportedKey("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
+    UnsupportedKey("compression_training", "compressed training, gone from DeepSpeed", _on),
+    UnsupportedKey("lazy_mpu_init", "process groups made by the caller", _on),
 )
 
 
-HINTS = {
+IGNORED_HINTS = {
     "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",
     "scaled_masked_softmax_fusion": "attention runs through torch's fused kernels",
     "bias_gelu_fusion": "the plain operations run",
@@ -96,7 +98,7 @@ HINTS = {
 }
 """Wishes about speed that nothing takes up; results do not change."""
 
-DEAD = {
+UNUSED_KEYS = {
     "param_sharing_style": "nothing reads it",
     "weight_server_port": "nothing reads it",
     "short_seq_prob": "it belongs to masked language models",
@@ -140,7 +142,7 @@ def without_effect(config: Config, given: Container[str] | None = None) -> list[
     given: the keys that the user wrote; None to look at all.
     """
     values = config.flat()
-    told = {**HINTS, **DEAD, **dict(dependent_without_effect(config))}
+    told = {**IGNORED_HINTS, **UNUSED_KEYS, **dict(dependent_without_effect(config))}
     if config.data.data_path is None and config.data.train_data_paths is None:
         told.pop("split", None)  # the data may be named elsewhere
     late = saves_that_never_come(config)
@@ -151,5 +153,5 @@ def without_effect(config: Config, given: Container[str] | None = None) -> list[
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
         for key, why in told.items()
-        if values[key] != CATALOG[key].default and (given is None or key in given)
+        if values[key] != FIELDS[key].default and (given is None or key in given)
     ]

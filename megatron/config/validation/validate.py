@@ -26,10 +26,10 @@ from megatron.config.validation import (
     training,
     transformer_engine,
 )
-from megatron.config.validation.unknown_values import NotKnown, partial
-from megatron.errors import Mistake
+from megatron.config.validation.unknown_values import UnresolvedValue, partial
+from megatron.errors import ConfigIssue
 
-Rule = Callable[[Config], Iterator[Mistake]]
+Rule = Callable[[Config], Iterator[ConfigIssue]]
 
 RULES: tuple[Rule, ...] = (
     training.deepspeed_is_on,
@@ -106,12 +106,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def violations(config: Config, unknown: Collection[str] = ()) -> list[Mistake]:
+def violations(config: Config, unknown: Collection[str] = ()) -> list[ConfigIssue]:
     """Every mistake that any rule finds. unknown: keys whose values nobody can judge by."""
     seen = partial(config, unknown)
-    found: list[Mistake] = []
+    found: list[ConfigIssue] = []
     for rule in RULES:
-        with suppress(NotKnown):
+        with suppress(UnresolvedValue):
             for mistake in rule(seen):
                 found.append(mistake)  # noqa: PERF402 (what a rule found before it met an unknown value stands)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron.data.dataset import numba_loops
-from megatron.data.dataset.gpt_dataset import Extras, Origin, Samples
+from megatron.data.dataset.gpt_dataset import Origin, SampleExtras, Samples
 
 # Each set is asked for a little more than its share, since the greedy order may run ahead of it.
 MARGIN = 1.005
@@ -103,7 +103,7 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self._sets)
 
-    def read(self, number: int, tokens: np.ndarray, extras: Extras | None = None) -> None:
+    def read(self, number: int, tokens: np.ndarray, extras: SampleExtras | None = None) -> None:
         """Writes the sample's tokens into tokens [sample_length], and what else is asked for."""
         if not 0 <= number < len(self._sets):
             raise IndexError(f"sample {number} of a blend that has {len(self)}")

@@ -12,7 +12,7 @@ import torch
 from megatron.config.schema.data import DataSection
 from megatron.data.dataset.blend import BlendedDataset, whole_passes
 from megatron.data.dataset.data_order import token_digest
-from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, WholeDataset
+from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, UnpackedDataset
 from megatron.data.dataset.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.dataset.index_map import IndexMap, epochs_needed
 from megatron.data.dataset.loader import Loader
@@ -22,7 +22,7 @@ from megatron.data.dataset.splits import NAMES
 from megatron.data.dataset.summary import DataPlan, SourcePlan, SplitPlan, WholeDocuments
 from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.tokenizer_check import check_tokenizer
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def build_data(
     barrier: Callable[[], None],
     train_epochs: int | None = None,
     prompt: int = 0,
-    tokenizer: TokenizerFacts | None = None,
+    tokenizer: TokenizerInfo | None = None,
     ids: int | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
@@ -168,7 +168,7 @@ def _samples(
     *,
     whole: bool,
 ) -> Samples:
-    kind = WholeDataset if whole else PackedDataset
+    kind = UnpackedDataset if whole else PackedDataset
     made = [kind(source.data, index, seq_length) for source, index in zip(split.sources, maps, strict=True)]
     return made[0] if order is None else BlendedDataset(made, *order)
 

@@ -17,7 +17,7 @@ PADDING = 0
 """The token after the last document of a sample that is not full; its label is IGNORE_INDEX."""
 
 
-class Extras(NamedTuple):
+class SampleExtras(NamedTuple):
     """Where a sample's other facts go, arrays of sample_length or None where they are not wanted.
 
     labels: int64, the tokens, or IGNORE_INDEX where one is not to be predicted. rewards: float32, of each token's
@@ -44,7 +44,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, number: int, tokens: np.ndarray, extras: Extras | None = None) -> None:
+    def read(self, number: int, tokens: np.ndarray, extras: SampleExtras | None = None) -> None:
         """Writes sample `number` into tokens, an integer array of sample_length tokens, and into the extras."""
         ...
 
@@ -80,7 +80,7 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self._index)
 
-    def read(self, number: int, tokens: np.ndarray, extras: Extras | None = None) -> None:
+    def read(self, number: int, tokens: np.ndarray, extras: SampleExtras | None = None) -> None:
         """Writes the sample's tokens, and what else is asked for."""
         if not 0 <= number < len(self._index.shuffle):
             raise IndexError(f"sample {number} of a data set that has {len(self)}")
@@ -119,7 +119,7 @@ class PackedDataset:
             position, offset = position + 1, 0
         return pieces
 
-    def _read_extras(self, pieces: list[Piece], filled: int, tokens: np.ndarray, extras: Extras) -> None:
+    def _read_extras(self, pieces: list[Piece], filled: int, tokens: np.ndarray, extras: SampleExtras) -> None:
         labels, rewards = self._source.labels, self._source.rewards
         for at, first, length, document in pieces:
             own = slice(at, at + length)
@@ -135,7 +135,7 @@ class PackedDataset:
                     array[filled:] = value
 
 
-class WholeDataset(PackedDataset):
+class UnpackedDataset(PackedDataset):
     """Samples of whole documents, padded at the end (packing.py says which documents they hold)."""
 
     def _pieces(self, row: int) -> list[Piece]:

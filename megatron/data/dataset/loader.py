@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron.data.dataset.batch import MicroBatch, make_batch
-from megatron.data.dataset.gpt_dataset import Extras, Samples
+from megatron.data.dataset.gpt_dataset import SampleExtras, Samples
 from megatron.data.dataset.sampler import Sampler
 from megatron.errors import RunError
 
@@ -93,7 +93,7 @@ class Loader:
             name: np.zeros(shape, EXTRA_TYPES[name]) for name, wanted in self._wanted.items() if wanted
         }
         for row, number in enumerate(numbers):
-            own = Extras(**{name: array[row] for name, array in extras.items()}) if extras else None
+            own = SampleExtras(**{name: array[row] for name, array in extras.items()}) if extras else None
             self.samples.read(number, samples[row], own)
         if self._vocab_size is not None:
             self._check(numbers, samples, extras.get("labels"))

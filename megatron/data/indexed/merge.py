@@ -15,7 +15,7 @@ import numpy as np
 from megatron.data.indexed.metadata import DatasetCard, read_card
 from megatron.data.indexed.reader import IndexedDataset, bin_path, idx_path
 from megatron.data.indexed.writer import DatasetWriter
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 AT_ONCE = 8 << 20  # tokens that are copied at once
 SHOWN = 8  # missing shards that are named
@@ -40,7 +40,7 @@ def find_pairs(names: Sequence[str]) -> list[str]:
         for prefix in sorted(ends[".bin"] ^ ends[".idx"]):
             missing = idx_path(prefix) if prefix in ends[".bin"] else bin_path(prefix)
             remedy = "make it again, or take its other half out of the directory"
-            mistakes.append(Mistake(f"{missing} is missing", key="input", value=name, remedy=remedy))
+            mistakes.append(ConfigIssue(f"{missing} is missing", key="input", value=name, remedy=remedy))
         found += sorted(ends[".bin"] & ends[".idx"], key=_by_number)
     ConfigError.raise_any(mistakes)
     if not found:
@@ -52,7 +52,7 @@ def _by_number(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def missing_shards(prefixes: Sequence[str]) -> list[Mistake]:
+def missing_shards(prefixes: Sequence[str]) -> list[ConfigIssue]:
     """What lacks of sets of shards, whose names say of how many each is one (`-00001-of-00003`)."""
     sets: dict[tuple[str, str], dict[int, set[int]]] = {}
     for prefix in prefixes:
@@ -65,7 +65,7 @@ def missing_shards(prefixes: Sequence[str]) -> list[Mistake]:
         name = f"{before}-*{after}"
         if len(counts) > 1:
             what = f"there are shards of {' and of '.join(map(str, sorted(counts)))}, which hold the same documents"
-            mistakes.append(Mistake(what, key="input", value=name, remedy="leave those of one of them"))
+            mistakes.append(ConfigIssue(what, key="input", value=name, remedy="leave those of one of them"))
             continue
         ((count, numbers),) = counts.items()
         missing = [number for number in range(count) if number not in numbers]
@@ -73,7 +73,7 @@ def missing_shards(prefixes: Sequence[str]) -> list[Mistake]:
             told = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
             what = f"{len(missing)} of {count} shards are missing: {told}"
             remedy = "make them with tools/preprocess_data.py --shard, or name the files otherwise if they belong alone"
-            mistakes.append(Mistake(what, key="input", value=name, remedy=remedy))
+            mistakes.append(ConfigIssue(what, key="input", value=name, remedy=remedy))
     return mistakes
 
 
@@ -85,7 +85,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     """
     sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
     mistakes = [
-        Mistake(
+        ConfigIssue(
             f"its tokens are {source.dtype.name}, those of {prefixes[0]} {sources[0].dtype.name}",
             key="input",
             value=prefix,
@@ -95,7 +95,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
         if source.dtype != sources[0].dtype
     ]
     if any(Path(prefix).resolve() == Path(output_prefix).resolve() for prefix in prefixes):
-        mistakes.append(Mistake("the output is one of the inputs", key="output_prefix", value=output_prefix))
+        mistakes.append(ConfigIssue("the output is one of the inputs", key="output_prefix", value=output_prefix))
     cards = [_card_of(source) for source in sources]
     ConfigError.raise_any([*mistakes, *missing_shards(prefixes), *_strangers(prefixes, cards)])
     for source in sources:
@@ -127,12 +127,12 @@ def _card_of(source: IndexedDataset) -> DatasetCard | None:
     return read_card(source.prefix, documents=len(source.document_index) - 1, tokens=len(source.tokens))
 
 
-def _strangers(prefixes: Sequence[str], cards: Sequence[DatasetCard | None]) -> list[Mistake]:
+def _strangers(prefixes: Sequence[str], cards: Sequence[DatasetCard | None]) -> list[ConfigIssue]:
     """The pairs that another tokenizer made than the first of which most is known."""
     known = [(prefix, card.tokenizer) for prefix, card in zip(prefixes, cards, strict=True) if card is not None]
     sure = [(prefix, facts) for prefix, facts in known if facts.fingerprint is not None] or known
     return [
-        Mistake(
+        ConfigIssue(
             f"another tokenizer made it ({facts}) than {sure[0][0]} ({sure[0][1]})",
             key="input",
             value=prefix,

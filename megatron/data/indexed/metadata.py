@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.tokenizer_info import TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DatasetCard:
     """documents and tokens: as in the files. text_bytes: UTF-8 bytes of the text that the tokens stand for.
 
     eod: the id that ends each document, or None when none was appended. vocab_size: [tokens], before padding.
-    fingerprint: of the tokenizer (TokenizerFacts); cards of earlier versions have none.
+    fingerprint: of the tokenizer (TokenizerInfo); cards of earlier versions have none.
     """
 
     documents: int
@@ -35,9 +35,9 @@ class DatasetCard:
         return self.text_bytes / self.tokens if self.tokens else 0.0
 
     @property
-    def tokenizer(self) -> TokenizerFacts:
+    def tokenizer(self) -> TokenizerInfo:
         """What is written down about the tokenizer."""
-        return TokenizerFacts(self.tokenizer_type, self.vocab_size, self.eod, self.fingerprint)
+        return TokenizerInfo(self.tokenizer_type, self.vocab_size, self.eod, self.fingerprint)
 
     def to_json(self) -> str:
         """The content of the file."""

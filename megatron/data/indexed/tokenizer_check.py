@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 from megatron.data.dataset.sources import LABELS, Split
 from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.reader import IndexedDataset
-from megatron.errors import ConfigError, Mistake
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.errors import ConfigError, ConfigIssue
+from megatron.tokenizer_info import TokenizerInfo
 
 
-def check_tokenizer(splits: Sequence[Split], tokenizer: TokenizerFacts) -> None:
+def check_tokenizer(splits: Sequence[Split], tokenizer: TokenizerInfo) -> None:
     """Raises ConfigError for every data set and label set whose card tells of another tokenizer.
 
     Files without a card are taken as they are: their ids are looked at when they are read.
     """
-    mistakes: dict[str, Mistake] = {}
+    mistakes: dict[str, ConfigIssue] = {}
     for dataset, key in _named(splits):
         card = read_card(dataset.prefix, documents=len(dataset), tokens=len(dataset.tokens))
         if card is not None and not card.tokenizer.agrees_with(tokenizer):
-            mistakes[dataset.prefix] = Mistake(
+            mistakes[dataset.prefix] = ConfigIssue(
                 f"another tokenizer made this data: {card.tokenizer}; that of the run is {tokenizer}",
                 key=key,
                 value=dataset.prefix,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.data.preprocess.encode import NotADocument, text_of
+from megatron.data.preprocess.encode import InvalidDocument, text_of
 
 TOOLS, DOCUMENTS, KWARGS = "tools", "documents", "chat_template_kwargs"
 NO_TEXT = "with a part of a content that is no text"
@@ -24,17 +24,17 @@ _INSTEAD = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def turns_of(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """The turns of a conversation, as they are. Raises NotADocument."""
+    """The turns of a conversation, as they are. Raises InvalidDocument."""
     if key not in record:
-        raise NotADocument(
+        raise InvalidDocument(
             f"without the key {key!r}", f"its keys: {', '.join(sorted(map(repr, record))[:8]) or 'none'}"
         )
     turns = record[key]
     if not isinstance(turns, list):
-        raise NotADocument(f"whose {key!r} is no list of turns", f"it is {type(turns).__name__}")
+        raise InvalidDocument(f"whose {key!r} is no list of turns", f"it is {type(turns).__name__}")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise NotADocument(f"whose {key!r} is no list of turns", f"turn {number} is {type(turn).__name__}")
+            raise InvalidDocument(f"whose {key!r} is no list of turns", f"turn {number} is {type(turn).__name__}")
         text_of(turn, "role")
         _check_content(number, turn)
         _check_calls(number, turn.get("tool_calls"))
@@ -43,20 +43,20 @@ def turns_of(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def variables_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template is given beside the turns. `tools` may be JSON in a string. Raises NotADocument."""
+    """What the template is given beside the turns. `tools` may be JSON in a string. Raises InvalidDocument."""
     own = record.get(KWARGS)
     if own is not None and not isinstance(own, dict):
-        raise NotADocument(f"whose {KWARGS!r} is no object", f"it is {own!r}"[:80])
+        raise InvalidDocument(f"whose {KWARGS!r} is no object", f"it is {own!r}"[:80])
     found = {TOOLS: _tools(record.get(TOOLS)), DOCUMENTS: record.get(DOCUMENTS)}
     found = {name: value for name, value in found.items() if value is not None}
     twice = sorted({TOOLS, *found}.intersection(own or ()))
     if twice:
-        raise NotADocument(f"whose {KWARGS!r} set what is a field of the line", repr(twice[0]))
+        raise InvalidDocument(f"whose {KWARGS!r} set what is a field of the line", repr(twice[0]))
     made = {**found, **(own or {})}
     for name in (TOOLS, DOCUMENTS):
         value = made.get(name)
         if value is not None and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
-            raise NotADocument(f"whose {name!r} is no list of objects", f"it is {value!r}"[:80])
+            raise InvalidDocument(f"whose {name!r} is no list of objects", f"it is {value!r}"[:80])
     _check_whole(made)
     return made
 
@@ -78,7 +78,7 @@ def _tools(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as fault:
-        raise NotADocument(f"whose {TOOLS!r} is a text that is no JSON", str(fault)) from fault
+        raise InvalidDocument(f"whose {TOOLS!r} is a text that is no JSON", str(fault)) from fault
 
 
 def _check_content(number: int, turn: Mapping[str, Any]) -> None:
@@ -92,12 +92,12 @@ def _check_content(number: int, turn: Mapping[str, Any]) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             told = f"of the type {kind!r}" if kind not in (None, "text") else f"{part!r}"[:60]
-            raise NotADocument(NO_TEXT, f"turn {number} has a part {told}; texts alone can be learnt")
+            raise InvalidDocument(NO_TEXT, f"turn {number} has a part {told}; texts alone can be learnt")
 
 
 def _check_calls(number: int, calls: Any) -> None:
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise NotADocument(_NO_CALLS, f"turn {number} has {calls!r}"[:80])
+        raise InvalidDocument(_NO_CALLS, f"turn {number} has {calls!r}"[:80])
 
 
 def _check_whole(value: Any) -> None:
@@ -105,4 +105,4 @@ def _check_whole(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as fault:
-        raise NotADocument(_HALF) from fault
+        raise InvalidDocument(_HALF) from fault

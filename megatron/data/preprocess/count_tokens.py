@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from megatron.data.preprocess.encode import Counted, NotADocument, Skipped, SkippedRecord, records_of, text_of
+from megatron.data.preprocess.encode import Counted, InvalidDocument, SkippedCounts, SkippedRecord, records_of, text_of
 from megatron.data.preprocess.reader import read_blocks
 from megatron.data.preprocess.text_files import TextFile
 
 
-def read_texts(files: Iterable[TextFile], key: str = "text", skipped: Skipped | None = None) -> Iterator[str]:
+def read_texts(files: Iterable[TextFile], key: str = "text", skipped: SkippedCounts | None = None) -> Iterator[str]:
     """The text of every document of some files. Lines that hold none are left out and counted in `skipped`."""
-    skipped = Skipped() if skipped is None else skipped
+    skipped = SkippedCounts() if skipped is None else skipped
     base = 0
     for block in read_blocks(files):
         base = 0 if block.begins else base
@@ -22,7 +22,7 @@ def read_texts(files: Iterable[TextFile], key: str = "text", skipped: Skipped | 
         for number, record in records_of(block, (key,), found, counted):
             try:
                 yield text_of(record, key)
-            except NotADocument as fault:
+            except InvalidDocument as fault:
                 found.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
         for each in found:
             skipped.add(replace(each, number=each.number and each.number + base))

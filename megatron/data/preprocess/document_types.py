@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron.data.indexed.reader import IGNORE_INDEX, dtype_for_vocabulary
 from megatron.data.preprocess.conversations import text_bytes_of, turns_of, variables_of
-from megatron.data.preprocess.encode import EncodedText, Encoding, NotADocument, ReadsSpecialTokens, text_of
+from megatron.data.preprocess.encode import EncodedText, Encoding, InvalidDocument, ReadsSpecialTokens, text_of
 from megatron.data.preprocess.ftfy_fast import mended
 from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.special_token_search import spells_one
@@ -92,7 +92,7 @@ class PlainText:
 def encode_all(tokenizer: Encoding, texts: list[str], *, parse_special: bool = False) -> list[np.ndarray]:
     """The ids of each text. parse_special: special tokens that it spells are their ids.
 
-    Raises NotADocument where the tokenizer refuses one.
+    Raises InvalidDocument where the tokenizer refuses one.
     """
     try:
         if parse_special:
@@ -100,7 +100,7 @@ def encode_all(tokenizer: Encoding, texts: list[str], *, parse_special: bool = F
             return [np.array(tokenizer.encode_with_special_tokens(text), np.int32) for text in texts]
         return tokenizer.encode_arrays(texts)
     except RunError as fault:
-        raise NotADocument("that the tokenizer cannot take", str(fault)) from fault
+        raise InvalidDocument("that the tokenizer cannot take", str(fault)) from fault
 
 
 def _joined(
@@ -250,7 +250,7 @@ class Chat:
                 tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1], variables=variables)
                 left_out = self.template.left_out(turns, variables)
             except ValueError as fault:
-                raise NotADocument("that the chat template cannot take", str(fault)) from fault
+                raise InvalidDocument("that the chat template cannot take", str(fault)) from fault
             labels = [
                 token if own or not self.mask else IGNORE_INDEX for token, own in zip(tokens, written, strict=True)
             ]
@@ -285,4 +285,4 @@ class Chat:
             return 1 if value else -1
         if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
             return int(value)
-        raise NotADocument(f"whose {key!r} is not a whole number", f"it is {value!r}"[:80])
+        raise InvalidDocument(f"whose {key!r} is not a whole number", f"it is {value!r}"[:80])

@@ -42,7 +42,7 @@ class ReadsSpecialTokens(Protocol):
     def encode_with_special_tokens(self, text: str) -> list[int]: ...
 
 
-class NotADocument(Exception):
+class InvalidDocument(Exception):
     """Why a record gives no document. reason: what is counted. detail: what is told of this one."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -66,7 +66,7 @@ class SkippedRecord:
 
 
 @dataclass
-class Skipped:
+class SkippedCounts:
     """Records that gave no document. counts: how many for each reason. examples: the first, in words."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -136,11 +136,11 @@ class Recipe(Protocol):
         ...
 
     def read(self, record: Mapping[str, Any]) -> Any | None:
-        """What is needed of a record, or None for a document without text. Raises NotADocument."""
+        """What is needed of a record, or None for a document without text. Raises InvalidDocument."""
         ...
 
     def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
-        """The outputs of what `read` gave. Raises NotADocument when a document cannot be encoded."""
+        """The outputs of what `read` gave. Raises InvalidDocument when a document cannot be encoded."""
         ...
 
 
@@ -160,7 +160,7 @@ class Encoder:
         for number, record in records_of(block, recipe.keys, skipped, counted):
             try:
                 document = recipe.read(record)
-            except NotADocument as fault:
+            except InvalidDocument as fault:
                 skipped.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
                 continue
             if document is None:
@@ -170,7 +170,7 @@ class Encoder:
                 numbers.append(number)
         try:
             texts = recipe.encode(documents)
-        except NotADocument:
+        except InvalidDocument:
             documents = list(self._one_by_one(block.name, documents, numbers, skipped))
             texts = recipe.encode(documents)
         skipped.sort(key=lambda record: record.number)
@@ -194,7 +194,7 @@ class Encoder:
         for document, number in zip(documents, numbers, strict=True):
             try:
                 self.recipe.encode([document])
-            except NotADocument as fault:
+            except InvalidDocument as fault:
                 skipped.append(SkippedRecord(name, number, fault.reason, fault.detail))
             else:
                 yield document
@@ -277,16 +277,16 @@ def _is_utf16(start: bytes) -> bool:
 
 
 def text_of(record: Mapping[str, Any], key: str) -> str:
-    """The text under a key. Raises NotADocument."""
+    """The text under a key. Raises InvalidDocument."""
     if key not in record:
         has = ", ".join(sorted(map(repr, record))[:8]) or "none"
-        raise NotADocument(f"without the key {key!r}", f"its keys: {has}")
+        raise InvalidDocument(f"without the key {key!r}", f"its keys: {has}")
     text = record[key]
     if not isinstance(text, str):
-        raise NotADocument(f"whose {key!r} is not text", f"it is {type(text).__name__}")
+        raise InvalidDocument(f"whose {key!r} is not text", f"it is {type(text).__name__}")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as fault:  # JSON may spell single surrogates, which have no UTF-8 form
-            raise NotADocument(f"whose {key!r} holds half a surrogate pair") from fault
+            raise InvalidDocument(f"whose {key!r} holds half a surrogate pair") from fault
     return text

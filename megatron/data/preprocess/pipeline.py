@@ -17,14 +17,14 @@ import numpy as np
 
 from megatron.data.indexed.metadata import DatasetCard
 from megatron.data.indexed.writer import DatasetWriter
-from megatron.data.preprocess.encode import EncodedBlock, Encoder, NotADocument, Recipe, Skipped
+from megatron.data.preprocess.encode import EncodedBlock, Encoder, InvalidDocument, Recipe, SkippedCounts
 from megatron.data.preprocess.input_shard import Shard, shard_blocks
 from megatron.data.preprocess.reader import EMPTY_FILE
-from megatron.data.preprocess.resume_state import Counts, Journal, Sidecar, task_of
+from megatron.data.preprocess.resume_state import Counts, Journal, SkippedFile, task_of
 from megatron.data.preprocess.text_files import TextFile
 from megatron.data.preprocess.workers import encode_blocks
-from megatron.errors import ConfigError, Mistake, RunError
-from megatron.tokenizer_info import TokenizerFacts
+from megatron.errors import ConfigError, ConfigIssue, RunError
+from megatron.tokenizer_info import TokenizerInfo
 
 LEGACY = np.dtype("<i4")  # the legacy format's type of a token, whatever the vocabulary
 MARK_INTERVAL = 5.0  # seconds between two states that are kept
@@ -80,7 +80,7 @@ class Result:
     """
 
     outputs: tuple[Written, ...]
-    skipped: Skipped
+    skipped: SkippedCounts
     empty: int
     content_bytes: int
     seconds: float
@@ -94,7 +94,7 @@ def preprocess(
     recipe: Recipe,
     *,
     output_prefix: str,
-    facts: TokenizerFacts,
+    facts: TokenizerInfo,
     workers: int = 1,
     strict: bool = False,
     resume: bool = False,
@@ -113,7 +113,7 @@ def preprocess(
     """
     shard = shard or Shard()
     output_prefix = _checked(recipe, workers, output_prefix, shard)
-    journal = Journal(output_prefix, task_of(files, _wishes(recipe, facts, shard) | {"legacy": legacy}))
+    journal = Journal(output_prefix, task_of(files, _output_fingerprint(recipe, facts, shard) | {"legacy": legacy}))
     kept = journal.read() if resume else None
     counts = Counts(len(recipe.outputs)) if kept is None else kept[0]
     marks = [None] * len(recipe.outputs) if kept is None else kept[1]
@@ -127,7 +127,7 @@ def preprocess(
         ]
         if kept is None:
             journal.remove()
-        sidecar = stack.enter_context(Sidecar(output_prefix, counts.sidecar_bytes))
+        sidecar = stack.enter_context(SkippedFile(output_prefix, counts.sidecar_bytes))
         blocks = islice(shard_blocks(files, shard), counts.blocks, None)
         encoded = stack.enter_context(contextlib.closing(encode_blocks(Encoder(recipe), blocks, workers)))
         total = len(shard.part(sum(file.bytes for file in files)))
@@ -191,7 +191,7 @@ class _Work:
         """Read by this attempt."""
         return self._counts.content_bytes - self._before
 
-    def take(self, block: EncodedBlock, writers: Sequence[DatasetWriter], sidecar: Sidecar, total: int) -> None:
+    def take(self, block: EncodedBlock, writers: Sequence[DatasetWriter], sidecar: SkippedFile, total: int) -> None:
         """Writes a block."""
         counts = self._counts
         self.starting = self.seconds if self.starting is None else self.starting
@@ -233,22 +233,22 @@ def _checked(recipe: Recipe, workers: int, output_prefix: str, shard: Shard) -> 
     mistakes = []
     keys = recipe.keys
     if not keys or len(set(keys)) != len(keys):
-        mistakes.append(Mistake("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
+        mistakes.append(ConfigIssue("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
     if any("/" in key for key in keys):
-        mistakes.append(Mistake("a key becomes part of a file name", key="jsonl_keys", value=list(keys)))
+        mistakes.append(ConfigIssue("a key becomes part of a file name", key="jsonl_keys", value=list(keys)))
     if workers < 1:
-        mistakes.append(Mistake("at least one process must work", key="workers", value=workers))
+        mistakes.append(ConfigIssue("at least one process must work", key="workers", value=workers))
     if not output_prefix or output_prefix.endswith("/"):
         what = "this is a directory, and file names are made of what stands here"
         remedy = "add a name, such as data/train"
-        mistakes.append(Mistake(what, key="output_prefix", value=output_prefix, remedy=remedy))
+        mistakes.append(ConfigIssue(what, key="output_prefix", value=output_prefix, remedy=remedy))
     ConfigError.raise_any(mistakes)
-    with contextlib.suppress(NotADocument):
+    with contextlib.suppress(InvalidDocument):
         recipe.read(dict.fromkeys(keys, ""))  # refuses now, rather than in a worker, when a package is missing
     return shard.prefix(output_prefix)
 
 
-def _wishes(recipe: Recipe, facts: TokenizerFacts, shard: Shard) -> dict[str, object]:
+def _output_fingerprint(recipe: Recipe, facts: TokenizerInfo, shard: Shard) -> dict[str, object]:
     """Everything beside the input that decides the output. The tokenizer by what it makes of a text."""
     fields = {name: value for name, value in vars(recipe).items() if name not in {"tokenizer", "template"}}
     probe = ["The quick brown fox, 12345 naïve 東京 \n\n  <|endoftext|>"]

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from megatron.atomic import flush_to_disk, write_atomic
 from megatron.data.indexed.writer import Mark, partial
-from megatron.data.preprocess.encode import Skipped, SkippedRecord
+from megatron.data.preprocess.encode import SkippedCounts, SkippedRecord
 from megatron.data.preprocess.text_files import TextFile
 from megatron.errors import ConfigError, RunError
 
@@ -36,7 +36,7 @@ class Counts:
     record_name: str = ""
     record_base: int = 0
     sidecar_bytes: int = 0
-    skipped: Skipped = field(default_factory=Skipped)
+    skipped: SkippedCounts = field(default_factory=SkippedCounts)
     text_bytes: list[int] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Journal:
             told = json.loads(self.path.read_text(encoding="utf-8"))
             if told["task"] == self._task:
                 counts = told["counts"]
-                counts["skipped"] = Skipped(**counts["skipped"])
+                counts["skipped"] = SkippedCounts(**counts["skipped"])
                 return Counts(**counts), [Mark(**mark) for mark in told["marks"]]
         except FileNotFoundError:
             return None
@@ -94,7 +94,7 @@ def task_of(files: Sequence[TextFile], wishes: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([told, wishes], sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Sidecar:
+class SkippedFile:
     """A context for the list of skipped records, which is only there when there is one."""
 
     def __init__(self, output_prefix: str, size: int) -> None:
@@ -103,7 +103,7 @@ class Sidecar:
         self._size = size
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> Sidecar:
+    def __enter__(self) -> SkippedFile:
         if self._size:
             self._open()
         else:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from megatron.errors import ConfigError, Mistake
+from megatron.errors import ConfigError, ConfigIssue
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _TABLES = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".csv", ".tsv")
@@ -74,7 +74,7 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
     of a kind that is not read. key: what named them.
     """
     found: list[TextFile] = []
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -84,12 +84,12 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
             if unread:
                 mistakes.append(_unread(unread, key, name))
             elif not paths:
-                mistakes.append(Mistake("there is no text file in this directory", key=key, value=name))
+                mistakes.append(ConfigIssue("there is no text file in this directory", key=key, value=name))
         else:
             paths = [path]
         for each in paths:
             known = _known(each, key)
-            if isinstance(known, Mistake):
+            if isinstance(known, ConfigIssue):
                 mistakes.append(known)
             else:
                 found.append(known)
@@ -103,23 +103,23 @@ def _holds_data(path: PurePath) -> bool:
     return any(suffix.lower() in NOT_READ for suffix in path.suffixes[-2:])
 
 
-def _unread(files: list[str], key: str, name: str) -> Mistake:
+def _unread(files: list[str], key: str, name: str) -> ConfigIssue:
     shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     remedy = "make .jsonl of them, a JSON object a line, or name the files that are to be read one by one"
-    return Mistake(f"{len(files)} files of kinds that are not read: {shown}", key=key, value=name, remedy=remedy)
+    return ConfigIssue(f"{len(files)} files of kinds that are not read: {shown}", key=key, value=name, remedy=remedy)
 
 
-def _known(path: Path, key: str) -> TextFile | Mistake:
+def _known(path: Path, key: str) -> TextFile | ConfigIssue:
     name = str(path)
     kind = kind_of(path)
     if kind is None:
         kinds = ", ".join(suffix for known in Kind for suffix in known.value)
         remedy = f"name {kinds} files, or one of them compressed as {', '.join(COMPRESSED)}"
-        return Mistake("files of this kind are not read", key=key, value=name, remedy=remedy)
+        return ConfigIssue("files of this kind are not read", key=key, value=name, remedy=remedy)
     try:
         size = path.stat().st_size
         with path.open("rb"):
             pass
     except OSError as fault:
-        return Mistake(f"cannot read the file ({fault.strerror})", key=key, value=name)
+        return ConfigIssue(f"cannot read the file ({fault.strerror})", key=key, value=name)
     return TextFile(path, kind[0], size, bool(kind[1]))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to
-from megatron.distributed.param_attrs import mark_table
-from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.param_attrs import mark_embedding_like
+from megatron.distributed.param_init import Fill, ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import gathered_linear, leave
 from megatron.kernels.linear import LinearKernel, plain_linear
 
@@ -22,7 +22,7 @@ class VocabParallelEmbedding(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
-        source: ParameterSource,
+        source: ParamFactory,
         *,
         fill: Fill,
         kernel: LinearKernel = plain_linear,
@@ -31,7 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         self.axis = source.axis
         self.kernel = kernel
         self.weight = source.shard("weight", (vocab_size, hidden_size), fill, dim=0)
-        mark_table(self.weight)
+        mark_embedding_like(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
 
     def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:

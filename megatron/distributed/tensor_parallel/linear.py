@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.distributed.param_attrs import mark_sequence_partial
-from megatron.distributed.param_init import Fill, ParameterSource, zeros
+from megatron.distributed.param_attrs import mark_partial_grad
+from megatron.distributed.param_init import Fill, ParamFactory, zeros
 from megatron.distributed.tensor_parallel.lora import Factor, Update, first_factor
 from megatron.distributed.tensor_parallel.sequence_parallel import enter, gathered_linear, leave
 from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear
@@ -33,7 +33,7 @@ class ColumnParallelLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        source: ParameterSource,
+        source: ParamFactory,
         *,
         fill: Fill,
         bias: bool,
@@ -85,7 +85,7 @@ class RowParallelLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        source: ParameterSource,
+        source: ParamFactory,
         *,
         fill: Fill,
         bias: bool,
@@ -103,7 +103,7 @@ class RowParallelLinear(nn.Module):
         down = source.of("lora_A").shard("weight", (update.rank, in_features), first_factor, dim=1)
         up = source.of("lora_B").replica("weight", (out_features, update.rank), zeros, whole_sequence=True)
         if self.axis.size > 1:  # each rank multiplies it with its own term of the sum
-            mark_sequence_partial(up, self.axis)
+            mark_partial_grad(up, self.axis)
         self.lora_A, self.lora_B = Factor(down, kernel), Factor(up, kernel)
 
     def forward(self, x: Tensor) -> Tensor:

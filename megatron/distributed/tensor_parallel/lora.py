@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.distributed.rng_tracker import ShardedRandom
+from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.kernels.linear import LinearKernel
 
 
@@ -28,7 +28,7 @@ class Update:
     rank: int
     scale: float
     dropout: float
-    random: ShardedRandom
+    random: TensorParallelRNG
 
     def drop(self, x: Tensor, *, training: bool, cut: bool) -> Tensor:
         """Dropout on the input. cut: the ranks hold different parts of x, so that their masks must differ."""

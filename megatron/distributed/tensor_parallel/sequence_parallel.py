@@ -35,7 +35,7 @@ def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     """
     if x.shape[0] % axis.size:
         raise ValueError(f"a sequence of {x.shape[0]} does not divide by {axis.size} tensor-parallel ranks")
-    wide = x.float() if axis.fp32_sums and x.dtype in LOW_PRECISION else x
+    wide = x.float() if axis.fp32_reduce and x.dtype in LOW_PRECISION else x
     part = wide.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     dist.reduce_scatter_tensor(part, wide.contiguous(), group=axis.group)
     return part.to(x.dtype)

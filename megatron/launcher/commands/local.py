@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.launcher.arguments import CHECKOUT
-from megatron.launcher.hosts import Machines, core_count
+from megatron.launcher.hosts import Hosts, core_count
 from megatron.ranks import free_port
 
 RANK_MODULE = "megatron.launcher.rank_agent"
@@ -59,7 +59,7 @@ class Command:
     hostfile: str | None = None
 
 
-def workers_environment(machines: Machines, caller: Mapping[str, str]) -> dict[str, str]:
+def workers_environment(machines: Hosts, caller: Mapping[str, str]) -> dict[str, str]:
     """The variables that every worker gets; what the caller has set stays."""
     wanted: dict[str, str] = {"DS_ACCELERATOR": machines.accelerator}
     if machines.accelerator == "cpu":
@@ -78,7 +78,7 @@ def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_command(
-    machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
     """DeepSpeed's launcher of one node. worker: the script and its arguments."""
     world = base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in machines.hosts.items()}).encode())
@@ -101,7 +101,7 @@ def local_command(
 
 
 def torchrun_command(
-    machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
     """Torchrun on this host, one of as many as the run has; the others start theirs in the same way."""
     hosts = list(machines.hosts)

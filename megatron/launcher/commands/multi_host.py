@@ -23,7 +23,7 @@ from megatron.launcher.commands.local import (
     search_paths,
     workers_environment,
 )
-from megatron.launcher.hosts import Machines
+from megatron.launcher.hosts import Hosts
 from megatron.launcher.rank_agent import SOCKET_VARIABLE
 from megatron.registry import PLUGINS
 
@@ -37,7 +37,7 @@ RANK_FILE = CHECKOUT / "megatron" / "launcher" / "rank_agent.py"
 class Launch:
     """What every launcher needs to know. rank: the arguments of one rank. folder: the run directory."""
 
-    machines: Machines
+    machines: Hosts
     where: Rendezvous
     rank: tuple[str, ...]
     folder: Path
@@ -65,8 +65,8 @@ class Launch:
         return ConfigError.of(what, key="launcher", value=self.where.launcher, remedy=remedy)
 
 
-def command_elsewhere(
-    machines: Machines, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+def multi_host_command(
+    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
     """The command of the launcher that `where` names. worker: the script and its arguments."""
     handed_on = {name: value for name, value in caller.items() if name.startswith(HANDED_ON)}

@@ -20,8 +20,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.context_parallel import heads_for_sequence, part_of_sequence, sequence_for_heads
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads, shard_sequence
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
 from megatron.kernels.attention_mask import View
@@ -36,7 +36,7 @@ class ParallelSelfAttention(nn.Module):
     ValueError where the heads or the key/value heads do not divide by the tensor-parallel degree.
     """
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims, size = parts.dims, source.axis.size
         if dims.num_attention_heads % size or dims.num_kv_heads % size:
@@ -111,14 +111,14 @@ class ParallelSelfAttention(nn.Module):
         if self.positions is not None:
             offset = self.context.rank * q.shape[2]
             at = document_positions(document_starts) if self.reset_positions else None
-            at = None if at is None else part_of_sequence(at, self.context)
+            at = None if at is None else shard_sequence(at, self.context)
             q, k = self.positions(q, offset, at), self.positions(k, offset, at)
         starts = document_starts if self.reset_attention else None
-        q, k, v = (heads_for_sequence(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
+        q, k, v = (all_to_all_seq_to_heads(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
         with self.draws():
             view = self._view(q.shape[2], q.device)
             core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
-        return sequence_for_heads(core, self.context)  # [b, n/t, s, d]
+        return all_to_all_heads_to_seq(core, self.context)  # [b, n/t, s, d]
 
     def _view(self, length: int, device: torch.device) -> View | None:
         """What is hidden and added in a sequence of that length, or None for nothing."""

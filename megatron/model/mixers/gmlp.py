@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to, gather_from, scatter_to
-from megatron.distributed.param_init import ParameterSource, zeros
+from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import with_copy
 from megatron.model.block import Block
@@ -29,9 +29,9 @@ from megatron.model.kv_cache import KVCache
 class GMLPTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
-    gathered_whole = True
+    zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__(parts, source.axis)
         self.axis, hidden, width = source.axis, parts.dims.hidden_size, parts.dims.mixers.gmlp_width
         kernel = parts.kernels.linear
@@ -64,7 +64,7 @@ class GMLPTransformerBlock(Block):
 class SpatialGatingUnit(nn.Module):
     """Multiplies one half of the features with the other one, mixed over positions."""
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims = parts.dims.mixers
         self.number, self.axis, self.reset = number, source.axis, parts.reset_attention
@@ -89,7 +89,7 @@ class SpatialGatingUnit(nn.Module):
 class TinyAttention(nn.Module):
     """Attention of one head, without positions: [b, s, h] -> [b, s, f/t]."""
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims, hidden = parts.dims.mixers, parts.dims.hidden_size
         self.number, self.axis, self.width = number, source.axis, dims.gmlp_attention
@@ -139,7 +139,7 @@ class Sight:
 class _Places(nn.Module):
     """``weight`` [p, p] from 0 and ``bias`` [p] from 1: at first the unit passes one half on (section 2.1)."""
 
-    def __init__(self, places: int, source: ParameterSource) -> None:
+    def __init__(self, places: int, source: ParamFactory) -> None:
         super().__init__()
         self.weight = source.replica("weight", (places, places), zeros, whole_sequence=True)
         self.bias = source.replica("bias", (places,), _ones, whole_sequence=True)
@@ -148,7 +148,7 @@ class _Places(nn.Module):
 class _WholeLinear(nn.Module):
     """A linear layer that every rank holds whole and applies to whole sequences."""
 
-    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts) -> None:
         super().__init__()
         self.weight = source.replica("weight", (out, inp), parts.fill, whole_sequence=True)
         self.bias = source.replica("bias", (out,), zeros, whole_sequence=True)
@@ -160,7 +160,7 @@ class _WholeLinear(nn.Module):
 class _CutLinear(nn.Module):
     """A linear layer whose outputs are cut, and whose input has entered the region already."""
 
-    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts) -> None:
         super().__init__()
         self.weight = source.shard("weight", (out, inp), parts.fill, dim=0)
         self.bias = source.shard("bias", (out,), zeros, dim=0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to, reduce_from
 from megatron.distributed.param_attrs import mark_no_weight_decay
-from megatron.distributed.param_init import ParameterSource, zeros
+from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.mamba import MambaKernels
 from megatron.kernels.scan import causal_convolution, selective_scan
@@ -39,9 +39,9 @@ STEP_FLOOR = 1e-4
 class MambaTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
-    gathered_whole = True
+    zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__(parts, source.axis)
         self.norm = parts.norm()
         self.mixer = MambaMixer(number, parts, source.of("mixer"))
@@ -55,7 +55,7 @@ class MambaTransformerBlock(Block):
 class MambaMixer(nn.Module):
     """Convolution, selective scan and gate. ValueError where channels do not divide by the tensor-parallel degree."""
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims, hidden = parts.dims.mixers, parts.dims.hidden_size
         self.number, self.dims, self.axis = number, dims, source.axis
@@ -129,7 +129,7 @@ def _last(seen: Tensor, count: int, existing: Tensor | None) -> Tensor:
 class _Convolution(nn.Module):
     """The parameters of a convolution of each channel: ``weight`` [d, 1, w] and ``bias`` [d], as torch has them."""
 
-    def __init__(self, dims: MixerDims, source: ParameterSource) -> None:
+    def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
         width = dims.mamba_convolution
         fill = _uniform(1 / math.sqrt(width))
@@ -147,7 +147,7 @@ class _SummedLinear(nn.Module):
     gradient.
     """
 
-    def __init__(self, inp: int, out: int, source: ParameterSource, parts: Parts, bias: bool) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts, bias: bool) -> None:
         super().__init__()
         self.axis, self.kernel = source.axis, parts.kernels.linear
         self.weight = source.shard("weight", (out, inp), parts.fill, dim=1)
@@ -162,7 +162,7 @@ class _SummedLinear(nn.Module):
 class _StepLinear(nn.Module):
     """From the rank of the step to the channels: ``weight`` [d, q]; ``bias`` [d] is added by who takes the softplus."""
 
-    def __init__(self, dims: MixerDims, source: ParameterSource) -> None:
+    def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
         inner, rank = dims.mamba_inner, dims.mamba_rank
         self.weight = source.shard("weight", (inner, rank), _uniform(rank**-0.5), dim=0)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from
-from megatron.distributed.param_attrs import mark_no_weight_decay, mark_sequence_partial
-from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.param_attrs import mark_no_weight_decay, mark_partial_grad
+from megatron.distributed.param_init import Fill, ParamFactory
 from megatron.distributed.tensor_parallel.linear import RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import own_part, with_copy
 from megatron.kernels.wkv import wkv
@@ -38,9 +38,9 @@ GROUP_EPSILON = 64e-5
 class RWKVTransformerBlock(Block):
     """Block ``number`` (from 0)."""
 
-    gathered_whole = True
+    zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__(parts, source.axis)
         self.first = number == 0
         self.ln1, self.ln2 = (_norm(parts, source) for _ in range(2))
@@ -66,7 +66,7 @@ class TimeMixing(nn.Module):
     time_maa_r: nn.Parameter
     time_maa_g: nn.Parameter
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims, hidden = parts.dims, parts.dims.hidden_size
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
@@ -130,7 +130,7 @@ class TimeMixing(nn.Module):
 class ChannelMixing(nn.Module):
     """sigmoid(receptance(r)) * value(relu(key(k))²), where r and k mix a token with the one before."""
 
-    def __init__(self, number: int, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         hidden, width = parts.dims.hidden_size, parts.dims.mixers.rwkv_ffn
         self.axis = source.axis
@@ -191,7 +191,7 @@ class _Shift:
 class _Cut(nn.Module):
     """A matrix whose outputs are cut: ``weight`` [out/t, in]. Its input has entered the region already."""
 
-    def __init__(self, inp: int, out: int, source: ParameterSource, fill: Fill) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, fill: Fill) -> None:
         super().__init__()
         self.weight = source.shard("weight", (out, inp), fill, dim=0)
 
@@ -199,7 +199,7 @@ class _Cut(nn.Module):
 class _HeadNorm(nn.Module):
     """A layernorm of every head: [b, s, n, d] -> [b, s, a]. Its ``weight`` and ``bias`` [a] are cut with the heads."""
 
-    def __init__(self, width: int, head: int, source: ParameterSource) -> None:
+    def __init__(self, width: int, head: int, source: ParamFactory) -> None:
         super().__init__()
         self.head = head
         self.weight = source.shard("weight", (width,), _ones, dim=0)
@@ -238,23 +238,23 @@ class _Depth:
         tensor.copy_((self.rises * (1 - places / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
 
 
-def _vector(source: ParameterSource, name: str, size: int, fill: Fill) -> nn.Parameter:
+def _vector(source: ParamFactory, name: str, size: int, fill: Fill) -> nn.Parameter:
     """A parameter [1, 1, size] of whole sequences that weight decay leaves alone."""
     parameter = source.replica(name, (1, 1, size), fill, whole_sequence=True)
     mark_no_weight_decay(parameter)
     return parameter
 
 
-def _whole(source: ParameterSource, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+def _whole(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.Parameter:
     return source.replica(name, shape, _small, whole_sequence=True)
 
 
-def _norm(parts: Parts, source: ParameterSource) -> nn.Module:
+def _norm(parts: Parts, source: ParamFactory) -> nn.Module:
     """A layernorm of the residual stream, whatever `norm` says."""
     norm = LayerNorm(parts.dims.hidden_size, EPSILON, bias=True)
     if source.axis.sequence:
         for parameter in norm.parameters():
-            mark_sequence_partial(parameter, source.axis)
+            mark_partial_grad(parameter, source.axis)
     return norm
 
 

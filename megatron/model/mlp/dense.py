@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.block_spec import Parts
 
@@ -15,7 +15,7 @@ from megatron.model.block_spec import Parts
 class ParallelMLP(nn.Module):
     """linear2(activation(linear1(x))); a gated activation takes twice the width from linear1."""
 
-    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         dims, kernel = parts.dims, parts.kernels.linear
         sections = (dims.mlp_width, dims.mlp_width) if dims.gated else ()

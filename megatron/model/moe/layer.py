@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from megatron.distributed.collectives import copy_to
 from megatron.distributed.expert_all_to_all import exchange_counts, exchange_rows
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import leave, with_copy
 from megatron.model.block_spec import Parts
-from megatron.model.moe.losses import RouterLosses, load_balance, z_loss
+from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
 
 Router = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEConfig:
     """What every mixture of a model shares.
 
     choose: a function of router.py. jitter: the router's input is multiplied by noise in 1 +- this. normalize: the
@@ -48,20 +48,20 @@ class Mixture:
     capacity: float | None
     eval_capacity: float | None
     least: int
-    losses: RouterLosses
+    losses: RouterLossTracker
     axis: Axis = field(default_factory=lambda: Axis("expert"))
     batch: Axis = field(default_factory=lambda: Axis("gradient"))
     context: Axis = field(default_factory=lambda: Axis("context"))
 
 
-class MixtureMLP(nn.Module):
+class MoELayer(nn.Module):
     """The router and the experts of one block."""
 
-    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         assert parts.mixture is not None
         self.parallel = source.axis
-        self.mixture: Mixture = parts.mixture
+        self.mixture: MoEConfig = parts.mixture
         self.count, self.top_k = parts.dims.mixture.experts, parts.dims.mixture.top_k
         self.router = RouterLayer(parts, source.of("router"))
         self.experts = Experts(parts, source.of("experts"))
@@ -75,7 +75,7 @@ class MixtureMLP(nn.Module):
         weights, experts = mixture.choose(logits, self.top_k, training=self.training, axis=mixture.context)
         if mixture.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        routes = Routes.of(experts, self.count, self._slots(len(tokens)))
+        routes = Dispatch.of(experts, self.count, self._slots(len(tokens)))
         if self.training and torch.is_grad_enabled():
             probabilities = logits.softmax(dim=-1)
             balance = load_balance(probabilities, routes.wanted, mixture.batch)
@@ -112,7 +112,7 @@ class RouterLayer(nn.Module):
     It sums over features and has as many outputs at any width, so to muP it is an output layer.
     """
 
-    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         self.layer = _WideLinear(parts, source.of("layer"))
         self.multiplier = parts.multipliers.router
@@ -126,7 +126,7 @@ class RouterLayer(nn.Module):
 class _WideLinear(nn.Module):
     """A product in fp32 at least: ``weight`` [all experts, h]."""
 
-    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         shape = (parts.dims.mixture.experts, parts.dims.hidden_size)
         self.weight = source.replica("weight", shape, parts.fill, whole_sequence=True)
@@ -137,7 +137,7 @@ class _WideLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class Routes:
+class Dispatch:
     """The assignments of n tokens that are carried out, ordered by expert and, for one expert, by token.
 
     order: places in the flattened [n, k] [m]. counts: assignments of each expert [all experts]; wanted: before any was
@@ -150,23 +150,23 @@ class Routes:
     dropped: Tensor
 
     @staticmethod
-    def of(experts: Tensor, count: int, slots: int | None) -> Routes:
+    def of(experts: Tensor, count: int, slots: int | None) -> Dispatch:
         """From the experts of each token [n, k]. slots: the most tokens of an expert, None for all of them."""
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         wanted = torch.bincount(flat, minlength=count)
         if slots is None:
-            return Routes(order, wanted, wanted, torch.zeros((), device=flat.device))
+            return Dispatch(order, wanted, wanted, torch.zeros((), device=flat.device))
         first = wanted.cumsum(0) - wanted  # [all experts]
         place = torch.arange(len(flat), device=flat.device) - first[flat[order]]
         counts = wanted.clamp(max=slots)
-        return Routes(order[place < slots], counts, wanted, 1 - counts.sum() / max(1, len(flat)))
+        return Dispatch(order[place < slots], counts, wanted, 1 - counts.sum() / max(1, len(flat)))
 
 
 class Experts(nn.Module):
     """The experts of this rank."""
 
-    def __init__(self, parts: Parts, source: ParameterSource) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory) -> None:
         super().__init__()
         assert parts.mixture is not None
         self.axis = parts.mixture.axis
@@ -176,7 +176,7 @@ class Experts(nn.Module):
 
             self.mark = DeepSpeedExperts(parts.dims.mixture.experts)
 
-    def forward(self, tokens: Tensor, routes: Routes, weights: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, routes: Dispatch, weights: Tensor) -> Tensor:
         """Tokens [n, h] and the weights of their experts [n, k] -> the weighted sums of what these make of them."""
         top_k = weights.shape[1]
         rows = tokens.index_select(0, routes.order // top_k)  # [m, h]
@@ -202,7 +202,7 @@ class Experts(nn.Module):
 class ExpertStack(nn.Module):
     """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h]."""
 
-    def __init__(self, parts: Parts, source: ParameterSource, axis: Axis) -> None:
+    def __init__(self, parts: Parts, source: ParamFactory, axis: Axis) -> None:
         super().__init__()
         dims = parts.dims
         count, shape = dims.mixture.experts, (dims.mlp_width, dims.hidden_size)

@@ -40,7 +40,7 @@ def z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().mean()
 
 
-class RouterLosses:
+class RouterLossTracker:
     """The coefficients of the losses of all mixtures of a rank, their scale, and what was measured of them.
 
     scale: the factor between the language model's loss and what its backward pass starts with: the loss scale over the
@@ -79,7 +79,9 @@ class RouterLosses:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor, losses: RouterLosses) -> Tensor:
+    def forward(
+        ctx: Any, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor, losses: RouterLossTracker
+    ) -> Tensor:
         ctx.losses = losses
         ctx.values = torch.stack((balance, z, dropped)).detach()
         return weights.view_as(weights)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_init import ParamFactory
 from megatron.model.positions.base import Positions
 from megatron.param_table import Multipliers
 
@@ -36,7 +36,7 @@ class Alibi(Positions, nn.Module):
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def for_scores(cls, model: Any, source: ParameterSource, multipliers: Multipliers) -> nn.Module:
+    def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module:
         """For this rank's part of the model section's heads."""
         share = model.num_attention_heads // source.axis.size
         first = source.axis.rank * share

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.distributed.param_attrs import mark_table
-from megatron.distributed.param_init import Fill, ParameterSource
+from megatron.distributed.param_attrs import mark_embedding_like
+from megatron.distributed.param_init import Fill, ParamFactory
 from megatron.model.positions.base import Positions
 
 
@@ -17,15 +17,15 @@ class LearnedPositions(Positions, nn.Module):
     """Parameter ``weight`` [skipped + max positions, h], whole on every rank. skipped: rows that no position has."""
 
     def __init__(
-        self, max_positions: int, hidden_size: int, source: ParameterSource, fill: Fill, skipped: int = 0
+        self, max_positions: int, hidden_size: int, source: ParamFactory, fill: Fill, skipped: int = 0
     ) -> None:
         super().__init__()
         self.skipped = skipped
         self.weight = source.replica("weight", (skipped + max_positions, hidden_size), fill)
-        mark_table(self.weight)
+        mark_embedding_like(self.weight)
 
     @classmethod
-    def for_embedding(cls, model: Any, source: ParameterSource, fill: Fill) -> nn.Module:
+    def for_embedding(cls, model: Any, source: ParamFactory, fill: Fill) -> nn.Module:
         """The table of the model section's max_position_embeddings and opt_pos_emb_offset."""
         return cls(model.max_position_embeddings, model.hidden_size, source, fill, model.opt_pos_emb_offset)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.param_attrs import mark_table, mark_tied
-from megatron.distributed.param_init import ParameterSource
+from megatron.distributed.param_attrs import mark_embedding_like, mark_tied
+from megatron.distributed.param_init import ParamFactory
 from megatron.model.init import xavier_normal
 from megatron.model.positions.base import Positions
 from megatron.param_table import Multipliers
@@ -36,16 +36,16 @@ def buckets(length: int, count: int, max_distance: int, device: torch.device) ->
 class RelativePositions(Positions, nn.Module):
     """Parameter ``weight`` [buckets, n/t]. scale: factor of what is added."""
 
-    def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParameterSource) -> None:
+    def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParamFactory) -> None:
         super().__init__()
         self.count, self.max_distance, self.scale = count, max_distance, scale
         fill = xavier_normal(std=1.0, num_layers=1, hidden_size=1)  # none of which it looks at
         self.weight = source.shard("weight", (count, heads), fill, dim=1)
-        mark_table(self.weight)
+        mark_embedding_like(self.weight)
         mark_tied(self.weight)
 
     @classmethod
-    def for_scores(cls, model: Any, source: ParameterSource, multipliers: Multipliers) -> nn.Module:
+    def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module:
         """From the model section's rpe_num_buckets and rpe_max_distance."""
         heads, head_dim = model.num_attention_heads, model.kv_channels or model.hidden_size // model.num_attention_heads
         scale = math.sqrt(head_dim) * multipliers.relative * multipliers.scores

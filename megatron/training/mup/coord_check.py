@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.config import Config
-from megatron.config.config import CATALOG
+from megatron.config.config import FIELDS
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.validation.mup import FACTORS
 from megatron.config.validation.unknown_values import known
@@ -75,7 +75,7 @@ def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]
         changed = at_width(config, base, config.mup.mup_width_scale**number)
         ConfigError.raise_any(violations(changed))
         if parametrisation == STANDARD:
-            plain = {name: CATALOG[name].default for name in FACTORS}
+            plain = {name: FIELDS[name].default for name in FACTORS}
             changed = changed.replace(use_mup=False, mup_base_widths=None, **plain)
         yield known(changed.model.hidden_size), changed
 
