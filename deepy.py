@@ -5,8 +5,8 @@ import sys
 
 try:
     from megatron.launcher.cli import main
-except ModuleNotFoundError as fault:
-    sys.exit(f"{sys.executable} has no package {fault.name}; activate the environment: source .venv/bin/activate")
+except ModuleNotFoundError as error:
+    sys.exit(f"{sys.executable} has no package {error.name}; activate the environment: source .venv/bin/activate")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

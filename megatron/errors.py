@@ -37,14 +37,14 @@ class ConfigIssue:
     key: str | None = None
     value: object = UNSET
     where: str | None = None
-    remedy: str | None = None
+    hint: str | None = None
 
     def __str__(self) -> str:
         """`where: key = value: what; remedy`, leaving out the parts that are not known."""
         subject = self.key
         if subject is not None and self.value is not UNSET:
             subject = f"{subject} = {self.value!r}"
-        told = self.what if self.remedy is None else f"{self.what}; {self.remedy}"
+        told = self.what if self.hint is None else f"{self.what}; {self.hint}"
         return ": ".join(part for part in (self.where, subject, told) if part)
 
 
@@ -53,13 +53,13 @@ class NeoxError(Exception):
 
     exit_code = 1
 
-    def __init__(self, *mistakes: ConfigIssue) -> None:
-        super().__init__("\n".join(str(mistake) for mistake in mistakes))
-        self.mistakes = mistakes
+    def __init__(self, *issues: ConfigIssue) -> None:
+        super().__init__("\n".join(str(issue) for issue in issues))
+        self.issues = issues
 
     def __reduce__(self) -> tuple[type[Self], tuple[ConfigIssue, ...]]:
         """Pickling keeps the mistakes, which a worker process may have to hand over."""
-        return type(self), self.mistakes
+        return type(self), self.issues
 
     @classmethod
     def of(
@@ -69,15 +69,15 @@ class NeoxError(Exception):
         key: str | None = None,
         value: object = UNSET,
         where: str | None = None,
-        remedy: str | None = None,
+        hint: str | None = None,
     ) -> Self:
         """The common case of a single mistake."""
-        return cls(ConfigIssue(what, key, value, where, remedy))
+        return cls(ConfigIssue(what, key, value, where, hint))
 
     @classmethod
-    def raise_any(cls, mistakes: Iterable[ConfigIssue]) -> None:
+    def raise_any(cls, issues: Iterable[ConfigIssue]) -> None:
         """Raises one fault that holds all the mistakes, if there are any."""
-        found = tuple(mistakes)
+        found = tuple(issues)
         if found:
             raise cls(*found)
 

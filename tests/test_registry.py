@@ -45,7 +45,7 @@ def test_a_missing_package_names_its_extra() -> None:
         family().load("absent")
 
 
-def test_a_fault_of_our_own_is_not_called_a_missing_package() -> None:
+def test_a_error_of_our_own_is_not_called_a_missing_package() -> None:
     with pytest.raises(ModuleNotFoundError):
         family().load("unbuilt")
     with pytest.raises(ModuleNotFoundError):

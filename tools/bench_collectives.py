@@ -20,7 +20,7 @@ def main(config: Config) -> None:
     from megatron.health.collective_bench import measure, table
 
     if config.parallelism.world_size == 1:
-        raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, remedy="start more ranks")
+        raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, hint="start more ranks")
     topology = bootstrap(
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,

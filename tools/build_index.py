@@ -49,7 +49,7 @@ def requests_of(config: Config) -> list[IndexRequest]:
         raise ConfigError.of(
             "the length of the run is not given",
             key="train_iters",
-            remedy="give train_iters, train_samples or train_epochs",
+            hint="give train_iters, train_samples or train_epochs",
         )
     wanted = samples_wanted(training, iterations, same_valid=config.data.valid_same_samples)
     splits, warnings = read_splits(config.data, wanted, train_epochs=training.train_epochs)
@@ -63,12 +63,12 @@ def build(request: IndexRequest) -> str:
     if read_index_map(request) is not None:
         return f"{request.stem}: there already"
     started = time.monotonic()
-    fault = write_index_map(request)
-    if fault is not None:
+    error = write_index_map(request)
+    if error is not None:
         raise RunError.of(
-            f"the index map cannot be written ({fault.strerror})",
+            f"the index map cannot be written ({error.strerror})",
             where=request.stem,
-            remedy="run where the folder of the data can be written",
+            hint="run where the folder of the data can be written",
         )
     return f"{request.stem}: built in {time.monotonic() - started:.1f} s"
 
@@ -83,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = resolve(flags.rest, flags.values, Resources(asked.world_size)).config
         for request in requests_of(config):
             print(build(request), flush=True)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 

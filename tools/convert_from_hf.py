@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = asked.output_dir
     try:
         if layout.iterations(output):
-            raise RunError.of("the folder already holds checkpoints", where=str(output), remedy="give a new one")
+            raise RunError.of("the folder already holds checkpoints", where=str(output), hint="give a new one")
         folder = Folder.open(asked.input_dir)
         said = generation_of(asked.input_dir, folder.config)
         further = {**_tokenizer(asked.input_dir, output / TOKENIZER, said), **sampling(said)}
@@ -84,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         told = {**made.settings, **further}
         text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
         (output / "model.yml").write_text(text, encoding="utf-8")
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
-    except OSError as fault:
-        print(RunError.of(f"cannot be read or written: {fault.strerror}", where=fault.filename), file=sys.stderr)
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(RunError.of(f"cannot be read or written: {error.strerror}", where=error.filename), file=sys.stderr)
         return RunError.exit_code
     print(f"{made.directory}: {made.tensors} tensors, vocabulary {made.rows:,}; its keys are in {output / 'model.yml'}")
     return 0

@@ -110,11 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not asked.no_save_tokenizer:
             _save_tokenizer(tokenizer, asked.output_dir, stored.model.max_position_embeddings)
         write_generation(asked.output_dir, special)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
-    except OSError as fault:
-        print(RunError.of(f"cannot be read or written: {fault.strerror}", where=fault.filename), file=sys.stderr)
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(RunError.of(f"cannot be read or written: {error.strerror}", where=error.filename), file=sys.stderr)
         return RunError.exit_code
     print(
         f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "
@@ -143,11 +143,11 @@ def _tokenizer(asked: argparse.Namespace, stored: StoredModel) -> Portable | Non
     beside = stored.directory.parent / TOKENIZER
     try:
         return portable(section.tokenizer_type, section.vocab_file, section.merge_file)
-    except ConfigError as fault:
+    except ConfigError as error:
         if beside.is_dir() and find_tokenizer(beside).keys:
             return portable_of(beside)
         if not asked.no_save_tokenizer:
-            told = fault if section.vocab_file else "no tokenizer file is known"
+            told = error if section.vocab_file else "no tokenizer file is known"
             print(f"{told}; none was written, give one with --tokenizer", file=sys.stderr)
     return None
 

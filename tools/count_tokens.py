@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             found = len(data.document_index) - 1, int(data.sizes.sum(dtype="int64"))
             print(f"{prefix}: {found[0]:,} documents, {found[1]:,} tokens")
             documents, tokens = documents + found[0], tokens + found[1]
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     if len(prefixes) > 1:
         print(f"together: {documents:,} documents, {tokens:,} tokens")
     return 0

@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> int:
         with server(runs, chosen.host, chosen.port) as serving:
             print(f"http://{chosen.host}:{serving.server_address[1]}/  (Ctrl-C ends it)", flush=True)
             serving.serve_forever()
-    except ConfigError as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return 0
     return 0

@@ -50,11 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
             first, second = (open_model(path, config_files=asked.config_file) for path in asked.compare)
             return _compare(first, second, asked.tolerance)
         return _show(choose(asked.path, asked.iteration), asked.config_file, norms=asked.norms)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
-    except OSError as fault:
-        print(RunError.of(f"cannot be read: {fault.strerror}", where=fault.filename), file=sys.stderr)
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(RunError.of(f"cannot be read: {error.strerror}", where=error.filename), file=sys.stderr)
         return RunError.exit_code
 
 
@@ -62,10 +62,10 @@ def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
     print(directory)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         print(f"  {path.relative_to(directory)!s:46} {path.stat().st_size:>16,} bytes")
-    faults = integrity.damage(directory, contents=True) if integrity.is_ours(directory) else []
-    for fault in faults:
-        print(f"damaged: {fault}")
-    if not faults:
+    errors = integrity.damage(directory, contents=True) if integrity.is_ours(directory) else []
+    for error in errors:
+        print(f"damaged: {error}")
+    if not errors:
         print(
             "whole: every file is as it was written" if integrity.is_ours(directory) else "written by another program"
         )
@@ -74,7 +74,7 @@ def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
         for topic, facts in files.read_json(run).items():
             told = ", ".join(f"{k} {v}" for k, v in facts.items()) if isinstance(facts, dict) else facts
             print(f"{topic}: {told}")
-    if faults:
+    if errors:
         return 1
     stored = open_model(directory, config_files=config_files)
     total = 0

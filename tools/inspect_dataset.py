@@ -85,7 +85,7 @@ def check(data: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
         raise RunError.of(
             f"there is a token {int(tokens.max())}, and the tokenizer has {tokenizer.vocab_size}",
             where=str(bin_path(data.prefix)),
-            remedy="name the tokenizer that made these files",
+            hint="name the tokenizer that made these files",
         )
     extremes = f", ids {int(tokens.min())} to {int(tokens.max())}, {len(tokens):,} different" if len(tokens) else ""
     return [f"whole: every start follows from the lengths{extremes}"]
@@ -95,8 +95,8 @@ def document(data: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> 
     """One document in words or ids. Raises ConfigError when there is none of this number."""
     documents = len(data.document_index) - 1
     if not 0 <= number < documents:
-        remedy = f"the numbers are 0 to {documents - 1}"
-        raise ConfigError.of("there is no document of this number", key="document", value=number, remedy=remedy)
+        hint = f"the numbers are 0 to {documents - 1}"
+        raise ConfigError.of("there is no document of this number", key="document", value=number, hint=hint)
     items = range(int(data.document_index[number]), int(data.document_index[number + 1]))
     lines = [f"document {number}: {len(items)} items, {sum(int(data.sizes[item]) for item in items):,} tokens"]
     for item in items:
@@ -135,18 +135,18 @@ def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> N
     card = read_card(data.prefix, documents=len(data.document_index) - 1, tokens=len(data.tokens))
     facts = facts_of(kind, tokenizer)
     if card is not None and not card.tokenizer.agrees_with(facts):
-        remedy = "name the tokenizer that made these files"
+        hint = "name the tokenizer that made these files"
         what = f"this is {facts}, and another tokenizer made {data.prefix}: {card.tokenizer}"
-        raise ConfigError.of(what, key="tokenizer_type", value=kind, remedy=remedy)
+        raise ConfigError.of(what, key="tokenizer_type", value=kind, hint=hint)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     try:
         print("\n".join(shown(parser().parse_args(arguments))))
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 

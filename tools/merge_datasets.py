@@ -34,9 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         prefixes = find_pairs([name for name in asked.input.split(",") if name])
         documents, tokens = merge(prefixes, asked.output_prefix)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     print(f"{asked.output_prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens of {len(prefixes)} pairs")
     return 0
 

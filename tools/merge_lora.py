@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     try:
         made = merge(asked.load_dir, asked.save_dir, **layout_arguments(asked))
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     print(f"{made}: the model with its updates merged")
     return 0
 

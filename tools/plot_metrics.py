@@ -48,7 +48,7 @@ def read_run(path: Path) -> Run:
         records = read_metrics(path)
     except OSError as error:
         raise ConfigError.of(
-            f"cannot read metrics ({error.strerror})", where=str(path), remedy="name a run directory or a metrics.jsonl"
+            f"cannot read metrics ({error.strerror})", where=str(path), hint="name a run directory or a metrics.jsonl"
         ) from error
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
@@ -58,7 +58,7 @@ def read_run(path: Path) -> Run:
                 iterations.append(int(record["iteration"]))
                 values.append(float(value))
     if not any(metric in curves for metric in ("train/lm_loss", "validation/lm_loss")):
-        raise ConfigError.of("holds no loss", where=str(path), remedy="wait for the first log line of the run")
+        raise ConfigError.of("holds no loss", where=str(path), hint="wait for the first log line of the run")
     iterations, tokens = curves.get("consumed_tokens", ([], []))
     rate = tokens[-1] / iterations[-1] if iterations and iterations[-1] else None
     directory = path if path.is_dir() else path.parent
@@ -84,7 +84,7 @@ def draw(runs: list[Run], output: Path, title: str | None = None) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError.of("drawing needs matplotlib", remedy="pip install 'neox[plot]'") from error
+        raise ConfigError.of("drawing needs matplotlib", hint="pip install 'neox[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -176,14 +176,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--title")
     asked = parser.parse_args(arguments)
     runs: list[Run] = []
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     for path in asked.runs:
         try:
             runs.append(read_run(path))
         except ConfigError as error:
-            mistakes += error.mistakes
+            issues += error.issues
     try:
-        ConfigError.raise_any(mistakes)
+        ConfigError.raise_any(issues)
         output = asked.output or runs[0].directory / "metrics.png"
         draw(runs, output, asked.title)
     except ConfigError as error:

@@ -154,9 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
             prepare_public(corpus, data, asked)
         else:
             prepare_here(corpus, data / corpus.name, asked)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -102,7 +102,7 @@ def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
             "it says what stands between sentences, and none are split",
             key="keep_newlines",
             value=True,
-            remedy="add --split-sentences; without it every document keeps its newlines",
+            hint="add --split-sentences; without it every document keeps its newlines",
         )
     special = (tuple(tokenizer.special_tokens), asked.parse_special_tokens)
     if asked.mask_before_token is None:
@@ -113,7 +113,7 @@ def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
             "labels are made for one key and whole documents",
             key="mask_before_token",
             value=asked.mask_before_token,
-            remedy="name one key, and leave out --split-sentences",
+            hint="name one key, and leave out --split-sentences",
         )
     pattern = _ids(asked.mask_before_token, tokenizer.vocab_size)
     return LabelledText(tokenizer, pattern, keys, asked.append_eod, asked.ftfy, *special)
@@ -122,13 +122,13 @@ def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
 def _ids(told: str, vocab_size: int) -> tuple[int, ...]:
     try:
         found = tuple(int(token) for token in told.split(","))
-    except ValueError as fault:
-        remedy = "give numbers with commas between them, such as 1,518"
-        raise ConfigError.of("these are not token ids", key="mask_before_token", value=told, remedy=remedy) from fault
+    except ValueError as error:
+        hint = "give numbers with commas between them, such as 1,518"
+        raise ConfigError.of("these are not token ids", key="mask_before_token", value=told, hint=hint) from error
     if not 0 <= min(found) <= max(found) < vocab_size:
         what = f"the ids of this tokenizer are 0 to {vocab_size - 1}"
-        remedy = "give the ids that this tokenizer has for the words"
-        raise ConfigError.of(what, key="mask_before_token", value=told, remedy=remedy)
+        hint = "give the ids that this tokenizer has for the words"
+        raise ConfigError.of(what, key="mask_before_token", value=told, hint=hint)
     return found
 
 
@@ -223,9 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
     try:
         print(told(run(asked)))
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130

@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def recipe_of(asked: argparse.Namespace, template: ChatTokens) -> Chat:
     """What the conversations become. Raises ConfigError."""
     if asked.ftfy:
-        remedy = "mend the text first, or leave out --ftfy"
-        raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, remedy=remedy)
+        hint = "mend the text first, or leave out --ftfy"
+        raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, hint=hint)
     return Chat(
         template,
         tuple(key for told_keys in asked.jsonl_keys for key in told_keys.split(",") if key),
@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = recipe_of(asked, template)
         facts = facts_of("PretrainedFromHF", template.tokenizer)
         print(told(run_recipe(asked, recipe, facts)))
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130

@@ -194,9 +194,9 @@ def main(arguments: Sequence[str]) -> int:
         stages = make_stages(training_workers(asked.workers))
         seconds = run_stages(stages, Stamps(PLACE / "stages"), lambda line: print(line, flush=True), os.environ)
         print(summary(seconds))
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     target = layout_arguments(asked)
     try:
         made = reshape(asked.load_dir, asked.save_dir, **target)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     print(f"{made}: weights for tensor parallel {target['model_size']}, pipeline parallel {target['pipe_size']}")
     return 0
 

@@ -136,7 +136,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], answer: 
         raise KeyboardInterrupt
     if code != 0:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise RunError.of(f"{shlex.join(command)} failed with {ended}", remedy="its own words stand above")
+        raise RunError.of(f"{shlex.join(command)} failed with {ended}", hint="its own words stand above")
     if answer is not None:
         answer.parent.mkdir(parents=True, exist_ok=True)
         answer.write_text("".join(told), encoding="utf-8")

@@ -66,9 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
             size = tokenizer.get_vocab_size()
         else:
             size = train_sentence_piece(texts, asked.vocab_size, output, algorithm=algorithm)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     if skipped.total:
         print(f"{skipped}\n  {skipped.examples[0]}")
     print(f"{output}: {size:,} tokens, trained in {time.monotonic() - started:.1f} s")

@@ -31,7 +31,7 @@ CHOICE_ALIASES = {
 def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """The values as the sections take them, and the choices that do not exist. Unknown keys are left out."""
     decoded: dict[str, Any] = {}
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     for name, value in values.items():
         if name not in FIELDS:
             continue
@@ -39,12 +39,12 @@ def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]
         value = _coerce(facts, value)
         if facts.choices:
             value, found = _choose(facts, value)
-            mistakes += found
+            issues += found
         if name in PATH_KEYS:
             value, found = read_paths(name, value)
-            mistakes += found
+            issues += found
         decoded[name] = value
-    return decoded, mistakes
+    return decoded, issues
 
 
 def _coerce(facts: FieldInfo, value: Any) -> Any:
@@ -59,7 +59,7 @@ def _coerce(facts: FieldInfo, value: Any) -> Any:
 def _choose(facts: FieldInfo, value: Any) -> tuple[Any, list[ConfigIssue]]:
     if isinstance(value, (list, tuple)):
         pairs = [_choose(facts, item) for item in value]
-        return [item for item, _ in pairs], [mistake for _, found in pairs for mistake in found]
+        return [item for item, _ in pairs], [issue for _, found in pairs for issue in found]
     if not isinstance(value, str) or value in facts.choices or (facts.name == "attention_config" and value == "all"):
         return value, []
     for choice in facts.choices:
@@ -67,5 +67,5 @@ def _choose(facts: FieldInfo, value: Any) -> tuple[Any, list[ConfigIssue]]:
             return choice, []
     close = CHOICE_ALIASES.get((facts.name, value.lower())) or nearest_name(value, facts.choices)
     listed = ", ".join(facts.choices)
-    remedy = f"did you mean {close}? The choices are {listed}" if close else f"the choices are {listed}"
-    return value, [ConfigIssue("there is no such choice", key=facts.name, value=value, remedy=remedy)]
+    hint = f"did you mean {close}? The choices are {listed}" if close else f"the choices are {listed}"
+    return value, [ConfigIssue("there is no such choice", key=facts.name, value=value, hint=hint)]

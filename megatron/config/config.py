@@ -93,7 +93,7 @@ class Config:
         Nothing is derived and no rule is applied: that is `megatron.config.resolve`. Raises ConfigError for unknown
         keys and wrong types, all at once.
         """
-        mistakes = [unknown_key(name) for name in values if name not in FIELDS]
+        issues = [unknown_key(name) for name in values if name not in FIELDS]
         given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for name, value in values.items():
             if name in FIELDS:
@@ -102,9 +102,9 @@ class Config:
         for name, section in SECTIONS.items():
             try:
                 sections[name] = section(**given[name])
-            except ValidationError as fault:
-                mistakes += mistakes_of(fault, section)
-        ConfigError.raise_any(mistakes)
+            except ValidationError as error:
+                issues += issues_of(error, section)
+        ConfigError.raise_any(issues)
         return cls(**sections)  # type: ignore[arg-type]
 
     def flat(self) -> dict[str, Any]:
@@ -176,26 +176,26 @@ WRITTEN = {
 def unknown_key(name: str, *, value: object = None, where: str | None = None) -> ConfigIssue:
     """The mistake of a key that does not exist, with the nearest one that does."""
     if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in FIELDS for inner in value):
-        remedy = f"write its keys without {name} around them, since keys are not nested"
-        return ConfigIssue("there is no such key", key=name, where=where, remedy=remedy)
+        hint = f"write its keys without {name} around them, since keys are not nested"
+        return ConfigIssue("there is no such key", key=name, where=where, hint=hint)
     close = nearest_name(name, FIELDS)
-    remedy = f"did you mean {close}?" if close else "configs/README.md lists every key"
-    return ConfigIssue("there is no such key", key=name, where=where, remedy=remedy)
+    hint = f"did you mean {close}?" if close else "configs/README.md lists every key"
+    return ConfigIssue("there is no such key", key=name, where=where, hint=hint)
 
 
-def mistakes_of(fault: ValidationError, section: type[Section]) -> list[ConfigIssue]:
+def issues_of(refusal: ValidationError, section: type[Section]) -> list[ConfigIssue]:
     """One Mistake for each key that pydantic refused, in words of ours."""
-    mistakes: dict[str, ConfigIssue] = {}
-    for error in fault.errors(include_url=False):
+    issues: dict[str, ConfigIssue] = {}
+    for error in refusal.errors(include_url=False):
         if not error["loc"]:  # the choices, which look at the whole section
-            mistakes["choices"] = ConfigIssue(str(error["msg"]).removeprefix("Value error, "))
+            issues["choices"] = ConfigIssue(str(error["msg"]).removeprefix("Value error, "))
             continue
         name = str(error["loc"][0])
-        if name not in mistakes:
+        if name not in issues:
             wanted = type_in_words(FIELDS[name].annotation)
             items = [part + 1 for part in error["loc"][1:] if isinstance(part, int)]
             what = f"item {items[0]} is" if items else "this is"
-            mistakes[name] = ConfigIssue(
-                f"{what} {value_in_words(error['input'])}", key=name, remedy=WRITTEN.get(name, f"give {wanted}")
+            issues[name] = ConfigIssue(
+                f"{what} {value_in_words(error['input'])}", key=name, hint=WRITTEN.get(name, f"give {wanted}")
             )
-    return list(mistakes.values())
+    return list(issues.values())

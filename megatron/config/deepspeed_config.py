@@ -64,7 +64,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             f"{name} = {value!r} contradicts {name} = {settings.get(name, values.get(name))!r}",
             key="deepspeed_extra_args",
             value=extra,
-            remedy=f"set {name} at the top level",
+            hint=f"set {name} at the top level",
         )
         for name, value in extra.items()
         if settings.get(name, value) != value

@@ -27,7 +27,7 @@ class Flags:
 
     values: dict[str, Any]
     rest: list[str]
-    mistakes: list[ConfigIssue]
+    issues: list[ConfigIssue]
 
 
 def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
@@ -39,7 +39,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
     own = {normal_name(name.lstrip("-")) for name in others}
     values: dict[str, Any] = {}
     rest: list[str] = []
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     position = 0
     while position < len(arguments):
         argument = arguments[position]
@@ -56,11 +56,11 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             rest.append(argument)
             continue
         if name not in FIELDS:
-            mistakes.append(_unknown_flag(written, own))
+            issues.append(_unknown_flag(written, own))
             position += 0 if equals else len(_values_of_unknown(name, arguments, position))
             continue
         if name in values:
-            mistakes.append(ConfigIssue("the flag is given twice", key=f"--{written}", remedy="keep one of the two"))
+            issues.append(ConfigIssue("the flag is given twice", key=f"--{written}", hint="keep one of the two"))
         if equals:
             values[name] = flag_value(FIELDS[name], text)
             continue
@@ -68,10 +68,10 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
         position += len(taken)
         if not taken and not accepts(FIELDS[name].annotation, bool):
             wanted = type_in_words(FIELDS[name].annotation)
-            mistakes.append(ConfigIssue("the flag needs a value", key=f"--{written}", remedy=f"give {wanted}"))
+            issues.append(ConfigIssue("the flag needs a value", key=f"--{written}", hint=f"give {wanted}"))
             continue
         values[name] = _joined(FIELDS[name], taken)
-    return Flags(values, rest, [replace(mistake, where=COMMAND_LINE) for mistake in mistakes])
+    return Flags(values, rest, [replace(issue, where=COMMAND_LINE) for issue in issues])
 
 
 def flag_value(facts: FieldInfo, text: str) -> Any:
@@ -127,5 +127,5 @@ def _joined(facts: FieldInfo, taken: list[str]) -> Any:
 
 def _unknown_flag(written: str, own: set[str]) -> ConfigIssue:
     close = nearest_name(normal_name(written), [*FIELDS, *own])
-    remedy = f"did you mean --{close}?" if close else "configs/README.md lists every key"
-    return ConfigIssue("there is no such flag", key=f"--{written}", remedy=remedy)
+    hint = f"did you mean --{close}?" if close else "configs/README.md lists every key"
+    return ConfigIssue("there is no such flag", key=f"--{written}", hint=hint)

@@ -41,12 +41,12 @@ def read_paths(name: str, value: Any) -> tuple[Any, list[ConfigIssue]]:
     """The value of a key with `~` and `~user` written out, and what is no path. Lists are read item by item."""
     if isinstance(value, (list, tuple)):
         pairs = [read_paths(name, item) for item in value]
-        return [item for item, _ in pairs], [mistake for _, found in pairs for mistake in found]
+        return [item for item, _ in pairs], [issue for _, found in pairs for issue in found]
     if not isinstance(value, str):
         return value, []
     if not value.strip():
-        return value, [ConfigIssue("this is no path", key=name, value=value, remedy="leave the key out")]
+        return value, [ConfigIssue("this is no path", key=name, value=value, hint="leave the key out")]
     if _VARIABLE.search(value):
-        remedy = "write the path out, or give the key on the command line, where the shell fills variables in"
-        return value, [ConfigIssue("variables of the shell have no meaning here", key=name, value=value, remedy=remedy)]
+        hint = "write the path out, or give the key on the command line, where the shell fills variables in"
+        return value, [ConfigIssue("variables of the shell have no meaning here", key=name, value=value, hint=hint)]
     return os.path.expanduser(value) if value.startswith("~") else value, []

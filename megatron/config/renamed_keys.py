@@ -120,7 +120,7 @@ def _older_precision(
 ) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
     """The values with `precision: {type: ...}` and `fp16: {type: bfloat16}` as today's releases write them."""
     modern = dict(values)
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     warnings: list[str] = []
     precision, block = values.get("precision"), values.get("fp16")
     if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
@@ -128,40 +128,40 @@ def _older_precision(
         warnings.append(f"{precision.where}: precision = {{type: ...}}: read as precision: {precision.value}")
     kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
     if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
-        return modern, mistakes, warnings
+        return modern, issues, warnings
     del modern["fp16"]
     if precision is not None and str(precision.value).lower() not in _BFLOAT16:
         what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.where}, for another one"
-        mistakes.append(ConfigIssue(what, "fp16", block.value, block.where, "keep one of the two"))
+        issues.append(ConfigIssue(what, "fp16", block.value, block.where, "keep one of the two"))
     else:
         modern["precision"] = SourcedValue("bfloat16", block.where)
         warnings.append(f"{block.where}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale")
-    return modern, mistakes, warnings
+    return modern, issues, warnings
 
 
 def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
     """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
     modern: dict[str, SourcedValue] = {}
-    values, mistakes, warnings = _older_precision(values)
+    values, issues, warnings = _older_precision(values)
     for name, given in values.items():
         if name == "sparsity":
             attention = _attention_of(values)
             if isinstance(attention, ConfigIssue):
-                mistakes.append(attention)
+                issues.append(attention)
             else:
                 modern["attention_config"] = attention
         elif name in REFUSED:
             what = "this is a key of another release or program"
-            mistakes.append(ConfigIssue(what, name, given.value, given.where, REFUSED[name]))
+            issues.append(ConfigIssue(what, name, given.value, given.where, REFUSED[name]))
         elif name in IGNORED:
             warnings.append(f"{given.where}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")
         elif name in RENAMED and RENAMED[name] in values:
             other = values[RENAMED[name]]
             what = f"this is an older name of {RENAMED[name]}, which is given at {other.where}"
-            mistakes.append(ConfigIssue(what, name, given.value, given.where, "keep one of the two"))
+            issues.append(ConfigIssue(what, name, given.value, given.where, "keep one of the two"))
         elif name in RENAMED:
             warnings.append(f"{given.where}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
             modern[RENAMED[name]] = given
         else:
             modern[name] = given
-    return modern, mistakes, warnings
+    return modern, issues, warnings

@@ -47,7 +47,7 @@ def resolve(
     files: Sequence[str | os.PathLike[str]],
     flags: Mapping[str, Any] | None = None,
     resources: Resources | Callable[[LaunchSection], Resources] = Resources(1),  # noqa: B008 (it is frozen)
-    mistakes: Sequence[ConfigIssue] = (),
+    issues: Sequence[ConfigIssue] = (),
 ) -> Resolution:
     """Reads files and flags and returns the one configuration that they mean.
 
@@ -56,20 +56,20 @@ def resolve(
     found wrong, with the command line. Raises ConfigError with every mistake that can be told: those of spelling and
     type, and what arithmetic and rules say of the values that are good.
     """
-    read = _read(files, flags, mistakes)
+    read = _read(files, flags, issues)
     found = _machines(resources, read)
     draft = complete({**read.typed.flat(), "config_files": read.texts}, read.given.keys(), found, read.unknown)
-    read.mistakes += draft.mistakes
+    read.issues += draft.issues
     try:
         config = Config.from_flat(draft.values)
-    except ConfigError as fault:
-        raise ConfigError(*_in_order([*read.mistakes, *fault.mistakes], files, read.given)) from fault
-    read.mistakes += violations(config, draft.unknown)
+    except ConfigError as error:
+        raise ConfigError(*_in_order([*read.issues, *error.issues], files, read.given)) from error
+    read.issues += violations(config, draft.unknown)
     lines = [*draft.warnings, *without_effect(config, read.given.keys())]
     warnings = [*read.warnings, *_with_where(lines, read.given)]
     if config.launch.strict_config and draft.knows("strict_config"):
-        read.mistakes += [ConfigIssue(line, remedy="strict_config makes this an error") for line in warnings]
-    ConfigError.raise_any(_in_order(read.mistakes, files, read.given))
+        read.issues += [ConfigIssue(line, hint="strict_config makes this an error") for line in warnings]
+    ConfigError.raise_any(_in_order(read.issues, files, read.given))
     derived = draft.derived | {"config_files"}
     origin = {
         name: DERIVED if name in derived else read.given[name].where if name in read.given else DEFAULT
@@ -85,7 +85,7 @@ class _Read:
     typed: Config
     given: Mapping[str, SourcedValue]
     texts: dict[str, str] | None
-    mistakes: list[ConfigIssue]
+    issues: list[ConfigIssue]
     warnings: list[str]
     unknown: set[str]
 
@@ -98,30 +98,30 @@ def _read(
     strange = {name: one for name, one in given.items() if name not in FIELDS}
     spelling = [unknown_key(name, value=one.value, where=one.where) for name, one in strange.items()]
     values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
-    refused = {mistake.key for mistake in unchosen}
+    refused = {issue.key for issue in unchosen}
     good = {name: value for name, value in values.items() if name not in refused}
     typed, mistyped = _typed(good)
     wrong = [*unchosen, *mistyped]
-    unknown = {mistake.key for mistake in (*wrong, *merged.doubtful) if mistake.key in FIELDS}
+    unknown = {issue.key for issue in (*wrong, *merged.doubtful) if issue.key in FIELDS}
     unknown |= meant([*before, *outdated, *spelling], FIELDS.keys() - given.keys())
     nested = {str(name) for one in strange.values() if isinstance(one.value, Mapping) for name in one.value}
     unknown |= {normal_name(name) for name in nested} & (FIELDS.keys() - given.keys())
-    unknown |= {RENAMED[mistake.key] for mistake in outdated if mistake.key in RENAMED}
+    unknown |= {RENAMED[issue.key] for issue in outdated if issue.key in RENAMED}
     if merged.unreadable:
         unknown |= FIELDS.keys() - given.keys()
     texts = merged.texts or typed.checkpoint.config_files
-    mistakes = [*before, *merged.mistakes, *outdated, *spelling, *wrong]
-    return _Read(typed, given, texts, mistakes, warnings, {name for name in unknown if name})
+    issues = [*before, *merged.issues, *outdated, *spelling, *wrong]
+    return _Read(typed, given, texts, issues, warnings, {name for name in unknown if name})
 
 
 def _typed(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
     """The configuration of those values that have their key's type, and the mistakes of the others."""
     try:
         return Config.from_flat(values), []
-    except ConfigError as fault:
-        wrong = {mistake.key for mistake in fault.mistakes}
+    except ConfigError as error:
+        wrong = {issue.key for issue in error.issues}
         good = {name: value for name, value in values.items() if name not in wrong}
-        return Config.from_flat(good), list(fault.mistakes)
+        return Config.from_flat(good), list(error.issues)
 
 
 def _machines(resources: Resources | Callable[[LaunchSection], Resources], read: _Read) -> Resources | None:
@@ -132,8 +132,8 @@ def _machines(resources: Resources | Callable[[LaunchSection], Resources], read:
         return None
     try:
         return resources(read.typed.launch)
-    except ConfigError as fault:
-        read.mistakes += fault.mistakes
+    except ConfigError as error:
+        read.issues += error.issues
         return None
 
 
@@ -152,31 +152,31 @@ def _left_to_autotuner(given: Mapping[str, SourcedValue]) -> set[str]:
 
 
 def _in_order(
-    mistakes: Sequence[ConfigIssue], files: Sequence[str | os.PathLike[str]], given: Mapping[str, SourcedValue]
+    issues: Sequence[ConfigIssue], files: Sequence[str | os.PathLike[str]], given: Mapping[str, SourcedValue]
 ) -> list[ConfigIssue]:
     """The mistakes with the places where their keys were given, from the first file's first line to no place."""
     names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
-    def place(mistake: ConfigIssue) -> tuple[int, int]:
-        where = mistake.where or ""
+    def place(issue: ConfigIssue) -> tuple[int, int]:
+        where = issue.where or ""
         name, _, line = where.rpartition(":")
         if name in names and line.isdecimal():
             return names[name], int(line)
         return names.get(where, len(names) + (where != COMMAND_LINE)), 0
 
-    once = {str(mistake): mistake for mistake in _placed(mistakes, given)}
+    once = {str(issue): issue for issue in _placed(issues, given)}
     return sorted(once.values(), key=place)
 
 
-def _placed(mistakes: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
+def _placed(issues: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
     """The mistakes with the place where the key was given."""
     placed = []
-    for mistake in mistakes:
-        source = given.get(mistake.key or "")
-        if source is not None and mistake.where is None:
-            value = source.value if mistake.value is UNSET else mistake.value
-            mistake = replace(mistake, where=source.where, value=value)
-        placed.append(mistake)
+    for issue in issues:
+        source = given.get(issue.key or "")
+        if source is not None and issue.where is None:
+            value = source.value if issue.value is UNSET else issue.value
+            issue = replace(issue, where=source.where, value=value)
+        placed.append(issue)
     return placed
 
 

@@ -25,8 +25,8 @@ def from_json(text: str, where: str = "the configuration handed to the worker") 
     """The inverse of `to_json`. Raises ConfigError where the text is no configuration."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as fault:
-        raise ConfigError.of(f"this is not a resolved configuration: {fault}", where=where) from fault
+    except json.JSONDecodeError as error:
+        raise ConfigError.of(f"this is not a resolved configuration: {error}", where=where) from error
     if not isinstance(values, dict):
         raise ConfigError.of("this is not a resolved configuration", where=where)
     return Config.from_flat(values)
@@ -41,8 +41,8 @@ def read(path: str | os.PathLike[str]) -> Config:
     """Reads what `write` wrote. Raises ConfigError where there is nothing to read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError.of(f"the resolved configuration cannot be read: {fault}", where=str(path)) from fault
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError.of(f"the resolved configuration cannot be read: {error}", where=str(path)) from error
     return from_json(text, str(path))
 
 
@@ -61,6 +61,6 @@ def decode(text: str) -> Config:
     """The inverse of `encode`, but for `config_files`. Raises ConfigError where the text is damaged."""
     try:
         plain = zlib.decompress(base64.urlsafe_b64decode(text.encode())).decode()
-    except (ValueError, zlib.error) as fault:
-        raise ConfigError.of(f"the encoded configuration is damaged: {fault}") from fault
+    except (ValueError, zlib.error) as error:
+        raise ConfigError.of(f"the encoded configuration is damaged: {error}") from error
     return from_json(plain)

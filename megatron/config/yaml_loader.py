@@ -68,7 +68,7 @@ class Merged:
     """
 
     values: dict[str, SourcedValue] = field(default_factory=dict)
-    mistakes: list[ConfigIssue] = field(default_factory=list)
+    issues: list[ConfigIssue] = field(default_factory=list)
     doubtful: list[ConfigIssue] = field(default_factory=list)
     unreadable: bool = False
     texts: dict[str, str] = field(default_factory=dict)
@@ -94,11 +94,11 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
     for name in files:
         path = find_file(name)
         if path is not None and path.resolve() in seen:
-            merged.mistakes.append(ConfigIssue("the file is named twice", where=str(path), remedy="name it once"))
+            merged.issues.append(ConfigIssue("the file is named twice", where=str(path), hint="name it once"))
             continue
         seen |= {path.resolve()} if path else set()
         if path is None:
-            merged.mistakes.append(_no_such_file(name))
+            merged.issues.append(_no_such_file(name))
             merged.unreadable = True
             continue
         _read_file(path, merged)
@@ -130,15 +130,15 @@ def _no_such_file(name: str | os.PathLike[str]) -> ConfigIssue:
     return ConfigIssue(
         "there is no such configuration file",
         where=str(name),
-        remedy=f"did you mean {folder / close[0]}?" if close else "check the name and the folder",
+        hint=f"did you mean {folder / close[0]}?" if close else "check the name and the folder",
     )
 
 
 def _read_file(path: Path, merged: Merged) -> None:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        merged.mistakes.append(ConfigIssue(f"the file cannot be read: {fault}", where=str(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", where=str(path)))
         merged.unreadable = True
         return
     merged.texts[_free_name(path.name, merged.texts)] = text
@@ -146,11 +146,11 @@ def _read_file(path: Path, merged: Merged) -> None:
         text = _plain_json(text)
     try:
         _read_text(text, str(path), merged)
-    except yaml.YAMLError as fault:
-        merged.mistakes.append(_syntax_mistake(fault, path, text))
+    except yaml.YAMLError as error:
+        merged.issues.append(_syntax_issue(error, path, text))
         merged.unreadable = True
-    except (ValueError, RecursionError) as fault:
-        merged.mistakes.append(ConfigIssue(f"the file cannot be read: {fault}", where=str(path)))
+    except (ValueError, RecursionError) as error:
+        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", where=str(path)))
         merged.unreadable = True
 
 
@@ -172,21 +172,21 @@ def _free_name(name: str, taken: Mapping[str, str]) -> str:
     return name
 
 
-def _syntax_mistake(fault: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
+def _syntax_issue(error: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
     """What is not YAML, in words; the two most frequent slips are looked for, since the reader tells of neither."""
-    mark = getattr(fault, "problem_mark", None)
+    mark = getattr(error, "problem_mark", None)
     line = mark.line + 1 if mark is not None else None
-    problem = getattr(fault, "problem", None) or str(fault).splitlines()[0]
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     what = f"this is not {'JSON' if path.suffix == '.json' else 'YAML'}: {problem}"
-    remedy = "mend the line, or the one before it"
+    hint = "mend the line, or the one before it"
     for number, written in enumerate(text.splitlines()[:line], 1):
         if re.match(r" *\t", written) and number == line:
-            what, remedy = "a tab stands at the start of the line", "YAML takes spaces there"
+            what, hint = "a tab stands at the start of the line", "YAML takes spaces there"
         elif path.suffix != ".json" and re.match(r"[A-Za-z_-]+:[^\s:]", written):
-            line, what, remedy = number, "there is no space after the colon", "write `key: value`"
+            line, what, hint = number, "there is no space after the colon", "write `key: value`"
             break
     where = f"{path}:{line}" if line is not None else str(path)
-    return ConfigIssue(what, where=where, remedy=remedy)
+    return ConfigIssue(what, where=where, hint=hint)
 
 
 def _read_text(text: str, name: str, merged: Merged) -> None:
@@ -197,9 +197,9 @@ def _read_text(text: str, name: str, merged: Merged) -> None:
             return
         if not isinstance(root, yaml.MappingNode):
             told = ConfigIssue(
-                "the file is not a mapping of keys to values", where=name, remedy="write `key: value` lines"
+                "the file is not a mapping of keys to values", where=name, hint="write `key: value` lines"
             )
-            merged.mistakes.append(told)
+            merged.issues.append(told)
             merged.unreadable = True
             return
         for key_node, value_node in _merged_pairs(root, loader):
@@ -222,7 +222,7 @@ def _merged_pairs(root: yaml.MappingNode, loader: Any) -> list[tuple[yaml.Node, 
 
 def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merged) -> None:
     if not isinstance(key, str):
-        merged.mistakes.append(ConfigIssue(f"the key {key!r} is not text", where=where))
+        merged.issues.append(ConfigIssue(f"the key {key!r} is not text", where=where))
         return
     normal = normal_name(key)
     value = loader.construct_object(value_node, deep=True)
@@ -233,9 +233,9 @@ def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merge
             key=normal,
             value=value,
             where=where,
-            remedy="keep one of the two",
+            hint="keep one of the two",
         )
-        merged.mistakes.append(told)
+        merged.issues.append(told)
         if value != before.value:
             merged.doubtful.append(told)
         return
@@ -257,8 +257,8 @@ def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 
                 f"the key is also given at {name}:{seen[key]}",
                 key=key,
                 where=f"{name}:{line}",
-                remedy="keep one of the two",
+                hint="keep one of the two",
             )
-            merged.mistakes.append(told)
+            merged.issues.append(told)
         seen[key] = line
         _nested_duplicates(value_node, name, merged, depth + 1)

@@ -46,13 +46,13 @@ def server(runs: Sequence[Run], host: str, port: int) -> ThreadingHTTPServer:
 
     try:
         return ThreadingHTTPServer((host, port), Handler)
-    except OSError as fault:
+    except OSError as error:
         raise ConfigError.of(
-            f"the page cannot be served there: {fault.strerror}",
+            f"the page cannot be served there: {error.strerror}",
             key="--port",
             value=port,
-            remedy="name another, or 0 for any free one",
-        ) from fault
+            hint="name another, or 0 for any free one",
+        ) from error
 
 
 @cache

@@ -117,7 +117,7 @@ def _run_directory(folder: Path) -> Path:
     raise ConfigError.of(
         f"this folder holds neither {METRICS} nor {CONFIG}",
         where=str(folder),
-        remedy="name a run directory, or the save folder of a run",
+        hint="name a run directory, or the save folder of a run",
     )
 
 

@@ -55,7 +55,7 @@ def bootstrap(
             f"{ranks.world_size} processes were started, which pipe {pipe} x context {context_parallel_size} x "
             f"model {model_parallel_size} = {share} ranks does not divide",
             key="pipe_parallel_size, context_parallel_size, model_parallel_size",
-            remedy="start a multiple of that number of processes",
+            hint="start a multiple of that number of processes",
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -113,12 +113,12 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
             deepspeed.init_distributed(
                 backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds)
             )
-    except dist.DistNetworkError as fault:
+    except dist.DistNetworkError as error:
         raise RunError.of(
-            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {fault}",
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {error}",
             where=f"rank {ranks.rank}",
-            remedy="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
-        ) from fault
+            hint="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
+        ) from error
 
 
 def _release_segment(ranks: Ranks) -> None:

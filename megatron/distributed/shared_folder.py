@@ -34,14 +34,14 @@ def sees_files_of_rank_0(folder: Path, *, patience: float = 0.0) -> bool:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-        except OSError as fault:
-            problem = str(fault)
+        except OSError as error:
+            problem = str(error)
     found = [name, problem]
     dist.broadcast_object_list(found, src=0)
     name, problem = str(found[0]), found[1]
     if problem is not None:
-        remedy = "give a folder that this user can make and write to"
-        raise RunError.of(f"rank 0 cannot write there: {problem}", where=str(folder), remedy=remedy)
+        hint = "give a folder that this user can make and write to"
+        raise RunError.of(f"rank 0 cannot write there: {problem}", where=str(folder), hint=hint)
     seen = _appears(folder, name, patience)
     barrier()
     if dist.get_rank() == 0:

@@ -87,9 +87,9 @@ def device_collective_in_progress() -> str | None:
     return None
 
 
-def failed_in_a_collective(fault: BaseException) -> bool:
+def failed_in_a_collective(error: BaseException) -> bool:
     """Whether an exception says that other ranks did not come, rather than that this one did something wrong."""
-    if isinstance(fault, dist.DistError):
+    if isinstance(error, dist.DistError):
         return True
-    text = str(fault).lower()
-    return isinstance(fault, RuntimeError) and any(sign in text for sign in ("gloo", "nccl", "connection closed by"))
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "nccl", "connection closed by"))

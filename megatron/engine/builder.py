@@ -160,7 +160,7 @@ def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
             f"the embedding has {rows:,} rows, for the {tokens:,} tokens of the tokenizer",
             key="padded_vocab_size",
             value=section.padded_vocab_size,
-            remedy="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
+            hint="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
         )
     if section.vocab_size not in (None, tokens, rows):
         told = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
@@ -186,7 +186,7 @@ def build_inference_engine(
             "there is no checkpoint to run",
             key="load",
             value=config.checkpoint.load,
-            remedy="set load to a save folder",
+            hint="set load to a save folder",
         )
     stage = build_stage(_layer_plan(config, topology, padded_vocab_size), topology)
     fill(stage.parameters, checkpoint, topology)

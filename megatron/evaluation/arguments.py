@@ -51,8 +51,8 @@ def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> Wan
     try:
         length = next((arguments[name] for name in _LENGTHS if arguments.get(name) is not None), _DEFAULT_NEW_TOKENS)
         return Wanted(until, int(length), _sampling(arguments))
-    except (TypeError, ValueError) as fault:
-        raise _refused(f"an argument is not a number ({fault})", task) from fault
+    except (TypeError, ValueError) as error:
+        raise _refused(f"an argument is not a number ({error})", task) from error
 
 
 def _sampling(arguments: Mapping[str, Any]) -> Sampling:
@@ -77,5 +77,5 @@ def _refused(what: str, task: str | None) -> ConfigError:
         what,
         key="generation_kwargs",
         where=None if task is None else f"task {task}",
-        remedy=f"a task may set {', '.join(_KEYS)}",
+        hint=f"a task may set {', '.join(_KEYS)}",
     )

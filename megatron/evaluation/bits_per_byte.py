@@ -45,7 +45,7 @@ def read_documents(path: str | None, text_key: str = "text") -> list[str]:
     Raises ConfigError when the file cannot be read or holds no text.
     """
     if path is None:
-        raise ConfigError.of("needs a text to measure", key="eval_text", value=path, remedy="--eval-text FILE")
+        raise ConfigError.of("needs a text to measure", key="eval_text", value=path, hint="--eval-text FILE")
     try:
         content = Path(path).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

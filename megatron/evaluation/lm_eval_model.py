@@ -139,9 +139,9 @@ class HarnessModel(LM):
             pass  # some templates know no system; the harness then leaves it out
         try:
             return told([turn for turn in chat_history if turn["role"] != "system"])
-        except TemplateRefusal as fault:
-            what = f"the chat template refuses the conversation: {fault}"
-            raise ConfigError.of(what, key="eval_chat_template", value=True) from fault
+        except TemplateRefusal as error:
+            what = f"the chat template refuses the conversation: {error}"
+            raise ConfigError.of(what, key="eval_chat_template", value=True) from error
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the template, which lm-eval keeps with the results."""
@@ -225,15 +225,15 @@ class HarnessModel(LM):
 
     def _whole(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
         if not continuation:
-            raise RunError.of("a task asks how likely an answer without text is", remedy="give each answer some text")
+            raise RunError.of("a task asks how likely an answer without text is", hint="give each answer some text")
         return Pair(context or (self.prefix_token_id,), continuation)
 
     def _settings(self, arguments: Mapping[str, Any]) -> Settings:
         """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
         try:
             wanted = read_arguments(arguments)
-        except ConfigError as fault:  # of a task that was not checked when it was loaded
-            raise RunError(*fault.mistakes) from fault
+        except ConfigError as error:  # of a task that was not checked when it was loaded
+            raise RunError(*error.issues) from error
         length = wanted.maximum_tokens
         if length >= self.max_length:  # the context needs a place too
             length = self._shortened(length)

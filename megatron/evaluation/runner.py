@@ -86,8 +86,8 @@ def live_evaluation(
         stoppable.stopped = False
         try:
             results, why = _run_tasks(config, tasks, model, topology), "a stop was asked for"
-        except NotNumbers as fault:
-            results, why = None, str(fault)
+        except NotNumbers as error:
+            results, why = None, str(error)
         if results is not None and not any_rank(stoppable.stopped):
             return flat_metrics(results)
         if topology.rank == 0:
@@ -149,7 +149,7 @@ def measure_perplexity(config: Config) -> None:
     config = config.for_inference()
     section = config.evaluation
     if section.eval_text is None and section.eval_cloze is None:
-        raise ConfigError.of("there is nothing to measure", key="eval_text", remedy="--eval-text or --eval-cloze FILE")
+        raise ConfigError.of("there is nothing to measure", key="eval_text", hint="--eval-text or --eval-cloze FILE")
     text = "\n".join(bits_per_byte.read_documents(section.eval_text)) if section.eval_text else None
     cloze = bits_per_byte.read_documents(section.eval_cloze)[: section.eval_limit] if section.eval_cloze else None
 
@@ -187,13 +187,13 @@ def measure_perplexity(config: Config) -> None:
 def require_harness(eval_tasks: Any) -> None:
     """Makes ready to import lm_eval. Raises ConfigError when there is no task to run or no lm-eval to run it."""
     if not eval_tasks:
-        raise ConfigError.of("needs the names of tasks", key="eval_tasks", value=eval_tasks, remedy="--eval_tasks TASK")
+        raise ConfigError.of("needs the names of tasks", key="eval_tasks", value=eval_tasks, hint="--eval_tasks TASK")
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError.of(
             "evaluation needs the package lm-eval, which is not installed",
             key="eval_tasks",
             value=list(eval_tasks),
-            remedy="pip install 'neox[eval]'",
+            hint="pip install 'neox[eval]'",
         )
     # Read when the libraries are first imported: no network, and no bars for local files.
     os.environ.setdefault("LM_HARNESS_CACHE_PATH", str(Path.home() / ".cache" / "neox" / "requests"))

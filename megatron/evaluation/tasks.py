@@ -47,7 +47,7 @@ class Tasks:
                     f"cannot load the tasks: {str(error).strip() or type(error).__name__}",
                     key="eval_tasks",
                     value=list(names),
-                    remedy="evaluation is offline: only local files and what is in the Hugging Face cache are found; "
+                    hint="evaluation is offline: only local files and what is in the Hugging Face cache are found; "
                     "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing",
                 ) from error
         for name, task in self._loaded["tasks"].items():
@@ -72,7 +72,7 @@ class Tasks:
                 f"lm-eval has no argument {unknown[0]}",
                 key="eval_model_args",
                 value=arguments,
-                remedy=f"choose from {', '.join(sorted(known))}",
+                hint=f"choose from {', '.join(sorted(known))}",
             )
         with _own_evaluate_out_of_the_way(), _quiet(), _fixed_seeds():
             results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
@@ -102,7 +102,7 @@ def _find(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, 
     manager = TaskManager(include_path=include_path)
     found = {name: _matches(manager, name) for name in names}
     ConfigError.raise_any(
-        mistake for name, matches in found.items() if not matches for mistake in _unknown(manager, name).mistakes
+        issue for name, matches in found.items() if not matches for issue in _unknown(manager, name).issues
     )
     return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
 
@@ -115,8 +115,8 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
 
 def _unknown(manager: TaskManager, name: str) -> ConfigError:
     close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-    remedy = f"did you mean {close[0]}?" if close else "eval_include_path names a folder of tasks of your own"
-    return ConfigError.of("lm-eval has no task of this name", key="eval_tasks", value=name, remedy=remedy)
+    hint = f"did you mean {close[0]}?" if close else "eval_include_path names a folder of tasks of your own"
+    return ConfigError.of("lm-eval has no task of this name", key="eval_tasks", value=name, hint=hint)
 
 
 class _EvaluatePackage:

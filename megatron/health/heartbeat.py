@@ -104,8 +104,8 @@ class Heartbeat:
         failed = False
         try:
             yield
-        except Exception as fault:
-            failed = failed_in_a_collective(fault)
+        except Exception as error:
+            failed = failed_in_a_collective(error)
             raise
         finally:
             if not failed:

@@ -109,30 +109,30 @@ def hosts(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
 def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
     """What is wrong with which host, compared with what most hosts have. shared: all should see one folder."""
     first = [ranks[0] for ranks in hosts(facts).values()]
-    mistakes = []
-    for what, of, remedy in _COMPARED:
+    issues = []
+    for what, of, hint in _COMPARED:
         values = [of(each) for each in first]
         usual = Counter(values).most_common(1)[0][0]
-        mistakes += [
-            ConfigIssue(f"{what} is {value}, where most hosts have {usual}", where=f"host {each.host}", remedy=remedy)
+        issues += [
+            ConfigIssue(f"{what} is {value}, where most hosts have {usual}", where=f"host {each.host}", hint=hint)
             for each, value in zip(first, values, strict=True)
             if value != usual
         ]
     for host, ranks in hosts(facts).items():
         if ranks[0].devices and len(ranks) > ranks[0].devices:
             told = f"{len(ranks)} ranks run on {ranks[0].devices} accelerators"
-            mistakes.append(ConfigIssue(told, where=f"host {host}", remedy="give it fewer slots in the hostfile"))
+            issues.append(ConfigIssue(told, where=f"host {host}", hint="give it fewer slots in the hostfile"))
         if shared and not all(each.visible for each in ranks):
-            mistakes.append(
+            issues.append(
                 ConfigIssue(
                     "the run directory is not the one that rank 0 sees",
                     key="use_shared_fs",
                     value=True,
                     where=f"host {host}",
-                    remedy="mount the shared file system there, or set use_shared_fs: false",
+                    hint="mount the shared file system there, or set use_shared_fs: false",
                 )
             )
-    return mistakes
+    return issues
 
 
 def warnings(facts: Sequence[Facts], *, shared: bool) -> list[str]:

@@ -41,13 +41,13 @@ class Watch:
             yield
         except (ConfigError, RunError):
             raise
-        except Exception as fault:
-            if self._world_size == 1 or not failed_in_a_collective(fault):
-                self._write(f"failed: {fault!r}")
+        except Exception as error:
+            if self._world_size == 1 or not failed_in_a_collective(error):
+                self._write(f"failed: {error!r}")
                 raise
-            told = self._explain(fault)
-            self._write("\n".join(str(mistake) for mistake in told.mistakes))
-            raise told from fault
+            told = self._explain(error)
+            self._write("\n".join(str(issue) for issue in told.issues))
+            raise told from error
         finally:
             self._heart.stop()
 
@@ -55,18 +55,18 @@ class Watch:
         """Says what the enclosed work is."""
         return self._heart.doing(what, iteration)
 
-    def _explain(self, fault: Exception) -> RunError:
+    def _explain(self, error: Exception) -> RunError:
         mine = self._heart.now()
         with self._heart.doing("failing"):
             time.sleep(STALE)  # a rank that is gone must have grown silent
         pulses = self._heart.everyone(self._world_size)
         found = likely_culprits(pulses, self._world_size, time.time()) if pulses else [_unreachable(mine)]
         blamed = "; ".join(found) or "no rank stands out: the network between them may be cut"
-        first_line = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return RunError.of(
             f"a collective failed{mine.when} ({mine.doing}): {first_line}. Waited for: {blamed}",
             where=f"stage {mine.stage}",
-            remedy=f"see {FAILURES}/ and rank_N.log in the run directory; a wait may last collective_timeout "
+            hint=f"see {FAILURES}/ and rank_N.log in the run directory; a wait may last collective_timeout "
             f"= {self._limit:g} s",
         )
 

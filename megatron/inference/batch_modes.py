@@ -26,7 +26,7 @@ def chosen_mode(text_gen_type: str | None, sample_input_file: str | None) -> str
             "there is no such mode",
             key="text_gen_type",
             value=text_gen_type,
-            remedy=f"choose {UNCONDITIONAL}, {INPUT_FILE}, {INTERACTIVE} or {PRECOMPUTE}",
+            hint=f"choose {UNCONDITIONAL}, {INPUT_FILE}, {INTERACTIVE} or {PRECOMPUTE}",
         )
     return text_gen_type
 
@@ -37,7 +37,7 @@ def read_prompts(path: str | None, prompt_end: str) -> list[str]:
     Raises ConfigError when the file cannot be read or holds no prompt.
     """
     if path is None:
-        raise ConfigError.of("needs a file of prompts", key="sample_input_file", value=path, remedy="give one with -i")
+        raise ConfigError.of("needs a file of prompts", key="sample_input_file", value=path, hint="give one with -i")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,7 @@ def read_prompts(path: str | None, prompt_end: str) -> list[str]:
     prompts = [part.strip() for part in parts if part.strip()]
     if not prompts:
         raise ConfigError.of(
-            "the file holds no prompt", key="sample_input_file", value=path, remedy=f"prompts end with {prompt_end!r}"
+            "the file holds no prompt", key="sample_input_file", value=path, hint=f"prompts end with {prompt_end!r}"
         )
     return prompts
 

@@ -114,7 +114,7 @@ class Answer:
             prompt_tokens=len(prompt),
         )
         self.growing = Text(prompt, limits, sampler)
-        self._fault: str | None = None
+        self._error: str | None = None
 
     @property
     def too_long(self) -> bool:
@@ -123,7 +123,7 @@ class Answer:
 
     def give_up(self, message: str) -> None:
         """Ends the text before its next token. message: why it failed."""
-        self._fault = f"error: {message}"
+        self._error = f"error: {message}"
         self.growing.ended = self.growing.failed = True
 
     def take(self, step: Step) -> bool:
@@ -153,7 +153,7 @@ class Answer:
             text if self.new_tokens else None,
             len(self.new_tokens),
             self.finished,
-            (self._fault or self._no_numbers()) if failed else self._warning(),
+            (self._error or self._no_numbers()) if failed else self._warning(),
             seconds,
             failed,
             logits=self._logits,

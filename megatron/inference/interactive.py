@@ -78,8 +78,8 @@ def run_interactive(
             while turns and not generator.fits("".join(turns) + prompt):
                 turns.pop(0)
             generator.read(prompt)
-        except RunError as fault:  # the same on every rank
-            say(f"{fault}\n")
+        except RunError as error:  # the same on every rank
+            say(f"{error}\n")
             continue
         stop.clear(answering=True)
         record = generator.continue_text(

@@ -51,9 +51,9 @@ def write_log_probabilities(
                 _require_numbers(scores, f"{path}, item {at}")
                 if writer is not None:
                     writer.add_document(scores)
-    except BaseException as fault:
+    except BaseException as error:
         if writer is not None:
-            writer.__exit__(type(fault), fault, fault.__traceback__)
+            writer.__exit__(type(error), error, error.__traceback__)
         raise
     if writer is not None:
         writer.__exit__(None, None, None)
@@ -65,7 +65,7 @@ def _require_numbers(scores: numpy.ndarray, where: str) -> None:
         raise RunError.of(
             "the model's scores are not numbers (NaN or infinite)",
             where=where,
-            remedy="look for such values in the checkpoint, or for an overflow in its precision",
+            hint="look for such values in the checkpoint, or for an overflow in its precision",
         )
 
 

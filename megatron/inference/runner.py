@@ -79,7 +79,7 @@ def precompute(config: Config) -> None:
     for key in ("train", "valid", "test"):
         paths += [path for side in ("pos", "neg") for path in getattr(data, f"{side}_{key}_data_paths") or ()]
     if not paths:
-        raise ConfigError.of("there is no data set to work on", key="data_path", remedy="set data_path")
+        raise ConfigError.of("there is no data set to work on", key="data_path", hint="set data_path")
     name = (
         config.generation.precompute_model_name or hashlib.sha256(str(config.checkpoint.load).encode()).hexdigest()[:16]
     )
@@ -136,7 +136,7 @@ def check_ends(ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:
             f"the vocabulary has {tokenizer.vocab_size:,} tokens, so there is no {', '.join(map(str, beyond))}",
             key="eos_token_ids",
             value=list(ids or ()),
-            remedy="give ids of this tokenizer",
+            hint="give ids of this tokenizer",
         )
 
 

@@ -113,7 +113,7 @@ def require_numbers(scores: Sequence[Score], what: str) -> None:
     if wrong:
         raise NotNumbers.of(
             f"{len(wrong)} of {len(scores)} {what} have no score: their log-likelihood is {wrong[0]}",
-            remedy="look for NaN or infinite values in the checkpoint, or for an overflow in its precision",
+            hint="look for NaN or infinite values in the checkpoint, or for an overflow in its precision",
         )
 
 

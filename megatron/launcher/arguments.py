@@ -51,7 +51,7 @@ class Request:
     dry_run: bool = False
     as_json: bool = False
     arguments: tuple[str, ...] = ()
-    mistakes: tuple[ConfigIssue, ...] = ()
+    issues: tuple[ConfigIssue, ...] = ()
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -64,28 +64,28 @@ def read_request(arguments: Sequence[str]) -> Request:
     own = _own_flags(arguments)
     flags = read_flags(own.rest)
     unknown = [word for word in flags.rest if word.startswith("-")]
-    mistakes = [*own.mistakes, *flags.mistakes]
-    what, remedy = "there is no such flag", "./deepy.py --help"
-    mistakes += [ConfigIssue(what, word, where=COMMAND_LINE, remedy=remedy) for word in unknown]
+    issues = [*own.issues, *flags.issues]
+    what, hint = "there is no such flag", "./deepy.py --help"
+    issues += [ConfigIssue(what, word, where=COMMAND_LINE, hint=hint) for word in unknown]
     words = [word for word in flags.rest if word not in unknown]
     if not words:
-        told = ConfigIssue("no script is named", where=COMMAND_LINE, remedy="./deepy.py train.py CONF ...")
-        raise ConfigError(*mistakes, told)
+        told = ConfigIssue("no script is named", where=COMMAND_LINE, hint="./deepy.py train.py CONF ...")
+        raise ConfigError(*issues, told)
     script, *files = words
     try:
         path = find_script(script)
-    except ConfigError as fault:
-        raise ConfigError(*mistakes, *fault.mistakes) from fault
+    except ConfigError as error:
+        raise ConfigError(*issues, *error.issues) from error
     chosen = {**flags.values, "user_script": script}
     if "autotuning" in own.values:
         if own.values["autotuning"] not in AUTOTUNING:
             what = "this is tune or run"
-            mistakes.append(ConfigIssue(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
+            issues.append(ConfigIssue(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
         chosen["autotuning_run"] = own.values["autotuning"]
     folder = own.values.get("conf_dir")
     named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
     asked = own.switches
-    return Request(path, named, chosen, "dry_run" in asked, "json" in asked, tuple(arguments), tuple(mistakes))
+    return Request(path, named, chosen, "dry_run" in asked, "json" in asked, tuple(arguments), tuple(issues))
 
 
 @dataclass
@@ -95,7 +95,7 @@ class _OwnFlags:
     switches: set[str] = field(default_factory=set)
     values: dict[str, str] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
-    mistakes: list[ConfigIssue] = field(default_factory=list)
+    issues: list[ConfigIssue] = field(default_factory=list)
 
 
 def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
@@ -112,7 +112,7 @@ def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
             if equals or waiting:
                 found.values[name] = text if equals else waiting.pop(0)
             else:
-                found.mistakes.append(ConfigIssue("the flag needs a value", written, where=COMMAND_LINE))
+                found.issues.append(ConfigIssue("the flag needs a value", written, where=COMMAND_LINE))
         else:
             found.rest.append(argument)
     return found
@@ -123,20 +123,20 @@ def find_script(name: str) -> Path:
     tried = [Path(name), Path(f"{name}.py"), CHECKOUT / name, CHECKOUT / f"{name}.py"]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
-        remedy = "evaluate.py evaluates" if Path(name).name == "eval.py" else "train.py, generate.py or evaluate.py"
-        raise ConfigError.of("there is no such script", key="SCRIPT", value=name, remedy=remedy)
+        hint = "evaluate.py evaluates" if Path(name).name == "eval.py" else "train.py, generate.py or evaluate.py"
+        raise ConfigError.of("there is no such script", key="SCRIPT", value=name, hint=hint)
     if found.suffix != ".py":
         raise ConfigError.of(
             "the script comes first, then the configuration files",
             key="SCRIPT",
             value=name,
-            remedy="./deepy.py train.py CONF ...",
+            hint="./deepy.py train.py CONF ...",
         )
     if WORKER_MARK not in found.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError.of(
             f"the script is no worker: it does not use {WORKER_MARK}",
             key="SCRIPT",
             value=name,
-            remedy=f"run it directly: python {name}",
+            hint=f"run it directly: python {name}",
         )
     return found.resolve()

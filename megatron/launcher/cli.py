@@ -42,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command line of deepy.py and returns its exit code."""
     try:
         return _run(arguments)
-    except (ConfigError, RunError) as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever reads the plan has seen enough
@@ -155,14 +155,14 @@ def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, here: bool
         node = node_number(list(machines.hosts), caller, local_names())
         if len(machines.hosts) > 1 and where.master_addr is None:
             what = "the hosts do not know where they meet"
-            raise ConfigError.of(what, key="master_addr", remedy="give the address of the first host")
+            raise ConfigError.of(what, key="master_addr", hint="give the address of the first host")
         return replace(where, node=node)
     if here:
         return where
     if where.launcher == "local":
         hosts = ", ".join(machines.hosts)
         what = f"the hostfile names other hosts: {hosts}"
-        raise ConfigError.of(what, key="launcher", value="local", remedy="name a launcher for several hosts")
+        raise ConfigError.of(what, key="launcher", value="local", hint="name a launcher for several hosts")
     check_launcher(where.launcher, caller)
     if launch.no_ssh_check:
         return where

@@ -88,7 +88,7 @@ def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str,
             f"{source} offers {len(hosts)} hosts",
             key="num_nodes",
             value=wanted.num_nodes,
-            remedy="add hosts or ask for fewer",
+            hint="add hosts or ask for fewer",
         )
     if wanted.num_nodes > 0:
         hosts = dict(list(hosts.items())[: wanted.num_nodes])
@@ -100,7 +100,7 @@ def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str,
             f"{source} gives {ranks} ranks",
             key="global_num_gpus",
             value=wanted.global_num_gpus,
-            remedy="leave the key out, or choose hosts with include, exclude, num_nodes and num_gpus",
+            hint="leave the key out, or choose hosts with include, exclude, num_nodes and num_gpus",
         )
     return Hosts(hosts, _accelerator_of(hosts, environment, devices), ranks)
 
@@ -117,8 +117,8 @@ def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Pat
         accelerator = _accelerator_of(hosts, environment, devices)
         return Hosts(hosts, accelerator, wanted.num_nodes * wanted.num_gpus, named=False)
     plan = _on_this_machine(wanted, environment, devices)
-    remedy = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if wanted.launcher == "slurm" else "")
-    return replace(plan, shortage=f"nothing tells {wanted.launcher} which hosts to use; {remedy}")
+    hint = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if wanted.launcher == "slurm" else "")
+    return replace(plan, shortage=f"nothing tells {wanted.launcher} which hosts to use; {hint}")
 
 
 def allocated(environment: Mapping[str, str]) -> dict[str, int]:
@@ -177,7 +177,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError.of(f"the host {found[1]} stands here a second time", key="hostfile", where=where)
         hosts[found[1]] = int(found[2])
     if not hosts:
-        raise ConfigError.of("no host in it", key="hostfile", value=str(path), remedy="write `host slots=N` lines")
+        raise ConfigError.of("no host in it", key="hostfile", value=str(path), hint="write `host slots=N` lines")
     return hosts
 
 
@@ -193,7 +193,7 @@ def select_slots(hosts: Slots, wanted: Wanted) -> Slots:
         host, _, listed = part.partition(":")
         if host not in hosts:
             raise ConfigError.of(
-                f"there is no host {host}", key=key, value=text, remedy=f"the hosts are {', '.join(hosts)}"
+                f"there is no host {host}", key=key, value=text, hint=f"the hosts are {', '.join(hosts)}"
             )
         slots = {int(slot) if slot.isdecimal() else slot for slot in listed.split(",")} if listed else set(hosts[host])
         missing = slots - set(hosts[host])
@@ -220,7 +220,7 @@ def _first(slots: tuple[int | str, ...], count: int, host: str) -> tuple[int | s
 def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
     if wanted.num_nodes > 1:
         raise ConfigError.of(
-            "more than one host needs a hostfile", key="num_nodes", value=wanted.num_nodes, remedy="give hostfile"
+            "more than one host needs a hostfile", key="num_nodes", value=wanted.num_nodes, hint="give hostfile"
         )
     found = local_devices(environment, devices)
     accelerator: Accelerator = "cuda" if found else "cpu"
@@ -228,9 +228,7 @@ def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Pa
     if (wanted.include or wanted.exclude) and not found:
         key, value = ("include", wanted.include) if wanted.include else ("exclude", wanted.exclude)
         what = "this machine has no accelerators to choose from"
-        raise ConfigError.of(
-            what, key=key, value=value, remedy="leave it out, or give hostfile; num_gpus sets the ranks"
-        )
+        raise ConfigError.of(what, key=key, value=value, hint="leave it out, or give hostfile; num_gpus sets the ranks")
     asked = wanted.global_num_gpus or (wanted.num_gpus if wanted.num_gpus and wanted.num_gpus > 0 else None)
     if accelerator == "cuda":
         world_size, available = asked or len(slots), len(slots)

@@ -42,7 +42,7 @@ def check(
     zero: the ZeRO block. gpu_layers: keys that ask for layers which only a GPU computes.
     """
     missing = [
-        ConfigIssue(f"the package {name} is not installed", remedy="pip install -r requirements/requirements.txt")
+        ConfigIssue(f"the package {name} is not installed", hint="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
         if find_spec(name) is None
     ]
@@ -52,12 +52,12 @@ def check(
                 "this processor does not compute in fp16",
                 key="precision",
                 value=precision,
-                remedy="write precision: bfloat16, which needs no loss scale, or fp32",
+                hint="write precision: bfloat16, which needs no loss scale, or fp32",
             )
         )
     if accelerator == "cpu":
-        what, remedy = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
-        missing += [ConfigIssue(what, key=key, value=True, remedy=remedy) for key in gpu_layers]
+        what, hint = "Transformer Engine computes on NVIDIA GPUs, and this run has none", "leave it out"
+        missing += [ConfigIssue(what, key=key, value=True, hint=hint) for key in gpu_layers]
     if any(isinstance(value, Mapping) and value.get("device") == "nvme" for value in (zero or {}).values()):
         missing += missing_for_disk(environment)
     if accelerator == "cpu":
@@ -91,11 +91,11 @@ def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
             command, check=False, input=program, text=True, capture_output=True, env=dict(environment)
         )
     except FileNotFoundError:
-        return [ConfigIssue("there is no C++ compiler: offloading to a disk needs one", remedy="install g++")]
+        return [ConfigIssue("there is no C++ compiler: offloading to a disk needs one", hint="install g++")]
     if built.returncode == 0:
         return []
     what = "there is no libaio: offloading to a disk (device: nvme) needs it"
-    return [ConfigIssue(what, key="zero_optimization", remedy="install it (Debian: libaio-dev), or write device: cpu")]
+    return [ConfigIssue(what, key="zero_optimization", hint="install it (Debian: libaio-dev), or write device: cpu")]
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:
@@ -110,14 +110,14 @@ def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[Co
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     missing = []
     if shutil.which("ninja", path=path) is None:
-        missing.append(ConfigIssue(f"there is no ninja: {purpose}", remedy="pip install ninja"))
+        missing.append(ConfigIssue(f"there is no ninja: {purpose}", hint="pip install ninja"))
     if built:
         return missing
     if shutil.which(environment.get("CXX") or "g++", path=path) is None:
         missing.append(
-            ConfigIssue(f"there is no C++ compiler: {purpose}", remedy="install g++ (Debian: apt install g++)")
+            ConfigIssue(f"there is no C++ compiler: {purpose}", hint="install g++ (Debian: apt install g++)")
         )
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        missing.append(ConfigIssue(f"there is no Python.h: {purpose}", remedy=f"install the headers (Debian: {name})"))
+        missing.append(ConfigIssue(f"there is no Python.h: {purpose}", hint=f"install the headers (Debian: {name})"))
     return missing

@@ -84,8 +84,8 @@ class SupervisorConnection:
         host, _, port = place.rpartition(":")
         try:
             self.socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-        except OSError as fault:
-            told = f"rank {self.rank}: deepy.py cannot be reached at {place} ({fault}); a stop signal will not arrive"
+        except OSError as error:
+            told = f"rank {self.rank}: deepy.py cannot be reached at {place} ({error}); a stop signal will not arrive"
             print(told, file=sys.stderr, flush=True)
             return
         self.socket.settimeout(None)
@@ -248,9 +248,9 @@ def main(arguments: list[str]) -> int:
         os.environ[name] = value
     try:
         set_rank_env(os.environ)
-    except ConfigError as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     rank = Ranks.from_environment().rank
     link = SupervisorConnection(rank, os.environ.pop(SOCKET_VARIABLE, None))
     record = Record(None if folder is None else folder / f"rank_{rank}.log")

@@ -53,15 +53,15 @@ def set_rank_env(environment: MutableMapping[str, str]) -> None:
             break
     place = {name: _number(name, environment[name]) for name in NAMES if name in environment}
     if "RANK" in place and "WORLD_SIZE" not in place:
-        remedy = "set WORLD_SIZE, the number of processes, as well"
-        raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", where="environment", remedy=remedy)
+        hint = "set WORLD_SIZE, the number of processes, as well"
+        raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", where="environment", hint=hint)
     size = place.get("WORLD_SIZE", 1)
     if place.get("RANK", 0) >= size:
         raise ConfigError.of(f"there are {size} ranks", key="RANK", value=place["RANK"], where="environment")
     if size > 1:
         if "RANK" not in place:
             told = f"WORLD_SIZE = {size} and no RANK"
-            raise ConfigError.of(f"the environment has {told}", where="environment", remedy="set RANK for each process")
+            raise ConfigError.of(f"the environment has {told}", where="environment", hint="set RANK for each process")
         environment.setdefault("LOCAL_RANK", "0")
         _meet(environment, size)
 
@@ -97,7 +97,7 @@ def _meet(environment: MutableMapping[str, str], size: int) -> None:
                 f"nothing says where the {size} ranks meet",
                 key="MASTER_ADDR",
                 where="environment",
-                remedy="set it to the address of rank 0's host, the same for all",
+                hint="set it to the address of rank 0's host, the same for all",
             )
         environment["MASTER_ADDR"] = found
     job = next((environment[name] for name in JOBS if environment.get(name)), "0")

@@ -30,7 +30,7 @@ def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolve
         hosts = tuple((host, len(slots)) for host, slots in machines.hosts.items())
         return Resources(machines.world_size, machines.accelerator, hosts)
 
-    resolution = resolve(request.files, request.flags, resources, request.mistakes)
+    resolution = resolve(request.files, request.flags, resources, request.issues)
     return Resolved(resolution, found[0])
 
 
@@ -56,4 +56,4 @@ def launcher_of(launch: LaunchSection) -> str:
 
 def refuse_unsupported(resolution: Resolution) -> None:
     """Raises ConfigError where the configuration asks for a feature that is not built."""
-    ConfigError.raise_any(ConfigIssue(line, remedy="leave it out") for line in resolution.not_supported_yet)
+    ConfigError.raise_any(ConfigIssue(line, hint="leave it out") for line in resolution.not_supported_yet)

@@ -103,4 +103,4 @@ def _fewer(hosts: Sequence[str], config: Config) -> dict[str, Any]:
 
 def answers_ssh(host: str) -> bool:
     """Whether a host lets this user in by ssh, without a password, in time."""
-    return ask(host, os.environ).fault is None
+    return ask(host, os.environ).error is None

@@ -59,12 +59,12 @@ def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, 
         write_atomic(config, config_text)
         with (folder / "launches.jsonl").open("a", encoding="utf-8") as launches:
             launches.write(json.dumps(_launch_record(arguments)) + "\n")
-    except OSError as fault:
+    except OSError as error:
         raise RunError.of(
-            f"the run directory cannot be written: {fault.strerror}",
-            where=str(fault.filename or folder),
-            remedy="give a folder that can be written as log_dir or save",
-        ) from fault
+            f"the run directory cannot be written: {error.strerror}",
+            where=str(error.filename or folder),
+            hint="give a folder that can be written as log_dir or save",
+        ) from error
     return config
 
 

@@ -24,7 +24,7 @@ class Answer:
     """What a host said. fault: why it cannot be used, None where it can. address: its first one, None if unknown."""
 
     host: str
-    fault: str | None = None
+    error: str | None = None
     address: str | None = None
 
 
@@ -37,7 +37,7 @@ def check_launcher(launcher: str, environment: Mapping[str, str]) -> None:
             f"there is no {' and no '.join(missing)} on this host",
             key="launcher",
             value=launcher,
-            remedy=f"{how}, or name another launcher",
+            hint=f"{how}, or name another launcher",
         )
 
 
@@ -47,13 +47,11 @@ def check_hosts(launcher: str, hosts: Sequence[str], environment: Mapping[str, s
         return None
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda host: ask(host, environment), hosts))
-    remedy = "mend it, leave the host out with exclude, or set no_ssh_check where the launcher needs no ssh"
+    hint = "mend it, leave the host out with exclude, or set no_ssh_check where the launcher needs no ssh"
     ConfigError.raise_any(
-        ConfigIssue(
-            f"the host cannot be reached by ssh: {answer.fault}", key="hostfile", value=answer.host, remedy=remedy
-        )
+        ConfigIssue(f"the host cannot be reached by ssh: {answer.error}", key="hostfile", value=answer.host, hint=hint)
         for answer in answers
-        if answer.fault is not None
+        if answer.error is not None
     )
     return answers[0].address
 
@@ -71,8 +69,8 @@ def ask(host: str, environment: Mapping[str, str]) -> Answer:
             check=False,
             env=dict(environment),
         )
-    except OSError as fault:
-        return Answer(host, f"there is no ssh on this host: {fault.strerror}")
+    except OSError as error:
+        return Answer(host, f"there is no ssh on this host: {error.strerror}")
     except subprocess.TimeoutExpired:
         return Answer(host, f"no answer within {2 * PROBE_SECONDS:.0f} seconds")
     if done.returncode == 255:  # ssh's own
@@ -110,5 +108,5 @@ def node_number(hosts: Sequence[str], environment: Mapping[str, str], names: fro
     found = [number for number, host in enumerate(hosts) if host in names]
     if len(found) != 1:
         told = f"nothing says which of the {len(hosts)} hosts this is"
-        raise ConfigError.of(told, key="NODE_RANK", where="environment", remedy="set it to 0 on the first, and so on")
+        raise ConfigError.of(told, key="NODE_RANK", where="environment", hint="set it to 0 on the first, and so on")
     return found[0]

@@ -89,23 +89,23 @@ def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] |
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         set_rank_env(os.environ)
-    except ConfigError as fault:
-        print(fault, file=sys.stderr, flush=True)
+    except ConfigError as error:
+        print(error, file=sys.stderr, flush=True)
         return ConfigError.exit_code
     try:
         log.configure()
         config = worker_config(given)
-    except ConfigError as fault:
+    except ConfigError as error:
         if Ranks.from_environment().rank == 0:  # the same on every rank
-            print(fault, file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True)
         return ConfigError.exit_code
     try:
         return main(config) or 0
-    except (ConfigError, RunError) as fault:
+    except (ConfigError, RunError) as error:
         ranks = Ranks.from_environment()
         name = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
-        print("\n".join(f"{name}{mistake}" for mistake in fault.mistakes), file=sys.stderr, flush=True)
-        return _leave(fault.exit_code)
+        print("\n".join(f"{name}{issue}" for issue in error.issues), file=sys.stderr, flush=True)
+        return _leave(error.exit_code)
     except KeyboardInterrupt:
         return _leave(INTERRUPTED)
     except Exception:  # noqa: BLE001 (whatever it is, it ends this rank and must not hang the others)
@@ -164,7 +164,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         raise ConfigError.of(
             "no configuration file is named",
             where=script,
-            remedy=f"./deepy.py {Path(script).name} CONF ..., or python {Path(script).name} CONF ...",
+            hint=f"./deepy.py {Path(script).name} CONF ..., or python {Path(script).name} CONF ...",
         )
     request = read_request([script, *given])
     accelerator: Accelerator = "cuda" if local_devices(os.environ) else "cpu"
@@ -173,7 +173,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     def resources(_launch: LaunchSection) -> Resources:
         return Resources(Ranks.from_environment().world_size, accelerator)
 
-    resolution: Resolution = resolve(request.files, request.flags, resources, request.mistakes)
+    resolution: Resolution = resolve(request.files, request.flags, resources, request.issues)
     if restarted_by_scheduler(os.environ):
         resolution = resolve(request.files, {**request.flags, **resume_overrides(resolution.config)}, resources)
     refuse_unsupported(resolution)

@@ -68,8 +68,8 @@ def _opened(names: Sequence[str], observe: Observe, start: Start) -> list[Sink]:
     for name in names:
         try:
             sinks.append(SINKS.load(name).open(observe, start))
-        except ConfigError as fault:
+        except ConfigError as error:
             if name != "wandb" or observe.use_wandb:
                 raise
-            _log.warning("the run is not logged to Weights & Biases: %s; use_wandb: false says so for good", fault)
+            _log.warning("the run is not logged to Weights & Biases: %s; use_wandb: false says so for good", error)
     return sinks

@@ -65,7 +65,7 @@ class MemoryRecorder:
                 "memory snapshots are those of the GPU allocator, and there is no GPU",
                 key="memory_profiling",
                 value=True,
-                remedy="leave it out; runtime/peak_memory_bytes tells the peak on a CPU",
+                hint="leave it out; runtime/peak_memory_bytes tells the peak on a CPU",
             )
         self._path = folder / (SNAPSHOT if rank == 0 else f"rank_{rank:05d}_{SNAPSHOT}")
         self._start, self._stop, self._tell = start, stop, tell

@@ -106,7 +106,7 @@ class PipelinedModel(PipelineModule):
         if stages[0] != 0:
             raise RunError.of(
                 "the first pipeline stage has no block to hold the relative positions that all blocks share",
-                remedy="give it one with pipe_partition_method, or choose other positions (pos_emb)",
+                hint="give it one with pipe_partition_method, or choose other positions (pos_emb)",
             )
         relative = self._relative[0]
         for data in range(self._grid.data_parallel_size):

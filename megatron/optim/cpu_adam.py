@@ -27,12 +27,12 @@ def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
                 bias_correction=request.flag("bias_correction", True),
                 adamw_mode=request.flag("adam_w_mode", True),
             )
-    except RuntimeError as fault:
-        reason = str(fault.__cause__ or fault).splitlines()[0]
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError.of(
             f"DeepSpeed's Adam for the CPU does not compile here: {reason}",
             key="optimizer",
             value="cpu_adam",
-            remedy="install g++, ninja and Python's headers, or use cpu_torch_adam",
-        ) from fault
+            hint="install g++, ninja and Python's headers, or use cpu_torch_adam",
+        ) from error
     return count_in_integers(optimizer)

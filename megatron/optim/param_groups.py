@@ -62,7 +62,7 @@ def balance_group_count(groups: list[dict[str, Any]], axis: Axis, device: torch.
     if sum(len(group["params"]) for group in groups) < int(most):
         raise RunError.of(
             f"this pipeline stage has fewer parameters than there are groups of them ({int(most)})",
-            remedy="give it more layers with pipe_partition_method, or use zero_optimization: {stage: 0}",
+            hint="give it more layers with pipe_partition_method, or use zero_optimization: {stage: 0}",
         )
     found = list(groups)
     while len(found) < int(most):

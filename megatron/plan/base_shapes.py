@@ -36,9 +36,9 @@ def write_base_shapes(config: Config) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    except OSError as fault:
-        what = f"the file cannot be written ({fault.strerror})"
-        raise ConfigError.of(what, key="base_shapes_file", value=str(path)) from fault
+    except OSError as error:
+        what = f"the file cannot be written ({error.strerror})"
+        raise ConfigError.of(what, key="base_shapes_file", value=str(path)) from error
     return path
 
 
@@ -54,29 +54,29 @@ def check_base_shapes(config: Config) -> None:
     stored = read_base_shapes(mup.base_shapes_file)["tensors"]
     try:
         wanted = base_shapes(dims, Widths(**mup.mup_base_widths))
-    except ValueError as fault:
+    except ValueError as error:
         raise ConfigError.of(
-            f"its widths make no model: {fault}", key="base_shapes_file", value=mup.base_shapes_file
-        ) from fault
+            f"its widths make no model: {error}", key="base_shapes_file", value=mup.base_shapes_file
+        ) from error
     told = _differences(stored, {key: list(shape) for key, shape in wanted.items()})
     if told:
         raise ConfigError.of(
             f"it is the base of another architecture: {told}",
             key="base_shapes_file",
             value=mup.base_shapes_file,
-            remedy="write it again from a configuration that differs from this one in widths alone (blocks and all "
+            hint="write it again from a configuration that differs from this one in widths alone (blocks and all "
             "other parts alike); nothing has to be trained for it",
         )
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    faults = {
+    errors = {
         "it lacks": [key for key in wanted if key not in stored],
         "it alone has": [key for key in stored if key not in wanted],
         "it has another shape of": [key for key in wanted if key in stored and stored[key] != wanted[key]],
     }
     return ", ".join(
         f"{what} {', '.join(keys[:SHOWN])}" + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-        for what, keys in faults.items()
+        for what, keys in errors.items()
         if keys
     )

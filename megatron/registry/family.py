@@ -45,13 +45,13 @@ def load_plugins(named: str) -> None:
     for module in filter(None, (part.strip() for part in named.split(","))):
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as fault:
+        except ModuleNotFoundError as error:
             raise ConfigError.of(
-                f"there is no module {fault.name}",
+                f"there is no module {error.name}",
                 key=PLUGINS,
                 value=module,
-                remedy="put its folder on PYTHONPATH, or install its package",
-            ) from fault
+                hint="put its folder on PYTHONPATH, or install its package",
+            ) from error
     for point in entry_points(group=ENTRY_POINTS):
         point.load()
 
@@ -114,24 +114,24 @@ class Family(Generic[E]):
             return entries[name]
         close = self.nearest(name)
         choices = ", ".join(self.names)
-        remedy = f"did you mean {close}? The choices are {choices}" if close else f"the choices are {choices}"
-        raise ConfigError.of(f"there is no {self.kind} of this name", key=self.key, value=name, remedy=remedy)
+        hint = f"did you mean {close}? The choices are {choices}" if close else f"the choices are {choices}"
+        raise ConfigError.of(f"there is no {self.kind} of this name", key=self.key, value=name, hint=hint)
 
     def load(self, name: str) -> Any:
         """Imports and returns the object. Raises ConfigError when a package that its extra installs is missing."""
         entry = self.entry(name)
         try:
             return load_target(entry.target)
-        except ModuleNotFoundError as fault:
-            ours = (fault.name or "").split(".")[0] == "megatron"
+        except ModuleNotFoundError as error:
+            ours = (error.name or "").split(".")[0] == "megatron"
             if ours or entry.extra is None:
                 raise
             raise ConfigError.of(
-                f"this {self.kind} needs the package {fault.name}, which is not installed",
+                f"this {self.kind} needs the package {error.name}, which is not installed",
                 key=self.key,
                 value=name,
-                remedy=f"pip install neox[{entry.extra}]",
-            ) from fault
+                hint=f"pip install neox[{entry.extra}]",
+            ) from error
 
 
 def load_target(target: str) -> Any:

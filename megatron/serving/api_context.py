@@ -88,8 +88,8 @@ class ApiContext:
         if isinstance(prompt, str):
             try:
                 return read_prompt(self.tokenizer, prompt)
-            except RunError as fault:
-                raise Refused(400, f"prompt: {fault.mistakes[0].what}") from None
+            except RunError as error:
+                raise Refused(400, f"prompt: {error.issues[0].what}") from None
         if max(prompt) >= known_ids(self.tokenizer):
             raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)

@@ -44,7 +44,7 @@ class Refused(Exception):
         self.code = code
 
 
-def fault(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+def error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The body of an error. What is no text in the message becomes U+FFFD."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     told = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in message)
@@ -53,7 +53,7 @@ def fault(status: int, message: str, code: str | None = None) -> dict[str, Any]:
 
 def failed_event(message: str) -> str:
     """The error of a text whose stream has begun."""
-    return f"data: {json.dumps(fault(500, message))}\n\n"
+    return f"data: {json.dumps(error(500, message))}\n\n"
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -83,4 +83,4 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(fault(status, message, code), status_code=status, headers=headers)
+    return JSONResponse(error(status, message, code), status_code=status, headers=headers)

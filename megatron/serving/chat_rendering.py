@@ -31,8 +31,8 @@ class Conversations:
         """With the template that goes with a run's tokenizer, where there is a usable one."""
         try:
             return cls(ChatTemplate.of_tokenizer(tokenizer_type, vocab_file))
-        except ConfigError as fault:
-            return cls(None, str(fault))
+        except ConfigError as error:
+            return cls(None, str(error))
 
     def text(
         self,
@@ -55,17 +55,17 @@ class Conversations:
             raise Refused(400, f"chat_template_kwargs: {named[0]} is no variable to be set there")
         try:
             given = self._shapes.given(self._heard(self._shapes, messages))
-        except CallFault as fault:
-            raise Refused(400, f"messages.{fault.number}.tool_calls: {fault.what}") from None
+        except CallFault as error:
+            raise Refused(400, f"messages.{error.number}.tool_calls: {error.what}") from None
         how = {"add_generation_prompt": opens, "continue_final_message": goes_on, **(variables or {})}
         try:
             rendered = self._template.render(given, tools=tools, **how)
             if tools and rendered == self._template.render(given, **how):
                 raise Refused(400, "tools: the model's chat template has no place for them")
-        except (TemplateRefusal, ConfigError) as fault:
-            raise Refused(400, f"messages: the chat template cannot render them: {fault}") from None
-        except (RecursionError, TypeError, ValueError, OverflowError) as fault:
-            raise Refused(400, f"messages: the chat template cannot render them: {fault!r}") from None
+        except (TemplateRefusal, ConfigError) as error:
+            raise Refused(400, f"messages: the chat template cannot render them: {error}") from None
+        except (RecursionError, TypeError, ValueError, OverflowError) as error:
+            raise Refused(400, f"messages: the chat template cannot render them: {error!r}") from None
         return rendered
 
     def _heard(self, shapes: Shapes, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -91,7 +91,7 @@ class Conversations:
         """What the model reads of a rendered text, at least one token. Raises Refused for what is no text."""
         try:
             return tokenizer.encode_with_special_tokens(text) or [tokenizer.begin]
-        except RunError as fault:
-            raise Refused(400, f"messages: {fault}") from None
+        except RunError as error:
+            raise Refused(400, f"messages: {error}") from None
         except UnicodeEncodeError:
             raise Refused(400, "messages: what the chat template makes of them is no text") from None

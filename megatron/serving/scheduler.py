@@ -127,22 +127,22 @@ class Worker:
         """Asks the model about texts and hands their tokens on. Returns the texts that this failed for."""
         try:
             steps = ask()
-        except Exception as fault:
+        except Exception as error:
             if not self._alone:
                 raise
-            self._tell(f"the model could not be asked about {len(texts)} texts", fault)
-            return [self._given_up(text, fault) for text in texts]
+            self._tell(f"the model could not be asked about {len(texts)} texts", error)
+            return [self._given_up(text, error) for text in texts]
         return [each for step in steps if (each := self._hand_on(step)) is not None]
 
     def _score(self, ask: QueuedRequest, answer: Answer, heard: Callbacks | None) -> list[tuple[int, Record]]:
         """Hands the scores of a prompt's tokens on. Returns the text if this failed for it, as `follow` does."""
         try:
             scores = self._loop.scores_of(ask.prompt)
-        except Exception as fault:
+        except Exception as error:
             if not self._alone:
                 raise
-            self._tell(f"the model could not be asked about the prompt of text {ask.number}", fault)
-            answer.give_up(f"the model failed ({type(fault).__name__})")
+            self._tell(f"the model could not be asked about the prompt of text {ask.number}", error)
+            answer.give_up(f"the model failed ({type(error).__name__})")
             return []
         if not bool(scores.logsumexp(-1).isfinite().all()):
             answer.give_up("the model's scores of the prompt are not numbers (NaN or infinite)")
@@ -151,26 +151,26 @@ class Worker:
         try:
             if heard is not None:
                 heard.prompt(scores)
-        except Exception as fault:  # noqa: BLE001  of a listener
-            self._tell(f"the scores of text {ask.number} could not be handed on", fault)
-            return [(ask.number, answer.failure(f"the text could not be handed on ({type(fault).__name__})"))]
+        except Exception as error:  # noqa: BLE001  of a listener
+            self._tell(f"the scores of text {ask.number} could not be handed on", error)
+            return [(ask.number, answer.failure(f"the text could not be handed on ({type(error).__name__})"))]
         return []
 
-    def _given_up(self, text: Text, fault: Exception) -> tuple[int, Record]:
+    def _given_up(self, text: Text, error: Exception) -> tuple[int, Record]:
         number, answer = next(item for item in self._answers.items() if item[1].growing is text)
         del self._answers[number]
         if text in self._loop.texts:
             self._loop.leave(text)
-        return number, answer.failure(f"the model failed ({type(fault).__name__})")
+        return number, answer.failure(f"the model failed ({type(error).__name__})")
 
     def _hand_on(self, step: Step) -> tuple[int, Record] | None:
         number, answer = next(item for item in self._answers.items() if item[1].growing is step.text)
         try:
             if answer.take(step):
                 step.text.end()
-        except Exception as fault:  # noqa: BLE001  of a listener, or of the text's own decoding
-            self._tell(f"text {number} could not be handed on", fault)
-            return number, answer.failure(f"the text could not be handed on ({type(fault).__name__})")
+        except Exception as error:  # noqa: BLE001  of a listener, or of the text's own decoding
+            self._tell(f"text {number} could not be handed on", error)
+            return number, answer.failure(f"the text could not be handed on ({type(error).__name__})")
         if step.text.failed:
             self._tell(f"text {number} ends: the model's scores are not numbers (NaN or infinite)")
         return None
@@ -181,11 +181,11 @@ class Worker:
             del self._answers[number]
         return [(number, answer.record()) for number, answer in done]
 
-    def _tell(self, what: str, fault: Exception | None = None) -> None:
+    def _tell(self, what: str, error: Exception | None = None) -> None:
         """Says the first of a kind with all that is known, and later ones in a line."""
         self._failures += 1
-        trace = fault if self._failures == 1 else None
-        get_logger(__name__).warning("%s%s", what, f" ({fault!r})" if fault else "", exc_info=trace)
+        trace = error if self._failures == 1 else None
+        get_logger(__name__).warning("%s%s", what, f" ({error!r})" if error else "", exc_info=trace)
 
 
 @dataclass
@@ -306,8 +306,8 @@ class Service:
         try:
             if listener is not None:
                 listener.done(record)
-        except Exception as fault:  # noqa: BLE001  whatever the listener does
-            get_logger(__name__).warning("the outcome of text %d could not be handed on (%r)", number, fault)
+        except Exception as error:  # noqa: BLE001  whatever the listener does
+            get_logger(__name__).warning("the outcome of text %d could not be handed on (%r)", number, error)
 
     def _orders(self) -> SchedulerStep:
         """What to do next; waits a while when there is nothing."""

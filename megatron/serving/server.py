@@ -57,7 +57,7 @@ def _check(host: str, key: str | None) -> None:
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError.of(
-                f"serving needs the package {package}, which is not installed", remedy="pip install 'neox[serve]'"
+                f"serving needs the package {package}, which is not installed", hint="pip install 'neox[serve]'"
             )
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -68,7 +68,7 @@ def _check(host: str, key: str | None) -> None:
             "others can reach this address, so requests must carry a key",
             key="serve_host",
             value=host,
-            remedy="set serve_key, or serve_host: 127.0.0.1",
+            hint="set serve_key, or serve_host: 127.0.0.1",
         )
 
 
@@ -121,7 +121,7 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port} ({error.strerror or os.strerror(error.errno or 0)})",
             key="serve_port",
             value=port,
-            remedy="choose another port with --serve-port",
+            hint="choose another port with --serve-port",
         ) from error
 
 

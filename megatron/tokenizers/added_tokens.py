@@ -51,10 +51,10 @@ def _listed(settings: Mapping[str, Any], file: Path | None, special: Container[s
             AddedToken(text, normalized=text not in special, special=text in special)
             for text in sorted(ids, key=ids.__getitem__)
         ]
-    except (OSError, ValueError, TypeError, AttributeError) as fault:
-        what = f"the added tokens of this folder cannot be read ({fault})"
-        remedy = f"{ADDED} maps tokens to ids, as transformers writes it"
-        raise ConfigError.of(what, key="vocab_file", value=name, remedy=remedy) from fault
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        what = f"the added tokens of this folder cannot be read ({error})"
+        hint = f"{ADDED} maps tokens to ids, as transformers writes it"
+        raise ConfigError.of(what, key="vocab_file", value=name, hint=hint) from error
 
 
 def _described(token: Any) -> AddedToken:

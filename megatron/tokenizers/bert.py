@@ -43,7 +43,7 @@ def _word_pieces(kind: str, vocab_file: str | None, *, lower: bool) -> FastToken
             f"this is not BERT's vocab.txt: it lacks {' and '.join(missing)}",
             key="vocab_file",
             value=vocab_file,
-            remedy="give the vocab.txt of a BERT model",
+            hint="give the vocab.txt of a BERT model",
         )
     tokenizer = FastTokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)

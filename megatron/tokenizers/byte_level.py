@@ -144,8 +144,8 @@ def make_engine(tokenizer: FastTokenizer) -> tuple[ByteLevelEngine | None, str]:
     """The engine, or None, and in words what encodes whole corpora."""
     try:
         return ByteLevelEngine(tokenizer), "tiktoken's engine (ids compared with tokenizers)"
-    except CannotEncodeAlike as fault:
-        return None, f"tokenizers ({fault})"
+    except CannotEncodeAlike as error:
+        return None, f"tokenizers ({error})"
 
 
 def _split(parts: _Parts | None, text: str) -> list[tuple[str, int | None]]:
@@ -157,8 +157,8 @@ def _split(parts: _Parts | None, text: str) -> list[tuple[str, int | None]]:
 def _core(words: str, ranks: dict[bytes, int]) -> Any:
     try:
         import tiktoken
-    except ModuleNotFoundError as fault:
-        raise CannotEncodeAlike("tiktoken is not installed; pip install 'neox[data]' makes this faster") from fault
+    except ModuleNotFoundError as error:
+        raise CannotEncodeAlike("tiktoken is not installed; pip install 'neox[data]' makes this faster") from error
     encoding = tiktoken.Encoding("", pat_str=words, mergeable_ranks=ranks, special_tokens={_UNUSED: len(ranks)})
     return encoding._core_bpe
 

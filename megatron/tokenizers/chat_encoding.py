@@ -39,8 +39,8 @@ class ChatTokens:
         self._folder, self._parse_special = folder, parse_special
         try:
             self.tokenizer = PretrainedFromHF(folder)
-        except ConfigError as fault:
-            raise ConfigError(*(replace(mistake, key=_KEY) for mistake in fault.mistakes)) from fault
+        except ConfigError as error:
+            raise ConfigError(*(replace(issue, key=_KEY) for issue in error.issues)) from error
         self.template = ChatTemplate.of_tokenizer(PretrainedFromHF.__name__, folder, key=_KEY)
         self.eod: int = self.tokenizer.eod
         self.vocab_size: int = self.tokenizer.vocab_size

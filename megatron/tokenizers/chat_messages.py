@@ -140,5 +140,5 @@ def _read_call(number: int, call: Any) -> Any:
         return dict(call)
     try:
         return {**call, "arguments": json.loads(arguments or "{}")}
-    except (ValueError, RecursionError) as fault:
-        raise CallFault(number, f"the arguments of {call.get('name')} are no JSON ({fault})") from fault
+    except (ValueError, RecursionError) as error:
+        raise CallFault(number, f"the arguments of {call.get('name')} are no JSON ({error})") from error

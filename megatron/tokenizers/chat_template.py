@@ -151,10 +151,10 @@ class ChatTemplate:
     def _rendered(self, name: str, messages: list[dict[str, Any]], variables: dict[str, Any], *, marks: bool) -> str:
         try:
             return self._template(name, marks=marks).render(messages=messages, **{**self._tokens, **variables})
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as fault:
-            raise TemplateRefusal(str(fault)) from fault
-        except (ArithmeticError, RecursionError) as fault:
-            raise TemplateRefusal(f"{type(fault).__name__}: {fault}") from fault
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise TemplateRefusal(str(error)) from error
+        except (ArithmeticError, RecursionError) as error:
+            raise TemplateRefusal(f"{type(error).__name__}: {error}") from error
 
     def _name(self, tools: object) -> str:
         if tools is not None and WITH_TOOLS in self._sources:
@@ -168,8 +168,8 @@ class ChatTemplate:
         if (name, marks) not in self._compiled:
             try:
                 self._compiled[name, marks] = _environment(marks).from_string(self._sources[name])
-            except jinja2.TemplateError as fault:
-                _refuse(f"the chat template cannot be read ({fault})", self._key, self._where)
+            except jinja2.TemplateError as error:
+                _refuse(f"the chat template cannot be read ({error})", self._key, self._where)
         return self._compiled[name, marks]
 
 
@@ -311,18 +311,18 @@ def _read_settings(config: Path, key: str, where: str) -> Mapping[str, Any]:
         return {}
     try:
         found = json.loads(_read(config, key, where))
-    except ValueError as fault:
-        _refuse(f"{config.name} is not JSON ({fault})", key, where)
+    except ValueError as error:
+        _refuse(f"{config.name} is not JSON ({error})", key, where)
     return found if isinstance(found, Mapping) else {}
 
 
 def _read(path: Path, key: str, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        _refuse(f"cannot read {path.name} ({fault})", key, where)
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(f"cannot read {path.name} ({error})", key, where)
 
 
-def _refuse(what: str, key: str, where: str | None, remedy: str | None = None) -> NoReturn:
-    remedy = remedy or f"put the model's {TEMPLATE} beside its tokenizer.json"
-    raise ConfigError.of(what, key=key, value=where, remedy=remedy)
+def _refuse(what: str, key: str, where: str | None, hint: str | None = None) -> NoReturn:
+    hint = hint or f"put the model's {TEMPLATE} beside its tokenizer.json"
+    raise ConfigError.of(what, key=key, value=where, hint=hint)

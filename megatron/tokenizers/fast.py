@@ -50,7 +50,7 @@ class FromTokenizers:
                 f"this tokenizer has no {eod} token, which ends a document",
                 key="vocab_file",
                 value=where,
-                remedy=f"add {eod} to the special tokens of the file",
+                hint=f"add {eod} to the special tokens of the file",
             )
         self._own = own or tokenizer.get_added_tokens_decoder().get(number)
         self._beside = beside or Beside()
@@ -199,26 +199,26 @@ class FromTokenizers:
 
 def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:
     """The text of a tokenizer's file. Raises ConfigError. needs: what the file is, for messages."""
-    remedy = f"give {needs}"
+    hint = f"give {needs}"
     if name is None:
-        raise ConfigError.of(f"{kind} needs {needs}", key=key, value=None, remedy=remedy)
+        raise ConfigError.of(f"{kind} needs {needs}", key=key, value=None, hint=hint)
     try:
         return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as fault:
-        raise ConfigError.of("this file is not UTF-8 text", key=key, value=name, remedy=remedy) from fault
-    except OSError as fault:
-        what = f"cannot read the tokenizer ({fault.strerror})"
-        raise ConfigError.of(what, key=key, value=name, remedy=remedy) from fault
+    except UnicodeDecodeError as error:
+        raise ConfigError.of("this file is not UTF-8 text", key=key, value=name, hint=hint) from error
+    except OSError as error:
+        what = f"cannot read the tokenizer ({error.strerror})"
+        raise ConfigError.of(what, key=key, value=name, hint=hint) from error
 
 
 def parse(content: str, where: str | None) -> FastTokenizer:
     """The tokenizer of a tokenizer.json's text. Raises ConfigError."""
     try:
         return FastTokenizer.from_str(content)
-    except Exception as fault:  # the library raises nothing narrower
+    except Exception as error:  # the library raises nothing narrower
         raise ConfigError.of(
-            f"this is not a tokenizer.json ({fault})",
+            f"this is not a tokenizer.json ({error})",
             key="vocab_file",
             value=where,
-            remedy="give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote",
-        ) from fault
+            hint="give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote",
+        ) from error

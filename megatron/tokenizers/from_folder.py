@@ -56,8 +56,8 @@ def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = F
             made = make_tokenizer(kind, **files)
             lost = lost_tokens(folder, made) if files["vocab_file"].endswith(".model") else ""
             return FoundTokenizer({"tokenizer_type": kind, **files}, made, lost)
-        except ConfigError as fault:
-            told.append(str(fault))
+        except ConfigError as error:
+            told.append(str(error))
     return FoundTokenizer(told="; ".join(told[:1]) or f"{folder} holds no tokenizer that is understood")
 
 

@@ -35,15 +35,15 @@ def gpt2_bpe(vocabulary: str, merges: str, vocab_file: str | None, merge_file: s
         tokens = json.loads(vocabulary)
         if not isinstance(tokens, dict) or not all(isinstance(number, int) for number in tokens.values()):
             raise ValueError("it does not map tokens to ids")
-    except ValueError as fault:
-        what = f"this is not a vocab.json ({fault})"
-        raise ConfigError.of(what, key="vocab_file", value=vocab_file, remedy="give GPT-2's vocab.json") from fault
+    except ValueError as error:
+        what = f"this is not a vocab.json ({error})"
+        raise ConfigError.of(what, key="vocab_file", value=vocab_file, hint="give GPT-2's vocab.json") from error
     try:
         pairs = [merge_of(line) for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
         tokenizer = FastTokenizer(models.BPE(tokens, pairs))
-    except Exception as fault:  # the library raises nothing narrower
-        what = f"this is not a merges.txt of the vocabulary ({fault})"
-        raise ConfigError.of(what, key="merge_file", value=merge_file, remedy="give GPT-2's merges.txt") from fault
+    except Exception as error:  # the library raises nothing narrower
+        what = f"this is not a merges.txt of the vocabulary ({error})"
+        raise ConfigError.of(what, key="merge_file", value=merge_file, hint="give GPT-2's merges.txt") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

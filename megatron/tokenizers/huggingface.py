@@ -35,7 +35,7 @@ class HFTokenizer(FromTokenizers):
                 "another of its tokens",
                 key="vocab_file",
                 value=vocab_file,
-                remedy=f"of a pretrained model, give its {CONFIG} too, or one with eos_token (a token that is added to "
+                hint=f"of a pretrained model, give its {CONFIG} too, or one with eos_token (a token that is added to "
                 "the file makes the vocabulary grow); PretrainedFromHF also knows </s> and other usual ends",
             )
         super().__init__(tokenizer, end, vocab_file, beside)

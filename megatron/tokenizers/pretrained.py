@@ -40,7 +40,7 @@ class PretrainedFromHF(FromTokenizers):
                 "PretrainedFromHF needs a folder or the name of a public model",
                 key="vocab_file",
                 value=None,
-                remedy="give a folder with tokenizer.json, or a name such as EleutherAI/gpt-neox-20b",
+                hint="give a folder with tokenizer.json, or a name such as EleutherAI/gpt-neox-20b",
             )
         files = files_of(vocab_file)
         tokenizer = _tokenizer_of(files, vocab_file)
@@ -78,14 +78,14 @@ def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
             continue  # a tokenizer.json says it all
         try:
             found[file] = Path(hub.hf_hub_download(name, file))
-        except Exception as fault:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
-            reasons.append(str(fault).strip().splitlines()[0])
+        except Exception as error:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
+            reasons.append(str(error).strip().splitlines()[0])
     if not found:
         raise ConfigError.of(
             f"this is no folder here, and no public model whose tokenizer could be fetched ({reasons[0]})",
             key="vocab_file",
             value=name,
-            remedy="give a folder that holds the model's tokenizer.json",
+            hint="give a folder that holds the model's tokenizer.json",
         )
     return found
 
@@ -113,15 +113,15 @@ def _vocabulary_of(files: dict[str, Path], name: str) -> FastTokenizer:
         "there is no tokenizer.json, and no vocab.json with merges.txt",
         key="vocab_file",
         value=name,
-        remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+        hint="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
     )
 
 
 def _read(path: Path, name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError.of(f"cannot read {path.name} ({fault})", key="vocab_file", value=name) from fault
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError.of(f"cannot read {path.name} ({error})", key="vocab_file", value=name) from error
 
 
 def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) -> str:
@@ -134,5 +134,5 @@ def _end_of_text(files: dict[str, Path], tokenizer: FastTokenizer, name: str) ->
         "it does not say which token ends a text",
         key="vocab_file",
         value=name,
-        remedy='write {"eos_token": "..."} into tokenizer_config.json beside tokenizer.json',
+        hint='write {"eos_token": "..."} into tokenizer_config.json beside tokenizer.json',
     )

@@ -34,14 +34,14 @@ class SPMTokenizer:
     engine = "sentencepiece"
 
     def __init__(self, vocab_file: str | None = None, merge_file: str | None = None) -> None:
-        remedy = "give the .model that sentencepiece or tools/train_tokenizer.py wrote"
+        hint = "give the .model that sentencepiece or tools/train_tokenizer.py wrote"
         if vocab_file is None:
-            raise ConfigError.of("SPMTokenizer needs a .model", key="vocab_file", value=None, remedy=remedy)
+            raise ConfigError.of("SPMTokenizer needs a .model", key="vocab_file", value=None, hint=hint)
         try:
             content = Path(vocab_file).read_bytes()
-        except OSError as fault:
-            what = f"cannot read the tokenizer ({fault.strerror})"
-            raise ConfigError.of(what, key="vocab_file", value=vocab_file, remedy=remedy) from fault
+        except OSError as error:
+            what = f"cannot read the tokenizer ({error.strerror})"
+            raise ConfigError.of(what, key="vocab_file", value=vocab_file, hint=hint) from error
         self._build(content, vocab_file, read_beside(vocab_file))
 
     def _build(self, content: bytes, where: str, beside: Beside) -> None:
@@ -49,10 +49,10 @@ class SPMTokenizer:
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = model.get_piece_size()
-        except Exception as fault:  # the library raises nothing narrower
-            remedy = "give the .model that sentencepiece or tools/train_tokenizer.py wrote"
+        except Exception as error:  # the library raises nothing narrower
+            hint = "give the .model that sentencepiece or tools/train_tokenizer.py wrote"
             what = "this is not a sentencepiece model"
-            raise ConfigError.of(what, key="vocab_file", value=where, remedy=remedy) from fault
+            raise ConfigError.of(what, key="vocab_file", value=where, hint=hint) from error
         self._model = model
         found = model.piece_to_id(END_OF_DOCUMENT)
         self.eod: int = model.eos_id() if found == model.unk_id() else found
@@ -61,7 +61,7 @@ class SPMTokenizer:
                 f"this model has neither {END_OF_DOCUMENT} nor an end of sentence, so nothing ends a document",
                 key="vocab_file",
                 value=where,
-                remedy="train it with an end of sentence (tools/train_tokenizer.py --tokenizer-type sentencepiece)",
+                hint="train it with an end of sentence (tools/train_tokenizer.py --tokenizer-type sentencepiece)",
             )
         self._special = frozenset(token for token in range(self.vocab_size) if model.is_control(token)) | {self.eod}
         named = sorted({model.unk_id(), *self._special})

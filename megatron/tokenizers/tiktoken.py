@@ -66,7 +66,7 @@ class TiktokenTokenizer:
                 "TiktokenTokenizer needs the name of an encoding or a file of ranks",
                 key="vocab_file",
                 value=None,
-                remedy=f"give one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken file",
+                hint=f"give one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken file",
             )
         self._name = vocab_file
         encoding = _from_file(Path(vocab_file)) if Path(vocab_file).is_file() else _by_name(vocab_file)
@@ -127,14 +127,14 @@ class TiktokenTokenizer:
     def _ordinary(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
-        except ValueError as fault:
-            raise _refused(fault) from fault
+        except ValueError as error:
+            raise _refused(error) from error
 
     def _array(self, text: str) -> np.ndarray:
         try:
             return np.frombuffer(self._encoding._core_bpe.encode_to_tiktoken_buffer(text, frozenset()), np.uint32)
-        except ValueError as fault:
-            raise _refused(fault) from fault
+        except ValueError as error:
+            raise _refused(error) from error
 
     def __getstate__(self) -> str:
         return self._name
@@ -147,29 +147,29 @@ def _pieces(text: str) -> Iterable[str]:
     return cut(text) if len(text) > LONG_TEXT else [text]
 
 
-def _refused(fault: ValueError) -> RunError:
+def _refused(error: ValueError) -> RunError:
     return RunError.of(
-        f"tiktoken cannot part the words of this text ({fault})",
-        remedy="it holds a very long run of white space; shorten it",
+        f"tiktoken cannot part the words of this text ({error})",
+        hint="it holds a very long run of white space; shorten it",
     )
 
 
 def _by_name(name: str) -> tiktoken.Encoding:
     choices = ", ".join(tiktoken.list_encoding_names())
     if name not in tiktoken.list_encoding_names():
-        remedy = f"give one of {choices}, or the path of a .tiktoken file"
+        hint = f"give one of {choices}, or the path of a .tiktoken file"
         raise ConfigError.of(
-            "there is no such file, nor an encoding of this name", key="vocab_file", value=name, remedy=remedy
+            "there is no such file, nor an encoding of this name", key="vocab_file", value=name, hint=hint
         )
     try:
         return tiktoken.get_encoding(name)
-    except Exception as fault:  # whatever the network raises
+    except Exception as error:  # whatever the network raises
         raise ConfigError.of(
-            f"the ranks of this encoding cannot be fetched ({type(fault).__name__})",
+            f"the ranks of this encoding cannot be fetched ({type(error).__name__})",
             key="vocab_file",
             value=name,
-            remedy=f"fetch {name}.tiktoken elsewhere and give its path, or set TIKTOKEN_CACHE_DIR",
-        ) from fault
+            hint=f"fetch {name}.tiktoken elsewhere and give its path, or set TIKTOKEN_CACHE_DIR",
+        ) from error
 
 
 def _from_file(path: Path) -> tiktoken.Encoding:
@@ -180,7 +180,7 @@ def _from_file(path: Path) -> tiktoken.Encoding:
             f"a vocabulary of {len(ranks):,} ranks is not known, and the file does not say how words are parted",
             key="vocab_file",
             value=str(path),
-            remedy=f"give a file of {', '.join(f'{count:,}' for count in _KNOWN)} ranks, or a tokenizer.json",
+            hint=f"give a file of {', '.join(f'{count:,}' for count in _KNOWN)} ranks, or a tokenizer.json",
         )
     return tiktoken.Encoding(path.stem, pat_str=known.words, mergeable_ranks=ranks, special_tokens=known.special)
 
@@ -191,13 +191,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         for line in filter(None, path.read_bytes().splitlines()):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error) as fault:
+    except (ValueError, binascii.Error) as error:
         raise ConfigError.of(
             f"line {len(ranks) + 1} is not a token in base 64 and its rank",
             key="vocab_file",
             value=str(path),
-            remedy="give a .tiktoken file, or fetch it again",
-        ) from fault
-    except OSError as fault:
-        raise ConfigError.of(f"cannot read the ranks ({fault.strerror})", key="vocab_file", value=str(path)) from fault
+            hint="give a .tiktoken file, or fetch it again",
+        ) from error
+    except OSError as error:
+        raise ConfigError.of(f"cannot read the ranks ({error.strerror})", key="vocab_file", value=str(path)) from error
     return ranks

@@ -103,7 +103,7 @@ def portable_of(path: Path) -> Portable:
     if path.is_dir():
         found = find_tokenizer(path)
         if not found.keys:
-            raise ConfigError.of(found.told, key="tokenizer", value=str(path), remedy="give a tokenizer.json")
+            raise ConfigError.of(found.told, key="tokenizer", value=str(path), hint="give a tokenizer.json")
         files = dict(found.keys)
         return portable(files["tokenizer_type"], files["vocab_file"], files.get("merge_file"))
     if not path.is_file():

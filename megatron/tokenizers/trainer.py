@@ -40,7 +40,7 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress
             f"a byte-level vocabulary has at least {least} ids, {_BYTES} bytes and {len(specials)} special tokens",
             key="vocab_size",
             value=vocab_size,
-            remedy=f"ask for {least} or more",
+            hint=f"ask for {least} or more",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -54,7 +54,7 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress
     seen = _Seen(texts)
     tokenizer.train_from_iterator(seen, trainer)
     if not seen.characters:
-        raise RunError.of("there is no text to learn a tokenizer from", remedy="name files whose documents hold text")
+        raise RunError.of("there is no text to learn a tokenizer from", hint="name files whose documents hold text")
     return tokenizer
 
 
@@ -84,9 +84,9 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
     """
     try:
         sentencepiece = importlib.import_module("sentencepiece")
-    except ModuleNotFoundError as fault:
-        remedy = "pip install neox[sentencepiece]"
-        raise ConfigError.of("this needs the package sentencepiece", key="tokenizer_type", remedy=remedy) from fault
+    except ModuleNotFoundError as error:
+        hint = "pip install neox[sentencepiece]"
+        raise ConfigError.of("this needs the package sentencepiece", key="tokenizer_type", hint=hint) from error
     seen = _Seen(texts)
     model = io.BytesIO()
     try:
@@ -114,13 +114,13 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
             num_threads=1,  # several threads sum in any order, and so may learn another model
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as fault:
+    except (RuntimeError, OSError) as error:
         if not seen.characters:
-            remedy = "name files whose documents hold text"
-            raise RunError.of("there is no text to learn a tokenizer from", remedy=remedy) from fault
-        what = f"sentencepiece cannot learn so many pieces from this text ({str(fault).splitlines()[0]})"
-        remedy = "ask for fewer pieces, or give more text"
-        raise ConfigError.of(what, key="vocab_size", value=vocab_size, remedy=remedy) from fault
+            hint = "name files whose documents hold text"
+            raise RunError.of("there is no text to learn a tokenizer from", hint=hint) from error
+        what = f"sentencepiece cannot learn so many pieces from this text ({str(error).splitlines()[0]})"
+        hint = "ask for fewer pieces, or give more text"
+        raise ConfigError.of(what, key="vocab_size", value=vocab_size, hint=hint) from error
     write_atomic(path, model.getvalue())
     learnt: int = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     return learnt

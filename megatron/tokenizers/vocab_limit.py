@@ -81,7 +81,7 @@ class BoundedTokenizer:
             raise RunError.of(
                 f"the text has the token {self._named(beyond)}, and the model knows the ids 0 to {self.rows - 1} only",
                 where="tokenizer",
-                remedy="leave the token out, or tune the model to the tokenizer (finetune: true adds the rows)",
+                hint="leave the token out, or tune the model to the tokenizer (finetune: true adds the rows)",
             )
         return ids
 

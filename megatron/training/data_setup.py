@@ -42,7 +42,7 @@ def with_length(config: Config) -> Config:
             f"{training.train_epochs} passes give {samples} samples, and a step takes {full}",
             key="train_epochs",
             value=training.train_epochs,
-            remedy="raise it, or lower train_batch_size",
+            hint="raise it, or lower train_batch_size",
         )
     horizon = decay_horizon(steps, schedule.lr_decay_iters, schedule.lr_decay_fraction)
     return config.replace(train_iters=steps, lr_decay_iters=horizon)
@@ -71,9 +71,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         ids=known_ids(tokenizer),
     )
     if data.train is None and wanted["train"]:
-        raise ConfigError.of(
-            "there is nothing to train on", key="data_path", remedy="set data_path or train_data_paths"
-        )
+        raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")
     return data
 
 
@@ -89,7 +87,7 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
 def train_iters(config: Config) -> int:
     """The length of the run [steps]. ConfigError where nothing has told it."""
     if config.training.train_iters is None:
-        raise ConfigError.of("the number of steps is not set", key="train_iters", remedy="set train_iters")
+        raise ConfigError.of("the number of steps is not set", key="train_iters", hint="set train_iters")
     return config.training.train_iters
 
 

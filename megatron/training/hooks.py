@@ -117,7 +117,7 @@ def _add_files(
     steps = (observe.profile_step_start, observe.profile_step_stop)
     if observe.profile:
         if observe.log_dir is None:
-            raise ConfigError.of("a trace needs a folder", key="profile", value=True, remedy="set log_dir")
+            raise ConfigError.of("a trace needs a folder", key="profile", value=True, hint="set log_dir")
         tracer = Tracer(Path(observe.log_dir), rank, *steps, tell)
         instruments.recorders.append(lambda iteration, size: tracer.recording(iteration))
         instruments.closers.append(tracer.close)

@@ -199,7 +199,7 @@ class _Overflows:
                 f"gradients overflowed {self.count} times in a row at the least loss scale, {self.scale:g}, up to "
                 f"iteration {iteration}",
                 where="training",
-                remedy="go on from an earlier checkpoint with a lower learning rate, or in bfloat16",
+                hint="go on from an earlier checkpoint with a lower learning rate, or in bfloat16",
             )
 
 

@@ -49,7 +49,7 @@ class Judge:
             raise RunError.of(
                 what,
                 where="training",
-                remedy="go on from an earlier checkpoint with --iteration N and a lower learning rate, or leave such "
+                hint="go on from an earlier checkpoint with --iteration N and a lower learning rate, or leave such "
                 "batches out with on_nan: skip",
             )
         self.tell(f"{what}; the step is left out")

@@ -108,7 +108,7 @@ def test_loading_law_can_complain() -> None:
     )
 
 
-def test_no_fault_is_swallowed() -> None:
+def test_no_error_is_swallowed() -> None:
     assert [complaint for source in PRODUCT for complaint in swallowing_complaints(source)] == []
 
 

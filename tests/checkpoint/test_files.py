@@ -66,7 +66,7 @@ def test_files_from_before_archives_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("archive", [False, True])
-def test_whatever_bytes_change_the_fault_is_told(archive: bool, tmp_path: Path) -> None:
+def test_whatever_bytes_change_the_error_is_told(archive: bool, tmp_path: Path) -> None:
     """Reading gives values or a RunError, for any damage."""
     path, chance = tmp_path / "weights.pt", random.Random(archive)
     content = {"module": {"a": torch.randn(4, 3), "b": torch.ones(7).bfloat16()}, "numpy": rng.capture()["numpy"]}

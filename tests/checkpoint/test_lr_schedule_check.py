@@ -18,7 +18,7 @@ def test_every_difference_is_named() -> None:
     own = {**STORED, "lr": 2e-3, "lr_decay_iters": 200}
     with pytest.raises(ConfigError) as caught:
         schedule_to_use(STORED, own, take_stored=False, where=Path("c"))
-    assert [mistake.key for mistake in caught.value.mistakes] == ["lr", "lr_decay_iters"]
+    assert [issue.key for issue in caught.value.issues] == ["lr", "lr_decay_iters"]
     assert "lr_decay_iters = 200: the checkpoint c was trained with 100; set override_lr_scheduler" in str(caught.value)
 
 

@@ -94,7 +94,7 @@ def test_another_order_of_samples_needs_a_wish(
     own = {**ORDER, key: value}
     with pytest.raises(ConfigError, match=rf"(?s){told}.*override_data_order") as caught:
         same_data_order(ORDER, own, WHERE, override=False)
-    assert [mistake.key for mistake in caught.value.mistakes] == ["train_iters" if key == "passes" else key]
+    assert [issue.key for issue in caught.value.issues] == ["train_iters" if key == "passes" else key]
     same_data_order(ORDER, own, WHERE, override=True)
     assert caplog.text.count("the samples that follow are in a new order") == 1
     same_data_order(ORDER, ORDER, WHERE, override=False)

@@ -35,7 +35,7 @@ def test_checkpoints_of_another_run_are_refused_and_stay(started: str, tmp_path:
     before = {path: path.read_bytes() for step in (5, 10) for path in save(held, step).rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"iterations 5, 10.*set load to this folder.*save_overwrite: true") as caught:
         claim(section(held), loaded, leads=True)
-    assert (caught.value.mistakes[0].key, caught.value.mistakes[0].value) == ("save", str(held))
+    assert (caught.value.issues[0].key, caught.value.issues[0].value) == ("save", str(held))
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -69,7 +69,7 @@ def test_every_mismatch_is_named_at_once(tmp_path: Path) -> None:
     wanted = [*wider[:2], TensorShape(9, "absent.weight", (2,), None, "weight")]
     with pytest.raises(RunError) as caught:
         read_shards(WeightFiles.open(tmp_path), wanted, summed=False, model_rank=0, model_size=1)
-    assert len(caught.value.mistakes) == 3
+    assert len(caught.value.issues) == 3
     assert "tensor 0.word_embeddings.weight has shape [16, 8], the model's is [16, 9]" in str(caught.value)
 
 

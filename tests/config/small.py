@@ -27,12 +27,12 @@ def resolved(world_size: int = 1, accelerator: str = "cpu", **changes: Any) -> R
     return resolve([], values, Resources(world_size, accelerator))  # type: ignore[arg-type]
 
 
-def faults(world_size: int = 1, **changes: Any) -> list[str]:
+def errors(world_size: int = 1, **changes: Any) -> list[str]:
     """The lines of the error that SMALL with changes makes."""
     try:
         resolved(world_size, **changes)
-    except ConfigError as fault:
-        return str(fault).splitlines()
+    except ConfigError as error:
+        return str(error).splitlines()
     return []
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (
@@ -95,7 +95,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
 def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
-    lines = faults(world_size, **changes)
+    lines = errors(world_size, **changes)
     assert any(told in line for line in lines), "\n".join(lines)
 
 

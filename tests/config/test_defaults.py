@@ -46,9 +46,9 @@ def test_batch_is_completed(total: int, micro: int, steps: int, ranks: int, expe
     ],
 )
 def test_impossible_batches_show_the_equation(sizes: tuple[int, int, int, int], told: str) -> None:
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         derive_batch(*sizes)
-    assert told in str(fault.value)
+    assert told in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_attention_patterns(pattern: list[object] | None, layers: int, expected:
     ],
 )
 def test_attention_patterns_that_do_not_fit(pattern: list[object], told: str) -> None:
-    with pytest.raises(ConfigError, match="attention_config") as fault:
+    with pytest.raises(ConfigError, match="attention_config") as error:
         expand_attention(pattern, 3)
-    assert told in str(fault.value)
+    assert told in str(error.value)
 
 
 def test_precision_follows_from_the_blocks() -> None:
@@ -118,9 +118,9 @@ def test_precision_follows_from_the_blocks() -> None:
         ("fp16", None, {"enabled": True}, "the block bf16 is enabled as well; write precision: bfloat16"),
         (None, {"enabled": True}, {"enabled": True}, "fp16 and bf16 are both enabled"),
     ):
-        with pytest.raises(ConfigError) as fault:
+        with pytest.raises(ConfigError) as error:
             derive_precision(precision, fp16, bf16)
-        assert told in str(fault.value)
+        assert told in str(error.value)
 
 
 def test_zero_defaults() -> None:
@@ -179,9 +179,9 @@ def test_optimizer_blocks() -> None:
     ],
 )
 def test_optimizer_blocks_that_are_refused(block: dict[str, object], told: str) -> None:
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         derive_optimizer(block, "adam", 0.1, OPTIMIZERS.names)
-    assert told in str(fault.value)
+    assert told in str(error.value)
 
 
 def test_what_is_trained_beside_a_model_is_told_whole() -> None:

@@ -10,7 +10,7 @@ from megatron.config import FIELDS, Resources, resolve
 from megatron.config.defaults.fill_defaults import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
-from tests.config.small import SMALL, faults, resolved
+from tests.config.small import SMALL, errors, resolved
 
 MAMBA = {"attention_config": ["mamba", "global"]}
 EXPERTS = {"moe_num_experts": 2}
@@ -243,7 +243,7 @@ def test_a_key_gets_a_line_exactly_where_nothing_reads_it(key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_a_key_that_contradicts_the_rest_is_refused(key: str) -> None:
-    assert any(key in line for line in faults(**{key: REFUSED[key]}))
+    assert any(key in line for line in errors(**{key: REFUSED[key]}))
 
 
 def test_keys_that_the_user_did_not_write_get_no_line() -> None:

@@ -48,12 +48,12 @@ def test_flags_of_the_caller_and_what_follows_a_double_dash_are_left() -> None:
     assert flags.rest == ["--dry-run", "--json", "--seed"]
 
 
-def test_mistakes_are_told_at_once() -> None:
+def test_issues_are_told_at_once() -> None:
     flags = read_flags(["--train-itres", "5", "--seed", "--seed", "3", "--qqqqqq", "a", "b.py"], ["--dry-run"])
     assert flags.rest == ["b.py"]
-    assert [str(mistake) for mistake in flags.mistakes] == [
+    assert [str(issue) for issue in flags.issues] == [
         "command line: --train-itres: there is no such flag; did you mean --train_iters?",
         "command line: --seed: the flag needs a value; give a whole number",
         "command line: --qqqqqq: there is no such flag; configs/README.md lists every key",
     ]
-    assert "given twice" in str(read_flags(["--seed", "2", "--seed", "3"]).mistakes[0])
+    assert "given twice" in str(read_flags(["--seed", "2", "--seed", "3"]).issues[0])

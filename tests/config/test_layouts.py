@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 SIZES: dict[str, tuple[Any, ...]] = {
     "model_parallel_size": (1, 2, 4),
@@ -45,7 +45,7 @@ def test_exactly_three_combinations_are_refused(accumulation: int) -> None:
             * layout["context_parallel_size"]
         )
         expected = reasons(layout)
-        lines = faults(ranks, **MODEL, **settings)
+        lines = errors(ranks, **MODEL, **settings)
         assert len(lines) == len(expected), (layout, lines)
         for key, why in expected.items():
             assert any(line.startswith(f"command line: {key} = ") and why in line for line in lines), (layout, lines)
@@ -57,6 +57,6 @@ def test_exactly_three_combinations_are_refused(accumulation: int) -> None:
 
 @pytest.mark.parametrize("method", ["type:nothing", "type:", "type:mamba"])
 def test_a_class_that_no_layer_has_cannot_part_the_stages(method: str) -> None:
-    (line,) = faults(2, pipe_parallel_size=2, pipe_partition_method=method)
+    (line,) = errors(2, pipe_parallel_size=2, pipe_partition_method=method)
     assert "no layer of this model is of such a class" in line and "TransformerBlock" in line
-    assert faults(2, pipe_parallel_size=2, pipe_partition_method="type:TRANSFORMER") == []
+    assert errors(2, pipe_parallel_size=2, pipe_partition_method="type:TRANSFORMER") == []

@@ -45,8 +45,8 @@ def test_an_answer_names_keys_that_exist(name: str) -> None:
     assert named
     assert [key for key in named if key not in FIELDS] == []
     assert name not in FIELDS and name not in RENAMED and name not in IGNORED
-    _, mistakes, _ = apply_renames({name: SourcedValue(1, "a.yml:1")})
-    assert [mistake.remedy for mistake in mistakes] == [REFUSED[name]]
+    _, issues, _ = apply_renames({name: SourcedValue(1, "a.yml:1")})
+    assert [issue.hint for issue in issues] == [REFUSED[name]]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

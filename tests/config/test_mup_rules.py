@@ -11,7 +11,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 from megatron.registry import OPTIMIZERS
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 KNOWN = {"adam", "cpu_adam", "cpu_torch_adam", "onebitadam", "lion", "sgd"}
 
@@ -40,7 +40,7 @@ OFF: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "told"), OFF, ids=str)
 def test_without_a_base_or_without_mup(changes: dict[str, Any], told: str) -> None:
-    (line,) = faults(**changes)
+    (line,) = errors(**changes)
     assert told in line
 
 
@@ -60,20 +60,20 @@ ON: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "told"), ON, ids=str)
 def test_with_mup(changes: dict[str, Any], told: str, base: str) -> None:
-    lines = faults(use_mup=True, base_shapes_file=base, **changes)
+    lines = errors(use_mup=True, base_shapes_file=base, **changes)
     assert [line for line in lines if told in line], lines
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS.names)
 def test_optimizers_with_a_rule_are_taken(kind: str, base: str) -> None:
-    lines = faults(use_mup=True, base_shapes_file=base, optimizer={"type": kind, "params": {"lr": 0.001}})
+    lines = errors(use_mup=True, base_shapes_file=base, optimizer={"type": kind, "params": {"lr": 0.001}})
     refused = [line for line in lines if "muP has rules for steps" in line]
     assert not refused if kind in KNOWN else refused
 
 
 def test_text_is_written_whatever_the_optimizer(base: str) -> None:
     muon = {"type": "muon", "params": {"lr": 0.001}}
-    assert faults(use_mup=True, base_shapes_file=base, optimizer=muon, user_script="generate.py") == []
+    assert errors(use_mup=True, base_shapes_file=base, optimizer=muon, user_script="generate.py") == []
 
 
 def test_a_scale_that_nothing_reads_is_told(base: str) -> None:
@@ -93,7 +93,7 @@ def test_a_scale_that_nothing_reads_is_told(base: str) -> None:
 )
 def test_files_of_another_kind(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "other").write_text(text, encoding="utf-8")
-    (line,) = faults(use_mup=True, base_shapes_file=str(tmp_path / "other"))
+    (line,) = errors(use_mup=True, base_shapes_file=str(tmp_path / "other"))
     assert told in line
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config import FIELDS
 from megatron.config.paths import PATH_KEYS
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 NAMES = re.compile(r"(^|_)(save|load|path|paths|file|dir|text|cloze)$|hostfile")
 NO_PATHS = {"s3_path"}  # an address
@@ -36,17 +36,17 @@ def test_the_home_folder_is_written_out(key: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("value", ["$HOME/x", "a/${RUN}/b"])
 @pytest.mark.parametrize("key", ["save", "data_path", "vocab_file", "hostfile"])
 def test_variables_are_refused(key: str, value: str) -> None:
-    (line,) = [line for line in faults(**{key: value}) if "variables of the shell" in line]
+    (line,) = [line for line in errors(**{key: value}) if "variables of the shell" in line]
     assert line.startswith(f"command line: {key} = '{value}'")
 
 
 def test_one_path_of_several_is_named() -> None:
-    (line,) = [line for line in faults(train_data_paths=["a", "$B/c"]) if "variables of the shell" in line]
+    (line,) = [line for line in errors(train_data_paths=["a", "$B/c"]) if "variables of the shell" in line]
     assert "train_data_paths = '$B/c'" in line
 
 
 def test_an_empty_path_is_no_folder() -> None:
-    assert any("save = '': this is no path; leave the key out" in line for line in faults(save="", checkpoint_factor=1))
+    assert any("save = '': this is no path; leave the key out" in line for line in errors(save="", checkpoint_factor=1))
 
 
 def test_a_dollar_that_starts_no_variable_is_part_of_a_name() -> None:

@@ -123,9 +123,9 @@ def test_nothing_is_told_but_what_is_wrong(mistyped: set[str], misspelt: set[str
     told: tuple[ConfigIssue, ...] = ()
     try:
         resolve([], values, Resources(4))
-    except ConfigError as fault:
-        told = fault.mistakes
-    assert sorted(str(mistake.key) for mistake in told) == sorted(wrong), told
+    except ConfigError as error:
+        told = error.issues
+    assert sorted(str(issue.key) for issue in told) == sorted(wrong), told
 
 
 def attempt(values: dict[str, Any], world_size: int) -> Resolution | None:
@@ -133,8 +133,8 @@ def attempt(values: dict[str, Any], world_size: int) -> Resolution | None:
     try:
         resolution = resolve([], values, Resources(world_size))
         deepspeed_config(resolution.config)
-    except ConfigError as fault:
-        if not fault.mistakes or not all(str(mistake).strip() for mistake in fault.mistakes):
-            raise AssertionError("a refusal without words") from fault
+    except ConfigError as error:
+        if not error.issues or not all(str(issue).strip() for issue in error.issues):
+            raise AssertionError("a refusal without words") from error
         return None
     return resolution

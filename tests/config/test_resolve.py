@@ -12,7 +12,7 @@ from megatron.config import FIELDS, Config, Resources, resolve
 from megatron.config.type_names import accepts
 from megatron.config.validation.unsupported import IGNORED_HINTS, UNUSED_KEYS
 from megatron.errors import ConfigError
-from tests.config.small import SMALL, faults, resolved, write
+from tests.config.small import SMALL, errors, resolved, write
 
 ALL_REASONS = {**IGNORED_HINTS, **UNUSED_KEYS}
 
@@ -43,11 +43,11 @@ def test_resources_may_depend_on_the_launch_keys() -> None:
     assert config.launch.distributed_backend == "nccl"
 
 
-def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+def test_every_issue_is_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "num_layers: two\nhiden_size: 64\nnorm: rmsnrm\nfinetune: 1\nlr: true\n")
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         resolve([path], {"eval_tasks": [1]})
-    assert str(fault.value).splitlines() == [
+    assert str(error.value).splitlines() == [
         f"{path}:1: num_layers = 'two': this is text; give a whole number or null",
         f"{path}:2: hiden_size: there is no such key; did you mean hidden_size?",
         f"{path}:3: norm = 'rmsnrm': there is no such choice; did you mean rmsnorm? The choices are layernorm, "
@@ -69,7 +69,7 @@ def test_choices_whatever_their_case_and_whole_floats() -> None:
     assert (config.model.norm, config.model.pos_emb, config.precision.precision) == ("rmsnorm", "rotary", "bfloat16")
     assert config.training.train_iters == 100
     assert type(config.training.train_iters) is int
-    assert faults(train_iters=1.5) == ["command line: train_iters = 1.5: this is a number; give a whole number or null"]
+    assert errors(train_iters=1.5) == ["command line: train_iters = 1.5: this is a number; give a whole number or null"]
 
 
 def test_one_path_is_a_list_of_one() -> None:
@@ -88,8 +88,8 @@ def test_the_older_sparsity_says_what_each_block_attends_to() -> None:
         "sparse_variable",
         "global",
     )
-    assert "it is none, all or interspersed" in faults(sparsity="some")[0]
-    assert "keep one of the two" in faults(sparsity="all", attention_config=[[["global"], "all"]])[0]
+    assert "it is none, all or interspersed" in errors(sparsity="some")[0]
+    assert "keep one of the two" in errors(sparsity="all", attention_config=[[["global"], "all"]])[0]
 
 
 def test_older_keys_are_understood_or_refused_by_name() -> None:
@@ -97,10 +97,10 @@ def test_older_keys_are_understood_or_refused_by_name() -> None:
     assert resolution.config.training.gradient_accumulation_steps == 4
     assert resolution.config.checkpoint.checkpoint_factor == 10
     assert any("detect_nvlink_pairs" in line for line in resolution.warnings)
-    assert faults(attention_type="flash")[0].startswith(
+    assert errors(attention_type="flash")[0].startswith(
         "command line: attention_type = 'flash': this is a key of another release or program; write"
     )
-    assert faults(gas=2, gradient_accumulation_steps=2) == [
+    assert errors(gas=2, gradient_accumulation_steps=2) == [
         "command line: gas = 2: this is an older name of gradient_accumulation_steps, which is given at command line; "
         "keep one of the two"
     ]
@@ -115,7 +115,7 @@ def test_the_older_spellings_of_bfloat16_are_understood() -> None:
         assert [line for line in resolution.warnings if "read as precision: bfloat16" in line]
     assert resolved(fp16={"enabled": False, "type": "bfloat16"}).config.precision.precision == "fp32"
     assert resolved(precision="bf16", **pythia).config.precision.precision == "bfloat16"
-    (line,) = faults(precision="fp32", **pythia)
+    (line,) = errors(precision="fp32", **pythia)
     assert "a block of type bfloat16 asks for bfloat16, and precision, at command line, for another one" in line
     assert any(
         "gas = 2: an older name, read as gradient_accumulation_steps" in line for line in resolved(gas=2).warnings
@@ -191,9 +191,9 @@ def test_what_only_srun_takes_is_a_warning_elsewhere() -> None:
 def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
     broken = write(tmp_path, "model.yml", "num_layers: [2\n")
     other = write(tmp_path, "run.yml", "train_iters: 10\nseed: -3\nnorm: rmsnrm\n")
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         resolve([broken, other, tmp_path / "gone.yml"])
-    assert [mistake.where for mistake in fault.value.mistakes] == [
+    assert [issue.where for issue in error.value.issues] == [
         f"{broken}:2",
         f"{other}:2",
         f"{other}:3",
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
 
 
 def test_older_names_have_no_echo() -> None:
-    told = faults(num_layers=None, num_hidden_layers=2, train_micro_batch_size_per_gpu=None, micro_batch_size=2)
+    told = errors(num_layers=None, num_hidden_layers=2, train_micro_batch_size_per_gpu=None, micro_batch_size=2)
     assert len(told) == 2
 
 
@@ -217,7 +217,7 @@ def test_inference_needs_no_batch_and_no_length() -> None:
     for script in ("generate.py", "tools/run_text_generation_server.py", "bits_per_byte.py", "tools/perplexity.py"):
         config = resolved(8, user_script=script, train_batch_size=3, **flags).config
         assert config.training.train_micro_batch_size_per_gpu == 1
-    assert faults(8, user_script="train.py", **flags) != []
+    assert errors(8, user_script="train.py", **flags) != []
     inference = resolved(precision="bfloat16", checkpoint_activations=True, hidden_dropout=0.1).config.for_inference()
     assert inference.deepspeed.zero_stage == 0
     assert inference.model.hidden_dropout == 0.0

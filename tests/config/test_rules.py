@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron.config.defaults.zero import ZERO_NAMES
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"deepspeed": False}, "deepspeed = False: training always runs through DeepSpeed; leave the key out"),
@@ -306,15 +306,15 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
 def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
-    lines = faults(world_size, **changes)
+    lines = errors(world_size, **changes)
     assert any(told in line for line in lines), "\n".join(lines)
     assert all(line.startswith(("command line: ", *changes, "world_size")) for line in lines)
 
 
 @pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
-def test_a_mistake_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+def test_a_issue_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
     elsewhere = {"eval_interval": "often", "tensorbord_dir": "x", "init_method": "nromal"}
-    lines = faults(world_size, **changes, **elsewhere)
+    lines = errors(world_size, **changes, **elsewhere)
     assert any(told in line for line in lines), "\n".join(lines)
     assert {line.split(": ")[1].partition(" ")[0] for line in lines} >= elsewhere.keys()
 
@@ -345,11 +345,11 @@ def test_a_mistake_elsewhere_hides_no_rule(world_size: int, changes: dict[str, A
     ],
 )
 def test_what_no_rule_forbids(changes: dict[str, Any]) -> None:
-    assert faults(2, **changes) == []
+    assert errors(2, **changes) == []
 
 
 def test_violations_of_several_rules_are_told_together() -> None:
-    assert len(faults(1, min_lr=1.0, log_interval=0, split="x", save="y")) == 4
+    assert len(errors(1, min_lr=1.0, log_interval=0, split="x", save="y")) == 4
 
 
 def test_clip_grad_alone_is_heeded() -> None:
@@ -357,8 +357,8 @@ def test_clip_grad_alone_is_heeded() -> None:
     assert config.optimizer.gradient_clipping == 2.0
 
 
-def test_mistakes_of_arithmetic_and_of_rules_are_told_together() -> None:
-    lines = faults(4, train_batch_size=30, log_interval=0, lr_decay_iters=-5, zero_optimization={"stag": 1})
+def test_issues_of_arithmetic_and_of_rules_are_told_together() -> None:
+    lines = errors(4, train_batch_size=30, log_interval=0, lr_decay_iters=-5, zero_optimization={"stag": 1})
     assert [line.split(": ", 2)[1].partition(" ")[0] for line in lines] == [
         "zero_optimization",
         "lr_decay_iters",

@@ -9,7 +9,7 @@ import pytest
 from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.defaults.curriculum import curriculum_lengths
 from megatron.errors import ConfigError
-from tests.config.small import faults, resolved
+from tests.config.small import errors, resolved
 
 
 def test_the_batch_grows_as_megatron_s_does() -> None:
@@ -137,10 +137,10 @@ def test_deepspeed_s_own_sampling_is_refused_with_the_way_out() -> None:
     ],
 )
 def test_a_warmup_ends_before_the_horizon(changes: dict[str, Any], told: str) -> None:
-    assert any(told in line for line in faults(**changes))
-    assert faults(train_iters=10, warmup_iters=9) == []
+    assert any(told in line for line in errors(**changes))
+    assert errors(train_iters=10, warmup_iters=9) == []
 
 
 def test_a_part_above_one_is_offered_in_steps_only_where_it_is_whole() -> None:
-    assert any("or write warmup_iters: 20" in line for line in faults(warmup=20))
-    assert not any("warmup_iters" in line for line in faults(warmup=1.5))
+    assert any("or write warmup_iters: 20" in line for line in errors(warmup=20))
+    assert not any("warmup_iters" in line for line in errors(warmup=1.5))

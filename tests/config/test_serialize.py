@@ -19,7 +19,7 @@ def test_file_and_text_give_the_same_configuration_back(tmp_path: Path) -> None:
     assert set("+/ \n") & set(serialize.encode(config)) == set()
 
 
-def test_what_is_no_configuration_is_a_mistake_of_the_reader(tmp_path: Path) -> None:
+def test_what_is_no_configuration_is_a_issue_of_the_reader(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         serialize.read(tmp_path / "absent.json")
     for text in ("", "[1]", "{", "3"):

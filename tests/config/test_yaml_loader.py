@@ -12,7 +12,7 @@ def test_files_merge_and_keep_their_lines(tmp_path: Path) -> None:
     first = write(tmp_path, "a.yml", "# a comment\nnum-layers: 2\n\nhidden_size: 64\n")
     second = write(tmp_path, "b.json", '{\n\t"train-iters": 1e3, # steps\n\t"optimizer": {"type": "Adam",},\n}\n')
     merged = merge([first, second], {"seq-length": 8})
-    assert merged.mistakes == []
+    assert merged.issues == []
     assert {name: (given.value, given.where) for name, given in merged.values.items()} == {
         "num_layers": (2, f"{first}:2"),
         "hidden_size": (64, f"{first}:4"),
@@ -59,14 +59,14 @@ def test_values_read_as_yaml_with_modern_floats(text: str, value: object) -> Non
 def test_a_duplicate_names_both_places_whatever_its_spelling(tmp_path: Path) -> None:
     first = write(tmp_path, "a.yml", "num-layers: 2\n")
     second = write(tmp_path, "b.yml", "seq_length: 8\nnum_layers: 3\n")
-    assert [str(mistake) for mistake in merge([first, second]).mistakes] == [
+    assert [str(issue) for issue in merge([first, second]).issues] == [
         f"{second}:2: num_layers = 3: the key is also given at {first}:1, as 2; keep one of the two"
     ]
 
 
 def test_a_duplicate_inside_one_file_is_found_at_any_depth(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "a: 1\nb: {c: [{d: 1,\n d: 2}]}\na: 3\n")
-    told = [str(mistake) for mistake in merge([path]).mistakes]
+    told = [str(issue) for issue in merge([path]).issues]
     assert told == [
         f"{path}:3: d: the key is also given at {path}:2; keep one of the two",
         f"{path}:4: a = 3: the key is also given at {path}:1, as 1; keep one of the two",
@@ -77,7 +77,7 @@ def test_flags_win_over_files(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "num_layers: 2\n")
     merged = merge([path], {"num-layers": 5})
     assert merged.values["num_layers"].value == 5
-    assert merged.mistakes == []
+    assert merged.issues == []
 
 
 def test_a_suffix_may_be_left_out(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_a_suffix_may_be_left_out(tmp_path: Path) -> None:
     assert merge([tmp_path / "6-7B"]).values["num_layers"].where == f"{path}:1"
 
 
-def test_an_empty_file_is_no_mistake(tmp_path: Path) -> None:
+def test_an_empty_file_is_no_issue(tmp_path: Path) -> None:
     merged = merge([write(tmp_path, "a.yml", "# nothing\n"), write(tmp_path, "b.yml", "")])
-    assert (merged.values, merged.mistakes) == ({}, [])
+    assert (merged.values, merged.issues) == ({}, [])
 
 
 def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
@@ -111,35 +111,35 @@ def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
         ("a: 1\nb:2\nc: 3\n", ":2: there is no space after the colon; write `key: value`"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_mistake(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_issue(tmp_path: Path, text: str, told: str) -> None:
     path = write(tmp_path, "a.yml", text)
-    mistakes = merge([path]).mistakes
-    assert len(mistakes) == 1
-    assert told in str(mistakes[0])
-    assert str(path) in str(mistakes[0])
+    issues = merge([path]).issues
+    assert len(issues) == 1
+    assert told in str(issues[0])
+    assert str(path) in str(issues[0])
 
 
 def test_a_json_file_is_called_json(tmp_path: Path) -> None:
     path = write(tmp_path, "a.json", '{"a": 1,\n "b": 2 "c": 3}')
-    assert str(merge([path]).mistakes[0]).startswith(f"{path}:2: this is not JSON")
+    assert str(merge([path]).issues[0]).startswith(f"{path}:2: this is not JSON")
 
 
-def test_a_file_named_twice_is_one_mistake(tmp_path: Path) -> None:
+def test_a_file_named_twice_is_one_issue(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "a: 1\nb: 2\n")
-    told = [str(mistake) for mistake in merge([path, tmp_path / "a"]).mistakes]
+    told = [str(issue) for issue in merge([path, tmp_path / "a"]).issues]
     assert told == [f"{path}: the file is named twice; name it once"]
 
 
-def test_binary_files_and_folders_are_mistakes(tmp_path: Path) -> None:
+def test_binary_files_and_folders_are_issues(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_bytes(b"\xff\xfe\x00\x81")
-    told = [str(mistake) for mistake in merge([tmp_path / "a.yml", tmp_path]).mistakes]
+    told = [str(issue) for issue in merge([tmp_path / "a.yml", tmp_path]).issues]
     assert "cannot be read" in told[0]
     assert "folder" in told[1]
 
 
 def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "small.yml", "num_layers: 2\n")
-    told = str(merge([tmp_path / "smal.yml"]).mistakes[0])
+    told = str(merge([tmp_path / "smal.yml"]).issues[0])
     assert "there is no such configuration file" in told
     assert f"did you mean {tmp_path / 'small.yml'}?" in told
 
@@ -149,7 +149,7 @@ def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path)
     text += "\"lr-decay-style\": 'a // b',}\n"
     path = write(tmp_path, "a.json", text)
     merged = merge([path])
-    assert merged.mistakes == []
+    assert merged.issues == []
     assert {name: (given.value, given.where) for name, given in merged.values.items()} == {
         "save": ('a\tb//c#d/*e*/"', f"{path}:3"),
         "seed": (7, f"{path}:4"),
@@ -160,11 +160,11 @@ def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path)
 def test_a_merge_key_brings_what_the_file_does_not_say(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "<<: [{seed: 3, hidden-size: 4}, {seed: 5, num_layers: 1}]\nhidden_size: 64\n")
     merged = merge([path])
-    assert merged.mistakes == []
+    assert merged.issues == []
     assert {name: given.value for name, given in merged.values.items()} == {
         "hidden_size": 64,
         "seed": 3,
         "num_layers": 1,
     }
     again = merge([write(tmp_path, "b.yml", "<<: {seed: 3}\nhidden_size: 5\nhidden-size: 6\n")])
-    assert [mistake.key for mistake in again.mistakes] == ["hidden_size"]
+    assert [issue.key for issue in again.issues] == ["hidden_size"]

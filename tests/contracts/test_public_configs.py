@@ -55,10 +55,10 @@ def test_it_resolves_to_the_public_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_key_of_today_means_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         resolved(name)
-    assert {mistake.key for mistake in fault.value.mistakes} == set(FACTS["configs"][name]["refused"])
-    assert all(mistake.remedy for mistake in fault.value.mistakes)
+    assert {issue.key for issue in error.value.issues} == set(FACTS["configs"][name]["refused"])
+    assert all(issue.hint for issue in error.value.issues)
 
 
 def test_what_differs_is_told() -> None:

@@ -51,7 +51,7 @@ def test_the_server_gives_the_page_and_what_is_new(address: str, folders: list[P
         get(f"{address}/etc/passwd")
 
 
-def test_a_port_that_is_taken_is_a_mistake(address: str, folders: list[Path]) -> None:
+def test_a_port_that_is_taken_is_a_issue(address: str, folders: list[Path]) -> None:
     with pytest.raises(ConfigError, match="cannot be served"):
         server(open_runs(folders), "127.0.0.1", int(address.rpartition(":")[2]))
 

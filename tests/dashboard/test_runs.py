@@ -61,7 +61,7 @@ def test_files_that_are_not_as_a_run_writes_them_leave_the_rest_to_be_shown(
     json.dumps(shown, allow_nan=False)
 
 
-def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_a_issue(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither"):
         open_runs([tmp_path])
 

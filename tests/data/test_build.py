@@ -180,10 +180,10 @@ def test_a_small_validation_share_is_told(tmp_path):
         ({"train_data_paths": ["a", "b"], "train_data_weights": [0.0, 0.0]}, "above 0"),
     ],
 )
-def test_mistakes_are_told(section, told):
+def test_issues_are_told(section, told):
     with pytest.raises(ConfigError, match=told) as caught:
         build(DataSection(**section))
-    assert all(mistake.key for mistake in caught.value.mistakes)
+    assert all(issue.key for issue in caught.value.issues)
 
 
 def test_no_training_documents(tmp_path):
@@ -220,7 +220,7 @@ def test_more_sets_than_a_byte_counts_and_than_a_process_may_open(tmp_path):
     assert np.bincount(firsts, minlength=259)[1:].tolist() == [3] * 258
 
 
-def test_a_mistake_about_many_sets_is_told_first(tmp_path):
+def test_a_issue_about_many_sets_is_told_first(tmp_path):
     with pytest.raises(ConfigError) as caught:
         build(DataSection(train_data_paths=["some/path"] * 500, train_data_weights=[1.0]))
     assert str(caught.value).startswith("train_data_weights: 500 paths and 1 weights")

@@ -80,7 +80,7 @@ def test_ids_beyond_the_dtype_are_refused(tmp_path, token):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_while_writing_leaves_the_older_pair(prefix):
+def test_a_error_while_writing_leaves_the_older_pair(prefix):
     before = prefix.with_suffix(".bin").read_bytes()
     with pytest.raises(RunError, match="does not fit"), DatasetWriter(prefix, np.dtype("<u2")) as writer:
         writer.add_documents(np.array([1, 70000]), np.array([1, 1]))
@@ -149,7 +149,7 @@ def test_a_truncated_idx(prefix, length):
 
 
 @pytest.mark.parametrize(
-    ("at", "patch", "fault", "told"),
+    ("at", "patch", "error", "told"),
     [
         (0, b"XXXXXXXXX", ConfigError, "not an index"),
         (0, b"TNTIDX\0\0", RunError, "header has 56 bytes|version|dtype code|bytes a token|should have"),
@@ -158,12 +158,12 @@ def test_a_truncated_idx(prefix, length):
         (18, struct.pack("<Q", 2**62), RunError, "should have"),
     ],
 )
-def test_a_changed_header(prefix, at, patch, fault, told):
+def test_a_changed_header(prefix, at, patch, error, told):
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())
     content[at : at + len(patch)] = patch
     path.write_bytes(content)
-    with pytest.raises(fault, match=told):
+    with pytest.raises(error, match=told):
         IndexedDataset(prefix)
 
 
@@ -234,8 +234,8 @@ def test_no_damage_crashes_the_reader(tmp_path_factory, legacy, part, data):
     try:
         found = IndexedDataset(prefix)
         found.check()
-    except (ConfigError, RunError) as fault:
-        told = str(fault)
+    except (ConfigError, RunError) as error:
+        told = str(error)
     if told is not None:
         assert str(prefix) in told
         return

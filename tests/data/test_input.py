@@ -22,7 +22,7 @@ def tokenized(path, out, *more):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason", "remedy"),
+    ("name", "content", "reason", "hint"),
     [
         ("array.json", json.dumps(ROWS), "not a JSON object", "makes such lines of a JSON array"),
         ("array.jsonl", json.dumps(ROWS, indent=1), "not JSON", "one JSON object a line is read"),
@@ -39,14 +39,14 @@ def tokenized(path, out, *more):
         ("empty.jsonl", "", "empty (it holds nothing)", "name files that hold text"),
     ],
 )
-def test_the_remedy_fits_what_is_wrong(tmp_path, capsys, name, content, reason, remedy):
+def test_the_hint_fits_what_is_wrong(tmp_path, capsys, name, content, reason, hint):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert tokenized(path, tmp_path / "out") == 1
     told = capsys.readouterr().err
     assert reason in told
-    assert remedy in told
-    assert ("--jsonl-keys" in told) == ("jsonl-keys" in remedy)
+    assert hint in told
+    assert ("--jsonl-keys" in told) == ("jsonl-keys" in hint)
 
 
 def archive(kind):

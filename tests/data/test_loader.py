@@ -55,7 +55,7 @@ def test_two_resumes_one_after_another():
         assert next(one.batches(consumed)).tokens[0, 0] == consumed * 10
 
 
-def test_a_fault_in_a_worker_reaches_the_caller():
+def test_a_error_in_a_worker_reaches_the_caller():
     class Broken(Numbered):
         def read(self, number, out, extras=None):
             raise IndexError("no such sample")

@@ -252,11 +252,11 @@ def test_the_share_that_was_read_grows_over_all_files(tmp_path):
     assert read[-1] == 2 * len(LINES)
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_every_issue_is_told_at_once(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"x")
     with pytest.raises(ConfigError) as caught:
         find_text_files([str(tmp_path / name) for name in ("missing.jsonl", "table.csv")])
-    told = [mistake.what for mistake in caught.value.mistakes]
+    told = [issue.what for issue in caught.value.issues]
     assert ["cannot read" in told[0], "kind" in told[1]] == [True] * 2
 
 

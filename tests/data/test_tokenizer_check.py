@@ -65,11 +65,11 @@ def test_another_tokenizer_is_refused_with_both_names(tmp_path):
     plain = train_tokenizer(tmp_path / "plain.json")
     data = tokenized(tmp_path, "bytes", "CharLevelTokenizer", None, "--append-eod")
     section = DataSection(data_path=data, num_workers=0)
-    fault = refused(section, facts("HFTokenizer", plain))
-    (mistake,) = fault.mistakes
-    assert (mistake.key, mistake.value) == ("data_path", data)
-    assert "CharLevelTokenizer of 512 tokens" in str(fault)
-    assert "HFTokenizer of 300 tokens" in str(fault)
+    error = refused(section, facts("HFTokenizer", plain))
+    (issue,) = error.issues
+    assert (issue.key, issue.value) == ("data_path", data)
+    assert "CharLevelTokenizer of 512 tokens" in str(error)
+    assert "HFTokenizer of 300 tokens" in str(error)
     assert build(section, tokenizer=facts("CharLevelTokenizer")).train is not None
 
 
@@ -136,8 +136,8 @@ def test_every_named_set_is_looked_at(tmp_path, named):
     for key in ("train_data_paths", "valid_data_paths", "train_label_data_paths"):
         paths[key] = [write_signed(tmp_path / key, made)]
         Path(f"{paths[key][0]}.json").write_text((bad if key == named else good).to_json())
-    fault = refused(DataSection(**paths, num_workers=0), TokenizerInfo("HFTokenizer", 300, 0), valid=4)
-    assert [(mistake.key, mistake.value) for mistake in fault.mistakes] == [(named, paths[named][0])]
+    error = refused(DataSection(**paths, num_workers=0), TokenizerInfo("HFTokenizer", 300, 0), valid=4)
+    assert [(issue.key, issue.value) for issue in error.issues] == [(named, paths[named][0])]
 
 
 @pytest.mark.parametrize("packing", ["packed", "unpacked", "pack_until_overflow"])
@@ -159,9 +159,9 @@ def test_an_id_beyond_the_vocabulary_is_named_where_no_card_is(tmp_path, packing
     assert served(build(section, train=60, tokenizer=sound).train)
     with pytest.raises(RunError) as caught:
         served(build(section, train=60, tokenizer=TokenizerInfo("HFTokenizer", 5000, 0)).train)
-    (mistake,) = caught.value.mistakes
-    assert mistake.where == paths[1]
-    assert "document 7 holds the id 5000, and the tokenizer's ids are 0 to 4999" in mistake.what
+    (issue,) = caught.value.issues
+    assert issue.where == paths[1]
+    assert "document 7 holds the id 5000, and the tokenizer's ids are 0 to 4999" in issue.what
 
 
 def test_negative_ids_and_labels_beyond_the_vocabulary_are_named(tmp_path):
@@ -196,7 +196,7 @@ def test_merging_refuses_files_of_two_tokenizers(tmp_path):
     theirs = tokenized(tmp_path, "c", "HFTokenizer", other)
     with pytest.raises(ConfigError, match="another tokenizer made it") as caught:
         merge([ours, again, theirs], str(tmp_path / "all"))
-    assert [mistake.value for mistake in caught.value.mistakes] == [theirs]
+    assert [issue.value for issue in caught.value.issues] == [theirs]
     assert not (tmp_path / "all.bin").exists()
     merge([ours, again], str(tmp_path / "all"))
     data = IndexedDataset(tmp_path / "all")

@@ -23,8 +23,8 @@ def late_rank(rank: int, world_size: int) -> tuple[float, bool]:
     if rank == 0:
         try:
             dist.all_reduce(torch.ones(1), group=group)
-        except RuntimeError as fault:
-            collective = failed_in_a_collective(fault)
+        except RuntimeError as error:
+            collective = failed_in_a_collective(error)
     else:
         time.sleep(2.5)
     seconds = time.monotonic() - started

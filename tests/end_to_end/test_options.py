@@ -173,4 +173,4 @@ def test_what_transformers_lacks_is_refused_by_name(name: str) -> None:
         model = resolve([], keys, Resources(1)).config.model
         told = [str(ConfigError(*each.misfits(model))) for each in THEIRS.values()]
         assert all(told)
-        assert any(REFUSED[name] in faults for faults in told)
+        assert any(REFUSED[name] in errors for errors in told)

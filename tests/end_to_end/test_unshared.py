@@ -52,8 +52,8 @@ def on_host(rank: int, world_size: int, root: Path, settings: dict[str, Any]) ->
     os.chdir(root / f"host{rank}")
     try:
         run_rank(rank, world_size, {**BASE, **SETTINGS, **settings})
-    except (ConfigError, RunError) as fault:
-        return str(fault)
+    except (ConfigError, RunError) as error:
+        return str(error)
     return ""
 
 

@@ -89,7 +89,7 @@ def test_documents_of_plain_and_jsonl_files(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "no string"),
     ],
 )
-def test_unusable_texts_are_the_users_mistake(tmp_path, name, content, told):
+def test_unusable_texts_are_the_users_issue(tmp_path, name, content, told):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=told):

@@ -39,11 +39,11 @@ def test_prompts_are_those_of_the_hf_model(tmp_path, kind, file, template, promp
     assert ours(folder, kind, file).apply_chat_template(history, prompted) == wanted
 
 
-def test_a_conversation_that_no_template_takes_is_the_users_mistake(tmp_path):
+def test_a_conversation_that_no_template_takes_is_the_users_issue(tmp_path):
     model = ours(folder_with(tmp_path, "{{ raise_exception('never') }}"), "PretrainedFromHF", "")
     with pytest.raises(ConfigError, match="refuses the conversation: never") as caught:
         model.apply_chat_template(HISTORY, True)
-    assert caught.value.mistakes[0].key == "eval_chat_template"
+    assert caught.value.issues[0].key == "eval_chat_template"
 
 
 def test_the_template_of_a_folder_is_found_from_the_configuration(tmp_path, monkeypatch):

@@ -240,9 +240,9 @@ def test_a_task_that_asks_for_something_unknown_is_told(engine):
 def test_arguments_that_cannot_be_followed_are_told_when_tasks_are_loaded(folder, tmp_path, arguments, told):
     text = WRITING.format(data=folder / "documents.jsonl").replace('until: ["q"]', arguments)
     (tmp_path / "task.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=told) as fault:
+    with pytest.raises(ConfigError, match=told) as error:
         Tasks(["small_writing"], str(tmp_path))
-    assert "small_writing" in fault.value.mistakes[0].where
+    assert "small_writing" in error.value.issues[0].where
 
 
 def test_arguments_that_change_nothing_pass(engine, folder, tmp_path):
@@ -275,15 +275,15 @@ def test_rows_that_pad_the_vocabulary_have_no_probability(engine):
         assert score == pytest.approx(float(rows[0, ord("o")] + rows[1, ord("?")]), abs=1e-6)
 
 
-def test_an_unknown_task_is_the_users_mistake(folder, monkeypatch):
+def test_an_unknown_task_is_the_users_issue(folder, monkeypatch):
     own = tasks_module.TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(tasks_module, "TaskManager", lambda **_: own)  # lm-eval's own list takes seconds
-    with pytest.raises(ConfigError, match="did you mean small_choice") as fault:
+    with pytest.raises(ConfigError, match="did you mean small_choice") as error:
         Tasks(["small_chioce", "small_writing"], str(folder))
-    assert [mistake.value for mistake in fault.value.mistakes] == ["small_chioce"]
+    assert [issue.value for issue in error.value.issues] == ["small_chioce"]
 
 
-def test_a_missing_folder_is_the_users_mistake(tmp_path):
+def test_a_missing_folder_is_the_users_issue(tmp_path):
     with pytest.raises(ConfigError, match="eval_include_path"):
         Tasks(["anything"], str(tmp_path / "nowhere"))
 

@@ -68,7 +68,7 @@ def test_the_last_word_must_be_whole():
     assert cloze_accuracy(["the cat sat on the mat", "a b"], tokenizer, knows) == 0.5
 
 
-def test_texts_without_two_words_are_the_users_mistake(scorer):
+def test_texts_without_two_words_are_the_users_issue(scorer):
     with pytest.raises(ConfigError, match="eval_cloze"):
         cloze_pairs(["word"], CharLevelTokenizer())
     with pytest.raises(ConfigError, match="two words"):

@@ -41,7 +41,7 @@ def run(folder, *flags):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_mistakes_are_told(tmp_path):
+def test_issues_are_told(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "one.txt").write_text("a")
     done = run(tmp_path)

@@ -48,9 +48,9 @@ def three_hosts(**wrong: object) -> list[Facts]:
     ],
 )
 def test_a_wrong_host_is_named(wrong: dict[str, object], told: str) -> None:
-    (mistake,) = judge(three_hosts(**wrong), shared=True)
-    assert str(mistake).startswith(f"host b: {told}")
-    assert mistake.remedy is not None
+    (issue,) = judge(three_hosts(**wrong), shared=True)
+    assert str(issue).startswith(f"host b: {told}")
+    assert issue.hint is not None
 
 
 def test_equal_hosts_are_right() -> None:

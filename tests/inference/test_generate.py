@@ -144,7 +144,7 @@ def test_ends_that_the_vocabulary_lacks_are_refused(ids, told):
     check_ends(None, CharLevelTokenizer())
     with pytest.raises(ConfigError, match=told) as caught:
         check_ends(ids, CharLevelTokenizer())
-    assert caught.value.mistakes[0].key == "eos_token_ids"
+    assert caught.value.issues[0].key == "eos_token_ids"
 
 
 @pytest.mark.parametrize("stop", [(), ("zz", "never seen")])
@@ -188,7 +188,7 @@ def test_prompts_are_parted_stripped_and_never_empty(tmp_path):
 @pytest.mark.parametrize(
     "content", [None, b"", b" \n\n", b"\xff\xfe\xff"], ids=["missing", "empty", "blank", "not text"]
 )
-def test_unusable_prompt_files_are_the_users_mistake(tmp_path, content):
+def test_unusable_prompt_files_are_the_users_issue(tmp_path, content):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)

@@ -46,7 +46,7 @@ def test_it_is_the_formula(dtype, heads, shared, size, turned, count):
     assert torch.allclose(memory, expected, rtol=TOLERANCE[dtype], atol=1e-6, equal_nan=True)
 
 
-def test_large_scores_do_not_overflow_and_faults_are_seen():
+def test_large_scores_do_not_overflow_and_errors_are_seen():
     q, keys = torch.full((1, 1, 16), 1e4), torch.ones(1, 1, 3, 16)
     keys[0, 0, 1] = 2.0
     values, ends = torch.arange(48.0).view(1, 1, 3, 16), torch.tensor([3])

@@ -78,14 +78,14 @@ def test_a_flag_of_json_text_is_not_taken_for_a_switch() -> None:
         ("train.py a -d", "needs a value"),
     ],
 )
-def test_mistakes(line: str, told: str) -> None:
+def test_issues(line: str, told: str) -> None:
     """Those of flags wait for those of the files; without a script there is nothing more to find."""
     try:
-        mistakes = read_request(line.split()).mistakes
-    except ConfigError as fault:
-        mistakes = fault.mistakes
-    assert len(mistakes) == 1
-    assert told in str(mistakes[0])
+        issues = read_request(line.split()).issues
+    except ConfigError as error:
+        issues = error.issues
+    assert len(issues) == 1
+    assert told in str(issues[0])
 
 
 def test_a_configuration_in_the_place_of_the_script(tmp_path: Path) -> None:

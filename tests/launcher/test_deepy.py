@@ -85,7 +85,7 @@ def test_a_dry_run_as_json_is_one_object_and_nothing_else(run: Run) -> None:
     assert told["launch"]["env"]["MALLOC_TRIM_THRESHOLD_"]
 
 
-def test_mistakes_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run: Run, tmp_path: Path) -> None:
+def test_issues_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run: Run, tmp_path: Path) -> None:
     (tmp_path / "more.yml").write_text("train_batch_size: 7\nhidden-size: 32\nnorm: rmsnrm\nsave: x\nseed: 0\n")
     done = run("train.py", "conf", "more", "--eval-itres", "3", "--split", "a", "--hostfile", "none")
     assert done.returncode == 2
@@ -107,7 +107,7 @@ def test_mistakes_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run:
     assert lines[1].startswith("more.yml:2: log_interval = 'often'")
 
 
-def test_a_reader_that_leaves_is_no_fault(run: Run, tmp_path: Path) -> None:
+def test_a_reader_that_leaves_is_no_error(run: Run, tmp_path: Path) -> None:
     script = (
         f"'{sys.executable}' '{ROOT}/deepy.py' train.py conf --dry-run --json | head -c 10; exit ${{PIPESTATUS[0]}}"
     )
@@ -124,7 +124,7 @@ def test_secrets_are_not_shown(run: Run) -> None:
     assert shown == {"WANDB_API_KEY": "(redacted)", "OMP_NUM_THREADS": "2"}
 
 
-def test_every_mistake_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -> None:
+def test_every_issue_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.yml").write_text("hiden_size: 4\ntrain_iters: abc\nnorm: layernrom\n")
     done = run("train.py", "bad")
     assert done.returncode == 2
@@ -137,7 +137,7 @@ def test_every_mistake_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -
     assert any("did you mean layernorm?" in line for line in lines)
 
 
-def test_a_mistake_in_the_machines_has_its_place(run: Run) -> None:
+def test_a_issue_in_the_machines_has_its_place(run: Run) -> None:
     done = run("train.py", "conf", "--hostfile", "nowhere")
     assert done.returncode == 2
     assert "hostfile = 'nowhere': there is no such file" in done.stderr

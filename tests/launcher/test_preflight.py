@@ -53,7 +53,7 @@ def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
     environment = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     with pytest.raises(ConfigError, match="pip install ninja") as caught:
         check("cpu", environment)
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.issues) == 1
     (programs / "ninja").touch(mode=0o755)
     check("cpu", environment)
 
@@ -61,7 +61,7 @@ def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
 def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
     (tmp_path / "clang++").touch(mode=0o755)
     told = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
-    assert not any("C++ compiler" in str(mistake) for mistake in told)
+    assert not any("C++ compiler" in str(issue) for issue in told)
 
 
 def test_two_environments_do_not_share_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,9 @@ def test_a_batch_script_of_slurm_is_no_task() -> None:
     ],
 )
 def test_a_place_that_cannot_be(given: dict[str, str], told: str) -> None:
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         set_rank_env(dict(given))
-    assert told in str(fault.value)
+    assert told in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -33,20 +33,20 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_answers(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", environment["PATH"])
     assert ask("good", environment).address == "10.0.0.7"
-    assert ask("odd", environment).fault is None  # it lets the user in, whatever the command says
-    assert str(ask("closed", environment).fault).endswith("Permission denied (publickey).")
-    told = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).fault)
+    assert ask("odd", environment).error is None  # it lets the user in, whatever the command says
+    assert str(ask("closed", environment).error).endswith("Permission denied (publickey).")
+    told = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).error)
     assert "-o BatchMode=yes -o ConnectTimeout=10 -p 2222 closed hostname -I" in told
-    assert ask("silent", environment).fault == "ssh gives no reason"
+    assert ask("silent", environment).error == "ssh gives no reason"
 
 
 def test_every_host_that_fails_is_named(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", environment["PATH"])
     assert check_hosts("pdsh", ["good1", "good2"], environment) == "10.0.0.7"
-    with pytest.raises(ConfigError) as fault:
+    with pytest.raises(ConfigError) as error:
         check_hosts("openmpi", ["good", "closed", "silent"], environment)
-    assert [mistake.value for mistake in fault.value.mistakes] == ["closed", "silent"]
-    assert "leave the host out with exclude" in str(fault.value)
+    assert [issue.value for issue in error.value.issues] == ["closed", "silent"]
+    assert "leave the host out with exclude" in str(error.value)
     assert check_hosts("slurm", ["silent"], environment) is None  # srun needs no ssh
 
 

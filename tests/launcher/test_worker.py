@@ -86,7 +86,7 @@ def test_only_rank_0_writes_the_run_directory(monkeypatch: pytest.MonkeyPatch, t
     assert not (tmp_path / "run").exists()
 
 
-def test_no_configuration_at_all_is_a_mistake_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_configuration_at_all_is_a_issue_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ConfigError, match=r"\./deepy\.py train\.py CONF"):
         worker_config([])
@@ -102,7 +102,7 @@ def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.Ca
         raise ConfigError(ConfigIssue("wrong", key="a"), ConfigIssue("wrong too", key="b"))
 
     def failing(_config: Config) -> None:
-        raise RunError.of("the disk is full", where="/data", remedy="free some space")
+        raise RunError.of("the disk is full", where="/data", hint="free some space")
 
     def interrupted(_config: Config) -> None:
         raise KeyboardInterrupt
@@ -122,7 +122,7 @@ def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.Ca
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_damaged_configuration_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_configuration_is_a_issue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{")
     assert worker_main(lambda _config: 0, ["--run-config", "config.json"]) == 2
     assert "config.json" in capsys.readouterr().err

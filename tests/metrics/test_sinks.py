@@ -177,7 +177,7 @@ class Recorded:
         self.opened.append((self.name, start.rank))
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_the_users_issue(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"tensorboard_dir.*cannot be written there"):
         build_reporter(ObserveSection(tensorboard_dir=str(tmp_path / "file" / "events")), 0)

@@ -165,8 +165,8 @@ def ask(url, body):
     try:
         with urllib.request.urlopen(request) as response:
             return response.status, json.load(response)
-    except urllib.error.HTTPError as fault:
-        return fault.code, json.load(fault)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 MISTAKES = {

@@ -92,8 +92,8 @@ def answered(small: Running, method: str, path: str, body: bytes) -> int:
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             status, text = int(response.status), response.read().decode()
-    except urllib.error.HTTPError as fault:
-        status, text = fault.code, fault.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
     events = [line[6:] for line in text.splitlines() if line] if text.startswith("data: ") else [text]
     told = [json.loads(each, parse_constant=pytest.fail) for each in events if each != "[DONE]"]
     assert any("error" in each for each in told) == (status >= 400), body

@@ -104,19 +104,19 @@ def test_a_parameter_works_or_is_refused_by_its_name(client, kind, name):
         choices = [choice for piece in found for choice in piece.choices] if value is True and name == "stream" else []
         assert choices or (found.choices and found.usage.total_tokens > 0 and found.system_fingerprint)
     for value in refused:
-        with pytest.raises(openai.BadRequestError) as fault:
+        with pytest.raises(openai.BadRequestError) as error:
             create(client, kind, **{name: value})
-        assert name in fault.value.body["message"] and fault.value.body["type"] == "invalid_request_error"
+        assert name in error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
 
 
 def test_another_model_is_not_found(client):
     for kind in KINDS:
-        with pytest.raises(openai.NotFoundError) as fault:
+        with pytest.raises(openai.NotFoundError) as error:
             create(client, kind, model="gpt-5")
-        assert fault.value.code == "model_not_found" and "gpt-5" in fault.value.body["message"]
-    with pytest.raises(openai.NotFoundError) as fault:
+        assert error.value.code == "model_not_found" and "gpt-5" in error.value.body["message"]
+    with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("gpt-5")
-    assert fault.value.code == "model_not_found"
+    assert error.value.code == "model_not_found"
     assert client.models.retrieve("small") == next(iter(client.models.list()))
 
 

@@ -153,9 +153,9 @@ def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits
     assert [record.text for record in records] == [alone(engine, PROMPTS[0])] * 9
 
 
-@pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
-def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, fault, caplog):
-    service, records, scores = Service(worker(Broken(99, fault)), max_waiting=9), {}, []
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
+def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, error, caplog):
+    service, records, scores = Service(worker(Broken(99, error)), max_waiting=9), {}, []
     for number, (prompt, new) in enumerate([(PROMPTS[0], 12), ((7, 99, 7), 0), (PROMPTS[4], 0)]):
         heard = replace(
             collecting([]), prompt=scores.append, done=lambda record, at=number: records.update({at: record})
@@ -188,16 +188,16 @@ def test_abandoned_texts_leave_no_trace_wherever_they_are(engine):
 class Broken(SmallEngine):
     """Its scores are NaN, or it raises, as long as a token of the given id is read."""
 
-    def __init__(self, token, fault):
+    def __init__(self, token, error):
         super().__init__(small_config())
-        self._token, self._fault = token, fault
+        self._token, self._error = token, error
 
     def logits(self, tokens, cache=None, at=None):
         found = super().logits(tokens, cache, at)
         if self._token not in tokens:
             return found
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
         row = int((tokens == self._token).any(1).nonzero()[0])
         found = found.clone()
         found[row] = math.nan
@@ -217,13 +217,13 @@ def answered(engine, *prompts, listeners=None):
     return records
 
 
-@pytest.mark.parametrize("fault", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
-def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, fault, caplog):
-    broken = Broken(99, fault)
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")], ids=["nan", "raises"])
+def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, error, caplog):
+    broken = Broken(99, error)
     records = answered(broken, PROMPTS[0], (99, 7), PROMPTS[1])
     assert records[1].failed and "error" in records[1].message and records[1].length == 0
     assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
-    if fault is None:  # the others are not touched
+    if error is None:  # the others are not touched
         for number, prompt in ((0, PROMPTS[0]), (2, PROMPTS[1])):
             assert not records[number].failed and records[number].text == alone(engine, prompt)
     assert not answered(broken, PROMPTS[1])[0].failed

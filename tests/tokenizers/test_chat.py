@@ -121,4 +121,4 @@ def test_a_folder_without_a_tokenizer_or_a_template_is_told(tmp_path):
     for folder, told in ((tmp_path / "empty", "no tokenizer.json"), (without, "no chat template")):
         with pytest.raises(ConfigError, match=told) as caught:
             ChatTokens(str(folder))
-        assert caught.value.mistakes[0].key == "tokenizer_path"
+        assert caught.value.issues[0].key == "tokenizer_path"

@@ -227,10 +227,10 @@ def test_what_a_template_refuses_or_must_not_do_is_told(template, messages, told
         ChatTemplate(template).render(messages)
 
 
-def test_no_template_and_a_broken_one_are_the_users_mistake(tmp_path):
+def test_no_template_and_a_broken_one_are_the_users_issue(tmp_path):
     with pytest.raises(ConfigError, match="no chat template") as caught:
         ChatTemplate.of_folder(folder_with(tmp_path / "none", None), key="eval_chat_template")
-    assert caught.value.mistakes[0].key == "eval_chat_template"
+    assert caught.value.issues[0].key == "eval_chat_template"
     with pytest.raises(ConfigError, match="no chat template"):
         ChatTemplate.of_tokenizer("CharLevelTokenizer", None)
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -105,10 +105,10 @@ def test_unusable_files_are_refused(tmp_path, content, told):
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         make_tokenizer("HFTokenizer", vocab_file=str(path))
-    (mistake,) = caught.value.mistakes
-    assert told in mistake.what
-    assert mistake.key == "vocab_file"
-    assert mistake.remedy
+    (issue,) = caught.value.issues
+    assert told in issue.what
+    assert issue.key == "vocab_file"
+    assert issue.hint
 
 
 def test_a_file_is_needed():

@@ -58,7 +58,7 @@ def test_token_files_hold_the_text(work):
         (["--jsonl-keys", "body"], 1, "50 without the key 'body'"),
     ],
 )
-def test_mistakes_are_one_line_and_an_exit_code(work, tmp_path, flags, code, told):
+def test_issues_are_one_line_and_an_exit_code(work, tmp_path, flags, code, told):
     given = {
         "--input": "a.jsonl",
         "--output-prefix": str(tmp_path / "never"),

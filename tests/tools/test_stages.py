@@ -81,7 +81,7 @@ def test_a_failure_stops_and_is_tried_again(tmp_path: Path) -> None:
     assert (runs(tmp_path, "one"), runs(tmp_path, "last")) == (1, 1)
 
 
-def test_a_missing_result_is_a_fault(tmp_path: Path) -> None:
+def test_a_missing_result_is_a_error(tmp_path: Path) -> None:
     empty = Stage("empty", "does nothing", (sys.executable, "-c", ""), (tmp_path / "never",))
     with pytest.raises(RunError, match="never"):
         run(tmp_path, empty)

@@ -247,7 +247,7 @@ def test_a_model_that_was_taken_over_keeps_its_rows(rows: int, tokens: int, tmp_
         assert (found.rows, found.known) == (rows, min(rows, tokens))
 
 
-def test_mistakes_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_issues_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that cannot be written, and a config.json that is none."""
     FOLDERS["unnamed end"](tmp_path / "theirs")
     (tmp_path / "file").write_text("")

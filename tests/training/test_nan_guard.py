@@ -59,13 +59,13 @@ def poisoned(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
         vectors = embed(self, x, **more)
         return vectors if x.is_floating_point() else vectors + 1e4 * (x == MARK).unsqueeze(-1)
 
-    def engine_with_a_fault(*args: Any, **more: Any) -> Any:
+    def engine_with_a_error(*args: Any, **more: Any) -> Any:
         engine = build(*args, **more)
         if LAYER in engine.layers():
-            engine.layers()[LAYER].register_forward_hook(fault)
+            engine.layers()[LAYER].register_forward_hook(error)
         return engine
 
-    def fault(module: Any, data_setup: Any, output: torch.Tensor) -> torch.Tensor:
+    def error(module: Any, data_setup: Any, output: torch.Tensor) -> torch.Tensor:
         loud = data_setup[0].abs().amax(dim=(0, 2)) > 1e3  # [b]
         return torch.where(loud[None, :, None], torch.nan, output)
 
@@ -83,7 +83,7 @@ def poisoned(rank: int, world_size: int, settings: dict[str, Any]) -> list[str]:
         return data
 
     VocabParallelEmbedding.forward = shouting  # type: ignore[method-assign, assignment]
-    trainer.build_training_engine, data_setup.build_data = engine_with_a_fault, data_with_a_mark
+    trainer.build_training_engine, data_setup.build_data = engine_with_a_error, data_with_a_mark
     trainer.train(resolve([], settings, Resources(world_size)).config, NeverStop())
     return said
 

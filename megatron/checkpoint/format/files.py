@@ -48,7 +48,7 @@ class _Counting:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256()
-        self.fault: OSError | None = None
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
@@ -57,8 +57,8 @@ class _Counting:
             self.digest.update(piece)
             try:
                 self._file.write(piece)
-            except OSError as fault:
-                self.fault = self.fault or fault
+            except OSError as error:
+                self.error = self.error or error
                 raise
         self.size += len(view)
         return len(view)
@@ -75,8 +75,8 @@ def write_tensors(path: Path, content: Any) -> Written:
         try:
             torch.save(content, counting)  # type: ignore[arg-type]
         except RuntimeError:
-            if counting.fault is not None:  # torch tells where it stood, not that the disk is full
-                raise counting.fault from None
+            if counting.error is not None:  # torch tells where it stood, not that the disk is full
+                raise counting.error from None
             raise
         flush_to_disk(file)
     return Written(path, counting.size, counting.digest.hexdigest())
@@ -123,7 +123,7 @@ def read_tensors(path: Path) -> Any:
         raise RunError.of(
             f"the file cannot be read: {_reason(error)}",
             where=str(path),
-            remedy="it is damaged or not a checkpoint; load another iteration with --iteration N",
+            hint="it is damaged or not a checkpoint; load another iteration with --iteration N",
         ) from error
 
 

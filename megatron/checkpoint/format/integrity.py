@@ -23,7 +23,7 @@ def write_manifest(directory: Path, written: Iterable[Written]) -> None:
         ConfigIssue(
             "a rank wrote this file, and it is not whole where rank 0 looks",
             where=str(directory / name),
-            remedy="save to a folder on a file system that all nodes share",
+            hint="save to a folder on a file system that all nodes share",
         )
         for name, entry in entries.items()
         if not (directory / name).is_file() or (directory / name).stat().st_size != entry["bytes"]
@@ -48,18 +48,18 @@ def damage(directory: Path, *, contents: bool = False, share: tuple[int, int] = 
         return [ConfigIssue("this is no list of a checkpoint's files", where=where)]
     if manifest.get("version") != VERSION:
         return [ConfigIssue(f"version {manifest.get('version')} is not one that can be read ({VERSION})", where=where)]
-    faults = []
+    errors = []
     for name, expected in list(manifest["files"].items())[share[0] :: share[1]]:
         path = directory / name
         if not path.is_file():
-            faults.append(ConfigIssue("the file is missing", where=str(path)))
+            errors.append(ConfigIssue("the file is missing", where=str(path)))
         elif path.stat().st_size != expected["bytes"]:
-            faults.append(
+            errors.append(
                 ConfigIssue(f"{path.stat().st_size} bytes where {expected['bytes']} were written", where=str(path))
             )
         elif contents and files.digest(path) != expected["sha256"]:
-            faults.append(ConfigIssue("its content changed after it was written", where=str(path)))
-    return faults + _strangers(directory, manifest["files"])
+            errors.append(ConfigIssue("its content changed after it was written", where=str(path)))
+    return errors + _strangers(directory, manifest["files"])
 
 
 def _strangers(directory: Path, listed: Mapping[str, object]) -> list[ConfigIssue]:

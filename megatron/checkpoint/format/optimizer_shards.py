@@ -194,7 +194,7 @@ class OptimizerState:
             raise RunError.of(
                 f"optimizer state covers {covered} of {flat.numel()} elements of {key}",
                 where=str(self.places[key][0].file.parent),
-                remedy="a rank's file is missing; load another iteration, or set no_load_optim",
+                hint="a rank's file is missing; load another iteration, or set no_load_optim",
             )
         return shard
 

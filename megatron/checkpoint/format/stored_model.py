@@ -121,13 +121,13 @@ def choose(path: Path, iteration: int | None) -> Path:
     if pointer.is_file():
         directory = path / pointer.read_text(encoding="utf-8").strip()
         if not _ANY.fullmatch(directory.name) or not directory.is_dir():
-            raise RunError.of("names a checkpoint that is not there", where=str(pointer), remedy="give an iteration")
+            raise RunError.of("names a checkpoint that is not there", where=str(pointer), hint="give an iteration")
         return directory
     if found:
         return layout.step_directory(path, found[-1])
     if path.is_dir() and (layout.model_files(path) or layout.layer_files(path)):
         return path
-    raise ConfigError.of("there is no checkpoint", where=str(path), remedy="give a save folder or one of its steps")
+    raise ConfigError.of("there is no checkpoint", where=str(path), hint="give a save folder or one of its steps")
 
 
 def describe(directory: Path, config_files: Sequence[Path]) -> Any:
@@ -137,7 +137,7 @@ def describe(directory: Path, config_files: Sequence[Path]) -> Any:
         return resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config
     if not resolved.is_file():
         raise ConfigError.of(
-            "nothing says what model this is", where=str(directory), remedy="give the run's YAML with --config-file"
+            "nothing says what model this is", where=str(directory), hint="give the run's YAML with --config-file"
         )
     return serialize.from_json(resolved.read_text(encoding="utf-8"), str(resolved))
 
@@ -150,7 +150,7 @@ def _compare(stored: StoredModel) -> None:
             f"the model lacks {', '.join(stored.leftovers()[:8]) or 'nothing'} of the checkpoint, "
             f"and the checkpoint lacks {', '.join(stored.missing()[:8]) or 'nothing'} of the model",
             where=where,
-            remedy="give the configuration of this checkpoint",
+            hint="give the configuration of this checkpoint",
         )
     for shape in stored.table:
         held = stored.weights.shards(key_of(shape))

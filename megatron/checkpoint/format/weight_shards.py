@@ -98,7 +98,7 @@ class WeightFiles:
         layers = layout.layer_files(directory)
         whole = {} if layers else layout.model_files(directory)
         if not layers and not whole:
-            raise RunError.of("no weight files", where=str(directory), remedy="load another checkpoint")
+            raise RunError.of("no weight files", where=str(directory), hint="load another checkpoint")
         return WeightFiles(directory, whole, layers)
 
     @property
@@ -134,22 +134,20 @@ class WeightFiles:
         path = self.layers.get((layer, rank))
         if path is None:
             missing = str(self.directory / layout.layer_file(layer, rank))
-            raise RunError.of("the file is missing", where=missing, remedy="load another iteration")
+            raise RunError.of("the file is missing", where=missing, hint="load another iteration")
         return self._read(path, modern_names)
 
     def _module(self, rank: int) -> dict[str, Tensor]:
         if rank not in self.whole:
             missing = str(self.directory / layout.model_file(rank))
-            raise RunError.of("the file is missing", where=missing, remedy="load another iteration")
+            raise RunError.of("the file is missing", where=missing, hint="load another iteration")
         return self._read(self.whole[rank], _module_of)
 
     def _read(self, path: Path, arrange: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         if path not in self._open:
             content = files.read_tensors(path)
             if not isinstance(content, dict):
-                raise RunError.of(
-                    "the file holds no weights by name", where=str(path), remedy="load another checkpoint"
-                )
+                raise RunError.of("the file holds no weights by name", where=str(path), hint="load another checkpoint")
             self._open[path] = arrange(content)
         return self._open[path]
 
@@ -187,25 +185,25 @@ def read_shards(
     """
     keys = stored.keys()
     result: dict[str, Tensor] = {}
-    faults: list[ConfigIssue] = []
+    errors: list[ConfigIssue] = []
     where = str(stored.directory)
     for shape in wanted:
         key = key_of(shape)
         if key not in keys:
-            faults.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", where=where))
+            errors.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", where=where))
             continue
         shards = stored.shards(key)
         written = as_stored(shape, shards, stored.model_size)
-        fault = _misfit(written, shards, stored.model_size)
-        if fault is None:
+        error = _misfit(written, shards, stored.model_size)
+        if error is None:
             whole = grown(shape, assemble(written, shards, summed=summed))
             result[key] = cut_shard(shape, whole, model_rank, model_size)
         else:
-            faults.append(ConfigIssue(fault, where=where))
-    if faults:
-        remedy = "give the configuration the shape of the checkpoint, or load another one"
-        faults[-1] = ConfigIssue(faults[-1].what, where=faults[-1].where, remedy=remedy)
-        raise RunError(*faults)
+            errors.append(ConfigIssue(error, where=where))
+    if errors:
+        hint = "give the configuration the shape of the checkpoint, or load another one"
+        errors[-1] = ConfigIssue(errors[-1].what, where=errors[-1].where, hint=hint)
+        raise RunError(*errors)
     return result
 
 

@@ -167,13 +167,13 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
     where: the file, for messages.
     """
     found = dict(theirs)
-    mistakes = []
+    issues = []
     for name, key in ALIASES.get(model_type, {}).items():
         if found.get(name) is None:
             continue
         if found.get(key) not in (None, found[name]):
             what = f"it is another name of {key}, which is {found[key]!r}"
-            mistakes.append(ConfigIssue(what, key=name, value=found[name], where=where, remedy="keep one of them"))
+            issues.append(ConfigIssue(what, key=name, value=found[name], where=where, hint="keep one of them"))
         found[key] = found[name]
     for key, usual in DEFAULTS[model_type].items():
         if key in ROTARY and key not in found:
@@ -181,11 +181,9 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
         value = found.setdefault(key, usual)
         if not _fits(value, usual, key):
             kind = "a number" if isinstance(usual, float) else f"a value such as {usual!r}"
-            remedy = f"give {kind}, or leave the key out"
-            mistakes.append(
-                ConfigIssue("this is no value of the key", key=key, value=value, where=where, remedy=remedy)
-            )
-    ConfigError.raise_any(mistakes)
+            hint = f"give {kind}, or leave the key out"
+            issues.append(ConfigIssue("this is no value of the key", key=key, value=value, where=where, hint=hint))
+    ConfigError.raise_any(issues)
     return found
 
 

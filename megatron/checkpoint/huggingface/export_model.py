@@ -182,4 +182,4 @@ def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
 def refuse_existing(output: Path) -> None:
     """RunError when the folder already holds a model, whose files would mix with ours."""
     if any(output.glob("*.safetensors")) or (output / CONFIG).is_file():
-        raise RunError.of("the folder already holds a model", where=str(output), remedy="give an empty or new one")
+        raise RunError.of("the folder already holds a model", where=str(output), hint="give an empty or new one")

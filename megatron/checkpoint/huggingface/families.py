@@ -29,8 +29,8 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     if name is not None:
         ConfigError.raise_any(_misfits(FAMILIES[name], model, moe, mixers))
         return FAMILIES[name]
-    faults = {family.name: _misfits(family, model, moe, mixers) for family in FAMILIES.values()}
-    for known, found in faults.items():
+    errors = {family.name: _misfits(family, model, moe, mixers) for family in FAMILIES.values()}
+    for known, found in errors.items():
         if not found:
             return FAMILIES[known]
     likely = list(FAMILIES.values())
@@ -38,25 +38,25 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
         likely = [family for family in FAMILIES.values() if family.experts is not None]
     elif "mamba" in map(str, model.attention_config or ()):
         likely = [family for family in FAMILIES.values() if family.mixers is not None]
-    raise ConfigError(*min((faults[family.name] for family in likely), key=len))
+    raise ConfigError(*min((errors[family.name] for family in likely), key=len))
 
 
 def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
     """What of a model a family cannot say."""
-    faults = family.misfits(model)
+    errors = family.misfits(model)
     known = family.mixers.kinds if family.mixers else frozenset()
     others = sorted((set(map(str, model.attention_config or ())) & WITHOUT_ATTENTION) - known)
     if others:
         what = f"a model of the family {family.name} has no blocks of kind {', '.join(others)}"
-        faults.append(ConfigIssue(what, key="attention_config", value=others))
+        errors.append(ConfigIssue(what, key="attention_config", value=others))
     if family.mixers is not None:
-        faults += family.mixers.misfits(mixers)
+        errors += family.mixers.misfits(mixers)
     if family.experts is not None:
-        return faults + family.experts.misfits(moe)
+        return errors + family.experts.misfits(moe)
     if moe.moe_num_experts > 1:
         what = f"a model of the family {family.name} has no experts"
-        faults.append(ConfigIssue(what, key="moe_num_experts", value=moe.moe_num_experts))
-    return faults
+        errors.append(ConfigIssue(what, key="moe_num_experts", value=moe.moe_num_experts))
+    return errors
 
 
 def family_of(theirs: Mapping[str, Any], where: str) -> Family:

@@ -20,13 +20,13 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
     wanted |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
     wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0, "use_qk_layernorm": False}
-    faults = unlike(model, wanted, "GPT-2") + special_attention(model, "GPT-2")
+    errors = unlike(model, wanted, "GPT-2") + special_attention(model, "GPT-2")
     if model.activation not in ACTIVATIONS:
-        faults.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
+        errors.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(ConfigIssue("a GPT-2 model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
-    return faults
+        errors.append(ConfigIssue("a GPT-2 model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+    return errors
 
 
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:

@@ -29,15 +29,15 @@ THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
     wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
-    faults = unlike(model, wanted, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
+    errors = unlike(model, wanted, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
-        faults.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
+        errors.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(
+        errors.append(
             ConfigIssue("a GPT-NeoX model has hidden_size / heads", key="kv_channels", value=model.kv_channels)
         )
-    return faults
+    return errors
 
 
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:

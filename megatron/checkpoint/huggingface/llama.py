@@ -38,10 +38,10 @@ _BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
-    faults = unlike(model, wanted, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
+    errors = unlike(model, wanted, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
-        faults.append(ConfigIssue("a LLaMA model has a gated activation", key="activation", value=model.activation))
-    return faults
+        errors.append(ConfigIssue("a LLaMA model has a gated activation", key="activation", value=model.activation))
+    return errors
 
 
 def _llama_misfits(model: ModelSection) -> list[ConfigIssue]:
@@ -190,10 +190,10 @@ MISTRAL = Family(
 
 def _mixtral_misfits(moe: MoeSection) -> list[ConfigIssue]:
     wanted = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
-    faults = unlike(moe, wanted, "Mixtral")
+    errors = unlike(moe, wanted, "Mixtral")
     if moe.moe_num_experts == 1:
-        faults.append(ConfigIssue("a Mixtral model has experts", key="moe_num_experts", value=1))
-    return faults
+        errors.append(ConfigIssue("a Mixtral model has experts", key="moe_num_experts", value=1))
+    return errors
 
 
 def _mixtral_experts(moe: MoeSection) -> Settings:

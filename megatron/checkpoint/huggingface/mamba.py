@@ -21,12 +21,12 @@ _PARTS = ("A_log", "D", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    faults = unlike(model, {"norm": "rmsnorm", "pos_emb": "none"}, "Mamba")
+    errors = unlike(model, {"norm": "rmsnorm", "pos_emb": "none"}, "Mamba")
     others = sorted(set(map(str, model.attention_config or ())) - {"mamba"})
     if others:
         what = f"every block of a Mamba model is of kind mamba, not {', '.join(others)}"
-        faults.append(ConfigIssue(what, key="attention_config", value=others))
-    return faults
+        errors.append(ConfigIssue(what, key="attention_config", value=others))
+    return errors
 
 
 def _mixer_misfits(mixers: MixersSection) -> list[ConfigIssue]:

@@ -59,12 +59,12 @@ class Folder:
                 raise ConfigError.of(
                     "this folder holds an adapter of peft, and not the model that it changes",
                     where=str(path),
-                    remedy="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
+                    hint="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
                 )
             raise ConfigError.of(
                 f"it holds no {CONFIG} with {WHOLE}, {INDEX}, {OLD_WHOLE} or {OLD_INDEX}",
                 where=str(path),
-                remedy="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
+                hint="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
             )
         where = str(path / CONFIG)
         config = files.read_json(path / CONFIG)
@@ -114,7 +114,7 @@ class FolderWeights:
             raise RunError.of(
                 f"tensors that the model has no place for: {', '.join(sorted(named)[:8])}",
                 where=str(folder.path),
-                remedy="its config.json belongs to another model",
+                hint="its config.json belongs to another model",
             )
         return FolderWeights(folder.path, table)
 
@@ -152,11 +152,11 @@ def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[ConfigIssue
     where = str(path / CONFIG)
     told = config.get("quantization_config")
     if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
-        remedy = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
-        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, where, remedy)
+        hint = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
+        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, where, hint)
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
-        yield ConfigIssue(what, where=str(path / ADAPTER), remedy="merge it with peft, or take it out of the folder")
+        yield ConfigIssue(what, where=str(path / ADAPTER), hint="merge it with peft, or take it out of the folder")
 
 
 def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
@@ -165,18 +165,18 @@ def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
         prefix = name.removesuffix(lacked[0]) if lacked else name
         if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
             what = f"its tensors are called {prefix}{lacked[0]} and so on, where the model has {lacked[0]}"
-            remedy = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
-            return [ConfigIssue(what, where=str(folder.path), remedy=remedy)]
+            hint = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
+            return [ConfigIssue(what, where=str(folder.path), hint=hint)]
     return []
 
 
 def _missing(name: str, folder: Folder) -> ConfigIssue:
     what = f"there is no tensor {name}"
     if name in HEADS:
-        remedy = "a model whose output layer is its embedding says tie_word_embeddings: true"
-        return ConfigIssue(f"{what}, and tie_word_embeddings is false", where=str(folder.path), remedy=remedy)
-    remedy = f"a file that the index does not name, or another model's config.json; {FETCH}"
-    return ConfigIssue(what, where=str(folder.path), remedy=remedy)
+        hint = "a model whose output layer is its embedding says tie_word_embeddings: true"
+        return ConfigIssue(f"{what}, and tie_word_embeddings is false", where=str(folder.path), hint=hint)
+    hint = f"a file that the index does not name, or another model's config.json; {FETCH}"
+    return ConfigIssue(what, where=str(folder.path), hint=hint)
 
 
 def _compare_rows(folder: Folder, table: Table) -> None:
@@ -190,7 +190,7 @@ def _compare_rows(folder: Folder, table: Table) -> None:
                     key="vocab_size",
                     value=folder.rows,
                     where=str(folder.path / CONFIG),
-                    remedy=f"write vocab_size: {rows} if the tensor is right"
+                    hint=f"write vocab_size: {rows} if the tensor is right"
                     if rows
                     else "the tensor is empty, as ZeRO stage 3 saves what it does not gather: save the gathered model",
                 )
@@ -209,7 +209,7 @@ def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
                 key="tie_word_embeddings",
                 value=folder.config["tie_word_embeddings"],
                 where=str(folder.path / CONFIG),
-                remedy=f"write tie_word_embeddings: false to keep {head}, or take that tensor out",
+                hint=f"write tie_word_embeddings: false to keep {head}, or take that tensor out",
             )
         del named[head]
 
@@ -239,13 +239,11 @@ def _files(path: Path, whole: str, index: str) -> list[str]:
     where = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         what = "it has no weight_map, which says where each tensor stands"
-        raise RunError.of(what, where=str(path / index), remedy=FETCH)
+        raise RunError.of(what, where=str(path / index), hint=FETCH)
     names = sorted(set(where.values()))
     what = f"this file is not there, which {index} names"
     absent = [name for name in names if not (path / name).is_file()]
-    RunError.raise_any(
-        [ConfigIssue(what, where=str(path / name), remedy=f"{FETCH} into this folder") for name in absent]
-    )
+    RunError.raise_any([ConfigIssue(what, where=str(path / name), hint=f"{FETCH} into this folder") for name in absent])
     return names
 
 
@@ -253,8 +251,8 @@ def _old_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file. RunError where it is damaged, or a pickle of other things."""
     try:
         found = files.read_tensors(path)
-    except RunError as fault:
-        raise RunError(*(replace(mistake, remedy=_FETCH_BIN) for mistake in fault.mistakes)) from fault
+    except RunError as error:
+        raise RunError(*(replace(issue, hint=_FETCH_BIN) for issue in error.issues)) from error
     if not isinstance(found, dict):
-        raise RunError.of("this file holds no tensors by name", where=str(path), remedy=_FETCH_BIN)
+        raise RunError.of("this file holds no tensors by name", where=str(path), hint=_FETCH_BIN)
     return found

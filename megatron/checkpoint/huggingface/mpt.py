@@ -16,16 +16,16 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted = {"norm": "layernorm", "pos_emb": "alibi", "gpt_j_residual": False, "activation": "gelu"}
     wanted |= {"use_bias_in_norms": False, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
     wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
-    faults = unlike(model, wanted, "MPT") + special_attention(model, "MPT")
+    errors = unlike(model, wanted, "MPT") + special_attention(model, "MPT")
     dims = ModelDims.of(model)
     if dims.mlp_width != 4 * dims.hidden_size:
-        faults.append(ConfigIssue("an MPT model has an MLP of 4 x hidden_size", "intermediate_size", dims.mlp_width))
+        errors.append(ConfigIssue("an MPT model has an MLP of 4 x hidden_size", "intermediate_size", dims.mlp_width))
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(ConfigIssue("an MPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+        errors.append(ConfigIssue("an MPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
     if dims.num_attention_heads & (dims.num_attention_heads - 1):
         what = "an MPT model gives other slopes to a number of heads that is no power of two"
-        faults.append(ConfigIssue(what, key="num_attention_heads", value=dims.num_attention_heads))
-    return faults
+        errors.append(ConfigIssue(what, key="num_attention_heads", value=dims.num_attention_heads))
+    return errors
 
 
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:

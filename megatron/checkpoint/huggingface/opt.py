@@ -22,13 +22,13 @@ def _misfits(model: ModelSection) -> list[ConfigIssue]:
     wanted |= {"layernorm_epsilon": 1e-5, "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": _OFFSET}
     wanted |= {"sliding_window_width": None, "use_bias_in_mlp": model.use_bias_in_attn_linear}
     wanted |= {"use_qk_layernorm": False}
-    faults = unlike(model, wanted, "OPT") + special_attention(model, "OPT")
+    errors = unlike(model, wanted, "OPT") + special_attention(model, "OPT")
     if model.activation not in ACTIVATIONS:
-        faults.append(ConfigIssue("an OPT model has no such activation", key="activation", value=model.activation))
+        errors.append(ConfigIssue("an OPT model has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
     if dims.head_dim * dims.num_attention_heads != dims.hidden_size:
-        faults.append(ConfigIssue("an OPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
-    return faults
+        errors.append(ConfigIssue("an OPT model has hidden_size / heads", key="kv_channels", value=model.kv_channels))
+    return errors
 
 
 def _config(model: ModelSection, padded_vocab_size: int) -> Settings:

@@ -48,7 +48,7 @@ def export_adapter(
         raise ConfigError.of(
             "nothing was trained beside a frozen model here: neither lora nor soft_prompt_tuning is set",
             where=str(stored.directory),
-            remedy="leave --adapter-only out",
+            hint="leave --adapter-only out",
         )
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
     family = family_for(plain, stored.moe, stored.mixers, family_name)

@@ -69,7 +69,7 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
             key="rope_scaling",
             value=said["rope_scaling"],
             where=CONFIG,
-            remedy="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
+            hint="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
         )
     settings = next(iter(meanings.values()), None) or _meaning(theirs, {}, base, part)
     _one_base(theirs, settings)
@@ -120,5 +120,5 @@ def _one_base(theirs: Mapping[str, Any], settings: Settings) -> None:
                 key=name,
                 value=value,
                 where=CONFIG,
-                remedy="say it once",
+                hint="say it once",
             )

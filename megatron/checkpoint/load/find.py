@@ -27,7 +27,7 @@ def candidates(load: Path, iteration: int | None) -> list[Path]:
     if iteration is not None:
         if iteration not in found:
             raise ConfigError.of(
-                f"there is no such checkpoint in {load}", key="iteration", value=iteration, remedy=offer(found)
+                f"there is no such checkpoint in {load}", key="iteration", value=iteration, hint=offer(found)
             )
         newest = iteration
     elif (load / layout.LATEST).is_file():
@@ -64,15 +64,15 @@ def whole(
         barrier()
     meant = _on_all(candidates(load, iteration), sharing)
     for number, directory in enumerate(meant):
-        faults = faults_of(directory, load, sharing)
-        if not faults:
+        errors = errors_of(directory, load, sharing)
+        if not errors:
             if number:
                 _log.warning("going on from %s instead", directory)
             return directory
         if fallback != PREVIOUS or directory == meant[-1]:
-            raise RunError(*_with_remedy(faults, load, directory))
-        for fault in faults:
-            _log.warning("%s", fault)
+            raise RunError(*_with_hint(errors, load, directory))
+        for error in errors:
+            _log.warning("%s", error)
     return None
 
 
@@ -84,7 +84,7 @@ def _on_all(found: list[Path], sharing: Sharing) -> list[Path]:
     return [path for path in found if all(path.name in names for names in lists)]
 
 
-def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue]:
+def errors_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue]:
     """What is wrong with a checkpoint, the same list on every rank; collective."""
     if not directory.is_dir() or directory == load:
         return [ConfigIssue("names a checkpoint that is not there", where=str(load / layout.LATEST))]
@@ -94,7 +94,7 @@ def faults_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue
     try:
         mine = integrity.damage(directory, contents=True, share=sharing.share)
     except RunError as error:
-        mine = list(error.mistakes)
+        mine = list(error.issues)
     return sorted(set(all_gather_items(mine)), key=str)
 
 
@@ -105,7 +105,7 @@ def offer(found: list[int]) -> str:
     return f"choose one with --iteration: {', '.join(map(str, found))}"
 
 
-def _with_remedy(faults: list[ConfigIssue], load: Path, damaged: Path) -> list[ConfigIssue]:
+def _with_hint(errors: list[ConfigIssue], load: Path, damaged: Path) -> list[ConfigIssue]:
     others = [each for each in layout.iterations(load) if each != layout.iteration_of(damaged)]
-    remedy = offer(others) + (", or set load_fallback: previous" if others else "")
-    return [ConfigIssue(fault.what, where=fault.where, remedy=remedy) for fault in faults]
+    hint = offer(others) + (", or set load_fallback: previous" if others else "")
+    return [ConfigIssue(error.what, where=error.where, hint=hint) for error in errors]

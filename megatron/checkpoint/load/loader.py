@@ -89,7 +89,7 @@ class Checkpoint:
             raise RunError.of(
                 "the checkpoint holds no optimizer state",
                 where=str(self.directory),
-                remedy="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
+                hint="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
         return state.with_weights(self._shard) if self._embedding.dtype == torch.float32 else state
 
@@ -103,7 +103,7 @@ class Checkpoint:
                 f"the checkpoint {self.directory} was trained with {stored}",
                 key="optimizer",
                 value=own,
-                remedy="set no_load_optim to start the optimizer anew",
+                hint="set no_load_optim to start the optimizer anew",
             )
 
     def _shard(self, key: str, model_rank: int, model_size: int) -> Tensor:
@@ -248,7 +248,7 @@ def _nothing(config: Config, root: Path) -> None:
             "this is one checkpoint, and load names the folder of all of a run",
             key="load",
             value=section.load,
-            remedy=f"set load: {root.parent} and iteration: {iteration}",
+            hint=f"set load: {root.parent} and iteration: {iteration}",
         )
     itself = section.save is not None and layout.same_folder(Path(section.save), root)
     if not itself and section.load_fallback != find.FRESH:
@@ -256,7 +256,7 @@ def _nothing(config: Config, root: Path) -> None:
             "there is no checkpoint" if root.is_dir() else "there is no such folder",
             key="load",
             value=section.load,
-            remedy="correct the path, or set load_fallback: fresh to start from random weights",
+            hint="correct the path, or set load_fallback: fresh to start from random weights",
         )
     _log.info("%s holds no checkpoint yet: starting fresh", root)
 
@@ -345,19 +345,19 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
 
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[ConfigIssue]:
     """added: the keys of what is trained beside a frozen model."""
-    remedy = "give the configuration the shape of the checkpoint, or load another one"
+    hint = "give the configuration the shape of the checkpoint, or load another one"
     if added.issuperset(missing) and missing:
-        remedy = "set finetune: true to start them beside the checkpoint's model"
+        hint = "set finetune: true to start them beside the checkpoint's model"
     elif any(f".{DOWN}." in key for key in unexpected):
-        remedy = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
+        hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
     elif f"0.{PROMPT}" in unexpected:
-        remedy = "give the configuration the soft_prompt_tuning of the checkpoint"
+        hint = "give the configuration the soft_prompt_tuning of the checkpoint"
     told = {
         "the checkpoint has tensors that the model lacks": unexpected,
         "the model has tensors that the checkpoint lacks": missing,
     }
     return [
-        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, remedy=remedy)
+        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, hint=hint)
         for what, names in told.items()
         if names
     ]

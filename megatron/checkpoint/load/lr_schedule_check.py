@@ -43,7 +43,7 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
                 f"the checkpoint {where} was trained with {known[key]!r}",
                 key=key,
                 value=own[key],
-                remedy="set override_lr_scheduler to take this one, or use_checkpoint_lr_scheduler to take that one",
+                hint="set override_lr_scheduler to take this one, or use_checkpoint_lr_scheduler to take that one",
             )
             for key in known
             if known[key] != own[key]

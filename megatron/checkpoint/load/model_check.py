@@ -93,7 +93,7 @@ def same_model(stored: Values, own: Values, where: Path, *, finetune: bool) -> N
                 "another model",
                 key=key,
                 value=own[key],
-                remedy="give the value of that run; finetune: true trains on with another one",
+                hint="give the value of that run; finetune: true trains on with another one",
             )
             for key in differing
         )

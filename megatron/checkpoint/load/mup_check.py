@@ -34,7 +34,7 @@ def same_parametrisation(stored: Mapping[str, Any], mup: MupSection, where: Path
             "model",
             key=key,
             value=own[key],
-            remedy="give base_shapes_file and the mup_ keys of that run",
+            hint="give base_shapes_file and the mup_ keys of that run",
         )
         for key in differing
     )

@@ -51,7 +51,7 @@ def same_tokenizer(
             f"the checkpoint {where} was trained with {then}; this is {own}",
             key="tokenizer_type",
             value=own.kind,
-            remedy="give tokenizer_type, vocab_file and merge_file of that run"
+            hint="give tokenizer_type, vocab_file and merge_file of that run"
             + (", or set finetune: true to tune the weights to another tokenizer" if trains else ""),
         )
     _log.warning("the checkpoint %s was trained with another tokenizer: %s; this is %s", where, then, own)
@@ -68,11 +68,11 @@ def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], wh
     """
     if not stored:
         return
-    mistakes = list(_differences(stored, own, where))
+    issues = list(_differences(stored, own, where))
     if not override:
-        ConfigError.raise_any(mistakes)
-    for mistake in mistakes:
-        _log.warning("%s: %s; the samples that follow are in a new order", mistake.key, mistake.what)
+        ConfigError.raise_any(issues)
+    for issue in issues:
+        _log.warning("%s: %s; the samples that follow are in a new order", issue.key, issue.what)
 
 
 def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[ConfigIssue]:
@@ -82,20 +82,20 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path)
             continue
         if name == "data_path":
             what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
-            yield ConfigIssue(what, key="data_path", remedy=_WISH)
+            yield ConfigIssue(what, key="data_path", hint=_WISH)
         elif name == "passes":
             what = (
                 f"the checkpoint's run shuffled {_passes(then)} over the data together, this one shuffles "
                 f"{_passes(now)}: samples would be read twice and others never"
             )
-            remedy = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
-            yield ConfigIssue(what, key="train_iters", remedy=remedy)
+            hint = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
+            yield ConfigIssue(what, key="train_iters", hint=hint)
         elif name == "train_label_data_paths":
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
-            yield ConfigIssue(what, key=name, remedy=_WISH)
+            yield ConfigIssue(what, key=name, hint=_WISH)
         else:
             what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
-            yield ConfigIssue(what, key=name, value=now, remedy=_WISH)
+            yield ConfigIssue(what, key=name, value=now, hint=_WISH)
 
 
 def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bool:

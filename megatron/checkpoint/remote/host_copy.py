@@ -109,24 +109,24 @@ def spread(items: Sequence[Item], source: Path, target: Path, receives: Callable
 
     items: the same on every rank. Raises RunError on every rank where one cannot read or write.
     """
-    faults: list[OSError] = []
+    errors: list[OSError] = []
     rank = dist.get_rank()
     for item in items:
         out = None
         try:
             out = _opened(target / item.name) if item.owner != rank and receives(item) else None
-        except OSError as fault:
-            faults.append(fault)
-        pieces = _pieces(source / item.name, faults) if item.owner == rank else None
+        except OSError as error:
+            errors.append(error)
+        pieces = _pieces(source / item.name, errors) if item.owner == rank else None
         for start in range(0, item.size, CHUNK):
-            _pass_on(min(CHUNK, item.size - start), item.owner, pieces, out, faults)
+            _pass_on(min(CHUNK, item.size - start), item.owner, pieces, out, errors)
         if out is not None:
-            _finish(out, faults)
-    together(lambda: _raise(faults), f"sending {source} to the other hosts")
+            _finish(out, errors)
+    together(lambda: _raise(errors), f"sending {source} to the other hosts")
 
 
 def _pass_on(
-    size: int, owner: int, pieces: Iterator[bytes] | None, out: BinaryIO | None, faults: list[OSError]
+    size: int, owner: int, pieces: Iterator[bytes] | None, out: BinaryIO | None, errors: list[OSError]
 ) -> None:
     """One piece of a file from its owner to everybody; who wants it writes it down."""
     buffer = torch.zeros(size, dtype=torch.uint8)
@@ -138,8 +138,8 @@ def _pass_on(
     if out is not None and not out.closed:
         try:
             out.write(sent.cpu().numpy().data)
-        except OSError as fault:
-            faults.append(fault)
+        except OSError as error:
+            errors.append(error)
             out.close()
 
 
@@ -148,29 +148,29 @@ def _opened(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def _pieces(path: Path, faults: list[OSError]) -> Iterator[bytes]:
+def _pieces(path: Path, errors: list[OSError]) -> Iterator[bytes]:
     """The file in pieces; the others wait for as many bytes as were announced, so a fault is kept for later."""
     try:
         with path.open("rb") as file:
             while piece := file.read(CHUNK):
                 yield piece
-    except OSError as fault:
-        faults.append(fault)
+    except OSError as error:
+        errors.append(error)
 
 
-def _finish(out: BinaryIO, faults: list[OSError]) -> None:
+def _finish(out: BinaryIO, errors: list[OSError]) -> None:
     if out.closed:
         return
     try:
         with out:
             flush_to_disk(out)
-    except OSError as fault:
-        faults.append(fault)
+    except OSError as error:
+        errors.append(error)
 
 
-def _raise(faults: Sequence[OSError]) -> None:
-    if faults:
-        raise faults[0]
+def _raise(errors: Sequence[OSError]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def copy_to_missing_hosts(section: CheckpointSection, *, shared: bool) -> None:

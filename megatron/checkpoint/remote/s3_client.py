@@ -38,19 +38,19 @@ class Bucket:
             import boto3
             from boto3.s3.transfer import TransferConfig
             from botocore.exceptions import BotoCoreError
-        except ModuleNotFoundError as fault:
+        except ModuleNotFoundError as error:
             raise ConfigError.of(
-                f"copying to S3 needs the package {fault.name}, which is not installed",
+                f"copying to S3 needs the package {error.name}, which is not installed",
                 key="s3_path",
                 value=address,
-                remedy="pip install neox[s3]",
-            ) from fault
+                hint="pip install neox[s3]",
+            ) from error
         name, _, prefix = address.removeprefix(SCHEME).partition("/")
         prefix = prefix.strip("/")
         try:
             client = boto3.client("s3")
-        except (BotoCoreError, ValueError) as fault:
-            raise ConfigError.of(f"boto3 cannot start: {fault}", key="s3_path", value=address) from fault
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigError.of(f"boto3 cannot start: {error}", key="s3_path", value=address) from error
         transfer = TransferConfig(
             multipart_threshold=part_size, multipart_chunksize=part_size, max_concurrency=_STREAMS
         )
@@ -120,9 +120,9 @@ class Bucket:
 
         try:
             yield
-        except (Boto3Error, BotoCoreError, ClientError) as fault:
+        except (Boto3Error, BotoCoreError, ClientError) as error:
             raise RunError.of(
-                f"{action} failed: {str(fault).splitlines()[0]}",
+                f"{action} failed: {str(error).splitlines()[0]}",
                 where=self.address(key),
-                remedy="look at s3_path, the credentials and AWS_ENDPOINT_URL",
-            ) from fault
+                hint="look at s3_path, the credentials and AWS_ENDPOINT_URL",
+            ) from error

@@ -47,7 +47,7 @@ class Mirror:
         self.spared = spared
         self._lock = threading.Lock()
         self._waiting: list[Path] = []
-        self._faults: dict[Path, str] = {}
+        self._errors: dict[Path, str] = {}
         self._thread: threading.Thread | None = None
 
     def send(self, directory: Path) -> None:
@@ -70,9 +70,9 @@ class Mirror:
             self._join()
         RunError.raise_any(
             ConfigIssue(
-                f"it has no copy at {self.bucket.address()}: {self._faults[directory]}",
+                f"it has no copy at {self.bucket.address()}: {self._errors[directory]}",
                 where=str(directory),
-                remedy="the checkpoint itself is whole; copy the folder there when the bucket answers",
+                hint="the checkpoint itself is whole; copy the folder there when the bucket answers",
             )
             for directory in sorted(self.pending())
         )
@@ -97,9 +97,9 @@ class Mirror:
             try:
                 send(self.bucket, directory)
                 retain(self.bucket, self.keep, newest=layout.iteration_of(directory) or 0, spared=self.spared)
-            except (OSError, RunError) as fault:
-                self._faults[directory] = str(fault).splitlines()[0]
-                _log.warning("%s could not be copied and stays: %s", directory, self._faults[directory])
+            except (OSError, RunError) as error:
+                self._errors[directory] = str(error).splitlines()[0]
+                _log.warning("%s could not be copied and stays: %s", directory, self._errors[directory])
                 continue
             with self._lock:
                 self._waiting.remove(directory)
@@ -190,8 +190,8 @@ def _listed(directory: Path, where: str) -> list[str]:
     """The files that a manifest names. RunError if it names any outside of the folder."""
     try:
         names = [str(name) for name in files.read_json(directory / layout.MANIFEST)["files"]]
-    except (KeyError, TypeError) as fault:
-        raise RunError.of("its manifest.json is no list of a checkpoint's files", where=where) from fault
+    except (KeyError, TypeError) as error:
+        raise RunError.of("its manifest.json is no list of a checkpoint's files", where=where) from error
     RunError.raise_any(
         ConfigIssue(f"its manifest.json names {json.dumps(name)}, which lies outside", where=where)
         for name in names

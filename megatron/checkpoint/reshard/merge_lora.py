@@ -54,7 +54,7 @@ def merged(stored: StoredModel) -> StoredModel:
             key="soft_prompt_tuning",
             value=model.soft_prompt_tuning,
             where=str(stored.directory),
-            remedy="export it as a folder of peft: tools/convert_to_hf.py --adapter-only",
+            hint="export it as a folder of peft: tools/convert_to_hf.py --adapter-only",
         )
     asked = low_rank(model.lora)
     if asked is None:
@@ -88,7 +88,7 @@ def merge(
     number = layout.iteration_of(directory) or 0
     final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
-        raise RunError.of("the checkpoint is there already", where=str(final), remedy="give another --save-dir")
+        raise RunError.of("the checkpoint is there already", where=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
         facts = facts_of(plain, number, model_size)

@@ -36,7 +36,7 @@ def reshape(
     number = layout.iteration_of(stored.directory) or 0
     final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
-        raise RunError.of("the checkpoint is there already", where=str(final), remedy="give another --save-dir")
+        raise RunError.of("the checkpoint is there already", where=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
         summed = stored.model.gpt_j_residual
@@ -59,8 +59,8 @@ def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[ConfigIssue]:
     for shape in table:
         try:
             shape.local_shape(size)
-        except ValueError as fault:
-            yield ConfigIssue(f"{shape.layer}.{shape.name}: {fault}", key="target_tensor_parallel_size", value=size)
+        except ValueError as error:
+            yield ConfigIssue(f"{shape.layer}.{shape.name}: {error}", key="target_tensor_parallel_size", value=size)
             return
 
 

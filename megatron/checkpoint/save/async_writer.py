@@ -97,7 +97,7 @@ class BackgroundWriter:
                     raise RunError.of(
                         f"rank {rank} has not written its part after {self.patience:.0f} s, or not where rank 0 looks",
                         where=str(partial),
-                        remedy="save to a folder on a file system that all nodes share",
+                        hint="save to a folder on a file system that all nodes share",
                     )
                 time.sleep(_LOOK)
             found += [Written(partial / name, size, sha) for name, size, sha in files.read_json(path)]
@@ -117,4 +117,4 @@ def _announce(partial: Path, rank: int, written: Sequence[Written]) -> None:
 
 def _as_run_error(partial: Path, error: Exception) -> RunError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RunError.of(f"writing {partial} failed: {reason}", remedy="the checkpoints written before are complete")
+    return RunError.of(f"writing {partial} failed: {reason}", hint="the checkpoints written before are complete")

@@ -44,7 +44,7 @@ def require_shared(save: Path, rank: int) -> None:
             raise RunError.of(
                 f"rank {rank} on {socket.gethostname()} does not see what rank 0 writes there",
                 where=str(save),
-                remedy="save to a folder on a file system that all nodes share, or set use_shared_fs: false",
+                hint="save to a folder on a file system that all nodes share, or set use_shared_fs: false",
             )
 
     together(check, f"looking into {save}")

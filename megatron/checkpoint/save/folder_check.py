@@ -32,7 +32,7 @@ def check_writable(save: str, *, leads: bool) -> None:
 
     leads: whether this rank does so, one rank for each file system.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     if leads:
         folder = Path(save)
         probe = folder / f".writable-{uuid.uuid4().hex}"
@@ -40,15 +40,15 @@ def check_writable(save: str, *, leads: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
-        except OSError as fault:
-            faults.append(f"{fault.strerror or fault} on {host_name()}")
-    found = all_gather_items(faults)
+        except OSError as error:
+            errors.append(f"{error.strerror or error} on {host_name()}")
+    found = all_gather_items(errors)
     if found:
         raise ConfigError.of(
             f"checkpoints cannot be written there: {found[0]}",
             key="save",
             value=save,
-            remedy="give a folder that this user can make and write to",
+            hint="give a folder that this user can make and write to",
         )
 
 
@@ -77,7 +77,7 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
             + (f"from {loaded}" if loaded is not None else "at iteration 0"),
             key="save",
             value=section.save,
-            remedy="set load to this folder to go on with them, save to another folder, or set save_overwrite: true "
+            hint="set load to this folder to go on with them, save to another folder, or set save_overwrite: true "
             "to move them aside",
         )
     aside = save / f"replaced-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -106,7 +106,7 @@ def _refuse_bucket(section: CheckpointSection, *, leads: bool) -> None:
             f"it holds copies of another run's checkpoints ({_named(held)})",
             key="s3_path",
             value=section.s3_path,
-            remedy="give another address, or set load to the folder save to go on with them",
+            hint="give another address, or set load to the folder save to go on with them",
         )
         for _ in held[:1]
     )

@@ -64,7 +64,7 @@ def together(action: Callable[[], None], what: str) -> None:
         raise error
     if failed:
         reason = str(error).splitlines()[0] if error else "another rank failed"
-        raise RunError.of(f"{what} failed: {reason}", remedy="the checkpoints written before are complete") from error
+        raise RunError.of(f"{what} failed: {reason}", hint="the checkpoints written before are complete") from error
 
 
 def run_with_heartbeat(action: Callable[[], None], what: str, beat: float = 5.0) -> None:

@@ -175,7 +175,7 @@ def _refuse_in_background(config: Config, sharing: Sharing) -> None:
             "the hosts share no folder, and what is saved in the background cannot be sent to the others meanwhile",
             key="checkpoint_async",
             value=True,
-            remedy="set it to false, or save to a file system that all hosts share and set use_shared_fs: true",
+            hint="set it to false, or save to a file system that all hosts share and set use_shared_fs: true",
         )
 
 

@@ -14,29 +14,29 @@ Block = Mapping[str, Any]
 
 def derive_lora(block: Block | None) -> dict[str, Any] | None:
     """The block with its defaults, None where it is switched off. ConfigError where it makes no sense."""
-    fault = _lora_fault(block)
-    if fault is not None:
-        raise ConfigError.of(fault, key="lora", value=block, remedy=_remedy(fault, "write {rank: 8, targets: all}"))
+    error = _lora_error(block)
+    if error is not None:
+        raise ConfigError.of(error, key="lora", value=block, hint=_hint(error, "write {rank: 8, targets: all}"))
     asked = low_rank(block)
     return None if asked is None else asked.block()
 
 
 def derive_soft_prompt(block: Block | None) -> dict[str, Any] | None:
     """The block with its defaults, None where it is switched off. ConfigError where it makes no sense."""
-    fault = _soft_prompt_fault(block)
-    if fault is not None:
-        remedy = _remedy(fault, "write {num_tokens: 20}")
-        raise ConfigError.of(fault, key="soft_prompt_tuning", value=block, remedy=remedy)
+    error = _soft_prompt_error(block)
+    if error is not None:
+        hint = _hint(error, "write {num_tokens: 20}")
+        raise ConfigError.of(error, key="soft_prompt_tuning", value=block, hint=hint)
     asked = soft_prompt(block)
     return None if asked is None else asked.block()
 
 
-def _remedy(fault: str, example: str) -> str | None:
+def _hint(error: str, example: str) -> str | None:
     """What to do about it, where the fault does not end in that already."""
-    return None if fault.endswith("?") else f"{example}, or the like"
+    return None if error.endswith("?") else f"{example}, or the like"
 
 
-def _lora_fault(block: Block | None) -> str | None:
+def _lora_error(block: Block | None) -> str | None:
     told = _strange(block, ("enabled", "rank", "alpha", "dropout", "targets"))
     if told is not None or block is None or not enabled(block):
         return told
@@ -47,10 +47,10 @@ def _lora_fault(block: Block | None) -> str | None:
         return f"alpha is a number above 0, not {alpha!r}"
     if dropout is not None and (not _number(dropout) or not 0 <= dropout < 1):
         return f"dropout is a probability below 1, not {dropout!r}"
-    return _targets_fault(block)
+    return _targets_error(block)
 
 
-def _targets_fault(block: Block) -> str | None:
+def _targets_error(block: Block) -> str | None:
     given = block.get("targets", ALL)
     if given is None:
         return None
@@ -66,7 +66,7 @@ def _targets_fault(block: Block) -> str | None:
     return f"there is no matrix {unknown[0]}; " + (f"did you mean {close}?" if close else f"the targets are {choices}")
 
 
-def _soft_prompt_fault(block: Block | None) -> str | None:
+def _soft_prompt_error(block: Block | None) -> str | None:
     told = _strange(block, ("enabled", "num_tokens", "init_string", "init_range"))
     if told is not None or block is None or not enabled(block):
         return told

@@ -28,9 +28,9 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[st
         kinds = tuple(kind for item in pattern for kind in _expand_item(item, pattern, num_layers))
     if len(kinds) != num_layers:
         named = kinds == tuple(pattern)
-        remedy = f"write [[[{', '.join(dict.fromkeys(kinds))}], all]]" if named else "let the counts add up"
+        hint = f"write [[[{', '.join(dict.fromkeys(kinds))}], all]]" if named else "let the counts add up"
         blocks = "1 block" if len(kinds) == 1 else f"{len(kinds)} blocks"
-        raise _fault(pattern, f"this makes {blocks}, but num_layers = {num_layers}", remedy)
+        raise _error(pattern, f"this makes {blocks}, but num_layers = {num_layers}", hint)
     return kinds
 
 
@@ -44,24 +44,24 @@ def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
 def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int) -> tuple[str, ...]:
     form = "write [[[kind, ...], count], ...] or [[[kind, ...], all]]"
     if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[0], (list, tuple)) or not item[0]:
-        raise _fault(pattern, f"{item!r} is not a pair of kinds and a count", form)
+        raise _error(pattern, f"{item!r} is not a pair of kinds and a count", form)
     kinds, count = item
     if not all(isinstance(kind, str) for kind in kinds):
-        raise _fault(pattern, f"{kinds!r} is not a list of kinds of attention", form)
+        raise _error(pattern, f"{kinds!r} is not a list of kinds of attention", form)
     if count == "all":
         if len(pattern) > 1:
-            raise _fault(pattern, "`all` stands beside other items", "give each item a count")
+            raise _error(pattern, "`all` stands beside other items", "give each item a count")
         if num_layers % len(kinds):
-            raise _fault(
+            raise _error(
                 pattern,
                 f"the pattern has {len(kinds)} kinds, which do not divide num_layers = {num_layers}",
                 "give counts instead of `all`",
             )
         count = num_layers // len(kinds)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise _fault(pattern, f"{count!r} is not a count", form)
+        raise _error(pattern, f"{count!r} is not a count", form)
     return tuple(kinds) * min(count, 100_000)
 
 
-def _fault(pattern: Sequence[Any], what: str, remedy: str) -> ConfigError:
-    return ConfigError.of(what, key=KEY, value=list(pattern), remedy=remedy)
+def _error(pattern: Sequence[Any], what: str, hint: str) -> ConfigError:
+    return ConfigError.of(what, key=KEY, value=list(pattern), hint=hint)

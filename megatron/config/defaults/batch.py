@@ -24,7 +24,7 @@ def equation(total: int | None, micro: int | None, steps: int | None, data_paral
     return f"{TOTAL} = {MICRO} x {STEPS} x data parallel size: {shown[0]} = {shown[1]} x {shown[2]} x {data_parallel}"
 
 
-def size_mistakes(total: int | None, micro: int | None, steps: int | None) -> list[ConfigIssue]:
+def size_issues(total: int | None, micro: int | None, steps: int | None) -> list[ConfigIssue]:
     """The sizes that are less than one."""
     return [
         ConfigIssue("a size must be at least 1", key=name, value=value)
@@ -36,12 +36,10 @@ def size_mistakes(total: int | None, micro: int | None, steps: int | None) -> li
 def derive_batch(total: int | None, micro: int | None, steps: int | None, data_parallel: int) -> Batch:
     """Fills in what is missing. Raises ConfigError, with the equation and its numbers, where it cannot hold."""
     told = equation(total, micro, steps, data_parallel)
-    ConfigError.raise_any(size_mistakes(total, micro, steps))
+    ConfigError.raise_any(size_issues(total, micro, steps))
     if total is None:
         if micro is None:
-            raise ConfigError.of(
-                f"neither {TOTAL} nor {MICRO} is given", key=MICRO, remedy=f"give one of them ({told})"
-            )
+            raise ConfigError.of(f"neither {TOTAL} nor {MICRO} is given", key=MICRO, hint=f"give one of them ({told})")
         steps = steps or 1
         return Batch(micro * steps * data_parallel, micro, steps)
     if micro is None:
@@ -54,7 +52,7 @@ def derive_batch(total: int | None, micro: int | None, steps: int | None, data_p
             f"{told}, but the right side is {micro * steps * data_parallel}",
             key=TOTAL,
             value=total,
-            remedy="leave one of the three out, or change the world size",
+            hint="leave one of the three out, or change the world size",
         )
     return Batch(total, micro, steps)
 
@@ -67,6 +65,6 @@ def _divide(total: int, by: int, told: str) -> int:
             f"{told} has no whole solution, since {by} does not divide {total}",
             key=TOTAL,
             value=total,
-            remedy=f"the nearest sizes that work are {near}",
+            hint=f"the nearest sizes that work are {near}",
         )
     return total // by

@@ -46,7 +46,7 @@ def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Leng
     return length
 
 
-def curriculum_mistakes(block: Mapping[str, Any], *, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
+def curriculum_issues(block: Mapping[str, Any], *, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
     """(what is wrong, remedy) of a block. parts: into how many a sequence is cut over ranks."""
     for name in block:
         if name not in NAMES:
@@ -66,17 +66,17 @@ def curriculum_mistakes(block: Mapping[str, Any], *, seq_length: int, parts: int
         yield f"schedule_config lacks {missing} and has {extra} too many", f"{kind} takes {', '.join(SETTINGS[kind])}"
         return
     if kind == "fixed_discrete":
-        yield from _discrete_mistakes(settings, seq_length, parts)
+        yield from _discrete_issues(settings, seq_length, parts)
         return
     low, high = block.get("min_difficulty"), block.get("max_difficulty")
     counts = [low, high, *settings.values()]
     if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
         yield "lengths and steps are whole numbers above 0", "correct the block"
         return
-    yield from _range_mistakes(low, high, settings["difficulty_step"], seq_length, parts)
+    yield from _range_issues(low, high, settings["difficulty_step"], seq_length, parts)
 
 
-def _range_mistakes(low: Any, high: Any, multiple: int, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
+def _range_issues(low: Any, high: Any, multiple: int, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
     if not low <= high <= seq_length:
         yield f"lengths go from {low} to {high}, and seq_length is {seq_length}", "keep min <= max <= seq_length"
     if low < multiple:
@@ -85,7 +85,7 @@ def _range_mistakes(low: Any, high: Any, multiple: int, seq_length: int, parts: 
         yield f"a sequence is cut into {parts} parts over ranks", f"use multiples of {parts}"
 
 
-def _discrete_mistakes(settings: Mapping[str, Any], seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
+def _discrete_issues(settings: Mapping[str, Any], seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
     lengths, borders = settings["difficulty"], settings["max_step"]
     if not isinstance(lengths, list) or not isinstance(borders, list) or len(lengths) != len(borders) + 1:
         yield "difficulty is a list with one more item than max_step", "the last length holds to the end"

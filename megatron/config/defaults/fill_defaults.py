@@ -10,7 +10,7 @@ from typing import Any
 from megatron.config.cluster import Resources
 from megatron.config.defaults.adapters import derive_lora, derive_soft_prompt
 from megatron.config.defaults.attention import expand_attention
-from megatron.config.defaults.batch import MICRO, TOTAL, Batch, derive_batch, size_mistakes
+from megatron.config.defaults.batch import MICRO, TOTAL, Batch, derive_batch, size_issues
 from megatron.config.defaults.batch import STEPS as STEPS_PER_BATCH
 from megatron.config.defaults.lr_schedule import decay_horizon
 from megatron.config.defaults.mlp_width import head_dim
@@ -68,7 +68,7 @@ class Completion:
     unknown: set[str] = field(default_factory=set)
     derived: set[str] = field(default_factory=set)
     settled: set[str] = field(default_factory=set)
-    mistakes: list[ConfigIssue] = field(default_factory=list)
+    issues: list[ConfigIssue] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
@@ -84,11 +84,11 @@ class Completion:
         """Sets a value that follows from others; a value that stays as it was keeps its origin."""
         before = self.values[name]
         if name in DERIVED_ONLY and name in self.given and self.knows(name) and before not in (None, value):
-            what, remedy = (
+            what, hint = (
                 f"this follows from {DERIVED_ONLY[name]}, which makes it {value!r}",
                 f"set {DERIVED_ONLY[name]} instead",
             )
-            self.mistakes.append(ConfigIssue(what, key=name, value=before, remedy=remedy))
+            self.issues.append(ConfigIssue(what, key=name, value=before, hint=hint))
         if before != value or type(before) is not type(value):
             self.values[name] = value
             self.derived.add(name)
@@ -99,10 +99,10 @@ class Completion:
         """What the user gave for the key, or None."""
         return self[name] if name in self.given else None
 
-    def refuse(self, *mistakes: ConfigIssue) -> None:
+    def refuse(self, *issues: ConfigIssue) -> None:
         """Notes mistakes; their keys' values mean nothing from now on."""
-        self.mistakes += mistakes
-        self.unknown |= {mistake.key for mistake in mistakes if mistake.key is not None}
+        self.issues += issues
+        self.unknown |= {issue.key for issue in issues if issue.key is not None}
 
 
 def trains(user_script: str | None) -> bool:
@@ -122,8 +122,8 @@ def complete(
         draft.settled = set()
         try:
             step(draft)
-        except ConfigError as fault:
-            draft.refuse(*fault.mistakes)
+        except ConfigError as error:
+            draft.refuse(*error.issues)
         except UnresolvedValue:
             pass
         else:
@@ -143,7 +143,7 @@ def _required(draft: Completion) -> None:
         if not draft.knows(name):
             continue
         if draft[name] is None:
-            draft.refuse(ConfigIssue("the key is not given", key=name, remedy="every model needs it"))
+            draft.refuse(ConfigIssue("the key is not given", key=name, hint="every model needs it"))
         elif draft[name] < 1:
             draft.refuse(ConfigIssue("this must be at least 1", key=name, value=draft[name]))
     if draft.knows("num_layers") and draft["num_layers"] > MOST_LAYERS:
@@ -262,7 +262,7 @@ def _optimizer(draft: Completion) -> None:
         given = draft.user("weight_decay")
         if given is not None and given != choice.weight_decay:
             what = f"optimizer.params says weight_decay = {choice.weight_decay}"
-            raise ConfigError.of(what, key="weight_decay", value=given, remedy="leave one of the two out")
+            raise ConfigError.of(what, key="weight_decay", value=given, hint="leave one of the two out")
         draft.derive("weight_decay", choice.weight_decay)
 
 
@@ -275,7 +275,7 @@ def _clipping(draft: Completion) -> None:
     clip, gradient = draft.user("clip_grad"), draft.user("gradient_clipping")
     if clip is not None and gradient is not None and clip != gradient:
         what = f"gradient_clipping = {gradient} means the same"
-        raise ConfigError.of(what, key="clip_grad", value=clip, remedy="leave clip_grad out")
+        raise ConfigError.of(what, key="clip_grad", value=clip, hint="leave clip_grad out")
     if clip is not None and gradient is None:
         draft.derive("gradient_clipping", clip)
     draft.derive("clip_grad", draft["gradient_clipping"])
@@ -330,7 +330,7 @@ def _batch(draft: Completion) -> None:
     given = draft.user("batch_size")
     if given is not None and given != batch.micro:
         what = f"train_micro_batch_size_per_gpu = {batch.micro} means the same"
-        raise ConfigError.of(what, key="batch_size", value=given, remedy="leave batch_size out")
+        raise ConfigError.of(what, key="batch_size", value=given, hint="leave batch_size out")
     draft.derive("batch_size", batch.micro)
 
 
@@ -339,7 +339,7 @@ def _training_batch(draft: Completion, ranks: int) -> Batch:
     names = (TOTAL, MICRO, STEPS_PER_BATCH)
     total, micro, steps = (draft[name] if draft.knows(name) else None for name in names)
     if not draft.knows(TOTAL):
-        ConfigError.raise_any(size_mistakes(total, micro, steps))
+        ConfigError.raise_any(size_issues(total, micro, steps))
     elif total is not None or draft.knows(*names):
         batch = derive_batch(total, micro, steps, ranks)
         if draft.knows(*names):

@@ -17,14 +17,14 @@ def read_base_shapes(path: str) -> dict[str, Any]:
     """What a file of base shapes holds: `widths` and `tensors`. Raises ConfigError where it is no such file."""
 
     def refused(what: str) -> ConfigError:
-        return ConfigError.of(what, key="base_shapes_file", value=path, remedy=_REMEDY)
+        return ConfigError.of(what, key="base_shapes_file", value=path, hint=_REMEDY)
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise refused(f"the file cannot be read ({fault.strerror})") from fault
-    except ValueError as fault:  # of JSON or of its encoding
-        raise refused("it is no file of base shapes: it is not JSON") from fault
+    except OSError as error:
+        raise refused(f"the file cannot be read ({error.strerror})") from error
+    except ValueError as error:  # of JSON or of its encoding
+        raise refused("it is no file of base shapes: it is not JSON") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise refused(f"it is no file of base shapes: its format is not {FORMAT!r}")
     widths, shapes = content.get("widths"), content.get("tensors")

@@ -43,17 +43,17 @@ def derive_optimizer(
     """
     if block is None:
         block = {"type": kind or "adam", "params": {"lr": DEFAULT_LR if lr is None else lr}}
-    ConfigError.raise_any(_form_mistakes(block))
+    ConfigError.raise_any(_form_issues(block))
     found_kind, params = str(block["type"]).lower(), block["params"]
     found_lr = params.get("lr", DEFAULT_LR if lr is None else lr)
-    mistakes = [
-        *_kind_mistakes(block["type"], choices),
+    issues = [
+        *_kind_issues(block["type"], choices),
         *(_contradiction("optimizer_type", kind, found_kind, block) if found_kind in choices else ()),
         *_contradiction("lr", lr, found_lr, block),
         *_wrong_values(found_kind, block),
         *(_unknown_params(found_kind, params, block) if found_kind in choices else ()),
     ]
-    ConfigError.raise_any(mistakes)
+    ConfigError.raise_any(issues)
     decay = params.get("weight_decay")
     return OptimizerChoice(block, found_kind, float(found_lr), None if decay is None else float(decay))
 
@@ -70,46 +70,44 @@ def _settings(kind: str) -> dict[str, Setting]:
     return {**COMMON, **(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else {})}
 
 
-def _form_mistakes(block: dict[str, Any]) -> list[ConfigIssue]:
-    remedy = "write {type: Adam, params: {lr: 6.0e-4}}"
-    faults = ["the block names no type"] if not isinstance(block.get("type"), str) else []
-    faults += ["the block has no params"] if not isinstance(block.get("params"), dict) else []
-    return [ConfigIssue(what, key="optimizer", value=block, remedy=remedy) for what in faults]
+def _form_issues(block: dict[str, Any]) -> list[ConfigIssue]:
+    hint = "write {type: Adam, params: {lr: 6.0e-4}}"
+    errors = ["the block names no type"] if not isinstance(block.get("type"), str) else []
+    errors += ["the block has no params"] if not isinstance(block.get("params"), dict) else []
+    return [ConfigIssue(what, key="optimizer", value=block, hint=hint) for what in errors]
 
 
-def _kind_mistakes(kind: str, choices: tuple[str, ...]) -> list[ConfigIssue]:
+def _kind_issues(kind: str, choices: tuple[str, ...]) -> list[ConfigIssue]:
     if kind.lower() in choices:
         return []
     close = "adam, whose weight decay is decoupled" if kind.lower() == "adamw" else nearest_name(kind, choices)
     listed = f"the choices are {', '.join(choices)}"
-    remedy = f"did you mean {close}? Otherwise {listed}" if close else listed
-    return [ConfigIssue("there is no optimizer of this type", key="optimizer", value=kind, remedy=remedy)]
+    hint = f"did you mean {close}? Otherwise {listed}" if close else listed
+    return [ConfigIssue("there is no optimizer of this type", key="optimizer", value=kind, hint=hint)]
 
 
 def _contradiction(key: str, given: object, found: object, block: dict[str, Any]) -> list[ConfigIssue]:
     if given is None or given == found:
         return []
-    return [
-        ConfigIssue(f"optimizer says {found!r}: {block!r}", key=key, value=given, remedy="leave one of the two out")
-    ]
+    return [ConfigIssue(f"optimizer says {found!r}: {block!r}", key=key, value=given, hint="leave one of the two out")]
 
 
 def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) -> list[ConfigIssue]:
-    mistakes = []
+    issues = []
     known = _settings(kind)
     for name in params:
         if name not in known:
             close = nearest_name(str(name), known)
-            remedy = f"did you mean {close}?" if close else f"the parameters are {', '.join(known)}"
-            mistakes.append(ConfigIssue(f"{kind} has no parameter {name}", key="optimizer", value=block, remedy=remedy))
-    return mistakes
+            hint = f"did you mean {close}?" if close else f"the parameters are {', '.join(known)}"
+            issues.append(ConfigIssue(f"{kind} has no parameter {name}", key="optimizer", value=block, hint=hint))
+    return issues
 
 
 def _wrong_values(kind: str, block: dict[str, Any]) -> list[ConfigIssue]:
     """Values of a wrong kind, of the parameters that the optimizer has."""
     known = _settings(kind)
     issues = [_issue(name, value, known[name]) for name, value in block["params"].items() if name in known]
-    return [ConfigIssue(what, key="optimizer", value=block, remedy=hint) for what, hint in filter(None, issues)]
+    return [ConfigIssue(what, key="optimizer", value=block, hint=hint) for what, hint in filter(None, issues)]
 
 
 def _issue(name: str, value: Any, setting: Setting) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | No
     """fp16, bfloat16 or fp32. Raises ConfigError where the key and the blocks contradict each other."""
     asked = {name for name, block in (("fp16", fp16), ("bfloat16", bf16)) if block and block.get("enabled")}
     if len(asked) == 2:
-        raise ConfigError.of("fp16 and bf16 are both enabled", key="fp16", value=fp16, remedy="enable one of them")
+        raise ConfigError.of("fp16 and bf16 are both enabled", key="fp16", value=fp16, hint="enable one of them")
     if asked and precision is not None and precision not in asked:
         enabled = asked.pop()
         block = "bf16" if enabled == "bfloat16" else "fp16"
@@ -21,7 +21,7 @@ def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | No
             f"the block {block} is enabled as well",
             key="precision",
             value=precision,
-            remedy=f"write precision: {enabled}, or set enabled: false in {block}",
+            hint=f"write precision: {enabled}, or set enabled: false in {block}",
         )
     return precision or (asked.pop() if asked else "fp32")
 

@@ -93,33 +93,33 @@ def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> T
             "reduce_bucket_size": REDUCTION_BUCKET,
             "contiguous_gradients": False,
         }
-    ConfigError.raise_any([*_stage_mistakes(zero, tuned=tuned), *_name_mistakes(zero)])
+    ConfigError.raise_any([*_stage_issues(zero, tuned=tuned), *_name_issues(zero)])
     for old, name in OLDER_OFFLOAD.items():
         if zero.get(old) is True:
             zero = {name: {"device": "cpu"}, **{key: value for key, value in zero.items() if key != old}}
     return {**zero, "stage": 1} if precision in HALF and zero["stage"] == 0 else zero
 
 
-def _stage_mistakes(zero: Table, *, tuned: bool) -> list[ConfigIssue]:
+def _stage_issues(zero: Table, *, tuned: bool) -> list[ConfigIssue]:
     stage = zero.get("stage")
     if stage is None:
         if any(nearest_name(str(name), ZERO_NAMES) == "stage" for name in zero if name not in ZERO_NAMES):
             return []  # a misspelt stage, told by its name
-        return [ConfigIssue("the block has no stage", "zero_optimization", zero, remedy="add stage: 0, 1, 2 or 3")]
+        return [ConfigIssue("the block has no stage", "zero_optimization", zero, hint="add stage: 0, 1, 2 or 3")]
     stages = stage if tuned and isinstance(stage, list) else [stage]
     if all(type(one) in (int, float) and one in (0, 1, 2, 3) for one in stages) or (tuned and stage == "all"):
         return []
     what = f"there is no ZeRO stage {stage!r}"
-    return [ConfigIssue(what, "zero_optimization", zero, remedy="the stages are 0, 1, 2 and 3")]
+    return [ConfigIssue(what, "zero_optimization", zero, hint="the stages are 0, 1, 2 and 3")]
 
 
-def _name_mistakes(zero: Table) -> list[ConfigIssue]:
+def _name_issues(zero: Table) -> list[ConfigIssue]:
     """DeepSpeed refuses unknown names in the block as well, but only once the workers run."""
-    mistakes = []
+    issues = []
     for name in zero:
         if name not in ZERO_NAMES:
             close = nearest_name(str(name), ZERO_NAMES)
-            remedy = f"did you mean {close}?" if close else "leave it out"
+            hint = f"did you mean {close}?" if close else "leave it out"
             what = f"DeepSpeed knows no {name} in this block"
-            mistakes.append(ConfigIssue(what, "zero_optimization", zero, remedy=remedy))
-    return mistakes
+            issues.append(ConfigIssue(what, "zero_optimization", zero, hint=hint))
+    return issues

@@ -18,7 +18,7 @@ def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             "lora trains the model's matrices, and a soft prompt is trained alone",
             key="soft_prompt_tuning",
-            remedy="keep one of the two",
+            hint="keep one of the two",
         )
 
 
@@ -29,9 +29,7 @@ def widths_are_those_of_the_model(config: Config) -> Iterator[ConfigIssue]:
     for key, found in asked.items():
         if config.mup.use_mup and found is not None:
             told = "muP has no learning rate for what is trained beside a frozen model"
-            yield ConfigIssue(
-                told, key=key, remedy="leave use_mup out: tools/convert_to_hf.py folds it into the weights"
-            )
+            yield ConfigIssue(told, key=key, hint="leave use_mup out: tools/convert_to_hf.py folds it into the weights")
 
 
 def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
@@ -44,7 +42,7 @@ def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
     if not attending:
         kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))
         told = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
-        yield ConfigIssue(told, key="lora", remedy="train the whole model, or a soft prompt")
+        yield ConfigIssue(told, key="lora", hint="train the whole model, or a soft prompt")
         return
     mixtures = moe.moe_num_experts > 1 and all(number % max(1, moe.moe_expert_interval) == 0 for number in attending)
     lost = [name for name, module in zip(asked.targets, asked.modules(), strict=True) if module.startswith("mlp.")]
@@ -53,7 +51,7 @@ def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
             f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
             "updates",
             key="lora",
-            remedy="write targets: [query_key_value, dense]",
+            hint="write targets: [query_key_value, dense]",
         )
 
 
@@ -68,14 +66,14 @@ def prompts_leave_room(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             f"its {prompt.num_tokens} vectors leave no room for a text in seq_length = {model.seq_length}",
             key="soft_prompt_tuning",
-            remedy="lower num_tokens, or raise seq_length",
+            hint="lower num_tokens, or raise seq_length",
         )
     elif lengths and lengths.get("enabled") and _shortest(lengths, model.seq_length) <= prompt.num_tokens:
         yield ConfigIssue(
             f"the shortest sequences are not longer than a prompt of {prompt.num_tokens} vectors",
             key="curriculum_learning",
             value=lengths,
-            remedy="begin with longer ones, or lower num_tokens",
+            hint="begin with longer ones, or lower num_tokens",
         )
     for name in ("reset_attention_mask", "reset_position_ids"):
         if getattr(data, name):
@@ -83,7 +81,7 @@ def prompts_leave_room(config: Config) -> Iterator[ConfigIssue]:
                 "only the first document of a sample would see the soft prompt",
                 key=name,
                 value=True,
-                remedy="leave it out; with pack_impl: unpacked every sample holds one document",
+                hint="leave it out; with pack_impl: unpacked every sample holds one document",
             )
 
 

@@ -24,7 +24,7 @@ def heads_divide_hidden(config: Config) -> Iterator[ConfigIssue]:
             f"num_attention_heads = {model.num_attention_heads} does not divide it",
             key="hidden_size",
             value=model.hidden_size,
-            remedy="change one of the two, or give kv_channels, the width of a head",
+            hint="change one of the two, or give kv_channels, the width of a head",
         )
 
 
@@ -38,7 +38,7 @@ def positions_cover_sequence(config: Config) -> Iterator[ConfigIssue]:
             f"it is less than seq_length = {model.seq_length}",
             key="max_position_embeddings",
             value=model.max_position_embeddings,
-            remedy="raise it, or shorten seq_length",
+            hint="raise it, or shorten seq_length",
         )
 
 
@@ -52,7 +52,7 @@ def skipped_positions_are_learned(config: Config) -> Iterator[ConfigIssue]:
             f"pos_emb {model.pos_emb} has no rows to skip",
             key="opt_pos_emb_offset",
             value=model.opt_pos_emb_offset,
-            remedy="set pos_emb: learned, or leave it out",
+            hint="set pos_emb: learned, or leave it out",
         )
 
 
@@ -61,7 +61,7 @@ def norms_have_what_they_are_made_with(config: Config) -> Iterator[ConfigIssue]:
     norm = NORMS.entry(config.model.norm)
     if "bias" in set(norm.tensors) - set(norm.optional) and not config.model.use_bias_in_norms:
         what = f"norm = {norm.name} always has a bias"
-        yield ConfigIssue(what, key="use_bias_in_norms", value=False, remedy="leave it out, or use norm: layernorm")
+        yield ConfigIssue(what, key="use_bias_in_norms", value=False, hint="leave it out, or use norm: layernorm")
 
 
 def rotary_turns_pairs(config: Config) -> Iterator[ConfigIssue]:

@@ -32,11 +32,11 @@ def sparse_options_are_known(config: Config) -> Iterator[ConfigIssue]:
         else:
             told = _unfit(name, value)
         if told is not None:
-            yield _fault(config, told)
+            yield _error(config, told)
             return
     told = _no_layout(options, kinds)
     if told is not None:
-        yield _fault(config, told)
+        yield _error(config, told)
 
 
 def _unfit(name: str, value: Any) -> str | None:
@@ -76,7 +76,7 @@ def _no_layout(options: Mapping[str, Any], kinds: list[str]) -> str | None:
     return None
 
 
-def _fault(config: Config, told: str) -> ConfigIssue:
+def _error(config: Config, told: str) -> ConfigIssue:
     return ConfigIssue(told, key="sparsity_config", value=config.model.sparsity_config)
 
 
@@ -96,7 +96,7 @@ def blocks_have_their_own_weights(config: Config) -> Iterator[ConfigIssue]:
             "have to sum the gradients of all its stages for each of them",
             key="num_unique_layers",
             value=unique,
-            remedy="leave it out",
+            hint="leave it out",
         )
 
 
@@ -113,5 +113,5 @@ def shared_positions_are_reduced_once(config: Config) -> Iterator[ConfigIssue]:
             "group that DeepSpeed's recomputation repeats",
             key=asked[0],
             value=True,
-            remedy="leave it out, or use ZeRO stage 0",
+            hint="leave it out, or use ZeRO stage 0",
         )

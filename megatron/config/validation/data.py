@@ -17,7 +17,7 @@ def data_has_one_source(config: Config) -> Iterator[ConfigIssue]:
     given = [name for name, paths in lists.items() if paths is not None]
     if data.data_path is not None and given:
         yield ConfigIssue(
-            f"{given[0]} is given as well", key="data_path", value=data.data_path, remedy="keep one of the two"
+            f"{given[0]} is given as well", key="data_path", value=data.data_path, hint="keep one of the two"
         )
     elif data.train_label_data_paths is not None and data.train_data_paths is None:
         yield ConfigIssue("there are no train_data_paths that it labels", key="train_label_data_paths")
@@ -50,7 +50,7 @@ def split_is_readable(config: Config) -> Iterator[ConfigIssue]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-        yield ConfigIssue("this is not three shares", key="split", value=text, remedy="write 969,30,1 or the like")
+        yield ConfigIssue("this is not three shares", key="split", value=text, hint="write 969,30,1 or the like")
 
 
 def passes_need_no_weights(config: Config) -> Iterator[ConfigIssue]:
@@ -64,14 +64,14 @@ def passes_need_no_weights(config: Config) -> Iterator[ConfigIssue]:
             "train_epochs reads every data set equally often",
             key="train_data_weights",
             value=list(weights),
-            remedy="leave the weights out, or give train_iters",
+            hint="leave the weights out, or give train_iters",
         )
     if data.weight_by_num_documents:
         yield ConfigIssue(
             "train_epochs reads every data set equally often",
             key="weight_by_num_documents",
             value=True,
-            remedy="leave it out, or give train_iters",
+            hint="leave it out, or give train_iters",
         )
 
 
@@ -84,5 +84,5 @@ def distances_start_again_with_attention(config: Config) -> Iterator[ConfigIssue
             f"pos_emb = {model.pos_emb} counts distances, which start again only where documents are kept apart",
             key="reset_position_ids",
             value=True,
-            remedy="set reset_attention_mask: true as well, or leave it out",
+            hint="set reset_attention_mask: true as well, or leave it out",
         )

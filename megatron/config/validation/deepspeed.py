@@ -31,7 +31,7 @@ def offload_is_possible(config: Config) -> Iterator[ConfigIssue]:
         elif wish.get("ratio", 1) != 1 and not by_host:
             told = f"an {name} of ratio {wish['ratio']} needs DeepSpeed's own Adam", "leave ratio out"
         if told is not None:
-            yield ConfigIssue(told[0], key="zero_optimization", value=block, remedy=told[1])
+            yield ConfigIssue(told[0], key="zero_optimization", value=block, hint=told[1])
 
 
 def extra_arguments_only_add(config: Config) -> Iterator[ConfigIssue]:
@@ -40,5 +40,5 @@ def extra_arguments_only_add(config: Config) -> Iterator[ConfigIssue]:
         return
     try:
         deepspeed_config(config)
-    except ConfigError as fault:
-        yield from fault.mistakes
+    except ConfigError as error:
+        yield from error.issues

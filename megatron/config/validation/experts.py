@@ -20,7 +20,7 @@ def experts_limit_zero(config: Config) -> Iterator[ConfigIssue]:
             "ZeRO 3 cuts parameters over all data-parallel ranks, also those that hold other experts",
             key="zero_optimization",
             value=zero,
-            remedy="use stage 0, 1 or 2, or moe_expert_parallel_size: 1",
+            hint="use stage 0, 1 or 2, or moe_expert_parallel_size: 1",
         )
     for name in ("reduce_scatter", "contiguous_gradients"):  # without the second one gradients go wrong, unsaid
         if config.deepspeed.zero_stage in (1, 2) and zero.get(name) is False:
@@ -28,14 +28,14 @@ def experts_limit_zero(config: Config) -> Iterator[ConfigIssue]:
                 f"DeepSpeed needs {name} where experts are spread over ranks",
                 key="zero_optimization",
                 value=zero,
-                remedy=f"leave {name} out, or set moe_expert_parallel_size: 1",
+                hint=f"leave {name} out, or set moe_expert_parallel_size: 1",
             )
     if zero.get("offload_optimizer"):
         yield ConfigIssue(
             "DeepSpeed's norm of offloaded gradients does not count experts that are spread over ranks",
             key="zero_optimization",
             value=zero,
-            remedy="leave offload_optimizer out, or set moe_expert_parallel_size: 1",
+            hint="leave offload_optimizer out, or set moe_expert_parallel_size: 1",
         )
 
 
@@ -52,7 +52,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
                 "there are no experts to spread (moe_num_experts = 1)",
                 key="moe_expert_parallel_size",
                 value=moe.moe_expert_parallel_size,
-                remedy="give moe_num_experts, or leave it out",
+                hint="give moe_num_experts, or leave it out",
             )
         return
     if moe.moe_num_experts > MOST_EXPERTS:
@@ -65,7 +65,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
             "the weight of a single expert would always be 1, and the router would learn nothing",
             key="moe_normalize_top_k",
             value=True,
-            remedy="leave it out, or raise moe_top_k",
+            hint="leave it out, or raise moe_top_k",
         )
     size, copies = moe.moe_expert_parallel_size, axes.data_parallel_size * axes.context_parallel_size
     if moe.moe_num_experts % size:
@@ -77,7 +77,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
             f"experts are spread over data-parallel ranks, of which there are {copies}",
             key="moe_expert_parallel_size",
             value=size,
-            remedy=f"choose a divisor of {copies}",
+            hint=f"choose a divisor of {copies}",
         )
 
 
@@ -87,7 +87,7 @@ def router_numbers_make_sense(config: Config) -> Iterator[ConfigIssue]:
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         value = getattr(moe, name)
         if value is not None and value <= 0:
-            yield ConfigIssue("it must be more than 0", key=name, value=value, remedy="leave it out to drop no token")
+            yield ConfigIssue("it must be more than 0", key=name, value=value, hint="leave it out to drop no token")
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_min_capacity"):
         if getattr(moe, name) < 0:
             yield ConfigIssue("it cannot be negative", key=name, value=getattr(moe, name))

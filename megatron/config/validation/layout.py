@@ -32,7 +32,7 @@ def layout_divides_world(config: Config) -> Iterator[ConfigIssue]:
             f"the world size does not divide by {names} = {product} = {share}",
             key="world_size",
             value=axes.world_size,
-            remedy=f"run on a multiple of {share} ranks, or choose smaller sizes; "
+            hint=f"run on a multiple of {share} ranks, or choose smaller sizes; "
             f"--global-num-gpus {share} plans for machines that are not here",
         )
 
@@ -51,7 +51,7 @@ def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
             "there is no such method",
             key="pipe_partition_method",
             value=method,
-            remedy="write uniform, parameters, type: and a regular expression, or a list of blocks",
+            hint="write uniform, parameters, type: and a regular expression, or a list of blocks",
         )
     elif axes.pipe_parallel_size > 1 and method.lower().startswith("type:"):
         kinds = tuple(map(str, config.model.attention_config or ()))
@@ -66,7 +66,7 @@ def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[ConfigIssu
             "no layer of this model is of such a class",
             key="pipe_partition_method",
             value=method,
-            remedy=f"the classes are {', '.join(dict.fromkeys(classes))}; type:transformer means the blocks",
+            hint=f"the classes are {', '.join(dict.fromkeys(classes))}; type:transformer means the blocks",
         )
 
 
@@ -77,7 +77,7 @@ def _blocks_are_dealt_out(blocks: tuple[int, ...], stages: int, layers: int) -> 
             f"this does not deal {layers} blocks to {stages} stages",
             key="pipe_partition_method",
             value=list(blocks),
-            remedy="give a number of blocks for each stage; only the first and the last may have none",
+            hint="give a number of blocks for each stage; only the first and the last may have none",
         )
 
 
@@ -113,7 +113,7 @@ def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
             f"model_parallel_size = {ranks} does not divide it",
             key="num_kv_heads",
             value=kv_heads,
-            remedy=f"at most {kv_heads} tensor parallel ranks can share {kv_heads} key heads",
+            hint=f"at most {kv_heads} tensor parallel ranks can share {kv_heads} key heads",
         )
 
 
@@ -130,7 +130,7 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
             f"intermediate_size = {model.intermediate_size} says the same width",
             key="expansion_factor",
             value=model.expansion_factor,
-            remedy="leave one of the two out",
+            hint="leave one of the two out",
         )
     elif model.expansion_factor is not None and abs(model.expansion_factor) > MOST_EXPANSION:
         yield ConfigIssue(f"at most {MOST_EXPANSION:,}", key="expansion_factor", value=model.expansion_factor)
@@ -145,7 +145,7 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
             f"the MLP's inner width is {model.mlp_width}, which model_parallel_size = {ranks} does not divide",
             key=key,
             value=getattr(model, key),
-            remedy=f"set mlp_multiple_of to a multiple of {ranks}",
+            hint=f"set mlp_multiple_of to a multiple of {ranks}",
         )
 
 
@@ -158,7 +158,7 @@ def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
             f"does not work with ZeRO stage {stage}",
             key="zero_optimization",
             value=config.deepspeed.zero_optimization,
-            remedy="use stage 0 or 1, or pipe_parallel_size: 0",
+            hint="use stage 0 or 1, or pipe_parallel_size: 0",
         )
 
 
@@ -173,7 +173,7 @@ def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
             f"the pipeline engine (pipe_parallel_size = {axes.pipe_parallel_size}) cannot share sequences",
             key="context_parallel_size",
             value=size,
-            remedy="use pipe_parallel_size: 0",
+            hint="use pipe_parallel_size: 0",
         )
     assert model.num_kv_heads is not None
     heads, rest = divmod(model.num_kv_heads, max(1, axes.model_parallel_size))
@@ -182,7 +182,7 @@ def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
             f"the {heads} key heads of a tensor parallel rank do not divide by it",
             key="context_parallel_size",
             value=size,
-            remedy="each of the ranks that share a sequence takes whole key heads",
+            hint="each of the ranks that share a sequence takes whole key heads",
         )
     yield from _sequence_divides(config, size, "context_parallel_size")
 
@@ -197,7 +197,7 @@ def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[ConfigIs
             "there are no tensor parallel ranks to spread the sequence over (model_parallel_size = 1)",
             key="sequence_parallel",
             value=True,
-            remedy="raise model_parallel_size, or leave it out",
+            hint="raise model_parallel_size, or leave it out",
         )
     else:
         parts = axes.model_parallel_size * max(1, axes.context_parallel_size)
@@ -212,5 +212,5 @@ def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[ConfigIs
             f"seq_length = {length} does not divide into {parts} parts",
             key=key,
             value=getattr(config.parallelism, key),
-            remedy=f"make seq_length a multiple of {parts}",
+            hint=f"make seq_length a multiple of {parts}",
         )

@@ -23,7 +23,7 @@ def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
             f"blocks of kind {', '.join(kinds)} run through the sequence in order, so ranks cannot share it",
             key="context_parallel_size",
             value=axes.context_parallel_size,
-            remedy="use model_parallel_size with sequence_parallel",
+            hint="use model_parallel_size with sequence_parallel",
         )
     yield from _attention_has_a_block(config)
 
@@ -38,24 +38,24 @@ def _attention_has_a_block(config: Config) -> Iterator[ConfigIssue]:
             "this changes attention, and no block has any",
             key="pos_emb",
             value=positions,
-            remedy="use none, learned or sinusoidal",
+            hint="use none, learned or sinusoidal",
         )
     elif entry.scores and kinds[0] in WITHOUT_ATTENTION:
         yield ConfigIssue(
             f"the first block holds the table of all blocks, and it is of kind {kinds[0]}",
             key="pos_emb",
             value=positions,
-            remedy="let the first block have attention",
+            hint="let the first block have attention",
         )
     heads = config.model.num_kv_heads
     if heads != config.model.num_attention_heads and not attends:
-        yield ConfigIssue("no block has attention", key="num_kv_heads", value=heads, remedy="leave it out")
+        yield ConfigIssue("no block has attention", key="num_kv_heads", value=heads, hint="leave it out")
     if config.model.attention_dropout > 0 and not attends:
         yield ConfigIssue(
             "no block has attention",
             key="attention_dropout",
             value=config.model.attention_dropout,
-            remedy="set it to 0",
+            hint="set it to 0",
         )
 
 
@@ -97,7 +97,7 @@ def _gating(config: Config) -> Iterator[ConfigIssue]:
             "a gMLP gates by itself, and needs an activation that keeps the width",
             key="activation",
             value=model.activation,
-            remedy="use gelu or the like",
+            hint="use gelu or the like",
         )
     if config.mixers.gmlp_attn_dim < 1:
         yield ConfigIssue("it must be at least 1", key="gmlp_attn_dim", value=config.mixers.gmlp_attn_dim)

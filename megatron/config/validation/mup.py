@@ -20,19 +20,19 @@ def mup_is_on_where_it_is_meant(config: Config) -> Iterator[ConfigIssue]:
     for name in FACTORS:
         if getattr(mup, name) != FIELDS[name].default:
             what = "it is a factor of muP, which is off"
-            yield ConfigIssue(what, key=name, value=getattr(mup, name), remedy="set use_mup, or leave it out")
+            yield ConfigIssue(what, key=name, value=getattr(mup, name), hint="set use_mup, or leave it out")
     if mup.coord_check:
-        yield ConfigIssue("it looks at muP, which is off", key="coord_check", value=True, remedy="set use_mup")
+        yield ConfigIssue("it looks at muP, which is off", key="coord_check", value=True, hint="set use_mup")
     if mup.base_shapes_file is not None and not mup.save_base_shapes:
         yield ConfigIssue(
             "nobody reads or writes it",
             key="base_shapes_file",
             value=mup.base_shapes_file,
-            remedy="set use_mup to read it, or save_base_shapes to write it",
+            hint="set use_mup to read it, or save_base_shapes to write it",
         )
     if mup.mup_base_widths is not None:
         what = "it follows from base_shapes_file"
-        yield ConfigIssue(what, key="mup_base_widths", value=mup.mup_base_widths, remedy="leave it out")
+        yield ConfigIssue(what, key="mup_base_widths", value=mup.mup_base_widths, hint="leave it out")
 
 
 def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
@@ -41,24 +41,22 @@ def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
     if (mup.use_mup or mup.save_base_shapes) and mup.base_shapes_file is None:
         name = "save_base_shapes" if mup.save_base_shapes else "use_mup"
         what = "there is no file to write" if mup.save_base_shapes else "there is no base model to compare with"
-        remedy = "give base_shapes_file"
+        hint = "give base_shapes_file"
         if not mup.save_base_shapes:
-            remedy += ", which ./deepy.py train.py BASE_CONF --save-base-shapes true --base-shapes-file FILE writes"
-        yield ConfigIssue(what, key=name, value=True, remedy=remedy)
+            hint += ", which ./deepy.py train.py BASE_CONF --save-base-shapes true --base-shapes-file FILE writes"
+        yield ConfigIssue(what, key=name, value=True, hint=hint)
     both = [name for name in ("save_base_shapes", "coord_check") if getattr(mup, name)]
     if len(both) == 2:
-        yield ConfigIssue(
-            "save_base_shapes is set as well", key="coord_check", value=True, remedy="one after the other"
-        )
+        yield ConfigIssue("save_base_shapes is set as well", key="coord_check", value=True, hint="one after the other")
     elif both and not trains(config.launch.user_script):
         what = f"{config.launch.user_script} does not do it"
-        yield ConfigIssue(what, key=both[0], value=True, remedy="call ./deepy.py train.py with it")
+        yield ConfigIssue(what, key=both[0], value=True, hint="call ./deepy.py train.py with it")
     if mup.coord_check and config.parallelism.pipe_parallel_size > 0:
         yield ConfigIssue(
             "the check looks into whole models",
             key="coord_check",
             value=True,
-            remedy="add --pipe-parallel-size 0; what it shows does not depend on the layout",
+            hint="add --pipe-parallel-size 0; what it shows does not depend on the layout",
         )
 
 
@@ -77,7 +75,7 @@ def mup_factors_are_positive(config: Config) -> Iterator[ConfigIssue]:
             f"pos_emb = {config.model.pos_emb} learns no relative positions",
             key="mup_rp_embedding_mult",
             value=mup.mup_rp_embedding_mult,
-            remedy="leave it out, or use pos_emb: rpe",
+            hint="leave it out, or use pos_emb: rpe",
         )
 
 
@@ -92,14 +90,14 @@ def mup_knows_the_model(config: Config) -> Iterator[ConfigIssue]:
             "attention, and are known to fail for state spaces (Vankadara et al., NeurIPS 2024)",
             key="use_mup",
             value=True,
-            remedy="use kinds with attention, or leave use_mup out",
+            hint="use kinds with attention, or leave use_mup out",
         )
     if NORMS.entry(config.model.norm).scalars:
         yield ConfigIssue(
             "muP has no rule for its one length, which would have to grow with the root of the width",
             key="norm",
             value=config.model.norm,
-            remedy="use layernorm or rmsnorm, or leave use_mup out",
+            hint="use layernorm or rmsnorm, or leave use_mup out",
         )
 
 
@@ -115,5 +113,5 @@ def mup_knows_the_optimizer(config: Config) -> Iterator[ConfigIssue]:
             f"and those of {kind} are neither",
             key="optimizer",
             value=config.optimizer.optimizer,
-            remedy=f"use one of {', '.join(name for name in OPTIMIZERS.names if name in known)}",
+            hint=f"use one of {', '.join(name for name in OPTIMIZERS.names if name in known)}",
         )

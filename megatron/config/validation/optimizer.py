@@ -24,7 +24,7 @@ def whole_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
         f"{kind} looks at the rows and columns of a matrix, and ZeRO stage {stage} makes flat pieces of it",
         key="optimizer",
         value=config.optimizer.optimizer,
-        remedy="use zero_optimization: {stage: 0}, or adam, lion or sgd",
+        hint="use zero_optimization: {stage: 0}, or adam, lion or sgd",
     )
 
 
@@ -44,21 +44,21 @@ def _matrices_from_pieces(config: Config) -> Iterator[ConfigIssue]:
             "in bfloat16 DeepSpeed's muon needs ZeRO stage 1, gradients summed in fp32, and data parallelism alone",
             key="optimizer",
             value=value,
-            remedy="set pipe_parallel_size: 0, model_parallel_size: 1 and zero_optimization: {stage: 1}, or use fp32",
+            hint="set pipe_parallel_size: 0, model_parallel_size: 1 and zero_optimization: {stage: 1}, or use fp32",
         )
     if config.optimizer.params.get("adjust_lr_fn") != "original" or config.optimizer.params.get("nesterov") is False:
         yield ConfigIssue(
             "in bfloat16 DeepSpeed's muon scales a step by sqrt(max(1, rows/columns)) and looks ahead",
             key="optimizer",
             value=value,
-            remedy="write adjust_lr_fn: original and leave nesterov out, or use fp32",
+            hint="write adjust_lr_fn: original and leave nesterov out, or use fp32",
         )
     if observe.log_grad_norm or observe.log_grad_pct_zeros or observe.log_gradient_noise_scale:
         yield ConfigIssue(
             "DeepSpeed's muon has made updates of the gradients before anyone can look at them",
             key="optimizer",
             value=value,
-            remedy="leave log_grad_norm, log_grad_pct_zeros and log_gradient_noise_scale out",
+            hint="leave log_grad_norm, log_grad_pct_zeros and log_gradient_noise_scale out",
         )
 
 
@@ -70,7 +70,7 @@ def momenta_are_exchanged_once(config: Config) -> Iterator[ConfigIssue]:
             f"{kind} exchanges momenta in place of gradients, and ZeRO stage {stage} sums gradients",
             key="optimizer",
             value=config.optimizer.optimizer,
-            remedy="use zero_optimization: {stage: 0}, or adam",
+            hint="use zero_optimization: {stage: 0}, or adam",
         )
 
 
@@ -85,7 +85,7 @@ def pieces_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
             f"{kind} works on whole fp32 tensors, and DeepSpeed makes flat fp32 copies of {precision} weights",
             key="precision",
             value=precision,
-            remedy="use precision: fp32, or adam, lion or sgd",
+            hint="use precision: fp32, or adam, lion or sgd",
         )
 
 
@@ -97,7 +97,7 @@ def spread_experts_are_pieces(config: Config) -> Iterator[ConfigIssue]:
             f"{kind} works on whole tensors and all data-parallel ranks, and experts are spread over ranks",
             key="moe_expert_parallel_size",
             value=spread,
-            remedy="use 1, or adam, lion or sgd",
+            hint="use 1, or adam, lion or sgd",
         )
 
 
@@ -112,7 +112,7 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
             f"{kind} updates in the host's memory, and the parameters are on the GPU",
             key="optimizer",
             value=config.optimizer.optimizer,
-            remedy="add offload_optimizer: {device: cpu} to zero_optimization, or use adam",
+            hint="add offload_optimizer: {device: cpu} to zero_optimization, or use adam",
         )
 
 
@@ -122,8 +122,8 @@ def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
     if not config.optimizer.use_bnb_optimizer:
         return
     if kind not in EIGHT_BIT:
-        remedy = f"use one of {', '.join(EIGHT_BIT.names)}, or leave it out"
-        yield ConfigIssue(f"bitsandbytes has no {kind}", key="use_bnb_optimizer", value=True, remedy=remedy)
+        hint = f"use one of {', '.join(EIGHT_BIT.names)}, or leave it out"
+        yield ConfigIssue(f"bitsandbytes has no {kind}", key="use_bnb_optimizer", value=True, hint=hint)
         return
     further = sorted(set(config.optimizer.params) & set(OPTIMIZERS.entry(kind).settings))
     unknown = [name for name in further if name not in EIGHT_BIT.entry(kind).settings]
@@ -132,7 +132,7 @@ def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
             f"the 8-bit {kind} has no parameter {', '.join(unknown)}",
             key="optimizer",
             value=config.optimizer.optimizer,
-            remedy="leave it out, or leave use_bnb_optimizer out",
+            hint="leave it out, or leave use_bnb_optimizer out",
         )
 
 
@@ -146,5 +146,5 @@ def nesterov_needs_momentum(config: Config) -> Iterator[ConfigIssue]:
             "nesterov needs a momentum and no dampening",
             key="optimizer",
             value=config.optimizer.optimizer,
-            remedy="add momentum: 0.9",
+            hint="add momentum: 0.9",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.defaults.batch_rampup import Ramp
-from megatron.config.defaults.curriculum import curriculum_mistakes
+from megatron.config.defaults.curriculum import curriculum_issues
 from megatron.config.defaults.fill_defaults import trains
 from megatron.errors import ConfigIssue
 
@@ -19,20 +19,18 @@ def warmup_is_a_part(config: Config) -> Iterator[ConfigIssue]:
         if steps < 0:
             yield ConfigIssue("it cannot be negative", key="warmup_iters", value=steps)
         if schedule.lr_decay_samples is not None:
-            remedy = "give warmup, a part of the horizon"
-            yield ConfigIssue(
-                "the horizon counts samples (train_samples)", key="warmup_iters", value=steps, remedy=remedy
-            )
+            hint = "give warmup, a part of the horizon"
+            yield ConfigIssue("the horizon counts samples (train_samples)", key="warmup_iters", value=steps, hint=hint)
         return
     if 0 <= warmup <= 1:
         return
     horizon = schedule.lr_decay_iters
-    remedy = "it is a part of the decay horizon, such as 0.01"
+    hint = "it is a part of the decay horizon, such as 0.01"
     if warmup > 1 and horizon and horizon > warmup:
         share = f"{warmup:g} of {horizon:,} steps are {warmup / horizon:.3g}"
-        remedy = f"it is a part of the decay horizon: {share}"
-        remedy += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
-    yield ConfigIssue("it must lie between 0 and 1", key="warmup", value=warmup, remedy=remedy)
+        hint = f"it is a part of the decay horizon: {share}"
+        hint += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
+    yield ConfigIssue("it must lie between 0 and 1", key="warmup", value=warmup, hint=hint)
 
 
 def warmup_ends_before_the_horizon(config: Config) -> Iterator[ConfigIssue]:
@@ -52,7 +50,7 @@ def warmup_ends_before_the_horizon(config: Config) -> Iterator[ConfigIssue]:
             f"at {horizon:,} ({counts})",
             key=name,
             value=getattr(schedule, name),
-            remedy="give a shorter warmup, or a longer horizon",
+            hint="give a shorter warmup, or a longer horizon",
         )
 
 
@@ -66,7 +64,7 @@ def learning_rates_are_ordered(config: Config) -> Iterator[ConfigIssue]:
             "override_lr_scheduler asks for the opposite",
             key="use_checkpoint_lr_scheduler",
             value=True,
-            remedy="keep one",
+            hint="keep one",
         )
 
 
@@ -77,9 +75,9 @@ def run_has_a_length(config: Config) -> Iterator[ConfigIssue]:
     names = ("train_iters", "train_epochs", "train_samples")
     given = [name for name in names if getattr(config.training, name) is not None]
     if not given:
-        yield ConfigIssue("the length of the run is not given", key="train_iters", remedy="give train_iters")
+        yield ConfigIssue("the length of the run is not given", key="train_iters", hint="give train_iters")
     if len(given) > 1:
-        yield ConfigIssue(f"{' and '.join(given)} are both given", key=given[1], remedy="keep one of them")
+        yield ConfigIssue(f"{' and '.join(given)} are both given", key=given[1], hint="keep one of them")
     for name in given:
         value = getattr(config.training, name)
         if value < 0 or (value == 0 and name != "train_iters"):
@@ -94,18 +92,18 @@ def horizon_counts_what_the_run_counts(config: Config) -> Iterator[ConfigIssue]:
             "the run's length is given in samples",
             key="lr_decay_iters",
             value=schedule.lr_decay_iters,
-            remedy="give lr_decay_samples",
+            hint="give lr_decay_samples",
         )
     if samples is None and schedule.lr_decay_samples is not None:
         yield ConfigIssue(
             "the run's length is not given in samples",
             key="lr_decay_samples",
             value=schedule.lr_decay_samples,
-            remedy="give train_samples in place of train_iters, or lr_decay_iters",
+            hint="give train_samples in place of train_iters, or lr_decay_iters",
         )
     full = config.training.train_batch_size
     if samples is not None and full is not None and 0 < samples < full and config.training.rampup_batch_size is None:
-        yield ConfigIssue(f"a step takes {full}", key="train_samples", value=samples, remedy="raise it")
+        yield ConfigIssue(f"a step takes {full}", key="train_samples", value=samples, hint="raise it")
 
 
 def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
@@ -116,7 +114,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
         return
     form = f"write [first size, increment, samples], such as [{micro}, {micro}, {100 * full}]"
     if len(ramp) != 3 or min(ramp) < 1:
-        yield ConfigIssue("these are not three counts", key="rampup_batch_size", value=list(ramp), remedy=form)
+        yield ConfigIssue("these are not three counts", key="rampup_batch_size", value=list(ramp), hint=form)
         return
     first, increment, _ = ramp
     if first > full or (full - first) % increment:
@@ -124,7 +122,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
             f"from {first} in steps of {increment} there is no way to train_batch_size = {full}",
             key="rampup_batch_size",
             value=list(ramp),
-            remedy=form,
+            hint=form,
         )
         return
     share = micro * config.parallelism.data_parallel_size
@@ -135,14 +133,14 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
             f"{config.parallelism.data_parallel_size} data-parallel ranks",
             key="rampup_batch_size",
             value=list(ramp),
-            remedy=f"use multiples of {share}, or a smaller micro batch",
+            hint=f"use multiples of {share}, or a smaller micro batch",
         )
     if training.train_epochs is not None:
         yield ConfigIssue(
             "the length of the run is given in passes (train_epochs)",
             key="rampup_batch_size",
             value=list(ramp),
-            remedy="give train_samples or train_iters in place of train_epochs",
+            hint="give train_samples or train_iters in place of train_epochs",
         )
 
 
@@ -153,8 +151,8 @@ def curriculum_is_one_of_ours(config: Config) -> Iterator[ConfigIssue]:
     assert length is not None
     parts = axes.context_parallel_size * (axes.model_parallel_size if axes.sequence_parallel else 1)
     if block and block.get("enabled", False):
-        for what, remedy in curriculum_mistakes(block, seq_length=length, parts=parts):
-            yield ConfigIssue(what, key="curriculum_learning", value=block, remedy=remedy)
+        for what, hint in curriculum_issues(block, seq_length=length, parts=parts):
+            yield ConfigIssue(what, key="curriculum_learning", value=block, hint=hint)
     efficiency = config.deepspeed.data_efficiency
     if efficiency and efficiency.get("enabled", True):
         yield ConfigIssue(
@@ -162,5 +160,5 @@ def curriculum_is_one_of_ours(config: Config) -> Iterator[ConfigIssue]:
             "ours here",
             key="data_efficiency",
             value=efficiency,
-            remedy="for a curriculum over sequence lengths write curriculum_learning",
+            hint="for a curriculum over sequence lengths write curriculum_learning",
         )

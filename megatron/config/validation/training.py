@@ -15,7 +15,7 @@ def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
     """There is no other engine."""
     if not config.deepspeed.deepspeed:
         yield ConfigIssue(
-            "training always runs through DeepSpeed", key="deepspeed", value=False, remedy="leave the key out"
+            "training always runs through DeepSpeed", key="deepspeed", value=False, hint="leave the key out"
         )
 
 
@@ -114,17 +114,15 @@ def one_launcher_is_named(config: Config) -> Iterator[ConfigIssue]:
     launch = config.launch
     if launch.deepspeed_slurm and launch.launcher not in {"pdsh", "slurm"}:
         what = f"launcher = {launch.launcher} asks for another one"
-        yield ConfigIssue(what, key="deepspeed_slurm", value=True, remedy="leave one of the two out")
+        yield ConfigIssue(what, key="deepspeed_slurm", value=True, hint="leave one of the two out")
     if launch.deepspeed_mpi and launch.launcher not in {"pdsh", "openmpi", "mpich", "impi", "mvapich"}:
         what = f"launcher = {launch.launcher} asks for another one"
-        yield ConfigIssue(what, key="deepspeed_mpi", value=True, remedy="leave one of the two out")
+        yield ConfigIssue(what, key="deepspeed_mpi", value=True, hint="leave one of the two out")
     if launch.deepspeed_mpi and launch.deepspeed_slurm:
-        yield ConfigIssue(
-            "deepspeed_slurm asks for srun", key="deepspeed_mpi", value=True, remedy="keep one of the two"
-        )
+        yield ConfigIssue("deepspeed_slurm asks for srun", key="deepspeed_mpi", value=True, hint="keep one of the two")
     if launch.launcher == "local" and launch.force_multi:
         what = "launcher = local starts nothing elsewhere"
-        yield ConfigIssue(what, key="force_multi", value=True, remedy="leave one of the two out")
+        yield ConfigIssue(what, key="force_multi", value=True, hint="leave one of the two out")
 
 
 def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
@@ -134,7 +132,7 @@ def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
             f"the precision is {config.precision.precision}",
             key="fp16_lm_cross_entropy",
             value=True,
-            remedy="leave it out",
+            hint="leave it out",
         )
 
 
@@ -152,7 +150,7 @@ def saving_is_scheduled(config: Config) -> Iterator[ConfigIssue]:
             "nothing says when to save",
             key="save",
             value=saving.save,
-            remedy="give checkpoint_factor (steps between checkpoints) or extra_save_iters",
+            hint="give checkpoint_factor (steps between checkpoints) or extra_save_iters",
         )
     if factor is None:
         return
@@ -169,8 +167,8 @@ def loading_is_possible(config: Config) -> Iterator[ConfigIssue]:
     saved = config.checkpoint
     for key, asked in (("finetune", saved.finetune), ("iteration", saved.iteration is not None)):
         if saved.load is None and asked:
-            remedy = "give load, the folder of the checkpoint"
-            yield ConfigIssue("nothing is loaded", key=key, value=getattr(saved, key), remedy=remedy)
+            hint = "give load, the folder of the checkpoint"
+            yield ConfigIssue("nothing is loaded", key=key, value=getattr(saved, key), hint=hint)
 
 
 _LEAST_PART = 5 << 20  # bytes; S3 takes no smaller one
@@ -183,18 +181,16 @@ def buckets_are_addresses(config: Config) -> Iterator[ConfigIssue]:
         value = getattr(saved, name)
         if value is not None and value.startswith("s3://"):
             yield ConfigIssue(
-                "it is a folder of this machine", key=name, value=value, remedy="give a folder, and this as s3_path"
+                "it is a folder of this machine", key=name, value=value, hint="give a folder, and this as s3_path"
             )
     if saved.s3_path is None:
         return
     scheme, _, rest = saved.s3_path.partition("://")
     if scheme != "s3" or not rest.partition("/")[0]:
-        yield ConfigIssue(
-            "it is no address in S3", key="s3_path", value=saved.s3_path, remedy="write s3://bucket/folder"
-        )
+        yield ConfigIssue("it is no address in S3", key="s3_path", value=saved.s3_path, hint="write s3://bucket/folder")
     if saved.save is None and saved.load is None:
         yield ConfigIssue(
-            "there is nothing to copy", key="s3_path", value=saved.s3_path, remedy="give save or load, a folder"
+            "there is nothing to copy", key="s3_path", value=saved.s3_path, hint="give save or load, a folder"
         )
     if saved.s3_chunk_size < _LEAST_PART:
         yield ConfigIssue(
@@ -210,7 +206,7 @@ def recomputation_is_one_thing(config: Config) -> Iterator[ConfigIssue]:
             "checkpoint_activations asks for whole blocks",
             key="recompute_granularity",
             value="selective",
-            remedy="leave one of the two out",
+            hint="leave one of the two out",
         )
 
 
@@ -222,14 +218,14 @@ def snapshots_need_a_gpu(config: Config) -> Iterator[ConfigIssue]:
             "a memory snapshot is one of the GPU's allocator, and this run is on CPUs",
             key="memory_profiling",
             value=True,
-            remedy="leave it out; runtime/peak_memory_bytes tells the peak here",
+            hint="leave it out; runtime/peak_memory_bytes tells the peak here",
         )
     if (observe.profile or observe.memory_profiling) and not 0 < observe.profile_step_start < observe.profile_step_stop:
         yield ConfigIssue(
             f"there is no step from {observe.profile_step_start} up to before {observe.profile_step_stop}",
             key="profile_step_stop",
             value=observe.profile_step_stop,
-            remedy="make it greater than profile_step_start, which counts from 1",
+            hint="make it greater than profile_step_start, which counts from 1",
         )
 
 
@@ -241,7 +237,7 @@ def noise_needs_several_batches(config: Config) -> Iterator[ConfigIssue]:
             "a mean of one batch is that batch",
             key="gradient_noise_scale_n_batches",
             value=observe.gradient_noise_scale_n_batches,
-            remedy="use 2 or more",
+            hint="use 2 or more",
         )
     if observe.loss_spike_factor is not None and observe.loss_spike_factor <= 1:
         yield ConfigIssue("it must be above 1", key="loss_spike_factor", value=observe.loss_spike_factor)

@@ -21,19 +21,19 @@ def norm_and_mlp_are_one_layer(config: Config) -> Iterator[ConfigIssue]:
     if ACTIVATIONS.entry(model.activation).in_transformer_engine is None:
         built = [entry.name for entry in ACTIVATIONS if entry.in_transformer_engine is not None]
         what = f"it has no {model.activation} as this model's weights have it (a gated one takes its halves in turn)"
-        yield ConfigIssue(what, key=key, value=True, remedy=f"leave it out, or use one of {', '.join(built)}")
+        yield ConfigIssue(what, key=key, value=True, hint=f"leave it out, or use one of {', '.join(built)}")
     norm = NORMS.entry(model.norm)
     if not norm.in_transformer_engine or (norm.optional and not model.use_bias_in_norms):
         what = "it computes layernorm with a bias, and rmsnorm"
-        yield ConfigIssue(what, key=key, value=True, remedy="leave it out")
+        yield ConfigIssue(what, key=key, value=True, hint="leave it out")
     if model.gpt_j_residual and model.gpt_j_tied:
-        yield ConfigIssue("with gpt_j_tied attention reads the same norm", key=key, value=True, remedy="leave it out")
+        yield ConfigIssue("with gpt_j_tied attention reads the same norm", key=key, value=True, hint="leave it out")
     if config.moe.moe_num_experts > 1:
-        yield ConfigIssue("blocks with experts have no MLP", key=key, value=True, remedy="leave it out")
+        yield ConfigIssue("blocks with experts have no MLP", key=key, value=True, hint="leave it out")
     updates = low_rank(model.lora)
     if updates is not None and any(name.startswith("mlp.") for name in updates.modules()):
-        remedy = "leave it out, or write targets: [query_key_value, dense]"
-        yield ConfigIssue("low-rank updates cannot be added within it", key=key, value=True, remedy=remedy)
+        hint = "leave it out, or write targets: [query_key_value, dense]"
+        yield ConfigIssue("low-rank updates cannot be added within it", key=key, value=True, hint=hint)
 
 
 def fp8_has_layers(config: Config) -> Iterator[ConfigIssue]:
@@ -45,16 +45,16 @@ def fp8_has_layers(config: Config) -> Iterator[ConfigIssue]:
     if not section.te_fp8_mha:
         return
     if not section.layers:
-        remedy = f"switch on one of {', '.join(TE_LAYERS.names)}"
-        yield ConfigIssue("no layer is Transformer Engine's", key="te_fp8_mha", value=True, remedy=remedy)
+        hint = f"switch on one of {', '.join(TE_LAYERS.names)}"
+        yield ConfigIssue("no layer is Transformer Engine's", key="te_fp8_mha", value=True, hint=hint)
     if not section.te_fp8_wgrad:
         what = (
             "since its version 2 Transformer Engine computes weight gradients in FP8 where it computes products in it"
         )
-        yield ConfigIssue(what, key="te_fp8_wgrad", value=False, remedy="leave it out, or te_fp8_mha")
+        yield ConfigIssue(what, key="te_fp8_wgrad", value=False, hint="leave it out, or te_fp8_mha")
     if config.recompute.checkpoint_activations:
         what = "blocks that are computed twice would count twice in the scales of FP8"
-        yield ConfigIssue(what, key="checkpoint_activations", value=True, remedy="leave it out, or te_fp8_mha")
+        yield ConfigIssue(what, key="checkpoint_activations", value=True, hint="leave it out, or te_fp8_mha")
     yield from _sizes(config)
 
 
@@ -72,9 +72,9 @@ def _sizes(config: Config) -> Iterator[ConfigIssue]:
     for name, width in widths.items():
         if width % COLUMNS:
             what = f"FP8 needs widths that divide by {COLUMNS}, and {name} is {width}"
-            yield ConfigIssue(what, key="te_fp8_mha", value=True, remedy="change it, or leave te_fp8_mha out")
+            yield ConfigIssue(what, key="te_fp8_mha", value=True, hint="change it, or leave te_fp8_mha out")
     micro_batch = config.training.train_micro_batch_size_per_gpu
     tokens = model.seq_length * (micro_batch or 1) // max(1, config.parallelism.context_parallel_size)
     if micro_batch and tokens % ROWS:
         what = f"FP8 needs numbers of tokens that divide by {ROWS}, and a micro batch of a rank has {tokens}"
-        yield ConfigIssue(what, key="te_fp8_mha", value=True, remedy="change seq_length, or leave te_fp8_mha out")
+        yield ConfigIssue(what, key="te_fp8_mha", value=True, hint="change seq_length, or leave te_fp8_mha out")

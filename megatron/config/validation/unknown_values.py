@@ -29,9 +29,9 @@ class UnresolvedValue(Exception):
     """A value was asked for that is wrong, or that nobody could read."""
 
 
-def meant(mistakes: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
+def meant(issues: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
     """The keys that a remedy names: with `did you mean num_layers?`, num_layers is not missing."""
-    words = {word for mistake in mistakes for word in re.findall(r"\w+", mistake.remedy or "")}
+    words = {word for issue in issues for word in re.findall(r"\w+", issue.hint or "")}
     return words & set(names)
 
 

@@ -112,6 +112,6 @@ def violations(config: Config, unknown: Collection[str] = ()) -> list[ConfigIssu
     found: list[ConfigIssue] = []
     for rule in RULES:
         with suppress(UnresolvedValue):
-            for mistake in rule(seen):
-                found.append(mistake)  # noqa: PERF402 (what a rule found before it met an unknown value stands)
+            for issue in rule(seen):
+                found.append(issue)  # noqa: PERF402 (what a rule found before it met an unknown value stands)
     return found

@@ -69,8 +69,8 @@ def find_corpus(name: str) -> Corpus | PublicCorpus:
         return known[name.lower()]
     close = nearest_name(name, known)
     choices = f"the corpora are {', '.join(known)}"
-    remedy = f"did you mean {close}? {choices[0].upper()}{choices[1:]}" if close else choices
-    raise ConfigError.of("there is no corpus of this name", key="dataset", value=name, remedy=remedy)
+    hint = f"did you mean {close}? {choices[0].upper()}{choices[1:]}" if close else choices
+    raise ConfigError.of("there is no corpus of this name", key="dataset", value=name, hint=hint)
 
 
 def read_about(folder: Path) -> About | None:

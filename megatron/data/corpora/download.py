@@ -105,12 +105,12 @@ def fetch(
     return found
 
 
-def _compare(source: Source, path: Path, found: str, known: str | None, remedy: str) -> None:
+def _compare(source: Source, path: Path, found: str, known: str | None, hint: str) -> None:
     """Raises RunError unless the file is the known one."""
     if known is not None and found != known:
         by = "" if source.sha256 else f" that {SUMS} gives"
-        remedy += "" if source.sha256 else f"; where its maker changed it, take its line out of {SUMS}"
-        raise RunError.of(f"its SHA-256 is {found}, not the {known}{by}", where=str(path), remedy=remedy)
+        hint += "" if source.sha256 else f"; where its maker changed it, take its line out of {SUMS}"
+        raise RunError.of(f"its SHA-256 is {found}, not the {known}{by}", where=str(path), hint=hint)
     if source.member_sha1 is not None:
         member, wanted = source.member_sha1
         try:
@@ -118,13 +118,13 @@ def _compare(source: Source, path: Path, found: str, known: str | None, remedy: 
                 digest = hashlib.sha1(usedforsecurity=False)
                 while piece := content.read(_CHUNK):
                     digest.update(piece)
-        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as fault:
+        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise RunError.of(
-                f"it is no whole zip file with {member} in it ({fault})", where=str(path), remedy=remedy
-            ) from fault
+                f"it is no whole zip file with {member} in it ({error})", where=str(path), hint=hint
+            ) from error
         if digest.hexdigest() != wanted:
             what = f"the SHA-1 of {member} in it is {digest.hexdigest()}, not the published {wanted}"
-            raise RunError.of(what, where=str(path), remedy=remedy)
+            raise RunError.of(what, where=str(path), hint=hint)
 
 
 def sha256_of(path: Path) -> str:
@@ -153,15 +153,15 @@ def _from_any(source: Source, target: Path, first_wait: float, report: Callable[
     for url in source.urls:
         try:
             _patiently(url, target, first_wait, report)
-        except _Gone as fault:
-            reasons.append(f"{url}: {fault}")
+        except _Gone as error:
+            reasons.append(f"{url}: {error}")
         else:
             return
     checked = f" (SHA-256 {source.sha256})" if source.sha256 else ""
     raise RunError.of(
         f"{source.name} cannot be fetched: {'; '.join(reasons) or 'no source is known'}",
         where=str(target),
-        remedy="run again where the source can be reached; if it is gone for good, name a folder that has a copy with "
+        hint="run again where the source can be reached; if it is gone for good, name a folder that has a copy with "
         f"--mirror or put the file there yourself{checked}, and run again",
     )
 
@@ -174,18 +174,18 @@ def _patiently(url: str, target: Path, first_wait: float, report: Callable[[Tran
         try:
             _once(url, target, report)
             return
-        except urllib.error.HTTPError as fault:
-            fault.close()
-            if fault.code not in _TRANSIENT:
-                raise _Gone(f"HTTP {fault.code} {fault.reason}") from fault
-            reason = f"HTTP {fault.code} {fault.reason}"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as fault:
-            inner = getattr(fault, "reason", fault)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code not in _TRANSIENT:
+                raise _Gone(f"HTTP {error.code} {error.reason}") from error
+            reason = f"HTTP {error.code} {error.reason}"
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            inner = getattr(error, "reason", error)
             reason = str(inner) or type(inner).__name__
             if isinstance(inner, FileNotFoundError):  # of a folder that --mirror names
-                raise _Gone("there is no such file") from fault
-        except _BrokenOff as fault:
-            reason = str(fault)
+                raise _Gone("there is no such file") from error
+        except _BrokenOff as error:
+            reason = str(error)
         fruitless = 0 if _size(_part(target)) > before else fruitless + 1
         if fruitless == 0:
             wait = first_wait
@@ -205,13 +205,13 @@ def _once(url: str, target: Path, report: Callable[[Transfer], None]) -> None:
         headers |= {"Range": f"bytes={start}-", "If-Range": told["validator"]}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as fault:
-        if fault.code == 416 and start:
-            fault.close()
-            if fault.headers.get("Content-Range", "").endswith(f"/{start}"):
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:
+            error.close()
+            if error.headers.get("Content-Range", "").endswith(f"/{start}"):
                 return  # nothing was missing
             part.unlink()
-            raise _BrokenOff("the server has a shorter file than was fetched; starting afresh") from fault
+            raise _BrokenOff("the server has a shorter file than was fetched; starting afresh") from error
         raise
     with response:
         length = response.headers.get("Content-Length")
@@ -245,8 +245,8 @@ def _read(response: Any) -> bytes:
     """What came; read1 hands on what came before a connection broke, which read would lose."""
     try:
         chunk: bytes = response.read1(_CHUNK)
-    except (OSError, http.client.HTTPException) as fault:
-        raise _BrokenOff(str(fault) or type(fault).__name__) from fault
+    except (OSError, http.client.HTTPException) as error:
+        raise _BrokenOff(str(error) or type(error).__name__) from error
     return chunk
 
 
@@ -254,12 +254,12 @@ def _read(response: Any) -> bytes:
 def _told_when_full(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as fault:
+    except OSError as error:
         raise RunError.of(
-            f"cannot write the download ({fault.strerror or fault})",
+            f"cannot write the download ({error.strerror or error})",
             where=str(_part(target)),
-            remedy="make room and run again; it goes on from here",
-        ) from fault
+            hint="make room and run again; it goes on from here",
+        ) from error
 
 
 def _validator(headers: http.client.HTTPMessage) -> str | None:

@@ -66,7 +66,7 @@ def prepare(folder: Path) -> About:
         raise RunError.of(
             "this Python installation carries almost no library sources",
             where=str(library()),
-            remedy="use a full installation (Debian, Ubuntu: apt-get install libpython3-stdlib)",
+            hint="use a full installation (Debian, Ubuntu: apt-get install libpython3-stdlib)",
         )
     write_jsonl(folder / "train.jsonl", ({"text": each.text, "path": each.path} for each in train))
     write_jsonl(folder / "valid.jsonl", ({"text": each.text, "path": each.path} for each in valid))

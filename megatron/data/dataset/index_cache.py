@@ -72,7 +72,7 @@ class IndexRequest:
                 f"than {self.seq_length + 1} tokens or without labels",
                 key="pack_impl",
                 value=self.packing,
-                remedy="set allow_chopped, raise seq_length, or use pack_impl: packed",
+                hint="set allow_chopped, raise seq_length, or use pack_impl: packed",
             )
         return build_whole_map(
             sizes,
@@ -117,8 +117,8 @@ def write_index_map(request: IndexRequest) -> OSError | None:
         for array, path in paths.items():
             with atomic_writer(path, durable=True) as file:
                 np.save(file, getattr(made, array), allow_pickle=False)
-    except OSError as fault:
-        return fault
+    except OSError as error:
+        return error
     return None
 
 
@@ -148,9 +148,9 @@ def index_maps(
     warnings = []
     if is_builder:
         for request in requests:
-            fault = write_index_map(request)
-            if fault is not None:
-                kept = f"the index map {request.stem} cannot be kept ({fault.strerror})"
+            error = write_index_map(request)
+            if error is not None:
+                kept = f"the index map {request.stem} cannot be kept ({error.strerror})"
                 warnings.append(f"{kept}: every rank computes it at each start")
     barrier()
     return [read_index_map(request) or request.build() for request in requests], warnings

@@ -122,6 +122,6 @@ class Loader:
         raise RunError.of(
             f"document {document} holds the id {int(read[row, place])}, and the tokenizer's ids are 0 to {limit - 1}",
             where=dataset.prefix,
-            remedy="another tokenizer made this data: give the run that one, or make the data again with the run's own;"
+            hint="another tokenizer made this data: give the run that one, or make the data again with the run's own;"
             " new tokens of a checkpoint's tokenizer get rows with finetune: true",
         )

@@ -33,7 +33,7 @@ class Sampler:
         if not 0 <= consumed_samples <= self.total:
             raise RunError.of(
                 f"the run is at sample {consumed_samples}, and the data set was built for {self.total}",
-                remedy="continue with the data, seed and number of iterations that the run was started with",
+                hint="continue with the data, seed and number of iterations that the run was started with",
             )
         step = self.micro_batch * self.data_size
         mine = self.data_rank * self.micro_batch

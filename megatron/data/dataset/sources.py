@@ -105,10 +105,10 @@ def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list
             "no data to train on",
             key="data_path",
             value=None,
-            remedy="give data_path, or train_data_paths, valid_data_paths and test_data_paths",
+            hint="give data_path, or train_data_paths, valid_data_paths and test_data_paths",
         )
     if "train" in wanted and not lists["train"]:
-        raise ConfigError.of("no training data", key="train_data_paths", value=None, remedy="name a data set")
+        raise ConfigError.of("no training data", key="train_data_paths", value=None, hint="name a data set")
     splits = [Split(name, samples, _listed(name, data)) for name, samples in wanted.items() if lists[name]]
     return splits, []
 
@@ -125,7 +125,7 @@ def _one_set(path: str, split: str, wanted: dict[str, int], impl: str) -> tuple[
             found.append(Split(name, wanted[name], (source,)))
         elif name == "train":
             what = f"it leaves no tokens for training of the {len(dataset)} documents of {path}"
-            raise ConfigError.of(what, key="split", value=split, remedy="give training a larger share")
+            raise ConfigError.of(what, key="split", value=split, hint="give training a larger share")
         else:
             warnings.append(f"split = {split!r} leaves none of the {len(dataset)} documents of {path} for {name}")
     return found, warnings
@@ -162,8 +162,8 @@ def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str
         what = f"{len(paths)} paths and {len(weights)} weights; as many of each are needed"
         raise ConfigError.of(what, key=f"{name}_data_weights")
     if len(paths) > LARGEST_BLEND:
-        remedy = "merge some of them with tools/merge_datasets.py"
-        raise ConfigError.of(f"{len(paths)} data sets; {LARGEST_BLEND} at most are mixed", key=key, remedy=remedy)
+        hint = "merge some of them with tools/merge_datasets.py"
+        raise ConfigError.of(f"{len(paths)} data sets; {LARGEST_BLEND} at most are mixed", key=key, hint=hint)
     allow_open_files(FILES_EACH * len(paths))
     for companions in (LABELS[name], REWARDS[name]):
         others = getattr(data, companions)
@@ -178,12 +178,12 @@ def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str
 
 def _open(path: Any, key: str, impl: str) -> IndexedDataset:
     if not isinstance(path, str):
-        raise ConfigError.of("this is no path", key=key, value=path, remedy="give the prefix of .bin and .idx files")
+        raise ConfigError.of("this is no path", key=key, value=path, hint="give the prefix of .bin and .idx files")
     dataset = IndexedDataset(path, key=key)
     own = "cached" if dataset.legacy else "mmap"
     if impl not in ("infer", own):
         what = f"{path}.idx has the {'legacy' if dataset.legacy else 'memory-mapped'} format, which is {own}"
-        raise ConfigError.of(what, key="data_impl", value=impl, remedy="leave it out; the file says its format")
+        raise ConfigError.of(what, key="data_impl", value=impl, hint="leave it out; the file says its format")
     dataset.check()
     return dataset
 
@@ -199,8 +199,8 @@ def _check_companions(source: TokenSource, name: str) -> None:
     tokens, labels, rewards = source.tokens, source.labels, source.rewards
     if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
         what = f"its documents have other lengths than those of {tokens.prefix}, which it should label token by token"
-        remedy = "make both in one run of the preprocessing"
-        raise ConfigError.of(what, key=LABELS[name], value=labels.prefix, remedy=remedy)
+        hint = "make both in one run of the preprocessing"
+        raise ConfigError.of(what, key=LABELS[name], value=labels.prefix, hint=hint)
     if rewards is not None and (len(rewards) != len(tokens) or (len(rewards) and int(rewards.sizes.min()) < 1)):
         what = f"it does not hold a number for each of the {len(tokens)} documents of {tokens.prefix}"
         raise ConfigError.of(what, key=REWARDS[name], value=rewards.prefix)

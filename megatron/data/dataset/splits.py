@@ -12,8 +12,8 @@ def split_shares(split: str) -> tuple[float, float, float]:
     parts = [part.strip() for part in split.replace("/", ",").split(",")]
     try:
         numbers = [float(part) for part in parts if part]
-    except ValueError as fault:
-        raise _refused(split, "it holds something that is not a number") from fault
+    except ValueError as error:
+        raise _refused(split, "it holds something that is not a number") from error
     if not 1 <= len(numbers) <= len(NAMES):
         raise _refused(split, f"it has {len(numbers)} numbers")
     if not all(0 <= number < float("inf") for number in numbers) or not sum(numbers) > 0:
@@ -37,5 +37,5 @@ def split_documents(split: str, documents: int) -> dict[str, range]:
 
 
 def _refused(split: str, what: str) -> ConfigError:
-    remedy = "give the shares of train, validation and test, such as 969, 30, 1"
-    return ConfigError.of(f"this is not a split: {what}", key="split", value=split, remedy=remedy)
+    hint = "give the shares of train, validation and test, such as 969, 30, 1"
+    return ConfigError.of(f"this is not a split: {what}", key="split", value=split, hint=hint)

@@ -28,7 +28,7 @@ def find_pairs(names: Sequence[str]) -> list[str]:
     Raises ConfigError for halves of pairs.
     """
     found: list[str] = []
-    mistakes = []
+    issues = []
     for name in names:
         folder = Path(name)
         if not folder.is_dir():
@@ -39,10 +39,10 @@ def find_pairs(names: Sequence[str]) -> list[str]:
         }
         for prefix in sorted(ends[".bin"] ^ ends[".idx"]):
             missing = idx_path(prefix) if prefix in ends[".bin"] else bin_path(prefix)
-            remedy = "make it again, or take its other half out of the directory"
-            mistakes.append(ConfigIssue(f"{missing} is missing", key="input", value=name, remedy=remedy))
+            hint = "make it again, or take its other half out of the directory"
+            issues.append(ConfigIssue(f"{missing} is missing", key="input", value=name, hint=hint))
         found += sorted(ends[".bin"] & ends[".idx"], key=_by_number)
-    ConfigError.raise_any(mistakes)
+    ConfigError.raise_any(issues)
     if not found:
         raise ConfigError.of("there is no pair of token files", key="input", value=list(names))
     return found
@@ -60,21 +60,21 @@ def missing_shards(prefixes: Sequence[str]) -> list[ConfigIssue]:
         if found is not None:
             counts = sets.setdefault((found["before"], found["after"]), {})
             counts.setdefault(int(found["count"]), set()).add(int(found["number"]))
-    mistakes = []
+    issues = []
     for (before, after), counts in sets.items():
         name = f"{before}-*{after}"
         if len(counts) > 1:
             what = f"there are shards of {' and of '.join(map(str, sorted(counts)))}, which hold the same documents"
-            mistakes.append(ConfigIssue(what, key="input", value=name, remedy="leave those of one of them"))
+            issues.append(ConfigIssue(what, key="input", value=name, hint="leave those of one of them"))
             continue
         ((count, numbers),) = counts.items()
         missing = [number for number in range(count) if number not in numbers]
         if missing:
             told = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
             what = f"{len(missing)} of {count} shards are missing: {told}"
-            remedy = "make them with tools/preprocess_data.py --shard, or name the files otherwise if they belong alone"
-            mistakes.append(ConfigIssue(what, key="input", value=name, remedy=remedy))
-    return mistakes
+            hint = "make them with tools/preprocess_data.py --shard, or name the files otherwise if they belong alone"
+            issues.append(ConfigIssue(what, key="input", value=name, hint=hint))
+    return issues
 
 
 def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
@@ -84,20 +84,20 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
     is the output; RunError when one is damaged.
     """
     sources = [IndexedDataset(prefix, key="input") for prefix in prefixes]
-    mistakes = [
+    issues = [
         ConfigIssue(
             f"its tokens are {source.dtype.name}, those of {prefixes[0]} {sources[0].dtype.name}",
             key="input",
             value=prefix,
-            remedy="make all of them with the same tokenizer",
+            hint="make all of them with the same tokenizer",
         )
         for prefix, source in zip(prefixes, sources, strict=True)
         if source.dtype != sources[0].dtype
     ]
     if any(Path(prefix).resolve() == Path(output_prefix).resolve() for prefix in prefixes):
-        mistakes.append(ConfigIssue("the output is one of the inputs", key="output_prefix", value=output_prefix))
+        issues.append(ConfigIssue("the output is one of the inputs", key="output_prefix", value=output_prefix))
     cards = [_card_of(source) for source in sources]
-    ConfigError.raise_any([*mistakes, *missing_shards(prefixes), *_strangers(prefixes, cards)])
+    ConfigError.raise_any([*issues, *missing_shards(prefixes), *_strangers(prefixes, cards)])
     for source in sources:
         source.check()
     with DatasetWriter(output_prefix, sources[0].dtype) as writer:
@@ -136,7 +136,7 @@ def _strangers(prefixes: Sequence[str], cards: Sequence[DatasetCard | None]) -> 
             f"another tokenizer made it ({facts}) than {sure[0][0]} ({sure[0][1]})",
             key="input",
             value=prefix,
-            remedy="make all of them with the same tokenizer",
+            hint="make all of them with the same tokenizer",
         )
         for prefix, facts in known
         if not facts.agrees_with(sure[0][1])

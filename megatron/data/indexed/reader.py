@@ -156,13 +156,13 @@ class IndexedDataset:
             with path.open("rb") as file:
                 # An empty file cannot be mapped.
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-        except OSError as fault:
+        except OSError as error:
             raise ConfigError.of(
-                f"cannot read the data file {path} ({fault.strerror})",
+                f"cannot read the data file {path} ({error.strerror})",
                 key=self._key,
                 value=self.prefix,
-                remedy="give the path of the data without .bin or .idx, as tools/preprocess_data.py printed it",
-            ) from fault
+                hint="give the path of the data without .bin or .idx, as tools/preprocess_data.py printed it",
+            ) from error
 
     def _read_index(self, index: bytes | mmap.mmap) -> None:
         path = idx_path(self.prefix)
@@ -225,5 +225,5 @@ class IndexedDataset:
         raise RunError.of(
             f"the data file is damaged: {what}",
             where=str(path),
-            remedy="copy the pair again, or write it again with tools/preprocess_data.py",
+            hint="copy the pair again, or write it again with tools/preprocess_data.py",
         )

@@ -16,18 +16,18 @@ def check_tokenizer(splits: Sequence[Split], tokenizer: TokenizerInfo) -> None:
 
     Files without a card are taken as they are: their ids are looked at when they are read.
     """
-    mistakes: dict[str, ConfigIssue] = {}
+    issues: dict[str, ConfigIssue] = {}
     for dataset, key in _named(splits):
         card = read_card(dataset.prefix, documents=len(dataset), tokens=len(dataset.tokens))
         if card is not None and not card.tokenizer.agrees_with(tokenizer):
-            mistakes[dataset.prefix] = ConfigIssue(
+            issues[dataset.prefix] = ConfigIssue(
                 f"another tokenizer made this data: {card.tokenizer}; that of the run is {tokenizer}",
                 key=key,
                 value=dataset.prefix,
-                remedy="set tokenizer_type and vocab_file to the one that made it, or make the data again; without "
+                hint="set tokenizer_type and vocab_file to the one that made it, or make the data again; without "
                 f"{dataset.prefix}.json beside it, its ids are only held against the size of the vocabulary",
             )
-    ConfigError.raise_any(mistakes.values())
+    ConfigError.raise_any(issues.values())
 
 
 def _named(splits: Sequence[Split]) -> Iterator[tuple[IndexedDataset, str]]:

@@ -66,7 +66,7 @@ class DatasetWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
@@ -136,7 +136,7 @@ class DatasetWriter:
                 raise RunError.of(
                     f"an earlier attempt left {there:,} of the {size:,} bytes that it had written",
                     where=str(bin_path(self.prefix)),
-                    remedy="leave out --resume, and start afresh",
+                    hint="leave out --resume, and start afresh",
                 )
             if there > size:
                 file.truncate(size)
@@ -149,7 +149,7 @@ class DatasetWriter:
                 raise RunError.of(
                     f"the token id {extreme} does not fit {self.dtype.name} ({limits.min} to {limits.max})",
                     where=str(bin_path(self.prefix)),
-                    remedy="the vocabulary size given for these files is smaller than the tokenizer's ids",
+                    hint="the vocabulary size given for these files is smaller than the tokenizer's ids",
                 )
 
     def _finish(self) -> None:
@@ -236,21 +236,21 @@ class DatasetWriter:
     def _told_when_full(self):  # noqa: ANN202
         try:
             yield
-        except OSError as fault:
+        except OSError as error:
             raise RunError.of(
-                f"cannot write the data ({fault.strerror})",
+                f"cannot write the data ({error.strerror})",
                 where=str(bin_path(self.prefix)),
-                remedy="nothing appeared under the final name; make room and run again",
-            ) from fault
+                hint="nothing appeared under the final name; make room and run again",
+            ) from error
 
 
 def _alone(file: IO[bytes], path: Path) -> bool:
     """Takes the lock of a file that is to be written; whether no other process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
+    except OSError as error:
         # A file system without locks: two writers at once are the user's to avoid.
-        return fault.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     try:
         # The other process may have finished and renamed the file between our opening and our lock.
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino

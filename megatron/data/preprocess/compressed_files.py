@@ -34,16 +34,16 @@ class Salvaged:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.fault: Exception | None = None
+        self.error: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
         """So many bytes, or all for -1; fewer at the end and before damage."""
         pieces, wanted = [], size
-        while self.fault is None and wanted:
+        while self.error is None and wanted:
             try:
                 piece = self._stream.read1(AT_ONCE if wanted < 0 else min(wanted, AT_ONCE))
-            except DAMAGE as fault:
-                self.fault = fault
+            except DAMAGE as error:
+                self.error = error
                 break
             if not piece:
                 break
@@ -53,8 +53,8 @@ class Salvaged:
 
     def check(self) -> None:
         """Raises what the damage was, if there was any."""
-        if self.fault is not None:
-            raise self.fault
+        if self.error is not None:
+            raise self.error
 
 
 class TarStream:
@@ -125,12 +125,12 @@ def decompressed(name: str, compression: str, raw: IO[bytes]) -> Iterator[Salvag
 def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
     try:
         zstandard = importlib.import_module("zstandard")
-    except ModuleNotFoundError as fault:
+    except ModuleNotFoundError as error:
         raise ConfigError.of(
             "reading .zst needs the package zstandard, which is not installed",
             where=name,
-            remedy="pip install zstandard",
-        ) from fault
+            hint="pip install zstandard",
+        ) from error
     reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
     return io.BufferedReader(reader, _ZSTD_HELD)
 
@@ -140,10 +140,10 @@ class _Zstandard(io.RawIOBase):
     this one raises EOFError.
     """
 
-    def __init__(self, raw: IO[bytes], decompressor: Any, fault: type[Exception]) -> None:
+    def __init__(self, raw: IO[bytes], decompressor: Any, error: type[Exception]) -> None:
         self._raw = raw
         self._decompressor = decompressor
-        self._fault = fault
+        self._error = error
         self._frame = decompressor.decompressobj()
         self._inside = False
         self._held = b""
@@ -162,8 +162,8 @@ class _Zstandard(io.RawIOBase):
                 return 0
             try:
                 self._held = self._frame.decompress(piece)
-            except self._fault as fault:
-                raise OSError(str(fault)) from fault
+            except self._error as error:
+                raise OSError(str(error)) from error
             self._inside = not self._frame.eof
             if self._frame.eof:
                 self._left = self._frame.unused_data

@@ -77,8 +77,8 @@ def _tools(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError) as fault:
-        raise InvalidDocument(f"whose {TOOLS!r} is a text that is no JSON", str(fault)) from fault
+    except (ValueError, RecursionError) as error:
+        raise InvalidDocument(f"whose {TOOLS!r} is a text that is no JSON", str(error)) from error
 
 
 def _check_content(number: int, turn: Mapping[str, Any]) -> None:
@@ -104,5 +104,5 @@ def _check_whole(value: Any) -> None:
     """Refuses single surrogates, which JSON may spell and UTF-8 has no form for."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as fault:
-        raise InvalidDocument(_HALF) from fault
+    except UnicodeEncodeError as error:
+        raise InvalidDocument(_HALF) from error

@@ -22,8 +22,8 @@ def read_texts(files: Iterable[TextFile], key: str = "text", skipped: SkippedCou
         for number, record in records_of(block, (key,), found, counted):
             try:
                 yield text_of(record, key)
-            except InvalidDocument as fault:
-                found.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
+            except InvalidDocument as error:
+                found.append(SkippedRecord(block.name, number, error.reason, error.detail))
         for each in found:
             skipped.add(replace(each, number=each.number and each.number + base))
         base += counted.records

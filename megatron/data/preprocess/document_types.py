@@ -99,8 +99,8 @@ def encode_all(tokenizer: Encoding, texts: list[str], *, parse_special: bool = F
             assert isinstance(tokenizer, ReadsSpecialTokens)
             return [np.array(tokenizer.encode_with_special_tokens(text), np.int32) for text in texts]
         return tokenizer.encode_arrays(texts)
-    except RunError as fault:
-        raise InvalidDocument("that the tokenizer cannot take", str(fault)) from fault
+    except RunError as error:
+        raise InvalidDocument("that the tokenizer cannot take", str(error)) from error
 
 
 def _joined(
@@ -249,8 +249,8 @@ class Chat:
             try:
                 tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1], variables=variables)
                 left_out = self.template.left_out(turns, variables)
-            except ValueError as fault:
-                raise InvalidDocument("that the chat template cannot take", str(fault)) from fault
+            except ValueError as error:
+                raise InvalidDocument("that the chat template cannot take", str(error)) from error
             labels = [
                 token if own or not self.mask else IGNORE_INDEX for token, own in zip(tokens, written, strict=True)
             ]

@@ -160,8 +160,8 @@ class Encoder:
         for number, record in records_of(block, recipe.keys, skipped, counted):
             try:
                 document = recipe.read(record)
-            except InvalidDocument as fault:
-                skipped.append(SkippedRecord(block.name, number, fault.reason, fault.detail))
+            except InvalidDocument as error:
+                skipped.append(SkippedRecord(block.name, number, error.reason, error.detail))
                 continue
             if document is None:
                 empty += 1
@@ -194,8 +194,8 @@ class Encoder:
         for document, number in zip(documents, numbers, strict=True):
             try:
                 self.recipe.encode([document])
-            except InvalidDocument as fault:
-                skipped.append(SkippedRecord(name, number, fault.reason, fault.detail))
+            except InvalidDocument as error:
+                skipped.append(SkippedRecord(name, number, error.reason, error.detail))
             else:
                 yield document
 
@@ -245,8 +245,8 @@ def records_of(
         counted.records = number
         try:
             text = content.decode("utf-8")
-        except UnicodeDecodeError as fault:
-            skipped.append(SkippedRecord(block.name, 0 if whole else number, "not UTF-8", f"byte {fault.start}"))
+        except UnicodeDecodeError as error:
+            skipped.append(SkippedRecord(block.name, 0 if whole else number, "not UTF-8", f"byte {error.start}"))
             continue
         yield 0 if whole else number, dict.fromkeys(keys, text)
 
@@ -254,15 +254,15 @@ def records_of(
 def _json(line: memoryview, name: str, number: int, skipped: list[SkippedRecord]) -> Mapping[str, Any] | None:
     try:
         record = json.loads(str(line, "utf-8"))
-    except UnicodeDecodeError as fault:
-        detail = "it is UTF-16" if bytes(line[:2]) in _UTF16 else f"byte {fault.start} of the line"
+    except UnicodeDecodeError as error:
+        detail = "it is UTF-16" if bytes(line[:2]) in _UTF16 else f"byte {error.start} of the line"
         skipped.append(SkippedRecord(name, number, "not UTF-8", detail))
         return None
-    except (ValueError, RecursionError) as fault:
+    except (ValueError, RecursionError) as error:
         if _is_utf16(bytes(line[:_LOOKED_AT])):
             skipped.append(SkippedRecord(name, number, "not UTF-8", "it is UTF-16"))
             return None
-        skipped.append(SkippedRecord(name, number, "not JSON", str(fault)))
+        skipped.append(SkippedRecord(name, number, "not JSON", str(error)))
         return None
     if not isinstance(record, dict):
         kind = _JSON_KINDS.get(type(record), "null")
@@ -287,6 +287,6 @@ def text_of(record: Mapping[str, Any], key: str) -> str:
     if not text.isascii():
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as fault:  # JSON may spell single surrogates, which have no UTF-8 form
-            raise InvalidDocument(f"whose {key!r} holds half a surrogate pair") from fault
+        except UnicodeEncodeError as error:  # JSON may spell single surrogates, which have no UTF-8 form
+            raise InvalidDocument(f"whose {key!r} holds half a surrogate pair") from error
     return text

@@ -44,10 +44,10 @@ class _Mender:
     def __init__(self) -> None:
         try:
             ftfy = importlib.import_module("ftfy")
-        except ModuleNotFoundError as fault:
+        except ModuleNotFoundError as error:
             raise ConfigError.of(
-                "mending Unicode needs the package ftfy, which is not installed", key="ftfy", remedy="pip install ftfy"
-            ) from fault
+                "mending Unicode needs the package ftfy, which is not installed", key="ftfy", hint="pip install ftfy"
+            ) from error
         tables = importlib.import_module("ftfy.chardata")
         self._fix_line: Callable[..., tuple[str, object]] = ftfy.fix_and_explain
         self._config = ftfy.TextFixerConfig(explain=False)

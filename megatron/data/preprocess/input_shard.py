@@ -42,7 +42,7 @@ def parse_shard(told: str) -> Shard:
         "a shard is I/N, and I counts from 0 to N - 1",
         key="shard",
         value=told,
-        remedy="of 4 machines the first takes 0/4 and the last 3/4",
+        hint="of 4 machines the first takes 0/4 and the last 3/4",
     )
 
 

@@ -136,9 +136,9 @@ def preprocess(
                 work.take(block, writers, sidecar, total)
             if shard.count == 1:
                 _refuse_nothing(writers[0], files, counts)
-        except BaseException as fault:
+        except BaseException as error:
             # A line that is refused, a full disk or an interrupt: what is done can be gone on with.
-            keep = resume or isinstance(fault, KeyboardInterrupt)
+            keep = resume or isinstance(error, KeyboardInterrupt)
             for writer in writers:
                 writer.keep = keep
             sidecar.keep = keep
@@ -201,7 +201,7 @@ class _Work:
             placed = replace(record, number=record.number and record.number + counts.record_base)
             if self._strict and record.reason != EMPTY_FILE[0]:
                 raise RunError.of(
-                    str(placed), remedy="mend it, or let --on-error skip leave such lines out and count them"
+                    str(placed), hint="mend it, or let --on-error skip leave such lines out and count them"
                 )
             counts.skipped.add(placed)
             sidecar.add(placed)
@@ -230,19 +230,19 @@ class _Work:
 
 
 def _checked(recipe: Recipe, workers: int, output_prefix: str, shard: Shard) -> str:
-    mistakes = []
+    issues = []
     keys = recipe.keys
     if not keys or len(set(keys)) != len(keys):
-        mistakes.append(ConfigIssue("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
+        issues.append(ConfigIssue("each key is named once, and one at least", key="jsonl_keys", value=list(keys)))
     if any("/" in key for key in keys):
-        mistakes.append(ConfigIssue("a key becomes part of a file name", key="jsonl_keys", value=list(keys)))
+        issues.append(ConfigIssue("a key becomes part of a file name", key="jsonl_keys", value=list(keys)))
     if workers < 1:
-        mistakes.append(ConfigIssue("at least one process must work", key="workers", value=workers))
+        issues.append(ConfigIssue("at least one process must work", key="workers", value=workers))
     if not output_prefix or output_prefix.endswith("/"):
         what = "this is a directory, and file names are made of what stands here"
-        remedy = "add a name, such as data/train"
-        mistakes.append(ConfigIssue(what, key="output_prefix", value=output_prefix, remedy=remedy))
-    ConfigError.raise_any(mistakes)
+        hint = "add a name, such as data/train"
+        issues.append(ConfigIssue(what, key="output_prefix", value=output_prefix, hint=hint))
+    ConfigError.raise_any(issues)
     with contextlib.suppress(InvalidDocument):
         recipe.read(dict.fromkeys(keys, ""))  # refuses now, rather than in a worker, when a package is missing
     return shard.prefix(output_prefix)
@@ -270,5 +270,5 @@ def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: Co
     if counts.empty:
         told.append(f"{counts.empty:,} documents have no text")
     most = max(counts.skipped.counts, key=counts.skipped.counts.__getitem__, default="")
-    remedy = next((remedy for start, remedy in _REMEDIES.items() if most.startswith(start)), _KEYS)
-    raise RunError.of("; ".join(told), remedy=remedy)
+    hint = next((hint for start, hint in _REMEDIES.items() if most.startswith(start)), _KEYS)
+    raise RunError.of("; ".join(told), hint=hint)

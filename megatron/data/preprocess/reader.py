@@ -91,8 +91,8 @@ def read_file(file: TextFile, block_bytes: int, before: int, span: range | None 
                     yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, EMPTY_FILE)
                 else:
                     yield Block(name, kind, content, 0, len(content), begins, read_bytes)
-        except DAMAGE as fault:
-            detail = f"it cannot be read on from byte {raw.tell():,} of {file.bytes:,}: {fault or type(fault).__name__}"
+        except DAMAGE as error:
+            detail = f"it cannot be read on from byte {raw.tell():,} of {file.bytes:,}: {error or type(error).__name__}"
             yield Block(str(file.path), Kind.WHOLE, b"", 0, 0, True, before + file.bytes, ("damaged", detail))
 
 
@@ -210,7 +210,7 @@ def _lines(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
             yield whole
         held.append(content[cut:])
     last = b"".join(held)
-    if last and (stream.fault is None or _is_object(last)):
+    if last and (stream.error is None or _is_object(last)):
         yield last
 
 
@@ -226,15 +226,15 @@ def _lengths(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
     """The documents of a .dat with their lengths, in pieces. Raises EOFError, behind what was whole."""
     number = held_bytes = 0
     held: list[bytes] = []
-    fault = ""
+    error = ""
     while digits := stream.read(LENGTH_DIGITS):
         number += 1
         if len(digits) != LENGTH_DIGITS or not digits.isdigit():
-            fault = f"document {number} does not start with its length in {LENGTH_DIGITS} digits"
+            error = f"document {number} does not start with its length in {LENGTH_DIGITS} digits"
             break
         content = b"".join(_exactly(stream, int(digits), BLOCK_BYTES))
         if len(content) != int(digits):
-            fault = f"document {number} should have {int(digits):,} bytes and has {len(content):,}"
+            error = f"document {number} should have {int(digits):,} bytes and has {len(content):,}"
             break
         held += [digits, content]
         held_bytes += LENGTH_DIGITS + len(content)
@@ -243,8 +243,8 @@ def _lengths(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
             held, held_bytes = [], 0
     if held:
         yield b"".join(held)
-    if fault and stream.fault is None:
-        raise EOFError(fault)
+    if error and stream.error is None:
+        raise EOFError(error)
 
 
 def parse_lengths(content: bytes) -> Iterator[bytes]:

@@ -64,18 +64,18 @@ class Journal:
                 return Counts(**counts), [Mark(**mark) for mark in told["marks"]]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as fault:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError.of(
-                f"the journal of the earlier attempt cannot be read ({fault})",
+                f"the journal of the earlier attempt cannot be read ({error})",
                 key="resume",
                 where=str(self.path),
-                remedy="leave out --resume, and start afresh",
-            ) from fault
+                hint="leave out --resume, and start afresh",
+            ) from error
         raise ConfigError.of(
             "the earlier attempt had other input files, another tokenizer or other wishes",
             key="resume",
             where=str(self.path),
-            remedy="repeat its command line, or leave out --resume and start afresh",
+            hint="repeat its command line, or leave out --resume and start afresh",
         )
 
     def write(self, counts: Counts, marks: Sequence[Mark]) -> None:
@@ -140,9 +140,7 @@ class SkippedFile:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         if file.seek(0, os.SEEK_END) < self._size:
             file.close()
-            raise RunError.of(
-                "the list of skipped lines is shorter than it was", where=str(path), remedy="start afresh"
-            )
+            raise RunError.of("the list of skipped lines is shorter than it was", where=str(path), hint="start afresh")
         file.truncate(self._size)
         file.seek(self._size)
         self._file = file

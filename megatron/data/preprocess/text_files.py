@@ -74,7 +74,7 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
     of a kind that is not read. key: what named them.
     """
     found: list[TextFile] = []
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -82,18 +82,18 @@ def find_text_files(names: Iterable[str], *, key: str = "input") -> list[TextFil
             paths = [child for child in children if kind_of(child) is not None]
             unread = [str(child) for child in children if kind_of(child) is None and _holds_data(child)]
             if unread:
-                mistakes.append(_unread(unread, key, name))
+                issues.append(_unread(unread, key, name))
             elif not paths:
-                mistakes.append(ConfigIssue("there is no text file in this directory", key=key, value=name))
+                issues.append(ConfigIssue("there is no text file in this directory", key=key, value=name))
         else:
             paths = [path]
         for each in paths:
             known = _known(each, key)
             if isinstance(known, ConfigIssue):
-                mistakes.append(known)
+                issues.append(known)
             else:
                 found.append(known)
-    ConfigError.raise_any(mistakes)
+    ConfigError.raise_any(issues)
     if not found:
         raise ConfigError.of("no input file is named", key=key)
     return found
@@ -105,8 +105,8 @@ def _holds_data(path: PurePath) -> bool:
 
 def _unread(files: list[str], key: str, name: str) -> ConfigIssue:
     shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    remedy = "make .jsonl of them, a JSON object a line, or name the files that are to be read one by one"
-    return ConfigIssue(f"{len(files)} files of kinds that are not read: {shown}", key=key, value=name, remedy=remedy)
+    hint = "make .jsonl of them, a JSON object a line, or name the files that are to be read one by one"
+    return ConfigIssue(f"{len(files)} files of kinds that are not read: {shown}", key=key, value=name, hint=hint)
 
 
 def _known(path: Path, key: str) -> TextFile | ConfigIssue:
@@ -114,12 +114,12 @@ def _known(path: Path, key: str) -> TextFile | ConfigIssue:
     kind = kind_of(path)
     if kind is None:
         kinds = ", ".join(suffix for known in Kind for suffix in known.value)
-        remedy = f"name {kinds} files, or one of them compressed as {', '.join(COMPRESSED)}"
-        return ConfigIssue("files of this kind are not read", key=key, value=name, remedy=remedy)
+        hint = f"name {kinds} files, or one of them compressed as {', '.join(COMPRESSED)}"
+        return ConfigIssue("files of this kind are not read", key=key, value=name, hint=hint)
     try:
         size = path.stat().st_size
         with path.open("rb"):
             pass
-    except OSError as fault:
-        return ConfigIssue(f"cannot read the file ({fault.strerror})", key=key, value=name)
+    except OSError as error:
+        return ConfigIssue(f"cannot read the file ({error.strerror})", key=key, value=name)
     return TextFile(path, kind[0], size, bool(kind[1]))

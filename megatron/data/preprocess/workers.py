@@ -70,8 +70,8 @@ class _Worker:
         self._process: BaseProcess = context.Process(target=_serve, args=(other, encoder), daemon=True)
         try:
             self._process.start()
-        except OSError as fault:  # it died before it had read what to do, or could not be started
-            raise RunError.of(f"a worker process cannot be started ({fault})", remedy=_REMEDY) from fault
+        except OSError as error:  # it died before it had read what to do, or could not be started
+            raise RunError.of(f"a worker process cannot be started ({error})", hint=_REMEDY) from error
         other.close()
 
     def __enter__(self) -> _Worker:
@@ -87,13 +87,13 @@ class _Worker:
         try:
             self._pipe.send(block)
             answer = _receive(self._pipe)
-        except (EOFError, OSError) as fault:  # OSError: also in the middle of an answer
+        except (EOFError, OSError) as error:  # OSError: also in the middle of an answer
             self._process.join(5)
             raise RunError.of(
                 f"a worker process died (exit code {self._process.exitcode})",
                 where=f"{block.name}, from byte {block.start}",
-                remedy=_REMEDY,
-            ) from fault
+                hint=_REMEDY,
+            ) from error
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -108,8 +108,8 @@ def _serve(pipe: Connection, encoder: Encoder) -> None:
             block = pipe.recv()
             try:
                 answer: EncodedBlock | BaseException = encoder.encode(block)
-            except Exception as fault:  # noqa: BLE001  the parent raises it
-                answer = fault
+            except Exception as error:  # noqa: BLE001  the parent raises it
+                answer = error
             _send(pipe, answer)
 
 

@@ -132,10 +132,10 @@ def meeting_port(port: int, *, given: bool) -> int:
     """
     try:
         return free_port(port if given else 0)
-    except OSError as fault:
+    except OSError as error:
         raise ConfigError.of(
             "another process listens on this port",
             key="master_port",
             value=port,
-            remedy="name another, or none to get a free one",
-        ) from fault
+            hint="name another, or none to get a free one",
+        ) from error

@@ -52,17 +52,17 @@ class Launch:
         counts = {host: len(slots) for host, slots in self.machines.hosts.items()}
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{host} {count}" for host, count in counts.items())
-            raise self.fault(f"it starts as many ranks on every host, and these have {told}", "even them with num_gpus")
+            raise self.error(f"it starts as many ranks on every host, and these have {told}", "even them with num_gpus")
         return next(iter(counts.values()))
 
     def whole_hosts(self) -> None:
         """Raises ConfigError where single slots were chosen, for launchers that only count."""
         for host, slots in self.machines.hosts.items():
             if slots != tuple(range(len(slots))):
-                raise self.fault(f"it cannot choose the slots {list(slots)} of {host}", "choose hosts, or use pdsh")
+                raise self.error(f"it cannot choose the slots {list(slots)} of {host}", "choose hosts, or use pdsh")
 
-    def fault(self, what: str, remedy: str) -> ConfigError:
-        return ConfigError.of(what, key="launcher", value=self.where.launcher, remedy=remedy)
+    def error(self, what: str, hint: str) -> ConfigError:
+        return ConfigError.of(what, key="launcher", value=self.where.launcher, hint=hint)
 
 
 def multi_host_command(

@@ -35,7 +35,7 @@ class Comet:
                 "there is no key for Comet",
                 key="use_comet",
                 value=observe.use_comet,
-                remedy="run `comet login`, set COMET_API_KEY, or keep the experiment here with COMET_START_ONLINE=0",
+                hint="run `comet login`, set COMET_API_KEY, or keep the experiment here with COMET_START_ONLINE=0",
             )
         directory = Path(observe.log_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)

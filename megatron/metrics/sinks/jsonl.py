@@ -36,7 +36,7 @@ class JsonLines:
         """The sink in the run directory."""
         if observe.log_dir is None:
             raise ConfigError.of(
-                "metrics need a run directory", key="log_dir", value=None, remedy="name a directory for the run's logs"
+                "metrics need a run directory", key="log_dir", value=None, hint="name a directory for the run's logs"
             )
         return cls(Path(observe.log_dir) / FILE_NAME)
 

@@ -30,17 +30,17 @@ class TensorBoard:
         """The sink at `tensorboard_dir`, which must be set."""
         if observe.tensorboard_dir is None:
             raise ConfigError.of(
-                "TensorBoard needs a directory", key="tensorboard_dir", value=None, remedy="name a directory"
+                "TensorBoard needs a directory", key="tensorboard_dir", value=None, hint="name a directory"
             )
         try:
             return cls(observe.tensorboard_dir, start.iteration)
-        except OSError as fault:
+        except OSError as error:
             raise ConfigError.of(
-                f"event files cannot be written there: {fault.strerror or fault}",
+                f"event files cannot be written there: {error.strerror or error}",
                 key="tensorboard_dir",
                 value=observe.tensorboard_dir,
-                remedy="give a folder that this user can make and write to",
-            ) from fault
+                hint="give a folder that this user can make and write to",
+            ) from error
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

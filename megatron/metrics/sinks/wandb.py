@@ -39,7 +39,7 @@ class WeightsAndBiases:
                 f"there is no key for {observe.wandb_host}",
                 key="use_wandb",
                 value=observe.use_wandb,
-                remedy="run `wandb login`, set WANDB_API_KEY, or keep the run here with WANDB_MODE=offline",
+                hint="run `wandb login`, set WANDB_API_KEY, or keep the run here with WANDB_MODE=offline",
             )
         directory = Path(observe.log_dir or ".")
         name = observe.wandb_run_name
@@ -55,13 +55,13 @@ class WeightsAndBiases:
                 config={key: value for key, value in start.settings.items() if value is not None},
                 settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_patience(observe)),
             )
-        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as fault:
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             raise ConfigError.of(
-                f"Weights & Biases refuses the run: {fault}",
+                f"Weights & Biases refuses the run: {error}",
                 key="use_wandb",
                 value=observe.use_wandb,
-                remedy="correct the wandb_* keys, or set WANDB_MODE=offline",
-            ) from fault
+                hint="correct the wandb_* keys, or set WANDB_MODE=offline",
+            ) from error
         return cls(run)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:

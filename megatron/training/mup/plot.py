@@ -31,7 +31,7 @@ def require_matplotlib() -> None:
     """ConfigError where nothing can be drawn."""
     if find_spec("matplotlib") is None:
         raise ConfigError.of(
-            "its picture needs the package matplotlib", key="coord_check", value=True, remedy="pip install 'neox[plot]'"
+            "its picture needs the package matplotlib", key="coord_check", value=True, hint="pip install 'neox[plot]'"
         )
 
 

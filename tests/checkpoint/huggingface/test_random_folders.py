@@ -16,7 +16,7 @@ CLOSE = 1e-5  # of the largest logit, beside an absolute 1e-5
 
 def differing(family: str, seeds: range, folder: Path) -> tuple[list[str], int]:
     """The configurations that are read otherwise, and how many were read."""
-    faults, read = [], 0
+    errors, read = [], 0
     for seed in seeds:
         told = DRAWN[family](random.Random(f"{family} {seed}")) | {"model_type": family}
         expected = write(folder / str(seed), told)
@@ -29,20 +29,20 @@ def differing(family: str, seeds: range, folder: Path) -> tuple[list[str], int]:
         read += 1
         apart = float((found - expected).abs().max())
         if not apart <= CLOSE * max(1.0, float(expected.abs().max())):
-            faults.append(f"{apart:.3g} apart: {told}")
-    return faults, read
+            errors.append(f"{apart:.3g} apart: {told}")
+    return errors, read
 
 
 @pytest.mark.parametrize("family", DRAWN)
 def test_some_are_read_alike_or_refused(family: str, tmp_path: Path) -> None:
-    faults, read = differing(family, range(SOME), tmp_path)
-    assert faults == []
+    errors, read = differing(family, range(SOME), tmp_path)
+    assert errors == []
     assert read >= SOME // 4, "most of them were refused, so little was compared"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", DRAWN)
 def test_many_are_read_alike_or_refused(family: str, tmp_path: Path) -> None:
-    faults, read = differing(family, range(MANY), tmp_path)
-    assert faults == []
+    errors, read = differing(family, range(MANY), tmp_path)
+    assert errors == []
     assert read >= MANY // 4, "most of them were refused, so little was compared"
