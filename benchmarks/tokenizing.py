@@ -87,7 +87,7 @@ print(ready - started, time.perf_counter() - ready, tokens)
 
 
 def machine_text() -> Iterator[str]:
-    """Documentation and sources that lie on this machine, sorted, without the very large ones."""
+    """Documentation and sources that are on this machine, sorted, without the very large ones."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for folder, endings in (
         (Path("/usr/share/doc"), (".txt", ".rst", ".md", "")),

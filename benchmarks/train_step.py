@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--pairs 15]
 
 Steps alternate (ours, theirs, ours, ...), so that a machine whose speed drifts slows both; the figure is the median of
-the ratios of neighbouring steps. What is compared stands in contenders.py.
+the ratios of neighbouring steps. What is compared is in contenders.py.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class SoftPrompt:
 
 
 def low_rank(block: Block | None) -> LowRank | None:
-    """What a `lora` block without faults asks for; None for nothing."""
+    """What a `lora` block without errors asks for; None for nothing."""
     if block is None or not enabled(block):
         return None
     named = targets(block)
@@ -74,7 +74,7 @@ def low_rank(block: Block | None) -> LowRank | None:
 
 
 def soft_prompt(block: Block | None) -> SoftPrompt | None:
-    """What a `soft_prompt_tuning` block without faults asks for; None for nothing."""
+    """What a `soft_prompt_tuning` block without errors asks for; None for nothing."""
     if block is None or not enabled(block):
         return None
     given = {name: block[name] for name in ("num_tokens", "init_string", "init_range") if block.get(name) is not None}

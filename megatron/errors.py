@@ -1,8 +1,8 @@
-"""The two kinds of fault that a user sees, each told with what, where and what to do.
+"""The two kinds of error that a user sees, each told with what, where and what to do.
 
-ConfigError: a mistake in what the user asked for, found before any work that it could waste (exit code 2).
-RunError: a fault met later, such as a damaged checkpoint, a full disk or a NaN loss (exit code 1).
-Both carry one or more `ConfigIssue`s, so that every mistake is reported at once, one a line.
+ConfigError: an error in what the user asked for, found before any work that it could waste (exit code 2).
+RunError: an error met later, such as a damaged checkpoint, a full disk or a NaN loss (exit code 1).
+Both carry one or more `ConfigIssue`s, so that every error is reported at once, one a line.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ UNSET = Unset.UNSET
 class ConfigIssue:
     """One thing that is wrong.
 
-    what: the fault, as a sentence without a full stop. key and value: the configuration key involved and what it
-    held. where: `file:line`, "command line", a path or a rank. remedy: what the user can do about it.
+    what: the error, as a sentence without a full stop. key and value: the configuration key involved and what it
+    held. where: `file:line`, "command line", a path or a rank. hint: what the user can do about it.
     """
 
     what: str
@@ -40,7 +40,7 @@ class ConfigIssue:
     hint: str | None = None
 
     def __str__(self) -> str:
-        """`where: key = value: what; remedy`, leaving out the parts that are not known."""
+        """`where: key = value: what; hint`, leaving out the parts that are not known."""
         subject = self.key
         if subject is not None and self.value is not UNSET:
             subject = f"{subject} = {self.value!r}"
@@ -49,7 +49,7 @@ class ConfigIssue:
 
 
 class NeoxError(Exception):
-    """A bundle of mistakes; the message is one line for each."""
+    """A bundle of errors; the message is one line for each."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class NeoxError(Exception):
         self.issues = issues
 
     def __reduce__(self) -> tuple[type[Self], tuple[ConfigIssue, ...]]:
-        """Pickling keeps the mistakes, which a worker process may have to hand over."""
+        """Pickling keeps the errors, which a worker process may have to hand over."""
         return type(self), self.issues
 
     @classmethod
@@ -71,12 +71,12 @@ class NeoxError(Exception):
         where: str | None = None,
         hint: str | None = None,
     ) -> Self:
-        """The common case of a single mistake."""
+        """The common case of a single error."""
         return cls(ConfigIssue(what, key, value, where, hint))
 
     @classmethod
     def raise_any(cls, issues: Iterable[ConfigIssue]) -> None:
-        """Raises one fault that holds all the mistakes, if there are any."""
+        """Raises one error that holds all the errors, if there are any."""
         found = tuple(issues)
         if found:
             raise cls(*found)

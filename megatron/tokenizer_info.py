@@ -63,7 +63,7 @@ class TokenizerInfo:
 
 
 def facts_of(kind: str, tokenizer: Encodes, *, append_eod: bool = True) -> TokenizerInfo:
-    """The facts of a tokenizer. append_eod: whether its end of document stands behind each document."""
+    """The facts of a tokenizer. append_eod: whether its end of document is behind each document."""
     ids = [int(token) for token in tokenizer.encode(PROBE)]
     fingerprint = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
     return TokenizerInfo(kind, tokenizer.vocab_size, tokenizer.eod if append_eod else None, fingerprint)

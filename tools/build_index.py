@@ -4,7 +4,7 @@
     python tools/build_index.py configs/125M.yml configs/local_setup.yml [--key value ...] [--world-size 256]
 
 Takes the files and flags that train.py takes, and needs no accelerator: what follows from the number of ranks, such as
-a train_batch_size that is not given, follows from --world-size. The maps lie beside the data, where every run with the
+a train_batch_size that is not given, follows from --world-size. The maps are beside the data, where every run with the
 same data, split, seed, sequence length, packing and number of samples finds them.
 """
 

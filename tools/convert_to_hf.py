@@ -3,7 +3,7 @@
 
     python tools/convert_to_hf.py --input-dir checkpoints/my-model --output-dir my-model-hf
 
-The model's family (such as GPT-NeoX, LLaMA or Mixtral) follows from its configuration, which stands in the checkpoint;
+The model's family (such as GPT-NeoX, LLaMA or Mixtral) follows from its configuration, which is in the checkpoint;
 for a checkpoint of another program give its YAML files with --config-file. What the family cannot express is refused,
 naming the key. Any layout is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
 

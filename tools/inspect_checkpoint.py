@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 where something is damaged or different, or 2 for a mistake."""
+    """0, or 1 where something is damaged or different, or 2 for an error."""
     asked = parser().parse_args(arguments)
     if (asked.path is None) == (asked.compare is None):
         print("give one checkpoint, or two with --compare", file=sys.stderr)

@@ -4,7 +4,7 @@
     python tools/plot_metrics.py RUN_DIR_OR_FILE [...] [-o curve.png] [--title TEXT]
 
 Each argument is a run directory or its metrics.jsonl. Train loss is drawn pale, its running mean and the validation
-loss bold. Without -o the picture lies beside the first run's metrics as `metrics.png`. Needs matplotlib, which
+loss bold. Without -o the picture is beside the first run's metrics as `metrics.png`. Needs matplotlib, which
 `pip install neox[plot]` brings.
 """
 
@@ -167,7 +167,7 @@ def human_count(number: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with a line on stderr for each mistake."""
+    """Exit code 0, or 2 with a line on stderr for each error."""
     parser = argparse.ArgumentParser(description="Draw the loss curves of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR_OR_FILE")
     parser.add_argument(

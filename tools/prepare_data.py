@@ -11,7 +11,7 @@ tokenizer `train_text_document.bin` and `.idx`, `valid_text_document.bin` and `.
 The public corpora are fetched into `<data-dir>/<name>/` and tokenised into `<name>_text_document.bin` and `.idx` there,
 an end of document after each document. Without -t they take GPT2BPETokenizer, whose files are fetched into the data
 directory. A transfer that breaks off goes on where it stopped, also in a later run. Every file's SHA-256 is compared
-with the one that is known, and stands in `SHA256SUMS`. What is there already is kept, unless -f is given.
+with the one that is known, and is in `SHA256SUMS`. What is there already is kept, unless -f is given.
 """
 
 from __future__ import annotations

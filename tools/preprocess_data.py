@@ -6,8 +6,8 @@
 
 Reads .jsonl, .txt and .dat files, also as .gz, .bz2, .xz and (with the package zstandard) .zst, tar and zip archives of
 them, and directories. Writes `<output-prefix>_<key>_document.bin` and `.idx` for each key, and `.json` with what is
-known about them; `<output-prefix>_skipped.jsonl` lists lines that gave no document. Exit code 0, 1 for a fault in the
-data or on the way, 2 for a mistake in the command. Flags may be spelt with underscores.
+known about them; `<output-prefix>_skipped.jsonl` lists lines that gave no document. Exit code 0, 1 for an error in the
+data or on the way, 2 for an error in the command. Flags may be spelt with underscores.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 It only calls the commands that a user calls, and prints them, so each line can be copied for one's own data. Stages
 that are done are not done again; an interrupted training goes on from its checkpoint. Nothing is downloaded. Exit code
-0 when every stage ended well, 130 when interrupted, else that of the fault.
+0 when every stage ended well, 130 when interrupted, else that of the error.
 """
 
 from __future__ import annotations

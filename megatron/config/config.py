@@ -174,7 +174,7 @@ WRITTEN = {
 
 
 def unknown_key(name: str, *, value: object = None, where: str | None = None) -> ConfigIssue:
-    """The mistake of a key that does not exist, with the nearest one that does."""
+    """The error of a key that does not exist, with the nearest one that does."""
     if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in FIELDS for inner in value):
         hint = f"write its keys without {name} around them, since keys are not nested"
         return ConfigIssue("there is no such key", key=name, where=where, hint=hint)

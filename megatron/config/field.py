@@ -1,6 +1,6 @@
 """How a section states a key, and what every section shares.
 
-`key(default, doc, unit=..., choices=...)` is a pydantic Field: the documentation, the unit and the choices stand beside
+`key(default, doc, unit=..., choices=...)` is a pydantic Field: the documentation, the unit and the choices are beside
 the default and feed the key reference, the JSON Schema and the error messages. `Section` is a frozen model that
 refuses unknown names and values of a wrong type.
 """

@@ -23,7 +23,7 @@ NUMBER = re.compile(r"^-[0-9.]")
 
 @dataclass(frozen=True)
 class Flags:
-    """values: key -> value. rest: the arguments that are no flag of a key, in their order. mistakes: of spelling."""
+    """values: key -> value. rest: the arguments that are no flag of a key, in their order. errors: of spelling."""
 
     values: dict[str, Any]
     rest: list[str]
@@ -34,7 +34,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
     """Takes the flags that name a configuration key out of the arguments.
 
     others: long flags of the caller's own, such as "--dry-run", left in `rest`; any other long flag that names no
-    key is a mistake, as is a key given twice. Short flags and plain arguments are left in `rest`.
+    key is an error, as is a key given twice. Short flags and plain arguments are left in `rest`.
     """
     own = {normal_name(name.lstrip("-")) for name in others}
     values: dict[str, Any] = {}

@@ -84,7 +84,7 @@ REFUSED = {
     "use_flash_attn": "write attention_config: [[[flash], all]]",
     "zero_optimization_stage": "write zero_optimization: {stage: 1}",
 }
-"""The remedy names today's spelling."""
+"""The hint names today's spelling."""
 
 
 SPARSITY: dict[object, tuple[str, ...]] = {
@@ -140,7 +140,7 @@ def _older_precision(
 
 
 def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
-    """Today's keys, the mistakes of keys that have no meaning any more, and a warning for each that has no effect."""
+    """Today's keys, the errors of keys that have no meaning any more, and a warning for each that has no effect."""
     modern: dict[str, SourcedValue] = {}
     values, issues, warnings = _older_precision(values)
     for name, given in values.items():

@@ -52,8 +52,8 @@ def resolve(
     """Reads files and flags and returns the one configuration that they mean.
 
     files: YAML or JSON, in any order. flags: key -> value; they win over files. resources: what the machine offers,
-    or a function that finds it out from the launch section (hostfile, num_gpus, ...). mistakes: what was already
-    found wrong, with the command line. Raises ConfigError with every mistake that can be told: those of spelling and
+    or a function that finds it out from the launch section (hostfile, num_gpus, ...). errors: what was already
+    found wrong, with the command line. Raises ConfigError with every error that can be told: those of spelling and
     type, and what arithmetic and rules say of the values that are good.
     """
     read = _read(files, flags, issues)
@@ -115,7 +115,7 @@ def _read(
 
 
 def _typed(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
-    """The configuration of those values that have their key's type, and the mistakes of the others."""
+    """The configuration of those values that have their key's type, and the errors of the others."""
     try:
         return Config.from_flat(values), []
     except ConfigError as error:
@@ -154,7 +154,7 @@ def _left_to_autotuner(given: Mapping[str, SourcedValue]) -> set[str]:
 def _in_order(
     issues: Sequence[ConfigIssue], files: Sequence[str | os.PathLike[str]], given: Mapping[str, SourcedValue]
 ) -> list[ConfigIssue]:
-    """The mistakes with the places where their keys were given, from the first file's first line to no place."""
+    """The errors with the places where their keys were given, from the first file's first line to no place."""
     names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
     def place(issue: ConfigIssue) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def _in_order(
 
 
 def _placed(issues: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
-    """The mistakes with the place where the key was given."""
+    """The errors with the place where the key was given."""
     placed = []
     for issue in issues:
         source = given.get(issue.key or "")

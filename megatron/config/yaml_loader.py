@@ -1,7 +1,7 @@
 """Files and command line -> one flat mapping, in which each value knows where it stands.
 
 Any number of YAML or JSON files, in any order: no file overrides another. A key is the same key with dashes or
-underscores, and giving it twice is a mistake that names both places, in one file or in two. The command line wins
+underscores, and giving it twice is an error that names both places, in one file or in two. The command line wins
 over files. JSON is read by the YAML reader as well, so trailing commas are allowed in it, and comments (`#`, `//`,
 `/* */`) are taken out. Numbers such as 2e-5, text in YAML 1.1, are numbers here.
 """
@@ -63,8 +63,8 @@ class SourcedValue:
 class Merged:
     """What all sources together say. texts: the source of each file by name, kept for the run's record.
 
-    doubtful: the mistakes of keys that were given two different values. unreadable: some file could not be read, so a
-    key that stands nowhere else may stand there.
+    doubtful: the errors of keys that were given two different values. unreadable: some file could not be read, so a
+    key that stands nowhere else may be there.
     """
 
     values: dict[str, SourcedValue] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def read_value(text: str) -> Any:
 
 
 def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> Merged:
-    """Reads every file, then the flags. Mistakes are collected, not raised."""
+    """Reads every file, then the flags. Errors are collected, not raised."""
     merged = Merged()
     seen: set[Path] = set()
     for name in files:
@@ -155,7 +155,7 @@ def _read_file(path: Path, merged: Merged) -> None:
 
 
 _JSON_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|/\*.*?\*/|//[^\n]*|#[^\n]*|\t', re.DOTALL)
-"""Strings, which stay as they are, and what stands outside of them and is no JSON: comments and tabs."""
+"""Strings, which stay as they are, and what is outside of them and is no JSON: comments and tabs."""
 
 
 def _plain_json(text: str) -> str:

@@ -78,7 +78,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         names = [_name(folder, depth) for folder in found]
         if len(set(names)) == len(found):
             return [Run(name, folder) for name, folder in zip(names, found, strict=True)]
-    return [Run(str(folder), folder) for folder in found]  # one lies in the other's logs/
+    return [Run(str(folder), folder) for folder in found]  # one is in the other's logs/
 
 
 def snapshot(runs: Sequence[Run]) -> dict[str, Any]:

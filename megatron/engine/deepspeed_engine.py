@@ -155,7 +155,7 @@ class PlainEngine:
 
 
 def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, Parameter]:
-    """Key -> parameter of a module whose layers stand under `sequential.<layer>.`."""
+    """Key -> parameter of a module whose layers are under `sequential.<layer>.`."""
     return {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
 
 

@@ -2,7 +2,7 @@
 
 Only this file and tasks.py import lm_eval. Source: lm-eval 0.4.13, lm_eval/api/model.py for what each method promises,
 and lm_eval/models/huggingface.py for how contexts are read, cut and parted, so that scores agree with its own `hf`
-model: special tokens that a context spells are their ids, the tokenizer's own begin token stands before it, and
+model: special tokens that a context spells are their ids, the tokenizer's own begin token is before it, and
 `prefix_token_id` before a text without context and before a rolling one.
 """
 
@@ -77,7 +77,7 @@ class HarnessModel(LM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context, and before a rolling one."""
+        """The token that is before a text without context, and before a rolling one."""
         return self._text_tokenizer.begin
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -97,7 +97,7 @@ def word_perplexity(text: str, tokenizer: Tokenizer, scorer: Scorer, *, max_leng
 
 
 def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
-    """For each text, what stands before its last word, and that word with the blank before it.
+    """For each text, what is before its last word, and that word with the blank before it.
 
     Raises ConfigError for a text of one word.
     """

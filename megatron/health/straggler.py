@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 FILE_NAME = "ranks.jsonl"
-LARGEST = 16 << 20  # [bytes] of that file; what is older stands in ranks.old.jsonl, and what is older yet is gone
+LARGEST = 16 << 20  # [bytes] of that file; what is older is in ranks.old.jsonl, and what is older yet is gone
 RATIO = 1.25  # times as slow as the median: from here on a rank holds the others up
 REPORTS, ENOUGH = 5, 4  # it is told when that was so in 4 of 5 reports
 SHARE = 0.002  # of a run's time that products may take

@@ -1,7 +1,7 @@
 """The log-probability that a model gives each token of a data set, as a data set of the same shape.
 
 For every item of `<path>` the file `<path>_<model name>.bin/.idx` holds as many float32 numbers: the first is 0, since
-nothing stands before the first token, and number i is the log-probability [nats] of token i after the tokens before it.
+nothing is before the first token, and number i is the log-probability [nats] of token i after the tokens before it.
 An item longer than the model's context is scored in windows. A data set whose .idx is there already is left alone, so
 that an interrupted run goes on where it was.
 """

@@ -5,8 +5,8 @@ order, divided by the temperature (0 leaves them as they are), and tokens are le
 likeliest, not in the smallest set of likeliest tokens whose probability exceeds top_p (nucleus sampling, Holtzman et
 al. 2020, arXiv:1904.09751), or less likely than min_p times the likeliest (arXiv:2407.01082). A repetition penalty
 divides positive scores of tokens already seen, and multiplies negative ones (Keskar et al. 2019, arXiv:1909.05858).
-Behind it OpenAI's own: the frequency penalty is taken off once for each time that a token stands in the new text, the
-presence penalty once for a token that stands there at all, and a bias is added to the scores of given tokens.
+Behind it OpenAI's own: the frequency penalty is taken off once for each time that a token is in the new text, the
+presence penalty once for a token that is there at all, and a bias is added to the scores of given tokens.
 
 A temperature below `COLD` is greedy: the division would leave the numbers of fp32. Where scores are no numbers (NaN, or
 infinite), no token is chosen and NO_TOKEN stands for it, so that only the text in question suffers.

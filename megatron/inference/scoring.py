@@ -50,7 +50,7 @@ def windows(
 ) -> Iterator[Pair]:
     """Cuts a long text into pairs that fit a model, each token scored exactly once, and as much context as fits.
 
-    context: what stands before the text, at least one token. max_length: the most tokens that the model reads at once.
+    context: what is before the text, at least one token. max_length: the most tokens that the model reads at once.
     stride [tokens]: how many each window after the first scores at most; a small one gives each token a longer context
     and costs more. The default, max_length, is the rolling log-likelihood of the Language Model Evaluation Harness.
     """

@@ -42,7 +42,7 @@ AUTOTUNING = ("tune", "run")
 class Request:
     """What one command line asks for. arguments: the command line itself, for the record.
 
-    mistakes: what is wrong with its flags, told together with what is wrong in the files.
+    errors: what is wrong with its flags, told together with what is wrong in the files.
     """
 
     script: Path

@@ -273,6 +273,6 @@ def core_count() -> int:
 
 
 def local_names() -> frozenset[str]:
-    """Names under which this host may stand in a hostfile."""
+    """Names under which this host may be in a hostfile."""
     name = socket.gethostname()
     return frozenset({LOCAL, "127.0.0.1", "::1", name, name.partition(".")[0]})

@@ -16,7 +16,7 @@ DeepSpeed's launcher starts one of these per rank. It exists for what that launc
 On other hosts the socket is a TCP connection, and rank 0's output goes the way that the launcher there carries it.
 The socket speaks JSON lines. Up: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. Down: one byte with the
 terminal's descriptors (rank 0), then {"signal"}. Where no connection is possible all the rest works.
-Little is imported: this stands in front of every start.
+Little is imported: this is in front of every start.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Record:
         self._partial = {}
 
     def _keep(self, line: bytes) -> None:
-        """One line as it stood at last: a live line rewrites itself after carriage returns."""
+        """One line as it was at last: a live line rewrites itself after carriage returns."""
         plain = ESCAPES.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
         self.tail.append(plain.decode(errors="replace"))
         if self._log is not None:

@@ -2,7 +2,7 @@
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set by DeepSpeed's launcher, torchrun and Kubernetes'
 operators. Slurm, the MPIs, jsrun and Flux have names of their own, and most of them tell nobody where rank 0 is.
-Only the standard library is imported: this stands in front of every start.
+Only the standard library is imported: this is in front of every start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALIASES: Mapping[str, tuple[str, str, str]] = {
 }
 """Who starts processes -> what it calls the rank, the number of ranks and the rank on a host.
 
-The MPIs stand before the schedulers under which they may run, whose numbers are then those of their helpers.
+The MPIs are before the schedulers under which they may run, whose numbers are then those of their helpers.
 """
 
 SINGLE_HOST_VARS = {

@@ -21,7 +21,7 @@ class Resolved:
 
 
 def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolved:
-    """Finds the machines and resolves the configuration for them. Raises ConfigError with every mistake."""
+    """Finds the machines and resolves the configuration for them. Raises ConfigError with every error."""
     found: list[Hosts] = []
 
     def resources(launch: LaunchSection) -> Resources:

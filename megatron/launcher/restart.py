@@ -1,6 +1,6 @@
 """Starting a failed run again: from its newest checkpoint, on the hosts that still answer.
 
-The global batch stays what it was: fewer ranks accumulate more micro-batches. A mistake of the user's and a stop that
+The global batch stays what it was: fewer ranks accumulate more micro-batches. An error of the user's and a stop that
 was asked for are not failures.
 """
 

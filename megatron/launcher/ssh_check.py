@@ -21,7 +21,7 @@ INSTALLED_BY = {"pdsh": "apt install pdsh", "slurm": "apt install slurm-client",
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said. fault: why it cannot be used, None where it can. address: its first one, None if unknown."""
+    """What a host said. error: why it cannot be used, None where it can. address: its first one, None if unknown."""
 
     host: str
     error: str | None = None

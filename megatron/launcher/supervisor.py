@@ -266,7 +266,7 @@ class Supervisor:
                 self._kill_at = time.monotonic()  # no worker runs yet, so there is nothing to save
                 return
             again = "; once more ends them without saving" if number == signal.SIGINT else ""
-            below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 stands there
+            below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 is there
             _say(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
             for each in self._ranks.values():
                 self._send(each, self._stop)
@@ -326,7 +326,7 @@ def _say(text: str) -> None:
 def tell(outcome: Outcome) -> None:
     """Prints what went wrong, the failing rank's last lines first."""
     if outcome.code == 0 or (outcome.code == MISTAKE and outcome.failed == 0):
-        return  # nothing did, or the user's mistake, which rank 0 has just told
+        return  # nothing did, or the user's error, which rank 0 has just told
     if outcome.stopped_by is not None and outcome.code == shell_code(-outcome.stopped_by):
         _say(f"ended by {outcome.stopped_by.name} without saving")
     elif outcome.failed is None:

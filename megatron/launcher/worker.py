@@ -83,8 +83,8 @@ class StopSignal:
 def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
     """Calls main with the configuration that the arguments lead to, and returns the exit code of the process.
 
-    A ConfigError becomes 2 and a RunError 1, told in one line a mistake; an interruption 130. Any other exception is a
-    fault of the program: its traceback is printed, and the code is 1.
+    A ConfigError becomes 2 and a RunError 1, told in one line an error; an interruption 130. Any other exception is a
+    error of the program: its traceback is printed, and the code is 1.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:

@@ -45,7 +45,7 @@ class Console:
         self.live = is_live(self._stream, os.environ) if live is None else live
         self._clock = clock
         self._hosts = hosts
-        self._line = ""  # what stands on the live line now
+        self._line = ""  # what is on the live line now
         self._metrics: Mapping[str, float] = {}
         self._total = 0
         self._iteration_time: float | None = None
@@ -124,7 +124,7 @@ def training_line(
     """`iteration 120/3,000 | loss 4.1234 | 12,345 tokens/s | MFU 41.2 % | 3m 20s left | lr 3.00e-04 | grad norm 1.02`.
 
     On several ranks the slowest follows, with its host and its time over that of the median one.
-    Parts whose metric is missing are left out. What matters most stands first, since a narrow terminal cuts the end.
+    Parts whose metric is missing are left out. What matters most is first, since a narrow terminal cuts the end.
     """
     parts = [f"iteration {iteration:,}/{total_iterations:,}"]
     formats: tuple[tuple[str, Callable[[float], str]], ...] = (

@@ -17,7 +17,7 @@ import torch
 from megatron.kernels.cpu_features import widens
 from megatron.kernels.linear import choose_linear
 
-# (part of the device's name, dense TFLOP/s); the first match wins, so that longer names stand before shorter ones.
+# (part of the device's name, dense TFLOP/s); the first match wins, so that longer names are before shorter ones.
 # Sources: the makers' data sheets; for GeForce cards the architecture whitepapers, with fp32 accumulation.
 DENSE_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2500.0),

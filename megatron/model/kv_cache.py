@@ -1,7 +1,7 @@
 """The cache of generation: memory taken once, filled position by position.
 
 Every row of a batch is a text of its own length. New positions of a row are stored behind the ones it has, so texts of
-different lengths grow side by side without padding between their tokens. What lies behind a row's length is left over
+different lengths grow side by side without padding between their tokens. What is behind a row's length is left over
 from padded prompts or from earlier texts; no query may see it.
 
 Blocks without attention keep a state of a fixed size for each row instead, which every position changes. So they must
@@ -183,7 +183,7 @@ class KVCache:
         self._place = None
 
     def clear(self, row: int) -> None:
-        """Forgets a row's numbers too: a mask gives what lies behind a text no weight, but 0 times NaN is NaN."""
+        """Forgets a row's numbers too: a mask gives what is behind a text no weight, but 0 times NaN is NaN."""
         self.memory[:, :, row] = 0
         for state in self._states.values():
             state[row] = 0

@@ -221,7 +221,7 @@ def _updates(asked: LowRank | None, random: TensorParallelRNG) -> dict[str, Upda
 
 
 def _block(kind: str) -> type[Block]:
-    """The class of a block: that of the kind where it is a whole block, else one that the kind stands in."""
+    """The class of a block: that of the kind where it is a whole block, else one that the kind is in."""
     if ATTENTION.entry(kind).traits & WHOLE_BLOCK:
         block: type[Block] = ATTENTION.load(kind)
         return block

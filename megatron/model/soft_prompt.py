@@ -1,4 +1,4 @@
-"""A learned prompt: vectors that stand before every text (arXiv:2104.08691, section 2).
+"""A learned prompt: vectors that are before every text (arXiv:2104.08691, section 2).
 
 The tokens of a sequence begin with a place for each vector; what is looked up there is replaced. So a prompt takes
 positions 0, 1, ... and everything behind the embedding sees a sequence of the usual length.

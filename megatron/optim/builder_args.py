@@ -23,7 +23,7 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Request:
-    """lr: the peak rate. topology: where the shards of a tensor are. settings: what stands under optimizer.params.
+    """lr: the peak rate. topology: where the shards of a tensor are. settings: what is under optimizer.params.
 
     pieces: DeepSpeed hands the optimizer flat pieces of the parameters (ZeRO), and not the parameters themselves.
     """

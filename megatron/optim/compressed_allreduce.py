@@ -37,7 +37,7 @@ class CommBytes:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's magnitudes and signs lie in the buffers. rows, columns: of the shard; chunk [elements]."""
+    """Where a tensor's magnitudes and signs are in the buffers. rows, columns: of the shard; chunk [elements]."""
 
     parameter: Parameter
     rows: int

@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions from a place in the run to a rate.
 
-Places count steps, or samples where the run's length is given in samples. The first update stands at place 1 (or at its
+Places count steps, or samples where the run's length is given in samples. The first update is at place 1 (or at its
 number of samples), so that its rate is above zero. During warm-up the rate rises linearly and reaches the peak at
 place `warmup`; after it a decay runs to `horizon`, and past the horizon the rate stays at its last value: it never
 rises again. A function's name is the value of the key `lr_decay_style`.

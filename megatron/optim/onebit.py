@@ -91,7 +91,7 @@ class OnebitAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update from the gradients that stand in the parameters."""
+        """One update from the gradients that are in the parameters."""
         assert closure is None, "nobody computes gradients in here"
         if self.compressing:
             self._compressed_step()

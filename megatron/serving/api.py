@@ -18,7 +18,7 @@ from megatron.serving.status_endpoints import add_observation
 
 
 def build_app(desk: ApiContext) -> FastAPI:
-    """The application. Interactive documentation stands at /docs, the description at /openapi.json."""
+    """The application. Interactive documentation is at /docs, the description at /openapi.json."""
     app = FastAPI(title="NeoX text generation", version="1", responses=ERRORS, redoc_url=None)
     app.add_middleware(BodyLimit, most=MOST_BYTES)
     add_handlers(app)

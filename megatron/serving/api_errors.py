@@ -32,7 +32,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 _HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-_MOST_TOLD = 5  # mistakes in one message
+_MOST_TOLD = 5  # errors in one message
 
 
 class Refused(Exception):

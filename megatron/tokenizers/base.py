@@ -3,7 +3,7 @@
 A tokenizer is a value: it is built from files, never changes, and can be pickled, so that it travels to worker
 processes. The promises, which one conformance test checks for every registered kind:
 
-- Every id that `encode` gives lies in [0, vocab_size).
+- Every id that `encode` gives is in [0, vocab_size).
 - `decode(encode(text)) == text` for every text, unless the tokenizer's own file asks for a normalisation that loses
   something (`lossless` says which).
 - No text encodes to `eod` or to another special token: text that spells `<|endoftext|>` is ordinary text. Documents
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
     vocab_size: how many ids there are [tokens], before any padding. eod: the id that ends a document.
     lossless: whether decoding gives every text back unchanged. engine: what `encode_arrays` runs on, for people.
-    begin: the id that stands before
+    begin: the id that is before
     a text that has nothing before it: a begin token where the tokenizer names one, else `eod`.
     special_tokens: the text of every special token that has one, and its id. prefix_ids: the ids that the tokenizer
     itself puts before a text that a model reads, such as LLaMA's `<s>`; empty for most.

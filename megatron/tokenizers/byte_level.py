@@ -7,7 +7,7 @@ always leaves exactly a and b, the two rules never differ: as long as the ends o
 inside does not depend on what is around, so whichever two neighbours spell t, they are a and b. `unequal_merge` checks
 that for every merge; a vocabulary that a BPE trainer made passes, one that was put together by hand may not. Some files
 (those of Llama 3, and what was converted from tiktoken) list every pair that spells a token, one after another: one of
-them must be the pair that is left; the others never stand beside one another when their turn comes, nor later.
+them must be the pair that is left; the others never are beside one another when their turn comes, nor later.
 
 The patterns are a known few. What they mean is checked on a probe text, which holds every 61st character of Unicode;
 the tests compare every character. Where anything is unknown the fast path is not taken, and `engine` says why.

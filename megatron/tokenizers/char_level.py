@@ -1,6 +1,6 @@
 """CharLevelTokenizer: one token a UTF-8 byte, so that it needs no file and knows every text.
 
-There are 512 ids, the size that public checkpoints of this kind have. Id 0 ends a document; a NUL byte that stands in
+There are 512 ids, the size that public checkpoints of this kind have. Id 0 ends a document; a NUL byte that is in
 a text is written as id 256, so that no text can end a document. Bytes 1 to 255 are their own ids; 257 to 511 are
 unused.
 """

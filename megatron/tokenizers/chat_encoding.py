@@ -1,7 +1,7 @@
 """Conversations as tokens, by a model's chat template, with what one role wrote marked.
 
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
-other, where a turn lies in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
+other, where a turn is in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
 role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
 its reasoning too. What tools answer is nobody's but the tools'.
 
@@ -116,7 +116,7 @@ class _Rendering:
         self._template, self._turns, self._variables = template, turns, variables
 
     def marked(self, role: str, only_last: bool) -> tuple[str, Spans]:
-        """The rendered text, and where the marked turns lie in it [characters]."""
+        """The rendered text, and where the marked turns are in it [characters]."""
         turns = self._turns
         wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
         if only_last:
@@ -132,14 +132,14 @@ class _Rendering:
         return self._template.render(turns, add_generation_prompt=opens, **self._variables)
 
     def _span(self, number: int, whole: str) -> tuple[int, int]:
-        """Where one turn lies in the rendered text [characters]."""
+        """Where one turn is in the rendered text [characters]."""
         turns = self._turns
         closed = whole if number == len(turns) - 1 else self._text(turns[: number + 1])
         differs = _common(closed, self._with_other_words(number, turns[: number + 1]))
         opened = differs
         if number and turns[number]["role"] == ASSISTANT:
             opened = self._prompted(turns[:number], closed) or opened
-        # What stands before the turn may have moved or changed, as where tools are told of before the last question.
+        # What is before the turn may have moved or changed, as where tools are told of before the last question.
         moved = 0 if whole.startswith(closed) else _common(whole, self._with_other_words(number, turns)) - differs
         first = min(opened, differs)
         if first + moved < 0 or not whole.startswith(closed[first:], first + moved):

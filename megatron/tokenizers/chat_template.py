@@ -174,7 +174,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The tag `generation`: what stands inside is rendered as it is."""
+    """The tag `generation`: what is inside is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012  the library declares it so
 
@@ -269,7 +269,7 @@ def _to_be_continued(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _until_the_mark(text: str) -> str:
-    """The text before the mark; where the template strips a message, what stands before it is stripped as well."""
+    """The text before the mark; where the template strips a message, what is before it is stripped as well."""
     before, mark, after = text.rpartition(_GOES_ON.strip())
     if not mark:
         raise TemplateRefusal("the template leaves out the end of the last message, which cannot be gone on with")

@@ -139,7 +139,7 @@ def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
 
 
 def _write_whole(folder: Path, vocabulary: Path, merges: Path) -> None:
-    """tokenizer.json of GPT-2's two files and what stands beside them. Nothing where they are damaged."""
+    """tokenizer.json of GPT-2's two files and what is beside them. Nothing where they are damaged."""
     config, named = _json(folder / CONFIG), named_tokens(folder)
     try:
         texts = [path.read_text(encoding="utf-8") for path in (vocabulary, merges)]
@@ -176,7 +176,7 @@ def _write_whole_of_model(folder: Path, model: Path) -> None:
 
 
 def _save(folder: Path, made: FastTokenizer, begin: str | None) -> None:
-    """Writes the tokenizer.json. begin: stands before a text where tokenizer_config.json asks for it."""
+    """Writes the tokenizer.json. begin: is before a text where tokenizer_config.json asks for it."""
     number = None if begin is None else made.token_to_id(begin)
     if _json(folder / CONFIG).get("add_bos_token") and number is not None:
         made.post_processor = processors.TemplateProcessing(

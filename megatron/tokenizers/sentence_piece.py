@@ -24,7 +24,7 @@ from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, bytes_
 from megatron.tokenizers.tokenizer_config import Beside, read_beside
 
 # The fields of normalizer_spec, itself field 3 of the model's protocol buffer. What is appended to a model of this form
-# overrides what stands before it.
+# overrides what is before it.
 _NO_CHARACTER_MAP, _NO_DUMMY_PREFIX, _KEEP_BLANKS = b"\x12\x00", b"\x18\x00", b"\x20\x00"
 
 
@@ -84,7 +84,7 @@ class SPMTokenizer:
         return found
 
     def _reader(self, text: str, follows: bool) -> sentencepiece.SentencePieceProcessor:
-        """The model for a stretch of text that a model reads. follows: whether a special token stands before it."""
+        """The model for a stretch of text that a model reads. follows: whether a special token is before it."""
         blank = self._beside.blank
         if blank is None:
             return self._following if follows else self._model

@@ -45,7 +45,7 @@ class Beside:
 
 
 def read_beside(file: str | Path | None) -> Beside:
-    """What stands beside a tokenizer's file, or in a tokenizer_config.json; nothing where there is none."""
+    """What is beside a tokenizer's file, or in a tokenizer_config.json; nothing where there is none."""
     found = read_settings(file)
     return Beside(
         special=tuple(dict.fromkeys(_special(found))),

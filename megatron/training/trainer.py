@@ -66,7 +66,7 @@ _log = get_logger(__name__)
 def train(config: Config, stop: Stop) -> None:
     """Trains as the configuration says. Collective: every worker calls it with the same configuration.
 
-    Raises ConfigError for mistakes that only show here (missing data, nothing to load), RunError for later faults.
+    Raises ConfigError for errors that only show here (missing data, nothing to load), RunError for later errors.
     """
     topology = join(config)
     config = _alike_after_a_restart(config)

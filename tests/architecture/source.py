@@ -44,7 +44,7 @@ class Source:
         return not self.path.startswith("tests/")
 
     def within(self, *places: str) -> bool:
-        """Whether the file is one of the places or lies in one: "megatron/config/", "megatron/engine/builder.py"."""
+        """Whether the file is one of the places or is in one: "megatron/config/", "megatron/engine/builder.py"."""
         return any(self.path == place or (place.endswith("/") and self.path.startswith(place)) for place in places)
 
     def complaint(self, node: ast.AST, what: str) -> str:

@@ -95,7 +95,7 @@ def floor_complaints(sources: Sequence[Source]) -> list[str]:
 def door_complaints(sources: Sequence[Source]) -> list[str]:
     """Doors that import one another, and rooms that import doors: a door only hands on to a room.
 
-    What several tools share may stand in a file beside them, and so for benchmarks.
+    What several tools share may be in a file beside them, and so for benchmarks.
     """
     doors = {source.module for source in sources if source.is_door}
     found = []

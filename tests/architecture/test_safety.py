@@ -1,4 +1,4 @@
-"""Laws of care: files that could run code are not loaded, faults are not swallowed, users are not met with asserts."""
+"""Laws of care: files that could run code are not loaded, errors are not swallowed, users are not met with asserts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be trained beside a frozen model is refused, each fault in its own words."""
+"""What cannot be trained beside a frozen model is refused, each error in its own words."""
 
 from typing import Any
 

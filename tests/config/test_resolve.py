@@ -1,4 +1,4 @@
-"""Files and flags become one Config, or every mistake at once."""
+"""Files and flags become one Config, or every error at once."""
 
 import json
 import subprocess

@@ -102,7 +102,7 @@ def test_documents_of_a_dat_before_damage_are_kept(tmp_path, suffix):
 
 
 def test_a_last_line_without_its_end_is_kept_before_junk_and_not_where_it_was_cut(tmp_path):
-    """The compressed file is whole; what stands behind it is not. A line that was cut is no JSON object."""
+    """The compressed file is whole; what is behind it is not. A line that was cut is no JSON object."""
     text = b'{"text": "a"}\n{"text": "b"}'
     for name, content, kept in (
         ("junk.jsonl.gz", gzip.compress(text) + b"junk", text),

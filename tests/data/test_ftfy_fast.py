@@ -1,4 +1,4 @@
-"""Mending Unicode gives what ftfy gives, and costs little where there is nothing to mend.
+"""Mending Unicode gives what ftfy gives, and costs little where there is nothing to fix.
 
 A step of ftfy that the quick searches do not know would break the first tests, a clean line sent to ftfy the last one.
 """

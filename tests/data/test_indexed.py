@@ -225,7 +225,7 @@ def damaged(content, data):
 @settings(max_examples=500, deadline=None)
 @given(legacy=st.booleans(), part=st.sampled_from([".idx", ".bin"]), data=st.data())
 def test_no_damage_crashes_the_reader(tmp_path_factory, legacy, part, data):
-    """A fault in words, or a data set all of whose documents can be read."""
+    """An error in words, or a data set all of whose documents can be read."""
     folder = tmp_path_factory.mktemp("data")
     prefix = write_legacy(folder / "p") if legacy else write(folder / "p")
     path = prefix.with_suffix(part)

@@ -192,7 +192,7 @@ def test_damage_in_an_archive_of_lengths(tmp_path, held, told):
     data=st.data(),
 )
 def test_no_damage_crashes_the_reader(tmp_path_factory, name, data):
-    """Bytes changed, cut or put in anywhere: documents or a told fault come of it, nothing else."""
+    """Bytes changed, cut or put in anywhere: documents or a told error come of it, nothing else."""
     suffix = name.removeprefix("x.jsonl")
     lines = LINES[:600]
     whole = {"x.tar": tar(MEMBERS), "x.zip": zipped(MEMBERS), "x.dat": b"0000000000000004abcd" * 3}.get(name)

@@ -153,7 +153,7 @@ def test_parts_can_be_left_out_on_either_side(dataset: str, tmp_path: Path, capf
 
 
 def test_stopping_by_number_and_by_time(dataset: str, tmp_path: Path) -> None:
-    """exit_interval and exit_duration save at the step that they stop after, and the run is over without a fault."""
+    """exit_interval and exit_duration save at the step that they stop after, and the run is over without an error."""
     for name, value, last in (("exit_interval", 6, 6), ("exit_duration", 1e-9, 1)):
         save = tmp_path / name
         run(1, tmp_path, data_path=dataset, save=str(save), checkpoint_factor=100, **{name: value})

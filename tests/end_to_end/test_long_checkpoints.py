@@ -166,7 +166,7 @@ exit $code
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(background: bool, dataset: str, tmp_path: Path) -> None:
-    """A real file system of a few megabytes, in a mount namespace of its own; what lies on it is looked at after."""
+    """A real file system of a few megabytes, in a mount namespace of its own; what is on it is looked at after."""
     settings = {"data_path": dataset, "save": "disk", "load": "disk", "checkpoint_factor": 2, "log_dir": "logs"}
     settings |= {"checkpoint_async": background}
     (tmp_path / "disk").mkdir()

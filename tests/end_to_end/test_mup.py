@@ -180,7 +180,7 @@ EXPORTED = {
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_transformers_says_the_same(name: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """The factors stand in the weights: of tables, queries, router, output layer, or the final norm of a tied model."""
+    """The factors are in the weights: of tables, queries, router, output layer, or the final norm of a tied model."""
     folder, expected = saved
     export(open_model(folder / name), tmp_path / "theirs", family_name=EXPORTED[name])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()

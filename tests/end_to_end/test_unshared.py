@@ -47,7 +47,7 @@ def hosts(whole: tuple[Path, list[float]], tmp_path: Path) -> Path:
 
 
 def on_host(rank: int, world_size: int, root: Path, settings: dict[str, Any]) -> str:
-    """A worker on a host of its own; returns the mistake that ended it, if one did."""
+    """A worker on a host of its own; returns the error that ended it, if one did."""
     os.environ |= {"SLURMD_NODENAME": f"host{rank}", "LOCAL_RANK": "0"}
     os.chdir(root / f"host{rank}")
     try:

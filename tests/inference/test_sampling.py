@@ -53,7 +53,7 @@ def test_the_distribution_is_the_defined_one(case):
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_nucleus_of_a_large_vocabulary_is_the_defined_one(spread, top_p, ties):
-    """Whether few tokens hold it or thousands, and where equally likely ones stand at its border."""
+    """Whether few tokens hold it or thousands, and where equally likely ones are at its border."""
     logits = numpy.random.default_rng(8).normal(scale=spread, size=6000).astype(numpy.float32).astype(float)
     if ties:
         logits = numpy.round(logits / spread) * spread

@@ -29,7 +29,7 @@ def compiled():
 @pytest.mark.parametrize("count", [1, 15, 16, 100, 333])
 def test_it_is_the_formula(dtype, heads, shared, size, turned, count):
     torch.manual_seed(count)
-    # Layers, keys and values, rows: as in a cache. What lies behind a row's end may be anything, NaN too.
+    # Layers, keys and values, rows: as in a cache. What is behind a row's end may be anything, NaN too.
     memory = torch.full((5, 2, 3, shared, count + 7, size), float("nan")).to(dtype)
     ends = torch.tensor([count, max(1, count // 2), 1])
     for row, end in enumerate(ends.tolist()):

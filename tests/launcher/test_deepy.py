@@ -167,7 +167,7 @@ def test_more_ranks_than_the_machine_carries_are_planned_but_not_launched(run: R
 
 
 def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever job's variables stand in the environment."""
+    """Whatever job's variables are in the environment."""
     for name, text in {"MASTER_ADDR": "nohost", "RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, text)
     (tmp_path / "work.py").write_text(

@@ -16,7 +16,7 @@ from megatron.launcher.preflight import CPU_OP, check, missing_for_build, op_fol
 
 @pytest.fixture
 def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreter that stands alone in its folder, so that PATH decides what is there."""
+    """An interpreter that is alone in its folder, so that PATH decides what is there."""
     monkeypatch.setattr(preflight.sys, "executable", str(tmp_path / "elsewhere/python"))
 
 

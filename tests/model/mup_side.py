@@ -1,6 +1,6 @@
 """A small GPT written with the authors' package `mup` (arXiv:2203.03466), as an independent reference.
 
-Its parameters have the names of ours, `<layer>.<name>`, with dots as slashes. Queries, keys and values stand in the
+Its parameters have the names of ours, `<layer>.<name>`, with dots as slashes. Queries, keys and values are in the
 rows of one matrix head by head, as ours do.
 """
 

@@ -303,7 +303,7 @@ def test_cached_is_uncached(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_distances_start_again_with_attention(kind: str) -> None:
-    """What stands before a document changes nothing in it; the state of a document starts from nothing."""
+    """What is before a document changes nothing in it; the state of a document starts from nothing."""
     model = build(kind, reset=True)
     disturb(model)
     starts, ids, other = documents(), tokens(), tokens()

@@ -17,7 +17,7 @@ PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "unshare", "pdsh", "mpirun.
 BRIDGE, NETWORK = "neox-bridge", "10.213.77"
 LOGIN, FIRST, SECOND = "neox-login", "neox-one", "neox-two"
 ADDRESSES = {LOGIN: f"{NETWORK}.1", FIRST: f"{NETWORK}.11", SECOND: f"{NETWORK}.12"}
-NAMESPACES = Path("/etc/netns")  # what stands under it is /etc inside
+NAMESPACES = Path("/etc/netns")  # what is under it is /etc inside
 
 SERVER = """\
 HostKey {folder}/host_key

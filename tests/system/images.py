@@ -177,7 +177,7 @@ def _local_sources() -> list[Path]:
 
 
 def _top(path: Path) -> Path:
-    """The index itself, whose files may lie beside its pages."""
+    """The index itself, whose files may be beside its pages."""
     return path.parent if path.name == "simple" else path
 
 

@@ -122,7 +122,7 @@ def test_what_may_differ_is_not_taken(trained, change, told):
 
 
 def test_merges_that_come_about_in_another_way():
-    """The merges ab, bc and abc = a + bc: ab is joined first, so a + bc never stands there, but ab + c does."""
+    """The merges ab, bc and abc = a + bc: ab is joined first, so a + bc never is there, but ab + c does."""
     assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4)]], 3) == 2
     assert unequal_merge([[(0, 1)], [(1, 2)], [(3, 2)]], 3) is None
     assert unequal_merge([[(0, 0)], [(3, 3)], [(3, 0)]], 3) is None
@@ -130,7 +130,7 @@ def test_merges_that_come_about_in_another_way():
 
 
 def test_all_pairs_of_a_token_may_be_listed():
-    """What is left of abc is ab + c, wherever that stands in the list of its pairs."""
+    """What is left of abc is ab + c, wherever that is in the list of its pairs."""
     assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4), (3, 2)]], 3) is None
     assert unequal_merge([[(0, 1)], [(1, 2)], [(3, 2), (0, 4)]], 3) is None
     assert unequal_merge([[(0, 1)], [(1, 2)], [(0, 4), (0, 5)]], 3) == 2

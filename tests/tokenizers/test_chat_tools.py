@@ -140,7 +140,7 @@ BEFORE_THE_LAST = (
 
 
 def test_turns_count_where_tools_are_told_of_before_the_last_question(tmp_path):
-    """What stands before the turns changes with every question, and the turns themselves do not."""
+    """What is before the turns changes with every question, and the turns themselves do not."""
     from transformers import AutoTokenizer
 
     folder, turns = folder_with(tmp_path, BEFORE_THE_LAST), [*with_calls(MAPPING), *with_calls({})]

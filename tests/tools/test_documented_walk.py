@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, run as they stand there in an empty folder."""
+"""The commands of docs/data.md, run as they are there in an empty folder."""
 
 import json
 import os

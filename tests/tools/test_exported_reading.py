@@ -23,7 +23,7 @@ CLASSES: list[tuple[str, dict[str, Any]]] = [
 
 
 def there_and_back(folder: Path) -> tuple[Path, Any]:
-    """The exported folder of what stands in `theirs`, and the run's tokenizer."""
+    """The exported folder of what is in `theirs`, and the run's tokenizer."""
     assert convert_from_hf.main(["--input-dir", str(folder / "theirs"), "--output-dir", str(folder / "ours")]) == 0
     keys = yaml.safe_load((folder / "ours" / "model.yml").read_text())
     assert convert_to_hf.main(["--input-dir", str(folder / "ours"), "--output-dir", str(folder / "back")]) == 0

@@ -42,7 +42,7 @@ class Written:
 
 
 class _Counting:
-    """A file that measures and digests what passes through it. fault: the first thing that went wrong in writing."""
+    """A file that measures and digests what passes through it. error: the first thing that went wrong in writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -128,7 +128,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that names the cause; what stands before it is advice about torch.load."""
+    """The line of torch's message that names the cause; what is before it is advice about torch.load."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if len(lines) > 1 and lines[0].startswith(_ADVICE):
         return "\n".join(lines[1:]).rpartition(_CAUSE)[2].strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Where things lie inside a save directory.
+"""Where things are inside a save directory.
 
     <save>/latest                              the name of the newest complete checkpoint, global_step<N>
     <save>/global_step<N>/

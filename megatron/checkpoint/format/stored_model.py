@@ -131,7 +131,7 @@ def choose(path: Path, iteration: int | None) -> Path:
 
 
 def describe(directory: Path, config_files: Sequence[Path]) -> Any:
-    """The configuration of a checkpoint: of the YAML files, else the one that stands in it. ConfigError without."""
+    """The configuration of a checkpoint: of the YAML files, else the one that is in it. ConfigError without."""
     resolved = directory / layout.RESOLVED
     if config_files:
         return resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config

@@ -1,7 +1,7 @@
 """The weight files: the public layout, written from any layout of ours and read into any other.
 
 A parameter's key is "<layer>.<name>", as in the table of tensors. Without a pipeline all weights of one
-tensor-parallel rank stand in mp_rank_XX under names `sequential.<layer>.<name>`; with one every layer has a file of
+tensor-parallel rank are in mp_rank_XX under names `sequential.<layer>.<name>`; with one every layer has a file of
 its own. With a parallel (GPT-J) residual the public layout adds the row-parallel biases of all ranks, so rank 0 writes
 the bias and the others write zeros; otherwise every rank writes the same bias.
 """
@@ -53,7 +53,7 @@ def layer_content(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_whole(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> Written:
-    """One file with all weights of a tensor-parallel rank, which own their storages and lie on the CPU."""
+    """One file with all weights of a tensor-parallel rank, which own their storages and are on the CPU."""
     return files.write_tensors(path, {"module": {_PREFIX + key: held for key, held in weights.items()}, **facts})
 
 

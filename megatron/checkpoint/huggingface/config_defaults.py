@@ -1,7 +1,7 @@
 """What config.json means where it leaves a key out, or calls it by another of its names.
 
 `transformers` writes every key, model authors and other programs do not; what is left out has the value of the class.
-A key that is null is left out where the class allows it, and a mistake elsewhere.
+A key that is null is left out where the class allows it, and an error elsewhere.
 
 Source: the configuration classes of transformers 5.23 and 4.57.6, which agree in all of this.
 """
@@ -160,7 +160,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 
 
 def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
-    """config.json with every key that we read, but those of ROTARY, which may stand in a block of their own.
+    """config.json with every key that we read, but those of ROTARY, which may be in a block of their own.
 
     Raises ConfigError for values that no model of the class can have.
 

@@ -145,7 +145,7 @@ def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
 def unlike(
     section: ModelSection | MoeSection | MixersSection, wanted: Mapping[str, object], family: str
 ) -> list[ConfigIssue]:
-    """A mistake for every key of the section whose value is not the one that the family is made of."""
+    """An error for every key of the section whose value is not the one that the family is made of."""
     return [
         ConfigIssue(f"a {family} model has {value!r}", key=key, value=getattr(section, key))
         for key, value in wanted.items()
@@ -172,7 +172,7 @@ def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
 
 
 def special_attention(model: ModelSection, family: str) -> list[ConfigIssue]:
-    """A mistake for every block that does not attend to all earlier positions of its window."""
+    """An error for every block that does not attend to all earlier positions of its window."""
     others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
     told = f"a {family} model has no blocks of kind {', '.join(others)}"
     return [ConfigIssue(told, key="attention_config", value=others)] if others else []

@@ -82,7 +82,7 @@ def ids_for_config(
 ) -> dict[str, int | list[int] | None]:
     """bos, eos and pad for config.json.
 
-    said: kept from the folder that a model came from, or empty. ends: of the run, which stand first unless they are
+    said: kept from the folder that a model came from, or empty. ends: of the run, which are first unless they are
     among the kept ones. begin: of the tokenizer. vocabulary: rows of the embedding; further ids mean nothing.
     """
     kept = end_ids(said)

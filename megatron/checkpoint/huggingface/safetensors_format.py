@@ -141,6 +141,6 @@ class Reader:
 
 
 def _view(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers; copied where they do not lie at a multiple of the number's size."""
+    """Bytes as numbers; copied where they do not be at a multiple of the number's size."""
     aligned = values.storage_offset() % dtype.itemsize == 0 and values.data_ptr() % dtype.itemsize == 0
     return (values if aligned else values.clone()).view(dtype)

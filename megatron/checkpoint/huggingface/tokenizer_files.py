@@ -50,7 +50,7 @@ def for_every_release(folder: Path, *, own: bool) -> None:
     """Rewrites tokenizer_config.json beside a tokenizer.json, so that all releases read the same tokenizer.
 
     own: the tokenizer.json was written for a .model, whose class heeds add_bos_token and add_eos_token. One that was
-    there before says itself what stands before a text, here and in release 5; the flags, which earlier ones heed, go.
+    there before says itself what is before a text, here and in release 5; the flags, which earlier ones heed, go.
     """
     path = folder / CONFIG
     if not path.is_file() or not (folder / WHOLE).is_file():

@@ -52,7 +52,7 @@ def whole(
 ) -> Path | None:
     """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
 
-    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. mend: a
+    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. fix: a
     checkpoint that a crash left between two names gets its own back first; only where no other run saves there.
     sharing: which ranks see the same folder, None for all. Raises RunError that names each damaged file.
     """
@@ -99,7 +99,7 @@ def errors_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue
 
 
 def offer(found: list[int]) -> str:
-    """The remedy that names the iterations there are."""
+    """The hint that names the iterations there are."""
     if not found:
         return "the folder holds no checkpoints"
     return f"choose one with --iteration: {', '.join(map(str, found))}"

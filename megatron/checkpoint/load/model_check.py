@@ -2,7 +2,7 @@
 
 A checkpoint holds the configuration that it was trained with, and whoever loads it is held against that: with another
 number of heads every tensor fits, and nothing that the model says is right. Megatron-LM compares its arguments likewise
-(megatron/training/checkpointing.py, check_checkpoint_args). What muP makes of the weights stands in mup_check.py.
+(megatron/training/checkpointing.py, check_checkpoint_args). What muP makes of the weights is in mup_check.py.
 """
 
 from __future__ import annotations

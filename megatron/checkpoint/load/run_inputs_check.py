@@ -39,7 +39,7 @@ def same_tokenizer(
     """ConfigError where the checkpoint's weights belong to another tokenizer.
 
     stored: the checkpoint's facts, None where it has none. new_tokens: the weights may be tuned to another vocabulary
-    (`finetune`), which is a line in the log. trains: the end of a document matters, since it stands in the data.
+    (`finetune`), which is a line in the log. trains: the end of a document matters, since it is in the data.
     """
     if not stored:
         return

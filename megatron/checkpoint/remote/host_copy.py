@@ -149,7 +149,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _pieces(path: Path, errors: list[OSError]) -> Iterator[bytes]:
-    """The file in pieces; the others wait for as many bytes as were announced, so a fault is kept for later."""
+    """The file in pieces; the others wait for as many bytes as were announced, so an error is kept for later."""
     try:
         with path.open("rb") as file:
             while piece := file.read(CHUNK):
@@ -177,7 +177,7 @@ def copy_to_missing_hosts(section: CheckpointSection, *, shared: bool) -> None:
     """Every host gets the checkpoint that `load` and `iteration` name, from one that has it. Collective.
 
     shared: all hosts see the same files, so there is nothing to do. Which iteration is meant without `iteration`: the
-    newest that `latest` names on any host. A checkpoint of another program must lie on every host already.
+    newest that `latest` names on any host. A checkpoint of another program must be on every host already.
     """
     if shared or section.load is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return

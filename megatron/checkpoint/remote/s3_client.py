@@ -99,7 +99,7 @@ class Bucket:
             return [path.removeprefix(self.prefix).rstrip("/") for path in paths]
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Deletes; a key that is not there is no fault. RunError with the server's reason."""
+        """Deletes; a key that is not there is no error. RunError with the server's reason."""
         for start in range(0, len(keys), _MOST_KEYS):
             named = [{"Key": self.prefix + key} for key in keys[start : start + _MOST_KEYS]]
             with self._told("removing", keys[start]):

@@ -35,7 +35,7 @@ def make_room(partial: Path) -> None:
 def require_shared(save: Path, rank: int) -> None:
     """RunError unless every rank sees what the first one writes to the folder; collective.
 
-    A checkpoint whose parts lie on the disks of several nodes would be found incomplete only when it is needed.
+    A checkpoint whose parts are on the disks of several nodes would be found incomplete only when it is needed.
     """
     seen = sees_files_of_rank_0(save, patience=_PATIENCE)
 

@@ -51,7 +51,7 @@ class Checkpointable(Protocol):
 def together(action: Callable[[], None], what: str) -> None:
     """Runs an action on every rank; if it fails on any, every rank raises RunError. Ends like a barrier.
 
-    what: the action in words, for the message. Only faults of the file system are caught: an OSError, torch's
+    what: the action in words, for the message. Only errors of the file system are caught: an OSError, torch's
     RuntimeError when a write falls short, or a RunError that tells of one.
     """
     error: Exception | None = None

@@ -32,7 +32,7 @@ def derive_soft_prompt(block: Block | None) -> dict[str, Any] | None:
 
 
 def _hint(error: str, example: str) -> str | None:
-    """What to do about it, where the fault does not end in that already."""
+    """What to do about it, where the error does not end in that already."""
     return None if error.endswith("?") else f"{example}, or the like"
 
 

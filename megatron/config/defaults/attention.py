@@ -17,7 +17,7 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[st
     """The kind of attention of each block.
 
     Each item is [kinds, count] or [kinds, "all"]; the kinds repeat, in order, `count` times. "all" means as often
-    as fills the model and must stand alone. A plain list of names is taken as it stands. Raises ConfigError where
+    as fills the model and must be alone. A plain list of names is taken as it stands. Raises ConfigError where
     the pattern has another form or does not make `num_layers` blocks.
     """
     if pattern is None:

@@ -28,7 +28,7 @@ Lengths = Callable[[int], int]
 
 
 def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Lengths:
-    """The length of every step; the whole one where no curriculum is asked for. The block has no mistakes."""
+    """The length of every step; the whole one where no curriculum is asked for. The block has no errors."""
     if not block or not block.get("enabled", False):
         return lambda step: seq_length
     settings = block["schedule_config"]
@@ -47,7 +47,7 @@ def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Leng
 
 
 def curriculum_issues(block: Mapping[str, Any], *, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
-    """(what is wrong, remedy) of a block. parts: into how many a sequence is cut over ranks."""
+    """(what is wrong, hint) of a block. parts: into how many a sequence is cut over ranks."""
     for name in block:
         if name not in NAMES:
             yield f"there is no {name} in this block", f"did you mean {nearest_name(str(name), NAMES) or NAMES}?"

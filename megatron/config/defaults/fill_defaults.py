@@ -100,7 +100,7 @@ class Completion:
         return self[name] if name in self.given else None
 
     def refuse(self, *issues: ConfigIssue) -> None:
-        """Notes mistakes; their keys' values mean nothing from now on."""
+        """Notes errors; their keys' values mean nothing from now on."""
         self.issues += issues
         self.unknown |= {issue.key for issue in issues if issue.key is not None}
 
@@ -113,7 +113,7 @@ def trains(user_script: str | None) -> bool:
 def complete(
     values: Mapping[str, Any], given: Collection[str], resources: Resources | None, unknown: Collection[str] = ()
 ) -> Completion:
-    """Runs every step below on the values. The mistakes of all steps are collected.
+    """Runs every step below on the values. The errors of all steps are collected.
 
     unknown: keys whose values are known to be wrong. What a step cannot fill because of one is unknown in turn.
     """

@@ -1,4 +1,4 @@
-"""The ZeRO block: its default, and what may stand in it."""
+"""The ZeRO block: its default, and what may be in it."""
 
 from __future__ import annotations
 

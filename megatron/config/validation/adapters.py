@@ -56,7 +56,7 @@ def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
 
 
 def prompts_leave_room(config: Config) -> Iterator[ConfigIssue]:
-    """The prompt stands in the sequence, before one text that sees all of it."""
+    """The prompt is in the sequence, before one text that sees all of it."""
     model, data, lengths = config.model, config.data, config.deepspeed.curriculum_learning
     prompt = soft_prompt(model.soft_prompt_tuning)
     if prompt is None:

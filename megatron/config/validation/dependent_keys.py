@@ -1,7 +1,7 @@
 """Keys that matter only where another key asks for what they describe: set elsewhere, they get a warning line.
 
 Each entry names keys, the condition under which they are read to any effect, and why they are not otherwise. What no
-configuration reads stands in `unsupported.py` (HINTS, DEAD); what contradicts another key is a rule's error.
+configuration reads is in `unsupported.py` (HINTS, DEAD); what contradicts another key is a rule's error.
 """
 
 from __future__ import annotations
@@ -317,6 +317,6 @@ def saves_that_never_come(config: Config) -> list[int]:
 
 
 def profile_never_starts(config: Config) -> bool:
-    """Whether the steps to be profiled lie behind the end of the run."""
+    """Whether the steps to be profiled are behind the end of the run."""
     observe, last = config.observe, config.training.train_iters
     return (observe.profile or observe.memory_profiling) and last is not None and observe.profile_step_start > last

@@ -40,7 +40,7 @@ def experts_limit_zero(config: Config) -> Iterator[ConfigIssue]:
 
 
 def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
-    """A token visits at most all experts, and whole numbers of them lie on each rank."""
+    """A token visits at most all experts, and whole numbers of them are on each rank."""
     moe, axes = config.moe, config.parallelism
     for name in ("moe_expert_interval", "moe_expert_parallel_size"):
         if getattr(moe, name) < 1:

@@ -10,7 +10,7 @@ from megatron.config.defaults.attention import layer_classes
 from megatron.errors import ConfigIssue
 
 MOST_EXPANSION = 10_000
-"""Of the MLP over the hidden size; more is a mistake, and could not be counted."""
+"""Of the MLP over the hidden size; more is an error, and could not be counted."""
 
 
 def layout_divides_world(config: Config) -> Iterator[ConfigIssue]:

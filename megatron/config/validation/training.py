@@ -20,7 +20,7 @@ def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
 
 
 def fractions_are_fractions(config: Config) -> Iterator[ConfigIssue]:
-    """Probabilities and shares lie in [0, 1]."""
+    """Probabilities and shares are in [0, 1]."""
     sections = (config.model, config.schedule, config.generation)
     names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "wsd_decay_fraction", "top_p", "min_p")
     for section in sections:

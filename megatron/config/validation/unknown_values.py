@@ -1,6 +1,6 @@
 """Values that may be unknown: asserted in a resolved configuration, left out of the rules of one with errors.
 
-A user wants every mistake at once, and no mistake that is only an echo of another one. So derivations and rules run
+A user wants every error at once, and no error that is only an echo of another one. So derivations and rules run
 on the values that are good; whoever asks for one that is not gets `UnresolvedValue`, and is left out.
 """
 
@@ -30,7 +30,7 @@ class UnresolvedValue(Exception):
 
 
 def meant(issues: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
-    """The keys that a remedy names: with `did you mean num_layers?`, num_layers is not missing."""
+    """The keys that a hint names: with `did you mean num_layers?`, num_layers is not missing."""
     words = {word for issue in issues for word in re.findall(r"\w+", issue.hint or "")}
     return words & set(names)
 

@@ -1,7 +1,7 @@
-"""All rules across sections. Each is a function of the whole Config that yields the mistakes it finds.
+"""All rules across sections. Each is a function of the whole Config that yields the errors it finds.
 
 All rules are applied and every violation is reported at once. A rule speaks of what can never work; what is only
-not built yet stands in `megatron.config.validation.unsupported`.
+not built yet is in `megatron.config.validation.unsupported`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def violations(config: Config, unknown: Collection[str] = ()) -> list[ConfigIssue]:
-    """Every mistake that any rule finds. unknown: keys whose values nobody can judge by."""
+    """Every error that any rule finds. unknown: keys whose values nobody can judge by."""
     seen = partial(config, unknown)
     found: list[ConfigIssue] = []
     for rule in RULES:

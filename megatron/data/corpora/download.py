@@ -3,7 +3,7 @@
 A download goes to `<name>.part`, and what identifies the server's file (ETag or date) to `<name>.part.json`. A transfer
 that broke off goes on where it stopped, in this run or a later one, if the server still has the same file. The SHA-256
 of a complete file is compared with the one that is known and kept in the folder's `SHA256SUMS`, in the format of
-`sha256sum`; a line that stands there already pins the file.
+`sha256sum`; a line that is there already pins the file.
 """
 
 from __future__ import annotations

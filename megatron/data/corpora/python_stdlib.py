@@ -1,7 +1,7 @@
 """A corpus of English and code that every Python installation carries: its own standard library.
 
 The documents are the library's source files and the help topics of `pydoc`. Left out are test suites, generated
-tables, what is not UTF-8 text, and files most of whose lines stand in another file. About 10 MB, no network.
+tables, what is not UTF-8 text, and files most of whose lines are in another file. About 10 MB, no network.
 
 Train and validation are split by file: files are ordered by a hash of their path, and validation takes the first ones
 up to its size. The help topics repeat one another and therefore stay together, in train.
@@ -34,7 +34,7 @@ VALID_SHARE = 0.05  # this share of all text if that is less
 LARGEST_VALID_FILE = 80_000  # no single file makes up most of the validation text [bytes]
 
 TELLING_LINE = 20  # shorter lines, such as `return self`, say nothing about where a file comes from [characters]
-LARGEST_REPEATED = 0.5  # share of telling lines that may stand in earlier files
+LARGEST_REPEATED = 0.5  # share of telling lines that may be in earlier files
 LEAST_LETTERS = 0.6  # share of letters and white space; tables have less
 LEAST_LENGTH = 200  # [characters]
 

@@ -113,7 +113,7 @@ def build_data(
 def epoch_samples(
     data: DataSection, *, epochs: int, seq_length: int, seed: int, is_builder: bool, barrier: Callable[[], None]
 ) -> int:
-    """How many training samples so many passes give; every rank must call this. The faults are those of build_data."""
+    """How many training samples so many passes give; every rank must call this. The errors are those of build_data."""
     splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
     (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
     return len(maps[0]) if len(maps) == 1 else len(whole_passes([len(index) for index in maps])[0])

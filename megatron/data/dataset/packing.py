@@ -25,7 +25,7 @@ def usable_documents(
     chopped: bool,
     labels: IndexedDataset | None = None,
 ) -> np.ndarray:
-    """The documents that can stand in a sample, int64, ascending.
+    """The documents that can be in a sample, int64, ascending.
 
     Left out are empty ones, those longer than seq_length + 1 tokens unless chopped, and those without any label to
     learn in the part that is kept.

@@ -215,7 +215,7 @@ def _draw(split: Split) -> Split:
     """The split with the number of samples that each source must be built for."""
     if len(split.sources) == 1:
         (only,) = split.sources
-        # The public tools ask a listed set for a little more even when it stands alone, and the order follows from it.
+        # The public tools ask a listed set for a little more even when it is alone, and the order follows from it.
         asked = split.samples if only.key == "data_path" else samples_asked(1.0, split.samples, split.samples)
         return replace(split, sources=(replace(only, asked=asked, drawn=split.samples),))
     order = blend_order([source.weight for source in split.sources], split.samples)

@@ -142,7 +142,7 @@ class IndexedDataset:
             self._damaged(where, f"document {int(wrong[0]) + 1} does not start where the one before it ends")
 
     def warm_up(self, block: int = 64 << 20) -> None:
-        """Reads the .bin once, so that it lies in the page cache. block: [bytes] at a time."""
+        """Reads the .bin once, so that it is in the page cache. block: [bytes] at a time."""
         with bin_path(self.prefix).open("rb", buffering=0) as file:
             while file.read(block):
                 pass

@@ -27,7 +27,7 @@ DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfi
 
 
 class Salvaged:
-    """A stream that gives all that comes before damage, and then its end; `fault` then says what the damage is.
+    """A stream that gives all that comes before damage, and then its end; `error` then says what the damage is.
 
     The readers of the standard library raise instead, and what they had in hand is lost.
     """

@@ -35,7 +35,7 @@ class PlainText:
     """The text of each key, in token files of its own; a record without text under one of them is left out.
 
     keys: the fields of a JSON line that hold text; a line must have them all. append_eod: end each document with the
-    tokenizer's end-of-document id. repair: mend broken Unicode with ftfy first. sentences: parts a document into
+    tokenizer's end-of-document id. repair: fix broken Unicode with ftfy first. sentences: parts a document into
     sentences, which become its items. special: the texts of special tokens, so that documents which spell one are
     counted. parse_special: what spells one becomes its id, and is no plain text.
     """

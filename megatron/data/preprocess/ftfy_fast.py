@@ -1,4 +1,4 @@
-"""Mend broken Unicode with the package `ftfy`, without its cost where there is nothing to mend.
+"""Mend broken Unicode with the package `ftfy`, without its cost where there is nothing to fix.
 
 `ftfy.fix_text` looks at a text line by line, and at most lines for nothing. Here a text that none of its steps would
 change is told by a few searches, and returned as it is; where curly quotes alone are to be made straight, that is done
@@ -58,7 +58,7 @@ class _Mender:
         self._changed = re.compile(f"[{listed}{_LINE_BREAKS}{_SURROGATES}{_C1}]")
 
     def fix(self, text: str) -> str:
-        """The text mended: at once, or line by line."""
+        """The text fixed: at once, or line by line."""
         quick = self._quick(text)
         if quick is not None:
             return quick
@@ -77,7 +77,7 @@ class _Mender:
         return "".join(fixed)
 
     def _quick(self, text: str) -> str | None:
-        """The text mended, where at most its quotes are to be made straight; else None."""
+        """The text fixed, where at most its quotes are to be made straight; else None."""
         if "&" in text and _ENTITY.search(text) is not None:
             return None
         if text.isascii():

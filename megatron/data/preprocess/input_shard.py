@@ -57,6 +57,6 @@ def shard_blocks(files: Sequence[TextFile], shard: Shard, block_bytes: int = BLO
         if file.bytes and not file.compressed and file.kind is Kind.LINES:
             if inside:
                 yield from read_file(file, block_bytes, before - part.start, inside)
-        elif part.start <= before < part.stop or (last and before == total):  # an empty file may stand at the end
+        elif part.start <= before < part.stop or (last and before == total):  # an empty file may be at the end
             yield from read_file(file, block_bytes, before - part.start)
         before += file.bytes

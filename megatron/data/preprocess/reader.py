@@ -34,7 +34,7 @@ class Block:
     """Some whole documents of a file.
 
     name: the file, and the member of an archive. content: the bytes, or None when `length` bytes from `start` of the
-    file are meant. begins: whether it is the first of its file. read_bytes: bytes of all files, as they lie on disk,
+    file are meant. begins: whether it is the first of its file. read_bytes: bytes of all files, as they are on disk,
     that were read when the block ended. lost: in place of documents, why what stands here (a member of an archive, or
     the rest of a damaged file) gives none, as a reason and a detail.
     """

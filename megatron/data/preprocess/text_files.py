@@ -27,7 +27,7 @@ TEXT_IN_ARCHIVES = ("", ".md", ".rst", ".tex", ".text")
 
 
 class Kind(enum.Enum):
-    """How documents lie in a file. The value: the endings of its name."""
+    """How documents are in a file. The value: the endings of its name."""
 
     LINES = (".jsonl", ".json")
     WHOLE = (".txt",)
@@ -38,7 +38,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file to read. bytes: its size on disk. compressed: whether its content is not what lies on disk."""
+    """A file to read. bytes: its size on disk. compressed: whether its content is not what is on disk."""
 
     path: Path
     kind: Kind

@@ -51,7 +51,7 @@ class Rendezvous:
 class Command:
     """argv: what to execute. environment: only the variables that are set on top of the caller's.
 
-    hostfile: what must stand in the file that argv names as one, None where it names none.
+    hostfile: what must be in the file that argv names as one, None where it names none.
     """
 
     argv: tuple[str, ...]

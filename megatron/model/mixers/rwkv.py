@@ -159,7 +159,7 @@ class ChannelMixing(nn.Module):
 
 
 class _Shift:
-    """The step from the token before to each token, as x[t - 1] - x[t]; 0 stands before the first of a document."""
+    """The step from the token before to each token, as x[t - 1] - x[t]; 0 is before the first of a document."""
 
     def __init__(self, number: int, name: str, parts: Parts) -> None:
         self._number, self._name, self._reset = number, name, parts.reset_attention

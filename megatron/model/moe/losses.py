@@ -5,7 +5,7 @@ i and P_i its mean probability; 1 where both are even. f is taken over the token
 micro batch, so that the mean over the ranks is the loss of the whole. Router z (arXiv:2202.08906, equation 5): the mean
 of logsumexp(logits)².
 
-A mixture may stand on any stage of a pipeline, far from where the language model's loss is made. So its losses do not
+A mixture may be on any stage of a pipeline, far from where the language model's loss is made. So its losses do not
 travel: the backward pass, on its way through the block, adds their gradient there, scaled as the language model's loss
 is (Megatron-LM does the same).
 

@@ -274,7 +274,7 @@ def test_wishes_add_tensors_and_change_nothing(name: str, wishes: Wishes, added:
 
 
 def test_the_family_that_is_meant_tells_what_is_in_the_way() -> None:
-    """A model with experts is no GPT-NeoX model with one mistake, and a Mamba model no GPT-2."""
+    """A model with experts is no GPT-NeoX model with one error, and a Mamba model no GPT-2."""
     base = {
         "num_layers": 2,
         "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""Files of weights: each tensor keeps its precision on the way out, and damage on the way in names file and remedy."""
+"""Files of weights: each tensor keeps its precision on the way out, and damage on the way in names file and hint."""
 
 from __future__ import annotations
 

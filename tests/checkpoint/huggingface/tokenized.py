@@ -38,7 +38,7 @@ READ = [
         "\uff21\u00a0e\u0301",
     ),
 ]
-"""Texts that begin with blanks, stand behind special tokens, are empty, or of several scripts."""
+"""Texts that begin with blanks, are behind special tokens, are empty, or of several scripts."""
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
