@@ -100,7 +100,7 @@ def uncovered() -> list[str]:
         if isinstance(value, str)
     }
     kinds = {kind for keys in ATTENTION_CASES.values() for kind in keys.get("attention_config", ())}
-    wanted = [*POSITIONS.names, *(name for name in NORMS.names if not name.startswith("te_")), *ACTIVATIONS.names]
-    return [name for name in wanted if name not in named] + [
+    expected = [*POSITIONS.names, *(name for name in NORMS.names if not name.startswith("te_")), *ACTIVATIONS.names]
+    return [name for name in expected if name not in named] + [
         kind for kind in ("global", "flash", *SPARSE_KINDS) if kind not in kinds
     ]

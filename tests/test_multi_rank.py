@@ -50,7 +50,7 @@ def test_results_come_in_rank_order_and_ranks_talk_to_each_other() -> None:
     assert [total.item() for _, total in results] == [33.0, 33.0, 33.0]
 
 
-def test_ranks_see_their_place_and_the_environment_and_folder_of_the_caller(
+def test_ranks_see_their_position_and_the_environment_and_folder_of_the_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setenv("COLOUR", "green")

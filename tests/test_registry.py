@@ -52,7 +52,7 @@ def test_a_error_of_our_own_is_not_called_a_missing_package() -> None:
         family().load("unlisted")
 
 
-def test_a_name_stands_once() -> None:
+def test_a_name_is_once() -> None:
     with pytest.raises(ValueError, match="there is a shape named path already"):
         family().register(Entry("path", "pathlib:PurePath", "Another path"))
 

@@ -45,7 +45,9 @@ class Source:
 
     def within(self, *places: str) -> bool:
         """Whether the file is one of the places or is in one: "megatron/config/", "megatron/engine/builder.py"."""
-        return any(self.path == place or (place.endswith("/") and self.path.startswith(place)) for place in places)
+        return any(
+            self.path == position or (position.endswith("/") and self.path.startswith(position)) for position in places
+        )
 
     def complaint(self, node: ast.AST, what: str) -> str:
         return f"{self.path}:{getattr(node, 'lineno', 1)}: {what}"

@@ -250,11 +250,11 @@ def rooms_on_the_map(text: str) -> dict[str, int]:
     return found
 
 
-def test_the_map_tells_the_floors_of_all_rooms() -> None:
-    told = rooms_on_the_map((ROOT / "megatron/README.md").read_text(encoding="utf-8"))
+def test_the_map_reports_the_floors_of_all_rooms() -> None:
+    reported = rooms_on_the_map((ROOT / "megatron/README.md").read_text(encoding="utf-8"))
     built = {room(source.module) for source in PRODUCT} - {None}
-    assert told == {name: floor for name, floor in FLOORS.items() if name in told}
-    assert built <= told.keys()
+    assert reported == {name: floor for name, floor in FLOORS.items() if name in reported}
+    assert built <= reported.keys()
 
 
 def test_the_map_is_read() -> None:

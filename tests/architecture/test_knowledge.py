@@ -133,21 +133,21 @@ def package_complaints(source: Source) -> list[str]:
     for item in imports(source):
         if item.top in sys.stdlib_module_names or item.top in OWN:
             continue
-        places = WHERE.get(item.top)
+        positions = WHERE.get(item.top)
         if item.module == "torch.utils.tensorboard":
-            places = WHERE["tensorboard"]
-        if places is None:
+            positions = WHERE["tensorboard"]
+        if positions is None:
             found.append(source.complaint(item.node, f"{item.top} is in no list of where packages are used"))
-        elif "" not in places and not source.within(*places):
-            found.append(source.complaint(item.node, f"{item.module} belongs in {', '.join(places)}"))
+        elif "" not in positions and not source.within(*positions):
+            found.append(source.complaint(item.node, f"{item.module} belongs in {', '.join(positions)}"))
     return found
 
 
-def test_few_know_the_whole_config() -> None:
+def test_few_know_the_full_config() -> None:
     assert [complaint for source in PRODUCT for complaint in config_complaints(source)] == []
 
 
-def test_the_map_lists_who_knows_the_whole_config() -> None:
+def test_the_map_lists_who_knows_the_full_config() -> None:
     page = (ROOT / "megatron" / "README.md").read_text(encoding="utf-8")
     sentence = page.partition("`Config` is named only by")[2].partition(". Everything else")[0]
     assert {f"megatron/{path}" for path in re.findall(r"`([\w./]+)`", sentence)} == set(KNOW_CONFIG)

@@ -85,9 +85,9 @@ def assert_complaints(source: Source) -> list[str]:
 def _narrows(node: ast.Assert) -> bool:
     """Whether the test only says that values are there, or of which type they are."""
     parts = node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]
-    told = [ast.unparse(part) for part in parts]
-    there = all(part.endswith(" is not None") or part.replace(".", "_").isidentifier() for part in told)
-    return node.msg is None and (there or all(part.startswith("isinstance(") for part in told))
+    reported = [ast.unparse(part) for part in parts]
+    there = all(part.endswith(" is not None") or part.replace(".", "_").isidentifier() for part in reported)
+    return node.msg is None and (there or all(part.startswith("isinstance(") for part in reported))
 
 
 def test_no_file_runs_code() -> None:

@@ -31,15 +31,15 @@ TABLE = tensors(DIMS, 16)
 def snapshot(iteration: int) -> Snapshot:
     """What the one rank of a run has to write after that iteration; every number in it is the iteration."""
     weights = {key_of(shape): torch.full(shape.shape, float(iteration)) for shape in TABLE}
-    kept = [OptimizerShard(key, 0, w.numel(), iteration, {"exp_avg": w.flatten()}) for key, w in weights.items()]
+    retained = [OptimizerShard(key, 0, w.numel(), iteration, {"exp_avg": w.flatten()}) for key, w in weights.items()]
     run = {"version": 1, "counters": {"iteration": iteration}, "layout": {}}
     return Snapshot(
         {
             layout.model_file(0): lambda: whole_content(weights, {"iteration": iteration}),
-            layout.slice_file(0): lambda: optimizer_shards.values(kept),
+            layout.slice_file(0): lambda: optimizer_shards.values(retained),
         },
         {
-            layout.slice_index(0): json.dumps(optimizer_shards.index(kept, model_rank=0, model_size=1)),
+            layout.slice_index(0): json.dumps(optimizer_shards.index(retained, model_rank=0, model_size=1)),
             layout.RUN: json.dumps(run),
         },
     )

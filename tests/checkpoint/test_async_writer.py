@@ -63,7 +63,7 @@ def test_the_folder_may_get_its_name_as_soon_as_all_have_announced(
     assert (final / layout.rng_file(1)).is_file()
 
 
-def test_a_failure_is_told_by_the_next_look(tmp_path: Path) -> None:
+def test_a_failure_is_reported_by_the_next_look(tmp_path: Path) -> None:
     partial = layout.partial_directory(tmp_path, 4)
     make_room(partial)
     (partial / "state" / "rng_00000.pt").mkdir()

@@ -19,7 +19,7 @@ from tests.checkpoint.saved import save
 from tests.multi_rank import run_distributed
 
 
-def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+def test_the_last_ones_are_retained(tmp_path: Path) -> None:
     for iteration in range(1, 6):
         save(tmp_path, iteration, keep=2)
     assert layout.iterations(tmp_path) == [4, 5]
@@ -91,9 +91,9 @@ def kill_a_saver(folder: Path, first: int, moment: float) -> int:
     time.sleep(moment)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    told = b"".join(iter(lambda: os.read(reader, 4096), b""))
+    reported = b"".join(iter(lambda: os.read(reader, 4096), b""))
     os.close(reader)
-    return int.from_bytes(told[-4:], "little") if told else first - 1
+    return int.from_bytes(reported[-4:], "little") if reported else first - 1
 
 
 def tear(folder: Path, chance: random.Random) -> None:
@@ -141,7 +141,7 @@ def one_folder(rank: int, world_size: int, root: str) -> None:
     require_shared(Path(root) / "save", rank)
 
 
-def test_nodes_that_do_not_share_the_folder_are_told_before_training(tmp_path: Path) -> None:
+def test_nodes_that_do_not_share_the_folder_are_reported_before_training(tmp_path: Path) -> None:
     run_distributed(one_folder, 2, str(tmp_path))
     assert list((tmp_path / "save").iterdir()) == []
     first, second = run_distributed(folder_of_its_own, 2, str(tmp_path))

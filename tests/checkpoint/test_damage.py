@@ -84,12 +84,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_told_and_the_one_before_is_taken(name: str, tmp_path: Path) -> None:
-    damage, told = DAMAGES[name]
+def test_damage_is_reported_and_the_one_before_is_taken(name: str, tmp_path: Path) -> None:
+    damage, reported = DAMAGES[name]
     first, newest = save(tmp_path, 1), save(tmp_path, 2)
     assert find.whole(tmp_path, None, "error") == newest
     damage(newest)
-    with pytest.raises(RunError, match=told) as caught:
+    with pytest.raises(RunError, match=reported) as caught:
         find.whole(tmp_path, None, "error")
     assert "choose one with --iteration: 1" in str(caught.value)
     assert "load_fallback: previous" in str(caught.value)

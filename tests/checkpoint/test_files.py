@@ -31,7 +31,7 @@ def checkpoint(directory: Path) -> Path:
     return directory
 
 
-def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:
+def test_a_full_checkpoint_has_no_damage(tmp_path: Path) -> None:
     assert integrity.damage(checkpoint(tmp_path), contents=True) == []
 
 
@@ -66,23 +66,23 @@ def test_files_from_before_archives_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("archive", [False, True])
-def test_whatever_bytes_change_the_error_is_told(archive: bool, tmp_path: Path) -> None:
+def test_whatever_bytes_change_the_error_is_reported(archive: bool, tmp_path: Path) -> None:
     """Reading gives values or a RunError, for any damage."""
     path, chance = tmp_path / "weights.pt", random.Random(archive)
     content = {"module": {"a": torch.randn(4, 3), "b": torch.ones(7).bfloat16()}, "numpy": rng.capture()["numpy"]}
     torch.save(content, path, _use_new_zipfile_serialization=archive)
-    whole, refused, told = path.read_bytes(), 0, set()
+    full, refused, reported = path.read_bytes(), 0, set()
     for _ in range(300):
-        changed = bytearray(whole)
+        changed = bytearray(full)
         for _ in range(chance.choice((1, 4))):
-            changed[chance.randrange(min(len(whole), chance.choice((400, 3000, len(whole)))))] = chance.randrange(256)
-        path.write_bytes(changed[: chance.choice((len(whole), chance.randrange(len(whole))))])
+            changed[chance.randrange(min(len(full), chance.choice((400, 3000, len(full)))))] = chance.randrange(256)
+        path.write_bytes(changed[: chance.choice((len(full), chance.randrange(len(full))))])
         try:
             files.read_tensors(path)
         except RunError as error:
             refused += 1
-            told.add(str(error).split(": ")[1])
-    assert told == {"the file cannot be read"}
+            reported.add(str(error).split(": ")[1])
+    assert reported == {"the file cannot be read"}
     assert refused > 100
 
 

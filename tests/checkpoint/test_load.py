@@ -40,9 +40,9 @@ def ours(tmp_path: Path) -> Path:
 
 
 def configuration(folder: Path, **changed: Any) -> Config:
-    told = Folder.open(folder.parent / "theirs").settings() | {"vocab_size": 96, "seq_length": 24} | changed
-    told |= {"load": str(folder), "user_script": "generate.py"}
-    return resolve([], told, Resources(1)).config.for_inference()
+    reported = Folder.open(folder.parent / "theirs").settings() | {"vocab_size": 96, "seq_length": 24} | changed
+    reported |= {"load": str(folder), "user_script": "generate.py"}
+    return resolve([], reported, Resources(1)).config.for_inference()
 
 
 def load(folder: Path, **changed: Any) -> None:
@@ -57,7 +57,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     torch.save(content, path)
 
 
-def test_what_matches_is_told(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_matches_is_reported(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         load(ours)
     assert "28 tensors matched, 0 missing, 0 unexpected" in caplog.text

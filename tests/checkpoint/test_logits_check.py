@@ -42,12 +42,12 @@ def test_the_input_is_short_varied_and_inside_the_vocabulary() -> None:
     assert logits_check.answers(Scorer(TABLE), length=5, vocabulary=50, precision="fp32")["tokens"].shape == (1, 5)
 
 
-@pytest.mark.parametrize(("kept", "loaded", "allowed"), [("fp32", "fp32", 1e-4), ("fp32", "bfloat16", 5e-2)])
+@pytest.mark.parametrize(("retained", "loaded", "allowed"), [("fp32", "fp32", 1e-4), ("fp32", "bfloat16", 5e-2)])
 def test_differences_are_measured_against_the_looser_precision(
-    kept: str, loaded: str, allowed: float, tmp_path: Path
+    retained: str, loaded: str, allowed: float, tmp_path: Path
 ) -> None:
-    keep(tmp_path, kept)
-    token = int(logits_check.answers(Scorer(TABLE), length=9, vocabulary=50, precision=kept)["tokens"][0, 3])
+    keep(tmp_path, retained)
+    token = int(logits_check.answers(Scorer(TABLE), length=9, vocabulary=50, precision=retained)["tokens"][0, 3])
     largest = float(files.read_tensors(tmp_path / layout.ANSWERS)["logits"].abs().max())
     for factor, fails in ((0.8, False), (1.2, True)):
         changed = TABLE.clone()
@@ -70,6 +70,6 @@ def test_rows_that_the_vocabulary_gained_are_left_out(tmp_path: Path) -> None:
     logits_check.compare(tmp_path, Scorer(torch.cat((TABLE, torch.full((50, 14), 1e6)), 1)), "fp32")
 
 
-def test_a_checkpoint_without_answers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_without_answers_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logits_check.compare(tmp_path, Scorer(TABLE), "fp32")
     assert "keeps no logits to compare" in caplog.text

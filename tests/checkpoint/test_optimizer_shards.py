@@ -67,5 +67,5 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
         state.shard("2.attention.query_key_value.weight", "exp_avg", model_rank=0, model_size=1)
 
 
-def test_no_state_is_told_apart(tmp_path: Path) -> None:
+def test_no_state_is_reported_apart(tmp_path: Path) -> None:
     assert OptimizerState.open(tmp_path, TABLE) is None

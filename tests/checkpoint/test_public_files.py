@@ -62,7 +62,7 @@ def test_older_names_of_a_gated_mlp_on_two_ranks(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(stored.shards("2.mlp.linear2.weight"), 1), down)
 
 
-def test_one_place_reads_pickles_and_deepspeed_reads_none() -> None:
+def test_one_position_reads_pickles_and_deepspeed_reads_none() -> None:
     """torch.load is called in one file, and no method of DeepSpeed's that calls it is called anywhere."""
     loads = [source.path for source in PRODUCT if "torch.load(" in source.text]
     assert [str(path).removeprefix(f"{ROOT}/") for path in loads] == ["megatron/checkpoint/format/files.py"]

@@ -63,7 +63,7 @@ def test_another_end_of_document_matters_to_training_alone() -> None:
     check(facts(eod=7), trains=False)
 
 
-def test_tuning_to_another_tokenizer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_tuning_to_another_tokenizer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     check(facts(vocab_size=600), new_tokens=True)
     assert "trained with another tokenizer" in caplog.text
     assert "88 rows of the embedding belong to new tokens" in caplog.text
@@ -75,7 +75,7 @@ def test_a_checkpoint_without_facts_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "reported"),
     [
         ("seed", 7, "trained with 1234"),
         ("seq_length", 16, "trained with 32"),
@@ -88,11 +88,11 @@ def test_a_checkpoint_without_facts_is_taken_as_it_is() -> None:
         ("train_data_weights", [0.9, 0.1], r"trained with \[0.5, 0.5\]"),
     ],
 )
-def test_another_order_of_samples_needs_a_wish(
-    key: str, value: Any, told: str, caplog: pytest.LogCaptureFixture
+def test_another_order_of_samples_needs_a_request(
+    key: str, value: Any, reported: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = {**ORDER, key: value}
-    with pytest.raises(ConfigError, match=rf"(?s){told}.*override_data_order") as caught:
+    with pytest.raises(ConfigError, match=rf"(?s){reported}.*override_data_order") as caught:
         same_data_order(ORDER, own, WHERE, override=False)
     assert [issue.key for issue in caught.value.issues] == ["train_iters" if key == "passes" else key]
     same_data_order(ORDER, own, WHERE, override=True)
@@ -101,23 +101,23 @@ def test_another_order_of_samples_needs_a_wish(
 
 
 ONE = {"seed": 1, "seq_length": 32, "pack_impl": "packed", "data_path": [[10, 500, "aa"]], "passes": [2]}
-WHOLE = {**ONE, "pack_impl": "unpacked", "allow_chopped": True, "passes": None}
+FULL = {**ONE, "pack_impl": "unpacked", "allow_chopped": True, "passes": None}
 
 
 @pytest.mark.parametrize(
     ("stored", "own"),
     [
         ({**ONE, "train_epochs": 2}, {**ONE, "train_epochs": None}),  # the same two passes, given as steps
-        ({**WHOLE, "train_epochs": 1}, {**WHOLE, "train_epochs": 3}),  # each pass is shuffled by itself
-        (WHOLE, {**WHOLE, "train_label_data_paths": [10]}),  # written before labels were kept
+        ({**FULL, "train_epochs": 1}, {**FULL, "train_epochs": 3}),  # each pass is shuffled by itself
+        (FULL, {**FULL, "train_label_data_paths": [10]}),  # written before labels were kept
     ],
 )
 def test_a_length_that_changes_no_order_is_no_difference(stored: dict[str, Any], own: dict[str, Any]) -> None:
     same_data_order(stored, own, WHERE, override=False)
 
 
-def test_labels_that_leave_other_documents_are_told() -> None:
-    stored, own = ({**WHOLE, "train_label_data_paths": [count]} for count in (10, 9))
+def test_labels_that_leave_other_documents_are_reported() -> None:
+    stored, own = ({**FULL, "train_label_data_paths": [count]} for count in (10, 9))
     with pytest.raises(ConfigError, match=r"read \[10\] documents.*this one reads \[9\], by their labels"):
         same_data_order(stored, own, WHERE, override=False)
     same_data_order(stored, {**own, "seed": 1, "allow_chopped": False}, WHERE, override=True)

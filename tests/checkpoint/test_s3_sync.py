@@ -48,25 +48,25 @@ def server() -> Iterator[ThreadedMotoServer]:
 def environment(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """What a user's environment says of the server, whose bucket `models` is empty."""
     host, port = server.get_host_and_port()
-    told = {
+    reported = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "who",
         "AWS_SECRET_ACCESS_KEY": "what",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
     }
-    for name, value in told.items():
+    for name, value in reported.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="models")
-    yield told
+    yield reported
     bucket = boto3.resource("s3").Bucket("models")
     bucket.objects.all().delete()
     bucket.delete()
 
 
 def section(folder: Path, **changes: Any) -> CheckpointSection:
-    told = {"save": str(folder), "load": str(folder), "s3_path": ADDRESS, "s3_chunk_size": PART}
-    return CheckpointSection(**{**told, **changes})
+    reported = {"save": str(folder), "load": str(folder), "s3_path": ADDRESS, "s3_chunk_size": PART}
+    return CheckpointSection(**{**reported, **changes})
 
 
 def copies() -> list[str]:
@@ -185,7 +185,7 @@ def test_a_copy_that_was_cut_off_is_not_taken(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_damaged_copy_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_damaged_copy_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     bucket = Bucket.open(ADDRESS, PART)
     s3_sync.send(bucket, save(tmp_path / "old", 1))
     bucket.write(f"global_step1/{layout.RUN}", "{}")
@@ -209,7 +209,7 @@ def test_large_files_travel_in_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_bucket_that_refuses_is_told_before_training(tmp_path: Path) -> None:
+def test_a_bucket_that_refuses_is_reported_before_training(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"s3://nobodys/run/\.write-test: writing failed: .*NoSuchBucket.*credentials"):
         open_mirror(section(tmp_path, s3_path="s3://nobodys/run"), rank=0)
     open_mirror(section(tmp_path), rank=0)
@@ -231,7 +231,7 @@ def test_without_boto3_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_goes_on_where_its_machine_was_lost(background: bool, tmp_path: Path) -> None:
     """Two ranks stop at 7; every file of the machine is gone; another one goes on, bit by bit."""
     settings: dict[str, Any] = {"data_path": make_dataset(tmp_path), "zero_optimization": {"stage": 1}}
-    whole = run(2, tmp_path / "whole", **settings)
+    full = run(2, tmp_path / "whole", **settings)
     settings |= {"checkpoint_factor": 3, "keep_last_n_checkpoints": 1, "checkpoint_async": background}
     first, second = tmp_path / "first", tmp_path / "second"
     run(2, tmp_path, **settings, s3_path=ADDRESS, save=str(first), load=str(first), exit_interval=7)
@@ -240,5 +240,5 @@ def test_a_run_goes_on_where_its_machine_was_lost(background: bool, tmp_path: Pa
     resumed = run(2, tmp_path, **settings, s3_path=ADDRESS, save=str(second), load=str(second))
     assert layout.iterations(second) == [7, 20], "what was loaded stays"
     for name in ("train/lm_loss", "train/grad_norm", "validation/lm_loss"):
-        assert series(resumed, name) == series(whole, name), name
+        assert series(resumed, name) == series(full, name), name
     assert copies() == ["global_step20"]

@@ -68,7 +68,7 @@ def test_another_model_is_refused(key: str, then: dict[str, Any], now: dict[str,
         ("layernorm_epsilon", {"layernorm_epsilon": 1e-6}),
     ],
 )
-def test_what_is_changed_on_purpose_is_told(key: str, now: dict[str, Any], caplog: Any) -> None:
+def test_what_is_changed_on_purpose_is_reported(key: str, now: dict[str, Any], caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
         same_model(flat(**ROTARY), flat(**ROTARY, **now), WHERE, finetune=False)
     assert f"{key} = " in caplog.text

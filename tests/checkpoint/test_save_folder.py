@@ -61,7 +61,7 @@ def test_an_exported_model_inside_the_folder_is_no_checkpoint_of_it(tmp_path: Pa
         claim(section(tmp_path), tmp_path / "exported", leads=True)
 
 
-def test_a_new_start_by_wish_moves_them_aside(tmp_path: Path) -> None:
+def test_a_new_start_by_request_moves_them_aside(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step)
     (tmp_path / "logs").mkdir()

@@ -29,27 +29,27 @@ def model() -> dict[str, torch.Tensor]:
 
 
 def write(directory: Path, *, model_size: int, pipelined: bool, summed: bool) -> dict[str, torch.Tensor]:
-    whole = model()
+    full = model()
     for rank in range(model_size):
-        shards = {key_of(shape): cut_shard(shape, whole[key_of(shape)], rank, model_size) for shape in TABLE}
+        shards = {key_of(shape): cut_shard(shape, full[key_of(shape)], rank, model_size) for shape in TABLE}
         stored = public_biases(shards, summed=summed, model_rank=rank)
         if pipelined:
             write_layers(directory, stored, rank)
         else:
             write_whole(directory / layout.model_file(rank), stored, {"iteration": 3})
-    return whole
+    return full
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (2, 2)])
 def test_any_degree_reads_any_other(tmp_path: Path, pipelined: bool, summed: bool, source: int, target: int) -> None:
-    whole = write(tmp_path, model_size=source, pipelined=pipelined, summed=summed)
+    full = write(tmp_path, model_size=source, pipelined=pipelined, summed=summed)
     for rank in range(target):
         stored = WeightFiles.open(tmp_path)
         found = read_shards(stored, TABLE, summed=summed, model_rank=rank, model_size=target)
         for shape in TABLE:
-            assert torch.equal(found[key_of(shape)], cut_shard(shape, whole[key_of(shape)], rank, target)), shape
+            assert torch.equal(found[key_of(shape)], cut_shard(shape, full[key_of(shape)], rank, target)), shape
 
 
 def test_public_file_and_tensor_names(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_every_mismatch_is_named_at_once(tmp_path: Path) -> None:
     wider = [
         TensorShape(shape.layer, shape.name, (*shape.shape[:-1], 9), shape.shard_dim, shape.kind) for shape in TABLE
     ]
-    wanted = [*wider[:2], TensorShape(9, "absent.weight", (2,), None, "weight")]
+    expected = [*wider[:2], TensorShape(9, "absent.weight", (2,), None, "weight")]
     with pytest.raises(RunError) as caught:
-        read_shards(WeightFiles.open(tmp_path), wanted, summed=False, model_rank=0, model_size=1)
+        read_shards(WeightFiles.open(tmp_path), expected, summed=False, model_rank=0, model_size=1)
     assert len(caught.value.issues) == 3
     assert "tensor 0.word_embeddings.weight has shape [16, 8], the model's is [16, 9]" in str(caught.value)
 
@@ -81,10 +81,10 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_what_blocks_share_is_read_once(tmp_path: Path) -> None:
     """Public files hold the table of relative positions in every block's file; ours in that of block 0."""
     table = tensors(replace(DIMS, pos_emb="rpe", rpe_buckets=6, num_layers=2), 16)
-    whole = {key_of(shape): torch.randn(shape.shape) for shape in table}
-    copies = {**whole, "3.attention.rpe.weight": whole["2.attention.rpe.weight"]}
+    full = {key_of(shape): torch.randn(shape.shape) for shape in table}
+    copies = {**full, "3.attention.rpe.weight": full["2.attention.rpe.weight"]}
     write_layers(tmp_path, copies, 0)
     stored = WeightFiles.open(tmp_path)
-    assert stored.keys() == set(whole)
+    assert stored.keys() == set(full)
     found = read_shards(stored, table, summed=False, model_rank=1, model_size=2)
-    assert torch.equal(found["2.attention.rpe.weight"], whole["2.attention.rpe.weight"][:, 1:])
+    assert torch.equal(found["2.attention.rpe.weight"], full["2.attention.rpe.weight"][:, 1:])

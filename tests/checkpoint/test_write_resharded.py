@@ -25,8 +25,8 @@ def test_tensors_wait_in_memory_as_they_wait_in_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_size: int
 ) -> None:
     """Fails where a view takes all of its storage along, or a transposed tensor another order."""
-    whole = {key_of(shape): torch.randn(shape.shape[::-1]).T for shape in TABLE[:3]}
-    whole["4.norm.weight"] = torch.randn(100_000)[:8]
+    full = {key_of(shape): torch.randn(shape.shape[::-1]).T for shape in TABLE[:3]}
+    full["4.norm.weight"] = torch.randn(100_000)[:8]
     for most in (0, 1200, 1 << 30):  # bytes: none of them in memory, some, all
         monkeypatch.setattr(write_resharded, "_IN_MEMORY", most)
         folder = tmp_path / str(most)
@@ -34,7 +34,7 @@ def test_tensors_wait_in_memory_as_they_wait_in_files(
         write_resharded.write_weights(
             folder,
             TABLE,
-            lambda shape: whole[key_of(shape)],
+            lambda shape: full[key_of(shape)],
             model_size=model_size,
             pipe_size=0,
             summed=False,
@@ -48,4 +48,4 @@ def test_tensors_wait_in_memory_as_they_wait_in_files(
             shards = stored.shards(key_of(shape))
             assert all(shard.is_contiguous() for shard in shards)
             joined = shards[0] if shape.shard_dim is None else torch.cat(shards, shape.shard_dim)
-            assert torch.equal(joined, whole[key_of(shape)])
+            assert torch.equal(joined, full[key_of(shape)])

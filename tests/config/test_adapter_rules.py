@@ -8,8 +8,8 @@ from tests.config.small import errors
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
     *[
-        (1, {"lora": block}, told)
-        for block, told in [
+        (1, {"lora": block}, reported)
+        for block, reported in [
             ({}, "rank is a whole number from 1 on, not None; write {rank: 8, targets: all}, or the like"),
             ({"rank": 0}, "rank is a whole number from 1 on, not 0"),
             ({"rank": 2.5}, "rank is a whole number from 1 on, not 2.5"),
@@ -35,8 +35,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"lora": {"rank": 4}, "soft_prompt_tuning": {}}, "a soft prompt is trained alone; keep one of the two"),
     *[
-        (1, {"soft_prompt_tuning": block}, told)
-        for block, told in [
+        (1, {"soft_prompt_tuning": block}, reported)
+        for block, reported in [
             ({"num_tokens": 0}, "num_tokens is a whole number from 1 on, not 0"),
             ({"n_tokens": 4}, "it has no n_tokens; did you mean num_tokens?"),
             ({"init_string": 4}, "init_string is text, not 4"),
@@ -66,8 +66,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
-def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("world_size", "changes", "reported"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
     lines = errors(world_size, **changes)
-    assert any(told in line for line in lines), "\n".join(lines)
+    assert any(reported in line for line in lines), "\n".join(lines)
     assert all(line.startswith(("command line: ", *changes)) for line in lines)

@@ -93,10 +93,10 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
-def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("world_size", "changes", "reported"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
     lines = errors(world_size, **changes)
-    assert any(told in line for line in lines), "\n".join(lines)
+    assert any(reported in line for line in lines), "\n".join(lines)
 
 
 def test_spread_experts_get_the_zero_block_that_they_need() -> None:

@@ -31,7 +31,7 @@ def test_batch_is_completed(total: int, micro: int, steps: int, ranks: int, expe
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "reported"),
     [
         ((None, None, 3, 2), "neither train_batch_size nor train_micro_batch_size_per_gpu is given"),
         (
@@ -45,10 +45,10 @@ def test_batch_is_completed(total: int, micro: int, steps: int, ranks: int, expe
         ((8, -1, 0, 2), "gradient_accumulation_steps = 0: a size must be at least 1"),
     ],
 )
-def test_impossible_batches_show_the_equation(sizes: tuple[int, int, int, int], told: str) -> None:
+def test_impossible_batches_show_the_equation(sizes: tuple[int, int, int, int], reported: str) -> None:
     with pytest.raises(ConfigError) as error:
         derive_batch(*sizes)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_attention_patterns(pattern: list[object] | None, layers: int, expected:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "reported"),
     [
         ([[["global"], 2]], "this makes 2 blocks, but num_layers = 3"),
         ([[["global", "local"], "all"]], "the pattern has 2 kinds, which do not divide num_layers = 3"),
@@ -102,10 +102,10 @@ def test_attention_patterns(pattern: list[object] | None, layers: int, expected:
         ([[["global"], 10**12]], "but num_layers = 3"),
     ],
 )
-def test_attention_patterns_that_do_not_fit(pattern: list[object], told: str) -> None:
+def test_attention_patterns_that_do_not_fit(pattern: list[object], reported: str) -> None:
     with pytest.raises(ConfigError, match="attention_config") as error:
         expand_attention(pattern, 3)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 def test_precision_follows_from_the_blocks() -> None:
@@ -113,14 +113,14 @@ def test_precision_follows_from_the_blocks() -> None:
     assert derive_precision(None, {"enabled": True}, None) == "fp16"
     assert derive_precision(None, {"enabled": False}, {"enabled": True}) == "bfloat16"
     assert derive_precision("bfloat16", None, None) == "bfloat16"
-    for precision, fp16, bf16, told in (
+    for precision, fp16, bf16, reported in (
         ("fp32", {"enabled": True}, None, "the block fp16 is enabled as well; write precision: fp16"),
         ("fp16", None, {"enabled": True}, "the block bf16 is enabled as well; write precision: bfloat16"),
         (None, {"enabled": True}, {"enabled": True}, "fp16 and bf16 are both enabled"),
     ):
         with pytest.raises(ConfigError) as error:
             derive_precision(precision, fp16, bf16)
-        assert told in str(error.value)
+        assert reported in str(error.value)
 
 
 def test_zero_defaults() -> None:
@@ -164,7 +164,7 @@ def test_optimizer_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "told"),
+    ("block", "reported"),
     [
         ({"params": {}}, "the block names no type"),
         ({"type": "Adam"}, "the block has no params"),
@@ -178,13 +178,13 @@ def test_optimizer_blocks() -> None:
         ({"type": "SGD", "params": {"lr": 0.1}}, "optimizer_type = 'adam': optimizer says 'sgd'"),
     ],
 )
-def test_optimizer_blocks_that_are_refused(block: dict[str, object], told: str) -> None:
+def test_optimizer_blocks_that_are_refused(block: dict[str, object], reported: str) -> None:
     with pytest.raises(ConfigError) as error:
         derive_optimizer(block, "adam", 0.1, OPTIMIZERS.names)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
-def test_what_is_trained_beside_a_model_is_told_whole() -> None:
+def test_what_is_trained_beside_a_model_is_reported_full() -> None:
     """Defaults, one name in place of a list, the names of linear layers, and blocks that are switched off."""
     model = resolved(lora={"rank": 8}).config.model
     assert model.lora == {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": ["query_key_value"]}
@@ -200,6 +200,6 @@ def test_what_is_trained_beside_a_model_is_told_whole() -> None:
 
 
 def test_random_weights_are_not_frozen_in_silence() -> None:
-    told = "lora: load is not set, so what stays frozen are random weights"
-    assert any(told in line for line in resolved(lora={"rank": 8}).warnings)
+    reported = "lora: load is not set, so what stays frozen are random weights"
+    assert any(reported in line for line in resolved(lora={"rank": 8}).warnings)
     assert resolved(lora={"rank": 8}, load="somewhere").warnings == []

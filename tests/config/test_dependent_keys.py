@@ -204,7 +204,7 @@ PAIRS = {
 }
 """Sets of pairs, which launching refuses by name together with pos_train_data_paths."""
 
-TOLD_AT_THE_START = {"vocab_size", "padded_vocab_size", "world_size"}
+REPORTED_AT_THE_START = {"vocab_size", "padded_vocab_size", "world_size"}
 """Held against the tokenizer (tests/engine/test_vocabulary.py) and the machines once these are known."""
 
 
@@ -226,7 +226,7 @@ def test_every_key_is_accounted_for() -> None:
         {gap.key for gap in GAPS} - others,
         set(DERIVED_ONLY),
     ]
-    known += [EVERY_RUN, set(REFUSED), PAIRS, TOLD_AT_THE_START, others]
+    known += [EVERY_RUN, set(REFUSED), PAIRS, REPORTED_AT_THE_START, others]
     assert sorted(FIELDS.keys() - set().union(*known)) == []
     assert sorted(set().union(*known) - FIELDS.keys()) == []
     assert sorted(EVERY_RUN & (dependent | set(IGNORED_HINTS) | set(UNUSED_KEYS) | set(REFUSED))) == []
@@ -250,12 +250,12 @@ def test_keys_that_the_user_did_not_write_get_no_line() -> None:
     assert resolved().warnings == []
 
 
-def test_a_world_that_is_not_there_is_told() -> None:
+def test_a_world_that_is_not_there_is_reported() -> None:
     warnings = resolve([], {**SMALL, "world_size": 3}, Resources(2)).warnings
     assert warnings == ["command line: world_size = 3: has no effect; 2 is what the machines offer"]
 
 
-def test_saves_and_profiles_behind_the_end_are_told() -> None:
+def test_saves_and_profiles_behind_the_end_are_reported() -> None:
     saved = resolved(save="x", extra_save_iters=[0, -1, 50, 101], checkpoint_factor=10)
     assert any("the run has no iteration -1, 101" in line for line in saved.warnings)
     profiled = resolved(profile=True, profile_step_start=200, profile_step_stop=201)

@@ -34,11 +34,11 @@ def test_shipped_files_fit_the_schema(path: Path) -> None:
     properties = schema()["properties"]
     kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "array": list, "object": dict}
     for name, value in (yaml.safe_load(path.read_text()) or {}).items():
-        told = properties[name]
-        told = properties[told["$ref"].rpartition("/")[2]] if "$ref" in told else told
-        if "enum" in told:
-            assert value in told["enum"], name
+        reported = properties[name]
+        reported = properties[reported["$ref"].rpartition("/")[2]] if "$ref" in reported else reported
+        if "enum" in reported:
+            assert value in reported["enum"], name
             continue
-        forms = told.get("anyOf", [told])
+        forms = reported.get("anyOf", [reported])
         names = [kind for form in forms for kind in ([form["type"]] if isinstance(form["type"], str) else form["type"])]
         assert any(kind != "null" and isinstance(value, kinds[kind]) for kind in names) or value is None, name

@@ -32,7 +32,7 @@ def test_lists_take_every_value() -> None:
     assert read_flags(["--extra_save_iters", "[1, 2]"]).values == {"extra_save_iters": [1, 2]}
 
 
-def test_text_is_taken_as_it_stands() -> None:
+def test_text_is_taken_as_it_is() -> None:
     values = read_flags(["--wandb_group", "007", "--comment=yes", "--prompt_end", "1e5", "--save", "null"]).values
     assert values == {"wandb_group": "007", "comment": "yes", "prompt_end": "1e5", "save": None}
 
@@ -48,7 +48,7 @@ def test_flags_of_the_caller_and_what_follows_a_double_dash_are_left() -> None:
     assert flags.rest == ["--dry-run", "--json", "--seed"]
 
 
-def test_issues_are_told_at_once() -> None:
+def test_issues_are_reported_at_once() -> None:
     flags = read_flags(["--train-itres", "5", "--seed", "--seed", "3", "--qqqqqq", "a", "b.py"], ["--dry-run"])
     assert flags.rest == ["b.py"]
     assert [str(issue) for issue in flags.issues] == [

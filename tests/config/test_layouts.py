@@ -20,15 +20,15 @@ MODEL = {"num_layers": 4, "num_attention_heads": 16, "num_kv_heads": 8}
 
 def reasons(layout: dict[str, Any]) -> dict[str, str]:
     """Key that is told -> why, for what may not go together."""
-    told = {}
+    reported = {}
     stages, zero = layout["pipe_parallel_size"], layout["zero"]
     if stages >= 1 and zero >= 2:
-        told["zero_optimization"] = f"(pipe_parallel_size = {stages}) does not work with ZeRO stage {zero}"
+        reported["zero_optimization"] = f"(pipe_parallel_size = {stages}) does not work with ZeRO stage {zero}"
     if stages >= 1 and layout["context_parallel_size"] > 1:
-        told["context_parallel_size"] = f"(pipe_parallel_size = {stages}) cannot share sequences"
+        reported["context_parallel_size"] = f"(pipe_parallel_size = {stages}) cannot share sequences"
     if layout["sequence_parallel"] and layout["model_parallel_size"] == 1:
-        told["sequence_parallel"] = "there are no tensor parallel ranks to spread the sequence over"
-    return told
+        reported["sequence_parallel"] = "there are no tensor parallel ranks to spread the sequence over"
+    return reported
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -38,10 +38,10 @@ OFF: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), OFF, ids=str)
-def test_without_a_base_or_without_mup(changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("changes", "reported"), OFF, ids=str)
+def test_without_a_base_or_without_mup(changes: dict[str, Any], reported: str) -> None:
     (line,) = errors(**changes)
-    assert told in line
+    assert reported in line
 
 
 ON: list[tuple[dict[str, Any], str]] = [
@@ -58,10 +58,10 @@ ON: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), ON, ids=str)
-def test_with_mup(changes: dict[str, Any], told: str, base: str) -> None:
+@pytest.mark.parametrize(("changes", "reported"), ON, ids=str)
+def test_with_mup(changes: dict[str, Any], reported: str, base: str) -> None:
     lines = errors(use_mup=True, base_shapes_file=base, **changes)
-    assert [line for line in lines if told in line], lines
+    assert [line for line in lines if reported in line], lines
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS.names)
@@ -76,14 +76,14 @@ def test_text_is_written_whatever_the_optimizer(base: str) -> None:
     assert errors(use_mup=True, base_shapes_file=base, optimizer=muon, user_script="generate.py") == []
 
 
-def test_a_scale_that_nothing_reads_is_told(base: str) -> None:
+def test_a_scale_that_nothing_reads_is_reported(base: str) -> None:
     warnings = resolved(use_mup=True, base_shapes_file=base, mup_width_scale=4).warnings
     assert [line for line in warnings if "mup_width_scale = 4: has no effect; only coord_check reads it" in line]
     assert not resolved(use_mup=True, base_shapes_file=base, mup_width_scale=4, coord_check=True).warnings
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("", "it is not JSON"),
         ("[1, 2]", "its format is not 'neox base shapes 1'"),
@@ -91,10 +91,10 @@ def test_a_scale_that_nothing_reads_is_told(base: str) -> None:
         ('{"format": "neox base shapes 1", "widths": {"hidden_size": 0}, "tensors": {}}', "it is damaged"),
     ],
 )
-def test_files_of_another_kind(text: str, told: str, tmp_path: Path) -> None:
+def test_files_of_another_kind(text: str, reported: str, tmp_path: Path) -> None:
     (tmp_path / "other").write_text(text, encoding="utf-8")
     (line,) = errors(use_mup=True, base_shapes_file=str(tmp_path / "other"))
-    assert told in line
+    assert reported in line
 
 
 OTHER: list[tuple[dict[str, Any], str]] = [
@@ -105,10 +105,10 @@ OTHER: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), OTHER, ids=str)
-def test_a_base_of_another_architecture_is_refused(changes: dict[str, Any], told: str, base: str) -> None:
+@pytest.mark.parametrize(("changes", "reported"), OTHER, ids=str)
+def test_a_base_of_another_architecture_is_refused(changes: dict[str, Any], reported: str, base: str) -> None:
     config = resolved(use_mup=True, base_shapes_file=base, **changes).config
-    with pytest.raises(ConfigError, match=f"it is the base of another architecture: .*{told}"):
+    with pytest.raises(ConfigError, match=f"it is the base of another architecture: .*{reported}"):
         check_base_shapes(config)
 
 

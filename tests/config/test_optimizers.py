@@ -38,7 +38,7 @@ def test_every_setting_is_taken_and_any_other_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "reported"),
     [
         ({"momentum": "0.9"}, "momentum = '0.9' is not a finite number"),
         ({"momentum": 1.5}, r"momentum = 1.5 is not in \[0, 1\)"),
@@ -47,18 +47,20 @@ def test_every_setting_is_taken_and_any_other_is_named(name: str) -> None:
         ({"momentun": 0.9}, "did you mean momentum"),
     ],
 )
-def test_wrong_values_are_told(params: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_values_are_reported(params: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ConfigError, match=reported):
         resolved(**chosen("sgd", **params))
 
 
 @pytest.mark.parametrize("name", ["sm3", "adafactor", "muon", "onebitadam"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_needs_whole_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
+def test_what_needs_full_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):
         resolved(zero_optimization={"stage": stage}, **chosen(name))
-    told = "muon needs ZeRO stage 1|adjust_lr_fn: original" if name == "muon" else f"{name} works on whole fp32 tensors"
-    with pytest.raises(ConfigError, match=told):
+    reported = (
+        "muon needs ZeRO stage 1|adjust_lr_fn: original" if name == "muon" else f"{name} works on whole fp32 tensors"
+    )
+    with pytest.raises(ConfigError, match=reported):
         resolved(precision="bfloat16", zero_optimization={"stage": 0}, **chosen(name))
 
 

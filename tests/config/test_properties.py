@@ -86,7 +86,7 @@ def test_a_mutated_configuration_resolves_or_is_refused_in_words(values: dict[st
     assert again.config == resolution.config
 
 
-WHOLE: dict[str, Any] = {
+FULL: dict[str, Any] = {
     **SMALL,
     "pipe_parallel_size": 1,
     "model_parallel_size": 2,
@@ -112,20 +112,20 @@ WHOLE: dict[str, Any] = {
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sets(st.sampled_from(sorted(WHOLE)), max_size=6), st.sets(st.sampled_from(sorted(WHOLE)), max_size=4))
-def test_nothing_is_told_but_what_is_wrong(mistyped: set[str], misspelt: set[str]) -> None:
+@given(st.sets(st.sampled_from(sorted(FULL)), max_size=6), st.sets(st.sampled_from(sorted(FULL)), max_size=4))
+def test_nothing_is_reported_but_what_is_wrong(mistyped: set[str], misspelt: set[str]) -> None:
     """A wrong value or a misspelt key has no echo: everything else is judged as if it were right."""
-    values: dict[str, Any] = {name: value for name, value in WHOLE.items() if name not in misspelt}
-    values |= {f"{name}q": WHOLE[name] for name in misspelt}
+    values: dict[str, Any] = {name: value for name, value in FULL.items() if name not in misspelt}
+    values |= {f"{name}q": FULL[name] for name in misspelt}
     mistyped = mistyped - misspelt
-    values |= {name: 7 if isinstance(WHOLE[name], dict) else {"wrong": 1} for name in mistyped}
+    values |= {name: 7 if isinstance(FULL[name], dict) else {"wrong": 1} for name in mistyped}
     wrong = {f"{name}q" for name in misspelt} | mistyped
-    told: tuple[ConfigIssue, ...] = ()
+    reported: tuple[ConfigIssue, ...] = ()
     try:
         resolve([], values, Resources(4))
     except ConfigError as error:
-        told = error.issues
-    assert sorted(str(issue.key) for issue in told) == sorted(wrong), told
+        reported = error.issues
+    assert sorted(str(issue.key) for issue in reported) == sorted(wrong), reported
 
 
 def attempt(values: dict[str, Any], world_size: int) -> Resolution | None:

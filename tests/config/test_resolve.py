@@ -17,7 +17,7 @@ from tests.config.small import SMALL, errors, resolved, write
 ALL_REASONS = {**IGNORED_HINTS, **UNUSED_KEYS}
 
 
-def test_the_origin_of_every_value_is_kept(tmp_path: Path) -> None:
+def test_the_origin_of_every_value_is_retained(tmp_path: Path) -> None:
     text = "".join(f"{name}: {value}\n" for name, value in SMALL.items())
     path = write(tmp_path, "small.yml", text)
     resolution = resolve([path], {"seed": 7}, Resources(2))
@@ -43,7 +43,7 @@ def test_resources_may_depend_on_the_launch_keys() -> None:
     assert config.launch.distributed_backend == "nccl"
 
 
-def test_every_issue_is_told_at_once(tmp_path: Path) -> None:
+def test_every_issue_is_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "num_layers: two\nhiden_size: 64\nnorm: rmsnrm\nfinetune: 1\nlr: true\n")
     with pytest.raises(ConfigError) as error:
         resolve([path], {"eval_tasks": [1]})
@@ -64,7 +64,7 @@ def test_every_issue_is_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_choices_whatever_their_case_and_whole_floats() -> None:
+def test_choices_whatever_their_case_and_full_floats() -> None:
     config = resolved(norm="RMSNorm", train_iters=1e2, pos_emb="ROTARY", precision="BFloat16").config
     assert (config.model.norm, config.model.pos_emb, config.precision.precision) == ("rmsnorm", "rotary", "bfloat16")
     assert config.training.train_iters == 100
@@ -124,9 +124,9 @@ def test_the_older_spellings_of_bfloat16_are_understood() -> None:
 
 def test_features_that_are_not_built_resolve_and_are_named() -> None:
     resolution = resolved(adlr_autoresume=True, lazy_mpu_init=True)
-    told = "\n".join(resolution.not_supported_yet)
+    reported = "\n".join(resolution.not_supported_yet)
     for part in ("adlr_autoresume = True", "lazy_mpu_init = True"):
-        assert part in told
+        assert part in reported
     assert resolved().not_supported_yet == []
 
 
@@ -138,8 +138,8 @@ def test_half_precision_runs_under_zero(precision: str) -> None:
     resolution = resolved(precision=precision, zero_optimization={"stage": 0})
     assert resolution.config.deepspeed.zero_stage == 1
     assert resolution.not_supported_yet == []
-    (told,) = resolution.warnings
-    assert "zero_optimization = {stage: 0}: runs as stage 1" in told
+    (reported,) = resolution.warnings
+    assert "zero_optimization = {stage: 0}: runs as stage 1" in reported
     assert resolved(zero_optimization={"stage": 0}).config.deepspeed.zero_stage == 0
 
 
@@ -155,17 +155,17 @@ NEEDS = {"fp16_lm_cross_entropy": {"precision": "fp16"}}
 """What else a key asks for."""
 
 
-def test_options_that_no_block_reads_are_told() -> None:
-    told = "\n".join(resolved(gpt_j_tied=True, sparsity_config={"block": 8}).warnings)
-    assert "gpt_j_tied = True: has no effect; gpt_j_residual is off" in told
-    assert "has no effect; no block is of a sparse kind" in told
+def test_options_that_no_block_reads_are_reported() -> None:
+    reported = "\n".join(resolved(gpt_j_tied=True, sparsity_config={"block": 8}).warnings)
+    assert "gpt_j_tied = True: has no effect; gpt_j_residual is off" in reported
+    assert "has no effect; no block is of a sparse kind" in reported
     local = resolved(attention_config=[[["local"], "all"]], sliding_window_width=8, sparsity_config={"block": 8})
     assert any("sliding_window_width = 8: has no effect" in line for line in local.warnings)
     assert not any("sparsity_config" in line for line in local.warnings)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(FIELDS[name].choices) != 1])
-def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_path: Path) -> None:
+def test_a_key_without_effect_is_one_warning_line_with_its_position(name: str, tmp_path: Path) -> None:
     facts = FIELDS[name]
     others = [choice for choice in facts.choices if choice != facts.default]
     examples = {bool: not facts.default, int: 7, float: 7.0, str: "x", dict: {"a": 1}}
@@ -182,8 +182,8 @@ def test_a_key_without_effect_is_one_warning_line_with_its_place(name: str, tmp_
 
 
 def test_what_only_srun_takes_is_a_warning_elsewhere() -> None:
-    told = "command line: comment: has no effect, since only srun takes it"
-    assert told in resolved(comment="x").warnings
+    reported = "command line: comment: has no effect, since only srun takes it"
+    assert reported in resolved(comment="x").warnings
     assert resolved(comment="x", account="y", launcher="slurm").warnings == []
     assert len(resolved(comment="x", account="y").warnings) == 2
 
@@ -202,8 +202,8 @@ def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
 
 
 def test_older_names_have_no_echo() -> None:
-    told = errors(num_layers=None, num_hidden_layers=2, train_micro_batch_size_per_gpu=None, micro_batch_size=2)
-    assert len(told) == 2
+    reported = errors(num_layers=None, num_hidden_layers=2, train_micro_batch_size_per_gpu=None, micro_batch_size=2)
+    assert len(reported) == 2
 
 
 def test_a_resolved_configuration_resolves_to_itself() -> None:

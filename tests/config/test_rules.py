@@ -86,8 +86,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "low_freq_factor must be below high_freq_factor",
     ),
     *[
-        (1, {"attention_config": [[[kind], "all"]], "sparsity_config": options}, told)
-        for kind, options, told in [
+        (1, {"attention_config": [[[kind], "all"]], "sparsity_config": options}, reported)
+        for kind, options, reported in [
             ("bigbird", {"blok": 8}, "bigbird has no option blok; did you mean block?"),
             ("local", {"num_random_blocks": 1}, "local has no option num_random_blocks"),
             ("local", {"block": 0}, "block is a whole number from 1 on"),
@@ -155,8 +155,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "DeepSpeed knows no overlap_com in this block; did you mean overlap_comm?",
     ),
     *(
-        (2, {"zero_optimization": block}, told)
-        for block, told in (
+        (2, {"zero_optimization": block}, reported)
+        for block, reported in (
             (
                 {"stage": 0, "offload_optimizer": {"device": "cpu"}},
                 "offload_optimizer to cpu needs stage 1; use stage 1",
@@ -304,18 +304,18 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
-def test_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("world_size", "changes", "reported"), CASES, ids=[case[2][:50] for case in CASES])
+def test_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
     lines = errors(world_size, **changes)
-    assert any(told in line for line in lines), "\n".join(lines)
+    assert any(reported in line for line in lines), "\n".join(lines)
     assert all(line.startswith(("command line: ", *changes, "world_size")) for line in lines)
 
 
-@pytest.mark.parametrize(("world_size", "changes", "told"), CASES, ids=[case[2][:50] for case in CASES])
-def test_a_issue_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("world_size", "changes", "reported"), CASES, ids=[case[2][:50] for case in CASES])
+def test_a_issue_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
     elsewhere = {"eval_interval": "often", "tensorbord_dir": "x", "init_method": "nromal"}
     lines = errors(world_size, **changes, **elsewhere)
-    assert any(told in line for line in lines), "\n".join(lines)
+    assert any(reported in line for line in lines), "\n".join(lines)
     assert {line.split(": ")[1].partition(" ")[0] for line in lines} >= elsewhere.keys()
 
 
@@ -348,7 +348,7 @@ def test_what_no_rule_forbids(changes: dict[str, Any]) -> None:
     assert errors(2, **changes) == []
 
 
-def test_violations_of_several_rules_are_told_together() -> None:
+def test_violations_of_several_rules_are_reported_together() -> None:
     assert len(errors(1, min_lr=1.0, log_interval=0, split="x", save="y")) == 4
 
 
@@ -357,7 +357,7 @@ def test_clip_grad_alone_is_heeded() -> None:
     assert config.optimizer.gradient_clipping == 2.0
 
 
-def test_issues_of_arithmetic_and_of_rules_are_told_together() -> None:
+def test_issues_of_arithmetic_and_of_rules_are_reported_together() -> None:
     lines = errors(4, train_batch_size=30, log_interval=0, lr_decay_iters=-5, zero_optimization={"stag": 1})
     assert [line.split(": ", 2)[1].partition(" ")[0] for line in lines] == [
         "zero_optimization",

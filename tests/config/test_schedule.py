@@ -46,7 +46,7 @@ def test_steps_and_samples_agree_with_counting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ramp", "told"),
+    ("ramp", "reported"),
     [
         ([8, 8], "not three counts"),
         ([8, 0, 100], "not three counts"),
@@ -55,9 +55,9 @@ def test_steps_and_samples_agree_with_counting() -> None:
         ([2, 2, 100], r"2 samples is not whole micro batches of 4 on 1 data-parallel"),
     ],
 )
-def test_illegal_growth_is_refused(ramp: list[int], told: str) -> None:
+def test_illegal_growth_is_refused(ramp: list[int], reported: str) -> None:
     sizes = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": None}
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         resolved(rampup_batch_size=ramp, **sizes)
     assert resolved(rampup_batch_size=[8, 8, 100], **sizes).config.training.rampup_batch_size == (8, 8, 100)
 
@@ -102,7 +102,7 @@ def test_lengths_grow_as_deepspeed_s_did() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "reported"),
     [
         ({"curriculum_type": "voc"}, "no curriculum over 'voc'"),
         ({"schedule_type": "custom"}, "do not make a schedule"),
@@ -113,8 +113,8 @@ def test_lengths_grow_as_deepspeed_s_did() -> None:
         ({"min_difficulty": "8"}, "whole numbers"),
     ],
 )
-def test_wrong_curricula_are_refused(wrong: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_curricula_are_refused(wrong: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ConfigError, match=reported):
         resolved(curriculum_learning=block(**wrong))
 
 
@@ -124,7 +124,7 @@ def test_deepspeed_s_own_sampling_is_refused_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         (
             {"lr_decay_iters": 2, "warmup_iters": 5},
@@ -136,11 +136,11 @@ def test_deepspeed_s_own_sampling_is_refused_with_the_way_out() -> None:
         ({"train_iters": None, "train_samples": 50, "warmup": 1.0}, "the warmup is 50 samples long and the decay ends"),
     ],
 )
-def test_a_warmup_ends_before_the_horizon(changes: dict[str, Any], told: str) -> None:
-    assert any(told in line for line in errors(**changes))
+def test_a_warmup_ends_before_the_horizon(changes: dict[str, Any], reported: str) -> None:
+    assert any(reported in line for line in errors(**changes))
     assert errors(train_iters=10, warmup_iters=9) == []
 
 
-def test_a_part_above_one_is_offered_in_steps_only_where_it_is_whole() -> None:
+def test_a_part_above_one_is_offered_in_steps_only_where_it_is_full() -> None:
     assert any("or write warmup_iters: 20" in line for line in errors(warmup=20))
     assert not any("warmup_iters" in line for line in errors(warmup=1.5))

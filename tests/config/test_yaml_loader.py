@@ -56,7 +56,7 @@ def test_values_read_as_yaml_with_modern_floats(text: str, value: object) -> Non
     assert type(read) is type(value)
 
 
-def test_a_duplicate_names_both_places_whatever_its_spelling(tmp_path: Path) -> None:
+def test_a_duplicate_names_both_positions_whatever_its_spelling(tmp_path: Path) -> None:
     first = write(tmp_path, "a.yml", "num-layers: 2\n")
     second = write(tmp_path, "b.yml", "seq_length: 8\nnum_layers: 3\n")
     assert [str(issue) for issue in merge([first, second]).issues] == [
@@ -66,8 +66,8 @@ def test_a_duplicate_names_both_places_whatever_its_spelling(tmp_path: Path) -> 
 
 def test_a_duplicate_inside_one_file_is_found_at_any_depth(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "a: 1\nb: {c: [{d: 1,\n d: 2}]}\na: 3\n")
-    told = [str(issue) for issue in merge([path]).issues]
-    assert told == [
+    reported = [str(issue) for issue in merge([path]).issues]
+    assert reported == [
         f"{path}:3: d: the key is also given at {path}:2; keep one of the two",
         f"{path}:4: a = 3: the key is also given at {path}:1, as 1; keep one of the two",
     ]
@@ -98,7 +98,7 @@ def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("num_layers: [1, 2\n", "this is not YAML"),
         ("- 1\n- 2\n", "the file is not a mapping"),
@@ -111,11 +111,11 @@ def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
         ("a: 1\nb:2\nc: 3\n", ":2: there is no space after the colon; write `key: value`"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_issue(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_issue(tmp_path: Path, text: str, reported: str) -> None:
     path = write(tmp_path, "a.yml", text)
     issues = merge([path]).issues
     assert len(issues) == 1
-    assert told in str(issues[0])
+    assert reported in str(issues[0])
     assert str(path) in str(issues[0])
 
 
@@ -126,22 +126,22 @@ def test_a_json_file_is_called_json(tmp_path: Path) -> None:
 
 def test_a_file_named_twice_is_one_issue(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yml", "a: 1\nb: 2\n")
-    told = [str(issue) for issue in merge([path, tmp_path / "a"]).issues]
-    assert told == [f"{path}: the file is named twice; name it once"]
+    reported = [str(issue) for issue in merge([path, tmp_path / "a"]).issues]
+    assert reported == [f"{path}: the file is named twice; name it once"]
 
 
 def test_binary_files_and_folders_are_issues(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_bytes(b"\xff\xfe\x00\x81")
-    told = [str(issue) for issue in merge([tmp_path / "a.yml", tmp_path]).issues]
-    assert "cannot be read" in told[0]
-    assert "folder" in told[1]
+    reported = [str(issue) for issue in merge([tmp_path / "a.yml", tmp_path]).issues]
+    assert "cannot be read" in reported[0]
+    assert "folder" in reported[1]
 
 
 def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "small.yml", "num_layers: 2\n")
-    told = str(merge([tmp_path / "smal.yml"]).issues[0])
-    assert "there is no such configuration file" in told
-    assert f"did you mean {tmp_path / 'small.yml'}?" in told
+    reported = str(merge([tmp_path / "smal.yml"]).issues[0])
+    assert "there is no such configuration file" in reported
+    assert f"did you mean {tmp_path / 'small.yml'}?" in reported
 
 
 def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path) -> None:

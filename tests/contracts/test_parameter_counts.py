@@ -21,8 +21,8 @@ MODELS = [path for path in FILES if re.search("num.layers", path.read_text(encod
 def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
     """The plan's number, and name -> shape of every tensor: by the modules, and by the table."""
     ranks, files = intended(path)
-    told = re.search(r"(?<![a-z_])vocab_size", path.read_text(encoding="utf-8"))
-    found = resolve(files, {} if told else {"vocab_size": 50_277}, Resources(ranks))
+    reported = re.search(r"(?<![a-z_])vocab_size", path.read_text(encoding="utf-8"))
+    found = resolve(files, {} if reported else {"vocab_size": 50_277}, Resources(ranks))
     config = found.config
     padded = find_vocabulary(config.tokenizer, config.parallelism.model_parallel_size).padded
     assert padded

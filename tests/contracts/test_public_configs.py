@@ -61,7 +61,7 @@ def test_what_no_key_of_today_means_is_refused_by_name(name: str) -> None:
     assert all(issue.hint for issue in error.value.issues)
 
 
-def test_what_differs_is_told() -> None:
+def test_what_differs_is_reported() -> None:
     page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
     assert [name for name, one in FACTS["configs"].items() if "differs" in one] == [
         "mistral/7B.yml + llama/train_config.yml"

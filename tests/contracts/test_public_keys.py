@@ -61,7 +61,7 @@ NEW = {
 }
 
 
-def test_the_table_is_whole() -> None:
+def test_the_table_is_full() -> None:
     assert len(PUBLIC) == 318
 
 
@@ -110,14 +110,14 @@ def test_new_keys_are_there_and_not_public() -> None:
     assert not NEW & PUBLIC.keys()
 
 
-def test_every_other_key_is_told_in_differences() -> None:
+def test_every_other_key_is_reported_in_differences() -> None:
     page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
     untold = [name for name in FIELDS if name not in PUBLIC and f"`{name}`" not in page]
     assert untold == []
     assert [name for name in OTHER_DEFAULTS if f"`{name}`" not in page] == []
 
 
-def test_new_keys_are_told_with_their_defaults() -> None:
+def test_new_keys_are_reported_with_their_defaults() -> None:
     page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
     for name in FIELDS.keys() - PUBLIC.keys():
         assert f"| `{name}` | `{json.dumps(FIELDS[name].default)}` |" in page, name

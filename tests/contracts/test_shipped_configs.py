@@ -57,7 +57,7 @@ def test_it_resolves_at_its_world_size(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_it_tells_where_its_numbers_come_from(path: Path) -> None:
+def test_it_reports_where_its_numbers_come_from(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if "num_layers" in text and path.stem != "quickstart":
         assert "arXiv:" in text or "no source" in text

@@ -73,7 +73,7 @@ def test_the_tool_writes_the_page(folders: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
-def test_the_tool_tells_a_wrong_folder(tmp_path: Path) -> None:
+def test_the_tool_reports_a_wrong_folder(tmp_path: Path) -> None:
     command = [sys.executable, "tools/dashboard.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr

@@ -30,12 +30,12 @@ def test_a_save_folder_leads_to_its_logs(tmp_path: Path) -> None:
     assert run.name == "save"
 
 
-def test_names_tell_runs_apart(tmp_path: Path) -> None:
+def test_names_report_runs_apart(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
     assert [run.name for run in open_runs(folders)] == ["a/run", "b/run"]
 
 
-def test_a_run_in_the_logs_of_another_has_its_whole_path_for_a_name(tmp_path: Path) -> None:
+def test_a_run_in_the_logs_of_another_has_its_full_path_for_a_name(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "run"), make_run(tmp_path / "run" / "logs")]
     assert [run.name for run in open_runs([tmp_path / "run", tmp_path / "run" / "logs"])] == list(map(str, folders))
 
@@ -73,7 +73,7 @@ def test_a_run_that_has_only_started_is_shown_empty(tmp_path: Path) -> None:
     json.dumps(shown)
 
 
-def test_only_keys_that_differ_are_told() -> None:
+def test_only_keys_that_differ_are_reported() -> None:
     first = {"hidden_size": 64, "lr": 0.1, "save": "a"}
     second = {"hidden_size": 64, "lr": 0.2, "save": "b", "new": True}
     assert differences([first, second]) == [
@@ -87,7 +87,7 @@ def test_thinning_keeps_ends_and_spikes() -> None:
     points = [(iteration, 1.0) for iteration in range(100_000)]
     points[54_321] = (54_321, 99.0)
     points[77_777] = (77_777, -5.0)
-    kept = thinned(points)
-    assert len(kept) <= 1500 and (54_321, 99.0) in kept and (77_777, -5.0) in kept
-    assert kept == sorted(kept)
+    retained = thinned(points)
+    assert len(retained) <= 1500 and (54_321, 99.0) in retained and (77_777, -5.0) in retained
+    assert retained == sorted(retained)
     assert thinned(points[:100]) == points[:100]

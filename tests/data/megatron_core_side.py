@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # A checkout on the path has a package of the same name, which would come first.
-sys.path[:] = [place for place in sys.path if not (Path(place) / "megatron" / "__init__.py").exists()]
+sys.path[:] = [position for position in sys.path if not (Path(position) / "megatron" / "__init__.py").exists()]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 
 from megatron.core.datasets import helpers  # noqa: E402

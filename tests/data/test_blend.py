@@ -43,7 +43,7 @@ def test_many_sets_are_drawn_by_the_same_rule(count):
     assert list(zip(sets.tolist(), numbers.tolist(), strict=True)) == expected
 
 
-def test_shares_are_kept():
+def test_shares_are_retained():
     sets, _ = blend_order([0.7, 0.2, 0.1], 10_000)
     assert np.abs(np.bincount(sets) - [7000, 2000, 1000]).max() <= 2
 

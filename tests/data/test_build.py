@@ -84,15 +84,15 @@ def test_no_split_reads_another(one_set):
 
 
 def test_ranks_share_each_global_micro_batch(one_set):
-    whole = served(build(one_set, micro_batch=4).train)
+    complete = served(build(one_set, micro_batch=4).train)
     ranks = [list(build(one_set, rank=rank, ranks=2).train.batches(0)) for rank in range(2)]
     together = [sample for step in zip(*ranks, strict=True) for batch in step for sample in batch.tokens.tolist()]
-    assert together == whole
+    assert together == complete
 
 
 def test_resume_goes_on_where_it_was(one_set):
-    whole = served(build(one_set).train)
-    assert served(build(one_set).train, 6) == whole[6:]
+    complete = served(build(one_set).train)
+    assert served(build(one_set).train, 6) == complete[6:]
 
 
 def test_another_split_of_the_same_files_is_not_served_from_the_cache(one_set):
@@ -156,7 +156,7 @@ def test_weights_part_the_samples(tmp_path):
     assert [source.weight for source in data.plan.train.sources] == [0.75, 0.25]
 
 
-def test_a_small_validation_share_is_told(tmp_path):
+def test_a_small_validation_share_is_reported(tmp_path):
     data = build(DataSection(data_path=write(tmp_path / "p", documents(10))), valid=4, test=4)
     assert data.valid is None
     assert data.test is None
@@ -170,7 +170,7 @@ def test_a_small_validation_share_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "reported"),
     [
         ({}, "no data to train on"),
         ({"data_path": "missing"}, "cannot read"),
@@ -180,8 +180,8 @@ def test_a_small_validation_share_is_told(tmp_path):
         ({"train_data_paths": ["a", "b"], "train_data_weights": [0.0, 0.0]}, "above 0"),
     ],
 )
-def test_issues_are_told(section, told):
-    with pytest.raises(ConfigError, match=told) as caught:
+def test_issues_are_reported(section, reported):
+    with pytest.raises(ConfigError, match=reported) as caught:
         build(DataSection(**section))
     assert all(issue.key for issue in caught.value.issues)
 
@@ -220,7 +220,7 @@ def test_more_sets_than_a_byte_counts_and_than_a_process_may_open(tmp_path):
     assert np.bincount(firsts, minlength=259)[1:].tolist() == [3] * 258
 
 
-def test_a_issue_about_many_sets_is_told_first(tmp_path):
+def test_a_issue_about_many_sets_is_reported_first(tmp_path):
     with pytest.raises(ConfigError) as caught:
         build(DataSection(train_data_paths=["some/path"] * 500, train_data_weights=[1.0]))
     assert str(caught.value).startswith("train_data_weights: 500 paths and 1 weights")

@@ -32,8 +32,8 @@ def items(documents):
 def test_the_right_choice_goes_on_with_the_document(documents, items):
     assert len(items) == 50
     for item in items:
-        whole = item["context"] + item["choices"][item["label"]]
-        assert any(whole in document for document in documents)
+        full = item["context"] + item["choices"][item["label"]]
+        assert any(full in document for document in documents)
 
 
 def test_wrong_choices_do_not_occur_there_but_elsewhere(documents, items):
@@ -44,7 +44,7 @@ def test_wrong_choices_do_not_occur_there_but_elsewhere(documents, items):
                 assert any(choice.strip() in document for document in documents)
 
 
-def test_layout_and_length_do_not_tell(items):
+def test_layout_and_length_do_not_report(items):
     for item in items:
         assert len(set(item["choices"])) == 4
         gaps = {choice[: len(choice) - len(choice.lstrip())] for choice in item["choices"]}

@@ -16,8 +16,8 @@ def written(tmp_path, template, records, *flags):
     """The exit code and the documents of a work on these lines."""
     folder, source = folder_with(tmp_path / "t", template), tmp_path / "chats.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    told = ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
-    code = main([*told, "--jsonl-keys", "messages", *flags])
+    reported = ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    code = main([*reported, "--jsonl-keys", "messages", *flags])
     return code, [] if code else list(IndexedDataset(tmp_path / "out_messages_document"))
 
 
@@ -40,8 +40,8 @@ def test_the_fields_of_a_line_go_to_the_template(tmp_path, workers):
     assert code == 0 and len(found) == len(LINES)
     for row, record in zip(found, LINES, strict=True):
         how = {name: record.get(name) for name in ("tools", "documents")} | (record.get("chat_template_kwargs") or {})
-        wanted = theirs.apply_chat_template(record["messages"], return_dict=False, **how)
-        assert row.tolist() == [*wanted, theirs.eos_token_id]
+        expected = theirs.apply_chat_template(record["messages"], return_dict=False, **how)
+        assert row.tolist() == [*expected, theirs.eos_token_id]
 
 
 def test_tools_and_arguments_may_be_json_in_a_text(tmp_path):
@@ -59,16 +59,16 @@ def test_the_labels_are_what_the_assistant_wrote(tmp_path):
     assert written(tmp_path, JSON_CALLS, LINES[1:2])[0] == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
     labels = IndexedDataset(tmp_path / "out_messages_label_document")[0].tolist()
-    told = theirs.decode([label for label in labels if label != -100])
+    reported = theirs.decode([label for label in labels if label != -100])
     calls = '<call>weather {"b": 1, "a": ["é", null]}</call><call>weather {}</call><|im_end|>\n'
-    assert told == calls + "Dry.<|im_end|>\n" + "<|im_end|>"
+    assert reported == calls + "Dry.<|im_end|>\n" + "<|im_end|>"
 
 
 IMAGE = {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]}
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "reported"),
     [
         ({"messages": [TURNS[0], IMAGE]}, "1 with a part of a content that is no text"),
         ({"messages": [TURNS[0], IMAGE]}, "turn 2 has a part of the type 'image'"),
@@ -90,15 +90,15 @@ IMAGE = {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "
         ({"messages": TURNS, "chat_template_kwargs": {"messages": []}}, "'messages' is no variable"),
     ],
 )
-def test_what_cannot_be_learnt_is_left_out_counted_and_told(tmp_path, capsys, record, told):
+def test_what_cannot_be_learnt_is_left_out_counted_and_reported(tmp_path, capsys, record, reported):
     code, found = written(tmp_path, JSON_CALLS, [record, LINES[0]])
     out = capsys.readouterr().out
-    kept = (tmp_path / "out_messages_document_skipped.jsonl", tmp_path / "out_skipped.jsonl")
-    skipped = "".join(path.read_text() for path in kept if path.is_file())
+    retained = (tmp_path / "out_messages_document_skipped.jsonl", tmp_path / "out_skipped.jsonl")
+    skipped = "".join(path.read_text() for path in retained if path.is_file())
     assert code == 0 and len(found) == 1
     assert "1 lines or files skipped" in out and json.loads(skipped)
     assert written(tmp_path, JSON_CALLS, [record])[0] == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_what_the_template_leaves_out_is_counted(tmp_path, capsys):
@@ -106,5 +106,5 @@ def test_what_the_template_leaves_out_is_counted(tmp_path, capsys):
     code, found = written(tmp_path, PLAIN, [*LINES[:2], *LINES[2:4], LINES[5]])
     out = capsys.readouterr().out
     assert code == 0 and len(found) == 5
-    for told in ("2 documents have 'tool_calls'", "1 documents have 'tools'", "1 documents have 'documents'"):
-        assert f"{told} that the chat template leaves out" in out
+    for reported in ("2 documents have 'tool_calls'", "1 documents have 'tools'", "1 documents have 'documents'"):
+        assert f"{reported} that the chat template leaves out" in out

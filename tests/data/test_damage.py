@@ -61,7 +61,7 @@ def records():
 
 @pytest.mark.parametrize(("suffix", "archive"), [*itertools.product(PACK, [True]), *itertools.product(PACKED, [False])])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_whole_line_before_damage_is_kept(tmp_path, records, suffix, damage, archive):
+def test_every_full_line_before_damage_is_retained(tmp_path, records, suffix, damage, archive):
     text = "".join(record + "\n" for record in records).encode()
     content = text
     if archive:
@@ -74,48 +74,48 @@ def test_every_whole_line_before_damage_is_kept(tmp_path, records, suffix, damag
     damaged = DAMAGES[damage](PACK[suffix](content))
     path = tmp_path / (f"lines.tar{suffix}" if archive else f"lines.jsonl{suffix}")
     path.write_bytes(damaged)
-    whole = _available(suffix, damaged)[512 if archive else 0 :][: len(text)].count(b"\n")
-    assert whole > 100, "several lines, in less than a block, or all of them"
+    full = _available(suffix, damaged)[512 if archive else 0 :][: len(text)].count(b"\n")
+    assert full > 100, "several lines, in less than a block, or all of them"
     blocks = list(read_blocks([*find_text_files([str(path)])]))
     assert b"".join(block.content for block in blocks if block.lost is None) == b"".join(
-        record.encode() + b"\n" for record in records[:whole]
+        record.encode() + b"\n" for record in records[:full]
     )
-    told = [block.lost[0] for block in blocks if block.lost is not None]
+    reported = [block.lost[0] for block in blocks if block.lost is not None]
     # What follows the end of bzip2's and xz's data is nothing to their readers, and what follows a tar's end neither.
-    assert told == ["damaged"] or (
-        told == [] and whole == len(records) and damage in ("cut by a byte", "junk behind it")
+    assert reported == ["damaged"] or (
+        reported == [] and full == len(records) and damage in ("cut by a byte", "junk behind it")
     )
 
 
 @pytest.mark.parametrize("suffix", PACKED)
-def test_documents_of_a_dat_before_damage_are_kept(tmp_path, suffix):
+def test_documents_of_a_dat_before_damage_are_retained(tmp_path, suffix):
     texts = [bytes(np.random.default_rng(number).choice(list(b"abcdefgh "), 900).tolist()) for number in range(600)]
     content = b"".join(f"{len(text):016}".encode() + text for text in texts)
     damaged = PACK[suffix](content)[: -len(content) // 20]
     path = tmp_path / f"some.dat{suffix}"
     path.write_bytes(damaged)
-    whole = len(_available(suffix, damaged)) // 916
+    full = len(_available(suffix, damaged)) // 916
     blocks = list(read_blocks(find_text_files([str(path)])))
-    kept = [text for block in blocks if block.lost is None for text in parse_lengths(block.content)]
-    assert kept == texts[:whole]
+    retained = [text for block in blocks if block.lost is None for text in parse_lengths(block.content)]
+    assert retained == texts[:full]
     assert blocks[-1].lost[0] == "damaged"
 
 
-def test_a_last_line_without_its_end_is_kept_before_junk_and_not_where_it_was_cut(tmp_path):
+def test_a_last_line_without_its_end_is_retained_before_junk_and_not_where_it_was_cut(tmp_path):
     """The compressed file is whole; what is behind it is not. A line that was cut is no JSON object."""
     text = b'{"text": "a"}\n{"text": "b"}'
-    for name, content, kept in (
+    for name, content, retained in (
         ("junk.jsonl.gz", gzip.compress(text) + b"junk", text),
         ("cut.jsonl.gz", gzip.compress(text[:-1])[:-1], text[:14]),
     ):
         (tmp_path / name).write_bytes(content)
         blocks = list(read_blocks(find_text_files([str(tmp_path / name)])))
-        assert b"".join(block.content for block in blocks if block.lost is None) == kept
+        assert b"".join(block.content for block in blocks if block.lost is None) == retained
         assert blocks[-1].lost[0] == "damaged"
 
 
-@pytest.mark.parametrize("kept", range(0, 1400, 97))
-def test_a_member_that_is_cut_anywhere_is_told(tmp_path, kept):
+@pytest.mark.parametrize("retained", range(0, 1400, 97))
+def test_a_member_that_is_cut_anywhere_is_reported(tmp_path, retained):
     """A tar of a text and of lines, both shorter than what is read at once: the text counts whole or not at all."""
     text, lines = b"words " * 40, b'{"text": "a"}\n' * 12
     made = io.BytesIO()
@@ -125,10 +125,10 @@ def test_a_member_that_is_cut_anywhere_is_told(tmp_path, kept):
             about.size = len(content)
             tar.addfile(about, io.BytesIO(content))
     path = tmp_path / "x.tar"
-    path.write_bytes(made.getvalue()[:kept])
+    path.write_bytes(made.getvalue()[:retained])
     blocks = list(read_blocks(find_text_files([str(path)])))
     found = b"".join(block.content for block in blocks if block.lost is None)
-    whole = (text if kept >= 512 + len(text) else b"") + lines[: max(0, (kept - 1536) // 14 * 14)]
-    assert found == whole
-    told = [block.lost[0] for block in blocks if block.lost is not None]
-    assert told == (["damaged"] if kept else ["empty"])
+    full = (text if retained >= 512 + len(text) else b"") + lines[: max(0, (retained - 1536) // 14 * 14)]
+    assert found == full
+    reported = [block.lost[0] for block in blocks if block.lost is not None]
+    assert reported == (["damaged"] if retained else ["empty"])

@@ -39,29 +39,29 @@ def serving():
             if server.codes:
                 self.send_error(server.codes.pop(0))
                 return
-            start, whole = 0, len(server.content)
-            wanted = self.headers.get("Range")
-            if wanted and server.ranges and self.headers.get("If-Range") == server.tag:
-                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-                if start >= whole:
+            start, complete = 0, len(server.content)
+            expected = self.headers.get("Range")
+            if expected and server.ranges and self.headers.get("If-Range") == server.tag:
+                start = int(expected.removeprefix("bytes=").removesuffix("-"))
+                if start >= complete:
                     self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{whole}")
+                    self.send_header("Content-Range", f"bytes */{complete}")
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+                self.send_header("Content-Range", f"bytes {start}-{complete - 1}/{complete}")
             else:
                 self.send_response(200)
             if server.length:
-                self.send_header("Content-Length", str(whole - start))
+                self.send_header("Content-Length", str(complete - start))
             else:
                 self.send_header("Connection", "close")
             if server.tag:
                 self.send_header("ETag", server.tag)
             self.end_headers()
             stop = server.break_after.pop(0) if server.break_after else None
-            self.wfile.write(server.content[start : whole if stop is None else start + stop])
+            self.wfile.write(server.content[start : complete if stop is None else start + stop])
             self.close_connection = stop is not None or not server.length
 
         def log_message(self, *_):
@@ -93,7 +93,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_whole_file(server, tmp_path):
+def test_a_full_file(server, tmp_path):
     seen = []
     assert bring(server, tmp_path / "new", sha256=DIGEST, report=seen.append) == DIGEST
     assert (tmp_path / "new/file.bin").read_bytes() == CONTENT
@@ -113,7 +113,7 @@ def test_what_is_there_is_not_fetched_again(server, tmp_path):
 def test_a_transfer_goes_on_where_it_broke_off(server, tmp_path):
     server.break_after = [1_000_000, 2_000_000]
     assert bring(server, tmp_path, sha256=DIGEST) == DIGEST
-    assert [wanted for _, wanted in server.asked] == [None, "bytes=1000000-", "bytes=3000000-"]
+    assert [expected for _, expected in server.asked] == [None, "bytes=1000000-", "bytes=3000000-"]
 
 
 def test_a_later_run_goes_on(server, tmp_path):
@@ -162,11 +162,11 @@ def test_a_source_that_is_gone_says_what_to_do(server, tmp_path):
     urls = (f"{server.url}/a", f"{server.url}/b")
     with pytest.raises(RunError) as caught:
         bring(server, tmp_path, sha256=DIGEST, urls=urls)
-    told = str(caught.value)
-    assert f"{urls[0]}: HTTP 404 Not Found; {urls[1]}: HTTP 410 Gone" in told
-    assert "gone for good" in told
-    assert "--mirror" in told
-    assert DIGEST in told
+    reported = str(caught.value)
+    assert f"{urls[0]}: HTTP 404 Not Found; {urls[1]}: HTTP 410 Gone" in reported
+    assert "gone for good" in reported
+    assert "--mirror" in reported
+    assert DIGEST in reported
     assert len(server.asked) == 2, "what is gone is not asked for again"
 
 
@@ -232,7 +232,7 @@ def test_a_published_sum_of_a_zip_member(server, tmp_path):
     assert not (tmp_path / "b/x.zip").exists()
 
 
-def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(server, tmp_path, monkeypatch):
     from megatron.data.corpora import download
 
     def full(descriptor):

@@ -60,7 +60,7 @@ def test_text_in_a_wrong_encoding_equals_ftfy(text, encoding):
     assert mended(wrong) == ftfy.fix_text(wrong)
 
 
-def test_texts_longer_than_a_piece_of_ftfy():
+def test_texts_longer_than_a_part_of_ftfy():
     """Ftfy parts a line of more than a million characters."""
     text = "é “x” " * 170_000 + "ﬁ" + "y" * 1_000_000 + "&lt;"
     assert mended(text) == ftfy.fix_text(text)

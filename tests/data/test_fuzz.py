@@ -64,8 +64,8 @@ def lines(draw):
                 "utf-8", "surrogatepass"
             )
         if kind == "d" and line:
-            place = draw(st.integers(0, len(line) - 1))
-            line = line[:place] + draw(st.binary(max_size=2)) + line[place + draw(st.integers(0, 2)) :]
+            position = draw(st.integers(0, len(line) - 1))
+            line = line[:position] + draw(st.binary(max_size=2)) + line[position + draw(st.integers(0, 2)) :]
         made.append(line.replace(b"\n", b""))
     return made
 
@@ -92,12 +92,12 @@ def test_no_line_crashes_the_reader_or_is_lost(tmp_path_factory, made, last):
         made[0] = made[0].removeprefix(b"\xef\xbb\xbf")  # at the start of a file it is a byte order mark
     texts = [expected(line) for line in made]
     bad = [number for number, text in enumerate(texts, 1) if text is None]
-    wanted = find_text_files([str(path)]), PlainText(CHARACTERS)
+    target = find_text_files([str(path)]), PlainText(CHARACTERS)
     if not any(texts):
         with pytest.raises(RunError, match="there is no document"):
-            preprocess(*wanted, output_prefix=str(folder / "out"), facts=FACTS)
+            preprocess(*target, output_prefix=str(folder / "out"), facts=FACTS)
         return
-    result = preprocess(*wanted, output_prefix=str(folder / "out"), facts=FACTS)
+    result = preprocess(*target, output_prefix=str(folder / "out"), facts=FACTS)
     data = IndexedDataset(folder / "out_text_document")
     data.check()
     assert [CHARACTERS.decode(data[item].tolist()) for item in range(len(data))] == [text for text in texts if text]

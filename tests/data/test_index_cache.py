@@ -25,15 +25,15 @@ def request_(tmp_path):
     return IndexRequest(data, "train", range(3), seq_length=4, samples=10, epochs=epochs_needed(26, 4, 10), seed=7)
 
 
-def test_a_kept_map_equals_a_computed_one(request_):
+def test_a_retained_map_equals_a_computed_one(request_):
     made = request_.build()
     assert read_index_map(request_) is None
-    (kept,), warnings = index_maps([request_], is_builder=True, barrier=lambda: None)
+    (retained,), warnings = index_maps([request_], is_builder=True, barrier=lambda: None)
     assert warnings == []
     for array in ("documents", "samples", "shuffle"):
-        np.testing.assert_array_equal(getattr(kept, array), getattr(made, array))
-        assert getattr(kept, array).dtype == getattr(made, array).dtype
-    assert kept.epochs == made.epochs
+        np.testing.assert_array_equal(getattr(retained, array), getattr(made, array))
+        assert getattr(retained, array).dtype == getattr(made, array).dtype
+    assert retained.epochs == made.epochs
 
 
 def test_names_carry_the_public_facts(request_):

@@ -112,7 +112,7 @@ def test_two_writers_of_one_pair(tmp_path):
     assert IndexedDataset(tmp_path / "p")[0].tolist() == [1]
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     """/dev/full answers every write as a full disk does."""
     monkeypatch.setattr(DatasetWriter, "_open", lambda self, path: Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
     with pytest.raises(RunError, match="No space left"), DatasetWriter(tmp_path / "p", np.dtype("<u2")) as writer:
@@ -149,7 +149,7 @@ def test_a_truncated_idx(prefix, length):
 
 
 @pytest.mark.parametrize(
-    ("at", "patch", "error", "told"),
+    ("at", "patch", "error", "reported"),
     [
         (0, b"XXXXXXXXX", ConfigError, "not an index"),
         (0, b"TNTIDX\0\0", RunError, "header has 56 bytes|version|dtype code|bytes a token|should have"),
@@ -158,29 +158,29 @@ def test_a_truncated_idx(prefix, length):
         (18, struct.pack("<Q", 2**62), RunError, "should have"),
     ],
 )
-def test_a_changed_header(prefix, at, patch, error, told):
+def test_a_changed_header(prefix, at, patch, error, reported):
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())
     content[at : at + len(patch)] = patch
     path.write_bytes(content)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=reported):
         IndexedDataset(prefix)
 
 
 @pytest.mark.parametrize(
-    ("at", "patch", "told"),
+    ("at", "patch", "reported"),
     [
         (34, struct.pack("<i", -3), "negative length"),
         (38, struct.pack("<i", 2), "document 2 does not start"),
         (46, struct.pack("<q", 2), "byte 0"),
     ],
 )
-def test_check_reads_the_whole_index(prefix, at, patch, told):
+def test_check_reads_the_full_index(prefix, at, patch, reported):
     path = prefix.with_suffix(".idx")
     content = bytearray(path.read_bytes())
     content[at : at + len(patch)] = patch
     path.write_bytes(content)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=reported):
         IndexedDataset(prefix).check()
 
 
@@ -213,8 +213,8 @@ def damaged(content, data):
     """Bytes changed, cut off or put in anywhere."""
     made = bytearray(content)
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(made)))
-        made[place : place + data.draw(st.integers(0, 8))] = data.draw(
+        position = data.draw(st.integers(0, len(made)))
+        made[position : position + data.draw(st.integers(0, 8))] = data.draw(
             st.one_of(
                 st.binary(max_size=8), st.sampled_from([b"\xff" * 8, b"\x7f" * 8, bytes(8), b"\x00" * 7 + b"\x80"])
             )
@@ -230,14 +230,14 @@ def test_no_damage_crashes_the_reader(tmp_path_factory, legacy, part, data):
     prefix = write_legacy(folder / "p") if legacy else write(folder / "p")
     path = prefix.with_suffix(part)
     path.write_bytes(damaged(path.read_bytes(), data))
-    told = None
+    reported = None
     try:
         found = IndexedDataset(prefix)
         found.check()
     except (ConfigError, RunError) as error:
-        told = str(error)
-    if told is not None:
-        assert str(prefix) in told
+        reported = str(error)
+    if reported is not None:
+        assert str(prefix) in reported
         return
     assert sum(len(found[item]) for item in range(len(found))) == len(found.tokens)
 

@@ -43,10 +43,10 @@ def test_the_hint_fits_what_is_wrong(tmp_path, capsys, name, content, reason, hi
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert tokenized(path, tmp_path / "out") == 1
-    told = capsys.readouterr().err
-    assert reason in told
-    assert hint in told
-    assert ("--jsonl-keys" in told) == ("jsonl-keys" in hint)
+    reported = capsys.readouterr().err
+    assert reason in reported
+    assert hint in reported
+    assert ("--jsonl-keys" in reported) == ("jsonl-keys" in hint)
 
 
 def archive(kind):
@@ -86,8 +86,8 @@ def test_an_empty_shard_is_counted_and_no_more(tmp_path, capsys, name, workers, 
     assert tokenized(folder, tmp_path / "out", *more) == 0
     documents = 10 if name in ("a.tar", "a.zip") else 5
     assert len(IndexedDataset(tmp_path / "out_text_document")) == documents
-    told = capsys.readouterr().out
-    assert "1 lines or files skipped: 1 empty" in told
+    reported = capsys.readouterr().out
+    assert "1 lines or files skipped: 1 empty" in reported
     assert name in (tmp_path / "out_skipped.jsonl").read_text()
 
 
@@ -98,9 +98,9 @@ def test_an_empty_shard_is_counted_once_on_several_machines(tmp_path):
         (folder / f"{name}.jsonl").write_text(content)
     for number in range(3):
         assert tokenized(folder, tmp_path / "out", "--shard", f"{number}/3") == 0
-    told = [path.read_text() for path in sorted(tmp_path.glob("out-*_skipped.jsonl"))]
-    assert ["b.jsonl" in each for each in told].count(True) == 1
-    assert ["d.jsonl" in each for each in told].count(True) == 1
+    reported = [path.read_text() for path in sorted(tmp_path.glob("out-*_skipped.jsonl"))]
+    assert ["b.jsonl" in each for each in reported].count(True) == 1
+    assert ["d.jsonl" in each for each in reported].count(True) == 1
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "below/b.arrow", "c.csv", "d.csv.gz", "e.jsonl.lz4", "F.PARQUET"])
@@ -112,8 +112,8 @@ def test_a_folder_with_data_that_is_not_read_is_refused(tmp_path, capsys, name, 
     if beside:
         (tmp_path / "in" / "z.jsonl").write_text(LINES)
     assert tokenized(tmp_path / "in", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert f"1 files of kinds that are not read: {path}" in told
+    reported = capsys.readouterr().err
+    assert f"1 files of kinds that are not read: {path}" in reported
     assert not list(tmp_path.glob("out*"))
 
 

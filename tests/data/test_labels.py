@@ -42,10 +42,10 @@ def test_masked_labels_do_not_count(labelled, packing):
             batch.tokens.tolist(), batch.labels.tolist(), batch.loss_mask.tolist(), strict=True
         ):
             following = tokens[1:]
-            for place, (label, counts) in enumerate(zip(labels, mask, strict=True)):
-                if place < len(following) and (following[place] != 0 or counts):
-                    assert counts == (following[place] in learned)
-                assert label == (following[place] if place < len(following) else label) if counts else label == 0
+            for position, (label, counts) in enumerate(zip(labels, mask, strict=True)):
+                if position < len(following) and (following[position] != 0 or counts):
+                    assert counts == (following[position] in learned)
+                assert label == (following[position] if position < len(following) else label) if counts else label == 0
                 counted += counts
     assert counted > 100
 
@@ -105,8 +105,8 @@ def test_documents_start_where_their_tokens_do(tmp_path, packing, key):
     for batch in build(section.model_copy(update={key: True}), seq_length=20).train.batches():
         for tokens, starts in zip(batch.tokens.tolist(), batch.document_starts.tolist(), strict=True):
             owners = [owner[token] for token in tokens]
-            for place, start in enumerate(starts):
-                assert set(owners[start : place + 1]) == {owners[place]}
+            for position, start in enumerate(starts):
+                assert set(owners[start : position + 1]) == {owners[position]}
                 # Each token of padding counts as a document of its own.
                 assert start == 0 or tokens[start] in firsts
 
@@ -144,9 +144,9 @@ def test_documents_decide_the_share(tmp_path):
 def test_a_blend_goes_on_where_it_was(tmp_path):
     sets = [write(tmp_path / name, documents(30, first=first)) for name, first in (("a", 1), ("b", 1000), ("c", 2000))]
     section = DataSection(train_data_paths=sets, train_data_weights=[5, 3, 1], num_workers=0)
-    whole = served(build(section, train=120).train)
+    full = served(build(section, train=120).train)
     for consumed in (2, 50, 118, 120):
-        assert served(build(section, train=120).train, consumed) == whole[consumed:]
+        assert served(build(section, train=120).train, consumed) == full[consumed:]
 
 
 def test_starting_late_reads_nothing_before(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def loader(rank=0, ranks=1, micro_batch=2, **settings):
     return Loader(Numbered(), Sampler(23, micro_batch, rank, ranks), eod=2, **settings)
 
 
-def test_labels_are_one_place_on():
+def test_labels_are_one_position_on():
     first = next(loader().batches())
     assert first.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
     assert first.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
@@ -42,11 +42,11 @@ def test_masked_where_the_input_ends_a_document():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_same_batches_with_any_workers_and_any_start(workers):
-    whole = [batch.tokens.tolist() for batch in loader().batches()]
-    assert len(whole) == 11
+    full = [batch.tokens.tolist() for batch in loader().batches()]
+    assert len(full) == 11
     for consumed in (0, 2, 10, 22):
         again = [batch.tokens.tolist() for batch in loader(workers=workers).batches(consumed)]
-        assert again == whole[consumed // 2 :]
+        assert again == full[consumed // 2 :]
 
 
 def test_two_resumes_one_after_another():

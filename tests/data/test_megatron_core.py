@@ -83,13 +83,13 @@ def test_we_read_theirs_and_write_the_same_bytes(run, tmp_path, vocabulary):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize(("seq_length", "wanted"), [(16, 100), (128, 3000), (1000, 7)])
-def test_sample_index_and_blend_equal_their_compiled_helpers(run, tmp_path, seq_length, wanted):
+@pytest.mark.parametrize(("seq_length", "expected"), [(16, 100), (128, 3000), (1000, 7)])
+def test_sample_index_and_blend_equal_their_compiled_helpers(run, tmp_path, seq_length, expected):
     sizes = np.random.default_rng(seq_length).integers(1, 400, 500).astype(np.int32)
     total = int(sizes.sum())
-    epochs = epochs_needed(total, seq_length, wanted)
+    epochs = epochs_needed(total, seq_length, expected)
     ours = build_index_map(sizes, range(500), seq_length=seq_length, epochs=epochs, seed=99)
-    weights = np.random.default_rng(wanted).dirichlet(np.ones(5))
+    weights = np.random.default_rng(expected).dirichlet(np.ones(5))
     np.savez(
         tmp_path / "index_input.npz",
         sizes=sizes,
@@ -98,11 +98,11 @@ def test_sample_index_and_blend_equal_their_compiled_helpers(run, tmp_path, seq_
         epochs=epochs,
         tokens_per_epoch=total,
         weights=weights,
-        blend_samples=wanted,
+        blend_samples=expected,
     )
     run("index")
     theirs = np.load(tmp_path / "index_output.npz")
     np.testing.assert_array_equal(ours.samples, theirs["samples"])
-    sets, numbers = blend_order(weights.tolist(), wanted)
+    sets, numbers = blend_order(weights.tolist(), expected)
     np.testing.assert_array_equal(sets, theirs["sets"])
     np.testing.assert_array_equal(numbers, theirs["numbers"])

@@ -107,15 +107,15 @@ def test_half_a_pair(tmp_path):
         find_pairs([str(tmp_path)])
 
 
-@pytest.mark.parametrize("told", ["3/3", "1", "a/2", "-1/2", "0/0"])
-def test_shards_that_are_none(told):
+@pytest.mark.parametrize("reported", ["3/3", "1", "a/2", "-1/2", "0/0"])
+def test_shards_that_are_none(reported):
     with pytest.raises(ConfigError, match="0 to N - 1"):
-        parse_shard(told)
+        parse_shard(reported)
 
 
 @pytest.mark.parametrize("by_folder", [True, False])
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "reported"),
     [
         (["p-00000-of-00003", "p-00002-of-00003"], "p-*_text_document': 1 of 3 shards are missing: 1;"),
         (["p-00001-of-00002"], "1 of 2 shards are missing: 0;"),
@@ -124,17 +124,17 @@ def test_shards_that_are_none(told):
         (["p-00000-of-00001", "p-00000-of-00002", "p-00001-of-00002"], "shards of 1 and of 2"),
     ],
 )
-def test_an_incomplete_set_of_shards(tmp_path, names, told, by_folder):
+def test_an_incomplete_set_of_shards(tmp_path, names, reported, by_folder):
     prefixes = [str(tmp_path / f"{name}_text_document") for name in names]
     for prefix in prefixes:
         write(prefix, [[1]])
     with pytest.raises(ConfigError) as caught:
         merge(find_pairs([str(tmp_path)]) if by_folder else prefixes, str(tmp_path / "out"))
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert not (tmp_path / "out.bin").exists()
 
 
-def test_whole_sets_of_shards_and_other_names(tmp_path):
+def test_full_sets_of_shards_and_other_names(tmp_path):
     for name in ("p-00000-of-00002", "p-00001-of-00002", "q-00000-of-00001", "other-1-of-9", "plain"):
         write(tmp_path / f"{name}_text_document", [[1]])
     assert merge(find_pairs([str(tmp_path)]), str(tmp_path / "out")) == (5, 5)

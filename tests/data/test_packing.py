@@ -132,7 +132,7 @@ def test_nothing_to_use(tmp_path):
         build(section, seq_length=3)
 
 
-def test_names_of_kept_maps_tell_packings_apart(tmp_path):
+def test_names_of_retained_maps_report_packings_apart(tmp_path):
     path = write(tmp_path / "p", documents(10))
     for packing in ("packed", *PACKINGS):
         for chopped in (True, False):
@@ -162,7 +162,7 @@ def test_epochs_of_packed_data(tmp_path):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_epochs_of_whole_documents(tmp_path, packing):
+def test_epochs_of_full_documents(tmp_path, packing):
     section = DataSection(
         data_path=write(tmp_path / "p", documents(20)), split="1,0,0", pack_impl=packing, num_workers=0
     )
@@ -183,9 +183,9 @@ def test_epochs_of_several_sets_use_each_up(tmp_path):
     firsts = [sample[0] for sample in served(data.train)]
     assert len(firsts) == count
     # The small set is spread over the run in proportion.
-    places = [place for place, first in enumerate(firsts) if first < 1000]
-    assert len(places) >= 19
-    assert max(np.diff(places)) <= 8
+    positions = [position for position, first in enumerate(firsts) if first < 1000]
+    assert len(positions) >= 19
+    assert max(np.diff(positions)) <= 8
 
 
 def test_build_data_refuses_nothing_that_epochs_need(tmp_path):
@@ -213,7 +213,7 @@ def test_build_data_refuses_nothing_that_epochs_need(tmp_path):
 
 @pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
 @pytest.mark.parametrize("chopped", [True, False])
-def test_the_plan_tells_what_whole_documents_leave_out(tmp_path, packing, chopped):
+def test_the_plan_reports_what_full_documents_leave_out(tmp_path, packing, chopped):
     """Documents of 5 to 14 tokens in samples of 11: by hand, those of 12 to 14 are too long."""
     made = documents(20)
     sizes = [len(document) for document in made]
@@ -226,19 +226,19 @@ def test_the_plan_tells_what_whole_documents_leave_out(tmp_path, packing, choppe
     plan = build(section, train=40, seq_length=10).plan
     (source,) = plan.train.sources
     assert source.whole == WholeDocuments(20 - out, read, cut)
-    told = str(plan).splitlines()[1]
-    assert f"a pass reads {20 - out} of the documents and {read} of the tokens" in told
-    assert ("documents are cut to 11 tokens" in told) == chopped
-    assert (f"{out} are left out" in told) == (not chopped)
+    reported = str(plan).splitlines()[1]
+    assert f"a pass reads {20 - out} of the documents and {read} of the tokens" in reported
+    assert ("documents are cut to 11 tokens" in reported) == chopped
+    assert (f"{out} are left out" in reported) == (not chopped)
 
 
-def test_the_plan_says_nothing_of_whole_documents_where_all_is_read(tmp_path):
+def test_the_plan_says_nothing_of_full_documents_where_all_is_read(tmp_path):
     for packing in PACKINGS:
         section = DataSection(data_path=write(tmp_path / packing, documents(20)), pack_impl=packing, num_workers=0)
         assert len(str(build(section, train=40, seq_length=40).plan).splitlines()) == 1
 
 
-def test_the_plan_of_passes_tells_what_is_drawn(tmp_path):
+def test_the_plan_of_passes_reports_what_is_drawn(tmp_path):
     """Two sets that are used up together: the weights are their shares of the samples."""
     sets = [write(tmp_path / "a", documents(10)), write(tmp_path / "b", documents(50, first=1000))]
     section = DataSection(train_data_paths=sets, pack_impl="unpacked", num_workers=0)

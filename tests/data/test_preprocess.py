@@ -119,10 +119,10 @@ def test_a_file_that_was_cut_short_is_listed_or_ends_the_work(tmp_path, workers)
     """What was whole of it is used, and so is the file behind it."""
     generator = np.random.default_rng(1)
     texts = [generator.bytes(3000).hex() for _ in range(400)]
-    whole = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    full = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     (tmp_path / "in").mkdir()
     cut = tmp_path / "in" / "a.jsonl.zst"
-    cut.write_bytes(whole[: len(whole) // 2])
+    cut.write_bytes(full[: len(full) // 2])
     lines(tmp_path / "in" / "b.jsonl", [{"text": "behind"}])
     result = made(tmp_path / "in", tmp_path / "out", workers=workers)
     *found, last = texts_of(tmp_path / "out_text_document")
@@ -132,7 +132,7 @@ def test_a_file_that_was_cut_short_is_listed_or_ends_the_work(tmp_path, workers)
     assert result.skipped.counts == {"damaged": 1}
     (listed,) = [json.loads(line) for line in Path(result.sidecar).read_text().splitlines()]
     assert (listed["file"], listed["line"], listed["reason"]) == (str(cut), 0, "damaged")
-    assert f"cannot be read on from byte {len(whole) // 2:,} of {len(whole) // 2:,}" in listed["detail"]
+    assert f"cannot be read on from byte {len(full) // 2:,} of {len(full) // 2:,}" in listed["detail"]
     with pytest.raises(RunError, match=r"a\.jsonl\.zst: damaged \(it cannot be read on from byte"):
         made(tmp_path / "in", tmp_path / "strict", strict=True, workers=workers)
     assert not list(tmp_path.glob("strict*"))
@@ -198,7 +198,7 @@ def test_a_file_without_documents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"workers": 0}, "workers"),
         ({"keys": ()}, "jsonl_keys"),
@@ -206,8 +206,8 @@ def test_a_file_without_documents(tmp_path):
         ({"keys": ("../a",)}, "jsonl_keys"),
     ],
 )
-def test_impossible_wishes(tmp_path, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_impossible_requests(tmp_path, settings, reported):
+    with pytest.raises(ConfigError, match=reported):
         made(lines(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path / "out", **settings)
 
 
@@ -258,7 +258,7 @@ class Fatal:
         return [np.array([1]) for _ in texts]
 
 
-def test_a_worker_that_dies_is_told(tmp_path):
+def test_a_worker_that_dies_is_reported(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"text": "die"}])
     with pytest.raises(RunError, match=r"worker process died \(exit code 9\)"):
         made(path, tmp_path / "out", tokenizer=Fatal(), workers=2)
@@ -282,13 +282,13 @@ def test_a_killed_worker_ends_the_tool(tmp_path, killed):
         assert len(children) == 2
         for child in children if killed == "all" else children[-1:]:
             os.kill(child, signal.SIGKILL)
-        _, told = running.communicate(timeout=30)
+        _, reported = running.communicate(timeout=30)
     finally:
         running.kill()
         running.wait()
     assert running.returncode == 1
-    assert "a worker process died (exit code -9)" in told
-    assert "Traceback" not in told
+    assert "a worker process died (exit code -9)" in reported
+    assert "Traceback" not in reported
     assert not any(_alive(child) for child in children)
 
 

@@ -93,7 +93,7 @@ def test_another_task_is_not_gone_on_with(tmp_path, files):
         work(files, tmp_path / "late", resume=True, sentences=Sentences())
 
 
-def test_without_the_wish_it_starts_afresh(tmp_path, files):
+def test_without_the_request_it_starts_afresh(tmp_path, files):
     once = work(files, tmp_path / "once")
     with pytest.raises(KeyboardInterrupt):
         work(files, tmp_path / "late", report=stop_after(2))

@@ -20,8 +20,8 @@ def test_ranks_together_take_consecutive_samples(total, micro_batch, data_size, 
     consumed = min(consumed, total)
     ranks = [Sampler(total, micro_batch, rank, data_size).batches(consumed) for rank in range(data_size)]
     taken = [number for step in zip(*ranks, strict=True) for batch in step for number in batch]
-    whole = (total - consumed) // (micro_batch * data_size) * micro_batch * data_size
-    assert taken == list(range(consumed, consumed + whole))
+    full = (total - consumed) // (micro_batch * data_size) * micro_batch * data_size
+    assert taken == list(range(consumed, consumed + full))
 
 
 def test_starting_late_costs_nothing():

@@ -31,8 +31,8 @@ def lines(path, rows):
 def tokenized(tmp_path, texts, kind, vocab_file, *more):
     """The documents that the tool writes of the texts."""
     source = lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    told = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", kind, *more]
-    assert main([*told, *(["--vocab-file", str(vocab_file)] if vocab_file else [])]) == 0
+    reported = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", kind, *more]
+    assert main([*reported, *(["--vocab-file", str(vocab_file)] if vocab_file else [])]) == 0
     data = IndexedDataset(tmp_path / "out_text_document")
     return [data[number].tolist() for number in range(len(data))]
 
@@ -44,8 +44,8 @@ def test_special_tokens_are_plain_text_and_counted(tmp_path, capsys, workers):
     tokenizer = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
     assert ids == [tokenizer.encode(text) for text in TEXTS]
     assert not {*tokenizer.special_tokens.values()} & {token for row in ids for token in row}
-    told = capsys.readouterr().out
-    assert "2 documents spell special tokens as plain text; --parse-special-tokens makes ids of them" in told
+    reported = capsys.readouterr().out
+    assert "2 documents spell special tokens as plain text; --parse-special-tokens makes ids of them" in reported
 
 
 @pytest.mark.parametrize("build", [made.chatml, made.llama3, made.llama2])
@@ -61,11 +61,11 @@ def test_parsed_special_tokens_have_the_ids_of_transformers(tmp_path, capsys, bu
     assert "documents spell special tokens, which are their ids" in capsys.readouterr().out
 
 
-def test_nothing_is_told_where_no_token_is_spelt(tmp_path, capsys):
+def test_nothing_is_reported_where_no_token_is_spelt(tmp_path, capsys):
     tokenized(tmp_path, TEXTS[1::2], "PretrainedFromHF", made.chatml(tmp_path / "t"))
-    told = capsys.readouterr().out
-    assert "special tokens" not in told
-    assert "does not keep" not in told
+    reported = capsys.readouterr().out
+    assert "special tokens" not in reported
+    assert "does not keep" not in reported
 
 
 def test_labels_with_parsed_special_tokens(tmp_path, capsys):
@@ -73,8 +73,8 @@ def test_labels_with_parsed_special_tokens(tmp_path, capsys):
     folder = made.chatml(tmp_path / "t")
     tokenizer = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
     pattern = tokenizer.encode_with_special_tokens("<|im_start|>assistant\n")
-    told = ["--parse-special-tokens", "--mask-before-token", ",".join(map(str, pattern))]
-    ids = tokenized(tmp_path, TEXTS, "PretrainedFromHF", folder, *told)
+    reported = ["--parse-special-tokens", "--mask-before-token", ",".join(map(str, pattern))]
+    ids = tokenized(tmp_path, TEXTS, "PretrainedFromHF", folder, *reported)
     labels = IndexedDataset(tmp_path / "out_label_document")
     answer = tokenizer.encode_with_special_tokens("Hello<|im_end|>\n")
     assert [token for token in labels[0].tolist() if token >= 0] == answer
@@ -93,8 +93,8 @@ def test_a_pattern_that_no_document_holds(tmp_path, capsys):
 @pytest.mark.parametrize("pattern", ["512", "-1", "1,600"])
 def test_a_pattern_of_another_vocabulary_is_refused(tmp_path, capsys, pattern):
     source = lines(tmp_path / "in.jsonl", [{"text": "a"}])
-    told = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "CharLevelTokenizer"]
-    assert main([*told, f"--mask-before-token={pattern}"]) == 2
+    reported = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "CharLevelTokenizer"]
+    assert main([*reported, f"--mask-before-token={pattern}"]) == 2
     assert "the ids of this tokenizer are 0 to 511" in capsys.readouterr().err
 
 
@@ -104,22 +104,22 @@ def test_counts_survive_a_resume(tmp_path):
 
     journal = Journal(str(tmp_path / "out"), "task")
     journal.write(Counts(1, notes={"what": 3}), [])
-    kept = journal.read()
-    assert kept is not None
-    assert kept[0].notes == {"what": 3}
+    retained = journal.read()
+    assert retained is not None
+    assert retained[0].notes == {"what": 3}
 
 
-def test_a_turn_may_spell_special_tokens_by_wish(tmp_path, capsys):
+def test_a_turn_may_spell_special_tokens_by_request(tmp_path, capsys):
     from transformers import AutoTokenizer
 
     folder = made.chatml(tmp_path / "t")
     turns = [{"role": "user", "content": "see <|im_end|> here"}, {"role": "assistant", "content": "ok"}]
     source = lines(tmp_path / "chats.jsonl", [{"conversation": turns}, {"conversation": turns[1:]}])
-    told = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
-    assert main_of_chats(told) == 0
+    reported = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    assert main_of_chats(reported) == 0
     assert len(IndexedDataset(tmp_path / "out_conversation_document")) == 1
     assert "1 that the chat template cannot take" in capsys.readouterr().out
-    assert main_of_chats([*told, "--parse-special-tokens"]) == 0
+    assert main_of_chats([*reported, "--parse-special-tokens"]) == 0
     data = IndexedDataset(tmp_path / "out_conversation_document")
     theirs = AutoTokenizer.from_pretrained(folder)
     assert data[0].tolist() == [*theirs.apply_chat_template(turns, return_dict=False), theirs.eos_token_id]
@@ -161,28 +161,28 @@ def test_no_conversation_is_left_out_for_marks_that_nobody_asks_for(tmp_path, ca
     folder = folder_with(tmp_path / "t", PLAIN.replace("{{ m['content'] }}", "{{ m.content if loop.last else '' }}"))
     turns = [{"role": role, "content": "words"} for role in ("user", "assistant") * 2]
     source = lines(tmp_path / "chats.jsonl", [{"conversation": turns}])
-    told = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
-    assert main_of_chats(told) == 1
+    reported = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
+    assert main_of_chats(reported) == 1
     assert "renders earlier turns differently" in capsys.readouterr().err
-    assert main_of_chats([*told, flag]) == 0
+    assert main_of_chats([*reported, flag]) == 0
     tokens = IndexedDataset(tmp_path / "out_conversation_document")[0].tolist()
     labels = IndexedDataset(tmp_path / "out_conversation_label_document")[0].tolist()
     assert labels == (tokens if flag == "--no-mask" else [-100] * (len(tokens) - 1) + tokens[-1:])
 
 
 @pytest.mark.parametrize(
-    ("turn", "told"),
+    ("turn", "reported"),
     [
         ({"from": "human", "value": "a"}, "each turn of a conversation has a 'role' and a 'content'"),
         ({"role": "user", "content": {"text": "a"}}, "a list of parts that are texts"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "null beside 'tool_calls' alone"),
     ],
 )
-def test_a_conversation_that_cannot_be_read_is_told_what_it_lacks(tmp_path, capsys, turn, told):
+def test_a_conversation_that_cannot_be_read_is_reported_what_it_lacks(tmp_path, capsys, turn, reported):
     """No other key would help."""
     folder, source = folder_with(tmp_path / "t", PLAIN), lines(tmp_path / "chats.jsonl", [{"conversation": [turn]}])
     words = ["--input", source, "--output-prefix", str(tmp_path / "out"), "--tokenizer-path", str(folder)]
     assert main_of_chats(words) == 1
     error = capsys.readouterr().err
-    assert told in error
+    assert reported in error
     assert "--jsonl-keys" not in error

@@ -34,13 +34,13 @@ def content(path, **settings):
 
 def documents(path, **settings):
     """What every document is, `file:number: text`, and what is told of the rest."""
-    found, told = [], []
+    found, reported = [], []
     for block in read_blocks(find_text_files([str(path)]), **settings):
         found += [
             (block.name.removeprefix(f"{path}!"), record.get("text"))
-            for _, record in records_of(block, ("text",), told, Counted())
+            for _, record in records_of(block, ("text",), reported, Counted())
         ]
-    return found, [str(record) for record in told]
+    return found, [str(record) for record in reported]
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -54,21 +54,21 @@ def test_every_compression(tmp_path, suffix):
 def test_a_compressed_file_that_was_cut_short(tmp_path, suffix):
     """What was whole is read, and the damage is told with its place."""
     path = tmp_path / f"lines.jsonl{suffix}"
-    whole = COMPRESSED[suffix](LINES)
-    path.write_bytes(whole[:-20])
-    found, (told,) = documents(path, block_bytes=1000)
+    full = COMPRESSED[suffix](LINES)
+    path.write_bytes(full[:-20])
+    found, (reported,) = documents(path, block_bytes=1000)
     assert [text for _, text in found] == [json.loads(line)["text"] for line in LINES.splitlines()[: len(found)]]
-    assert told.startswith(f"{path}: damaged (it cannot be read on from byte ")
-    assert f" of {len(whole) - 20:,}: " in told
+    assert reported.startswith(f"{path}: damaged (it cannot be read on from byte ")
+    assert f" of {len(full) - 20:,}: " in reported
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ""])
 def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
     path = tmp_path / (f"lines.jsonl{suffix}" if suffix else "lines.zip")
     path.write_bytes(LINES)
-    found, (told,) = documents(path)
+    found, (reported,) = documents(path)
     assert found == []
-    assert "damaged" in told
+    assert "damaged" in reported
 
 
 def test_a_file_of_several_compressed_frames(tmp_path):
@@ -139,12 +139,12 @@ def test_members_of_a_zip(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "packed"), [("x.tar", tar), ("x.zip", zipped)])
-def test_members_that_are_no_text_are_told(tmp_path, name, packed):
+def test_members_that_are_no_text_are_reported(tmp_path, name, packed):
     members = {"b.txt": b"b", "picture.png": b"\x89PNG", "inner.zip": zipped({"a.txt": b"a"}), "__MACOSX/._b.txt": b"x"}
     (tmp_path / name).write_bytes(packed(members | {"c.txt": b"\xff"}))
-    found, told = documents(tmp_path / name)
+    found, reported = documents(tmp_path / name)
     assert found == [("b.txt", "b")]
-    assert [line.removeprefix(f"{tmp_path / name}!").split(" (")[0] for line in told] == [
+    assert [line.removeprefix(f"{tmp_path / name}!").split(" (")[0] for line in reported] == [
         "picture.png: not read",
         "inner.zip: not read",
         "c.txt: not UTF-8",
@@ -153,35 +153,35 @@ def test_members_that_are_no_text_are_told(tmp_path, name, packed):
 
 @pytest.mark.parametrize(("name", "packed"), [("x.tar", tar), ("x.zip", zipped)])
 def test_an_archive_that_was_cut_short(tmp_path, name, packed):
-    whole = packed({"a.txt": b"a" * 2000, "b.txt": bytes(range(32, 127)) * 400})
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    found, told = documents(tmp_path / name)
+    full = packed({"a.txt": b"a" * 2000, "b.txt": bytes(range(32, 127)) * 400})
+    (tmp_path / name).write_bytes(full[: len(full) // 2])
+    found, reported = documents(tmp_path / name)
     assert len(found) == (1 if name == "x.tar" else 0)  # a zip has its list of members at its end
-    assert "damaged" in told[-1]
+    assert "damaged" in reported[-1]
 
 
 def test_a_member_whose_checksum_is_wrong(tmp_path):
-    whole = zipped({"a.txt": b"first", "b.txt": bytes(range(32, 127)) * 40})
-    place = whole.index(b"b.txt") + 60
-    (tmp_path / "x.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    found, (told,) = documents(tmp_path / "x.zip")
+    full = zipped({"a.txt": b"first", "b.txt": bytes(range(32, 127)) * 40})
+    position = full.index(b"b.txt") + 60
+    (tmp_path / "x.zip").write_bytes(full[:position] + bytes([full[position] ^ 1]) + full[position + 1 :])
+    found, (reported,) = documents(tmp_path / "x.zip")
     assert found == [("a.txt", "first")]
-    assert "damaged" in told
+    assert "damaged" in reported
 
 
 @pytest.mark.parametrize(
-    ("held", "told"),
+    ("held", "reported"),
     [
         (b"0000000000000002ab00000000000000", "document 2 does not start with its length"),
         (b"0000000000000002abgarbage, no length", "document 2 does not start with its length"),
         (b"0000000000000002ab9999999999999999cd", "document 2 should have 9,999,999,999,999,999 bytes and has 2"),
     ],
 )
-def test_damage_in_an_archive_of_lengths(tmp_path, held, told):
+def test_damage_in_an_archive_of_lengths(tmp_path, held, reported):
     (tmp_path / "x.dat.zst").write_bytes(zstandard.compress(held))
     found, (line,) = documents(tmp_path / "x.dat.zst")
     assert [text for _, text in found] == ["ab"]
-    assert told in line
+    assert reported in line
 
 
 @settings(max_examples=120, deadline=None)
@@ -195,16 +195,16 @@ def test_no_damage_crashes_the_reader(tmp_path_factory, name, data):
     """Bytes changed, cut or put in anywhere: documents or a told error come of it, nothing else."""
     suffix = name.removeprefix("x.jsonl")
     lines = LINES[:600]
-    whole = {"x.tar": tar(MEMBERS), "x.zip": zipped(MEMBERS), "x.dat": b"0000000000000004abcd" * 3}.get(name)
-    made = bytearray(COMPRESSED[suffix](lines) if whole is None else whole)
+    full = {"x.tar": tar(MEMBERS), "x.zip": zipped(MEMBERS), "x.dat": b"0000000000000004abcd" * 3}.get(name)
+    made = bytearray(COMPRESSED[suffix](lines) if full is None else full)
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(made)))
-        made[place : place + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+        position = data.draw(st.integers(0, len(made)))
+        made[position : position + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
     path = tmp_path_factory.mktemp("text") / name
     path.write_bytes(bytes(made) or b"x")
-    found, told = documents(path, block_bytes=100)
+    found, reported = documents(path, block_bytes=100)
     assert all(isinstance(text, str | int | None | list | dict | float) for _, text in found)
-    assert all(str(path) in line for line in told)
+    assert all(str(path) in line for line in reported)
 
 
 @settings(max_examples=100, deadline=None)
@@ -212,12 +212,12 @@ def test_no_damage_crashes_the_reader(tmp_path_factory, name, data):
     lines=st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=20),
     size=st.integers(1, 50),
 )
-def test_blocks_are_whole_lines_and_lose_nothing(tmp_path_factory, lines, size):
+def test_blocks_are_full_lines_and_lose_nothing(tmp_path_factory, lines, size):
     path = tmp_path_factory.mktemp("text") / "lines.jsonl"
-    whole = b"\n".join(lines) or b"x"
-    path.write_bytes(whole)
+    full = b"\n".join(lines) or b"x"
+    path.write_bytes(full)
     blocks = list(read_blocks(find_text_files([str(path)]), block_bytes=size))
-    assert b"".join(block.load() for block in blocks) == whole.removeprefix(b"\xef\xbb\xbf")
+    assert b"".join(block.load() for block in blocks) == full.removeprefix(b"\xef\xbb\xbf")
     assert all(block.load().endswith(b"\n") for block in blocks[:-1])
     assert [block.begins for block in blocks] == [True, *([False] * (len(blocks) - 1))]
 
@@ -235,7 +235,7 @@ def test_a_text_file_is_one_document(tmp_path):
     assert list(records_of(block, ("text",), [], Counted())) == [(0, {"text": "one\ntwo\n"})]
 
 
-def test_a_directory_stands_for_its_text_files(tmp_path):
+def test_a_directory_is_for_its_text_files(tmp_path):
     for name in ("b.jsonl", "a.txt", "picture.png", "below/c.jsonl.xz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -252,12 +252,12 @@ def test_the_share_that_was_read_grows_over_all_files(tmp_path):
     assert read[-1] == 2 * len(LINES)
 
 
-def test_every_issue_is_told_at_once(tmp_path):
+def test_every_issue_is_reported_at_once(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"x")
     with pytest.raises(ConfigError) as caught:
         find_text_files([str(tmp_path / name) for name in ("missing.jsonl", "table.csv")])
-    told = [issue.what for issue in caught.value.issues]
-    assert ["cannot read" in told[0], "kind" in told[1]] == [True] * 2
+    reported = [issue.what for issue in caught.value.issues]
+    assert ["cannot read" in reported[0], "kind" in reported[1]] == [True] * 2
 
 
 def test_zst_without_its_package(tmp_path, monkeypatch):

@@ -215,8 +215,8 @@ def test_merging_takes_files_without_a_card(tmp_path):
 def test_showing_documents_with_another_tokenizer_is_refused(tmp_path, capsys):
     data = tokenized(tmp_path, "p", "CharLevelTokenizer")
     plain = train_tokenizer(tmp_path / "plain.json")
-    told = [data, "--document", "0", "--tokenizer-type", "HFTokenizer", "--vocab-file", plain]
-    assert inspect(told) == 2
+    reported = [data, "--document", "0", "--tokenizer-type", "HFTokenizer", "--vocab-file", plain]
+    assert inspect(reported) == 2
     assert "another tokenizer made" in capsys.readouterr().err
     assert inspect([data, "--document", "0", "--tokenizer-type", "CharLevelTokenizer"]) == 0
     assert TEXTS[0] in capsys.readouterr().out

@@ -41,7 +41,7 @@ def reference() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("block", [1 << 20, 1])
-def test_whole_vocabulary(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_full_vocabulary(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(kernel, "BLOCK_ELEMENTS", block)
     losses, gradient = reference()
     logits, targets, weights = problem()

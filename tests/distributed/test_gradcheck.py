@@ -141,14 +141,14 @@ def differences(case: Case, tensor: Tensor, rank: int, mover: int | None) -> Ten
     """Central differences for every element of a tensor, of the rank `mover` or of all ranks."""
     flat = tensor.detach().view(-1)
     found = torch.zeros_like(flat)
-    for place in range(len(flat)):
-        here, at = flat[place].item(), []
+    for position in range(len(flat)):
+        here, at = flat[position].item(), []
         for sign in (1, -1):
             if mover in (None, rank):
-                flat[place] = here + sign * STEP
+                flat[position] = here + sign * STEP
             at.append(value(case, rank))
-            flat[place] = here
-        found[place] = (at[0] - at[1]) / (2 * STEP)
+            flat[position] = here
+        found[position] = (at[0] - at[1]) / (2 * STEP)
     return found.view_as(tensor)
 
 

@@ -41,8 +41,10 @@ def test_every_axis_splits_the_world(sizes: tuple[int, int, int, int]) -> None:
     world_size = pipe * data * context * model
     for name, found in groups(pipe, context, model, world_size).items():
         assert sorted(itertools.chain.from_iterable(found)) == list(range(world_size)), name
-    places = [tuple(coordinates(rank, data=data, context=context, model=model).values()) for rank in range(world_size)]
-    assert places == list(itertools.product(*map(range, sizes)))
+    positions = [
+        tuple(coordinates(rank, data=data, context=context, model=model).values()) for rank in range(world_size)
+    ]
+    assert positions == list(itertools.product(*map(range, sizes)))
 
 
 def test_an_uneven_world_is_refused() -> None:

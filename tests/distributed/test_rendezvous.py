@@ -19,11 +19,11 @@ except RunError as fault:
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        position = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         done = subprocess.run(
             [sys.executable, "-c", CODE],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, **place, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **position, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=120,

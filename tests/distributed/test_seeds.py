@@ -14,16 +14,16 @@ from tests.multi_rank import run_distributed
 def draw(rank: int, world_size: int, pipe: int, context: int) -> tuple[tuple[int, int, int], tuple[float, ...]]:
     """This rank's place along pipe, data and context, and its next numbers."""
     topology = bootstrap(pipe_parallel_size=pipe, context_parallel_size=context, model_parallel_size=2, seed=5)
-    place = (topology.pipe.rank, topology.data.rank, topology.context.rank)
-    return place, tuple(torch.rand(4).tolist())
+    position = (topology.pipe.rank, topology.data.rank, topology.context.rank)
+    return position, tuple(torch.rand(4).tolist())
 
 
 @pytest.mark.parametrize(("pipe", "context"), [(2, 1), (1, 2), (4, 1)])
 def test_only_tensor_parallel_ranks_draw_alike(pipe: int, context: int) -> None:
     """Were two stages alike, their blocks would drop the same places of the residual stream."""
     drawn = defaultdict(list)
-    for place, numbers in run_distributed(draw, 8, pipe, context):
-        drawn[place].append(numbers)
+    for position, numbers in run_distributed(draw, 8, pipe, context):
+        drawn[position].append(numbers)
     assert len(drawn) == 4
     assert all(len(numbers) == 2 and len(set(numbers)) == 1 for numbers in drawn.values())
     assert len({numbers[0] for numbers in drawn.values()}) == 4

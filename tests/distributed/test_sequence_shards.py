@@ -61,9 +61,9 @@ def mlp(rank: int, size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_layers_equal_dense_ones(size: int) -> None:
     """Outputs and input gradients are parts of the dense ones; replicated parameters have the whole gradient."""
-    whole = source(Topology.single().model)
-    column = ColumnParallelLinear(WIDTH, INNER, whole.of("column"), fill=draw, bias=True)
-    row = RowParallelLinear(INNER, WIDTH, whole.of("row"), fill=draw, bias=True)
+    complete = source(Topology.single().model)
+    column = ColumnParallelLinear(WIDTH, INNER, complete.of("column"), fill=draw, bias=True)
+    row = RowParallelLinear(INNER, WIDTH, complete.of("row"), fill=draw, bias=True)
     norm = LayerNorm(WIDTH, 1e-5, bias=True).double()
     x = fixed(LENGTH, BATCH, WIDTH, seed=5).requires_grad_()
     hidden = torch.tanh(F.linear(F.layer_norm(x, (WIDTH,), norm.weight, norm.bias), column.weight, column.bias))

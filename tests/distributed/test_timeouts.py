@@ -57,8 +57,8 @@ def pulse(
     ],
 )
 def test_who_is_blamed(pulses: list[HeartbeatRecord], blamed: list[int]) -> None:
-    told = likely_culprits(pulses, 3, NOW)
-    assert [int(sentence.split()[1]) for sentence in told] == blamed
+    reported = likely_culprits(pulses, 3, NOW)
+    assert [int(sentence.split()[1]) for sentence in reported] == blamed
 
 
 def test_a_thread_in_no_collective_waits_for_nobody() -> None:
@@ -72,6 +72,6 @@ def test_an_ordinary_error_is_no_collective_that_failed() -> None:
     assert not failed_in_a_collective(ValueError("gloo"))
 
 
-def test_where_there_are_no_iterations_none_is_told() -> None:
+def test_where_there_are_no_iterations_none_is_reported() -> None:
     assert "stage 0): training for" in str(pulse(1, iteration=0))
     assert "stage 0) at iteration 5: training for" in str(pulse(1))

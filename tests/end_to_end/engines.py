@@ -63,8 +63,14 @@ def train(
     topology = None
     curves: Curves = {}
     for name, case in cases.items():
-        place = str(Path(folder) / name)
-        keys = {**BASE, **case, **layout, **({"save": place} if folder else {}), **({"load": place} if resumed else {})}
+        position = str(Path(folder) / name)
+        keys = {
+            **BASE,
+            **case,
+            **layout,
+            **({"save": position} if folder else {}),
+            **({"load": position} if resumed else {}),
+        }
         config = resolve([], keys, Resources(world_size)).config
         axes = config.parallelism
         topology = topology or bootstrap(

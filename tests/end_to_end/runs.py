@@ -77,10 +77,10 @@ def make_documents(folder: Path, longest: int = 120) -> tuple[str, str]:
         DatasetWriter(folder / "short", numpy.dtype("<i4")) as tokens,
         DatasetWriter(folder / "labels", numpy.dtype("<i4")) as labels,
     ):
-        for piece in numpy.split(text, numpy.cumsum(generator.integers(3, longest + 1, 2000)))[:-1]:
-            left_out = len(piece) * generator.integers(3) // 2
-            tokens.add_document(piece)
-            labels.add_document(numpy.where(numpy.arange(len(piece)) < left_out, -100, piece))
+        for part in numpy.split(text, numpy.cumsum(generator.integers(3, longest + 1, 2000)))[:-1]:
+            left_out = len(part) * generator.integers(3) // 2
+            tokens.add_document(part)
+            labels.add_document(numpy.where(numpy.arange(len(part)) < left_out, -100, part))
     return str(folder / "short"), str(folder / "labels")
 
 

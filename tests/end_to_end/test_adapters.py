@@ -77,8 +77,8 @@ def tuning(dataset: str, base: Path) -> dict[str, Any]:
 
 
 def curves(world_size: int, layout: Keys, folder: Path | None = None, *, resumed: bool = False) -> Curves:
-    place = "" if folder is None else str(folder)
-    found: list[Curves] = run_distributed(train, world_size, CASES, layout, place, resumed, timeout=400)
+    position = "" if folder is None else str(folder)
+    found: list[Curves] = run_distributed(train, world_size, CASES, layout, position, resumed, timeout=400)
     return found[0]
 
 
@@ -154,13 +154,13 @@ def test_resuming_is_exact_and_nothing_else_moves(
 ) -> None:
     """bfloat16 on two ranks; the checkpoint holds the frozen model bit by bit, and what was trained beside it."""
     settings = {**tuning, **case, "precision": "bfloat16", "zero_optimization": {"stage": 1}}
-    whole = run(2, tmp_path / "whole", **settings)
+    full = run(2, tmp_path / "whole", **settings)
     saving = {"save": str(tmp_path / "save"), "checkpoint_factor": 100}
     run(2, tmp_path / "parts", **settings, **saving, exit_interval=3)
     on = {**settings, **saving, "load": saving["save"], "finetune": False}
     resumed = run(2, tmp_path / "parts", **on)
     for name in ("train/lm_loss", "train/grad_norm", "validation/lm_loss"):
-        assert series(resumed, name) == series(whole, name), name
+        assert series(resumed, name) == series(full, name), name
     before, after = tensors(open_model(base)), open_model(tmp_path / "save")
     added = {f"{shape.layer}.{shape.name}" for shape in after.table if is_added(shape)}
     found = tensors(after)
@@ -182,7 +182,7 @@ def test_a_prompt_starts_as_the_vectors_of_a_text(tuning: dict[str, Any], base: 
     assert torch.equal(learned, words[list((text * 2).encode()[:5])])
 
 
-def test_loading_tells_what_is_added(tuning: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_loading_reports_what_is_added(tuning: dict[str, Any], base: Path, tmp_path: Path) -> None:
     saving = {"save": str(tmp_path / "save"), "checkpoint_factor": 100, "train_iters": 1}
     run(1, tmp_path / "tuned", **{**tuning, **UPDATES, **saving})
     for added in (UPDATES, PROMPT):
@@ -214,8 +214,8 @@ def test_texts_and_scores(layout: Keys, tuning: dict[str, Any], tmp_path: Path) 
     says what the updates say.
     """
     large = {"optimizer": {"type": "Adam", "params": {"lr": 0.01}}, "min_lr": 0.005, "checkpoint_factor": 100}
-    wanted = {**BASE, "sample_input_file": "prompts.txt", "maximum_tokens": 10}
-    wanted |= {"eval_text": "valid.txt", "user_script": "generate.py"}
+    expected = {**BASE, "sample_input_file": "prompts.txt", "maximum_tokens": 10}
+    expected |= {"eval_text": "valid.txt", "user_script": "generate.py"}
     cases: dict[str, Keys] = {}
     for name, case in {"updates": UPDATES, "prompt": PROMPT}.items():
         run(1, tmp_path / name, **{**tuning, **large, **case, "save": str(tmp_path / name / "save")})
@@ -228,7 +228,7 @@ def test_texts_and_scores(layout: Keys, tuning: dict[str, Any], tmp_path: Path) 
         folder.mkdir()
         (folder / "prompts.txt").write_text("def read(\nimport os\nclass Stack:\n", encoding="utf-8")
         (folder / "valid.txt").write_text(Path(__file__).read_text(encoding="utf-8")[:300], encoding="utf-8")
-        run_distributed(use_rank, number + 1, str(folder), {**wanted, **settings, "log_dir": str(folder)}, cases)
+        run_distributed(use_rank, number + 1, str(folder), {**expected, **settings, "log_dir": str(folder)}, cases)
         said.append(read_said(folder, cases))
     assert said[0] == said[1]
     one = said[0]
@@ -240,11 +240,11 @@ def read_said(folder: Path, cases: dict[str, Keys]) -> dict[str, Any]:
     """The texts and bits per byte of each case; texts are the same with and without a cache."""
     said = {}
     for name in cases:
-        cached, whole = (
+        cached, full = (
             [json.loads(line)["text"] for line in (folder / f"{name}.{how}.jsonl").read_text().splitlines()]
             for how in ("cached", "whole")
         )
-        assert cached == whole, name
+        assert cached == full, name
         bits = json.loads((folder / f"{name}.bits.json").read_text())
         said[name] = (cached, round(bits["bits_per_byte"], 4))
     return said

@@ -30,9 +30,9 @@ def test_background_saves_resume_bitwise(dataset: str, tmp_path: Path) -> None:
     assert layout.iterations(tmp_path / "save") == [6, 8]
     assert (tmp_path / "save" / "latest").read_text() == "global_step8"
     resumed = run(2, tmp_path / "parts", **settings)
-    whole = run(2, tmp_path / "whole", data_path=dataset, zero_optimization={"stage": 1})
+    complete = run(2, tmp_path / "whole", data_path=dataset, zero_optimization={"stage": 1})
     for name in ("train/lm_loss", "train/grad_norm", "validation/lm_loss"):
-        assert series(resumed, name) == series(whole, name), name
+        assert series(resumed, name) == series(complete, name), name
 
 
 def test_a_changed_schedule_is_refused_unless_asked_for(dataset: str, tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_a_changed_schedule_is_refused_unless_asked_for(dataset: str, tmp_path: 
     rates = "train/learning_rate"
     stored = run(1, tmp_path / "stored", **changed, use_checkpoint_lr_scheduler=True)
     own = run(1, tmp_path / "own", **{**changed, "iteration": 4}, override_lr_scheduler=True)
-    whole = run(1, tmp_path / "whole", data_path=dataset)
-    assert series(stored, rates) == series(whole, rates)[4:8]
+    complete = run(1, tmp_path / "whole", data_path=dataset)
+    assert series(stored, rates) == series(complete, rates)[4:8]
     assert series(own, rates)[0] > series(stored, rates)[0]
     assert len(series(first, rates)) == len(series(own, rates)) == 4
 
@@ -53,13 +53,13 @@ def test_a_changed_schedule_is_refused_unless_asked_for(dataset: str, tmp_path: 
 def test_precision_may_change_in_between(dataset: str, tmp_path: Path) -> None:
     """fp32 goes on in bfloat16 from the exact weights, and bfloat16 in fp32 from its fp32 copies."""
     zero = {"zero_optimization": {"stage": 1}}
-    whole = series(run(1, tmp_path / "whole", data_path=dataset, **zero), "train/lm_loss")
+    complete = series(run(1, tmp_path / "whole", data_path=dataset, **zero), "train/lm_loss")
     for first, second in (("fp32", "bfloat16"), ("bfloat16", "fp32")):
         settings = halves(dataset, tmp_path / first, **zero)
         run(1, tmp_path / f"{first} parts", exit_interval=10, precision=first, **settings)
         losses = series(run(1, tmp_path / f"{first} parts", precision=second, **settings), "train/lm_loss")
-        assert losses == pytest.approx(whole, rel=2e-2)
-        assert losses[10:] != whole[10:]
+        assert losses == pytest.approx(complete, rel=2e-2)
+        assert losses[10:] != complete[10:]
 
 
 def test_the_previous_checkpoint_is_taken_and_the_run_ends_alike(dataset: str, tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_the_previous_checkpoint_is_taken_and_the_run_ends_alike(dataset: str, t
     with pytest.raises(RankFailedError, match=r"its content changed after it was written.*load_fallback: previous"):
         run(1, tmp_path / "refused", **settings)
     resumed = run(1, tmp_path / "resumed", load_fallback="previous", **settings)
-    whole = run(1, tmp_path / "whole", data_path=dataset)
-    assert series(resumed, "train/lm_loss") == series(whole, "train/lm_loss")[4:]
-    assert series(first, "train/lm_loss") == series(whole, "train/lm_loss")[:8]
+    complete = run(1, tmp_path / "whole", data_path=dataset)
+    assert series(resumed, "train/lm_loss") == series(complete, "train/lm_loss")[4:]
+    assert series(first, "train/lm_loss") == series(complete, "train/lm_loss")[:8]
 
 
 def test_the_vocabulary_keeps_its_padding(dataset: str, tmp_path: Path) -> None:
@@ -82,48 +82,48 @@ def test_the_vocabulary_keeps_its_padding(dataset: str, tmp_path: Path) -> None:
     settings = halves(dataset, tmp_path / "save", make_vocab_size_divisible_by=640)
     run(1, tmp_path / "parts", exit_interval=5, **settings)
     resumed = run(2, tmp_path / "parts", model_parallel_size=2, **settings)
-    whole = run(1, tmp_path / "whole", data_path=dataset, make_vocab_size_divisible_by=640)
-    assert series(resumed, "train/lm_loss") == pytest.approx(series(whole, "train/lm_loss"), rel=1e-5)
+    complete = run(1, tmp_path / "whole", data_path=dataset, make_vocab_size_divisible_by=640)
+    assert series(resumed, "train/lm_loss") == pytest.approx(series(complete, "train/lm_loss"), rel=1e-5)
 
 
 def test_iterations_that_pythia_saved(dataset: str, tmp_path: Path) -> None:
     """checkpoint_scale log with factor 2, and the start through extra_save_iters, from which a run can go on too."""
     settings = halves(dataset, tmp_path / "save", checkpoint_scale="log", extra_save_iters=[0, 12])
-    whole = run(1, tmp_path / "parts", **{**settings, "checkpoint_factor": 2})
+    complete = run(1, tmp_path / "parts", **{**settings, "checkpoint_factor": 2})
     assert layout.iterations(tmp_path / "save") == [0, 1, 2, 4, 8, 12, 16, 20]
     again = run(1, tmp_path / "again", data_path=dataset, load=str(tmp_path / "save"), iteration=0)
-    assert series(again, "train/lm_loss") == series(whole, "train/lm_loss")
+    assert series(again, "train/lm_loss") == series(complete, "train/lm_loss")
 
 
 @pytest.mark.parametrize(
     "target", [{}, {"model_parallel_size": 2}, {"pipe_parallel_size": 2}, {"zero_optimization": {"stage": 3}}]
 )
-def test_kept_logits_are_compared_in_any_layout(target: dict[str, Any], dataset: str, tmp_path: Path) -> None:
+def test_retained_logits_are_compared_in_any_layout(target: dict[str, Any], dataset: str, tmp_path: Path) -> None:
     """They change nothing in the run, and a model of other settings with the same tensors is told."""
     checked = {"checkpoint_validation_with_forward_pass": True}
     settings = halves(dataset, tmp_path / "save", **checked)
     run(2, tmp_path / "parts", exit_interval=10, zero_optimization={"stage": 1}, **settings)
     assert (tmp_path / "save" / "global_step10" / layout.ANSWERS).is_file()
     resumed = run(2, tmp_path / "parts", **{**settings, **target})
-    whole = series(run(2, tmp_path / "whole", data_path=dataset), "train/lm_loss")
-    assert series(resumed, "train/lm_loss") == pytest.approx(whole, rel=1e-5)
+    complete = series(run(2, tmp_path / "whole", data_path=dataset), "train/lm_loss")
+    assert series(resumed, "train/lm_loss") == pytest.approx(complete, rel=1e-5)
     with pytest.raises(RankFailedError, match=r"answers\.pt: the loaded model's logits differ"):
         run(2, tmp_path / "other", **{**settings, **target, "iteration": 10, "rotary_emb_base": 500})
 
 
-def test_the_loss_scale_goes_on_where_it_stood(dataset: str, tmp_path: Path) -> None:
+def test_the_loss_scale_goes_on_where_it_was(dataset: str, tmp_path: Path) -> None:
     """fp16 from a scale that overflows, doubling soon: a stop while it falls and one between two doublings."""
     scaling = {"enabled": True, "initial_scale_power": 22, "hysteresis": 2, "loss_scale_window": 3}
-    told = {"data_path": dataset, "fp16": scaling, "train_iters": 16}
-    whole = run_fp16(2, tmp_path / "whole", **told)
-    settings = halves(dataset, tmp_path / "save", **told)
+    reported = {"data_path": dataset, "fp16": scaling, "train_iters": 16}
+    complete = run_fp16(2, tmp_path / "whole", **reported)
+    settings = halves(dataset, tmp_path / "save", **reported)
     for stop in (3, 11):
         run_fp16(2, tmp_path / "parts", exit_interval=stop, **settings)
     resumed = run_fp16(2, tmp_path / "parts", **settings)
-    scales = series(whole, "train/loss_scale")
+    scales = series(complete, "train/loss_scale")
     assert len(set(scales)) > 3 and scales != sorted(scales, reverse=True), "it falls and rises"
     for name in ("train/loss_scale", "train/lm_loss", "train/learning_rate"):
-        assert series(resumed, name) == series(whole, name), name
+        assert series(resumed, name) == series(complete, name), name
 
 
 def test_parts_can_be_left_out_on_either_side(dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,14 +134,14 @@ def test_parts_can_be_left_out_on_either_side(dataset: str, tmp_path: Path, capf
     assert [path.name for path in state.iterdir()] == ["run.json"]
     with pytest.raises(RankFailedError, match=r"holds no optimizer state.*set no_load_optim"):
         run(1, tmp_path / "refused", **bare)
-    whole = run(1, tmp_path / "whole", data_path=dataset)
+    complete = run(1, tmp_path / "whole", data_path=dataset)
     full = halves(dataset, tmp_path / "full", hidden_dropout=0.1)
     run(1, tmp_path / "full parts", exit_interval=10, **full)
     anew = {"no_load_optim": True, "no_load_rng": True}
-    first = series(whole, "train/lm_loss")[10]
+    first = series(complete, "train/lm_loss")[10]
     for settings in ({**bare, "no_load_optim": True}, {**full, **anew, "hidden_dropout": 0.0}):
         losses = series(run(1, tmp_path / "on", **{**settings, "save": None}), "train/lm_loss")[-10:]
-        assert losses[1:] != series(whole, "train/lm_loss")[11:], "the optimizer began anew"
+        assert losses[1:] != series(complete, "train/lm_loss")[11:], "the optimizer began anew"
         if settings.get("no_save_optim"):
             assert losses[0] == first, "the weights and the samples are those of the undisturbed run"
     further = {**full, "save": None, "exit_interval": 11}

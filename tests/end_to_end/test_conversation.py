@@ -49,7 +49,7 @@ def test_ctrl_c_stops_one_answer_and_ctrl_d_the_session(tmp_path: Path) -> None:
     settings = {**BASE, "seq_length": 2048, "max_position_embeddings": 2048, "train_batch_size": 1}
     run(1, tmp_path, data_path=make_dataset(tmp_path), save=str(tmp_path / "save"), **{
         **settings, "train_iters": 1, "eval_iters": 0, "checkpoint_factor": 100})  # fmt: skip
-    wanted = {
+    expected = {
         **settings,
         "load": str(tmp_path / "save"),
         "log_dir": str(tmp_path / "log"),
@@ -57,7 +57,7 @@ def test_ctrl_c_stops_one_answer_and_ctrl_d_the_session(tmp_path: Path) -> None:
         "maximum_tokens": 1900,
         "temperature": 1.0,
     }
-    (tmp_path / "talk.yml").write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    (tmp_path / "talk.yml").write_text(yaml.safe_dump(expected), encoding="utf-8")
     terminal = Terminal(sys.executable, "deepy.py", "generate.py", str(tmp_path / "talk.yml"))
     try:
         terminal.wait_for("prompt> ")

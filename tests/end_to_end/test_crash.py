@@ -58,10 +58,10 @@ def test_a_killed_run_goes_on_bitwise_equal(dataset: str, tmp_path: Path) -> Non
         member.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     assert launch(tmp_path / "killed", settings).wait(120) == 0, (tmp_path / "killed" / "output.txt").read_text()
-    whole = run(2, tmp_path / "whole", data_path=dataset, zero_optimization={"stage": 1})
+    complete = run(2, tmp_path / "whole", data_path=dataset, zero_optimization={"stage": 1})
     records = read_metrics(tmp_path / "killed" / "save" / "logs" / "metrics.jsonl")
     for name in ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss"):
-        assert series(records, name) == series(whole, name), name
+        assert series(records, name) == series(complete, name), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
@@ -113,7 +113,7 @@ def test_a_save_that_cannot_be_written_leaves_the_one_before(background: bool, d
     assert series(records, "train/lm_loss") == series(run(1, tmp_path / "whole", data_path=dataset), "train/lm_loss")
 
 
-def test_damage_is_told_before_anything_is_loaded(dataset: str, tmp_path: Path) -> None:
+def test_damage_is_reported_before_anything_is_loaded(dataset: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
     settings = {"data_path": dataset, "save": str(save), "checkpoint_factor": 5, "train_iters": 10}
     run(1, tmp_path, **settings)

@@ -62,9 +62,9 @@ def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> 
     for name in NAMES:
         assert series(found, name) == pytest.approx(series(expected, name), rel=1e-5), name
         assert series(expected, name)
-    norms, wanted = series(found, "train/grad_norm"), series(expected, "train/grad_norm")
-    assert norms[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert norms == pytest.approx(wanted, rel=1e-4)
+    norms, target = series(found, "train/grad_norm"), series(expected, "train/grad_norm")
+    assert norms[0] == pytest.approx(target[0], rel=1e-5)
+    assert norms == pytest.approx(target, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +94,7 @@ def test_a_checkpoint_continues_with_experts_elsewhere(dataset: str, tmp_path: P
     """Saved after 3 steps by 4 ranks that spread the experts (ZeRO 2), continued by others."""
     settings = {**EXPERTS, "data_path": dataset, "save": str(tmp_path / "kept"), "train_iters": 6, "eval_interval": 6}
     zero = {"zero_optimization": {"stage": 2}}
-    whole = run(4, tmp_path / "first", **settings, **SPREAD, **zero, checkpoint_factor=3)
+    full = run(4, tmp_path / "first", **settings, **SPREAD, **zero, checkpoint_factor=3)
     again = {**settings, "load": str(tmp_path / "kept"), "iteration": 3, "save": None, "checkpoint_factor": None}
     for number, (ranks, layout) in enumerate(
         [
@@ -107,7 +107,7 @@ def test_a_checkpoint_continues_with_experts_elsewhere(dataset: str, tmp_path: P
     ):
         found = run(ranks, tmp_path / str(number), **{**again, **layout})
         for name in ("train/lm_loss", "train/grad_norm"):
-            assert series(found, name) == pytest.approx(series(whole, name)[3:], rel=1e-4), (layout, name)
+            assert series(found, name) == pytest.approx(series(full, name)[3:], rel=1e-4), (layout, name)
 
 
 def test_bfloat16_trains(dataset: str, tmp_path: Path) -> None:

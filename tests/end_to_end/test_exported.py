@@ -77,8 +77,8 @@ def documentation() -> list[str]:
     """What the modules of the standard library say of themselves, sentences on single lines."""
     found = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8", errors="replace"))) or ""
-        text = " ".join(told.split())
+        reported = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8", errors="replace"))) or ""
+        text = " ".join(reported.split())
         if len(text) > 200 and text.isascii():
             found.append(text)
     return found
@@ -88,10 +88,10 @@ def write_tasks(folder: Path, texts: list[str]) -> None:
     """The four sets and their task files."""
     chance = random.Random(4)
     sentences = [text.split(". ") for text in texts]
-    told = [parts for parts in sentences if len(parts) > 3 and all(15 < len(part) < 200 for part in parts[:3])]
-    endings = [parts[2] for parts in told]
+    reported = [parts for parts in sentences if len(parts) > 3 and all(15 < len(part) < 200 for part in parts[:3])]
+    endings = [parts[2] for parts in reported]
     choices = []
-    for number, parts in enumerate(told[:30]):
+    for number, parts in enumerate(reported[:30]):
         others = chance.sample([each for each in endings if each != parts[2]], 3)
         options = [*others[: number % 4], parts[2], *others[number % 4 :]]
         question = ". ".join(parts[:2]) + "."
@@ -101,7 +101,7 @@ def write_tasks(folder: Path, texts: list[str]) -> None:
         "next_sentence": choices,
         "last_word": [{"question": before, "answer": word} for before, word in words],
         "documents": [{"question": "", "answer": text[:1500]} for text in sorted(texts, key=len)[-12:]],
-        "writing": [{"question": ". ".join(parts[:2]) + ".", "answer": parts[2]} for parts in told[:20]],
+        "writing": [{"question": ". ".join(parts[:2]) + ".", "answer": parts[2]} for parts in reported[:20]],
     }
     for name, (kind, metric, more) in TASKS.items():
         lines = "".join(json.dumps(each) + "\n" for each in sets[name])
@@ -256,9 +256,9 @@ def test_texts_and_scores_are_theirs(
     assert scores.keys() == harness_answers.keys() == EVALUATIONS.keys()
     assert harness_answers["two examples"]["last_word"] != harness_answers["batch 1"]["last_word"]
     for manner, found in scores.items():
-        for name, wanted in harness_answers[manner].items():
-            assert len(found[name]) == len(wanted) >= 12
-            for ours, theirs in zip(found[name], wanted, strict=True):
+        for name, expected in harness_answers[manner].items():
+            assert len(found[name]) == len(expected) >= 12
+            for ours, theirs in zip(found[name], expected, strict=True):
                 assert_same(ours, theirs)
 
 

@@ -158,10 +158,10 @@ def killed_again_and_again(dataset: str, folder: Path, kills: int, iterations: i
     assert run.end(300) == 0, run.said()
     assert run.said().count("from its newest checkpoint") + run.said().count("from its beginning") == kills
     plain = {name: value for name, value in settings.items() if name not in {"log_dir", "save"}}
-    whole = train_alone(2, folder / "whole", **plain)
+    full = train_alone(2, folder / "whole", **plain)
     records = read_metrics(folder / "killed" / "logs" / "metrics.jsonl")
     for name in ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss"):
-        assert series(records, name) == series(whole, name), name
+        assert series(records, name) == series(full, name), name
 
 
 def test_a_run_that_was_killed_twice_equals_one_that_was_not(dataset: str, tmp_path: Path) -> None:

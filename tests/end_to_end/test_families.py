@@ -54,8 +54,8 @@ EXPORTED = {"dense": "llama", "mamba": "mamba"}
 
 
 def test_every_member_is_here() -> None:
-    told = " ".join(MEMBERS)
-    assert all(name in told for name in (*MLPS.names, *ROUTERS.names, *WITHOUT_ATTENTION))
+    reported = " ".join(MEMBERS)
+    assert all(name in reported for name in (*MLPS.names, *ROUTERS.names, *WITHOUT_ATTENTION))
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def same(found: list[dict[str, float]], expected: list[dict[str, float]], what: str, start: int = 0) -> None:
     for name, tolerance in (("train/lm_loss", 1e-5), ("validation/lm_loss", 1e-5), ("train/grad_norm", 1e-4)):
-        wanted = series(expected, name)[start if name.startswith("train") else 0 :]
-        assert series(found, name) == pytest.approx(wanted, rel=tolerance), (what, name)
-        assert wanted
+        target = series(expected, name)[start if name.startswith("train") else 0 :]
+        assert series(found, name) == pytest.approx(target, rel=tolerance), (what, name)
+        assert target
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -89,8 +89,8 @@ def test_member(member: str, dataset: str, tmp_path: Path) -> None:
 
 def cached_is_uncached(settings: dict[str, Any], load: Path) -> None:
     """Greedy text of two prompts of different lengths, token by token, and its scores."""
-    told = {**BASE, **settings, "load": str(load), "user_script": "generate.py"}
-    config = resolve([], told, Resources(1)).config.for_inference()
+    reported = {**BASE, **settings, "load": str(load), "user_script": "generate.py"}
+    config = resolve([], reported, Resources(1)).config.for_inference()
     engine = build_inference_engine(config, Topology.single(), 512)
     found = []
     for cached in (True, False):

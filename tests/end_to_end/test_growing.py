@@ -50,7 +50,7 @@ def test_sizes_lengths_and_rates_are_those_of_the_plan(single: list[dict[str, fl
     ]
     assert consumed[-1] == 94
     rates = series(single, "train/learning_rate")
-    assert rates[:3] == pytest.approx([1e-3 * place / 8 for place in consumed[:3]])
+    assert rates[:3] == pytest.approx([1e-3 * position / 8 for position in consumed[:3]])
     assert rates[-1] == rates[-2] == pytest.approx(1e-4)
 
 

@@ -82,7 +82,7 @@ def use(trained: Path, folder: Path, layout: str, **others: Any) -> dict[str, An
     files = ("documents.jsonl", "cloze.yaml", "prompts.txt", "valid.txt", "words.jsonl", "items.bin", "items.idx")
     for name in files:
         (folder / name).write_bytes((trained / name).read_bytes())
-    wanted = {
+    expected = {
         "load": str(trained / "save"),
         "log_dir": str(folder),
         "sample_input_file": "prompts.txt",
@@ -94,7 +94,7 @@ def use(trained: Path, folder: Path, layout: str, **others: Any) -> dict[str, An
         "eval_batch_size": 4,
         "eval_results_prefix": "small",
     }
-    run_distributed(use_rank, world_size, str(folder), {**BASE, **settings, **wanted, **others}, timeout=200)
+    run_distributed(use_rank, world_size, str(folder), {**BASE, **settings, **expected, **others}, timeout=200)
     (results,) = folder.glob("small_eval_results_*.json")
     written: dict[str, Any] = {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]

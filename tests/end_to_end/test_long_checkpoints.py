@@ -51,8 +51,8 @@ def saved(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     folders = {}
     for name, (world_size, settings) in LAYOUTS.items():
         folders[name] = tmp_path_factory.mktemp("save")
-        told = {"data_path": dataset, "save": str(folders[name]), "checkpoint_factor": 100, **MODEL, **settings}
-        run(world_size, folders[name], exit_interval=FROM, **told)
+        reported = {"data_path": dataset, "save": str(folders[name]), "checkpoint_factor": 100, **MODEL, **settings}
+        run(world_size, folders[name], exit_interval=FROM, **reported)
     return folders
 
 
@@ -68,8 +68,8 @@ def test_every_layout_continues_every_other(
     source: str, target: str, saved: dict[str, Path], whole: list[float], dataset: str, tmp_path: Path
 ) -> None:
     world_size, settings = LAYOUTS[target]
-    told = {"data_path": dataset, "load": str(saved[source]), "exit_interval": FROM + FURTHER, **MODEL, **settings}
-    losses = series(run(world_size, tmp_path, **told), "train/lm_loss")
+    reported = {"data_path": dataset, "load": str(saved[source]), "exit_interval": FROM + FURTHER, **MODEL, **settings}
+    losses = series(run(world_size, tmp_path, **reported), "train/lm_loss")
     assert losses == pytest.approx(whole[FROM : FROM + FURTHER], rel=1e-5)
 
 
@@ -101,11 +101,11 @@ STOPPED: dict[str, tuple[int, dict[str, Any]]] = {
 def test_a_stop_changes_no_bit(name: str, dataset: str, tmp_path: Path) -> None:
     """With dropout, so that the generators of every rank count."""
     world_size, settings = STOPPED[name]
-    told = {"data_path": dataset, **MODEL, **DROPOUT, **settings}
-    whole = run(world_size, tmp_path / "whole", **told)
-    told |= {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
-    run(world_size, tmp_path / "parts", exit_interval=7, **told)
-    resumed = run(world_size, tmp_path / "parts", **told)
+    reported = {"data_path": dataset, **MODEL, **DROPOUT, **settings}
+    whole = run(world_size, tmp_path / "whole", **reported)
+    reported |= {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
+    run(world_size, tmp_path / "parts", exit_interval=7, **reported)
+    resumed = run(world_size, tmp_path / "parts", **reported)
     for metric in ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss", "consumed_tokens"):
         assert series(resumed, metric) == series(whole, metric), metric
 
@@ -165,7 +165,7 @@ exit $code
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(background: bool, dataset: str, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_leaves_the_last_full_checkpoint(background: bool, dataset: str, tmp_path: Path) -> None:
     """A real file system of a few megabytes, in a mount namespace of its own; what is on it is looked at after."""
     settings = {"data_path": dataset, "save": "disk", "load": "disk", "checkpoint_factor": 2, "log_dir": "logs"}
     settings |= {"checkpoint_async": background}
@@ -180,11 +180,11 @@ def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(background: bool,
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "No space left on device" in said and "the checkpoints written before are complete" in said, said
-    kept = tmp_path / "kept"
-    last = layout.iterations(kept)[-1]
+    retained = tmp_path / "kept"
+    last = layout.iterations(retained)[-1]
     assert 2 <= last < 18
-    assert find.whole(kept, None, "error") == kept / f"global_step{last}"
-    assert not list(kept.glob("*.partial"))
-    settings = {"data_path": dataset, "load": str(kept)}
+    assert find.whole(retained, None, "error") == retained / f"global_step{last}"
+    assert not list(retained.glob("*.partial"))
+    settings = {"data_path": dataset, "load": str(retained)}
     losses = series(run(1, tmp_path / "on", **settings), "train/lm_loss")
     assert losses == series(run(1, tmp_path / "whole", data_path=dataset), "train/lm_loss")[last:]

@@ -147,11 +147,11 @@ def saved_logits(rank: int, world_size: int, cases: dict[str, Keys], folder: str
         trained = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
         Saver(config, trained, padded_vocab_size=VOCABULARY).save(Counters(0, 0))
         engine = build_inference_engine(config.replace(load=config.checkpoint.save), topology, VOCABULARY)
-        whole = engine.logits(text()).clone()
+        full = engine.logits(text()).clone()
         cache = engine.new_cache(2, LENGTH)
         steps = [engine.logits(text()[:, :5], cache)]
         steps += [engine.logits(text()[:, at : at + 1], cache) for at in range(5, LENGTH)]
-        found[name] = (whole, torch.cat(steps, dim=1).clone())
+        found[name] = (full, torch.cat(steps, dim=1).clone())
     return found
 
 
@@ -164,9 +164,9 @@ def saved(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cached_generation_says_what_a_whole_pass_says(name: str, saved: tuple[Path, dict[str, Any]]) -> None:
-    whole, cached = saved[1][name]
-    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+def test_cached_generation_says_what_a_full_pass_says(name: str, saved: tuple[Path, dict[str, Any]]) -> None:
+    full, cached = saved[1][name]
+    torch.testing.assert_close(cached, full, rtol=1e-4, atol=1e-5)
 
 
 EXPORTED = {
@@ -196,7 +196,7 @@ def test_a_temperature_of_alibi_has_no_weight_to_go_into(saved: tuple[Path, dict
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ({}, ""),
         ({"mup_init_scale": 1.0}, ""),
@@ -206,7 +206,7 @@ def test_a_temperature_of_alibi_has_no_weight_to_go_into(saved: tuple[Path, dict
     ids=["same", "init_scale", "attn_temp", "off"],
 )
 def test_weights_are_not_loaded_as_another_model(
-    changes: Keys, told: str, cases: dict[str, Keys], saved: tuple[Path, dict[str, Any]]
+    changes: Keys, reported: str, cases: dict[str, Keys], saved: tuple[Path, dict[str, Any]]
 ) -> None:
     """Factors that are not in the weights are compared with those of the run that saved them."""
     name = "tied, wider heads"
@@ -215,5 +215,5 @@ def test_weights_are_not_loaded_as_another_model(
         keys = {key: value for key, value in keys.items() if "mup" not in key and key != "base_shapes_file"}
     config = resolve([], keys, Resources(1)).config
     table = tensors(ModelDims.of(config.model), VOCABULARY)
-    with pytest.raises(ConfigError, match=told) if told else nullcontext():
+    with pytest.raises(ConfigError, match=reported) if reported else nullcontext():
         assert find_checkpoint(config, table, weights_only=True) is not None

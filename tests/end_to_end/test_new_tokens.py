@@ -49,8 +49,8 @@ def config_of(keys: Keys, **more: Any) -> Config:
 
 def continued(keys: Keys, load: Path, prompt: str, folder: Path) -> str | None:
     (folder / "prompts.txt").write_text(f"{prompt}\n")
-    told = {"sample_input_file": str(folder / "prompts.txt"), "sample_output_file": str(folder / "out.jsonl")}
-    generate(config_of(keys, load=str(load), maximum_tokens=2, user_script="generate.py", **told))
+    reported = {"sample_input_file": str(folder / "prompts.txt"), "sample_output_file": str(folder / "out.jsonl")}
+    generate(config_of(keys, load=str(load), maximum_tokens=2, user_script="generate.py", **reported))
     text: str | None = json.loads((folder / "out.jsonl").read_text())["text"]
     return text
 
@@ -73,7 +73,7 @@ def test_training_refuses_its_data_or_adds_its_rows(imported: tuple[Path, Keys],
     arguments += ["--tokenizer-type", keys["tokenizer_type"], "--vocab-file", keys["vocab_file"], "--append-eod"]
     assert preprocess_data.main(arguments) == 0
     assert card_path(tmp_path / "data_text_document").is_file()
-    told: Keys = {
+    reported: Keys = {
         "data_path": str(tmp_path / "data_text_document"),
         "load": str(folder / "ours"),
         "save": str(tmp_path / "saved"),
@@ -88,8 +88,8 @@ def test_training_refuses_its_data_or_adds_its_rows(imported: tuple[Path, Keys],
         "user_script": "train.py",
     }
     with pytest.raises(RunError, match=rf"holds the id \d+, and the tokenizer's ids are 0 to {keys['vocab_size'] - 1}"):
-        train(config_of(keys, **told, no_load_optim=True), NeverStop())
-    train(config_of(keys, **told, finetune=True), NeverStop())
+        train(config_of(keys, **reported, no_load_optim=True), NeverStop())
+    train(config_of(keys, **reported, finetune=True), NeverStop())
     (shard,) = WeightFiles.open(tmp_path / "saved" / "global_step2").shards("0.word_embeddings.weight")
     assert shard.shape[0] == keys["vocab_size"] + len(ADDED)
     assert continued(keys, tmp_path / "saved", "the <|tool|> quick", tmp_path) is not None
@@ -97,15 +97,15 @@ def test_training_refuses_its_data_or_adds_its_rows(imported: tuple[Path, Keys],
 
 def test_every_way_of_encoding_is_bounded(imported: tuple[Path, Keys]) -> None:
     _, keys = imported
-    whole = make_tokenizer(keys["tokenizer_type"], vocab_file=keys["vocab_file"])
-    bounded = BoundedTokenizer(whole, keys["vocab_size"])
+    full = make_tokenizer(keys["tokenizer_type"], vocab_file=keys["vocab_file"])
+    bounded = BoundedTokenizer(full, keys["vocab_size"])
     assert bounded.vocab_size == keys["vocab_size"] + len(ADDED)
-    assert read_for_evaluation(bounded, "the quick") == read_for_evaluation(whole, "the quick")
+    assert read_for_evaluation(bounded, "the quick") == read_for_evaluation(full, "the quick")
     for text in ADDED:
         with pytest.raises(RunError, match="the model knows the ids"):
             read_for_evaluation(bounded, f"the {text}")
-        assert bounded.encode(text) == whole.encode(text), "spelt out, it has rows"
-    lower = BoundedTokenizer(whole, min(whole.encode("the quick")) + 1)
+        assert bounded.encode(text) == full.encode(text), "spelt out, it has rows"
+    lower = BoundedTokenizer(full, min(full.encode("the quick")) + 1)
     for encode in (lower.encode, lambda text: lower.encode_batch([text]), lambda text: lower.encode_arrays([text])):
         with pytest.raises(RunError, match="the model knows the ids"):
             encode("the quick")

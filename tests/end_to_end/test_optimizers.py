@@ -118,11 +118,11 @@ def test_one_bit_adam_keeps_its_errors_over_two_data_ranks(dataset: str, tmp_pat
     """Stopped in the middle of compressed training and resumed: bitwise the uninterrupted run. One rank goes on too."""
     settings = {"name": "onebitadam", "dataset": dataset}
     saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
-    whole = losses(world=2, folder=tmp_path / "whole", **settings)
+    full = losses(world=2, folder=tmp_path / "whole", **settings)
     losses(world=2, folder=tmp_path / "parts", exit_interval=8, **saved, **settings)
-    assert losses(world=2, folder=tmp_path / "parts", **{**saved, "save": None}, **settings) == whole
+    assert losses(world=2, folder=tmp_path / "parts", **{**saved, "save": None}, **settings) == full
     alone = losses(world=1, folder=tmp_path / "alone", **saved, **settings)
-    assert alone == pytest.approx(whole[8:], rel=2e-2)
+    assert alone == pytest.approx(full[8:], rel=2e-2)
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT.names)
@@ -133,11 +133,11 @@ def test_eight_bit_state_resumes_and_trains_on_the_way_of_thirty_two(
         single[name] = losses(name, 1, tmp_path / "one", dataset)
     low = {"use_bnb_optimizer": True, "zero_optimization": {"stage": 1}}
     saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
-    whole = losses(name, 2, tmp_path / "whole", dataset, **low)
+    full = losses(name, 2, tmp_path / "whole", dataset, **low)
     losses(name, 2, tmp_path / "parts", dataset, exit_interval=5, **low, **saved)
     resumed = losses(name, 2, tmp_path / "parts", dataset, **low, **saved)
-    assert resumed == pytest.approx(whole, rel=1e-6)  # the scale of a block comes back to its last bit but one
-    assert whole == pytest.approx(single[name], rel=2e-2)
+    assert resumed == pytest.approx(full, rel=1e-6)  # the scale of a block comes back to its last bit but one
+    assert full == pytest.approx(single[name], rel=2e-2)
 
 
 def test_muon_in_bfloat16_is_deepspeed_s(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,11 +148,11 @@ def test_muon_in_bfloat16_is_deepspeed_s(dataset: str, tmp_path: Path, monkeypat
     low = {**every, "precision": "bfloat16", "zero_optimization": {"stage": 1}}
     saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
     exact = series(run(1, tmp_path / "fp32", **every), "train/lm_loss")
-    whole = series(run(2, tmp_path / "whole", **low), "train/lm_loss")
-    assert whole == pytest.approx(exact, rel=2e-2)
-    assert whole[-1] < whole[0] - 0.2
+    full = series(run(2, tmp_path / "whole", **low), "train/lm_loss")
+    assert full == pytest.approx(exact, rel=2e-2)
+    assert full[-1] < full[0] - 0.2
     run(2, tmp_path / "parts", exit_interval=5, **low, **saved)
     resumed = series(run(2, tmp_path / "parts", **{**low, **saved, "save": None}), "train/lm_loss")
-    assert resumed == pytest.approx(whole, rel=1e-4)  # bfloat16 products vary a little; lost momenta make 2e-3
+    assert resumed == pytest.approx(full, rel=1e-4)  # bfloat16 products vary a little; lost momenta make 2e-3
     alone = series(run(1, tmp_path / "alone", **low, **saved), "train/lm_loss")
-    assert alone == pytest.approx(whole[5:], rel=2e-2)
+    assert alone == pytest.approx(full[5:], rel=2e-2)

@@ -23,9 +23,9 @@ def only(cases: dict[str, Keys], *names: str) -> list[Keys]:
     """Those of the named keys that each case has, without repetitions."""
     found: list[Keys] = []
     for case in cases.values():
-        kept = {name: case[name] for name in names if name in case}
-        if kept not in found:
-            found.append(kept)
+        retained = {name: case[name] for name in names if name in case}
+        if retained not in found:
+            found.append(retained)
     return found
 
 

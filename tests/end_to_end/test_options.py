@@ -50,8 +50,8 @@ def settings_of(family: str, name: str) -> Keys:
 def run(world_size: int, family: str, layout: Keys, folder: Path | None = None, *, resumed: bool = False) -> Curves:
     """The curves of every member of a family."""
     cases = {name: settings_of(family, name) for name in FAMILIES[family]}
-    place = "" if folder is None else str(folder)
-    found: list[Curves] = run_distributed(train, world_size, cases, layout, place, resumed, timeout=400)
+    position = "" if folder is None else str(folder)
+    found: list[Curves] = run_distributed(train, world_size, cases, layout, position, resumed, timeout=400)
     return found[0]
 
 
@@ -171,6 +171,6 @@ def test_what_transformers_lacks_is_refused_by_name(name: str) -> None:
     for further in (NEOX, LLAMA, {"pos_emb": "learned"}):
         keys: dict[str, Any] = {**further, **settings_of(family, name), **FAMILIES[family][name]}
         model = resolve([], keys, Resources(1)).config.model
-        told = [str(ConfigError(*each.misfits(model))) for each in THEIRS.values()]
-        assert all(told)
-        assert any(REFUSED[name] in errors for errors in told)
+        reported = [str(ConfigError(*each.misfits(model))) for each in THEIRS.values()]
+        assert all(reported)
+        assert any(REFUSED[name] in errors for errors in reported)

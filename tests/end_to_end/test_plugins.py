@@ -98,7 +98,7 @@ def test_unknown_parts_are_planned_trained_and_saved(run: Run, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "logs" / "lines.txt").read_text().splitlines()
     rates = [float(line.split()[1]) for line in lines if not line.endswith("None")]
-    assert rates == pytest.approx([1.0e-3 * (1 - place**2 / 9) for place in (1, 2)])
+    assert rates == pytest.approx([1.0e-3 * (1 - position**2 / 9) for position in (1, 2)])
     records = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["train/lm_loss"] == pytest.approx(math.log(20) / 2, rel=0.05)
 

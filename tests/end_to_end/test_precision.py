@@ -120,8 +120,8 @@ def test_offload_changes_no_loss(offload: dict[str, Any], dataset: str, fp32: li
 @pytest.mark.parametrize("parameters", [False, True])
 def test_offload_to_a_disk_changes_no_loss(parameters: bool, dataset: str, fp32: list[float], tmp_path: Path) -> None:
     """Through DeepSpeed's asynchronous reads and writes, which are compiled here and need libaio's headers."""
-    place = {"device": "nvme", "nvme_path": str(tmp_path)}
-    block = {"stage": 3, "offload_optimizer": place, **({"offload_param": place} if parameters else {})}
+    position = {"device": "nvme", "nvme_path": str(tmp_path)}
+    block = {"stage": 3, "offload_optimizer": position, **({"offload_param": position} if parameters else {})}
     losses = series(run(2, tmp_path, data_path=dataset, zero_optimization=block, timeout=1500), "train/lm_loss")
     assert losses == pytest.approx(fp32, rel=1e-5)
 

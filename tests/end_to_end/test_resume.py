@@ -36,14 +36,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_resumes_change_nothing(layout: str, dataset: str, tmp_path: Path) -> None:
     world_size, settings = LAYOUTS[layout]
-    whole = run(world_size, tmp_path / "whole", data_path=dataset, **settings)
+    full = run(world_size, tmp_path / "whole", data_path=dataset, **settings)
     save = str(tmp_path / "save")
     parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, **settings}
     run(world_size, tmp_path / "parts", exit_interval=7, **parts)
     run(world_size, tmp_path / "parts", exit_interval=14, **parts)
     resumed = run(world_size, tmp_path / "parts", **parts)
     for name in EXACT:
-        assert series(resumed, name) == series(whole, name), name
+        assert series(resumed, name) == series(full, name), name
     assert len(series(resumed, "train/lm_loss")) == 20
 
 
@@ -58,15 +58,15 @@ def test_any_layout_continues_any_other(source: str, target: str, dataset: str, 
         ),
         "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
     }
-    whole = run(1, tmp_path / "whole", data_path=dataset)
+    full = run(1, tmp_path / "whole", data_path=dataset)
     save = str(tmp_path / "save")
     parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100}
     world_size, settings = layouts[source]
     run(world_size, tmp_path / "parts", exit_interval=10, **parts, **settings)
     world_size, settings = OTHER_LAYOUTS[target]
     continued = run(world_size, tmp_path / "parts", **parts, **settings)
-    assert series(continued, "train/lm_loss") == pytest.approx(series(whole, "train/lm_loss"), rel=1e-5)
-    assert series(continued, "train/grad_norm") == pytest.approx(series(whole, "train/grad_norm"), rel=1e-4)
+    assert series(continued, "train/lm_loss") == pytest.approx(series(full, "train/lm_loss"), rel=1e-5)
+    assert series(continued, "train/grad_norm") == pytest.approx(series(full, "train/grad_norm"), rel=1e-4)
 
 
 def test_load_that_points_nowhere_is_refused(dataset: str, tmp_path: Path) -> None:

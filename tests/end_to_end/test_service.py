@@ -67,8 +67,8 @@ def stream(url: str, body: dict[str, Any], pieces: list[str]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_serves_and_drains_when_asked_to_leave(layout: str, saved: Path, tmp_path: Path) -> None:
     port = free_port()
-    wanted = {**SETTINGS, **LAYOUTS[layout], "load": str(saved), "log_dir": str(tmp_path), "serve_port": port}
-    (tmp_path / "serve.yml").write_text(yaml.safe_dump(wanted | {"serve_key": "geheim"}), encoding="utf-8")
+    expected = {**SETTINGS, **LAYOUTS[layout], "load": str(saved), "log_dir": str(tmp_path), "serve_port": port}
+    (tmp_path / "serve.yml").write_text(yaml.safe_dump(expected | {"serve_key": "geheim"}), encoding="utf-8")
     command = [sys.executable, "deepy.py", "tools/run_text_generation_server.py", str(tmp_path / "serve.yml")]
     with (tmp_path / "out.txt").open("w") as out:
         service = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -110,8 +110,8 @@ def scores_agree(url: str, body: dict[str, Any]) -> None:
     again = ask(f"{url}/v1/completions", given)[1]["choices"][0]["logprobs"]
     assert again["tokens"] == made["logprobs"]["tokens"] and again["token_logprobs"][0] is None
     assert again["token_logprobs"][1:] == pytest.approx(made["logprobs"]["token_logprobs"][1:], abs=1e-3)
-    status, told = ask(f"{url}/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
-    assert status == 400 and "chat template" in told["error"]["message"]
+    status, reported = ask(f"{url}/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert status == 400 and "chat template" in reported["error"]["message"]
 
 
 def type_into(command: list[str], lines: bytes) -> subprocess.CompletedProcess[bytes]:

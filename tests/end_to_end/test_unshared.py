@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("lost", ["host0", pytest.param("host1", marks=pytest.mark.long)])
-def test_every_host_has_the_whole_and_either_may_be_lost(
+def test_every_host_has_the_full_and_either_may_be_lost(
     lost: str, hosts: Path, whole: tuple[Path, list[float]]
 ) -> None:
     assert train(hosts, exit_interval=10) == ["", ""]
@@ -80,8 +80,8 @@ def test_every_host_has_the_whole_and_either_may_be_lost(
     records = read_metrics(hosts / "host0" / "logs")
     assert series(records, "train/lm_loss") == whole[1]
     for host in ("host0", "host1"):
-        kept = {path.name for path in (hosts / host / "save").iterdir() if path.is_dir()}
-        assert kept == {"global_step10", "global_step20"}, "the one that was started from stays"
+        retained = {path.name for path in (hosts / host / "save").iterdir() if path.is_dir()}
+        assert retained == {"global_step10", "global_step20"}, "the one that was started from stays"
         assert (hosts / host / "save" / "latest").read_text() == "global_step20"
 
 
@@ -105,7 +105,7 @@ def test_hosts_that_do_share_the_folder_write_it_once(hosts: Path, whole: tuple[
     assert series(read_metrics(hosts / "host0" / "logs"), "train/lm_loss") == whole[1]
 
 
-def test_damage_on_one_host_is_told(hosts: Path) -> None:
+def test_damage_on_one_host_is_reported(hosts: Path) -> None:
     assert train(hosts, exit_interval=10) == ["", ""]
     file = hosts / "host1" / "save" / "global_step10" / "state" / "rank_00000.pt"
     file.write_bytes(file.read_bytes()[:-1])
@@ -113,7 +113,7 @@ def test_damage_on_one_host_is_told(hosts: Path) -> None:
         assert "rank_00000.pt" in said and "were written" in said
 
 
-def test_a_folder_that_cannot_be_made_on_one_host_is_told_on_all(hosts: Path) -> None:
+def test_a_folder_that_cannot_be_made_on_one_host_is_reported_on_all(hosts: Path) -> None:
     (hosts / "host1" / "save").write_text("a file where the folder should be")
-    told = "save = 'save': checkpoints cannot be written there: "
-    assert all(told in said and "File exists on " in said for said in train(hosts, load=None))
+    reported = "save = 'save': checkpoints cannot be written there: "
+    assert all(reported in said and "File exists on " in said for said in train(hosts, load=None))

@@ -109,8 +109,8 @@ def micro_batches(config: Config, topology: Topology) -> Iterator[MicroBatch]:
     """The micro batches of this rank, step by step; ranks take turns, as the loader deals them."""
     micro = config.training.train_micro_batch_size_per_gpu or 0
     for tokens, labels, mask in zip(*samples(), strict=True):
-        pieces = [MicroBatch(*parts) for parts in zip(*(x.split(micro) for x in (tokens, labels, mask)), strict=True)]
-        yield from pieces[topology.data.rank :: topology.data.size]
+        chunks = [MicroBatch(*parts) for parts in zip(*(x.split(micro) for x in (tokens, labels, mask)), strict=True)]
+        yield from chunks[topology.data.rank :: topology.data.size]
 
 
 def losses_and_norms(rank: int, world_size: int, settings: dict[str, Any]) -> list[tuple[float, float, float]]:
@@ -164,7 +164,7 @@ def mean(model: SequentialModel, tokens: Tensor, labels: Tensor, mask: Tensor) -
     return F.cross_entropy(logits.flatten(0, 1), counted.flatten(), ignore_index=-100)
 
 
-def test_the_masks_would_tell() -> None:
+def test_the_masks_would_report() -> None:
     """The mean of micro batches' means is far from the mean over tokens."""
     config = configuration(1, {"gradient_accumulation_steps": 8})
     counts = [batch.loss_mask.sum().item() for batch in micro_batches(config, Topology.single())]
@@ -178,15 +178,15 @@ def test_every_layout_takes_the_mean_over_tokens(layout: str) -> None:
     world_size, settings = LAYOUTS[layout]
     expected = reference(tied=TIED.items() <= settings.items())
     for found in run_distributed(losses_and_norms, world_size, settings):
-        for step, (got, wanted) in enumerate(zip(found, expected, strict=True)):
-            assert got[0] == pytest.approx(wanted[0], rel=1e-6), f"loss of step {step}"
-            assert got[1] == pytest.approx(wanted[1], rel=1e-5), f"gradient norm of step {step}"
-            assert got[2] == pytest.approx(wanted[2], rel=1e-6), f"evaluation after step {step}"
+        for step, (got, target) in enumerate(zip(found, expected, strict=True)):
+            assert got[0] == pytest.approx(target[0], rel=1e-6), f"loss of step {step}"
+            assert got[1] == pytest.approx(target[1], rel=1e-5), f"gradient norm of step {step}"
+            assert got[2] == pytest.approx(target[2], rel=1e-6), f"evaluation after step {step}"
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 1}], ids=["plain", "pipeline"])
 def test_bfloat16_takes_it_too(layout: dict[str, Any]) -> None:
     settings = {"precision": "bfloat16", "zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4, **layout}
     for found in run_distributed(losses_and_norms, 2, settings):
-        for got, wanted in zip(found, reference(), strict=True):
-            assert got == pytest.approx(wanted, rel=5e-3)
+        for got, target in zip(found, reference(), strict=True):
+            assert got == pytest.approx(target, rel=5e-3)

@@ -123,7 +123,7 @@ def test_a_missing_package_is_named(dataset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"activation": "swiglu"}, "it has no swiglu"),
         ({"norm": "scalenorm"}, "it computes layernorm with a bias, and rmsnorm"),
@@ -139,8 +139,8 @@ def test_a_missing_package_is_named(dataset: str, tmp_path: Path) -> None:
         ({"te_fp8_amax_history_len": 0}, "at least one step"),
     ],
 )
-def test_what_it_cannot_do_is_refused(settings: dict[str, Any], told: str) -> None:
+def test_what_it_cannot_do_is_refused(settings: dict[str, Any], reported: str) -> None:
     base = {"data_path": "text", "activation": "silu", "te_layernorm_mlp": True, "max_position_embeddings": 64}
     with pytest.raises(ConfigError) as refused:
         resolve([], {**BASE, **base, **settings}, Resources(1))
-    assert told in str(refused.value)
+    assert reported in str(refused.value)

@@ -44,8 +44,8 @@ def test_a_document_that_fits_is_its_plain_log_likelihood():
     rows = engine.logits(torch.tensor([tokens[:-1]]))[0].detach().double().numpy()
     logs = rows - rows.max(1, keepdims=True)
     logs -= numpy.log(numpy.exp(logs).sum(1, keepdims=True))
-    wanted = -sum(logs[at, token] for at, token in enumerate(tokens[1:]))
-    assert found.nats == pytest.approx(wanted, rel=1e-6)
+    expected = -sum(logs[at, token] for at, token in enumerate(tokens[1:]))
+    assert found.nats == pytest.approx(expected, rel=1e-6)
 
 
 def test_replicas_together_measure_what_one_does():
@@ -79,7 +79,7 @@ def test_documents_of_plain_and_jsonl_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reported"),
     [
         ("a.txt", None, "No such file"),
         ("a.txt", b"", "no text"),
@@ -89,10 +89,10 @@ def test_documents_of_plain_and_jsonl_files(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "no string"),
     ],
 )
-def test_unusable_texts_are_the_users_issue(tmp_path, name, content, told):
+def test_unusable_texts_are_the_users_issue(tmp_path, name, content, reported):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         read_documents(str(tmp_path / name))
 
 

@@ -35,8 +35,8 @@ def test_prompts_are_those_of_the_hf_model(tmp_path, kind, file, template, promp
     folder = folder_with(tmp_path, template)
     theirs = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder), chat_template_args={})
     history = HISTORY[:2] if prompted else HISTORY
-    wanted = HFLM.apply_chat_template(theirs, history, prompted)
-    assert ours(folder, kind, file).apply_chat_template(history, prompted) == wanted
+    expected = HFLM.apply_chat_template(theirs, history, prompted)
+    assert ours(folder, kind, file).apply_chat_template(history, prompted) == expected
 
 
 def test_a_conversation_that_no_template_takes_is_the_users_issue(tmp_path):

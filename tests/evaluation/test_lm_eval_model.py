@@ -128,11 +128,11 @@ def test_multiple_choice_scores_are_those_of_each_text_alone(engine, folder, bat
     for sample in found:
         document = sample["doc"]
         # The blank at the end of the context is scored with the continuation.
-        wanted = [
+        expected = [
             log_likelihood(engine, encode(document["question"]), encode(" " + each)) for each in document["choices"]
         ]
-        assert [float(answer[0][0]) for answer in sample["resps"]] == pytest.approx(wanted, abs=1e-4)
-        right += int(numpy.argmax(wanted)) == document["answer"]
+        assert [float(answer[0][0]) for answer in sample["resps"]] == pytest.approx(expected, abs=1e-4)
+        right += int(numpy.argmax(expected)) == document["answer"]
     assert results["results"]["small_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
     assert results["versions"]["small_choice"] == 3.0
 
@@ -177,7 +177,7 @@ def test_limit_fewshot_and_wildcards(engine, folder):
     assert "small_choice" in table and "|Value" in table.replace(" ", "")
 
 
-def test_built_requests_are_kept_for_the_next_run(engine, folder, tmp_path, monkeypatch):
+def test_built_requests_are_retained_for_the_next_run(engine, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
 
     def run():
@@ -185,8 +185,8 @@ def test_built_requests_are_kept_for_the_next_run(engine, folder, tmp_path, monk
         return [sample["resps"] for sample in samples(results, "small_choice")]
 
     first = run()
-    (kept,) = tmp_path.iterdir()
-    assert "small_choice" in kept.name
+    (retained,) = tmp_path.iterdir()
+    assert "small_choice" in retained.name
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.construct_requests", None)  # nothing is built any more
     assert run() == first
 
@@ -204,7 +204,7 @@ def test_a_context_that_leaves_no_room_keeps_its_end(engine, monkeypatch):
     assert asked == [list(long.encode()[-(SEQUENCE - 5) :])]
 
 
-def test_answers_longer_than_the_model_holds_are_told_once(engine, caplog):
+def test_answers_longer_than_the_model_holds_are_reported_once(engine, caplog):
     """Half of the context stays with the question, and the user knows that answers are shorter than the task wants."""
     answerer = model(engine)
     with caplog.at_level(logging.WARNING):
@@ -212,8 +212,8 @@ def test_answers_longer_than_the_model_holds_are_told_once(engine, caplog):
             answerer._settings({"max_gen_toks": length}).maximum_tokens for length in (4, SEQUENCE, SEQUENCE, 8192)
         ]
     assert found == [4, SEQUENCE // 2, SEQUENCE // 2, SEQUENCE // 2]
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and f"up to {SEQUENCE} tokens" in told[0] and "up to 8192 tokens" in told[1]
+    reported = [record.getMessage() for record in caplog.records]
+    assert len(reported) == 2 and f"up to {SEQUENCE} tokens" in reported[0] and "up to 8192 tokens" in reported[1]
 
 
 def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
@@ -223,13 +223,13 @@ def test_empty_contexts_and_white_space_contexts_start_a_document(engine):
     assert answerer._pair("a ", "bc") == answerer._pair("a", " bc")
 
 
-def test_a_task_that_asks_for_something_unknown_is_told(engine):
+def test_a_task_that_asks_for_something_unknown_is_reported(engine):
     with pytest.raises(RunError, match="num_beams"):
         model(engine)._settings({"num_beams": 4})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         ("num_beams: 4", "num_beams = 4"),
         ("num_beams: 1\n  penalty_alpha: 0.6", "penalty_alpha = 0.6"),
@@ -237,10 +237,10 @@ def test_a_task_that_asks_for_something_unknown_is_told(engine):
         ("repetition_penalty: [3]", "not a number"),
     ],
 )
-def test_arguments_that_cannot_be_followed_are_told_when_tasks_are_loaded(folder, tmp_path, arguments, told):
+def test_arguments_that_cannot_be_followed_are_reported_when_tasks_are_loaded(folder, tmp_path, arguments, reported):
     text = WRITING.format(data=folder / "documents.jsonl").replace('until: ["q"]', arguments)
     (tmp_path / "task.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=told) as error:
+    with pytest.raises(ConfigError, match=reported) as error:
         Tasks(["small_writing"], str(tmp_path))
     assert "small_writing" in error.value.issues[0].where
 
@@ -288,13 +288,13 @@ def test_a_missing_folder_is_the_users_issue(tmp_path):
         Tasks(["anything"], str(tmp_path / "nowhere"))
 
 
-def test_missing_data_is_told_with_the_way_to_fetch_it(tmp_path):
+def test_missing_data_is_reported_with_the_way_to_fetch_it(tmp_path):
     (tmp_path / "task.yaml").write_text(CHOICE.format(data=tmp_path / "nowhere.jsonl"))
     with pytest.raises(RunError, match="HF_DATASETS_OFFLINE"):
         Tasks(["small_choice"], str(tmp_path))
 
 
-def test_an_argument_that_the_harness_does_not_have_is_told(engine, folder):
+def test_an_argument_that_the_harness_does_not_have_is_reported(engine, folder):
     with pytest.raises(ConfigError, match="no argument bootstraps"):
         Tasks(["small_choice"], str(folder)).run(model(engine), bootstraps=3)
 

@@ -46,8 +46,8 @@ def test_every_token_but_the_first_counts_once_in_its_window(scorer, overlap):
         end = min(len(tokens), (SEQUENCE if at == 1 else at - 1 + stride) + 1)
         window = tokens[max(0, end - 1 - SEQUENCE) : end]
         rows = engine.logits(torch.tensor([window[:-1]]))[0].double().log_softmax(-1)
-        for place in range(len(window) - (end - at), len(window)):
-            nats -= float(rows[place - 1, window[place]])
+        for position in range(len(window) - (end - at), len(window)):
+            nats -= float(rows[position - 1, window[position]])
         at = end
     found = word_perplexity(RAW, tokenizer, scorer, max_length=SEQUENCE, overlap=overlap)
     assert found.tokens == len(tokens) - 1 and found.words == len(RAW.strip().split(" ")) - 1
@@ -55,7 +55,7 @@ def test_every_token_but_the_first_counts_once_in_its_window(scorer, overlap):
     assert found.a_word == pytest.approx(math.exp(nats / found.words), rel=1e-4)
 
 
-def test_the_last_word_must_be_whole():
+def test_the_last_word_must_be_full():
     tokenizer = CharLevelTokenizer()
     pairs = cloze_pairs(["the cat sat on the mat ", "a b", "mat and\nmat"], tokenizer)
     assert [tokenizer.decode(pair.continuation) for pair in pairs] == [" mat", " b", " mat"]

@@ -37,9 +37,9 @@ QUESTIONS = ("What is the capital of France?", "Name a colour.")
 
 @pytest.fixture(scope="module")
 def config(ours: Path) -> Config:
-    told: dict[str, Any] = yaml.safe_load((ours / "model.yml").read_text())
-    told |= {"load": str(ours), "seq_length": LENGTH, "maximum_tokens": 40, "user_script": "generate.py"}
-    return resolve([], told, Resources(1)).config.for_inference()
+    reported: dict[str, Any] = yaml.safe_load((ours / "model.yml").read_text())
+    reported |= {"load": str(ours), "seq_length": LENGTH, "maximum_tokens": 40, "user_script": "generate.py"}
+    return resolve([], reported, Resources(1)).config.for_inference()
 
 
 @pytest.fixture(scope="module")

@@ -119,8 +119,8 @@ def test_contexts_that_are_cut_are_counted(both, caplog):
     scores(both.model(), PAIRS)
     how = {"until": [], "max_gen_toks": 90}
     both.model().generate_until(asked("generate_until", [("Hello", how), ("long " * 60, how)]))
-    told = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
-    assert told == [
+    reported = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert reported == [
         f"1 of {len(PAIRS)} contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
         f"1 of 2 contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
     ]

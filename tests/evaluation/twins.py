@@ -66,9 +66,9 @@ def twins(folder: Path, kind: str, file: str = "") -> Twins:
         theirs.lm_head.weight[len(words) :] = 0.0  # some probability, and never the largest
     theirs.save_pretrained(folder)
     made = adopt(Folder.open(folder), folder / "ours")
-    told = {**made.settings, "load": str(folder / "ours"), "seq_length": LENGTH, "user_script": "generate.py"}
+    reported = {**made.settings, "load": str(folder / "ours"), "seq_length": LENGTH, "user_script": "generate.py"}
     engine = build_inference_engine(
-        resolve([], told, Resources(1)).config.for_inference(), Topology.single(), made.rows
+        resolve([], reported, Resources(1)).config.for_inference(), Topology.single(), made.rows
     )
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     lm = HFLM(pretrained=theirs, tokenizer=words, batch_size=3, max_length=LENGTH, device="cpu")

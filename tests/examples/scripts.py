@@ -56,12 +56,12 @@ def run(command: list[str], cwd: Path, **environment: str) -> str:
 
 def plan(*arguments: str) -> dict[str, object]:
     """The plan of `deepy.py train.py` as JSON, from the checkout."""
-    told = subprocess.run(
+    reported = subprocess.run(
         [str(ROOT / "deepy.py"), "train.py", *arguments, "--dry-run", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    found: dict[str, object] = json.loads(told.stdout)
+    found: dict[str, object] = json.loads(reported.stdout)
     return found

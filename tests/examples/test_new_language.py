@@ -22,13 +22,13 @@ def write_language(folder):
     generator = random.Random(0)
     words = ["".join(generator.choices(["ža", "tó", "ük", "ри", "na", "le", "שׁ"], k=3)) for _ in range(80)]
     for number in range(60):
-        place = generator.randrange(80)
+        position = generator.randrange(80)
         sentences = []
         for _ in range(40):
             sentence = []
             for _ in range(8):
-                place = (place * 7 + generator.randrange(3)) % 80
-                sentence.append(words[place])
+                position = (position * 7 + generator.randrange(3)) % 80
+                sentence.append(words[position])
             sentences.append(" ".join(sentence) + ".")
         path = folder / f"part{number % 3}" / f"{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def run(folder, *flags):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_issues_are_told(tmp_path):
+def test_issues_are_reported(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "one.txt").write_text("a")
     done = run(tmp_path)

@@ -95,7 +95,7 @@ def test_the_indexed_job_is_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorchjob.yaml", "indexed-job.yaml"])
-def test_pods_are_whole_and_without_privileges(name: str) -> None:
+def test_pods_are_full_and_without_privileges(name: str) -> None:
     for manifest in manifests(name):
         if manifest["kind"] == "Service":
             continue

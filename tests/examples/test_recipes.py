@@ -132,6 +132,6 @@ def test_a_llama_goes_there_and_back(tmp_path: Path) -> None:
 def test_the_llama_script_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "llama").mkdir()
     script = str(EXAMPLES / "continue_llama" / "run.sh")
-    for words, told in ((["llama"], "usage: run.sh"), (["llama", "text", "work"], "it holds no config.json")):
+    for words, reported in ((["llama"], "usage: run.sh"), (["llama", "text", "work"], "it holds no config.json")):
         done = subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and told in done.stderr
+        assert done.returncode == 2 and reported in done.stderr

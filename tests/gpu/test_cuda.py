@@ -52,11 +52,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(dataset: str, tmp_path: P
         "hidden_dropout": 0.1,
         "deterministic": True,
     }
-    whole = run(1, tmp_path / "whole", data_path=dataset, backend="nccl", **settings)
+    full = run(1, tmp_path / "whole", data_path=dataset, backend="nccl", **settings)
     save = str(tmp_path / "save")
     parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, "backend": "nccl", **settings}
     run(1, tmp_path / "parts", exit_interval=10, **parts)
-    assert series(run(1, tmp_path / "parts", **parts), "train/lm_loss") == series(whole, "train/lm_loss")
+    assert series(run(1, tmp_path / "parts", **parts), "train/lm_loss") == series(full, "train/lm_loss")
 
 
 def test_compiled_blocks_learn_the_same(dataset: str, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_attention_equals_the_plain_twin(heads: int, kv_heads: int, queries: int
     torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
     grad = torch.randn_like(actual)
     exact = [part.detach().double().requires_grad_() for part in (q, k, v)]
-    wanted = torch.autograd.grad(plain_attention(*exact, 0.0), exact, grad.double())
-    for got, want in zip(torch.autograd.grad(actual, (q, k, v), grad), wanted, strict=True):
+    target = torch.autograd.grad(plain_attention(*exact, 0.0), exact, grad.double())
+    for got, want in zip(torch.autograd.grad(actual, (q, k, v), grad), target, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=5e-2, atol=5e-2)
 
 

@@ -43,10 +43,10 @@ def test_every_optimizer_learns_as_on_the_cpu(
 def test_eight_bit_state_resumes_bitwise(name: str, stage: int, dataset: str, tmp_path: Path) -> None:
     low = {"use_bnb_optimizer": True, "zero_optimization": {"stage": stage}, "deterministic": True}
     saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
-    whole = losses(name, tmp_path / "whole", dataset, **low)
+    full = losses(name, tmp_path / "whole", dataset, **low)
     losses(name, tmp_path / "parts", dataset, exit_interval=10, **low, **saved)
-    assert losses(name, tmp_path / "parts", dataset, **low, **saved) == whole
-    assert whole[-1] < whole[0] - 0.2
+    assert losses(name, tmp_path / "parts", dataset, **low, **saved) == full
+    assert full[-1] < full[0] - 0.2
 
 
 def test_an_offloaded_optimizer_runs_on_the_host(dataset: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def three_hosts(**wrong: object) -> list[Facts]:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "reported"),
     [
         ({"code": "9" * 64}, "the code is 999999999999, where most hosts have 111111111111"),
         ({"config": "9" * 64}, "the configuration is 999999999999"),
@@ -47,9 +47,9 @@ def three_hosts(**wrong: object) -> list[Facts]:
         ({"visible": False}, "use_shared_fs = True: the run directory is not the one that rank 0 sees"),
     ],
 )
-def test_a_wrong_host_is_named(wrong: dict[str, object], told: str) -> None:
+def test_a_wrong_host_is_named(wrong: dict[str, object], reported: str) -> None:
     (issue,) = judge(three_hosts(**wrong), shared=True)
-    assert str(issue).startswith(f"host b: {told}")
+    assert str(issue).startswith(f"host b: {reported}")
     assert issue.hint is not None
 
 

@@ -42,11 +42,11 @@ def slow(rank: int) -> StepTimings:
     return StepTimings(1.0, EVEN.data_wait, tuple(2e-3 if number == rank else 1e-3 for number in range(4)))
 
 
-def test_a_slow_rank_is_told_once_and_again_after_it_was_even():
+def test_a_slow_rank_is_reported_once_and_again_after_it_was_even():
     judge = Judge(HOSTS)
-    told = [judge.sentences(slow(2)) for _ in range(2 * REPORTS)]
-    assert [len(each) for each in told] == [0] * (ENOUGH - 1) + [1] + [0] * (2 * REPORTS - ENOUGH)
-    assert told[ENOUGH - 1] == [
+    reported = [judge.sentences(slow(2)) for _ in range(2 * REPORTS)]
+    assert [len(each) for each in reported] == [0] * (ENOUGH - 1) + [1] + [0] * (2 * REPORTS - ENOUGH)
+    assert reported[ENOUGH - 1] == [
         "rank 2 (host b) holds the others up, 2.00 times as slow as the median rank, and at least 1.25 times in 4 of 5 "
         "reports: a fixed matrix product takes 2 ms there, 1 ms elsewhere"
     ]
@@ -54,7 +54,7 @@ def test_a_slow_rank_is_told_once_and_again_after_it_was_even():
     assert sum(len(judge.sentences(slow(2))) for _ in range(REPORTS)) == 1
 
 
-def test_even_ranks_and_single_outliers_are_not_told():
+def test_even_ranks_and_single_outliers_are_not_reported():
     judge = Judge(HOSTS)
     for number in range(40):
         assert judge.sentences(slow(number % 4) if number % 2 else EVEN) == []
@@ -68,7 +68,7 @@ def test_the_products_take_no_longer_than_they_may():
     assert 1e-6 < least < 0.05
 
 
-def test_one_rank_is_told_how_long_it_waits_and_nothing_else(tmp_path: Path):
+def test_one_rank_is_reported_how_long_it_waits_and_nothing_else(tmp_path: Path):
     one = StragglerMonitor(0, ["a"], torch.device("cpu"), tmp_path, print)
     for iteration in (1, 2):
         with one.recording(iteration), one.waiting():

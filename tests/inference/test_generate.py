@@ -64,16 +64,16 @@ def test_a_prompt_without_room_is_an_error_of_that_prompt_only(engine, tmp_path)
 def test_scores_that_are_no_numbers_end_one_text_only(tmp_path, caplog, width, rows):
     broken = SmallEngine(small_config(hidden_size=width))
     contexts = ["first", "a long one with z in it", "another", "the last of them"]
-    whole = [record.text for record in generator(broken, batch_size=rows).continue_all(contexts)]
+    full = [record.text for record in generator(broken, batch_size=rows).continue_all(contexts)]
     with torch.no_grad():
         broken.module.state_dict()["sequential.0.word_embeddings.weight"][ord("z")] = math.nan
     path = tmp_path / "out.jsonl"
     batch_modes.run_over(generator(broken, batch_size=rows), contexts, path, writes=True)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert "not numbers" in records[1]["message"] and not records[1]["finished"] and records[1]["text"] is None
-    assert [record["text"] for record in records[:1] + records[2:]] == whole[:1] + whole[2:]
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == 1 and told[0].startswith("prompt 2: error")
+    assert [record["text"] for record in records[:1] + records[2:]] == full[:1] + full[2:]
+    reported = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(reported) == 1 and reported[0].startswith("prompt 2: error")
 
 
 def test_when_no_prompt_has_room_the_run_fails(engine, tmp_path):
@@ -121,12 +121,12 @@ def new_tokens(engine, **settings):
 
 
 def test_further_tokens_end_a_text_and_leave_none(engine):
-    plain, whole = new_tokens(engine)
-    assert len(plain) == 12 and not whole.finished
-    kept = plain[: plain.index(plain[5])]
+    plain, full = new_tokens(engine)
+    assert len(plain) == 12 and not full.finished
+    retained = plain[: plain.index(plain[5])]
     tokens, record = new_tokens(engine, end_ids=(511, plain[5]))
-    assert (tokens, record.finished, record.length) == (kept, True, len(kept))
-    assert record.text == Spelling().decode(kept)
+    assert (tokens, record.finished, record.length) == (retained, True, len(retained))
+    assert record.text == Spelling().decode(retained)
 
 
 def test_a_stop_text_that_is_a_special_token_ends_a_text(engine, monkeypatch):
@@ -137,25 +137,25 @@ def test_a_stop_text_that_is_a_special_token_ends_a_text(engine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"), [([7, 512], "the vocabulary has 512 tokens, so there is no 512"), ([600, 700], "no 600, 700")]
+    ("ids", "reported"), [([7, 512], "the vocabulary has 512 tokens, so there is no 512"), ([600, 700], "no 600, 700")]
 )
-def test_ends_that_the_vocabulary_lacks_are_refused(ids, told):
+def test_ends_that_the_vocabulary_lacks_are_refused(ids, reported):
     check_ends([0, 511], CharLevelTokenizer())
     check_ends(None, CharLevelTokenizer())
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=reported) as caught:
         check_ends(ids, CharLevelTokenizer())
     assert caught.value.issues[0].key == "eos_token_ids"
 
 
 @pytest.mark.parametrize("stop", [(), ("zz", "never seen")])
-def test_streamed_pieces_are_the_text(engine, stop):
+def test_streamed_parts_are_the_text(engine, stop):
     for tokenizer in (CharLevelTokenizer(), Spelling()):
-        pieces = []
+        parts = []
         record = TextGenerator(engine, tokenizer, Settings(**DEFAULTS, stop=stop)).continue_text(
-            "hello", stream=pieces.append
+            "hello", stream=parts.append
         )
-        assert "".join(pieces) == record.text
-    assert len(pieces) > 1  # of the tokenizer with a letter a token
+        assert "".join(parts) == record.text
+    assert len(parts) > 1  # of the tokenizer with a letter a token
 
 
 def test_logits_are_those_of_the_generated_tokens(engine):

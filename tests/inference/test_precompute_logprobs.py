@@ -33,8 +33,8 @@ def test_every_token_has_its_log_probability(tmp_path):
         assert scores.dtype == numpy.float32 and len(scores) == len(item) and scores[0] == 0
         if len(item) <= SEQUENCE + 1 and len(item) > 1:
             rows = engine.logits(torch.tensor(item[None, :-1]))[0].double().log_softmax(-1)
-            wanted = rows[torch.arange(len(item) - 1), torch.tensor(item[1:])]
-            assert scores[1:] == pytest.approx(wanted.numpy(), abs=1e-4)
+            expected = rows[torch.arange(len(item) - 1), torch.tensor(item[1:])]
+            assert scores[1:] == pytest.approx(expected.numpy(), abs=1e-4)
     assert (found[4][1:] < 0).all()
     calls = engine.calls
     write()

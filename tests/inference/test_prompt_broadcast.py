@@ -23,10 +23,10 @@ def slow_typist(rank: int, world_size: int) -> tuple[list[str | None], bool, boo
         time.sleep(THOUGHT)
         return next(typed)
 
-    heard = [broadcast_prompt(ask, limit=LIMIT) for _ in range(3)]
+    received = [broadcast_prompt(ask, limit=LIMIT) for _ in range(3)]
     wished = any_rank(rank == 1), any_rank(False)
     set_collective_timeout(60.0)  # for the helper's own barrier
-    return heard, *wished
+    return received, *wished
 
 
 def test_a_person_may_think_for_longer_than_ranks_wait() -> None:

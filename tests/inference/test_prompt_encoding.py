@@ -19,7 +19,7 @@ KINDS = {
         "tokenizer.model",
     ),
 }
-WHOLE = "Hello world, this is  a test: é 東京 \U0001f642.\nnames and numbers"
+FULL = "Hello world, this is  a test: é 東京 \U0001f642.\nnames and numbers"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -49,34 +49,34 @@ def test_an_empty_prompt_starts_a_document(both):
 
 def test_text_behind_a_prompt_is_that_of_both_without_the_prompts(both):
     ours, _ = both
-    ids = read_prompt(ours, WHOLE * 8)
-    assert ours.decode(ids) == WHOLE * 8
-    ends = [place for place in range(1, len(ids)) if "\ufffd" not in ours.decode(ids[:place])]
+    ids = read_prompt(ours, FULL * 8)
+    assert ours.decode(ids) == FULL * 8
+    ends = [position for position in range(1, len(ids)) if "\ufffd" not in ours.decode(ids[:position])]
     assert len(ends) > len(ids) // 2
-    for place in ends:
-        assert TextBehind(ours, ids[:place]).text(ids[place:]) == (WHOLE * 8)[len(ours.decode(ids[:place])) :]
+    for position in ends:
+        assert TextBehind(ours, ids[:position]).text(ids[position:]) == (FULL * 8)[len(ours.decode(ids[:position])) :]
 
 
 def test_a_prompt_that_ends_within_a_character(both):
     ours, _ = both
     ids = ours.encode("a \U0001f642b")
-    cut = next(place for place in range(1, len(ids)) if "\ufffd" in ours.decode(ids[:place]))
+    cut = next(position for position in range(1, len(ids)) if "\ufffd" in ours.decode(ids[:position]))
     assert TextBehind(ours, ids[:cut]).text(ids[cut:]) == "\U0001f642b"
     assert TextBehind(ours, ids[:cut]).text([]) == ""
 
 
-def test_streamed_pieces_keep_the_blank_before_the_first_word(both):
+def test_streamed_parts_keep_the_blank_before_the_first_word(both):
     ours, _ = both
-    ids, before = read_prompt(ours, WHOLE), len(ours.prefix_ids) + 2
-    rest = WHOLE.removeprefix(ours.decode(ids[:before]))
-    assert 0 < len(rest) < len(WHOLE)
-    pieces = []
-    made_of = Detokenizer(ours, (), pieces.append, ids[:before])
-    for place in range(before + 1, len(ids) + 1):
-        made_of.add(ids[before:place])
+    ids, before = read_prompt(ours, FULL), len(ours.prefix_ids) + 2
+    rest = FULL.removeprefix(ours.decode(ids[:before]))
+    assert 0 < len(rest) < len(FULL)
+    parts = []
+    made_of = Detokenizer(ours, (), parts.append, ids[:before])
+    for position in range(before + 1, len(ids) + 1):
+        made_of.add(ids[before:position])
     assert made_of.close(ids[before:]) == rest
-    assert "".join(pieces) == rest
-    assert len(pieces) > 3
+    assert "".join(parts) == rest
+    assert len(parts) > 3
 
 
 @pytest.mark.parametrize("stops", [(), ("nowhere", "\n\nnowhere")])
@@ -84,7 +84,7 @@ def test_streamed_pieces_keep_the_blank_before_the_first_word(both):
 def test_a_long_answer_costs_no_more_a_token_and_is_the_same_text(both, behind, stops, monkeypatch):
     """Whatever ends the text so far: whole words, blanks, parts of characters, a character that is not decodable."""
     ours, _ = both
-    ids = read_prompt(ours, (WHOLE + " \ufffd" + "東京都" * 40) * 4)
+    ids = read_prompt(ours, (FULL + " \ufffd" + "東京都" * 40) * 4)
     prompt, rest = (ids[:9], ids[9:]) if behind else ([], ids)
     expected, decoded, plain = TextBehind(ours, prompt).text(rest), [], type(ours).decode
 
@@ -93,23 +93,23 @@ def test_a_long_answer_costs_no_more_a_token_and_is_the_same_text(both, behind, 
         return plain(self, tokens)
 
     monkeypatch.setattr(type(ours), "decode", decode)
-    pieces = []
-    made_of = Detokenizer(ours, stops, pieces.append, prompt)
-    for place in range(1, len(rest) + 1):
-        made_of.add(rest[:place])
+    parts = []
+    made_of = Detokenizer(ours, stops, parts.append, prompt)
+    for position in range(1, len(rest) + 1):
+        made_of.add(rest[:position])
     assert len(rest) > 600 and max(decoded) < 400
-    assert made_of.close(rest) == "".join(pieces) == expected
+    assert made_of.close(rest) == "".join(parts) == expected
 
 
 def test_a_stop_text_far_into_an_answer(both):
     ours, _ = both
-    ids = ours.encode(WHOLE * 8 + " the end, and more")
-    pieces = []
-    made_of = Detokenizer(ours, ("the end,",), pieces.append, ids[:5])
-    place = next(place for place in range(6, len(ids) + 1) if made_of.add(ids[5:place]))
-    assert place > 200
-    text = (WHOLE * 8 + " ")[len(ours.decode(ids[:5])) :]
-    assert "".join(pieces) == made_of.close(ids[5:place]) == text
+    ids = ours.encode(FULL * 8 + " the end, and more")
+    parts = []
+    made_of = Detokenizer(ours, ("the end,",), parts.append, ids[:5])
+    position = next(position for position in range(6, len(ids) + 1) if made_of.add(ids[5:position]))
+    assert position > 200
+    text = (FULL * 8 + " ")[len(ours.decode(ids[:5])) :]
+    assert "".join(parts) == made_of.close(ids[5:position]) == text
 
 
 def test_a_stop_text_with_a_special_token_in_it(both):
@@ -122,10 +122,10 @@ def test_a_stop_text_with_a_special_token_in_it(both):
         (f"{end}\n", f"one{end}two\nthree", None),
     ):
         tokens = ours.encode_with_special_tokens("Hello" + text)[len(prompt) - len(ours.prefix_ids) :]
-        pieces = Detokenizer(ours, (stop,), None, prompt)
-        stopped = [place for place in range(1, len(tokens) + 1) if pieces.add(tokens[:place])][:1]
+        parts = Detokenizer(ours, (stop,), None, prompt)
+        stopped = [position for position in range(1, len(tokens) + 1) if parts.add(tokens[:position])][:1]
         assert bool(stopped) == (expected is not None)
         if stopped:
-            pieces = Detokenizer(ours, (stop,), None, prompt)
-            assert pieces.add(tokens[: stopped[0]])
-            assert pieces.close(tokens[: stopped[0]]) == expected
+            parts = Detokenizer(ours, (stop,), None, prompt)
+            assert parts.add(tokens[: stopped[0]])
+            assert parts.close(tokens[: stopped[0]]) == expected

@@ -13,8 +13,8 @@ def expected(logits, *, temperature=0.0, top_k=0, top_p=0.0, min_p=0.0):
     """The probabilities by the definitions, in float64, one token at a time."""
     scores = logits / temperature if temperature else logits.copy()
     order = sorted(range(len(scores)), key=lambda token: -scores[token])
-    kept = set(order[:top_k] if top_k else order)
-    weights = numpy.array([numpy.exp(scores[token]) if token in kept else 0.0 for token in range(len(scores))])
+    retained = set(order[:top_k] if top_k else order)
+    weights = numpy.array([numpy.exp(scores[token]) if token in retained else 0.0 for token in range(len(scores))])
     probabilities = weights / weights.sum()
     if top_p:
         total, nucleus = 0.0, set()
@@ -58,10 +58,10 @@ def test_the_nucleus_of_a_large_vocabulary_is_the_defined_one(spread, top_p, tie
     if ties:
         logits = numpy.round(logits / spread) * spread
     found = distribution(torch.tensor(logits, dtype=torch.float32), Sampling(top_p=top_p)).numpy()
-    wanted = expected(logits, top_p=top_p)
-    differing = (found > 0) != (wanted > 0)  # a sum in fp32 may put the border one token further
+    target = expected(logits, top_p=top_p)
+    differing = (found > 0) != (target > 0)  # a sum in fp32 may put the border one token further
     assert differing.sum() <= 1
-    assert found == pytest.approx(wanted, abs=2e-3 if differing.any() else 1e-5)
+    assert found == pytest.approx(target, abs=2e-3 if differing.any() else 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
@@ -71,11 +71,11 @@ def test_draws_follow_the_distribution(case):
     sampler = Sampler(Sampling(**case), vocab_size=len(LOGITS), seed=17)
     logits = torch.tensor(LOGITS, dtype=torch.float32)
     counts = numpy.bincount([sampler.choose(logits) for _ in range(draws)], minlength=len(LOGITS))
-    wanted = expected(LOGITS, **case) * draws
-    assert (counts[wanted == 0] == 0).all()
-    large, rare = wanted >= 5, (wanted > 0) & (wanted < 5)
+    target = expected(LOGITS, **case) * draws
+    assert (counts[target == 0] == 0).all()
+    large, rare = target >= 5, (target > 0) & (target < 5)
     observed = [*counts[large], counts[rare].sum()]
-    hoped = [*wanted[large], wanted[rare].sum()]
+    hoped = [*target[large], target[rare].sum()]
     statistic = sum((o - h) ** 2 / h for o, h in zip(observed, hoped, strict=True) if h > 0)
     freedom = sum(h > 0 for h in hoped) - 1
     # Wilson and Hilferty's approximation of the chi-square percentile.

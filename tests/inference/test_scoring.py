@@ -41,8 +41,8 @@ def test_scores_do_not_depend_on_the_batch(engine, batch_size):
     pairs = random_pairs(11)
     found = score(engine, pairs, max_length=SEQUENCE, batch_size=batch_size)
     for one, pair in zip(found, pairs, strict=True):
-        wanted, _ = reference(engine, pair.context, pair.continuation)
-        assert one.log_likelihood == pytest.approx(wanted, abs=1e-4)
+        expected, _ = reference(engine, pair.context, pair.continuation)
+        assert one.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
 def test_greedy_says_whether_every_token_was_the_likeliest(engine):
@@ -58,15 +58,15 @@ def test_greedy_says_whether_every_token_was_the_likeliest(engine):
 def test_a_context_that_does_not_fit_is_cut_on_its_left(engine):
     context, continuation = tuple(range(100, 160)), (3, 4, 5)
     found = score(engine, [Pair(context, continuation)], max_length=SEQUENCE, batch_size=1)[0]
-    kept = context[-(SEQUENCE + 1 - len(continuation)) :]
-    assert found.log_likelihood == pytest.approx(reference(engine, kept, continuation)[0], abs=1e-4)
+    retained = context[-(SEQUENCE + 1 - len(continuation)) :]
+    assert found.log_likelihood == pytest.approx(reference(engine, retained, continuation)[0], abs=1e-4)
 
 
-def test_a_continuation_that_does_not_fit_is_scored_whole(engine):
+def test_a_continuation_that_does_not_fit_is_scored_full(engine):
     text = tuple(int(token) for token in numpy.random.default_rng(2).integers(0, 512, 2 * SEQUENCE + 7))
     found = score(engine, [Pair((0,), text)], max_length=SEQUENCE, batch_size=2)[0]
-    wanted = sum(reference(engine, pair.context, pair.continuation)[0] for pair in windows([0], text, SEQUENCE))
-    assert found.log_likelihood == pytest.approx(wanted, abs=1e-3)
+    expected = sum(reference(engine, pair.context, pair.continuation)[0] for pair in windows([0], text, SEQUENCE))
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-3)
 
 
 def test_nothing_to_score_is_certain(engine):
@@ -79,14 +79,14 @@ def test_nothing_to_score_is_certain(engine):
 @pytest.mark.parametrize("context", [[-1], [-3, -2, -1], list(range(-9, 0))])
 def test_windows_score_every_token_once_with_as_much_context_as_fits(length, stride, context):
     tokens = list(range(length))
-    whole = context + tokens
+    full = context + tokens
     found = list(windows(context, tokens, 4, stride))
     assert [token for pair in found for token in pair.continuation] == tokens
     for pair in found:
         assert len(pair.context) >= 1
         assert len(pair.inputs()) <= 4
-        end = whole.index(pair.continuation[-1]) + 1
-        assert list(pair.context + pair.continuation) == whole[max(0, end - 5) : end]
+        end = full.index(pair.continuation[-1]) + 1
+        assert list(pair.context + pair.continuation) == full[max(0, end - 5) : end]
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30])

@@ -122,9 +122,9 @@ def test_greedy_equals_transformers(engine):
 
 
 def test_the_text_ends_after_the_end_of_document_token(engine):
-    whole = text(engine, PROMPTS[0])
-    end = whole[10]
-    assert text(engine, PROMPTS[0], eod=end) == whole[: whole.index(end) + 1]
+    full = text(engine, PROMPTS[0])
+    end = full[10]
+    assert text(engine, PROMPTS[0], eod=end) == full[: full.index(end) + 1]
 
 
 def test_it_makes_no_more_than_asked_for_and_runs_the_model_once_a_token(engine):

@@ -80,10 +80,10 @@ def test_bf16_stays_near_the_formula(name: str) -> None:
 
 def test_weights_computed_again_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     *parts, grad = inputs((2, 4, 2, 300, 300, 16), torch.float32)
-    kept = torch.autograd.grad(blocked.blocked_attention(*parts), parts, grad)
+    retained = torch.autograd.grad(blocked.blocked_attention(*parts), parts, grad)
     monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
     again = torch.autograd.grad(blocked.blocked_attention(*parts), parts, grad)
-    for first, second in zip(kept, again, strict=True):
+    for first, second in zip(retained, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 

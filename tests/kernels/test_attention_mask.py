@@ -88,7 +88,7 @@ def test_values_and_gradients_equal_the_formula(pattern: str, biased: bool, docu
     exact, grad = inputs(torch.float64)
     used = exact if biased else exact[:3]
     expected = formula(exact, mask, biased=biased)
-    wanted = torch.autograd.grad(expected, used, grad)
+    target = torch.autograd.grad(expected, used, grad)
     starts = STARTS if documents else None
     for name, kernel in KERNELS.items():
         single, grad32 = inputs(torch.float32)
@@ -99,22 +99,24 @@ def test_values_and_gradients_equal_the_formula(pattern: str, biased: bool, docu
         assert_near(name, actual, expected, atol=1e-5)
         if name != "flex":
             got = torch.autograd.grad(actual, single[: len(used)], grad32)
-            for one, other in zip(got, wanted, strict=True):
+            for one, other in zip(got, target, strict=True):
                 assert_near(name, one, other, atol=1e-4)
 
 
 def assert_near(name: str, actual: Tensor, expected: Tensor, *, atol: float) -> None:
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=atol, msg=lambda told: f"{name}: {told}")
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=1e-4, atol=atol, msg=lambda reported: f"{name}: {reported}"
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_weights_computed_again_give_the_same_gradients(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, grad = inputs(torch.float32)
     view = View(PATTERNS[pattern], parts[3])
-    kept = torch.autograd.grad(blocked.blocked_attention(*parts[:3], None, view), parts, grad)
+    retained = torch.autograd.grad(blocked.blocked_attention(*parts[:3], None, view), parts, grad)
     monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
     again = torch.autograd.grad(blocked.blocked_attention(*parts[:3], None, view), parts, grad)
-    for first, second in zip(kept, again, strict=True):
+    for first, second in zip(retained, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
@@ -156,7 +158,7 @@ def test_scores_beyond_fp16_stay_finite() -> None:
     torch.testing.assert_close(cpu_attention(q, k, v), v, rtol=0, atol=1e-3)  # each query sees the last key only
 
 
-def test_what_packages_can_be_told() -> None:
+def test_what_packages_can_be_reported() -> None:
     starts, bias = torch.zeros(1, 4), torch.zeros(2, 4)
     assert reach(None, None) == reach(None, View()) == -1
     assert reach(None, View(Window(5))) == 4

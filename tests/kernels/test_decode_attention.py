@@ -39,10 +39,10 @@ def test_it_is_the_formula(dtype, heads, shared, size, turned, count):
     angles = torch.outer(torch.arange(count + 3.0), 0.7 ** torch.arange(turned / 2))
     table = (angles.cos(), angles.sin()) if turned else None
     expected = memory.clone()
-    wanted = plain_decode_attention(q, k, v, expected[2, 0], expected[2, 1], ends, table)
+    target = plain_decode_attention(q, k, v, expected[2, 0], expected[2, 1], ends, table)
     found = native_decode_attention(q, k, v, memory[2, 0], memory[2, 1], ends, table)
     assert found.dtype == dtype
-    assert (found - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+    assert (found - target).abs().max() <= TOLERANCE[dtype] * target.abs().max()
     assert torch.allclose(memory, expected, rtol=TOLERANCE[dtype], atol=1e-6, equal_nan=True)
 
 
@@ -56,7 +56,7 @@ def test_large_scores_do_not_overflow_and_errors_are_seen():
     assert native_decode_attention(q, k, v, keys, values, ends).isnan().all()
 
 
-def test_why_it_cannot_be_used_is_told():
+def test_why_it_cannot_be_used_is_reported():
     assert native_attention_unavailable(CPU, torch.float32, 64) is None
     assert "float16" in native_attention_unavailable(CPU, torch.float16, 64)
     assert "20" in native_attention_unavailable(CPU, torch.float32, 20)
@@ -64,15 +64,15 @@ def test_why_it_cannot_be_used_is_told():
     assert choose_decode_attention(CPU, torch.float32, 20) is None
 
 
-def test_it_is_compiled_once_and_a_missing_compiler_is_told(tmp_path):
+def test_it_is_compiled_once_and_a_missing_compiler_is_reported(tmp_path):
     first = cpp_build.compiled(tmp_path, "g++")
     made = first.stat().st_mtime_ns
     assert cpp_build.compiled(tmp_path, "g++") == first and first.stat().st_mtime_ns == made
     assert "no C++ compiler" in cpp_build.compiled(tmp_path, "no-such-compiler")
     (tmp_path / "broken").write_text("#!/bin/sh\necho no >&2; test $1 = --version\n")
     (tmp_path / "broken").chmod(0o755)
-    told = cpp_build.compiled(tmp_path, str(tmp_path / "broken"))
-    assert "cannot compile" in told and told.endswith(": no.")
+    reported = cpp_build.compiled(tmp_path, str(tmp_path / "broken"))
+    assert "cannot compile" in reported and reported.endswith(": no.")
 
 
 def test_it_can_be_switched_off(monkeypatch):

@@ -86,17 +86,17 @@ def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_matmul, "widens", lambda device, dtype: dtype == torch.bfloat16)
     low = [rows.bfloat16().requires_grad_(), matrices.bfloat16().requires_grad_()]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
-    got, wanted = grouped_matmul.plain_grouped(*low, counts), grouped_matmul.plain_grouped(*exact, counts)
+    got, target = grouped_matmul.plain_grouped(*low, counts), grouped_matmul.plain_grouped(*exact, counts)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(got.double(), target, rtol=2**-8, atol=1e-5)
     grad = torch.randn(9, 16).bfloat16()
     for some, others in zip(
-        torch.autograd.grad(got, low, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+        torch.autograd.grad(got, low, grad), torch.autograd.grad(target, exact, grad.double()), strict=True
     ):
         torch.testing.assert_close(some.double(), others, rtol=2**-8, atol=1e-5)
 
 
-def test_the_choice_is_told_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_reported_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "widens", lambda device, dtype: False)
     assert onednn_unavailable(CPU, torch.float32) is None
     assert choose_linear(CPU, torch.float32) is onednn_linear
@@ -117,8 +117,8 @@ def test_packed_weights_give_the_same_product(dtype: torch.dtype, bias: bool) ->
     packed = packed_linear(weight)
     got = packed(x, torch.empty(0), added if bias else None)
     assert got.dtype == dtype
-    wanted = F.linear(x.double(), weight.double(), added.double() if bias else None)
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    target = F.linear(x.double(), weight.double(), added.double() if bias else None)
+    torch.testing.assert_close(got.double(), target, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 17])
@@ -129,12 +129,12 @@ def test_few_rows_of_bfloat16_are_rounded_once(rows: int, out: int, width: int, 
     weight, x, added = (torch.randn(shape).bfloat16() for shape in ((out, width), (rows, 1, width), (out,)))
     assert few_rows_unavailable(weight) is None
     got = few_rows_linear(weight)(x, torch.empty(0), added if bias else None)
-    wanted = F.linear(x.double(), weight.double(), added.double() if bias else None)
+    target = F.linear(x.double(), weight.double(), added.double() if bias else None)
     assert got.shape == (rows, 1, out)
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(got.double(), target, rtol=2**-8, atol=1e-5)
 
 
-def test_what_the_compiled_product_cannot_take_is_told() -> None:
+def test_what_the_compiled_product_cannot_take_is_reported() -> None:
     for weight in (torch.randn(8, 16), torch.randn(8, 24).bfloat16(), torch.randn(16, 16).bfloat16().t()[:, ::2]):
         sentence = few_rows_unavailable(weight)
         assert sentence is not None
@@ -145,5 +145,5 @@ def test_without_a_compiler_bfloat16_is_packed_in_fp32(monkeypatch: pytest.Monke
     monkeypatch.setattr(packed_linear_module, "library", lambda: "There is none.")
     monkeypatch.setattr(packed_linear_module, "widens", lambda _device, dtype: dtype == torch.bfloat16)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(3, 64).bfloat16()
-    wanted = F.linear(x.double(), weight.double())
-    torch.testing.assert_close(packed_linear(weight)(x, weight, None).double(), wanted, rtol=2**-8, atol=1e-5)
+    target = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(packed_linear(weight)(x, weight, None).double(), target, rtol=2**-8, atol=1e-5)

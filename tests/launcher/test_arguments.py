@@ -66,7 +66,7 @@ def test_a_flag_of_json_text_is_not_taken_for_a_switch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reported"),
     [
         ("train.py a --train-itres 3", "did you mean --train_iters?"),
         ("train.py a -x", "there is no such flag"),
@@ -78,17 +78,17 @@ def test_a_flag_of_json_text_is_not_taken_for_a_switch() -> None:
         ("train.py a -d", "needs a value"),
     ],
 )
-def test_issues(line: str, told: str) -> None:
+def test_issues(line: str, reported: str) -> None:
     """Those of flags wait for those of the files; without a script there is nothing more to find."""
     try:
         issues = read_request(line.split()).issues
     except ConfigError as error:
         issues = error.issues
     assert len(issues) == 1
-    assert told in str(issues[0])
+    assert reported in str(issues[0])
 
 
-def test_a_configuration_in_the_place_of_the_script(tmp_path: Path) -> None:
+def test_a_configuration_in_the_position_of_the_script(tmp_path: Path) -> None:
     (tmp_path / "small.yml").write_text("{}")
     with pytest.raises(ConfigError, match="the script comes first"):
         read_request([str(tmp_path / "small.yml"), "train.py"])

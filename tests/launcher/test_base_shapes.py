@@ -58,7 +58,7 @@ def test_a_worker_of_another_launcher_writes_them_too(run: Run, tmp_path: Path) 
     assert (tmp_path / "made/base.json").is_file()
 
 
-def test_a_folder_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "made").write_text("a file")
     done = run("deepy.py", "train.py", "conf", *WRITE)
     assert done.returncode == 2

@@ -66,32 +66,32 @@ def test_a_dry_run_as_json_is_one_object_and_nothing_else(run: Run) -> None:
     done = run("train.py", "conf", "--dry-run", "--json", "--seed", "7")
     assert done.returncode == 0
     assert done.stderr == ""
-    told = json.loads(done.stdout)
-    assert set(told) == {"config", "origin", "deepspeed", "launch", "plan", "warnings", "not_supported_yet"}
-    assert told["origin"]["hidden_size"] == "conf.yml:2"
-    assert told["origin"]["seed"] == "command line"
-    assert told["origin"]["train_batch_size"] == "derived"
-    assert told["plan"]["world_size"] == told["plan"]["data_parallel_size"] == 2
-    assert told["plan"]["train_batch_size"] == 4
-    assert set(told["plan"]["memory_per_rank_bytes"]) == {
+    reported = json.loads(done.stdout)
+    assert set(reported) == {"config", "origin", "deepspeed", "launch", "plan", "warnings", "not_supported_yet"}
+    assert reported["origin"]["hidden_size"] == "conf.yml:2"
+    assert reported["origin"]["seed"] == "command line"
+    assert reported["origin"]["train_batch_size"] == "derived"
+    assert reported["plan"]["world_size"] == reported["plan"]["data_parallel_size"] == 2
+    assert reported["plan"]["train_batch_size"] == 4
+    assert set(reported["plan"]["memory_per_rank_bytes"]) == {
         "parameters",
         "gradients",
         "optimizer",
         "activations",
         "total",
     }
-    assert told["deepspeed"]["train_batch_size"] == 4
-    assert "megatron.launcher.rank_agent" in told["launch"]["argv"]
-    assert told["launch"]["env"]["MALLOC_TRIM_THRESHOLD_"]
+    assert reported["deepspeed"]["train_batch_size"] == 4
+    assert "megatron.launcher.rank_agent" in reported["launch"]["argv"]
+    assert reported["launch"]["env"]["MALLOC_TRIM_THRESHOLD_"]
 
 
-def test_issues_of_flags_files_arithmetic_and_rules_are_told_in_one_round(run: Run, tmp_path: Path) -> None:
+def test_issues_of_flags_files_arithmetic_and_rules_are_reported_in_one_round(run: Run, tmp_path: Path) -> None:
     (tmp_path / "more.yml").write_text("train_batch_size: 7\nhidden-size: 32\nnorm: rmsnrm\nsave: x\nseed: 0\n")
     done = run("train.py", "conf", "more", "--eval-itres", "3", "--split", "a", "--hostfile", "none")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     starts = [line.split(": ", 2)[:2] for line in done.stderr.splitlines()]
-    assert [(where, told.partition(" ")[0]) for where, told in starts] == [
+    assert [(where, reported.partition(" ")[0]) for where, reported in starts] == [
         ("more.yml:2", "hidden_size"),
         ("more.yml:3", "norm"),
         ("more.yml:4", "save"),
@@ -137,7 +137,7 @@ def test_every_issue_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -> 
     assert any("did you mean layernorm?" in line for line in lines)
 
 
-def test_a_issue_in_the_machines_has_its_place(run: Run) -> None:
+def test_a_issue_in_the_machines_has_its_position(run: Run) -> None:
     done = run("train.py", "conf", "--hostfile", "nowhere")
     assert done.returncode == 2
     assert "hostfile = 'nowhere': there is no such file" in done.stderr
@@ -178,14 +178,14 @@ def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypat
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'DS_ACCELERATOR')\n"
         "told = {name: os.environ[name] for name in names}\n"
         "told['log_dir'] = worker_config(sys.argv[1:]).observe.log_dir\n"
-        "json.dump(told, open(f'told.{told[\"RANK\"]}', 'w'))\n"
+        "json.dump(told, open(f'told.{reported[\"RANK\"]}', 'w'))\n"
         "sys.exit(5 if told['RANK'] == '1' else 0)\n"
     )
     done = run("work.py", "conf")
     assert done.returncode == 5
     assert "rank 1 failed first, with exit code 5" in done.stderr
-    told = [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
-    assert [one["LOCAL_RANK"] for one in told] == ["0", "1"]
-    assert all(one["WORLD_SIZE"] == "2" and one["MASTER_ADDR"] == "127.0.0.1" for one in told)
-    assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"]
-    assert told[0]["log_dir"] == str(tmp_path / "run/work")
+    reported = [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
+    assert [one["LOCAL_RANK"] for one in reported] == ["0", "1"]
+    assert all(one["WORLD_SIZE"] == "2" and one["MASTER_ADDR"] == "127.0.0.1" for one in reported)
+    assert reported[0]["MASTER_PORT"] == reported[1]["MASTER_PORT"]
+    assert reported[0]["log_dir"] == str(tmp_path / "run/work")

@@ -82,7 +82,7 @@ def test_the_hostfile_of_the_environment_and_the_default_that_is_not_there(hostf
 
 
 @pytest.mark.parametrize(
-    ("wanted", "told"),
+    ("expected", "reported"),
     [
         (Wanted(include="fourth"), "there is no host fourth"),
         (Wanted(include="first:7"), "first has no slot 7"),
@@ -93,13 +93,13 @@ def test_the_hostfile_of_the_environment_and_the_default_that_is_not_there(hostf
         (Wanted(global_num_gpus=16), "gives 10 ranks"),
     ],
 )
-def test_choices_that_cannot_be(hostfile: str, wanted: Wanted, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        find_machines(Wanted(**{**vars(wanted), "hostfile": hostfile}), {})
+def test_choices_that_cannot_be(hostfile: str, expected: Wanted, reported: str) -> None:
+    with pytest.raises(ConfigError, match=reported):
+        find_machines(Wanted(**{**vars(expected), "hostfile": hostfile}), {})
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("first slots=4\nsecond 4\n", "hostfile:2: hostfile: this is not `host slots=N`: second 4"),
         ("first slots=4\nfirst slots=4\n", "hostfile:2: hostfile: the host first stands here a second time"),
@@ -107,12 +107,12 @@ def test_choices_that_cannot_be(hostfile: str, wanted: Wanted, told: str) -> Non
         ("# nothing\n", "no host in it"),
     ],
 )
-def test_a_hostfile_that_is_wrong_names_the_line(tmp_path: Path, text: str, told: str) -> None:
+def test_a_hostfile_that_is_wrong_names_the_line(tmp_path: Path, text: str, reported: str) -> None:
     path = tmp_path / "hostfile"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_hostfile(path)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
 
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:

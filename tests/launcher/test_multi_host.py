@@ -114,11 +114,11 @@ def test_hosts_with_different_numbers_of_ranks() -> None:
 def test_what_the_user_adds() -> None:
     assert "--launcher_args" not in argv("pdsh")
     assert "--launcher_args=-x lost" in argv("pdsh", launcher_args="-x lost")
-    told = argv("slurm", comment="a b", account="ours", launcher_args="--qos=high --gpus=4")
-    assert "--qos=high --gpus=4 --ntasks-per-node=2 --nodes=2" in told
-    assert "--account=ours" in told
-    assert "comment=a b" in told
-    assert "--gpus-per-node" not in told
+    reported = argv("slurm", comment="a b", account="ours", launcher_args="--qos=high --gpus=4")
+    assert "--qos=high --gpus=4 --ntasks-per-node=2 --nodes=2" in reported
+    assert "--account=ours" in reported
+    assert "comment=a b" in reported
+    assert "--gpus-per-node" not in reported
     assert " -g 2 " in argv("jsrun", launcher_args="-g 2")
     assert "NEOX_SUPERVISOR=tcp://me:1/x" in argv("pdsh", supervisor="tcp://me:1/x")
     assert "MASTER_ADDR=there" in argv("openmpi", master_addr="there")
@@ -229,18 +229,18 @@ def test_torchrun_on_this_host(deepy: Deepy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         (["--launcher", "torchrun", "--num-nodes", "2"], "NODE_RANK: nothing says which of the 2 hosts this is"),
         (["--launcher", "local", "--hostfile", "hosts"], "launcher = 'local': the hostfile names other hosts: far"),
         (["--launcher", "jsrun", "--hostfile", "hosts"], "launcher = 'jsrun': there is no jsrun on this host"),
     ],
 )
-def test_launches_that_cannot_be(deepy: Deepy, flags: list[str], told: str) -> None:
+def test_launches_that_cannot_be(deepy: Deepy, flags: list[str], reported: str) -> None:
     (deepy.folder / "hosts").write_text("far slots=2\n")
     code, _, err = deepy.run("", *flags)
     assert code == 2
-    assert told in err
+    assert reported in err
 
 
 def test_a_failure_elsewhere_names_rank_host_and_last_lines(flux: Deepy) -> None:

@@ -20,7 +20,7 @@ def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.sys, "executable", str(tmp_path / "elsewhere/python"))
 
 
-def test_the_place_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_position_of_the_compiled_op_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     assert op_folder(os.environ).is_relative_to(tmp_path)
@@ -60,8 +60,8 @@ def test_a_compiled_op_needs_only_ninja(tmp_path: Path) -> None:
 
 def test_a_compiler_of_the_users_choice_counts(tmp_path: Path) -> None:
     (tmp_path / "clang++").touch(mode=0o755)
-    told = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
-    assert not any("C++ compiler" in str(issue) for issue in told)
+    reported = missing_for_build({"PATH": str(tmp_path), "CXX": "clang++"}, built=False)
+    assert not any("C++ compiler" in str(issue) for issue in reported)
 
 
 def test_two_environments_do_not_share_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ SLURM = {
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "pod-0"}, "pod-0"),
     ],
 )
-def test_places(given: dict[str, str], meeting: str) -> None:
+def test_positions(given: dict[str, str], meeting: str) -> None:
     environment = dict(given)
     set_rank_env(environment)
     assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"]
@@ -88,7 +88,7 @@ def test_a_batch_script_of_slurm_is_no_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         ({"RANK": "1"}, "the environment has a RANK and no WORLD_SIZE; set WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE = 2 and no RANK"),
@@ -97,10 +97,10 @@ def test_a_batch_script_of_slurm_is_no_task() -> None:
         ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR: nothing says where the 2 ranks meet; set it to the address"),
     ],
 )
-def test_a_place_that_cannot_be(given: dict[str, str], told: str) -> None:
+def test_a_position_that_cannot_be(given: dict[str, str], reported: str) -> None:
     with pytest.raises(ConfigError) as error:
         set_rank_env(dict(given))
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -120,5 +120,5 @@ def test_lists_of_hosts(text: str, hosts: list[str]) -> None:
 def test_ranks_of_one_host_take_nothing_from_an_outer_job() -> None:
     outer = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "nohost", "MASTER_PORT": "1"}
     outer |= {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "PMIX_RANK": "3", "SLURM_PROCID": "3", "MPI_LOCALRANKID": "3"}
-    kept = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "NCCL_DEBUG": "INFO"}
-    assert without_place({**outer, **kept}) == kept
+    retained = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "NCCL_DEBUG": "INFO"}
+    assert without_place({**outer, **retained}) == retained

@@ -111,7 +111,7 @@ def test_fewer_hosts_keep_the_batch_by_accumulation(request_on_hosts: Request) -
     assert (training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps) == (2, 3)
 
 
-def test_a_batch_that_the_hosts_left_cannot_share_is_told(request_on_hosts: Request) -> None:
+def test_a_batch_that_the_hosts_left_cannot_share_is_reported(request_on_hosts: Request) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     with pytest.raises(ConfigError, match="train_batch_size"):
         resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: host != "b")

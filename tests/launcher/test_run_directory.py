@@ -75,7 +75,7 @@ def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Pa
     assert len(text) < 1500
 
 
-def test_the_revision_of_a_checkout_is_kept(tmp_path: Path) -> None:
+def test_the_revision_of_a_checkout_is_retained(tmp_path: Path) -> None:
     prepare_run_directory(tmp_path, "{}", {}, [])
     launch = json.loads((tmp_path / "launches.jsonl").read_text())
     assert launch["git"] == git_revision(Path(__file__).parent)

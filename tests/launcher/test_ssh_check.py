@@ -35,8 +35,8 @@ def test_answers(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
     assert ask("good", environment).address == "10.0.0.7"
     assert ask("odd", environment).error is None  # it lets the user in, whatever the command says
     assert str(ask("closed", environment).error).endswith("Permission denied (publickey).")
-    told = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).error)
-    assert "-o BatchMode=yes -o ConnectTimeout=10 -p 2222 closed hostname -I" in told
+    reported = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).error)
+    assert "-o BatchMode=yes -o ConnectTimeout=10 -p 2222 closed hostname -I" in reported
     assert ask("silent", environment).error == "ssh gives no reason"
 
 

@@ -27,7 +27,7 @@ STOPS = """
 """
 
 
-def test_all_workers_done_is_zero_and_rank_0_is_live_while_the_others_are_kept(deepy: Deepy) -> None:
+def test_all_workers_done_is_zero_and_rank_0_is_live_while_the_others_are_retained(deepy: Deepy) -> None:
     code, out, err = deepy.run("print('said by', rank); print('aside', rank, file=sys.stderr)")
     assert code == 0
     assert out == "said by 0\n"
@@ -72,7 +72,7 @@ def test_the_first_failure_counts_not_the_ones_it_causes(deepy: Deepy) -> None:
     assert "rank 0 failed first, with exit code 7" in err
 
 
-def test_a_traceback_arrives_whole(deepy: Deepy) -> None:
+def test_a_traceback_arrives_full(deepy: Deepy) -> None:
     code, _, err = deepy.run("""
         if rank == 1:
             raise ValueError("shape [3, 4] does not fit")
@@ -106,7 +106,7 @@ def test_a_stop_signal_reaches_the_workers_which_save_and_leave_with_zero(deepy:
     assert "the workers save and stop" in err
 
 
-def test_a_stop_signal_sent_to_the_whole_process_group_does_no_harm(deepy: Deepy) -> None:
+def test_a_stop_signal_sent_to_the_full_process_group_does_no_harm(deepy: Deepy) -> None:
     """Ctrl-C on a terminal signals every process of the foreground group; the workers are not in it."""
     started = deepy.start(STOPS.replace("SAVING", "0.2"))
     pids = started.wait_for("ready.0", "ready.1")

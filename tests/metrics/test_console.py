@@ -21,10 +21,10 @@ RECORD = {
 def screen(text, width=200):
     """What a terminal shows: carriage return and erase-line undone."""
     lines, current = [], ""
-    for piece in text.replace("\r\x1b[2K", "\x00").replace("\n", "\n\x01").split("\x01"):
-        ended = piece.endswith("\n")
-        for part in piece.rstrip("\n").split("\x00"):
-            current = part if "\x00" in piece else current + part
+    for chunk in text.replace("\r\x1b[2K", "\x00").replace("\n", "\n\x01").split("\x01"):
+        ended = chunk.endswith("\n")
+        for part in chunk.rstrip("\n").split("\x00"):
+            current = part if "\x00" in chunk else current + part
         if ended:
             lines.append(current)
             current = ""
@@ -94,7 +94,7 @@ def test_the_launcher_decides_over_the_pipe():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "reported"),
     [
         (0, "0s"),
         (59.4, "59s"),
@@ -105,5 +105,5 @@ def test_the_launcher_decides_over_the_pipe():
         (math.nan, "?"),
     ],
 )
-def test_duration(seconds, told):
-    assert duration(seconds) == told
+def test_duration(seconds, reported):
+    assert duration(seconds) == reported

@@ -45,15 +45,15 @@ def test_perplexity_of_a_diverged_run_does_not_raise():
     assert perplexity(1e4) == math.inf
 
 
-def test_a_full_disk_is_told_once_and_the_other_sink_goes_on(monkeypatch):
-    told = []
-    monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *args: told.append(text % args))
-    kept = Kept()
-    reporter = Reporter([FullDisk(), kept])
+def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(monkeypatch):
+    reported = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *args: reported.append(text % args))
+    retained = Kept()
+    reporter = Reporter([FullDisk(), retained])
     for iteration in (1, 2, 3):
         reporter.train(iteration, {"train/lm_loss": 2.0}, total_iterations=3)
-    assert [iteration for iteration, _ in kept.records] == [1, 2, 3]
-    assert len(told) == 1 and "No space left" in told[0]
+    assert [iteration for iteration, _ in retained.records] == [1, 2, 3]
+    assert len(reported) == 1 and "No space left" in reported[0]
 
 
 def test_rank_0_writes_and_other_ranks_are_silent(tmp_path, capsys):

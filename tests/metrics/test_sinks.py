@@ -63,17 +63,17 @@ def stored_by_tensorboard(folder: Path) -> set[str]:
 
 def wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a .wandb file: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
-    data, at, whole = path.read_bytes(), 7, b""
+    data, at, full = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
-        whole += data[at + 7 : at + 7 + length]
+        full += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the end of one
-            yield whole
-            whole = b""
+            yield full
+            full = b""
 
 
 def stored_by_wandb(folder: Path) -> set[str]:
@@ -106,8 +106,8 @@ def stored_by_comet(folder: Path) -> set[str]:
         for line in lines:
             metric = json.loads(line).get("payload", {}).get("metric") or {}
             names |= {metric["metricName"]} if "metricName" in metric else set()
-    for told in ("experiment", "cluster", "two"):
-        assert told in text
+    for reported in ("experiment", "cluster", "two"):
+        assert reported in text
     return names
 
 
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_made_is_the_users_issue(tmp_path: Path) -> None
         build_reporter(ObserveSection(tensorboard_dir=str(tmp_path / "file" / "events")), 0)
 
 
-def test_only_a_wish_for_it_lets_wandb_stop_a_run(
+def test_only_a_request_for_it_lets_wandb_stop_a_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A key in the environment and a service that does not answer."""

@@ -41,26 +41,26 @@ def alone(model: SequentialModel, tokens: Tensor) -> Tensor:
     """The logits of every document in a call of its own, put together, [s, b, v]."""
     columns = []
     for row, lengths in zip(tokens, LENGTHS, strict=True):
-        columns.append(torch.cat([model(piece[None]) for piece in row.split(lengths)]))  # [s, 1, v]
+        columns.append(torch.cat([model(part[None]) for part in row.split(lengths)]))  # [s, 1, v]
     return torch.cat(columns, dim=1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_document_is_as_it_is_alone(name: str) -> None:
-    model, whole = made(name, reset=True), made(name)
+    model, full = made(name, reset=True), made(name)
     together = model(ids(), None, starts_of(LENGTHS))
-    torch.testing.assert_close(together, alone(whole, ids()), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(together, whole(ids()), atol=1e-2)
+    torch.testing.assert_close(together, alone(full, ids()), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together, full(ids()), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_too(name: str) -> None:
-    model, whole = made(name, reset=True), made(name)
+    model, full = made(name, reset=True), made(name)
     model(ids(), None, starts_of(LENGTHS)).square().mean().backward()
-    alone(whole, ids()).square().mean().backward()
-    for (key, first), second in zip(model.named_parameters(), whole.parameters(), strict=True):
+    alone(full, ids()).square().mean().backward()
+    for (key, first), second in zip(model.named_parameters(), full.parameters(), strict=True):
         torch.testing.assert_close(
-            first.grad, second.grad, rtol=1e-4, atol=1e-6, msg=lambda told, key=key: f"{key}: {told}"
+            first.grad, second.grad, rtol=1e-4, atol=1e-6, msg=lambda reported, key=key: f"{key}: {reported}"
         )
 
 
@@ -70,7 +70,7 @@ def test_with_every_attention_kernel(kernel: str, monkeypatch: pytest.MonkeyPatc
     test_each_document_is_as_it_is_alone("llama")
 
 
-def test_positions_alone_leave_attention_whole() -> None:
+def test_positions_alone_leave_attention_full() -> None:
     """Learned positions start again, and what came before is still seen."""
     model = made("learned", reset_positions=True)
     starts = starts_of(LENGTHS)
@@ -84,15 +84,15 @@ def test_positions_alone_leave_attention_whole() -> None:
         torch.testing.assert_close(model(ids(), None, starts), model(ids()), rtol=1e-5, atol=1e-6)
 
 
-def test_attention_alone_leaves_positions_whole() -> None:
-    model, whole = made("learned", reset_attention=True), made("learned")
+def test_attention_alone_leaves_positions_full() -> None:
+    model, full = made("learned", reset_attention=True), made("learned")
     starts = starts_of(LENGTHS)
     changed = ids()
     changed[:, 0] = (changed[:, 0] + 1) % VOCABULARY
     first, second = model(ids(), None, starts), model(changed, None, starts)
     torch.testing.assert_close(first[20:, 0], second[20:, 0], rtol=0, atol=0)
     assert not torch.allclose(first[1:20, 0], second[1:20, 0])
-    later = alone(whole, ids())
+    later = alone(full, ids())
     torch.testing.assert_close(first[:20, 0], later[:20, 0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(first[21:, 0], later[21:, 0], atol=1e-2)
 

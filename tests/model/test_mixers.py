@@ -91,13 +91,13 @@ def test_a_selective_scan_is_a_recurrence(apart: bool) -> None:
 
 def test_a_selective_scan_continues_and_passes_over_padding() -> None:
     x, step, rate, into, out, skip = scan_inputs()
-    whole, last = selective_scan(x, step, rate, into, out, skip)
+    complete, last = selective_scan(x, step, rate, into, out, skip)
     valid = torch.arange(24) < torch.tensor([[10], [24]])
     first, state = selective_scan(x, step, rate, into, out, skip, None, None, valid)
-    torch.testing.assert_close(first[0, :10], whole[0, :10])
+    torch.testing.assert_close(first[0, :10], complete[0, :10])
     torch.testing.assert_close(state[1], last[1])
     rest, _ = selective_scan(x[:1, 10:], step[:1, 10:], rate, into[:1, 10:], out[:1, 10:], skip, state[:1])
-    torch.testing.assert_close(rest[0], whole[0, 10:])
+    torch.testing.assert_close(rest[0], complete[0, 10:])
 
 
 def test_a_convolution_sees_what_is_there() -> None:
@@ -236,9 +236,9 @@ def test_initial_values_are_those_of_the_public_code() -> None:
     steps = F.softplus(mixer.dt_proj.bias)
     assert 0.001 <= steps.min() < 0.002 < 0.05 < steps.max() <= 0.1
     block = build("rwkv", blocks=3).sequential[3]  # block 1 of 3
-    places = torch.arange(64) / 64
-    torch.testing.assert_close(block.att.time_maa_v[0, 0], 1 - places ** (2 / 3) - 0.15, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(block.att.time_maa_g[0, 0], 1 - places ** (1 / 3), rtol=1e-5, atol=1e-6)
+    positions = torch.arange(64) / 64
+    torch.testing.assert_close(block.att.time_maa_v[0, 0], 1 - positions ** (2 / 3) - 0.15, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(block.att.time_maa_g[0, 0], 1 - positions ** (1 / 3), rtol=1e-5, atol=1e-6)
     assert block.att.time_decay[0, 0, 0] == -6
     assert block.att.time_decay[0, 0, -1].item() == pytest.approx(-1)
     gate = build("gmlp").sequential[2].sgu.proj
@@ -336,26 +336,26 @@ def local(full: dict[str, Tensor], kind: str, rank: int, size: int) -> dict[str,
 def cut_model(rank: int, size: int, values: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """Logits, gradients and cached logits of every kind, without and with sequence parallelism."""
     topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size)
-    told: dict[str, Any] = {}
-    for kind, whole in values.items():
+    reported: dict[str, Any] = {}
+    for kind, complete in values.items():
         for sequence in (False, True):
             axes = replace(topology, model=replace(topology.model, sequence=sequence))
             model = build(kind, axes, reset=True)
-            model.load_state_dict(local(whole, kind, rank, size))
+            model.load_state_dict(local(complete, kind, rank, size))
             logits = model(tokens(), None, documents())
             seen = all_gather_last(logits.detach(), topology.model)
             logits.square().sum().backward()
-            told[f"{kind} {sequence}"] = (seen, {name: value.grad for name, value in model.named_parameters()})
+            reported[f"{kind} {sequence}"] = (seen, {name: value.grad for name, value in model.named_parameters()})
         memory = cache(kind, 2, model_size=size)
         with torch.no_grad():
             alone = build(kind, topology)
-            alone.load_state_dict(local(whole, kind, rank, size))
+            alone.load_state_dict(local(complete, kind, rank, size))
             parts = [alone(tokens()[:, :20], memory), *(alone(tokens()[:, t : t + 1], memory) for t in range(20, 24))]
-        told[kind] = all_gather_last(torch.cat(parts), topology.model)
-    return told
+        reported[kind] = all_gather_last(torch.cat(parts), topology.model)
+    return reported
 
 
-def test_cut_blocks_equal_whole_ones() -> None:
+def test_cut_blocks_equal_full_ones() -> None:
     """Tensor parallelism, with and without sequence parallelism, with documents apart; and generation with a cache."""
     values, expected = {}, {}
     for kind in KINDS:
@@ -367,11 +367,11 @@ def test_cut_blocks_equal_whole_ones() -> None:
         logits.square().sum().backward()
         with torch.no_grad():
             expected[kind] = (seen, {name: value.grad for name, value in model.named_parameters()}, model(tokens()))
-    for rank, told in enumerate(run_distributed(cut_model, 2, values)):
+    for rank, reported in enumerate(run_distributed(cut_model, 2, values)):
         for kind, (logits, gradients, plain) in expected.items():
-            torch.testing.assert_close(told[kind], plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(reported[kind], plain, rtol=1e-5, atol=1e-5)
             for sequence in (False, True):
-                seen, found = told[f"{kind} {sequence}"]
+                seen, found = reported[f"{kind} {sequence}"]
                 torch.testing.assert_close(seen, logits, rtol=1e-5, atol=1e-5)
                 for name, gradient in local(gradients, kind, rank, 2).items():
                     scale = gradient.abs().max().item()

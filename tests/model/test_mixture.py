@@ -68,9 +68,9 @@ def test_a_mixture_is_a_loop_over_tokens(activation: str, slots: int | None) -> 
 def test_gradients_are_those_of_the_loop() -> None:
     mlp = mixture(torch.float64, model=GATED)
     x = hidden(4).requires_grad_()
-    wanted = torch.autograd.grad(loop(mlp, x, "swiglu").square().sum(), [x, *mlp.parameters()])
+    target = torch.autograd.grad(loop(mlp, x, "swiglu").square().sum(), [x, *mlp.parameters()])
     found = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()])
-    for value, expected in zip(found, wanted, strict=True):
+    for value, expected in zip(found, target, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -168,9 +168,9 @@ def test_the_losses_are_in_the_gradient(router: str) -> None:
     more = 0.3 * load_balance(scores.softmax(-1), counts, ALONE) + 0.2 * z_loss(scores)
     (0.25 * (mlp(x).square().sum() + more)).backward()
     torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-5)
-    told = losses.take(Topology.single(), torch.device("cpu"))
-    assert told["moe_z_loss"].item() == pytest.approx(z_loss(scores).item(), rel=1e-6)
-    assert told["moe_dropped"].item() == 0
+    reported = losses.take(Topology.single(), torch.device("cpu"))
+    assert reported["moe_z_loss"].item() == pytest.approx(z_loss(scores).item(), rel=1e-6)
+    assert reported["moe_dropped"].item() == 0
 
 
 def test_jitter_is_noise_of_the_router_in_training() -> None:

@@ -133,7 +133,9 @@ def test_a_run_is_that_of_the_package(case: str, found: dict[str, dict[str, tupl
     torch.testing.assert_close(own, theirs, rtol=1e-5, atol=0)
     assert own[-1] < own[0] - 0.1
     for key, (weight, other) in weights.items():
-        torch.testing.assert_close(weight, other, rtol=1e-3, atol=2e-5, msg=lambda told, key=key: f"{key}: {told}")
+        torch.testing.assert_close(
+            weight, other, rtol=1e-3, atol=2e-5, msg=lambda reported, key=key: f"{key}: {reported}"
+        )
 
 
 INITIAL = {
@@ -202,8 +204,8 @@ def test_other_initialisations_start_from_the_base_s_deviation(init: str, tmp_pa
     for key, weight in wide.items():
         if weight.dim() == 2:
             hidden = key.partition(".")[0] not in ("0", str(LAYERS + 4))
-            wanted = base[key].std() / (2.0 if hidden else 1.0)
-            assert float(weight.std()) == pytest.approx(float(wanted), rel=0.06), key
+            expected = base[key].std() / (2.0 if hidden else 1.0)
+            assert float(weight.std()) == pytest.approx(float(expected), rel=0.06), key
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -235,13 +237,15 @@ def test_rates_and_decay_of_every_tensor_are_those_of_the_package(name: str, kin
     optimizer: torch.optim.Optimizer = {"adam": mup.MuAdamW, "sgd": mup.MuSGD}[kind](
         list(parameters.values()), lr=LR, weight_decay=DECAY
     )
-    wanted = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    expected = {
+        id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
     entrywise = "entrywise" in OPTIMIZERS.entry(kind).traits
     section = _Section({**vars(base)})
     rates = {parameters[key]: rate for key, rate in learning_rates(section, dims, entrywise=entrywise).items()}
     for group in parameter_groups(parameters.values(), DECAY, rates):
         for parameter in group["params"]:
-            assert (LR * group[RATE], group["weight_decay"]) == pytest.approx(wanted[id(parameter)])
+            assert (LR * group[RATE], group["weight_decay"]) == pytest.approx(expected[id(parameter)])
 
 
 class _Section:

@@ -91,17 +91,17 @@ def test_tensors_and_gradients(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_cached_generation_is_a_whole_pass(family: str, name: str) -> None:
+def test_cached_generation_is_a_full_pass(family: str, name: str) -> None:
     """A prompt, some tokens, one token; then rows of different lengths, each as it is alone."""
     model, dims = build(family, name)
     model.eval()
     cache = KVCache(LAYERS, 3, dims.num_kv_heads, LENGTH, dims.head_dim)
     tokens = ids(3, LENGTH, seed=1)
     with torch.no_grad():
-        whole = model(tokens)  # [s, b, v]
+        complete = model(tokens)  # [s, b, v]
         for first, end in ((0, 9), (9, 14), (14, 15), (15, LENGTH)):
-            piece = model(tokens[:, first:end], cache)
-            torch.testing.assert_close(piece, whole[first:end], rtol=1e-4, atol=1e-5)
+            part = model(tokens[:, first:end], cache)
+            torch.testing.assert_close(part, complete[first:end], rtol=1e-4, atol=1e-5)
         cache.reset()
         lengths = [21, 4, 13]
         model(tokens[:, :21], cache)  # the shorter rows are padded with what is not theirs
@@ -109,7 +109,7 @@ def test_cached_generation_is_a_whole_pass(family: str, name: str) -> None:
         for step in range(3):
             following = torch.stack([tokens[row, length + step] for row, length in enumerate(lengths)])[:, None]
             scores = model(following, cache)[0]
-            expected = torch.stack([whole[length + step, row] for row, length in enumerate(lengths)])
+            expected = torch.stack([complete[length + step, row] for row, length in enumerate(lengths)])
             torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -139,5 +139,5 @@ def test_documents_are_as_they_are_alone(family: str, name: str) -> None:
     torch.testing.assert_close(model(changed, None, starts)[8:], together[8:], rtol=0, atol=0)
     relative = name in ("global", "flash", "sliding window", "local") or family == "positions"
     if relative:
-        alone = torch.cat([model(piece) for piece in tokens.split(lengths, dim=1)])
+        alone = torch.cat([model(part) for part in tokens.split(lengths, dim=1)])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -121,12 +121,12 @@ def test_scaled_frequencies_are_theirs(kind: str, turned: int, base: int) -> Non
     if "original_max_position_embeddings" in block:
         block["original_max_position_embeddings"] = 8192
     longest = 8192 if kind == "dynamic" else 32768  # theirs is then the original one
-    told = {name: value for name, value in block.items() if kind != "dynamic" or name == "factor"}
+    reported = {name: value for name, value in block.items() if kind != "dynamic" or name == "factor"}
     config = LlamaConfig(
         hidden_size=turned,
         num_attention_heads=1,
         max_position_embeddings=longest,
-        rope_parameters={"rope_type": kind, "rope_theta": float(base), **told},
+        rope_parameters={"rope_type": kind, "rope_theta": float(base), **reported},
     )
     expected, factor = ROPE_INIT_FUNCTIONS[kind](config, CPU, seq_len=32768)
     actual, ours = scaled(turned, base, {"type": kind, **block}, 32768)

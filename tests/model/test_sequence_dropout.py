@@ -20,8 +20,8 @@ def masks(rank: int, size: int, sequence: bool) -> tuple[Tensor, Tensor]:
     topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=sequence)
     model = build(topology, hidden_dropout=RATE)
     block = model.sequential[2]
-    kept = block.drop(torch.ones(4096 // (size if sequence else 1), 1, 16))
-    return kept, torch.rand(4)
+    retained = block.drop(torch.ones(4096 // (size if sequence else 1), 1, 16))
+    return retained, torch.rand(4)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -29,11 +29,11 @@ def test_masks_and_their_rate(sequence: bool) -> None:
     first, second = run_distributed(masks, 2, sequence)
     assert torch.equal(first[0], second[0]) is not sequence
     assert torch.equal(first[1], second[1])  # what comes after agrees on all ranks in either case
-    for kept, _ in (first, second):
-        share = float((kept == 0).double().mean())
-        deviation = (RATE * (1 - RATE) / kept.numel()) ** 0.5
+    for retained, _ in (first, second):
+        share = float((retained == 0).double().mean())
+        deviation = (RATE * (1 - RATE) / retained.numel()) ** 0.5
         assert abs(share - RATE) < 5 * deviation
-        assert kept.max() == pytest.approx(1 / (1 - RATE))
+        assert retained.max() == pytest.approx(1 / (1 - RATE))
 
 
 def test_ranks_differ_by_their_number() -> None:

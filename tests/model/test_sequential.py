@@ -66,15 +66,15 @@ def test_cached_logits_equal_uncached(options: dict[str, object]) -> None:
     disturb(model)
     section = model_section(**options)
     cache = KVCache(section.num_layers, 2, section.num_kv_heads, 32, section.kv_channels)
-    for seed, pieces in ((0, (7, 5, 1, 1, 1)), (1, (3, 1, 9))):
-        tokens = ids(2, sum(pieces), seed)
+    for seed, chunks in ((0, (7, 5, 1, 1, 1)), (1, (3, 1, 9))):
+        tokens = ids(2, sum(chunks), seed)
         with torch.no_grad():
-            whole = model(tokens)
+            full = model(tokens)
             cache.reset()
-            ends = list(itertools.accumulate(pieces))
-            parts = [model(tokens[:, end - piece : end], cache) for piece, end in zip(pieces, ends, strict=True)]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
-        assert cache.length == sum(pieces)
+            ends = list(itertools.accumulate(chunks))
+            parts = [model(tokens[:, end - part : end], cache) for part, end in zip(chunks, ends, strict=True)]
+        torch.testing.assert_close(torch.cat(parts), full, rtol=1e-5, atol=1e-5)
+        assert cache.length == sum(chunks)
 
 
 def test_a_full_cache_is_an_error() -> None:

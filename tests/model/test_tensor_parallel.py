@@ -81,16 +81,16 @@ def cached_logits(model: torch.nn.Module, ids: Tensor, options: dict[str, object
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_cut_model_equals_the_whole_one(options: dict[str, object], size: int) -> None:
-    whole = one_rank(options)
-    values = {name: value.detach() for name, value in whole["model"].state_dict().items()}
+def test_a_cut_model_equals_the_full_one(options: dict[str, object], size: int) -> None:
+    complete = one_rank(options)
+    values = {name: value.detach() for name, value in complete["model"].state_dict().items()}
     for rank, got in enumerate(run_distributed(cut_model, size, options, values)):
-        for name, value in local(whole["initial"], options, rank, size).items():
+        for name, value in local(complete["initial"], options, rank, size).items():
             assert torch.equal(got["initial"][name], value), name
-        torch.testing.assert_close(got["logits"], whole["logits"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(got["cached"], whole["logits"], rtol=1e-5, atol=1e-5)
-        assert got["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-        for name, gradient in local(whole["gradients"], options, rank, size).items():
+        torch.testing.assert_close(got["logits"], complete["logits"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got["cached"], complete["logits"], rtol=1e-5, atol=1e-5)
+        assert got["loss"] == pytest.approx(complete["loss"], rel=1e-6)
+        for name, gradient in local(complete["gradients"], options, rank, size).items():
             torch.testing.assert_close(
                 got["gradients"][name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
             )
@@ -106,10 +106,10 @@ def dropped(rank: int, size: int) -> tuple[Tensor, Tensor]:
     for layer in model.sequential[:-1]:
         hidden = layer(hidden)
     heads = build(topology, std=0.1, attention_dropout=0.5).sequential[2].attention
-    kept = heads.attend  # the weights' dropout is seen through values of 1
+    retained = heads.attend  # the weights' dropout is seen through values of 1
     with heads.draws():
         q = torch.zeros(1, heads.heads, 24, 16)
-        weights = kept(q, q, torch.ones_like(q), 0.5)
+        weights = retained(q, q, torch.ones_like(q), 0.5)
     return hidden.detach(), weights
 
 

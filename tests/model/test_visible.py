@@ -43,7 +43,7 @@ def written(kind: str) -> Rows:
     rows = []
     for line in lines[start : start + LENGTH]:
         parts = [part.split("-") for part in line.split(":")[1].split()]
-        rows.append([place for part in parts for place in range(int(part[0]), int(part[-1]) + 1)])
+        rows.append([position for part in parts for position in range(int(part[0]), int(part[-1]) + 1)])
     return rows
 
 
@@ -81,12 +81,12 @@ def test_what_each_kind_sees_in_a_cache(kind: str) -> None:
     attention = attention_of(kind)
     v = torch.eye(LENGTH).expand(2, 4, LENGTH, LENGTH)
     for end in range(21, LENGTH + 1, 7):
-        places = torch.tensor([[end - 1], [end - 21]])
+        positions = torch.tensor([[end - 1], [end - 21]])
         view = attention._view(end, v.device)
-        mask = torch.arange(end) <= places[:, None, :, None] if view is None else None
+        mask = torch.arange(end) <= positions[:, None, :, None] if view is None else None
         if view is not None:
-            mask = _shown(view, Place(end, places), 1, v.device)
+            mask = _shown(view, Place(end, positions), 1, v.device)
         assert mask is not None
         weights = masked_attention(torch.zeros(2, 4, 1, LENGTH), torch.zeros(2, 4, end, LENGTH), v[:, :, :end], mask)
-        for row, place in enumerate((end - 1, end - 21)):
-            assert seen(weights[row, 0]) == [written(kind)[place]]
+        for row, position in enumerate((end - 1, end - 21)):
+            assert seen(weights[row, 0]) == [written(kind)[position]]

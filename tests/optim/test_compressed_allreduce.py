@@ -61,10 +61,10 @@ def reference(workers: int) -> list[Tensor]:
                 live = second[index] > 0
                 sent = []
                 for worker in range(workers):
-                    wanted = BETAS[0] * first[index] + (1 - BETAS[0]) * own[worker] + errors[worker][index]
-                    wanted = wanted * live
-                    sent.append(compress(wanted, live))
-                    errors[worker][index] = wanted - sent[-1]
+                    target = BETAS[0] * first[index] + (1 - BETAS[0]) * own[worker] + errors[worker][index]
+                    target = target * live
+                    sent.append(compress(target, live))
+                    errors[worker][index] = target - sent[-1]
                 mean = torch.stack(sent).mean(0) + server[index]
                 first[index] = compress(mean, live)
                 server[index] = (mean - first[index]) * live
@@ -158,11 +158,11 @@ def test_a_compressed_step_sends_a_thirtieth() -> None:
 def cut(rank: int, world_size: int) -> list[Tensor]:
     """Two tensor-parallel ranks: the first tensor cut by columns, the second cut, the third on both."""
     topology = Topology.build(pipe=1, model=2, rank=rank, world_size=world_size)
-    whole = start()
-    params = [Parameter(whole[0].chunk(2, 1)[rank].clone()), Parameter(whole[1].chunk(2)[rank].clone())]
+    full = start()
+    params = [Parameter(full[0].chunk(2, 1)[rank].clone()), Parameter(full[1].chunk(2)[rank].clone())]
     mark_sharded(params[0], 1)
     mark_sharded(params[1], 0)
-    params.append(Parameter(whole[2]))
+    params.append(Parameter(full[2]))
     optimizer = optimizer_of(params, topology)
     for step in range(1, STEPS + 1):
         grads = [gradient(step, 0, index) for index in range(3)]

@@ -228,7 +228,7 @@ MEMBERS = [*((name, False) for name in OPTIMIZERS.names), *((name, True) for nam
 
 
 @pytest.mark.parametrize(("name", "eight_bit"), MEMBERS)
-def test_what_is_kept_is_all_that_there_is(name: str, eight_bit: bool) -> None:
+def test_what_is_retained_is_all_that_there_is(name: str, eight_bit: bool) -> None:
     """An optimizer that was given what another one kept goes on with the same bits; tensors of 7,200 elements have
     eight-bit state.
     """

@@ -41,6 +41,6 @@ def test_stages_get_as_many_groups() -> None:
     assert run_distributed(stage_groups, 2, [[3, 1, 2], [5]]) == [[3, 1, 2], [2, 1, 2]]
 
 
-def test_a_stage_with_too_few_parameters_is_told() -> None:
+def test_a_stage_with_too_few_parameters_is_reported() -> None:
     with pytest.raises(RankFailedError, match=f"{RunError.__name__}: this pipeline stage has fewer parameters"):
         run_distributed(stage_groups, 2, [[3, 1, 2], [2]])

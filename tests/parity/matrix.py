@@ -237,14 +237,14 @@ def main(wanted: str) -> int:
             model, started = model_of(row), time.monotonic()
             try:
                 deviation = comparison.of(row, model)
-                told, good = str(deviation), deviation.good
+                reported, good = str(deviation), deviation.good
                 found.append(deviation)
             except RankFailedError as error:
-                told, good = str(error).strip()[-2000:], False
+                reported, good = str(error).strip()[-2000:], False
             failed += not good
             mark = "" if good else "  FAILED"
             seconds = time.monotonic() - started
-            print(f"{number:4}  {row!s:42}  {model:5}  {told}  {seconds:8.1f}{mark}", flush=True)
+            print(f"{number:4}  {row!s:42}  {model:5}  {reported}  {seconds:8.1f}{mark}", flush=True)
     if found:
         worst = Deviation(*(max(getattr(one, field.name) for one in found) for field in fields(Deviation)))
         print(f"{'worst':>4} {' ':50} {worst}  {time.monotonic() - begun:8.1f}")

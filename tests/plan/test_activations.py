@@ -74,19 +74,19 @@ def kept_bytes(config: Config, dtype: torch.dtype) -> int:
     model = SequentialModel(plan)
     freeze(keyed_parameters(model), tensors(ModelDims.of(config.model, config.moe, config.mixers), VOCABULARY))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    retained: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
+            retained[storage.data_ptr()] = storage
         return tensor
 
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         mask = torch.ones(tokens.shape)
         LanguageModel().loss(model(tokens), tokens, mask, topology.model, tokens=mask.sum())
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in retained.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bfloat16"])

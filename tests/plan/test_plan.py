@@ -57,18 +57,18 @@ def test_flops_equal_what_torch_counts_in_a_gated_grouped_query_layer() -> None:
 def test_flops_and_memory_follow_what_attention_sees() -> None:
     """A window of 64 in 512: 64 * 512 - 64 * 63 / 2 pairs of a token and one that it sees, of 512 * 513 / 2."""
     changes: dict[str, Any] = {"seq_length": 512, "max_position_embeddings": 512}
-    whole = make_plan(small(**changes))
+    full = make_plan(small(**changes))
     window = make_plan(small(**changes, sliding_window_width=64))
-    assert whole.flops_per_iteration and window.flops_per_iteration and whole.memory and window.memory
-    assert whole.parameters == window.parameters
+    assert full.flops_per_iteration and window.flops_per_iteration and full.memory and window.memory
+    assert full.parameters == window.parameters
     model = small(**changes).config.model
     batch = small(**changes).config.training.train_batch_size or 0
     products = 3 * 4 * 512 * (model.hidden_size or 0) * (model.num_layers or 0) * 512 * batch
     share = (64 * 512 - 64 * 63 / 2) / (512 * 513 / 2)
-    assert whole.flops_per_iteration - window.flops_per_iteration == pytest.approx(products * (1 - share), rel=1e-6)
-    assert window.memory.activations < whole.memory.activations
+    assert full.flops_per_iteration - window.flops_per_iteration == pytest.approx(products * (1 - share), rel=1e-6)
+    assert window.memory.activations < full.memory.activations
     half = make_plan(small(**changes, sliding_window_width=64, attention_config=[[["global", "local"], "all"]]))
-    assert half.flops_per_iteration and half.flops_per_iteration < whole.flops_per_iteration
+    assert half.flops_per_iteration and half.flops_per_iteration < full.flops_per_iteration
 
 
 def small(**changes: Any) -> Resolution:
@@ -85,9 +85,9 @@ def test_flops_follow_the_published_formula() -> None:
 
 def test_the_json_object_has_the_promised_form() -> None:
     found = resolution("20B", 96, pipe_parallel_size=4, model_parallel_size=2, gradient_accumulation_steps=32)
-    told = json.loads(json.dumps(make_plan(found).json()))
-    memory = told.pop("memory_per_rank_bytes")
-    assert told == {
+    reported = json.loads(json.dumps(make_plan(found).json()))
+    memory = reported.pop("memory_per_rank_bytes")
+    assert reported == {
         "world_size": 96,
         "pipe_parallel_size": 4,
         "model_parallel_size": 2,
@@ -96,13 +96,13 @@ def test_the_json_object_has_the_promised_form() -> None:
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 32,
         "parameters": 20_554_567_680,
-        "flops_per_iteration": told["flops_per_iteration"],
+        "flops_per_iteration": reported["flops_per_iteration"],
     }
     assert list(memory) == ["parameters", "gradients", "optimizer", "activations", "total"]
     assert memory["total"] == sum(memory.values()) - memory["total"]
 
 
-def test_an_unknown_vocabulary_is_told_and_not_guessed() -> None:
+def test_an_unknown_vocabulary_is_reported_and_not_guessed() -> None:
     plan = make_plan(resolution("20B", vocab_size=None))
     assert plan.json()["parameters"] is None
     assert plan.json()["memory_per_rank_bytes"] is None
@@ -110,22 +110,22 @@ def test_an_unknown_vocabulary_is_told_and_not_guessed() -> None:
     assert "unknown: the size of the vocabulary is not known" in plan.text()
 
 
-def test_what_is_trained_beside_a_frozen_model_is_told() -> None:
+def test_what_is_trained_beside_a_frozen_model_is_reported() -> None:
     """20B with rank 8 on queries, keys and values: 44 x 8 x (6144 + 3 x 6144) parameters of 20.6 billion."""
-    whole = make_plan(resolution("20B"))
+    full = make_plan(resolution("20B"))
     plan = make_plan(resolution("20B", lora={"rank": 8}))
     trained = 44 * 8 * 4 * 6144
     assert plan.json()["trainable_parameters"] == plan.trainable == trained
     assert plan.parameters == 20_554_567_680 + trained
     assert "8,650,752 of them (0.04%): updates of rank 8 to query_key_value, scale 1" in plan.text()
     assert plan.memory is not None
-    assert whole.memory is not None
-    assert plan.memory.optimizer < whole.memory.optimizer / 1000
-    assert plan.memory.parameters < whole.memory.parameters * 1.001
+    assert full.memory is not None
+    assert plan.memory.optimizer < full.memory.optimizer / 1000
+    assert plan.memory.parameters < full.memory.parameters * 1.001
     matrices = 44 * 12 * 6144**2 + 6144 * 50432
-    assert whole.flops_per_iteration is not None
+    assert full.flops_per_iteration is not None
     assert plan.flops_per_iteration is not None
-    saved = whole.flops_per_iteration - plan.flops_per_iteration
+    saved = full.flops_per_iteration - plan.flops_per_iteration
     assert saved == (2 * matrices - 6 * trained) * 2048 * plan.json()["train_batch_size"]  # no gradients of matrices
     prompt = make_plan(resolution("20B", soft_prompt_tuning={"num_tokens": 20}))
     assert prompt.trainable == 20 * 6144
@@ -164,12 +164,12 @@ def test_vocabularies_are_read_from_files(tmp_path: Path) -> None:
     assert vocabulary(tmp_path, {"a": 0, "b": 1}, tokenizer_type="GPT2BPETokenizer")[0] == 16
     assert vocabulary(tmp_path, "", tokenizer_type="CharLevelTokenizer")[0] == 512
     for content in ("{", "[]", '{"model": 3}', "3"):
-        padded, told = vocabulary(tmp_path, content)
+        padded, reported = vocabulary(tmp_path, content)
         assert padded is None
-        assert "cannot be read" in told
-    padded, told = vocabulary(tmp_path, "{}", tokenizer_type="SPMTokenizer")
+        assert "cannot be read" in reported
+    padded, reported = vocabulary(tmp_path, "{}", tokenizer_type="SPMTokenizer")
     assert padded is None
-    assert "SPMTokenizer" in told
+    assert "SPMTokenizer" in reported
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def plan_of(**changes: Any) -> tuple[Resolution, Any]:
 def test_memory_falls_with_what_should_lower_it() -> None:
     base = plan_of()[1]
     assert plan_of(checkpoint_activations=True)[1].activations < base.activations / 3
-    whole = plan_of(recompute_granularity="full", checkpoint_num_layers=2)[1].activations
+    full = plan_of(recompute_granularity="full", checkpoint_num_layers=2)[1].activations
     few = plan_of(checkpoint_activations=True, checkpoint_num_layers=2, recompute_method="block")[1].activations
-    assert whole < few < base.activations
+    assert full < few < base.activations
     assert plan_of(recompute_granularity="selective")[1].activations < base.activations
-    kept = plan_of(checkpoint_activations=True)[1].activations
-    assert plan_of(checkpoint_activations=True, partition_activations=True)[1].activations < kept
-    assert plan_of(checkpoint_activations=True, checkpoint_in_cpu=True)[1].activations < kept
+    retained = plan_of(checkpoint_activations=True)[1].activations
+    assert plan_of(checkpoint_activations=True, partition_activations=True)[1].activations < retained
+    assert plan_of(checkpoint_activations=True, checkpoint_in_cpu=True)[1].activations < retained
     assert plan_of(precision="bfloat16")[1].parameters == base.parameters / 2
     assert plan_of(zero_optimization={"stage": 1})[1].optimizer < base.optimizer / 5
     assert plan_of(model_parallel_size=4)[1].parameters < base.parameters * 0.51

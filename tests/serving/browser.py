@@ -25,8 +25,8 @@ class Browser:
         self._session = ""
         self._driver = driver
         options = {"binary": shutil.which("chromium"), "args": list(SWITCHES)}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self._session = "/" + self._call("POST", "", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        expected = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self._session = "/" + self._call("POST", "", {"capabilities": {"alwaysMatch": expected}})["sessionId"]
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if method != "POST" else json.dumps(body or {}).encode()

@@ -73,7 +73,7 @@ def test_scores_that_are_no_numbers_are_an_error_of_one_request():
         assert status == 200 and len(answer["choices"][0]["text"]) == 4
 
 
-def test_the_terminal_client_tells_that_the_model_failed_and_goes_on(monkeypatch, capsys):
+def test_the_terminal_client_reports_that_the_model_failed_and_goes_on(monkeypatch, capsys):
     lines = iter(["a z", "ok"])
 
     def typed(_prompt):
@@ -96,15 +96,15 @@ def idle(running):
 
 
 def test_the_openai_client_completes_and_streams_the_same(client):
-    whole = client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, logprobs=2)
-    assert len(whole.choices[0].text) == 9 and whole.choices[0].finish_reason == "length"
-    assert whole.usage.completion_tokens == 9 and whole.usage.prompt_tokens == 5
-    found = whole.choices[0].logprobs
-    assert "".join(found.tokens) == whole.choices[0].text
+    full = client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, logprobs=2)
+    assert len(full.choices[0].text) == 9 and full.choices[0].finish_reason == "length"
+    assert full.usage.completion_tokens == 9 and full.usage.prompt_tokens == 5
+    found = full.choices[0].logprobs
+    assert "".join(found.tokens) == full.choices[0].text
     assert all(value <= 0 for value in found.token_logprobs) and all(found.top_logprobs)
-    pieces = list(client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, stream=True))
-    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
-    assert len(pieces) == 10 and pieces[-1].choices[0].finish_reason == "length"
+    parts = list(client.completions.create(model="small", prompt="hello", max_tokens=9, temperature=0, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == full.choices[0].text
+    assert len(parts) == 10 and parts[-1].choices[0].finish_reason == "length"
     assert [model.id for model in client.models.list()] == ["small"]
 
 
@@ -137,15 +137,15 @@ def test_curl_speaks_megatrons_language(small, client):
         text=True,
     )
     found = json.loads(said.stdout)
-    wanted = client.completions.create(model="small", prompt=["hello", "a"], max_tokens=5, temperature=0)
+    target = client.completions.create(model="small", prompt=["hello", "a"], max_tokens=5, temperature=0)
     assert found["text"] == [
-        prompt + choice.text for prompt, choice in zip(("hello", "a"), wanted.choices, strict=True)
+        prompt + choice.text for prompt, choice in zip(("hello", "a"), target.choices, strict=True)
     ]
     assert [len(each) for each in found["logprobs"]] == [5, 5]
 
 
 @pytest.mark.parametrize(
-    ("path", "method", "body", "told"),
+    ("path", "method", "body", "reported"),
     [
         ("/v1/completions", "POST", b"{", "JSON"),
         ("/v1/completions", "POST", {}, "prompt"),
@@ -176,13 +176,13 @@ def test_curl_speaks_megatrons_language(small, client):
         ("/api", "PUT", {"prompts": ["a"], "top_k": 2, "top_p": 0.5}, "top_k"),
     ],
 )
-def test_what_cannot_be_done_is_told(small, path, method, body, told):
+def test_what_cannot_be_done_is_reported(small, path, method, body, reported):
     status, answer = ask(small, path, body, method)
     assert status == 400
-    assert told in answer["error"]["message"]
+    assert reported in answer["error"]["message"]
 
 
-def test_a_body_that_is_not_called_json_is_told_so(small):
+def test_a_body_that_is_not_called_json_is_reported_so(small):
     """As curl's `-d` sends it without a header."""
     kind = "application/x-www-form-urlencoded"
     status, answer = ask(small, "/v1/completions", {"prompt": "a"}, **{"Content-Type": kind})

@@ -22,7 +22,7 @@ def test_a_slow_reader_gets_the_same_in_fewer_events():
         while service._listeners and slow:  # everything has happened before the reader looks
             for number, record in service.worker.follow(service._orders(), service._listeners):
                 service._finish(number, record)
-        pieces, events = ["", "", ""], 0
+        parts, events = ["", "", ""], 0
         reading = texts.events()
         while len(texts.records) < 3:
             if service._listeners and texts.queue.empty():
@@ -30,11 +30,11 @@ def test_a_slow_reader_gets_the_same_in_fewer_events():
                     service._finish(number, record)
                 await asyncio.sleep(0)
             event = await anext(reading)
-            pieces[event.index] += event.piece
+            parts[event.index] += event.piece
             events += 1
-        assert [record.text for _, record in sorted(texts.records.items())] == pieces
+        assert [record.text for _, record in sorted(texts.records.items())] == parts
         assert [len(tokens) for tokens in texts.tokens] == [30, 30, 30]
-        return pieces, events
+        return parts, events
 
     (slowly, few), (fast, many) = asyncio.run(read(True)), asyncio.run(read(False))
     assert slowly == fast and few == 3 < many

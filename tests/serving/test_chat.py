@@ -138,9 +138,9 @@ def test_an_answer_is_that_to_the_rendered_prompt(served, client):
         assert len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob >= each.logprob
         if not each.token.startswith(("bytes:", "token_id:")):
             assert bytes(each.bytes).decode() == each.token
-    whole = bytes(byte for each in choice.logprobs.content for byte in each.bytes)
+    full = bytes(byte for each in choice.logprobs.content for byte in each.bytes)
     if not any(token in both.tokenizer.special_tokens for token in scores.tokens):
-        assert whole.decode(errors="replace").count("\ufffd") <= choice.message.content.count("\ufffd")
+        assert full.decode(errors="replace").count("\ufffd") <= choice.message.content.count("\ufffd")
 
 
 def test_an_answer_ends_at_special_tokens(served, client):
@@ -200,10 +200,10 @@ def strict():
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_cannot_be_done_is_told(strict, name):
-    how, told = MISTAKES[name]
+def test_what_cannot_be_done_is_reported(strict, name):
+    how, reported = MISTAKES[name]
     status, answer = ask(strict.url, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **how})
-    assert status == 400 and told in answer["error"]["message"], answer
+    assert status == 400 and reported in answer["error"]["message"], answer
 
 
 def test_arguments_of_calls_are_what_their_json_says(strict):
@@ -236,7 +236,7 @@ DEVELOPER = [{"role": "developer", "content": "1"}, {"role": "user", "content": 
         ("{% else %}<{{ m.role }}>{{ m.content }}", "<developer>1u2"),
     ],
 )
-def test_a_developer_is_heard(others, text):
+def test_a_developer_is_received(others, text):
     """What it says must reach the model, under its own role where the template has that, else as the system's."""
     chat = Conversations(ChatTemplate(ROLES.replace("ELSE", others)))
     assert chat.text(DEVELOPER) == text
@@ -245,7 +245,7 @@ def test_a_developer_is_heard(others, text):
 
 
 @pytest.mark.parametrize("role", ["judge", "tool", "function"])
-def test_words_that_the_template_leaves_out_are_told(role):
+def test_words_that_the_template_leaves_out_are_reported(role):
     chat = Conversations(ChatTemplate(ROLES.replace("ELSE", "")))
     with pytest.raises(Refused, match=rf"messages\.1\.role: .* leaves out what a {role} says"):
         chat.text([DEVELOPER[1], {"role": role, "content": "3"}])

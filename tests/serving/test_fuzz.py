@@ -95,8 +95,8 @@ def answered(small: Running, method: str, path: str, body: bytes) -> int:
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read().decode()
     events = [line[6:] for line in text.splitlines() if line] if text.startswith("data: ") else [text]
-    told = [json.loads(each, parse_constant=pytest.fail) for each in events if each != "[DONE]"]
-    assert any("error" in each for each in told) == (status >= 400), body
+    reported = [json.loads(each, parse_constant=pytest.fail) for each in events if each != "[DONE]"]
+    assert any("error" in each for each in reported) == (status >= 400), body
     return status
 
 

@@ -110,29 +110,29 @@ def test_scores_of_a_prompt_alone(served):
     both, _ = served
     text = "Hello é 東京 world"
     ids = both.tokenizer.encode_with_special_tokens(text)
-    whole = [*both.tokenizer.prefix_ids, *ids]
+    full = [*both.tokenizer.prefix_ids, *ids]
     body = {"max_tokens": 0, "echo": True, "logprobs": 3}
     (one,) = post(served, "/v1/completions", {"prompt": text, **body})["choices"]
-    (other,) = post(served, "/v1/completions", {"prompt": whole, **body})["choices"]
+    (other,) = post(served, "/v1/completions", {"prompt": full, **body})["choices"]
     scores = one["logprobs"]
     assert scores["token_logprobs"] == other["logprobs"]["token_logprobs"] and one["finish_reason"] == "length"
     assert one["text"] == text and other["text"].endswith(text)
     assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
-    assert all(len(scores[name]) == len(whole) for name in ("tokens", "text_offset", "top_logprobs"))
+    assert all(len(scores[name]) == len(full) for name in ("tokens", "text_offset", "top_logprobs"))
     assert max(scores["top_logprobs"][1].values()) >= scores["token_logprobs"][1]
     begin = len(both.tokenizer.prefix_ids) + 1
     with torch.no_grad():
-        expected = both.theirs(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    own = [float(row[token]) for row, token in zip(expected, whole[1:], strict=False)]
+        expected = both.theirs(torch.tensor([full])).logits[0].double().log_softmax(-1)
+    own = [float(row[token]) for row, token in zip(expected, full[1:], strict=False)]
     assert scores["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
     likeliest = [sorted(row.tolist())[-3:][::-1] for row in expected[:-1]]
-    for found, wanted in zip(scores["top_logprobs"][1:], likeliest, strict=True):
-        assert list(found.values())[:3] == pytest.approx(wanted, abs=1e-4)
-    places = scores["text_offset"]
-    assert places == sorted(places) and places[begin - 1] == 0
-    for token, place in zip(scores["tokens"][begin - 1 :], places[begin - 1 :], strict=True):
+    for found, target in zip(scores["top_logprobs"][1:], likeliest, strict=True):
+        assert list(found.values())[:3] == pytest.approx(target, abs=1e-4)
+    positions = scores["text_offset"]
+    assert positions == sorted(positions) and positions[begin - 1] == 0
+    for token, position in zip(scores["tokens"][begin - 1 :], positions[begin - 1 :], strict=True):
         if not token.startswith("bytes:"):
-            assert text.startswith(token.removeprefix(" ") if place == 0 else token, place)
+            assert text.startswith(token.removeprefix(" ") if position == 0 else token, position)
     parts = [token for token in scores["tokens"] if token.startswith("bytes:")]
     spelt = bytes(int(each, 16) for token in parts for each in token.removeprefix("bytes:\\x").split("\\x"))
     assert spelt.decode() == "é東京"
@@ -147,17 +147,20 @@ def test_tokens_behind_a_stop_text_are_not_listed(served):
     banned = {str(token): -100 for token in parts}
     prompt, how = "the rain", {"max_tokens": 12, "temperature": 0, "logprobs": 1, "logit_bias": banned}
     (plain,) = post(served, "/v1/completions", {"prompt": prompt, **how})["choices"]
-    text, tokens, places = plain["text"], plain["logprobs"]["tokens"], plain["logprobs"]["text_offset"]
-    assert "".join(tokens) == text and places == [len("".join(tokens[:at])) for at in range(12)]
-    at = next(at for at in range(2, 11) if text.find(text[places[at] :][:3]) == places[at])
-    for stop, kept in ((text[places[at] :][:3], at), (text[places[at] + 1 :][:3], at + (len(tokens[at]) > 1))):
+    text, tokens, positions = plain["text"], plain["logprobs"]["tokens"], plain["logprobs"]["text_offset"]
+    assert "".join(tokens) == text and positions == [len("".join(tokens[:at])) for at in range(12)]
+    at = next(at for at in range(2, 11) if text.find(text[positions[at] :][:3]) == positions[at])
+    for stop, retained in (
+        (text[positions[at] :][:3], at),
+        (text[positions[at] + 1 :][:3], at + (len(tokens[at]) > 1)),
+    ):
         (cut,) = post(served, "/v1/completions", {"prompt": prompt, **how, "stop": stop})["choices"]
         assert cut["text"] == text[: text.find(stop)] and cut["finish_reason"] == "stop"
-        if text.find(stop) >= places[at]:
-            assert cut["logprobs"]["tokens"] == tokens[:kept]
+        if text.find(stop) >= positions[at]:
+            assert cut["logprobs"]["tokens"] == tokens[:retained]
     (echoed,) = post(served, "/v1/completions", {"prompt": prompt, **how, "echo": True})["choices"]
     assert echoed["text"] == prompt + text
-    assert [place - len(prompt) for place in echoed["logprobs"]["text_offset"][-12:]] == places
+    assert [position - len(prompt) for position in echoed["logprobs"]["text_offset"][-12:]] == positions
 
 
 def test_megatrons_segments_are_the_text_in_parts(served):
@@ -172,10 +175,10 @@ def test_megatrons_segments_are_the_text_in_parts(served):
     with urllib.request.urlopen(request) as response:
         answer = json.load(response)
     texts = post(served, "/v1/completions", {"prompt": prompts, "max_tokens": 9, "temperature": 0})["choices"]
-    for prompt, text, segments, scores, wanted in zip(
+    for prompt, text, segments, scores, target in zip(
         prompts, answer["text"], answer["segments"], answer["logprobs"], texts, strict=True
     ):
-        assert text == "".join(segments) == prompt + wanted["text"]
+        assert text == "".join(segments) == prompt + target["text"]
         assert len(segments) == len(scores) + len(
             post(served, "/v1/completions", {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0})[
                 "choices"

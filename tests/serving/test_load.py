@@ -32,13 +32,13 @@ def bombard(engine, seconds: float) -> None:
     with running(engine=engine, rows=8, max_waiting=32) as found:
         with openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0) as client:
             prompts = [f"prompt {number}" for number in range(5)]
-            wanted = {
+            expected = {
                 prompt: client.completions.create(model="small", prompt=prompt, max_tokens=16, temperature=0)
                 .choices[0]
                 .text
                 for prompt in prompts
             }
-            assert len(set(wanted.values())) == len(prompts)
+            assert len(set(expected.values())) == len(prompts)
             before, end = resident(), time.monotonic() + seconds
 
             def one(number: int) -> tuple[int, int]:
@@ -51,12 +51,12 @@ def bombard(engine, seconds: float) -> None:
                             model="small", prompt=prompt, max_tokens=16, temperature=0, stream=True
                         )
                         text = ""
-                        for piece in stream:
-                            text += piece.choices[0].text
+                        for part in stream:
+                            text += part.choices[0].text
                             if leaves and text:
                                 stream.close()
                                 break
-                        assert text == wanted[prompt] or (leaves and wanted[prompt].startswith(text))
+                        assert text == expected[prompt] or (leaves and expected[prompt].startswith(text))
                         done += 1
                     except openai.RateLimitError:
                         refused += 1

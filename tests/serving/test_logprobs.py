@@ -13,7 +13,7 @@ from tests.serving.service import Spelling
 from tests.tokenizers import made
 
 
-def test_the_likeliest_of_two_tokens_with_one_text_is_kept_and_numbers_are_finite():
+def test_the_likeliest_of_two_tokens_with_one_text_is_retained_and_numbers_are_finite():
     words = Words(Spelling())  # 97 and 123 have the same letter
     score = TokenScore(97, 0, -0.5, {123: -0.1, 97: -0.5, 98: -math.inf})
     found = completion_logprobs(words, [TokenScore(98, 0), score])
@@ -23,7 +23,7 @@ def test_the_likeliest_of_two_tokens_with_one_text_is_kept_and_numbers_are_finit
     assert [each["logprob"] for each in entry["top_logprobs"]] == [-0.1, -0.5] and entry["bytes"] == [ord("t")]
 
 
-def test_parts_of_characters_are_told_apart_by_their_bytes():
+def test_parts_of_characters_are_reported_apart_by_their_bytes():
     words = Words(CharLevelTokenizer())
     assert [words.text(byte) for byte in "aé".encode()] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert words.bytes_of(0xC3) == [0xC3] and words.bytes_of(97) == [97]
@@ -44,11 +44,11 @@ def test_texts_of_tokens_put_together_are_the_text(kind, tmp_path):
         spelt = b"".join(bytes(words.bytes_of(token)) for token in ids).decode()
         assert spelt.replace(" ", "") == (special + text).replace(" ", "")
         assert words.spelt(ids).replace(" ", "") == (special + text).replace(" ", "")
-        places = words.places_in(special + text, ids)
-        assert places == sorted(places) and places[0] == 0
-        for token, place in zip(ids, places, strict=True):
-            told = words.text(token)
-            assert told.startswith("bytes:") or (special + text)[place:].lstrip().startswith(told.lstrip())
+        positions = words.places_in(special + text, ids)
+        assert positions == sorted(positions) and positions[0] == 0
+        for token, position in zip(ids, positions, strict=True):
+            reported = words.text(token)
+            assert reported.startswith("bytes:") or (special + text)[position:].lstrip().startswith(reported.lstrip())
     texts = [words.text(token) for token in range(tokenizer.vocab_size)]
     twice = {each for each in texts if texts.count(each) > 1}
     assert all(len(each) == 1 for each in twice)  # a letter, and the byte that spells it

@@ -101,7 +101,7 @@ def test_a_parameter_works_or_is_refused_by_its_name(client, kind, name):
     assert works or refused
     for value in works:
         found = create(client, kind, **{name: value})
-        choices = [choice for piece in found for choice in piece.choices] if value is True and name == "stream" else []
+        choices = [choice for part in found for choice in part.choices] if value is True and name == "stream" else []
         assert choices or (found.choices and found.usage.total_tokens > 0 and found.system_fingerprint)
     for value in refused:
         with pytest.raises(openai.BadRequestError) as error:
@@ -121,15 +121,15 @@ def test_another_model_is_not_found(client):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_tells_what_the_whole_answer_tells(client, kind):
+def test_a_stream_reports_what_the_full_answer_reports(client, kind):
     for how in ({"logprobs": True, "top_logprobs": 2} if kind == "chat" else {"logprobs": 2}, {"n": 2}):
-        whole = create(client, kind, temperature=0, **how)
-        pieces = list(create(client, kind, temperature=0, stream=True, stream_options={"include_usage": True}, **how))
-        assert pieces[-1].usage == whole.usage and pieces[-1].choices == []
-        assert all(piece.usage is None for piece in pieces[:-1])
-        assert len({piece.id for piece in pieces}) == 1 and whole.id != pieces[0].id
-        for choice in whole.choices:
-            mine = [each for piece in pieces for each in piece.choices if each.index == choice.index]
+        full = create(client, kind, temperature=0, **how)
+        parts = list(create(client, kind, temperature=0, stream=True, stream_options={"include_usage": True}, **how))
+        assert parts[-1].usage == full.usage and parts[-1].choices == []
+        assert all(part.usage is None for part in parts[:-1])
+        assert len({part.id for part in parts}) == 1 and full.id != parts[0].id
+        for choice in full.choices:
+            mine = [each for part in parts for each in part.choices if each.index == choice.index]
             assert mine[-1].finish_reason == choice.finish_reason == "length"
             assert all(each.finish_reason is None for each in mine[:-1])
             if kind == "chat":
@@ -140,8 +140,8 @@ def test_a_stream_tells_what_the_whole_answer_tells(client, kind):
             else:
                 assert "".join(each.text for each in mine) == choice.text
                 for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                    told = [entry for each in mine if each.logprobs for entry in getattr(each.logprobs, name)]
-                    assert told == (getattr(choice.logprobs, name) if choice.logprobs else [])
+                    reported = [entry for each in mine if each.logprobs for entry in getattr(each.logprobs, name)]
+                    assert reported == (getattr(choice.logprobs, name) if choice.logprobs else [])
 
 
 def test_biases_and_penalties_move_the_choice(client):

@@ -95,13 +95,13 @@ def test_tokens_appear_one_after_another_and_stop_stops_them(page: Browser, serv
 def test_a_text_goes_on_from_its_end(page: Browser, service: Running) -> None:
     generate(page, "ab", 5)
     page.wait(lambda: page.text("#state").startswith("5 tokens in"))
-    whole = page.text("#answer")
+    full = page.text("#answer")
     page.click("#further")
-    page.wait(lambda: page.text("#answer").startswith(whole) and page.text("#state").startswith("5 tokens in"))
-    assert page.text("#made") == greedy(service, whole, 5)
+    page.wait(lambda: page.text("#answer").startswith(full) and page.text("#state").startswith("5 tokens in"))
+    assert page.text("#made") == greedy(service, full, 5)
 
 
-def test_what_cannot_be_done_is_told_and_markup_stays_text(page: Browser) -> None:
+def test_what_cannot_be_done_is_reported_and_markup_stays_text(page: Browser) -> None:
     generate(page, "<b>x</b>" * 10, 12)
     page.wait(lambda: "context is 48 tokens" in page.text("#state"))
     assert page.run("return document.querySelector('#state').classList.contains('fault')")
@@ -120,7 +120,7 @@ def test_a_seed_repeats_a_sampled_text(page: Browser) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_key_is_sent_where_one_is_wanted(window: Browser, engine: Slow) -> None:
+def test_a_key_is_sent_where_one_is_expected(window: Browser, engine: Slow) -> None:
     with running(engine=engine, key="geheim") as found:
         window.open(found.url)
         window.type("#temperature", "0")

@@ -50,15 +50,17 @@ def alone(engine, prompt, new=12):
 
 def test_a_newcomer_starts_within_two_steps_and_changes_nothing(engine):
     each, texts = worker(engine), {}
-    heard = {number: [] for number in range(len(PROMPTS))}
+    received = {number: [] for number in range(len(PROMPTS))}
     listeners = {
-        number: Callbacks(lambda piece: None, lambda token, _, to=heard[number]: to.append(token), lambda record: None)
-        for number in heard
+        number: Callbacks(
+            lambda part: None, lambda token, _, to=received[number]: to.append(token), lambda record: None
+        )
+        for number in received
     }
     for number, prompt in enumerate(PROMPTS[:4]):
         for ended, record in each.follow(SchedulerStep((QueuedRequest(number, prompt, settings()),)), listeners):
             texts[ended] = record.text
-        assert len(heard[number]) == 1  # its first token came with the very step that took it in
+        assert len(received[number]) == 1  # its first token came with the very step that took it in
         for ended, record in each.follow(SchedulerStep(), listeners):
             texts[ended] = record.text
     while each.running:
@@ -83,7 +85,7 @@ def test_a_row_that_is_left_serves_the_next_and_others_go_on(engine):
 
 
 def collecting(records):
-    return Callbacks(lambda piece: None, lambda token, logits: None, records.append)
+    return Callbacks(lambda part: None, lambda token, logits: None, records.append)
 
 
 def test_the_queue_is_bounded_and_closing_finishes_what_is_there(engine):
@@ -140,7 +142,7 @@ def test_waiting_texts_are_counted_once(engine):
     assert len(records) == 5
 
 
-def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits(engine):
+def test_more_texts_than_there_are_positions_wait_their_turn_when_nobody_else_waits(engine):
     service, records = Service(worker(engine, rows=2), max_waiting=1), []
     entry = (PROMPTS[0], settings(), "", collecting(records))
     service.submit([entry] * 9)
@@ -157,10 +159,10 @@ def test_more_texts_than_there_are_places_wait_their_turn_when_nobody_else_waits
 def test_a_prompt_without_scores_is_an_error_of_its_own_text(engine, error, caplog):
     service, records, scores = Service(worker(Broken(99, error)), max_waiting=9), {}, []
     for number, (prompt, new) in enumerate([(PROMPTS[0], 12), ((7, 99, 7), 0), (PROMPTS[4], 0)]):
-        heard = replace(
+        received = replace(
             collecting([]), prompt=scores.append, done=lambda record, at=number: records.update({at: record})
         )
-        service.submit([(prompt, settings(new), "", heard)], scored=True)
+        service.submit([(prompt, settings(new), "", received)], scored=True)
     service.close()
     service.run()
     assert records[1].failed and "error" in records[1].message
@@ -208,8 +210,8 @@ def answered(engine, *prompts, listeners=None):
     """What a service makes of prompts that come one after another."""
     service, records = Service(worker(engine), max_waiting=9), {}
     for number, prompt in enumerate(prompts):
-        heard = (listeners or {}).get(number) or collecting([])
-        each = replace(heard, done=lambda record, at=number: records.update({at: record}))
+        received = (listeners or {}).get(number) or collecting([])
+        each = replace(received, done=lambda record, at=number: records.update({at: record}))
         service.submit([(prompt, settings(), "", each)])
     service.close()
     service.run()
@@ -234,8 +236,8 @@ def test_a_listener_that_fails_ends_its_own_text_only(engine, where):
     def fails(*_):
         raise ValueError("nobody is there")
 
-    heard = {1: replace(collecting([]), **{where: fails})}
-    records = answered(engine, PROMPTS[0], PROMPTS[1], PROMPTS[4], listeners=heard)
+    received = {1: replace(collecting([]), **{where: fails})}
+    records = answered(engine, PROMPTS[0], PROMPTS[1], PROMPTS[4], listeners=received)
     assert records[1].failed
     assert [records[number].text for number in (0, 2)] == [alone(engine, PROMPTS[0]), alone(engine, PROMPTS[4])]
 
@@ -247,11 +249,11 @@ def test_where_ranks_share_a_model_its_errors_end_the_service():
 
 
 def test_other_ranks_follow_the_orders_of_the_first(engine):
-    told = []
-    service = Service(worker(engine, rows=2), max_waiting=9, tell=told.append)
+    reported = []
+    service = Service(worker(engine, rows=2), max_waiting=9, tell=reported.append)
     service.submit([(prompt, settings(), "", collecting([])) for prompt in PROMPTS])
     service.close()
     service.run()
-    follower, orders = worker(engine, rows=2), iter(told)
+    follower, orders = worker(engine, rows=2), iter(reported)
     run_follower(follower, lambda: next(orders))
-    assert told[-1].stop and follower.running == 0 and next(orders, None) is None
+    assert reported[-1].stop and follower.running == 0 and next(orders, None) is None

@@ -155,9 +155,9 @@ def _copy_from_checkout(source: str, goal: Path, *, many: bool) -> None:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", source]
     for name in subprocess.check_output(command, cwd=ROOT, text=True).splitlines():
         inside = name if source == "." else str(Path(name).relative_to(source)) if name != source else ""
-        place = goal / inside if inside else goal / name if many or goal.is_dir() else goal
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, place)
+        position = goal / inside if inside else goal / name if many or goal.is_dir() else goal
+        position.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, position)
 
 
 def pip_of_here() -> dict[str, str]:
@@ -220,18 +220,20 @@ def layered(base: Path, folder: Path) -> Iterator[Path]:
         _mount(mounts, root / "proc", "-t", "proc", "proc")
         _mount(mounts, root / "dev", "--rbind", "/dev")
         for source in _local_sources():
-            place = root / str(source).lstrip("/")
+            position = root / str(source).lstrip("/")
             if source.is_dir():
-                place.mkdir(parents=True, exist_ok=True)
+                position.mkdir(parents=True, exist_ok=True)
             else:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.touch()
-            _mount(mounts, place, "--bind", str(source))
+                position.parent.mkdir(parents=True, exist_ok=True)
+                position.touch()
+            _mount(mounts, position, "--bind", str(source))
         yield root
 
 
-def _mount(mounts: ExitStack, place: Path, *words: str) -> None:
-    subprocess.run(["mount", *words, str(place)], check=True, capture_output=True)
+def _mount(mounts: ExitStack, position: Path, *words: str) -> None:
+    subprocess.run(["mount", *words, str(position)], check=True, capture_output=True)
     if "--rbind" in words:
-        subprocess.run(["mount", "--make-rslave", str(place)], check=True)
-    mounts.callback(subprocess.run, ["umount", "--recursive", "--lazy", str(place)], check=False, capture_output=True)
+        subprocess.run(["mount", "--make-rslave", str(position)], check=True)
+    mounts.callback(
+        subprocess.run, ["umount", "--recursive", "--lazy", str(position)], check=False, capture_output=True
+    )

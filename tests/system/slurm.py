@@ -127,6 +127,6 @@ def _wait_for_path(path: Path) -> None:
 
 def _wait_for_nodes(slurm: Slurm) -> None:
     deadline = time.monotonic() + 60
-    while (told := slurm.call("sinfo", "-h", "-o", "%D %t", cwd=Path("/"), check=False).strip()) != "2 idle":
-        assert time.monotonic() < deadline, told
+    while (reported := slurm.call("sinfo", "-h", "-o", "%D %t", cwd=Path("/"), check=False).strip()) != "2 idle":
+        assert time.monotonic() < deadline, reported
         time.sleep(0.3)

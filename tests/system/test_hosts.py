@@ -81,10 +81,10 @@ def test_hosts_that_cannot_be_reached_are_all_named(machines: Hosts, folder: Pat
         machines.admit(SECOND)
     assert code == 2
     assert time.monotonic() - began < 40
-    told = [line for line in err.splitlines() if line.startswith("hostfile = ")]
-    assert [line.split("'")[1] for line in told] == [SECOND, "neox-three"]
-    assert "Permission denied (publickey" in told[0]
-    assert "Could not resolve hostname neox-three" in told[1]
+    reported = [line for line in err.splitlines() if line.startswith("hostfile = ")]
+    assert [line.split("'")[1] for line in reported] == [SECOND, "neox-three"]
+    assert "Permission denied (publickey" in reported[0]
+    assert "Could not resolve hostname neox-three" in reported[1]
     assert not (folder / "save" / "logs" / "rank_0.log").exists()
 
 

@@ -88,8 +88,8 @@ def test_the_run_goes_on_without_a_host_that_is_gone(machines: Hosts, dataset: s
         process.kill()
     assert process.returncode == 0, out + err
     assert "restart 1 of 1: the run goes on from its newest checkpoint, on 1 ranks" in err, out + err
-    whole = series(run(2, tmp_path / "whole", data_path=dataset, **schedule), "train/lm_loss")
-    assert losses(tmp_path) == pytest.approx(whole, rel=1e-5)
+    full = series(run(2, tmp_path / "whole", data_path=dataset, **schedule), "train/lm_loss")
+    assert losses(tmp_path) == pytest.approx(full, rel=1e-5)
     machines.wait_until_idle(60)
 
 
@@ -101,16 +101,16 @@ def test_a_slow_link_shows_in_the_table_and_changes_no_loss(
     machines.limit(SECOND, "20mbit")
     try:
         processes = started(machines, tmp_path)
-        told = ["".join(process.communicate(timeout=200)) for process in processes]
+        reported = ["".join(process.communicate(timeout=200)) for process in processes]
     finally:
         machines.limit(SECOND, None)
-    assert [process.returncode for process in processes] == [0, 0], told
-    speeds = [float(found) for found in re.findall(r"neox-(?:one|two) .*?([\d.]+) GB/s", told[0])]
-    assert len(speeds) == 2 and max(speeds) <= 0.01, told[0]
+    assert [process.returncode for process in processes] == [0, 0], reported
+    speeds = [float(found) for found in re.findall(r"neox-(?:one|two) .*?([\d.]+) GB/s", reported[0])]
+    assert len(speeds) == 2 and max(speeds) <= 0.01, reported[0]
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-6)
 
 
-def test_separate_disks_are_told_and_can_be_used(
+def test_separate_disks_are_reported_and_can_be_used(
     machines: Hosts, dataset: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
     """Each host has another folder under the same name, as a mount of its own."""
@@ -118,13 +118,13 @@ def test_separate_disks_are_told_and_can_be_used(
     for host in (FIRST, SECOND):
         (tmp_path / host).mkdir()
         write(tmp_path / host, dataset, save=str(tmp_path / "work" / "save"), load=str(tmp_path / "work" / "save"))
-    told = on_own_disks(machines, tmp_path, good=False)
-    assert all("the run directory is not the one that rank 0 sees" in each for each in told), told
+    reported = on_own_disks(machines, tmp_path, good=False)
+    assert all("the run directory is not the one that rank 0 sees" in each for each in reported), reported
     for host in (FIRST, SECOND):
         save = str(tmp_path / "work" / "save")
         write(tmp_path / host, dataset, save=save, load=save, use_shared_fs=False, checkpoint_factor=10)
-    told = on_own_disks(machines, tmp_path, good=True)
-    assert re.search(rf"{SECOND} .* no  ", told[0]), told[0]
+    reported = on_own_disks(machines, tmp_path, good=True)
+    assert re.search(rf"{SECOND} .* no  ", reported[0]), reported[0]
     assert losses(tmp_path / FIRST) == pytest.approx(undisturbed, rel=1e-6)
     for host in (FIRST, SECOND):
         assert (tmp_path / host / "save" / "latest").read_text() == "global_step20"
@@ -138,6 +138,6 @@ def on_own_disks(machines: Hosts, folder: Path, *, good: bool) -> list[str]:
         mounted = f"mount --bind {folder / host} {folder / 'work'} && cd {folder / 'work'} && exec "
         command = ["unshare", "--mount", "sh", "-c", mounted + " ".join(TRAIN)]
         processes.append(machines.start(host, command, folder, RANK=str(number), **MEETING))
-    told = ["".join(process.communicate(timeout=150)) for process in processes]
-    assert all((process.returncode == 0) == good for process in processes), told
-    return told
+    reported = ["".join(process.communicate(timeout=150)) for process in processes]
+    assert all((process.returncode == 0) == good for process in processes), reported
+    return reported

@@ -75,8 +75,8 @@ def test_a_requeued_job_goes_on(slurm: Slurm, dataset: str, tmp_path: Path) -> N
     assert last_saved(tmp_path) % 20 == 0
     # The order of the data follows from train_iters.
     endless = {**SCHEDULE, "train_iters": ENDLESS, "exit_interval": 20}
-    whole = series(run(2, tmp_path / "whole", data_path=dataset, **endless), "train/lm_loss")
-    assert losses(tmp_path)[:20] == pytest.approx(whole, rel=1e-6)
+    full = series(run(2, tmp_path / "whole", data_path=dataset, **endless), "train/lm_loss")
+    assert losses(tmp_path)[:20] == pytest.approx(full, rel=1e-6)
 
 
 def test_deepy_in_a_batch_job_uses_the_nodes_of_the_job(

@@ -21,8 +21,8 @@ ENDLESS = 100_000
 
 def write(folder: Path, dataset: str, **settings: Any) -> None:
     """run.json in the folder: a run that saves every five steps and goes on from what it has saved."""
-    kept = {"save": "save", "load": "save", "load_fallback": "fresh", "checkpoint_factor": 5, "data_path": dataset}
-    (folder / "run.json").write_text(json.dumps({**BASE, **SCHEDULE, **kept, **settings}))
+    retained = {"save": "save", "load": "save", "load_fallback": "fresh", "checkpoint_factor": 5, "data_path": dataset}
+    (folder / "run.json").write_text(json.dumps({**BASE, **SCHEDULE, **retained, **settings}))
 
 
 def losses(folder: Path) -> list[float]:

@@ -32,8 +32,8 @@ def llama2(folder: Path) -> Path:
     """A blank before the text, pieces of bytes, `<s>` by the post-processor, a decoder that strips the first blank."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    _learn(tokenizer, 600, ["<unk>", "<s>", "</s>", *pieces])
+    parts = [f"<0x{byte:02X}>" for byte in range(256)]
+    _learn(tokenizer, 600, ["<unk>", "<s>", "</s>", *parts])
     made = json.loads(tokenizer.to_str())
     made["added_tokens"] = made["added_tokens"][:3]  # pieces of bytes are ordinary
     made["decoder"] = {

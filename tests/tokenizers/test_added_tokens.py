@@ -96,7 +96,7 @@ def test_a_text_spells_no_special_token_that_is_added(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[", "[1]", '{"a": "b"}'])
-def test_damaged_files_are_told(tmp_path, content):
+def test_damaged_files_are_reported(tmp_path, content):
     folder = folder_of(tmp_path, {})
     (folder / "added_tokens.json").write_text(content)
     with pytest.raises(ConfigError, match="added tokens"):

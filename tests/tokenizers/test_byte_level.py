@@ -89,12 +89,12 @@ def test_any_text(both, text):
 
 def test_long_texts_are_cut_where_a_word_begins(both, monkeypatch):
     text = "".join(f"word{number}  it's\n\n x{'!' * (number % 7)}\r\n" for number in range(400))
-    whole = both[0].encode(text).tolist()
+    full = both[0].encode(text).tolist()
     monkeypatch.setattr(byte_level, "LONG_TEXT", 50)
-    pieces = list(byte_level.cut(text))
-    assert len(pieces) > 50
-    assert "".join(pieces) == text
-    assert both[0].encode(text).tolist() == whole
+    parts = list(byte_level.cut(text))
+    assert len(parts) > 50
+    assert "".join(parts) == text
+    assert both[0].encode(text).tolist() == full
     assert alike(both, text)
 
 
@@ -104,7 +104,7 @@ def test_a_run_of_spaces_that_the_engine_gives_up_on(trained):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         (lambda found: found["model"].update(dropout=0.1), "not plain BPE"),
         (lambda found: found["model"]["merges"].reverse(), "another way"),
@@ -113,12 +113,12 @@ def test_a_run_of_spaces_that_the_engine_gives_up_on(trained):
         (lambda found: found.update(pre_tokenizer={"type": "Whitespace"}), "not a byte-level"),
     ],
 )
-def test_what_may_differ_is_not_taken(trained, change, told):
+def test_what_may_differ_is_not_taken(trained, change, reported):
     found = json.loads(trained)
     change(found)
     engine, why = make_engine(loaded(found))
     assert engine is None
-    assert told in why
+    assert reported in why
 
 
 def test_merges_that_come_about_in_another_way():
@@ -155,7 +155,7 @@ def test_the_proof_against_both_engines(data):
                 merges.append(pair)
             continue
         if every == "every":
-            splits = [(made[:place], made[place:]) for place in range(1, len(made))]
+            splits = [(made[:position], made[position:]) for position in range(1, len(made))]
             merges += data.draw(st.permutations([split for split in splits if set(split) <= set(tokens)]))
         else:
             merges.append(pair)

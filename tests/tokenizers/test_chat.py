@@ -51,16 +51,16 @@ def test_generation_tags_are_the_mask_that_transformers_makes(tmp_path):
     from transformers import AutoTokenizer
 
     folder = folder_with(tmp_path, TEMPLATES["generation"])
-    wanted = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         TURNS, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, written = ChatTokens(str(folder)).encode(TURNS, role="assistant", only_last=False)
-    assert (ids, [int(own) for own in written]) == (wanted["input_ids"], wanted["assistant_masks"])
+    assert (ids, [int(own) for own in written]) == (expected["input_ids"], expected["assistant_masks"])
     assert sum(written) > 4
 
 
 @pytest.mark.parametrize(
-    ("template", "role", "turns", "wanted"),
+    ("template", "role", "turns", "expected"),
     [
         (PLAIN, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n"),
         (PLAIN, "user", TURNS, "one<|im_end|>\nthree<|im_end|>\n"),
@@ -79,14 +79,14 @@ def test_generation_tags_are_the_mask_that_transformers_makes(tmp_path):
         (TEMPLATES["generation"], "assistant", TURNS[1:2], ""),
     ],
 )
-def test_what_carries_a_loss(tmp_path, template, role, turns, wanted):
-    assert marked(chat_of(tmp_path, template), turns, role) == wanted
+def test_what_carries_a_loss(tmp_path, template, role, turns, expected):
+    assert marked(chat_of(tmp_path, template), turns, role) == expected
 
 
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"]])
-@pytest.mark.parametrize(("last", "wanted"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
-def test_the_last_turn_alone(tmp_path, template, last, wanted):
-    assert marked(chat_of(tmp_path, template), TURNS[:last], only_last=True) == wanted
+@pytest.mark.parametrize(("last", "expected"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
+def test_the_last_turn_alone(tmp_path, template, last, expected):
+    assert marked(chat_of(tmp_path, template), TURNS[:last], only_last=True) == expected
 
 
 def test_earlier_turns_that_change_are_refused_unless_the_template_marks_them(tmp_path):
@@ -115,10 +115,10 @@ def test_it_travels_to_workers(tmp_path):
     )
 
 
-def test_a_folder_without_a_tokenizer_or_a_template_is_told(tmp_path):
+def test_a_folder_without_a_tokenizer_or_a_template_is_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     without = folder_with(tmp_path / "t", None)
-    for folder, told in ((tmp_path / "empty", "no tokenizer.json"), (without, "no chat template")):
-        with pytest.raises(ConfigError, match=told) as caught:
+    for folder, reported in ((tmp_path / "empty", "no tokenizer.json"), (without, "no chat template")):
+        with pytest.raises(ConfigError, match=reported) as caught:
             ChatTokens(str(folder))
         assert caught.value.issues[0].key == "tokenizer_path"

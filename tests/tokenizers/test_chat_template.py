@@ -140,8 +140,10 @@ def test_the_text_is_that_of_transformers(tokenizer_of_transformers, template, c
     messages, arguments = CALLS[call]
     source = TEMPLATES[template]
     tokens = tokenizer_of_transformers.special_tokens_map
-    wanted = tokenizer_of_transformers.apply_chat_template(messages, chat_template=source, tokenize=False, **arguments)
-    assert ChatTemplate(source, tokens).render(messages, **arguments) == wanted
+    expected = tokenizer_of_transformers.apply_chat_template(
+        messages, chat_template=source, tokenize=False, **arguments
+    )
+    assert ChatTemplate(source, tokens).render(messages, **arguments) == expected
 
 
 def test_the_date_is_that_of_now():
@@ -161,16 +163,16 @@ def test_a_template_is_found_where_transformers_finds_it(tmp_path, where):
         (folder / "additional_chat_templates").mkdir()
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tools)
     for messages, arguments in CALLS.values():
-        wanted = theirs(folder, messages, **arguments)
+        expected = theirs(folder, messages, **arguments)
         for found in (
             ChatTemplate.of_folder(folder),
             ChatTemplate.of_tokenizer("PretrainedFromHF", str(folder)),
             ChatTemplate.of_tokenizer("HFTokenizer", str(folder / "tokenizer.json")),
         ):
-            assert found.render(messages, **arguments) == wanted
+            assert found.render(messages, **arguments) == expected
 
 
-def test_named_templates_without_a_default_are_told_by_name(tmp_path):
+def test_named_templates_without_a_default_are_reported_by_name(tmp_path):
     folder = folder_with(tmp_path, [{"name": "tool_use", "template": PLAIN}, {"name": "rag", "template": PLAIN}])
     found = ChatTemplate.of_folder(folder)
     assert found.render(CALL, tools=[TOOL]) == theirs(folder, CALL, tools=[TOOL])
@@ -202,12 +204,12 @@ def test_special_tokens_are_those_of_the_file_and_of_its_class(tmp_path, config,
 def test_a_last_message_that_is_gone_on_with(tmp_path, trimmed, content):
     source = PLAIN.replace("m['content']", "m['content'] | trim") if trimmed else PLAIN
     messages = [*TURNS, {"role": "assistant", "content": content}]
-    wanted = theirs(folder_with(tmp_path, source), messages, continue_final_message=True)
-    assert ChatTemplate(source).render(messages, continue_final_message=True) == wanted
+    expected = theirs(folder_with(tmp_path, source), messages, continue_final_message=True)
+    assert ChatTemplate(source).render(messages, continue_final_message=True) == expected
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "told"),
+    ("template", "messages", "reported"),
     [
         ("{{ raise_exception('roles must alternate') }}", TURNS, "roles must alternate"),
         ("{{ messages[0].none.more }}", TURNS, "has no attribute"),
@@ -222,8 +224,8 @@ def test_a_last_message_that_is_gone_on_with(tmp_path, trimmed, content):
         ("{{ {1: 2}[messages[0].content] + strftime_now() }}", TURNS, "argument|undefined"),
     ],
 )
-def test_what_a_template_refuses_or_must_not_do_is_told(template, messages, told):
-    with pytest.raises(TemplateRefusal, match=told):
+def test_what_a_template_refuses_or_must_not_do_is_reported(template, messages, reported):
+    with pytest.raises(TemplateRefusal, match=reported):
         ChatTemplate(template).render(messages)
 
 
@@ -240,7 +242,7 @@ def test_no_template_and_a_broken_one_are_the_users_issue(tmp_path):
         ChatTemplate.of_folder(tmp_path / "none")
 
 
-def test_a_public_model_without_network_is_told(tmp_path, monkeypatch):
+def test_a_public_model_without_network_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(ConfigError, match="no public model"):

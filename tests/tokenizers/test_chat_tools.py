@@ -99,8 +99,10 @@ def test_the_ids_are_those_of_transformers(tmp_path, shape):
     template, turns, variables, theirs = SHAPES[shape]
     folder = folder_with(tmp_path, template)
     ids, _ = ChatTokens(str(folder)).encode(turns, role="nobody", only_last=False, variables=variables)
-    wanted = AutoTokenizer.from_pretrained(folder).apply_chat_template(theirs or turns, return_dict=False, **variables)
-    assert ids == wanted
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        theirs or turns, return_dict=False, **variables
+    )
+    assert ids == expected
 
 
 WRITTEN = '<call>weather {"b": 1, "a": ["é", null]}</call><call>weather {}</call><|im_end|>\nDry.<|im_end|>\n'
@@ -109,7 +111,7 @@ EITHER_OR = NO_PROMPT.replace("{% if m.content %}", "{% if m.content and not m.t
 
 
 @pytest.mark.parametrize(
-    ("template", "turns", "role", "wanted"),
+    ("template", "turns", "role", "expected"),
     [
         (JSON_CALLS, with_calls(MAPPING), "assistant", WRITTEN),
         (JSON_CALLS, with_calls(AS_TEXT), "assistant", WRITTEN),
@@ -126,9 +128,9 @@ EITHER_OR = NO_PROMPT.replace("{% if m.content %}", "{% if m.content and not m.t
         (PLAIN, [parts("a"), parts("b", "c", role="assistant")], "assistant", "b\nc<|im_end|>\n"),
     ],
 )
-def test_what_the_role_wrote_carries_a_loss(tmp_path, template, turns, role, wanted):
+def test_what_the_role_wrote_carries_a_loss(tmp_path, template, turns, role, expected):
     chat = ChatTokens(str(folder_with(tmp_path, template)))
-    assert marked(chat, turns, role, variables={"tools": [TOOL], "documents": [DOCUMENT]}) == wanted
+    assert marked(chat, turns, role, variables={"tools": [TOOL], "documents": [DOCUMENT]}) == expected
 
 
 BEFORE_THE_LAST = (
@@ -139,7 +141,7 @@ BEFORE_THE_LAST = (
 ).replace("MET", "messages | selectattr('tool_calls') | list")
 
 
-def test_turns_count_where_tools_are_told_of_before_the_last_question(tmp_path):
+def test_turns_count_where_tools_are_reported_of_before_the_last_question(tmp_path):
     """What is before the turns changes with every question, and the turns themselves do not."""
     from transformers import AutoTokenizer
 
@@ -162,18 +164,18 @@ def test_the_tags_of_the_template_for_tools_decide_where_tools_are(tmp_path):
     assert marked(chat, with_calls(MAPPING)) == WRITTEN
 
 
-@pytest.mark.parametrize(("template", "kept"), [(TEXT_CALLS, True), (WRITES_CALLS, True), (JSON_CALLS, False)])
-def test_arguments_stay_a_text_where_a_template_can_only_join_texts(template, kept):
+@pytest.mark.parametrize(("template", "retained"), [(TEXT_CALLS, True), (WRITES_CALLS, True), (JSON_CALLS, False)])
+def test_arguments_stay_a_text_where_a_template_can_only_join_texts(template, retained):
     """Of a mapping the second would make Python's writing."""
     shapes = Shapes(ChatTemplate(template))
-    assert shapes.keeps_arguments == kept
+    assert shapes.keeps_arguments == retained
     given = shapes.given(with_calls(AS_TEXT))
-    assert given[1]["tool_calls"][0]["function"]["arguments"] == (AS_TEXT if kept else MAPPING)
+    assert given[1]["tool_calls"][0]["function"]["arguments"] == (AS_TEXT if retained else MAPPING)
     flat = shapes.given([{"role": "assistant", "tool_calls": [{"name": "weather", "arguments": AS_TEXT}]}])
-    assert flat[0]["tool_calls"][0]["arguments"] == (AS_TEXT if kept else MAPPING)
+    assert flat[0]["tool_calls"][0]["arguments"] == (AS_TEXT if retained else MAPPING)
 
 
-def test_arguments_that_are_no_json_are_told_with_their_turn():
+def test_arguments_that_are_no_json_are_reported_with_their_turn():
     with pytest.raises(CallFault, match="turn 2: the arguments of weather are no JSON"):
         Shapes(ChatTemplate(JSON_CALLS)).given(with_calls("{"))
 
@@ -210,10 +212,10 @@ def test_what_is_no_variable_cannot_be_set(tmp_path, name):
         chat.encode([parts("a")], role="assistant", only_last=False, variables={name: True})
 
 
-def test_what_the_template_has_no_place_for(tmp_path):
+def test_what_the_template_has_no_position_for(tmp_path):
     variables = {"tools": [TOOL], "documents": [DOCUMENT]}
     plain = ChatTokens(str(folder_with(tmp_path / "plain", PLAIN)))
     assert plain.left_out(with_calls({}, content="b"), variables) == ["tools", "documents", "tool_calls"]
     assert plain.left_out([parts("a")], {"tools": []}) == []
-    whole = ChatTokens(str(folder_with(tmp_path / "tools", JSON_CALLS)))
-    assert whole.left_out(with_calls({}), variables) == []
+    full = ChatTokens(str(folder_with(tmp_path / "tools", JSON_CALLS)))
+    assert full.left_out(with_calls({}), variables) == []

@@ -182,7 +182,7 @@ def test_text_without_special_tokens_reads_as_it_is_encoded(tokenizer):
         assert tokenizer.encode_with_special_tokens(text) == tokenizer.encode(text)
 
 
-def test_what_stands_before_a_text_is_in_the_vocabulary(tokenizer):
+def test_what_is_before_a_text_is_in_the_vocabulary(tokenizer):
     assert isinstance(tokenizer.prefix_ids, tuple)
     assert all(0 <= number < tokenizer.vocab_size for number in (tokenizer.begin, *tokenizer.prefix_ids))
 

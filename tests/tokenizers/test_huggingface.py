@@ -83,14 +83,14 @@ def test_ids_with_gaps_have_rows_in_the_embedding(tmp_path):
     assert loaded.vocab_size == 401
 
 
-def test_a_normaliser_is_told(tmp_path):
+def test_a_normaliser_is_reported(tmp_path):
     source = plain()
     source.normalizer = normalizers.NFC()
     assert not load(source, tmp_path).lossless
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (None, "cannot read"),
         (b"{", "not a tokenizer.json"),
@@ -99,14 +99,14 @@ def test_a_normaliser_is_told(tmp_path):
         (plain(("<pad>",)).to_str().encode(), "<|endoftext|>"),
     ],
 )
-def test_unusable_files_are_refused(tmp_path, content, told):
+def test_unusable_files_are_refused(tmp_path, content, reported):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         make_tokenizer("HFTokenizer", vocab_file=str(path))
     (issue,) = caught.value.issues
-    assert told in issue.what
+    assert reported in issue.what
     assert issue.key == "vocab_file"
     assert issue.hint
 
@@ -121,12 +121,12 @@ def test_a_misspelt_kind_is_answered_with_the_nearest():
         make_tokenizer("HFTokeniser")
 
 
-def test_the_end_is_that_of_the_file_or_of_what_lies_beside_it(tmp_path):
+def test_the_end_is_that_of_the_file_or_of_what_is_beside_it(tmp_path):
     """`<|endoftext|>` goes first; a pretrained model's own end is taken from its tokenizer_config.json."""
     folder = made.llama3(tmp_path / "headers")
     found = make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
-    whole = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
-    assert (found.eod, found.vocab_size) == (whole.eod, whole.vocab_size)
+    full = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
+    assert (found.eod, found.vocab_size) == (full.eod, full.vocab_size)
     both = made.chatml(tmp_path / "both")
     ours = make_tokenizer("HFTokenizer", vocab_file=str(both / "tokenizer.json"))
     assert ours.eod == ours.special_tokens["<|endoftext|>"] != ours.special_tokens["<|im_end|>"]
@@ -139,7 +139,7 @@ def test_a_file_without_an_end_names_ways_that_keep_the_vocabulary(tmp_path, bes
     config.unlink() if beside is None else config.write_text(json.dumps(beside))
     with pytest.raises(ConfigError) as caught:
         make_tokenizer("HFTokenizer", vocab_file=str(folder / "tokenizer.json"))
-    told = str(caught.value)
-    assert "eos_token" in told
-    assert "PretrainedFromHF" in told
-    assert "add <|endoftext|>" not in told
+    reported = str(caught.value)
+    assert "eos_token" in reported
+    assert "PretrainedFromHF" in reported
+    assert "add <|endoftext|>" not in reported

@@ -29,6 +29,6 @@ def test_runs_of_spaces_are_tokens_and_ends_of_documents_are_not_forged(tokenize
     assert tokenizer.decode(ids) == "one<|endoftext|>two<|padding|>three"
 
 
-def test_its_normalisation_is_told(tokenizer):
+def test_its_normalisation_is_reported(tokenizer):
     assert not tokenizer.lossless
     assert tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"

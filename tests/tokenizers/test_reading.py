@@ -56,11 +56,11 @@ def test_text_is_read_as_transformers_reads_it(both):
 
 def test_the_same_ids_stand_before_a_text(both):
     ours, theirs = both
-    plain, whole = (theirs.encode("world", add_special_tokens=add) for add in (False, True))
-    assert [*ours.prefix_ids, *plain] == whole
+    plain, full = (theirs.encode("world", add_special_tokens=add) for add in (False, True))
+    assert [*ours.prefix_ids, *plain] == full
 
 
-def test_the_same_token_stands_before_a_text_without_context(both):
+def test_the_same_token_is_before_a_text_without_context(both):
     ours, theirs = both
     assert ours.begin == (theirs.eos_token_id if theirs.bos_token_id is None else theirs.bos_token_id)
 

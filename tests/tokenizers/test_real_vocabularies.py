@@ -35,9 +35,9 @@ def parts_of(token, ranks):
     """The two tokens whose merge makes a token: what is left of its bytes when all earlier merges are done."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        found = [ranks.get(parts[place] + parts[place + 1], len(ranks)) for place in range(len(parts) - 1)]
-        place = found.index(min(found))
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        found = [ranks.get(parts[position] + parts[position + 1], len(ranks)) for position in range(len(parts) - 1)]
+        position = found.index(min(found))
+        parts[position : position + 2] = [parts[position] + parts[position + 1]]
     return parts
 
 
@@ -118,8 +118,8 @@ def test_the_ids_of_tokenizers_over_100_megabytes(kind, tmp_path):
     compared = 0
     texts = itertools.chain(odd_texts(), mixed_text())
     while batch := list(itertools.islice(texts, BATCH)):
-        wanted = tokenizer.encode_batch(batch)
-        for text, ids, expected in zip(batch, tokenizer.encode_arrays(batch), wanted, strict=True):
+        target = tokenizer.encode_batch(batch)
+        for text, ids, expected in zip(batch, tokenizer.encode_arrays(batch), target, strict=True):
             assert ids.tolist() == expected, text[:200]
             assert tokenizer.eod not in expected
             compared += len(text.encode())

@@ -62,16 +62,16 @@ def test_merging(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_what_cannot_be_merged(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, told in {"whole": "has no low-rank updates", "prompt": "no part of any matrix"}.items():
+    for name, reported in {"whole": "has no low-rank updates", "prompt": "no part of any matrix"}.items():
         assert merge_lora.main([f"--load-dir={saved[name]}", f"--save-dir={tmp_path / name}"]) == 2
-        assert told in capsys.readouterr().err
+        assert reported in capsys.readouterr().err
         assert layout.iterations(tmp_path / name) == []
     uneven = [f"--load-dir={saved['updates']}", f"--save-dir={tmp_path / 'uneven'}"]
     assert merge_lora.main([*uneven, "--target-tensor-parallel-size=3"]) == 2
     assert "target_tensor_parallel_size = 3" in capsys.readouterr().err
 
 
-def test_a_whole_export_has_the_updates_in_it(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_a_full_export_has_the_updates_in_it(saved: dict[str, Path], tmp_path: Path) -> None:
     """From the optimizer's fp32 copies where fp32 is wanted."""
     assert merge_lora.main([f"--load-dir={saved['updates']}", f"--save-dir={tmp_path / 'merged'}"]) == 0
     for name, load in (("one", saved["updates"]), ("two", tmp_path / "merged")):
@@ -96,9 +96,9 @@ def test_an_adapter_alone(saved: dict[str, Path], tmp_path: Path, capsys: pytest
     for name, kind, count in (("updates", "LORA", 2 * 2 * 4), ("prompt", "PROMPT_TUNING", 1)):
         assert convert_to_hf.main([f"--input-dir={saved[name]}", f"--output-dir={tmp_path / name}", *alone]) == 0
         assert f"{kind}, {count} tensors" in capsys.readouterr().out
-        told = json.loads((tmp_path / name / "adapter_config.json").read_text())
-        assert told["peft_type"] == kind
-        assert told["base_model_name_or_path"] == "my/base"
+        reported = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert reported["peft_type"] == kind
+        assert reported["base_model_name_or_path"] == "my/base"
         assert {path.name for path in (tmp_path / name).iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",

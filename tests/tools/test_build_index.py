@@ -52,7 +52,7 @@ def test_a_run_finds_every_map(
         trainer.train(resolve([], settings, Resources(1)).config, NeverStop())
 
 
-def test_issues_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_issues_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.json").write_text(json.dumps({**BASE, "data_path": str(tmp_path / "none")}))
     assert main([str(tmp_path / "run.json")]) == 2
     assert "cannot read the data file" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_half_precision_is_written_on_request(ours: Path, tmp_path: Path) -> Non
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_what_cannot_be_expressed_is_told(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_expressed_is_reported(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--input-dir", str(ours), "--output-dir", str(tmp_path / "gpt2"), "--architecture", "gpt2"]
     assert convert_to_hf.main(arguments) == 2
     assert "norm = 'rmsnorm': a GPT-2 model has 'layernorm'" in capsys.readouterr().err
@@ -79,7 +79,7 @@ def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "damaged:" in capsys.readouterr().out
 
 
-def test_differences_are_told_by_name(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_are_reported_by_name(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files of another program have no manifest; the model is told by a configuration."""
     other = tmp_path / "other" / "global_step0"
     other.mkdir(parents=True)

@@ -57,7 +57,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_place_is_found(layout: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_position_is_found(layout: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = LAYOUTS[layout]
     right = train(tmp_path / "right", dataset, None, **settings)
     again = train(tmp_path / "again", dataset, None, **settings)
@@ -66,9 +66,9 @@ def test_the_place_is_found(layout: str, dataset: str, tmp_path: Path, capsys: p
     passes = {"tensor": 1, "pipeline": 2, "ZeRO 3": 1}[layout]  # of one iteration
     wrong = train(tmp_path / "wrong", dataset, (1, 2, passes), **settings)
     assert main([str(right), str(wrong)]) == 1
-    told = capsys.readouterr().out.splitlines()[0]
-    assert told.startswith("first difference: rank 1, iteration 2, micro batch 0, layer 4: activation with norm")
-    assert "1.0e-03 apart" in told
+    reported = capsys.readouterr().out.splitlines()[0]
+    assert reported.startswith("first difference: rank 1, iteration 2, micro batch 0, layer 4: activation with norm")
+    assert "1.0e-03 apart" in reported
     assert main([str(right), str(wrong), "--tolerance", "0.5"]) == 0
 
 
@@ -94,6 +94,6 @@ def test_records(tmp_path: Path) -> None:
     layer(torch.ones(2))
     (rank, records), *_ = read_fingerprints(tmp_path).items()
     assert rank == 3
-    told = [(record["iteration"], record["what"], record["layer"], record["norm"]) for record in records]
+    reported = [(record["iteration"], record["what"], record["layer"], record["norm"]) for record in records]
     root = pytest.approx(2**0.5)
-    assert told == [(2, "weights", "5.weight", root), (2, "activation", "5", 5.0), (2, "gradient", "5", root)]
+    assert reported == [(2, "weights", "5.weight", root), (2, "activation", "5", 5.0), (2, "gradient", "5", root)]

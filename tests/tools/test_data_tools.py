@@ -50,7 +50,7 @@ def test_token_files_hold_the_text(work):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "told"),
+    ("flags", "code", "reported"),
     [
         (["--input", "missing.jsonl"], 2, "input = 'missing.jsonl': cannot read the file"),
         (["--vocab-file", "missing.json"], 2, "vocab_file = 'missing.json': cannot read"),
@@ -58,7 +58,7 @@ def test_token_files_hold_the_text(work):
         (["--jsonl-keys", "body"], 1, "50 without the key 'body'"),
     ],
 )
-def test_issues_are_one_line_and_an_exit_code(work, tmp_path, flags, code, told):
+def test_issues_are_one_line_and_an_exit_code(work, tmp_path, flags, code, reported):
     given = {
         "--input": "a.jsonl",
         "--output-prefix": str(tmp_path / "never"),
@@ -67,7 +67,7 @@ def test_issues_are_one_line_and_an_exit_code(work, tmp_path, flags, code, told)
     } | dict(zip(flags[::2], flags[1::2], strict=True))
     done = run("tools/preprocess_data.py", *(part for pair in given.items() for part in pair), cwd=work)
     assert done.returncode == code
-    assert told in done.stderr
+    assert reported in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

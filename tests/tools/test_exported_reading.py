@@ -56,7 +56,7 @@ def test_other_classes_keep_the_file_byte_by_byte(kind: str, tmp_path: Path) -> 
     assert (back / "tokenizer.json").read_bytes() == (tmp_path / "theirs" / "tokenizer.json").read_bytes()
 
 
-def test_a_file_that_says_what_the_class_reads_is_kept_byte_by_byte(tmp_path: Path) -> None:
+def test_a_file_that_says_what_the_class_reads_is_retained_byte_by_byte(tmp_path: Path) -> None:
     llama_class(tmp_path / "theirs", "LlamaTokenizer", whole=True)
     (tmp_path / "theirs" / "tokenizer.json").unlink()
     sentence_piece(tmp_path / "piece")
@@ -68,7 +68,7 @@ def test_a_file_that_says_what_the_class_reads_is_kept_byte_by_byte(tmp_path: Pa
 
 
 @pytest.mark.parametrize("described", [True, False])
-def test_tokens_that_a_model_file_cannot_hold_are_told_and_kept(
+def test_tokens_that_a_model_file_cannot_hold_are_reported_and_retained(
     described: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentence_piece(tmp_path / "theirs", "char")
@@ -76,13 +76,13 @@ def test_tokens_that_a_model_file_cannot_hold_are_told_and_kept(
     size = config["vocab_size"]
     write_model(tmp_path / "theirs", size + 2, bos_token_id=1, eos_token_id=2)
     added = {"<|im_start|>": size, "<|im_end|>": size + 1}
-    told: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer"}
+    reported: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer"}
     if described:
         entries = {str(number): {"content": token, "special": True} for token, number in added.items()}
-        told["added_tokens_decoder"] = entries
+        reported["added_tokens_decoder"] = entries
     else:
         (tmp_path / "theirs" / "added_tokens.json").write_text(json.dumps(added))
-    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(reported))
     back, run = there_and_back(tmp_path)
     said = capsys.readouterr().err.splitlines()
     assert run.vocab_size == size

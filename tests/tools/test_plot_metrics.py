@@ -63,7 +63,7 @@ def test_several_runs_and_an_output_name(tool, run_directory, tmp_path):
     assert "<svg" in other.read_text()
 
 
-def test_every_missing_run_is_told_at_once(tool, tmp_path, capsys):
+def test_every_missing_run_is_reported_at_once(tool, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     assert tool.main([str(tmp_path / "nowhere"), str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()

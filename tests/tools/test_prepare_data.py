@@ -103,7 +103,7 @@ def test_a_killed_download_goes_on(tmp_path):
         server.content = zstandard.compress(b'{"text": "words"}\n' + bytes(3_000_000))
         server.content += zstandard.compress(b'\n{"text": "more"}\n')
         held = threading.Event()
-        whole = server.content
+        full = server.content
 
         class Slow(bytes):
             def __getitem__(self, part):
@@ -121,18 +121,18 @@ def test_a_killed_download_goes_on(tmp_path):
         ]
         (tmp_path / "data/nih").mkdir(parents=True)
         part = tmp_path / "data/nih/NIH_ExPORTER_awarded_grant_text.jsonl.zst.part"
-        part.write_bytes(whole[:100])
-        told = {"url": f"{server.url}/NIH_ExPORTER_awarded_grant_text.jsonl.zst", "validator": '"1"'}
-        part.with_name(part.name + ".json").write_text(json.dumps(told))
-        server.content = Slow(whole)
+        part.write_bytes(full[:100])
+        reported = {"url": f"{server.url}/NIH_ExPORTER_awarded_grant_text.jsonl.zst", "validator": '"1"'}
+        part.with_name(part.name + ".json").write_text(json.dumps(reported))
+        server.content = Slow(full)
         running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not server.asked and running.poll() is None:
             held.wait(0.05)
         running.kill()
         running.wait()
         held.set()
-        server.content = whole
-        assert part.read_bytes() == whole[:100]
+        server.content = full
+        assert part.read_bytes() == full[:100]
         done = run("nih", "-t", "CharLevelTokenizer", "--mirror", server.url, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert server.asked[-1][1] == "bytes=100-"
@@ -148,9 +148,9 @@ def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(catalog, "PUBLIC_CORPORA", known)
         flags = ["enron", "-d", str(tmp_path), "-t", "CharLevelTokenizer"]
         assert main([*flags, "--mirror", f"{server.url}/copy/"]) == 1
-    told = capsys.readouterr().err
-    assert f"{server.url}/copy/enron_emails.jsonl.zst: HTTP 404 Not Found; {server.url}/enron" in told
-    assert "put the file there yourself" in told
+    reported = capsys.readouterr().err
+    assert f"{server.url}/copy/enron_emails.jsonl.zst: HTTP 404 Not Found; {server.url}/enron" in reported
+    assert "put the file there yourself" in reported
     (tmp_path / "enron/enron_emails.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "words"}'))
     assert main(flags) == 0
     assert len(IndexedDataset(tmp_path / "enron/enron_text_document")) == 1
@@ -169,7 +169,7 @@ def test_a_file_that_is_not_the_published_one(tmp_path):
     assert not (tmp_path / "data/enwik8/enwik8.zip").exists()
 
 
-def test_a_tokenizer_that_is_missing_is_told_before_anything_is_fetched(tmp_path):
+def test_a_tokenizer_that_is_missing_is_reported_before_anything_is_fetched(tmp_path):
     with serving() as server:
         done = run("pile", "-t", "HFTokenizer", "--mirror", server.url, cwd=tmp_path)
         assert done.returncode == 2

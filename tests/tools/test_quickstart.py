@@ -99,6 +99,6 @@ def test_the_summary_shows_measures_and_samples(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "evaluation" / "python_stdlib_eval_results_1.json").write_text(json.dumps(scores))
     samples = [{"context": "def f(x):", "text": "\n    return x"}, {"context": "a", "text": None}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    told = quickstart.summary({"text": 2.0, "train": 300.4})
+    reported = quickstart.summary({"text": 2.0, "train": 300.4})
     for part in ("1.500", "2.051", "1.778", "61.5%", "  | def f(x):\n  |     return x\n", "302 s in all", "train 300"):
-        assert part in told
+        assert part in reported

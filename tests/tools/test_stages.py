@@ -98,10 +98,10 @@ def test_what_a_different_version_left_is_forgotten(tmp_path: Path) -> None:
     assert forgotten == [1]
 
 
-def test_an_answer_is_kept(tmp_path: Path) -> None:
-    kept = tmp_path / "kept" / "answer.txt"
-    run(tmp_path, replace(appending(tmp_path, "one"), answer=kept))
-    assert kept.read_text() == "made one\n"
+def test_an_answer_is_retained(tmp_path: Path) -> None:
+    retained = tmp_path / "kept" / "answer.txt"
+    run(tmp_path, replace(appending(tmp_path, "one"), answer=retained))
+    assert retained.read_text() == "made one\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

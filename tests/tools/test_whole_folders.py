@@ -39,7 +39,7 @@ def tokenizer_of(keys: Keys) -> Any:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_keys_tell_tokenizer_ends_and_sampling(name: str, tmp_path: Path) -> None:
+def test_the_keys_report_tokenizer_ends_and_sampling(name: str, tmp_path: Path) -> None:
     """With the HFTokenizer that was written before, all of these refuse or end at another token."""
     _, keys = taken_over(name, tmp_path)
     kind, end, ends, sampling = EXPECTED[name]
@@ -52,11 +52,11 @@ def test_the_keys_tell_tokenizer_ends_and_sampling(name: str, tmp_path: Path) ->
     assert {key: keys[key] for key in names if key in keys} == sampling
 
 
-@pytest.mark.parametrize("told", ["\n\n", ["User:", "###"]])
-def test_the_folders_stop_texts_end_what_is_generated(told: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reported", ["\n\n", ["User:", "###"]])
+def test_the_folders_stop_texts_end_what_is_generated(reported: Any, tmp_path: Path) -> None:
     FOLDERS["llama 3"](tmp_path / "theirs")
-    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"stop_strings": told}))
-    assert take_over(tmp_path)[1]["stop"] == ([told] if isinstance(told, str) else told)
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"stop_strings": reported}))
+    assert take_over(tmp_path)[1]["stop"] == ([reported] if isinstance(reported, str) else reported)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -76,9 +76,9 @@ def test_a_model_file_is_all_that_generation_needs(name: str, tmp_path: Path) ->
     ours, keys = taken_over(name, tmp_path)
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("the quick\nHello world\n")
-    told = {"load": str(ours), "sample_input_file": str(prompts), "sample_output_file": str(output)}
-    told |= {"maximum_tokens": 4, "user_script": "generate.py"}
-    config = resolve([str(ours / "model.yml")], told, Resources(1)).config
+    reported = {"load": str(ours), "sample_input_file": str(prompts), "sample_output_file": str(output)}
+    reported |= {"maximum_tokens": 4, "user_script": "generate.py"}
+    config = resolve([str(ours / "model.yml")], reported, Resources(1)).config
     assert config.model.seq_length == keys["max_position_embeddings"]
     assert generate(config) is None or output.is_file()
     assert len(output.read_text().splitlines()) == 2
@@ -108,9 +108,9 @@ def test_what_goes_back_out_is_read_as_it_was(name: str, tmp_path: Path) -> None
 
 
 def test_begin_is_put_before_a_text_where_the_class_did(tmp_path: Path) -> None:
-    for told, begin in (({}, [1]), ({"add_bos_token": False}, [])):
+    for reported, begin in (({}, [1]), ({"add_bos_token": False}, [])):
         folder = tmp_path / str(len(begin))
-        sentence_piece(folder / "theirs", **told)
+        sentence_piece(folder / "theirs", **reported)
         ours, keys = take_over(folder)
         assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(folder / "back")]) == 0
         plain = tokenizer_of(keys).encode(SAMPLES[0])
@@ -119,13 +119,13 @@ def test_begin_is_put_before_a_text_where_the_class_did(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
-def test_a_tokenizer_file_alone_says_what_stands_before_a_text(flags: Keys, kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_file_alone_says_what_is_before_a_text(flags: Keys, kind: str, tmp_path: Path) -> None:
     """Release 5 takes no notice of the flags beside it, nor do we; an export that heeds them changes every prompt."""
     FOLDERS["llama 3"](tmp_path / "theirs")
-    whole = tmp_path / "theirs" / "tokenizer.json"
+    full = tmp_path / "theirs" / "tokenizer.json"
     for adds in (False, True):
         if adds:
-            content = json.loads(whole.read_text())
+            content = json.loads(full.read_text())
             begin = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
             single, pair = (
                 [begin, *({"Sequence": {"id": name, "type_id": 0}} for name in names)] for names in ("A", "AB")
@@ -138,9 +138,9 @@ def test_a_tokenizer_file_alone_says_what_stands_before_a_text(flags: Keys, kind
                 "pair": pair,
                 "special_tokens": known,
             }
-            whole.write_text(json.dumps(content))
-        told = {"tokenizer_class": kind, "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", **flags}
-        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(told))
+            full.write_text(json.dumps(content))
+        reported = {"tokenizer_class": kind, "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", **flags}
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(reported))
         folder = tmp_path / str(adds)
         folder.mkdir()
         (folder / "theirs").symlink_to(tmp_path / "theirs")
@@ -163,22 +163,22 @@ def trained(folder: Path, rows: int, **tokenizer: Any) -> Path:
     """A checkpoint as a run writes it, with rows of padding: no vocab_size, no ids of ends."""
     write_model(folder / "theirs", rows, eos_token_id=None, bos_token_id=None)
     ours, keys = take_over(folder)
-    told = {key: value for key, value in keys.items() if key not in ("vocab_size", "eos_token_ids")}
-    config = resolve([], {**told, **tokenizer, "user_script": "generate.py"}, Resources(1)).config
+    reported = {key: value for key, value in keys.items() if key not in ("vocab_size", "eos_token_ids")}
+    config = resolve([], {**reported, **tokenizer, "user_script": "generate.py"}, Resources(1)).config
     files.write_text(ours / "global_step0" / layout.RESOLVED, serialize.to_json(config))
     seal(ours / "global_step0")
     return ours
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("reported", [True, False])
 @pytest.mark.parametrize("arguments", [[], ["--no-save-tokenizer"]])
-def test_padding_stays_behind(told: bool, arguments: list[str], tmp_path: Path) -> None:
+def test_padding_stays_behind(reported: bool, arguments: list[str], tmp_path: Path) -> None:
     """By what the run kept of its tokenizer, and without that by the tokenizer's own files."""
     gpt2_files(tmp_path / "files")
     vocabulary = len(json.loads((tmp_path / "files" / "vocab.json").read_text()))
     names = {"vocab_file": str(tmp_path / "files" / "vocab.json"), "merge_file": str(tmp_path / "files" / "merges.txt")}
     ours = trained(tmp_path, 512, tokenizer_type="GPT2BPETokenizer", **names)
-    if told:
+    if reported:
         facts = {"tokenizer": {"tokenizer_type": "GPT2BPETokenizer", "vocab_size": vocabulary, "eod": 0}}
         files.write_json(ours / "global_step0" / layout.RUN, facts)
         seal(ours / "global_step0")
@@ -188,22 +188,22 @@ def test_padding_stays_behind(told: bool, arguments: list[str], tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(back)
     assert model.get_input_embeddings().weight.shape[0] == vocabulary
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 0
-    assert (back / "tokenizer.json").is_file() == (not arguments and not told)
+    assert (back / "tokenizer.json").is_file() == (not arguments and not reported)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [("absent.json", "no such file"), ("empty", "holds no tokenizer"), ("broken.model", "not a sentencepiece model")],
 )
-def test_a_tokenizer_that_is_none_is_told_before_anything_is_written(
-    given: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_tokenizer_that_is_none_is_reported_before_anything_is_written(
+    given: str, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, _ = taken_over("unnamed end", tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.model").write_text("no model")
     arguments = ["--input-dir", str(ours), "--output-dir", str(tmp_path / "back"), "--tokenizer", str(tmp_path / given)]
     assert convert_to_hf.main(arguments) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_folder_or_a_model_file_is_a_tokenizer_too(tmp_path: Path) -> None:
         assert len(AutoTokenizer.from_pretrained(back).encode(SAMPLES[0])) > 3
 
 
-def test_unknown_ends_are_null_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_ends_are_null_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The end of the class, 2, would be another token."""
     ours = trained(tmp_path, 512, tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "gone.json"))
     assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(tmp_path / "back")]) == 0
@@ -247,7 +247,7 @@ def test_a_model_that_was_taken_over_keeps_its_rows(rows: int, tokens: int, tmp_
         assert (found.rows, found.known) == (rows, min(rows, tokens))
 
 
-def test_issues_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_issues_outside_are_reported_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that cannot be written, and a config.json that is none."""
     FOLDERS["unnamed end"](tmp_path / "theirs")
     (tmp_path / "file").write_text("")
@@ -257,7 +257,7 @@ def test_issues_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.Captur
     ours, _ = take_over(tmp_path)
     assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", inside]) == 1
     assert "cannot be read or written: Not a directory" in capsys.readouterr().err
-    for content, told in (
+    for content, reported in (
         ("[]", "this is no object"),
         ("{", "cannot be read"),
         ('{"model_type": 3}', "model_type = 3"),
@@ -266,5 +266,5 @@ def test_issues_outside_are_told_in_a_line(tmp_path: Path, capsys: pytest.Captur
         arguments = ["--input-dir", str(tmp_path / "theirs"), "--output-dir", str(tmp_path / "other")]
         assert convert_from_hf.main(arguments) in (1, 2)
         said = capsys.readouterr().err
-        assert told in said
+        assert reported in said
         assert "Traceback" not in said

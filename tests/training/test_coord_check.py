@@ -58,9 +58,9 @@ def test_sizes_are_flat_with_mup_and_grow_without(kind: str, tmp_path: Path) -> 
     """Sizes at every step, and what the steps change; logits get their size by what they learn."""
     config = config_of(tmp_path, data_path=make_dataset(tmp_path), optimizer=OPTIMIZERS[kind])
     run_distributed(check, 1, config, timeout=300)
-    told = json.loads((tmp_path / "coord_check.json").read_text(encoding="utf-8"))
-    assert told["widths"] == [32, 64, 128, 256]
-    mup, standard = told["muP"], told["standard"]
+    reported = json.loads((tmp_path / "coord_check.json").read_text(encoding="utf-8"))
+    assert reported["widths"] == [32, 64, 128, 256]
+    mup, standard = reported["muP"], reported["standard"]
     assert mup["logits"]["slopes"][0] == pytest.approx(-0.5, abs=0.1)
     for part, found in mup.items():
         if part != "logits":
@@ -93,8 +93,8 @@ def test_models_are_as_wide_as_the_base_times_a_factor(tmp_path: Path) -> None:
     config = config_of(tmp_path).replace(activation="swiglu", num_kv_heads=2)
     for heads, width in ((4, 8), (16, 8), (4, 32)):
         made = at_width(config.replace(num_attention_heads=heads, kv_channels=width), base, 4).model
-        wanted = (4, 2, 32) if width != 8 else (16, 8, 8)
-        assert (made.num_attention_heads, made.num_kv_heads, made.kv_channels) == wanted
+        expected = (4, 2, 32) if width != 8 else (16, 8, 8)
+        assert (made.num_attention_heads, made.num_kv_heads, made.kv_channels) == expected
         assert (made.hidden_size, made.mlp_width) == (128, 160)
 
 

@@ -143,7 +143,7 @@ def test_all_layouts_skip_alike(
     compare(layout, single, dataset, tmp_path)
 
 
-def test_a_run_stops_where_it_was_told_to(dataset: str, tmp_path: Path) -> None:
+def test_a_run_stops_where_it_was_reported_to(dataset: str, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match=rf"iteration {BAD_STEP} is nan.*first in layer {LAYER} on rank 0"):
         trained(1, dataset, tmp_path)
 
@@ -158,7 +158,7 @@ class Place:
         return f"samples from {consumed}"
 
 
-def test_a_leap_is_told_and_leaves_the_mean_alone() -> None:
+def test_a_leap_is_reported_and_leaves_the_mean_alone() -> None:
     said: list[str] = []
     judge = Judge(Place(), "stop", 2.0, scaled=False, tell=said.append)  # type: ignore[arg-type]
     size = StepSize(8, 1, 32, 32)

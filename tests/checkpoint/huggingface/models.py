@@ -39,8 +39,8 @@ _OPT = {**_NEOX, "word_embed_proj_dim": 64, "ffn_dim": 100, "max_position_embedd
 
 
 def _neox(**changes: object) -> PreTrainedModel:
-    told = {**_NEOX, "intermediate_size": 176, "max_position_embeddings": 64, **changes}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**told))
+    reported = {**_NEOX, "intermediate_size": 176, "max_position_embeddings": 64, **changes}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**reported))
 
 
 def _llama(**changes: object) -> PreTrainedModel:

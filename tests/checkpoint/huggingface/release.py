@@ -46,20 +46,20 @@ def _write(folder: Path) -> Answers:
     found: Answers = {}
     for family, drawn in DRAWN.items():
         for seed in range(EACH):
-            place = folder / f"{family}-{seed}"
-            place.mkdir(parents=True)
-            told = drawn(random.Random(f"{family} {seed}")) | {"model_type": family}
-            if transformers.__version__ == OLDER and "rope_parameters" in told:
+            position = folder / f"{family}-{seed}"
+            position.mkdir(parents=True)
+            reported = drawn(random.Random(f"{family} {seed}")) | {"model_type": family}
+            if transformers.__version__ == OLDER and "rope_parameters" in reported:
                 continue  # a spelling that it does not know
-            (place / "config.json").write_text(json.dumps(told))
+            (position / "config.json").write_text(json.dumps(reported))
             torch.manual_seed(5)
             try:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place)).eval()
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(position)).eval()
                 with torch.no_grad():
                     for parameter in model.parameters():
                         parameter.add_(torch.randn(parameter.shape) * 0.1)
-                    model.save_pretrained(place)
-                    found[place.name] = model(tokens()).logits
+                    model.save_pretrained(position)
+                    found[position.name] = model(tokens()).logits
             except Exception:
                 continue
     return found
@@ -69,18 +69,18 @@ def _read(folder: Path) -> Answers:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found: Answers = {}
-    for place in sorted(path.parent for path in folder.glob("*/config.json")):
-        model = AutoModelForCausalLM.from_pretrained(place).eval()
+    for position in sorted(path.parent for path in folder.glob("*/config.json")):
+        model = AutoModelForCausalLM.from_pretrained(position).eval()
         with torch.no_grad():
-            found[place.name] = model(tokens()).logits
-        if (place / "tokenizer_config.json").is_file():
-            found[f"{place.name} ends"] = (model.config.eos_token_id, model.generation_config.eos_token_id)
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            found[position.name] = model(tokens()).logits
+        if (position / "tokenizer_config.json").is_file():
+            found[f"{position.name} ends"] = (model.config.eos_token_id, model.generation_config.eos_token_id)
+            tokenizer = AutoTokenizer.from_pretrained(position)
             ids = [
                 tokenizer.encode(text, add_special_tokens=add) for add in (False, True) for text in (*SAMPLES, *READ)
             ]
             spelt = [tokenizer.decode(each, skip_special_tokens=skip) for each in ids for skip in (False, True)]
-            found[f"{place.name} ids"] = [*ids, *spelt, tokenizer.bos_token_id, tokenizer.eos_token_id]
+            found[f"{position.name} ids"] = [*ids, *spelt, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return found
 
 

@@ -42,8 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", SIZES)
 def test_what_is_left_out_has_the_value_of_the_class(family: str, tmp_path: Path) -> None:
     """The logits are those of transformers' own reading of the same bare file; Mixtral's base is 1,000,000 there."""
-    told = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None, **SIZES[family]}
-    expected = write(tmp_path, told)
+    reported = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None, **SIZES[family]}
+    expected = write(tmp_path, reported)
     assert expected is not None
     torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
 
@@ -67,16 +67,16 @@ def test_the_table_is_that_of_the_classes(family: str) -> None:
 def test_other_names_of_keys_are_read(family: str, tmp_path: Path) -> None:
     names = {key: name for name, key in ALIASES[family].items()}
     sizes = SIZES[family] | ({"num_local_experts": 4} if family == "mixtral" else {})
-    told = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None}
-    expected = write(tmp_path, told | {names.get(key, key): value for key, value in sizes.items()})
+    reported = {"model_type": family, "vocab_size": VOCABULARY, "pad_token_id": None}
+    expected = write(tmp_path, reported | {names.get(key, key): value for key, value in sizes.items()})
     assert expected is not None
     torch.testing.assert_close(ours(tmp_path), expected, rtol=1e-5, atol=1e-5)
 
 
 def change(folder: Path, **changes: object) -> Folder:
     path = folder / "config.json"
-    told = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in told.items() if value != "absent"}))
+    reported = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in reported.items() if value != "absent"}))
     return Folder.open(folder)
 
 
@@ -133,9 +133,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_be_read_otherwise_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    name, changes, told = REFUSED[case]
+    name, changes, reported = REFUSED[case]
     save(name, tmp_path)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         change(tmp_path, **changes).settings()
 
 
@@ -167,8 +167,14 @@ def test_what_can_be_understood_is_read_as_theirs(case: str, tmp_path: Path) -> 
     name, changes = SAME[case]
     save(name, tmp_path)
     settings = change(tmp_path, **changes).settings()
-    told = {**settings, "vocab_size": 96, "make_vocab_size_divisible_by": 1, "load": str(tmp_path), "seq_length": 24}
-    config = resolve([], {**told, "user_script": "generate.py"}, Resources(1)).config.for_inference()
+    reported = {
+        **settings,
+        "vocab_size": 96,
+        "make_vocab_size_divisible_by": 1,
+        "load": str(tmp_path),
+        "seq_length": 24,
+    }
+    config = resolve([], {**reported, "user_script": "generate.py"}, Resources(1)).config.for_inference()
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens()).logits
     found = build_inference_engine(config, Topology.single(), 96).logits(tokens())
@@ -208,8 +214,8 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("older", [False, True])
 def test_the_files_are_chosen_as_transformers_chooses(older: bool, tmp_path: Path) -> None:
     """A whole file and an index of other files: what both read is the same."""
-    told = {"model_type": "llama", "vocab_size": VOCABULARY, **SIZES["llama"]}
-    assert write(tmp_path, told) is not None
+    reported = {"model_type": "llama", "vocab_size": VOCABULARY, **SIZES["llama"]}
+    assert write(tmp_path, reported) is not None
     weights = load_file(tmp_path / "model.safetensors")
     stale = {key: value + 1 for key, value in weights.items()}
     if older:
@@ -219,8 +225,8 @@ def test_the_files_are_chosen_as_transformers_chooses(older: bool, tmp_path: Pat
     else:
         save_file(stale, tmp_path / "part.safetensors", {"format": "pt"})
     part, index = ("part.bin", "pytorch_model.bin") if older else ("part.safetensors", "model.safetensors")
-    place = {"metadata": {}, "weight_map": dict.fromkeys(weights, part)}
-    (tmp_path / f"{index}.index.json").write_text(json.dumps(place))
+    position = {"metadata": {}, "weight_map": dict.fromkeys(weights, part)}
+    (tmp_path / f"{index}.index.json").write_text(json.dumps(position))
     torch.testing.assert_close(ours(tmp_path), answer(tmp_path), rtol=1e-5, atol=1e-5)
 
 
@@ -241,8 +247,12 @@ def test_a_value_that_a_precision_cannot_hold_is_refused(out: bool, tmp_path: Pa
 
 def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
     """n_ctx, the authors' name of MPT's class, and Mamba's width always; biases and a head of its own by wish."""
-    told = {"gpt2": ("n_ctx", 64), "mpt": ("architectures", ["MPTForCausalLM"]), "mamba": ("intermediate_size", 128)}
-    for name, (key, value) in told.items():
+    reported = {
+        "gpt2": ("n_ctx", 64),
+        "mpt": ("architectures", ["MPTForCausalLM"]),
+        "mamba": ("intermediate_size", 128),
+    }
+    for name, (key, value) in reported.items():
         save(name, tmp_path / name)
         adopt(Folder.open(tmp_path / name), tmp_path / f"{name}-ours")
         export(open_model(tmp_path / f"{name}-ours"), tmp_path / f"{name}-back")
@@ -260,7 +270,7 @@ def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
         ("llama, wide heads, tied", Wishes(own_head=True), "lm_head.weight"),
     ],
 )
-def test_wishes_add_tensors_and_change_nothing(name: str, wishes: Wishes, added: str, tmp_path: Path) -> None:
+def test_requests_add_tensors_and_change_nothing(name: str, wishes: Wishes, added: str, tmp_path: Path) -> None:
     save(name, tmp_path / "theirs")
     adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
     export(open_model(tmp_path / "ours"), tmp_path / "plain")
@@ -273,7 +283,7 @@ def test_wishes_add_tensors_and_change_nothing(name: str, wishes: Wishes, added:
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_family_that_is_meant_tells_what_is_in_the_way() -> None:
+def test_the_family_that_is_meant_reports_what_is_in_the_way() -> None:
     """A model with experts is no GPT-NeoX model with one error, and a Mamba model no GPT-2."""
     base = {
         "num_layers": 2,
@@ -284,9 +294,9 @@ def test_the_family_that_is_meant_tells_what_is_in_the_way() -> None:
     }
     experts = {"moe_num_experts": 4, "pos_emb": "rotary", "norm": "rmsnorm", "moe_router_type": "topk"}
     config = resolve([], {**base, **experts, "moe_top_k": 2}, Resources(1)).config
-    with pytest.raises(ConfigError, match="a Mixtral model has") as told:
+    with pytest.raises(ConfigError, match="a Mixtral model has") as reported:
         family_for(config.model, config.moe, config.mixers)
-    assert "has no experts" not in str(told.value)
+    assert "has no experts" not in str(reported.value)
     mamba = {"attention_config": [[["mamba"], "all"]], "norm": "layernorm", "pos_emb": "none"}
     config = resolve([], {**base, **mamba}, Resources(1)).config
     with pytest.raises(ConfigError, match="a Mamba model has 'rmsnorm'"):

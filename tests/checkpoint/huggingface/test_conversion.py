@@ -32,8 +32,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def logits_of(topology: Topology, load: Path, settings: dict[str, Any], **layout: int) -> torch.Tensor:
-    told = {**settings, "load": str(load), "seq_length": 24, "user_script": "generate.py", **layout}
-    config = resolve([], told, Resources(topology.world_size)).config.for_inference()
+    reported = {**settings, "load": str(load), "seq_length": 24, "user_script": "generate.py", **layout}
+    config = resolve([], reported, Resources(topology.world_size)).config.for_inference()
     return build_inference_engine(config, topology, settings["vocab_size"]).logits(tokens())
 
 
@@ -89,8 +89,8 @@ def test_logits_are_theirs_on_several_ranks(pipe: int, model: int, tmp_path: Pat
         with torch.no_grad():
             expected.append(theirs(tokens()).logits)
     answers = run_distributed(rank_logits, max(1, pipe) * model, pipe, model, loads)[0]
-    for found, wanted in zip(answers, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for found, target in zip(answers, expected, strict=True):
+        torch.testing.assert_close(found, target, rtol=1e-5, atol=1e-5)
 
 
 def test_several_files_with_an_index(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def change(folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "reported"),
     [
         ("neox", {"model_type": "bloom"}, "model_type = 'bloom'"),
         ("neox", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
@@ -133,9 +133,11 @@ def change(folder: Path, **changes: object) -> Path:
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
     ],
 )
-def test_settings_without_a_place_are_refused(name: str, changes: dict[str, object], told: str, tmp_path: Path) -> None:
+def test_settings_without_a_position_are_refused(
+    name: str, changes: dict[str, object], reported: str, tmp_path: Path
+) -> None:
     save(name, tmp_path / "theirs")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         adopt(Folder.open(change(tmp_path / "theirs", **changes)), tmp_path / "ours")
     assert not list(tmp_path.glob("ours/global_step*"))
 
@@ -155,7 +157,7 @@ NEOX = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_lengt
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "told"),
+    ("family", "settings", "reported"),
     [
         ("neox", {"num_kv_heads": 2}, "num_kv_heads = 2"),
         ("neox", {"use_bias_in_mlp": False}, "use_bias_in_mlp = False"),
@@ -169,9 +171,9 @@ NEOX = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_lengt
         ("opt", {"pos_emb": "learned"}, "opt_pos_emb_offset = 0"),
     ],
 )
-def test_keys_that_a_family_cannot_express_are_named(family: str, settings: dict[str, Any], told: str) -> None:
+def test_keys_that_a_family_cannot_express_are_named(family: str, settings: dict[str, Any], reported: str) -> None:
     config = resolve([], {**NEOX, **settings, "user_script": "generate.py"}).config
-    assert told in str(ConfigError(*FAMILIES[family].misfits(config.model)))
+    assert reported in str(ConfigError(*FAMILIES[family].misfits(config.model)))
 
 
 def test_one_norm_is_written_twice_and_read_once(tmp_path: Path) -> None:

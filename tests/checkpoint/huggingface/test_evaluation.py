@@ -59,10 +59,10 @@ def test_lm_eval_scores_it_as_we_do(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ASK, str(tmp_path / "back")]
     said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     scores, ids = json.loads(said.split("ANSWER")[1])
-    told = {**made.settings, "load": str(tmp_path / "ours"), "seq_length": 64, "user_script": "generate.py"}
-    engine = build_inference_engine(resolve([], told, Resources(1)).config.for_inference(), Topology.single(), 96)
+    reported = {**made.settings, "load": str(tmp_path / "ours"), "seq_length": 64, "user_script": "generate.py"}
+    engine = build_inference_engine(resolve([], reported, Resources(1)).config.for_inference(), Topology.single(), 96)
     for score, (context, continuation) in zip(scores, ids, strict=True):
         tokens = torch.tensor([context + continuation])
         chances = engine.logits(tokens)[0].log_softmax(-1)
-        places = range(len(context) - 1, tokens.shape[1] - 1)
-        assert score == pytest.approx(sum(float(chances[i, tokens[0, i + 1]]) for i in places), rel=1e-4)
+        positions = range(len(context) - 1, tokens.shape[1] - 1)
+        assert score == pytest.approx(sum(float(chances[i, tokens[0, i + 1]]) for i in positions), rel=1e-4)

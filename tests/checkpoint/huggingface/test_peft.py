@@ -112,9 +112,9 @@ def train(cases: list[Case], ranks: int, **layout: int) -> dict[str, tuple[Case,
 
 def with_adapter(case: Case, iteration: int) -> PeftModel:
     """What was exported of an iteration, on top of the model, by peft; without dropout."""
-    place = case.folder / f"adapter{iteration}"
-    export_adapter(open_model(case.folder / "ours", iteration=iteration), place)
-    return PeftModel.from_pretrained(make(case.name), place).eval()
+    position = case.folder / f"adapter{iteration}"
+    export_adapter(open_model(case.folder / "ours", iteration=iteration), position)
+    return PeftModel.from_pretrained(make(case.name), position).eval()
 
 
 def theirs(case: Case) -> tuple[list[float], list[float]]:
@@ -152,7 +152,7 @@ EXPORTS += ["mpt", "gpt2", "opt"]
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
     folder = tmp_path_factory.mktemp("alone")
     cases = {**ALONE, "mixtral": ("mixtral", {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}})}
-    return train([Case(name, added, folder / told) for told, (name, added) in cases.items()], 1)
+    return train([Case(name, added, folder / reported) for reported, (name, added) in cases.items()], 1)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,10 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found
     return train([Case(name, UPDATES, folder / name) for name in EXPORTS], 2, model_parallel_size=2)
 
 
-@pytest.mark.parametrize("told", ALONE)
-def test_training_is_that_of_peft(told: str, alone: dict[str, tuple[Case, Found]]) -> None:
+@pytest.mark.parametrize("reported", ALONE)
+def test_training_is_that_of_peft(reported: str, alone: dict[str, tuple[Case, Found]]) -> None:
     """Ten steps of Adam with clipping and weight decay from the same start; the end says the same to 1e-5."""
-    case, (losses, norms, logits) = alone[told]
+    case, (losses, norms, logits) = alone[reported]
     expected, expected_norms = theirs(case)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert norms == pytest.approx(expected_norms, rel=1e-4)
@@ -183,10 +183,10 @@ def test_updates_of_every_family_are_loaded(name: str, cut: dict[str, tuple[Case
     export(open_model(case.folder / "ours"), case.folder / "whole")
     with torch.no_grad():
         before = make(name)(input_ids=tokens()).logits
-        whole = AutoModelForCausalLM.from_pretrained(case.folder / "whole").eval()(tokens()).logits
+        full = AutoModelForCausalLM.from_pretrained(case.folder / "whole").eval()(tokens()).logits
         said = with_adapter(case, STEPS)(input_ids=tokens()).logits
     torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(whole, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(full, logits, rtol=1e-5, atol=1e-5)
     assert (before - logits).abs().max() > 0.05, "the updates matter"
 
 
@@ -197,7 +197,7 @@ def test_mixtral_takes_updates_of_its_attention(alone: dict[str, tuple[Case, Fou
     torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_exported_is_told(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_reported(alone: dict[str, tuple[Case, Found]], tmp_path: Path) -> None:
     stored = open_model(alone["neox, prompt"][0].folder / "ours")
     with pytest.raises(ConfigError, match=r"no part of any matrix, so it cannot be merged.*--adapter-only"):
         export(stored, tmp_path / "whole")

@@ -78,8 +78,8 @@ def text_ids(ours: Path) -> torch.Tensor:
     """A real English text, in pieces [n, s]."""
     text = _licence()
     ids = make_tokenizer("HFTokenizer", vocab_file=str(ours / "tokenizer" / "tokenizer.json")).encode(text)
-    pieces = ids[: len(ids) // LENGTH * LENGTH]
-    return torch.tensor(pieces).view(-1, LENGTH)[:6]
+    parts = ids[: len(ids) // LENGTH * LENGTH]
+    return torch.tensor(parts).view(-1, LENGTH)[:6]
 
 
 def _licence() -> str:
@@ -91,8 +91,8 @@ def _licence() -> str:
 
 
 def settings(ours: Path) -> dict[str, Any]:
-    told: dict[str, Any] = yaml.safe_load((ours / "model.yml").read_text())
-    return told
+    reported: dict[str, Any] = yaml.safe_load((ours / "model.yml").read_text())
+    return reported
 
 
 def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
@@ -100,8 +100,8 @@ def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def test_its_perplexity_is_theirs(theirs: Path, ours: Path, text_ids: torch.Tensor) -> None:
-    told = {**settings(ours), "load": str(ours), "seq_length": LENGTH, "user_script": "generate.py"}
-    config = resolve([], told, Resources(1)).config.for_inference()
+    reported = {**settings(ours), "load": str(ours), "seq_length": LENGTH, "user_script": "generate.py"}
+    config = resolve([], reported, Resources(1)).config.for_inference()
     engine = build_inference_engine(config, Topology.single(), 49152)
     with torch.no_grad():
         expected = loss(AutoModelForCausalLM.from_pretrained(theirs).eval()(text_ids).logits, text_ids)
@@ -123,10 +123,10 @@ def test_its_greedy_text_is_theirs(theirs: Path, ours: Path, tmp_path: Path) -> 
     """By model.yml alone; the prompts are read and the texts end as transformers does it."""
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was"]
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
-    told = {"load": str(ours), "sample_input_file": str(tmp_path / "prompts.txt"), "maximum_tokens": 16}
-    told |= {"sample_output_file": str(tmp_path / "out.jsonl"), "temperature": 0.0, "user_script": "generate.py"}
-    told |= {"repetition_penalty": 1.0, "top_k": 0, "top_p": 0.0}
-    generate(resolve([str(ours / "model.yml")], told, Resources(1)).config)
+    reported = {"load": str(ours), "sample_input_file": str(tmp_path / "prompts.txt"), "maximum_tokens": 16}
+    reported |= {"sample_output_file": str(tmp_path / "out.jsonl"), "temperature": 0.0, "user_script": "generate.py"}
+    reported |= {"repetition_penalty": 1.0, "top_k": 0, "top_p": 0.0}
+    generate(resolve([str(ours / "model.yml")], reported, Resources(1)).config)
     found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(theirs).eval(), AutoTokenizer.from_pretrained(theirs)
     for prompt, text in zip(prompts, found, strict=True):
@@ -160,15 +160,15 @@ def test_training_goes_on_with_the_loss_it_left_off_at(
     prefix = tmp_path / "text"
     with DatasetWriter(prefix, numpy.dtype(numpy.uint16)) as writer:
         writer.add_document(text_ids.flatten().numpy().astype(numpy.uint16))
-    told = {**settings(ours), "load": str(theirs), "finetune": True, "data_path": str(prefix), "split": "1,0,0"}
-    told |= {"seq_length": LENGTH, "train_batch_size": 1, "train_iters": 2, "eval_iters": 0, "warmup": 0.0}
-    told |= {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}, "min_lr": 0.0, "mlp_multiple_of": 1}
-    losses = series(run(1, tmp_path, **told), "train/lm_loss")
+    reported = {**settings(ours), "load": str(theirs), "finetune": True, "data_path": str(prefix), "split": "1,0,0"}
+    reported |= {"seq_length": LENGTH, "train_batch_size": 1, "train_iters": 2, "eval_iters": 0, "warmup": 0.0}
+    reported |= {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}, "min_lr": 0.0, "mlp_multiple_of": 1}
+    losses = series(run(1, tmp_path, **reported), "train/lm_loss")
     model = AutoModelForCausalLM.from_pretrained(theirs).eval()
     with torch.no_grad():
         stream = text_ids.flatten()
         starts = range(0, len(stream) - LENGTH, LENGTH)
-        pieces = [stream[start : start + LENGTH + 1][None] for start in starts]
-        expected = [loss(model(piece).logits, piece) for piece in pieces]
+        parts = [stream[start : start + LENGTH + 1][None] for start in starts]
+        expected = [loss(model(part).logits, part) for part in parts]
     assert min(abs(losses[0] - each) / each for each in expected) < 1e-4
     assert losses[1] < max(expected) + 0.1

@@ -18,8 +18,8 @@ def differing(family: str, seeds: range, folder: Path) -> tuple[list[str], int]:
     """The configurations that are read otherwise, and how many were read."""
     errors, read = [], 0
     for seed in seeds:
-        told = DRAWN[family](random.Random(f"{family} {seed}")) | {"model_type": family}
-        expected = write(folder / str(seed), told)
+        reported = DRAWN[family](random.Random(f"{family} {seed}")) | {"model_type": family}
+        expected = write(folder / str(seed), reported)
         if expected is None:
             continue
         try:
@@ -29,7 +29,7 @@ def differing(family: str, seeds: range, folder: Path) -> tuple[list[str], int]:
         read += 1
         apart = float((found - expected).abs().max())
         if not apart <= CLOSE * max(1.0, float(expected.abs().max())):
-            errors.append(f"{apart:.3g} apart: {told}")
+            errors.append(f"{apart:.3g} apart: {reported}")
     return errors, read
 
 

@@ -74,9 +74,9 @@ def _damage(harm: str, folder: Path) -> Path:
         index.write_text('{"metadata": {}}')
         return index
     else:
-        whole = shard.read_bytes()
+        full = shard.read_bytes()
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-        shard.write_bytes({"cut": whole[:-4], "header": whole[:40], "empty": b"", "pointer": pointer}[harm])
+        shard.write_bytes({"cut": full[:-4], "header": full[:40], "empty": b"", "pointer": pointer}[harm])
     return shard
 
 
@@ -98,7 +98,7 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_named(
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
-def test_names_of_a_wrapper_are_told(prefix: str, tmp_path: Path) -> None:
+def test_names_of_a_wrapper_are_reported(prefix: str, tmp_path: Path) -> None:
     """What torch.compile, DDP, DeepSpeed and peft put before every name."""
     write_model(tmp_path, 96)
     path = tmp_path / "model.safetensors"
@@ -107,14 +107,14 @@ def test_names_of_a_wrapper_are_told(prefix: str, tmp_path: Path) -> None:
         adopt(Folder.open(tmp_path), tmp_path / "ours")
 
 
-def test_an_adapter_alone_is_told(tmp_path: Path) -> None:
+def test_an_adapter_alone_is_reported(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match=r"an adapter of peft, and not the model.*merge_and_unload"):
         Folder.open(tmp_path)
 
 
-def test_tensors_that_were_never_gathered_are_told(tmp_path: Path) -> None:
+def test_tensors_that_were_never_gathered_are_reported(tmp_path: Path) -> None:
     write_model(tmp_path, 96)
     path = tmp_path / "model.safetensors"
     save_file({name: tensor.flatten()[:0] for name, tensor in load_file(path).items()}, path, {"format": "pt"})

@@ -45,8 +45,8 @@ TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
 def write_model(folder: Path, vocabulary: int, **ids: Any) -> None:
     """A model with that many rows."""
     torch.manual_seed(0)
-    told = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **told, **ids)
+    reported = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **reported, **ids)
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
@@ -165,15 +165,15 @@ def sentence_piece_with_more(folder: Path, *, described: bool) -> None:
     size = LlamaConfig.from_pretrained(folder).vocab_size
     write_model(folder, size + 2, bos_token_id=1, eos_token_id=size + 1)
     added = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": size, "<|im_end|>": size + 1}
-    told: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>", "bos_token": "<s>"}
+    reported: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>", "bos_token": "<s>"}
     if described:
-        told["add_bos_token"] = True
-        told["added_tokens_decoder"] = {
+        reported["add_bos_token"] = True
+        reported["added_tokens_decoder"] = {
             str(number): {"content": token, "special": True, "normalized": False} for token, number in added.items()
         }
     else:
         _write(folder, "added_tokens.json", added)
-    _write(folder, "tokenizer_config.json", told)
+    _write(folder, "tokenizer_config.json", reported)
 
 
 def whole_with_more(folder: Path) -> None:
