@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.config import Config, Resources, resolve
 from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.flags import read_flags
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import epoch_samples, index_requests
 from megatron.data.dataset.index_cache import IndexRequest, read_index_map, write_index_map
 from megatron.data.dataset.sources import read_splits
@@ -30,7 +30,7 @@ from megatron.training.data_setup import samples_wanted
 
 def requests_of(config: Config) -> list[IndexRequest]:
     """The index maps that a run of this configuration asks for."""
-    training, seq_length = config.training, known(config.model.text_length)
+    training, seq_length = config.training, require(config.model.text_length)
     iterations = training.train_iters
     if training.train_epochs is not None:
         samples = epoch_samples(
@@ -41,9 +41,9 @@ def requests_of(config: Config) -> list[IndexRequest]:
             is_builder=True,
             barrier=lambda: None,
         )
-        iterations = samples // known(training.train_batch_size)
+        iterations = samples // require(training.train_batch_size)
     elif training.train_samples is not None:
-        ramp = Ramp.of(known(training.train_batch_size), training.rampup_batch_size)
+        ramp = Ramp.of(require(training.train_batch_size), training.rampup_batch_size)
         iterations = ramp.steps(training.train_samples)
     if iterations is None:
         raise ConfigError.of(

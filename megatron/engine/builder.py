@@ -26,7 +26,7 @@ from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.defaults.zero import REDUCTION_BUCKET
 from megatron.config.schema.tokenizer import TokenizerSection
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import bootstrap
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
@@ -97,7 +97,7 @@ def build_training_engine(
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
     plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size, losses)
-    recompute = full_recompute(config.recompute, topology, random, known(config.model.num_layers))
+    recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     loss = _loss(config, topology, vocab_size)
     model: Module
     if config.parallelism.is_pipe_parallel:
@@ -127,9 +127,9 @@ def build_training_engine(
             cache,
             random,
             clipper,
-            hidden_size=known(config.model.hidden_size),
+            hidden_size=require(config.model.hidden_size),
             padded_vocab_size=padded_vocab_size,
-            dtype=DTYPES[known(config.precision.precision)],
+            dtype=DTYPES[require(config.precision.precision)],
             router_losses=losses,
             prompt=prompt,
         )
@@ -195,9 +195,9 @@ def build_inference_engine(
         stage,
         topology,
         _cache_maker(config, topology, stage.indices),
-        hidden_size=known(config.model.hidden_size),
+        hidden_size=require(config.model.hidden_size),
         padded_vocab_size=padded_vocab_size,
-        dtype=DTYPES[known(config.precision.precision)],
+        dtype=DTYPES[require(config.precision.precision)],
         prompt=prompt_length(config.model.soft_prompt_tuning),
     )
     validate(checkpoint, engine)
@@ -230,7 +230,7 @@ def _layer_plan(
         vocab_size=vocab_size,
         topology=topology,
         seed=config.training.seed,
-        dtype=DTYPES[known(config.precision.precision)],
+        dtype=DTYPES[require(config.precision.precision)],
         device=device(),
         random=random,
         recompute_attention=selective_recompute(config.recompute),
@@ -245,8 +245,8 @@ def _layer_plan(
 
 def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]:
     """What the blocks of this rank compute on, [s, b, h]; one sample stands for all."""
-    length = known(config.model.seq_length) // topology.context.size
-    return length // (topology.model.size if topology.model.sequence else 1), 1, known(config.model.hidden_size)
+    length = require(config.model.seq_length) // topology.context.size
+    return length // (topology.model.size if topology.model.sequence else 1), 1, require(config.model.hidden_size)
 
 
 def _router_losses(config: Config) -> RouterLossTracker | None:
@@ -277,7 +277,7 @@ def _initialize(
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     build = family.load(section.optimizer_type)
     optimizer = build(
-        groups, Request(known(section.lr), topology, section.params, pieces=config.deepspeed.zero_stage != 0)
+        groups, Request(require(section.lr), topology, section.params, pieces=config.deepspeed.zero_stage != 0)
     )
     clipper = None
     if config.deepspeed.zero_stage == 0:
@@ -351,7 +351,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             dims.num_kv_heads // size,
             max_length,
             dims.head_dim,
-            dtype=cache_dtype(DTYPES[known(config.precision.precision)], device(), dims.head_dim),
+            dtype=cache_dtype(DTYPES[require(config.precision.precision)], device(), dims.head_dim),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
             states=keeps,

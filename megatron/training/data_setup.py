@@ -8,7 +8,7 @@ from megatron.config import Config
 from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.defaults.lr_schedule import decay_horizon
 from megatron.config.schema.training import TrainingSection
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples
 from megatron.data.dataset.data_order import order_facts
 from megatron.distributed.mesh import Topology
@@ -23,7 +23,7 @@ from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
 def with_length(config: Config) -> Config:
     """The configuration in which samples, or passes over the data, which the data alone can tell, have become steps."""
     training, schedule = config.training, config.schedule
-    full = known(training.train_batch_size)
+    full = require(training.train_batch_size)
     if training.train_samples is not None:
         return config.replace(train_iters=Ramp.of(full, training.rampup_batch_size).steps(training.train_samples))
     if training.train_epochs is None:
@@ -31,7 +31,7 @@ def with_length(config: Config) -> Config:
     samples = epoch_samples(
         config.data,
         epochs=training.train_epochs,
-        seq_length=known(config.model.text_length),
+        seq_length=require(config.model.text_length),
         seed=training.seed,
         is_builder=builds_index_maps(config),
         barrier=barrier,
@@ -55,9 +55,9 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
     data = build_data(
         config.data,
         eod=tokenizer.eod,
-        seq_length=known(config.model.text_length),
+        seq_length=require(config.model.text_length),
         seed=training.seed,
-        micro_batch=known(training.train_micro_batch_size_per_gpu),
+        micro_batch=require(training.train_micro_batch_size_per_gpu),
         data_rank=topology.data.rank,
         data_size=topology.data.size,
         train_samples=wanted["train"],
@@ -97,7 +97,7 @@ def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bo
     There is an evaluation every eval_interval iterations and one at the end, each on samples of its own, or with
     same_valid all on the same ones.
     """
-    batch = known(training.train_batch_size)
+    batch = require(training.train_batch_size)
     per_evaluation = training.eval_iters * batch
     several = bool(training.eval_interval) and not same_valid
     evaluations = iterations // training.eval_interval + 1 if several else 1

@@ -22,7 +22,7 @@ from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
 from megatron.config.defaults.batch_rampup import Ramp
 from megatron.config.defaults.curriculum import curriculum_lengths
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
@@ -175,9 +175,9 @@ def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
 def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
     training, checkpoint, model = config.training, config.checkpoint, config.model
     dims = ModelDims.of(model, config.moe, config.mixers)
-    batch = known(training.train_batch_size)
+    batch = require(training.train_batch_size)
     table = tensors(dims, vocabulary)
-    peak = find_peak(device(), DTYPES[known(config.precision.precision)], config.observe.peak_theoretical_tflops)
+    peak = find_peak(device(), DTYPES[require(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return Plan(
         total=train_iters(config),
@@ -190,12 +190,12 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
         save_factor=checkpoint.checkpoint_factor,
         save_extra=tuple(checkpoint.extra_save_iters or ()),
         samples=batch,
-        micro_batches=known(training.gradient_accumulation_steps),
+        micro_batches=require(training.gradient_accumulation_steps),
         sizes=StepSizes(
             Ramp.of(batch, training.rampup_batch_size),
-            share=known(training.train_micro_batch_size_per_gpu) * topology.data.size,
-            lengths=curriculum_lengths(config.deepspeed.curriculum_learning, known(model.seq_length)),
-            whole=known(model.seq_length),
+            share=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
+            lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
+            whole=require(model.seq_length),
         ),
         flops=lambda length: (
             flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
@@ -218,11 +218,11 @@ def _parts(
     horizon = section.lr_decay_samples if config.training.train_samples is not None else section.lr_decay_iters
     schedule = build_schedule(
         SCHEDULES.load(section.lr_decay_style),
-        peak=known(config.optimizer.lr),
+        peak=require(config.optimizer.lr),
         floor=section.min_lr,
         warmup_fraction=section.warmup,
         warmup=section.warmup_iters,
-        horizon=known(horizon),
+        horizon=require(horizon),
         tail=section.wsd_decay_fraction,
         tail_shape=section.wsd_decay_style,
     )
@@ -276,7 +276,7 @@ def _with_guards(
     training = config.training
     if data.train is None:
         return parts
-    diagnosis = Diagnosis(engine, data.train, known(training.train_micro_batch_size_per_gpu))
+    diagnosis = Diagnosis(engine, data.train, require(training.train_micro_batch_size_per_gpu))
     judge = Judge(
         diagnosis,
         training.on_nan,

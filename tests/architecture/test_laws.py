@@ -63,7 +63,7 @@ def test_every_module_that_the_type_checker_is_strict_with_exists() -> None:
 
 
 def test_dead_path_law_can_complain(tmp_path: Path) -> None:
-    (tmp_path / "megatron" / "config" / "rules").mkdir(parents=True)
+    (tmp_path / "megatron" / "config" / "validation").mkdir(parents=True)
     (tmp_path / "megatron" / "errors.py").touch()
     good = {
         "LAW": ("megatron/config/validation/", {"key": frozenset({"megatron/errors.py"})}, "any text", "tools"),

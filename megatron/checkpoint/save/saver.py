@@ -32,7 +32,7 @@ from megatron.checkpoint.save.commit import make_room, publish, require_shared, 
 from megatron.checkpoint.save.protocol import Checkpointable, run_with_heartbeat, together
 from megatron.checkpoint.save.snapshot import Snapshot
 from megatron.config import Config, serialize
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.distributed.process_group import all_gather_items
 from megatron.errors import ConfigError
 
@@ -199,9 +199,9 @@ def take_snapshot(
     if config.checkpoint.checkpoint_validation_with_forward_pass:
         said = answers(
             engine,
-            length=known(config.model.text_length),
+            length=require(config.model.text_length),
             vocabulary=padded_vocab_size,
-            precision=known(config.precision.precision),
+            precision=require(config.precision.precision),
         )
         if topology.rank == 0:
             snapshot.tensors[layout.ANSWERS] = lambda: said

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-def known(value: Value | None) -> Value:
-    """The value of a key that a YAML may leave out and that resolving always fills, of a resolved configuration."""
-    assert value is not None, "resolving fills this key or refuses the configuration"
+def require(value: Value | None) -> Value:
+    """Return the value of a key that resolving always fills. TypeError where the configuration is not resolved."""
+    if value is None:
+        raise TypeError("resolving fills this key or refuses the configuration")
     return value
 
 

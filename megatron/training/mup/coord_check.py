@@ -17,7 +17,7 @@ from megatron.config import Config
 from megatron.config.config import FIELDS
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.validation.mup import FACTORS
-from megatron.config.validation.unknown_values import known
+from megatron.config.validation.unknown_values import require
 from megatron.config.validation.validate import violations
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.init import shutdown
@@ -56,7 +56,7 @@ def coord_check(config: Config) -> None:
         train = build_run_data(config, topology, tokenizer).train
         assert train is not None, "build_run_data refuses a run without data"
         batches = train.batches()
-        step = [next(batches) for _ in range(known(config.training.gradient_accumulation_steps))]
+        step = [next(batches) for _ in range(require(config.training.gradient_accumulation_steps))]
         curves = {
             name: Curves.of({width: _measure(one, topology, rows, tokenizer.vocab_size, step) for width, one in each})
             for name, each in models.items()
@@ -77,7 +77,7 @@ def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]
         if parametrisation == STANDARD:
             plain = {name: FIELDS[name].default for name in FACTORS}
             changed = changed.replace(use_mup=False, mup_base_widths=None, **plain)
-        yield known(changed.model.hidden_size), changed
+        yield require(changed.model.hidden_size), changed
 
 
 def at_width(config: Config, base: Widths, factor: int) -> Config:
@@ -106,11 +106,11 @@ def _measure(
     gauge, found = Gauge(), []
     with gauge.on(engine.layers()):
         for _ in range(STEPS + 1):
-            loss = engine.train_step(iter(step), known(config.optimizer.lr)).loss
+            loss = engine.train_step(iter(step), require(config.optimizer.lr)).loss
             found.append(gauge.take())
     if topology.rank == 0:
         kind = MUP if config.mup.use_mup else STANDARD
-        _log.info("%s, width %d: loss %.4f after %d steps", kind, known(config.model.hidden_size), loss, STEPS)
+        _log.info("%s, width %d: loss %.4f after %d steps", kind, require(config.model.hidden_size), loss, STEPS)
     del engine
     gc.collect()  # before the next width takes its place
     return found
@@ -119,7 +119,7 @@ def _measure(
 def _write(config: Config, curves: dict[str, Curves], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     picture, numbers = folder / "coord_check.png", folder / "coord_check.json"
-    rate = known(config.optimizer.lr)
+    rate = require(config.optimizer.lr)
     widths = curves[MUP].widths
     draw(curves, picture, f"coordinate check: {config.optimizer.optimizer_type}, learning rate {rate:g}")
     told = {"widths": widths, "learning_rate": rate, **{name: found.json() for name, found in curves.items()}}
