@@ -1,4 +1,4 @@
-"""The two kinds of error that a user sees, each told with what, where and what to do.
+"""User-facing errors: each carries a message, its location and a hint.
 
 ConfigError: an error in what the user asked for, found before any work that it could waste (exit code 2).
 RunError: an error met later, such as a damaged checkpoint, a full disk or a NaN loss (exit code 1).
@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 class Unset(Enum):
-    """Stands for "no value was involved", since None is a value that a configuration may hold."""
+    """Means "no value was involved", since None is a value that a configuration may hold."""
 
     UNSET = "unset"
 
@@ -27,29 +27,30 @@ UNSET = Unset.UNSET
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    what: the error, as a sentence without a full stop. key and value: the configuration key involved and what it
-    held. where: `file:line`, "command line", a path or a rank. hint: what the user can do about it.
-    """
-
-    what: str
+    message: str
+    """The error, as a sentence without a full stop."""
     key: str | None = None
+    """The configuration key involved."""
     value: object = UNSET
-    where: str | None = None
+    """The value of that key."""
+    location: str | None = None
+    """`file:line`, "command line", a path or a rank."""
     hint: str | None = None
+    """What the user can do about it."""
 
     def __str__(self) -> str:
-        """`where: key = value: what; hint`, leaving out the parts that are not known."""
+        """Formats `location: key = value: message; hint`, without the fields that are not set."""
         subject = self.key
         if subject is not None and self.value is not UNSET:
             subject = f"{subject} = {self.value!r}"
-        told = self.what if self.hint is None else f"{self.what}; {self.hint}"
-        return ": ".join(part for part in (self.where, subject, told) if part)
+        message = self.message if self.hint is None else f"{self.message}; {self.hint}"
+        return ": ".join(part for part in (self.location, subject, message) if part)
 
 
 class NeoxError(Exception):
-    """A bundle of errors; the message is one line for each."""
+    """A bundle of issues; the message has one line for each."""
 
     exit_code = 1
 
@@ -58,35 +59,35 @@ class NeoxError(Exception):
         self.issues = issues
 
     def __reduce__(self) -> tuple[type[Self], tuple[ConfigIssue, ...]]:
-        """Pickling keeps the errors, which a worker process may have to hand over."""
+        """Keeps the issues when the error is pickled across processes."""
         return type(self), self.issues
 
     @classmethod
     def of(
         cls,
-        what: str,
+        message: str,
         *,
         key: str | None = None,
         value: object = UNSET,
-        where: str | None = None,
+        location: str | None = None,
         hint: str | None = None,
     ) -> Self:
-        """The common case of a single error."""
-        return cls(ConfigIssue(what, key, value, where, hint))
+        """Makes an error of one issue; the arguments are the fields of `ConfigIssue`."""
+        return cls(ConfigIssue(message, key, value, location, hint))
 
     @classmethod
     def raise_any(cls, issues: Iterable[ConfigIssue]) -> None:
-        """Raises one error that holds all the errors, if there are any."""
+        """Raises one error that holds all issues, if there are any."""
         found = tuple(issues)
         if found:
             raise cls(*found)
 
 
 class ConfigError(NeoxError):
-    """The user asked for something that cannot be, said before any work starts."""
+    """The configuration or the command line asks for something impossible; raised before any work starts."""
 
     exit_code = 2
 
 
 class RunError(NeoxError):
-    """Something failed while the work was under way; what was already written stays usable."""
+    """The work failed while it was under way; what was already written stays usable."""

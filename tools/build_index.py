@@ -67,7 +67,7 @@ def build(request: IndexRequest) -> str:
     if error is not None:
         raise RunError.of(
             f"the index map cannot be written ({error.strerror})",
-            where=request.stem,
+            location=request.stem,
             hint="run where the folder of the data can be written",
         )
     return f"{request.stem}: built in {time.monotonic() - started:.1f} s"

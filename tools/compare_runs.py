@@ -69,7 +69,9 @@ def first_differences(runs: tuple[Path, Path], tolerance: float) -> tuple[list[D
     first, second = (read_fingerprints(run) for run in runs)
     for run, found in zip(runs, (first, second), strict=True):
         if not found:
-            raise ConfigError.of("there are no fingerprints", where=str(run), hint="run with fingerprint_interval: 1")
+            raise ConfigError.of(
+                "there are no fingerprints", location=str(run), hint="run with fingerprint_interval: 1"
+            )
     if first.keys() != second.keys():
         raise ConfigError.of(f"the runs have {len(first)} and {len(second)} ranks", hint="compare runs of one layout")
     differences, compared = [], 0

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = asked.output_dir
     try:
         if layout.iterations(output):
-            raise RunError.of("the folder already holds checkpoints", where=str(output), hint="give a new one")
+            raise RunError.of("the folder already holds checkpoints", location=str(output), hint="give a new one")
         folder = Folder.open(asked.input_dir)
         said = generation_of(asked.input_dir, folder.config)
         further = {**_tokenizer(asked.input_dir, output / TOKENIZER, said), **sampling(said)}
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(RunError.of(f"cannot be read or written: {error.strerror}", where=error.filename), file=sys.stderr)
+        print(RunError.of(f"cannot be read or written: {error.strerror}", location=error.filename), file=sys.stderr)
         return RunError.exit_code
     print(f"{made.directory}: {made.tensors} tensors, vocabulary {made.rows:,}; its keys are in {output / 'model.yml'}")
     return 0

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(RunError.of(f"cannot be read or written: {error.strerror}", where=error.filename), file=sys.stderr)
+        print(RunError.of(f"cannot be read or written: {error.strerror}", location=error.filename), file=sys.stderr)
         return RunError.exit_code
     print(
         f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "

@@ -62,7 +62,7 @@ def header(data: IndexedDataset, prefix: str) -> list[str]:
 def histogram(data: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
     """Every token that occurs and how often, the commonest first."""
     if data.dtype.kind not in "iu":
-        raise RunError.of(f"tokens of type {data.dtype.name} cannot be counted", where=data.prefix)
+        raise RunError.of(f"tokens of type {data.dtype.name} cannot be counted", location=data.prefix)
     totals: dict[int, int] = {}
     for first in range(0, len(data.tokens), AT_ONCE):
         tokens, counts = np.unique(data.tokens[first : first + AT_ONCE], return_counts=True)
@@ -78,13 +78,13 @@ def check(data: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
     borders = data.document_index
     if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(data) or (np.diff(borders) < 0).any():
         raise RunError.of(
-            "the document index does not run from 0 to the number of items", where=str(idx_path(data.prefix))
+            "the document index does not run from 0 to the number of items", location=str(idx_path(data.prefix))
         )
     tokens, _ = histogram(data)
     if tokenizer is not None and len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
         raise RunError.of(
             f"there is a token {int(tokens.max())}, and the tokenizer has {tokenizer.vocab_size}",
-            where=str(bin_path(data.prefix)),
+            location=str(bin_path(data.prefix)),
             hint="name the tokenizer that made these files",
         )
     extremes = f", ids {int(tokens.min())} to {int(tokens.max())}, {len(tokens):,} different" if len(tokens) else ""

@@ -48,7 +48,9 @@ def read_run(path: Path) -> Run:
         records = read_metrics(path)
     except OSError as error:
         raise ConfigError.of(
-            f"cannot read metrics ({error.strerror})", where=str(path), hint="name a run directory or a metrics.jsonl"
+            f"cannot read metrics ({error.strerror})",
+            location=str(path),
+            hint="name a run directory or a metrics.jsonl",
         ) from error
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
@@ -58,7 +60,7 @@ def read_run(path: Path) -> Run:
                 iterations.append(int(record["iteration"]))
                 values.append(float(value))
     if not any(metric in curves for metric in ("train/lm_loss", "validation/lm_loss")):
-        raise ConfigError.of("holds no loss", where=str(path), hint="wait for the first log line of the run")
+        raise ConfigError.of("holds no loss", location=str(path), hint="wait for the first log line of the run")
     iterations, tokens = curves.get("consumed_tokens", ([], []))
     rate = tokens[-1] / iterations[-1] if iterations and iterations[-1] else None
     directory = path if path.is_dir() else path.parent

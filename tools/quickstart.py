@@ -54,7 +54,7 @@ def training_workers(asked: int | None) -> int:
     there = len(local_devices(os.environ, Path("/dev"))) or min(2, os.cpu_count() or 1)
     wanted = there if asked is None else asked
     if wanted < 1:
-        raise ConfigError.of("at least one worker is needed", key="--workers", value=wanted, where="command line")
+        raise ConfigError.of("at least one worker is needed", key="--workers", value=wanted, location="command line")
     return 1 << (min(wanted, 8).bit_length() - 1)
 
 

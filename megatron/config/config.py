@@ -173,14 +173,14 @@ WRITTEN = {
 """How a mapping is written that users give another form."""
 
 
-def unknown_key(name: str, *, value: object = None, where: str | None = None) -> ConfigIssue:
+def unknown_key(name: str, *, value: object = None, location: str | None = None) -> ConfigIssue:
     """The error of a key that does not exist, with the nearest one that does."""
     if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in FIELDS for inner in value):
         hint = f"write its keys without {name} around them, since keys are not nested"
-        return ConfigIssue("there is no such key", key=name, where=where, hint=hint)
+        return ConfigIssue("there is no such key", key=name, location=location, hint=hint)
     close = nearest_name(name, FIELDS)
     hint = f"did you mean {close}?" if close else "configs/README.md lists every key"
-    return ConfigIssue("there is no such key", key=name, where=where, hint=hint)
+    return ConfigIssue("there is no such key", key=name, location=location, hint=hint)
 
 
 def issues_of(refusal: ValidationError, section: type[Section]) -> list[ConfigIssue]:

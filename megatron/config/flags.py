@@ -71,7 +71,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             issues.append(ConfigIssue("the flag needs a value", key=f"--{written}", hint=f"give {wanted}"))
             continue
         values[name] = _joined(FIELDS[name], taken)
-    return Flags(values, rest, [replace(issue, where=COMMAND_LINE) for issue in issues])
+    return Flags(values, rest, [replace(issue, location=COMMAND_LINE) for issue in issues])
 
 
 def flag_value(facts: FieldInfo, text: str) -> Any:

@@ -101,15 +101,15 @@ def _attention_of(values: Mapping[str, SourcedValue]) -> SourcedValue | ConfigIs
     given = values["sparsity"]
     if "attention_config" in values:
         other = values["attention_config"]
-        what = f"attention_config, which is given at {other.where}, says what each block attends to"
-        return ConfigIssue(what, "sparsity", given.value, given.where, "keep one of the two")
+        what = f"attention_config, which is given at {other.location}, says what each block attends to"
+        return ConfigIssue(what, "sparsity", given.value, given.location, "keep one of the two")
     if isinstance(given.value, (list, dict)) or given.value not in SPARSITY:
-        return ConfigIssue("it is none, all or interspersed", "sparsity", given.value, given.where)
+        return ConfigIssue("it is none, all or interspersed", "sparsity", given.value, given.location)
     kinds = SPARSITY[given.value]
     layers = values["num_layers"].value if "num_layers" in values else None
     if not isinstance(layers, int) or isinstance(layers, bool):
-        return SourcedValue([[list(kinds), "all"]], given.where)
-    return SourcedValue([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.where)
+        return SourcedValue([[list(kinds), "all"]], given.location)
+    return SourcedValue([kinds[number % len(kinds)] for number in range(max(0, min(layers, 100_000)))], given.location)
 
 
 _BFLOAT16 = frozenset({"bfloat16", "bf16"})
@@ -124,18 +124,20 @@ def _older_precision(
     warnings: list[str] = []
     precision, block = values.get("precision"), values.get("fp16")
     if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
-        precision = modern["precision"] = SourcedValue(precision.value["type"], precision.where)
-        warnings.append(f"{precision.where}: precision = {{type: ...}}: read as precision: {precision.value}")
+        precision = modern["precision"] = SourcedValue(precision.value["type"], precision.location)
+        warnings.append(f"{precision.location}: precision = {{type: ...}}: read as precision: {precision.value}")
     kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
     if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
         return modern, issues, warnings
     del modern["fp16"]
     if precision is not None and str(precision.value).lower() not in _BFLOAT16:
-        what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.where}, for another one"
-        issues.append(ConfigIssue(what, "fp16", block.value, block.where, "keep one of the two"))
+        what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.location}, for another one"
+        issues.append(ConfigIssue(what, "fp16", block.value, block.location, "keep one of the two"))
     else:
-        modern["precision"] = SourcedValue("bfloat16", block.where)
-        warnings.append(f"{block.where}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale")
+        modern["precision"] = SourcedValue("bfloat16", block.location)
+        warnings.append(
+            f"{block.location}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale"
+        )
     return modern, issues, warnings
 
 
@@ -152,15 +154,15 @@ def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, Sourced
                 modern["attention_config"] = attention
         elif name in REFUSED:
             what = "this is a key of another release or program"
-            issues.append(ConfigIssue(what, name, given.value, given.where, REFUSED[name]))
+            issues.append(ConfigIssue(what, name, given.value, given.location, REFUSED[name]))
         elif name in IGNORED:
-            warnings.append(f"{given.where}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")
+            warnings.append(f"{given.location}: {name} = {given.value!r}: has no effect; {IGNORED[name]}")
         elif name in RENAMED and RENAMED[name] in values:
             other = values[RENAMED[name]]
-            what = f"this is an older name of {RENAMED[name]}, which is given at {other.where}"
-            issues.append(ConfigIssue(what, name, given.value, given.where, "keep one of the two"))
+            what = f"this is an older name of {RENAMED[name]}, which is given at {other.location}"
+            issues.append(ConfigIssue(what, name, given.value, given.location, "keep one of the two"))
         elif name in RENAMED:
-            warnings.append(f"{given.where}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
+            warnings.append(f"{given.location}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
             modern[RENAMED[name]] = given
         else:
             modern[name] = given

@@ -72,7 +72,7 @@ def resolve(
     ConfigError.raise_any(_in_order(read.issues, files, read.given))
     derived = draft.derived | {"config_files"}
     origin = {
-        name: DERIVED if name in derived else read.given[name].where if name in read.given else DEFAULT
+        name: DERIVED if name in derived else read.given[name].location if name in read.given else DEFAULT
         for name in FIELDS
     }
     return Resolution(config, origin, warnings, not_supported_yet(config))
@@ -96,7 +96,7 @@ def _read(
     merged = merge(files, flags)
     given, outdated, warnings = apply_renames(merged.values)
     strange = {name: one for name, one in given.items() if name not in FIELDS}
-    spelling = [unknown_key(name, value=one.value, where=one.where) for name, one in strange.items()]
+    spelling = [unknown_key(name, value=one.value, location=one.location) for name, one in strange.items()]
     values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
     refused = {issue.key for issue in unchosen}
     good = {name: value for name, value in values.items() if name not in refused}
@@ -158,11 +158,11 @@ def _in_order(
     names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
     def place(issue: ConfigIssue) -> tuple[int, int]:
-        where = issue.where or ""
-        name, _, line = where.rpartition(":")
+        location = issue.location or ""
+        name, _, line = location.rpartition(":")
         if name in names and line.isdecimal():
             return names[name], int(line)
-        return names.get(where, len(names) + (where != COMMAND_LINE)), 0
+        return names.get(location, len(names) + (location != COMMAND_LINE)), 0
 
     once = {str(issue): issue for issue in _placed(issues, given)}
     return sorted(once.values(), key=place)
@@ -173,9 +173,9 @@ def _placed(issues: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) ->
     placed = []
     for issue in issues:
         source = given.get(issue.key or "")
-        if source is not None and issue.where is None:
+        if source is not None and issue.location is None:
             value = source.value if issue.value is UNSET else issue.value
-            issue = replace(issue, where=source.where, value=value)
+            issue = replace(issue, location=source.location, value=value)
         placed.append(issue)
     return placed
 
@@ -185,5 +185,5 @@ def _with_where(lines: Sequence[str], given: Mapping[str, SourcedValue]) -> list
     told = []
     for line in lines:
         source = given.get(line.partition(" ")[0].rstrip(":"))
-        told.append(f"{source.where}: {line}" if source else line)
+        told.append(f"{source.location}: {line}" if source else line)
     return told

@@ -21,14 +21,14 @@ def to_json(config: Config) -> str:
     return json.dumps(config.flat(), indent=1, ensure_ascii=False, allow_nan=True) + "\n"
 
 
-def from_json(text: str, where: str = "the configuration handed to the worker") -> Config:
+def from_json(text: str, location: str = "the configuration handed to the worker") -> Config:
     """The inverse of `to_json`. Raises ConfigError where the text is no configuration."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError.of(f"this is not a resolved configuration: {error}", where=where) from error
+        raise ConfigError.of(f"this is not a resolved configuration: {error}", location=location) from error
     if not isinstance(values, dict):
-        raise ConfigError.of("this is not a resolved configuration", where=where)
+        raise ConfigError.of("this is not a resolved configuration", location=location)
     return Config.from_flat(values)
 
 
@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError.of(f"the resolved configuration cannot be read: {error}", where=str(path)) from error
+        raise ConfigError.of(f"the resolved configuration cannot be read: {error}", location=str(path)) from error
     return from_json(text, str(path))
 
 

@@ -56,7 +56,7 @@ class SourcedValue:
     """A value that the user wrote, and where: `file:line` or "command line"."""
 
     value: Any
-    where: str
+    location: str
 
 
 @dataclass
@@ -94,7 +94,7 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
     for name in files:
         path = find_file(name)
         if path is not None and path.resolve() in seen:
-            merged.issues.append(ConfigIssue("the file is named twice", where=str(path), hint="name it once"))
+            merged.issues.append(ConfigIssue("the file is named twice", location=str(path), hint="name it once"))
             continue
         seen |= {path.resolve()} if path else set()
         if path is None:
@@ -123,13 +123,13 @@ def find_file(name: str | os.PathLike[str]) -> Path | None:
 def _no_such_file(name: str | os.PathLike[str]) -> ConfigIssue:
     path = Path(name)
     if path.is_dir():
-        return ConfigIssue("this is a folder, not a configuration file", where=str(name))
+        return ConfigIssue("this is a folder, not a configuration file", location=str(name))
     folder = path.parent
     known = [entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, [*known, *(Path(one).stem for one in known)], n=1)
     return ConfigIssue(
         "there is no such configuration file",
-        where=str(name),
+        location=str(name),
         hint=f"did you mean {folder / close[0]}?" if close else "check the name and the folder",
     )
 
@@ -138,7 +138,7 @@ def _read_file(path: Path, merged: Merged) -> None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", where=str(path)))
+        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", location=str(path)))
         merged.unreadable = True
         return
     merged.texts[_free_name(path.name, merged.texts)] = text
@@ -150,7 +150,7 @@ def _read_file(path: Path, merged: Merged) -> None:
         merged.issues.append(_syntax_issue(error, path, text))
         merged.unreadable = True
     except (ValueError, RecursionError) as error:
-        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", where=str(path)))
+        merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", location=str(path)))
         merged.unreadable = True
 
 
@@ -185,8 +185,8 @@ def _syntax_issue(error: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
         elif path.suffix != ".json" and re.match(r"[A-Za-z_-]+:[^\s:]", written):
             line, what, hint = number, "there is no space after the colon", "write `key: value`"
             break
-    where = f"{path}:{line}" if line is not None else str(path)
-    return ConfigIssue(what, where=where, hint=hint)
+    location = f"{path}:{line}" if line is not None else str(path)
+    return ConfigIssue(what, location=location, hint=hint)
 
 
 def _read_text(text: str, name: str, merged: Merged) -> None:
@@ -197,15 +197,15 @@ def _read_text(text: str, name: str, merged: Merged) -> None:
             return
         if not isinstance(root, yaml.MappingNode):
             told = ConfigIssue(
-                "the file is not a mapping of keys to values", where=name, hint="write `key: value` lines"
+                "the file is not a mapping of keys to values", location=name, hint="write `key: value` lines"
             )
             merged.issues.append(told)
             merged.unreadable = True
             return
         for key_node, value_node in _merged_pairs(root, loader):
-            where = f"{name}:{key_node.start_mark.line + 1}"
+            location = f"{name}:{key_node.start_mark.line + 1}"
             _nested_duplicates(value_node, name, merged)
-            _add(loader.construct_object(key_node, deep=True), value_node, where, loader, merged)
+            _add(loader.construct_object(key_node, deep=True), value_node, location, loader, merged)
     finally:
         loader.dispose()
 
@@ -220,26 +220,26 @@ def _merged_pairs(root: yaml.MappingNode, loader: Any) -> list[tuple[yaml.Node, 
     return own + [pair for name, pair in brought.items() if name not in names]
 
 
-def _add(key: Any, value_node: yaml.Node, where: str, loader: Any, merged: Merged) -> None:
+def _add(key: Any, value_node: yaml.Node, location: str, loader: Any, merged: Merged) -> None:
     if not isinstance(key, str):
-        merged.issues.append(ConfigIssue(f"the key {key!r} is not text", where=where))
+        merged.issues.append(ConfigIssue(f"the key {key!r} is not text", location=location))
         return
     normal = normal_name(key)
     value = loader.construct_object(value_node, deep=True)
     before = merged.values.get(normal)
     if before is not None:
         told = ConfigIssue(
-            f"the key is also given at {before.where}, as {before.value!r}",
+            f"the key is also given at {before.location}, as {before.value!r}",
             key=normal,
             value=value,
-            where=where,
+            location=location,
             hint="keep one of the two",
         )
         merged.issues.append(told)
         if value != before.value:
             merged.doubtful.append(told)
         return
-    merged.values[normal] = SourcedValue(value, where)
+    merged.values[normal] = SourcedValue(value, location)
 
 
 def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 0) -> None:
@@ -256,7 +256,7 @@ def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 
             told = ConfigIssue(
                 f"the key is also given at {name}:{seen[key]}",
                 key=key,
-                where=f"{name}:{line}",
+                location=f"{name}:{line}",
                 hint="keep one of the two",
             )
             merged.issues.append(told)

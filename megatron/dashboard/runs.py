@@ -116,7 +116,7 @@ def _run_directory(folder: Path) -> Path:
             return place.resolve()
     raise ConfigError.of(
         f"this folder holds neither {METRICS} nor {CONFIG}",
-        where=str(folder),
+        location=str(folder),
         hint="name a run directory, or the save folder of a run",
     )
 

@@ -116,7 +116,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
     except dist.DistNetworkError as error:
         raise RunError.of(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}: {error}",
-            where=f"rank {ranks.rank}",
+            location=f"rank {ranks.rank}",
             hint="see that MASTER_ADDR is rank 0's host, and set MASTER_PORT to a port that is free there",
         ) from error
 

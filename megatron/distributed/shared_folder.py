@@ -41,7 +41,7 @@ def sees_files_of_rank_0(folder: Path, *, patience: float = 0.0) -> bool:
     name, problem = str(found[0]), found[1]
     if problem is not None:
         hint = "give a folder that this user can make and write to"
-        raise RunError.of(f"rank 0 cannot write there: {problem}", where=str(folder), hint=hint)
+        raise RunError.of(f"rank 0 cannot write there: {problem}", location=str(folder), hint=hint)
     seen = _appears(folder, name, patience)
     barrier()
     if dist.get_rank() == 0:

@@ -76,6 +76,6 @@ def _refused(what: str, task: str | None) -> ConfigError:
     return ConfigError.of(
         what,
         key="generation_kwargs",
-        where=None if task is None else f"task {task}",
+        location=None if task is None else f"task {task}",
         hint=f"a task may set {', '.join(_KEYS)}",
     )

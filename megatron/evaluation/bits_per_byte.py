@@ -62,13 +62,13 @@ def read_documents(path: str | None, text_key: str = "text") -> list[str]:
     return documents
 
 
-def _document(line: str, where: str, text_key: str) -> str:
+def _document(line: str, location: str, text_key: str) -> str:
     try:
         text = json.loads(line)[text_key]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError.of(f"this is no JSON object with a {text_key}", key="eval_text", where=where) from error
+        raise ConfigError.of(f"this is no JSON object with a {text_key}", key="eval_text", location=location) from error
     if not isinstance(text, str):
-        raise ConfigError.of(f"the {text_key} is no string", key="eval_text", where=where)
+        raise ConfigError.of(f"the {text_key} is no string", key="eval_text", location=location)
     return text
 
 

@@ -307,7 +307,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         text = json.dumps(_plain(record), indent=4, default=str, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError.of(f"cannot write the results ({error.strerror})", where=str(path)) from error
+        raise RunError.of(f"cannot write the results ({error.strerror})", location=str(path)) from error
     get_logger(__name__).info("results written to %s", path)
 
 

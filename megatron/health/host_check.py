@@ -114,21 +114,21 @@ def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
         values = [of(each) for each in first]
         usual = Counter(values).most_common(1)[0][0]
         issues += [
-            ConfigIssue(f"{what} is {value}, where most hosts have {usual}", where=f"host {each.host}", hint=hint)
+            ConfigIssue(f"{what} is {value}, where most hosts have {usual}", location=f"host {each.host}", hint=hint)
             for each, value in zip(first, values, strict=True)
             if value != usual
         ]
     for host, ranks in hosts(facts).items():
         if ranks[0].devices and len(ranks) > ranks[0].devices:
             told = f"{len(ranks)} ranks run on {ranks[0].devices} accelerators"
-            issues.append(ConfigIssue(told, where=f"host {host}", hint="give it fewer slots in the hostfile"))
+            issues.append(ConfigIssue(told, location=f"host {host}", hint="give it fewer slots in the hostfile"))
         if shared and not all(each.visible for each in ranks):
             issues.append(
                 ConfigIssue(
                     "the run directory is not the one that rank 0 sees",
                     key="use_shared_fs",
                     value=True,
-                    where=f"host {host}",
+                    location=f"host {host}",
                     hint="mount the shared file system there, or set use_shared_fs: false",
                 )
             )

@@ -65,7 +65,7 @@ class Watch:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return RunError.of(
             f"a collective failed{mine.when} ({mine.doing}): {first_line}. Waited for: {blamed}",
-            where=f"stage {mine.stage}",
+            location=f"stage {mine.stage}",
             hint=f"see {FAILURES}/ and rank_N.log in the run directory; a wait may last collective_timeout "
             f"= {self._limit:g} s",
         )

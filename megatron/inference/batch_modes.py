@@ -83,7 +83,7 @@ def run_over(
     finally:
         close()
     if failed and len(failed) == count:
-        raise RunError.of(f"none of the {count} prompts could be continued", where=str(path))
+        raise RunError.of(f"none of the {count} prompts could be continued", location=str(path))
     if writes:
         get_logger(__name__).info("%d of %d texts written to %s", count - len(failed), count, path)
 

@@ -60,11 +60,11 @@ def write_log_probabilities(
         get_logger(__name__).info("%d items written to %s", len(source), target)
 
 
-def _require_numbers(scores: numpy.ndarray, where: str) -> None:
+def _require_numbers(scores: numpy.ndarray, location: str) -> None:
     if not numpy.isfinite(scores).all():
         raise RunError.of(
             "the model's scores are not numbers (NaN or infinite)",
-            where=where,
+            location=location,
             hint="look for such values in the checkpoint, or for an overflow in its precision",
         )
 

@@ -66,10 +66,10 @@ def read_request(arguments: Sequence[str]) -> Request:
     unknown = [word for word in flags.rest if word.startswith("-")]
     issues = [*own.issues, *flags.issues]
     what, hint = "there is no such flag", "./deepy.py --help"
-    issues += [ConfigIssue(what, word, where=COMMAND_LINE, hint=hint) for word in unknown]
+    issues += [ConfigIssue(what, word, location=COMMAND_LINE, hint=hint) for word in unknown]
     words = [word for word in flags.rest if word not in unknown]
     if not words:
-        told = ConfigIssue("no script is named", where=COMMAND_LINE, hint="./deepy.py train.py CONF ...")
+        told = ConfigIssue("no script is named", location=COMMAND_LINE, hint="./deepy.py train.py CONF ...")
         raise ConfigError(*issues, told)
     script, *files = words
     try:
@@ -80,7 +80,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     if "autotuning" in own.values:
         if own.values["autotuning"] not in AUTOTUNING:
             what = "this is tune or run"
-            issues.append(ConfigIssue(what, "--autotuning", own.values["autotuning"], where=COMMAND_LINE))
+            issues.append(ConfigIssue(what, "--autotuning", own.values["autotuning"], location=COMMAND_LINE))
         chosen["autotuning_run"] = own.values["autotuning"]
     folder = own.values.get("conf_dir")
     named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
@@ -112,7 +112,7 @@ def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
             if equals or waiting:
                 found.values[name] = text if equals else waiting.pop(0)
             else:
-                found.issues.append(ConfigIssue("the flag needs a value", written, where=COMMAND_LINE))
+                found.issues.append(ConfigIssue("the flag needs a value", written, location=COMMAND_LINE))
         else:
             found.rest.append(argument)
     return found

@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str]) -> int:
     check_base_shapes(config)
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     if request.dry_run:
-        command = build_command(request, resolved, folder, rendezvous(resolved, os.environ), os.environ)
+        command = build_command(request, resolved, folder, find_rendezvous(resolved, os.environ), os.environ)
         page = as_text(resolved) + values_as_text(resolved.resolution)
         print(as_json(resolved, command) + "\n" if request.as_json else page, end="", flush=True)
         return 0
@@ -112,20 +112,22 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)
     here = starts_here(machines, launcher, force=forced(config))
-    where = _rendezvous_for(resolved, caller, here=here)
+    rendezvous = _rendezvous_for(resolved, caller, here=here)
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
     sources = config.checkpoint.config_files or {}
     network = None if here else Network.open()
     if network is not None:
-        towards = where.master_addr or (next(iter(machines.hosts)) if machines.named else None)
-        where = replace(where, supervisor=network.address(own_address(towards)))
+        towards = rendezvous.master_addr or (next(iter(machines.hosts)) if machines.named else None)
+        rendezvous = replace(rendezvous, supervisor=network.address(own_address(towards)))
     prepare_run_directory(folder, serialize.to_json(config), sources, ["deepy.py", *request.arguments])
-    command = build_command(request, resolved, folder, where, caller)
+    command = build_command(request, resolved, folder, rendezvous, caller)
     if command.hostfile is not None:
         (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
     environment = {**(without_place(caller) if here else caller), **command.environment, **terminal_environment()}
     talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
-    ranks = len(machines.hosts[list(machines.hosts)[where.node]]) if launcher == "torchrun" else machines.world_size
+    ranks = (
+        len(machines.hosts[list(machines.hosts)[rendezvous.node]]) if launcher == "torchrun" else machines.world_size
+    )
     supervisor = Supervisor(ranks, interrupts_answers=talks, network=network)
     outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
     tell(outcome)
@@ -147,30 +149,30 @@ def starts_here(machines: Hosts, launcher: str, *, force: bool = False) -> bool:
 def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
     """Where the ranks meet, once the launcher and its hosts have been found to be there. Raises ConfigError."""
     launch, machines = resolved.resolution.config.launch, resolved.machines
-    where = rendezvous(resolved, caller)
+    rendezvous = find_rendezvous(resolved, caller)
     given = resolved.resolution.origin["master_port"] != "default"
     if next(iter(machines.hosts)) in local_names():
-        where = replace(where, master_port=meeting_port(launch.master_port, given=given))
-    if where.launcher == "torchrun":
+        rendezvous = replace(rendezvous, master_port=meeting_port(launch.master_port, given=given))
+    if rendezvous.launcher == "torchrun":
         node = node_number(list(machines.hosts), caller, local_names())
-        if len(machines.hosts) > 1 and where.master_addr is None:
+        if len(machines.hosts) > 1 and rendezvous.master_addr is None:
             what = "the hosts do not know where they meet"
             raise ConfigError.of(what, key="master_addr", hint="give the address of the first host")
-        return replace(where, node=node)
+        return replace(rendezvous, node=node)
     if here:
-        return where
-    if where.launcher == "local":
+        return rendezvous
+    if rendezvous.launcher == "local":
         hosts = ", ".join(machines.hosts)
         what = f"the hostfile names other hosts: {hosts}"
         raise ConfigError.of(what, key="launcher", value="local", hint="name a launcher for several hosts")
-    check_launcher(where.launcher, caller)
+    check_launcher(rendezvous.launcher, caller)
     if launch.no_ssh_check:
-        return where
-    address = check_hosts(where.launcher, list(machines.hosts), caller)
-    return replace(where, master_addr=where.master_addr or address)
+        return rendezvous
+    address = check_hosts(rendezvous.launcher, list(machines.hosts), caller)
+    return replace(rendezvous, master_addr=rendezvous.master_addr or address)
 
 
-def rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
+def find_rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
     """Where the ranks meet and who starts them, as far as the keys and the environment say."""
     config, machines = resolved.resolution.config, resolved.machines
     launch, launcher = config.launch, launcher_of(config.launch)
@@ -187,14 +189,14 @@ def rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
 
 
 def build_command(
-    request: Request, resolved: Resolved, folder: Path, where: Rendezvous, caller: Mapping[str, str]
+    request: Request, resolved: Resolved, folder: Path, rendezvous: Rendezvous, caller: Mapping[str, str]
 ) -> Command:
     """The command that starts the workers of this request."""
     config, machines = resolved.resolution.config, resolved.machines
-    here = starts_here(machines, where.launcher, force=forced(config))
+    here = starts_here(machines, rendezvous.launcher, force=forced(config))
     worker = (str(request.script), *_config_argument(config, folder, shared=here))
-    build = torchrun_command if where.launcher == "torchrun" else local_command if here else multi_host_command
-    return build(machines, where, worker, folder, caller)
+    build = torchrun_command if rendezvous.launcher == "torchrun" else local_command if here else multi_host_command
+    return build(machines, rendezvous, worker, folder, caller)
 
 
 def _config_argument(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:

@@ -170,11 +170,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not entry:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", entry)
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         if found is None or int(found[2]) == 0:
-            raise ConfigError.of(f"this is not `host slots=N`: {entry}", key="hostfile", where=where)
+            raise ConfigError.of(f"this is not `host slots=N`: {entry}", key="hostfile", location=location)
         if found[1] in hosts:
-            raise ConfigError.of(f"the host {found[1]} stands here a second time", key="hostfile", where=where)
+            raise ConfigError.of(f"the host {found[1]} stands here a second time", key="hostfile", location=location)
         hosts[found[1]] = int(found[2])
     if not hosts:
         raise ConfigError.of("no host in it", key="hostfile", value=str(path), hint="write `host slots=N` lines")

@@ -54,14 +54,16 @@ def set_rank_env(environment: MutableMapping[str, str]) -> None:
     place = {name: _number(name, environment[name]) for name in NAMES if name in environment}
     if "RANK" in place and "WORLD_SIZE" not in place:
         hint = "set WORLD_SIZE, the number of processes, as well"
-        raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", where="environment", hint=hint)
+        raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", location="environment", hint=hint)
     size = place.get("WORLD_SIZE", 1)
     if place.get("RANK", 0) >= size:
-        raise ConfigError.of(f"there are {size} ranks", key="RANK", value=place["RANK"], where="environment")
+        raise ConfigError.of(f"there are {size} ranks", key="RANK", value=place["RANK"], location="environment")
     if size > 1:
         if "RANK" not in place:
             told = f"WORLD_SIZE = {size} and no RANK"
-            raise ConfigError.of(f"the environment has {told}", where="environment", hint="set RANK for each process")
+            raise ConfigError.of(
+                f"the environment has {told}", location="environment", hint="set RANK for each process"
+            )
         environment.setdefault("LOCAL_RANK", "0")
         _meet(environment, size)
 
@@ -83,7 +85,7 @@ def _started_by(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]
 
 def _number(name: str, text: str) -> int:
     if not re.fullmatch(r"\d+", text):
-        raise ConfigError.of("this is not a number", key=name, value=text, where="environment")
+        raise ConfigError.of("this is not a number", key=name, value=text, location="environment")
     return int(text)
 
 
@@ -96,7 +98,7 @@ def _meet(environment: MutableMapping[str, str], size: int) -> None:
             raise ConfigError.of(
                 f"nothing says where the {size} ranks meet",
                 key="MASTER_ADDR",
-                where="environment",
+                location="environment",
                 hint="set it to the address of rank 0's host, the same for all",
             )
         environment["MASTER_ADDR"] = found

@@ -82,7 +82,7 @@ def resolve_again(
     if answers is not None and not before.machines.is_local:
         left = [host for host in hosts if answers(host)]
         if not left:
-            raise RunError.of(f"none of the hosts answers: {', '.join(hosts)}", where="restart")
+            raise RunError.of(f"none of the hosts answers: {', '.join(hosts)}", location="restart")
         if left != hosts:
             flags |= _fewer(left, config)
     return resolve_request(replace(request, flags=flags), environment)

@@ -62,7 +62,7 @@ def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, 
     except OSError as error:
         raise RunError.of(
             f"the run directory cannot be written: {error.strerror}",
-            where=str(error.filename or folder),
+            location=str(error.filename or folder),
             hint="give a folder that can be written as log_dir or save",
         ) from error
     return config

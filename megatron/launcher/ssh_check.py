@@ -108,5 +108,5 @@ def node_number(hosts: Sequence[str], environment: Mapping[str, str], names: fro
     found = [number for number, host in enumerate(hosts) if host in names]
     if len(found) != 1:
         told = f"nothing says which of the {len(hosts)} hosts this is"
-        raise ConfigError.of(told, key="NODE_RANK", where="environment", hint="set it to 0 on the first, and so on")
+        raise ConfigError.of(told, key="NODE_RANK", location="environment", hint="set it to 0 on the first, and so on")
     return found[0]

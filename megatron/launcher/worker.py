@@ -163,7 +163,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     if not any(word and not word.startswith("-") for word in given):
         raise ConfigError.of(
             "no configuration file is named",
-            where=script,
+            location=script,
             hint=f"./deepy.py {Path(script).name} CONF ..., or python {Path(script).name} CONF ...",
         )
     request = read_request([script, *given])

@@ -80,14 +80,14 @@ class _Page:
 
         return record
 
-    def add(self, what: str, where: str, tensor: Tensor, micro_batch: int = 0) -> None:
+    def add(self, quantity: str, layer: str, tensor: Tensor, micro_batch: int = 0) -> None:
         """Writes one record."""
         values = tensor.detach().contiguous().cpu()
         record = {
             "iteration": self._iteration,
             "micro_batch": micro_batch,
-            "what": what,
-            "layer": where,
+            "what": quantity,
+            "layer": layer,
             "bits": zlib.crc32(values.flatten().view(torch.uint8).numpy().data),
             "norm": float(torch.linalg.vector_norm(values, dtype=torch.float64)),
         }

@@ -69,8 +69,8 @@ def _experts(config: Config) -> str:
     moe = config.moe
     if moe.moe_num_experts == 1:
         return ""
-    where = "" if moe.moe_expert_interval == 1 else f" in 1 of {moe.moe_expert_interval} blocks"
-    return f" x {moe.moe_num_experts} experts{where}, {moe.moe_top_k} a token"
+    location = "" if moe.moe_expert_interval == 1 else f" in 1 of {moe.moe_expert_interval} blocks"
+    return f" x {moe.moe_num_experts} experts{location}, {moe.moe_top_k} a token"
 
 
 def _world(config: Config) -> list[str]:

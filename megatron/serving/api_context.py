@@ -89,7 +89,7 @@ class ApiContext:
             try:
                 return read_prompt(self.tokenizer, prompt)
             except RunError as error:
-                raise Refused(400, f"prompt: {error.issues[0].what}") from None
+                raise Refused(400, f"prompt: {error.issues[0].message}") from None
         if max(prompt) >= known_ids(self.tokenizer):
             raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)

@@ -58,11 +58,11 @@ class ChatTemplate:
         tokens: Mapping[str, str] | None = None,
         *,
         key: str = "chat_template",
-        where: str | None = None,
+        location: str | None = None,
     ) -> None:
         self._sources = {DEFAULT: templates} if isinstance(templates, str) else dict(templates)
         self._tokens = dict(tokens or {})
-        self._key, self._where = key, where
+        self._key, self._where = key, location
         self._compiled: dict[tuple[str, bool], jinja2.Template] = {}
         self._marking: dict[str, bool] = {}
         if DEFAULT in self._sources:
@@ -94,14 +94,14 @@ class ChatTemplate:
         return cls.of_folder(place.parent, key=key)
 
     @classmethod
-    def _of_files(cls, file: Path, more: Sequence[Path], config: Path, key: str, where: str) -> ChatTemplate:
-        settings = _read_settings(config, key, where)
-        found = {DEFAULT: _read(file, key, where)} if file.is_file() else {}
-        found |= {each.name.removesuffix(".jinja"): _read(each, key, where) for each in more}
+    def _of_files(cls, file: Path, more: Sequence[Path], config: Path, key: str, location: str) -> ChatTemplate:
+        settings = _read_settings(config, key, location)
+        found = {DEFAULT: _read(file, key, location)} if file.is_file() else {}
+        found |= {each.name.removesuffix(".jinja"): _read(each, key, location) for each in more}
         templates = found or _named_templates(settings.get("chat_template"))
         if not templates:
-            _refuse(f"there is no chat template, neither {TEMPLATE} nor in {CONFIG}", key, where)
-        return cls(templates, _tokens(config, settings), key=key, where=where)
+            _refuse(f"there is no chat template, neither {TEMPLATE} nor in {CONFIG}", key, location)
+        return cls(templates, _tokens(config, settings), key=key, location=location)
 
     @property
     def source(self) -> str:
@@ -306,23 +306,23 @@ def _tokens(config: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def _read_settings(config: Path, key: str, where: str) -> Mapping[str, Any]:
+def _read_settings(config: Path, key: str, location: str) -> Mapping[str, Any]:
     if not config.is_file():
         return {}
     try:
-        found = json.loads(_read(config, key, where))
+        found = json.loads(_read(config, key, location))
     except ValueError as error:
-        _refuse(f"{config.name} is not JSON ({error})", key, where)
+        _refuse(f"{config.name} is not JSON ({error})", key, location)
     return found if isinstance(found, Mapping) else {}
 
 
-def _read(path: Path, key: str, where: str) -> str:
+def _read(path: Path, key: str, location: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        _refuse(f"cannot read {path.name} ({error})", key, where)
+        _refuse(f"cannot read {path.name} ({error})", key, location)
 
 
-def _refuse(what: str, key: str, where: str | None, hint: str | None = None) -> NoReturn:
+def _refuse(what: str, key: str, location: str | None, hint: str | None = None) -> NoReturn:
     hint = hint or f"put the model's {TEMPLATE} beside its tokenizer.json"
-    raise ConfigError.of(what, key=key, value=where, hint=hint)
+    raise ConfigError.of(what, key=key, value=location, hint=hint)

@@ -40,7 +40,7 @@ class FromTokenizers:
         self,
         tokenizer: FastTokenizer,
         eod: str,
-        where: str | None,
+        location: str | None,
         beside: Beside | None = None,
         own: AddedToken | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class FromTokenizers:
             raise ConfigError.of(
                 f"this tokenizer has no {eod} token, which ends a document",
                 key="vocab_file",
-                value=where,
+                value=location,
                 hint=f"add {eod} to the special tokens of the file",
             )
         self._own = own or tokenizer.get_added_tokens_decoder().get(number)
@@ -61,7 +61,7 @@ class FromTokenizers:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._eod_token = eod
-        self._where = where
+        self._where = location
         self.eod: int = number
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have gaps, and every id needs a row in the embedding.
@@ -193,8 +193,8 @@ class FromTokenizers:
         return self._tokenizer.to_str(), self._eod_token, self._where, self._beside, self._own
 
     def __setstate__(self, state: tuple[str, str, str | None, Beside, AddedToken | None]) -> None:
-        content, eod, where, beside, own = state
-        FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, where, beside, own)
+        content, eod, location, beside, own = state
+        FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, location, beside, own)
 
 
 def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:
@@ -211,7 +211,7 @@ def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:
         raise ConfigError.of(what, key=key, value=name, hint=hint) from error
 
 
-def parse(content: str, where: str | None) -> FastTokenizer:
+def parse(content: str, location: str | None) -> FastTokenizer:
     """The tokenizer of a tokenizer.json's text. Raises ConfigError."""
     try:
         return FastTokenizer.from_str(content)
@@ -219,6 +219,6 @@ def parse(content: str, where: str | None) -> FastTokenizer:
         raise ConfigError.of(
             f"this is not a tokenizer.json ({error})",
             key="vocab_file",
-            value=where,
+            value=location,
             hint="give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote",
         ) from error

@@ -44,15 +44,15 @@ class SPMTokenizer:
             raise ConfigError.of(what, key="vocab_file", value=vocab_file, hint=hint) from error
         self._build(content, vocab_file, read_beside(vocab_file))
 
-    def _build(self, content: bytes, where: str, beside: Beside) -> None:
-        self._content, self._where, self._beside = content, where, beside
+    def _build(self, content: bytes, location: str, beside: Beside) -> None:
+        self._content, self._where, self._beside = content, location, beside
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = model.get_piece_size()
         except Exception as error:  # the library raises nothing narrower
             hint = "give the .model that sentencepiece or tools/train_tokenizer.py wrote"
             what = "this is not a sentencepiece model"
-            raise ConfigError.of(what, key="vocab_file", value=where, hint=hint) from error
+            raise ConfigError.of(what, key="vocab_file", value=location, hint=hint) from error
         self._model = model
         found = model.piece_to_id(END_OF_DOCUMENT)
         self.eod: int = model.eos_id() if found == model.unk_id() else found
@@ -60,7 +60,7 @@ class SPMTokenizer:
             raise ConfigError.of(
                 f"this model has neither {END_OF_DOCUMENT} nor an end of sentence, so nothing ends a document",
                 key="vocab_file",
-                value=where,
+                value=location,
                 hint="train it with an end of sentence (tools/train_tokenizer.py --tokenizer-type sentencepiece)",
             )
         self._special = frozenset(token for token in range(self.vocab_size) if model.is_control(token)) | {self.eod}

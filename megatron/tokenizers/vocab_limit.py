@@ -80,7 +80,7 @@ class BoundedTokenizer:
         if beyond >= self.rows:
             raise RunError.of(
                 f"the text has the token {self._named(beyond)}, and the model knows the ids 0 to {self.rows - 1} only",
-                where="tokenizer",
+                location="tokenizer",
                 hint="leave the token out, or tune the model to the tokenizer (finetune: true adds the rows)",
             )
         return ids

@@ -198,7 +198,7 @@ class _Overflows:
             raise RunError.of(
                 f"gradients overflowed {self.count} times in a row at the least loss scale, {self.scale:g}, up to "
                 f"iteration {iteration}",
-                where="training",
+                location="training",
                 hint="go on from an earlier checkpoint with a lower learning rate, or in bfloat16",
             )
 

@@ -43,12 +43,12 @@ class Judge:
         if math.isfinite(loss) and (self.scaled or not result.skipped):
             self._look_for_a_leap(iteration, loss, state, size)
             return
-        where = self.diagnosis.of(state.consumed_samples, size)
-        what = f"the loss of iteration {iteration} is {loss}, the gradient's norm {float(result.grad_norm)}: {where}"
+        location = self.diagnosis.of(state.consumed_samples, size)
+        what = f"the loss of iteration {iteration} is {loss}, the gradient's norm {float(result.grad_norm)}: {location}"
         if self.on_nan == STOP:
             raise RunError.of(
                 what,
-                where="training",
+                location="training",
                 hint="go on from an earlier checkpoint with --iteration N and a lower learning rate, or leave such "
                 "batches out with on_nan: skip",
             )
@@ -56,8 +56,8 @@ class Judge:
 
     def _look_for_a_leap(self, iteration: int, loss: float, state: RunState, size: StepSize) -> None:
         if self.spike_factor is not None and self._steps >= STEPS_BEFORE and loss > self.spike_factor * self._mean:
-            where = self.diagnosis.of_spike(state.consumed_samples, size)
-            self.tell(f"the loss of iteration {iteration} leaps to {loss:.4f} from {self._mean:.4f}: {where}")
+            location = self.diagnosis.of_spike(state.consumed_samples, size)
+            self.tell(f"the loss of iteration {iteration} leaps to {loss:.4f} from {self._mean:.4f}: {location}")
             return
         weight = max(WEIGHT, 1 / (self._steps + 1))
         self._mean += weight * (loss - self._mean)

@@ -234,11 +234,11 @@ def test_every_key_is_accounted_for() -> None:
 
 @pytest.mark.parametrize("key", sorted(WHERE_IT_MATTERS))
 def test_a_key_gets_a_line_exactly_where_nothing_reads_it(key: str) -> None:
-    value, where = WHERE_IT_MATTERS[key]
+    value, base = WHERE_IT_MATTERS[key]
     assert value != FIELDS[key].default
     assert key in told({**WHERE_IT_DOES_NOT.get(key, {}), key: value})
-    if where is not None:
-        assert key not in told({**where, key: value})
+    if base is not None:
+        assert key not in told({**base, key: value})
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))

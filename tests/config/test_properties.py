@@ -26,7 +26,7 @@ SIMPLE = {bool: st.booleans(), int: st.integers(), float: finite, str: text, typ
 
 def values_of(facts: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that the key's type allows."""
-    if facts.name == "attention_config":
+    if facts.name in ("attention_config", "sinks"):
         return st.one_of(st.none(), st.lists(st.sampled_from(facts.choices), max_size=4).map(tuple))
     if facts.choices:
         return st.sampled_from(facts.choices)

@@ -193,7 +193,7 @@ def test_a_file_that_cannot_be_read_has_no_echo(tmp_path: Path) -> None:
     other = write(tmp_path, "run.yml", "train_iters: 10\nseed: -3\nnorm: rmsnrm\n")
     with pytest.raises(ConfigError) as error:
         resolve([broken, other, tmp_path / "gone.yml"])
-    assert [issue.where for issue in error.value.issues] == [
+    assert [issue.location for issue in error.value.issues] == [
         f"{broken}:2",
         f"{other}:2",
         f"{other}:3",

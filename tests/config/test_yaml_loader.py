@@ -13,7 +13,7 @@ def test_files_merge_and_keep_their_lines(tmp_path: Path) -> None:
     second = write(tmp_path, "b.json", '{\n\t"train-iters": 1e3, # steps\n\t"optimizer": {"type": "Adam",},\n}\n')
     merged = merge([first, second], {"seq-length": 8})
     assert merged.issues == []
-    assert {name: (given.value, given.where) for name, given in merged.values.items()} == {
+    assert {name: (given.value, given.location) for name, given in merged.values.items()} == {
         "num_layers": (2, f"{first}:2"),
         "hidden_size": (64, f"{first}:4"),
         "train_iters": (1000.0, f"{second}:2"),
@@ -82,7 +82,7 @@ def test_flags_win_over_files(tmp_path: Path) -> None:
 
 def test_a_suffix_may_be_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, "6-7B.yml", "num_layers: 2\n")
-    assert merge([tmp_path / "6-7B"]).values["num_layers"].where == f"{path}:1"
+    assert merge([tmp_path / "6-7B"]).values["num_layers"].location == f"{path}:1"
 
 
 def test_an_empty_file_is_no_issue(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_comments_and_tabs_of_json_are_blanks_outside_of_strings(tmp_path: Path)
     path = write(tmp_path, "a.json", text)
     merged = merge([path])
     assert merged.issues == []
-    assert {name: (given.value, given.where) for name, given in merged.values.items()} == {
+    assert {name: (given.value, given.location) for name, given in merged.values.items()} == {
         "save": ('a\tb//c#d/*e*/"', f"{path}:3"),
         "seed": (7, f"{path}:4"),
         "lr_decay_style": ("a // b", f"{path}:5"),

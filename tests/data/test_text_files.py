@@ -256,7 +256,7 @@ def test_every_issue_is_reported_at_once(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"x")
     with pytest.raises(ConfigError) as caught:
         find_text_files([str(tmp_path / name) for name in ("missing.jsonl", "table.csv")])
-    reported = [issue.what for issue in caught.value.issues]
+    reported = [issue.message for issue in caught.value.issues]
     assert ["cannot read" in reported[0], "kind" in reported[1]] == [True] * 2
 
 

@@ -160,8 +160,8 @@ def test_an_id_beyond_the_vocabulary_is_named_where_no_card_is(tmp_path, packing
     with pytest.raises(RunError) as caught:
         served(build(section, train=60, tokenizer=TokenizerInfo("HFTokenizer", 5000, 0)).train)
     (issue,) = caught.value.issues
-    assert issue.where == paths[1]
-    assert "document 7 holds the id 5000, and the tokenizer's ids are 0 to 4999" in issue.what
+    assert issue.location == paths[1]
+    assert "document 7 holds the id 5000, and the tokenizer's ids are 0 to 4999" in issue.message
 
 
 def test_negative_ids_and_labels_beyond_the_vocabulary_are_named(tmp_path):

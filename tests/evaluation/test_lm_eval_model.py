@@ -242,7 +242,7 @@ def test_arguments_that_cannot_be_followed_are_reported_when_tasks_are_loaded(fo
     (tmp_path / "task.yaml").write_text(text)
     with pytest.raises(ConfigError, match=reported) as error:
         Tasks(["small_writing"], str(tmp_path))
-    assert "small_writing" in error.value.issues[0].where
+    assert "small_writing" in error.value.issues[0].location
 
 
 def test_arguments_that_change_nothing_pass(engine, folder, tmp_path):

@@ -91,7 +91,7 @@ def test_issues_of_flags_files_arithmetic_and_rules_are_reported_in_one_round(ru
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     starts = [line.split(": ", 2)[:2] for line in done.stderr.splitlines()]
-    assert [(where, reported.partition(" ")[0]) for where, reported in starts] == [
+    assert [(at, reported.partition(" ")[0]) for at, reported in starts] == [
         ("more.yml:2", "hidden_size"),
         ("more.yml:3", "norm"),
         ("more.yml:4", "save"),

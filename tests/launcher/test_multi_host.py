@@ -30,8 +30,8 @@ PORTS = {"slurm": 29500}  # the default, of which srun is told nothing
 
 def argv(launcher: str, machines: Hosts = EVEN, **more: object) -> str:
     port = PORTS.get(launcher, 1234)
-    where = Rendezvous(launcher=launcher, **{"master_port": port, **more})  # type: ignore[arg-type]
-    return shlex.join(multi_host_command(machines, where, WORKER, RUN, {"PATH": "/bin"}).argv)
+    rendezvous = Rendezvous(launcher=launcher, **{"master_port": port, **more})  # type: ignore[arg-type]
+    return shlex.join(multi_host_command(machines, rendezvous, WORKER, RUN, {"PATH": "/bin"}).argv)
 
 
 def runner(launcher: str, options: str, master: str = "first", arguments: str = "") -> str:
@@ -127,14 +127,14 @@ def test_what_the_user_adds() -> None:
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
 def test_modules_that_register_parts_reach_other_hosts(launcher: str) -> None:
-    where, caller = Rendezvous(launcher=launcher, master_port=1234), {"NEOX_PLUGINS": "my_parts"}
-    assert "NEOX_PLUGINS=my_parts" in shlex.join(multi_host_command(EVEN, where, WORKER, RUN, caller).argv)
+    rendezvous, caller = Rendezvous(launcher=launcher, master_port=1234), {"NEOX_PLUGINS": "my_parts"}
+    assert "NEOX_PLUGINS=my_parts" in shlex.join(multi_host_command(EVEN, rendezvous, WORKER, RUN, caller).argv)
 
 
 def test_torchrun_on_one_host_of_two() -> None:
     there = {"master_addr": "first", "master_port": 1234, "node": 1}
-    where = Rendezvous(launcher="torchrun", launcher_args="--max-restarts=3", **there)  # type: ignore[arg-type]
-    command = torchrun_command(EVEN, where, WORKER, RUN, {})
+    rendezvous = Rendezvous(launcher="torchrun", launcher_args="--max-restarts=3", **there)  # type: ignore[arg-type]
+    command = torchrun_command(EVEN, rendezvous, WORKER, RUN, {})
     assert shlex.join(command.argv) == (
         f"{sys.executable} -m torch.distributed.run --nnodes=2 --node-rank=1 --nproc-per-node=2 --master-addr=first "
         f"--master-port=1234 --max-restarts=3 --module megatron.launcher.rank_agent --log-dir /run {SCRIPT}"

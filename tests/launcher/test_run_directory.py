@@ -11,7 +11,7 @@ import pytest
 from megatron.config import serialize
 from megatron.errors import RunError
 from megatron.launcher.arguments import read_request
-from megatron.launcher.cli import build_command, rendezvous
+from megatron.launcher.cli import build_command, find_rendezvous
 from megatron.launcher.resolve import resolve_request
 from megatron.launcher.run_directory import choose_run_directory, git_revision, prepare_run_directory
 from tests.config.small import SMALL
@@ -64,7 +64,7 @@ def started(tmp_path: Path, *flags: str) -> tuple[str, ...]:
     paths.write_text(json.dumps({**SMALL, "hostfile": str(hosts), "log_dir": str(tmp_path / "run")}))
     request = read_request(["train.py", str(paths), "--launcher", "pdsh", *flags])
     resolved = resolve_request(request, {})
-    return build_command(request, resolved, tmp_path / "run", rendezvous(resolved, {}), {}).argv
+    return build_command(request, resolved, tmp_path / "run", find_rendezvous(resolved, {}), {}).argv
 
 
 def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.Ca
         raise ConfigError(ConfigIssue("wrong", key="a"), ConfigIssue("wrong too", key="b"))
 
     def failing(_config: Config) -> None:
-        raise RunError.of("the disk is full", where="/data", hint="free some space")
+        raise RunError.of("the disk is full", location="/data", hint="free some space")
 
     def interrupted(_config: Config) -> None:
         raise KeyboardInterrupt

@@ -106,7 +106,7 @@ def test_unusable_files_are_refused(tmp_path, content, reported):
     with pytest.raises(ConfigError) as caught:
         make_tokenizer("HFTokenizer", vocab_file=str(path))
     (issue,) = caught.value.issues
-    assert reported in issue.what
+    assert reported in issue.message
     assert issue.key == "vocab_file"
     assert issue.hint
 

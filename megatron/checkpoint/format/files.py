@@ -122,7 +122,7 @@ def read_tensors(path: Path) -> Any:
     except _UNREADABLE as error:
         raise RunError.of(
             f"the file cannot be read: {_reason(error)}",
-            where=str(path),
+            location=str(path),
             hint="it is damaged or not a checkpoint; load another iteration with --iteration N",
         ) from error
 
@@ -159,7 +159,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError.of(f"the file cannot be read: {error}", where=str(path)) from error
+        raise RunError.of(f"the file cannot be read: {error}", location=str(path)) from error
 
 
 def digest(path: Path) -> str:

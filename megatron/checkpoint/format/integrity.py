@@ -22,7 +22,7 @@ def write_manifest(directory: Path, written: Iterable[Written]) -> None:
     RunError.raise_any(
         ConfigIssue(
             "a rank wrote this file, and it is not whole where rank 0 looks",
-            where=str(directory / name),
+            location=str(directory / name),
             hint="save to a folder on a file system that all nodes share",
         )
         for name, entry in entries.items()
@@ -43,22 +43,24 @@ def damage(directory: Path, *, contents: bool = False, share: tuple[int, int] = 
     count) of this reader among several that look at every count-th file each.
     """
     manifest = files.read_json(directory / layout.MANIFEST)
-    where = str(directory / layout.MANIFEST)
+    location = str(directory / layout.MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        return [ConfigIssue("this is no list of a checkpoint's files", where=where)]
+        return [ConfigIssue("this is no list of a checkpoint's files", location=location)]
     if manifest.get("version") != VERSION:
-        return [ConfigIssue(f"version {manifest.get('version')} is not one that can be read ({VERSION})", where=where)]
+        return [
+            ConfigIssue(f"version {manifest.get('version')} is not one that can be read ({VERSION})", location=location)
+        ]
     errors = []
     for name, expected in list(manifest["files"].items())[share[0] :: share[1]]:
         path = directory / name
         if not path.is_file():
-            errors.append(ConfigIssue("the file is missing", where=str(path)))
+            errors.append(ConfigIssue("the file is missing", location=str(path)))
         elif path.stat().st_size != expected["bytes"]:
             errors.append(
-                ConfigIssue(f"{path.stat().st_size} bytes where {expected['bytes']} were written", where=str(path))
+                ConfigIssue(f"{path.stat().st_size} bytes where {expected['bytes']} were written", location=str(path))
             )
         elif contents and files.digest(path) != expected["sha256"]:
-            errors.append(ConfigIssue("its content changed after it was written", where=str(path)))
+            errors.append(ConfigIssue("its content changed after it was written", location=str(path)))
     return errors + _strangers(directory, manifest["files"])
 
 
@@ -67,7 +69,7 @@ def _strangers(directory: Path, listed: Mapping[str, object]) -> list[ConfigIssu
     found = [*directory.glob("*.pt"), *(directory / layout.STATE).glob("rank_*")]
     names = sorted(str(path.relative_to(directory)) for path in found)
     return [
-        ConfigIssue("this file does not belong to the checkpoint", where=str(directory / name))
+        ConfigIssue("this file does not belong to the checkpoint", location=str(directory / name))
         for name in names
         if name not in listed
     ]

@@ -56,7 +56,7 @@ def compare(directory: Path, engine: Scoring, precision: str) -> None:
         raise RunError.of(
             f"the loaded model's logits differ from those at saving by up to {furthest:.2g} of the largest "
             f"({_TOLERANCE[told]:g} is allowed in {told})",
-            where=str(path),
+            location=str(path),
             hint="give the model's own settings, or leave checkpoint_validation_with_forward_pass out",
         )
     _log.info("the loaded model says what the saved one said: logits within %.1e of the largest", furthest)

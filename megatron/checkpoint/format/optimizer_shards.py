@@ -127,7 +127,7 @@ class OptimizerState:
         if not places:
             return None
         if len(sizes) != 1:
-            raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", where=str(directory))
+            raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", location=str(directory))
         return OptimizerState(sizes.pop(), places, shapes, rows)
 
     def names(self, key: str) -> tuple[str, ...]:
@@ -193,7 +193,7 @@ class OptimizerState:
         if covered != flat.numel():
             raise RunError.of(
                 f"optimizer state covers {covered} of {flat.numel()} elements of {key}",
-                where=str(self.places[key][0].file.parent),
+                location=str(self.places[key][0].file.parent),
                 hint="a rank's file is missing; load another iteration, or set no_load_optim",
             )
         return shard

@@ -115,19 +115,19 @@ def choose(path: Path, iteration: int | None) -> Path:
     if iteration is not None:
         directory = layout.step_directory(path, iteration)
         if iteration not in found:
-            raise ConfigError.of("there is no such checkpoint", key="iteration", value=iteration, where=str(path))
+            raise ConfigError.of("there is no such checkpoint", key="iteration", value=iteration, location=str(path))
         return directory
     pointer = path / layout.LATEST
     if pointer.is_file():
         directory = path / pointer.read_text(encoding="utf-8").strip()
         if not _ANY.fullmatch(directory.name) or not directory.is_dir():
-            raise RunError.of("names a checkpoint that is not there", where=str(pointer), hint="give an iteration")
+            raise RunError.of("names a checkpoint that is not there", location=str(pointer), hint="give an iteration")
         return directory
     if found:
         return layout.step_directory(path, found[-1])
     if path.is_dir() and (layout.model_files(path) or layout.layer_files(path)):
         return path
-    raise ConfigError.of("there is no checkpoint", where=str(path), hint="give a save folder or one of its steps")
+    raise ConfigError.of("there is no checkpoint", location=str(path), hint="give a save folder or one of its steps")
 
 
 def describe(directory: Path, config_files: Sequence[Path]) -> Any:
@@ -137,19 +137,19 @@ def describe(directory: Path, config_files: Sequence[Path]) -> Any:
         return resolve([str(path) for path in config_files], {"user_script": "generate.py"}).config
     if not resolved.is_file():
         raise ConfigError.of(
-            "nothing says what model this is", where=str(directory), hint="give the run's YAML with --config-file"
+            "nothing says what model this is", location=str(directory), hint="give the run's YAML with --config-file"
         )
     return serialize.from_json(resolved.read_text(encoding="utf-8"), str(resolved))
 
 
 def _compare(stored: StoredModel) -> None:
     """RunError when the stored tensors are not the model's."""
-    where = str(stored.directory)
+    location = str(stored.directory)
     if stored.leftovers() or stored.missing():
         raise RunError.of(
             f"the model lacks {', '.join(stored.leftovers()[:8]) or 'nothing'} of the checkpoint, "
             f"and the checkpoint lacks {', '.join(stored.missing()[:8]) or 'nothing'} of the model",
-            where=where,
+            location=location,
             hint="give the configuration of this checkpoint",
         )
     for shape in stored.table:
@@ -158,5 +158,5 @@ def _compare(stored: StoredModel) -> None:
         if any(tuple(shard.shape) != expected for shard in held):
             raise RunError.of(
                 f"tensor {key_of(shape)} has shape {list(held[0].shape)} on each rank, the model's is {list(expected)}",
-                where=where,
+                location=location,
             )

@@ -98,7 +98,7 @@ class WeightFiles:
         layers = layout.layer_files(directory)
         whole = {} if layers else layout.model_files(directory)
         if not layers and not whole:
-            raise RunError.of("no weight files", where=str(directory), hint="load another checkpoint")
+            raise RunError.of("no weight files", location=str(directory), hint="load another checkpoint")
         return WeightFiles(directory, whole, layers)
 
     @property
@@ -122,7 +122,7 @@ class WeightFiles:
         for rank in range(self.model_size):
             held, label = (self._layer(int(layer), rank), name) if self.layers else (self._module(rank), key)
             if label not in held:
-                raise RunError.of(f"rank {rank} has no tensor {key}", where=str(self.directory))
+                raise RunError.of(f"rank {rank} has no tensor {key}", location=str(self.directory))
             found.append(held[label])
         return found
 
@@ -134,20 +134,22 @@ class WeightFiles:
         path = self.layers.get((layer, rank))
         if path is None:
             missing = str(self.directory / layout.layer_file(layer, rank))
-            raise RunError.of("the file is missing", where=missing, hint="load another iteration")
+            raise RunError.of("the file is missing", location=missing, hint="load another iteration")
         return self._read(path, modern_names)
 
     def _module(self, rank: int) -> dict[str, Tensor]:
         if rank not in self.whole:
             missing = str(self.directory / layout.model_file(rank))
-            raise RunError.of("the file is missing", where=missing, hint="load another iteration")
+            raise RunError.of("the file is missing", location=missing, hint="load another iteration")
         return self._read(self.whole[rank], _module_of)
 
     def _read(self, path: Path, arrange: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         if path not in self._open:
             content = files.read_tensors(path)
             if not isinstance(content, dict):
-                raise RunError.of("the file holds no weights by name", where=str(path), hint="load another checkpoint")
+                raise RunError.of(
+                    "the file holds no weights by name", location=str(path), hint="load another checkpoint"
+                )
             self._open[path] = arrange(content)
         return self._open[path]
 
@@ -186,11 +188,11 @@ def read_shards(
     keys = stored.keys()
     result: dict[str, Tensor] = {}
     errors: list[ConfigIssue] = []
-    where = str(stored.directory)
+    location = str(stored.directory)
     for shape in wanted:
         key = key_of(shape)
         if key not in keys:
-            errors.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", where=where))
+            errors.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", location=location))
             continue
         shards = stored.shards(key)
         written = as_stored(shape, shards, stored.model_size)
@@ -199,10 +201,10 @@ def read_shards(
             whole = grown(shape, assemble(written, shards, summed=summed))
             result[key] = cut_shard(shape, whole, model_rank, model_size)
         else:
-            errors.append(ConfigIssue(error, where=where))
+            errors.append(ConfigIssue(error, location=location))
     if errors:
         hint = "give the configuration the shape of the checkpoint, or load another one"
-        errors[-1] = ConfigIssue(errors[-1].what, where=errors[-1].where, hint=hint)
+        errors[-1] = ConfigIssue(errors[-1].message, location=errors[-1].location, hint=hint)
         raise RunError(*errors)
     return result
 

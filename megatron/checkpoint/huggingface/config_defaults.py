@@ -159,12 +159,12 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 """model_type -> another name of a key -> the key."""
 
 
-def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
+def completed(theirs: Mapping[str, Any], model_type: str, location: str) -> dict[str, Any]:
     """config.json with every key that we read, but those of ROTARY, which may be in a block of their own.
 
     Raises ConfigError for values that no model of the class can have.
 
-    where: the file, for messages.
+    location: the file, for messages.
     """
     found = dict(theirs)
     issues = []
@@ -173,7 +173,7 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
             continue
         if found.get(key) not in (None, found[name]):
             what = f"it is another name of {key}, which is {found[key]!r}"
-            issues.append(ConfigIssue(what, key=name, value=found[name], where=where, hint="keep one of them"))
+            issues.append(ConfigIssue(what, key=name, value=found[name], location=location, hint="keep one of them"))
         found[key] = found[name]
     for key, usual in DEFAULTS[model_type].items():
         if key in ROTARY and key not in found:
@@ -182,7 +182,9 @@ def completed(theirs: Mapping[str, Any], model_type: str, where: str) -> dict[st
         if not _fits(value, usual, key):
             kind = "a number" if isinstance(usual, float) else f"a value such as {usual!r}"
             hint = f"give {kind}, or leave the key out"
-            issues.append(ConfigIssue("this is no value of the key", key=key, value=value, where=where, hint=hint))
+            issues.append(
+                ConfigIssue("this is no value of the key", key=key, value=value, location=location, hint=hint)
+            )
     ConfigError.raise_any(issues)
     return found
 

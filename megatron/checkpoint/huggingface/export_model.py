@@ -170,16 +170,16 @@ def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
     if len(parts) == 1:
         safetensors_format.write(output / WHOLE, parts[0], {"format": "pt"})
         return
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         safetensors_format.write(output / name, part, {"format": "pt"})
-        where |= {promise.name: name for promise in part}
+        weight_map |= {promise.name: name for promise in part}
     total = sum(promise.size for promise in promises)
-    files.write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    files.write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def refuse_existing(output: Path) -> None:
     """RunError when the folder already holds a model, whose files would mix with ours."""
     if any(output.glob("*.safetensors")) or (output / CONFIG).is_file():
-        raise RunError.of("the folder already holds a model", where=str(output), hint="give an empty or new one")
+        raise RunError.of("the folder already holds a model", location=str(output), hint="give an empty or new one")

@@ -59,7 +59,7 @@ def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: Mixer
     return errors
 
 
-def family_of(theirs: Mapping[str, Any], where: str) -> Family:
+def family_of(theirs: Mapping[str, Any], location: str) -> Family:
     """The family that a config.json names. ConfigError when it is not one of ours."""
     for family in FAMILIES.values():
         if family.model_type == theirs.get("model_type"):
@@ -69,5 +69,5 @@ def family_of(theirs: Mapping[str, Any], where: str) -> Family:
         f"models of this type cannot be taken over; these can: {known}",
         key="model_type",
         value=theirs.get("model_type"),
-        where=where,
+        location=location,
     )

@@ -157,7 +157,7 @@ def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str
     """Our name of what config.json names under `key`. ConfigError when there is none."""
     if theirs.get(key) not in known:
         raise ConfigError.of(
-            f"only {', '.join(sorted(known))} can be taken over", key=key, value=theirs.get(key), where="config.json"
+            f"only {', '.join(sorted(known))} can be taken over", key=key, value=theirs.get(key), location="config.json"
         )
     return known[theirs[key]]
 
@@ -165,7 +165,7 @@ def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str
 def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
     """Raises ConfigError for keys of config.json whose value asks for something that we have not."""
     ConfigError.raise_any(
-        ConfigIssue(f"only {value!r} can be taken over", key=key, value=theirs[key], where="config.json")
+        ConfigIssue(f"only {value!r} can be taken over", key=key, value=theirs[key], location="config.json")
         for key, value in wanted.items()
         if theirs.get(key, value) not in (value, None)
     )

@@ -67,7 +67,7 @@ def adopt(
         if tuple(tensor.shape) != shape.shape:
             raise RunError.of(
                 f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json speaks of {list(shape.shape)}",
-                where=str(folder.path),
+                location=str(folder.path),
             )
         return tensor if dtype is None else safetensors_format.narrowed(key_of(shape), tensor, dtype)
 

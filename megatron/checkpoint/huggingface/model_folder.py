@@ -58,21 +58,21 @@ class Folder:
             if (path / ADAPTER).is_file():
                 raise ConfigError.of(
                     "this folder holds an adapter of peft, and not the model that it changes",
-                    where=str(path),
+                    location=str(path),
                     hint="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
                 )
             raise ConfigError.of(
                 f"it holds no {CONFIG} with {WHOLE}, {INDEX}, {OLD_WHOLE} or {OLD_INDEX}",
-                where=str(path),
+                location=str(path),
                 hint="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
             )
-        where = str(path / CONFIG)
+        location = str(path / CONFIG)
         config = files.read_json(path / CONFIG)
         if not isinstance(config, dict):
-            raise ConfigError.of("this is no object", where=where)
-        family = family_of(config, where)
+            raise ConfigError.of("this is no object", location=location)
+        family = family_of(config, location)
         ConfigError.raise_any(_changes_weights(path, config))
-        return Folder(path, completed(config, family.model_type, where), family, _sources(path))
+        return Folder(path, completed(config, family.model_type, location), family, _sources(path))
 
     def settings(self) -> Settings:
         """The model as our keys."""
@@ -113,7 +113,7 @@ class FolderWeights:
         if named:
             raise RunError.of(
                 f"tensors that the model has no place for: {', '.join(sorted(named)[:8])}",
-                where=str(folder.path),
+                location=str(folder.path),
                 hint="its config.json belongs to another model",
             )
         return FolderWeights(folder.path, table)
@@ -127,7 +127,7 @@ class FolderWeights:
         row, sources = self.table[key]
         parts = [source() for source in sources]
         if row.copies and not all(part.equal(parts[0]) for part in parts):
-            raise RunError.of(f"{' and '.join(row.theirs)} differ", where=str(self.directory))
+            raise RunError.of(f"{' and '.join(row.theirs)} differ", location=str(self.directory))
         return [row.together(parts)]
 
 
@@ -149,14 +149,14 @@ def _old_head(name: str, named: dict[str, Source]) -> str:
 
 def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What would be done to the stored weights before they are used, and is not done here."""
-    where = str(path / CONFIG)
+    location = str(path / CONFIG)
     told = config.get("quantization_config")
     if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
         hint = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
-        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, where, hint)
+        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, location, hint)
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
-        yield ConfigIssue(what, where=str(path / ADAPTER), hint="merge it with peft, or take it out of the folder")
+        yield ConfigIssue(what, location=str(path / ADAPTER), hint="merge it with peft, or take it out of the folder")
 
 
 def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
@@ -166,7 +166,7 @@ def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
         if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
             what = f"its tensors are called {prefix}{lacked[0]} and so on, where the model has {lacked[0]}"
             hint = f"save the model inside its wrapper, or take {prefix} off the names ({', '.join(WRAPPERS)})"
-            return [ConfigIssue(what, where=str(folder.path), hint=hint)]
+            return [ConfigIssue(what, location=str(folder.path), hint=hint)]
     return []
 
 
@@ -174,9 +174,9 @@ def _missing(name: str, folder: Folder) -> ConfigIssue:
     what = f"there is no tensor {name}"
     if name in HEADS:
         hint = "a model whose output layer is its embedding says tie_word_embeddings: true"
-        return ConfigIssue(f"{what}, and tie_word_embeddings is false", where=str(folder.path), hint=hint)
+        return ConfigIssue(f"{what}, and tie_word_embeddings is false", location=str(folder.path), hint=hint)
     hint = f"a file that the index does not name, or another model's config.json; {FETCH}"
-    return ConfigIssue(what, where=str(folder.path), hint=hint)
+    return ConfigIssue(what, location=str(folder.path), hint=hint)
 
 
 def _compare_rows(folder: Folder, table: Table) -> None:
@@ -189,7 +189,7 @@ def _compare_rows(folder: Folder, table: Table) -> None:
                     f"tensor {row.theirs[0]} has {rows:,} rows",
                     key="vocab_size",
                     value=folder.rows,
-                    where=str(folder.path / CONFIG),
+                    location=str(folder.path / CONFIG),
                     hint=f"write vocab_size: {rows} if the tensor is right"
                     if rows
                     else "the tensor is empty, as ZeRO stage 3 saves what it does not gather: save the gathered model",
@@ -208,7 +208,7 @@ def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
                 f"the stored {head} is not the embedding; some releases of transformers use it, others drop it",
                 key="tie_word_embeddings",
                 value=folder.config["tie_word_embeddings"],
-                where=str(folder.path / CONFIG),
+                location=str(folder.path / CONFIG),
                 hint=f"write tie_word_embeddings: false to keep {head}, or take that tensor out",
             )
         del named[head]
@@ -236,14 +236,16 @@ def _files(path: Path, whole: str, index: str) -> list[str]:
     if (path / whole).is_file():
         return [whole]
     told = files.read_json(path / index)
-    where = told.get("weight_map") if isinstance(told, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    location = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(location, dict) or not all(isinstance(name, str) for name in location.values()):
         what = "it has no weight_map, which says where each tensor stands"
-        raise RunError.of(what, where=str(path / index), hint=FETCH)
-    names = sorted(set(where.values()))
+        raise RunError.of(what, location=str(path / index), hint=FETCH)
+    names = sorted(set(location.values()))
     what = f"this file is not there, which {index} names"
     absent = [name for name in names if not (path / name).is_file()]
-    RunError.raise_any([ConfigIssue(what, where=str(path / name), hint=f"{FETCH} into this folder") for name in absent])
+    RunError.raise_any(
+        [ConfigIssue(what, location=str(path / name), hint=f"{FETCH} into this folder") for name in absent]
+    )
     return names
 
 
@@ -254,5 +256,5 @@ def _old_tensors(path: Path) -> dict[str, Tensor]:
     except RunError as error:
         raise RunError(*(replace(issue, hint=_FETCH_BIN) for issue in error.issues)) from error
     if not isinstance(found, dict):
-        raise RunError.of("this file holds no tensors by name", where=str(path), hint=_FETCH_BIN)
+        raise RunError.of("this file holds no tensors by name", location=str(path), hint=_FETCH_BIN)
     return found

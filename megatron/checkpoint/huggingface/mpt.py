@@ -50,7 +50,7 @@ def _settings(theirs: Mapping[str, Any]) -> Settings:
     demand(theirs, {"no_bias": True, "logit_scale": None, "expansion_ratio": 4})
     if theirs["n_heads"] & (theirs["n_heads"] - 1):
         what = "only a power of two can be taken over: other numbers of heads have other slopes here"
-        raise ConfigError.of(what, key="n_heads", value=theirs["n_heads"], where="config.json")
+        raise ConfigError.of(what, key="n_heads", value=theirs["n_heads"], location="config.json")
     return {
         "num_layers": theirs["n_layers"],
         "hidden_size": theirs["d_model"],

@@ -47,7 +47,7 @@ def export_adapter(
     if updates is None and prompt is None:
         raise ConfigError.of(
             "nothing was trained beside a frozen model here: neither lora nor soft_prompt_tuning is set",
-            where=str(stored.directory),
+            location=str(stored.directory),
             hint="leave --adapter-only out",
         )
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})

@@ -61,14 +61,14 @@ def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partia
     for name, block in said.items():
         if not isinstance(block, Mapping) or any(isinstance(value, Mapping) for value in block.values()):
             what = "only one scaling for all blocks can be taken over"
-            raise ConfigError.of(what, key=name, value=block, where=CONFIG)
+            raise ConfigError.of(what, key=name, value=block, location=CONFIG)
     meanings = {name: _meaning(theirs, block, base, part) for name, block in said.items()}
     if len(meanings) > 1 and meanings["rope_scaling"] != meanings["rope_parameters"]:
         raise ConfigError.of(
             f"it contradicts rope_parameters = {said['rope_parameters']!r}",
             key="rope_scaling",
             value=said["rope_scaling"],
-            where=CONFIG,
+            location=CONFIG,
             hint="say it once: put the scaling into rope_parameters, with its rope_theta, and remove rope_scaling",
         )
     settings = next(iter(meanings.values()), None) or _meaning(theirs, {}, base, part)
@@ -81,7 +81,7 @@ def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, par
     usual = DEFAULTS[theirs["model_type"]]
     theta = block.get("rope_theta", theirs.get(base, usual[base]))
     if not isinstance(theta, (int, float)) or not float(theta).is_integer() or theta < 1:
-        raise ConfigError.of("the base must be a whole number", key=base, value=theta, where=CONFIG)
+        raise ConfigError.of("the base must be a whole number", key=base, value=theta, location=CONFIG)
     turned = block.get("partial_rotary_factor")
     settings: Settings = {
         "rotary_emb_base": int(theta),
@@ -102,7 +102,7 @@ def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, par
                 f"the scaling speaks of {told['original_max_position_embeddings']}",
                 key="original_max_position_embeddings",
                 value=beside,
-                where=CONFIG,
+                location=CONFIG,
             )
     return settings | {"rope_scaling": {"type": kind, **told}}
 
@@ -119,6 +119,6 @@ def _one_base(theirs: Mapping[str, Any], settings: Settings) -> None:
                 f"it contradicts {settings[mine]!r}, which the rest of the file says",
                 key=name,
                 value=value,
-                where=CONFIG,
+                location=CONFIG,
                 hint="say it once",
             )

@@ -120,7 +120,7 @@ class Reader:
                 raise ValueError(f"{len(self._map)} bytes where the header promises {self._start + end}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             told = f"this is not a whole safetensors file: {error}"
-            raise RunError.of(told, where=str(path), hint=f"{FETCH} (git lfs pull, hf download)") from error
+            raise RunError.of(told, location=str(path), hint=f"{FETCH} (git lfs pull, hf download)") from error
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
@@ -133,7 +133,7 @@ class Reader:
         dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
         if dtype is None or stop - start != prod(shape) * dtype.itemsize:
             told = f"tensor {name} has {entry}, which cannot be read"
-            raise RunError.of(told, where=str(self.path), hint=f"only {', '.join(DTYPES)} are read, each whole")
+            raise RunError.of(told, location=str(self.path), hint=f"only {', '.join(DTYPES)} are read, each whole")
         if start == stop:
             return torch.empty(shape, dtype=dtype)
         values = torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=self._start + start)

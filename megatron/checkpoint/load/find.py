@@ -87,10 +87,10 @@ def _on_all(found: list[Path], sharing: Sharing) -> list[Path]:
 def errors_of(directory: Path, load: Path, sharing: Sharing) -> list[ConfigIssue]:
     """What is wrong with a checkpoint, the same list on every rank; collective."""
     if not directory.is_dir() or directory == load:
-        return [ConfigIssue("names a checkpoint that is not there", where=str(load / layout.LATEST))]
+        return [ConfigIssue("names a checkpoint that is not there", location=str(load / layout.LATEST))]
     if not integrity.is_ours(directory):
         empty = not layout.model_files(directory) and not layout.layer_files(directory)
-        return [ConfigIssue("no weight files", where=str(directory))] if empty else []
+        return [ConfigIssue("no weight files", location=str(directory))] if empty else []
     try:
         mine = integrity.damage(directory, contents=True, share=sharing.share)
     except RunError as error:
@@ -108,4 +108,4 @@ def offer(found: list[int]) -> str:
 def _with_hint(errors: list[ConfigIssue], load: Path, damaged: Path) -> list[ConfigIssue]:
     others = [each for each in layout.iterations(load) if each != layout.iteration_of(damaged)]
     hint = offer(others) + (", or set load_fallback: previous" if others else "")
-    return [ConfigIssue(error.what, where=error.where, hint=hint) for error in errors]
+    return [ConfigIssue(error.message, location=error.location, hint=hint) for error in errors]

@@ -88,7 +88,7 @@ class Checkpoint:
         if state is None:
             raise RunError.of(
                 "the checkpoint holds no optimizer state",
-                where=str(self.directory),
+                location=str(self.directory),
                 hint="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
         return state.with_weights(self._shard) if self._embedding.dtype == torch.float32 else state
@@ -159,7 +159,7 @@ class Checkpoint:
             return config
         own = schedule_facts(section, config.optimizer)
         stored = files.read_json(path).get("schedule") or {}
-        use = schedule_to_use(stored, own, take_stored=section.use_checkpoint_lr_scheduler, where=self.directory)
+        use = schedule_to_use(stored, own, take_stored=section.use_checkpoint_lr_scheduler, location=self.directory)
         if use != own:
             warn_of_early_end(use, config.training.train_iters, self.directory)
         return config if use == own else _with_schedule(config, use)
@@ -343,7 +343,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
     return result
 
 
-def _strangers(unexpected: list[str], missing: list[str], added: set[str], where: str) -> list[ConfigIssue]:
+def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:
     """added: the keys of what is trained beside a frozen model."""
     hint = "give the configuration the shape of the checkpoint, or load another one"
     if added.issuperset(missing) and missing:
@@ -357,7 +357,7 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], where
         "the model has tensors that the checkpoint lacks": missing,
     }
     return [
-        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", where=where, hint=hint)
+        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", location=location, hint=hint)
         for what, names in told.items()
         if names
     ]

@@ -30,7 +30,7 @@ def schedule_facts(schedule: ScheduleSection, optimizer: OptimizerSection) -> di
     return {"lr": optimizer.lr, **{key: getattr(schedule, key) for key in _KEYS}}
 
 
-def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, where: Path) -> Mapping:
+def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, location: Path) -> Mapping:
     """The stored values, or the run's own where nothing is stored of a key.
 
     stored, own: what `schedule_facts` gave then and now. take_stored: `use_checkpoint_lr_scheduler`. Raises ConfigError
@@ -40,7 +40,7 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
     if not take_stored:
         ConfigError.raise_any(
             ConfigIssue(
-                f"the checkpoint {where} was trained with {known[key]!r}",
+                f"the checkpoint {location} was trained with {known[key]!r}",
                 key=key,
                 value=own[key],
                 hint="set override_lr_scheduler to take this one, or use_checkpoint_lr_scheduler to take that one",
@@ -51,7 +51,7 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
     return {**own, **known}
 
 
-def warn_of_early_end(schedule: Mapping[str, Any], train_iters: int | None, where: Path) -> None:
+def warn_of_early_end(schedule: Mapping[str, Any], train_iters: int | None, location: Path) -> None:
     """A line where the rate of a checkpoint's schedule stays at its floor before the run ends.
 
     schedule: the one to use. train_iters [steps]: of the run.
@@ -62,7 +62,7 @@ def warn_of_early_end(schedule: Mapping[str, Any], train_iters: int | None, wher
     _log.warning(
         "the schedule of %s ends at iteration %d: from there to iteration %d the learning rate stays at its last value "
         "(min_lr is %g); override_lr_scheduler takes this run's own schedule",
-        where,
+        location,
         horizon,
         train_iters,
         schedule.get("min_lr") or 0.0,

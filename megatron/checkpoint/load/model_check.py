@@ -70,7 +70,7 @@ _ADJUSTED: dict[str, Concerned] = {
 _SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm", "swish": "silu"}
 
 
-def same_model(stored: Values, own: Values, where: Path, *, finetune: bool) -> None:
+def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -> None:
     """ConfigError for each key that would make another model of the weights; a line for those that may be changed.
 
     stored, own: flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
@@ -83,13 +83,13 @@ def same_model(stored: Values, own: Values, where: Path, *, finetune: bool) -> N
             "%s = %r: the checkpoint %s was trained with %r, and is another model with this value",
             key,
             own[key],
-            where,
+            location,
             stored[key],
         )
     if not finetune:
         ConfigError.raise_any(
             ConfigIssue(
-                f"the checkpoint {where} was trained with {stored[key]!r}, and with another value its weights are "
+                f"the checkpoint {location} was trained with {stored[key]!r}, and with another value its weights are "
                 "another model",
                 key=key,
                 value=own[key],

@@ -20,7 +20,7 @@ def parametrisation_facts(mup: MupSection) -> dict[str, Any]:
     return {"use_mup": True, **{key: getattr(mup, key) for key in _KEYS}} if mup.use_mup else {}
 
 
-def same_parametrisation(stored: Mapping[str, Any], mup: MupSection, where: Path) -> None:
+def same_parametrisation(stored: Mapping[str, Any], mup: MupSection, location: Path) -> None:
     """ConfigError for each key that would make another model of the stored weights.
 
     stored: what `parametrisation_facts` gave when they were saved.
@@ -30,8 +30,8 @@ def same_parametrisation(stored: Mapping[str, Any], mup: MupSection, where: Path
     differing = ["use_mup"] if stored["use_mup"] != own["use_mup"] else [key for key in own if stored[key] != own[key]]
     ConfigError.raise_any(
         ConfigIssue(
-            f"the checkpoint {where} was trained with {stored[key]!r}, and with another value its weights are another "
-            "model",
+            f"the checkpoint {location} was trained with {stored[key]!r}, and with another value its weights are "
+            "another model",
             key=key,
             value=own[key],
             hint="give base_shapes_file and the mup_ keys of that run",

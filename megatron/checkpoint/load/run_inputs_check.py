@@ -34,7 +34,7 @@ class RunInputs:
 
 
 def same_tokenizer(
-    stored: Mapping[str, Any] | None, own: TokenizerInfo, where: Path, *, new_tokens: bool, trains: bool
+    stored: Mapping[str, Any] | None, own: TokenizerInfo, location: Path, *, new_tokens: bool, trains: bool
 ) -> None:
     """ConfigError where the checkpoint's weights belong to another tokenizer.
 
@@ -48,19 +48,21 @@ def same_tokenizer(
         return
     if not new_tokens:
         raise ConfigError.of(
-            f"the checkpoint {where} was trained with {then}; this is {own}",
+            f"the checkpoint {location} was trained with {then}; this is {own}",
             key="tokenizer_type",
             value=own.kind,
             hint="give tokenizer_type, vocab_file and merge_file of that run"
             + (", or set finetune: true to tune the weights to another tokenizer" if trains else ""),
         )
-    _log.warning("the checkpoint %s was trained with another tokenizer: %s; this is %s", where, then, own)
+    _log.warning("the checkpoint %s was trained with another tokenizer: %s; this is %s", location, then, own)
     added = own.vocab_size - then.vocab_size
     if added > 0:
         _log.warning("%d rows of the embedding belong to new tokens", added)
 
 
-def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], where: Path, *, override: bool) -> None:
+def same_data_order(
+    stored: Mapping[str, Any] | None, own: Mapping[str, Any], location: Path, *, override: bool
+) -> None:
     """ConfigError for each fact by which the samples that follow would be others than those of the checkpoint's run.
 
     stored: the checkpoint's facts, None where it has none. override: `override_data_order`, which makes it a line in
@@ -68,20 +70,20 @@ def same_data_order(stored: Mapping[str, Any] | None, own: Mapping[str, Any], wh
     """
     if not stored:
         return
-    issues = list(_differences(stored, own, where))
+    issues = list(_differences(stored, own, location))
     if not override:
         ConfigError.raise_any(issues)
     for issue in issues:
-        _log.warning("%s: %s; the samples that follow are in a new order", issue.key, issue.what)
+        _log.warning("%s: %s; the samples that follow are in a new order", issue.key, issue.message)
 
 
-def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> Iterator[ConfigIssue]:
+def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], location: Path) -> Iterator[ConfigIssue]:
     for name in dict.fromkeys((*own, *stored)):
         then, now = stored.get(name), own.get(name)
         if then == now or _follows(name, stored, own):
             continue
         if name == "data_path":
-            what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
+            what = f"the checkpoint {location} was trained on {_sets(then)}; these are {_sets(now)}"
             yield ConfigIssue(what, key="data_path", hint=_WISH)
         elif name == "passes":
             what = (
@@ -94,7 +96,7 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], where: Path)
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
             yield ConfigIssue(what, key=name, hint=_WISH)
         else:
-            what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
+            what = f"the checkpoint {location} was trained with {then!r}, which gives another order of samples"
             yield ConfigIssue(what, key=name, value=now, hint=_WISH)
 
 

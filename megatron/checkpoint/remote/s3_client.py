@@ -105,7 +105,7 @@ class Bucket:
             with self._told("removing", keys[start]):
                 answer = self.client.delete_objects(Bucket=self.name, Delete={"Objects": named, "Quiet": True})
             for refused in answer.get("Errors", ()):
-                raise RunError.of(f"removing it failed: {refused.get('Message')}", where=f"{SCHEME}{refused['Key']}")
+                raise RunError.of(f"removing it failed: {refused.get('Message')}", location=f"{SCHEME}{refused['Key']}")
 
     def probe(self) -> None:
         """Writes and removes a small file, so that a bucket that refuses is told before training. RunError."""
@@ -123,6 +123,6 @@ class Bucket:
         except (Boto3Error, BotoCoreError, ClientError) as error:
             raise RunError.of(
                 f"{action} failed: {str(error).splitlines()[0]}",
-                where=self.address(key),
+                location=self.address(key),
                 hint="look at s3_path, the credentials and AWS_ENDPOINT_URL",
             ) from error

@@ -71,7 +71,7 @@ class Mirror:
         RunError.raise_any(
             ConfigIssue(
                 f"it has no copy at {self.bucket.address()}: {self._errors[directory]}",
-                where=str(directory),
+                location=str(directory),
                 hint="the checkpoint itself is whole; copy the folder there when the bucket answers",
             )
             for directory in sorted(self.pending())
@@ -186,14 +186,14 @@ def _fetch(bucket: Bucket, root: Path, iteration: int | None) -> None:
         write_atomic(root / layout.LATEST, name, durable=True)
 
 
-def _listed(directory: Path, where: str) -> list[str]:
+def _listed(directory: Path, location: str) -> list[str]:
     """The files that a manifest names. RunError if it names any outside of the folder."""
     try:
         names = [str(name) for name in files.read_json(directory / layout.MANIFEST)["files"]]
     except (KeyError, TypeError) as error:
-        raise RunError.of("its manifest.json is no list of a checkpoint's files", where=where) from error
+        raise RunError.of("its manifest.json is no list of a checkpoint's files", location=location) from error
     RunError.raise_any(
-        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which lies outside", where=where)
+        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which lies outside", location=location)
         for name in names
         if Path(name).is_absolute() or ".." in Path(name).parts
     )

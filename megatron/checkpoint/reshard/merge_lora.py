@@ -53,7 +53,7 @@ def merged(stored: StoredModel) -> StoredModel:
             "a soft prompt is no part of any matrix, so it cannot be merged into the model",
             key="soft_prompt_tuning",
             value=model.soft_prompt_tuning,
-            where=str(stored.directory),
+            location=str(stored.directory),
             hint="export it as a folder of peft: tools/convert_to_hf.py --adapter-only",
         )
     asked = low_rank(model.lora)
@@ -83,12 +83,12 @@ def merge(
     stored = open_model(directory, config_files=config_files)
     plain = merged(stored)
     if plain is stored:
-        raise ConfigError.of("this checkpoint has no low-rank updates", key="lora", where=str(directory))
+        raise ConfigError.of("this checkpoint has no low-rank updates", key="lora", location=str(directory))
     refuse_uneven(plain.table, model_size)
     number = layout.iteration_of(directory) or 0
     final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
-        raise RunError.of("the checkpoint is there already", where=str(final), hint="give another --save-dir")
+        raise RunError.of("the checkpoint is there already", location=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
         facts = facts_of(plain, number, model_size)

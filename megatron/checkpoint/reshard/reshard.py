@@ -36,7 +36,7 @@ def reshape(
     number = layout.iteration_of(stored.directory) or 0
     final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
-        raise RunError.of("the checkpoint is there already", where=str(final), hint="give another --save-dir")
+        raise RunError.of("the checkpoint is there already", location=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
         summed = stored.model.gpt_j_residual

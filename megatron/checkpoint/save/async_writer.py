@@ -96,7 +96,7 @@ class BackgroundWriter:
                 if time.monotonic() > deadline:
                     raise RunError.of(
                         f"rank {rank} has not written its part after {self.patience:.0f} s, or not where rank 0 looks",
-                        where=str(partial),
+                        location=str(partial),
                         hint="save to a folder on a file system that all nodes share",
                     )
                 time.sleep(_LOOK)

@@ -43,7 +43,7 @@ def require_shared(save: Path, rank: int) -> None:
         if not seen:
             raise RunError.of(
                 f"rank {rank} on {socket.gethostname()} does not see what rank 0 writes there",
-                where=str(save),
+                location=str(save),
                 hint="save to a folder on a file system that all nodes share, or set use_shared_fs: false",
             )
 

@@ -110,7 +110,7 @@ def _compare(source: Source, path: Path, found: str, known: str | None, hint: st
     if known is not None and found != known:
         by = "" if source.sha256 else f" that {SUMS} gives"
         hint += "" if source.sha256 else f"; where its maker changed it, take its line out of {SUMS}"
-        raise RunError.of(f"its SHA-256 is {found}, not the {known}{by}", where=str(path), hint=hint)
+        raise RunError.of(f"its SHA-256 is {found}, not the {known}{by}", location=str(path), hint=hint)
     if source.member_sha1 is not None:
         member, wanted = source.member_sha1
         try:
@@ -120,11 +120,11 @@ def _compare(source: Source, path: Path, found: str, known: str | None, hint: st
                     digest.update(piece)
         except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise RunError.of(
-                f"it is no whole zip file with {member} in it ({error})", where=str(path), hint=hint
+                f"it is no whole zip file with {member} in it ({error})", location=str(path), hint=hint
             ) from error
         if digest.hexdigest() != wanted:
             what = f"the SHA-1 of {member} in it is {digest.hexdigest()}, not the published {wanted}"
-            raise RunError.of(what, where=str(path), hint=hint)
+            raise RunError.of(what, location=str(path), hint=hint)
 
 
 def sha256_of(path: Path) -> str:
@@ -160,7 +160,7 @@ def _from_any(source: Source, target: Path, first_wait: float, report: Callable[
     checked = f" (SHA-256 {source.sha256})" if source.sha256 else ""
     raise RunError.of(
         f"{source.name} cannot be fetched: {'; '.join(reasons) or 'no source is known'}",
-        where=str(target),
+        location=str(target),
         hint="run again where the source can be reached; if it is gone for good, name a folder that has a copy with "
         f"--mirror or put the file there yourself{checked}, and run again",
     )
@@ -257,7 +257,7 @@ def _told_when_full(target: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError.of(
             f"cannot write the download ({error.strerror or error})",
-            where=str(_part(target)),
+            location=str(_part(target)),
             hint="make room and run again; it goes on from here",
         ) from error
 

@@ -65,7 +65,7 @@ def prepare(folder: Path) -> About:
     if not valid:
         raise RunError.of(
             "this Python installation carries almost no library sources",
-            where=str(library()),
+            location=str(library()),
             hint="use a full installation (Debian, Ubuntu: apt-get install libpython3-stdlib)",
         )
     write_jsonl(folder / "train.jsonl", ({"text": each.text, "path": each.path} for each in train))

@@ -121,7 +121,7 @@ class Loader:
         dataset = source.tokens if read is samples or source.labels is None else source.labels
         raise RunError.of(
             f"document {document} holds the id {int(read[row, place])}, and the tokenizer's ids are 0 to {limit - 1}",
-            where=dataset.prefix,
+            location=dataset.prefix,
             hint="another tokenizer made this data: give the run that one, or make the data again with the run's own;"
             " new tokens of a checkpoint's tokenizer get rows with finetune: true",
         )

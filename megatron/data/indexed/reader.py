@@ -131,15 +131,15 @@ class IndexedDataset:
 
     def check(self) -> None:
         """Reads the whole index: lengths, and that every start follows from them. Raises RunError."""
-        where = idx_path(self.prefix)
+        location = idx_path(self.prefix)
         if len(self) and int(self.sizes.min()) < 0:
-            self._damaged(where, f"document {int(self.sizes.argmin())} has a negative length")
+            self._damaged(location, f"document {int(self.sizes.argmin())} has a negative length")
         ends = np.cumsum(self.sizes, dtype=np.int64) * self.dtype.itemsize
         wrong = np.flatnonzero(self.starts[1:] != ends[:-1])
         if len(self) and self.starts[0] != 0:
-            self._damaged(where, "its first document does not start at byte 0")
+            self._damaged(location, "its first document does not start at byte 0")
         if len(wrong):
-            self._damaged(where, f"document {int(wrong[0]) + 1} does not start where the one before it ends")
+            self._damaged(location, f"document {int(wrong[0]) + 1} does not start where the one before it ends")
 
     def warm_up(self, block: int = 64 << 20) -> None:
         """Reads the .bin once, so that it is in the page cache. block: [bytes] at a time."""
@@ -224,6 +224,6 @@ class IndexedDataset:
     def _damaged(self, path: Path, what: str) -> NoReturn:
         raise RunError.of(
             f"the data file is damaged: {what}",
-            where=str(path),
+            location=str(path),
             hint="copy the pair again, or write it again with tools/preprocess_data.py",
         )

@@ -135,7 +135,7 @@ class DatasetWriter:
                     each.close()
                 raise RunError.of(
                     f"an earlier attempt left {there:,} of the {size:,} bytes that it had written",
-                    where=str(bin_path(self.prefix)),
+                    location=str(bin_path(self.prefix)),
                     hint="leave out --resume, and start afresh",
                 )
             if there > size:
@@ -148,7 +148,7 @@ class DatasetWriter:
             if not limits.min <= extreme <= limits.max:
                 raise RunError.of(
                     f"the token id {extreme} does not fit {self.dtype.name} ({limits.min} to {limits.max})",
-                    where=str(bin_path(self.prefix)),
+                    location=str(bin_path(self.prefix)),
                     hint="the vocabulary size given for these files is smaller than the tokenizer's ids",
                 )
 
@@ -229,7 +229,7 @@ class DatasetWriter:
         file = os.fdopen(os.open(partial(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
         if not _alone(file, partial(path)):
             file.close()
-            raise RunError.of("another process is writing these files", where=str(path))
+            raise RunError.of("another process is writing these files", location=str(path))
         return file
 
     @contextlib.contextmanager
@@ -239,7 +239,7 @@ class DatasetWriter:
         except OSError as error:
             raise RunError.of(
                 f"cannot write the data ({error.strerror})",
-                where=str(bin_path(self.prefix)),
+                location=str(bin_path(self.prefix)),
                 hint="nothing appeared under the final name; make room and run again",
             ) from error
 

@@ -128,7 +128,7 @@ def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
     except ModuleNotFoundError as error:
         raise ConfigError.of(
             "reading .zst needs the package zstandard, which is not installed",
-            where=name,
+            location=name,
             hint="pip install zstandard",
         ) from error
     reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)

@@ -56,7 +56,7 @@ class Block:
                 file.seek(self.start)
                 content = b"".join(_exactly(file, self.length, self.length))
             if len(content) != self.length:
-                raise RunError.of("the file became shorter while it was read", where=self.name)
+                raise RunError.of("the file became shorter while it was read", location=self.name)
         return content.removeprefix(BYTE_ORDER_MARK) if self.begins else content
 
 

@@ -68,13 +68,13 @@ class Journal:
             raise ConfigError.of(
                 f"the journal of the earlier attempt cannot be read ({error})",
                 key="resume",
-                where=str(self.path),
+                location=str(self.path),
                 hint="leave out --resume, and start afresh",
             ) from error
         raise ConfigError.of(
             "the earlier attempt had other input files, another tokenizer or other wishes",
             key="resume",
-            where=str(self.path),
+            location=str(self.path),
             hint="repeat its command line, or leave out --resume and start afresh",
         )
 
@@ -140,7 +140,9 @@ class SkippedFile:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         if file.seek(0, os.SEEK_END) < self._size:
             file.close()
-            raise RunError.of("the list of skipped lines is shorter than it was", where=str(path), hint="start afresh")
+            raise RunError.of(
+                "the list of skipped lines is shorter than it was", location=str(path), hint="start afresh"
+            )
         file.truncate(self._size)
         file.seek(self._size)
         self._file = file

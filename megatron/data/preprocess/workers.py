@@ -91,7 +91,7 @@ class _Worker:
             self._process.join(5)
             raise RunError.of(
                 f"a worker process died (exit code {self._process.exitcode})",
-                where=f"{block.name}, from byte {block.start}",
+                location=f"{block.name}, from byte {block.start}",
                 hint=_REMEDY,
             ) from error
         if isinstance(answer, BaseException):

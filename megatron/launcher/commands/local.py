@@ -78,7 +78,7 @@ def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_command(
-    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+    machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
     """DeepSpeed's launcher of one node. worker: the script and its arguments."""
     world = base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in machines.hosts.items()}).encode())
@@ -87,8 +87,8 @@ def local_command(
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={world.decode()}",
-        f"--master_addr={where.master_addr or '127.0.0.1'}",
-        f"--master_port={where.master_port}",
+        f"--master_addr={rendezvous.master_addr or '127.0.0.1'}",
+        f"--master_port={rendezvous.master_port}",
         "--log_level=error",
         "--no_local_rank",
         "--module",
@@ -101,21 +101,21 @@ def local_command(
 
 
 def torchrun_command(
-    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+    machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
     """Torchrun on this host, one of as many as the run has; the others start theirs in the same way."""
     hosts = list(machines.hosts)
-    here = hosts[where.node]
+    here = hosts[rendezvous.node]
     argv = (
         sys.executable,
         "-m",
         "torch.distributed.run",
         f"--nnodes={len(hosts)}",
-        f"--node-rank={where.node}",
+        f"--node-rank={rendezvous.node}",
         f"--nproc-per-node={len(machines.hosts[here])}",
-        f"--master-addr={where.master_addr or '127.0.0.1'}",
-        f"--master-port={where.master_port}",
-        *shlex.split(where.launcher_args),
+        f"--master-addr={rendezvous.master_addr or '127.0.0.1'}",
+        f"--master-port={rendezvous.master_port}",
+        *shlex.split(rendezvous.launcher_args),
         "--module",
         RANK_MODULE,
         "--log-dir",

@@ -38,7 +38,7 @@ class Launch:
     """What every launcher needs to know. rank: the arguments of one rank. folder: the run directory."""
 
     machines: Hosts
-    where: Rendezvous
+    rendezvous: Rendezvous
     rank: tuple[str, ...]
     folder: Path
 
@@ -62,30 +62,30 @@ class Launch:
                 raise self.error(f"it cannot choose the slots {list(slots)} of {host}", "choose hosts, or use pdsh")
 
     def error(self, what: str, hint: str) -> ConfigError:
-        return ConfigError.of(what, key="launcher", value=self.where.launcher, hint=hint)
+        return ConfigError.of(what, key="launcher", value=self.rendezvous.launcher, hint=hint)
 
 
 def multi_host_command(
-    machines: Hosts, where: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
+    machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
-    """The command of the launcher that `where` names. worker: the script and its arguments."""
+    """The command of the launcher that `rendezvous` names. worker: the script and its arguments."""
     handed_on = {name: value for name, value in caller.items() if name.startswith(HANDED_ON)}
     settings = [f"{name}={value}" for name, value in {**workers_environment(machines, {}), **handed_on}.items()]
-    if where.supervisor is not None:
-        settings.append(f"{SOCKET_VARIABLE}={where.supervisor}")
-    build = LAUNCHERS[where.launcher]
+    if rendezvous.supervisor is not None:
+        settings.append(f"{SOCKET_VARIABLE}={rendezvous.supervisor}")
+    build = LAUNCHERS[rendezvous.launcher]
     if build is not _pdsh:
-        launch = Launch(machines, where, (), log_dir)
+        launch = Launch(machines, rendezvous, (), log_dir)
         launch.whole_hosts()
     if build in (_mpi, _even_mpi, _jsrun, _flux):
-        settings += [f"MASTER_ADDR={where.master_addr or launch.first}", f"MASTER_PORT={where.master_port}"]
-    if build is _slurm and where.master_addr is not None:
-        settings.append(f"MASTER_ADDR={where.master_addr}")
-    if build is _slurm and where.master_port != DEFAULT_PORT:
-        settings.append(f"MASTER_PORT={where.master_port}")
+        settings += [f"MASTER_ADDR={rendezvous.master_addr or launch.first}", f"MASTER_PORT={rendezvous.master_port}"]
+    if build is _slurm and rendezvous.master_addr is not None:
+        settings.append(f"MASTER_ADDR={rendezvous.master_addr}")
+    if build is _slurm and rendezvous.master_port != DEFAULT_PORT:
+        settings.append(f"MASTER_PORT={rendezvous.master_port}")
     rank = ("--log-dir", str(log_dir), *settings, *worker)
     hostfile = "".join(f"{host} slots={_slots_in_file(slots)}\n" for host, slots in machines.hosts.items())
-    return Command(build(Launch(machines, where, rank, log_dir)), search_paths(caller), hostfile)
+    return Command(build(Launch(machines, rendezvous, rank, log_dir)), search_paths(caller), hostfile)
 
 
 def _slots_in_file(slots: tuple[int | str, ...]) -> int:
@@ -95,13 +95,13 @@ def _slots_in_file(slots: tuple[int | str, ...]) -> int:
 
 def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ...]:
     """DeepSpeed's runner."""
-    where = launch.where
-    given = " ".join(part for part in (where.launcher_args, arguments) if part)
+    rendezvous = launch.rendezvous
+    given = " ".join(part for part in (rendezvous.launcher_args, arguments) if part)
     found = (
         f"--hostfile={launch.folder / HOSTFILE}",
-        f"--master_addr={where.master_addr or launch.first}",
-        f"--master_port={where.master_port}",
-        f"--launcher={where.launcher}",
+        f"--master_addr={rendezvous.master_addr or launch.first}",
+        f"--master_port={rendezvous.master_port}",
+        f"--launcher={rendezvous.launcher}",
         *((f"--launcher_args={given}",) if given else ()),
         "--force_multi",
         "--no_ssh_check",  # asked before, of every host
@@ -136,8 +136,8 @@ def _slurm(launch: Launch) -> tuple[str, ...]:
     options = [f"--ntasks-per-node={launch.slots}", f"--nodes={len(launch.machines.hosts)}"]
     if launch.machines.named:
         options.append(f"--nodelist={','.join(launch.machines.hosts)}")
-    options += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(launch.where, name))]
-    if launch.machines.accelerator == "cuda" and "--gpus" not in launch.where.launcher_args:
+    options += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(launch.rendezvous, name))]
+    if launch.machines.accelerator == "cuda" and "--gpus" not in launch.rendezvous.launcher_args:
         options.append(f"--gpus-per-node={launch.slots}")
     arguments = " ".join(shlex.quote(option) for option in options)
     return (*_runner(launch, arguments=arguments), str(RANK_FILE), *launch.rank)
@@ -150,7 +150,7 @@ def _jsrun(launch: Launch) -> tuple[str, ...]:
     return (
         *("jsrun", "--nrs", str(hosts), "--rs_per_host", "1", "--tasks_per_rs", str(slots)),
         *("--cpu_per_rs", "ALL_CPUS", *gpus, "--launch_distribution", "packed", "--bind", "none"),
-        *shlex.split(launch.where.launcher_args),
+        *shlex.split(launch.rendezvous.launcher_args),
         *(sys.executable, "-u", str(RANK_FILE), *launch.rank),
     )
 
@@ -162,7 +162,7 @@ def _flux(launch: Launch) -> tuple[str, ...]:
     return (
         *("flux", "run", "--nodes", str(hosts), "--tasks-per-node", str(slots), *gpus, "--exclusive"),
         *("-o", "mpi=none", "-o", "cpu-affinity=off", *named),
-        *shlex.split(launch.where.launcher_args),
+        *shlex.split(launch.rendezvous.launcher_args),
         *(sys.executable, "-u", str(RANK_FILE), *launch.rank),
     )
 

@@ -44,13 +44,13 @@ def _sharded(folder: Path) -> tuple[Path, Path]:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    where = {}
+    weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(part, file)
+        weight_map |= dict.fromkeys(part, file)
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": where}))
+    index.write_text(json.dumps({"weight_map": weight_map}))
     return folder / "model-00002-of-00002.safetensors", index
 
 
