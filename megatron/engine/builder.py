@@ -31,6 +31,7 @@ from megatron.distributed.init import bootstrap
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.rng_tracker import TensorParallelRNG
+from megatron.engine.base import BaseEngine
 from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import Loss, PlainEngine, keyed_parameters
 from megatron.engine.expert_gather import own_experts
@@ -88,7 +89,7 @@ def build_training_engine(
     vocab_size: int | None = None,
     checkpoint: Checkpoint | None = None,
     prompt_tokens: Sequence[int] = (),
-) -> PlainEngine | PipelinedEngine:
+) -> BaseEngine:
     """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later).
 
     prompt_tokens: whose vectors a learned prompt starts as, where it is not in the checkpoint.
@@ -117,23 +118,24 @@ def build_training_engine(
         start_prompt(parameters, prompt_tokens, topology.model)
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
-    cache = _cache_maker(config, topology, layers)
-    prompt = prompt_length(config.model.soft_prompt_tuning)
+    shared: dict[str, Any] = {
+        "deepspeed": initialised,
+        "topology": topology,
+        "parameters": parameters,
+        "make_cache": _cache_maker(config, topology, layers),
+        "random": random,
+        "clipper": clipper,
+        "router_losses": losses,
+        "prompt": prompt_length(config.model.soft_prompt_tuning),
+    }
     if config.parallelism.is_pipe_parallel:
         return PipelinedEngine(
-            initialised,
-            topology,
-            parameters,
-            cache,
-            random,
-            clipper,
+            **shared,
             hidden_size=require(config.model.hidden_size),
             padded_vocab_size=padded_vocab_size,
             dtype=DTYPES[require(config.precision.precision)],
-            router_losses=losses,
-            prompt=prompt,
         )
-    return PlainEngine(initialised, topology, loss, parameters, cache, random, clipper, losses, prompt=prompt)
+    return PlainEngine(**shared, loss=loss)
 
 
 def build_vocabulary(

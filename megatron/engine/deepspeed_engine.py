@@ -5,69 +5,43 @@ s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.context_parallel import shard_sequence
-from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
-from megatron.distributed.rng_tracker import TensorParallelRNG
-from megatron.engine import optimizer_state
-from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.base import BaseEngine
 from megatron.engine.expert_gather import all_experts
 from megatron.engine.grad_accumulation import accumulate
 from megatron.engine.inference_forward import for_sequence_cuts, gather_context, gather_vocabulary
 from megatron.engine.loss_normalization import loss_divisor, sum_over_data, unmasked
 from megatron.engine.prompt_offset import behind, prompt_offset
 from megatron.model.kv_cache import KVCache
-from megatron.model.moe.losses import RouterLossTracker
-from megatron.optim.grad_clip import GradientClipper
-from megatron.optim.param_groups import set_learning_rate
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses / tokens."""
 
 
-@dataclass
-class PlainEngine:
-    """One module, one DeepSpeedEngine. See engine.py for what the methods promise.
+@dataclass(kw_only=True)
+class PlainEngine(BaseEngine):
+    """One module in one DeepSpeedEngine, without pipeline stages."""
 
-    deepspeed: the DeepSpeedEngine. parameters: key -> parameter, in the order of the table of tensors.
-    random: for draws on cut tensors. clipper: present where the gradient norm and clipping are ours (ZeRO 0).
-    router_losses: present where blocks have experts. prompt: vectors of a learned prompt before every text.
-    """
-
-    deepspeed: Any
-    topology: Topology
     loss: Loss
-    parameters: dict[str, Parameter]
-    make_cache: Callable[[int, int], KVCache]
-    random: TensorParallelRNG
-    clipper: GradientClipper | None
-    router_losses: RouterLossTracker | None = None
-    pipelined: bool = False
-    prompt: int = 0
 
     def prepare(self, micro_batches: int, length: int) -> None:
         accumulate(self.deepspeed, micro_batches)
 
-    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+    def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
         engine = self.deepspeed
         engine.module.train()
-        set_learning_rate(engine.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=engine.device)
-        skipped_before = engine.skipped_steps
-        if self.router_losses is not None:
-            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
         step = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
         tokens = loss_divisor(step, self.topology, engine.device)
         for batch in step:
@@ -75,14 +49,11 @@ class PlainEngine:
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        mean = self._sum(total) / (len(step) * self.topology.gradient.size)
-        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
-        scale = loss_scale(engine.optimizer)
-        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
-        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
-        return StepResult(mean, norm, learning_rate, scale, skipped, more)
+        return self._sum(total) / (len(step) * self.topology.gradient.size)
 
-    least_evaluated = 1
+    @property
+    def least_evaluated(self) -> int:
+        return 1
 
     @torch.no_grad()
     def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
@@ -104,9 +75,6 @@ class PlainEngine:
         logits = gather_context(logits, self.topology)[:, places : places + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        return self.make_cache(batch, max_length)
-
     def layers(self) -> dict[int, Module]:
         """The layers of this rank, by their index in the plan."""
         return dict(enumerate(self.deepspeed.module.sequential))
@@ -123,21 +91,6 @@ class PlainEngine:
     def owned(self) -> dict[str, Parameter]:
         """Key -> parameter that this rank answers for."""
         return self.parameters
-
-    def optimizer_slices(self) -> list[OptimizerShard]:
-        return optimizer_state.read(self.deepspeed.optimizer, self.parameters, data_rank=self.topology.gradient.rank)
-
-    def loss_scaling(self) -> dict[str, float]:
-        return optimizer_state.read_scaling(self.deepspeed.optimizer)
-
-    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
-        optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
-
-    def load_optimizer(self, stored: OptimizerState) -> None:
-        axis = self.topology.model
-        optimizer_state.write(
-            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
-        )
 
     def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """The sum of the losses of this rank's part of the sequences, divided by `tokens`."""

@@ -5,32 +5,25 @@ s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
 from megatron.data.dataset.batch import MicroBatch
-from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import is_tied
-from megatron.distributed.rng_tracker import TensorParallelRNG
-from megatron.engine import optimizer_state
-from megatron.engine.engine import StepResult, as_tensor, loss_scale
+from megatron.engine.base import BaseEngine
+from megatron.engine.engine import as_tensor
 from megatron.engine.expert_gather import all_experts
 from megatron.engine.grad_accumulation import accumulate
 from megatron.engine.inference_forward import for_sequence_cuts, pipeline_forward
 from megatron.engine.loss_normalization import loss_divisor, sum_over_data, unmasked
 from megatron.engine.prompt_offset import behind, prompt_offset
 from megatron.model.kv_cache import KVCache
-from megatron.model.moe.losses import RouterLossTracker
-from megatron.optim.grad_clip import GradientClipper
-from megatron.optim.param_groups import set_learning_rate
 
 Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -38,28 +31,16 @@ _FULL_PIPELINE = 8
 """Micro batches a stage from which on the time in which stages wait for others is below an eighth."""
 
 
-@dataclass
-class PipelinedEngine:
-    """One stage in one PipelineEngine. See engine.py for what the methods promise.
+@dataclass(kw_only=True)
+class PipelinedEngine(BaseEngine):
+    """One pipeline stage in one PipelineEngine."""
 
-    deepspeed: the PipelineEngine. parameters: key -> parameter of this stage. random: for draws on cut tensors.
-    clipper: present at ZeRO 0. router_losses: present where blocks have experts. length: of the sequences of the last
-    step [tokens]. prompt: vectors of a learned prompt before every text.
-    """
-
-    deepspeed: Any
-    topology: Topology
-    parameters: dict[str, Parameter]
-    make_cache: Callable[[int, int], KVCache]
-    random: TensorParallelRNG
-    clipper: GradientClipper | None
     hidden_size: int
     padded_vocab_size: int
     dtype: torch.dtype
-    router_losses: RouterLossTracker | None = None
     pipelined: bool = True
     length: int | None = None
-    prompt: int = 0
+    """Length of the sequences of the last step [tokens]."""
 
     def prepare(self, micro_batches: int, length: int) -> None:
         accumulate(self.deepspeed, micro_batches)
@@ -67,18 +48,8 @@ class PipelinedEngine:
             self.deepspeed.reset_activation_shape()
             self.length = length
 
-    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        engine = self.deepspeed
-        set_learning_rate(engine.optimizer.param_groups, learning_rate)
-        skipped_before = engine.skipped_steps
-        if self.router_losses is not None:
-            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
-        loss = engine.train_batch(self._step(batches))
-        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
-        scale = loss_scale(engine.optimizer)
-        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
-        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
-        return StepResult(as_tensor(loss), norm, learning_rate, scale, skipped, more)
+    def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
+        return as_tensor(self.deepspeed.train_batch(self._step(batches)))
 
     @property
     def least_evaluated(self) -> int:
@@ -122,9 +93,6 @@ class PipelinedEngine:
         logits = logits[:, places : places + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        return self.make_cache(batch, max_length)
-
     def layers(self) -> dict[int, Module]:
         """The layers of this stage, by their index in the plan; a tied output layer is no module and left out."""
         model = self.deepspeed.module
@@ -134,21 +102,6 @@ class PipelinedEngine:
     def weights(self) -> dict[str, Tensor]:
         """Key -> this rank's shards of the layers its stage owns."""
         return {key: all_experts(parameter) for key, parameter in self.owned().items()}
-
-    def optimizer_slices(self) -> list[OptimizerShard]:
-        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.data.rank)
-
-    def loss_scaling(self) -> dict[str, float]:
-        return optimizer_state.read_scaling(self.deepspeed.optimizer)
-
-    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
-        optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
-
-    def load_optimizer(self, stored: OptimizerState) -> None:
-        axis = self.topology.model
-        optimizer_state.write(
-            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
-        )
 
     def _step(self, batches: Iterator[MicroBatch]) -> Iterator[Pair]:
         """The pairs of one step, drawn at the ends of the pipeline: the stages between need none."""

@@ -44,7 +44,7 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class FailureLocator:
     """Runs steps again and says what it sees. All methods are collective.
 
     micro_batch: samples of one pass of a rank.
@@ -54,7 +54,7 @@ class Diagnosis:
     train: Loader
     micro_batch: int
 
-    def of(self, consumed_samples: int, size: StepSize) -> str:
+    def locate_nonfinite(self, consumed_samples: int, size: StepSize) -> str:
         """One sentence about the step of that size that followed on so many samples."""
         seen, losses = self._again(consumed_samples, size)
         last = consumed_samples + size.samples - 1
@@ -66,7 +66,7 @@ class Diagnosis:
             if places:
                 rank, keys = places[0]
                 return f"{batch}; the weights are not finite, such as {keys[0]} on rank {rank}"
-            return f"{batch}; the pass without dropout is finite ({_told(losses)}), so the gradients are not"
+            return f"{batch}; the pass without dropout is finite ({_format_losses(losses)}), so the gradients are not"
         micro, layer, rank, data_rank = first
         begin = consumed_samples + micro * (size.samples // size.micro_batches) + data_rank * self.micro_batch
         return (
@@ -74,7 +74,7 @@ class Diagnosis:
             f"(micro batch {micro})"
         )
 
-    def of_spike(self, consumed_samples: int, size: StepSize) -> str:
+    def locate_spike(self, consumed_samples: int, size: StepSize) -> str:
         """The micro batch with the greatest loss now, and the layer with the greatest output."""
         seen, losses = self._again(consumed_samples, size)
         share = size.samples // size.micro_batches
@@ -136,5 +136,5 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(getattr(tensor, "ds_tensor", tensor).detach()).all())
 
 
-def _told(losses: list[float]) -> str:
+def _format_losses(losses: list[float]) -> str:
     return "loss " + ", ".join(f"{loss:.4f}" for loss in losses[:4])

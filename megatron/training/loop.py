@@ -1,15 +1,14 @@
-"""The training loop: step, count, report, evaluate?, save?, stop?
+"""The training loop: step, count, report, evaluate, save, stop.
 
-Everything it uses is handed to it (see trainer.py, which wires it), so this page is the order of events and nothing
-else.
+The loop gets every object from trainer.py. One step runs through five files: this one, `engine/base.py` (the step),
+`engine/loss_normalization.py` (the divisor of the loss), `optim/grad_clip.py` (norm and clipping at ZeRO 0) and
+`nan_guard.py` (non-finite steps and loss spikes). Everything that observes the loop is a hook (`hooks/base.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,160 +22,168 @@ from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import StepClock
 from megatron.optim.lr_schedule import Schedule
 from megatron.training import intervals
+from megatron.training.hooks.base import BatchSource, Hooks
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSize, StepSizes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers of a run, all derived before it starts.
-
-    total, log_interval, eval_interval, eval_iters, exit_interval [steps]; exit_minutes [minutes]; samples a step, and
-    micro_batches a step and data-parallel rank, of a whole batch; sizes: of each step; flops: of a sequence of some
-    length on one GPU; peak_flops: [FLOP/s], 0 if unknown; counts_samples: the schedule counts samples and no steps;
-    overflow_limit [steps].
-    """
+class TrainSchedule:
+    """The numbers of a run, all derived before it starts."""
 
     total: int
+    """Last iteration [steps]."""
     log_interval: int
+    """[steps]."""
     eval_interval: int
+    """[steps]."""
     eval_iters: int
+    """Global batches of one evaluation."""
     exit_interval: int | None
+    """[steps]."""
     exit_minutes: float | None
     save_scale: str
+    """`linear` or `log`, see intervals.py."""
     save_factor: float | None
     save_extra: tuple[int, ...]
+    """Further iterations after which a checkpoint is saved."""
     samples: int
+    """Global batch of an evaluation, and of a step unless the batch size ramps up."""
     micro_batches: int
+    """Micro batches of such a batch on one data-parallel rank."""
     sizes: StepSizes
+    """Size of each step."""
     flops: Callable[[int], float]
+    """Sequence length -> FLOPs of one sequence on one GPU."""
     peak_flops: float
+    """[FLOP/s], 0 if unknown."""
     overflow_limit: int = 50
+    """Steps in a row that may overflow at the smallest loss scale."""
     counts_samples: bool = False
+    """True if the learning-rate schedule counts samples instead of steps."""
 
     def reports(self, iteration: int) -> bool:
         """Whether the iteration is reported."""
         return intervals.every(iteration, self.log_interval) or iteration in (1, self.total)
 
 
-class BatchSource(Protocol):
-    """Serves micro-batches from any sample on."""
-
-    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]: ...
-
-
 @dataclass(frozen=True)
-class Parts:
-    """What the loop works with.
-
-    train: None where there is no step to make. save: writes a checkpoint of the state, None when nothing is saved.
-    check_saves: raises if one that is still being written has failed. judge: looks at each step before it counts.
-    recording: around each step. measure: further metrics of a report. characters: counts them in evaluations.
-    evaluate_tasks: scores the model on tasks, where there are any; None when a stop was asked for meanwhile.
-    """
+class LoopContext:
+    """The objects that the loop works with."""
 
     engine: TrainingEngine
-    schedule: Schedule
+    lr_schedule: Schedule
     train: BatchSource | None
+    """None where there is no step to make."""
     valid: BatchSource | None
     reporter: Reporter
     stop_requested: Callable[[], bool]
     save: Callable[[RunState], None] | None
+    """Saves a checkpoint of the state; None when nothing is saved."""
     check_saves: Callable[[], None]
+    """Raises if a save in the background has failed."""
     synchronize: Callable[[], None]
     peak_memory: Callable[[], int]
-    judge: Callable[[RunState, StepSize, StepResult], None] = lambda state, size, result: None
-    recording: Callable[[int, StepSize], AbstractContextManager[None]] = lambda iteration, size: nullcontext()
-    measure: Callable[[], Mapping[str, float]] = dict
+    hooks: Hooks = field(default_factory=Hooks)
     characters: Characters | None = None
-    valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)  # by name, where each has a loss of its own
-    evaluate_tasks: Callable[[], dict[str, float] | None] | None = None
+    """Counts the characters of evaluations, for the perplexity a character."""
+    valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)
+    """Validation data sets that have a loss of their own, by name."""
 
 
-def run_loop(plan: Plan, parts: Parts, state: RunState) -> str | None:
+def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
     """Trains up to the last iteration, or until asked to stop; returns why it stopped early.
 
-    The last state is saved in either case. Raises RunError where `judge` does.
+    The last state is saved in either case. Raises RunError where a hook does.
     """
-    batches = parts.train.batches(state.consumed_samples) if parts.train is not None else iter(())
-    window = _Window(StepClock(parts.synchronize))
-    overflows = _Overflows(plan.overflow_limit)
+    hooks = context.hooks
+    batches = hooks.batches(context.train, "train", state.consumed_samples) if context.train is not None else iter(())
+    window = _Window(StepClock(context.synchronize))
+    overflows = _Overflows(schedule.overflow_limit)
     saved_at = state.iteration
     reason = None
-    if parts.save is not None and state.iteration == 0 and _save_due(plan, state):
-        parts.save(state)
-    while state.iteration < plan.total and reason is None:
-        size = plan.sizes.of(state.iteration, state.consumed_samples)
-        parts.engine.prepare(size.micro_batches, size.length)
-        with parts.recording(state.iteration + 1, size):
-            result = parts.engine.train_step(size.of(batches), parts.schedule.rate(_place(plan, state, size)))
-        parts.judge(state, size, result)
+    hooks.on_run_start(state)
+    if context.save is not None and state.iteration == 0 and _save_due(schedule, state):
+        _save(context, state)
+    while state.iteration < schedule.total and reason is None:
+        size = schedule.sizes.of(state.iteration, state.consumed_samples)
+        context.engine.prepare(size.micro_batches, size.length)
+        with hooks.step(state.iteration + 1, size):
+            lr = context.lr_schedule.rate(_lr_step(schedule, state, size))
+            result = context.engine.train_step(size.of(batches), lr)
+        hooks.after_step(state, size, result)
         state.advance(samples=size.samples, tokens=size.tokens, skipped=result.skipped)
         window.add(result, size)
         overflows.add(result, state.iteration)
-        if plan.reports(state.iteration):
-            _report(plan, parts, state, window)
+        if schedule.reports(state.iteration):
+            _report(schedule, context, state, window)
         else:
-            parts.reporter.progress(state.iteration)
-        if _evaluation_due(plan, parts, state):
+            context.reporter.progress(state.iteration)
+        if _evaluation_due(schedule, context, state):
             with window.clock.excluded():
-                evaluate(plan, parts, state)
-        parts.check_saves()
-        reason = _reason_to_stop(plan, parts, state)
-        last = reason is not None or state.iteration == plan.total
-        if parts.save is not None and (last or _save_due(plan, state)):
+                evaluate(schedule, context, state)
+        context.check_saves()
+        reason = _reason_to_stop(schedule, context, state)
+        last = reason is not None or state.iteration == schedule.total
+        if context.save is not None and (last or _save_due(schedule, state)):
             with window.clock.excluded():
-                parts.save(state)
+                _save(context, state)
             saved_at = state.iteration
-            reason = reason or _reason_to_stop(plan, parts, state)  # a save takes long enough for a signal to come
-    if parts.save is not None and saved_at != state.iteration:
-        parts.save(state)
+            reason = reason or _reason_to_stop(schedule, context, state)  # a signal may come during a save
+    if context.save is not None and saved_at != state.iteration:
+        _save(context, state)
+    hooks.on_run_end(state)
     return reason
 
 
-def evaluate(plan: Plan, parts: Parts, state: RunState, *, split: str = "validation") -> None:
+def _save(context: LoopContext, state: RunState) -> None:
+    assert context.save is not None
+    with context.hooks.save(state):
+        context.save(state)
+
+
+def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> None:
     """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
 
-    Each data set that has a loss of its own follows. A stop signal is looked for between batches; it gives the
-    evaluation up.
+    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation.
     """
-    assert parts.valid is not None, "there is validation data wherever an evaluation is due"
-    number = (state.iteration - 1) // plan.eval_interval if plan.eval_interval else 0
-    own = [(f"{split}/{name}", source) for name, source in parts.valid_sets.items()]
-    for name, source in [(split, parts.valid), *own]:
-        losses = evaluation_metrics(plan, parts, source.batches(number * plan.eval_iters * plan.samples))
+    assert context.valid is not None, "there is validation data wherever an evaluation is due"
+    context.hooks.before_evaluate(state)
+    number = (state.iteration - 1) // schedule.eval_interval if schedule.eval_interval else 0
+    first_sample = number * schedule.eval_iters * schedule.samples
+    own = [(f"validation/{name}", source) for name, source in context.valid_sets.items()]
+    for name, source in [("validation", context.valid), *own]:
+        losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
         if losses is None:
             return
-        parts.reporter.evaluation(state.iteration, name, losses)
-    scores = parts.evaluate_tasks() if parts.evaluate_tasks is not None else None
-    if scores is not None:
-        parts.reporter.evaluation(state.iteration, "eval", scores)
+        context.reporter.evaluation(state.iteration, name, losses)
+    context.hooks.after_evaluate(state)
 
 
-def evaluation_metrics(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> dict[str, float] | None:
-    """The loss of one evaluation over these batches, and what follows from it; None when a stop was asked for."""
-    counted = batches if parts.characters is None else parts.characters.counted(batches)
-    loss = _evaluated(plan, parts, counted)
+def evaluation_metrics(
+    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]
+) -> dict[str, float] | None:
+    """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request."""
+    counted = batches if context.characters is None else context.characters.counted(batches)
+    loss = _mean_loss(schedule, context, counted)
     if loss is None:
-        parts.reporter.message("the evaluation is given up: a stop was asked for")
+        context.reporter.message("the evaluation is given up: a stop was asked for")
         return None
-    if parts.characters is None:
+    if context.characters is None:
         return {"lm_loss": loss}
-    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": parts.characters.perplexity(loss)}
+    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": context.characters.perplexity(loss)}
 
 
-def _evaluated(plan: Plan, parts: Parts, batches: Iterator[MicroBatch]) -> float | None:
-    """The mean loss [nats a token]; None as soon as a stop is asked for on any rank, which is looked for every few
-    micro batches.
-    """
-    left = plan.eval_iters * plan.micro_batches
-    share = plan.micro_batches * -(-parts.engine.least_evaluated // plan.micro_batches)
+def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> float | None:
+    """Mean loss [nats a token]; None after a stop request on any rank, which is checked every few micro batches."""
+    left = schedule.eval_iters * schedule.micro_batches
+    share = schedule.micro_batches * -(-context.engine.least_evaluated // schedule.micro_batches)
     loss = tokens = 0.0
     while left > 0:
-        if any_rank(parts.stop_requested()):
+        if any_rank(context.stop_requested()):
             return None
         count = min(share, left)
-        losses_of, tokens_of = parts.engine.eval_sums(batches, count)
+        losses_of, tokens_of = context.engine.eval_sums(batches, count)
         loss, tokens, left = loss + losses_of, tokens + tokens_of, left - count
     return loss / max(1.0, tokens)
 
@@ -229,10 +236,10 @@ class _Window:
         return mean, self.last, sizes
 
 
-def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
+def _report(schedule: TrainSchedule, context: LoopContext, state: RunState, window: _Window) -> None:
     seconds = window.clock.lap()
     loss, last, sizes = window.take()
-    flops_per_second = sum(size.samples * plan.flops(size.length) for size in sizes) / len(sizes) / seconds
+    flops_per_second = sum(size.samples * schedule.flops(size.length) for size in sizes) / len(sizes) / seconds
     metrics = {
         "train/lm_loss": loss,
         "train/learning_rate": last.learning_rate,
@@ -242,38 +249,40 @@ def _report(plan: Plan, parts: Parts, state: RunState, window: _Window) -> None:
         "runtime/iteration_time": seconds,
         "runtime/tokens_per_sec": sum(size.tokens for size in sizes) / len(sizes) / seconds,
         "runtime/flops_per_sec_per_gpu": flops_per_second,
-        "runtime/peak_memory_bytes": float(parts.peak_memory()),
+        "runtime/peak_memory_bytes": float(context.peak_memory()),
     }
     metrics |= {f"train/{name}": float(value) for name, value in last.more.items()}
-    if plan.peak_flops > 0:
-        metrics["runtime/model_flops_utilization"] = flops_per_second / plan.peak_flops
-    parts.reporter.train(state.iteration, {**metrics, **parts.measure()}, total_iterations=plan.total)
+    if schedule.peak_flops > 0:
+        metrics["runtime/model_flops_utilization"] = flops_per_second / schedule.peak_flops
+    context.reporter.train(state.iteration, {**metrics, **context.hooks.metrics()}, total_iterations=schedule.total)
 
 
-def _place(plan: Plan, state: RunState, size: StepSize) -> int:
-    """Where the learning-rate schedule is asked for the coming step."""
-    return state.consumed_samples + size.samples if plan.counts_samples else state.updates + 1
+def _lr_step(schedule: TrainSchedule, state: RunState, size: StepSize) -> int:
+    """Step, or number of samples, of the learning-rate schedule for the coming step."""
+    return state.consumed_samples + size.samples if schedule.counts_samples else state.updates + 1
 
 
-def _evaluation_due(plan: Plan, parts: Parts, state: RunState) -> bool:
-    due = intervals.every(state.iteration, plan.eval_interval) or state.iteration == plan.total
-    return due and parts.valid is not None and plan.eval_iters > 0
+def _evaluation_due(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
+    due = intervals.every(state.iteration, schedule.eval_interval) or state.iteration == schedule.total
+    return due and context.valid is not None and schedule.eval_iters > 0
 
 
-def _save_due(plan: Plan, state: RunState) -> bool:
-    return intervals.save_due(state.iteration, scale=plan.save_scale, factor=plan.save_factor, extra=plan.save_extra)
+def _save_due(schedule: TrainSchedule, state: RunState) -> bool:
+    return intervals.save_due(
+        state.iteration, scale=schedule.save_scale, factor=schedule.save_factor, extra=schedule.save_extra
+    )
 
 
-def _reason_to_stop(plan: Plan, parts: Parts, state: RunState) -> str | None:
+def _reason_to_stop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
     """The reason that any rank has; every rank gets an answer at the same iteration. None at the last one."""
-    if state.iteration >= plan.total:
+    if state.iteration >= schedule.total:
         return None
     reason = intervals.exit_due(
         state.iteration,
-        interval=plan.exit_interval,
+        interval=schedule.exit_interval,
         elapsed_seconds=state.elapsed(),
-        duration_minutes=plan.exit_minutes,
+        duration_minutes=schedule.exit_minutes,
     )
-    if parts.stop_requested():
+    if context.stop_requested():
         reason = "a signal asked for it"
     return (reason or "another rank asked for it") if any_rank(reason is not None) else None

@@ -1,7 +1,7 @@
-"""What becomes of a step whose loss or gradient is not finite, or whose loss leaps.
+"""Policy for non-finite steps and loss spikes.
 
-Such an update is never applied, on any rank; `on_nan` says whether the run stops there or leaves the batch out. At a
-low precision with loss scaling a gradient that overflows is part of the method, and says nothing.
+An update with a non-finite loss or gradient is never applied, on any rank; `on_nan` decides whether the run stops or
+skips the batch. With loss scaling (fp16) an overflowing gradient is expected and is not reported.
 """
 
 from __future__ import annotations
@@ -12,38 +12,39 @@ from dataclasses import dataclass, field
 
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError
-from megatron.training.locate_failure import Diagnosis
+from megatron.training.hooks.base import Hook
+from megatron.training.locate_failure import FailureLocator
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSize
 
 STOP = "stop"
 WEIGHT = 0.05  # of the newest loss in the running mean
-STEPS_BEFORE = 10  # steps that the running mean needs before a leap can be told
+WARMUP_STEPS = 10  # steps in the running mean before a spike can be detected
 
 
 @dataclass
-class Judge:
-    """on_nan: stop or skip. spike_factor: how far above the running mean a loss is told; None tells none.
+class LossGuard(Hook):
+    """Stops the run or skips the batch at a non-finite step, and reports loss spikes."""
 
-    scaled: whether the loss is scaled (fp16). tell: speaks to the user.
-    """
-
-    diagnosis: Diagnosis
+    locator: FailureLocator
     on_nan: str
+    """`stop` or `skip`."""
     spike_factor: float | None
+    """Multiple of the running mean above which a loss is a spike; None reports none."""
     scaled: bool
-    tell: Callable[[str], None]
+    """True with loss scaling (fp16)."""
+    log: Callable[[str], None]
     _mean: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 
-    def judge(self, state: RunState, size: StepSize, result: StepResult) -> None:
-        """Looks at the step that follows on `state`; collective. RunError where the run is to stop."""
+    def after_step(self, state: RunState, size: StepSize, result: StepResult) -> None:
+        """Checks the step after `state`; collective. Raises RunError where the run must stop."""
         loss = float(result.loss)
         iteration = state.iteration + 1
         if math.isfinite(loss) and (self.scaled or not result.skipped):
-            self._look_for_a_leap(iteration, loss, state, size)
+            self._check_spike(iteration, loss, state, size)
             return
-        location = self.diagnosis.of(state.consumed_samples, size)
+        location = self.locator.locate_nonfinite(state.consumed_samples, size)
         what = f"the loss of iteration {iteration} is {loss}, the gradient's norm {float(result.grad_norm)}: {location}"
         if self.on_nan == STOP:
             raise RunError.of(
@@ -52,12 +53,12 @@ class Judge:
                 hint="go on from an earlier checkpoint with --iteration N and a lower learning rate, or leave such "
                 "batches out with on_nan: skip",
             )
-        self.tell(f"{what}; the step is left out")
+        self.log(f"{what}; the step is left out")
 
-    def _look_for_a_leap(self, iteration: int, loss: float, state: RunState, size: StepSize) -> None:
-        if self.spike_factor is not None and self._steps >= STEPS_BEFORE and loss > self.spike_factor * self._mean:
-            location = self.diagnosis.of_spike(state.consumed_samples, size)
-            self.tell(f"the loss of iteration {iteration} leaps to {loss:.4f} from {self._mean:.4f}: {location}")
+    def _check_spike(self, iteration: int, loss: float, state: RunState, size: StepSize) -> None:
+        if self.spike_factor is not None and self._steps >= WARMUP_STEPS and loss > self.spike_factor * self._mean:
+            location = self.locator.locate_spike(state.consumed_samples, size)
+            self.log(f"loss spike at iteration {iteration}: {loss:.4f} (running mean {self._mean:.4f}): {location}")
             return
         weight = max(WEIGHT, 1 / (self._steps + 1))
         self._mean += weight * (loss - self._mean)

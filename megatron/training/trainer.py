@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -28,13 +27,13 @@ from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank, device
 from megatron.distributed.timeouts import set_collective_timeout
+from megatron.engine.base import BaseEngine
 from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, join
-from megatron.engine.deepspeed_engine import PlainEngine
-from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
 from megatron.health.host_check import roll_call
+from megatron.health.straggler import StragglerMonitor
 from megatron.health.watchdog import Watch
 from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.worker import Stop
@@ -52,13 +51,17 @@ from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.vocab_limit import known_ids
 from megatron.training.data_setup import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
-from megatron.training.hooks import Instruments, build_instruments
-from megatron.training.locate_failure import Diagnosis
-from megatron.training.loop import Parts, Plan, evaluation_metrics, run_loop
-from megatron.training.nan_guard import Judge
+from megatron.training.hooks.activity import ActivityHook
+from megatron.training.hooks.base import Hook, Hooks
+from megatron.training.hooks.recordings import recording_hooks
+from megatron.training.hooks.statistics import statistics_hooks
+from megatron.training.hooks.stragglers import StragglerHook
+from megatron.training.hooks.task_evaluation import TaskEvaluationHook
+from megatron.training.locate_failure import FailureLocator
+from megatron.training.loop import LoopContext, TrainSchedule, evaluation_metrics, run_loop
+from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSizes
-from megatron.training.watchdog_hooks import watched
 
 _log = get_logger(__name__)
 
@@ -112,35 +115,32 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat(), hosts=hosts
     )
     try:
-        plan = _plan(config, topology, vocabulary, reporter)
+        schedule = _train_schedule(config, topology, vocabulary, reporter)
         saver = _saver(config, engine, vocabulary, checkpoint, inputs)
-        parts = _parts(config, engine, data, reporter, stop, saver)
         tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
-        parts = replace(parts, evaluate_tasks=tasks)
-        if config.training.char_level_ppl:
-            parts = replace(parts, characters=Characters(tokenizer))
-        instruments = build_instruments(
-            config.observe,
-            engine,
-            hosts=hosts,
-            max_norm=config.optimizer.gradient_clipping,
-            due=plan.reports,
-            tell=reporter.message,
-        )
-        parts = _with_guards(config, engine, data, parts, instruments)
-        parts = watched(parts, watch, instruments.waiting)
+        hooks: list[Hook] = [
+            ActivityHook(watch),
+            StragglerHook(StragglerMonitor(topology.rank, hosts, device(), config.observe.folder, reporter.message)),
+            *recording_hooks(config.observe, engine, log=reporter.message),
+            *statistics_hooks(
+                config.observe, engine, max_norm=config.optimizer.gradient_clipping, due=schedule.reports
+            ),
+            *_loss_guard(config, engine, data, reporter),
+            *([TaskEvaluationHook(tasks, reporter, watch)] if tasks is not None else []),
+        ]
+        characters = Characters(tokenizer) if config.training.char_level_ppl else None
+        context = _loop_context(config, engine, data, reporter, stop, saver, Hooks(hooks), characters)
         set_collective_timeout(config.launch.collective_timeout)
         _log_setup(config, topology, data, state, reporter)
         _freeze_gc()
         stop.listen()
-        reason = run_loop(plan, parts, state)
-        instruments.close()
+        reason = run_loop(schedule, context, state)
         if saver is not None:
             saver.finish()
         if reason is not None:
             reporter.message(f"stopped after iteration {state.iteration}: {reason}")
-        elif data.test is not None and plan.eval_iters > 0:
-            _test(plan, parts, data, state)
+        elif data.test is not None and schedule.eval_iters > 0:
+            _test(schedule, context, data, state)
     finally:
         reporter.close()
 
@@ -172,14 +172,14 @@ def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> Plan:
+def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> TrainSchedule:
     training, checkpoint, model = config.training, config.checkpoint, config.model
     dims = ModelDims.of(model, config.moe, config.mixers)
     batch = require(training.train_batch_size)
     table = tensors(dims, vocabulary)
     peak = find_peak(device(), DTYPES[require(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
-    return Plan(
+    return TrainSchedule(
         total=train_iters(config),
         log_interval=config.observe.log_interval,
         eval_interval=training.eval_interval,
@@ -206,17 +206,19 @@ def _plan(config: Config, topology: Topology, vocabulary: int, reporter: Reporte
     )
 
 
-def _parts(
+def _loop_context(
     config: Config,
-    engine: PlainEngine | PipelinedEngine,
+    engine: BaseEngine,
     data: Data,
     reporter: Reporter,
     stop: Stop,
     saver: Saver | None,
-) -> Parts:
+    hooks: Hooks,
+    characters: Characters | None,
+) -> LoopContext:
     section = config.schedule
     horizon = section.lr_decay_samples if config.training.train_samples is not None else section.lr_decay_iters
-    schedule = build_schedule(
+    lr_schedule = build_schedule(
         SCHEDULES.load(section.lr_decay_style),
         peak=require(config.optimizer.lr),
         floor=section.min_lr,
@@ -226,9 +228,9 @@ def _parts(
         tail=section.wsd_decay_fraction,
         tail_shape=section.wsd_decay_style,
     )
-    return Parts(
+    return LoopContext(
         engine=engine,
-        schedule=schedule,
+        lr_schedule=lr_schedule,
         train=data.train,
         valid=data.valid,
         valid_sets=data.valid_sets,
@@ -238,12 +240,14 @@ def _parts(
         check_saves=saver.check if saver else no_wait,
         synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
         peak_memory=lambda: peak_memory_bytes(device()),
+        hooks=hooks,
+        characters=characters,
     )
 
 
 def _saver(
     config: Config,
-    engine: PlainEngine | PipelinedEngine,
+    engine: BaseEngine,
     vocabulary: int,
     checkpoint: Checkpoint | None,
     inputs: RunInputs,
@@ -264,27 +268,19 @@ def _save(saver: Saver, reporter: Reporter) -> Callable[[RunState], None]:
 
 
 def _freeze_gc() -> None:
-    """What is alive now lives as long as the run: a look through it for garbage would stop a rank for half a second."""
+    """Freezes long-lived objects: a full collection would stall this rank for about half a second."""
     gc.collect()
     gc.freeze()
 
 
-def _with_guards(
-    config: Config, engine: PlainEngine | PipelinedEngine, data: Data, parts: Parts, instruments: Instruments
-) -> Parts:
-    """The parts with those that look at the run."""
+def _loss_guard(config: Config, engine: BaseEngine, data: Data, reporter: Reporter) -> list[Hook]:
+    """Returns the guard of the loss; none without training data."""
     training = config.training
     if data.train is None:
-        return parts
-    diagnosis = Diagnosis(engine, data.train, require(training.train_micro_batch_size_per_gpu))
-    judge = Judge(
-        diagnosis,
-        training.on_nan,
-        config.observe.loss_spike_factor,
-        scaled=config.precision.precision == "fp16",
-        tell=parts.reporter.message,
-    )
-    return replace(parts, judge=judge.judge, recording=instruments.recording, measure=instruments.measure)
+        return []
+    locator = FailureLocator(engine, data.train, require(training.train_micro_batch_size_per_gpu))
+    scaled = config.precision.precision == "fp16"
+    return [LossGuard(locator, training.on_nan, config.observe.loss_spike_factor, scaled, reporter.message)]
 
 
 def _log_setup(config: Config, topology: Topology, data: Data, state: RunState, reporter: Reporter) -> None:
@@ -300,9 +296,9 @@ def _log_setup(config: Config, topology: Topology, data: Data, state: RunState, 
         reporter.message(f"nothing is left to train: the run ends at iteration {train_iters(config)} (train_iters)")
 
 
-def _test(plan: Plan, parts: Parts, data: Data, state: RunState) -> None:
-    """The last word: the loss on the test split, from its first sample on."""
+def _test(schedule: TrainSchedule, context: LoopContext, data: Data, state: RunState) -> None:
+    """Reports the loss on the test split, from its first sample on."""
     assert data.test is not None
-    metrics = evaluation_metrics(plan, parts, data.test.batches(0))
+    metrics = evaluation_metrics(schedule, context, context.hooks.batches(data.test, "test"))
     if metrics is not None:
-        parts.reporter.evaluation(state.iteration, "test", metrics)
+        context.reporter.evaluation(state.iteration, "test", metrics)

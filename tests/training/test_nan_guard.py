@@ -12,7 +12,7 @@ import torch
 from megatron.config import Resources, resolve
 from megatron.engine.engine import StepResult
 from megatron.metrics.sinks.jsonl import read_metrics
-from megatron.training.nan_guard import Judge
+from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSize
 from tests.end_to_end.runs import BASE, NeverStop, make_dataset, series
@@ -148,26 +148,26 @@ def test_a_run_stops_where_it_was_reported_to(dataset: str, tmp_path: Path) -> N
         trained(1, dataset, tmp_path)
 
 
-class Place:
-    """Stands for the diagnosis."""
+class FixedLocator:
+    """Replaces the locator."""
 
-    def of(self, consumed: int, size: StepSize) -> str:
+    def locate_nonfinite(self, consumed: int, size: StepSize) -> str:
         return "here"
 
-    def of_spike(self, consumed: int, size: StepSize) -> str:
+    def locate_spike(self, consumed: int, size: StepSize) -> str:
         return f"samples from {consumed}"
 
 
-def test_a_leap_is_reported_and_leaves_the_mean_alone() -> None:
+def test_a_spike_is_reported_and_not_in_the_mean() -> None:
     said: list[str] = []
-    judge = Judge(Place(), "stop", 2.0, scaled=False, tell=said.append)  # type: ignore[arg-type]
+    guard = LossGuard(FixedLocator(), "stop", 2.0, scaled=False, log=said.append)  # type: ignore[arg-type]
     size = StepSize(8, 1, 32, 32)
     state = RunState()
     losses = [3.0] * 12 + [7.0] + [3.0] * 5 + [7.0]
     for loss in losses:
-        judge.judge(state, size, StepResult(torch.tensor(loss), torch.ones(()), 1e-3, 1.0, False))
+        guard.after_step(state, size, StepResult(torch.tensor(loss), torch.ones(()), 1e-3, 1.0, False))
         state.advance(samples=8, tokens=256, skipped=False)
     assert said == [
-        "the loss of iteration 13 leaps to 7.0000 from 3.0000: samples from 96",
-        "the loss of iteration 19 leaps to 7.0000 from 3.0000: samples from 144",
+        "loss spike at iteration 13: 7.0000 (running mean 3.0000): samples from 96",
+        "loss spike at iteration 19: 7.0000 (running mean 3.0000): samples from 144",
     ]

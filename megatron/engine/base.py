@@ -1,0 +1,94 @@
+"""The part of a training engine that the plain and the pipelined one share: the step, the optimizer's state, caches.
+
+s sequence, b micro batch, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Topology
+from megatron.distributed.rng_tracker import TensorParallelRNG
+from megatron.engine import optimizer_state
+from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
+from megatron.model.kv_cache import KVCache
+from megatron.model.moe.losses import RouterLossTracker
+from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.param_groups import set_learning_rate
+
+
+@dataclass(kw_only=True)
+class BaseEngine(TrainingEngine, ABC):
+    """A DeepSpeed engine, its parameters and what a training step needs beside it. engine.py documents the methods."""
+
+    deepspeed: Any
+    """DeepSpeedEngine or PipelineEngine."""
+    topology: Topology
+    parameters: dict[str, Parameter]
+    """Key -> parameter of this rank, in the order of the parameter table."""
+    make_cache: Callable[[int, int], KVCache]
+    """(batch, max length) -> an empty cache."""
+    random: TensorParallelRNG
+    """For random numbers on sharded tensors."""
+    clipper: GradientClipper | None
+    """Computes the gradient norm and clips at ZeRO 0; None at other stages, where DeepSpeed does."""
+    router_losses: RouterLossTracker | None = None
+    """Present where blocks have experts."""
+    prompt: int = 0
+    """Vectors of a soft prompt before every sequence."""
+    pipelined: bool = False
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        engine = self.deepspeed
+        set_learning_rate(engine.optimizer.param_groups, learning_rate)
+        skipped_before = engine.skipped_steps
+        if self.router_losses is not None:
+            self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
+        loss = self._run_micro_batches(batches)
+        norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        scale = loss_scale(engine.optimizer)
+        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
+        more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        return StepResult(loss, norm, learning_rate, scale, skipped, more)
+
+    @abstractmethod
+    def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
+        """Forward, backward and update over the micro batches of one step; returns its mean loss."""
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.make_cache(batch, max_length)
+
+    @abstractmethod
+    def layers(self) -> dict[int, Module]:
+        """Returns the layers of this rank by their index in the model."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Returns key -> tensor-parallel shard of the layers that this rank saves; collective."""
+
+    @abstractmethod
+    def owned(self) -> dict[str, Parameter]:
+        """Returns key -> parameter that this rank counts and saves; a tied copy is not among them."""
+
+    def optimizer_slices(self) -> list[OptimizerShard]:
+        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.gradient.rank)
+
+    def loss_scaling(self) -> dict[str, float]:
+        return optimizer_state.read_scaling(self.deepspeed.optimizer)
+
+    def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
+        optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
+
+    def load_optimizer(self, stored: OptimizerState) -> None:
+        axis = self.topology.model
+        optimizer_state.write(
+            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
+        )

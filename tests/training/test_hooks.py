@@ -1,0 +1,222 @@
+"""Hooks: which moments of a run they see, in which order, and that a failing step still ends their contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config.defaults.batch_rampup import Ramp
+from megatron.data.dataset.batch import MicroBatch
+from megatron.engine.engine import StepResult
+from megatron.errors import RunError
+from megatron.metrics.reporter import Reporter
+from megatron.metrics.timers import no_wait
+from megatron.training.hooks.base import Hook, Hooks
+from megatron.training.loop import LoopContext, TrainSchedule, run_loop
+from megatron.training.run_state import RunState
+from megatron.training.step_schedule import StepSize, StepSizes
+
+LENGTH, SAMPLES = 4, 2
+
+
+class RecordingHook(Hook):
+    """Appends every moment to a list."""
+
+    def __init__(self, moments: list[str], name: str = "") -> None:
+        self.moments, self.name = moments, name
+
+    def _add(self, moment: str) -> None:
+        self.moments.append(f"{self.name}{moment}")
+
+    @contextmanager
+    def _around(self, moment: str) -> Iterator[None]:
+        self._add(f"{moment} begins")
+        try:
+            yield
+        finally:
+            self._add(f"{moment} ends")
+
+    def on_run_start(self, state: RunState) -> None:
+        self._add("on_run_start")
+
+    def before_step(self, iteration: int, size: StepSize) -> None:
+        self._add(f"before_step {iteration}")
+
+    def around_step(self, iteration: int, size: StepSize) -> Any:
+        return self._around(f"step {iteration}")
+
+    def after_step(self, state: RunState, size: StepSize, result: StepResult) -> None:
+        self._add(f"after_step {state.iteration + 1}")
+
+    def metrics(self) -> dict[str, float]:
+        self._add("metrics")
+        return {f"{self.name}measured": 1.0}
+
+    def before_evaluate(self, state: RunState) -> None:
+        self._add(f"before_evaluate {state.iteration}")
+
+    def after_evaluate(self, state: RunState) -> None:
+        self._add(f"after_evaluate {state.iteration}")
+
+    def before_save(self, state: RunState) -> None:
+        self._add(f"before_save {state.iteration}")
+
+    def around_save(self, state: RunState) -> Any:
+        return self._around(f"save {state.iteration}")
+
+    def after_save(self, state: RunState) -> None:
+        self._add(f"after_save {state.iteration}")
+
+    def around_data_wait(self, split: str) -> Any:
+        return self._around(f"{split} data")
+
+    def on_run_end(self, state: RunState) -> None:
+        self._add(f"on_run_end {state.iteration}")
+
+
+class Data:
+    """Endless micro batches."""
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[MicroBatch]:
+        tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.long)
+        while True:
+            yield MicroBatch(tokens, tokens, torch.ones(SAMPLES, LENGTH))
+
+
+class ConstantEngine:
+    """An engine whose loss is 1; the step numbered `fails_at` raises."""
+
+    least_evaluated = 1
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.steps, self.fails_at = 0, fails_at
+
+    def prepare(self, micro_batches: int, length: int) -> None:
+        pass
+
+    def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        next(batches)
+        self.steps += 1
+        if self.steps == self.fails_at:
+            raise RunError.of("out of luck")
+        return StepResult(torch.ones(()), torch.ones(()), learning_rate, 1.0, skipped=False)
+
+    def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
+        for _ in range(count):
+            next(batches)
+        return 1.0, 1.0
+
+
+class ListReporter(Reporter):
+    """Keeps the metrics of training reports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[dict[str, float]] = []
+
+    def train(self, iteration: int, metrics: Any, *, total_iterations: int) -> None:
+        self.reports.append(dict(metrics))
+
+
+def run(
+    hooks: list[Hook], *, fails_at: int | None = None, stop_requested: Callable[[], bool] = lambda: False
+) -> ListReporter:
+    """Two steps on one process: the second is reported, evaluated and saved."""
+    reporter = ListReporter()
+    schedule = TrainSchedule(
+        total=2,
+        log_interval=2,
+        eval_interval=2,
+        eval_iters=1,
+        exit_interval=None,
+        exit_minutes=None,
+        save_scale="linear",
+        save_factor=2,
+        save_extra=(),
+        samples=SAMPLES,
+        micro_batches=1,
+        sizes=StepSizes(Ramp.of(SAMPLES, None), SAMPLES, lambda step: LENGTH, LENGTH),
+        flops=lambda length: 1.0,
+        peak_flops=0.0,
+    )
+    engine: Any = ConstantEngine(fails_at)
+    lr_schedule: Any = type("Constant", (), {"rate": lambda self, step: 0.1})()
+    context = LoopContext(
+        engine=engine,
+        lr_schedule=lr_schedule,
+        train=Data(),
+        valid=Data(),
+        reporter=reporter,
+        stop_requested=stop_requested,
+        save=lambda state: None,
+        check_saves=no_wait,
+        synchronize=no_wait,
+        peak_memory=lambda: 0,
+        hooks=Hooks(hooks),
+    )
+    run_loop(schedule, context, RunState())
+    return reporter
+
+
+def step(number: int) -> list[str]:
+    return [
+        f"before_step {number}",
+        f"step {number} begins",
+        "train data begins",
+        "train data ends",
+        f"step {number} ends",
+        f"after_step {number}",
+    ]
+
+
+def test_a_hook_sees_every_moment_in_order() -> None:
+    moments: list[str] = []
+    reporter = run([RecordingHook(moments)])
+    assert moments == [
+        "on_run_start",
+        *step(1),
+        "metrics",  # the first step is always reported
+        *step(2),
+        "metrics",
+        "before_evaluate 2",
+        "validation data begins",
+        "validation data ends",
+        "after_evaluate 2",
+        "before_save 2",
+        "save 2 begins",
+        "save 2 ends",
+        "after_save 2",
+        "on_run_end 2",
+    ]
+    assert reporter.reports[-1]["measured"] == 1.0
+
+
+def test_hooks_are_called_in_the_order_of_their_list() -> None:
+    moments: list[str] = []
+    reporter = run([RecordingHook(moments, "first "), RecordingHook(moments, "second ")])
+    assert moments[2:6] == [
+        "first before_step 1",
+        "second before_step 1",
+        "first step 1 begins",
+        "second step 1 begins",
+    ]
+    assert moments[10:12] == ["second step 1 ends", "first step 1 ends"]
+    assert {"first measured", "second measured"} <= reporter.reports[0].keys()
+
+
+def test_contexts_end_when_a_step_fails_and_nothing_else_is_called() -> None:
+    moments: list[str] = []
+    with pytest.raises(RunError, match="out of luck"):
+        run([RecordingHook(moments)], fails_at=1)
+    assert moments == ["on_run_start", *step(1)[:-1]]
+
+
+def test_a_stop_request_during_an_evaluation_skips_after_evaluate() -> None:
+    moments: list[str] = []
+    run([RecordingHook(moments)], stop_requested=lambda: "before_evaluate 2" in moments)
+    assert moments[moments.index("before_evaluate 2") + 1] == "before_save 2"
+    assert moments[-2:] == ["after_save 2", "on_run_end 2"]
