@@ -28,7 +28,8 @@ from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, Text, decode
 from megatron.model.kv_cache import KVCache, cache_dtype
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, PROMPT, NEW = 12, 768, 12, 50304, 64, 128
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,15 +85,17 @@ def twin(dtype: torch.dtype) -> torch.nn.Module:
 def our_engine(model: torch.nn.Module, dtype: torch.dtype) -> InferenceEngine:
     """This project's engine with the twin's weights."""
     config, topology = _config(), Topology.single()
-    plan = layer_plan(
-        config.model,
-        config.initialization,
-        config.kernels,
-        padded_vocab_size=VOCABULARY,
-        topology=topology,
-        seed=1,
-        dtype=dtype,
-        device=torch.device("cpu"),
+    plan = build_layer_specs(
+        ModelSpec(
+            config.model,
+            config.initialization,
+            config.kernels,
+            padded_vocab_size=VOCABULARY,
+            topology=topology,
+            seed=1,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
     )
     stage = build_stage(plan, topology)
     weights = model.state_dict()

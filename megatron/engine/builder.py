@@ -44,7 +44,8 @@ from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache, cache_dtype
-from megatron.model.layers import LayerPlan, layer_plan
+from megatron.model.layers import LayerSpec, build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
@@ -97,7 +98,7 @@ def build_training_engine(
     _silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
-    plan = _layer_plan(config, topology, padded_vocab_size, random, vocab_size, losses)
+    plan = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     loss = _loss(config, topology, vocab_size)
     model: Module
@@ -190,7 +191,7 @@ def build_inference_engine(
             value=config.checkpoint.load,
             hint="set load to a save folder",
         )
-    stage = build_stage(_layer_plan(config, topology, padded_vocab_size), topology)
+    stage = build_stage(_layer_specs(config, topology, padded_vocab_size), topology)
     fill(stage.parameters, checkpoint, topology)
     pack(stage)
     engine = InferenceEngine(
@@ -216,32 +217,34 @@ def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: 
     return set(stored)
 
 
-def _layer_plan(
+def _layer_specs(
     config: Config,
     topology: Topology,
     padded_vocab_size: int,
     random: TensorParallelRNG | None = None,
     vocab_size: int | None = None,
     losses: RouterLossTracker | None = None,
-) -> list[LayerPlan]:
-    return layer_plan(
-        config.model,
-        config.initialization,
-        config.kernels,
-        padded_vocab_size=padded_vocab_size,
-        vocab_size=vocab_size,
-        topology=topology,
-        seed=config.training.seed,
-        dtype=DTYPES[require(config.precision.precision)],
-        device=device(),
-        random=random,
-        recompute_attention=selective_recompute(config.recompute),
-        reset_attention=config.data.reset_attention_mask,
-        reset_positions=config.data.reset_position_ids,
-        moe=config.moe,
-        mixers=config.mixers,
-        mup=config.mup,
-        losses=losses,
+) -> list[LayerSpec]:
+    return build_layer_specs(
+        ModelSpec(
+            config.model,
+            config.initialization,
+            config.kernels,
+            padded_vocab_size=padded_vocab_size,
+            vocab_size=vocab_size,
+            topology=topology,
+            seed=config.training.seed,
+            dtype=DTYPES[require(config.precision.precision)],
+            device=device(),
+            random=random,
+            recompute_attention=selective_recompute(config.recompute),
+            reset_attention=config.data.reset_attention_mask,
+            reset_positions=config.data.reset_position_ids,
+            moe=config.moe,
+            mixers=config.mixers,
+            mup=config.mup,
+            router_losses=losses,
+        )
     )
 
 

@@ -22,7 +22,7 @@ from megatron.engine.prompt_offset import behind, prompt_offset, shifted
 from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import LayerPlan
+from megatron.model.layers import LayerSpec
 from megatron.model.pipeline_model import tied_output
 from megatron.param_table import key_in_table
 
@@ -40,7 +40,7 @@ class Stage:
     parameters: dict[str, Parameter]
 
 
-def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
+def build_stage(plan: Sequence[LayerSpec], topology: Topology) -> Stage:
     """Builds this rank's share of the plan, on its device and in evaluation mode."""
     pipe = topology.pipe
     indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
@@ -57,7 +57,7 @@ def build_stage(plan: Sequence[LayerPlan], topology: Topology) -> Stage:
         elif layer.tied_to in indices:
             functions.append(partial(tied_output, modules[layer.tied_to]))
         else:
-            copy = EmbeddingLayer(**{**plan[layer.tied_to].arguments, "positions": None}).to(device()).eval()
+            copy = EmbeddingLayer(**plan[layer.tied_to].arguments, as_output_copy=True).to(device()).eval()
             functions.append(partial(tied_output, copy))
             parameters.update({f"{layer.tied_to}.{name}": parameter for name, parameter in copy.named_parameters()})
     return Stage(indices, tuple(functions), parameters)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import leave
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 
 
@@ -31,10 +31,10 @@ class Block(nn.Module):
 
     zero3_gather_together = False
 
-    def __init__(self, parts: Parts, axis: Axis) -> None:
+    def __init__(self, spec: BlockSpec, axis: Axis) -> None:
         super().__init__()
-        self.dropout = parts.hidden_dropout
-        self.draws = parts.random.fork if axis.sequence and self.dropout > 0 else nullcontext
+        self.dropout = spec.hidden_dropout
+        self.draws = spec.random.fork if axis.sequence and self.dropout > 0 else nullcontext
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout on what is added to the residual stream."""
@@ -54,18 +54,18 @@ class TransformerBlock(Block):
     fused_norm_mlp: Callable[[Tensor], Tensor] | None = None
     region: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
-        super().__init__(parts, source.axis)
-        dims = parts.dims
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
+        super().__init__(spec, source.axis)
+        dims = spec.dims
         self.axis = source.axis
         self.parallel = dims.gpt_j_residual
-        self.input_layernorm = parts.norm()
-        self.attention: Any = parts.attention[number](number, parts, source.of("attention"))
+        self.input_layernorm = spec.norm()
+        self.attention: Any = spec.attention[number](number, spec, source.of("attention"))
         if not dims.shared_norm:
-            self.post_attention_layernorm = parts.norm()
+            self.post_attention_layernorm = spec.norm()
         self.shared_norm = dims.shared_norm
-        self.mlp: Any = parts.mlp[number](parts, source.of("mlp"))
-        self.to(parts.dtype)
+        self.mlp: Any = spec.mlp[number](spec, source.of("mlp"))
+        self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]. document_starts [b, s]: where the document of each token starts."""

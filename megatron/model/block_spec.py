@@ -20,7 +20,7 @@ from megatron.param_table import ModelDims, Multipliers
 
 
 @dataclass(frozen=True)
-class Parts:
+class BlockSpec:
     """The choices and numbers that blocks share.
 
     norm: makes a norm of the hidden size. norm_of: makes one of any width, for whole sequences. positions: turns

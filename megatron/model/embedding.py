@@ -7,74 +7,60 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.adapter_config import SoftPrompt
-from megatron.distributed.mesh import Axis
+from megatron.adapter_config import soft_prompt
 from megatron.distributed.param_attrs import mark_tied
-from megatron.distributed.param_init import Fill, ParamFactory
-from megatron.distributed.rng_tracker import TensorParallelRNG
+from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
-from megatron.kernels.linear import LinearKernel
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
-from megatron.model.positions.base import Positions, document_positions
+from megatron.model.model_spec import ModelSpec
+from megatron.model.positions.base import document_positions
 from megatron.model.soft_prompt import LearnedPrompt
+from megatron.registry import POSITIONS
 
 
 class EmbeddingLayer(nn.Module):
-    """Word embeddings, positions and dropout.
+    """Word embeddings, positions and dropout."""
 
-    fill, position_fill: initial values of words and positions. positions: the scheme, or None for a copy that only
-    serves as the output layer of a pipeline's last stage. model: the configuration's model section, read by the
-    position scheme. tied: the word embedding is the output layer's matrix too. context: the ranks that share a
-    sequence. random: for dropout on a cut sequence. reset_positions: positions start again with each document.
-    prompt: a learned one takes the first positions. multiplier: of what it puts out. output_multiplier: of what it
-    takes in as the output layer.
-    """
+    def __init__(self, spec: ModelSpec, blocks: BlockSpec, *, as_output_copy: bool = False) -> None:
+        """Builds the layer with its initial values.
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        source: ParamFactory,
-        *,
-        fill: Fill,
-        position_fill: Fill,
-        kernel: LinearKernel,
-        positions: type[Positions] | None,
-        model: object,
-        dropout: float,
-        tied: bool,
-        dtype: torch.dtype,
-        context: Axis,
-        random: TensorParallelRNG,
-        reset_positions: bool = False,
-        multiplier: float = 1.0,
-        output_multiplier: float = 1.0,
-        prompt: SoftPrompt | None = None,
-    ) -> None:
+        Args:
+            spec: of the model.
+            blocks: what the blocks share; its initial values and dropout hold here too.
+            as_output_copy: builds a copy that only serves as the output layer of a pipeline's last stage, without
+                positions.
+        """
         super().__init__()
-        self.multiplier, self.output_multiplier = multiplier, output_multiplier
-        self.reset_positions = reset_positions
-        self.dropout = dropout
-        self.axis, self.context = source.axis, context
-        self.draws = random.fork if source.axis.sequence and dropout > 0 else nullcontext
+        source = spec.param_factory(0)
+        self.multiplier, self.output_multiplier = spec.multipliers.embedding, spec.multipliers.output
+        self.reset_positions = spec.reset_positions
+        self.dropout = blocks.hidden_dropout
+        self.axis, self.context = source.axis, spec.topology.context
+        self.draws = spec.rng.fork if source.axis.sequence and self.dropout > 0 else nullcontext
         self.word_embeddings = VocabParallelEmbedding(
-            vocab_size, hidden_size, source.of("word_embeddings"), fill=fill, kernel=kernel
+            spec.padded_vocab_size,
+            spec.dims.hidden_size,
+            source.of("word_embeddings"),
+            fill=PaddedInit(blocks.fill, spec.vocab_size or spec.padded_vocab_size),
+            kernel=spec.kernels.linear,
         )
-        if tied:
+        if spec.dims.tied:
             mark_tied(self.word_embeddings.weight)
-        self.position_embeddings = (
-            positions.for_embedding(model, source.of("position_embeddings"), position_fill)
-            if positions is not None
-            else None
-        )
+        self.position_embeddings: nn.Module | None = None
         self.soft_prompt: LearnedPrompt | None = None
-        if prompt is not None and positions is not None:
-            self.soft_prompt = LearnedPrompt(prompt, hidden_size, source.of("soft_prompt"))
-        self.to(dtype)
+        if not as_output_copy:
+            positions = POSITIONS.load(spec.model.pos_emb)
+            self.position_embeddings = positions.for_embedding(
+                spec.model, source.of("position_embeddings"), blocks.fill
+            )
+            prompt = soft_prompt(spec.model.soft_prompt_tuning)
+            if prompt is not None:
+                self.soft_prompt = LearnedPrompt(prompt, spec.dims.hidden_size, source.of("soft_prompt"))
+        self.to(spec.dtype)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """Token ids [b, s] -> hidden [s, b, h], or [s/t, b, h] with sequence parallelism.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.param_attrs import mark_embedding_like
-from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
-from megatron.kernels.linear import LinearKernel
+from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
+from megatron.model.model_spec import ModelSpec
 
 
 class Identity(nn.Module):
@@ -40,22 +41,18 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]. multiplier: of what it takes in."""
+    """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        vocab_size: int,
-        source: ParamFactory,
-        *,
-        fill: Fill,
-        kernel: LinearKernel,
-        multiplier: float = 1.0,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, blocks: BlockSpec) -> None:
         super().__init__()
-        self.multiplier = multiplier
+        self.multiplier = spec.multipliers.output
         self.final_linear = ColumnParallelLinear(
-            hidden_size, vocab_size, source.of("final_linear"), fill=fill, bias=False, kernel=kernel
+            spec.dims.hidden_size,
+            spec.padded_vocab_size,
+            spec.param_factory(spec.dims.num_layers + 4).of("final_linear"),
+            fill=PaddedInit(blocks.fill, spec.vocab_size or spec.padded_vocab_size),
+            bias=False,
+            kernel=spec.kernels.linear,
         )
         mark_embedding_like(self.final_linear.weight)
 

@@ -15,16 +15,17 @@ from itertools import accumulate
 from typing import Any
 
 from deepspeed import comm as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, is_grad_enabled, nn
 
 from megatron.distributed.mesh import Topology
 from megatron.errors import RunError
-from megatron.model.block import TransformerBlock
+from megatron.model.block import Block, TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import LayerPlan
+from megatron.model.layers import LayerSpec
 from megatron.model.recompute import Recompute, run_layers
 from megatron.param_table import FIRST_BLOCK, key_in_table
 
@@ -47,7 +48,7 @@ class PipelinedModel(PipelineModule):
 
     def __init__(
         self,
-        plan: Sequence[LayerPlan],
+        plan: Sequence[LayerSpec],
         topology: Topology,
         *,
         partition_method: str | tuple[int, ...],
@@ -137,9 +138,9 @@ class PipelinedModel(PipelineModule):
         return range(self._local_start, self._local_stop)
 
 
-def _learned_relative(plan: Sequence[LayerPlan]) -> tuple[nn.Module, ...]:
+def _learned_relative(plan: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
     """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
-    relative = {layer.arguments["parts"].relative for layer in plan if "parts" in layer.arguments}
+    relative = {layer.arguments["spec"].relative for layer in plan if issubclass(layer.layer, Block)}
     return tuple(module for module in relative if module is not None and list(module.parameters()))
 
 
@@ -158,17 +159,17 @@ def _released(value: Tensor, logits: Tensor) -> Tensor:
     return value
 
 
-def _specs(plan: Sequence[LayerPlan]) -> list[LayerSpec]:
+def _specs(plan: Sequence[LayerSpec]) -> list[DeepSpeedLayerSpec]:
     tied_index = next((layer.tied_to for layer in plan if layer.tied_to is not None), None)
     specs = []
     for layer in plan:
         if layer.tied_to is not None:
-            copy = {**plan[layer.tied_to].arguments, "positions": None}
+            copy = {**plan[layer.tied_to].arguments, "as_output_copy": True}
             specs.append(_tied(copy, tied_output))
         elif layer.index == tied_index:
             specs.append(_tied(dict(layer.arguments), None))
         else:
-            specs.append(LayerSpec(layer.layer, **layer.arguments))
+            specs.append(DeepSpeedLayerSpec(layer.layer, **layer.arguments))
     return specs
 
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import LayerPlan
+from megatron.model.layers import LayerSpec
 from megatron.model.recompute import Recompute, run_layers
 
 
 class SequentialModel(nn.Module):
     """The layers of a plan, one after another; parameter names are ``sequential.<layer index>.<name>``."""
 
-    def __init__(self, plan: Sequence[LayerPlan], recompute: Recompute | None = None) -> None:
+    def __init__(self, plan: Sequence[LayerSpec], recompute: Recompute | None = None) -> None:
         super().__init__()
         self.recompute = recompute
         self.sequential = nn.ModuleList()

@@ -9,7 +9,8 @@ import torch
 
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.plan import make_plan
 from megatron.plan.parameter_counts import model_tensors
 from megatron.plan.vocabulary import find_vocabulary
@@ -27,17 +28,19 @@ def built(path: Path) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
     padded = find_vocabulary(config.tokenizer, config.parallelism.model_parallel_size).padded
     assert padded
     with torch.device("meta"):
-        layers = layer_plan(
-            config.model,
-            config.initialization,
-            config.kernels,
-            padded_vocab_size=padded,
-            topology=Topology.single(),
-            seed=1,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-            moe=config.moe,
-            mixers=config.mixers,
+        layers = build_layer_specs(
+            ModelSpec(
+                config.model,
+                config.initialization,
+                config.kernels,
+                padded_vocab_size=padded,
+                topology=Topology.single(),
+                seed=1,
+                dtype=torch.bfloat16,
+                device=torch.device("cpu"),
+                moe=config.moe,
+                mixers=config.mixers,
+            )
         )
         modules = {
             f"{layer.index}.{name}": tuple(parameter.shape)

@@ -21,7 +21,8 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine, join
 from megatron.engine.engine import eval_loss
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.param_groups import parameter_groups
 from tests.end_to_end.runs import BASE
@@ -132,14 +133,16 @@ def reference(*, tied: bool = False) -> list[tuple[float, float, float]]:
     """The same in float64, the whole batch at once."""
     config = configuration(1, {"no_weight_tying": not tied})
     model = SequentialModel(
-        layer_plan(
-            config.model,
-            config.initialization,
-            config.kernels,
-            padded_vocab_size=VOCABULARY,
-            topology=Topology.single(),
-            seed=config.training.seed,
-            dtype=torch.float64,
+        build_layer_specs(
+            ModelSpec(
+                config.model,
+                config.initialization,
+                config.kernels,
+                padded_vocab_size=VOCABULARY,
+                topology=Topology.single(),
+                seed=config.training.seed,
+                dtype=torch.float64,
+            )
         )
     )
     section = config.optimizer

@@ -8,7 +8,8 @@ from torch import Tensor
 from megatron.config import Config, resolve
 from megatron.distributed.mesh import Topology
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 
 SEQUENCE = 48
@@ -45,14 +46,16 @@ class SmallEngine:
     """The two methods of an engine, over one module in this process. Counts its forward passes."""
 
     def __init__(self, config: Config, vocabulary: int = 512, *, scale: float = 4.0) -> None:
-        plan = layer_plan(
-            config.model,
-            config.initialization,
-            config.kernels,
-            padded_vocab_size=vocabulary,
-            topology=Topology.single(),
-            seed=11,
-            dtype=torch.float32,
+        plan = build_layer_specs(
+            ModelSpec(
+                config.model,
+                config.initialization,
+                config.kernels,
+                padded_vocab_size=vocabulary,
+                topology=Topology.single(),
+                seed=11,
+                dtype=torch.float32,
+            )
         )
         self.module = SequentialModel(plan).eval()
         with torch.no_grad():

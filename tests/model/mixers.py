@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from megatron.distributed.mesh import Topology
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.param_table import ModelDims, remembered
 from tests.model.sections import VOCABULARY, initialization_section, model_section
@@ -16,7 +18,7 @@ from tests.model.sections import VOCABULARY, initialization_section, model_secti
 POSITIONS = 32
 
 
-def sections(kind: str, blocks: int = 2, **changes: object) -> tuple[SimpleNamespace, SimpleNamespace]:
+def sections(kind: str, blocks: int = 2, **changes: object) -> tuple[Any, Any]:
     """The model and the mixers section of blocks of one kind."""
     model = model_section(num_layers=blocks, attention_config=(kind,) * blocks, pos_emb="none", mlp_width=128)
     model.seq_length, model.intermediate_size, model.expansion_factor = POSITIONS, None, None
@@ -47,17 +49,19 @@ def build(
 ) -> SequentialModel:
     """A model of blocks of one kind; reset: states at each document."""
     model, mixers = sections(kind, blocks, **changes)
-    plan = layer_plan(
-        model,
-        initialization_section(init_method_std=0.1),
-        SimpleNamespace(),
-        padded_vocab_size=VOCABULARY,
-        topology=topology or Topology.single(),
-        seed=1,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        mixers=mixers,
-        reset_attention=reset,
+    plan = build_layer_specs(
+        ModelSpec(
+            model,
+            initialization_section(init_method_std=0.1),
+            SimpleNamespace(),
+            padded_vocab_size=VOCABULARY,
+            topology=topology or Topology.single(),
+            seed=1,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            mixers=mixers,
+            reset_attention=reset,
+        )
     )
     return SequentialModel(plan)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from megatron.distributed.mesh import Topology
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoELayer
 from megatron.model.moe.losses import RouterLossTracker
 from tests.model.sections import VOCABULARY, initialization_section, model_section
 
 
-def moe_section(**changes: object) -> SimpleNamespace:
+def moe_section(**changes: object) -> Any:
     """Four experts, two a token, in every block; nothing is dropped."""
     values = {
         "moe_num_experts": 4,
@@ -40,17 +42,19 @@ def mixture(
     **changes: object,
 ) -> MoELayer:
     """The MLP of a block with experts. model: keys of the model section. changes: of the moe section."""
-    plan = layer_plan(
-        model_section(**(model or {})),
-        initialization_section(init_method_std=0.2),
-        SimpleNamespace(),
-        padded_vocab_size=VOCABULARY,
-        topology=topology or Topology.single(),
-        seed=7,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        moe=moe_section(**changes),
-        losses=losses,
+    plan = build_layer_specs(
+        ModelSpec(
+            model_section(**(model or {})),
+            initialization_section(init_method_std=0.2),
+            SimpleNamespace(),
+            padded_vocab_size=VOCABULARY,
+            topology=topology or Topology.single(),
+            seed=7,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            moe=moe_section(**changes),
+            router_losses=losses,
+        )
     )
     made = plan[2].build().mlp
     assert isinstance(made, MoELayer)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from megatron.distributed.mesh import Topology
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 
 VOCABULARY = 96
 
 
-def model_section(**changes: object) -> SimpleNamespace:
+def model_section(**changes: object) -> Any:
     """A model section as the configuration resolves it: 2 layers of 64 features, 4 heads, rotary positions."""
     values: dict[str, object] = {
         "num_layers": 2,
@@ -58,7 +60,7 @@ def model_section(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**{"attention_config": ("global",) * layers, **values})
 
 
-def initialization_section(**changes: object) -> SimpleNamespace:
+def initialization_section(**changes: object) -> Any:
     """The public defaults."""
     values = {"init_method": "normal", "output_layer_init_method": "scaled_normal", "init_method_std": 0.02}
     return SimpleNamespace(**{**values, **changes})
@@ -87,17 +89,19 @@ def build(
     **changes: object,
 ) -> SequentialModel:
     """A SequentialModel on the CPU. reset: attention and positions at each document."""
-    plan = layer_plan(
-        model_section(**changes),
-        initialization_section(init_method_std=std),
-        SimpleNamespace(),
-        padded_vocab_size=vocabulary,
-        topology=topology or Topology.single(),
-        seed=seed,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        reset_attention=reset or reset_attention,
-        reset_positions=reset or reset_positions,
+    plan = build_layer_specs(
+        ModelSpec(
+            model_section(**changes),
+            initialization_section(init_method_std=std),
+            SimpleNamespace(),
+            padded_vocab_size=vocabulary,
+            topology=topology or Topology.single(),
+            seed=seed,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            reset_attention=reset or reset_attention,
+            reset_positions=reset or reset_positions,
+        )
     )
     return SequentialModel(plan)
 

@@ -19,7 +19,8 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.param_init import parameter_seed
 from megatron.engine.builder import build_training_engine
 from megatron.engine.deepspeed_engine import keyed_parameters
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.param_groups import RATE, parameter_groups
 from megatron.param_table import ModelDims, Multipliers, Widths, base_shapes, growths, learning_rates, tensors
@@ -147,15 +148,17 @@ INITIAL = {
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
     """Key -> initial value, of every tensor."""
-    plan = layer_plan(
-        config.model,
-        config.initialization,
-        config.kernels,
-        padded_vocab_size=VOCABULARY,
-        topology=Topology.single(),
-        seed=SEED,
-        dtype=torch.float32,
-        mup=config.mup,
+    plan = build_layer_specs(
+        ModelSpec(
+            config.model,
+            config.initialization,
+            config.kernels,
+            padded_vocab_size=VOCABULARY,
+            topology=Topology.single(),
+            seed=SEED,
+            dtype=torch.float32,
+            mup=config.mup,
+        )
     )
     return {key: parameter.detach() for key, parameter in keyed_parameters(SequentialModel(plan)).items()}
 

@@ -18,7 +18,8 @@ from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.model.kv_cache import KVCache
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.recompute import Recompute
 from megatron.model.sequential_model import SequentialModel
 from megatron.param_table import ModelDims, tensors
@@ -53,18 +54,20 @@ def build(
     resolution = resolve([], settings, Resources(1))
     assert resolution.not_supported_yet == []
     config = resolution.config
-    plan = layer_plan(
-        config.model,
-        config.initialization,
-        config.kernels,
-        padded_vocab_size=VOCABULARY,
-        topology=Topology.single(),
-        seed=3,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        recompute_attention=TORCH if recompute == "selective" else None,
-        reset_attention=reset,
-        reset_positions=reset,
+    plan = build_layer_specs(
+        ModelSpec(
+            config.model,
+            config.initialization,
+            config.kernels,
+            padded_vocab_size=VOCABULARY,
+            topology=Topology.single(),
+            seed=3,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            recompute_attention=TORCH if recompute == "selective" else None,
+            reset_attention=reset,
+            reset_positions=reset,
+        )
     )
     again = Recompute(TORCH, TensorParallelRNG(0, 0)) if recompute == "full" else None
     model = SequentialModel(plan, again)

@@ -10,7 +10,8 @@ import torch
 
 from megatron.config.defaults.attention import layer_classes
 from megatron.distributed.mesh import Topology
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.param_table import ModelDims, tensors
 from megatron.plan.stages import stage_bounds
@@ -24,14 +25,16 @@ METHODS = ["uniform", "parameters", "type:transformer|mlp", "type:transformer|em
 def stage(rank: int, size: int, method: str | tuple[int, ...], changes: dict[str, Any]) -> range:
     """The plan indices of this rank's layers."""
     topology = Topology.build(pipe=size, model=1, rank=rank, world_size=size)
-    plan = layer_plan(
-        model_section(num_layers=LAYERS, **changes),
-        initialization_section(),
-        SimpleNamespace(),
-        padded_vocab_size=VOCABULARY,
-        topology=topology,
-        seed=1,
-        dtype=torch.float32,
+    plan = build_layer_specs(
+        ModelSpec(
+            model_section(num_layers=LAYERS, **changes),
+            initialization_section(),
+            SimpleNamespace(),
+            padded_vocab_size=VOCABULARY,
+            topology=topology,
+            seed=1,
+            dtype=torch.float32,
+        )
     )
     return PipelinedModel(plan, topology, partition_method=method, loss=torch.nn.functional.cross_entropy).layer_range
 

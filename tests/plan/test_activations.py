@@ -12,7 +12,8 @@ from megatron.config import Config, Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.deepspeed_engine import keyed_parameters
 from megatron.engine.freeze import freeze
-from megatron.model.layers import layer_plan
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.objectives.language_model import LanguageModel
 from megatron.param_table import ModelDims, tensors
@@ -59,17 +60,19 @@ CASES: dict[str, dict[str, Any]] = {
 def kept_bytes(config: Config, dtype: torch.dtype) -> int:
     """Bytes of the storages that autograd keeps of one forward pass, parameters apart."""
     topology = Topology.single()
-    plan = layer_plan(
-        config.model,
-        config.initialization,
-        config.kernels,
-        padded_vocab_size=VOCABULARY,
-        topology=topology,
-        seed=1,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        moe=config.moe,
-        mixers=config.mixers,
+    plan = build_layer_specs(
+        ModelSpec(
+            config.model,
+            config.initialization,
+            config.kernels,
+            padded_vocab_size=VOCABULARY,
+            topology=topology,
+            seed=1,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            moe=config.moe,
+            mixers=config.mixers,
+        )
     )
     model = SequentialModel(plan)
     freeze(keyed_parameters(model), tensors(ModelDims.of(config.model, config.moe, config.mixers), VOCABULARY))

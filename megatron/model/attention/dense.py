@@ -25,7 +25,7 @@ from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
 from megatron.kernels.attention_mask import View
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache, Place
 from megatron.model.positions.base import document_positions
 
@@ -36,62 +36,62 @@ class ParallelSelfAttention(nn.Module):
     ValueError where the heads or the key/value heads do not divide by the tensor-parallel degree.
     """
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims, size = parts.dims, source.axis.size
+        dims, size = spec.dims, source.axis.size
         if dims.num_attention_heads % size or dims.num_kv_heads % size:
             raise ValueError(
                 f"{dims.num_attention_heads} heads and {dims.num_kv_heads} key/value heads do not divide by "
                 f"{size} tensor-parallel ranks"
             )
-        if dims.num_kv_heads // size % parts.context.size:
+        if dims.num_kv_heads // size % spec.context.size:
             raise ValueError(
                 f"{dims.num_kv_heads // size} key/value heads of a tensor-parallel rank do not divide by "
-                f"{parts.context.size} context-parallel ranks"
+                f"{spec.context.size} context-parallel ranks"
             )
         self.number = number
         self.heads = dims.num_attention_heads // size  # n/t
         self.kv_heads = dims.num_kv_heads // size  # m/t
         self.head_dim = dims.head_dim
         self.grouped = dims.grouped
-        self.positions = parts.positions
-        self.reset_attention, self.reset_positions = parts.reset_attention, parts.reset_positions
-        self.attend = self.core(parts)
-        self.dropout = parts.attention_dropout
-        self.context = parts.context
-        self.draws = parts.random.fork if size > 1 and self.dropout > 0 else nullcontext
+        self.positions = spec.positions
+        self.reset_attention, self.reset_positions = spec.reset_attention, spec.reset_positions
+        self.attend = self.core(spec)
+        self.dropout = spec.attention_dropout
+        self.context = spec.context
+        self.draws = spec.random.fork if size > 1 and self.dropout > 0 else nullcontext
         shared = range(self.heads // self.context.size)  # n/(t c): the heads that one core sees
         self.core_heads = slice(self.context.rank * len(shared), (self.context.rank + 1) * len(shared))
         first = source.axis.rank * self.heads + self.core_heads.start
-        self.pattern = parts.patterns[number](range(first, first + len(shared)))
-        self.rpe = parts.relative
-        self.query_factor = parts.multipliers.query
-        self.q_layernorm = parts.head_norm() if parts.head_norm else None
-        self.k_layernorm = parts.head_norm() if parts.head_norm else None
+        self.pattern = spec.patterns[number](range(first, first + len(shared)))
+        self.rpe = spec.relative
+        self.query_factor = spec.multipliers.query
+        self.q_layernorm = spec.head_norm() if spec.head_norm else None
+        self.k_layernorm = spec.head_norm() if spec.head_norm else None
         self.query_key_value = ColumnParallelLinear(
             dims.hidden_size,
             dims.query_size + 2 * dims.kv_size,
             source.of("query_key_value"),
-            fill=parts.fill,
+            fill=spec.fill,
             bias=dims.attention_bias,
             sections=(dims.query_size, dims.kv_size, dims.kv_size) if dims.grouped else (),
-            kernel=parts.kernels.linear,
-            update=parts.updates.get("query_key_value"),
+            kernel=spec.kernels.linear,
+            update=spec.updates.get("query_key_value"),
         )
         self.dense = RowParallelLinear(
             dims.query_size,
             dims.hidden_size,
             source.of("dense"),
-            fill=parts.output_fill,
+            fill=spec.output_fill,
             bias=dims.attention_bias,
-            kernel=parts.kernels.linear,
-            update=parts.updates.get("dense"),
+            kernel=spec.kernels.linear,
+            update=spec.updates.get("dense"),
         )
 
     @staticmethod
-    def core(parts: Parts) -> AttentionKernel:
+    def core(spec: BlockSpec) -> AttentionKernel:
         """The core that computes whole sequences."""
-        return parts.kernels.attention
+        return spec.kernels.attention
 
     def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
@@ -157,8 +157,8 @@ class ParallelSelfAttention(nn.Module):
         if not self.grouped:
             q, k, v = qkv.view(length, batch, self.heads, 3, self.head_dim).unbind(3)
             return q, k, v
-        parts = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        spec = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = spec.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
 
 
@@ -166,8 +166,8 @@ class FlashSelfAttention(ParallelSelfAttention):
     """The same attention through the flash-attn package where it is installed and can, else as everywhere."""
 
     @staticmethod
-    def core(parts: Parts) -> AttentionKernel:
-        return parts.kernels.flash
+    def core(spec: BlockSpec) -> AttentionKernel:
+        return spec.kernels.flash
 
 
 def _shown(view: View, place: Place, length: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import with_copy
 from megatron.model.block import Block
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 
 
@@ -31,26 +31,26 @@ class GMLPTransformerBlock(Block):
 
     zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
-        super().__init__(parts, source.axis)
-        self.axis, hidden, width = source.axis, parts.dims.hidden_size, parts.dims.mixers.gmlp_width
-        kernel = parts.kernels.linear
-        self.norm = parts.norm()
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
+        super().__init__(spec, source.axis)
+        self.axis, hidden, width = source.axis, spec.dims.hidden_size, spec.dims.mixers.gmlp_width
+        kernel = spec.kernels.linear
+        self.norm = spec.norm()
         self.input_linear = ColumnParallelLinear(
             hidden,
             2 * width,
             source.of("input_linear"),
-            fill=parts.fill,
+            fill=spec.fill,
             bias=True,
             sections=(width, width),
             kernel=kernel,
         )
-        self.activation = parts.activation
-        self.sgu = SpatialGatingUnit(number, parts, source.of("sgu"))
+        self.activation = spec.activation
+        self.sgu = SpatialGatingUnit(number, spec, source.of("sgu"))
         self.output_linear = RowParallelLinear(
-            width, hidden, source.of("output_linear"), fill=parts.output_fill, bias=True, kernel=kernel
+            width, hidden, source.of("output_linear"), fill=spec.output_fill, bias=True, kernel=kernel
         )
-        self.to(parts.dtype)
+        self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
@@ -64,14 +64,14 @@ class GMLPTransformerBlock(Block):
 class SpatialGatingUnit(nn.Module):
     """Multiplies one half of the features with the other one, mixed over positions."""
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims = parts.dims.mixers
-        self.number, self.axis, self.reset = number, source.axis, parts.reset_attention
-        self.norm = parts.norm_of(dims.gmlp_width)
+        dims = spec.dims.mixers
+        self.number, self.axis, self.reset = number, source.axis, spec.reset_attention
+        self.norm = spec.norm_of(dims.gmlp_width)
         self.proj = _Places(dims.gmlp_positions, source.of("proj"))
-        small = parts.dims.kind(number) == "amlp"
-        self.attn = TinyAttention(number, parts, source.of("attn")) if small else None
+        small = spec.dims.kind(number) == "amlp"
+        self.attn = TinyAttention(number, spec, source.of("attn")) if small else None
 
     def forward(self, x: Tensor, outside: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """X [b, s, 2f/t] and the block's normed input [b, s, h] -> [b, s, f/t]."""
@@ -89,12 +89,12 @@ class SpatialGatingUnit(nn.Module):
 class TinyAttention(nn.Module):
     """Attention of one head, without positions: [b, s, h] -> [b, s, f/t]."""
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims, hidden = parts.dims.mixers, parts.dims.hidden_size
+        dims, hidden = spec.dims.mixers, spec.dims.hidden_size
         self.number, self.axis, self.width = number, source.axis, dims.gmlp_attention
-        self.proj_qkv = _WholeLinear(hidden, 3 * self.width, source.of("proj_qkv"), parts)
-        self.proj_ffn = _CutLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), parts)
+        self.proj_qkv = _WholeLinear(hidden, 3 * self.width, source.of("proj_qkv"), spec)
+        self.proj_ffn = _CutLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), spec)
 
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
         """Every rank computes the attention alike, and the part of the output that it needs."""
@@ -148,9 +148,9 @@ class _Places(nn.Module):
 class _WholeLinear(nn.Module):
     """A linear layer that every rank holds whole and applies to whole sequences."""
 
-    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()
-        self.weight = source.replica("weight", (out, inp), parts.fill, whole_sequence=True)
+        self.weight = source.replica("weight", (out, inp), spec.fill, whole_sequence=True)
         self.bias = source.replica("bias", (out,), zeros, whole_sequence=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,9 +160,9 @@ class _WholeLinear(nn.Module):
 class _CutLinear(nn.Module):
     """A linear layer whose outputs are cut, and whose input has entered the region already."""
 
-    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()
-        self.weight = source.shard("weight", (out, inp), parts.fill, dim=0)
+        self.weight = source.shard("weight", (out, inp), spec.fill, dim=0)
         self.bias = source.shard("bias", (out,), zeros, dim=0)
 
     def forward(self, x: Tensor) -> Tensor:

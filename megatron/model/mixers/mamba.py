@@ -27,7 +27,7 @@ from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, Ro
 from megatron.kernels.mamba import MambaKernels
 from megatron.kernels.scan import causal_convolution, selective_scan
 from megatron.model.block import Block
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.param_table import MixerDims
 
@@ -41,11 +41,11 @@ class MambaTransformerBlock(Block):
 
     zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
-        super().__init__(parts, source.axis)
-        self.norm = parts.norm()
-        self.mixer = MambaMixer(number, parts, source.of("mixer"))
-        self.to(parts.dtype)
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
+        super().__init__(spec, source.axis)
+        self.norm = spec.norm()
+        self.mixer = MambaMixer(number, spec, source.of("mixer"))
+        self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
@@ -55,24 +55,24 @@ class MambaTransformerBlock(Block):
 class MambaMixer(nn.Module):
     """Convolution, selective scan and gate. ValueError where channels do not divide by the tensor-parallel degree."""
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims, hidden = parts.dims.mixers, parts.dims.hidden_size
+        dims, hidden = spec.dims.mixers, spec.dims.hidden_size
         self.number, self.dims, self.axis = number, dims, source.axis
-        self.kernels: MambaKernels = parts.kernels.mamba
-        self.reset = parts.reset_attention
-        inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, parts.kernels.linear
+        self.kernels: MambaKernels = spec.kernels.mamba
+        self.reset = spec.reset_attention
+        inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, spec.kernels.linear
         self.A_log = source.shard("A_log", (inner, dims.mamba_state), _rates, dim=0)
         self.D = source.shard("D", (inner,), _ones, dim=0)
         mark_no_weight_decay(self.A_log)
         self.in_proj = ColumnParallelLinear(
-            hidden, 2 * inner, source.of("in_proj"), fill=parts.fill, bias=bias, sections=(inner, inner), kernel=kernel
+            hidden, 2 * inner, source.of("in_proj"), fill=spec.fill, bias=bias, sections=(inner, inner), kernel=kernel
         )
         self.conv1d = _Convolution(dims, source.of("conv1d"))
-        self.x_proj = _SummedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), parts, bias)
+        self.x_proj = _SummedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
         self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
         self.out_proj = RowParallelLinear(
-            inner, hidden, source.of("out_proj"), fill=parts.output_fill, bias=bias, kernel=kernel
+            inner, hidden, source.of("out_proj"), fill=spec.output_fill, bias=bias, kernel=kernel
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
@@ -147,10 +147,10 @@ class _SummedLinear(nn.Module):
     gradient.
     """
 
-    def __init__(self, inp: int, out: int, source: ParamFactory, parts: Parts, bias: bool) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec, bias: bool) -> None:
         super().__init__()
-        self.axis, self.kernel = source.axis, parts.kernels.linear
-        self.weight = source.shard("weight", (out, inp), parts.fill, dim=1)
+        self.axis, self.kernel = source.axis, spec.kernels.linear
+        self.weight = source.shard("weight", (out, inp), spec.fill, dim=1)
         self.bias = source.replica("bias", (out,), zeros, whole_sequence=True) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from megatron.distributed.tensor_parallel.linear import RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import own_part, with_copy
 from megatron.kernels.wkv import wkv
 from megatron.model.block import Block
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.norms.layernorm import LayerNorm
 from megatron.param_table.mixers import RWKV_DECAY_RANK, RWKV_MIX_RANK
@@ -40,13 +40,13 @@ class RWKVTransformerBlock(Block):
 
     zero3_gather_together = True
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
-        super().__init__(parts, source.axis)
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
+        super().__init__(spec, source.axis)
         self.first = number == 0
-        self.ln1, self.ln2 = (_norm(parts, source) for _ in range(2))
-        self.att = TimeMixing(number, parts, source.of("att"))
-        self.ffn = ChannelMixing(number, parts, source.of("ffn"))
-        self.to(parts.dtype)
+        self.ln1, self.ln2 = (_norm(spec, source) for _ in range(2))
+        self.att = TimeMixing(number, spec, source.of("att"))
+        self.ffn = ChannelMixing(number, spec, source.of("ffn"))
+        self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
@@ -66,13 +66,13 @@ class TimeMixing(nn.Module):
     time_maa_r: nn.Parameter
     time_maa_g: nn.Parameter
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims, hidden = parts.dims, parts.dims.hidden_size
+        dims, hidden = spec.dims, spec.dims.hidden_size
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
         self.number, self.axis = number, source.axis
-        self.shift = _Shift(number, "time", parts)
-        depth, fill = _Depth(number, dims.num_layers), parts.fill
+        self.shift = _Shift(number, "time", spec)
+        depth, fill = _Depth(number, dims.num_layers), spec.fill
         powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
         for part, power in powers.items():
             start = depth.mixing(power, less=0.3 if part == "v" else 0.0)
@@ -89,7 +89,7 @@ class TimeMixing(nn.Module):
             _Cut(hidden, width, source.of(name), fill) for name in ("receptance", "key", "value")
         )
         self.output = RowParallelLinear(
-            width, hidden, source.of("output"), fill=parts.output_fill, bias=False, kernel=parts.kernels.linear
+            width, hidden, source.of("output"), fill=spec.output_fill, bias=False, kernel=spec.kernels.linear
         )
         self.gate = _Cut(hidden, width, source.of("gate"), fill)
         self.ln_x = _HeadNorm(width, self.head, source.of("ln_x"))
@@ -130,18 +130,18 @@ class TimeMixing(nn.Module):
 class ChannelMixing(nn.Module):
     """sigmoid(receptance(r)) * value(relu(key(k))²), where r and k mix a token with the one before."""
 
-    def __init__(self, number: int, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        hidden, width = parts.dims.hidden_size, parts.dims.mixers.rwkv_ffn
+        hidden, width = spec.dims.hidden_size, spec.dims.mixers.rwkv_ffn
         self.axis = source.axis
-        self.shift = _Shift(number, "channel", parts)
-        start = _Depth(number, parts.dims.num_layers).mixing(1.0)
+        self.shift = _Shift(number, "channel", spec)
+        start = _Depth(number, spec.dims.num_layers).mixing(1.0)
         self.time_maa_k = _vector(source, "time_maa_k", hidden, start)
         self.time_maa_r = _vector(source, "time_maa_r", hidden, start)
-        self.key = _Cut(hidden, width, source.of("key"), parts.fill)
-        self.receptance = _Cut(hidden, hidden, source.of("receptance"), parts.fill)
+        self.key = _Cut(hidden, width, source.of("key"), spec.fill)
+        self.receptance = _Cut(hidden, hidden, source.of("receptance"), spec.fill)
         self.value = RowParallelLinear(
-            width, hidden, source.of("value"), fill=parts.output_fill, bias=False, kernel=parts.kernels.linear
+            width, hidden, source.of("value"), fill=spec.output_fill, bias=False, kernel=spec.kernels.linear
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
@@ -161,8 +161,8 @@ class ChannelMixing(nn.Module):
 class _Shift:
     """The step from the token before to each token, as x[t - 1] - x[t]; 0 is before the first of a document."""
 
-    def __init__(self, number: int, name: str, parts: Parts) -> None:
-        self._number, self._name, self._reset = number, name, parts.reset_attention
+    def __init__(self, number: int, name: str, spec: BlockSpec) -> None:
+        self._number, self._name, self._reset = number, name, spec.reset_attention
 
     def __call__(
         self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None
@@ -249,9 +249,9 @@ def _whole(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.Parame
     return source.replica(name, shape, _small, whole_sequence=True)
 
 
-def _norm(parts: Parts, source: ParamFactory) -> nn.Module:
+def _norm(spec: BlockSpec, source: ParamFactory) -> nn.Module:
     """A layernorm of the residual stream, whatever `norm` says."""
-    norm = LayerNorm(parts.dims.hidden_size, EPSILON, bias=True)
+    norm = LayerNorm(spec.dims.hidden_size, EPSILON, bias=True)
     if source.axis.sequence:
         for parameter in norm.parameters():
             mark_partial_grad(parameter, source.axis)

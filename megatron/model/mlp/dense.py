@@ -9,35 +9,35 @@ from torch import Tensor, nn
 
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 
 
 class ParallelMLP(nn.Module):
     """linear2(activation(linear1(x))); a gated activation takes twice the width from linear1."""
 
-    def __init__(self, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        dims, kernel = parts.dims, parts.kernels.linear
+        dims, kernel = spec.dims, spec.kernels.linear
         sections = (dims.mlp_width, dims.mlp_width) if dims.gated else ()
         self.linear1 = ColumnParallelLinear(
             dims.hidden_size,
             sum(sections) or dims.mlp_width,
             source.of("linear1"),
-            fill=parts.fill,
+            fill=spec.fill,
             bias=dims.mlp_bias,
             sections=sections,
             kernel=kernel,
-            update=parts.updates.get("dense_h_to_4h"),
+            update=spec.updates.get("dense_h_to_4h"),
         )
-        self.activation = parts.activation
+        self.activation = spec.activation
         self.linear2 = RowParallelLinear(
             dims.mlp_width,
             dims.hidden_size,
             source.of("linear2"),
-            fill=parts.output_fill,
+            fill=spec.output_fill,
             bias=dims.mlp_bias,
             kernel=kernel,
-            update=parts.updates.get("dense_4h_to_h"),
+            update=spec.updates.get("dense_4h_to_h"),
         )
 
     def inner(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from megatron.distributed.expert_all_to_all import exchange_counts, exchange_row
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import leave, with_copy
-from megatron.model.block_spec import Parts
+from megatron.model.block_spec import BlockSpec
 from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
 
 Router = Callable[..., tuple[Tensor, Tensor]]
@@ -57,14 +57,14 @@ class MoEConfig:
 class MoELayer(nn.Module):
     """The router and the experts of one block."""
 
-    def __init__(self, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        assert parts.mixture is not None
+        assert spec.mixture is not None
         self.parallel = source.axis
-        self.mixture: MoEConfig = parts.mixture
-        self.count, self.top_k = parts.dims.mixture.experts, parts.dims.mixture.top_k
-        self.router = RouterLayer(parts, source.of("router"))
-        self.experts = Experts(parts, source.of("experts"))
+        self.mixture: MoEConfig = spec.mixture
+        self.count, self.top_k = spec.dims.mixture.experts, spec.dims.mixture.top_k
+        self.router = RouterLayer(spec, source.of("router"))
+        self.experts = Experts(spec, source.of("experts"))
 
     def partial(self, x: Tensor) -> Tensor:
         """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks."""
@@ -112,10 +112,10 @@ class RouterLayer(nn.Module):
     It sums over features and has as many outputs at any width, so to muP it is an output layer.
     """
 
-    def __init__(self, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        self.layer = _WideLinear(parts, source.of("layer"))
-        self.multiplier = parts.multipliers.router
+        self.layer = _WideLinear(spec, source.of("layer"))
+        self.multiplier = spec.multipliers.router
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, h] -> [n, all experts]."""
@@ -126,10 +126,10 @@ class RouterLayer(nn.Module):
 class _WideLinear(nn.Module):
     """A product in fp32 at least: ``weight`` [all experts, h]."""
 
-    def __init__(self, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        shape = (parts.dims.mixture.experts, parts.dims.hidden_size)
-        self.weight = source.replica("weight", shape, parts.fill, whole_sequence=True)
+        shape = (spec.dims.mixture.experts, spec.dims.hidden_size)
+        self.weight = source.replica("weight", shape, spec.fill, whole_sequence=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -166,15 +166,15 @@ class Dispatch:
 class Experts(nn.Module):
     """The experts of this rank."""
 
-    def __init__(self, parts: Parts, source: ParamFactory) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        assert parts.mixture is not None
-        self.axis = parts.mixture.axis
-        self.mlp = ExpertStack(parts, source.of("mlp"), self.axis)
-        if self.axis.size > 1 and not parts.dims.frozen:  # frozen ones have no gradients to keep apart
+        assert spec.mixture is not None
+        self.axis = spec.mixture.axis
+        self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
+        if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients to keep apart
             from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
 
-            self.mark = DeepSpeedExperts(parts.dims.mixture.experts)
+            self.mark = DeepSpeedExperts(spec.dims.mixture.experts)
 
     def forward(self, tokens: Tensor, routes: Dispatch, weights: Tensor) -> Tensor:
         """Tokens [n, h] and the weights of their experts [n, k] -> the weighted sums of what these make of them."""
@@ -202,15 +202,15 @@ class Experts(nn.Module):
 class ExpertStack(nn.Module):
     """The matrices of this rank's experts: w1 (and w3, the plain half of a gated activation) and w2, [e w/t, h]."""
 
-    def __init__(self, parts: Parts, source: ParamFactory, axis: Axis) -> None:
+    def __init__(self, spec: BlockSpec, source: ParamFactory, axis: Axis) -> None:
         super().__init__()
-        dims = parts.dims
+        dims = spec.dims
         count, shape = dims.mixture.experts, (dims.mlp_width, dims.hidden_size)
         self.local = count // axis.size
-        self.product, self.activation = parts.kernels.grouped, parts.activation
-        self.w1 = source.experts("w1", shape, parts.fill, count=count, over=axis)
-        self.w3 = source.experts("w3", shape, parts.fill, count=count, over=axis) if dims.gated else None
-        self.w2 = source.experts("w2", shape, parts.output_fill, count=count, over=axis, transposed=True)
+        self.product, self.activation = spec.kernels.grouped, spec.activation
+        self.w1 = source.experts("w1", shape, spec.fill, count=count, over=axis)
+        self.w3 = source.experts("w3", shape, spec.fill, count=count, over=axis) if dims.gated else None
+        self.w2 = source.experts("w2", shape, spec.output_fill, count=count, over=axis, transposed=True)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows [m, h] in order of experts, and how many each has [e] -> this rank's term of the sum [m, h]."""
