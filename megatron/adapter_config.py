@@ -1,8 +1,8 @@
-"""What is trained beside a frozen model, read from the configuration without torch.
+"""Settings of LoRA and soft prompts, read from the configuration without torch.
 
 `lora`: each targeted matrix W becomes W + (alpha / rank) B A, where A [rank, in] and B [out, rank] are trained and B
-starts at zero (arXiv:2106.09685, section 4.1). `soft_prompt_tuning`: vectors before every text take the place of a
-prompt, and they alone are trained (arXiv:2104.08691, section 2).
+starts at zero (arXiv:2106.09685, section 4.1). `soft_prompt_tuning`: only vectors in front of the tokens are trained
+(arXiv:2104.08691, section 2).
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ Block = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LowRank:
-    """Low-rank updates. dropout: of their input [probability]. targets: names of TARGETS, in that order."""
+    """LoRA adapters."""
 
     rank: int
+    """Rows of A and columns of B."""
     alpha: float
+    """Scale of the product B A, times the rank."""
     dropout: float
+    """Dropout on the adapter's input [probability]."""
     targets: tuple[str, ...]
+    """Names of TARGETS, in that order."""
 
     @property
     def scale(self) -> float:
-        """What the product B A is multiplied by."""
+        """The factor of the product B A."""
         return self.alpha / self.rank
 
     def modules(self) -> tuple[str, ...]:
-        """The targeted modules inside a block."""
+        """Returns the targeted modules inside a block."""
         return tuple(TARGETS[name] for name in self.targets)
 
     def block(self) -> dict[str, Any]:
@@ -49,13 +53,14 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """A learned prompt. num_tokens: vectors. init_string: they start as the vectors of its tokens, taken again and
-    again; without it they are drawn from +-init_range.
-    """
+    """A soft prompt."""
 
     num_tokens: int
+    """Its length [vectors]."""
     init_string: str
+    """Text whose token embeddings are the first values, repeated to num_tokens; "" draws random ones."""
     init_range: float
+    """Random first values are uniform in +-init_range."""
 
     def block(self) -> dict[str, Any]:
         """The configuration's block with nothing left out."""
@@ -63,7 +68,7 @@ class SoftPrompt:
 
 
 def low_rank(block: Block | None) -> LowRank | None:
-    """What a `lora` block without errors asks for; None for nothing."""
+    """Reads a valid `lora` block; None when it is absent or disabled."""
     if block is None or not enabled(block):
         return None
     named = targets(block)
@@ -74,7 +79,7 @@ def low_rank(block: Block | None) -> LowRank | None:
 
 
 def soft_prompt(block: Block | None) -> SoftPrompt | None:
-    """What a `soft_prompt_tuning` block without errors asks for; None for nothing."""
+    """Reads a valid `soft_prompt_tuning` block; None when it is absent or disabled."""
     if block is None or not enabled(block):
         return None
     given = {name: block[name] for name in ("num_tokens", "init_string", "init_range") if block.get(name) is not None}
@@ -82,20 +87,18 @@ def soft_prompt(block: Block | None) -> SoftPrompt | None:
 
 
 def prompt_length(block: Block | None) -> int:
-    """Vectors of the learned prompt; 0 without one."""
+    """Returns the vectors of the soft prompt; 0 without one."""
     prompt = soft_prompt(block)
     return 0 if prompt is None else prompt.num_tokens
 
 
 def enabled(block: Block | None) -> bool:
-    """Whether a block is there and not switched off."""
+    """Returns whether a block is given and not disabled."""
     return block is not None and block.get("enabled", True) is not False
 
 
 def targets(block: Block) -> list[str]:
-    """The targets of a `lora` block by their names in TARGETS; the joint matrix of queries, keys and values unless
-    given, as in the paper.
-    """
+    """Returns the targets of a `lora` block by their names in TARGETS; query_key_value by default."""
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
     return list(TARGETS) if ALL in listed else [ALIASES.get(name, name) for name in listed]

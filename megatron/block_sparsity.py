@@ -1,10 +1,10 @@
-"""Which blocks of keys a block of queries sees, for every sparse kind of attention, without torch.
+"""Block layouts of the sparse attention kinds: the key blocks that each query block attends to, without torch.
 
-The sequence is cut into blocks of `block` tokens. A layout says for each row of blocks (queries) which columns (keys)
-it sees; inside them a token sees no later token. The kinds and their options are those of DeepSpeed's `SparsityConfig`
+A sequence has blocks of `block` tokens. A layout lists for each row of blocks (queries) the columns (keys) that it
+attends to; inside them the causal mask applies. The kinds and their options are those of DeepSpeed's `SparsityConfig`
 classes with attention="unidirectional" (deepspeed/ops/sparse_attention/sparsity_config.py, release 0.14), after
 arXiv:1904.10509 (fixed, variable), arXiv:2007.14062 (bigbird) and arXiv:2004.05150 (bslongformer). Two things differ,
-so that a cached text sees what it saw when it was run whole: the layout of a sequence is a part of that of every
+so that generation with a KV cache equals a full forward pass: the layout of a sequence is a prefix of that of every
 longer one (DeepSpeed moves the global blocks of a last, incomplete window), and random blocks are drawn from the row's
 own past by (block of the model, head, row) alone.
 """
@@ -17,30 +17,32 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 SAMPLED_ROWS = 512
-"""The share of visible positions is taken from at most this many rows."""
+"""The visible fraction is computed from at most this many rows."""
 
 
 class Rule(Protocol):
-    """Some columns that a row of blocks sees; later columns among them do not count."""
+    """Columns that a row of blocks attends to; columns after the row are dropped."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]: ...
 
 
 @dataclass(frozen=True)
-class Around:
-    """The row's own block and the `reach` blocks before it."""
+class SlidingWindow:
+    """The row's own block and the blocks before it."""
 
-    reach: int
+    blocks_before: int
+    """Number of blocks before the row."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]:
-        return range(row - self.reach, row + 1)
+        return range(row - self.blocks_before, row + 1)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The blocks of the row's window: windows of these sizes lie one after another, the last size again and again."""
+    """The blocks of the row's window. Windows follow each other without overlap."""
 
     sizes: tuple[int, ...]
+    """Sizes of the windows [blocks]; the last one repeats."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]:
         start = 0
@@ -52,12 +54,15 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Representatives:
-    """`count` blocks of each window of `window` blocks: the last ones, or for head h those before by h % patterns."""
+class WindowGlobals:
+    """Global blocks of each window: the last ones for head 0, and earlier ones for the next patterns."""
 
     window: int
+    """Size of a window [blocks]."""
     count: int
+    """Global blocks of each window."""
     patterns: int
+    """Number of patterns; head h has pattern h % patterns."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]:
         first = self.window - (1 + head % self.patterns) * self.count
@@ -66,10 +71,12 @@ class Representatives:
 
 @dataclass(frozen=True)
 class Columns:
-    """These blocks, whatever the row. rows: and the rows of these blocks see everything before them."""
+    """Global blocks that every row attends to."""
 
     ranges: tuple[tuple[int, int], ...]
+    """First block and end of each range."""
     rows: bool = False
+    """Whether the rows of these blocks attend to everything before them."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]:
         if self.rows and any(first <= row < end for first, end in self.ranges):
@@ -78,32 +85,37 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """`count` blocks drawn from the past of the row, the same in every run. number: the block of the model."""
+class RandomBlocks:
+    """Blocks drawn from the past of the row, the same in every run."""
 
     count: int
+    """Number of random blocks."""
     number: int
+    """Index of the model's transformer block, part of the seed."""
 
     def __call__(self, row: int, head: int) -> Iterable[int]:
-        draws = random.Random(f"{self.number}/{head}/{row}")
-        return draws.sample(range(row + 1), min(self.count, row + 1))
+        generator = random.Random(f"{self.number}/{head}/{row}")
+        return generator.sample(range(row + 1), min(self.count, row + 1))
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """block: [tokens]. rules: a row sees what any of them names. per_head: whether heads differ."""
+    """Layout of one transformer block."""
 
     block: int
+    """Size of a block [tokens]."""
     rules: tuple[Rule, ...]
+    """A row attends to the union of the columns of all rules."""
     per_head: bool = False
+    """Whether heads differ."""
 
     def seen(self, row: int, head: int = 0) -> list[int]:
-        """The columns that a row of blocks sees, its own included, in order."""
+        """Returns the columns that a row of blocks attends to, its own included, in order."""
         head = head if self.per_head else 0
         return sorted({column for rule in self.rules for column in rule(row, head) if 0 <= column <= row})
 
     def visible_share(self, length: int) -> float:
-        """Pairs of a token and one that it sees, of all pairs of a token and one not after it [fraction]."""
+        """Returns the query-key pairs that are computed, as a fraction of those of causal attention."""
         rows = -(-length // self.block)
         step = max(1, rows // SAMPLED_ROWS)
         taken = range(step - 1, rows, step)
@@ -111,9 +123,14 @@ class BlockLayout:
 
 
 def visible_share(kind: str, config: Mapping[str, Any] | None, number: int, window: int | None, length: int) -> float:
-    """The same share for block ``number`` of the model, of any kind of attention; 1 for one that sees everything.
+    """Returns the fraction of the causal query-key pairs that a block of any attention kind computes.
 
-    config: sparsity_config. window: sliding_window_width [tokens]. length: of the sequence [tokens].
+    Args:
+        kind: the attention kind; 1.0 for full causal attention.
+        config: sparsity_config.
+        number: index of the transformer block.
+        window: sliding_window_width [tokens].
+        length: of the sequence [tokens].
     """
     layout = layout_of(kind, config, number)
     if layout is not None:
@@ -125,22 +142,22 @@ def visible_share(kind: str, config: Mapping[str, Any] | None, number: int, wind
 
 def _local(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
     blocks = config.get("num_local_blocks", config.get("num_sliding_window_blocks", 4))
-    return (Around(blocks // 2),)
+    return (SlidingWindow(blocks // 2),)
 
 
 def _fixed(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
     window, count = config.get("num_local_blocks", 4), config.get("num_global_blocks", 1)
-    return Windows((window,)), Representatives(window, count, config.get("num_different_global_patterns", 1))
+    return Windows((window,)), WindowGlobals(window, count, config.get("num_different_global_patterns", 1))
 
 
 def _variable(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
     windows = Windows(tuple(config.get("local_window_blocks", (4,))))
-    return windows, _columns(config), Drawn(config.get("num_random_blocks", 0), number)
+    return windows, _columns(config), RandomBlocks(config.get("num_random_blocks", 0), number)
 
 
 def _bigbird(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
     first = Columns(((0, config.get("num_global_blocks", 1)),))
-    return _sliding(config), first, Drawn(config.get("num_random_blocks", 1), number)
+    return _sliding(config), first, RandomBlocks(config.get("num_random_blocks", 1), number)
 
 
 def _bslongformer(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
@@ -148,7 +165,7 @@ def _bslongformer(config: Mapping[str, Any], number: int) -> tuple[Rule, ...]:
 
 
 def _sliding(config: Mapping[str, Any]) -> Rule:
-    return Around(config.get("num_sliding_window_blocks", 3) // 2)
+    return SlidingWindow(config.get("num_sliding_window_blocks", 3) // 2)
 
 
 def _columns(config: Mapping[str, Any], *, rows: bool = False) -> Rule:
@@ -176,18 +193,18 @@ _RULES: dict[str, tuple[Callable[[Mapping[str, Any], int], tuple[Rule, ...]], fr
 }
 
 SPARSE_KINDS = tuple(_RULES)
-"""The kinds of attention that a layout describes."""
+"""The attention kinds that have a layout."""
 
 
 def options_of(kind: str) -> frozenset[str]:
-    """The names in `sparsity_config` that a sparse kind reads."""
+    """Returns the names in `sparsity_config` that a sparse kind reads."""
     return _RULES[kind][1] | _SHARED
 
 
 def layout_of(kind: str, config: Mapping[str, Any] | None, number: int) -> BlockLayout | None:
-    """The layout of block ``number`` of the model, or None for a kind that sees everything before it.
+    """Returns the layout of block ``number`` of the model; None for a kind that is not sparse.
 
-    config: the `sparsity_config` of the configuration; DeepSpeed's defaults where it says nothing.
+    config: `sparsity_config`, with DeepSpeed's defaults for missing names.
     """
     if kind not in _RULES:
         return None

@@ -1,4 +1,4 @@
-"""Where compiled extensions of this installation are kept.
+"""The folder of compiled extensions of this installation.
 
 torch keeps one folder for all installations of a Python version, and compiles again whenever another one asks, since
 the paths of the headers differ. Two checkouts used in turn would compile for half a minute at every start, so each
@@ -16,7 +16,7 @@ VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """The folder that TORCH_EXTENSIONS_DIR names, else one in the user's cache for this environment of this Python."""
+    """Returns TORCH_EXTENSIONS_DIR, else a folder of this Python environment in the user's cache."""
     chosen = environment.get(VARIABLE)
     if chosen:
         return Path(chosen)

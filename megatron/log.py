@@ -1,11 +1,11 @@
-"""Rank-aware loggers: what a person reads on stderr while a run goes on.
+"""Rank-aware loggers that write to stderr.
 
     log = get_logger(__name__)
     log.info("checkpoint written to %s", path)      # rank 0 only
     log.warning("the file system answers slowly")   # every rank
 
-When a world has more than one rank, each line starts with its rank. A door calls `configure` once; a module only asks
-for its logger. The rank comes from the environment, so nothing here waits for torch.distributed.
+When a world has more than one rank, each line starts with its rank. An entry point calls `configure` once; a module
+only calls `get_logger`. The rank comes from the environment, so nothing here waits for torch.distributed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ ROOT = "megatron"
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module (`__name__`); every logger hangs below "megatron", which `configure` sets up."""
+    """Returns the logger of a module (`__name__`), a child of the logger "megatron" that `configure` sets up."""
     return logging.getLogger(name if name == ROOT or name.startswith(f"{ROOT}.") else f"{ROOT}.{name}")
 
 
 def configure(level: str | int | None = None) -> None:
-    """Sends the loggers' lines to stderr.
+    """Sends the loggers' lines to stderr. A second call replaces the settings of the first.
 
-    level: a name or number of `logging`, by default what LOGLEVEL says, else INFO. Ranks other than 0 speak from
-    WARNING on, unless the level is DEBUG. Calling it again replaces what the former call set.
+    Args:
+        level: a name or number of `logging`; LOGLEVEL, else INFO, by default. Ranks other than 0 log from WARNING on,
+            unless the level is DEBUG.
     """
     root = logging.getLogger(ROOT)
     for old in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:

@@ -33,7 +33,7 @@ class Ranks:
 
 
 def free_port(port: int = 0) -> int:
-    """A TCP port of this host that nothing listens on at this moment. OSError where `port` is given and taken."""
+    """Returns a TCP port of this host that is free now. Raises OSError when `port` is given and taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))

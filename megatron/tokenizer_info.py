@@ -1,4 +1,4 @@
-"""What is written down about a tokenizer, beside token files and in checkpoints, and whether two are the same."""
+"""Identity of a tokenizer, stored beside token files and in checkpoints, and its comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# Words, numbers, white space, code and several scripts: two vocabularies part it alike only if they are the same.
+# Words, numbers, white space, code and several scripts: only equal vocabularies give equal ids.
 PROBE = (
     "The quick brown fox jumps over the lazy dog, 12345.678 times. It's naïve — isn't it?\n\n"
     "def measure(self, values: list[int]) -> float:\n    return sum(values) / max(len(values), 1)  # mean\n"
@@ -19,8 +19,8 @@ FROM_FILES = frozenset({"HFTokenizer", "PretrainedFromHF", "HFGPT2Tokenizer", "G
 """Kinds of tokenizer that may hold the same vocabulary under another name."""
 
 
-class Encodes(Protocol):
-    """What is asked of a tokenizer to tell it from others."""
+class EncodingTokenizer(Protocol):
+    """The part of a tokenizer that identifies it."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -33,16 +33,16 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What is written down about a tokenizer.
-
-    kind: as tokenizer_type names it. vocab_size: [tokens], before padding. eod: the id that ends each document, or None
-    when none is appended. fingerprint: of the ids that it gives a known text, the same wherever its files lie.
-    """
+    """Identity of a tokenizer."""
 
     kind: str
+    """The name of its tokenizer_type."""
     vocab_size: int
+    """Its ids before padding [tokens]."""
     eod: int | None
+    """The id that ends each document; None when none is appended."""
     fingerprint: str | None = None
+    """Hash of the ids of a fixed text, which does not depend on the path of its files."""
 
     def __str__(self) -> str:
         end = "no end of document" if self.eod is None else f"end of document {self.eod}"
@@ -50,11 +50,11 @@ class TokenizerInfo:
         return f"{self.kind} of {self.vocab_size:,} tokens, {end}{known}"
 
     def agrees_with(self, other: TokenizerInfo) -> bool:
-        """Whether both can be the same tokenizer, by all that both say.
+        """Returns whether both can be the same tokenizer.
 
-        The kind decides only where no fingerprint does: kinds that read the same files may go by another name.
+        The kind is compared only where a fingerprint is missing: several kinds read the same files.
         """
-        ends = {facts.eod for facts in (self, other)} - {None}
+        ends = {info.eod for info in (self, other)} - {None}
         if self.vocab_size != other.vocab_size or len(ends) > 1:
             return False
         if self.fingerprint is not None and other.fingerprint is not None:
@@ -62,8 +62,8 @@ class TokenizerInfo:
         return self.kind == other.kind or {self.kind, other.kind} <= FROM_FILES
 
 
-def facts_of(kind: str, tokenizer: Encodes, *, append_eod: bool = True) -> TokenizerInfo:
-    """The facts of a tokenizer. append_eod: whether its end of document is behind each document."""
+def describe_tokenizer(kind: str, tokenizer: EncodingTokenizer, *, append_eod: bool = True) -> TokenizerInfo:
+    """Describes a tokenizer. append_eod: whether each document ends with its end-of-document token."""
     ids = [int(token) for token in tokenizer.encode(PROBE)]
     fingerprint = hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
     return TokenizerInfo(kind, tokenizer.vocab_size, tokenizer.eod if append_eod else None, fingerprint)

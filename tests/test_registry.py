@@ -6,11 +6,11 @@ import pytest
 
 from megatron import registry
 from megatron.errors import ConfigError
-from megatron.registry import Entry, Family
+from megatron.registry import Entry, Registry
 
 
-def family() -> Family:
-    return Family(
+def family() -> Registry:
+    return Registry(
         "shape",
         "shape",
         [
@@ -59,7 +59,7 @@ def test_a_name_is_once() -> None:
 
 GPU_EXTRAS = {"transformer-engine": "transformer_engine"}
 """What no machine without a GPU can install, and the package that it brings."""
-FAMILIES = {name: value for name, value in vars(registry).items() if isinstance(value, Family)}
+FAMILIES = {name: value for name, value in vars(registry).items() if isinstance(value, Registry)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

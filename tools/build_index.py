@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.flags import read_flags
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import epoch_samples, index_requests
@@ -43,7 +43,7 @@ def requests_of(config: Config) -> list[IndexRequest]:
         )
         iterations = samples // require(training.train_batch_size)
     elif training.train_samples is not None:
-        ramp = Ramp.of(require(training.train_batch_size), training.rampup_batch_size)
+        ramp = BatchRampup.of(require(training.train_batch_size), training.rampup_batch_size)
         iterations = ramp.steps(training.train_samples)
     if iterations is None:
         raise ConfigError.of(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.reader import HEADER, LEGACY_HEADER, VERSION, IndexedDataset, bin_path, idx_path
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_info import facts_of
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
 AT_ONCE = 16 << 20  # tokens that are counted at once
@@ -133,7 +133,7 @@ def shown(asked: argparse.Namespace) -> list[str]:
 def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where the card tells of another tokenizer, whose words these ids are not."""
     card = read_card(data.prefix, documents=len(data.document_index) - 1, tokens=len(data.tokens))
-    facts = facts_of(kind, tokenizer)
+    facts = describe_tokenizer(kind, tokenizer)
     if card is not None and not card.tokenizer.agrees_with(facts):
         hint = "name the tokenizer that made these files"
         what = f"this is {facts}, and another tokenizer made {data.prefix}: {card.tokenizer}"

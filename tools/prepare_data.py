@@ -33,7 +33,7 @@ from megatron.data.preprocess.pipeline import preprocess
 from megatron.data.preprocess.progress_bar import ProgressLine, TransferLine
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_info import facts_of
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from tools.preprocess_data import told
 
@@ -133,7 +133,7 @@ def tokenise(
             find_text_files(map(str, files)),
             PlainText(tokenizer, append_eod=True),
             output_prefix=str(prefix),
-            facts=facts_of(kind, tokenizer),
+            facts=describe_tokenizer(kind, tokenizer),
             workers=workers,
             report=line,
         )

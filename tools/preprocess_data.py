@@ -28,7 +28,7 @@ from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_info import TokenizerInfo, facts_of
+from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 from megatron.tokenizers.round_trip import losses
 
@@ -159,7 +159,7 @@ def run(asked: argparse.Namespace) -> Result:
     tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=vocab_file, merge_file=asked.merge_file)
     print(f"{asked.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
     tell_losses(tokenizer)
-    facts = facts_of(asked.tokenizer_type, tokenizer, append_eod=asked.append_eod)
+    facts = describe_tokenizer(asked.tokenizer_type, tokenizer, append_eod=asked.append_eod)
     return run_recipe(asked, recipe_of(asked, tokenizer), facts)
 
 

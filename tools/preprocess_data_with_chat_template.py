@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.preprocess.document_types import Chat
 from megatron.errors import ConfigError, RunError
-from megatron.tokenizer_info import facts_of
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.chat_encoding import ChatTokens
 from tools.preprocess_data import add_work_arguments, dashed, run_recipe, tell_losses, told
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         template = ChatTokens(asked.tokenizer_path, parse_special=asked.parse_special_tokens)
         tell_losses(template.tokenizer)
         recipe = recipe_of(asked, template)
-        facts = facts_of("PretrainedFromHF", template.tokenizer)
+        facts = describe_tokenizer("PretrainedFromHF", template.tokenizer)
         print(told(run_recipe(asked, recipe, facts)))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a YAML may say, and how files and flags become one frozen Config."""
+"""Configuration: YAML files and flags become one frozen Config."""
 
 from megatron.config.cluster import Resources
 from megatron.config.config import FIELDS, Config

@@ -1,4 +1,4 @@
-"""What the machine offers, as the launcher found it."""
+"""Resources of the cluster, as the launcher found them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Resources:
-    """world_size: ranks of the run. hosts: (name, ranks on it) for each host; empty where only the number is known."""
+    """Hosts and ranks of a run."""
 
     world_size: int
+    """Ranks of the run."""
     accelerator: Literal["cuda", "cpu"] = "cpu"
+    """Device of each rank."""
     hosts: tuple[tuple[str, int], ...] = ()
+    """Name and ranks of each host; empty where only the number of ranks is known."""

@@ -1,7 +1,6 @@
-"""Small kindnesses before the types are checked: whole numbers written as 1e5, the case of a choice, one-item lists,
-`~` in paths.
+"""Lenient coercion before type checks: 1e5 as int, case-insensitive choices, single items as lists, `~` in paths.
 
-Choices that do not exist are refused here, with the nearest one that does.
+Choices that do not exist are rejected here, with the nearest one that does.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.config import FIELDS, FieldInfo
-from megatron.config.paths import PATH_KEYS, read_paths
-from megatron.config.type_names import accepts, members
+from megatron.config.paths import PATH_KEYS, expand_paths
+from megatron.config.type_names import allows_type, union_members
 from megatron.errors import ConfigIssue
 from megatron.registry import nearest_name
 
@@ -25,47 +24,47 @@ CHOICE_ALIASES = {
     ("attention_config", "dense"): "global",
     ("lr_decay_style", "none"): "constant",
 }
-"""What other programs call a choice -> what it is here."""
+"""(key, a choice's name in other programs) -> its name here."""
 
 
-def decode(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
-    """The values as the sections take them, and the choices that do not exist. Unknown keys are left out."""
-    decoded: dict[str, Any] = {}
+def coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
+    """Coerces the values to the types of their keys; returns them with the issues. Unknown keys are left out."""
+    coerced: dict[str, Any] = {}
     issues: list[ConfigIssue] = []
     for name, value in values.items():
         if name not in FIELDS:
             continue
-        facts = FIELDS[name]
-        value = _coerce(facts, value)
-        if facts.choices:
-            value, found = _choose(facts, value)
+        field = FIELDS[name]
+        value = _coerce(field, value)
+        if field.choices:
+            value, found = _choose(field, value)
             issues += found
         if name in PATH_KEYS:
-            value, found = read_paths(name, value)
+            value, found = expand_paths(name, value)
             issues += found
-        decoded[name] = value
-    return decoded, issues
+        coerced[name] = value
+    return coerced, issues
 
 
-def _coerce(facts: FieldInfo, value: Any) -> Any:
-    kinds = members(facts.annotation)
+def _coerce(field: FieldInfo, value: Any) -> Any:
+    kinds = union_members(field.annotation)
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)
-    if isinstance(value, str) and accepts(facts.annotation, tuple) and str not in kinds:
+    if isinstance(value, str) and allows_type(field.annotation, tuple) and str not in kinds:
         return [value]
     return value
 
 
-def _choose(facts: FieldInfo, value: Any) -> tuple[Any, list[ConfigIssue]]:
+def _choose(field: FieldInfo, value: Any) -> tuple[Any, list[ConfigIssue]]:
     if isinstance(value, (list, tuple)):
-        pairs = [_choose(facts, item) for item in value]
+        pairs = [_choose(field, item) for item in value]
         return [item for item, _ in pairs], [issue for _, found in pairs for issue in found]
-    if not isinstance(value, str) or value in facts.choices or (facts.name == "attention_config" and value == "all"):
+    if not isinstance(value, str) or value in field.choices or (field.name == "attention_config" and value == "all"):
         return value, []
-    for choice in facts.choices:
+    for choice in field.choices:
         if choice.lower() == value.lower():
             return choice, []
-    close = CHOICE_ALIASES.get((facts.name, value.lower())) or nearest_name(value, facts.choices)
-    listed = ", ".join(facts.choices)
+    close = CHOICE_ALIASES.get((field.name, value.lower())) or nearest_name(value, field.choices)
+    listed = ", ".join(field.choices)
     hint = f"did you mean {close}? The choices are {listed}" if close else f"the choices are {listed}"
-    return value, [ConfigIssue("there is no such choice", key=facts.name, value=value, hint=hint)]
+    return value, [ConfigIssue("there is no such choice", key=field.name, value=value, hint=hint)]

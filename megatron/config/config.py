@@ -1,6 +1,6 @@
-"""Config: the sections composed, and the flat view that a YAML has of them.
+"""Config: all sections, and their flat view as key -> value.
 
-Every key lives in one section; `FIELDS` says in which, with its type, default, choices, unit and documentation.
+Every key belongs to one section; `FIELDS` lists it with its type, default, choices, unit and documentation.
 A Config is frozen: `replace` makes another one.
 """
 
@@ -36,32 +36,39 @@ from megatron.config.schema.schedule import ScheduleSection
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.schema.training import TrainingSection
 from megatron.config.schema.transformer_engine import TransformerEngineSection
-from megatron.config.type_names import type_in_words, value_in_words
+from megatron.config.type_names import type_name, value_type_name
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import nearest_name
 
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is known of one key. section: the attribute of Config that holds it. names: gives its choices."""
+    """Metadata of one key."""
 
     name: str
+    """The key."""
     section: str
+    """The attribute of Config that holds it."""
     annotation: Any
+    """Its type."""
     default: Any
+    """Its default value."""
     doc: str
+    """Its documentation."""
     unit: str | None
+    """The unit of a number, such as "steps"."""
     names: Callable[[], tuple[str, ...]] | None = None
+    """Returns the choices; None where any value is allowed."""
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The strings allowed, () for any; of a family of parts those of plugins too."""
+        """The strings allowed, () for any; components of plugins included."""
         return self.names() if self.names is not None else ()
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration, one section a topic."""
+    """A complete configuration, with one section per topic."""
 
     model: ModelSection
     initialization: InitializationSection
@@ -108,17 +115,17 @@ class Config:
         return cls(**sections)  # type: ignore[arg-type]
 
     def flat(self) -> dict[str, Any]:
-        """Every key and its value, in the order of the catalog."""
-        return {name: getattr(getattr(self, facts.section), name) for name, facts in FIELDS.items()}
+        """Returns every key and its value, in the order of FIELDS."""
+        return {name: getattr(getattr(self, field.section), name) for name, field in FIELDS.items()}
 
     def replace(self, **values: Any) -> Config:
-        """A Config in which these keys have other values. Nothing is derived again."""
+        """Returns a Config in which these keys have other values. Nothing is derived again."""
         return Config.from_flat({**self.flat(), **values})
 
     def for_inference(self) -> Config:
-        """The Config that generation and evaluation build from: no optimizer state, ZeRO, recompute or dropout.
+        """Returns the Config of generation and evaluation: no optimizer state, ZeRO, recompute or dropout.
 
-        The ranks of a context-parallel run each take whole sequences, and those of an expert-parallel one all experts.
+        Context parallelism and expert parallelism are off as well.
         """
         return self.replace(
             zero_optimization={"stage": 0},
@@ -144,7 +151,7 @@ def _catalog() -> dict[str, FieldInfo]:
     catalog: dict[str, FieldInfo] = {}
     for section_name, section in SECTIONS.items():
         for name, field in section.model_fields.items():
-            assert name not in catalog, f"{name} stands in two sections"
+            assert name not in catalog, f"{name} is in two sections"
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             unit = extra.get("unit")
             catalog[name] = FieldInfo(
@@ -160,21 +167,21 @@ def _catalog() -> dict[str, FieldInfo]:
 
 
 FIELDS: Mapping[str, FieldInfo] = MappingProxyType(_catalog())
-"""Every key and what is known of it."""
+"""Every key and its metadata."""
 
 
-WRITTEN = {
+EXAMPLE_SYNTAX = {
     "zero_optimization": "write {stage: 1}",
     "optimizer": "write {type: Adam, params: {lr: 6.0e-4}}",
     "fp16": "write precision: fp16, or {enabled: true}",
     "bf16": "write precision: bfloat16, or {enabled: true}",
     "autotuning": "write {enabled: true}",
 }
-"""How a mapping is written that users give another form."""
+"""Example syntax of mappings, for the hint of a type error."""
 
 
 def unknown_key(name: str, *, value: object = None, location: str | None = None) -> ConfigIssue:
-    """The error of a key that does not exist, with the nearest one that does."""
+    """Returns the issue of a key that does not exist, with the nearest one that does."""
     if isinstance(value, Mapping) and any(str(inner).replace("-", "_") in FIELDS for inner in value):
         hint = f"write its keys without {name} around them, since keys are not nested"
         return ConfigIssue("there is no such key", key=name, location=location, hint=hint)
@@ -183,19 +190,19 @@ def unknown_key(name: str, *, value: object = None, location: str | None = None)
     return ConfigIssue("there is no such key", key=name, location=location, hint=hint)
 
 
-def issues_of(refusal: ValidationError, section: type[Section]) -> list[ConfigIssue]:
-    """One Mistake for each key that pydantic refused, in words of ours."""
+def issues_of(validation_error: ValidationError, section: type[Section]) -> list[ConfigIssue]:
+    """Converts pydantic's errors to one issue per key."""
     issues: dict[str, ConfigIssue] = {}
-    for error in refusal.errors(include_url=False):
+    for error in validation_error.errors(include_url=False):
         if not error["loc"]:  # the choices, which look at the whole section
             issues["choices"] = ConfigIssue(str(error["msg"]).removeprefix("Value error, "))
             continue
         name = str(error["loc"][0])
         if name not in issues:
-            wanted = type_in_words(FIELDS[name].annotation)
+            expected = type_name(FIELDS[name].annotation)
             items = [part + 1 for part in error["loc"][1:] if isinstance(part, int)]
             what = f"item {items[0]} is" if items else "this is"
             issues[name] = ConfigIssue(
-                f"{what} {value_in_words(error['input'])}", key=name, hint=WRITTEN.get(name, f"give {wanted}")
+                f"{what} {value_type_name(error['input'])}", key=name, hint=EXAMPLE_SYNTAX.get(name, f"give {expected}")
             )
     return list(issues.values())

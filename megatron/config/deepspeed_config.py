@@ -1,9 +1,9 @@
-"""Config -> the mapping that DeepSpeed reads.
+"""Converts a Config to the DeepSpeed configuration, a mapping.
 
-The optimizer and its schedule are ours and handed to DeepSpeed as objects, so neither appears here. At ZeRO 0 the
-gradient norm and the clipping are ours as well, since DeepSpeed's norm counts wrongly there with a pipeline.
-Ranks that share a sequence are data-parallel ranks to DeepSpeed, so it counts every sample once for each of them.
-`deepspeed_extra_args` adds to the mapping and may not change what it already holds.
+The optimizer and its schedule are passed to DeepSpeed as objects, so neither appears here. At ZeRO 0 the gradient norm
+and the clipping are computed outside DeepSpeed, whose norm is wrong there with a pipeline. Context-parallel ranks are
+data-parallel ranks to DeepSpeed, so it counts every sample once for each of them. `deepspeed_extra_args` adds to the
+mapping and may not change its values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from megatron.config.config import FIELDS, Config
 from megatron.errors import ConfigError, ConfigIssue
 
-HANDED_ON = (
+PASSTHROUGH_KEYS = (
     "prescale_gradients",
     "gradient_predivide_factor",
     "communication_data_type",
@@ -28,11 +28,11 @@ HANDED_ON = (
     "checkpoint",
     "data_types",
 )
-"""Keys that DeepSpeed reads under the same name, left out at their defaults."""
+"""Keys that DeepSpeed reads under the same name; defaults are left out."""
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed configuration of a resolved Config. Raises ConfigError where deepspeed_extra_args contradict it."""
+    """Returns the DeepSpeed configuration. Raises ConfigError where deepspeed_extra_args contradicts it."""
     values = config.flat()
     settings: dict[str, Any] = {
         "train_batch_size": values["train_batch_size"] * values["context_parallel_size"],
@@ -45,17 +45,17 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "wall_clock_breakdown": values["wall_clock_breakdown"],
     }
     if (values["zero_optimization"] or {}).get("offload_optimizer"):
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW is one kernel on a processor as well
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW is one kernel on a CPU as well
     if values["precision"] == "bfloat16":
         settings["bf16"] = values["bf16"]
     if values["precision"] == "fp16":
         settings["fp16"] = {name: value for name, value in values["fp16"].items() if name not in {"type", "fp16"}}
     if values["sequence_parallel"] and values["is_pipe_parallel"]:
-        # Each tensor-parallel rank sends its own part of the sequence; DeepSpeed would send a slice of rank 0's.
+        # Each tensor-parallel rank sends its own shard of the sequence; DeepSpeed would send a slice of rank 0's.
         settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if values["fp32_allreduce"]:
         settings["communication_data_type"] = "fp32"
-    for name in HANDED_ON:
+    for name in PASSTHROUGH_KEYS:
         if values[name] != FIELDS[name].default:
             settings[name] = values[name]
     extra = values["deepspeed_extra_args"] or {}
@@ -73,7 +73,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def _steps_per_print(config: Config) -> int | None:
-    """How often DeepSpeed prints a line beside ours: as asked for, and never by default."""
+    """Returns how often DeepSpeed prints its own line: never by default."""
     section = config.deepspeed
-    asked = section.wall_clock_breakdown or section.steps_per_print != FIELDS["steps_per_print"].default
-    return section.steps_per_print if asked else None
+    requested = section.wall_clock_breakdown or section.steps_per_print != FIELDS["steps_per_print"].default
+    return section.steps_per_print if requested else None

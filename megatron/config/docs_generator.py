@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from megatron.config.config import FIELDS, SECTIONS, FieldInfo
-from megatron.config.type_names import item_type, members, type_in_short
+from megatron.config.type_names import item_type, short_type_name, union_members
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
@@ -33,31 +33,31 @@ A default of `null` means that the value is derived from others, found at launch
 
 
 def key_table() -> str:
-    """configs/README.md."""
+    """Returns the text of configs/README.md."""
     parts = [HEAD]
     for name, section in SECTIONS.items():
         module_doc = (section.__doc__ or "").strip().splitlines()[0]
         parts.append(
             f"\n## {name}\n\n{module_doc}\n\n| key | type | unit | default | meaning |\n|---|---|---|---|---|\n"
         )
-        parts += [_row(facts) for facts in FIELDS.values() if facts.section == name]
+        parts += [_row(field) for field in FIELDS.values() if field.section == name]
     return "".join(parts)
 
 
-def _row(facts: FieldInfo) -> str:
-    doc = facts.doc
-    if facts.choices:
-        doc += " Choices: " + ", ".join(f"`{choice}`" for choice in facts.choices) + "."
-    default = json.dumps(facts.default)
-    cells = (f"`{facts.name}`", type_in_short(facts.annotation), facts.unit or "", f"`{default}`", doc)
+def _row(field: FieldInfo) -> str:
+    doc = field.doc
+    if field.choices:
+        doc += " Choices: " + ", ".join(f"`{choice}`" for choice in field.choices) + "."
+    default = json.dumps(field.default)
+    cells = (f"`{field.name}`", short_type_name(field.annotation), field.unit or "", f"`{default}`", doc)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def schema() -> dict[str, Any]:
-    """configs/schema.json: every key, in both spellings."""
+    """Returns the JSON schema: every key, in both spellings."""
     properties: dict[str, Any] = {}
-    for name, facts in FIELDS.items():
-        properties[name] = _property(facts)
+    for name, field in FIELDS.items():
+        properties[name] = _property(field)
         if "_" in name:
             properties[name.replace("_", "-")] = {"$ref": f"#/properties/{name}"}
     return {
@@ -69,19 +69,19 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _property(facts: FieldInfo) -> dict[str, Any]:
-    unit = f" [{facts.unit}]" if facts.unit else ""
-    told: dict[str, Any] = {"description": facts.doc + unit, "default": facts.default}
-    if facts.annotation is Any:
-        return told
-    if facts.choices and all(member in (str, type(None)) for member in members(facts.annotation)):
-        optional = type(None) in members(facts.annotation)
-        return {**told, "enum": [*facts.choices, *([None] if optional else [])]}
-    forms = [_form(member) for member in members(facts.annotation)]
+def _property(field: FieldInfo) -> dict[str, Any]:
+    unit = f" [{field.unit}]" if field.unit else ""
+    property_schema: dict[str, Any] = {"description": field.doc + unit, "default": field.default}
+    if field.annotation is Any:
+        return property_schema
+    if field.choices and all(member in (str, type(None)) for member in union_members(field.annotation)):
+        optional = type(None) in union_members(field.annotation)
+        return {**property_schema, "enum": [*field.choices, *([None] if optional else [])]}
+    forms = [_form(member) for member in union_members(field.annotation)]
     if all(set(form) == {"type"} for form in forms):
         types = [form["type"] for form in forms]
-        return {**told, "type": types[0] if len(types) == 1 else types}
-    return {**told, **(forms[0] if len(forms) == 1 else {"anyOf": forms})}
+        return {**property_schema, "type": types[0] if len(types) == 1 else types}
+    return {**property_schema, **(forms[0] if len(forms) == 1 else {"anyOf": forms})}
 
 
 def _form(member: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _form(member: Any) -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The schema as the file holds it."""
+    """Returns the text of configs/schema.json."""
     return json.dumps(schema(), indent=1) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How a section states a key, and what every section shares.
+"""Fields of configuration sections: `key` declares one, `Section` holds them.
 
 `key(default, doc, unit=..., choices=...)` is a pydantic Field: the documentation, the unit and the choices are beside
 the default and feed the key reference, the JSON Schema and the error messages. `Section` is a frozen model that
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron.registry import Family
+from megatron.registry import Registry
 
 
 def key(
@@ -19,7 +19,7 @@ def key(
     doc: str,
     *,
     unit: str | None = None,
-    choices: tuple[str, ...] | Family[Any] = (),
+    choices: tuple[str, ...] | Registry[Any] = (),
     planned: tuple[str, ...] = (),
 ) -> Any:
     """One configuration key.
@@ -28,8 +28,8 @@ def key(
         default: its value where none is given.
         doc: one sentence.
         unit: what a number counts, such as "steps" or "tokens".
-        choices: the strings allowed, or the family of parts whose names are.
-        planned: names that configurations may write although the family has no such part yet.
+        choices: the strings allowed, or the registry whose names are allowed.
+        planned: names that are allowed although the registry has no such component yet.
     """
     extra: dict[str, Any] = {}
     if unit is not None:
@@ -39,9 +39,9 @@ def key(
     return Field(default=default, description=doc, json_schema_extra=extra or None)
 
 
-def _names(choices: tuple[str, ...] | Family[Any], planned: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that a key may hold now; plugins may have added parts to the family."""
-    names = choices.names if isinstance(choices, Family) else choices
+def _names(choices: tuple[str, ...] | Registry[Any], planned: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the allowed names; plugins may have added components to the registry."""
+    names = choices.names if isinstance(choices, Registry) else choices
     return names + tuple(name for name in planned if name not in names)
 
 

@@ -1,7 +1,7 @@
 """Every key as a flag: `--train-iters 100`, `--train_iters=100`.
 
 A value is read as YAML, so `--optimizer '{type: Adam, params: {lr: 1e-4}}'` works; the value of a text key is taken
-as it stands. A true-or-false key may stand without a value. A list key takes every value up to the next flag.
+verbatim. A boolean key needs no value. A list key takes every value up to the next flag.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from itertools import takewhile
 from typing import Any
 
 from megatron.config.config import FIELDS, FieldInfo
-from megatron.config.type_names import accepts, members, type_in_words
-from megatron.config.yaml_loader import COMMAND_LINE, find_file, normal_name, read_value
+from megatron.config.type_names import allows_type, type_name, union_members
+from megatron.config.yaml_loader import COMMAND_LINE, find_file, normalize_key, read_value
 from megatron.errors import ConfigIssue
 from megatron.registry import nearest_name
 
@@ -23,20 +23,27 @@ NUMBER = re.compile(r"^-[0-9.]")
 
 @dataclass(frozen=True)
 class Flags:
-    """values: key -> value. rest: the arguments that are no flag of a key, in their order. errors: of spelling."""
+    """Parsed command line flags."""
 
     values: dict[str, Any]
+    """Key -> value."""
     rest: list[str]
+    """Arguments that are no flag of a key, in their order."""
     issues: list[ConfigIssue]
+    """Spelling errors."""
 
 
 def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
-    """Takes the flags that name a configuration key out of the arguments.
+    """Extracts the flags of configuration keys from the arguments.
 
-    others: long flags of the caller's own, such as "--dry-run", left in `rest`; any other long flag that names no
-    key is an error, as is a key given twice. Short flags and plain arguments are left in `rest`.
+    Short flags, positional arguments and the flags of `others` stay in `rest`. Any other long flag that names no key is
+    an error, as is a key given twice.
+
+    Args:
+        arguments: the command line.
+        others: long flags of the caller, such as "--dry-run".
     """
-    own = {normal_name(name.lstrip("-")) for name in others}
+    own = {normalize_key(name.lstrip("-")) for name in others}
     values: dict[str, Any] = {}
     rest: list[str] = []
     issues: list[ConfigIssue] = []
@@ -51,7 +58,7 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             rest.append(argument)
             continue
         written, equals, text = argument[2:].partition("=")
-        name = normal_name(written)
+        name = normalize_key(written)
         if name in own:
             rest.append(argument)
             continue
@@ -66,24 +73,24 @@ def read_flags(arguments: Sequence[str], others: Iterable[str] = ()) -> Flags:
             continue
         taken = _values_after(FIELDS[name], arguments, position)
         position += len(taken)
-        if not taken and not accepts(FIELDS[name].annotation, bool):
-            wanted = type_in_words(FIELDS[name].annotation)
-            issues.append(ConfigIssue("the flag needs a value", key=f"--{written}", hint=f"give {wanted}"))
+        if not taken and not allows_type(FIELDS[name].annotation, bool):
+            expected = type_name(FIELDS[name].annotation)
+            issues.append(ConfigIssue("the flag needs a value", key=f"--{written}", hint=f"give {expected}"))
             continue
-        values[name] = _joined(FIELDS[name], taken)
+        values[name] = _join_values(FIELDS[name], taken)
     return Flags(values, rest, [replace(issue, location=COMMAND_LINE) for issue in issues])
 
 
-def flag_value(facts: FieldInfo, text: str) -> Any:
-    """The value of one flag: text for a text key, else YAML."""
-    kinds = [member for member in members(facts.annotation) if member is not type(None)]
+def flag_value(field: FieldInfo, text: str) -> Any:
+    """Parses the value of one flag: text for a text key, else YAML."""
+    kinds = [member for member in union_members(field.annotation) if member is not type(None)]
     if kinds == [str]:
         return None if text in {"null", "~"} else text
     return read_value(text)
 
 
 def _values_of_unknown(name: str, arguments: Sequence[str], start: int) -> list[str]:
-    """What follows a flag that does not exist: the values of the nearest one, else one that is no file."""
+    """Returns the arguments after an unknown flag that belong to it: by the nearest key, else one that is no file."""
     close = nearest_name(name, FIELDS)
     if close:
         following = _values_after(FIELDS[close], arguments, start)
@@ -92,9 +99,9 @@ def _values_of_unknown(name: str, arguments: Sequence[str], start: int) -> list[
     return list(takewhile(lambda text: find_file(text) is None and not text.endswith(".py"), following))
 
 
-def _values_after(facts: FieldInfo, arguments: Sequence[str], start: int) -> list[str]:
-    """The arguments from `start` on that are values of this key."""
-    if accepts(facts.annotation, tuple):
+def _values_after(field: FieldInfo, arguments: Sequence[str], start: int) -> list[str]:
+    """Returns the arguments from `start` on that are values of this key."""
+    if allows_type(field.annotation, tuple):
         taken = []
         for argument in arguments[start:]:
             if _is_flag(argument):
@@ -103,7 +110,7 @@ def _values_after(facts: FieldInfo, arguments: Sequence[str], start: int) -> lis
         return taken
     if start >= len(arguments) or _is_flag(arguments[start]):
         return []
-    if accepts(facts.annotation, bool) and not isinstance(read_value(arguments[start]), (bool, type(None))):
+    if allows_type(field.annotation, bool) and not isinstance(read_value(arguments[start]), (bool, type(None))):
         return []
     return [arguments[start]]
 
@@ -112,20 +119,20 @@ def _is_flag(argument: str) -> bool:
     return argument.startswith("-") and len(argument) > 1 and not NUMBER.match(argument)
 
 
-def _joined(facts: FieldInfo, taken: list[str]) -> Any:
+def _join_values(field: FieldInfo, taken: list[str]) -> Any:
     if not taken:
         return True
-    if not accepts(facts.annotation, tuple):
-        return flag_value(facts, taken[0])
+    if not allows_type(field.annotation, tuple):
+        return flag_value(field, taken[0])
     read = [read_value(text) for text in taken]
     if len(read) == 1 and (isinstance(read[0], list) or read[0] is None):
         return read[0]
-    if accepts(facts.annotation, str) and len(read) == 1:
+    if allows_type(field.annotation, str) and len(read) == 1:
         return taken[0]
     return read
 
 
 def _unknown_flag(written: str, own: set[str]) -> ConfigIssue:
-    close = nearest_name(normal_name(written), [*FIELDS, *own])
+    close = nearest_name(normalize_key(written), [*FIELDS, *own])
     hint = f"did you mean --{close}?" if close else "configs/README.md lists every key"
     return ConfigIssue("there is no such flag", key=f"--{written}", hint=hint)

@@ -1,4 +1,4 @@
-"""Keys that name files and folders: `~` is the home folder, and what only a shell would fill in is refused."""
+"""Keys that hold paths: `~` is expanded, and shell variables are rejected."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ PATH_KEYS = frozenset(
 _VARIABLE = re.compile(r"\$(?:\w|\{)")
 
 
-def read_paths(name: str, value: Any) -> tuple[Any, list[ConfigIssue]]:
-    """The value of a key with `~` and `~user` written out, and what is no path. Lists are read item by item."""
+def expand_paths(name: str, value: Any) -> tuple[Any, list[ConfigIssue]]:
+    """Expands `~` and `~user` in a value or a list of values; returns it with the issues of invalid paths."""
     if isinstance(value, (list, tuple)):
-        pairs = [read_paths(name, item) for item in value]
+        pairs = [expand_paths(name, item) for item in value]
         return [item for item, _ in pairs], [issue for _, found in pairs for issue in found]
     if not isinstance(value, str):
         return value, []

@@ -1,4 +1,4 @@
-"""Keys of older GPT-NeoX releases: understood where they mean one of today's, else refused by the name of today's."""
+"""Renamed keys of older GPT-NeoX releases are mapped; keys of other programs are rejected with the name here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ RENAMED = {
     "save_interval": "checkpoint_factor",
     "num_experts": "moe_num_experts",
 }
-"""Same meaning, another name."""
+"""Old key -> new key with the same meaning."""
 
 IGNORED = {
     "detect_nvlink_pairs": "NCCL finds the links between accelerators itself",
     "zero_allow_untested_optimizer": "every optimizer here is tried with ZeRO",
     "moe_type": "there is one way to compute experts",
-    "enable_expert_tensor_parallelism": "experts are cut like every other layer, over model_parallel_size ranks",
+    "enable_expert_tensor_parallelism": "experts are sharded like every other layer, over model_parallel_size ranks",
 }
-"""Without effect on results; one warning line."""
+"""Key -> reason why it has no effect; reported as a warning."""
 
 REFUSED = {
     "attention_type": "write attention_config: [[[global], all]] with the kind of attention in it",
@@ -84,7 +84,7 @@ REFUSED = {
     "use_flash_attn": "write attention_config: [[[flash], all]]",
     "zero_optimization_stage": "write zero_optimization: {stage: 1}",
 }
-"""The hint names today's spelling."""
+"""Rejected key -> hint."""
 
 
 SPARSITY: dict[object, tuple[str, ...]] = {
@@ -93,11 +93,11 @@ SPARSITY: dict[object, tuple[str, ...]] = {
     "all": ("sparse_variable",),
     "interspersed": ("global", "sparse_variable"),
 }
-"""What each value of `sparsity` makes of the blocks, again and again from the first on."""
+"""Value of `sparsity` -> attention kinds, which repeat over the blocks."""
 
 
-def _attention_of(values: Mapping[str, SourcedValue]) -> SourcedValue | ConfigIssue:
-    """The attention_config that `sparsity` means."""
+def _sparsity_to_attention(values: Mapping[str, SourcedValue]) -> SourcedValue | ConfigIssue:
+    """Converts `sparsity` to attention_config."""
     given = values["sparsity"]
     if "attention_config" in values:
         other = values["attention_config"]
@@ -115,43 +115,43 @@ def _attention_of(values: Mapping[str, SourcedValue]) -> SourcedValue | ConfigIs
 _BFLOAT16 = frozenset({"bfloat16", "bf16"})
 
 
-def _older_precision(
+def _convert_old_precision(
     values: Mapping[str, SourcedValue],
 ) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
-    """The values with `precision: {type: ...}` and `fp16: {type: bfloat16}` as today's releases write them."""
-    modern = dict(values)
+    """Converts `precision: {type: ...}` and `fp16: {type: bfloat16}` to today's form."""
+    renamed = dict(values)
     issues: list[ConfigIssue] = []
     warnings: list[str] = []
     precision, block = values.get("precision"), values.get("fp16")
     if precision is not None and isinstance(precision.value, Mapping) and set(precision.value) == {"type"}:
-        precision = modern["precision"] = SourcedValue(precision.value["type"], precision.location)
+        precision = renamed["precision"] = SourcedValue(precision.value["type"], precision.location)
         warnings.append(f"{precision.location}: precision = {{type: ...}}: read as precision: {precision.value}")
     kind = str(block.value.get("type", "")).lower() if block is not None and isinstance(block.value, Mapping) else ""
     if block is None or kind not in _BFLOAT16 or block.value.get("enabled", True) is False:
-        return modern, issues, warnings
-    del modern["fp16"]
+        return renamed, issues, warnings
+    del renamed["fp16"]
     if precision is not None and str(precision.value).lower() not in _BFLOAT16:
         what = f"a block of type {kind} asks for bfloat16, and precision, at {precision.location}, for another one"
         issues.append(ConfigIssue(what, "fp16", block.value, block.location, "keep one of the two"))
     else:
-        modern["precision"] = SourcedValue("bfloat16", block.location)
+        renamed["precision"] = SourcedValue("bfloat16", block.location)
         warnings.append(
             f"{block.location}: fp16 = {{type: {kind}}}: read as precision: bfloat16, which has no loss scale"
         )
-    return modern, issues, warnings
+    return renamed, issues, warnings
 
 
 def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, SourcedValue], list[ConfigIssue], list[str]]:
-    """Today's keys, the errors of keys that have no meaning any more, and a warning for each that has no effect."""
-    modern: dict[str, SourcedValue] = {}
-    values, issues, warnings = _older_precision(values)
+    """Returns the values under today's keys, the issues of rejected keys, and warnings for keys without effect."""
+    renamed: dict[str, SourcedValue] = {}
+    values, issues, warnings = _convert_old_precision(values)
     for name, given in values.items():
         if name == "sparsity":
-            attention = _attention_of(values)
+            attention = _sparsity_to_attention(values)
             if isinstance(attention, ConfigIssue):
                 issues.append(attention)
             else:
-                modern["attention_config"] = attention
+                renamed["attention_config"] = attention
         elif name in REFUSED:
             what = "this is a key of another release or program"
             issues.append(ConfigIssue(what, name, given.value, given.location, REFUSED[name]))
@@ -163,7 +163,7 @@ def apply_renames(values: Mapping[str, SourcedValue]) -> tuple[dict[str, Sourced
             issues.append(ConfigIssue(what, name, given.value, given.location, "keep one of the two"))
         elif name in RENAMED:
             warnings.append(f"{given.location}: {name} = {given.value!r}: an older name, read as {RENAMED[name]}")
-            modern[RENAMED[name]] = given
+            renamed[RENAMED[name]] = given
         else:
-            modern[name] = given
-    return modern, issues, warnings
+            renamed[name] = given
+    return renamed, issues, warnings

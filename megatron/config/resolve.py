@@ -1,4 +1,4 @@
-"""merge -> decode -> derive -> rules -> Config. The only constructor of a run's configuration.
+"""Resolves files and flags to a Config: merge, coerce, fill defaults, validate.
 
 Nothing here imports torch, so a launcher can resolve a configuration in a fraction of a second.
 """
@@ -11,36 +11,36 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.config.cluster import Resources
-from megatron.config.coerce import decode
+from megatron.config.coerce import coerce
 from megatron.config.config import FIELDS, Config, unknown_key
-from megatron.config.defaults.fill_defaults import complete
+from megatron.config.defaults.fill_defaults import fill_defaults
 from megatron.config.renamed_keys import RENAMED, apply_renames
 from megatron.config.schema.launch import LaunchSection
-from megatron.config.type_names import accepts
-from megatron.config.validation.unknown_values import meant
-from megatron.config.validation.unsupported import not_supported_yet, without_effect
-from megatron.config.validation.validate import violations
-from megatron.config.yaml_loader import COMMAND_LINE, SourcedValue, find_file, merge, normal_name
+from megatron.config.type_names import allows_type
+from megatron.config.validation.unknown_values import keys_in_hints
+from megatron.config.validation.unsupported import keys_without_effect, not_supported_yet
+from megatron.config.validation.validate import find_violations
+from megatron.config.yaml_loader import COMMAND_LINE, SourcedValue, find_file, merge, normalize_key
 from megatron.errors import UNSET, ConfigError, ConfigIssue
 
 DEFAULT, DERIVED = "default", "derived"
 
-CHOOSE_MACHINES = frozenset(("hostfile", "include", "exclude", "num_nodes", "num_gpus", "global_num_gpus"))
-"""Keys without which nobody can say where the ranks run."""
+HOST_SELECTION_KEYS = frozenset(("hostfile", "include", "exclude", "num_nodes", "num_gpus", "global_num_gpus"))
+"""Keys that select hosts and ranks."""
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """A resolved configuration and how it came about.
-
-    origin: for every key `file:line`, "command line", "default" or "derived". warnings: one line each, about values
-    without effect. not_supported_yet: one line for each value whose feature is not built; launching refuses these.
-    """
+    """A resolved configuration with the origin of its values."""
 
     config: Config
+    """The configuration."""
     origin: dict[str, str]
+    """Key -> `file:line`, "command line", "default" or "derived"."""
     warnings: list[str] = field(default_factory=list)
+    """Values without effect, one line each."""
     not_supported_yet: list[str] = field(default_factory=list)
+    """Values whose feature is not built, one line each; launching rejects them."""
 
 
 def resolve(
@@ -49,27 +49,30 @@ def resolve(
     resources: Resources | Callable[[LaunchSection], Resources] = Resources(1),  # noqa: B008 (it is frozen)
     issues: Sequence[ConfigIssue] = (),
 ) -> Resolution:
-    """Reads files and flags and returns the one configuration that they mean.
+    """Reads files and flags and returns the resolved configuration.
 
-    files: YAML or JSON, in any order. flags: key -> value; they win over files. resources: what the machine offers,
-    or a function that finds it out from the launch section (hostfile, num_gpus, ...). errors: what was already
-    found wrong, with the command line. Raises ConfigError with every error that can be told: those of spelling and
-    type, and what arithmetic and rules say of the values that are good.
+    Raises ConfigError with all errors: spelling, types, derivations and rules.
+
+    Args:
+        files: YAML or JSON, in any order.
+        flags: key -> value; they override files.
+        resources: of the cluster, or a function that finds them from the launch section (hostfile, num_gpus, ...).
+        issues: errors that were already found in the command line.
     """
-    read = _read(files, flags, issues)
-    found = _machines(resources, read)
-    draft = complete({**read.typed.flat(), "config_files": read.texts}, read.given.keys(), found, read.unknown)
+    read = _read_sources(files, flags, issues)
+    found = _find_resources(resources, read)
+    draft = fill_defaults({**read.typed.flat(), "config_files": read.texts}, read.given.keys(), found, read.unknown)
     read.issues += draft.issues
     try:
         config = Config.from_flat(draft.values)
     except ConfigError as error:
-        raise ConfigError(*_in_order([*read.issues, *error.issues], files, read.given)) from error
-    read.issues += violations(config, draft.unknown)
-    lines = [*draft.warnings, *without_effect(config, read.given.keys())]
-    warnings = [*read.warnings, *_with_where(lines, read.given)]
+        raise ConfigError(*_sort_issues([*read.issues, *error.issues], files, read.given)) from error
+    read.issues += find_violations(config, draft.unknown)
+    lines = [*draft.warnings, *keys_without_effect(config, read.given.keys())]
+    warnings = [*read.warnings, *_prefix_locations(lines, read.given)]
     if config.launch.strict_config and draft.knows("strict_config"):
         read.issues += [ConfigIssue(line, hint="strict_config makes this an error") for line in warnings]
-    ConfigError.raise_any(_in_order(read.issues, files, read.given))
+    ConfigError.raise_any(_sort_issues(read.issues, files, read.given))
     derived = draft.derived | {"config_files"}
     origin = {
         name: DERIVED if name in derived else read.given[name].location if name in read.given else DEFAULT
@@ -79,43 +82,49 @@ def resolve(
 
 
 @dataclass
-class _Read:
-    """What the sources say. typed: the good values. unknown: keys of which it is not known what the user wants."""
+class _ParsedSources:
+    """Values of files and flags after type checks."""
 
     typed: Config
+    """The valid values."""
     given: Mapping[str, SourcedValue]
+    """The values as given, under today's keys."""
     texts: dict[str, str] | None
+    """File name -> text."""
     issues: list[ConfigIssue]
+    """Errors found so far."""
     warnings: list[str]
+    """Warnings found so far."""
     unknown: set[str]
+    """Keys whose value is invalid or could not be read."""
 
 
-def _read(
+def _read_sources(
     files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None, before: Sequence[ConfigIssue]
-) -> _Read:
+) -> _ParsedSources:
     merged = merge(files, flags)
     given, outdated, warnings = apply_renames(merged.values)
     strange = {name: one for name, one in given.items() if name not in FIELDS}
     spelling = [unknown_key(name, value=one.value, location=one.location) for name, one in strange.items()]
-    values, unchosen = decode({name: one.value for name, one in _without_auto(given).items()})
+    values, unchosen = coerce({name: one.value for name, one in _drop_auto(given).items()})
     refused = {issue.key for issue in unchosen}
     good = {name: value for name, value in values.items() if name not in refused}
-    typed, mistyped = _typed(good)
+    typed, mistyped = _valid_values(good)
     wrong = [*unchosen, *mistyped]
-    unknown = {issue.key for issue in (*wrong, *merged.doubtful) if issue.key in FIELDS}
-    unknown |= meant([*before, *outdated, *spelling], FIELDS.keys() - given.keys())
+    unknown = {issue.key for issue in (*wrong, *merged.conflicting) if issue.key in FIELDS}
+    unknown |= keys_in_hints([*before, *outdated, *spelling], FIELDS.keys() - given.keys())
     nested = {str(name) for one in strange.values() if isinstance(one.value, Mapping) for name in one.value}
-    unknown |= {normal_name(name) for name in nested} & (FIELDS.keys() - given.keys())
+    unknown |= {normalize_key(name) for name in nested} & (FIELDS.keys() - given.keys())
     unknown |= {RENAMED[issue.key] for issue in outdated if issue.key in RENAMED}
     if merged.unreadable:
         unknown |= FIELDS.keys() - given.keys()
     texts = merged.texts or typed.checkpoint.config_files
     issues = [*before, *merged.issues, *outdated, *spelling, *wrong]
-    return _Read(typed, given, texts, issues, warnings, {name for name in unknown if name})
+    return _ParsedSources(typed, given, texts, issues, warnings, {name for name in unknown if name})
 
 
-def _typed(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
-    """The configuration of those values that have their key's type, and the errors of the others."""
+def _valid_values(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
+    """Returns the configuration of the values that have their key's type, and the issues of the others."""
     try:
         return Config.from_flat(values), []
     except ConfigError as error:
@@ -124,11 +133,13 @@ def _typed(values: Mapping[str, Any]) -> tuple[Config, list[ConfigIssue]]:
         return Config.from_flat(good), list(error.issues)
 
 
-def _machines(resources: Resources | Callable[[LaunchSection], Resources], read: _Read) -> Resources | None:
-    """What the machines offer; None where the keys that choose them are wrong."""
+def _find_resources(
+    resources: Resources | Callable[[LaunchSection], Resources], read: _ParsedSources
+) -> Resources | None:
+    """Returns the resources; None where the keys that select them are invalid."""
     if not callable(resources):
         return resources
-    if not read.unknown.isdisjoint(CHOOSE_MACHINES):
+    if not read.unknown.isdisjoint(HOST_SELECTION_KEYS):
         return None
     try:
         return resources(read.typed.launch)
@@ -137,53 +148,53 @@ def _machines(resources: Resources | Callable[[LaunchSection], Resources], read:
         return None
 
 
-def _without_auto(given: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
-    """Leaves out the keys that the autotuner is to find."""
-    tuned = _left_to_autotuner(given)
+def _drop_auto(given: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
+    """Leaves out the keys that the autotuner sets."""
+    tuned = _autotuned_keys(given)
     return {name: one for name, one in given.items() if name not in tuned}
 
 
-def _left_to_autotuner(given: Mapping[str, SourcedValue]) -> set[str]:
-    """Keys that take no text and say `auto`, where the autotuner is asked for; they count as not given."""
+def _autotuned_keys(given: Mapping[str, SourcedValue]) -> set[str]:
+    """Returns the keys with the value `auto` that take no text, if the autotuner is on."""
     if "autotuning" not in given or not given["autotuning"].value:
         return set()
     auto = {name for name, one in given.items() if one.value == "auto" and name in FIELDS}
-    return {name for name in auto if not accepts(FIELDS[name].annotation, str)}
+    return {name for name in auto if not allows_type(FIELDS[name].annotation, str)}
 
 
-def _in_order(
+def _sort_issues(
     issues: Sequence[ConfigIssue], files: Sequence[str | os.PathLike[str]], given: Mapping[str, SourcedValue]
 ) -> list[ConfigIssue]:
-    """The errors with the places where their keys were given, from the first file's first line to no place."""
+    """Returns the issues with locations, sorted by file and line; issues without location are last."""
     names = {str(find_file(name) or name): number for number, name in enumerate(files)}
 
-    def place(issue: ConfigIssue) -> tuple[int, int]:
+    def sort_key(issue: ConfigIssue) -> tuple[int, int]:
         location = issue.location or ""
         name, _, line = location.rpartition(":")
         if name in names and line.isdecimal():
             return names[name], int(line)
         return names.get(location, len(names) + (location != COMMAND_LINE)), 0
 
-    once = {str(issue): issue for issue in _placed(issues, given)}
-    return sorted(once.values(), key=place)
+    once = {str(issue): issue for issue in _add_locations(issues, given)}
+    return sorted(once.values(), key=sort_key)
 
 
-def _placed(issues: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
-    """The errors with the place where the key was given."""
-    placed = []
+def _add_locations(issues: Sequence[ConfigIssue], given: Mapping[str, SourcedValue]) -> list[ConfigIssue]:
+    """Returns the issues with the location where the key was given."""
+    located = []
     for issue in issues:
         source = given.get(issue.key or "")
         if source is not None and issue.location is None:
             value = source.value if issue.value is UNSET else issue.value
             issue = replace(issue, location=source.location, value=value)
-        placed.append(issue)
-    return placed
+        located.append(issue)
+    return located
 
 
-def _with_where(lines: Sequence[str], given: Mapping[str, SourcedValue]) -> list[str]:
-    """Each line, after the place where its key was given."""
-    told = []
+def _prefix_locations(lines: Sequence[str], given: Mapping[str, SourcedValue]) -> list[str]:
+    """Returns each line after the location where its key was given."""
+    located = []
     for line in lines:
         source = given.get(line.partition(" ")[0].rstrip(":"))
-        told.append(f"{source.location}: {line}" if source else line)
-    return told
+        located.append(f"{source.location}: {line}" if source else line)
+    return located

@@ -1,6 +1,6 @@
-"""Config <-> worker: a file in the run directory, or base64 text where no file system is shared.
+"""Serializes a Config for workers: a file in the run directory, or base64 text without a shared file system.
 
-The form is JSON with flat keys, derived ones too, so a worker derives nothing again.
+The format is JSON with flat keys, derived ones included, so a worker derives nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron.errors import ConfigError
 
 
 def to_json(config: Config) -> str:
-    """Every key and its value, one key a line."""
+    """Returns JSON with one key per line."""
     return json.dumps(config.flat(), indent=1, ensure_ascii=False, allow_nan=True) + "\n"
 
 
 def from_json(text: str, location: str = "the configuration handed to the worker") -> Config:
-    """The inverse of `to_json`. Raises ConfigError where the text is no configuration."""
+    """Parses the output of `to_json`. Raises ConfigError where the text is no configuration."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -33,12 +33,12 @@ def from_json(text: str, location: str = "the configuration handed to the worker
 
 
 def write(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes the configuration; a reader never sees half of it."""
+    """Writes the configuration atomically."""
     write_atomic(Path(path), to_json(config))
 
 
 def read(path: str | os.PathLike[str]) -> Config:
-    """Reads what `write` wrote. Raises ConfigError where there is nothing to read."""
+    """Reads a file of `write`. Raises ConfigError when it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,9 +47,9 @@ def read(path: str | os.PathLike[str]) -> Config:
 
 
 def encode(config: Config) -> str:
-    """The configuration as compressed base64 text, safe in a URL and short enough for a command line.
+    """Encodes the configuration as compressed base64, short enough for a command line.
 
-    Only values that are not defaults are in it, and no texts of the sources, which the run directory keeps.
+    Defaults are left out, and so is `config_files`, which the run directory has.
     """
     found = {name: value for name, value in config.flat().items() if value != FIELDS[name].default}
     found.pop("config_files", None)
@@ -58,7 +58,7 @@ def encode(config: Config) -> str:
 
 
 def decode(text: str) -> Config:
-    """The inverse of `encode`, but for `config_files`. Raises ConfigError where the text is damaged."""
+    """Decodes the output of `encode`. Raises ConfigError where the text is damaged."""
     try:
         plain = zlib.decompress(base64.urlsafe_b64decode(text.encode())).decode()
     except (ValueError, zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Types that several sections share. Lists in a YAML become tuples, since a section is frozen."""
+"""Types shared by sections. Lists in a YAML become tuples, since a section is frozen."""
 
 from typing import Annotated, Any
 
@@ -11,10 +11,10 @@ Numbers = Annotated[tuple[float, ...], Field(strict=False)]
 """A list of numbers."""
 
 Integers = Annotated[tuple[int, ...], Field(strict=False)]
-"""A list of whole numbers."""
+"""A list of integers."""
 
 Items = Annotated[tuple[Any, ...], Field(strict=False)]
 """A list of anything."""
 
 Table = dict[str, Any]
-"""A nested mapping that is handed on as it stands."""
+"""A nested mapping."""

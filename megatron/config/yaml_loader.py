@@ -1,9 +1,9 @@
-"""Files and command line -> one flat mapping, in which each value knows where it stands.
+"""Loads and merges configuration files and flags into one flat mapping, with the location of each value.
 
 Any number of YAML or JSON files, in any order: no file overrides another. A key is the same key with dashes or
-underscores, and giving it twice is an error that names both places, in one file or in two. The command line wins
-over files. JSON is read by the YAML reader as well, so trailing commas are allowed in it, and comments (`#`, `//`,
-`/* */`) are taken out. Numbers such as 2e-5, text in YAML 1.1, are numbers here.
+underscores; giving it twice, in one file or in two, is an error that names both locations. The command line overrides
+files. JSON is parsed as YAML too, so trailing commas are allowed in it, and comments (`#`, `//`, `/* */`) are removed.
+Numbers such as 2e-5, which YAML 1.1 reads as text, are numbers here.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ from megatron.errors import ConfigIssue
 COMMAND_LINE = "command line"
 SUFFIXES = (".yml", ".yaml", ".json")
 
-_Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class Loader(_Base):  # type: ignore[misc, valid-type]
-    """The safe YAML loader, with the numbers of YAML 1.2: 2e-5 is one; 1:30 and 010, which YAML 1.1 reads as 90 and
-    8, are text.
-    """
+class YamlLoader(_SafeLoader):  # type: ignore[misc, valid-type]
+    """The safe YAML loader with the numbers of YAML 1.2: 2e-5 is one; 1:30 and 010 (90 and 8 in YAML 1.1) are text."""
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _MERGE = "tag:yaml.org,2002:merge"
-Loader.yaml_implicit_resolvers = {
+YamlLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in {_INT, _FLOAT}]
-    for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    for first, resolvers in _SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$"), list("-+0123456789")
 )
-Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     _FLOAT,
     re.compile(
         r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*|[0-9][0-9_]*\.?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"
@@ -53,43 +51,46 @@ Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class SourcedValue:
-    """A value that the user wrote, and where: `file:line` or "command line"."""
+    """A value with its source."""
 
     value: Any
+    """The value as the user wrote it."""
     location: str
+    """`file:line` or "command line"."""
 
 
 @dataclass
-class Merged:
-    """What all sources together say. texts: the source of each file by name, kept for the run's record.
-
-    doubtful: the errors of keys that were given two different values. unreadable: some file could not be read, so a
-    key that stands nowhere else may be there.
-    """
+class MergedConfig:
+    """The merged content of all files and flags."""
 
     values: dict[str, SourcedValue] = field(default_factory=dict)
+    """Key -> value."""
     issues: list[ConfigIssue] = field(default_factory=list)
-    doubtful: list[ConfigIssue] = field(default_factory=list)
+    """Errors found while reading."""
+    conflicting: list[ConfigIssue] = field(default_factory=list)
+    """Errors of keys with two different values, a part of `issues`."""
     unreadable: bool = False
+    """Whether some file could not be read, so that missing keys may be in it."""
     texts: dict[str, str] = field(default_factory=dict)
+    """File name -> its text, stored in the run directory and in checkpoints."""
 
 
-def normal_name(name: str) -> str:
-    """The one spelling of a key: underscores."""
+def normalize_key(name: str) -> str:
+    """Returns the key with underscores."""
     return name.strip().replace("-", "_")
 
 
 def read_value(text: str) -> Any:
-    """A command line value, read as YAML; text that is not YAML is taken as it stands."""
+    """Parses a command line value as YAML; text that is not YAML is returned verbatim."""
     try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506 (Loader is a safe loader)
+        return yaml.load(text, Loader=YamlLoader)  # noqa: S506 (Loader is a safe loader)
     except yaml.YAMLError:
         return text
 
 
-def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> Merged:
+def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | None = None) -> MergedConfig:
     """Reads every file, then the flags. Errors are collected, not raised."""
-    merged = Merged()
+    merged = MergedConfig()
     seen: set[Path] = set()
     for name in files:
         path = find_file(name)
@@ -98,17 +99,17 @@ def merge(files: Sequence[str | os.PathLike[str]], flags: Mapping[str, Any] | No
             continue
         seen |= {path.resolve()} if path else set()
         if path is None:
-            merged.issues.append(_no_such_file(name))
+            merged.issues.append(_missing_file_issue(name))
             merged.unreadable = True
             continue
         _read_file(path, merged)
     for name, value in (flags or {}).items():
-        merged.values[normal_name(name)] = SourcedValue(value, COMMAND_LINE)
+        merged.values[normalize_key(name)] = SourcedValue(value, COMMAND_LINE)
     return merged
 
 
 def find_file(name: str | os.PathLike[str]) -> Path | None:
-    """The file of that name; the suffix may be left out. None where there is none."""
+    """Returns the file of that name, whose suffix may be left out; None when there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -120,7 +121,7 @@ def find_file(name: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _no_such_file(name: str | os.PathLike[str]) -> ConfigIssue:
+def _missing_file_issue(name: str | os.PathLike[str]) -> ConfigIssue:
     path = Path(name)
     if path.is_dir():
         return ConfigIssue("this is a folder, not a configuration file", location=str(name))
@@ -134,16 +135,16 @@ def _no_such_file(name: str | os.PathLike[str]) -> ConfigIssue:
     )
 
 
-def _read_file(path: Path, merged: Merged) -> None:
+def _read_file(path: Path, merged: MergedConfig) -> None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         merged.issues.append(ConfigIssue(f"the file cannot be read: {error}", location=str(path)))
         merged.unreadable = True
         return
-    merged.texts[_free_name(path.name, merged.texts)] = text
+    merged.texts[_unique_name(path.name, merged.texts)] = text
     if path.suffix == ".json":
-        text = _plain_json(text)
+        text = _strip_json_comments(text)
     try:
         _read_text(text, str(path), merged)
     except yaml.YAMLError as error:
@@ -155,15 +156,15 @@ def _read_file(path: Path, merged: Merged) -> None:
 
 
 _JSON_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|/\*.*?\*/|//[^\n]*|#[^\n]*|\t', re.DOTALL)
-"""Strings, which stay as they are, and what is outside of them and is no JSON: comments and tabs."""
+"""Strings, and what is no JSON outside of strings: comments and tabs."""
 
 
-def _plain_json(text: str) -> str:
-    """JSON as the YAML reader takes it: blanks in place of comments and of tabs between values; lines stay lines."""
+def _strip_json_comments(text: str) -> str:
+    """Replaces comments, and tabs between values, by blanks. Line numbers do not change."""
     return _JSON_PARTS.sub(lambda found: found[0] if found[0][0] in "\"'" else re.sub(r"[^\n]", " ", found[0]), text)
 
 
-def _free_name(name: str, taken: Mapping[str, str]) -> str:
+def _unique_name(name: str, taken: Mapping[str, str]) -> str:
     stem, dot, suffix = name.partition(".")
     number = 2
     while name in taken:
@@ -173,15 +174,15 @@ def _free_name(name: str, taken: Mapping[str, str]) -> str:
 
 
 def _syntax_issue(error: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
-    """What is not YAML, in words; the two most frequent slips are looked for, since the reader tells of neither."""
+    """Describes a syntax error; detects the two most common ones, which PyYAML reports badly."""
     mark = getattr(error, "problem_mark", None)
     line = mark.line + 1 if mark is not None else None
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     what = f"this is not {'JSON' if path.suffix == '.json' else 'YAML'}: {problem}"
-    hint = "mend the line, or the one before it"
+    hint = "correct the line, or the one before it"
     for number, written in enumerate(text.splitlines()[:line], 1):
         if re.match(r" *\t", written) and number == line:
-            what, hint = "a tab stands at the start of the line", "YAML takes spaces there"
+            what, hint = "there is a tab at the start of the line", "YAML takes spaces there"
         elif path.suffix != ".json" and re.match(r"[A-Za-z_-]+:[^\s:]", written):
             line, what, hint = number, "there is no space after the colon", "write `key: value`"
             break
@@ -189,63 +190,63 @@ def _syntax_issue(error: yaml.YAMLError, path: Path, text: str) -> ConfigIssue:
     return ConfigIssue(what, location=location, hint=hint)
 
 
-def _read_text(text: str, name: str, merged: Merged) -> None:
-    loader = Loader(text)
+def _read_text(text: str, name: str, merged: MergedConfig) -> None:
+    loader = YamlLoader(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            told = ConfigIssue(
+            issue = ConfigIssue(
                 "the file is not a mapping of keys to values", location=name, hint="write `key: value` lines"
             )
-            merged.issues.append(told)
+            merged.issues.append(issue)
             merged.unreadable = True
             return
         for key_node, value_node in _merged_pairs(root, loader):
             location = f"{name}:{key_node.start_mark.line + 1}"
-            _nested_duplicates(value_node, name, merged)
-            _add(loader.construct_object(key_node, deep=True), value_node, location, loader, merged)
+            _find_nested_duplicates(value_node, name, merged)
+            _add_pair(loader.construct_object(key_node, deep=True), value_node, location, loader, merged)
     finally:
         loader.dispose()
 
 
 def _merged_pairs(root: yaml.MappingNode, loader: Any) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The pairs of the file; those that a merge key (`<<`) brings stand back behind the file's own."""
+    """Returns the pairs of the file; its own override those of a merge key (`<<`)."""
     own = [pair for pair in root.value if pair[0].tag != _MERGE]
-    names = {normal_name(str(key.value)) for key, _ in own}
+    names = {normalize_key(str(key.value)) for key, _ in own}
     root.value = [pair for pair in root.value if pair[0].tag == _MERGE]
     loader.flatten_mapping(root)
-    brought = {normal_name(str(key.value)): (key, value) for key, value in root.value}
+    brought = {normalize_key(str(key.value)): (key, value) for key, value in root.value}
     return own + [pair for name, pair in brought.items() if name not in names]
 
 
-def _add(key: Any, value_node: yaml.Node, location: str, loader: Any, merged: Merged) -> None:
+def _add_pair(key: Any, value_node: yaml.Node, location: str, loader: Any, merged: MergedConfig) -> None:
     if not isinstance(key, str):
         merged.issues.append(ConfigIssue(f"the key {key!r} is not text", location=location))
         return
-    normal = normal_name(key)
+    normal = normalize_key(key)
     value = loader.construct_object(value_node, deep=True)
     before = merged.values.get(normal)
     if before is not None:
-        told = ConfigIssue(
+        issue = ConfigIssue(
             f"the key is also given at {before.location}, as {before.value!r}",
             key=normal,
             value=value,
             location=location,
             hint="keep one of the two",
         )
-        merged.issues.append(told)
+        merged.issues.append(issue)
         if value != before.value:
-            merged.doubtful.append(told)
+            merged.conflicting.append(issue)
         return
     merged.values[normal] = SourcedValue(value, location)
 
 
-def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 0) -> None:
+def _find_nested_duplicates(node: yaml.Node, name: str, merged: MergedConfig, depth: int = 0) -> None:
     if isinstance(node, yaml.SequenceNode) and depth < 50:
         for item in node.value:
-            _nested_duplicates(item, name, merged, depth + 1)
+            _find_nested_duplicates(item, name, merged, depth + 1)
     if not isinstance(node, yaml.MappingNode) or depth >= 50:
         return
     seen: dict[str, int] = {}
@@ -253,12 +254,12 @@ def _nested_duplicates(node: yaml.Node, name: str, merged: Merged, depth: int = 
         line = key_node.start_mark.line + 1
         key = str(key_node.value)
         if key in seen and key != "<<":
-            told = ConfigIssue(
+            issue = ConfigIssue(
                 f"the key is also given at {name}:{seen[key]}",
                 key=key,
                 location=f"{name}:{line}",
                 hint="keep one of the two",
             )
-            merged.issues.append(told)
+            merged.issues.append(issue)
         seen[key] = line
-        _nested_duplicates(value_node, name, merged, depth + 1)
+        _find_nested_duplicates(value_node, name, merged, depth + 1)

@@ -28,7 +28,7 @@ from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.precompute_logprobs import write_log_probabilities
 from megatron.inference.prompt_broadcast import broadcast_prompt
 from megatron.inference.sampling import Sampling
-from megatron.tokenizer_info import facts_of
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
@@ -112,7 +112,7 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
             make_available(config.checkpoint, shared=config.data.use_shared_fs)
             tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            facts = facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
+            facts = describe_tokenizer(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)

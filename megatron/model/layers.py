@@ -37,7 +37,7 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.layer import MoEConfig
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.param_table import FIRST_BLOCK
-from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, WHOLE_BLOCK
+from megatron.registry import ACTIVATIONS, ATTENTION, INITS, MLPS, NORMS, POSITIONS, ROUTERS, STANDALONE_BLOCK
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _updates(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str, U
 
 def _block(kind: str) -> type[Block]:
     """Returns the class of a block: the kind itself if it is a full block, else the block around it."""
-    if ATTENTION.entry(kind).traits & WHOLE_BLOCK:
+    if ATTENTION.entry(kind).traits & STANDALONE_BLOCK:
         block: type[Block] = ATTENTION.load(kind)
         return block
     return TransformerBlock

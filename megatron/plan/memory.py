@@ -63,7 +63,7 @@ class StateLayout:
     summed: int = FP32
     gathered: int = 1_000_000_000
     expert_parallel_size: int = 1
-    moments: float = 2
+    state_per_param: float = 2
 
 
 def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int | None = None) -> tuple[int, int, int]:
@@ -79,10 +79,10 @@ def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int
     parameters = width * (share + min(count, layout.gathered)) if stage == 3 else width * count
     if trained is not None:
         count, share = trained, -(-trained // layout.ranks)
-    moments = layout.moments * FP32
+    state_per_param = layout.state_per_param * FP32
     if stage == 0:
-        return parameters, width * count, int(moments * count) + (FP32 * count if width < FP32 else 0)
-    return parameters, _zero_gradients(count, share, layout), int((moments + FP32) * share)
+        return parameters, width * count, int(state_per_param * count) + (FP32 * count if width < FP32 else 0)
+    return parameters, _zero_gradients(count, share, layout), int((state_per_param + FP32) * share)
 
 
 def _zero_gradients(count: int, share: int, layout: StateLayout) -> int:

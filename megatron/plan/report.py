@@ -166,7 +166,7 @@ def state_layout(config: Config) -> StateLayout:
         summed=WIDTHS.get(str(summed), width),
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
-        moments=family.entry(config.optimizer.optimizer_type).moments,
+        state_per_param=family.entry(config.optimizer.optimizer_type).state_per_param,
     )
 
 

@@ -1,11 +1,11 @@
-"""Every name that a configuration may give to a part, and the module that builds it.
+"""Registry: maps every component name accepted in the configuration to `module:attribute`.
 
-A family is what one configuration key chooses from. An entry holds the target `module:attribute`, one line of
-documentation, and all that the rest of the code must know of the part without importing it: the tensors of a norm, the
-settings of an optimizer, the size of a tokenizer. Targets are imported on first use, so the launcher can refuse a
-misspelt name, with the nearest one, without torch.
+A registry belongs to one configuration key. An entry holds the target `module:attribute`, one line of documentation
+and the metadata that other code needs without importing the component: the tensors of a norm, the settings of an
+optimizer, the size of a tokenizer. Targets are imported on first use, so the launcher can reject a misspelt name, with
+the nearest one, without torch.
 
-A new part is one new file and one entry here. Packages outside this tree register theirs, see `family.py`.
+A new component is one new file and one entry here. Packages outside this tree register theirs, see `registry.py`.
 """
 
 from megatron.registry.entry import (
@@ -20,7 +20,6 @@ from megatron.registry.entry import (
     TensorSpec,
     TokenizerEntry,
 )
-from megatron.registry.family import PLUGINS, Family, load_target, nearest_name
 from megatron.registry.model import (
     ACTIVATIONS,
     ATTENTION,
@@ -29,8 +28,8 @@ from megatron.registry.model import (
     NORMS,
     POSITIONS,
     ROUTERS,
+    STANDALONE_BLOCK,
     TE_LAYERS,
-    WHOLE_BLOCK,
     WITHOUT_ATTENTION,
 )
 from megatron.registry.optimizers import (
@@ -44,6 +43,7 @@ from megatron.registry.optimizers import (
     OPTIMIZERS,
     PROPORTIONAL,
 )
+from megatron.registry.registry import PLUGINS, Registry, load_target, nearest_name
 from megatron.registry.training import OBJECTIVES, SCHEDULES, SINKS, TOKENIZERS
 
 __all__ = [
@@ -67,16 +67,16 @@ __all__ = [
     "ROUTERS",
     "SCHEDULES",
     "SINKS",
+    "STANDALONE_BLOCK",
     "TE_LAYERS",
     "TOKENIZERS",
-    "WHOLE_BLOCK",
     "WITHOUT_ATTENTION",
     "ActivationEntry",
     "Entry",
-    "Family",
     "NormEntry",
     "OptimizerEntry",
     "PositionEntry",
+    "Registry",
     "ScheduleEntry",
     "Setting",
     "SinkEntry",

@@ -16,7 +16,7 @@ class Entry:
     """One part that a configuration can name."""
 
     name: str
-    """What the configuration writes."""
+    """The name in the configuration."""
     target: str
     """`module:attribute`, imported on first use."""
     doc: str
@@ -46,7 +46,7 @@ class NormEntry(Entry):
     tensors: tuple[str, ...] = ("weight",)
     """Names of its parameters, each with one value per feature."""
     optional: tuple[str, ...] = ()
-    """Those of them that `use_bias_in_norms: false` leaves out."""
+    """Tensors that `use_bias_in_norms: false` leaves out."""
     scalars: tuple[str, ...] = ()
     """Names of its parameters of one value each; muP has no rule for them."""
     epsilon: str = "layernorm_epsilon"
@@ -62,13 +62,13 @@ class PositionEntry(Entry):
     """A position scheme: the target is a subclass of `megatron.model.positions.base.Positions`."""
 
     enters: frozenset[str] = frozenset()
-    """Where positions enter: "embedding" (added to it), "attention" (queries and keys change), "scores" (a bias)."""
+    """The inputs that positions change: "embedding" (added), "attention" (queries and keys), "scores" (a bias)."""
     embedding: tuple[TensorSpec, ...] = ()
     """Tensors of the module that `for_embedding` builds."""
     scores: tuple[TensorSpec, ...] = ()
     """Tensors of the module that `for_scores` builds, which all blocks share."""
     settings: tuple[str, ...] = ()
-    """Keys of the model section that only schemes which list them read."""
+    """Keys of the model section that have an effect only with schemes that list them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ActivationEntry(Entry):
     """An activation: a function of one tensor."""
 
     gated: bool = False
-    """Whether it takes twice the features that it returns: the plain half, then the gate."""
+    """Whether its input has twice the features of its output: the plain half, then the gate."""
     in_transformer_engine: str | None = None
     """Transformer Engine's name of it, where its joint layer of norm and MLP has it."""
 
@@ -86,11 +86,11 @@ class Setting:
     """One value that `optimizer.params` may hold."""
 
     kind: str = "number"
-    """What it must be: "number", "fraction" (in [0, 1)), "count" (1 or more), "switch", "betas", "choice" or "any"."""
+    """Kind of value: "number", "fraction" (in [0, 1)), "count" (from 1), "switch", "betas", "choice" or "any"."""
     choices: tuple[str, ...] = ()
     """The values of a "choice"."""
     unused: str | None = None
-    """Why nothing reads it, for settings that public configurations carry."""
+    """The reason why it has no effect, for settings of public configurations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class OptimizerEntry(Entry):
     """
 
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
-    """What `optimizer.params` may hold beside lr, weight_decay and max_grad_norm."""
-    moments: float = 0.0
-    """fp32 values that it keeps per parameter."""
+    """Settings of `optimizer.params` beside lr, weight_decay and max_grad_norm."""
+    state_per_param: float = 0.0
+    """fp32 values of optimizer state per parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class ScheduleEntry(Entry):
     """A learning rate schedule: a function of a `megatron.optim.lr_schedule.Moment`."""
 
     settings: tuple[str, ...] = ("min_lr",)
-    """Keys of the schedule section that only schedules which list them read."""
+    """Keys of the schedule section that have an effect only with schedules that list them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,9 @@ class TokenizerEntry(Entry):
     files: tuple[str, ...] = ("vocab_file",)
     """Keys of the files that it reads."""
     vocab_size: int | str | None = None
-    """Its number of ids [tokens], or the `module:function` that finds it in the content of vocab_file, parsed as JSON.
+    """Its number of ids [tokens], or the `module:function` that reads it from vocab_file, parsed as JSON.
 
-    The function may not import torch. None where only the built tokenizer knows.
+    The function may not import torch. None where only the built tokenizer has the number.
     """
 
 

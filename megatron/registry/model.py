@@ -1,11 +1,11 @@
-"""Parts of a model: norms, position schemes, activations, attention kinds, MLPs, routers, initialisations."""
+"""Components of a model: norms, position schemes, activations, attention kinds, MLPs, routers, initialisations."""
 
 from __future__ import annotations
 
 from megatron.registry.entry import ActivationEntry, Entry, NormEntry, PositionEntry, TensorSpec
-from megatron.registry.family import Family
+from megatron.registry.registry import Registry
 
-NORMS = Family(
+NORMS = Registry(
     "norm",
     "norm",
     [
@@ -59,7 +59,7 @@ NORMS = Family(
     ],
 )
 
-POSITIONS = Family(
+POSITIONS = Registry(
     "position scheme",
     "pos_emb",
     [
@@ -104,7 +104,7 @@ POSITIONS = Family(
     ],
 )
 
-ACTIVATIONS = Family(
+ACTIVATIONS = Registry(
     "activation",
     "activation",
     [
@@ -152,13 +152,13 @@ ACTIVATIONS = Family(
     ],
 )
 
-WHOLE_BLOCK = frozenset({"whole block"})
-"""Marks a kind of attention_config that is a block of its own, with no attention and no MLP beside it."""
+STANDALONE_BLOCK = frozenset({"standalone block"})
+"""Trait of a kind of attention_config that is a block of its own, without attention and MLP."""
 
 DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
-"""Attention of every kind that only hides keys."""
+"""Attention of every kind that is a mask."""
 
-ATTENTION = Family(
+ATTENTION = Registry(
     "attention kind",
     "attention_config",
     [
@@ -173,30 +173,33 @@ ATTENTION = Family(
             "mamba",
             "megatron.model.mixers.mamba:MambaTransformerBlock",
             "Selective state space, arXiv:2312.00752",
-            traits=WHOLE_BLOCK,
+            traits=STANDALONE_BLOCK,
         ),
         Entry(
-            "rwkv", "megatron.model.mixers.rwkv:RWKVTransformerBlock", "RWKV-6, arXiv:2404.05892", traits=WHOLE_BLOCK
+            "rwkv",
+            "megatron.model.mixers.rwkv:RWKVTransformerBlock",
+            "RWKV-6, arXiv:2404.05892",
+            traits=STANDALONE_BLOCK,
         ),
         Entry(
             "gmlp",
             "megatron.model.mixers.gmlp:GMLPTransformerBlock",
             "Gated MLP over positions, arXiv:2105.08050",
-            traits=WHOLE_BLOCK,
+            traits=STANDALONE_BLOCK,
         ),
         Entry(
             "amlp",
             "megatron.model.mixers.gmlp:GMLPTransformerBlock",
             "gmlp and a small attention, arXiv:2105.08050 section 4.3",
-            traits=WHOLE_BLOCK,
+            traits=STANDALONE_BLOCK,
         ),
     ],
 )
 
-WITHOUT_ATTENTION = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & WHOLE_BLOCK)
-"""The kinds of attention_config that are blocks of their own."""
+WITHOUT_ATTENTION = frozenset(entry.name for entry in ATTENTION.built_in if entry.traits & STANDALONE_BLOCK)
+"""The kinds of attention_config without attention."""
 
-MLPS = Family(
+MLPS = Registry(
     "MLP",
     "moe_num_experts",
     [
@@ -205,7 +208,7 @@ MLPS = Family(
     ],
 )
 
-ROUTERS = Family(
+ROUTERS = Registry(
     "router",
     "moe_router_type",
     [
@@ -214,7 +217,7 @@ ROUTERS = Family(
     ],
 )
 
-INITS = Family(
+INITS = Registry(
     "initialisation",
     "init_method",
     [
@@ -234,7 +237,7 @@ INITS = Family(
     ],
 )
 
-TE_LAYERS = Family(
+TE_LAYERS = Registry(
     "layer of Transformer Engine",
     "te_*",
     [

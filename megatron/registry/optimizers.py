@@ -1,26 +1,26 @@
-"""Optimizers, and those of them with 8-bit state."""
+"""Optimizers, and their 8-bit forms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from megatron.registry.entry import OptimizerEntry, Setting
-from megatron.registry.family import Family
+from megatron.registry.registry import Registry
 
-NEEDS_FULL_TENSORS = frozenset({"whole"})
-"""Its step needs tensors in their shape; ZeRO makes flat shards of them."""
-HANDLES_ZERO1 = frozenset({"pieces"})
-"""Builds full tensors from the shards of ZeRO 1 itself, in bfloat16."""
+NEEDS_FULL_TENSORS = frozenset({"full_tensors"})
+"""The step needs tensors in their shape; ZeRO makes flat shards of them."""
+HANDLES_ZERO1 = frozenset({"zero1"})
+"""The optimizer gathers full tensors from ZeRO 1 shards itself, in bfloat16."""
 ENTRYWISE = frozenset({"entrywise"})
-"""Its step has a size of its own in every element, whatever the size of the gradient; muP has rules for it."""
+"""The size of the step does not depend on the size of the gradient; muP has rules for it."""
 PROPORTIONAL = frozenset({"proportional"})
-"""Its step is as large as the gradient; muP has rules for it."""
+"""The step is proportional to the gradient; muP has rules for it."""
 ADAM_STATE = ENTRYWISE | {"moments"}
-"""Keeps the two moments of Adam, so that such optimizers go on with each other's state."""
-COMPRESSED_COMM = ADAM_STATE | {"local"}
-"""Exchanges something else than gradients, which ZeRO would sum."""
-CPU_OFFLOAD = ADAM_STATE | {"host"}
-"""Updates parameters in the host's memory."""
+"""The state is Adam's two moments, so that such optimizers can load each other's state."""
+COMPRESSED_COMM = ADAM_STATE | {"compressed_comm"}
+"""The optimizer communicates compressed momenta in place of gradients, which ZeRO would reduce."""
+CPU_OFFLOAD = ADAM_STATE | {"cpu_offload"}
+"""The optimizer updates parameters in the host's memory."""
 
 NUMBER, FRACTION, COUNT, SWITCH, BETAS = map(Setting, ("number", "fraction", "count", "switch", "betas"))
 DEEPSPEED_COMM = "torch.distributed carries the momenta"
@@ -53,32 +53,46 @@ def _optimizer(
     doc: str,
     settings: Mapping[str, Setting],
     *,
-    moments: float,
+    state_per_param: float,
     traits: frozenset[str] = frozenset(),
     extra: str | None = None,
 ) -> OptimizerEntry:
-    return OptimizerEntry(name, f"megatron.optim.{target}", doc, extra, traits, settings=settings, moments=moments)
+    return OptimizerEntry(
+        name, f"megatron.optim.{target}", doc, extra, traits, settings=settings, state_per_param=state_per_param
+    )
 
 
-OPTIMIZERS = Family(
+OPTIMIZERS = Registry(
     "optimizer",
     "optimizer",
     [
-        _optimizer("adam", "adam:build", "Adam, arXiv:1711.05101", FUSED_ADAM, moments=2, traits=ADAM_STATE),
-        _optimizer("cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", ADAM, moments=2, traits=CPU_OFFLOAD),
+        _optimizer("adam", "adam:build", "Adam, arXiv:1711.05101", FUSED_ADAM, state_per_param=2, traits=ADAM_STATE),
         _optimizer(
-            "cpu_torch_adam", "adam:build_on_cpu", "Adam in plain operations", TORCH_ADAM, moments=2, traits=ADAM_STATE
+            "cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", ADAM, state_per_param=2, traits=CPU_OFFLOAD
         ),
         _optimizer(
-            "onebitadam", "onebit:build", "1-bit Adam, arXiv:2102.02888", ONE_BIT, moments=3, traits=COMPRESSED_COMM
+            "cpu_torch_adam",
+            "adam:build_on_cpu",
+            "Adam in plain operations",
+            TORCH_ADAM,
+            state_per_param=2,
+            traits=ADAM_STATE,
         ),
-        _optimizer("sgd", "sgd:build", "Descent with momentum", SGD, moments=1, traits=PROPORTIONAL),
+        _optimizer(
+            "onebitadam",
+            "onebit:build",
+            "1-bit Adam, arXiv:2102.02888",
+            ONE_BIT,
+            state_per_param=3,
+            traits=COMPRESSED_COMM,
+        ),
+        _optimizer("sgd", "sgd:build", "Descent with momentum", SGD, state_per_param=1, traits=PROPORTIONAL),
         _optimizer(
             "lion",
             "lion:build",
             "Lion, arXiv:2302.06675",
             {"betas": BETAS},
-            moments=1,
+            state_per_param=1,
             traits=ENTRYWISE,
             extra="optimizers",
         ),
@@ -87,27 +101,38 @@ OPTIMIZERS = Family(
             "madgrad:build",
             "MADGRAD, arXiv:2101.11075",
             {"momentum": FRACTION, "eps": NUMBER},
-            moments=3,
+            state_per_param=3,
             extra="optimizers",
         ),
         _optimizer(
-            "sm3", "sm3:build", "SM3, arXiv:1901.11150", SM3, moments=1, traits=NEEDS_FULL_TENSORS, extra="optimizers"
+            "sm3",
+            "sm3:build",
+            "SM3, arXiv:1901.11150",
+            SM3,
+            state_per_param=1,
+            traits=NEEDS_FULL_TENSORS,
+            extra="optimizers",
         ),
         _optimizer(
             "adafactor",
             "adafactor:build",
             "Adafactor, arXiv:1804.04235",
             ADAFACTOR,
-            moments=0,
+            state_per_param=0,
             traits=NEEDS_FULL_TENSORS,
         ),
         _optimizer(
-            "muon", "muon:build", "Muon, arXiv:2502.16982", MUON, moments=2, traits=NEEDS_FULL_TENSORS | HANDLES_ZERO1
+            "muon",
+            "muon:build",
+            "Muon, arXiv:2502.16982",
+            MUON,
+            state_per_param=2,
+            traits=NEEDS_FULL_TENSORS | HANDLES_ZERO1,
         ),
     ],
 )
 
-EIGHT_BIT = Family(
+EIGHT_BIT = Registry(
     "8-bit optimizer",
     "use_bnb_optimizer",
     [
@@ -116,18 +141,23 @@ EIGHT_BIT = Family(
             "bitsandbytes:build_adam",
             "8-bit Adam",
             {"betas": BETAS, "eps": NUMBER},
-            moments=0.5,
+            state_per_param=0.5,
             extra="bitsandbytes",
         ),
         _optimizer(
-            "lion", "bitsandbytes:build_lion", "8-bit Lion", {"betas": BETAS}, moments=0.25, extra="bitsandbytes"
+            "lion",
+            "bitsandbytes:build_lion",
+            "8-bit Lion",
+            {"betas": BETAS},
+            state_per_param=0.25,
+            extra="bitsandbytes",
         ),
         _optimizer(
             "sgd",
             "bitsandbytes:build_sgd",
             "8-bit descent",
             {"momentum": FRACTION, "nesterov": SWITCH},
-            moments=0.25,
+            state_per_param=0.25,
             extra="bitsandbytes",
         ),
     ],

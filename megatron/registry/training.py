@@ -1,15 +1,17 @@
-"""What a run is made of besides the model and the optimizer: schedules, tokenizers, objectives, metrics sinks."""
+"""Components beside model and optimizer: schedules, tokenizers, objectives, metrics sinks."""
 
 from __future__ import annotations
 
 from megatron.registry.entry import Entry, ScheduleEntry, SinkEntry, TokenizerEntry
-from megatron.registry.family import Family
+from megatron.registry.registry import Registry
 
-SCHEDULES = Family(
+SCHEDULES = Registry(
     "learning rate schedule",
     "lr_decay_style",
     [
-        ScheduleEntry("constant", "megatron.optim.lr_schedule:constant", "The peak rate after warmup", settings=()),
+        ScheduleEntry(
+            "constant", "megatron.optim.lr_schedule:constant", "The maximum learning rate after warmup", settings=()
+        ),
         ScheduleEntry("linear", "megatron.optim.lr_schedule:linear", "Falls on a straight line to zero or min_lr"),
         ScheduleEntry(
             "cosine", "megatron.optim.lr_schedule:cosine", "Falls on half a cosine to min_lr, arXiv:1608.03983"
@@ -21,13 +23,13 @@ SCHEDULES = Family(
         ScheduleEntry(
             "wsd",
             "megatron.optim.lr_schedule:wsd",
-            "Stays at the peak, falls at the end, arXiv:2404.06395",
+            "Constant, then decay at the end, arXiv:2404.06395",
             settings=("min_lr", "wsd_decay_fraction", "wsd_decay_style"),
         ),
     ],
 )
 
-TOKENIZERS = Family(
+TOKENIZERS = Registry(
     "tokenizer",
     "tokenizer_type",
     [
@@ -52,7 +54,9 @@ TOKENIZERS = Family(
             vocab_size="megatron.plan.vocabulary:vocab_json_size",
         ),
         TokenizerEntry(
-            "HFGPT2Tokenizer", "megatron.tokenizers.pretrained:HFGPT2Tokenizer", "GPT-2's kin, folder or name"
+            "HFGPT2Tokenizer",
+            "megatron.tokenizers.pretrained:HFGPT2Tokenizer",
+            "Tokenizers of GPT-2's class, folder or name",
         ),
         TokenizerEntry(
             "PretrainedFromHF", "megatron.tokenizers.pretrained:PretrainedFromHF", "A pretrained model's tokenizer"
@@ -72,17 +76,17 @@ TOKENIZERS = Family(
         TokenizerEntry(
             "BertWordPieceLowerCase", "megatron.tokenizers.bert:BertWordPieceLowerCase", "Word pieces, in lower case"
         ),
-        TokenizerEntry("BertWordPieceCase", "megatron.tokenizers.bert:BertWordPieceCase", "Word pieces, case kept"),
+        TokenizerEntry("BertWordPieceCase", "megatron.tokenizers.bert:BertWordPieceCase", "Word pieces, cased"),
     ],
 )
 
-OBJECTIVES = Family(
+OBJECTIVES = Registry(
     "objective",
     "train_impl",
     [Entry("normal", "megatron.objectives.language_model:LanguageModel", "Cross entropy of the next token")],
 )
 
-SINKS = Family(
+SINKS = Registry(
     "metrics sink",
     "sinks",
     [

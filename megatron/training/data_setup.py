@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.adapter_config import prompt_length
 from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.config import Config
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.defaults.lr_schedule import decay_horizon
 from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
@@ -15,7 +15,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import barrier
 from megatron.errors import ConfigError
 from megatron.ranks import Ranks
-from megatron.tokenizer_info import facts_of
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
 
@@ -25,7 +25,9 @@ def with_length(config: Config) -> Config:
     training, schedule = config.training, config.schedule
     full = require(training.train_batch_size)
     if training.train_samples is not None:
-        return config.replace(train_iters=Ramp.of(full, training.rampup_batch_size).steps(training.train_samples))
+        return config.replace(
+            train_iters=BatchRampup.of(full, training.rampup_batch_size).steps(training.train_samples)
+        )
     if training.train_epochs is None:
         return config
     samples = epoch_samples(
@@ -67,7 +69,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         barrier=barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
-        tokenizer=facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)),
+        tokenizer=describe_tokenizer(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)),
         ids=known_ids(tokenizer),
     )
     if data.train is None and wanted["train"]:
@@ -81,7 +83,7 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(facts_of(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)), order)
+    return RunInputs(describe_tokenizer(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer)), order)
 
 
 def train_iters(config: Config) -> int:
@@ -101,7 +103,7 @@ def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bo
     per_evaluation = training.eval_iters * batch
     several = bool(training.eval_interval) and not same_valid
     evaluations = iterations // training.eval_interval + 1 if several else 1
-    train = Ramp.of(batch, training.rampup_batch_size).consumed(iterations)
+    train = BatchRampup.of(batch, training.rampup_batch_size).consumed(iterations)
     return {"train": train, "valid": evaluations * per_evaluation, "test": per_evaluation}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 
 
@@ -34,7 +34,7 @@ class StepSize:
 class StepSizes:
     """The sizes of all steps. share: samples of one micro batch over all data-parallel ranks. lengths: by step."""
 
-    ramp: Ramp
+    ramp: BatchRampup
     share: int
     lengths: Callable[[int], int]
     whole: int

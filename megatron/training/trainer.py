@@ -19,7 +19,7 @@ from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.folder_check import check_writable, claim
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.defaults.curriculum import curriculum_lengths
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data
@@ -192,7 +192,7 @@ def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporte
         samples=batch,
         micro_batches=require(training.gradient_accumulation_steps),
         sizes=StepSizes(
-            Ramp.of(batch, training.rampup_batch_size),
+            BatchRampup.of(batch, training.rampup_batch_size),
             share=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
             lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
             whole=require(model.seq_length),

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
 from megatron.errors import ConfigError
-from megatron.tokenizer_info import TokenizerInfo, facts_of
+from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers.char_level import CharLevelTokenizer
 
 WHERE = Path("run/global_step5")
@@ -35,11 +35,11 @@ class Words:
         return [len(word) for word in text.split()]
 
 
-STORED = RunInputs(facts_of("CharLevelTokenizer", CharLevelTokenizer())).as_json()["tokenizer"]
+STORED = RunInputs(describe_tokenizer("CharLevelTokenizer", CharLevelTokenizer())).as_json()["tokenizer"]
 
 
 def facts(**changes: Any) -> TokenizerInfo:
-    return replace(facts_of("CharLevelTokenizer", CharLevelTokenizer()), **changes)
+    return replace(describe_tokenizer("CharLevelTokenizer", CharLevelTokenizer()), **changes)
 
 
 def check(own: TokenizerInfo, *, new_tokens: bool = False, trains: bool = True) -> None:
@@ -51,7 +51,7 @@ def test_another_kind_that_gives_the_same_ids_is_the_same_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize("own", [facts(vocab_size=400), facts_of("Words", Words())], ids=["size", "ids"])
+@pytest.mark.parametrize("own", [facts(vocab_size=400), describe_tokenizer("Words", Words())], ids=["size", "ids"])
 def test_another_tokenizer_is_refused(own: TokenizerInfo, trains: bool) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer_type.*trained with CharLevelTokenizer of 512 tokens"):
         check(own, trains=trains)

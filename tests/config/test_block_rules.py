@@ -10,10 +10,10 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
         {"moe_num_experts": 2, "moe_expert_parallel_size": 2, "zero_optimization": {"stage": 3}},
-        "ZeRO 3 cuts parameters over all data-parallel ranks, also those that hold other experts; use stage 0, 1 or 2",
+        "ZeRO 3 shards parameters over all data-parallel ranks, also those that hold other experts; use stage 0, 1",
     ),
     (1, {"moe_num_experts": 2, "moe_top_k": 3}, "moe_top_k = 3: there are 2 experts"),
-    (2, {"moe_expert_parallel_size": 2}, "there are no experts to spread (moe_num_experts = 1); give moe_num_experts"),
+    (2, {"moe_expert_parallel_size": 2}, "there are no experts to shard (moe_num_experts = 1); give moe_num_experts"),
     (
         2,
         {"moe_num_experts": 3, "moe_expert_parallel_size": 2},
@@ -22,7 +22,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
         {"moe_num_experts": 4, "moe_expert_parallel_size": 2, "model_parallel_size": 2},
-        "experts are spread over data-parallel ranks, of which there are 1; choose a divisor of 1",
+        "experts are sharded over data-parallel ranks, of which there are 1; choose a divisor of 1",
     ),
     (
         2,
@@ -31,7 +31,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             "moe_expert_parallel_size": 2,
             "zero_optimization": {"stage": 1, "reduce_scatter": False},
         },
-        "DeepSpeed needs reduce_scatter where experts are spread over ranks; leave reduce_scatter out",
+        "DeepSpeed needs reduce_scatter where experts are sharded over ranks; leave reduce_scatter out",
     ),
     (
         2,
@@ -40,7 +40,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             "moe_expert_parallel_size": 2,
             "zero_optimization": {"stage": 1, "contiguous_gradients": False},
         },
-        "DeepSpeed needs contiguous_gradients where experts are spread over ranks; leave contiguous_gradients out",
+        "DeepSpeed needs contiguous_gradients where experts are sharded over ranks; leave contiguous_gradients out",
     ),
     (
         2,
@@ -49,7 +49,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             "moe_expert_parallel_size": 2,
             "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         },
-        "DeepSpeed's norm of offloaded gradients does not count experts that are spread over ranks",
+        "DeepSpeed's norm of offloaded gradients does not count experts that are sharded over ranks",
     ),
     (
         1,
@@ -89,7 +89,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 0}, "gmlp_attn_dim = 0: it must be at least 1"),
     (1, {"expansion_factor": 1.0e300}, "expansion_factor = 1e+300: at most 10,000"),
     (1, {"moe_num_experts": 5000}, "moe_num_experts = 5000: at most 4,096"),
-    (1, {"moe_jitter_eps": 1.5}, "moe_jitter_eps = 1.5: it must lie between 0 and 1"),
+    (1, {"moe_jitter_eps": 1.5}, "moe_jitter_eps = 1.5: it must be between 0 and 1"),
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.config.defaults.attention import expand_attention
-from megatron.config.defaults.batch import Batch, derive_batch
+from megatron.config.defaults.batch import BatchSizes, derive_batch
 from megatron.config.defaults.lr_schedule import decay_horizon
 from megatron.config.defaults.mlp_width import mlp_width
 from megatron.config.defaults.optimizer import derive_optimizer
@@ -17,16 +17,16 @@ from tests.config.small import resolved
 @pytest.mark.parametrize(
     ("total", "micro", "steps", "ranks", "expected"),
     [
-        (1536, 4, None, 12, Batch(1536, 4, 32)),
-        (1536, None, 32, 12, Batch(1536, 4, 32)),
-        (None, 4, 32, 12, Batch(1536, 4, 32)),
-        (1536, 4, 32, 12, Batch(1536, 4, 32)),
-        (8, None, None, 2, Batch(8, 4, 1)),
-        (None, 4, None, 2, Batch(8, 4, 1)),
-        (8, 4, None, 1, Batch(8, 4, 2)),
+        (1536, 4, None, 12, BatchSizes(1536, 4, 32)),
+        (1536, None, 32, 12, BatchSizes(1536, 4, 32)),
+        (None, 4, 32, 12, BatchSizes(1536, 4, 32)),
+        (1536, 4, 32, 12, BatchSizes(1536, 4, 32)),
+        (8, None, None, 2, BatchSizes(8, 4, 1)),
+        (None, 4, None, 2, BatchSizes(8, 4, 1)),
+        (8, 4, None, 1, BatchSizes(8, 4, 2)),
     ],
 )
-def test_batch_is_completed(total: int, micro: int, steps: int, ranks: int, expected: Batch) -> None:
+def test_batch_is_completed(total: int, micro: int, steps: int, ranks: int, expected: BatchSizes) -> None:
     assert derive_batch(total, micro, steps, ranks) == expected
 
 
@@ -91,7 +91,7 @@ def test_attention_patterns(pattern: list[object] | None, layers: int, expected:
     [
         ([[["global"], 2]], "this makes 2 blocks, but num_layers = 3"),
         ([[["global", "local"], "all"]], "the pattern has 2 kinds, which do not divide num_layers = 3"),
-        ([[["global"], 1], [["local"], "all"]], "`all` stands beside other items"),
+        ([[["global"], 1], [["local"], "all"]], "`all` is not the only item"),
         ([["global", 2]], "is not a pair of kinds and a count"),
         ([[["global"], 2.5]], "2.5 is not a count"),
         ([[["global"], True]], "True is not a count"),

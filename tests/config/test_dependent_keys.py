@@ -218,7 +218,7 @@ def told(changes: dict[str, Any]) -> set[str]:
 def test_every_key_is_accounted_for() -> None:
     dependent = {key for entry in DEPENDENT for key in entry.keys}
     assert dependent == WHERE_IT_MATTERS.keys()
-    others = {name for name, facts in FIELDS.items() if facts.section in ("generation", "evaluation", "launch")}
+    others = {name for name, field in FIELDS.items() if field.section in ("generation", "evaluation", "launch")}
     known = [
         dependent - others,
         set(IGNORED_HINTS),

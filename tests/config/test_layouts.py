@@ -27,7 +27,7 @@ def reasons(layout: dict[str, Any]) -> dict[str, str]:
     if stages >= 1 and layout["context_parallel_size"] > 1:
         reported["context_parallel_size"] = f"(pipe_parallel_size = {stages}) cannot share sequences"
     if layout["sequence_parallel"] and layout["model_parallel_size"] == 1:
-        reported["sequence_parallel"] = "there are no tensor parallel ranks to spread the sequence over"
+        reported["sequence_parallel"] = "there are no tensor parallel ranks to shard the sequence over"
     return reported
 
 

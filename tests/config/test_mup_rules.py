@@ -27,8 +27,8 @@ def base(tmp_path: Path) -> str:
 OFF: list[tuple[dict[str, Any], str]] = [
     ({"use_mup": True}, "use_mup = True: there is no base model to compare with; give base_shapes_file, which"),
     ({"save_base_shapes": True}, "save_base_shapes = True: there is no file to write; give base_shapes_file"),
-    ({"base_shapes_file": "a"}, "base_shapes_file = 'a': nobody reads or writes it; set use_mup to read it"),
-    ({"coord_check": True}, "coord_check = True: it looks at muP, which is off; set use_mup"),
+    ({"base_shapes_file": "a"}, "base_shapes_file = 'a': it is neither read nor written; set use_mup to read it"),
+    ({"coord_check": True}, "coord_check = True: it checks muP, which is off; set use_mup"),
     ({"mup_attn_temp": 2.0}, "mup_attn_temp = 2.0: it is a factor of muP, which is off; set use_mup, or leave it out"),
     ({"mup_base_widths": {}}, "mup_base_widths = {}: it follows from base_shapes_file; leave it out"),
     (
@@ -51,7 +51,10 @@ ON: list[tuple[dict[str, Any], str]] = [
     ({"norm": "scalenorm"}, "norm = 'scalenorm': muP has no rule for its one length"),
     ({"attention_config": ["global", "mamba"]}, "muP has no rules for blocks of kind mamba"),
     ({"attention_config": ["gmlp", "rwkv"]}, "muP has no rules for blocks of kind gmlp, rwkv"),
-    ({"coord_check": True, "pipe_parallel_size": 1}, "coord_check = True: the check looks into whole models; add --pi"),
+    (
+        {"coord_check": True, "pipe_parallel_size": 1},
+        "coord_check = True: the check needs models on one stage; add --pi",
+    ),
     ({"coord_check": True, "user_script": "generate.py"}, "coord_check = True: generate.py does not do it; call"),
     ({"coord_check": True, "save_base_shapes": True}, "coord_check = True: save_base_shapes is set as well; one after"),
     ({"mup_base_widths": {"hidden_size": 1}}, "this follows from base_shapes_file, which makes it {'hidden_size': 64"),

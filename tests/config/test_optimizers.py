@@ -58,7 +58,7 @@ def test_what_needs_full_tensors_or_own_gradients_is_refused_under_zero(name: st
     with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):
         resolved(zero_optimization={"stage": stage}, **chosen(name))
     reported = (
-        "muon needs ZeRO stage 1|adjust_lr_fn: original" if name == "muon" else f"{name} works on whole fp32 tensors"
+        "muon needs ZeRO stage 1|adjust_lr_fn: original" if name == "muon" else f"{name} works on full fp32 tensors"
     )
     with pytest.raises(ConfigError, match=reported):
         resolved(precision="bfloat16", zero_optimization={"stage": 0}, **chosen(name))

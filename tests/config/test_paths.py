@@ -17,7 +17,7 @@ NO_PATHS = {"s3_path"}  # an address
 
 
 def test_every_key_that_names_files_is_known() -> None:
-    named = {name for name, facts in FIELDS.items() if NAMES.search(name) and "str" in str(facts.annotation)}
+    named = {name for name, field in FIELDS.items() if NAMES.search(name) and "str" in str(field.annotation)}
     named |= {name for name in FIELDS if name.endswith("_data_paths")}
     assert named - NO_PATHS == PATH_KEYS
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron.config import FIELDS, Config, Resolution, Resources, resolve, serialize
 from megatron.config.config import FieldInfo
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.config.type_names import members
+from megatron.config.type_names import union_members
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.plan import make_plan
 from tests.config.small import SMALL
@@ -24,15 +24,15 @@ anything = st.recursive(
 SIMPLE = {bool: st.booleans(), int: st.integers(), float: finite, str: text, type(None): st.none()}
 
 
-def values_of(facts: FieldInfo) -> st.SearchStrategy[Any]:
+def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values that the key's type allows."""
-    if facts.name in ("attention_config", "sinks"):
-        return st.one_of(st.none(), st.lists(st.sampled_from(facts.choices), max_size=4).map(tuple))
-    if facts.choices:
-        return st.sampled_from(facts.choices)
-    if facts.annotation is Any:
+    if field.name in ("attention_config", "sinks"):
+        return st.one_of(st.none(), st.lists(st.sampled_from(field.choices), max_size=4).map(tuple))
+    if field.choices:
+        return st.sampled_from(field.choices)
+    if field.annotation is Any:
         return plain
-    return st.one_of([value_of(member) for member in members(facts.annotation)])
+    return st.one_of([value_of(member) for member in union_members(field.annotation)])
 
 
 def value_of(kind: Any) -> st.SearchStrategy[Any]:

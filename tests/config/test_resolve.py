@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.config import FIELDS, Config, Resources, resolve
-from megatron.config.type_names import accepts
+from megatron.config.type_names import allows_type
 from megatron.config.validation.unsupported import IGNORED_HINTS, UNUSED_KEYS
 from megatron.errors import ConfigError
 from tests.config.small import SMALL, errors, resolved, write
@@ -166,10 +166,10 @@ def test_options_that_no_block_reads_are_reported() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL_REASONS if len(FIELDS[name].choices) != 1])
 def test_a_key_without_effect_is_one_warning_line_with_its_position(name: str, tmp_path: Path) -> None:
-    facts = FIELDS[name]
-    others = [choice for choice in facts.choices if choice != facts.default]
-    examples = {bool: not facts.default, int: 7, float: 7.0, str: "x", dict: {"a": 1}}
-    others += [value for kind, value in examples.items() if accepts(facts.annotation, kind)]
+    field = FIELDS[name]
+    others = [choice for choice in field.choices if choice != field.default]
+    examples = {bool: not field.default, int: 7, float: 7.0, str: "x", dict: {"a": 1}}
+    others += [value for kind, value in examples.items() if allows_type(field.annotation, kind)]
     value = others[0] if others else "x"
     path = write(tmp_path, "a.yml", f"# one line above\n{name.replace('_', '-')}: {json.dumps(value)}\n")
     small = {**SMALL, **NEEDS.get(name, {})}

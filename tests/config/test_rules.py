@@ -27,7 +27,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"pipe_partition_method": "even"}, "there is no such method; write uniform, parameters, type:"),
     (1, {"pipe_partition_method": "type:("}, "pipe_partition_method = 'type:(': there is no such method"),
     *(
-        (2, {"pipe_parallel_size": 2, "pipe_partition_method": blocks}, f"= {blocks}: this does not deal 2 blocks")
+        (2, {"pipe_parallel_size": 2, "pipe_partition_method": blocks}, f"= {blocks}: this does not assign 2 blocks")
         for blocks in ([2], [1, 2], [3, -1])
     ),
     (
@@ -41,7 +41,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "context_parallel_size = 2: the 1 key heads of a tensor parallel rank do not divide by it",
     ),
     (2, {"context_parallel_size": 2, "seq_length": 33}, "seq_length = 33 does not divide into 2 parts"),
-    (2, {"sequence_parallel": True}, "there are no tensor parallel ranks to spread the sequence over"),
+    (2, {"sequence_parallel": True}, "there are no tensor parallel ranks to shard the sequence over"),
     (
         2,
         {"sequence_parallel": True, "model_parallel_size": 2, "seq_length": 33},
@@ -99,7 +99,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
                 {"local_window_blocks": []},
                 "local_window_blocks is a list of whole numbers from 1 on",
             ),
-            ("bslongformer", {"global_block_indices": [2], "global_block_end_indices": [2]}, "each must lie above"),
+            ("bslongformer", {"global_block_indices": [2], "global_block_end_indices": [2]}, "each must be above"),
         ]
     ],
     (
@@ -140,13 +140,13 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"pos_emb": "rotary", "rotary_pct": 0.2},
         "it turns 3 of the 16 features of a head, which is not a number of pairs",
     ),
-    (1, {"hidden_dropout": 1.5}, "hidden_dropout = 1.5: it must lie between 0 and 1"),
+    (1, {"hidden_dropout": 1.5}, "hidden_dropout = 1.5: it must be between 0 and 1"),
     (1, {"warmup": float("nan")}, "warmup = nan: this is not a finite number; give a number"),
     (1, {"gpu_memory": 1e300}, "gpu_memory = 1e+300: at most 1,000,000"),
     (
         1,
         {"warmup": -0.1},
-        "warmup = -0.1: it must lie between 0 and 1; it is a part of the decay horizon, such as 0.01",
+        "warmup = -0.1: it must be between 0 and 1; it is a part of the decay horizon, such as 0.01",
     ),
     (1, {"warmup": 10}, "it is a part of the decay horizon: 10 of 100 steps are 0.1"),
     (
@@ -197,7 +197,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"recompute_granularity": "selective", "checkpoint_activations": True},
-        "recompute_granularity = 'selective': checkpoint_activations asks for whole blocks; leave one of the two out",
+        "recompute_granularity = 'selective': checkpoint_activations recomputes blocks; leave one of the two out",
     ),
     (1, {"min_lr": 0.01}, "min_lr = 0.01: it is above the learning rate 0.001"),
     (
@@ -205,7 +205,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
         "use_checkpoint_lr_scheduler = True: override_lr_scheduler asks for the opposite; keep one",
     ),
-    (1, {"save": "x"}, "save = 'x': nothing says when to save; give checkpoint_factor (steps between checkpoints)"),
+    (
+        1,
+        {"save": "x"},
+        "save = 'x': no interval of checkpoints is given; give checkpoint_factor (steps between checkpoints)",
+    ),
     (1, {"checkpoint_factor": 2.5}, "with checkpoint_scale linear it is a whole number of steps"),
     (1, {"checkpoint_factor": 1, "checkpoint_scale": "log"}, "with checkpoint_scale log it must be more than 1"),
     (1, {"finetune": True}, "finetune = True: nothing is loaded; give load"),
@@ -249,13 +253,13 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"reset_position_ids": True, "pos_emb": "alibi"},
-        "reset_position_ids = True: pos_emb = alibi counts distances, which start again only where documents are kept",
+        "reset_position_ids = True: pos_emb = alibi counts distances, which start again only where attention is reset",
     ),
     (1, {"split": "a,b"}, "split = 'a,b': this is not three shares; write 969,30,1 or the like"),
     (1, {"split": "0,0,0"}, "this is not three shares"),
-    (1, {"master_port": 99999}, "master_port = 99999: a port lies between 1 and 65535"),
+    (1, {"master_port": 99999}, "master_port = 99999: a port is between 1 and 65535"),
     (1, {"eos_token_ids": [3, -1]}, "eos_token_ids = [3, -1]: a token's id cannot be negative"),
-    (1, {"serve_port": 0}, "serve_port = 0: a port lies between 1 and 65535"),
+    (1, {"serve_port": 0}, "serve_port = 0: a port is between 1 and 65535"),
     (1, {"num_nodes": 0}, "num_nodes = 0: it must be more than 0, or -1 for all"),
     (1, {"num_gpus": -2}, "num_gpus = -2: it must be more than 0, or -1 for all"),
     (
@@ -265,7 +269,11 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"deepspeed_mpi": True, "launcher": "flux"}, "deepspeed_mpi = True: launcher = flux asks for another one"),
     (1, {"deepspeed_mpi": True, "deepspeed_slurm": True}, "deepspeed_mpi = True: deepspeed_slurm asks for srun"),
-    (1, {"launcher": "local", "force_multi": True}, "force_multi = True: launcher = local starts nothing elsewhere"),
+    (
+        1,
+        {"launcher": "local", "force_multi": True},
+        "force_multi = True: launcher = local starts workers on this host only",
+    ),
     (1, {"collective_timeout": -1.0}, "collective_timeout = -1.0: it must be more than 0"),
     (1, {"max_restarts": -1}, "max_restarts = -1: it cannot be negative"),
     (

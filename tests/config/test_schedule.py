@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.defaults.curriculum import curriculum_lengths
 from megatron.errors import ConfigError
 from tests.config.small import errors, resolved
@@ -14,7 +14,7 @@ from tests.config.small import errors, resolved
 
 def test_the_batch_grows_as_megatron_s_does() -> None:
     """--rampup-batch-size 16 8 300000 to 1024: (1024 - 16) / 8 = 126 stages of 300000 / 126 = 2380.95 samples."""
-    ramp = Ramp(1024, 16, 8, 300_000)
+    ramp = BatchRampup(1024, 16, 8, 300_000)
     assert ramp.stages == 126
     for consumed, size in (
         (0, 16),
@@ -30,7 +30,7 @@ def test_the_batch_grows_as_megatron_s_does() -> None:
 
 
 def test_steps_and_samples_agree_with_counting() -> None:
-    ramp = Ramp(32, 8, 4, 100)
+    ramp = BatchRampup(32, 8, 4, 100)
     consumed, sizes = 0, []
     for step in range(20):
         assert ramp.consumed(step) == consumed
@@ -42,7 +42,7 @@ def test_steps_and_samples_agree_with_counting() -> None:
     assert sizes[-1] == 32
     assert sorted(sizes) == sizes
     assert set(sizes) <= set(ramp.sizes())
-    assert Ramp.of(32, None).consumed(5) == 160
+    assert BatchRampup.of(32, None).consumed(5) == 160
 
 
 @pytest.mark.parametrize(

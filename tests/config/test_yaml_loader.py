@@ -107,7 +107,7 @@ def test_two_files_of_one_name_keep_both_texts(tmp_path: Path) -> None:
         ("a: !!python/object:os.system {}\n", "this is not YAML"),
         ("a: 2020-99-99\n", "cannot be read"),
         ("a: 1\n---\nb: 2\n", "this is not YAML"),
-        ("a: 1\n\tb: 2\n", ":2: a tab stands at the start of the line"),
+        ("a: 1\n\tb: 2\n", ":2: there is a tab at the start of the line"),
         ("a: 1\nb:2\nc: 3\n", ":2: there is no space after the colon; write `key: value`"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.config import FIELDS
-from megatron.config.type_names import accepts, members
+from megatron.config.type_names import allows_type, union_members
 
 PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_keys.json").read_text())
 
@@ -72,9 +72,9 @@ def test_public_key(name: str) -> None:
     assert type(facts.default) is type(OTHER_DEFAULTS.get(name, public["default"]))
     assert set(public.get("choices", ())) <= set(facts.choices) or not public.get("choices")
     for kind in public_types(public["type"]):
-        assert accepts(facts.annotation, kind), f"{name} does not take a {kind.__name__}"
+        assert allows_type(facts.annotation, kind), f"{name} does not take a {kind.__name__}"
     if public["default"] is None:
-        assert type(None) in members(facts.annotation) or facts.annotation is Any
+        assert type(None) in union_members(facts.annotation) or facts.annotation is Any
 
 
 def public_types(written: str) -> set[type]:

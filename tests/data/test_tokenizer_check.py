@@ -14,7 +14,7 @@ from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
-from megatron.tokenizer_info import FROM_FILES, TokenizerInfo, facts_of
+from megatron.tokenizer_info import FROM_FILES, TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import make_tokenizer
 from tests.data.test_build import build, documents, served, write
 from tests.data.test_labels import write_signed
@@ -52,7 +52,7 @@ def tokenized(folder, name, kind, vocab_file=None, *more):
 
 
 def facts(kind, vocab_file=None):
-    return facts_of(kind, make_tokenizer(kind, vocab_file=vocab_file))
+    return describe_tokenizer(kind, make_tokenizer(kind, vocab_file=vocab_file))
 
 
 def refused(section, tokenizer, **wanted):

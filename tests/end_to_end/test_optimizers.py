@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 QUICK = ("tensor 2", "ZeRO 3")
-FLAT = frozenset({"whole", "local"})
+FLAT = frozenset({"full_tensors", "compressed_comm"})
 
 # Relative deviation of ten losses. Lion's step is a sign and Muon works in bfloat16, so that a sum in another order
 # now and then moves an element by a whole step; 1-bit Adam's momenta are signs too, and those of two data-parallel

@@ -25,7 +25,9 @@ def losses(name: str, folder: Path, dataset: str, **settings: Any) -> list[float
     return series(records, "train/lm_loss")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names if "host" not in OPTIMIZERS.entry(name).traits])
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS.names if "cpu_offload" not in OPTIMIZERS.entry(name).traits]
+)
 def test_every_optimizer_learns_as_on_the_cpu(
     name: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

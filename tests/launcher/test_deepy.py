@@ -176,15 +176,15 @@ def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypat
         "from megatron.launcher.worker import worker_config\n"
         "assert 'OMPI_COMM_WORLD_LOCAL_RANK' not in os.environ\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'DS_ACCELERATOR')\n"
-        "told = {name: os.environ[name] for name in names}\n"
-        "told['log_dir'] = worker_config(sys.argv[1:]).observe.log_dir\n"
-        "json.dump(told, open(f'told.{reported[\"RANK\"]}', 'w'))\n"
-        "sys.exit(5 if told['RANK'] == '1' else 0)\n"
+        "reported = {name: os.environ[name] for name in names}\n"
+        "reported['log_dir'] = worker_config(sys.argv[1:]).observe.log_dir\n"
+        "json.dump(reported, open(f'reported.{reported[\"RANK\"]}', 'w'))\n"
+        "sys.exit(5 if reported['RANK'] == '1' else 0)\n"
     )
     done = run("work.py", "conf")
     assert done.returncode == 5
     assert "rank 1 failed first, with exit code 5" in done.stderr
-    reported = [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
+    reported = [json.loads((tmp_path / f"reported.{rank}").read_text()) for rank in range(2)]
     assert [one["LOCAL_RANK"] for one in reported] == ["0", "1"]
     assert all(one["WORLD_SIZE"] == "2" and one["MASTER_ADDR"] == "127.0.0.1" for one in reported)
     assert reported[0]["MASTER_PORT"] == reported[1]["MASTER_PORT"]

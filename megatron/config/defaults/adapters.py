@@ -1,4 +1,4 @@
-"""The blocks `lora` and `soft_prompt_tuning`: what is wrong with them, and what they mean with nothing left out."""
+"""Checks the blocks `lora` and `soft_prompt_tuning` and fills in their defaults."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ Block = Mapping[str, Any]
 
 
 def derive_lora(block: Block | None) -> dict[str, Any] | None:
-    """The block with its defaults, None where it is switched off. ConfigError where it makes no sense."""
+    """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid."""
     error = _lora_error(block)
     if error is not None:
         raise ConfigError.of(error, key="lora", value=block, hint=_hint(error, "write {rank: 8, targets: all}"))
-    asked = low_rank(block)
-    return None if asked is None else asked.block()
+    requested = low_rank(block)
+    return None if requested is None else requested.block()
 
 
 def derive_soft_prompt(block: Block | None) -> dict[str, Any] | None:
-    """The block with its defaults, None where it is switched off. ConfigError where it makes no sense."""
+    """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid."""
     error = _soft_prompt_error(block)
     if error is not None:
         hint = _hint(error, "write {num_tokens: 20}")
         raise ConfigError.of(error, key="soft_prompt_tuning", value=block, hint=hint)
-    asked = soft_prompt(block)
-    return None if asked is None else asked.block()
+    requested = soft_prompt(block)
+    return None if requested is None else requested.block()
 
 
 def _hint(error: str, example: str) -> str | None:
-    """What to do about it, where the error does not end in that already."""
+    """Returns a hint with an example; None where the error itself ends in a hint."""
     return None if error.endswith("?") else f"{example}, or the like"
 
 
 def _lora_error(block: Block | None) -> str | None:
-    told = _strange(block, ("enabled", "rank", "alpha", "dropout", "targets"))
-    if told is not None or block is None or not enabled(block):
-        return told
-    if not _whole(block.get("rank")):
+    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets"))
+    if issue is not None or block is None or not enabled(block):
+        return issue
+    if not _is_positive_int(block.get("rank")):
         return f"rank is a whole number from 1 on, not {block.get('rank')!r}"
     alpha, dropout = block.get("alpha"), block.get("dropout")
-    if alpha is not None and (not _number(alpha) or alpha <= 0):
+    if alpha is not None and (not _is_number(alpha) or alpha <= 0):
         return f"alpha is a number above 0, not {alpha!r}"
-    if dropout is not None and (not _number(dropout) or not 0 <= dropout < 1):
+    if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
         return f"dropout is a probability below 1, not {dropout!r}"
     return _targets_error(block)
 
@@ -67,21 +67,21 @@ def _targets_error(block: Block) -> str | None:
 
 
 def _soft_prompt_error(block: Block | None) -> str | None:
-    told = _strange(block, ("enabled", "num_tokens", "init_string", "init_range"))
-    if told is not None or block is None or not enabled(block):
-        return told
-    if block.get("num_tokens") is not None and not _whole(block["num_tokens"]):
+    issue = _unknown_name_error(block, ("enabled", "num_tokens", "init_string", "init_range"))
+    if issue is not None or block is None or not enabled(block):
+        return issue
+    if block.get("num_tokens") is not None and not _is_positive_int(block["num_tokens"]):
         return f"num_tokens is a whole number from 1 on, not {block['num_tokens']!r}"
     if not isinstance(block.get("init_string") or "", str):
         return f"init_string is text, not {block['init_string']!r}"
     span = block.get("init_range")
-    if span is not None and (not _number(span) or span <= 0):
+    if span is not None and (not _is_number(span) or span <= 0):
         return f"init_range is a number above 0, not {span!r}"
     return None
 
 
-def _strange(block: Block | None, known: tuple[str, ...]) -> str | None:
-    """Names that the block does not have, and a switch that is none."""
+def _unknown_name_error(block: Block | None, known: tuple[str, ...]) -> str | None:
+    """Returns the error of an unknown name, or of an `enabled` that is not boolean."""
     for name in block or {}:
         if name not in known:
             close = nearest_name(str(name), known)
@@ -90,9 +90,9 @@ def _strange(block: Block | None, known: tuple[str, ...]) -> str | None:
     return None if isinstance(switch, bool) else f"enabled is true or false, not {switch!r}"
 
 
-def _whole(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

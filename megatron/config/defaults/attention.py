@@ -1,4 +1,4 @@
-"""The attention pattern: from `[[[kind, ...], count], ...]` to one kind a block."""
+"""Expands the attention pattern `[[[kind, ...], count], ...]` to one kind per block."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron.errors import ConfigError
 KEY = "attention_config"
 
 CLASSES = {"mamba": "MambaTransformerBlock", "rwkv": "RWKVTransformerBlock", "gmlp": "GMLPTransformerBlock"}
-"""The class of a block, where it is not a TransformerBlock."""
+"""Attention kind -> class name of its block; others are a TransformerBlock."""
 
 
 def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[str, ...]:
-    """The kind of attention of each block.
+    """Returns the kind of attention of each block.
 
-    Each item is [kinds, count] or [kinds, "all"]; the kinds repeat, in order, `count` times. "all" means as often
-    as fills the model and must be alone. A plain list of names is taken as it stands. Raises ConfigError where
-    the pattern has another form or does not make `num_layers` blocks.
+    Each item is [kinds, count] or [kinds, "all"]; the kinds repeat, in order, `count` times. "all" fills the model and
+    must be alone. A plain list of names is taken unchanged. Raises ConfigError where the pattern has another form or
+    does not make `num_layers` blocks.
     """
     if pattern is None:
         return ("global",) * num_layers
@@ -35,7 +35,7 @@ def expand_attention(pattern: Sequence[Any] | None, num_layers: int) -> tuple[st
 
 
 def layer_classes(num_layers: int, kinds: Sequence[str] = ()) -> list[str]:
-    """The class name of each layer of the model, which `type:REGEX` looks at. kinds: of the blocks; () all attend."""
+    """Returns the class name of each layer, which `type:REGEX` matches. kinds: of the blocks; () for attention only."""
     named = {**CLASSES, "amlp": CLASSES["gmlp"]}
     blocks = [named.get(kind, "TransformerBlock") for kind in kinds] or ["TransformerBlock"] * num_layers
     return ["EmbeddingLayer", "Identity", *blocks, "Identity", "FinalNorm", "Head"]
@@ -50,7 +50,7 @@ def _expand_item(item: Any, pattern: Sequence[Any], num_layers: int) -> tuple[st
         raise _error(pattern, f"{kinds!r} is not a list of kinds of attention", form)
     if count == "all":
         if len(pattern) > 1:
-            raise _error(pattern, "`all` stands beside other items", "give each item a count")
+            raise _error(pattern, "`all` is not the only item", "give each item a count")
         if num_layers % len(kinds):
             raise _error(
                 pattern,

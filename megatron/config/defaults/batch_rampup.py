@@ -1,8 +1,8 @@
-"""A batch that grows: `rampup_batch_size` = [first, increment, samples], as Megatron-LM has it.
+"""Batch size ramp-up: `rampup_batch_size` = [first, increment, samples], as in Megatron-LM.
 
-The batch starts at `first` samples and grows by `increment` in equal stages until `samples` were consumed, then it is
-the whole train_batch_size. Its size is a function of the samples consumed, so a resumed run goes on where it was, and
-the data keeps its order: a smaller batch is fewer micro batches.
+The batch starts at `first` samples and grows by `increment` in equal stages until `samples` were consumed; then it is
+train_batch_size. Its size is a function of the consumed samples, so a resumed run continues the ramp-up. The order of
+the data does not change: a smaller batch is fewer micro batches.
 """
 
 from __future__ import annotations
@@ -11,36 +11,40 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """first, increment, full: [samples a step]; samples: over which the batch grows. Without growth first is full."""
+class BatchRampup:
+    """Batch size as a function of consumed samples."""
 
     full: int
+    """Final batch size [samples]."""
     first: int
+    """First batch size [samples]; equal to `full` without ramp-up."""
     increment: int = 0
+    """Growth of each stage [samples]."""
     samples: int = 0
+    """Length of the ramp-up [samples]."""
 
     @staticmethod
-    def of(full: int, ramp: tuple[int, ...] | None) -> Ramp:
-        """From train_batch_size and rampup_batch_size."""
-        return Ramp(full, full) if ramp is None else Ramp(full, *ramp)
+    def of(full: int, ramp: tuple[int, ...] | None) -> BatchRampup:
+        """Builds the ramp-up from train_batch_size and rampup_batch_size."""
+        return BatchRampup(full, full) if ramp is None else BatchRampup(full, *ramp)
 
     @property
     def stages(self) -> int:
-        """How often the batch grows."""
+        """Number of times that the batch grows."""
         return (self.full - self.first) // self.increment if self.increment else 0
 
     def size(self, consumed: int) -> int:
-        """Samples of the step that follows on so many consumed samples."""
+        """Returns the batch size of the next step after `consumed` samples."""
         if consumed >= self.samples or self.stages == 0:
             return self.full
         return self.first + self.increment * (consumed * self.stages // self.samples)
 
     def sizes(self) -> list[int]:
-        """Every size that occurs, in order."""
+        """Returns every batch size, in order."""
         return [self.first + self.increment * stage for stage in range(self.stages)] + [self.full]
 
     def consumed(self, steps: int) -> int:
-        """Samples consumed by so many steps from the start."""
+        """Returns the samples consumed by the first `steps` steps."""
         consumed = 0
         while steps > 0 and consumed < self.samples:
             consumed += self.size(consumed)
@@ -48,7 +52,7 @@ class Ramp:
         return consumed + steps * self.full
 
     def steps(self, samples: int) -> int:
-        """Steps from the start that consume no more than so many samples."""
+        """Returns the number of steps from the start that fit into `samples`."""
         consumed = count = 0
         while consumed < self.samples:
             if consumed + self.size(consumed) > samples:

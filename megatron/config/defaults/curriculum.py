@@ -1,12 +1,12 @@
-"""A curriculum over sequence lengths, in the terms of DeepSpeed's block `curriculum_learning`.
+"""Sequence length curriculum, configured by DeepSpeed's block `curriculum_learning`.
 
     {enabled: true, curriculum_type: seqlen, min_difficulty: 64, max_difficulty: 2048,
      schedule_type: fixed_linear, schedule_config: {total_curriculum_step: 15000, difficulty_step: 8}}
 
-DeepSpeed no longer reads that block; its meaning is kept: the length of step t is
+DeepSpeed no longer reads that block; its meaning is the same here: the length of step t is
 min + (max - min) (t / total)^(1/root), root 1 for fixed_linear and schedule_config.root_degree for fixed_root, rounded
-down to a multiple of difficulty_step and at most max; fixed_discrete lists lengths (difficulty) and the steps up to
-which each holds (max_step, one shorter). Sequences are cut to their first tokens, so the order of the data stays.
+down to a multiple of difficulty_step and at most max; fixed_discrete lists lengths (difficulty) and the last step of
+each (max_step, one shorter). Sequences are truncated to their first tokens, so the order of the data does not change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Lengths = Callable[[int], int]
 
 
 def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Lengths:
-    """The length of every step; the whole one where no curriculum is asked for. The block has no errors."""
+    """Returns the sequence length of every step, seq_length without a curriculum. The block must be valid."""
     if not block or not block.get("enabled", False):
         return lambda step: seq_length
     settings = block["schedule_config"]
@@ -47,7 +47,7 @@ def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Leng
 
 
 def curriculum_issues(block: Mapping[str, Any], *, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
-    """(what is wrong, hint) of a block. parts: into how many a sequence is cut over ranks."""
+    """Yields (message, hint) of each error. parts: number of ranks that share a sequence."""
     for name in block:
         if name not in NAMES:
             yield f"there is no {name} in this block", f"did you mean {nearest_name(str(name), NAMES) or NAMES}?"
@@ -82,7 +82,7 @@ def _range_issues(low: Any, high: Any, multiple: int, seq_length: int, parts: in
     if low < multiple:
         yield f"min_difficulty = {low} is below difficulty_step = {multiple}", "raise min_difficulty"
     if multiple % parts or high % parts:
-        yield f"a sequence is cut into {parts} parts over ranks", f"use multiples of {parts}"
+        yield f"a sequence is sharded over {parts} ranks", f"use multiples of {parts}"
 
 
 def _discrete_issues(settings: Mapping[str, Any], seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
@@ -91,6 +91,6 @@ def _discrete_issues(settings: Mapping[str, Any], seq_length: int, parts: int) -
         yield "difficulty is a list with one more item than max_step", "the last length holds to the end"
         return
     if not all(isinstance(length, int) and 0 < length <= seq_length and length % parts == 0 for length in lengths):
-        yield f"lengths lie between 1 and seq_length = {seq_length}, in multiples of {parts}", "correct difficulty"
+        yield f"lengths are between 1 and seq_length = {seq_length}, in multiples of {parts}", "correct difficulty"
     if sorted(borders) != borders:
         yield f"max_step = {borders} does not rise", "put the steps in order"

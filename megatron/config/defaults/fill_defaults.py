@@ -1,4 +1,4 @@
-"""Fills in every value that follows from others. The functions that do the arithmetic are in `derive/`."""
+"""Computes derived configuration values; the arithmetic is in the other files of this folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import Any
 from megatron.config.cluster import Resources
 from megatron.config.defaults.adapters import derive_lora, derive_soft_prompt
 from megatron.config.defaults.attention import expand_attention
-from megatron.config.defaults.batch import MICRO, TOTAL, Batch, derive_batch, size_issues
-from megatron.config.defaults.batch import STEPS as STEPS_PER_BATCH
+from megatron.config.defaults.batch import (
+    ACCUMULATION_STEPS,
+    MICRO,
+    TOTAL,
+    BatchSizes,
+    derive_batch,
+    size_issues,
+)
 from megatron.config.defaults.lr_schedule import decay_horizon
 from megatron.config.defaults.mlp_width import head_dim
 from megatron.config.defaults.mup import read_base_shapes
-from megatron.config.defaults.optimizer import derive_optimizer, without_effect
+from megatron.config.defaults.optimizer import derive_optimizer, params_without_effect
 from megatron.config.defaults.precision import (
     bf16_block,
     derive_data_types,
@@ -49,27 +55,31 @@ DERIVED_ONLY = {
     "dynamic_loss_scale": "loss_scale",
     "mup_base_widths": "base_shapes_file",
 }
-"""Keys that only report what another key decides. Giving them another value is a contradiction."""
+"""Output keys -> the key that decides them. Giving them another value is an error."""
 
 ZERO_OUTPUTS = ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size")
 
 
 @dataclass
-class Completion:
-    """The values as they grow. values: all flat keys. given: the keys that the user wrote.
-
-    resources: None where the machines could not be found. unknown: keys whose values are wrong or follow from such;
-    asking for one raises UnresolvedValue, which ends the step.
-    """
+class ConfigDraft:
+    """Configuration values while defaults are filled in."""
 
     values: dict[str, Any]
+    """Every key and its value."""
     given: Collection[str]
+    """The keys that the user wrote."""
     resources: Resources | None
+    """Resources of the cluster; None where they could not be found."""
     unknown: set[str] = field(default_factory=set)
+    """Keys whose value is invalid or follows from an invalid one; reading one raises UnresolvedValue."""
     derived: set[str] = field(default_factory=set)
+    """Keys whose value was derived."""
     settled: set[str] = field(default_factory=set)
+    """Keys that the current derivation has set."""
     issues: list[ConfigIssue] = field(default_factory=list)
+    """Errors found so far."""
     warnings: list[str] = field(default_factory=list)
+    """Warnings found so far."""
 
     def __getitem__(self, name: str) -> Any:
         if name in self.unknown:
@@ -77,11 +87,11 @@ class Completion:
         return self.values[name]
 
     def knows(self, *names: str) -> bool:
-        """Whether all these values can be judged by."""
+        """Returns whether all these values are known."""
         return self.unknown.isdisjoint(names)
 
     def derive(self, name: str, value: Any) -> None:
-        """Sets a value that follows from others; a value that stays as it was keeps its origin."""
+        """Sets a derived value; an unchanged value keeps its origin."""
         before = self.values[name]
         if name in DERIVED_ONLY and name in self.given and self.knows(name) and before not in (None, value):
             what, hint = (
@@ -96,29 +106,33 @@ class Completion:
         self.unknown.discard(name)
 
     def user(self, name: str) -> Any:
-        """What the user gave for the key, or None."""
+        """Returns the user's value of the key, or None."""
         return self[name] if name in self.given else None
 
     def refuse(self, *issues: ConfigIssue) -> None:
-        """Notes errors; their keys' values mean nothing from now on."""
+        """Records errors; the values of their keys become unknown."""
         self.issues += issues
         self.unknown |= {issue.key for issue in issues if issue.key is not None}
 
 
 def trains(user_script: str | None) -> bool:
-    """Whether the script to run trains, so that batch, optimizer and length must be known."""
+    """Returns whether the script trains, so that batch, optimizer and length are required."""
     return user_script is None or Path(user_script).name not in INFERENCE_SCRIPTS
 
 
-def complete(
+def fill_defaults(
     values: Mapping[str, Any], given: Collection[str], resources: Resources | None, unknown: Collection[str] = ()
-) -> Completion:
-    """Runs every step below on the values. The errors of all steps are collected.
+) -> ConfigDraft:
+    """Runs every derivation on the values and collects their errors.
 
-    unknown: keys whose values are known to be wrong. What a step cannot fill because of one is unknown in turn.
+    Args:
+        values: every key and its value.
+        given: the keys that the user wrote.
+        resources: of the cluster; None where they could not be found.
+        unknown: keys whose value is invalid. Values that depend on them become unknown too.
     """
-    draft = Completion(dict(values), given, resources, set(unknown))
-    for step, fills in STEPS:
+    draft = ConfigDraft(dict(values), given, resources, set(unknown))
+    for step, fills in DERIVATIONS:
         draft.settled = set()
         try:
             step(draft)
@@ -132,13 +146,13 @@ def complete(
     return draft
 
 
-def _sequence(draft: Completion) -> None:
-    """A model that says how long a text may be is asked for texts of that length, as one that was taken over."""
+def _sequence(draft: ConfigDraft) -> None:
+    """Takes seq_length from max_position_embeddings, as for imported models."""
     if draft["seq_length"] is None and draft["max_position_embeddings"] is not None:
         draft.derive("seq_length", draft["max_position_embeddings"])
 
 
-def _required(draft: Completion) -> None:
+def _required(draft: ConfigDraft) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if not draft.knows(name):
             continue
@@ -150,18 +164,18 @@ def _required(draft: Completion) -> None:
         draft.refuse(ConfigIssue(f"at most {MOST_LAYERS:,}", key="num_layers", value=draft["num_layers"]))
 
 
-def _world(draft: Completion) -> None:
+def _world(draft: ConfigDraft) -> None:
     if draft.resources is None:
         raise UnresolvedValue("world_size")
-    asked, found = draft.user("world_size"), draft.resources.world_size
-    if asked not in (None, found):
-        draft.warnings.append(f"world_size = {asked!r}: has no effect; {found} is what the machines offer")
+    requested, found = draft.user("world_size"), draft.resources.world_size
+    if requested not in (None, found):
+        draft.warnings.append(f"world_size = {requested!r}: has no effect; {found} is what the machines offer")
     draft.derive("world_size", found)
     if draft.resources.accelerator == "cpu" and draft["distributed_backend"] == "nccl":
         draft.derive("distributed_backend", "gloo")
 
 
-def _launcher(draft: Completion) -> None:
+def _launcher(draft: ConfigDraft) -> None:
     if draft["deepspeed_slurm"] or draft["launcher"] == "slurm":
         return
     if draft["comment"] is not None:
@@ -170,43 +184,43 @@ def _launcher(draft: Completion) -> None:
         draft.warnings.append("account: has no effect, since only srun takes it")
 
 
-def _tensor_ranks(draft: Completion) -> None:
+def _tensor_ranks(draft: ConfigDraft) -> None:
     if draft["model_parallel_size"] == 0:
         draft.derive("model_parallel_size", 1)
 
 
-def _pipeline(draft: Completion) -> None:
+def _pipeline(draft: ConfigDraft) -> None:
     draft.derive("is_pipe_parallel", draft["pipe_parallel_size"] >= 1)
 
 
-def _positions(draft: Completion) -> None:
+def _positions(draft: ConfigDraft) -> None:
     if draft["max_position_embeddings"] is None:
         draft.derive("max_position_embeddings", draft["seq_length"])
 
 
-def _key_heads(draft: Completion) -> None:
+def _key_heads(draft: ConfigDraft) -> None:
     if draft["num_kv_heads"] is None:
         draft.derive("num_kv_heads", draft["num_attention_heads"])
 
 
-def _head_width(draft: Completion) -> None:
+def _head_width(draft: ConfigDraft) -> None:
     if draft["kv_channels"] is None:
         draft.derive("kv_channels", head_dim(draft["hidden_size"], draft["num_attention_heads"]))
 
 
-def _attention(draft: Completion) -> None:
+def _attention(draft: ConfigDraft) -> None:
     draft.derive("attention_config", expand_attention(draft["attention_config"], draft["num_layers"]))
 
 
-def _adapters(draft: Completion) -> None:
+def _adapters(draft: ConfigDraft) -> None:
     for name, derive in (("lora", derive_lora), ("soft_prompt_tuning", derive_soft_prompt)):
-        asked = draft[name] if draft.knows(name) else None
-        draft.derive(name, derive(asked))
-        if asked is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:
+        requested = draft[name] if draft.knows(name) else None
+        draft.derive(name, derive(requested))
+        if requested is not None and draft[name] is not None and trains(draft["user_script"]) and draft["load"] is None:
             draft.warnings.append(f"{name}: load is not set, so what stays frozen are random weights")
 
 
-def _precision(draft: Completion) -> None:
+def _precision(draft: ConfigDraft) -> None:
     precision = derive_precision(draft["precision"], draft["fp16"], draft["bf16"])
     draft.derive("precision", precision)
     draft.derive("fp16", fp16_block(precision, draft["fp16"]))
@@ -214,20 +228,20 @@ def _precision(draft: Completion) -> None:
     draft.derive("data_types", derive_data_types(precision, draft["data_types"]))
 
 
-def _loss_scale(draft: Completion) -> None:
+def _loss_scale(draft: ConfigDraft) -> None:
     draft.derive("dynamic_loss_scale", draft["loss_scale"] is None)
 
 
-def _zero(draft: Completion) -> None:
+def _zero(draft: ConfigDraft) -> None:
     block, tuned = draft["zero_optimization"], draft["autotuning"] is not None
     precision = "" if block is not None and not draft.knows("precision") else draft["precision"]
     zero = derive_zero(precision, block, tuned=tuned)
     if block is not None and block.get("stage") == 0 and zero["stage"] == 1:
         draft.warnings.append(
             f"zero_optimization = {{stage: 0}}: runs as stage 1, since DeepSpeed sums {precision} gradients in fp32 "
-            "from there on; the optimizer state is shared out among the data-parallel ranks, and no result changes"
+            "from there on; the optimizer state is sharded over the data-parallel ranks, and no result changes"
         )
-    if block is None and draft["moe_expert_parallel_size"] > 1:  # DeepSpeed needs it where experts are spread
+    if block is None and draft["moe_expert_parallel_size"] > 1:  # DeepSpeed requires it with expert parallelism
         zero = {**zero, "contiguous_gradients": True}
     draft.derive("zero_optimization", zero)
     for name in ZERO_OUTPUTS:
@@ -235,7 +249,7 @@ def _zero(draft: Completion) -> None:
 
 
 def _as_output(name: str, value: Any) -> Any:
-    """The value in the type of its output key; None where the user wrote something else, which DeepSpeed judges."""
+    """Returns the value in the type of its output key; None for another type, which DeepSpeed checks."""
     if name in {"reduce_scatter", "contiguous_gradients"}:
         return value if isinstance(value, bool) else None
     if isinstance(value, float) and value.is_integer():
@@ -245,7 +259,7 @@ def _as_output(name: str, value: Any) -> Any:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _optimizer(draft: Completion) -> None:
+def _optimizer(draft: ConfigDraft) -> None:
     block = draft["optimizer"]
     kind, rate = (draft.user(name) if draft.knows(name) else None for name in ("optimizer_type", "lr"))
     if block is None and not draft.knows("optimizer_type", "lr"):
@@ -253,7 +267,7 @@ def _optimizer(draft: Completion) -> None:
     if block is None and rate is None and trains(draft["user_script"]):
         draft.warnings.append("optimizer: none is given, so Adam with a learning rate of 0.001 is used")
     choice = derive_optimizer(block, kind, rate, OPTIMIZERS.names)
-    for name, why in without_effect(choice).items():
+    for name, why in params_without_effect(choice).items():
         draft.warnings.append(f"optimizer: its parameter {name} has no effect; {why}")
     draft.derive("optimizer", choice.block)
     draft.derive("optimizer_type", choice.kind)
@@ -266,12 +280,12 @@ def _optimizer(draft: Completion) -> None:
         draft.derive("weight_decay", choice.weight_decay)
 
 
-def _base_model(draft: Completion) -> None:
+def _base_model(draft: ConfigDraft) -> None:
     if draft["use_mup"] and draft["base_shapes_file"] is not None and not draft["save_base_shapes"]:
         draft.derive("mup_base_widths", read_base_shapes(draft["base_shapes_file"])["widths"])
 
 
-def _clipping(draft: Completion) -> None:
+def _clipping(draft: ConfigDraft) -> None:
     clip, gradient = draft.user("clip_grad"), draft.user("gradient_clipping")
     if clip is not None and gradient is not None and clip != gradient:
         what = f"gradient_clipping = {gradient} means the same"
@@ -281,20 +295,20 @@ def _clipping(draft: Completion) -> None:
     draft.derive("clip_grad", draft["gradient_clipping"])
 
 
-def _schedule(draft: Completion) -> None:
+def _schedule(draft: ConfigDraft) -> None:
     counts_samples = draft["train_samples"] is not None
     name, length = ("lr_decay_samples", "train_samples") if counts_samples else ("lr_decay_iters", "train_iters")
-    asked = draft.user(name)
-    if asked is not None and asked < 1:
-        raise ConfigError.of("it must be more than 0", key=name, value=asked)
-    if asked is not None and draft.user("lr_decay_fraction") is not None:
+    requested = draft.user(name)
+    if requested is not None and requested < 1:
+        raise ConfigError.of("it must be more than 0", key=name, value=requested)
+    if requested is not None and draft.user("lr_decay_fraction") is not None:
         draft.warnings.append(f"lr_decay_fraction: has no effect, since {name} is given")
-    horizon = asked or decay_horizon(draft[length], asked, draft["lr_decay_fraction"])
+    horizon = requested or decay_horizon(draft[length], requested, draft["lr_decay_fraction"])
     draft.derive(name, horizon)
 
 
-def _weights(weights: str, paths: str, preferred: str) -> Callable[[Completion], None]:
-    def step(draft: Completion) -> None:
+def _weights(weights: str, paths: str, preferred: str) -> Callable[[ConfigDraft], None]:
+    def step(draft: ConfigDraft) -> None:
         sets = draft[paths] or draft[preferred]
         if sets and draft[weights] is None:
             draft.derive(weights, (1.0,) * len(sets))
@@ -307,25 +321,25 @@ WEIGHTS = {
     "valid_data_weights": ("valid_data_paths", "pos_valid_data_paths"),
     "test_data_weights": ("test_data_paths", "pos_test_data_paths"),
 }
-"""Keys of weights, and the lists of data sets that they weigh, of which one is given."""
+"""Key of sampling weights -> the keys of data sets, of which one is given."""
 
 
-def _generation(draft: Completion) -> None:
+def _generation(draft: ConfigDraft) -> None:
     if draft["text_gen_type"] is None:
         draft.derive("text_gen_type", "input-file" if draft["sample_input_file"] else "unconditional")
 
 
-def _batch(draft: Completion) -> None:
+def _batch(draft: ConfigDraft) -> None:
     share = max(1, draft["pipe_parallel_size"]) * draft["model_parallel_size"] * draft["context_parallel_size"]
     if share < 1 or draft["world_size"] % share:
-        raise UnresolvedValue("world_size")  # a rule tells of the layout
+        raise UnresolvedValue("world_size")  # a rule reports the layout
     ranks = max(1, draft["world_size"] // share)
     if trains(draft["user_script"]):
         batch = _training_batch(draft, ranks)
     else:
         micro = max(1, draft[MICRO] or 1)
-        batch = Batch(micro * ranks, micro, 1)
-    for name, value in ((TOTAL, batch.total), (MICRO, batch.micro), (STEPS_PER_BATCH, batch.steps)):
+        batch = BatchSizes(micro * ranks, micro, 1)
+    for name, value in ((TOTAL, batch.total), (MICRO, batch.micro), (ACCUMULATION_STEPS, batch.steps)):
         draft.derive(name, value)
     given = draft.user("batch_size")
     if given is not None and given != batch.micro:
@@ -334,9 +348,9 @@ def _batch(draft: Completion) -> None:
     draft.derive("batch_size", batch.micro)
 
 
-def _training_batch(draft: Completion, ranks: int) -> Batch:
-    """The batch's sizes; with one of them unknown, only whether the other two can go together at all."""
-    names = (TOTAL, MICRO, STEPS_PER_BATCH)
+def _training_batch(draft: ConfigDraft, ranks: int) -> BatchSizes:
+    """Derives the batch sizes; with one of them unknown, only checks the other two."""
+    names = (TOTAL, MICRO, ACCUMULATION_STEPS)
     total, micro, steps = (draft[name] if draft.knows(name) else None for name in names)
     if not draft.knows(TOTAL):
         ConfigError.raise_any(size_issues(total, micro, steps))
@@ -351,7 +365,7 @@ def _fills(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
+DERIVATIONS: tuple[tuple[Callable[[ConfigDraft], None], frozenset[str]], ...] = (
     (_sequence, _fills("seq_length")),
     (_required, _fills()),
     (_world, _fills("world_size", "distributed_backend")),
@@ -372,6 +386,6 @@ STEPS: tuple[tuple[Callable[[Completion], None], frozenset[str]], ...] = (
     (_schedule, _fills("lr_decay_iters")),
     *((_weights(weights, *paths), _fills(weights)) for weights, paths in WEIGHTS.items()),
     (_generation, _fills("text_gen_type")),
-    (_batch, _fills(TOTAL, MICRO, STEPS_PER_BATCH, "batch_size")),
+    (_batch, _fills(TOTAL, MICRO, ACCUMULATION_STEPS, "batch_size")),
 )
-"""In this order, since later steps read what earlier ones derived; with each, the keys that it decides."""
+"""Derivations in order, since later ones read earlier results, each with the keys that it sets."""

@@ -1,12 +1,12 @@
-"""How long the learning rate decays: in steps, or in samples where the run's length is given in samples."""
+"""Decay horizon of the learning rate: in steps, or in samples where the run's length is given in samples."""
 
 from __future__ import annotations
 
 
 def decay_horizon(train_iters: int | None, decay_iters: int | None, decay_fraction: float | None) -> int | None:
-    """The horizon [steps]: lr_decay_iters, else lr_decay_fraction x train_iters, else train_iters; at least 1.
+    """Returns the horizon [steps]: lr_decay_iters, else lr_decay_fraction x train_iters, else train_iters.
 
-    None where the length of the run is not known either. With samples in place of steps it is the horizon in samples.
+    At least 1. None where the length of the run is not known. With samples in place of steps it is in samples.
     """
     if decay_iters is not None:
         return max(1, decay_iters)

@@ -1,15 +1,15 @@
-"""Widths of a block that follow from others."""
+"""Derived widths of a block."""
 
 from __future__ import annotations
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `size`."""
+    """Returns the least multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def mlp_base_width(hidden_size: int, intermediate_size: int | None, expansion_factor: float | None) -> int:
-    """The width that the user names: intermediate_size, or expansion_factor x hidden_size, or 4 x hidden_size."""
+    """Returns intermediate_size, or expansion_factor x hidden_size, or 4 x hidden_size."""
     if intermediate_size is not None:
         return intermediate_size
     if expansion_factor is not None:
@@ -20,12 +20,18 @@ def mlp_base_width(hidden_size: int, intermediate_size: int | None, expansion_fa
 def mlp_width(
     hidden_size: int, intermediate_size: int | None, expansion_factor: float | None, multiple_of: int, *, gated: bool
 ) -> int:
-    """Inner width of the MLP [features]: the number of inputs of its second matrix.
+    """Returns the inner width of the MLP [features]: the inputs of its second matrix.
 
-    A gated MLP has three matrices for the two of a plain one. With an inner width of 2/3 of the plain one the
-    parameter counts agree (arXiv:2002.05202 section 3); public configurations give the base width so that the two
-    input matrices together have 2/3 of it, hence the inner width is one third of the base. Rounded up to
-    `multiple_of`.
+    A gated MLP has three matrices, a plain one two. With an inner width of 2/3 of the plain one the parameter counts
+    agree (arXiv:2002.05202 section 3); public configurations give the base width so that the two input matrices
+    together have 2/3 of it, hence the inner width is one third of the base.
+
+    Args:
+        hidden_size: of the model.
+        intermediate_size: base width; takes precedence over expansion_factor.
+        expansion_factor: base width as a multiple of hidden_size.
+        multiple_of: the result is rounded up to a multiple of this.
+        gated: whether the activation is gated.
     """
     base = mlp_base_width(hidden_size, intermediate_size, expansion_factor)
     if not gated:
@@ -34,5 +40,5 @@ def mlp_width(
 
 
 def head_dim(hidden_size: int, heads: int) -> int:
-    """Width of one attention head [features], rounded down; a rule refuses a width that does not divide."""
+    """Returns the width of one attention head [features], rounded down; a rule rejects a remainder."""
     return hidden_size // max(1, heads)

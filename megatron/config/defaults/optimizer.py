@@ -1,4 +1,4 @@
-"""The optimizer block and the keys that follow from it."""
+"""Reads the optimizer block, and derives the keys that follow from it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ COMMON: Mapping[str, Setting] = MappingProxyType(
         "max_grad_norm": Setting("number", unused="gradient_clipping decides"),
     }
 )
-"""What the params of any optimizer may name."""
+"""Parameters that every optimizer has."""
 
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """block: {type, params}. kind: its type in lower case. lr: the peak. weight_decay: None where not in params."""
+    """A valid optimizer block."""
 
     block: dict[str, Any]
+    """{type, params}."""
     kind: str
+    """The type in lower case."""
     lr: float
+    """Maximum learning rate."""
     weight_decay: float | None
+    """Weight decay of params; None where it is not given there."""
 
 
 def derive_optimizer(
@@ -38,8 +42,13 @@ def derive_optimizer(
 ) -> OptimizerChoice:
     """Reads the optimizer block, or makes one from `optimizer_type` and `lr`.
 
-    kind and lr: what the user gave for those keys, None where nothing. Raises ConfigError for an unknown type, wrong
-    parameters or a contradiction.
+    Raises ConfigError for an unknown type, wrong parameters or a contradiction.
+
+    Args:
+        block: the key optimizer.
+        kind: the user's optimizer_type, or None.
+        lr: the user's lr, or None.
+        choices: names of optimizers.
     """
     if block is None:
         block = {"type": kind or "adam", "params": {"lr": DEFAULT_LR if lr is None else lr}}
@@ -58,15 +67,15 @@ def derive_optimizer(
     return OptimizerChoice(block, found_kind, float(found_lr), None if decay is None else float(decay))
 
 
-def without_effect(choice: OptimizerChoice) -> dict[str, str]:
-    """The params that nothing reads, and why, in the order of the block."""
+def params_without_effect(choice: OptimizerChoice) -> dict[str, str]:
+    """Returns the params without effect and the reasons, in the order of the block."""
     known = _settings(choice.kind)
     reasons = {name: known[name].unused for name in choice.block["params"]}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _settings(kind: str) -> dict[str, Setting]:
-    """What the params of an optimizer may name; where there is no such optimizer, of any."""
+    """Returns the settings of an optimizer; the common ones where the optimizer does not exist."""
     return {**COMMON, **(OPTIMIZERS.entry(kind).settings if kind in OPTIMIZERS else {})}
 
 
@@ -104,14 +113,14 @@ def _unknown_params(kind: str, params: dict[str, Any], block: dict[str, Any]) ->
 
 
 def _wrong_values(kind: str, block: dict[str, Any]) -> list[ConfigIssue]:
-    """Values of a wrong kind, of the parameters that the optimizer has."""
+    """Returns the issues of values of a wrong kind, for parameters that the optimizer has."""
     known = _settings(kind)
     issues = [_issue(name, value, known[name]) for name, value in block["params"].items() if name in known]
     return [ConfigIssue(what, key="optimizer", value=block, hint=hint) for what, hint in filter(None, issues)]
 
 
 def _issue(name: str, value: Any, setting: Setting) -> tuple[str, str] | None:
-    """What is wrong with a value and how to write it; None where it is right."""
+    """Returns message and hint of an invalid value; None for a valid one."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if setting.kind in ("number", "fraction") and not number:
         return f"{name} = {value!r} is not a finite number", "write it as 0.001 or 1.0e-8"

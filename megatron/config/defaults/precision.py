@@ -1,4 +1,4 @@
-"""Number format and loss scaling, from the blocks that a user may have written."""
+"""Number format and loss scaling, derived from the blocks fp16 and bf16."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Table = dict[str, Any]
 
 
 def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | None) -> str:
-    """fp16, bfloat16 or fp32. Raises ConfigError where the key and the blocks contradict each other."""
-    asked = {name for name, block in (("fp16", fp16), ("bfloat16", bf16)) if block and block.get("enabled")}
-    if len(asked) == 2:
+    """Returns fp16, bfloat16 or fp32. Raises ConfigError where the key and the blocks contradict each other."""
+    requested = {name for name, block in (("fp16", fp16), ("bfloat16", bf16)) if block and block.get("enabled")}
+    if len(requested) == 2:
         raise ConfigError.of("fp16 and bf16 are both enabled", key="fp16", value=fp16, hint="enable one of them")
-    if asked and precision is not None and precision not in asked:
-        enabled = asked.pop()
+    if requested and precision is not None and precision not in requested:
+        enabled = requested.pop()
         block = "bf16" if enabled == "bfloat16" else "fp16"
         raise ConfigError.of(
             f"the block {block} is enabled as well",
@@ -23,25 +23,25 @@ def derive_precision(precision: str | None, fp16: Table | None, bf16: Table | No
             value=precision,
             hint=f"write precision: {enabled}, or set enabled: false in {block}",
         )
-    return precision or (asked.pop() if asked else "fp32")
+    return precision or (requested.pop() if requested else "fp32")
 
 
 def fp16_block(precision: str, fp16: Table | None) -> Table | None:
-    """The fp16 block that DeepSpeed reads: enabled exactly when the precision is fp16."""
+    """Returns DeepSpeed's fp16 block: enabled exactly when the precision is fp16."""
     if precision == "fp16":
         return {**(fp16 or {"type": "fp16"}), "enabled": True}
     return fp16
 
 
 def bf16_block(precision: str, bf16: Table | None) -> Table | None:
-    """The bf16 block that DeepSpeed reads: enabled exactly when the precision is bfloat16."""
+    """Returns DeepSpeed's bf16 block: enabled exactly when the precision is bfloat16."""
     if precision == "bfloat16":
         return {**(bf16 or {}), "enabled": True}
     return bf16
 
 
 def derive_data_types(precision: str, data_types: Table | None) -> Table | None:
-    """Gradients of a bfloat16 model accumulate in fp32 unless the user asks otherwise."""
+    """Returns the data_types block: gradients of a bfloat16 model accumulate in fp32 by default."""
     if precision == "bfloat16" and not (data_types or {}).get("grad_accum_dtype"):
         return {**(data_types or {}), "grad_accum_dtype": "fp32"}
     return data_types

@@ -1,4 +1,4 @@
-"""The ZeRO block: its default, and what may be in it."""
+"""Checks the ZeRO block and fills in its defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = ("bfloat16", "fp16")
 REDUCTION_BUCKET = 500_000_000  # [elements] DeepSpeed's default
 
 OLDER_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
-"""Switches of the ZeRO block that DeepSpeed took before it had more than one place to move things to."""
+"""Offload switches of older DeepSpeed releases -> their names today."""
 
 ZERO_NAMES = frozenset(
     (
@@ -72,16 +72,17 @@ ZERO_NAMES = frozenset(
         "zero_quantized_weights",
     )
 )
-"""What DeepSpeed 0.19 takes in the ZeRO block; a name that it does not know stops every worker."""
+"""Names of the ZeRO block in DeepSpeed 0.19; it rejects others in every worker."""
 
 
 def derive_zero(precision: str, zero: Table | None, *, tuned: bool = False) -> Table:
-    """The ZeRO block. Without one: stage 0, but stage 1 for bfloat16 and fp16, whose fp32 weights need it.
+    """Returns the ZeRO block. The default is stage 0, but stage 1 for bfloat16 and fp16, whose fp32 weights need it.
 
-    A stage 0 that is written in 16 bits becomes 1 as well: without ZeRO DeepSpeed neither sums 16-bit gradients in fp32
-    nor counts their norm over pipeline stages, and the two stages compute the same. precision: "" where it is unknown.
-    tuned: the autotuner may be given a list of stages, or "all". Raises ConfigError for a block without a stage, or
-    with one that does not exist.
+    A given stage 0 becomes 1 in 16 bits as well: without ZeRO DeepSpeed neither sums 16-bit gradients in fp32 nor
+    counts their norm over pipeline stages, and the two stages compute the same. Raises ConfigError for a block without
+    a stage, or with one that does not exist.
+
+    precision: "" where it is unknown. tuned: the autotuner accepts a list of stages, or "all".
     """
     if zero is None:
         return {
@@ -104,7 +105,7 @@ def _stage_issues(zero: Table, *, tuned: bool) -> list[ConfigIssue]:
     stage = zero.get("stage")
     if stage is None:
         if any(nearest_name(str(name), ZERO_NAMES) == "stage" for name in zero if name not in ZERO_NAMES):
-            return []  # a misspelt stage, told by its name
+            return []  # a misspelt stage, reported by its name
         return [ConfigIssue("the block has no stage", "zero_optimization", zero, hint="add stage: 0, 1, 2 or 3")]
     stages = stage if tuned and isinstance(stage, list) else [stage]
     if all(type(one) in (int, float) and one in (0, 1, 2, 3) for one in stages) or (tuned and stage == "all"):
@@ -114,7 +115,7 @@ def _stage_issues(zero: Table, *, tuned: bool) -> list[ConfigIssue]:
 
 
 def _name_issues(zero: Table) -> list[ConfigIssue]:
-    """DeepSpeed refuses unknown names in the block as well, but only once the workers run."""
+    """Returns the issues of unknown names, which DeepSpeed would reject only in the workers."""
     issues = []
     for name in zero:
         if name not in ZERO_NAMES:

@@ -5,7 +5,7 @@ from megatron.config.types import Integers, Table
 
 
 class CheckpointSection(Section):
-    """What is saved when, and what is loaded."""
+    """Saving and loading of checkpoints."""
 
     save: str | None = key(None, "Folder to save checkpoints in.")
     save_overwrite: bool = key(
@@ -16,8 +16,8 @@ class CheckpointSection(Section):
     load: str | None = key(None, "Folder to load a checkpoint from.")
     load_fallback: str = key(
         "error",
-        "What a `load` without a whole checkpoint does: error refuses to start, previous goes on from the newest that "
-        "is whole where a newer one is damaged, fresh starts from initial weights where there is none.",
+        "Behaviour when `load` has no intact checkpoint: error refuses to start, previous loads the newest intact one "
+        "where a newer one is damaged, fresh starts from initial weights where there is none.",
         choices=("error", "previous", "fresh"),
     )
     iteration: int | None = key(None, "Checkpoint to load; the latest when left out.", unit="steps")
@@ -26,9 +26,7 @@ class CheckpointSection(Section):
         None, "With scale linear: save every so many steps; with log: at the powers of this.", unit="steps"
     )
     checkpoint_scale: str = key("linear", "Spacing of checkpoints.", choices=("linear", "log"))
-    checkpoint_async: bool = key(
-        False, "Go on training while a checkpoint is written; only copying it to the host's memory is waited for."
-    )
+    checkpoint_async: bool = key(False, "Train while a checkpoint is written; only its copy to host memory blocks.")
     extra_save_iters: Integers | None = key(None, "Further iterations to save at.", unit="steps")
     keep_last_n_checkpoints: int | None = key(None, "Older checkpoints are removed.", unit="checkpoints")
     no_save_optim: bool = key(False, "Save no optimizer state.")

@@ -1,4 +1,4 @@
-"""Which tokens the model sees, and in what order."""
+"""Datasets, splits and sample order."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Items, Numbers, Strings
@@ -9,7 +9,7 @@ PATHS = "as prefixes of .bin and .idx files"
 class DataSection(Section):
     """Data sets, splits and packing."""
 
-    data_path: str | None = key(None, "One data set, a prefix of .bin and .idx files, cut by `split`.")
+    data_path: str | None = key(None, "One data set, a prefix of .bin and .idx files, divided by `split`.")
     split: str = key("969, 30, 1", "Shares of train, validation and test documents of data_path.")
     train_data_paths: Strings | None = key(None, f"Training data sets, {PATHS}.")
     valid_data_paths: Strings | None = key(None, f"Validation data sets, {PATHS}.")
@@ -18,7 +18,7 @@ class DataSection(Section):
     valid_data_weights: Numbers | None = key(None, "Sampling weight of each validation set; 1 each when left out.")
     test_data_weights: Numbers | None = key(None, "Sampling weight of each test set; 1 each when left out.")
     valid_same_samples: bool = key(
-        False, "Every evaluation reads the same validation samples; otherwise each goes on where the last one ended."
+        False, "Every evaluation reads the same validation samples; otherwise each continues after the previous one."
     )
     valid_loss_per_set: bool = key(
         False, "Report the loss of each of valid_data_paths as well, over eval_iters batches of its own."
@@ -51,11 +51,11 @@ class DataSection(Section):
     dataset_impl: str = key("gpt2", "Kind of samples.", choices=("gpt2", "pairwise", "online"))
     pack_impl: str = key(
         "packed",
-        "packed joins documents and cuts them anywhere, pack_until_overflow joins whole documents, unpacked takes "
-        "one document a sample.",
+        "packed joins documents and splits them anywhere, pack_until_overflow joins complete documents, unpacked takes "
+        "one document per sample.",
         choices=("packed", "pack_until_overflow", "unpacked"),
     )
-    allow_chopped: bool = key(True, "Keep documents longer than a sample, cut short, where packing does not cut.")
+    allow_chopped: bool = key(True, "Truncate documents longer than a sample where packing does not split; else drop.")
     reset_attention_mask: bool = key(False, "Tokens attend to their own document only.")
     reset_position_ids: bool = key(False, "Positions start again at each document.")
     eod_mask_loss: bool = key(False, "Leave out the loss of positions whose input is the end of a document.")

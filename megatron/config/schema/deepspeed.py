@@ -1,7 +1,6 @@
-"""What goes to DeepSpeed as it stands: ZeRO, logging of the engine, and blocks handed on unread.
+"""DeepSpeed's settings: ZeRO, logging of the engine, and blocks that are passed through.
 
-The `zero_*` keys below `zero_optimization` follow from it; they are outputs, kept because public configurations
-may carry them.
+The `zero_*` keys below `zero_optimization` follow from it; they are outputs, which public configurations may carry.
 """
 
 from megatron.config.field import Section, key
@@ -22,8 +21,8 @@ class DeepspeedSection(Section):
     zero_allgather_bucket_size: int | None = key(None, "Follows from zero_optimization.", unit="elements")
     prescale_gradients: bool = key(False, "Divide gradients by the world size before reducing them.")
     gradient_predivide_factor: float = key(1.0, "Divide by this before, and the rest after, reducing.")
-    sparse_gradients: bool = key(False, "Sparse reduction of embedding gradients; gone from DeepSpeed.")
-    communication_data_type: bool | None = key(None, "Format in which gradients travel; left to DeepSpeed.")
+    sparse_gradients: bool = key(False, "Sparse reduction of embedding gradients; removed in DeepSpeed 0.19.")
+    communication_data_type: bool | None = key(None, "Format in which gradients are reduced; left to DeepSpeed.")
     steps_per_print: int = key(10, "How often DeepSpeed prints its own line.", unit="steps")
     wall_clock_breakdown: bool = key(False, "Time forward, backward and step of each iteration.")
     dump_state: bool = key(False, "Have DeepSpeed print its state once started.")
@@ -31,7 +30,7 @@ class DeepspeedSection(Section):
     comms_logger: Table | None = key(None, "DeepSpeed's log of collectives: {enabled, ...}.")
     autotuning: Table | None = key(None, "DeepSpeed's autotuner: {enabled, ...}.")
     activation_checkpointing: Table | None = key(None, "DeepSpeed's activation checkpointing block.")
-    sparse_attention: Table | None = key(None, "DeepSpeed's sparse attention; gone from DeepSpeed.")
+    sparse_attention: Table | None = key(None, "DeepSpeed's sparse attention; removed in DeepSpeed 0.19.")
     data_efficiency: Table | None = key(
         None, "DeepSpeed's own data sampling, which does not work here; curriculum_learning does."
     )
@@ -42,7 +41,7 @@ class DeepspeedSection(Section):
     tensorboard: Table | None = key(None, "DeepSpeed's own TensorBoard monitor; tensorboard_dir is ours.")
     wandb: Table | None = key(None, "DeepSpeed's own Weights & Biases monitor; use_wandb is ours.")
     csv_monitor: Table | None = key(None, "DeepSpeed's CSV monitor; metrics.jsonl is ours.")
-    elasticity: Table | None = key(None, "Elastic world sizes; gone from DeepSpeed.")
-    compression_training: Table | None = key(None, "Compressed training; gone from DeepSpeed.")
+    elasticity: Table | None = key(None, "Elastic world sizes; removed in DeepSpeed 0.19.")
+    compression_training: Table | None = key(None, "Compressed training; removed in DeepSpeed 0.19.")
     checkpoint: Table | None = key(None, "DeepSpeed's checkpoint block: {tag_validation, parallel_write, ...}.")
     deepspeed_extra_args: Table | None = key(None, "Further DeepSpeed settings, at the top level of its configuration.")

@@ -5,7 +5,7 @@ from megatron.config.types import Strings, Table
 
 
 class EvaluationSection(Section):
-    """Which tasks, on how much, and where the scores go."""
+    """Tasks, their limits and the output of the results."""
 
     eval_tasks: Strings | None = key(None, "Names of tasks or shell wildcards.")
     eval_results_prefix: str = key("", "Put before the name of the results file.")
@@ -19,7 +19,7 @@ class EvaluationSection(Section):
     eval_text: str | None = key(None, "File of text, or .jsonl, whose bits per byte tools/bits_per_byte.py measures.")
     eval_chat_template: bool = key(False, "Put prompts into the chat template of the tokenizer's folder.")
     eval_cache_requests: bool = key(False, "Keep the built requests of each task on disk for the next evaluation.")
-    eval_cloze: str | None = key(None, ".jsonl file of texts whose last word tools/perplexity.py lets the model guess.")
+    eval_cloze: str | None = key(None, "JSONL file for last-word prediction by tools/perplexity.py (LAMBADA style).")
     eval_overlap: int = key(
         32, "Tokens that each window after the first scores in tools/perplexity.py; fewer cost more.", unit="tokens"
     )

@@ -1,4 +1,4 @@
-"""Sampling text."""
+"""Text generation."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Integers, Strings
@@ -12,12 +12,12 @@ class GenerationSection(Section):
         "input-file when sample_input_file is given, else unconditional, when left out.",
         choices=("unconditional", "input-file", "interactive", "precompute"),
     )
-    temperature: float = key(0.0, "Divides the logits; 0 takes the likeliest token.")
-    top_k: int = key(0, "Sample among this many likeliest tokens; 0 is all.", unit="tokens")
+    temperature: float = key(0.0, "Divides the logits; 0 takes the most likely token.")
+    top_k: int = key(0, "Sample among this many most likely tokens; 0 is all.", unit="tokens")
     top_p: float = key(
-        0.0, "Sample among the likeliest tokens of this total probability; 0 is all.", unit="probability"
+        0.0, "Sample among the most likely tokens of this total probability; 0 is all.", unit="probability"
     )
-    min_p: float = key(0.0, "Leave out tokens less likely than this part of the likeliest.", unit="fraction")
+    min_p: float = key(0.0, "Drop tokens less likely than this fraction of the most likely one.", unit="fraction")
     repetition_penalty: float = key(1.0, "Divides the logits of tokens already seen, arXiv:1909.05858; 1 is none.")
     stop: Strings | None = key(None, "Texts at which generation ends.")
     eos_token_ids: Integers | None = key(
@@ -28,8 +28,8 @@ class GenerationSection(Section):
     sample_input_file: str | None = key(None, "File of prompts.")
     sample_output_file: str | None = key("samples.txt", "File for the results, one JSON object a line.")
     num_samples: int = key(1, "Samples of each prompt.", unit="samples")
-    recompute: bool = key(False, "Run the whole context again for each token instead of keeping keys and values.")
-    generation_batch_size: int = key(8, "Texts that grow side by side.", unit="texts")
+    recompute: bool = key(False, "Run the full context again for each token instead of caching keys and values.")
+    generation_batch_size: int = key(8, "Sequences generated together.", unit="sequences")
     return_logits: bool = key(False, "Write the logits of the generated tokens as well.")
     precompute_model_name: str | None = key(None, "Name in the files that text_gen_type precompute writes.")
     serve_host: str = key("127.0.0.1", "Address that the text service listens on; this machine only, when left out.")

@@ -1,4 +1,4 @@
-"""How weights start."""
+"""Initialisation of weights."""
 
 from megatron.config.field import Section, key
 from megatron.registry import INITS

@@ -1,4 +1,4 @@
-"""Which fused kernels to use. A kernel never changes results beyond rounding, so an absent one is only slower."""
+"""Fused kernels. A kernel never changes results beyond rounding, so an absent one is only slower."""
 
 from megatron.config.field import Section, key
 

@@ -1,4 +1,4 @@
-"""Where and how the workers start."""
+"""Hosts and launcher of the workers."""
 
 from megatron.config.field import Section, key
 
@@ -12,8 +12,8 @@ class LaunchSection(Section):
     exclude: str | None = key(None, "Hosts and slots to leave out, as host:0,1@host2.")
     num_nodes: int = key(-1, "Use the first so many hosts; -1 is all.", unit="hosts")
     num_gpus: int | None = key(None, "Ranks on each host.", unit="ranks")
-    global_num_gpus: int | None = key(None, "Ranks of the whole run, wherever they are.", unit="ranks")
-    gpu_memory: float | None = key(None, "Memory of one accelerator, which the plan is held against.", unit="GiB")
+    global_num_gpus: int | None = key(None, "Ranks of the run, over all hosts.", unit="ranks")
+    gpu_memory: float | None = key(None, "Memory of one accelerator, with which the plan is compared.", unit="GiB")
     master_addr: str | None = key(None, "Address at which the ranks meet.")
     master_port: int = key(29500, "Port at which the ranks meet.")
     launcher: str = key(
@@ -28,7 +28,7 @@ class LaunchSection(Section):
     deepspeed_slurm: bool = key(False, "Start the ranks with srun.")
     comment: str | None = key(None, "Comment of the Slurm job.")
     account: str | None = key(None, "Account of the Slurm job.")
-    autotuning_run: str | None = key(None, "tune or run: what DeepSpeed's autotuner does.")
+    autotuning_run: str | None = key(None, "Mode of DeepSpeed's autotuner: tune or run.")
     distributed_backend: str = key(
         "nccl",
         "Collectives library; gloo on machines without an accelerator.",
@@ -37,7 +37,7 @@ class LaunchSection(Section):
     collective_timeout: float = key(
         600.0, "A rank that others wait for longer than this, or that hangs so long, ends the run.", unit="seconds"
     )
-    max_restarts: int = key(0, "Times that a failed run is started again from its last checkpoint.")
+    max_restarts: int = key(0, "Restarts of a failed run from its last checkpoint.")
     strict_config: bool = key(False, "Warnings about the configuration are errors.")
     rank: int | None = key(None, "Number of this process; found in the worker.")
     local_rank: int | None = key(None, "Number of this process on its host; found in the worker.")

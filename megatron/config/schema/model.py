@@ -1,4 +1,4 @@
-"""The architecture: sizes, the parts each block is made of, and positions.
+"""The architecture: sizes, components of a block, and positions.
 
 Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `max_position_embeddings` and
 `attention_config` are filled in by `megatron.config.defaults` when the user leaves them out.
@@ -12,7 +12,7 @@ from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS
 
 
 class ModelSection(Section):
-    """Sizes and parts of the transformer."""
+    """Sizes and components of the transformer."""
 
     num_layers: int | None = key(None, "Number of transformer blocks.", unit="blocks")
     hidden_size: int | None = key(None, "Width of the residual stream.", unit="features")
@@ -69,7 +69,7 @@ class ModelSection(Section):
     rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.")
     rotary_save_freqs_buffer: bool = key(False, "Keep the rotary frequencies in checkpoints.")
     rope_scaling: Table | None = key(
-        None, "Stretching of rotary positions for long contexts: {type: linear | dynamic | yarn | llama3, factor: ...}."
+        None, "Scaling of rotary positions for long contexts: {type: linear | dynamic | yarn | llama3, factor: ...}."
     )
     rpe_num_buckets: int = key(32, "Buckets of relative distance for pos_emb rpe.", unit="buckets")
     rpe_max_distance: int = key(128, "Distance from which on rpe uses its last bucket.", unit="tokens")
@@ -78,28 +78,27 @@ class ModelSection(Section):
     param_sharing_style: str = key("grouped", "How blocks share weights when num_unique_layers is set.")
     soft_prompt_tuning: Table | None = key(
         None,
-        "Train only a prompt of vectors before every text, everything else frozen: {num_tokens: 10, init_string: text "
-        "whose vectors it starts as, init_range: 0.5, enabled: true}, arXiv:2104.08691. It takes num_tokens of "
-        "seq_length.",
+        "Train only a soft prompt, vectors in front of the tokens: {num_tokens: 10, init_string: text whose embeddings "
+        "are the first values, init_range: 0.5, enabled: true}, arXiv:2104.08691. It takes num_tokens of seq_length.",
     )
     lora: Table | None = key(
         None,
-        "Train only low-rank updates W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
+        "Train only LoRA adapters W + alpha / rank B A of frozen matrices: {rank: 8, alpha: rank unless given, "
         "dropout: 0, targets: [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] or all, the first unless given}, "
         "arXiv:2106.09685.",
     )
     output_layer_parallelism: str = key(
-        "column", "How the output layer is cut by tensor parallelism.", choices=("column",)
+        "column", "How tensor parallelism shards the output layer.", choices=("column",)
     )
 
     @property
     def text_length(self) -> int | None:
-        """What seq_length leaves for a text beside a learned prompt [tokens]."""
+        """seq_length without the soft prompt [tokens]."""
         return None if self.seq_length is None else self.seq_length - prompt_length(self.soft_prompt_tuning)
 
     @property
     def mlp_width(self) -> int:
-        """Inner width of the MLP [features]: linear2 takes this many, a gated linear1 gives twice as many."""
+        """Inner width of the MLP [features]: inputs of linear2; a gated linear1 has twice as many outputs."""
         assert self.hidden_size is not None
         gated = ACTIVATIONS.entry(self.activation).gated
         return mlp_width(

@@ -5,7 +5,7 @@ from megatron.config.types import Table
 
 
 class MupSection(Section):
-    """Hyperparameters that carry over from narrow to wide models. docs/mup.md says how."""
+    """Hyperparameter transfer from narrow to wide models, see docs/mup.md."""
 
     use_mup: bool = key(
         False, "Scale initial weights, learning rates, attention and the output layer by the width over a base model's."

@@ -1,4 +1,4 @@
-"""What is measured and where it is written."""
+"""Logging and measurement."""
 
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ class ObserveSection(Section):
     comet_project: str | None = key(None, "Comet project.")
     comet_experiment_name: str | None = key(None, "Comet experiment name.")
     comet_tags: Strings | None = key(None, "Comet tags.")
-    comet_others: Table | None = key(None, "Further facts for Comet.")
+    comet_others: Table | None = key(None, "Further metadata for Comet.")
     comet_experiment: Any = key(None, "Not for users: the public project kept its Comet handle here.")
     git_hash: str | None = key(None, "Revision of the code; found at launch.")
     peak_theoretical_tflops: float | None = key(
-        None, "What one accelerator can do, for the utilisation figure.", unit="TFLOP/s"
+        None, "Peak of one accelerator, for model FLOPs utilisation.", unit="TFLOP/s"
     )
     fingerprint_interval: int | None = key(
         None, "Steps between fingerprints of every layer, for tools/compare_runs.py; none when left out.", unit="steps"
@@ -47,7 +47,7 @@ class ObserveSection(Section):
         choices=("parameter", "layer"),
     )
     loss_spike_factor: float | None = key(
-        None, "A loss this many times its running mean is told, with its samples; none is when left out."
+        None, "Warn when the loss exceeds this multiple of its running mean, with its samples; off when left out."
     )
     log_optimizer_states: bool = key(False, "Log norms of the optimizer's state.")
     log_gradient_noise_scale: bool = key(False, "Estimate the gradient noise scale, arXiv:1812.06162.")

@@ -10,10 +10,10 @@ class OptimizerSection(Section):
 
     optimizer: Table | None = key(None, "The optimizer: {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95]}}.")
     optimizer_type: str = key("adam", "Kind of optimizer; follows from optimizer.", choices=OPTIMIZERS)
-    lr: float | None = key(None, "Peak learning rate; follows from optimizer.")
+    lr: float | None = key(None, "Maximum learning rate; follows from optimizer.")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.")
-    gradient_clipping: float = key(1.0, "Largest norm of the whole gradient; 0 does not clip.")
-    clip_grad: float = key(1.0, "The same as gradient_clipping, which decides.")
+    gradient_clipping: float = key(1.0, "Maximum global gradient norm; 0 does not clip.")
+    clip_grad: float = key(1.0, "The same as gradient_clipping, which takes precedence.")
     use_bnb_optimizer: bool = key(False, "Use the 8-bit optimizers of the bitsandbytes package.")
 
     @property

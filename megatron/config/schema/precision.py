@@ -17,13 +17,13 @@ class PrecisionSection(Section):
         "fp16 training: {enabled, loss_scale, loss_scale_window, hysteresis, min_loss_scale, initial_scale_power}.",
     )
     bf16: Table | None = key(None, "bfloat16 training: {enabled}.")
-    amp: Table | None = key(None, "Apex mixed precision; gone from DeepSpeed.")
+    amp: Table | None = key(None, "Apex mixed precision; removed in DeepSpeed 0.19.")
     data_types: Table | None = key(
         None, "Format in which gradients accumulate: {grad_accum_dtype: fp32 | bf16 | fp16}; fp32 for bfloat16."
     )
-    fp32_allreduce: bool = key(False, "Reduce gradients and tensor parallel sums in fp32.")
-    loss_scale: float | None = key(None, "Fixed loss scale; the fp16 block decides.")
-    dynamic_loss_scale: bool | None = key(None, "Whether the loss scale moves; follows from loss_scale.")
+    fp32_allreduce: bool = key(False, "All-reduce gradients and tensor parallel outputs in fp32.")
+    loss_scale: float | None = key(None, "Fixed loss scale; the fp16 block takes precedence.")
+    dynamic_loss_scale: bool | None = key(None, "Whether the loss scale is dynamic; follows from loss_scale.")
     loss_scale_window: float = key(1000.0, "Steps without overflow before the loss scale doubles.", unit="steps")
     hysteresis: int = key(2, "Overflows before the loss scale halves.", unit="steps")
     overflow_limit: int = key(

@@ -1,4 +1,4 @@
-"""Learning from preferences and rewards: dpo, kto, rm and reinforce."""
+"""Objectives on preferences and rewards: dpo, kto, rm and reinforce."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Integers, Strings

@@ -1,4 +1,4 @@
-"""The learning rate over time."""
+"""The learning rate schedule."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Table
@@ -19,16 +19,18 @@ class ScheduleSection(Section):
         None, "Horizon counted in samples, with train_samples, which it is unless given.", unit="samples"
     )
     min_lr: float = key(0.0, "The decay never goes below this learning rate.")
-    warmup: float = key(0.01, "Part of the horizon in which the rate rises on a line to its peak.", unit="fraction")
+    warmup: float = key(0.01, "Part of the horizon in which the learning rate rises linearly to lr.", unit="fraction")
     warmup_iters: int | None = key(None, "Length of the warmup in steps, in place of warmup.", unit="steps")
     wsd_decay_fraction: float = key(
-        0.1, "With lr_decay_style wsd, the last part of the horizon, in which the rate falls.", unit="fraction"
+        0.1,
+        "With lr_decay_style wsd, the last part of the horizon, in which the learning rate decays.",
+        unit="fraction",
     )
-    wsd_decay_style: str = key("linear", "Shape of that fall.", choices=("linear", "cosine", "sqrt"))
+    wsd_decay_style: str = key("linear", "Shape of that decay.", choices=("linear", "cosine", "sqrt"))
     override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
     use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
     scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")
 
     def warmup_length(self, horizon: int) -> int:
-        """How long the rate rises [steps, or samples where the horizon counts those]."""
+        """Returns the length of the warmup, in the unit of the horizon [steps or samples]."""
         return int(self.warmup * horizon) if self.warmup_iters is None else self.warmup_iters

@@ -19,6 +19,6 @@ class TokenizerSection(Section):
         128, "The vocabulary is padded to a multiple of this times model_parallel_size.", unit="tokens"
     )
     vocab_size: int | None = key(
-        None, "Tokens of the vocabulary before padding, where no tokenizer file tells.", unit="tokens"
+        None, "Tokens of the vocabulary before padding, where no tokenizer file has the number.", unit="tokens"
     )
     padded_vocab_size: int | None = key(None, "Rows of the embedding; follows from the tokenizer.", unit="tokens")

@@ -1,4 +1,4 @@
-"""How long and on how much at a time the model trains."""
+"""Batch sizes and length of a run."""
 
 from megatron.config.field import Section, key
 from megatron.config.types import Integers
@@ -6,7 +6,7 @@ from megatron.registry import OBJECTIVES
 
 
 class TrainingSection(Section):
-    """Batch sizes, lengths, evaluation and stopping.
+    """Batch sizes, length, evaluation and stopping.
 
     train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data parallel size. Any one of
     the three follows from the others.
@@ -23,11 +23,11 @@ class TrainingSection(Section):
     rampup_batch_size: Integers | None = key(
         None, "Growth of the batch: [first size, increment, samples over which it grows].", unit="samples"
     )
-    train_iters: int | None = key(None, "Steps of the whole run.", unit="steps")
+    train_iters: int | None = key(None, "Steps of the run.", unit="steps")
     train_epochs: int | None = key(None, "Passes over the data, instead of train_iters.", unit="epochs")
-    train_samples: int | None = key(None, "Samples of the whole run, instead of train_iters.", unit="samples")
+    train_samples: int | None = key(None, "Samples of the run, instead of train_iters.", unit="samples")
     train_impl: str = key(
-        "normal", "What the model learns from.", choices=OBJECTIVES, planned=("dpo", "rm", "kto", "reinforce")
+        "normal", "Training objective.", choices=OBJECTIVES, planned=("dpo", "rm", "kto", "reinforce")
     )
     eval_interval: int = key(1000, "Steps between evaluations.", unit="steps")
     eval_iters: int = key(100, "Batches in one evaluation.", unit="batches")
@@ -40,7 +40,7 @@ class TrainingSection(Section):
     exit_duration: float | None = key(None, "Save and stop after this long.", unit="minutes")
     on_nan: str = key(
         "stop",
-        "What follows a loss or gradient that is not finite; its step is never applied.",
+        "Action on a non-finite loss or gradient; its step is never applied.",
         choices=("stop", "skip"),
     )
-    char_level_ppl: bool = key(False, "Report perplexity a character too.")
+    char_level_ppl: bool = key(False, "Report perplexity per character too.")

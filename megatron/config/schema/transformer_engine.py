@@ -5,12 +5,12 @@ from megatron.registry import TE_LAYERS
 
 
 class TransformerEngineSection(Section):
-    """Which layers come from Transformer Engine, and its FP8 recipe."""
+    """Layers of Transformer Engine, and its FP8 recipe."""
 
-    te_columnparallel: bool = key(False, "Column-parallel layers of attention and MLP multiply through it.")
-    te_rowparallel: bool = key(False, "Row-parallel layers of attention and MLP multiply through it.")
-    te_layernorm_mlp: bool = key(False, "Its layer computes the norm before the MLP and the MLP together.")
-    te_mha: bool = key(False, "Attention runs through it: the core and the products around it.")
+    te_columnparallel: bool = key(False, "Use it for column-parallel layers of attention and MLP.")
+    te_rowparallel: bool = key(False, "Use it for row-parallel layers of attention and MLP.")
+    te_layernorm_mlp: bool = key(False, "Use its fused layer for the norm before the MLP and the MLP.")
+    te_mha: bool = key(False, "Use it for attention: the core and its projections.")
     te_fp8_format: str = key(
         "hybrid", "FP8 format; hybrid is e4m3 forward and e5m2 backward.", choices=("e4m3", "hybrid")
     )
@@ -20,9 +20,9 @@ class TransformerEngineSection(Section):
         "most_recent", "Which value of that history sets the scale.", choices=("most_recent", "max")
     )
     te_fp8_margin: int = key(0, "Bits of headroom in the scale.", unit="bits")
-    te_fp8_mha: bool = key(False, "Training steps compute its layers, attention included, in FP8.")
+    te_fp8_mha: bool = key(False, "Compute its layers, attention included, in FP8 in training.")
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The keys of the layers that are asked for."""
+        """The keys of the layers that are switched on."""
         return tuple(name for name in TE_LAYERS.names if getattr(self, name))

@@ -1,4 +1,4 @@
-"""Rules about what is trained beside a frozen model: low-rank updates and soft prompts."""
+"""Rules for LoRA adapters and soft prompts."""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ def one_thing_is_trained(config: Config) -> Iterator[ConfigIssue]:
 
 
 def widths_are_those_of_the_model(config: Config) -> Iterator[ConfigIssue]:
-    """Rates of muP are those of matrices whose sizes grow with the width, which neither a rank nor a prompt does."""
+    """MuP scales learning rates of dimensions that grow with the width, which LoRA's rank and a prompt do not."""
     model = config.model
-    asked = {"lora": low_rank(model.lora), "soft_prompt_tuning": soft_prompt(model.soft_prompt_tuning)}
-    for key, found in asked.items():
+    requested = {"lora": low_rank(model.lora), "soft_prompt_tuning": soft_prompt(model.soft_prompt_tuning)}
+    for key, found in requested.items():
         if config.mup.use_mup and found is not None:
-            told = "muP has no learning rate for what is trained beside a frozen model"
-            yield ConfigIssue(told, key=key, hint="leave use_mup out: tools/convert_to_hf.py folds it into the weights")
+            message = "muP has no learning rate for LoRA adapters and soft prompts"
+            yield ConfigIssue(
+                message, key=key, hint="leave use_mup out: tools/convert_to_hf.py folds it into the weights"
+            )
 
 
-def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
-    """Every targeted matrix is in some block: only blocks with attention have them, and experts have none."""
+def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
+    """Every target is in some block: only blocks with attention have them, and experts have none."""
     model, moe = config.model, config.moe
-    asked = low_rank(model.lora)
-    if asked is None:
+    requested = low_rank(model.lora)
+    if requested is None:
         return
     attending = [number for number, kind in enumerate(model.attention_config or ()) if kind not in WITHOUT_ATTENTION]
     if not attending:
         kinds = ", ".join(sorted(set(map(str, model.attention_config or ()))))
-        told = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
-        yield ConfigIssue(told, key="lora", hint="train the whole model, or a soft prompt")
+        message = f"no block has attention, and blocks of kind {kinds} take no low-rank updates"
+        yield ConfigIssue(message, key="lora", hint="train the whole model, or a soft prompt")
         return
     mixtures = moe.moe_num_experts > 1 and all(number % max(1, moe.moe_expert_interval) == 0 for number in attending)
-    lost = [name for name, module in zip(asked.targets, asked.modules(), strict=True) if module.startswith("mlp.")]
+    lost = [
+        name for name, module in zip(requested.targets, requested.modules(), strict=True) if module.startswith("mlp.")
+    ]
     if mixtures and lost:
         yield ConfigIssue(
             f"every block has experts in place of its MLP, so no block has a {lost[0]}; experts take no low-rank "
@@ -56,7 +60,7 @@ def updates_have_matrices(config: Config) -> Iterator[ConfigIssue]:
 
 
 def prompts_leave_room(config: Config) -> Iterator[ConfigIssue]:
-    """The prompt is in the sequence, before one text that sees all of it."""
+    """The soft prompt is a part of seq_length, and one document follows it."""
     model, data, lengths = config.model, config.data, config.deepspeed.curriculum_learning
     prompt = soft_prompt(model.soft_prompt_tuning)
     if prompt is None:
@@ -92,4 +96,4 @@ def _shortest(block: dict[str, object], seq_length: int) -> int:
     try:
         return curriculum_lengths(block, seq_length)(1)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return seq_length  # another rule tells what is wrong with it
+        return seq_length  # another rule reports the error

@@ -1,4 +1,4 @@
-"""Rules about the shape of one block and the positions it sees."""
+"""Rules for the shape of a block and its positions."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def skipped_positions_are_learned(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def norms_have_what_they_are_made_with(config: Config) -> Iterator[ConfigIssue]:
-    """Some norms, such as Transformer Engine's layernorm, cannot go without their bias."""
+def norms_have_their_bias(config: Config) -> Iterator[ConfigIssue]:
+    """Some norms, such as Transformer Engine's layernorm, always have a bias."""
     norm = NORMS.entry(config.model.norm)
     if "bias" in set(norm.tensors) - set(norm.optional) and not config.model.use_bias_in_norms:
         what = f"norm = {norm.name} always has a bias"
@@ -65,7 +65,7 @@ def norms_have_what_they_are_made_with(config: Config) -> Iterator[ConfigIssue]:
 
 
 def rotary_turns_pairs(config: Config) -> Iterator[ConfigIssue]:
-    """Rotary positions turn pairs of features, on the first rotary_pct of each head."""
+    """Rotary positions rotate pairs of features, on the first rotary_pct of each head."""
     model = config.model
     if model.pos_emb != "rotary" or model.kv_channels is None:
         return

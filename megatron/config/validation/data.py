@@ -1,4 +1,4 @@
-"""Rules about where the data comes from."""
+"""Rules for datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.registry import POSITIONS
 
 
 def data_has_one_source(config: Config) -> Iterator[ConfigIssue]:
-    """Either data_path, which `split` cuts, or lists of paths."""
+    """Either data_path, which `split` divides, or lists of paths."""
     data = config.data
     lists = {f"{split}_data_paths": getattr(data, f"{split}_data_paths") for split in ("train", "valid", "test")}
     given = [name for name, paths in lists.items() if paths is not None]
@@ -26,7 +26,7 @@ def data_has_one_source(config: Config) -> Iterator[ConfigIssue]:
 
 
 def lists_are_as_long_as_their_paths(config: Config) -> Iterator[ConfigIssue]:
-    """Weights, labels and rewards go with paths one by one."""
+    """Weights, labels and rewards have one item per path."""
     data = config.data
     for split in ("train", "valid", "test"):
         paths = getattr(data, f"{split}_data_paths") or getattr(data, f"pos_{split}_data_paths")
@@ -43,7 +43,7 @@ def lists_are_as_long_as_their_paths(config: Config) -> Iterator[ConfigIssue]:
 
 
 def split_is_readable(config: Config) -> Iterator[ConfigIssue]:
-    """`split` holds up to three shares, separated by commas or slashes."""
+    """`split` has up to three fractions, separated by commas or slashes."""
     text = config.data.split
     try:
         shares = [float(share) for share in text.replace("/", ",").split(",")]
@@ -54,7 +54,7 @@ def split_is_readable(config: Config) -> Iterator[ConfigIssue]:
 
 
 def passes_need_no_weights(config: Config) -> Iterator[ConfigIssue]:
-    """A length in passes reads every training set equally often, so nothing else can say how often."""
+    """train_epochs reads every training set equally often, so weights contradict it."""
     data = config.data
     if config.training.train_epochs is None:
         return
@@ -76,12 +76,12 @@ def passes_need_no_weights(config: Config) -> Iterator[ConfigIssue]:
 
 
 def distances_start_again_with_attention(config: Config) -> Iterator[ConfigIssue]:
-    """A distance within a document is the same wherever the document lies; between documents there is none."""
+    """Relative positions restart only where attention does: distances are within documents."""
     data, model = config.data, config.model
     counts_distances = "scores" in POSITIONS.entry(model.pos_emb).enters
     if data.reset_position_ids and not data.reset_attention_mask and counts_distances:
         yield ConfigIssue(
-            f"pos_emb = {model.pos_emb} counts distances, which start again only where documents are kept apart",
+            f"pos_emb = {model.pos_emb} counts distances, which start again only where attention is reset",
             key="reset_position_ids",
             value=True,
             hint="set reset_attention_mask: true as well, or leave it out",

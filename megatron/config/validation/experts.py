@@ -1,4 +1,4 @@
-"""Rules about mixtures of experts."""
+"""Rules for mixtures of experts."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ MOST_EXPERTS = 4096
 
 
 def experts_limit_zero(config: Config) -> Iterator[ConfigIssue]:
-    """Spread experts are parameters of their own groups, which ZeRO 3 does not know; DeepSpeed asserts the others."""
+    """Experts have process groups of their own, which ZeRO 3 does not support; DeepSpeed asserts the rest."""
     moe, zero = config.moe, config.deepspeed.zero_optimization or {}
     if moe.moe_expert_parallel_size == 1:
         return
     if config.deepspeed.zero_stage == 3:
         yield ConfigIssue(
-            "ZeRO 3 cuts parameters over all data-parallel ranks, also those that hold other experts",
+            "ZeRO 3 shards parameters over all data-parallel ranks, also those that hold other experts",
             key="zero_optimization",
             value=zero,
             hint="use stage 0, 1 or 2, or moe_expert_parallel_size: 1",
         )
-    for name in ("reduce_scatter", "contiguous_gradients"):  # without the second one gradients go wrong, unsaid
+    for name in ("reduce_scatter", "contiguous_gradients"):  # without the second one gradients are silently wrong
         if config.deepspeed.zero_stage in (1, 2) and zero.get(name) is False:
             yield ConfigIssue(
-                f"DeepSpeed needs {name} where experts are spread over ranks",
+                f"DeepSpeed needs {name} where experts are sharded over ranks",
                 key="zero_optimization",
                 value=zero,
                 hint=f"leave {name} out, or set moe_expert_parallel_size: 1",
             )
     if zero.get("offload_optimizer"):
         yield ConfigIssue(
-            "DeepSpeed's norm of offloaded gradients does not count experts that are spread over ranks",
+            "DeepSpeed's norm of offloaded gradients does not count experts that are sharded over ranks",
             key="zero_optimization",
             value=zero,
             hint="leave offload_optimizer out, or set moe_expert_parallel_size: 1",
@@ -40,7 +40,7 @@ def experts_limit_zero(config: Config) -> Iterator[ConfigIssue]:
 
 
 def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
-    """A token visits at most all experts, and whole numbers of them are on each rank."""
+    """A token has at most all experts, and every rank has the same number of them."""
     moe, axes = config.moe, config.parallelism
     for name in ("moe_expert_interval", "moe_expert_parallel_size"):
         if getattr(moe, name) < 1:
@@ -49,7 +49,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
     if moe.moe_num_experts <= 1:
         if moe.moe_expert_parallel_size > 1:
             yield ConfigIssue(
-                "there are no experts to spread (moe_num_experts = 1)",
+                "there are no experts to shard (moe_num_experts = 1)",
                 key="moe_expert_parallel_size",
                 value=moe.moe_expert_parallel_size,
                 hint="give moe_num_experts, or leave it out",
@@ -74,7 +74,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
         )
     if copies % size:
         yield ConfigIssue(
-            f"experts are spread over data-parallel ranks, of which there are {copies}",
+            f"experts are sharded over data-parallel ranks, of which there are {copies}",
             key="moe_expert_parallel_size",
             value=size,
             hint=f"choose a divisor of {copies}",
@@ -82,7 +82,7 @@ def tokens_choose_among_experts(config: Config) -> Iterator[ConfigIssue]:
 
 
 def router_numbers_make_sense(config: Config) -> Iterator[ConfigIssue]:
-    """Capacities are positive, noise stays below the signal, losses are not rewards."""
+    """Capacities are positive, the jitter is below 1, coefficients are not negative."""
     moe = config.moe
     for name in ("moe_capacity_factor", "moe_eval_capacity_factor"):
         value = getattr(moe, name)
@@ -92,4 +92,4 @@ def router_numbers_make_sense(config: Config) -> Iterator[ConfigIssue]:
         if getattr(moe, name) < 0:
             yield ConfigIssue("it cannot be negative", key=name, value=getattr(moe, name))
     if moe.moe_jitter_eps is not None and not 0 <= moe.moe_jitter_eps < 1:
-        yield ConfigIssue("it must lie between 0 and 1", key="moe_jitter_eps", value=moe.moe_jitter_eps)
+        yield ConfigIssue("it must be between 0 and 1", key="moe_jitter_eps", value=moe.moe_jitter_eps)

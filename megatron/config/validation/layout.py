@@ -1,4 +1,4 @@
-"""Rules about what the parallel axes and ZeRO can cut."""
+"""Rules for the parallel axes and ZeRO."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.config.defaults.attention import layer_classes
 from megatron.errors import ConfigIssue
 
 MOST_EXPANSION = 10_000
-"""Of the MLP over the hidden size; more is an error, and could not be counted."""
+"""Largest expansion_factor."""
 
 
 def layout_divides_world(config: Config) -> Iterator[ConfigIssue]:
@@ -38,14 +38,14 @@ def layout_divides_world(config: Config) -> Iterator[ConfigIssue]:
 
 
 def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
-    """Every pipeline stage needs a block, and the layers are dealt out by a method that exists."""
+    """Every pipeline stage has a block, and the partition method exists."""
     axes, layers = config.parallelism, config.model.num_layers
     assert layers
     if axes.pipe_parallel_size > layers:
         yield ConfigIssue(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
     method = axes.pipe_partition_method
     if isinstance(method, tuple):
-        yield from _blocks_are_dealt_out(method, max(1, axes.pipe_parallel_size), layers)
+        yield from _blocks_fit_stages(method, max(1, axes.pipe_parallel_size), layers)
     elif method.lower() not in {"uniform", "parameters"} and not _is_type_method(method.lower()):
         yield ConfigIssue(
             "there is no such method",
@@ -55,11 +55,11 @@ def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
         )
     elif axes.pipe_parallel_size > 1 and method.lower().startswith("type:"):
         kinds = tuple(map(str, config.model.attention_config or ()))
-        yield from _some_layer_is_meant(method, layer_classes(layers, kinds))
+        yield from _method_matches_a_layer(method, layer_classes(layers, kinds))
 
 
-def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[ConfigIssue]:
-    """Layers of the classes that match are dealt out evenly, so one at least must match."""
+def _method_matches_a_layer(method: str, classes: list[str]) -> Iterator[ConfigIssue]:
+    """At least one layer class matches the regular expression."""
     expression = method.partition(":")[2]
     if not expression or not any(re.search(expression, name, re.IGNORECASE) for name in classes):
         yield ConfigIssue(
@@ -70,11 +70,11 @@ def _some_layer_is_meant(method: str, classes: list[str]) -> Iterator[ConfigIssu
         )
 
 
-def _blocks_are_dealt_out(blocks: tuple[int, ...], stages: int, layers: int) -> Iterator[ConfigIssue]:
+def _blocks_fit_stages(blocks: tuple[int, ...], stages: int, layers: int) -> Iterator[ConfigIssue]:
     """The first stage has the embedding and the last the output layer, so these may go without a block."""
     if len(blocks) != stages or sum(blocks) != layers or min(blocks) < 0 or 0 in blocks[1:-1]:
         yield ConfigIssue(
-            f"this does not deal {layers} blocks to {stages} stages",
+            f"this does not assign {layers} blocks to {stages} stages",
             key="pipe_partition_method",
             value=list(blocks),
             hint="give a number of blocks for each stage; only the first and the last may have none",
@@ -90,14 +90,14 @@ def _is_type_method(method: str) -> bool:
 
 
 def vocabulary_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
-    """A padded vocabulary that is given outright is cut evenly by tensor parallelism."""
+    """A given padded vocabulary divides by the tensor parallel size."""
     padded, ranks = config.tokenizer.padded_vocab_size, config.parallelism.model_parallel_size
     if padded is not None and ranks > 0 and padded % ranks:
         yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="padded_vocab_size", value=padded)
 
 
 def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
-    """Tensor parallel ranks hold whole heads, of queries and of keys."""
+    """Every tensor parallel rank has the same number of query heads and of key heads."""
     heads, ranks = config.model.num_attention_heads, config.parallelism.model_parallel_size
     kv_heads = config.model.num_kv_heads
     assert heads is not None
@@ -118,12 +118,12 @@ def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
 
 
 def _any_block(config: Config, *, beside: set[str]) -> bool:
-    """Whether there are blocks of other kinds than these."""
+    """Returns whether there are blocks of other kinds than these."""
     return bool(set(map(str, config.model.attention_config or ())) - beside)
 
 
 def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
-    """The MLP's inner width is cut evenly; only one of its two sizes may be given."""
+    """The MLP's inner width divides by the tensor parallel size; only one of its two keys may be given."""
     model, ranks = config.model, config.parallelism.model_parallel_size
     if model.intermediate_size is not None and model.expansion_factor is not None:
         yield ConfigIssue(
@@ -150,7 +150,7 @@ def mlp_width_divides_ranks(config: Config) -> Iterator[ConfigIssue]:
 
 
 def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's pipeline engine keeps whole gradients, which ZeRO 2 and 3 partition."""
+    """DeepSpeed's pipeline engine needs full gradients, which ZeRO 2 and 3 shard."""
     stage = config.deepspeed.zero_stage
     if config.parallelism.pipe_parallel_size >= 1 and stage in (2, 3):
         yield ConfigIssue(
@@ -163,7 +163,7 @@ def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
 
 
 def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's pipeline has no axis for ranks that share a sequence; such ranks exchange whole heads."""
+    """DeepSpeed's pipeline has no context axis; context parallel ranks exchange complete heads."""
     axes, model = config.parallelism, config.model
     size = axes.context_parallel_size
     if size <= 1:
@@ -182,19 +182,19 @@ def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
             f"the {heads} key heads of a tensor parallel rank do not divide by it",
             key="context_parallel_size",
             value=size,
-            hint="each of the ranks that share a sequence takes whole key heads",
+            hint="each context parallel rank takes the same number of key heads",
         )
     yield from _sequence_divides(config, size, "context_parallel_size")
 
 
 def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[ConfigIssue]:
-    """Sequence parallelism cuts the sequence over the tensor parallel ranks."""
+    """Sequence parallelism shards the sequence over the tensor parallel ranks."""
     axes = config.parallelism
     if not axes.sequence_parallel:
         return
     if axes.model_parallel_size == 1:
         yield ConfigIssue(
-            "there are no tensor parallel ranks to spread the sequence over (model_parallel_size = 1)",
+            "there are no tensor parallel ranks to shard the sequence over (model_parallel_size = 1)",
             key="sequence_parallel",
             value=True,
             hint="raise model_parallel_size, or leave it out",

@@ -1,4 +1,4 @@
-"""Rules about blocks without attention: Mamba, RWKV, gMLP and aMLP."""
+"""Rules for blocks without attention: Mamba, RWKV, gMLP and aMLP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _kinds(config: Config) -> list[str]:
 
 
 def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
-    """Such a block needs whole sequences."""
+    """Mixers need complete sequences."""
     kinds, axes = _kinds(config), config.parallelism
     if not kinds:
         return
@@ -29,7 +29,7 @@ def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
 
 
 def _attention_has_a_block(config: Config) -> Iterator[ConfigIssue]:
-    """What speaks of attention needs a block that attends."""
+    """Keys of attention need a block with attention."""
     kinds, positions = tuple(map(str, config.model.attention_config or ())), config.model.pos_emb
     attends = set(kinds) - WITHOUT_ATTENTION
     entry = POSITIONS.entry(positions)
@@ -60,7 +60,7 @@ def _attention_has_a_block(config: Config) -> Iterator[ConfigIssue]:
 
 
 def mixer_widths_divide(config: Config) -> Iterator[ConfigIssue]:
-    """Heads and channels are whole on every tensor-parallel rank."""
+    """Heads and channels divide by the tensor parallel size."""
     kinds, model, mixers = _kinds(config), config.model, config.mixers
     ranks = config.parallelism.model_parallel_size
     assert model.hidden_size

@@ -1,4 +1,4 @@
-"""Rules about maximal update parametrisation."""
+"""Rules for maximal update parametrisation (muP)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION
 FACTORS = ("mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 
 
-def mup_is_on_where_it_is_meant(config: Config) -> Iterator[ConfigIssue]:
-    """Factors of muP change nothing without it."""
+def mup_keys_need_use_mup(config: Config) -> Iterator[ConfigIssue]:
+    """Keys of muP have no effect without use_mup."""
     mup = config.mup
     if mup.use_mup:
         return
@@ -22,10 +22,10 @@ def mup_is_on_where_it_is_meant(config: Config) -> Iterator[ConfigIssue]:
             what = "it is a factor of muP, which is off"
             yield ConfigIssue(what, key=name, value=getattr(mup, name), hint="set use_mup, or leave it out")
     if mup.coord_check:
-        yield ConfigIssue("it looks at muP, which is off", key="coord_check", value=True, hint="set use_mup")
+        yield ConfigIssue("it checks muP, which is off", key="coord_check", value=True, hint="set use_mup")
     if mup.base_shapes_file is not None and not mup.save_base_shapes:
         yield ConfigIssue(
-            "nobody reads or writes it",
+            "it is neither read nor written",
             key="base_shapes_file",
             value=mup.base_shapes_file,
             hint="set use_mup to read it, or save_base_shapes to write it",
@@ -36,7 +36,7 @@ def mup_is_on_where_it_is_meant(config: Config) -> Iterator[ConfigIssue]:
 
 
 def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
-    """Widths are compared with a base, which a file tells; that file is written by a run that trains nothing."""
+    """MuP needs a base shapes file; a run that does not train writes it."""
     mup = config.mup
     if (mup.use_mup or mup.save_base_shapes) and mup.base_shapes_file is None:
         name = "save_base_shapes" if mup.save_base_shapes else "use_mup"
@@ -53,7 +53,7 @@ def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(what, key=both[0], value=True, hint="call ./deepy.py train.py with it")
     if mup.coord_check and config.parallelism.pipe_parallel_size > 0:
         yield ConfigIssue(
-            "the check looks into whole models",
+            "the check needs models on one stage",
             key="coord_check",
             value=True,
             hint="add --pipe-parallel-size 0; what it shows does not depend on the layout",
@@ -61,7 +61,7 @@ def mup_has_a_base(config: Config) -> Iterator[ConfigIssue]:
 
 
 def mup_factors_are_positive(config: Config) -> Iterator[ConfigIssue]:
-    """Factors and temperatures; a scale of widths makes wider."""
+    """Factors and temperatures are positive, and mup_width_scale is at least 2."""
     mup = config.mup
     for name in FACTORS:
         if not getattr(mup, name) > 0:
@@ -80,7 +80,7 @@ def mup_factors_are_positive(config: Config) -> Iterator[ConfigIssue]:
 
 
 def mup_knows_the_model(config: Config) -> Iterator[ConfigIssue]:
-    """The rules of muP are for products of matrices and for attention."""
+    """MuP has rules for matrix products and attention only."""
     if not config.mup.use_mup:
         return
     kinds = sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
@@ -102,7 +102,7 @@ def mup_knows_the_model(config: Config) -> Iterator[ConfigIssue]:
 
 
 def mup_knows_the_optimizer(config: Config) -> Iterator[ConfigIssue]:
-    """How a learning rate follows the width depends on how a step follows the gradient."""
+    """MuP has rules for steps that are proportional to the gradient or independent of its size."""
     kind = config.optimizer.optimizer_type
     if not config.mup.use_mup or not trains(config.launch.user_script):
         return

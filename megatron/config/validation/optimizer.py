@@ -1,4 +1,4 @@
-"""Rules about which optimizer can work in which layout."""
+"""Rules for optimizers and the layouts that they work in."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 
 
-def whole_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
-    """ZeRO cuts parameters into flat pieces, which have no rows and columns."""
+def full_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
+    """ZeRO shards parameters as flat tensors, which have no rows and columns."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
     traits = OPTIMIZERS.entry(kind).traits
-    if "whole" not in traits:
+    if "full_tensors" not in traits:
         return
-    if "pieces" in traits and config.precision.precision == "bfloat16":
-        yield from _matrices_from_pieces(config)
+    if "zero1" in traits and config.precision.precision == "bfloat16":
+        yield from _zero1_limits_muon(config)
         return
-    if not _asked_for_pieces(config):
+    if not _zero_was_requested(config):
         return
     yield ConfigIssue(
-        f"{kind} looks at the rows and columns of a matrix, and ZeRO stage {stage} makes flat pieces of it",
+        f"{kind} looks at the rows and columns of a matrix, and ZeRO stage {stage} makes flat shards of it",
         key="optimizer",
         value=config.optimizer.optimizer,
         hint="use zero_optimization: {stage: 0}, or adam, lion or sgd",
     )
 
 
-def _asked_for_pieces(config: Config) -> bool:
-    """Whether ZeRO was chosen. In 16 bits stage 1 stands for 0 too, and precision is what to change."""
+def _zero_was_requested(config: Config) -> bool:
+    """Whether the user chose ZeRO. In 16 bits a stage 0 becomes 1, and precision is what to change."""
     stage = config.deepspeed.zero_stage
     return stage not in (0, None) and not (stage == 1 and config.precision.precision != "fp32")
 
 
-def _matrices_from_pieces(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's Muon puts matrices together from the pieces of ZeRO 1 in bfloat16, over data-parallel ranks alone."""
+def _zero1_limits_muon(config: Config) -> Iterator[ConfigIssue]:
+    """DeepSpeed's Muon gathers matrices from ZeRO 1 shards in bfloat16, over data-parallel ranks alone."""
     axes, observe, value = config.parallelism, config.observe, config.optimizer.optimizer
-    cut = axes.model_parallel_size > 1 or axes.context_parallel_size > 1 or axes.pipe_parallel_size > 0
+    sharded = axes.model_parallel_size > 1 or axes.context_parallel_size > 1 or axes.pipe_parallel_size > 0
     accumulate = (config.precision.data_types or {}).get("grad_accum_dtype")
-    if config.deepspeed.zero_stage != 1 or cut or accumulate != "fp32":
+    if config.deepspeed.zero_stage != 1 or sharded or accumulate != "fp32":
         yield ConfigIssue(
             "in bfloat16 DeepSpeed's muon needs ZeRO stage 1, gradients summed in fp32, and data parallelism alone",
             key="optimizer",
@@ -63,9 +63,9 @@ def _matrices_from_pieces(config: Config) -> Iterator[ConfigIssue]:
 
 
 def momenta_are_exchanged_once(config: Config) -> Iterator[ConfigIssue]:
-    """1-bit Adam sums no gradients, which ZeRO does as they arrive, and keeps fp32 momenta."""
+    """1-bit Adam all-reduces fp32 momenta in place of gradients, which ZeRO reduces."""
     kind, stage = config.optimizer.optimizer_type, config.deepspeed.zero_stage
-    if "local" in OPTIMIZERS.entry(kind).traits and _asked_for_pieces(config):
+    if "compressed_comm" in OPTIMIZERS.entry(kind).traits and _zero_was_requested(config):
         yield ConfigIssue(
             f"{kind} exchanges momenta in place of gradients, and ZeRO stage {stage} sums gradients",
             key="optimizer",
@@ -74,37 +74,41 @@ def momenta_are_exchanged_once(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def pieces_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed keeps the fp32 copies of low-precision weights as flat pieces."""
+def flat_shards_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
+    """DeepSpeed keeps the fp32 copies of low-precision weights as flat shards."""
     kind, precision = config.optimizer.optimizer_type, config.precision.precision
     traits = OPTIMIZERS.entry(kind).traits
-    if "pieces" in traits and precision == "bfloat16" and config.deepspeed.zero_stage == 1:
-        return  # DeepSpeed's own form of it
-    if traits & {"whole", "local"} and precision != "fp32":
+    if "zero1" in traits and precision == "bfloat16" and config.deepspeed.zero_stage == 1:
+        return  # DeepSpeed's own Muon runs
+    if traits & {"full_tensors", "compressed_comm"} and precision != "fp32":
         yield ConfigIssue(
-            f"{kind} works on whole fp32 tensors, and DeepSpeed makes flat fp32 copies of {precision} weights",
+            f"{kind} works on full fp32 tensors, and DeepSpeed makes flat fp32 copies of {precision} weights",
             key="precision",
             value=precision,
             hint="use precision: fp32, or adam, lion or sgd",
         )
 
 
-def spread_experts_are_pieces(config: Config) -> Iterator[ConfigIssue]:
-    """Ranks that share the experts each hold a part of a stack, and sum the gradients of that part themselves."""
-    kind, spread = config.optimizer.optimizer_type, config.moe.moe_expert_parallel_size
-    if OPTIMIZERS.entry(kind).traits & {"whole", "local"} and config.moe.moe_num_experts > 1 and spread > 1:
+def full_tensors_need_no_expert_parallel(config: Config) -> Iterator[ConfigIssue]:
+    """Expert-parallel ranks each hold a shard of the expert stack, and reduce its gradients in their own group."""
+    kind, size = config.optimizer.optimizer_type, config.moe.moe_expert_parallel_size
+    if (
+        OPTIMIZERS.entry(kind).traits & {"full_tensors", "compressed_comm"}
+        and config.moe.moe_num_experts > 1
+        and size > 1
+    ):
         yield ConfigIssue(
-            f"{kind} works on whole tensors and all data-parallel ranks, and experts are spread over ranks",
+            f"{kind} works on full tensors and all data-parallel ranks, and experts are sharded over ranks",
             key="moe_expert_parallel_size",
-            value=spread,
+            value=size,
             hint="use 1, or adam, lion or sgd",
         )
 
 
 def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
-    """An optimizer for the host's processor needs parameters, or copies of them, in the host's memory."""
+    """A CPU optimizer needs parameters, or copies of them, in the host's memory."""
     kind = config.optimizer.optimizer_type
-    if "host" not in OPTIMIZERS.entry(kind).traits or config.launch.distributed_backend != "nccl":
+    if "cpu_offload" not in OPTIMIZERS.entry(kind).traits or config.launch.distributed_backend != "nccl":
         return
     offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
     if offload.get("device") != "cpu":
@@ -117,7 +121,7 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
 
 
 def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
-    """Not every optimizer has a form whose state has eight bits."""
+    """Bitsandbytes has 8-bit forms of some optimizers only."""
     kind = config.optimizer.optimizer_type
     if not config.optimizer.use_bnb_optimizer:
         return
@@ -137,7 +141,7 @@ def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
 
 
 def nesterov_needs_momentum(config: Config) -> Iterator[ConfigIssue]:
-    """Nesterov's step looks ahead along a momentum."""
+    """Nesterov momentum needs a momentum."""
     params = config.optimizer.params
     dampens = "dampening" in OPTIMIZERS.entry(config.optimizer.optimizer_type).settings
     looks_ahead = dampens and params.get("nesterov")

@@ -1,4 +1,4 @@
-"""Rules about position schemes."""
+"""Rules for position schemes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SCALINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"low_freq_factor", "high_freq_factor"}),
     ),
 }
-"""What each type of rope_scaling must say, and what it may say."""
+"""Type of rope_scaling -> required names, optional names."""
 
 
 def sines_come_in_pairs(config: Config) -> Iterator[ConfigIssue]:
-    """Half of the features hold sines and half cosines."""
+    """Half of the features are sines and half cosines."""
     model = config.model
     if model.pos_emb == "sinusoidal" and (model.hidden_size or 0) % 2:
         yield ConfigIssue("pos_emb = sinusoidal needs an even width", key="hidden_size", value=model.hidden_size)
 
 
 def buckets_hold_distances(config: Config) -> Iterator[ConfigIssue]:
-    """Half of the buckets hold one distance each; the rest reach from there to rpe_max_distance."""
+    """Half of the buckets have one distance each; the rest cover the distances to rpe_max_distance."""
     model = config.model
     if "rpe_num_buckets" not in POSITIONS.entry(model.pos_emb).settings:
         return
@@ -47,18 +47,18 @@ def buckets_hold_distances(config: Config) -> Iterator[ConfigIssue]:
 
 
 def scaling_is_known(config: Config) -> Iterator[ConfigIssue]:
-    """rope_scaling names a type and the numbers that this type takes; only rotary positions are scaled."""
+    """rope_scaling has a type and its numbers; only rotary positions are scaled."""
     model = config.model
     scaling: Mapping[str, Any] | None = model.rope_scaling
     if not scaling:
         return
-    told = _scaling_error(scaling)
+    message = _scaling_error(scaling)
     if "rope_scaling" not in POSITIONS.entry(model.pos_emb).settings:
-        told = f"pos_emb = {model.pos_emb} has no rotary positions to scale"
-    elif told is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
-        told = "the dynamic type needs at least two turned pairs of features"
-    if told is not None:
-        yield ConfigIssue(told, key="rope_scaling", value=dict(scaling))
+        message = f"pos_emb = {model.pos_emb} has no rotary positions to scale"
+    elif message is None and scaling["type"] == "dynamic" and int((model.kv_channels or 0) * model.rotary_pct) <= 2:
+        message = "the dynamic type needs at least two turned pairs of features"
+    if message is not None:
+        yield ConfigIssue(message, key="rope_scaling", value=dict(scaling))
 
 
 def _scaling_error(scaling: Mapping[str, Any]) -> str | None:

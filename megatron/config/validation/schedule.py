@@ -1,18 +1,18 @@
-"""Rules about how long a run is, how its learning rate moves, and how its batches and sequences grow."""
+"""Rules for the length of a run, the learning rate schedule, batch ramp-up and the curriculum."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.defaults.curriculum import curriculum_issues
 from megatron.config.defaults.fill_defaults import trains
 from megatron.errors import ConfigIssue
 
 
 def warmup_is_a_part(config: Config) -> Iterator[ConfigIssue]:
-    """The warmup is a part of the decay horizon, though other programs count it in steps; warmup_iters does."""
+    """The warmup is a fraction of the decay horizon; warmup_iters counts it in steps."""
     schedule = config.schedule
     warmup, steps = schedule.warmup, schedule.warmup_iters
     if steps is not None:
@@ -30,11 +30,11 @@ def warmup_is_a_part(config: Config) -> Iterator[ConfigIssue]:
         share = f"{warmup:g} of {horizon:,} steps are {warmup / horizon:.3g}"
         hint = f"it is a part of the decay horizon: {share}"
         hint += f"; or write warmup_iters: {warmup:g}" if warmup == int(warmup) else ""
-    yield ConfigIssue("it must lie between 0 and 1", key="warmup", value=warmup, hint=hint)
+    yield ConfigIssue("it must be between 0 and 1", key="warmup", value=warmup, hint=hint)
 
 
 def warmup_ends_before_the_horizon(config: Config) -> Iterator[ConfigIssue]:
-    """A warmup that fills the horizon leaves no step at the peak, and none for the decay."""
+    """The warmup is shorter than the horizon."""
     schedule = config.schedule
     if not trains(config.launch.user_script):
         return
@@ -55,10 +55,10 @@ def warmup_ends_before_the_horizon(config: Config) -> Iterator[ConfigIssue]:
 
 
 def learning_rates_are_ordered(config: Config) -> Iterator[ConfigIssue]:
-    """The floor of the schedule is not above its peak; the schedule has one source on resuming."""
-    rate, floor = config.optimizer.lr, config.schedule.min_lr
-    if rate is not None and floor > rate:
-        yield ConfigIssue(f"it is above the learning rate {rate}", key="min_lr", value=floor)
+    """min_lr is not above lr; the schedule has one source on resuming."""
+    lr, min_lr = config.optimizer.lr, config.schedule.min_lr
+    if lr is not None and min_lr > lr:
+        yield ConfigIssue(f"it is above the learning rate {lr}", key="min_lr", value=min_lr)
     if config.schedule.override_lr_scheduler and config.schedule.use_checkpoint_lr_scheduler:
         yield ConfigIssue(
             "override_lr_scheduler asks for the opposite",
@@ -69,7 +69,7 @@ def learning_rates_are_ordered(config: Config) -> Iterator[ConfigIssue]:
 
 
 def run_has_a_length(config: Config) -> Iterator[ConfigIssue]:
-    """One of train_iters, train_epochs and train_samples."""
+    """Exactly one of train_iters, train_epochs and train_samples is given."""
     if not trains(config.launch.user_script):
         return
     names = ("train_iters", "train_epochs", "train_samples")
@@ -84,8 +84,8 @@ def run_has_a_length(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue("a run cannot have this length", key=name, value=value)
 
 
-def horizon_counts_what_the_run_counts(config: Config) -> Iterator[ConfigIssue]:
-    """A run counted in samples decays over samples, one counted in steps over steps."""
+def horizon_has_the_unit_of_the_run(config: Config) -> Iterator[ConfigIssue]:
+    """A run with a length in samples decays over samples, one in steps over steps."""
     schedule, samples = config.schedule, config.training.train_samples
     if samples is not None and schedule.lr_decay_iters is not None:
         yield ConfigIssue(
@@ -106,8 +106,8 @@ def horizon_counts_what_the_run_counts(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(f"a step takes {full}", key="train_samples", value=samples, hint="raise it")
 
 
-def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
-    """Every size on the way to train_batch_size is whole micro batches on every data-parallel rank."""
+def rampup_sizes_divide(config: Config) -> Iterator[ConfigIssue]:
+    """Every batch size of the ramp-up divides into micro batches on every data-parallel rank."""
     training = config.training
     ramp, full, micro = training.rampup_batch_size, training.train_batch_size, training.train_micro_batch_size_per_gpu
     if ramp is None or full is None or micro is None or not trains(config.launch.user_script):
@@ -126,7 +126,7 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
         )
         return
     share = micro * config.parallelism.data_parallel_size
-    uneven = [size for size in Ramp.of(full, ramp).sizes() if size % share]
+    uneven = [size for size in BatchRampup.of(full, ramp).sizes() if size % share]
     if uneven:
         yield ConfigIssue(
             f"a step of {uneven[0]} samples is not whole micro batches of {micro} on "
@@ -144,8 +144,8 @@ def batch_grows_in_whole_steps(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def curriculum_is_one_of_ours(config: Config) -> Iterator[ConfigIssue]:
-    """The curriculum is built here, from DeepSpeed's block curriculum_learning; its data_efficiency block is not."""
+def curriculum_is_supported(config: Config) -> Iterator[ConfigIssue]:
+    """The curriculum is configured by curriculum_learning; DeepSpeed's data_efficiency is not supported."""
     block, length = config.deepspeed.curriculum_learning, config.model.seq_length
     axes = config.parallelism
     assert length is not None
@@ -156,8 +156,7 @@ def curriculum_is_one_of_ours(config: Config) -> Iterator[ConfigIssue]:
     efficiency = config.deepspeed.data_efficiency
     if efficiency and efficiency.get("enabled", True):
         yield ConfigIssue(
-            "DeepSpeed samples data itself there, and drops tokens inside layers that it wraps; data and layers are "
-            "ours here",
+            "DeepSpeed's data sampler and token dropping are not supported",
             key="data_efficiency",
             value=efficiency,
             hint="for a curriculum over sequence lengths write curriculum_learning",

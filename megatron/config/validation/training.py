@@ -1,4 +1,4 @@
-"""Rules about numbers, precision, the schedule, saving and the length of a run."""
+"""Rules for numbers, precision, checkpoints and measurements of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_MEMORY = 1_000_000  # GiB
 
 
 def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
-    """There is no other engine."""
+    """DeepSpeed is the only engine."""
     if not config.deepspeed.deepspeed:
         yield ConfigIssue(
             "training always runs through DeepSpeed", key="deepspeed", value=False, hint="leave the key out"
@@ -20,18 +20,18 @@ def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
 
 
 def fractions_are_fractions(config: Config) -> Iterator[ConfigIssue]:
-    """Probabilities and shares are in [0, 1]."""
+    """Probabilities and fractions are in [0, 1]."""
     sections = (config.model, config.schedule, config.generation)
     names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "wsd_decay_fraction", "top_p", "min_p")
     for section in sections:
         for name in names:
             value = getattr(section, name, None)
             if value is not None and not 0 <= value <= 1:
-                yield ConfigIssue("it must lie between 0 and 1", key=name, value=value)
+                yield ConfigIssue("it must be between 0 and 1", key=name, value=value)
 
 
 def counts_are_positive(config: Config) -> Iterator[ConfigIssue]:
-    """Sizes and counts for which zero or less means nothing."""
+    """Sizes and counts are positive, or not negative."""
     values = config.flat()
     for name in (
         "checkpoint_num_layers",
@@ -86,43 +86,11 @@ def counts_are_positive(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue("it cannot be negative", key=name, value=value)
 
 
-def ends_are_tokens(config: Config) -> Iterator[ConfigIssue]:
-    """An id is at least 0; the tokenizer, once it is there, tells how large it may be."""
+def eos_tokens_are_ids(config: Config) -> Iterator[ConfigIssue]:
+    """Token ids are not negative; the tokenizer checks their upper bound later."""
     ids = config.generation.eos_token_ids
     if ids is not None and any(number < 0 for number in ids):
         yield ConfigIssue("a token's id cannot be negative", key="eos_token_ids", value=list(ids))
-
-
-def ports_are_ports(config: Config) -> Iterator[ConfigIssue]:
-    """A port has 16 bits, and 0 is none."""
-    for section, name in ((config.launch, "master_port"), (config.generation, "serve_port")):
-        port = getattr(section, name)
-        if not 0 < port < 1 << 16:
-            yield ConfigIssue("a port lies between 1 and 65535", key=name, value=port)
-
-
-def hosts_are_counted(config: Config) -> Iterator[ConfigIssue]:
-    """-1 stands for all hosts, or for all accelerators of a host; 0 for none."""
-    for name in ("num_nodes", "num_gpus"):
-        count = getattr(config.launch, name)
-        if count is not None and (count == 0 or count < -1):
-            yield ConfigIssue("it must be more than 0, or -1 for all", key=name, value=count)
-
-
-def one_launcher_is_named(config: Config) -> Iterator[ConfigIssue]:
-    """deepspeed_slurm and deepspeed_mpi name a launcher as well."""
-    launch = config.launch
-    if launch.deepspeed_slurm and launch.launcher not in {"pdsh", "slurm"}:
-        what = f"launcher = {launch.launcher} asks for another one"
-        yield ConfigIssue(what, key="deepspeed_slurm", value=True, hint="leave one of the two out")
-    if launch.deepspeed_mpi and launch.launcher not in {"pdsh", "openmpi", "mpich", "impi", "mvapich"}:
-        what = f"launcher = {launch.launcher} asks for another one"
-        yield ConfigIssue(what, key="deepspeed_mpi", value=True, hint="leave one of the two out")
-    if launch.deepspeed_mpi and launch.deepspeed_slurm:
-        yield ConfigIssue("deepspeed_slurm asks for srun", key="deepspeed_mpi", value=True, hint="keep one of the two")
-    if launch.launcher == "local" and launch.force_multi:
-        what = "launcher = local starts nothing elsewhere"
-        yield ConfigIssue(what, key="force_multi", value=True, hint="leave one of the two out")
 
 
 def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
@@ -137,7 +105,7 @@ def fp16_loss_needs_fp16(config: Config) -> Iterator[ConfigIssue]:
 
 
 def saving_is_scheduled(config: Config) -> Iterator[ConfigIssue]:
-    """`save` says where; checkpoint_factor or extra_save_iters say when."""
+    """`save` needs checkpoint_factor or extra_save_iters."""
     saving = config.checkpoint
     factor = saving.checkpoint_factor
     if (
@@ -147,7 +115,7 @@ def saving_is_scheduled(config: Config) -> Iterator[ConfigIssue]:
         and saving.extra_save_iters is None
     ):
         yield ConfigIssue(
-            "nothing says when to save",
+            "no interval of checkpoints is given",
             key="save",
             value=saving.save,
             hint="give checkpoint_factor (steps between checkpoints) or extra_save_iters",
@@ -163,19 +131,19 @@ def saving_is_scheduled(config: Config) -> Iterator[ConfigIssue]:
 
 
 def loading_is_possible(config: Config) -> Iterator[ConfigIssue]:
-    """`finetune` and `iteration` speak of a checkpoint, which `load` names."""
+    """`finetune` and `iteration` need `load`."""
     saved = config.checkpoint
-    for key, asked in (("finetune", saved.finetune), ("iteration", saved.iteration is not None)):
-        if saved.load is None and asked:
+    for key, requested in (("finetune", saved.finetune), ("iteration", saved.iteration is not None)):
+        if saved.load is None and requested:
             hint = "give load, the folder of the checkpoint"
             yield ConfigIssue("nothing is loaded", key=key, value=getattr(saved, key), hint=hint)
 
 
-_LEAST_PART = 5 << 20  # bytes; S3 takes no smaller one
+_MIN_PART_SIZE = 5 << 20  # bytes, the minimum of S3
 
 
 def buckets_are_addresses(config: Config) -> Iterator[ConfigIssue]:
-    """`s3_path` is s3://bucket/folder and copies what `save` or `load` name, which are folders."""
+    """`s3_path` is s3://bucket/folder; `save` and `load` are folders."""
     saved = config.checkpoint
     for name in ("save", "load"):
         value = getattr(saved, name)
@@ -192,18 +160,18 @@ def buckets_are_addresses(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             "there is nothing to copy", key="s3_path", value=saved.s3_path, hint="give save or load, a folder"
         )
-    if saved.s3_chunk_size < _LEAST_PART:
+    if saved.s3_chunk_size < _MIN_PART_SIZE:
         yield ConfigIssue(
-            f"S3 takes parts of {_LEAST_PART} bytes at least", key="s3_chunk_size", value=saved.s3_chunk_size
+            f"S3 takes parts of {_MIN_PART_SIZE} bytes at least", key="s3_chunk_size", value=saved.s3_chunk_size
         )
 
 
 def recomputation_is_one_thing(config: Config) -> Iterator[ConfigIssue]:
-    """Whole blocks or their attention core, not both."""
-    again = config.recompute
-    if again.recompute_granularity == "selective" and again.checkpoint_activations:
+    """Recomputation is of blocks or of the attention core, not both."""
+    recompute = config.recompute
+    if recompute.recompute_granularity == "selective" and recompute.checkpoint_activations:
         yield ConfigIssue(
-            "checkpoint_activations asks for whole blocks",
+            "checkpoint_activations recomputes blocks",
             key="recompute_granularity",
             value="selective",
             hint="leave one of the two out",
@@ -211,14 +179,14 @@ def recomputation_is_one_thing(config: Config) -> Iterator[ConfigIssue]:
 
 
 def snapshots_need_a_gpu(config: Config) -> Iterator[ConfigIssue]:
-    """Memory snapshots are those of the GPU's allocator; the steps to look at follow one another."""
+    """Memory snapshots need a GPU; profile_step_stop is after profile_step_start."""
     observe = config.observe
     if observe.memory_profiling and config.launch.distributed_backend == "gloo":
         yield ConfigIssue(
             "a memory snapshot is one of the GPU's allocator, and this run is on CPUs",
             key="memory_profiling",
             value=True,
-            hint="leave it out; runtime/peak_memory_bytes tells the peak here",
+            hint="leave it out; runtime/peak_memory_bytes is the peak here",
         )
     if (observe.profile or observe.memory_profiling) and not 0 < observe.profile_step_start < observe.profile_step_stop:
         yield ConfigIssue(
@@ -229,8 +197,8 @@ def snapshots_need_a_gpu(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def noise_needs_several_batches(config: Config) -> Iterator[ConfigIssue]:
-    """The noise scale compares single batches with the mean of several."""
+def measurements_make_sense(config: Config) -> Iterator[ConfigIssue]:
+    """The gradient noise scale needs several batches; loss_spike_factor is above 1."""
     observe = config.observe
     if observe.log_gradient_noise_scale and observe.gradient_noise_scale_n_batches < 2:
         yield ConfigIssue(

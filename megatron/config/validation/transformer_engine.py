@@ -1,4 +1,4 @@
-"""Rules about layers of Transformer Engine."""
+"""Rules for layers of Transformer Engine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron.errors import ConfigIssue
 from megatron.registry import ACTIVATIONS, NORMS, TE_LAYERS
 
 ROWS, COLUMNS = 8, 16
-"""What the sizes of a product in FP8 must divide by: tokens, and widths."""
+"""Divisors of the sizes of FP8 products: tokens, and widths."""
 
 
 def norm_and_mlp_are_one_layer(config: Config) -> Iterator[ConfigIssue]:
-    """The joint layer has norms and activations of its own, and takes the norm to be the MLP's alone."""
+    """The fused layer of norm and MLP supports its own norms and activations, and a norm that only the MLP reads."""
     model, key = config.model, "te_layernorm_mlp"
     if not config.transformer_engine.te_layernorm_mlp:
         return
@@ -37,7 +37,7 @@ def norm_and_mlp_are_one_layer(config: Config) -> Iterator[ConfigIssue]:
 
 
 def fp8_has_layers(config: Config) -> Iterator[ConfigIssue]:
-    """FP8 is computed by layers of Transformer Engine, from the values of earlier steps, in blocks of its products."""
+    """FP8 needs layers of Transformer Engine, scales of earlier steps, and sizes that divide by its blocks."""
     section = config.transformer_engine
     if section.te_fp8_amax_history_len < 1:
         value = section.te_fp8_amax_history_len
@@ -53,7 +53,7 @@ def fp8_has_layers(config: Config) -> Iterator[ConfigIssue]:
         )
         yield ConfigIssue(what, key="te_fp8_wgrad", value=False, hint="leave it out, or te_fp8_mha")
     if config.recompute.checkpoint_activations:
-        what = "blocks that are computed twice would count twice in the scales of FP8"
+        what = "recomputed blocks would count twice in the scales of FP8"
         yield ConfigIssue(what, key="checkpoint_activations", value=True, hint="leave it out, or te_fp8_mha")
     yield from _sizes(config)
 

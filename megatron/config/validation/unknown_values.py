@@ -1,7 +1,7 @@
-"""Values that may be unknown: asserted in a resolved configuration, left out of the rules of one with errors.
+"""Lets rules run on a partially invalid configuration.
 
-A user wants every error at once, and no error that is only an echo of another one. So derivations and rules run
-on the values that are good; whoever asks for one that is not gets `UnresolvedValue`, and is left out.
+All errors are reported at once, and no error that only follows from another one. So derivations and rules run on the
+valid values; one that reads an invalid value gets `UnresolvedValue` and is skipped.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ Value = TypeVar("Value")
 
 
 def require(value: Value | None) -> Value:
-    """Return the value of a key that resolving always fills. TypeError where the configuration is not resolved."""
+    """Returns the value of a key that resolving always sets. Raises TypeError for None."""
     if value is None:
         raise TypeError("resolving fills this key or refuses the configuration")
     return value
 
 
 class UnresolvedValue(Exception):
-    """A value was asked for that is wrong, or that nobody could read."""
+    """A value was read that is invalid or unknown."""
 
 
-def meant(issues: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
-    """The keys that a hint names: with `did you mean num_layers?`, num_layers is not missing."""
+def keys_in_hints(issues: Iterable[ConfigIssue], names: Collection[str]) -> set[str]:
+    """Returns the keys in hints: after `did you mean num_layers?`, num_layers is not missing."""
     words = {word for issue in issues for word in re.findall(r"\w+", issue.hint or "")}
     return words & set(names)
 
 
-def partial(config: Config, unknown: Collection[str]) -> Config:
-    """The configuration, which raises UnresolvedValue where one of the unknown keys is read."""
-    return cast("Config", _PartialConfig(config, unknown)) if unknown else config
+def hide_unknown(config: Config, unknown: Collection[str]) -> Config:
+    """Wraps the configuration so that reading an unknown key raises UnresolvedValue."""
+    return cast("Config", _MaskedConfig(config, unknown)) if unknown else config
 
 
-class _PartialConfig:
-    """A Config whose sections are watched."""
+class _MaskedConfig:
+    """A Config with masked sections."""
 
     def __init__(self, config: Config, unknown: Collection[str]) -> None:
         self._config, self._unknown = config, unknown
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._config, name)
-        return _PartialSection(found, self._unknown) if isinstance(found, Section) else found
+        return _MaskedSection(found, self._unknown) if isinstance(found, Section) else found
 
     def flat(self) -> dict[str, Any]:
-        """Every key and its value; None, which no rule minds, for what is not known."""
+        """Returns every key and its value, `None` for unknown keys; rules skip `None`."""
         return {name: None if name in self._unknown else value for name, value in self._config.flat().items()}
 
 
-class _PartialSection:
-    """A section whose unknown keys cannot be read, through its properties either."""
+class _MaskedSection:
+    """A section whose unknown keys cannot be read, directly or through properties."""
 
     def __init__(self, section: Section, unknown: Collection[str]) -> None:
         self._section, self._unknown = section, unknown

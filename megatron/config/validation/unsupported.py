@@ -1,7 +1,7 @@
-"""What a configuration may ask for and does not get yet, and what has no effect.
+"""Keys that are not implemented (rejected at launch), and keys that have no effect (warned).
 
-Three tables, read against the resolved values: features that are not built (launching refuses, naming them), hints
-about speed and keys that nothing reads (one warning line each). Building a feature shrinks a table.
+Three tables, compared with the resolved values: features that are not built, performance hints that are ignored, and
+keys that nothing reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.config.config import FIELDS, Config
 from megatron.config.validation.dependent_keys import (
     dependent_without_effect,
     profile_never_starts,
-    saves_that_never_come,
+    unreachable_saves,
 )
 from megatron.registry import (
     ACTIVATIONS,
@@ -26,27 +26,30 @@ from megatron.registry import (
     POSITIONS,
     SCHEDULES,
     TOKENIZERS,
-    Family,
+    Registry,
 )
 
 
 @dataclass(frozen=True)
 class UnsupportedKey:
-    """One key whose feature is not built. asked: whether this value asks for it."""
+    """A key whose feature is not built."""
 
     key: str
-    told: str
-    asked: Callable[[Any], bool]
+    """The key."""
+    feature: str
+    """The feature, for the message."""
+    requested: Callable[[Any], bool]
+    """Whether a value requests it."""
 
 
-def _on(value: Any) -> bool:
-    """A switch that is on, or a block that is there and not disabled."""
+def _is_enabled(value: Any) -> bool:
+    """Returns whether a switch is on, or a block is given and not disabled."""
     if isinstance(value, Mapping):
         return bool(value) and value.get("enabled", True) is not False
     return bool(value)
 
 
-FAMILIES: Mapping[str, Family[Any]] = {
+FAMILIES: Mapping[str, Registry[Any]] = {
     "norm": NORMS,
     "pos_emb": POSITIONS,
     "activation": ACTIVATIONS,
@@ -58,23 +61,23 @@ FAMILIES: Mapping[str, Family[Any]] = {
     "tokenizer_type": TOKENIZERS,
     "train_impl": OBJECTIVES,
 }
-"""Keys that name a part: a name that the family does not list is not built."""
+"""Keys that name a component: a name that the registry does not list is not built."""
 
 GAPS: tuple[UnsupportedKey, ...] = (
     UnsupportedKey("dataset_impl", "pairwise and online samples", lambda value: value != "gpt2"),
-    UnsupportedKey("train_reward_data_paths", "learning from rewards", _on),
-    UnsupportedKey("pos_train_data_paths", "pairs of answers", _on),
-    UnsupportedKey("serve_model_weights", "serving weights while training", _on),
-    UnsupportedKey("adlr_autoresume", "requeueing through NVIDIA's scheduler", _on),
-    UnsupportedKey("autotuning", "DeepSpeed's autotuner", _on),
-    UnsupportedKey("amp", "Apex mixed precision, gone from DeepSpeed; precision: bfloat16 replaces it", _on),
-    UnsupportedKey("sparse_gradients", "sparse gradients, gone from DeepSpeed", _on),
+    UnsupportedKey("train_reward_data_paths", "learning from rewards", _is_enabled),
+    UnsupportedKey("pos_train_data_paths", "pairs of answers", _is_enabled),
+    UnsupportedKey("serve_model_weights", "serving weights while training", _is_enabled),
+    UnsupportedKey("adlr_autoresume", "requeueing through NVIDIA's scheduler", _is_enabled),
+    UnsupportedKey("autotuning", "DeepSpeed's autotuner", _is_enabled),
+    UnsupportedKey("amp", "Apex mixed precision, removed from DeepSpeed; precision: bfloat16 replaces it", _is_enabled),
+    UnsupportedKey("sparse_gradients", "sparse gradients, removed from DeepSpeed", _is_enabled),
     UnsupportedKey(
-        "sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _on
+        "sparse_attention", "DeepSpeed's sparse attention, gone from it; attention_config names the kinds", _is_enabled
     ),
-    UnsupportedKey("elasticity", "elastic world sizes, gone from DeepSpeed", _on),
-    UnsupportedKey("compression_training", "compressed training, gone from DeepSpeed", _on),
-    UnsupportedKey("lazy_mpu_init", "process groups made by the caller", _on),
+    UnsupportedKey("elasticity", "elastic world sizes, removed from DeepSpeed", _is_enabled),
+    UnsupportedKey("compression_training", "compressed training, removed from DeepSpeed", _is_enabled),
+    UnsupportedKey("lazy_mpu_init", "process groups made by the caller", _is_enabled),
 )
 
 
@@ -96,7 +99,7 @@ IGNORED_HINTS = {
     "rotary_save_freqs_buffer": "the frequencies are computed anew",
     "deepspeed_activation_checkpointing": "recomputation does not depend on it",
 }
-"""Wishes about speed that nothing takes up; results do not change."""
+"""Performance hints that are ignored; results do not change."""
 
 UNUSED_KEYS = {
     "param_sharing_style": "nothing reads it",
@@ -105,16 +108,16 @@ UNUSED_KEYS = {
     "adlr_autoresume_interval": "nothing reads it",
     "deepscale": "it is an older name of DeepSpeed",
     "deepscale_config": "it is an older name of DeepSpeed",
-    "hysteresis": "the fp16 block decides",
-    "loss_scale": "the fp16 block decides",
-    "loss_scale_window": "the fp16 block decides",
-    "min_scale": "the fp16 block decides",
+    "hysteresis": "the fp16 block takes precedence",
+    "loss_scale": "the fp16 block takes precedence",
+    "loss_scale_window": "the fp16 block takes precedence",
+    "min_scale": "the fp16 block takes precedence",
     "moe_lbl_in_fp32": "the loss is always computed in fp32",
     "onnx_safe": "nothing reads it",
-    "scheduler": "lr_decay_style and its companions decide",
-    "curriculum_seqlen": "curriculum_learning decides",
+    "scheduler": "lr_decay_style and its keys take precedence",
+    "curriculum_seqlen": "curriculum_learning takes precedence",
     "comet_experiment": "nothing reads it",
-    "output_layer_parallelism": "there is one way to cut the output layer",
+    "output_layer_parallelism": "there is one way to shard the output layer",
     "do_train": "the data decides",
     "do_valid": "the data decides",
     "do_test": "the data decides",
@@ -123,7 +126,7 @@ UNUSED_KEYS = {
 
 
 def not_supported_yet(config: Config) -> list[str]:
-    """One line for each value whose feature is not built: `key = value: what is not built yet`."""
+    """Returns one line for each value whose feature is not built: `key = value: not built yet: feature`."""
     values = config.flat()
     lines = []
     for key, family in FAMILIES.items():
@@ -131,27 +134,29 @@ def not_supported_yet(config: Config) -> list[str]:
         missing = sorted({name for name in names if name is not None and name not in family})
         lines += [f"{key} = {name!r}: this {family.kind} is not built yet" for name in missing]
     lines += [
-        f"{gap.key} = {values[gap.key]!r}: not built yet: {gap.told}" for gap in GAPS if gap.asked(values[gap.key])
+        f"{gap.key} = {values[gap.key]!r}: not built yet: {gap.feature}"
+        for gap in GAPS
+        if gap.requested(values[gap.key])
     ]
     return lines
 
 
-def without_effect(config: Config, given: Container[str] | None = None) -> list[str]:
-    """One line for each key set to something other than its default that changes nothing.
+def keys_without_effect(config: Config, given: Container[str] | None = None) -> list[str]:
+    """Returns one line for each key without effect whose value is not its default.
 
-    given: the keys that the user wrote; None to look at all.
+    given: the keys that the user wrote; None for all keys.
     """
     values = config.flat()
-    told = {**IGNORED_HINTS, **UNUSED_KEYS, **dict(dependent_without_effect(config))}
+    reasons = {**IGNORED_HINTS, **UNUSED_KEYS, **dict(dependent_without_effect(config))}
     if config.data.data_path is None and config.data.train_data_paths is None:
-        told.pop("split", None)  # the data may be named elsewhere
-    late = saves_that_never_come(config)
+        reasons.pop("split", None)  # the data may be named elsewhere
+    late = unreachable_saves(config)
     if late:
-        told["extra_save_iters"] = f"the run has no iteration {', '.join(map(str, late))}"
+        reasons["extra_save_iters"] = f"the run has no iteration {', '.join(map(str, late))}"
     if profile_never_starts(config):
-        told["profile_step_start"] = f"the run ends at iteration {config.training.train_iters}"
+        reasons["profile_step_start"] = f"the run ends at iteration {config.training.train_iters}"
     return [
         f"{key} = {values[key]!r}: has no effect; {why}"
-        for key, why in told.items()
+        for key, why in reasons.items()
         if values[key] != FIELDS[key].default and (given is None or key in given)
     ]

@@ -1,7 +1,7 @@
-"""All rules across sections. Each is a function of the whole Config that yields the errors it finds.
+"""Runs all rules. A rule is a function of the Config that yields the errors it finds.
 
-All rules are applied and every violation is reported at once. A rule speaks of what can never work; what is only
-not built yet is in `megatron.config.validation.unsupported`.
+Every violation is reported at once. Rules reject what can never work; features that are not built yet are in
+`megatron.config.validation.unsupported`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron.config.validation import (
     data,
     deepspeed,
     experts,
+    launch,
     layout,
     mixers,
     mup,
@@ -26,7 +27,7 @@ from megatron.config.validation import (
     training,
     transformer_engine,
 )
-from megatron.config.validation.unknown_values import UnresolvedValue, partial
+from megatron.config.validation.unknown_values import UnresolvedValue, hide_unknown
 from megatron.errors import ConfigIssue
 
 Rule = Callable[[Config], Iterator[ConfigIssue]]
@@ -42,7 +43,7 @@ RULES: tuple[Rule, ...] = (
     architecture.positions_cover_sequence,
     architecture.skipped_positions_are_learned,
     architecture.rotary_turns_pairs,
-    architecture.norms_have_what_they_are_made_with,
+    architecture.norms_have_their_bias,
     positions.sines_come_in_pairs,
     positions.buckets_hold_distances,
     positions.scaling_is_known,
@@ -56,16 +57,16 @@ RULES: tuple[Rule, ...] = (
     deepspeed.extra_arguments_only_add,
     deepspeed.offload_is_possible,
     training.counts_are_positive,
-    training.ends_are_tokens,
-    training.ports_are_ports,
-    training.hosts_are_counted,
-    training.one_launcher_is_named,
+    training.eos_tokens_are_ids,
+    launch.ports_are_ports,
+    launch.hosts_are_counted,
+    launch.one_launcher_is_named,
     layout.pipeline_limits_zero,
     layout.context_needs_no_pipeline,
-    optimizer.whole_tensors_need_no_zero,
+    optimizer.full_tensors_need_no_zero,
     optimizer.momenta_are_exchanged_once,
-    optimizer.pieces_need_full_precision,
-    optimizer.spread_experts_are_pieces,
+    optimizer.flat_shards_need_full_precision,
+    optimizer.full_tensors_need_no_expert_parallel,
     optimizer.host_memory_holds_parameters,
     optimizer.eight_bits_are_built,
     optimizer.nesterov_needs_momentum,
@@ -73,7 +74,7 @@ RULES: tuple[Rule, ...] = (
     training.fp16_loss_needs_fp16,
     mixers.mixers_limit_layouts,
     mixers.mixer_widths_divide,
-    mup.mup_is_on_where_it_is_meant,
+    mup.mup_keys_need_use_mup,
     mup.mup_has_a_base,
     mup.mup_factors_are_positive,
     mup.mup_knows_the_model,
@@ -86,12 +87,12 @@ RULES: tuple[Rule, ...] = (
     training.loading_is_possible,
     training.buckets_are_addresses,
     schedule.run_has_a_length,
-    schedule.horizon_counts_what_the_run_counts,
-    schedule.batch_grows_in_whole_steps,
-    schedule.curriculum_is_one_of_ours,
+    schedule.horizon_has_the_unit_of_the_run,
+    schedule.rampup_sizes_divide,
+    schedule.curriculum_is_supported,
     training.recomputation_is_one_thing,
     training.snapshots_need_a_gpu,
-    training.noise_needs_several_batches,
+    training.measurements_make_sense,
     data.data_has_one_source,
     data.lists_are_as_long_as_their_paths,
     data.split_is_readable,
@@ -99,16 +100,16 @@ RULES: tuple[Rule, ...] = (
     data.distances_start_again_with_attention,
     adapters.one_thing_is_trained,
     adapters.widths_are_those_of_the_model,
-    adapters.updates_have_matrices,
+    adapters.adapters_have_matrices,
     adapters.prompts_leave_room,
     transformer_engine.norm_and_mlp_are_one_layer,
     transformer_engine.fp8_has_layers,
 )
 
 
-def violations(config: Config, unknown: Collection[str] = ()) -> list[ConfigIssue]:
-    """Every error that any rule finds. unknown: keys whose values nobody can judge by."""
-    seen = partial(config, unknown)
+def find_violations(config: Config, unknown: Collection[str] = ()) -> list[ConfigIssue]:
+    """Returns the errors of all rules. unknown: keys whose value is invalid; rules that read them are skipped."""
+    seen = hide_unknown(config, unknown)
     found: list[ConfigIssue] = []
     for rule in RULES:
         with suppress(UnresolvedValue):

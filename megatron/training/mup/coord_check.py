@@ -18,7 +18,7 @@ from megatron.config.config import FIELDS
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.validation.mup import FACTORS
 from megatron.config.validation.unknown_values import require
-from megatron.config.validation.validate import violations
+from megatron.config.validation.validate import find_violations
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
@@ -72,7 +72,7 @@ def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]
     assert base is not None, "a rule asks for the base"
     for number in range(MODELS):
         changed = at_width(config, base, config.mup.mup_width_scale**number)
-        ConfigError.raise_any(violations(changed))
+        ConfigError.raise_any(find_violations(changed))
         if parametrisation == STANDARD:
             plain = {name: FIELDS[name].default for name in FACTORS}
             changed = changed.replace(use_mup=False, mup_base_widths=None, **plain)

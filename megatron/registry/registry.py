@@ -1,6 +1,6 @@
-"""Families of parts: what one configuration key chooses from, and how parts from outside join them.
+"""Registries of components: one for each configuration key that names a component, open to plugins.
 
-A package outside this tree adds parts by a module that registers them:
+A package outside this tree adds components by a module that registers them:
 
     from megatron.registry import NORMS, NormEntry
     NORMS.register(NormEntry("dyt", "my_package.dyt:DynamicTanh", "Dynamic tanh", tensors=("weight", "bias")))
@@ -24,13 +24,13 @@ from megatron.errors import ConfigError
 from megatron.registry.entry import Entry
 
 PLUGINS = "NEOX_PLUGINS"
-"""Environment variable: modules that register parts, separated by commas."""
+"""Environment variable: modules that register components, separated by commas."""
 ENTRY_POINTS = "neox.plugins"
 """Group of the entry points that name such modules."""
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The name that the writer most likely meant, or None when nothing is close."""
+    """Returns the closest name, or None when nothing is close."""
     known = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return known[close[0]] if close else None
@@ -38,7 +38,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
 
 @cache
 def load_plugins(named: str) -> None:
-    """Imports the modules that register parts, once a process.
+    """Imports the modules that register components, once per process.
 
     named: the value of NEOX_PLUGINS. Raises ConfigError when one of these modules cannot be found.
     """
@@ -59,16 +59,16 @@ def load_plugins(named: str) -> None:
 E = TypeVar("E", bound=Entry)
 
 
-class Family(Generic[E]):
-    """The parts that one configuration key chooses from."""
+class Registry(Generic[E]):
+    """The components that one configuration key can name."""
 
     def __init__(self, kind: str, key: str, entries: Iterable[E]) -> None:
-        """Lists the built-in parts.
+        """Lists the built-in components.
 
         Args:
-            kind: what the parts are, for messages ("norm").
+            kind: a noun for messages ("norm").
             key: the configuration key that names one of them.
-            entries: the built-in parts, in the order of messages.
+            entries: the built-in components, in the order of messages.
         """
         self.kind = kind
         self.key = key
@@ -77,13 +77,13 @@ class Family(Generic[E]):
             self.register(entry)
 
     def register(self, entry: E) -> None:
-        """Adds a part. Raises ValueError when the name is taken by another one."""
+        """Adds a component. Raises ValueError when the name is taken by another one."""
         if self._entries.get(entry.name, entry) != entry:
             raise ValueError(f"there is a {self.kind} named {entry.name} already")
         self._entries[entry.name] = entry
 
     def _all(self) -> dict[str, E]:
-        """The parts by name, those of plugins too."""
+        """Returns all entries by name, with those of plugins."""
         load_plugins(os.environ.get(PLUGINS, ""))
         return self._entries
 
@@ -94,7 +94,7 @@ class Family(Generic[E]):
 
     @property
     def built_in(self) -> tuple[E, ...]:
-        """The entries so far. Loads no plugins, so modules may ask at import."""
+        """The entries registered so far. Loads no plugins, so that modules may read it at import."""
         return tuple(self._entries.values())
 
     def __contains__(self, name: object) -> bool:
@@ -104,11 +104,11 @@ class Family(Generic[E]):
         return iter(tuple(self._all().values()))
 
     def nearest(self, name: str) -> str | None:
-        """The listed name closest to a misspelt one, or None."""
+        """Returns the listed name closest to a misspelt one, or None."""
         return nearest_name(name, self._all())
 
     def entry(self, name: str) -> E:
-        """The entry of that name. Raises ConfigError, with the nearest name, when there is none."""
+        """Returns the entry of that name. Raises ConfigError, with the nearest name, when there is none."""
         entries = self._all()
         if name in entries:
             return entries[name]
