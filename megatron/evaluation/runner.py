@@ -257,6 +257,7 @@ def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> di
     arguments = {
         "bootstrap_iters": 10000 if topology.rank == 0 else 0,
         "apply_chat_template": section.eval_chat_template,
+        "fewshot_as_multiturn": section.eval_chat_template,  # the default of lm-eval's command line
         "cache_requests": section.eval_cache_requests,
     }
     results: dict[str, Any] = tasks.run(

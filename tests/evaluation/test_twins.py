@@ -1,11 +1,19 @@
 """Scores and answers are those of lm-eval's own `hf` model on the same weights, for tokenizers of several kinds."""
 
+import json
+
+import lm_eval
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
+from megatron.distributed.mesh import Topology
 from megatron.errors import RunError
+from megatron.evaluation import runner
+from megatron.evaluation.tasks import Tasks
 from tests.evaluation.twins import LENGTH, twins
+from tests.inference.small_model import small_config
 from tests.tokenizers import made
 
 PAIRS = [
@@ -124,3 +132,35 @@ def test_contexts_that_are_cut_are_counted(both, caplog):
         f"1 of {len(PAIRS)} contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
         f"1 of 2 contexts do not fit the model's context of {LENGTH} tokens and are cut on their left",
     ]
+
+
+EXAMPLES = """
+task: examples
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [" yes", " no"]
+doc_to_target: 0
+"""
+
+
+@pytest.mark.parametrize("both", ["llama3"], indirect=True)
+def test_worked_examples_are_turns_of_a_conversation_as_with_lm_eval(both, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"question": each}) + "\n" for each in ("a?", "rain?", "fox?")))
+    (tmp_path / "examples.yaml").write_text(EXAMPLES.format(data=data))
+    config = small_config(eval_tasks=["examples"], eval_chat_template=True, eval_num_fewshot=1)
+    ours = runner._run_tasks(
+        config, Tasks(["examples"], str(tmp_path), 1), both.model(chat=both.chat()), Topology.single()
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(
+        model=both.lm, tasks=["examples"], task_manager=manager, num_fewshot=1, apply_chat_template=True
+    )
+    for sample, other in zip(ours["samples"]["examples"], theirs["samples"]["examples"], strict=True):
+        assert sample["arguments"] == other["arguments"]
+        same([each[0] for each in sample["resps"]], [each[0] for each in other["resps"]])
