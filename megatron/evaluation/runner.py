@@ -234,6 +234,8 @@ def _harness_model(
     from megatron.evaluation.lm_eval_model import HarnessModel
 
     words = f"{Path(config.tokenizer.vocab_file or '').name}-{tokenizer.vocab_size}"
+    if chat is not None:
+        words += f"-{chat.digest}"
     # Each rank keeps the requests it builds, so that ranks never take old ones and new ones together.
     place = "" if topology.world_size == 1 else f"-{topology.rank}of{topology.world_size}"
     return HarnessModel(

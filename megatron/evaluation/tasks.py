@@ -9,7 +9,6 @@ import difflib
 import importlib.machinery
 import inspect
 import logging
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy
 from lm_eval import evaluate as run_harness
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -25,8 +23,8 @@ from lm_eval.utils import make_table
 
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
-
-_FEWSHOT_SEED, _PYTHON_SEED, _NUMPY_SEED = 1234, 0, 1234  # lm-eval's own, so that the same examples are chosen
+from megatron.evaluation.request_cache import name_requests_by_content
+from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
 
 
 class Tasks:
@@ -39,7 +37,7 @@ class Tasks:
         an unknown name and for generation arguments that cannot be followed, RunError when a task's data cannot be had.
         """
         manager, found = _find(names, include_path)
-        with _own_evaluate_out_of_the_way(), _quiet():
+        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():  # some tasks shuffle choices as they load
             try:
                 self._loaded = manager.load(found)
             except (OSError, ValueError) as error:  # data sets raise their own kinds of both
@@ -57,7 +55,7 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=fewshot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            name_requests_by_content(task)
 
     def run(self, model: LM, *, limit: int | None = None, **arguments: Any) -> dict[str, Any]:
         """The results as lm-eval gives them, per-document samples included.
@@ -74,7 +72,9 @@ class Tasks:
                 value=arguments,
                 hint=f"choose from {', '.join(sorted(known))}",
             )
-        with _own_evaluate_out_of_the_way(), _quiet(), _fixed_seeds():
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
+        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():
             results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
         return dict(results or {})  # never None: for lm-eval every rank is a rank 0
 
@@ -157,16 +157,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         harness.setLevel(level)
-
-
-@contextmanager
-def _fixed_seeds() -> Iterator[None]:
-    """Tasks that draw from the global generators always draw the same; a training run around them is not disturbed."""
-    before = random.getstate(), numpy.random.get_state()
-    random.seed(_PYTHON_SEED)
-    numpy.random.seed(_NUMPY_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        numpy.random.set_state(before[1])

@@ -11,6 +11,7 @@ Sources: the Hugging Face tokenizer files `chat_template.jinja`, `additional_cha
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -107,6 +108,12 @@ class ChatTemplate:
     def source(self) -> str:
         """The default template, in jinja2's language. Raises ConfigError where there are only others."""
         return self._sources[self._name(None)]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all templates and special tokens, which names what is made with them."""
+        content = json.dumps([self._sources, self._tokens], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def marks_generation(self, tools: object = None) -> bool:
         """Whether the template says, by the tag `generation`, what the model is to write. tools: as for render."""

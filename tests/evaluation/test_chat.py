@@ -7,10 +7,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from megatron.config import Resources, resolve
+from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
 from megatron.evaluation import runner
 from megatron.evaluation.lm_eval_model import HarnessModel
+from megatron.tokenizers.char_level import CharLevelTokenizer
 from megatron.tokenizers.chat_template import ChatTemplate
+from tests.inference.small_model import small_config
 from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, folder_with
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
@@ -44,6 +47,20 @@ def test_a_conversation_that_no_template_takes_is_the_users_issue(tmp_path):
     with pytest.raises(ConfigError, match="refuses the conversation: never") as caught:
         model.apply_chat_template(HISTORY, True)
     assert caught.value.issues[0].key == "eval_chat_template"
+
+
+def test_cached_requests_are_named_by_template_and_special_tokens():
+    chats = [
+        None,
+        ChatTemplate(PLAIN),
+        ChatTemplate(NO_SYSTEM),
+        ChatTemplate(PLAIN, {"bos_token": "<s>"}),
+        ChatTemplate({"default": PLAIN, "tool_use": NO_SYSTEM}),
+    ]
+    parts = small_config(), None, CharLevelTokenizer(), Topology.single()
+    names = [runner._harness_model(*parts, chat).tokenizer_name for chat in chats]
+    assert len(set(names)) == len(chats)
+    assert names[1] == runner._harness_model(*parts, ChatTemplate(PLAIN)).tokenizer_name
 
 
 def test_the_template_of_a_folder_is_found_from_the_configuration(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import json
 import logging
 import math
 import os
+import random
 import socket
 
 import numpy
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -189,6 +191,91 @@ def test_built_requests_are_retained_for_the_next_run(engine, folder, tmp_path, 
     assert "small_choice" in retained.name
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.construct_requests", None)  # nothing is built any more
     assert run() == first
+
+
+CHANGES = {
+    "the question": ("task.yaml", "{{question}} Answer:", "{{question}} A:"),
+    "a function": ("task_functions.py", "return choices", "return choices[::-1]"),
+    "generation": ("task.yaml", "max_gen_toks: 6", "max_gen_toks: 3"),
+    "a document": ("documents.jsonl", "Who", "Who else"),
+    "a worked example": ("documents.jsonl", '"answer": 2', '"answer": 1'),
+}
+CHANGING = """
+task: changing
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+fewshot_split: train
+num_fewshot: 1
+output_type: {kind}
+doc_to_text: "{{{{question}}}} Answer:"
+doc_to_target: "{{{{answer}}}}"
+{rest}
+"""
+CHOOSING = "doc_to_choice: !function task_functions.choices"
+GENERATING = """generation_kwargs: {until: [q], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]"""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cached_requests_are_built_again_where_their_task_changed(engine, folder, tmp_path, monkeypatch, change):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    data = tmp_path / "documents.jsonl"
+    data.write_text((folder / "documents.jsonl").read_text())
+    kind, rest = ("generate_until", GENERATING) if change == "generation" else ("multiple_choice", CHOOSING)
+    (tmp_path / "task_functions.py").write_text(
+        "def choices(document):\n    choices = document['choices']\n    return choices\n"
+    )
+    (tmp_path / "task.yaml").write_text(CHANGING.format(data=data, kind=kind, rest=rest))
+
+    def asked(cached):
+        results = Tasks(["changing"], str(tmp_path)).run(model(engine), bootstrap_iters=0, cache_requests=cached)
+        return [sample["arguments"] for sample in samples(results, "changing")]
+
+    first = asked(True)
+    assert asked(True) == first == asked(False)
+    name, old, new = CHANGES[change]
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new))
+    assert asked(True) == asked(False) != first
+
+
+def test_every_run_gets_the_same_worked_examples(engine, folder):
+    tasks = Tasks(["small_choice"], str(folder), fewshot=2)
+    first, second = (
+        [sample["arguments"] for sample in samples(tasks.run(model(engine), bootstrap_iters=0), "small_choice")]
+        for _ in range(2)
+    )
+    assert first == second
+
+
+SHUFFLING = """
+import random
+
+def shuffled(dataset):
+    return dataset.map(lambda document: {**document, "choices": random.sample(document["choices"], 3)})
+"""
+
+
+def test_choices_that_a_task_shuffles_are_in_lm_evals_order(folder, tmp_path, monkeypatch):
+    text = CHOICE.format(data=folder / "documents.jsonl") + "process_docs: !function shuffling.shuffled\n"
+    (tmp_path / "choice.yaml").write_text(text)
+    (tmp_path / "shuffling.py").write_text(SHUFFLING)
+
+    def loaded(number, load):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{number}")
+        return [document["choices"] for document in load()["tasks"]["small_choice"].test_docs()]
+
+    def theirs():
+        random.seed(0)  # as lm_eval.simple_evaluate does
+        return TaskManager(include_path=str(tmp_path), include_defaults=False).load(["small_choice"])
+
+    before = random.getstate()
+    ours = [loaded(number, lambda: Tasks(["small_choice"], str(tmp_path))._loaded) for number in range(2)]
+    assert random.getstate() == before
+    assert ours == [loaded(2, theirs)] * 2
 
 
 def test_a_context_that_leaves_no_room_keeps_its_end(engine, monkeypatch):
