@@ -1,10 +1,10 @@
-"""Communication between tensor-parallel ranks, each operation beside its gradient.
+"""Tensor-parallel collectives, each with its gradient.
 
 The pairs follow Megatron-LM (arXiv:1909.08053, section 3): ``copy_to`` is its f (identity forward, all-reduce
 backward) and ``reduce_from`` its g (all-reduce forward, identity backward). ``gather_from`` and ``scatter_to`` are the
-pair along the last dimension. With one rank each of them returns its input.
+pair along the last dimension. On an axis of one rank each of them returns its input.
 
-Shapes: any leading dimensions; t tensor-parallel degree; the last dimension is the one that is cut.
+Shapes: any leading dimensions; t tensor-parallel degree; the last dimension is the sharded one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from megatron.distributed.mesh import Axis
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-"""Types whose sums over ranks `fp32_reduce` widens."""
+"""Types that `fp32_reduce` widens to fp32 for sums over ranks."""
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce ``x`` in place over the axis, without a gradient. Returns ``x``."""
+    """Reduces ``x`` in place over the axis, without a gradient. Returns ``x``."""
     if axis.size == 1:
         return x
     if axis.fp32_reduce and x.dtype in LOW_PRECISION:
@@ -35,7 +35,7 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
 
 
 def all_gather_last(x: Tensor, axis: Axis) -> Tensor:
-    """Join every rank's ``x`` along the last dimension, without a gradient."""
+    """Gathers ``x`` of all ranks along the last dimension, without a gradient."""
     if axis.size == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
@@ -44,60 +44,67 @@ def all_gather_last(x: Tensor, axis: Axis) -> Tensor:
 
 
 def local_slice(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's slice of the last dimension, as a copy that owns its memory."""
+    """Returns this rank's slice of the last dimension, as a copy that owns its memory."""
     if axis.size == 1:
         return x
     return x.chunk(axis.size, dim=-1)[axis.rank].contiguous()
 
 
-def summed(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of every rank's ``x``, without a gradient; ``x`` stays as it is."""
+def all_reduced(x: Tensor, axis: Axis) -> Tensor:
+    """Returns the sum of ``x`` over the ranks, without a gradient; ``x`` is not changed."""
     return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
 
-def unchanged(x: Tensor, axis: Axis) -> Tensor:
-    """``x`` itself."""
+def identity(x: Tensor, axis: Axis) -> Tensor:
+    """Returns ``x``."""
     return x.view_as(x)
 
 
-Move = Callable[[Tensor, Axis], Tensor]
-"""Something that ranks of an axis do with their tensors, without a gradient."""
+Collective = Callable[[Tensor, Axis], Tensor]
+"""A collective over an axis, without a gradient."""
 
 
-class _Paired(torch.autograd.Function):
+class _WithGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, there: Move, back: Move) -> Tensor:
-        ctx.axis, ctx.back = axis, back
-        return there(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward_op: Collective, backward_op: Collective) -> Tensor:
+        ctx.axis, ctx.backward_op = axis, backward_op
+        return forward_op(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back(grads[0], ctx.axis), None, None, None
+        return ctx.backward_op(grads[0], ctx.axis), None, None, None
 
 
-def paired(x: Tensor, axis: Axis, there: Move, back: Move) -> Tensor:
-    """``there(x, axis)``, whose gradient goes through ``back``; with one rank ``x``."""
+def with_grad(x: Tensor, axis: Axis, forward_op: Collective, backward_op: Collective) -> Tensor:
+    """Returns ``forward_op(x, axis)``, with ``backward_op`` as its gradient. On one rank returns ``x``.
+
+    Args:
+        x: input tensor.
+        axis: ranks that communicate.
+        forward_op: collective of the forward pass.
+        backward_op: collective of the gradient.
+    """
     if axis.size == 1:
         return x
-    out: Tensor = _Paired.apply(x, axis, there, back)
+    out: Tensor = _WithGrad.apply(x, axis, forward_op, backward_op)
     return out
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a tensor-parallel region: the same ``x`` on all ranks, its gradient summed over them."""
-    return paired(x, axis, unchanged, summed)
+    """Enters a tensor-parallel region: identity forward, all-reduce of the gradient."""
+    return with_grad(x, axis, identity, all_reduced)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Leave a tensor-parallel region: the sum of the ranks' ``x`` on all of them, the gradient unchanged."""
-    return paired(x, axis, summed, unchanged)
+    """Leaves a tensor-parallel region: all-reduce forward, identity for the gradient."""
+    return with_grad(x, axis, all_reduced, identity)
 
 
 def gather_from(x: Tensor, axis: Axis) -> Tensor:
-    """Join slices of the last dimension: [..., n/t] -> [..., n]; the gradient is this rank's slice."""
-    return paired(x, axis, all_gather_last, local_slice)
+    """Gathers slices of the last dimension: [..., n/t] -> [..., n]; the gradient is this rank's slice."""
+    return with_grad(x, axis, all_gather_last, local_slice)
 
 
 def scatter_to(x: Tensor, axis: Axis) -> Tensor:
-    """Keep this rank's slice of the last dimension: [..., n] -> [..., n/t]; the gradient is gathered."""
-    return paired(x, axis, local_slice, all_gather_last)
+    """Returns this rank's slice of the last dimension: [..., n] -> [..., n/t]; the gradient is gathered."""
+    return with_grad(x, axis, local_slice, all_gather_last)

@@ -1,7 +1,7 @@
-"""Rows that travel to the ranks that hold their experts, and back (arXiv:2006.16668, section 3).
+"""All-to-all of tokens to the ranks that hold their experts, and back (arXiv:2006.16668, section 3).
 
-Each rank of the axis sends a part of its rows to every other; how many, only the rows decide. The gradient of one
-journey is the journey back.
+Each rank of the axis sends a variable number of its rows to each other rank. The backward of an all-to-all is the
+reverse all-to-all.
 
 Shapes: m rows, h their width, p ranks of the axis.
 """
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.distributed.collectives import paired
+from megatron.distributed.collectives import with_grad
 from megatron.distributed.mesh import Axis
 
 
-def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
-    """What the others have for this rank: [p, e], row i for rank i -> [p, e], row i from rank i."""
+def all_to_all_counts(counts: Tensor, axis: Axis) -> Tensor:
+    """Exchanges counts: [p, e], row i for rank i -> [p, e], row i from rank i."""
     if axis.size == 1:
         return counts
     received = torch.empty_like(counts)
@@ -27,20 +27,24 @@ def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
     return received
 
 
-def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
-    """Rows [m, h], those for rank 0 first -> the rows that came, those from rank 0 first.
+def all_to_all_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    """Exchanges rows: [m, h] ordered by receiving rank -> rows ordered by sending rank.
 
-    sent, received: rows for and from each rank.
+    Args:
+        rows: rows of this rank.
+        sent: number of rows for each rank.
+        received: number of rows from each rank.
+        axis: ranks that communicate.
     """
-    return paired(
+    return with_grad(
         rows,
         axis,
-        partial(_exchange, sent=sent, received=received),
-        partial(_exchange, sent=received, received=sent),
+        partial(_all_to_all, sent=sent, received=received),
+        partial(_all_to_all, sent=received, received=sent),
     )
 
 
-def _exchange(rows: Tensor, axis: Axis, *, sent: list[int], received: list[int]) -> Tensor:
+def _all_to_all(rows: Tensor, axis: Axis, *, sent: list[int], received: list[int]) -> Tensor:
     came = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(came, rows.contiguous(), received, sent, group=axis.group)
     return came

@@ -1,4 +1,4 @@
-"""From a bare worker process to a Topology: the process group, the device and the seeds.
+"""Initializes a worker process: process group, device, seeds and Topology.
 
 The rank and world size come from the environment that DeepSpeed's launcher, torchrun and srun all set (RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started alone is a world of one.
@@ -26,7 +26,7 @@ from megatron.ranks import Ranks, free_port
 from megatron.shared_memory import remove_segment, segment
 
 
-def bootstrap(
+def init_distributed(
     *,
     pipe_parallel_size: int,
     model_parallel_size: int,
@@ -39,13 +39,22 @@ def bootstrap(
     timeout_seconds: float = 600.0,
     deterministic: bool = False,
 ) -> Topology:
-    """Joins the process group, picks the device, seeds the generators and returns this rank's Topology.
+    """Joins the process group, selects the device, seeds the generators and returns this rank's Topology.
 
-    backend: the wish of the configuration; a machine without CUDA always talks gloo. timeout_seconds [s]: how long
-    a collective may wait for the others. seed: the base seed; the Python, numpy and torch generators of every stage,
-    data and context rank get a number of their own after it, so that no two of them draw the same dropout masks, and
-    the tensor-parallel ranks of one place the same one.
     Raises ConfigError if the world size does not fit the layout.
+
+    Args:
+        pipe_parallel_size: pipeline stages; 0 is no pipeline.
+        model_parallel_size: tensor-parallel ranks.
+        seed: base seed. The Python, numpy and torch generators of every stage, data and context rank get a seed derived
+            from it, so that they draw different dropout masks; tensor-parallel ranks of one shard get the same one.
+        context_parallel_size: ranks that share a sequence.
+        expert_parallel_size: ranks over which experts are distributed.
+        sequence_parallel: shards activations along the sequence between tensor-parallel regions.
+        fp32_allreduce: sums tensors of lower precision over ranks in fp32.
+        backend: backend of the process group; without CUDA it is always gloo.
+        timeout_seconds: time that a collective may wait for other ranks [s].
+        deterministic: allows deterministic kernels only.
     """
     ranks = Ranks.from_environment()
     pipe = max(1, pipe_parallel_size)
@@ -75,12 +84,12 @@ def bootstrap(
         expert=expert_parallel_size,
     )
     set_collective_timeout(timeout_seconds)
-    seed_generators(seed + topology.pipe.rank * topology.gradient.size + topology.gradient.rank)
+    seed_generators(seed + topology.pipe.rank * topology.dp_cp.size + topology.dp_cp.rank)
     return topology
 
 
 def host_name() -> str:
-    """This host's name, as Slurm has it where there is Slurm: it may run several nodes on one machine."""
+    """Returns the name of this host; under Slurm that of the node, since one machine may run several nodes."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -92,13 +101,13 @@ def seed_generators(seed: int) -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if one was joined."""
+    """Destroys the process group, if one was initialized."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> None:
-    """DeepSpeed's initialisation over torch.distributed; a process started alone gets an address of its own."""
+    """Initializes torch.distributed through DeepSpeed; a process started alone gets its own address."""
     import deepspeed
 
     load_cpu_collectives()
@@ -122,7 +131,7 @@ def _init_process_group(backend: str, ranks: Ranks, timeout_seconds: float) -> N
 
 
 def _release_segment(ranks: Ranks) -> None:
-    """Takes the name of this rank's shared memory away, once every rank has opened it. Collective."""
+    """Unlinks this rank's shared memory, once every rank has opened it. Collective."""
     if torch.cuda.is_available() or not any_rank(segment(os.environ, ranks.rank).exists()):
         return
     barrier()
@@ -130,7 +139,7 @@ def _release_segment(ranks: Ranks) -> None:
 
 
 def load_cpu_collectives() -> None:
-    """Loads DeepSpeed's compiled CPU collectives, compiling them first where that was never done."""
+    """Loads DeepSpeed's compiled CPU collectives, and compiles them first if necessary."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -138,13 +147,13 @@ def load_cpu_collectives() -> None:
     if get_accelerator().device_name() != "cpu" or builder is None:
         return
     if not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return  # DeepSpeed does without it as well
+        return  # optional for DeepSpeed
     with build_lock(builder):
         builder.load(verbose=False)
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:
-    """Only deterministic kernels, or an error from the op that has none (cuBLAS needs its workspace fixed)."""
+    """Allows deterministic kernels only; an op without one raises (cuBLAS needs a fixed workspace)."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention reads it

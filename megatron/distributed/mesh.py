@@ -1,12 +1,11 @@
-"""Which rank holds what: the axes of a run (pipe, data, context, model) and their process groups.
+"""The device mesh: axes of a run (pipe, data, context, model) and their process groups.
 
-One Topology is built per process and passed to whoever needs it; nothing here is looked up globally. Ranks are
-numbered with the pipe axis outermost, then data, context and model, so that a tensor-parallel group (the most
-talkative) sits on neighbouring ranks:
+One Topology is built per process and passed on; there is no global one. Ranks are numbered with the pipe axis
+outermost, then data, context and model. Tensor-parallel ranks (the model axis) communicate most, so they are adjacent:
 
     rank = ((pipe_rank * data_size + data_rank) * context_size + context_rank) * model_size + model_rank
 
-The same object answers the questions that DeepSpeed asks of its `mpu` argument, when the model is not a pipeline.
+The same object is the `mpu` argument of DeepSpeed, when the model is not a pipeline.
 Source of the order: DeepSpeed's PipeModelDataParallelTopology and the public GPT-NeoX layout.
 """
 
@@ -24,21 +23,21 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place along one axis.
-
-    size: number of ranks along it. rank: this rank's index, 0 <= rank < size. ranks: the global ranks that differ
-    from this one only along this axis, in order. group: their process group; None where none was initialised.
-    sequence: between tensor-parallel regions each of these ranks holds its part of the sequence only (Megatron
-    sequence parallelism). fp32_reduce: tensors of lower precision are summed over these ranks in fp32.
-    """
+    """One axis of the mesh, as this rank sees it."""
 
     name: str
     size: int = 1
+    """Number of ranks along the axis."""
     rank: int = 0
+    """Index of this rank, 0 <= rank < size."""
     ranks: tuple[int, ...] = (0,)
+    """Global ranks that differ from this one only along this axis, in order."""
     group: Group = None
-    sequence: bool = False
+    """Their process group; None if none was initialized."""
+    sequence_parallel: bool = False
+    """True if each rank has a shard of the sequence between tensor-parallel regions."""
     fp32_reduce: bool = False
+    """True if tensors of lower precision are summed over these ranks in fp32."""
 
     @property
     def is_first(self) -> bool:
@@ -51,27 +50,29 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """The axes of this rank, and the groups that DeepSpeed asks for.
-
-    pipe, data, context, model: the axes. replica: all ranks that together hold one copy of the model (pipe x model).
-    gradient: all ranks that hold the same slice of the model and so sum its gradient (data x context). expert: those of
-    them over which the experts of a block are spread; neighbours along gradient.
-    """
+    """The axes of this rank, and the groups that DeepSpeed asks for."""
 
     rank: int
     world_size: int
     pipe: Axis
+    """Pipeline stages."""
     data: Axis
+    """Data-parallel ranks."""
     context: Axis
+    """Ranks that share a sequence."""
     model: Axis
-    replica: Axis
-    gradient: Axis
+    """Tensor-parallel ranks."""
+    model_parallel: Axis
+    """Ranks that together hold one copy of the model (pipe x model)."""
+    dp_cp: Axis
+    """Ranks that hold the same shard of the model and sum its gradient (data x context)."""
     expert: Axis = field(default_factory=lambda: Axis("expert"))
+    """Ranks of dp_cp over which the experts of a block are distributed; neighbours along it."""
 
     @staticmethod
     def single() -> Topology:
-        """The topology of one process, with no process group at all."""
-        names = ("pipe", "data", "context", "model", "replica", "gradient")
+        """Returns the topology of a single process, without process groups."""
+        names = ("pipe", "data", "context", "model", "model_parallel", "dp_cp")
         return Topology(0, 1, *(Axis(name) for name in names))
 
     @staticmethod
@@ -86,27 +87,37 @@ class Topology:
         fp32_reduce: bool = False,
         expert: int = 1,
     ) -> Topology:
-        """Creates the process groups; collective: every rank calls it with the same sizes.
+        """Creates the process groups. Collective: every rank calls it with the same sizes.
 
-        pipe, context and model: sizes of those axes; the data axis takes what is left of world_size.
-        sequence_parallel, fp32_reduce: properties of the model axis. expert: ranks over which experts are spread.
-        Raises ValueError if the sizes do not divide world_size (the configuration rules say so earlier).
+        Raises ValueError if the sizes do not divide world_size (the configuration rules report that earlier).
+
+        Args:
+            pipe: size of the pipe axis.
+            model: size of the model axis.
+            rank: global rank of this process.
+            world_size: number of processes; the data axis gets what the other axes leave.
+            context: size of the context axis.
+            sequence_parallel: property of the model axis.
+            fp32_reduce: property of the model axis.
+            expert: ranks over which experts are distributed.
         """
         if world_size % (pipe * context * model):
-            told = f"pipe {pipe} x context {context} x model {model}"
-            raise ValueError(f"{told} does not divide the world size {world_size}")
+            sizes_text = f"pipe {pipe} x context {context} x model {model}"
+            raise ValueError(f"{sizes_text} does not divide the world size {world_size}")
         data = world_size // (pipe * context * model)
         sizes = {"pipe": pipe, "data": data, "context": context, "model": model}
         axes = {name: _axis(name, sizes, rank, (name,)) for name in sizes}
-        axes["model"] = replace(axes["model"], sequence=sequence_parallel and model > 1, fp32_reduce=fp32_reduce)
-        axes["replica"] = _axis("replica", sizes, rank, ("pipe", "model"))
-        axes["gradient"] = _axis("gradient", sizes, rank, ("data", "context"))
+        axes["model"] = replace(
+            axes["model"], sequence_parallel=sequence_parallel and model > 1, fp32_reduce=fp32_reduce
+        )
+        axes["model_parallel"] = _axis("model_parallel", sizes, rank, ("pipe", "model"))
+        axes["dp_cp"] = _axis("dp_cp", sizes, rank, ("data", "context"))
         if expert > 1:
             axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
         return Topology(rank, world_size, **axes)
 
-    # What DeepSpeed asks of an mpu. Ranks that share a sequence are data-parallel to it: told of the context axis, it
-    # would sum over it at ZeRO 0 to 2 and average at ZeRO 3, which also cuts parameters by the data-parallel group.
+    # The mpu interface of DeepSpeed. Context-parallel ranks are data-parallel to it: with a context axis of its own it
+    # would sum over it at ZeRO 0 to 2 but average at ZeRO 3, which also partitions by the data-parallel group.
 
     def get_model_parallel_rank(self) -> int:
         return self.model.rank
@@ -127,25 +138,25 @@ class Topology:
         return self.model.group
 
     def get_data_parallel_rank(self) -> int:
-        return self.gradient.rank
+        return self.dp_cp.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.gradient.size
+        return self.dp_cp.size
 
     def get_data_parallel_group(self) -> Group:
-        return self.gradient.group
+        return self.dp_cp.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self.gradient.ranks)
+        return list(self.dp_cp.ranks)
 
 
 def expert_group_name(size: int) -> str:
-    """DeepSpeed's name of the groups that spread experts over that many ranks."""
+    """Returns DeepSpeed's name of the expert-parallel groups of that size."""
     return f"ep_size_{size}"
 
 
 def _expert_axis(size: int, *, pipe: int, model: int, data: int) -> Axis:
-    """The ranks over which experts are spread, in DeepSpeed's own groups, which its engine looks up by name."""
+    """Creates the expert axis in DeepSpeed's own groups, which its engine looks up by name."""
     from deepspeed.utils import groups
 
     if data % size:
@@ -160,10 +171,10 @@ def _expert_axis(size: int, *, pipe: int, model: int, data: int) -> Axis:
 
 
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:
-    """This rank's Axis along the named dimensions, after creating every such group of the world."""
+    """Returns this rank's Axis along the named dimensions, after creating every such group of the world."""
     mine: Axis | None = None
     for ranks in _slices(sizes, along):
-        # Every rank must create every group, in the same order, even those it is not part of.
+        # Every rank must create every group, in the same order, even those it is not a member of.
         group = dist.new_group(list(ranks)) if dist.is_initialized() else None
         if rank in ranks:
             mine = Axis(name, len(ranks), ranks.index(rank), ranks, group)
@@ -172,17 +183,24 @@ def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -
 
 
 def _slices(sizes: dict[str, int], along: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
-    """All sets of ranks that agree on every axis but those in `along`, each in rank order."""
+    """Yields the sets of ranks that agree on every axis but those in `along`, each in rank order."""
     slices: dict[tuple[int, ...], list[int]] = {}
     for rank in range(prod(sizes.values())):
-        place = coordinates(rank, data=sizes["data"], context=sizes["context"], model=sizes["model"])
-        fixed = tuple(index for name, index in place.items() if name not in along)
+        coords = coordinates(rank, data=sizes["data"], context=sizes["context"], model=sizes["model"])
+        fixed = tuple(index for name, index in coords.items() if name not in along)
         slices.setdefault(fixed, []).append(rank)
     yield from (tuple(ranks) for ranks in slices.values())
 
 
 def coordinates(rank: int, *, data: int, model: int, context: int = 1) -> dict[str, int]:
-    """The place of a global rank: its index along pipe, data, context and model, given the sizes of the last three."""
+    """Returns the index of a global rank along pipe, data, context and model.
+
+    Args:
+        rank: global rank.
+        data: size of the data axis.
+        model: size of the model axis.
+        context: size of the context axis.
+    """
     return {
         "pipe": rank // (data * context * model),
         "data": rank // (context * model) % data,

@@ -1,8 +1,8 @@
-"""DeepSpeed's ops that are compiled at first use: by one process at a time, into a folder of this installation.
+"""Compiles DeepSpeed's ops at first use: one process at a time, in a folder of this installation.
 
-torch guards the folder with a file that must not be there; a process that is killed in that moment leaves it, and every
-later one waits for it without end. So processes take turns by a lock that the kernel releases, and whoever has it knows
-that such a file is nobody's.
+torch guards the folder with a lock file that must not exist; a process killed while compiling leaves it, and later
+processes wait for it forever. The lock here is released by the kernel, so a process that holds it may delete a stale
+torch lock file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron import extensions_dir
 
 @contextmanager
 def build_lock(builder: Any) -> Iterator[None]:
-    """Around the loading of the op of one of DeepSpeed's builders."""
+    """Holds the build lock while the op of one of DeepSpeed's builders is loaded."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    own_programs_first(os.environ)
+    prepend_interpreter_to_path(os.environ)
     os.environ.setdefault(extensions_dir.VARIABLE, str(extensions_dir.extensions_folder(os.environ)))
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder / "in_use").open("w") as turn:
@@ -32,11 +32,11 @@ def build_lock(builder: Any) -> Iterator[None]:
         yield
 
 
-def own_programs_first(environment: MutableMapping[str, str]) -> None:
+def prepend_interpreter_to_path(environment: MutableMapping[str, str]) -> None:
     """Puts the folder of this interpreter first in PATH, as an activated virtual environment does.
 
-    DeepSpeed asks ninja whether its compiled collectives are up to date. Two versions of ninja do not believe each
-    other's records, so finding now one and now the other would compile them again, for half a minute, every time.
+    DeepSpeed asks ninja whether its compiled collectives are up to date. Two versions of ninja ignore each other's
+    records, so alternating between them would recompile for half a minute every time.
     """
     programs = str(Path(sys.executable).parent)
     others = [part for part in environment.get("PATH", "").split(os.pathsep) if part and part != programs]

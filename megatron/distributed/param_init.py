@@ -1,7 +1,7 @@
-"""Initial values that do not depend on the layout.
+"""Layout-independent initial values.
 
 The full tensor of each parameter is drawn in fp32 on the CPU from a generator that is seeded by (seed, layer index,
-parameter name), and each rank keeps its slice. So every tensor, pipeline, data and ZeRO layout starts from the same
+parameter name), and each rank keeps its shard. So every tensor, pipeline, data and ZeRO layout starts from the same
 bits, and a tied weight is the same on both pipeline stages that hold it.
 """
 
@@ -17,122 +17,143 @@ from torch import Tensor, nn
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_partial_grad, mark_sharded
 
-Fill = Callable[[Tensor, torch.Generator], None]
-"""Fills a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""
-Rescale = Callable[[str, Fill, bool], Fill]
-"""(key of a tensor, its Fill, whether it is filled as its transpose) -> the Fill to use instead."""
+InitFn = Callable[[Tensor, torch.Generator], None]
+"""Initializes a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""
+Rescale = Callable[[str, InitFn, bool], InitFn]
+"""(key of a tensor, its InitFn, whether it is initialized as its transpose) -> the InitFn to use instead."""
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:
-    """The Fill that draws nothing."""
+    """The InitFn of zeros."""
     tensor.zero_()
 
 
 @dataclass(frozen=True)
 class PaddedInit:
-    """Fills the first rows only, as if there were no others, which are 0: padding then changes no initial value."""
+    """Initializes the first rows as if there were no others, and the others to 0: padding changes no initial value."""
 
-    fill: Fill
+    init_fn: InitFn
     rows: int
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        self.fill(tensor[: self.rows], generator)
+        self.init_fn(tensor[: self.rows], generator)
         tensor[self.rows :].zero_()
 
 
 @dataclass(frozen=True)
 class ParamFactory:
-    """Makes the parameters of one module.
-
-    seed: of the run. layer: index in the layer plan. prefix: dotted name of the module inside its layer. rescale: how
-    initial values differ from what a Fill draws; not at all unless given.
-    """
+    """Creates the parameters of one module."""
 
     seed: int
+    """Seed of the run."""
     layer: int
+    """Index of the layer in the model."""
     axis: Axis
+    """Tensor-parallel ranks."""
     dtype: torch.dtype = torch.float32
     prefix: str = ""
+    """Dotted name of the module inside its layer."""
     rescale: Rescale | None = None
+    """Replaces initial values (muP); None keeps them."""
 
     def of(self, module: str) -> ParamFactory:
-        """The source of a submodule."""
+        """Returns the factory of a submodule."""
         return replace(self, prefix=f"{self.prefix}{module}.")
 
-    def replica(self, name: str, shape: tuple[int, ...], fill: Fill, *, whole_sequence: bool = False) -> nn.Parameter:
-        """A parameter that every tensor-parallel rank holds whole. Vectors (biases) take no weight decay.
+    def replicated(
+        self, name: str, shape: tuple[int, ...], init_fn: InitFn, *, full_sequence: bool = False
+    ) -> nn.Parameter:
+        """Creates a parameter that every tensor-parallel rank holds in full. Vectors take no weight decay.
 
-        It acts between tensor-parallel regions; with sequence parallelism that is on a part of the sequence, unless
-        whole_sequence says that every rank sees all of it.
+        Args:
+            name: name inside the module.
+            shape: shape of the parameter.
+            init_fn: initial values.
+            full_sequence: true if every rank applies it to the full sequence; otherwise, with sequence parallelism,
+                each
+                rank applies it to its shard of the sequence.
         """
-        parameter = nn.Parameter(self._draw(name, shape, self._rescaled(name, fill)).to(self.dtype))
+        parameter = nn.Parameter(self._draw(name, shape, self._rescaled(name, init_fn)).to(self.dtype))
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
-        if self.axis.sequence and not whole_sequence:
+        if self.axis.sequence_parallel and not full_sequence:
             mark_partial_grad(parameter, self.axis)
         return parameter
 
-    def experts(
-        self, name: str, shape: tuple[int, int], fill: Fill, *, count: int, over: Axis, transposed: bool = False
+    def expert_stack(
+        self, name: str, shape: tuple[int, int], init_fn: InitFn, *, count: int, over: Axis, transposed: bool = False
     ) -> nn.Parameter:
-        """This rank's part of the matrices of `count` experts, one on top of the other: [e w/t, h].
+        """Creates this rank's shards of `count` expert matrices, stacked: [e w/t, h].
 
-        shape: [w, h] of one expert, whose rows are cut by tensor parallelism. over: the ranks that share the experts,
-        each holding e of them whole. transposed: the matrix of the layer is [h, w], and is filled as such. Every
-        expert is drawn from a generator of its own. ValueError where a cut is uneven.
+        Every expert is drawn from a generator of its own. Raises ValueError if a shard would be uneven.
+
+        Args:
+            name: name inside the module.
+            shape: [w, h] of one expert, whose rows are sharded over tensor-parallel ranks.
+            init_fn: initial values.
+            count: number of experts.
+            over: ranks over which the experts are distributed, e experts on each.
+            transposed: true if the matrix of the layer is [h, w], and is initialized as such.
         """
         if count % over.size:
             raise ValueError(f"{count} experts do not divide by {over.size} expert-parallel ranks")
-        fill = self._rescaled(name, fill, transposed=transposed)
+        init_fn = self._rescaled(name, init_fn, transposed=transposed)
         parts = []
         for expert in range(over.rank * (count // over.size), (over.rank + 1) * (count // over.size)):
-            full = self._draw(f"{name}.{expert}", shape[::-1] if transposed else shape, fill)
-            parts.append(_piece(full.t() if transposed else full, 0, self.axis).to(self.dtype))
+            full = self._draw(f"{name}.{expert}", shape[::-1] if transposed else shape, init_fn)
+            parts.append(_shard_of(full.t() if transposed else full, 0, self.axis).to(self.dtype))
         parameter = nn.Parameter(torch.cat(parts))
         mark_sharded(parameter, 0, (shape[0],) * count)
         mark_experts(parameter, over)
         return parameter
 
-    def shard(
-        self, name: str, shape: tuple[int, ...], fill: Fill, *, dim: int, sections: tuple[int, ...] = ()
+    def sharded(
+        self, name: str, shape: tuple[int, ...], init_fn: InitFn, *, dim: int, sections: tuple[int, ...] = ()
     ) -> nn.Parameter:
-        """This rank's slice of a parameter of global ``shape``, cut along ``dim``, section by section.
+        """Creates this rank's shard of a parameter of global ``shape``.
 
-        ValueError where a section does not divide by the tensor-parallel degree.
+        Raises ValueError if a section does not divide by the tensor-parallel degree.
+
+        Args:
+            name: name inside the module.
+            shape: global shape.
+            init_fn: initial values.
+            dim: dimension along which the parameter is sharded.
+            sections: sizes of the sections along `dim` that are sharded separately; one section unless set.
         """
-        full = self._draw(name, shape, self._rescaled(name, fill))
-        pieces = [_piece(part, dim, self.axis) for part in full.split(list(sections or (shape[dim],)), dim=dim)]
-        local = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
-        # A clone, so that the full tensor's memory is given back.
+        full = self._draw(name, shape, self._rescaled(name, init_fn))
+        shards = [_shard_of(part, dim, self.axis) for part in full.split(list(sections or (shape[dim],)), dim=dim)]
+        local = shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
+        # A copy, so that the memory of the full tensor is released.
         parameter = nn.Parameter(local.to(self.dtype, copy=True, memory_format=torch.contiguous_format))
         mark_sharded(parameter, dim, sections)
         if len(shape) == 1:
             mark_no_weight_decay(parameter)
         return parameter
 
-    def _rescaled(self, name: str, fill: Fill, *, transposed: bool = False) -> Fill:
-        if self.rescale is None or fill is zeros:
-            return fill
-        return self.rescale(f"{self.layer}.{self.prefix}{name}", fill, transposed)
+    def _rescaled(self, name: str, init_fn: InitFn, *, transposed: bool = False) -> InitFn:
+        if self.rescale is None or init_fn is zeros:
+            return init_fn
+        return self.rescale(f"{self.layer}.{self.prefix}{name}", init_fn, transposed)
 
-    def _draw(self, name: str, shape: tuple[int, ...], fill: Fill) -> Tensor:
-        """The full tensor, always drawn on the CPU; under `torch.device("meta")` its shape alone."""
+    def _draw(self, name: str, shape: tuple[int, ...], init_fn: InitFn) -> Tensor:
+        """Returns the full tensor, drawn on the CPU; under `torch.device("meta")` its shape alone."""
         if torch.get_default_device().type == "meta":
             return torch.empty(shape, dtype=torch.float32)
         generator = torch.Generator().manual_seed(parameter_seed(self.seed, self.layer, self.prefix + name))
         full = torch.empty(shape, dtype=torch.float32, device="cpu")
         with torch.no_grad():
-            fill(full, generator)
+            init_fn(full, generator)
         return full
 
 
 def parameter_seed(seed: int, layer: int, name: str) -> int:
-    """A 63-bit seed from the run's seed and the parameter's place; stable across processes and versions."""
+    """Returns a 63-bit seed for a parameter of a run; stable across processes and versions."""
     digest = hashlib.sha256(f"{seed}/{layer}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _piece(section: Tensor, dim: int, axis: Axis) -> Tensor:
+def _shard_of(section: Tensor, dim: int, axis: Axis) -> Tensor:
     rows = section.shape[dim]
     if rows % axis.size:
         raise ValueError(f"{rows} rows do not divide by {axis.size} tensor-parallel ranks")

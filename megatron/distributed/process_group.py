@@ -1,4 +1,4 @@
-"""Collectives on plain Python values, over all ranks or over one group; without a process group, a world of one."""
+"""Collectives on plain Python values, over all ranks or one group; without a process group, a world of one."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Item = TypeVar("Item")
 
 
 def device() -> torch.device:
-    """The device of this process: its CUDA device where there is one, else the CPU."""
+    """Returns the device of this process: its CUDA device if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def any_rank(holds: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """True on all ranks if `holds` is true on any rank. Collective over the ranks of the group, all without one."""
+def any_rank(value: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Returns true on all ranks if `value` is true on any. Collective over the group, or over all ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    flag = torch.tensor([float(holds)], device=device())
+        return value
+    flag = torch.tensor([float(value)], device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
 
 
 def all_gather_list(value: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
-    """The value of every rank, in order of ranks. Collective over the ranks of the group, all without one."""
+    """Returns the value of every rank, in rank order. Collective over the group, or over all ranks."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -39,7 +39,7 @@ def all_gather_list(value: Item, group: dist.ProcessGroup | None = None) -> list
 
 
 def all_gather_items(items: Sequence[Item]) -> list[Item]:
-    """The items of all ranks in one list, in order of ranks. Collective over all ranks."""
+    """Returns the items of all ranks in one list, in rank order. Collective over all ranks."""
     return list(chain.from_iterable(all_gather_list(list(items))))
 
 
@@ -49,14 +49,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def announced_anywhere(name: str, holds: bool) -> bool:
-    """Whether it holds here, or was announced by any rank before. Not collective: ranks may hear of it at other times.
+def is_announced(name: str, value: bool) -> bool:
+    """Returns whether `value` is true here or was announced by any rank before, through the store.
 
-    name: of what is announced, once and for good in a process group.
+    Not collective: ranks may see it at different times. name: key of the announcement, which holds for the life of the
+    process group.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
+        return value
     store = distributed_c10d._get_default_store()
-    if holds:
+    if value:
         store.set(f"neox/{name}", "1")
-    return holds or bool(store.check([f"neox/{name}"]))
+    return value or bool(store.check([f"neox/{name}"]))

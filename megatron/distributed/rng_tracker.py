@@ -1,9 +1,9 @@
 """Random numbers for dropout under tensor parallelism.
 
-Where a tensor is the same on all tensor-parallel ranks (the residual stream), dropout must draw the same mask on all of
-them: it uses torch's default generator, which every rank of a tensor-parallel group seeds alike. Where a tensor is cut
-over the ranks (attention heads), the masks must differ: those draws run inside ``TensorParallelRNG.fork``, on a state
-of its own that each rank seeds differently (Megatron-LM, arXiv:1909.08053, appendix B.2).
+A tensor that is equal on all tensor-parallel ranks (the residual stream) needs the same dropout mask on all of them: it
+uses torch's default generator, which every rank of a tensor-parallel group seeds alike. A sharded tensor (attention
+heads) needs different masks: they are drawn inside ``TensorParallelRNG.fork``, from a separate state that each rank
+seeds differently (Megatron-LM, arXiv:1909.08053, appendix B.2).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from megatron.distributed.param_init import parameter_seed
 
 
 class TensorParallelRNG:
-    """The random state for draws on tensors that are cut over tensor-parallel ranks.
+    """Random state for draws on tensors that are sharded over tensor-parallel ranks.
 
-    seed: of the run. rank: a number that differs between the ranks that must draw differently (tensor, pipeline and
-    data coordinates together; the global rank will do). device: where the draws happen.
+    Args:
+        seed: seed of the run.
+        rank: a number that differs between ranks that must draw differently, such as the global rank.
+        device: device of the draws.
     """
 
     def __init__(self, seed: int, rank: int, device: torch.device | str = "cpu") -> None:
@@ -30,7 +32,7 @@ class TensorParallelRNG:
 
     @contextmanager
     def fork(self) -> Iterator[None]:
-        """Inside the block torch's default generator continues this state; afterwards it is as it was before."""
+        """Makes torch's default generator continue this state inside the block, and restores it afterwards."""
         outer = self._default_state()
         self._set_default(self.state)
         try:
@@ -40,11 +42,11 @@ class TensorParallelRNG:
             self._set_default(outer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state, for checkpoints and for recomputed activations."""
+        """Returns the state, for checkpoints and for recomputed activations."""
         return {"sharded": self.state.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a saved state."""
+        """Continues from a saved state."""
         self.state = state["sharded"].clone()
 
     def _default_state(self) -> Tensor:

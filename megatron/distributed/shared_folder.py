@@ -13,19 +13,18 @@ from megatron.distributed.process_group import barrier
 from megatron.errors import RunError
 
 INTERVAL = 0.05
-"""Between two looks at the folder [s]."""
+"""Time between two checks of the folder [s]."""
 
 
 def sees_files_of_rank_0(folder: Path, *, patience: float = 0.0) -> bool:
-    """True if this rank finds in `folder` a file that rank 0 has just written there. Collective over all ranks.
+    """Returns true if this rank finds in `folder` a file that rank 0 has just written. Collective over all ranks.
 
-    Rank 0 makes the folder where it is missing, and removes the file at the end. Raises RunError on every rank if rank
-    0 cannot write.
+    Rank 0 creates a missing folder, and removes the file at the end. Raises RunError on every rank if rank 0 cannot
+    write.
 
     Args:
-        folder: as this rank names it.
-        patience: how long to look again, since a network file system may show a new file late [s].
-
+        folder: path of the folder on this rank.
+        patience: time to wait for the file, since a network file system may show a new file late [s].
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
@@ -50,14 +49,14 @@ def sees_files_of_rank_0(folder: Path, *, patience: float = 0.0) -> bool:
 
 
 def _appears(folder: Path, name: str, patience: float) -> bool:
-    """Whether the listing of the folder, which is read anew each time, comes to have that name."""
+    """Returns whether the name appears in the listing of the folder, which is read anew each time."""
     deadline = time.monotonic() + patience
     while True:
         try:
             if name in os.listdir(folder):
                 return True
         except OSError:
-            pass  # no such folder here, so far
+            pass  # no such folder here yet
         if time.monotonic() >= deadline:
             return False
         time.sleep(INTERVAL)

@@ -79,7 +79,7 @@ class BaseEngine(TrainingEngine, ABC):
         """Returns key -> parameter that this rank counts and saves; a tied copy is not among them."""
 
     def optimizer_slices(self) -> list[OptimizerShard]:
-        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.gradient.rank)
+        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.dp_cp.rank)
 
     def loss_scaling(self) -> dict[str, float]:
         return optimizer_state.read_scaling(self.deepspeed.optimizer)

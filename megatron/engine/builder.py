@@ -27,7 +27,7 @@ from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.defaults.zero import REDUCTION_BUCKET
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.validation.unknown_values import require
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.rng_tracker import TensorParallelRNG
@@ -65,10 +65,10 @@ _log = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 
 
-def join(config: Config) -> Topology:
+def init_topology(config: Config) -> Topology:
     """Joins the process group of the layout that the configuration asks for, and seeds the generators."""
     axes = config.parallelism
-    return bootstrap(
+    return init_distributed(
         pipe_parallel_size=axes.pipe_parallel_size,
         model_parallel_size=axes.model_parallel_size,
         seed=config.training.seed,
@@ -251,7 +251,11 @@ def _layer_specs(
 def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]:
     """What the blocks of this rank compute on, [s, b, h]; one sample stands for all."""
     length = require(config.model.seq_length) // topology.context.size
-    return length // (topology.model.size if topology.model.sequence else 1), 1, require(config.model.hidden_size)
+    return (
+        length // (topology.model.size if topology.model.sequence_parallel else 1),
+        1,
+        require(config.model.hidden_size),
+    )
 
 
 def _router_losses(config: Config) -> RouterLossTracker | None:

@@ -49,7 +49,7 @@ class PlainEngine(BaseEngine):
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        return self._sum(total) / (len(step) * self.topology.gradient.size)
+        return self._sum(total) / (len(step) * self.topology.dp_cp.size)
 
     @property
     def least_evaluated(self) -> int:
@@ -84,7 +84,7 @@ class PlainEngine(BaseEngine):
 
         There the shards come one by one into the host's memory of those that write them, and the others get nothing.
         """
-        keeps = self.topology.gradient.is_first
+        keeps = self.topology.dp_cp.is_first
         found = {key: _whole(parameter, keeps) for key, parameter in self.parameters.items()}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -101,7 +101,7 @@ class PlainEngine(BaseEngine):
 
     def _sum(self, value: Tensor) -> Tensor:
         """The sum, in place, over the data-parallel ranks and those that share their sequences."""
-        axis = self.topology.gradient
+        axis = self.topology.dp_cp
         if axis.size > 1:
             dist.all_reduce(value, group=axis.group)
         return value

@@ -26,7 +26,7 @@ def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology)
     A model is causal, so padding changes no other position. ValueError for a cache, which needs whole sequences.
     """
     axis = topology.model
-    parts = topology.context.size * (axis.size if axis.sequence else 1)
+    parts = topology.context.size * (axis.size if axis.sequence_parallel else 1)
     if parts == 1:
         return tokens
     if cache is not None:
@@ -70,7 +70,7 @@ def pipeline_forward(
     batch, length = tokens.shape
     carry = tokens.to(device())
     if not pipe.is_first:
-        rows = length // topology.model.size if topology.model.sequence else length
+        rows = length // topology.model.size if topology.model.sequence_parallel else length
         carry = torch.empty(rows, batch, hidden_size, dtype=dtype, device=device())  # [s, b, h]
         dist.recv(carry, src=pipe.ranks[pipe.rank - 1], group=pipe.group)
     for layer in layers if at is None or not pipe.is_last else layers[:-1]:

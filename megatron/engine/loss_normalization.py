@@ -27,7 +27,7 @@ def loss_divisor(batches: Sequence[MicroBatch], topology: Topology, device: torc
     the sum over all of them / tokens. batches: all micro batches of this rank's step. Collective over the data axis.
     """
     tokens = sum_over_data(unmasked(batches).to(device), topology)
-    return tokens.clamp(min=1) / (len(batches) * topology.gradient.size)
+    return tokens.clamp(min=1) / (len(batches) * topology.dp_cp.size)
 
 
 def unmasked(batches: Sequence[MicroBatch]) -> Tensor:

@@ -41,7 +41,7 @@ def full_recompute(
         return None
     method: Literal["block", "uniform"] = "block" if section.recompute_method == "block" else "uniform"
     checkpoint: Callable[..., Tensor] = in_host_memory if section.checkpoint_in_cpu else TORCH
-    if topology.model.sequence:  # what is kept is cut over the tensor-parallel ranks already
+    if topology.model.sequence_parallel:  # what is kept is cut over the tensor-parallel ranks already
         section = section.model_copy(update={"partition_activations": False, "contiguous_checkpointing": False})
     if _is_deepspeeds(section):
         checkpoint = _deepspeed(section, topology, num_layers)

@@ -178,7 +178,7 @@ class Statistics:
 def _counted_here(engine: Watched) -> list[Piece]:
     """The pieces whose elements this rank counts."""
     topology = engine.topology
-    found = pieces(engine.deepspeed.optimizer, engine.owned(), topology.gradient.rank)
+    found = pieces(engine.deepspeed.optimizer, engine.owned(), topology.dp_cp.rank)
     return [piece for piece in found if topology.model.is_first or is_sharded(piece.parameter)]
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron.config import Config
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.process_group import announced_anywhere, any_rank, device
+from megatron.distributed.process_group import any_rank, device, is_announced
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import bits_per_byte, perplexity
@@ -77,7 +77,7 @@ def live_evaluation(
     whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
 
     def asked() -> bool:
-        return announced_anywhere("stop", stop_requested())
+        return is_announced("stop", stop_requested())
 
     stoppable = StoppableEngine(engine, asked, any_rank if spread else partial(_any_of_copy, topology))
     model = _harness_model(config, stoppable, tokenizer, topology, chat, replicas=replicas, cached=whole)
@@ -99,7 +99,7 @@ def live_evaluation(
 
 def _any_of_copy(topology: Topology, holds: bool) -> bool:
     """Whether it holds on any of the ranks that compute one copy of the model together."""
-    for axis in (topology.replica, topology.context):
+    for axis in (topology.model_parallel, topology.context):
         holds = any_rank(holds, axis.group) if axis.size > 1 else holds
     return holds
 

@@ -24,7 +24,7 @@ from megatron.distributed.timeouts import (
     collective_in_progress,
     device_collective_in_progress,
     failed_in_a_collective,
-    standing,
+    stack_summary,
 )
 
 STARTING, SAVING, TASKS, ASKING = "starting", "saving", "evaluating tasks", "asking the model"
@@ -134,7 +134,7 @@ class Heartbeat:
             self._pulse,
             heard=time.time(),
             waiting_in=collective_in_progress(self._main),
-            at=standing(self._main),
+            at=stack_summary(self._main),
         )
 
     def _beat(self) -> None:

@@ -16,7 +16,7 @@ from megatron.config import Config
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank
-from megatron.engine.builder import build_inference_engine, build_vocabulary, join
+from megatron.engine.builder import build_inference_engine, build_vocabulary, init_topology
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
@@ -104,7 +104,7 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
 
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
     """
-    topology = join(config)
+    topology = init_topology(config)
     watch = Watch(topology, config.observe.folder, config.launch.collective_timeout)
     try:
         with watch.over():

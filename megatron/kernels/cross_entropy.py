@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class GradientWanted:
+class GradientSpec:
     """What the gradient scale * softmax - hit * onehot(target) of each row is made of, and where it goes.
 
     targets [r] ids inside this vocabulary; scale and hit [r] fp32; out [r, v] may be the logits themselves.
@@ -33,7 +33,7 @@ class GradientWanted:
     out: Tensor
 
 
-def softmax_pass(rows: Tensor, wanted: GradientWanted | None = None) -> Tensor:
+def softmax_pass(rows: Tensor, spec: GradientSpec | None = None) -> Tensor:
     """The logarithm of the sum of exponentials of each row: logits [r, v] -> fp32 [r], and the gradient if wanted."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     log_sums = rows.new_empty(rows.shape[0], dtype=dtype)
@@ -42,10 +42,10 @@ def softmax_pass(rows: Tensor, wanted: GradientWanted | None = None) -> Tensor:
         probabilities = torch.softmax(logits, dim=1, dtype=dtype)
         # The largest probability is 1 / sum(exp(logit - largest logit)).
         log_sums[block] = logits.amax(dim=1) - probabilities.amax(dim=1).log_()
-        if wanted is not None:
-            probabilities.mul_(wanted.scale[block].unsqueeze(1))
-            probabilities.scatter_add_(1, wanted.targets[block].unsqueeze(1), -wanted.hit[block].unsqueeze(1))
-            wanted.out[block] = probabilities
+        if spec is not None:
+            probabilities.mul_(spec.scale[block].unsqueeze(1))
+            probabilities.scatter_add_(1, spec.targets[block].unsqueeze(1), -spec.hit[block].unsqueeze(1))
+            spec.out[block] = probabilities
     return log_sums
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
-from megatron.distributed.tensor_parallel.sequence_parallel import leave
+from megatron.distributed.tensor_parallel.sequence_parallel import reduce_from_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, axis: Axis) -> None:
         super().__init__()
         self.dropout = spec.hidden_dropout
-        self.draws = spec.random.fork if axis.sequence and self.dropout > 0 else nullcontext
+        self.draws = spec.random.fork if axis.sequence_parallel and self.dropout > 0 else nullcontext
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout on what is added to the residual stream."""
@@ -88,5 +88,5 @@ class TransformerBlock(Block):
             return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.partial(second)
-        total = self.attention.dense.add_bias(leave(total, self.axis))  # one sum over ranks for both
+        total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one sum over ranks for both
         return hidden + self.mlp.add_bias(total)

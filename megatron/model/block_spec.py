@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_init import Fill
+from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
-from megatron.distributed.tensor_parallel.lora import Update
+from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_mask import Pattern
 from megatron.kernels.dispatch import Kernels
 from megatron.model.positions.base import AttentionPositions
@@ -44,8 +44,8 @@ class BlockSpec:
     patterns: tuple[Callable[[range], Pattern | None], ...]
     relative: nn.Module | None
     head_norm: Callable[[], nn.Module] | None
-    fill: Fill
-    output_fill: Fill
+    init_fn: InitFn
+    output_init_fn: InitFn
     kernels: Kernels
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -56,4 +56,4 @@ class BlockSpec:
     context: Axis = field(default_factory=lambda: Axis("context"))
     mixture: Any = None
     multipliers: Multipliers = field(default_factory=Multipliers)
-    updates: Mapping[str, Update] = field(default_factory=dict)
+    lora_specs: Mapping[str, LoraSpec] = field(default_factory=dict)

@@ -40,12 +40,12 @@ class EmbeddingLayer(nn.Module):
         self.reset_positions = spec.reset_positions
         self.dropout = blocks.hidden_dropout
         self.axis, self.context = source.axis, spec.topology.context
-        self.draws = spec.rng.fork if source.axis.sequence and self.dropout > 0 else nullcontext
+        self.draws = spec.rng.fork if source.axis.sequence_parallel and self.dropout > 0 else nullcontext
         self.word_embeddings = VocabParallelEmbedding(
             spec.padded_vocab_size,
             spec.dims.hidden_size,
             source.of("word_embeddings"),
-            fill=PaddedInit(blocks.fill, spec.vocab_size or spec.padded_vocab_size),
+            init_fn=PaddedInit(blocks.init_fn, spec.vocab_size or spec.padded_vocab_size),
             kernel=spec.kernels.linear,
         )
         if spec.dims.tied:
@@ -55,7 +55,7 @@ class EmbeddingLayer(nn.Module):
         if not as_output_copy:
             positions = POSITIONS.load(spec.model.pos_emb)
             self.position_embeddings = positions.for_embedding(
-                spec.model, source.of("position_embeddings"), blocks.fill
+                spec.model, source.of("position_embeddings"), blocks.init_fn
             )
             prompt = soft_prompt(spec.model.soft_prompt_tuning)
             if prompt is not None:
@@ -88,7 +88,7 @@ class EmbeddingLayer(nn.Module):
     def _first(self, length: int, cache: KVCache | None) -> int:
         """The position of the first vector on this rank, of `length` tokens that this rank has been given."""
         first = self.context.rank * length if cache is None else cache.length
-        return first + (self.axis.rank * length // self.axis.size if self.axis.sequence else 0)
+        return first + (self.axis.rank * length // self.axis.size if self.axis.sequence_parallel else 0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""

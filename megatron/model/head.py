@@ -50,7 +50,7 @@ class Head(nn.Module):
             spec.dims.hidden_size,
             spec.padded_vocab_size,
             spec.param_factory(spec.dims.num_layers + 4).of("final_linear"),
-            fill=PaddedInit(blocks.fill, spec.vocab_size or spec.padded_vocab_size),
+            init_fn=PaddedInit(blocks.init_fn, spec.vocab_size or spec.padded_vocab_size),
             bias=False,
             kernel=spec.kernels.linear,
         )

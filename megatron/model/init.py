@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.distributed.param_init import Fill, PaddedInit, Rescale
+from megatron.distributed.param_init import InitFn, PaddedInit, Rescale
 from megatron.param_table import WidthRatio
 
 
@@ -22,80 +22,80 @@ from megatron.param_table import WidthRatio
 class FillByShape:
     """A Fill whose deviation depends on the shape. deviation: maps [out, in] to it, up to a constant factor."""
 
-    draw: Fill
+    draw: InitFn
     deviation: Callable[[Sequence[float]], float]
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
         self.draw(tensor, generator)
 
 
-def _normal(std: float) -> Fill:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+def _normal(std: float) -> InitFn:
+    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0.0, std, generator=generator)
 
-    return fill
+    return init_fn
 
 
-def normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation std (GPT-2)."""
     return _normal(std)
 
 
-def scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation std / sqrt(2 L): each block adds twice to the residual (GPT-2, section 2.3)."""
     return _normal(std / math.sqrt(2 * num_layers))
 
 
-def single_residual_scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def single_residual_scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation std / sqrt(L), for parallel residual blocks, which add once."""
     return _normal(std / math.sqrt(num_layers))
 
 
-def small_init(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def small_init(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation sqrt(2 / (5 h)) (arXiv:1910.05895, section 2.2)."""
     return _normal(math.sqrt(2 / (5 * hidden_size)))
 
 
-def wang_init(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def wang_init(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation 2 / (L sqrt(h)) (GPT-J)."""
     return _normal(2 / (num_layers * math.sqrt(hidden_size)))
 
 
-def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Uniform on +-sqrt(6 / (in + out)) (Glorot and Bengio, 2010, eq. 16)."""
 
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_uniform_(tensor, generator=generator)
 
-    return FillByShape(fill, _by_sum)
+    return FillByShape(init_fn, _by_sum)
 
 
-def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Normal with deviation sqrt(2 / (in + out)) (Glorot and Bengio, 2010)."""
 
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_normal_(tensor, generator=generator)
 
-    return FillByShape(fill, _by_sum)
+    return FillByShape(init_fn, _by_sum)
 
 
 def _by_sum(shape: Sequence[float]) -> float:
     return sum(shape) ** -0.5
 
 
-def _orthogonal(gain: float) -> Fill:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+def _orthogonal(gain: float) -> InitFn:
+    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.orthogonal_(tensor, gain=gain, generator=generator)
 
-    return FillByShape(fill, lambda shape: max(shape) ** -0.5)
+    return FillByShape(init_fn, lambda shape: max(shape) ** -0.5)
 
 
-def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Orthonormal rows or columns, whichever are fewer (arXiv:1312.6120)."""
     return _orthogonal(1.0)
 
 
-def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> Fill:
+def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     """Orthogonal rows or columns of length 1 / sqrt(2 L)."""
     return _orthogonal(1 / math.sqrt(2 * num_layers))
 
@@ -106,18 +106,18 @@ def rescaling(growths: Mapping[str, WidthRatio], factor: float) -> Rescale:
     growths: by key. factor: of all of them.
     """
 
-    def rescale(key: str, fill: Fill, transposed: bool) -> Fill:
-        if isinstance(fill, PaddedInit):
-            return PaddedInit(rescale(key, fill.fill, transposed), fill.rows)
+    def rescale(key: str, init_fn: InitFn, transposed: bool) -> InitFn:
+        if isinstance(init_fn, PaddedInit):
+            return PaddedInit(rescale(key, init_fn.init_fn, transposed), init_fn.rows)
         growth = growths[key]
         ratios = [ratio or 1.0 for ratio in growth.ratios][:: -1 if transposed else 1]
 
         def rescaled(tensor: Tensor, generator: torch.Generator) -> None:
-            fill(tensor, generator)
+            init_fn(tensor, generator)
             wanted = factor * growth.deviation
-            if isinstance(fill, FillByShape):
+            if isinstance(init_fn, FillByShape):
                 base = [size / ratio for size, ratio in zip(tensor.shape, ratios, strict=True)]
-                wanted *= fill.deviation(base) / fill.deviation(tensor.shape)
+                wanted *= init_fn.deviation(base) / init_fn.deviation(tensor.shape)
             if wanted != 1.0:
                 tensor.mul_(wanted)
 

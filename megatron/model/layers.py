@@ -27,7 +27,7 @@ from megatron.config.schema.moe import MoeSection
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
-from megatron.distributed.tensor_parallel.lora import Update
+from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_mask import Blocks, Pattern, Window
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
@@ -94,7 +94,9 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     head_norm = partial(_norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, partial_sum=axis.size > 1)
     return BlockSpec(
         dims=dims,
-        norm=partial(_norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), axis, partial_sum=axis.sequence),
+        norm=partial(
+            _norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), axis, partial_sum=axis.sequence_parallel
+        ),
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
         positions=positions.for_attention(model, dims.head_dim, spec.kernels.rotary),
         activation=ACTIVATIONS.load(model.activation),
@@ -103,8 +105,8 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         patterns=_patterns(model, dims.kinds),
         relative=positions.for_scores(model, spec.param_factory(FIRST_BLOCK).of("attention.rpe"), spec.multipliers),
         head_norm=head_norm if dims.qk_norm else None,
-        fill=INITS.load(initialization.init_method)(**numbers),
-        output_fill=INITS.load(initialization.output_layer_init_method)(**numbers),
+        init_fn=INITS.load(initialization.init_method)(**numbers),
+        output_init_fn=INITS.load(initialization.output_layer_init_method)(**numbers),
         kernels=spec.kernels,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -115,7 +117,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         context=topology.context,
         mixture=_moe_config(spec.moe, topology, spec.router_losses) if spec.moe and dims.mixture.experts > 1 else None,
         multipliers=spec.multipliers,
-        updates=_updates(dims.low_rank, spec.rng),
+        lora_specs=_lora_specs(dims.low_rank, spec.rng),
     )
 
 
@@ -130,16 +132,16 @@ def _moe_config(moe: MoeSection, topology: Topology, losses: RouterLossTracker |
         least=moe.moe_min_capacity,
         losses=losses or RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
         axis=topology.expert,
-        batch=topology.gradient,
+        batch=topology.dp_cp,
         context=topology.context,
     )
 
 
-def _updates(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str, Update]:
+def _lora_specs(low_rank: LowRank | None, random: TensorParallelRNG) -> dict[str, LoraSpec]:
     """Returns the adapter of each targeted matrix, by the name of the target."""
     if low_rank is None:
         return {}
-    return dict.fromkeys(low_rank.targets, Update(low_rank.rank, low_rank.scale, low_rank.dropout, random))
+    return dict.fromkeys(low_rank.targets, LoraSpec(low_rank.rank, low_rank.scale, low_rank.dropout, random))
 
 
 def _block(kind: str) -> type[Block]:

@@ -22,10 +22,10 @@ class LearnedPrompt(nn.Module):
     def __init__(self, asked: SoftPrompt, hidden_size: int, source: ParamFactory) -> None:
         super().__init__()
 
-        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
             tensor.uniform_(-asked.init_range, asked.init_range, generator=generator)
 
-        self.weight = source.replica("weight", (asked.num_tokens, hidden_size), fill)
+        self.weight = source.replicated("weight", (asked.num_tokens, hidden_size), init_fn)
         mark_embedding_like(self.weight)
 
     def forward(self, hidden: Tensor, first: int) -> Tensor:

@@ -81,5 +81,5 @@ def fused_norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
         activation=_name_of(mlp.activation),
         ranks=block.axis.size,
         group=block.axis.group,
-        sequence_parallel=block.axis.sequence,
+        sequence_parallel=block.axis.sequence_parallel,
     )

@@ -49,10 +49,10 @@ class _Place:
 
 
 class Exchange:
-    """Averages tensors over `topology.gradient`. live: parameter -> the elements that take part."""
+    """Averages tensors over `topology.dp_cp`. live: parameter -> the elements that take part."""
 
     def __init__(self, live: Mapping[Parameter, Tensor], topology: Topology, traffic: CommBytes) -> None:
-        self._axis, self._model, self._traffic = topology.gradient, topology.model, traffic
+        self._axis, self._model, self._traffic = topology.dp_cp, topology.model, traffic
         self._places: list[_Place] = []
         row = byte = 0
         for parameter, mask in live.items():

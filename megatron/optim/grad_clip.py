@@ -34,10 +34,10 @@ class GradientClipper:
         self._held = list(parameters)
         self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
         self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
-        self._replica, self._expert = topology.replica, topology.expert
+        self._replica, self._expert = topology.model_parallel, topology.expert
         self._spread = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] > 1]
         self._counted = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] == 1]
-        self._apart = topology.gradient
+        self._apart = topology.dp_cp
         self.grads_are_unreduced = False
         self._max_norm = max_norm
         self.norm = torch.zeros(())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from megatron.distributed.param_attrs import is_table, no_weight_decay
+from megatron.distributed.param_attrs import is_embedding_like, no_weight_decay
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, Request, count_in_integers
 from megatron.optim.unsharded import UnshardedOptimizer
@@ -82,7 +82,7 @@ def is_hidden_matrix(parameter: Parameter) -> bool:
 
     What weight decay leaves alone maps nothing, even where it has two dimensions (the states of Mamba).
     """
-    return parameter.dim() == 2 and not is_table(parameter) and not no_weight_decay(parameter)
+    return parameter.dim() == 2 and not is_embedding_like(parameter) and not no_weight_decay(parameter)
 
 
 def _of(group: dict[str, Any], parameters: Iterable[Parameter]) -> Groups:

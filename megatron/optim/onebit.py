@@ -78,16 +78,16 @@ class OnebitAdam(torch.optim.Optimizer):
     @property
     def data_rank(self) -> int:
         """Whose worker error this is."""
-        return self._topology.gradient.rank
+        return self._topology.dp_cp.rank
 
     @property
     def data_size(self) -> int:
         """How many ranks average their momenta."""
-        return self._topology.gradient.size
+        return self._topology.dp_cp.size
 
     def server_range(self, parameter: Parameter) -> tuple[int, int]:
         """The elements of the flattened shard that this rank serves: start, stop."""
-        return Exchange.chunk(parameter, self._topology.gradient)
+        return Exchange.chunk(parameter, self._topology.dp_cp)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

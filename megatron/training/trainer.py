@@ -28,7 +28,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank, device
 from megatron.distributed.timeouts import set_collective_timeout
 from megatron.engine.base import BaseEngine
-from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, join
+from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, init_topology
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
@@ -71,7 +71,7 @@ def train(config: Config, stop: Stop) -> None:
 
     Raises ConfigError for errors that only show here (missing data, nothing to load), RunError for later errors.
     """
-    topology = join(config)
+    topology = init_topology(config)
     config = _alike_after_a_restart(config)
     folder = config.observe.folder
     watch = Watch(topology, folder, config.launch.collective_timeout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.distributed.op_build import own_programs_first
+from megatron.distributed.op_build import prepend_interpreter_to_path
 from megatron.extensions_dir import extensions_folder
 from tests.multi_rank import run_distributed
 
@@ -31,5 +31,5 @@ def test_the_interpreters_own_programs_come_first_and_once() -> None:
     own = str(Path(sys.executable).parent)
     for given in ("/usr/bin:/bin", f"/usr/bin:{own}:/bin", f"{own}:/usr/bin:/bin"):
         environment = {"PATH": given}
-        own_programs_first(environment)
+        prepend_interpreter_to_path(environment)
         assert environment["PATH"] == f"{own}:/usr/bin:/bin"

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from, scatter_to
 from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads
-from megatron.distributed.expert_all_to_all import exchange_rows
+from megatron.distributed.expert_all_to_all import all_to_all_rows
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy, weighted_cross_entropy
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.distributed.tensor_parallel.sequence_parallel import leave
+from megatron.distributed.tensor_parallel.sequence_parallel import reduce_from_tp
 from megatron.model.norms.layernorm import LayerNorm
 from tests.multi_rank import run_distributed
 
@@ -67,26 +67,30 @@ def cases(rank: int, size: int) -> dict[str, Case]:
 def layer_cases(axis: Axis) -> dict[str, Case]:
     """The layers, with the whole sequence on every rank or a part of it."""
     source, mine = ParamFactory(seed=3, layer=2, axis=axis, dtype=torch.float64), 100 + axis.rank
-    column = ColumnParallelLinear(H, INNER, source.of("column"), fill=draw, bias=True)
-    row = RowParallelLinear(INNER, H, source.of("row"), fill=draw, bias=True)
-    embedding = VocabParallelEmbedding(VOCABULARY, H, source.of("words"), fill=draw)
+    column = ColumnParallelLinear(H, INNER, source.of("column"), init_fn=draw, bias=True)
+    row = RowParallelLinear(INNER, H, source.of("row"), init_fn=draw, bias=True)
+    embedding = VocabParallelEmbedding(VOCABULARY, H, source.of("words"), init_fn=draw)
     norm = LayerNorm(H, 1e-5, bias=True).double()
     x, ids = values(S, B, H, seed=1), torch.arange(S * B).view(S, B) % VOCABULARY
     inner, term = values(S, B, INNER // axis.size, seed=mine), values(S, B, H, seed=mine)
-    if axis.sequence:
+    if axis.sequence_parallel:
         x = values(S // axis.size, B, H, seed=mine)
         for parameter in norm.parameters():
             mark_partial_grad(parameter, axis)
-    own, everywhere = ((x,), ()) if axis.sequence else ((), (x,))
+    own, everywhere = ((x,), ()) if axis.sequence_parallel else ((), (x,))
     return {
         "column": Case(lambda: column(x), copies=everywhere, parts=(*own, column.weight, column.bias)),
-        "row": Case(lambda: row(inner), copies=(row.bias,), parts=(inner, row.weight), whole=not axis.sequence),
-        "embedding": Case(lambda: embedding(ids), parts=(embedding.weight,), whole=not axis.sequence),
+        "row": Case(
+            lambda: row(inner), copies=(row.bias,), parts=(inner, row.weight), whole=not axis.sequence_parallel
+        ),
+        "embedding": Case(lambda: embedding(ids), parts=(embedding.weight,), whole=not axis.sequence_parallel),
         "output layer": Case(
             lambda: embedding(x, as_output_layer=True), copies=everywhere, parts=(*own, embedding.weight)
         ),
-        "norm": Case(lambda: norm(x), copies=(*everywhere, *norm.parameters()), parts=own, whole=not axis.sequence),
-        "leave": Case(lambda: leave(term, axis), parts=(term,), whole=not axis.sequence),
+        "norm": Case(
+            lambda: norm(x), copies=(*everywhere, *norm.parameters()), parts=own, whole=not axis.sequence_parallel
+        ),
+        "leave": Case(lambda: reduce_from_tp(term, axis), parts=(term,), whole=not axis.sequence_parallel),
     }
 
 
@@ -102,7 +106,7 @@ def exchange_cases(axis: Axis) -> dict[str, Case]:
     sent, received = counts[rank], [row[rank] for row in counts]
     rows = values(sum(sent), 2, seed=mine)
     return {
-        "exchange_rows": Case(lambda: exchange_rows(rows, sent, received, axis) ** 2, parts=(rows,)),
+        "all_to_all_rows": Case(lambda: all_to_all_rows(rows, sent, received, axis) ** 2, parts=(rows,)),
         "copy_to": Case(lambda: copy_to(copy, axis) * (rank + 1), copies=(copy,)),
         "reduce_from": Case(lambda: reduce_from(part, axis), parts=(part,), whole=True),
         "gather_from": Case(lambda: gather_from(part, axis), parts=(part,), whole=True),

@@ -46,7 +46,7 @@ def fixed(*shape: int, seed: int) -> Tensor:
 def columns(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
     """A column-parallel layer: its output slice and the gradients, for an output gradient that is cut the same way."""
     layer = ColumnParallelLinear(
-        WIDTH, OUT, source(model_axis(rank, size)), fill=draw, bias=True, sections=SECTIONS, kernel=kernel
+        WIDTH, OUT, source(model_axis(rank, size)), init_fn=draw, bias=True, sections=SECTIONS, kernel=kernel
     )
     layer.bias.data += rows(fixed(OUT, seed=4), SECTIONS, rank, size)
     x = fixed(*TOKENS, WIDTH, seed=5).requires_grad_()
@@ -57,7 +57,7 @@ def columns(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
 
 def dense_source(name: str, *shape: int) -> Tensor:
     """What the layers draw, whole."""
-    return source(Topology.single().model).replica(name, shape, draw).detach()
+    return source(Topology.single().model).replicated(name, shape, draw).detach()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -76,7 +76,7 @@ def test_column_parallel_equals_dense(size: int, kernel: Any) -> None:
 
 
 def row_wise(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
-    layer = RowParallelLinear(WIDTH, OUT, source(model_axis(rank, size)), fill=draw, bias=True, kernel=kernel)
+    layer = RowParallelLinear(WIDTH, OUT, source(model_axis(rank, size)), init_fn=draw, bias=True, kernel=kernel)
     layer.bias.data += fixed(OUT, seed=4)
     x = fixed(*TOKENS, WIDTH, seed=5).chunk(size, -1)[rank].contiguous().requires_grad_()
     y = layer(x)
@@ -101,7 +101,7 @@ def test_row_parallel_equals_dense_and_adds_its_bias_once(size: int, kernel: Any
 
 
 def embed(rank: int, size: int) -> dict[str, Tensor]:
-    layer = VocabParallelEmbedding(OUT, WIDTH, source(model_axis(rank, size)), fill=draw)
+    layer = VocabParallelEmbedding(OUT, WIDTH, source(model_axis(rank, size)), init_fn=draw)
     ids = torch.arange(OUT).view(4, 16)
     vectors = layer(ids)
     logits = layer(vectors, as_output_layer=True)
@@ -154,8 +154,8 @@ def test_collectives_and_their_gradients() -> None:
 
 
 def test_marks() -> None:
-    made = ColumnParallelLinear(WIDTH, OUT, source(Topology.single().model), fill=draw, bias=True, sections=SECTIONS)
-    row = RowParallelLinear(WIDTH, OUT, source(Topology.single().model), fill=draw, bias=True)
+    made = ColumnParallelLinear(WIDTH, OUT, source(Topology.single().model), init_fn=draw, bias=True, sections=SECTIONS)
+    row = RowParallelLinear(WIDTH, OUT, source(Topology.single().model), init_fn=draw, bias=True)
     assert (shard_dim(made.weight), shard_dim(made.bias), shard_dim(row.weight), shard_dim(row.bias)) == (0, 0, 1, None)
     assert shard_sections(made.weight) == SECTIONS
     assert [no_weight_decay(p) for p in (made.weight, made.bias, row.weight, row.bias)] == [False, True, False, True]
@@ -166,7 +166,7 @@ def test_marks() -> None:
 
 def test_an_uneven_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="64 rows do not divide by 3"):
-        ColumnParallelLinear(WIDTH, OUT, source(Axis("model", 3, 0, (0, 1, 2))), fill=draw, bias=False)
+        ColumnParallelLinear(WIDTH, OUT, source(Axis("model", 3, 0, (0, 1, 2))), init_fn=draw, bias=False)
 
 
 def test_sharded_draws_differ_by_rank_and_leave_the_shared_ones_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron.distributed.mesh import Topology, coordinates
 
-AXES = ("pipe", "data", "context", "model", "replica", "gradient")
+AXES = ("pipe", "data", "context", "model", "model_parallel", "dp_cp")
 
 
 def groups(pipe: int, context: int, model: int, world_size: int) -> dict[str, set[tuple[int, ...]]]:
@@ -31,8 +31,8 @@ def test_rank_order() -> None:
     assert (0, 2) in found["context"]
     assert (0, 4) in found["data"]
     assert (0, 8) in found["pipe"]
-    assert (0, 2, 4, 6) in found["gradient"]
-    assert (0, 1, 8, 9) in found["replica"]
+    assert (0, 2, 4, 6) in found["dp_cp"]
+    assert (0, 1, 8, 9) in found["model_parallel"]
 
 
 @pytest.mark.parametrize("sizes", list(itertools.product((1, 2, 3), repeat=4)))

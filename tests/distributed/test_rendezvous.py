@@ -8,9 +8,9 @@ from pathlib import Path
 
 CODE = """
 from megatron.errors import RunError
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 try:
-    bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
+    init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
 except RunError as fault:
     print(fault)
 """

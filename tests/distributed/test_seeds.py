@@ -7,13 +7,13 @@ from collections import defaultdict
 import pytest
 import torch
 
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from tests.multi_rank import run_distributed
 
 
 def draw(rank: int, world_size: int, pipe: int, context: int) -> tuple[tuple[int, int, int], tuple[float, ...]]:
     """This rank's place along pipe, data and context, and its next numbers."""
-    topology = bootstrap(pipe_parallel_size=pipe, context_parallel_size=context, model_parallel_size=2, seed=5)
+    topology = init_distributed(pipe_parallel_size=pipe, context_parallel_size=context, model_parallel_size=2, seed=5)
     position = (topology.pipe.rank, topology.data.rank, topology.context.rank)
     return position, tuple(torch.rand(4).tolist())
 

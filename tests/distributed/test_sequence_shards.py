@@ -13,7 +13,11 @@ from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.distributed.tensor_parallel.sequence_parallel import all_gather_first, leave, reduce_scatter_first
+from megatron.distributed.tensor_parallel.sequence_parallel import (
+    all_gather_first,
+    reduce_from_tp,
+    reduce_scatter_first,
+)
 from megatron.kernels.attention import plain_attention
 from megatron.model.norms.layernorm import LayerNorm
 from tests.multi_rank import run_distributed
@@ -48,8 +52,8 @@ def mlp(rank: int, size: int) -> dict[str, Tensor]:
     norm = LayerNorm(WIDTH, 1e-5, bias=True).double()
     for parameter in norm.parameters():
         mark_partial_grad(parameter, axis)
-    column = ColumnParallelLinear(WIDTH, INNER, source(axis).of("column"), fill=draw, bias=True)
-    row = RowParallelLinear(INNER, WIDTH, source(axis).of("row"), fill=draw, bias=True)
+    column = ColumnParallelLinear(WIDTH, INNER, source(axis).of("column"), init_fn=draw, bias=True)
+    row = RowParallelLinear(INNER, WIDTH, source(axis).of("row"), init_fn=draw, bias=True)
     x = part(fixed(LENGTH, BATCH, WIDTH, seed=5), rank, size)
     y = row(torch.tanh(column(norm(x))))
     y.backward(part(fixed(LENGTH, BATCH, WIDTH, seed=6), rank, size))
@@ -62,8 +66,8 @@ def mlp(rank: int, size: int) -> dict[str, Tensor]:
 def test_layers_equal_dense_ones(size: int) -> None:
     """Outputs and input gradients are parts of the dense ones; replicated parameters have the whole gradient."""
     complete = source(Topology.single().model)
-    column = ColumnParallelLinear(WIDTH, INNER, complete.of("column"), fill=draw, bias=True)
-    row = RowParallelLinear(INNER, WIDTH, complete.of("row"), fill=draw, bias=True)
+    column = ColumnParallelLinear(WIDTH, INNER, complete.of("column"), init_fn=draw, bias=True)
+    row = RowParallelLinear(INNER, WIDTH, complete.of("row"), init_fn=draw, bias=True)
     norm = LayerNorm(WIDTH, 1e-5, bias=True).double()
     x = fixed(LENGTH, BATCH, WIDTH, seed=5).requires_grad_()
     hidden = torch.tanh(F.linear(F.layer_norm(x, (WIDTH,), norm.weight, norm.bias), column.weight, column.bias))
@@ -86,7 +90,7 @@ def test_layers_equal_dense_ones(size: int) -> None:
 
 
 def embed(rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    layer = VocabParallelEmbedding(16, WIDTH, source(model_axis(rank, size)), fill=draw)
+    layer = VocabParallelEmbedding(16, WIDTH, source(model_axis(rank, size)), init_fn=draw)
     vectors = layer(torch.arange(LENGTH * 2).view(LENGTH, 2))
     logits = layer(vectors, as_output_layer=True)
     logits.backward(fixed(LENGTH, 2, 16, seed=7).chunk(size, -1)[rank])
@@ -95,7 +99,7 @@ def embed(rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tied_embedding_equals_dense(size: int) -> None:
-    weight = VocabParallelEmbedding(16, WIDTH, source(Topology.single().model), fill=draw).weight
+    weight = VocabParallelEmbedding(16, WIDTH, source(Topology.single().model), init_fn=draw).weight
     vectors = F.embedding(torch.arange(LENGTH * 2).view(LENGTH, 2), weight)
     logits = F.linear(vectors, weight)
     logits.backward(fixed(LENGTH, 2, 16, seed=7))
@@ -110,7 +114,7 @@ def adjoints(rank: int, size: int) -> list[tuple[float, float]]:
     axis, context = model_axis(rank, size), Axis("context", size, rank, tuple(range(size)))
     found = []
     for function, shape in (
-        (lambda x: leave(x, axis), (LENGTH, BATCH)),
+        (lambda x: reduce_from_tp(x, axis), (LENGTH, BATCH)),
         (lambda x: all_to_all_seq_to_heads(x, context), (BATCH, 4, LENGTH, 5)),
         (lambda x: all_to_all_heads_to_seq(x, context), (BATCH, 4, LENGTH, 5)),
     ):

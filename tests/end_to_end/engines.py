@@ -12,7 +12,7 @@ from megatron.checkpoint.load.loader import find_checkpoint
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config, Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine
 from megatron.param_table import ModelDims, tensors
@@ -73,7 +73,7 @@ def train(
         }
         config = resolve([], keys, Resources(world_size)).config
         axes = config.parallelism
-        topology = topology or bootstrap(
+        topology = topology or init_distributed(
             pipe_parallel_size=axes.pipe_parallel_size,
             model_parallel_size=axes.model_parallel_size,
             context_parallel_size=axes.context_parallel_size,

@@ -69,7 +69,7 @@ def squared_glu(x):
 class Table(nn.Module):
     def __init__(self, rows, width, source, fill):
         super().__init__()
-        self.table = source.replica("table", (rows, width), fill)
+        self.table = source.replicated("table", (rows, width), fill)
         mark_embedding_like(self.table)
 
     def forward(self, length, offset, positions, device):
@@ -79,7 +79,7 @@ class Table(nn.Module):
 class Bias(nn.Module):
     def __init__(self, heads, source):
         super().__init__()
-        self.bias = source.shard("bias", (8, heads), lambda full, generator: full.zero_(), dim=1)
+        self.bias = source.sharded("bias", (8, heads), lambda full, generator: full.zero_(), dim=1)
         mark_embedding_like(self.bias)
         mark_tied(self.bias)
 

@@ -21,7 +21,7 @@ from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.load.loader import find_checkpoint
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Resources, resolve
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.engine.builder import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, tensors
@@ -140,7 +140,7 @@ def text() -> Tensor:
 
 def saved_logits(rank: int, world_size: int, cases: dict[str, Keys], folder: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Saves the initial weights of each case; the logits of one text as a whole, and token by token from a cache."""
-    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
+    topology = init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
     found = {}
     for name, keys in cases.items():
         config = resolve([], {**keys, "save": str(Path(folder) / name)}, Resources(1)).config

@@ -20,7 +20,7 @@ from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES as THEIRS
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Resources, resolve
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.engine.builder import build_inference_engine, build_training_engine
 from megatron.errors import ConfigError
 from tests.end_to_end.engines import (
@@ -117,7 +117,7 @@ EXPORTED: dict[tuple[str, str], tuple[str, Keys]] = {
 
 def saved_logits(rank: int, world_size: int, cases: dict[str, Keys], folder: str) -> dict[str, Tensor]:
     """Saves the initial weights of each case and returns their logits for one text."""
-    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
+    topology = init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, backend="gloo")
     found = {}
     for name, keys in cases.items():
         config = resolve([], {**keys, "save": str(Path(folder) / name)}, Resources(1)).config

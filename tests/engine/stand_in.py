@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.tensor_parallel.sequence_parallel import enter, leave
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp, leave
 
 
 @dataclass
@@ -82,7 +82,7 @@ class LayerNormMLP(Layer):
         super().__init__()
         assert set_parallel_mode == (tp_group is not None) == (tp_size > 1)
         rank = dist.get_rank(tp_group) if tp_group is not None else 0
-        self.axis = Axis("model", tp_size, rank, group=tp_group, sequence=sequence_parallel)
+        self.axis = Axis("model", tp_size, rank, group=tp_group, sequence_parallel=sequence_parallel)
         self.eps, self.normalization = eps, normalization
         made = partial(empty, device=device, dtype=params_dtype)
         width = ffn_hidden_size // tp_size
@@ -100,7 +100,7 @@ class LayerNormMLP(Layer):
             normed = F.layer_norm(x, shape, self.layer_norm_weight, self.layer_norm_bias, self.eps)
         else:
             normed = F.rms_norm(x, shape, self.layer_norm_weight, self.eps)
-        inner = self.act(F.linear(enter(normed, self.axis), self.fc1_weight, self.fc1_bias))
+        inner = self.act(F.linear(gather_or_copy_to_tp(normed, self.axis), self.fc1_weight, self.fc1_bias))
         out = leave(F.linear(inner, self.fc2_weight), self.axis)
         return out if self.fc2_bias is None else out + self.fc2_bias
 

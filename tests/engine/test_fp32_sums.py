@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from tests.end_to_end.runs import BASE
 from tests.multi_rank import run_distributed
 
@@ -49,7 +49,7 @@ def summed_types(rank: int, world_size: int, settings: dict[str, Any]) -> set[st
         {**BASE, "precision": "bfloat16", "zero_optimization": {"stage": 1}, **settings},
         Resources(world_size),
     ).config
-    topology = join(config)
+    topology = init_topology(config)
     found: set[str] = set()
     for name in SUMS:
         setattr(dist, name, watched(getattr(dist, name), found))

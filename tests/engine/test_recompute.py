@@ -17,7 +17,7 @@ import torch
 from megatron.config import Config, Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.model.block import TransformerBlock
 from tests.end_to_end.runs import BASE
 from tests.multi_rank import run_distributed
@@ -66,7 +66,7 @@ def micro_batches(config: Config, topology: Topology) -> Iterator[MicroBatch]:
 def trained(world_size: int, settings: dict[str, Any]) -> tuple[str, int]:
     """A digest of the optimizer's state and the weights after two steps, and how often a block was computed."""
     config = resolve([], {**BASE, **DROPOUT, **settings}, Resources(world_size)).config
-    topology = join(config)
+    topology = init_topology(config)
     engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
     calls: list[None] = []
     for module in engine.deepspeed.module.modules():

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.config import Config, Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.engine.engine import eval_loss
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -117,7 +117,7 @@ def micro_batches(config: Config, topology: Topology) -> Iterator[MicroBatch]:
 def losses_and_norms(rank: int, world_size: int, settings: dict[str, Any]) -> list[tuple[float, float, float]]:
     """(loss, gradient norm, evaluation of the same samples after the update) of every step."""
     config = configuration(world_size, settings)
-    topology = join(config)
+    topology = init_topology(config)
     engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY)
     train, evaluate = micro_batches(config, topology), micro_batches(config, topology)
     steps = []

@@ -339,7 +339,7 @@ def cut_model(rank: int, size: int, values: dict[str, dict[str, Tensor]]) -> dic
     reported: dict[str, Any] = {}
     for kind, complete in values.items():
         for sequence in (False, True):
-            axes = replace(topology, model=replace(topology.model, sequence=sequence))
+            axes = replace(topology, model=replace(topology.model, sequence_parallel=sequence))
             model = build(kind, axes, reset=True)
             model.load_state_dict(local(complete, kind, rank, size))
             logits = model(tokens(), None, documents())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.config import Config, Resources, resolve
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_init import parameter_seed
 from megatron.engine.builder import build_training_engine
@@ -75,7 +75,7 @@ def theirs_of(config: Config) -> Any:
 
 def runs(rank: int, world_size: int, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Both runs of every case."""
-    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=SEED, backend="gloo")
+    topology = init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=SEED, backend="gloo")
     return {name: ours_and_theirs(config_of(Path(folder), **case), topology) for name, case in cases.items()}
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.model.block import Block
 from megatron.model.head import Head
 from megatron.model.mlp.dense import ParallelMLP
@@ -127,7 +127,7 @@ def _everything() -> Storages:
 def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int) -> dict[str, int]:
     """Trains two steps of the configured model on random tokens and returns the bytes of each component."""
     config = resolve([], settings, Resources(world_size)).config
-    topology = join(config)
+    topology = init_topology(config)
     engine = build_training_engine(config, topology, padded_vocab_size=vocabulary)
     batch, length = config.training.train_micro_batch_size_per_gpu or 0, config.model.seq_length or 0
     tokens = torch.randint(0, vocabulary, (batch, length))

@@ -191,7 +191,7 @@ def mirror_of_here() -> tuple[str, str]:
     return next(line.split()[0] for line in lines if line.endswith(f" {release[1]}")), release[1]
 
 
-def bootstrap(folder: Path) -> None:
+def init_distributed(folder: Path) -> None:
     """A root with the distribution's smallest set of packages, and what this machine's apt reads."""
     address, release = mirror_of_here()
     subprocess.run(["debootstrap", "--variant=minbase", release, str(folder), address], check=True, capture_output=True)

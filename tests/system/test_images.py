@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.runs import BASE
-from tests.system.images import ROOT, Machine, Stage, bootstrap, definition, dockerfile, layered
+from tests.system.images import ROOT, Machine, Stage, definition, dockerfile, init_distributed, layered
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_definition_names_files_that_exist(apptainer: list[Stage]) -> None:
 def test_the_steps_make_a_root_in_which_a_user_trains(docker: list[Stage], tmp_path: Path) -> None:
     """All of it in a new root of this machine's own release: packages, compilation, and two steps of training."""
     assert os.geteuid() == 0 and shutil.which("debootstrap"), "apt install debootstrap, and be root"
-    bootstrap(tmp_path / "base")
+    init_distributed(tmp_path / "base")
     system, build, final = docker
     with layered(tmp_path / "base", tmp_path / "system") as first:
         Machine(first).run(system, {})

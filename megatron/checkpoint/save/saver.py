@@ -186,7 +186,7 @@ def take_snapshot(
     snapshot = Snapshot()
     topology = engine.topology
     shards = engine.weights()
-    if topology.gradient.is_first:
+    if topology.dp_cp.is_first:
         _add_weights(snapshot, config, engine, counters, shards, padded_vocab_size)
     if not config.checkpoint.no_save_optim:
         kept = engine.optimizer_slices()
@@ -234,7 +234,7 @@ def _add_weights(
         divisible_by=config.tokenizer.make_vocab_size_divisible_by,
         padded_vocab_size=padded_vocab_size,
     )
-    path = layout.model_file(topology.replica.rank)
+    path = layout.model_file(topology.model_parallel.rank)
     if not engine.pipelined:
         snapshot.tensors[path] = partial(weight_shards.whole_content, stored, facts)
         return

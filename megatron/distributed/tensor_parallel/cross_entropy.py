@@ -1,6 +1,6 @@
-"""Cross entropy of logits whose vocabulary is cut over tensor-parallel ranks, without gathering them.
+"""Cross entropy of logits whose vocabulary is sharded over tensor-parallel ranks, without gathering them.
 
-Two numbers a token cross the ranks: the logarithm of the sum of exponentials and the target's logit (Megatron-LM,
+Two numbers a token are communicated: the log of the sum of exponentials and the target's logit (Megatron-LM,
 arXiv:1909.08053, section 3). Shapes: r rows (tokens), v vocabulary, t tensor-parallel degree.
 """
 
@@ -14,14 +14,19 @@ from torch import Tensor
 
 from megatron.distributed.collectives import all_reduce
 from megatron.distributed.mesh import Axis
-from megatron.kernels.cross_entropy import GradientWanted, softmax_pass
+from megatron.kernels.cross_entropy import GradientSpec, softmax_pass
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int | None = None) -> Tensor:
     """-log p(target): logits [..., v/t] of any float type and global token ids [...] -> fp32 losses [...].
 
-    Every rank of the axis receives the same losses; the gradient on each rank is that of its own logits. vocabulary:
-    as below.
+    Every rank of the axis gets the same losses; the gradient on each rank is that of its own logits.
+
+    Args:
+        logits: this rank's columns.
+        targets: global token ids.
+        axis: tensor-parallel ranks.
+        vocabulary: number of tokens; logits of padding rows get no probability. None if there is no padding.
     """
     losses: Tensor = _CrossEntropy.apply(logits, targets, axis, vocabulary)
     return losses
@@ -32,9 +37,16 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """sum(weights * -log p(target)): logits [..., v/t], global token ids and fp32 weights [...] -> fp32 scalar.
 
-    Where a gradient is needed this overwrites the logits with it, which saves the memory and the time of a second
-    tensor of their size: read what you need from them first. It can be differentiated once. vocabulary: the ids that
-    exist [tokens]; logits past them, which only pad the vocabulary, have no probability.
+    If a gradient is needed, this overwrites the logits with it, which saves the memory and the time of a second tensor
+    of
+    their size: read them before. It can be differentiated once.
+
+    Args:
+        logits: this rank's columns; overwritten.
+        targets: global token ids.
+        weights: weight of each token.
+        axis: tensor-parallel ranks.
+        vocabulary: number of tokens; logits of padding rows get no probability. None if there is no padding.
     """
     if logits.requires_grad and torch.is_grad_enabled():
         total: Tensor = _WeightedCrossEntropy.apply(logits, targets, weights, axis, vocabulary)
@@ -43,28 +55,28 @@ def weighted_cross_entropy(
 
 
 def _existing(rows: Tensor, axis: Axis, vocabulary: int | None) -> Tensor:
-    """The columns of this rank's logits that belong to tokens: [r, v/t] -> [r, n], a view; n may be 0."""
+    """Returns the columns of this rank's logits that belong to tokens: [r, v/t] -> [r, n], a view; n may be 0."""
     if vocabulary is None:
         return rows
     return rows[:, : max(0, min(rows.shape[1], vocabulary - axis.rank * rows.shape[1]))]
 
 
 def _local_log_sums(rows: Tensor) -> Tensor:
-    """The log-sums of a rank's columns [r]; minus infinity where it has none."""
+    """Returns the log-sum-exp of a rank's columns [r]; minus infinity if it has none."""
     if rows.shape[1] == 0:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return torch.full(rows.shape[:1], float("-inf"), dtype=dtype, device=rows.device)
     return softmax_pass(rows)
 
 
-def _put_gradient(rows: Tensor, wanted: GradientWanted) -> None:
+def _write_gradient(rows: Tensor, spec: GradientSpec) -> None:
     """Writes the gradient of a rank's columns, of which there may be none."""
     if rows.shape[1]:
-        softmax_pass(rows, wanted)
+        softmax_pass(rows, spec)
 
 
 class _Targets:
-    """Global ids [...] as rows of this rank: ids inside its slice [r], and which belong to another rank [r]."""
+    """Global ids [...] as rows of this rank: ids inside its slice [r], and a mask of those on other ranks [r]."""
 
     def __init__(self, targets: Tensor, rows: Tensor, axis: Axis) -> None:
         local = targets.reshape(-1) - axis.rank * rows.shape[1]
@@ -72,14 +84,14 @@ class _Targets:
         self.local = local.masked_fill(self.elsewhere, 0)
 
     def logits(self, rows: Tensor, axis: Axis) -> Tensor:
-        """The target's logit of each row [r], fp32."""
+        """Returns the target's logit of each row [r], fp32."""
         found = rows.gather(1, self.local.unsqueeze(1)).squeeze(1)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return all_reduce(found.masked_fill(self.elsewhere, 0), axis)
 
 
 def _log_sum_over_ranks(local: Tensor, axis: Axis) -> Tensor:
-    """Each rank's log-sums [r] -> that of the whole vocabulary [r]."""
+    """Combines each rank's log-sum-exp [r] into that of the full vocabulary [r]."""
     if axis.size == 1:
         return local
     largest = all_reduce(local.clone(), axis, dist.ReduceOp.MAX)
@@ -103,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
         scale = grads[0].reshape(-1)
         gradient = torch.zeros_like(rows)
         rows, out = (_existing(x, ctx.axis, ctx.vocabulary) for x in (rows, gradient))
-        _put_gradient(rows, GradientWanted(local, scale * share, scale.masked_fill(elsewhere, 0), out))
+        _write_gradient(rows, GradientSpec(local, scale * share, scale.masked_fill(elsewhere, 0), out))
         return gradient.view(ctx.shape), None, None, None
 
 
@@ -112,19 +124,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis, vocabulary: int | None
     ) -> Tensor:
-        # detach shares the version counter: another operation that kept the logits for its own gradient will say so.
+        # detach shares the version counter: another operation that saved the logits for its gradient will raise.
         rows, scale = logits.detach().reshape(-1, logits.shape[-1]), weights.reshape(-1)
         ids = _Targets(targets, rows, axis)
         target_logits = ids.logits(rows, axis)
         hit = scale.masked_fill(ids.elsewhere, 0)
         real = _existing(rows, axis, vocabulary)
         if axis.size == 1:
-            log_sum = softmax_pass(real, GradientWanted(ids.local, scale, hit, real))
+            log_sum = softmax_pass(real, GradientSpec(ids.local, scale, hit, real))
         else:
             local = _local_log_sums(real)
             log_sum = _log_sum_over_ranks(local, axis)
             share = torch.exp(local - log_sum)
-            _put_gradient(real, GradientWanted(ids.local, scale * share, hit, real))
+            _write_gradient(real, GradientSpec(ids.local, scale * share, hit, real))
         if real.shape[1] < rows.shape[1]:
             rows[:, real.shape[1] :].zero_()
         ctx.gradient = rows.view(logits.shape)

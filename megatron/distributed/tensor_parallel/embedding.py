@@ -1,4 +1,4 @@
-"""The word embedding, its vocabulary cut over tensor-parallel ranks; tied, it is the output layer as well.
+"""Word embedding with a sharded vocabulary; if tied, it is the output layer too.
 
 Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel degree.
 """
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to
 from megatron.distributed.param_attrs import mark_embedding_like
-from megatron.distributed.param_init import Fill, ParamFactory
-from megatron.distributed.tensor_parallel.sequence_parallel import gathered_linear, leave
+from megatron.distributed.param_init import InitFn, ParamFactory
+from megatron.distributed.tensor_parallel.sequence_parallel import gathered_linear, reduce_from_tp
 from megatron.kernels.linear import LinearKernel, plain_linear
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t."""
+    """Word embedding with parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t."""
 
     def __init__(
         self,
@@ -24,24 +24,25 @@ class VocabParallelEmbedding(nn.Module):
         hidden_size: int,
         source: ParamFactory,
         *,
-        fill: Fill,
+        init_fn: InitFn,
         kernel: LinearKernel = plain_linear,
     ) -> None:
         super().__init__()
         self.axis = source.axis
         self.kernel = kernel
-        self.weight = source.shard("weight", (vocab_size, hidden_size), fill, dim=0)
+        self.weight = source.sharded("weight", (vocab_size, hidden_size), init_fn, dim=0)
         mark_embedding_like(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
 
     def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:
         """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
 
-        With sequence parallelism the vectors are those of this rank's part of the first dimension, [s/t, ..., h].
-        Both uses go through forward, so that ZeRO 3 gathers the weight before either.
+        With sequence parallelism the vectors are those of this rank's shard of the first dimension, [s/t, ..., h]. Both
+        uses
+        go through forward, so that ZeRO 3 gathers the weight before either.
         """
         if as_output_layer:
-            if self.axis.sequence:
+            if self.axis.sequence_parallel:
                 return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
             return self.kernel(copy_to(x, self.axis), self.weight, None)  # [..., v/t]
         if self.axis.size == 1:
@@ -50,4 +51,4 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return leave(vectors, self.axis)  # [..., h]
+        return reduce_from_tp(vectors, self.axis)  # [..., h]

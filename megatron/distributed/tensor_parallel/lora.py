@@ -1,10 +1,10 @@
-"""What a low-rank update of a linear layer is made of (arXiv:2106.09685, section 4.1).
+"""LoRA adapter of a linear layer (arXiv:2106.09685, section 4.1).
 
-    y = x Wᵀ + scale (dropout(x) Aᵀ) Bᵀ
+y = x Wᵀ + scale (dropout(x) Aᵀ) Bᵀ
 
-A [rank, in] starts with the uniform distribution on +-1 / sqrt(in), B [out, rank] with zeros, so that the layer begins
-as it was. The layers of linear.py hold the two as `lora_A` and `lora_B`, cut as W is: with the outputs of W those of B,
-with its inputs those of A, and the other factor is whole on every rank.
+A [rank, in] is initialized uniformly on +-1 / sqrt(in), B [out, rank] with zeros, so that the initial output is that of
+W alone. The layers of linear.py hold the two as `lora_A` and `lora_B`. Where the outputs of W are sharded, so are those
+of B; where its inputs are, so are those of A; the other matrix is replicated.
 """
 
 from __future__ import annotations
@@ -22,24 +22,32 @@ from megatron.kernels.linear import LinearKernel
 
 
 @dataclass(frozen=True)
-class Update:
-    """The numbers that the updates of a model share. dropout: of their input [probability]. random: for its draws."""
+class LoraSpec:
+    """The numbers that all adapters of a model share."""
 
     rank: int
     scale: float
     dropout: float
+    """Dropout of the input [probability]."""
     random: TensorParallelRNG
+    """Generator of the dropout masks."""
 
-    def drop(self, x: Tensor, *, training: bool, cut: bool) -> Tensor:
-        """Dropout on the input. cut: the ranks hold different parts of x, so that their masks must differ."""
+    def drop(self, x: Tensor, *, training: bool, sharded: bool) -> Tensor:
+        """Applies dropout to the input.
+
+        Args:
+            x: input of the adapter.
+            training: whether dropout is active.
+            sharded: true if the ranks hold different shards of x, so that their masks must differ.
+        """
         if self.dropout == 0 or not training:
             return x
-        with self.random.fork() if cut else nullcontext():
+        with self.random.fork() if sharded else nullcontext():
             return F.dropout(x, self.dropout)
 
 
-class Factor(nn.Module):
-    """One of the two matrices, ``weight``: x -> x weightᵀ, on what this rank holds of both."""
+class LoraMatrix(nn.Module):
+    """One of the two matrices, ``weight``: x -> x weightᵀ, on this rank's shards of both."""
 
     def __init__(self, weight: nn.Parameter, kernel: LinearKernel) -> None:
         super().__init__()
@@ -51,7 +59,7 @@ class Factor(nn.Module):
         return self.kernel(x, self.weight, None)
 
 
-def first_factor(tensor: Tensor, generator: torch.Generator) -> None:
-    """The Fill of A, as the authors' code and PEFT have it: uniform on +-1 / sqrt(in)."""
+def init_lora_a(tensor: Tensor, generator: torch.Generator) -> None:
+    """The InitFn of A, as in the authors' code and PEFT: uniform on +-1 / sqrt(in)."""
     bound = 1 / math.sqrt(tensor.shape[1])
     tensor.uniform_(-bound, bound, generator=generator)

@@ -1,9 +1,9 @@
-"""Megatron sequence parallelism (arXiv:2205.05198, section 4.2): between tensor-parallel regions each rank holds its
-part of the sequence only.
+"""Megatron sequence parallelism (arXiv:2205.05198, section 4.2).
 
-What tensor parallelism does by an all-reduce is done by its two halves: a tensor-parallel region is entered by an
-all-gather along the sequence, whose gradient is a reduce-scatter, and left by a reduce-scatter, whose gradient is an
-all-gather. The amount of communication is the same; norms, dropout and the residual stream take 1/t of the memory.
+Between tensor-parallel regions each rank has a shard of the sequence. The all-reduces of tensor parallelism are split
+into halves: a tensor-parallel region is entered by an all-gather along the sequence, whose gradient is a
+reduce-scatter, and left by a reduce-scatter, whose gradient is an all-gather. The amount of communication is the same;
+norms, dropout and the residual stream take 1/t of the memory.
 
 Shapes: s sequence (the first dimension), t tensor-parallel degree; other dimensions are free.
 """
@@ -16,22 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.distributed.collectives import LOW_PRECISION, copy_to, paired, reduce_from
+from megatron.distributed.collectives import LOW_PRECISION, copy_to, reduce_from, with_grad
 from megatron.distributed.mesh import Axis
 from megatron.kernels.linear import LinearKernel, pieces_of
 
 
 def all_gather_first(x: Tensor, axis: Axis) -> Tensor:
-    """Join every rank's ``x`` along the first dimension, without a gradient: [s/t, ...] -> [s, ...]."""
-    whole = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group)
-    return whole
+    """Gathers ``x`` of all ranks along the first dimension, without a gradient: [s/t, ...] -> [s, ...]."""
+    full = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
+    dist.all_gather_into_tensor(full, x.contiguous(), group=axis.group)
+    return full
 
 
 def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's part of the sum of every rank's ``x``, without a gradient: [s, ...] -> [s/t, ...].
+    """Returns this rank's shard of the sum of ``x`` over the ranks, without a gradient: [s, ...] -> [s/t, ...].
 
-    ValueError where the first dimension does not divide by the number of ranks.
+    Raises ValueError if the first dimension does not divide by the number of ranks.
     """
     if x.shape[0] % axis.size:
         raise ValueError(f"a sequence of {x.shape[0]} does not divide by {axis.size} tensor-parallel ranks")
@@ -41,55 +41,66 @@ def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     return part.to(x.dtype)
 
 
-def enter(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a tensor-parallel region with the whole ``x`` [s, ...], whose gradient the ranks each give a term of.
+def gather_or_copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
+    """Enters a tensor-parallel region with the full ``x`` [s, ...]; the gradient is summed over the ranks.
 
-    Where the axis cuts the sequence ``x`` is this rank's part of it, [s/t, ...].
+    With sequence parallelism ``x`` is this rank's shard, [s/t, ...].
     """
-    return paired(x, axis, all_gather_first, reduce_scatter_first) if axis.sequence else copy_to(x, axis)
+    return with_grad(x, axis, all_gather_first, reduce_scatter_first) if axis.sequence_parallel else copy_to(x, axis)
 
 
-def leave(x: Tensor, axis: Axis) -> Tensor:
-    """Leave a tensor-parallel region with the sum of the ranks' ``x`` [s, ...].
+def reduce_from_tp(x: Tensor, axis: Axis) -> Tensor:
+    """Leaves a tensor-parallel region with the sum of ``x`` over the ranks [s, ...].
 
-    Where the axis cuts the sequence each rank keeps its part of it, [s/t, ...].
+    With sequence parallelism each rank gets its shard of it, [s/t, ...].
     """
-    return paired(x, axis, reduce_scatter_first, all_gather_first) if axis.sequence else reduce_from(x, axis)
+    return (
+        with_grad(x, axis, reduce_scatter_first, all_gather_first) if axis.sequence_parallel else reduce_from(x, axis)
+    )
 
 
 def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
-    """The product of the whole sequence with this rank's weight: [s/t, ..., in] -> [s, ..., out].
+    """Multiplies the full sequence with this rank's weight: [s/t, ..., in] -> [s, ..., out].
 
-    Only the part x is kept for the backward pass, which gathers the sequence once more; with a frozen weight nothing.
+    Only the shard x is saved for the backward pass, which gathers the sequence again; with a frozen weight nothing is
+    saved.
+
+    Args:
+        x: this rank's shard of the sequence.
+        weight: this rank's shard of the weight.
+        bias: this rank's shard of the bias.
+        axis: tensor-parallel ranks.
+        kernel: matrix product.
     """
     out: Tensor = _GatheredLinear.apply(x, weight, bias, axis, kernel)
     return out
 
 
-def with_copy(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Enter a tensor-parallel region and stay outside of it as well: the whole ``x`` twice, [s, ...].
+def gather_twice(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Returns the full ``x`` [s, ...] twice: once outside and once inside a tensor-parallel region.
 
-    The first is for what every rank computes alike from the whole sequence; its gradient is the same on all of them.
-    The second is for the region, whose ranks each give a term of the gradient. Where the axis cuts the sequence ``x``
-    is this rank's part of it, [s/t, ...].
+    The first is for what every rank computes alike from the full sequence; its gradient is the same on all of them. The
+    second is for the region, in which each rank contributes a term of the gradient. With sequence parallelism ``x`` is
+    this rank's shard, [s/t, ...].
     """
-    if not axis.sequence:
+    if not axis.sequence_parallel:
         return x, copy_to(x, axis)
     outside, inside = _GatherTwice.apply(x, axis)
     return outside, inside
 
 
-def own_part(x: Tensor, axis: Axis) -> Tensor:
-    """What every rank computed alike for the whole sequence, as the residual stream has it: [s, ...] -> this rank's
-    part of it where the axis cuts the sequence, [s/t, ...].
+def scatter_to_sequence_parallel(x: Tensor, axis: Axis) -> Tensor:
+    """Returns what every rank computed alike in the layout of the residual stream: [s, ...] -> [s, ...].
+
+    With sequence parallelism that is this rank's shard of it, [s/t, ...].
     """
-    if not axis.sequence:
+    if not axis.sequence_parallel:
         return x
-    part: Tensor = _OwnPart.apply(x, axis)
+    part: Tensor = _ScatterToSequenceParallel.apply(x, axis)
     return part
 
 
-class _OwnPart(torch.autograd.Function):
+class _ScatterToSequenceParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -104,8 +115,8 @@ class _GatherTwice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
         ctx.axis = axis
-        whole = all_gather_first(x, axis)
-        return whole, whole.view_as(whole)
+        full = all_gather_first(x, axis)
+        return full, full.view_as(full)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -117,8 +128,8 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.has_bias, ctx.axis, ctx.pieces = bias is not None, axis, pieces_of(kernel)
-        product: Tensor = ctx.pieces.product(all_gather_first(x, axis), weight, bias)
+        ctx.has_bias, ctx.axis, ctx.chunks = bias is not None, axis, pieces_of(kernel)
+        product: Tensor = ctx.chunks.product(all_gather_first(x, axis), weight, bias)
         return product
 
     @staticmethod
@@ -128,11 +139,11 @@ class _GatheredLinear(torch.autograd.Function):
         rows = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = grad_weight = grad_bias = None
         if need_x:
-            whole = ctx.pieces.product(rows, weight.t(), None)
-            grad_x = reduce_scatter_first(whole.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
+            full = ctx.chunks.product(rows, weight.t(), None)
+            grad_x = reduce_scatter_first(full.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
             gathered = all_gather_first(x, ctx.axis)
-            grad_weight = ctx.pieces.weight_gradient(rows, gathered.view(-1, weight.shape[1]))
+            grad_weight = ctx.chunks.weight_gradient(rows, gathered.view(-1, weight.shape[1]))
         if ctx.has_bias and need_bias:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None

@@ -72,20 +72,20 @@ class ParallelSelfAttention(nn.Module):
             dims.hidden_size,
             dims.query_size + 2 * dims.kv_size,
             source.of("query_key_value"),
-            fill=spec.fill,
+            init_fn=spec.init_fn,
             bias=dims.attention_bias,
             sections=(dims.query_size, dims.kv_size, dims.kv_size) if dims.grouped else (),
             kernel=spec.kernels.linear,
-            update=spec.updates.get("query_key_value"),
+            lora=spec.lora_specs.get("query_key_value"),
         )
         self.dense = RowParallelLinear(
             dims.query_size,
             dims.hidden_size,
             source.of("dense"),
-            fill=spec.output_fill,
+            init_fn=spec.output_init_fn,
             bias=dims.attention_bias,
             kernel=spec.kernels.linear,
-            update=spec.updates.get("dense"),
+            lora=spec.lora_specs.get("dense"),
         )
 
     @staticmethod

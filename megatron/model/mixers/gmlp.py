@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron.distributed.collectives import copy_to, gather_from, scatter_to
 from megatron.distributed.param_init import ParamFactory, zeros
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.distributed.tensor_parallel.sequence_parallel import with_copy
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice
 from megatron.model.block import Block
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
@@ -40,7 +40,7 @@ class GMLPTransformerBlock(Block):
             hidden,
             2 * width,
             source.of("input_linear"),
-            fill=spec.fill,
+            init_fn=spec.init_fn,
             bias=True,
             sections=(width, width),
             kernel=kernel,
@@ -48,13 +48,13 @@ class GMLPTransformerBlock(Block):
         self.activation = spec.activation
         self.sgu = SpatialGatingUnit(number, spec, source.of("sgu"))
         self.output_linear = RowParallelLinear(
-            width, hidden, source.of("output_linear"), fill=spec.output_fill, bias=True, kernel=kernel
+            width, hidden, source.of("output_linear"), init_fn=spec.output_init_fn, bias=True, kernel=kernel
         )
         self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
-        outside, inside = with_copy(self.norm(hidden), self.axis)  # [s, b, h]
+        outside, inside = gather_twice(self.norm(hidden), self.axis)  # [s, b, h]
         linear = self.input_linear
         inner = self.activation(linear.kernel(inside, linear.weight, linear.bias))  # [s, b, 2f/t]
         gated = self.sgu(inner.transpose(0, 1), outside.transpose(0, 1), cache, document_starts)
@@ -141,8 +141,8 @@ class _Places(nn.Module):
 
     def __init__(self, places: int, source: ParamFactory) -> None:
         super().__init__()
-        self.weight = source.replica("weight", (places, places), zeros, whole_sequence=True)
-        self.bias = source.replica("bias", (places,), _ones, whole_sequence=True)
+        self.weight = source.replicated("weight", (places, places), zeros, full_sequence=True)
+        self.bias = source.replicated("bias", (places,), _ones, full_sequence=True)
 
 
 class _WholeLinear(nn.Module):
@@ -150,8 +150,8 @@ class _WholeLinear(nn.Module):
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()
-        self.weight = source.replica("weight", (out, inp), spec.fill, whole_sequence=True)
-        self.bias = source.replica("bias", (out,), zeros, whole_sequence=True)
+        self.weight = source.replicated("weight", (out, inp), spec.init_fn, full_sequence=True)
+        self.bias = source.replicated("bias", (out,), zeros, full_sequence=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -162,8 +162,8 @@ class _CutLinear(nn.Module):
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()
-        self.weight = source.shard("weight", (out, inp), spec.fill, dim=0)
-        self.bias = source.shard("bias", (out,), zeros, dim=0)
+        self.weight = source.sharded("weight", (out, inp), spec.init_fn, dim=0)
+        self.bias = source.sharded("bias", (out,), zeros, dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

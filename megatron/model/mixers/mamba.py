@@ -62,17 +62,23 @@ class MambaMixer(nn.Module):
         self.kernels: MambaKernels = spec.kernels.mamba
         self.reset = spec.reset_attention
         inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, spec.kernels.linear
-        self.A_log = source.shard("A_log", (inner, dims.mamba_state), _rates, dim=0)
-        self.D = source.shard("D", (inner,), _ones, dim=0)
+        self.A_log = source.sharded("A_log", (inner, dims.mamba_state), _rates, dim=0)
+        self.D = source.sharded("D", (inner,), _ones, dim=0)
         mark_no_weight_decay(self.A_log)
         self.in_proj = ColumnParallelLinear(
-            hidden, 2 * inner, source.of("in_proj"), fill=spec.fill, bias=bias, sections=(inner, inner), kernel=kernel
+            hidden,
+            2 * inner,
+            source.of("in_proj"),
+            init_fn=spec.init_fn,
+            bias=bias,
+            sections=(inner, inner),
+            kernel=kernel,
         )
         self.conv1d = _Convolution(dims, source.of("conv1d"))
         self.x_proj = _SummedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
         self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
         self.out_proj = RowParallelLinear(
-            inner, hidden, source.of("out_proj"), fill=spec.output_fill, bias=bias, kernel=kernel
+            inner, hidden, source.of("out_proj"), init_fn=spec.output_init_fn, bias=bias, kernel=kernel
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
@@ -132,9 +138,9 @@ class _Convolution(nn.Module):
     def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
         width = dims.mamba_convolution
-        fill = _uniform(1 / math.sqrt(width))
-        self.weight = source.shard("weight", (dims.mamba_inner, 1, width), fill, dim=0)
-        self.bias = source.shard("bias", (dims.mamba_inner,), fill, dim=0) if dims.mamba_conv_bias else None
+        init_fn = _uniform(1 / math.sqrt(width))
+        self.weight = source.sharded("weight", (dims.mamba_inner, 1, width), init_fn, dim=0)
+        self.bias = source.sharded("bias", (dims.mamba_inner,), init_fn, dim=0) if dims.mamba_conv_bias else None
 
     @property
     def taps(self) -> Tensor:
@@ -150,8 +156,8 @@ class _SummedLinear(nn.Module):
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec, bias: bool) -> None:
         super().__init__()
         self.axis, self.kernel = source.axis, spec.kernels.linear
-        self.weight = source.shard("weight", (out, inp), spec.fill, dim=1)
-        self.bias = source.replica("bias", (out,), zeros, whole_sequence=True) if bias else None
+        self.weight = source.sharded("weight", (out, inp), spec.init_fn, dim=1)
+        self.bias = source.replicated("bias", (out,), zeros, full_sequence=True) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inp/t] -> [..., out]."""
@@ -165,8 +171,8 @@ class _StepLinear(nn.Module):
     def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
         inner, rank = dims.mamba_inner, dims.mamba_rank
-        self.weight = source.shard("weight", (inner, rank), _uniform(rank**-0.5), dim=0)
-        self.bias = source.shard("bias", (inner,), _steps, dim=0)
+        self.weight = source.sharded("weight", (inner, rank), _uniform(rank**-0.5), dim=0)
+        self.bias = source.sharded("bias", (inner,), _steps, dim=0)
 
     def forward(self, step: Tensor) -> Tensor:
         """[b, s, q] -> [b, s, d], without the bias."""
@@ -174,10 +180,10 @@ class _StepLinear(nn.Module):
 
 
 def _uniform(bound: float) -> Any:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+    def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.uniform_(-bound, bound, generator=generator)
 
-    return fill
+    return init_fn
 
 
 def _rates(tensor: Tensor, generator: torch.Generator) -> None:

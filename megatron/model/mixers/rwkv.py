@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from
 from megatron.distributed.param_attrs import mark_no_weight_decay, mark_partial_grad
-from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.distributed.tensor_parallel.linear import RowParallelLinear
-from megatron.distributed.tensor_parallel.sequence_parallel import own_part, with_copy
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, scatter_to_sequence_parallel
 from megatron.kernels.wkv import wkv
 from megatron.model.block import Block
 from megatron.model.block_spec import BlockSpec
@@ -72,31 +72,31 @@ class TimeMixing(nn.Module):
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
         self.number, self.axis = number, source.axis
         self.shift = _Shift(number, "time", spec)
-        depth, fill = _Depth(number, dims.num_layers), spec.fill
+        depth, init_fn = _Depth(number, dims.num_layers), spec.init_fn
         powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
         for part, power in powers.items():
             start = depth.mixing(power, less=0.3 if part == "v" else 0.0)
             self.register_parameter(f"time_maa_{part}", _vector(source, f"time_maa_{part}", hidden, start))
         self.time_maa_w1 = _whole(source, "time_maa_w1", (hidden, 5 * RWKV_MIX_RANK))
         self.time_maa_w2 = _whole(source, "time_maa_w2", (5, RWKV_MIX_RANK, hidden))
-        self.time_decay = source.shard("time_decay", (1, 1, width), depth.decay, dim=2)
+        self.time_decay = source.sharded("time_decay", (1, 1, width), depth.decay, dim=2)
         self.time_decay_w1 = _whole(source, "time_decay_w1", (hidden, RWKV_DECAY_RANK))
-        self.time_decay_w2 = source.shard("time_decay_w2", (RWKV_DECAY_RANK, width), _small, dim=1)
-        self.time_faaaa = source.shard("time_faaaa", (width // self.head, self.head), depth.bonus, dim=0)
+        self.time_decay_w2 = source.sharded("time_decay_w2", (RWKV_DECAY_RANK, width), _small, dim=1)
+        self.time_faaaa = source.sharded("time_faaaa", (width // self.head, self.head), depth.bonus, dim=0)
         mark_no_weight_decay(self.time_decay)
         mark_no_weight_decay(self.time_faaaa)
         self.receptance, self.key, self.value = (
-            _Cut(hidden, width, source.of(name), fill) for name in ("receptance", "key", "value")
+            _Cut(hidden, width, source.of(name), init_fn) for name in ("receptance", "key", "value")
         )
         self.output = RowParallelLinear(
-            width, hidden, source.of("output"), fill=spec.output_fill, bias=False, kernel=spec.kernels.linear
+            width, hidden, source.of("output"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
         )
-        self.gate = _Cut(hidden, width, source.of("gate"), fill)
+        self.gate = _Cut(hidden, width, source.of("gate"), init_fn)
         self.ln_x = _HeadNorm(width, self.head, source.of("ln_x"))
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
-        x, _ = with_copy(x, self.axis)
+        x, _ = gather_twice(x, self.axis)
         x = x.transpose(0, 1)  # [b, s, h]
         change, starts, existing = self.shift(x, cache, document_starts)
         mixed, faded = self._mixed(x, change)
@@ -138,15 +138,15 @@ class ChannelMixing(nn.Module):
         start = _Depth(number, spec.dims.num_layers).mixing(1.0)
         self.time_maa_k = _vector(source, "time_maa_k", hidden, start)
         self.time_maa_r = _vector(source, "time_maa_r", hidden, start)
-        self.key = _Cut(hidden, width, source.of("key"), spec.fill)
-        self.receptance = _Cut(hidden, hidden, source.of("receptance"), spec.fill)
+        self.key = _Cut(hidden, width, source.of("key"), spec.init_fn)
+        self.receptance = _Cut(hidden, hidden, source.of("receptance"), spec.init_fn)
         self.value = RowParallelLinear(
-            width, hidden, source.of("value"), fill=spec.output_fill, bias=False, kernel=spec.kernels.linear
+            width, hidden, source.of("value"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
         )
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
-        x, _ = with_copy(x, self.axis)
+        x, _ = gather_twice(x, self.axis)
         x = x.transpose(0, 1)  # [b, s, h]
         change, _, _ = self.shift(x, cache, document_starts)
         mixed = torch.stack((x + change * self.time_maa_k, x + change * self.time_maa_r))
@@ -155,7 +155,7 @@ class ChannelMixing(nn.Module):
         value = reduce_from(self.value.partial(inner), self.axis)  # [b, s, h]
         receptance = gather_from(F.linear(r, self.receptance.weight), self.axis)
         out: Tensor = torch.sigmoid(receptance) * value
-        return own_part(out.transpose(0, 1), self.axis)
+        return scatter_to_sequence_parallel(out.transpose(0, 1), self.axis)
 
 
 class _Shift:
@@ -191,9 +191,9 @@ class _Shift:
 class _Cut(nn.Module):
     """A matrix whose outputs are cut: ``weight`` [out/t, in]. Its input has entered the region already."""
 
-    def __init__(self, inp: int, out: int, source: ParamFactory, fill: Fill) -> None:
+    def __init__(self, inp: int, out: int, source: ParamFactory, init_fn: InitFn) -> None:
         super().__init__()
-        self.weight = source.shard("weight", (out, inp), fill, dim=0)
+        self.weight = source.sharded("weight", (out, inp), init_fn, dim=0)
 
 
 class _HeadNorm(nn.Module):
@@ -202,8 +202,8 @@ class _HeadNorm(nn.Module):
     def __init__(self, width: int, head: int, source: ParamFactory) -> None:
         super().__init__()
         self.head = head
-        self.weight = source.shard("weight", (width,), _ones, dim=0)
-        self.bias = source.shard("bias", (width,), _zeros, dim=0)
+        self.weight = source.sharded("weight", (width,), _ones, dim=0)
+        self.bias = source.sharded("bias", (width,), _zeros, dim=0)
 
     def forward(self, y: Tensor) -> Tensor:
         normed = F.layer_norm(y, (self.head,), eps=GROUP_EPSILON).flatten(-2)
@@ -217,14 +217,14 @@ class _Depth:
         self.rises = number / max(1, blocks - 1)
         self.falls = 1 - number / blocks
 
-    def mixing(self, power: float, less: float = 0.0) -> Fill:
+    def mixing(self, power: float, less: float = 0.0) -> InitFn:
         """1 - (i / h)^(power * falls) - less * rises."""
 
-        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
             places = torch.arange(tensor.numel()) / tensor.numel()
             tensor.copy_((1 - places ** (power * self.falls) - less * self.rises).view_as(tensor))
 
-        return fill
+        return init_fn
 
     def decay(self, tensor: Tensor, generator: torch.Generator) -> None:
         """From -6 to -1, later for deeper blocks."""
@@ -238,21 +238,21 @@ class _Depth:
         tensor.copy_((self.rises * (1 - places / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
 
 
-def _vector(source: ParamFactory, name: str, size: int, fill: Fill) -> nn.Parameter:
+def _vector(source: ParamFactory, name: str, size: int, init_fn: InitFn) -> nn.Parameter:
     """A parameter [1, 1, size] of whole sequences that weight decay leaves alone."""
-    parameter = source.replica(name, (1, 1, size), fill, whole_sequence=True)
+    parameter = source.replicated(name, (1, 1, size), init_fn, full_sequence=True)
     mark_no_weight_decay(parameter)
     return parameter
 
 
 def _whole(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-    return source.replica(name, shape, _small, whole_sequence=True)
+    return source.replicated(name, shape, _small, full_sequence=True)
 
 
 def _norm(spec: BlockSpec, source: ParamFactory) -> nn.Module:
     """A layernorm of the residual stream, whatever `norm` says."""
     norm = LayerNorm(spec.dims.hidden_size, EPSILON, bias=True)
-    if source.axis.sequence:
+    if source.axis.sequence_parallel:
         for parameter in norm.parameters():
             mark_partial_grad(parameter, source.axis)
     return norm

@@ -23,21 +23,21 @@ class ParallelMLP(nn.Module):
             dims.hidden_size,
             sum(sections) or dims.mlp_width,
             source.of("linear1"),
-            fill=spec.fill,
+            init_fn=spec.init_fn,
             bias=dims.mlp_bias,
             sections=sections,
             kernel=kernel,
-            update=spec.updates.get("dense_h_to_4h"),
+            lora=spec.lora_specs.get("dense_h_to_4h"),
         )
         self.activation = spec.activation
         self.linear2 = RowParallelLinear(
             dims.mlp_width,
             dims.hidden_size,
             source.of("linear2"),
-            fill=spec.output_fill,
+            init_fn=spec.output_init_fn,
             bias=dims.mlp_bias,
             kernel=kernel,
-            update=spec.updates.get("dense_4h_to_h"),
+            lora=spec.lora_specs.get("dense_4h_to_h"),
         )
 
     def inner(self, x: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to
-from megatron.distributed.expert_all_to_all import exchange_counts, exchange_rows
+from megatron.distributed.expert_all_to_all import all_to_all_counts, all_to_all_rows
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
-from megatron.distributed.tensor_parallel.sequence_parallel import leave, with_copy
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, reduce_from_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
 
@@ -50,7 +50,7 @@ class MoEConfig:
     least: int
     losses: RouterLossTracker
     axis: Axis = field(default_factory=lambda: Axis("expert"))
-    batch: Axis = field(default_factory=lambda: Axis("gradient"))
+    batch: Axis = field(default_factory=lambda: Axis("dp_cp"))
     context: Axis = field(default_factory=lambda: Axis("context"))
 
 
@@ -68,7 +68,7 @@ class MoELayer(nn.Module):
 
     def partial(self, x: Tensor) -> Tensor:
         """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks."""
-        x, region = with_copy(x, self.parallel)  # [s, b, h]
+        x, region = gather_twice(x, self.parallel)  # [s, b, h]
         tokens = x.flatten(0, 1)  # [n, h]
         logits = self.router(self._jittered(tokens))  # [n, all experts], fp32
         mixture = self.mixture
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all tensor-parallel ranks."""
-        return leave(self.partial(x), self.parallel)
+        return reduce_from_tp(self.partial(x), self.parallel)
 
     def _jittered(self, tokens: Tensor) -> Tensor:
         """The same noise on all tensor-parallel ranks, whose default generators agree."""
@@ -129,7 +129,7 @@ class _WideLinear(nn.Module):
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
         shape = (spec.dims.mixture.experts, spec.dims.hidden_size)
-        self.weight = source.replica("weight", shape, spec.fill, whole_sequence=True)
+        self.weight = source.replicated("weight", shape, spec.init_fn, full_sequence=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -189,14 +189,14 @@ class Experts(nn.Module):
         if self.axis.size == 1:
             return self.mlp(rows, counts)
         sent = counts.view(self.axis.size, -1)  # [p, e]
-        received = exchange_counts(sent, self.axis)  # [p, e]
+        received = all_to_all_counts(sent, self.axis)  # [p, e]
         numbers = torch.stack((sent.sum(1), received.sum(1))).tolist()  # [2, p]
-        came = exchange_rows(rows, numbers[0], numbers[1], self.axis)
+        came = all_to_all_rows(rows, numbers[0], numbers[1], self.axis)
         local = torch.arange(received.shape[1], device=rows.device).repeat(self.axis.size)
         order = local.repeat_interleave(received.flatten()).argsort(stable=True)
         made = self.mlp(came.index_select(0, order), received.sum(0))
         back = torch.zeros_like(came).index_copy(0, order, made)
-        return exchange_rows(back, numbers[1], numbers[0], self.axis)
+        return all_to_all_rows(back, numbers[1], numbers[0], self.axis)
 
 
 class ExpertStack(nn.Module):
@@ -208,9 +208,9 @@ class ExpertStack(nn.Module):
         count, shape = dims.mixture.experts, (dims.mlp_width, dims.hidden_size)
         self.local = count // axis.size
         self.product, self.activation = spec.kernels.grouped, spec.activation
-        self.w1 = source.experts("w1", shape, spec.fill, count=count, over=axis)
-        self.w3 = source.experts("w3", shape, spec.fill, count=count, over=axis) if dims.gated else None
-        self.w2 = source.experts("w2", shape, spec.output_fill, count=count, over=axis, transposed=True)
+        self.w1 = source.expert_stack("w1", shape, spec.init_fn, count=count, over=axis)
+        self.w3 = source.expert_stack("w3", shape, spec.init_fn, count=count, over=axis) if dims.gated else None
+        self.w2 = source.expert_stack("w2", shape, spec.output_init_fn, count=count, over=axis, transposed=True)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows [m, h] in order of experts, and how many each has [e] -> this rank's term of the sum [m, h]."""

@@ -70,7 +70,7 @@ class RouterLossTracker:
         """Name -> mean over the mixtures, the micro batches and the ranks since the last call; collective."""
         sums = torch.zeros(len(NAMES), device=device) if self._sums is None else self._sums
         whole = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
-        for axis in (topology.gradient, topology.pipe):
+        for axis in (topology.dp_cp, topology.pipe):
             if axis.size > 1:
                 dist.all_reduce(whole, group=axis.group)
         self._sums, self._count = None, 0

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.kernels.rotary import RotaryKernel
 from megatron.param_table import Multipliers
 
@@ -36,7 +36,7 @@ class Positions:
     """The base of the schemes a configuration can name. A builder returns None where there is nothing to add."""
 
     @classmethod
-    def for_embedding(cls, model: Any, source: ParamFactory, fill: Fill) -> nn.Module | None:
+    def for_embedding(cls, model: Any, source: ParamFactory, init_fn: InitFn) -> nn.Module | None:
         """A module (length, offset, positions, device) -> [length, 1 or b, h], which is added to the word embeddings.
 
         positions: as in AttentionPositions, or None. model: the configuration's model section.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.param_attrs import mark_embedding_like
-from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.model.positions.base import Positions
 
 
@@ -17,17 +17,17 @@ class LearnedPositions(Positions, nn.Module):
     """Parameter ``weight`` [skipped + max positions, h], whole on every rank. skipped: rows that no position has."""
 
     def __init__(
-        self, max_positions: int, hidden_size: int, source: ParamFactory, fill: Fill, skipped: int = 0
+        self, max_positions: int, hidden_size: int, source: ParamFactory, init_fn: InitFn, skipped: int = 0
     ) -> None:
         super().__init__()
         self.skipped = skipped
-        self.weight = source.replica("weight", (skipped + max_positions, hidden_size), fill)
+        self.weight = source.replicated("weight", (skipped + max_positions, hidden_size), init_fn)
         mark_embedding_like(self.weight)
 
     @classmethod
-    def for_embedding(cls, model: Any, source: ParamFactory, fill: Fill) -> nn.Module:
+    def for_embedding(cls, model: Any, source: ParamFactory, init_fn: InitFn) -> nn.Module:
         """The table of the model section's max_position_embeddings and opt_pos_emb_offset."""
-        return cls(model.max_position_embeddings, model.hidden_size, source, fill, model.opt_pos_emb_offset)
+        return cls(model.max_position_embeddings, model.hidden_size, source, init_fn, model.opt_pos_emb_offset)
 
     def forward(self, length: int, offset: int, positions: Tensor | None, device: torch.device) -> Tensor:
         """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one.

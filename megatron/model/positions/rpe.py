@@ -39,8 +39,8 @@ class RelativePositions(Positions, nn.Module):
     def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParamFactory) -> None:
         super().__init__()
         self.count, self.max_distance, self.scale = count, max_distance, scale
-        fill = xavier_normal(std=1.0, num_layers=1, hidden_size=1)  # none of which it looks at
-        self.weight = source.shard("weight", (count, heads), fill, dim=1)
+        init_fn = xavier_normal(std=1.0, num_layers=1, hidden_size=1)  # none of which it looks at
+        self.weight = source.sharded("weight", (count, heads), init_fn, dim=1)
         mark_embedding_like(self.weight)
         mark_tied(self.weight)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.param_init import Fill, ParamFactory
+from megatron.distributed.param_init import InitFn, ParamFactory
 from megatron.model.positions.base import Positions
 
 BASE = 10000
@@ -30,7 +30,7 @@ class SinusoidalPositions(Positions, nn.Module):
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def for_embedding(cls, model: Any, source: ParamFactory, fill: Fill) -> nn.Module:
+    def for_embedding(cls, model: Any, source: ParamFactory, init_fn: InitFn) -> nn.Module:
         """As wide as the residual stream."""
         return cls(model.hidden_size, source.dtype)
 

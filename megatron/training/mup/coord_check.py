@@ -22,7 +22,7 @@ from megatron.config.validation.validate import find_violations
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.param_table import Widths, base_widths
@@ -46,7 +46,7 @@ def coord_check(config: Config) -> None:
     """
     require_matplotlib()
     models = {name: list(_models(config, name)) for name in (MUP, STANDARD)}
-    topology = join(config)
+    topology = init_topology(config)
     try:
         tokenizer = build_tokenizer(config.tokenizer)
         rows = padded_vocab_size(

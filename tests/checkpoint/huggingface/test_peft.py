@@ -25,7 +25,7 @@ from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config, Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, tensors
 from tests.checkpoint.huggingface.models import VOCABULARY, make, save, tokens
@@ -88,7 +88,7 @@ def trained(rank: int, world_size: int, cases: list[Case], layout: dict[str, int
     found = []
     for case in cases:
         config = case.config(world_size, **layout)
-        topology = topology or join(config)
+        topology = topology or init_topology(config)
         checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), VOCABULARY))
         engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
         saver = Saver(config, engine, padded_vocab_size=VOCABULARY)
