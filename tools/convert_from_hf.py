@@ -102,9 +102,9 @@ def _tokenizer(source: Path, target: Path, said: dict[str, Any]) -> dict[str, An
     ends = end_ids(said)
     found = find_tokenizer(target, ends, complete=True)
     if not found.keys:
-        print(f"{found.told}; give tokenizer_type and vocab_file yourself", file=sys.stderr)
-    elif found.told:
-        print(found.told, file=sys.stderr)
+        print(f"{found.reason}; give tokenizer_type and vocab_file yourself", file=sys.stderr)
+    elif found.reason:
+        print(found.reason, file=sys.stderr)
     for wish in unheeded(said):
         print(f"{GENERATION}: {wish} has no key here, and does not change what is generated", file=sys.stderr)
     size = found.tokenizer.vocab_size if found.tokenizer else None

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.corpora.catalog import CORPORA, Corpus, find_corpus, read_about
-from megatron.data.corpora.download import Source, fetch
+from megatron.data.corpora.download import DownloadSource, fetch
 from megatron.data.corpora.public import GPT2_MERGES, GPT2_VOCAB, PUBLIC_CORPORA, PublicCorpus
 from megatron.data.indexed.reader import bin_path, idx_path
 from megatron.data.preprocess.document_types import PlainText
@@ -109,7 +109,7 @@ def tokenizer_files(kind: str, data: Path, asked: argparse.Namespace) -> dict[st
     return files
 
 
-def fetched(source: Source, folder: Path, asked: argparse.Namespace) -> None:
+def fetched(source: DownloadSource, folder: Path, asked: argparse.Namespace) -> None:
     """Brings a file into the folder, and tells of it. Raises RunError."""
     if asked.mirror:
         place = asked.mirror if "://" in asked.mirror else Path(asked.mirror).resolve().as_uri()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.data.preprocess.document_types import Chat
+from megatron.data.preprocess.document_types import ChatText
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.chat_encoding import ChatTokens
@@ -51,12 +51,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def recipe_of(asked: argparse.Namespace, template: ChatTokens) -> Chat:
+def recipe_of(asked: argparse.Namespace, template: ChatTokens) -> ChatText:
     """What the conversations become. Raises ConfigError."""
     if asked.ftfy:
         hint = "mend the text first, or leave out --ftfy"
         raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, hint=hint)
-    return Chat(
+    return ChatText(
         template,
         tuple(key for told_keys in asked.jsonl_keys for key in told_keys.split(",") if key),
         role=asked.generation_role,

@@ -31,7 +31,7 @@ from megatron.inference.sampling import Sampling
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
-from megatron.tokenizers.vocab_limit import known_ids, whole_tokenizer
+from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 
 def generate(config: Config) -> None:
@@ -112,7 +112,7 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
             make_available(config.checkpoint, shared=config.data.use_shared_fs)
             tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            facts = describe_tokenizer(config.tokenizer.tokenizer_type, whole_tokenizer(tokenizer))
+            facts = facts_of(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)

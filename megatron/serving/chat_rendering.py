@@ -13,7 +13,7 @@ from typing import Any
 from megatron.errors import ConfigError, RunError
 from megatron.serving.api_errors import Refused
 from megatron.tokenizers.base import Tokenizer
-from megatron.tokenizers.chat_messages import NO_VARIABLES, CallFault, Shapes
+from megatron.tokenizers.chat_messages import NO_VARIABLES, InvalidToolCall, Shapes
 from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
 
 
@@ -55,7 +55,7 @@ class Conversations:
             raise Refused(400, f"chat_template_kwargs: {named[0]} is no variable to be set there")
         try:
             given = self._shapes.given(self._heard(self._shapes, messages))
-        except CallFault as error:
+        except InvalidToolCall as error:
             raise Refused(400, f"messages.{error.number}.tool_calls: {error.what}") from None
         how = {"add_generation_prompt": opens, "continue_final_message": goes_on, **(variables or {})}
         try:

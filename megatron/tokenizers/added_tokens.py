@@ -29,12 +29,12 @@ def add_tokens(tokenizer: FastTokenizer, files: Mapping[str, Path], name: str) -
     special = {token_text(token) or "": token for token in reversed([*named_tokens(settings)])}
     own = tokenizer.get_added_tokens_decoder().values()
     described = {repr(token) for token in own}
-    wanted = [token for token in _listed(settings, files.get(ADDED), special, name) if repr(token) not in described]
-    known = {token.content for token in (*own, *wanted)}
-    wanted += [_described(special[text]) for text in reversed(special) if text not in known]
-    for token in wanted:
+    added = [token for token in _listed(settings, files.get(ADDED), special, name) if repr(token) not in described]
+    known = {token.content for token in (*own, *added)}
+    added += [_described(special[text]) for text in reversed(special) if text not in known]
+    for token in added:
         token.special = token.special or token.content in special
-    tokenizer.add_tokens(wanted)
+    tokenizer.add_tokens(added)
 
 
 def _listed(settings: Mapping[str, Any], file: Path | None, special: Container[str], name: str) -> list[AddedToken]:

@@ -85,7 +85,7 @@ class Tokenizer(Protocol):
         ...
 
     def bytes_of(self, token: int) -> bytes | None:
-        """What one id spells, in UTF-8: of a part of a character its bytes. None where that cannot be told."""
+        """What one id spells, in UTF-8: of a part of a character its bytes. None where that is unknown."""
         ...
 
 

@@ -3,7 +3,7 @@
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
 other, where a turn is in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
 role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
-its reasoning too. What tools answer is nobody's but the tools'.
+its reasoning too. Answers of tools belong to the tools.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
@@ -44,7 +44,7 @@ class ChatTokens:
         self.template = ChatTemplate.of_tokenizer(PretrainedFromHF.__name__, folder, key=_KEY)
         self.eod: int = self.tokenizer.eod
         self.vocab_size: int = self.tokenizer.vocab_size
-        self.template.marks_generation()  # a folder without a default template is told of now
+        self.template.marks_generation()  # refuse a folder without a default template now
         self._shapes = Shapes(self.template)
         self._special = tuple(self.tokenizer.special_tokens)
 
@@ -95,8 +95,8 @@ class ChatTokens:
 
     def _check_spelling(self, given: Sequence[Message], variables: Mapping[str, Any]) -> None:
         """Refuses special tokens in any text that the template is given, but for those that variables name as such."""
-        told = {name: value for name, value in variables.items() if not name.endswith("_token")}
-        for what, value in (("a turn", list(given)), ("a field of the line", told)):
+        fields = {name: value for name, value in variables.items() if not name.endswith("_token")}
+        for what, value in (("a turn", list(given)), ("a field of the line", fields)):
             texts = "\0".join(texts_of(value))
             spelt = next((token for token in self._special if token in texts), None)
             if spelt is not None:
@@ -118,31 +118,33 @@ class _Rendering:
     def marked(self, role: str, only_last: bool) -> tuple[str, Spans]:
         """The rendered text, and where the marked turns are in it [characters]."""
         turns = self._turns
-        wanted = [number for number, turn in enumerate(turns) if turn["role"] == role]
+        selected = [number for number, turn in enumerate(turns) if turn["role"] == role]
         if only_last:
-            wanted = [len(turns) - 1]
+            selected = [len(turns) - 1]
         marks = self._template.marks_generation(self._variables.get("tools"))
-        if wanted and marks and all(turns[number]["role"] == ASSISTANT for number in wanted):
+        if selected and marks and all(turns[number]["role"] == ASSISTANT for number in selected):
             text, spans = self._template.render_marked(turns, **self._variables)
             return text, spans[-1:] if only_last else spans
         text = self._text(turns)
-        return text, [self._span(number, text) for number in wanted]
+        return text, [self._span(number, text) for number in selected]
 
     def _text(self, turns: Sequence[Message], *, opens: bool = False) -> str:
         return self._template.render(turns, add_generation_prompt=opens, **self._variables)
 
-    def _span(self, number: int, whole: str) -> tuple[int, int]:
+    def _span(self, number: int, full_text: str) -> tuple[int, int]:
         """Where one turn is in the rendered text [characters]."""
         turns = self._turns
-        closed = whole if number == len(turns) - 1 else self._text(turns[: number + 1])
+        closed = full_text if number == len(turns) - 1 else self._text(turns[: number + 1])
         differs = _common(closed, self._with_other_words(number, turns[: number + 1]))
         opened = differs
         if number and turns[number]["role"] == ASSISTANT:
             opened = self._prompted(turns[:number], closed) or opened
-        # What is before the turn may have moved or changed, as where tools are told of before the last question.
-        moved = 0 if whole.startswith(closed) else _common(whole, self._with_other_words(number, turns)) - differs
+        # What is before the turn may have moved or changed, as where tools are described before the last question.
+        moved = (
+            0 if full_text.startswith(closed) else _common(full_text, self._with_other_words(number, turns)) - differs
+        )
         first = min(opened, differs)
-        if first + moved < 0 or not whole.startswith(closed[first:], first + moved):
+        if first + moved < 0 or not full_text.startswith(closed[first:], first + moved):
             raise ValueError("the template renders earlier turns differently once later ones are there")
         return opened + moved, len(closed) + moved
 

@@ -34,7 +34,7 @@ _BEFORE = {"assistant": 1, "tool": 2, "ipython": 2, "function": 2}
 _CALL_ID = "123456789"  # some templates insist on nine characters
 
 
-class CallFault(ValueError):
+class InvalidToolCall(ValueError):
     """A tool call that cannot be read. number: of its message, from 0. what: what is wrong."""
 
     def __init__(self, number: int, what: str) -> None:
@@ -52,7 +52,7 @@ class Shapes:
     def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages to be rendered; parts must be texts.
 
-        Raises CallFault where the arguments of a tool call are a string that is no JSON.
+        Raises InvalidToolCall where the arguments of a tool call are a string that is no JSON.
         """
         return [self._given(number, message) for number, message in enumerate(messages)]
 
@@ -141,4 +141,4 @@ def _read_call(number: int, call: Any) -> Any:
     try:
         return {**call, "arguments": json.loads(arguments or "{}")}
     except (ValueError, RecursionError) as error:
-        raise CallFault(number, f"the arguments of {call.get('name')} are no JSON ({error})") from error
+        raise InvalidToolCall(number, f"the arguments of {call.get('name')} are no JSON ({error})") from error

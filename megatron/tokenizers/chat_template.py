@@ -72,9 +72,9 @@ class ChatTemplate:
     @classmethod
     def of_folder(cls, folder: str | Path, *, key: str = "chat_template") -> ChatTemplate:
         """The template of a folder of tokenizer files. Raises ConfigError when it has none."""
-        place = Path(folder)
-        more = sorted((place / MORE_TEMPLATES).glob("*.jinja"))
-        return cls._of_files(place / TEMPLATE, more, place / CONFIG, key, str(folder))
+        path = Path(folder)
+        more = sorted((path / MORE_TEMPLATES).glob("*.jinja"))
+        return cls._of_files(path / TEMPLATE, more, path / CONFIG, key, str(folder))
 
     @classmethod
     def of_tokenizer(cls, tokenizer_type: str, vocab_file: str | None, *, key: str = "chat_template") -> ChatTemplate:
@@ -82,17 +82,17 @@ class ChatTemplate:
 
         Raises ConfigError when there is none.
         """
-        place = Path(vocab_file) if vocab_file else None
-        if place is not None and place.is_dir():
-            return cls.of_folder(place, key=key)
-        if tokenizer_type in _HUB_KINDS and not (place is not None and place.is_file()):
+        path = Path(vocab_file) if vocab_file else None
+        if path is not None and path.is_dir():
+            return cls.of_folder(path, key=key)
+        if tokenizer_type in _HUB_KINDS and not (path is not None and path.is_file()):
             name = vocab_file or "gpt2"
             files = files_of(name, (CONFIG, TEMPLATE))
             missing = Path(name)
             return cls._of_files(files.get(TEMPLATE, missing / TEMPLATE), (), files.get(CONFIG, missing), key, name)
-        if place is None:
-            _refuse("the tokenizer has no file, so no chat template lies beside it", key, None)
-        return cls.of_folder(place.parent, key=key)
+        if path is None:
+            _refuse("the tokenizer has no file, so there is no chat template beside it", key, None)
+        return cls.of_folder(path.parent, key=key)
 
     @classmethod
     def _of_files(cls, file: Path, more: Sequence[Path], config: Path, key: str, location: str) -> ChatTemplate:
@@ -167,8 +167,10 @@ class ChatTemplate:
         if tools is not None and WITH_TOOLS in self._sources:
             return WITH_TOOLS
         if DEFAULT not in self._sources:
-            told = f"there are chat templates ({', '.join(sorted(self._sources))}), and none of them is the default one"
-            _refuse(told, self._key, self._where, f"save the right one as {TEMPLATE}")
+            message = (
+                f"there are chat templates ({', '.join(sorted(self._sources))}), and none of them is the default one"
+            )
+            _refuse(message, self._key, self._where, f"save the right one as {TEMPLATE}")
         return DEFAULT
 
     def _template(self, name: str, *, marks: bool = False) -> jinja2.Template:
@@ -296,12 +298,12 @@ def _without_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
     return spans, "".join(pieces)
 
 
-def _named_templates(told: Any) -> dict[str, str]:
-    if isinstance(told, str):
-        return {DEFAULT: told}
-    if isinstance(told, Mapping):
-        return {str(name): source for name, source in told.items() if isinstance(source, str)}
-    listed = [each for each in told or () if isinstance(each, Mapping)] if isinstance(told, list) else []
+def _named_templates(listing: Any) -> dict[str, str]:
+    if isinstance(listing, str):
+        return {DEFAULT: listing}
+    if isinstance(listing, Mapping):
+        return {str(name): source for name, source in listing.items() if isinstance(source, str)}
+    listed = [each for each in listing or () if isinstance(each, Mapping)] if isinstance(listing, list) else []
     return {str(each.get("name")): each["template"] for each in listed if isinstance(each.get("template"), str)}
 
 

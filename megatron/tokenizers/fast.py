@@ -1,6 +1,6 @@
 """What every tokenizer of the `tokenizers` library shares, whichever files it was built from.
 
-The end of a document is one special token. The file's own wishes that would change a training set are turned off:
+The end of a document is one special token. Settings of the file that would change a training set are turned off:
 special tokens spelt in a text, added beginning and end tokens, truncation and padding. Whole corpora are encoded by
 the engine of `byte_level.py` where it gives the same ids.
 
@@ -101,10 +101,10 @@ class FromTokenizers:
 
     def _processed_prefix(self) -> tuple[int, ...]:
         for text in ("a", "0", ".", " "):
-            plain, whole = (self._tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True))
-            for start in range(len(whole) - len(plain) + 1) if plain else ():
-                if whole[start : start + len(plain)] == plain:
-                    return tuple(whole[:start])
+            plain, framed = (self._tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True))
+            for start in range(len(framed) - len(plain) + 1) if plain else ():
+                if framed[start : start + len(plain)] == plain:
+                    return tuple(framed[:start])
         return ()
 
     @cached_property

@@ -36,12 +36,12 @@ _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 class FoundTokenizer:
     """keys: tokenizer_type and its files; empty where there is none. tokenizer: built of them.
 
-    told: why there is none, or which tokens of the folder it lacks.
+    reason: why there is none, or which tokens of the folder it lacks.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
-    told: str = ""
+    reason: str = ""
 
 
 def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = False) -> FoundTokenizer:
@@ -50,15 +50,15 @@ def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = F
     ends: ids that end a text, by the model's own files; the first names the end where the tokenizer's files do not.
     complete: the folder is ours, and may be given what it lacks: that name, or a tokenizer.json.
     """
-    told = []
+    reasons = []
     for kind, files in _candidates(folder.resolve(), ends, complete):
         try:
             made = make_tokenizer(kind, **files)
             lost = lost_tokens(folder, made) if files["vocab_file"].endswith(".model") else ""
             return FoundTokenizer({"tokenizer_type": kind, **files}, made, lost)
         except ConfigError as error:
-            told.append(str(error))
-    return FoundTokenizer(told="; ".join(told[:1]) or f"{folder} holds no tokenizer that is understood")
+            reasons.append(str(error))
+    return FoundTokenizer(reason="; ".join(reasons[:1]) or f"{folder} holds no tokenizer that is understood")
 
 
 def lost_tokens(folder: Path, tokenizer: Tokenizer) -> str:
@@ -83,23 +83,23 @@ def named_tokens(folder: Path) -> dict[str, str]:
 
 def _candidates(folder: Path, ends: Sequence[int], complete: bool) -> Iterator[tuple[str, dict[str, str]]]:
     """Kinds of ours and their files, the likeliest first."""
-    whole = folder / TOKENIZER
+    tokenizer_json = folder / TOKENIZER
     vocabulary, merges = (_first(folder, names) for names in (_VOCABULARY, _MERGES))
-    if not whole.is_file() and vocabulary is not None and merges is not None:
+    if not tokenizer_json.is_file() and vocabulary is not None and merges is not None:
         if _is_plain(folder, vocabulary, ends):
             yield "GPT2BPETokenizer", {"vocab_file": str(vocabulary), "merge_file": str(merges)}
             return
         if complete:
-            _write_whole(folder, vocabulary, merges)
+            _write_tokenizer_json(folder, vocabulary, merges)
         else:
             yield "PretrainedFromHF", {"vocab_file": str(folder)}
     model = _first(folder, _MODELS) or next(iter(sorted(folder.glob("*.model"))), None)
-    if complete and model is not None and not whole.is_file():
-        _write_whole_of_model(folder, model)
-    if whole.is_file():
+    if complete and model is not None and not tokenizer_json.is_file():
+        _write_tokenizer_json_of_model(folder, model)
+    if tokenizer_json.is_file():
         if complete:
-            _name_end(folder, whole, ends)
-        yield "PretrainedFromHF", {"vocab_file": str(whole)}
+            _name_end(folder, tokenizer_json, ends)
+        yield "PretrainedFromHF", {"vocab_file": str(tokenizer_json)}
     elif model is not None:
         yield "SPMTokenizer", {"vocab_file": str(model)}
         yield "TiktokenTokenizer", {"vocab_file": str(model)}
@@ -138,7 +138,7 @@ def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
     return ended and not more and not config.get("add_prefix_space") and not config.get("add_bos_token")
 
 
-def _write_whole(folder: Path, vocabulary: Path, merges: Path) -> None:
+def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
     """tokenizer.json of GPT-2's two files and what is beside them. Nothing where they are damaged."""
     config, named = _json(folder / CONFIG), named_tokens(folder)
     try:
@@ -155,7 +155,7 @@ def _write_whole(folder: Path, vocabulary: Path, merges: Path) -> None:
     _save(folder, FastTokenizer.from_str(json.dumps(content)), named.get("bos_token"))
 
 
-def _write_whole_of_model(folder: Path, model: Path) -> None:
+def _write_tokenizer_json_of_model(folder: Path, model: Path) -> None:
     """tokenizer.json of a sentencepiece model that tokens are added to, which a .model cannot say.
 
     Nothing where there are no such tokens, and where the model is another or none gives the same ids.
@@ -185,9 +185,9 @@ def _save(folder: Path, made: FastTokenizer, begin: str | None) -> None:
     (folder / TOKENIZER).write_text(made.to_str(), encoding="utf-8")
 
 
-def _name_end(folder: Path, whole: Path, ends: Sequence[int]) -> None:
+def _name_end(folder: Path, tokenizer_json: Path, ends: Sequence[int]) -> None:
     """Writes eos_token into tokenizer_config.json where the files name no token that the vocabulary has."""
-    config, content = _json(folder / CONFIG), _json(whole)
+    config, content = _json(folder / CONFIG), _json(tokenizer_json)
     vocabulary = content.get("model", {}).get("vocab", {}) if isinstance(content.get("model"), dict) else {}
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}

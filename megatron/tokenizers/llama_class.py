@@ -45,6 +45,6 @@ def as_read(content: str, blank: str | None) -> str:
     flags = {name: after["model"][name] for name in ("fuse_unk", "byte_fallback") if name in after["model"]}
     if all(before[part] == after[part] for part in _PARTS) and {**before["model"], **flags} == before["model"]:
         return content
-    told = json.loads(content)
-    told |= {part: after[part] for part in _PARTS} | {"model": {**told["model"], **flags}}
-    return json.dumps(told, ensure_ascii=False, indent=2)
+    data = json.loads(content)
+    data |= {part: after[part] for part in _PARTS} | {"model": {**data["model"], **flags}}
+    return json.dumps(data, ensure_ascii=False, indent=2)

@@ -58,27 +58,27 @@ class HFGPT2Tokenizer(FromTokenizers):
         super().__init__(tokenizer, _end_of_text(files, tokenizer, name), name, _beside(files))
 
 
-def files_of(name: str, wanted: Sequence[str] = _FILES) -> dict[str, Path]:
+def files_of(name: str, names: Sequence[str] = _FILES) -> dict[str, Path]:
     """Those of the wanted files that a folder or a public model has; a lone file is taken for a tokenizer.json.
 
     Raises ConfigError when a public model has none of them, or cannot be reached.
     """
     folder = Path(name)
     if folder.is_dir():
-        return {file: folder / file for file in wanted if (folder / file).is_file()}
+        return {file: folder / file for file in names if (folder / file).is_file()}
     if folder.is_file():
         beside = {file: folder.with_name(file) for file in (ADDED, NAMES)}
-        found = {file: path for file, path in beside.items() if file in wanted and path.is_file()}
+        found = {file: path for file, path in beside.items() if file in names and path.is_file()}
         return {"tokenizer.json": folder, CONFIG: folder.with_name(CONFIG), **found}
     hub = importlib.import_module("huggingface_hub")
     found = {}
     reasons = []
-    for file in wanted:
+    for file in names:
         if file in ("vocab.json", "merges.txt") and "tokenizer.json" in found:
             continue  # a tokenizer.json says it all
         try:
             found[file] = Path(hub.hf_hub_download(name, file))
-        except Exception as error:  # noqa: BLE001  no network, no such model, no such file: told below where it matters
+        except Exception as error:  # noqa: BLE001  no network, no such model, no such file: reported below where it matters
             reasons.append(str(error).strip().splitlines()[0])
     if not found:
         raise ConfigError.of(

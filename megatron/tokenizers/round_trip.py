@@ -22,9 +22,9 @@ def losses(tokenizer: Tokenizer) -> list[str]:
     """The kinds of characters that some text loses; none for a tokenizer that keeps every text."""
     if tokenizer.lossless:
         return []
-    lost = [kind for kind, texts in _KINDS.items() if any(not _kept(tokenizer, text) for text in texts)]
+    lost = [kind for kind, texts in _KINDS.items() if any(not _survives(tokenizer, text) for text in texts)]
     return lost or ["some characters"]
 
 
-def _kept(tokenizer: Tokenizer, text: str) -> bool:
+def _survives(tokenizer: Tokenizer, text: str) -> bool:
     return tokenizer.decode(tokenizer.encode(text)) == text

@@ -36,7 +36,7 @@ _TRIED = (
 
 @dataclass(frozen=True)
 class _Model:
-    """pieces: (text, score, kind). charsmap: of the normalisation, compiled. The rest: wishes of the file."""
+    """pieces: (text, score, kind). charsmap: of the normalisation, compiled. The rest: settings of the file."""
 
     pieces: list[tuple[str, float, int]]
     algorithm: int
@@ -138,29 +138,29 @@ def _read(content: bytes) -> _Model:
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a message: whole numbers as int, everything else as its bytes."""
-    place = 0
-    while place < len(content):
-        tag, place = _number(content, place)
+    offset = 0
+    while offset < len(content):
+        tag, offset = _number(content, offset)
         kind = tag & 7
         if kind == 0:
-            value, place = _number(content, place)
+            value, offset = _number(content, offset)
             yield tag >> 3, value
             continue
         if kind == 2:
-            size, place = _number(content, place)
+            size, offset = _number(content, offset)
         else:
             size = {1: 8, 5: 4}[kind]
-        yield tag >> 3, content[place : place + size]
-        place += size
+        yield tag >> 3, content[offset : offset + size]
+        offset += size
 
 
-def _number(content: bytes, place: int) -> tuple[int, int]:
+def _number(content: bytes, offset: int) -> tuple[int, int]:
     """A number in base 128, least part first, and where the next field begins."""
     value = shift = 0
     while True:
-        byte = content[place]
-        place += 1
+        byte = content[offset]
+        offset += 1
         value |= (byte & 127) << shift
         shift += 7
         if byte < 128:
-            return value, place
+            return value, offset

@@ -65,17 +65,17 @@ class Portable:
                 (output / ADDED).write_bytes(added.read_bytes())
         if self.readable and not (output / CONFIG).exists():
             kind = "LlamaTokenizer" if self.content is None else "PreTrainedTokenizerFast"
-            told = {"tokenizer_class": kind, "model_max_length": length, **self.names}
-            (output / CONFIG).write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+            settings = {"tokenizer_class": kind, "model_max_length": length, **self.names}
+            (output / CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def _complete(self, path: Path) -> None:
-        """What a class read out of other files than tokenizer.json, and what LLaMA's does without being told."""
+        """Add what a class read from other files than tokenizer.json, and LLaMA's implicit begin token."""
         if not path.is_file():
             return
-        told = {**self.names, **json.loads(path.read_text(encoding="utf-8"))}
-        if str(told.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
-            told.setdefault("add_bos_token", True)
-        path.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+        settings = {**self.names, **json.loads(path.read_text(encoding="utf-8"))}
+        if str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+            settings.setdefault("add_bos_token", True)
+        path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def portable(kind: str, vocab_file: str | None, merge_file: str | None) -> Portable:
@@ -103,7 +103,7 @@ def portable_of(path: Path) -> Portable:
     if path.is_dir():
         found = find_tokenizer(path)
         if not found.keys:
-            raise ConfigError.of(found.told, key="tokenizer", value=str(path), hint="give a tokenizer.json")
+            raise ConfigError.of(found.reason, key="tokenizer", value=str(path), hint="give a tokenizer.json")
         files = dict(found.keys)
         return portable(files["tokenizer_type"], files["vocab_file"], files.get("merge_file"))
     if not path.is_file():
@@ -111,17 +111,17 @@ def portable_of(path: Path) -> Portable:
     if path.suffix == ".model":
         return portable("SPMTokenizer", str(path), None)
     merges = next((each for name in ("merges.txt", "vocab.bpe") if (each := path.with_name(name)).is_file()), None)
-    if merges is not None and not _is_whole(path):
+    if merges is not None and not _is_complete(path):
         return portable("GPT2BPETokenizer", str(path), str(merges))
     return portable("PretrainedFromHF", str(path), None)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     """Whether it is a tokenizer.json and no vocab.json, which may have a token called model."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return True  # what is wrong with it is told when it is read
+        return True  # reading it reports what is wrong
     return isinstance(content, dict) and isinstance(content.get("model"), dict)
 
 

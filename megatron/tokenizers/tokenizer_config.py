@@ -81,26 +81,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def token_text(told: Any) -> str | None:
-    """A token, which stands as its text or as an object that holds it."""
-    told = told.get("content") if isinstance(told, Mapping) else told
-    return told if isinstance(told, str) and told else None
+def token_text(token: Any) -> str | None:
+    """Return the text of a token that is written as text or as an object with `content`."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) and text else None
 
 
 def named_tokens(found: Mapping[str, Any]) -> Iterator[Any]:
     """The special tokens that a tokenizer_config.json names, as it describes them, those for one use first."""
-    told = [found.get(name) for name in _NAMES]
+    listing = [found.get(name) for name in _NAMES]
     for name in _LISTS:
         listed = found.get(name)
-        told += listed if isinstance(listed, list) else listed.values() if isinstance(listed, Mapping) else ()
-    return (token for token in told if token_text(token) is not None)
+        listing += listed if isinstance(listed, list) else listed.values() if isinstance(listed, Mapping) else ()
+    return (token for token in listing if token_text(token) is not None)
 
 
 def _special(found: Mapping[str, Any]) -> Iterator[str]:
     added = found.get("added_tokens_decoder")
     listed = added.values() if isinstance(added, Mapping) else ()
-    told = [*named_tokens(found), *(token for token in listed if isinstance(token, Mapping) and token.get("special"))]
-    return (text for text in map(token_text, told) if text is not None)
+    listing = [
+        *named_tokens(found),
+        *(token for token in listed if isinstance(token, Mapping) and token.get("special")),
+    ]
+    return (text for text in map(token_text, listing) if text is not None)
 
 
 def _class(found: Mapping[str, Any]) -> str:

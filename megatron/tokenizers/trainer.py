@@ -51,14 +51,14 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int, *, show_progress
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    seen = _Seen(texts)
+    seen = _CountedTexts(texts)
     tokenizer.train_from_iterator(seen, trainer)
     if not seen.characters:
         raise RunError.of("there is no text to learn a tokenizer from", hint="name files whose documents hold text")
     return tokenizer
 
 
-class _Seen:
+class _CountedTexts:
     """Hands texts on and counts their characters."""
 
     def __init__(self, texts: Iterator[str]) -> None:
@@ -87,7 +87,7 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
     except ModuleNotFoundError as error:
         hint = "pip install neox[sentencepiece]"
         raise ConfigError.of("this needs the package sentencepiece", key="tokenizer_type", hint=hint) from error
-    seen = _Seen(texts)
+    seen = _CountedTexts(texts)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

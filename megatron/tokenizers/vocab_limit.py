@@ -23,57 +23,57 @@ class BoundedTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
-        self.whole = tokenizer
+        self.full = tokenizer
         self.rows = rows
 
     @property
     def vocab_size(self) -> int:
-        return self.whole.vocab_size
+        return self.full.vocab_size
 
     @property
     def eod(self) -> int:
-        return self.whole.eod
+        return self.full.eod
 
     @property
     def lossless(self) -> bool:
-        return self.whole.lossless
+        return self.full.lossless
 
     @property
     def engine(self) -> str:
-        return self.whole.engine
+        return self.full.engine
 
     @property
     def begin(self) -> int:
-        return self.whole.begin
+        return self.full.begin
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        return self.whole.special_tokens
+        return self.full.special_tokens
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        return self.whole.prefix_ids
+        return self.full.prefix_ids
 
     def encode(self, text: str) -> list[int]:
-        return self._known(self.whole.encode(text))
+        return self._known(self.full.encode(text))
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        return self._known(self.whole.encode_with_special_tokens(text))
+        return self._known(self.full.encode_with_special_tokens(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._known(ids) for ids in self.whole.encode_batch(texts)]
+        return [self._known(ids) for ids in self.full.encode_batch(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self.whole.encode_arrays(texts)
+        found = self.full.encode_arrays(texts)
         for ids in found:
             self._known(ids.tolist())
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.whole.decode(ids)
+        return self.full.decode(ids)
 
     def bytes_of(self, token: int) -> bytes | None:
-        return self.whole.bytes_of(token)
+        return self.full.bytes_of(token)
 
     def _known(self, ids: list[int]) -> list[int]:
         beyond = max(ids, default=-1)
@@ -91,9 +91,9 @@ class BoundedTokenizer:
         return str(number) if text is None else f"{number} ({text[:_ABRIDGED]!r})"
 
 
-def whole_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+def full_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with all of its tokens."""
-    return tokenizer.whole if isinstance(tokenizer, BoundedTokenizer) else tokenizer
+    return tokenizer.full if isinstance(tokenizer, BoundedTokenizer) else tokenizer
 
 
 def known_ids(tokenizer: Tokenizer) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron.data.dataset.loader import Loader
+from megatron.data.dataset.loader import BatchLoader
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import all_gather_list
 from megatron.engine.engine import TrainingEngine, eval_loss
@@ -51,7 +51,7 @@ class FailureLocator:
     """
 
     engine: Examined
-    train: Loader
+    train: BatchLoader
     micro_batch: int
 
     def locate_nonfinite(self, consumed_samples: int, size: StepSize) -> str:

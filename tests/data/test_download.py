@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron.data.corpora.download import ATTEMPTS, Source, fetch, read_sums
+from megatron.data.corpora.download import ATTEMPTS, DownloadSource, fetch, read_sums
 from megatron.errors import RunError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -85,7 +85,7 @@ def server():
 
 
 def bring(server, folder, *, sha256=None, urls=None, **settings):
-    source = Source("file.bin", urls or (f"{server.url}/file.bin",), sha256)
+    source = DownloadSource("file.bin", urls or (f"{server.url}/file.bin",), sha256)
     return fetch(source, folder, first_wait=0.001, **settings)
 
 
@@ -224,11 +224,11 @@ def test_a_published_sum_of_a_zip_member(server, tmp_path):
         archive.writestr("inside", b"words")
     server.content = packed.getvalue()
     good = hashlib.sha1(b"words").hexdigest()
-    source = Source("x.zip", (f"{server.url}/x.zip",), member_sha1=("inside", good))
+    source = DownloadSource("x.zip", (f"{server.url}/x.zip",), member_sha1=("inside", good))
     fetch(source, tmp_path / "a", first_wait=0.001)
     for member in (("inside", "0" * 40), ("other", good)):
         with pytest.raises(RunError, match=r"published|no whole zip file"):
-            fetch(Source("x.zip", source.urls, member_sha1=member), tmp_path / "b", first_wait=0.001)
+            fetch(DownloadSource("x.zip", source.urls, member_sha1=member), tmp_path / "b", first_wait=0.001)
     assert not (tmp_path / "b/x.zip").exists()
 
 

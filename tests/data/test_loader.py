@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron.data.dataset.batch import make_batch
-from megatron.data.dataset.loader import Loader
-from megatron.data.dataset.sampler import Sampler
+from megatron.data.dataset.loader import BatchLoader
+from megatron.data.dataset.sampler import BatchSampler
 
 
 class Numbered:
@@ -24,7 +24,7 @@ class Numbered:
 
 
 def loader(rank=0, ranks=1, micro_batch=2, **settings):
-    return Loader(Numbered(), Sampler(23, micro_batch, rank, ranks), eod=2, **settings)
+    return BatchLoader(Numbered(), BatchSampler(23, micro_batch, rank, ranks), eod=2, **settings)
 
 
 def test_labels_are_one_position_on():
@@ -61,7 +61,7 @@ def test_a_error_in_a_worker_reaches_the_caller():
             raise IndexError("no such sample")
 
     with pytest.raises(IndexError, match="no such sample"):
-        next(Loader(Broken(), Sampler(23, 2, 0, 1), eod=0, workers=2).batches())
+        next(BatchLoader(Broken(), BatchSampler(23, 2, 0, 1), eod=0, workers=2).batches())
 
 
 def test_leaving_early_leaves_no_thread():

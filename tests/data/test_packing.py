@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron.config.schema.data import DataSection
 from megatron.data.dataset.builder import build_data, epoch_samples
-from megatron.data.dataset.packing import build_whole_map, has_labels, usable_documents
-from megatron.data.dataset.summary import WholeDocuments
+from megatron.data.dataset.packing import build_unpacked_map, has_labels, usable_documents
+from megatron.data.dataset.summary import UnpackedSummary
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.errors import ConfigError
@@ -44,7 +44,7 @@ def test_equals_the_walk(sizes, seq_length, wanted, seed, packed):
     sizes = np.array(sizes, np.int32)
     usable = usable_documents(sizes, range(len(sizes)), seq_length=seq_length, chopped=True)
     assert usable.tolist() == [number for number, size in enumerate(sizes) if size]
-    made = build_whole_map(sizes, usable, seq_length=seq_length, packed=packed, seed=seed, samples=wanted)
+    made = build_unpacked_map(sizes, usable, seq_length=seq_length, packed=packed, seed=seed, samples=wanted)
     firsts = made.samples[:, 0].tolist()
     held = [made.documents[first:last].tolist() for first, last in itertools.pairwise(firsts)]
     passes = made.documents.reshape(made.epochs, -1)
@@ -225,7 +225,7 @@ def test_the_plan_reports_what_full_documents_leave_out(tmp_path, packing, chopp
     )
     plan = build(section, train=40, seq_length=10).plan
     (source,) = plan.train.sources
-    assert source.whole == WholeDocuments(20 - out, read, cut)
+    assert source.unpacked == UnpackedSummary(20 - out, read, cut)
     reported = str(plan).splitlines()[1]
     assert f"a pass reads {20 - out} of the documents and {read} of the tokens" in reported
     assert ("documents are cut to 11 tokens" in reported) == chopped

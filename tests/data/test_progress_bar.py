@@ -5,10 +5,10 @@ import io
 import pytest
 
 from megatron.data.corpora.download import Transfer
-from megatron.data.preprocess.pipeline import Progress
+from megatron.data.preprocess.pipeline import PreprocessProgress
 from megatron.data.preprocess.progress_bar import ProgressLine, TransferLine, clock, describe
 
-HALF = Progress(documents=500, tokens=1_000_000, content_bytes=4_000_000, fraction=0.5, seconds=2.0)
+HALF = PreprocessProgress(documents=500, tokens=1_000_000, content_bytes=4_000_000, fraction=0.5, seconds=2.0)
 
 
 def test_says_share_speed_and_time_left():

@@ -89,7 +89,7 @@ def test_another_task_is_not_gone_on_with(tmp_path, files):
         work(files, tmp_path / "late", resume=True, report=stop_after(2))
     with pytest.raises(ConfigError, match="other input files"):
         work(files[:1], tmp_path / "late", resume=True)
-    with pytest.raises(ConfigError, match="other wishes"):
+    with pytest.raises(ConfigError, match="other options"):
         work(files, tmp_path / "late", resume=True, sentences=Sentences())
 
 

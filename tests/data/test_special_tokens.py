@@ -100,10 +100,10 @@ def test_a_pattern_of_another_vocabulary_is_refused(tmp_path, capsys, pattern):
 
 def test_counts_survive_a_resume(tmp_path):
     """They are part of what an interrupted work keeps."""
-    from megatron.data.preprocess.resume_state import Counts, Journal
+    from megatron.data.preprocess.resume_state import Journal, PreprocessCounts
 
     journal = Journal(str(tmp_path / "out"), "task")
-    journal.write(Counts(1, notes={"what": 3}), [])
+    journal.write(PreprocessCounts(1, notes={"what": 3}), [])
     retained = journal.read()
     assert retained is not None
     assert retained[0].notes == {"what": 3}

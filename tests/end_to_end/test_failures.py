@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron.data.dataset.loader import Loader
+from megatron.data.dataset.loader import BatchLoader
 from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
 from tests.end_to_end.runs import run as train_alone
@@ -121,14 +121,14 @@ def test_a_killed_rank_ends_the_run_with_its_signal(dataset: str, tmp_path: Path
 
 def hanging_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
     """A worker; rank 1 never gets its 20th micro-batch."""
-    read, count = Loader._read, itertools.count(1)
+    read, count = BatchLoader._read, itertools.count(1)
 
-    def sometimes(loader: Loader, numbers: range) -> Any:
+    def sometimes(loader: BatchLoader, numbers: range) -> Any:
         if rank == 1 and next(count) == 20:
             time.sleep(600)
         return read(loader, numbers)
 
-    Loader._read = sometimes  # type: ignore[method-assign]
+    BatchLoader._read = sometimes  # type: ignore[method-assign]
     run_rank(rank, world_size, settings)
 
 

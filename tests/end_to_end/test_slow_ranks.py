@@ -28,15 +28,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def slowed(rank: int, world_size: int, settings: dict[str, Any], slow: str) -> list[str]:
     """A worker; rank 1 has slow data, slow products, or nothing. Returns what the run printed."""
-    from megatron.data.dataset.loader import Loader
+    from megatron.data.dataset.loader import BatchLoader
     from megatron.health.straggler import Probe
     from megatron.metrics.console import Console
 
     said: list[str] = []
     Console._print = lambda self, text: said.append(text)  # type: ignore[method-assign]
-    read, multiply = Loader._read, Probe.multiply
+    read, multiply = BatchLoader._read, Probe.multiply
     if rank == 1 and slow == "data":
-        Loader._read = lambda self, numbers: (time.sleep(0.15), read(self, numbers))[1]  # type: ignore[method-assign]
+        BatchLoader._read = lambda self, numbers: (time.sleep(0.15), read(self, numbers))[1]  # type: ignore[method-assign]
     if rank == 1 and slow == "device":
         Probe.multiply = lambda self, count: multiply(self, 6 * count)  # type: ignore[method-assign]
     run_rank(rank, world_size, settings)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.tokenizers.chat_encoding import ChatTokens
-from megatron.tokenizers.chat_messages import CallFault, Shapes
+from megatron.tokenizers.chat_messages import InvalidToolCall, Shapes
 from megatron.tokenizers.chat_template import ChatTemplate
 from tests.tokenizers.test_chat import marked
 from tests.tokenizers.test_chat_template import ASK, DOCUMENT, PLAIN, TEMPLATES, TOOL, folder_with
@@ -176,7 +176,7 @@ def test_arguments_stay_a_text_where_a_template_can_only_join_texts(template, re
 
 
 def test_arguments_that_are_no_json_are_reported_with_their_turn():
-    with pytest.raises(CallFault, match="turn 2: the arguments of weather are no JSON"):
+    with pytest.raises(InvalidToolCall, match="turn 2: the arguments of weather are no JSON"):
         Shapes(ChatTemplate(JSON_CALLS)).given(with_calls("{"))
 
 

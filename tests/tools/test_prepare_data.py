@@ -12,7 +12,7 @@ import zstandard
 
 from megatron.data.corpora import catalog
 from megatron.data.corpora.catalog import find_corpus
-from megatron.data.corpora.download import Source
+from megatron.data.corpora.download import DownloadSource
 from megatron.data.corpora.public import PUBLIC_CORPORA
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.tokenizers import make_tokenizer
@@ -143,7 +143,7 @@ def test_a_killed_download_goes_on(tmp_path):
 def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
     with serving() as server:
         server.codes = [404, 404]
-        source = Source("enron_emails.jsonl.zst", (f"{server.url}/enron_emails.jsonl.zst",))
+        source = DownloadSource("enron_emails.jsonl.zst", (f"{server.url}/enron_emails.jsonl.zst",))
         known = {"enron": replace(PUBLIC_CORPORA["enron"], sources=(source,))}
         monkeypatch.setattr(catalog, "PUBLIC_CORPORA", known)
         flags = ["enron", "-d", str(tmp_path), "-t", "CharLevelTokenizer"]

@@ -88,10 +88,10 @@ def write_about(folder: Path, about: About) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """One JSON object a line."""
-    write_pieces(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_texts(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+def write_texts(path: Path, texts: Iterable[str]) -> None:
     """Writes a text file that appears under its name only when complete."""
     with atomic_writer(path) as file:
-        file.writelines(piece.encode("utf-8") for piece in pieces)
+        file.writelines(text.encode("utf-8") for text in texts)

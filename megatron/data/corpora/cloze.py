@@ -25,7 +25,7 @@ ITEMS_PER_DOCUMENT = 10
 
 
 @dataclass(frozen=True)
-class _Line:
+class _ClozeLine:
     """A line that may be asked for. gap: the line ends before it, and its indentation."""
 
     document: int
@@ -42,7 +42,7 @@ def cloze_items(documents: Sequence[str], *, items: int = ITEMS, seed: int = SEE
     """At most `items` questions: context, choices (each to be put directly after the context) and label (0 to 3)."""
     lines = [document.splitlines() for document in documents]
     askable = _askable(lines)
-    alike: dict[str, list[_Line]] = defaultdict(list)
+    alike: dict[str, list[_ClozeLine]] = defaultdict(list)
     for line in askable:
         alike[line.indentation].append(line)
     chance = random.Random(seed)
@@ -76,7 +76,7 @@ def cloze_items(documents: Sequence[str], *, items: int = ITEMS, seed: int = SEE
     return made
 
 
-def _askable(documents: Sequence[Sequence[str]]) -> list[_Line]:
+def _askable(documents: Sequence[Sequence[str]]) -> list[_ClozeLine]:
     """Lines of a fit length that occur once in all the documents and follow other text."""
     occurrences = Counter(line.strip() for document in documents for line in document)
     found = []
@@ -88,7 +88,7 @@ def _askable(documents: Sequence[Sequence[str]]) -> list[_Line]:
                 before -= 1
             if before and len(text) in LINE_LENGTHS and occurrences[text] == 1:
                 indentation = line[: len(line) - len(line.lstrip())]
-                found.append(_Line(document, number, "\n" * (number - before + 1) + indentation, text))
+                found.append(_ClozeLine(document, number, "\n" * (number - before + 1) + indentation, text))
     return found
 
 

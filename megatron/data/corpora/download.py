@@ -38,7 +38,7 @@ _AGENT = "neox"
 
 
 @dataclass(frozen=True)
-class Source:
+class DownloadSource:
     """A file. urls: where it may be had, tried in order. sha256: of its content, where it is known.
 
     member_sha1: of a zip file, the name of a member and the SHA-1 of its content, where those are what is published.
@@ -68,7 +68,7 @@ class _BrokenOff(Exception):
 
 
 def fetch(
-    source: Source,
+    source: DownloadSource,
     folder: Path,
     *,
     again: bool = False,
@@ -100,30 +100,30 @@ def fetch(
             _part(target).unlink()
             raise
         os.replace(_part(target), target)
-        _told(target).unlink(missing_ok=True)
+        _validator_file(target).unlink(missing_ok=True)
     _keep_sum(folder, source.name, found)
     return found
 
 
-def _compare(source: Source, path: Path, found: str, known: str | None, hint: str) -> None:
+def _compare(source: DownloadSource, path: Path, found: str, known: str | None, hint: str) -> None:
     """Raises RunError unless the file is the known one."""
     if known is not None and found != known:
         by = "" if source.sha256 else f" that {SUMS} gives"
         hint += "" if source.sha256 else f"; where its maker changed it, take its line out of {SUMS}"
         raise RunError.of(f"its SHA-256 is {found}, not the {known}{by}", location=str(path), hint=hint)
     if source.member_sha1 is not None:
-        member, wanted = source.member_sha1
+        member, expected = source.member_sha1
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as content:
                 digest = hashlib.sha1(usedforsecurity=False)
-                while piece := content.read(_CHUNK):
-                    digest.update(piece)
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
         except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise RunError.of(
                 f"it is no whole zip file with {member} in it ({error})", location=str(path), hint=hint
             ) from error
-        if digest.hexdigest() != wanted:
-            what = f"the SHA-1 of {member} in it is {digest.hexdigest()}, not the published {wanted}"
+        if digest.hexdigest() != expected:
+            what = f"the SHA-1 of {member} in it is {digest.hexdigest()}, not the published {expected}"
             raise RunError.of(what, location=str(path), hint=hint)
 
 
@@ -148,7 +148,7 @@ def _keep_sum(folder: Path, name: str, digest: str) -> None:
     write_atomic(folder / SUMS, "".join(f"{each}  {file}\n" for file, each in sorted(sums.items())))
 
 
-def _from_any(source: Source, target: Path, first_wait: float, report: Callable[[Transfer], None]) -> None:
+def _from_any(source: DownloadSource, target: Path, first_wait: float, report: Callable[[Transfer], None]) -> None:
     reasons = []
     for url in source.urls:
         try:
@@ -198,11 +198,11 @@ def _patiently(url: str, target: Path, first_wait: float, report: Callable[[Tran
 def _once(url: str, target: Path, report: Callable[[Transfer], None]) -> None:
     """One attempt, going on with what is there. Returns when the file is complete."""
     part = _part(target)
-    told = _read_told(target)
-    start = _size(part) if told.get("url") == url and told.get("validator") else 0
+    validators = _read_validator(target)
+    start = _size(part) if validators.get("url") == url and validators.get("validator") else 0
     headers = {"User-Agent": _AGENT, "Accept-Encoding": "identity"}
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": told["validator"]}
+        headers |= {"Range": f"bytes={start}-", "If-Range": validators["validator"]}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -223,13 +223,13 @@ def _once(url: str, target: Path, report: Callable[[Transfer], None]) -> None:
         total = start + int(length) if length is not None and length.isdecimal() else None
         if start == 0:
             validator = _validator(response.headers)
-            _told(target).write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
+            _validator_file(target).write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
         _copy(response, target, start, total, report)
 
 
 def _copy(response: Any, target: Path, start: int, total: int | None, report: Callable[[Transfer], None]) -> None:
     done = start
-    with _told_when_full(target), _part(target).open("r+b" if start else "wb") as file:
+    with _report_full_disk(target), _part(target).open("r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
         while chunk := _read(response):
@@ -251,7 +251,7 @@ def _read(response: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _told_when_full(target: Path) -> Iterator[None]:
+def _report_full_disk(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -271,9 +271,9 @@ def _validator(headers: http.client.HTTPMessage) -> str | None:
     return str(date) if date and email.utils.parsedate(date) else None
 
 
-def _read_told(target: Path) -> dict[str, str]:
+def _read_validator(target: Path) -> dict[str, str]:
     try:
-        found = json.loads(_told(target).read_text(encoding="utf-8"))
+        found = json.loads(_validator_file(target).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -283,7 +283,7 @@ def _part(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
-def _told(target: Path) -> Path:
+def _validator_file(target: Path) -> Path:
     return target.with_name(f"{target.name}.part.json")
 
 

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megatron.data.corpora.download import Source
+from megatron.data.corpora.download import DownloadSource
 
 _COMPONENTS = "https://the-eye.eu/public/AI/pile_preliminary_components"
 _C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
 _BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 _S3 = "https://s3.amazonaws.com/models.huggingface.co/bert"
 
-GPT2_VOCAB = Source(
+GPT2_VOCAB = DownloadSource(
     "gpt2-vocab.json",
     (f"{_BPE}/encoder.json", f"{_S3}/gpt2-vocab.json"),
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 )
-GPT2_MERGES = Source(
+GPT2_MERGES = DownloadSource(
     "gpt2-merges.txt",
     (f"{_BPE}/vocab.bpe", f"{_S3}/gpt2-merges.txt"),
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -41,28 +41,28 @@ class PublicCorpus:
     name: str
     doc: str
     folder: str
-    sources: tuple[Source, ...]
+    sources: tuple[DownloadSource, ...]
     documents: int | None = None
     workers: int | None = None
 
 
 def _one(name: str, doc: str, *urls: str, folder: str | None = None, documents: int | None = None) -> PublicCorpus:
     """A corpus of one file, named as at its first place."""
-    return PublicCorpus(name, doc, folder or name, (Source(urls[0].rpartition("/")[2], urls),), documents)
+    return PublicCorpus(name, doc, folder or name, (DownloadSource(urls[0].rpartition("/")[2], urls),), documents)
 
 
 def _component(name: str, doc: str, file: str, documents: int | None = None) -> PublicCorpus:
     return _one(name, doc, f"{_COMPONENTS}/{file}", documents=documents)
 
 
-def _pile(number: int) -> Source:
-    return Source(f"{number:02}.jsonl.zst", (f"https://the-eye.eu/public/AI/pile/train/{number:02}.jsonl.zst",))
+def _pile(number: int) -> DownloadSource:
+    return DownloadSource(f"{number:02}.jsonl.zst", (f"https://the-eye.eu/public/AI/pile/train/{number:02}.jsonl.zst",))
 
 
-def _c4(part: str, count: int, *before: str) -> tuple[Source, ...]:
+def _c4(part: str, count: int, *before: str) -> tuple[DownloadSource, ...]:
     """The files of a part of C4. before: folders that are tried before the one of its authors."""
     names = [f"c4-train.{number:05}-of-{count:05}.json.gz" for number in range(count)]
-    return tuple(Source(name, tuple(f"{place}/{name}" for place in (*before, f"{_C4}/{part}"))) for name in names)
+    return tuple(DownloadSource(name, tuple(f"{url}/{name}" for url in (*before, f"{_C4}/{part}"))) for name in names)
 
 
 _ENWIK8 = PublicCorpus(
@@ -70,7 +70,7 @@ _ENWIK8 = PublicCorpus(
     "the first 100 MB of the English Wikipedia of 2006, one document",
     "enwik8",
     (
-        Source(
+        DownloadSource(
             "enwik8.zip",
             ("https://data.deepai.org/enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip"),
             member_sha1=("enwik8", "57b8363b814821dc9d47aa4d41f58733519076b2"),

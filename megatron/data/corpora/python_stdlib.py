@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.atomic import write_atomic
-from megatron.data.corpora.catalog import About, write_about, write_jsonl, write_pieces
+from megatron.data.corpora.catalog import About, write_about, write_jsonl, write_texts
 from megatron.data.corpora.cloze import cloze_items, cloze_task
 from megatron.errors import RunError
 
@@ -33,8 +33,8 @@ VALID_BYTES = 400_000  # about this much validation text, or
 VALID_SHARE = 0.05  # this share of all text if that is less
 LARGEST_VALID_FILE = 80_000  # no single file makes up most of the validation text [bytes]
 
-TELLING_LINE = 20  # shorter lines, such as `return self`, say nothing about where a file comes from [characters]
-LARGEST_REPEATED = 0.5  # share of telling lines that may be in earlier files
+DISTINCTIVE_LINE = 20  # shorter lines, such as `return self`, say nothing about where a file comes from [characters]
+LARGEST_REPEATED = 0.5  # fraction of distinctive lines that may be in earlier files
 LEAST_LETTERS = 0.6  # share of letters and white space; tables have less
 LEAST_LENGTH = 200  # [characters]
 
@@ -70,7 +70,7 @@ def prepare(folder: Path) -> About:
         )
     write_jsonl(folder / "train.jsonl", ({"text": each.text, "path": each.path} for each in train))
     write_jsonl(folder / "valid.jsonl", ({"text": each.text, "path": each.path} for each in valid))
-    write_pieces(folder / "valid.txt", (each.text for each in valid))
+    write_texts(folder / "valid.txt", (each.text for each in valid))
     write_jsonl(folder / "cloze.jsonl", cloze_items([each.text for each in valid]))
     task = f"{NAME}_cloze"
     write_atomic(folder / "tasks" / f"{task}.yaml", cloze_task(task, (folder / "cloze.jsonl").resolve()))
@@ -94,25 +94,25 @@ def library() -> Path:
 def collect(root: Path | None = None) -> list[Document]:
     """The documents worth learning from, in a fixed order, without repetitions."""
     seen: set[str] = set()
-    kept = []
+    unique = []
     for document in (*_topics(), *_sources(root or library())):
         lines = [line.strip() for line in document.text.splitlines()]
-        telling = [line for line in lines if len(line) >= TELLING_LINE]
+        telling = [line for line in lines if len(line) >= DISTINCTIVE_LINE]
         repeated = sum(line in seen for line in telling)
         if _is_prose_or_code(document.text) and telling and repeated <= LARGEST_REPEATED * len(telling):
-            kept.append(document)
+            unique.append(document)
             seen.update(telling)
-    return kept
+    return unique
 
 
 def split_by_file(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     """Train and validation, each in the order given."""
     listed = list(documents)
-    wanted = min(VALID_BYTES, int(VALID_SHARE * sum(each.bytes for each in listed)))
+    target_bytes = min(VALID_BYTES, int(VALID_SHARE * sum(each.bytes for each in listed)))
     held_out: set[str] = set()
     size = 0
     for document in sorted(listed, key=lambda each: hashlib.sha256(each.path.encode()).digest()):
-        if size >= wanted:
+        if size >= target_bytes:
             break
         if document.may_be_held_out and document.bytes <= LARGEST_VALID_FILE:
             held_out.add(document.path)

@@ -101,5 +101,5 @@ def document_starts(tokens: Tensor, borders: Tensor, eod: int) -> Tensor:
     first = borders.clone()
     first[:, 1:] |= tokens[:, :-1] == eod
     first[:, 0] = True
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return torch.where(first, places, 0).cummax(dim=1).values
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return torch.where(first, positions, 0).cummax(dim=1).values

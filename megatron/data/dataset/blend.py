@@ -74,7 +74,7 @@ def document_weights(documents: Sequence[int], alpha: float) -> list[float]:
     return [power / total for power in powers] if total else powers
 
 
-def whole_passes(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def full_passes(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """The order (blend_order) in which sets of so many samples are used up together, each in proportion.
 
     Rounding may let one set run ahead of its last sample; the order ends before that.
@@ -109,6 +109,6 @@ class BlendedDataset:
             raise IndexError(f"sample {number} of a blend that has {len(self)}")
         self._datasets[self._sets.item(number)].read(self._numbers.item(number), tokens, extras)
 
-    def origin(self, number: int, place: int) -> Origin:
+    def origin(self, number: int, position: int) -> Origin:
         """Where the token at a place of sample `number` comes from."""
-        return self._datasets[self._sets.item(number)].origin(self._numbers.item(number), place)
+        return self._datasets[self._sets.item(number)].origin(self._numbers.item(number), position)

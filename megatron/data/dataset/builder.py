@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from megatron.config.schema.data import DataSection
-from megatron.data.dataset.blend import BlendedDataset, whole_passes
+from megatron.data.dataset.blend import BlendedDataset, full_passes
 from megatron.data.dataset.data_order import token_digest
 from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, UnpackedDataset
 from megatron.data.dataset.index_cache import PACKED, IndexRequest, index_maps
 from megatron.data.dataset.index_map import IndexMap, epochs_needed
-from megatron.data.dataset.loader import Loader
-from megatron.data.dataset.sampler import Sampler
-from megatron.data.dataset.sources import EACH_VALID, Source, Split, read_splits
+from megatron.data.dataset.loader import BatchLoader
+from megatron.data.dataset.sampler import BatchSampler
+from megatron.data.dataset.sources import EACH_VALID, DataSource, Split, read_splits
 from megatron.data.dataset.splits import NAMES
-from megatron.data.dataset.summary import DataPlan, SourcePlan, SplitPlan, WholeDocuments
+from megatron.data.dataset.summary import DataPlan, SourcePlan, SplitPlan, UnpackedSummary
 from megatron.data.indexed.metadata import read_card
 from megatron.data.indexed.tokenizer_check import check_tokenizer
 from megatron.tokenizer_info import TokenizerInfo
@@ -32,11 +32,11 @@ class Data:
     valid_sets: of each validation set by its name, where each is to have a loss of its own.
     """
 
-    train: Loader | None
-    valid: Loader | None
-    test: Loader | None
+    train: BatchLoader | None
+    valid: BatchLoader | None
+    test: BatchLoader | None
     plan: DataPlan
-    valid_sets: Mapping[str, Loader] = field(default_factory=dict)
+    valid_sets: Mapping[str, BatchLoader] = field(default_factory=dict)
 
 
 def build_data(
@@ -71,23 +71,23 @@ def build_data(
     data; RunError when a file is damaged.
     """
     started = time.monotonic()
-    wanted = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
-    splits, warnings = read_splits(data, wanted, train_epochs=train_epochs)
+    num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
+    splits, warnings = read_splits(data, num_samples, train_epochs=train_epochs)
     if tokenizer is not None:
         check_tokenizer(splits, tokenizer)
     maps, cache_warnings = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
-    whole = data.pack_impl != PACKED
-    loaders: dict[str, Loader] = {}
+    unpacked = data.pack_impl != PACKED
+    loaders: dict[str, BatchLoader] = {}
     plans: dict[str, SplitPlan] = {}
     for split, own in zip(splits, maps, strict=True):
-        order = whole_passes([len(index) for index in own]) if split.epochs and len(own) > 1 else split.order
-        samples = _samples(split, own, order, seq_length, whole=whole)
-        loaders[split.name] = Loader(
+        order = full_passes([len(index) for index in own]) if split.epochs and len(own) > 1 else split.order
+        samples = _samples(split, own, order, seq_length, unpacked=unpacked)
+        loaders[split.name] = BatchLoader(
             samples,
-            Sampler(len(samples), micro_batch, data_rank, data_size),
+            BatchSampler(len(samples), micro_batch, data_rank, data_size),
             eod=eod,
             eod_mask_loss=data.eod_mask_loss,
-            labels=whole or any(source.data.labels is not None for source in split.sources),
+            labels=unpacked or any(source.data.labels is not None for source in split.sources),
             rewards=any(source.data.rewards is not None for source in split.sources),
             documents=data.reset_attention_mask or data.reset_position_ids,
             workers=data.num_workers,
@@ -96,7 +96,7 @@ def build_data(
             again=data.valid_same_samples and split.name not in ("train", "test"),
             vocab_size=tokenizer.vocab_size if ids is None and tokenizer is not None else ids,
         )
-        plans[split.name] = _plan(split, own, len(samples), seq_length, whole=whole)
+        plans[split.name] = _plan(split, own, len(samples), seq_length, unpacked=unpacked)
     if data.mmap_warmup:
         _warm_up(splits)
     plan = DataPlan(
@@ -116,7 +116,7 @@ def epoch_samples(
     """How many training samples so many passes give; every rank must call this. The errors are those of build_data."""
     splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
     (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
-    return len(maps[0]) if len(maps) == 1 else len(whole_passes([len(index) for index in maps])[0])
+    return len(maps[0]) if len(maps) == 1 else len(full_passes([len(index) for index in maps])[0])
 
 
 def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) -> list[IndexRequest]:
@@ -166,9 +166,9 @@ def _samples(
     order: tuple[np.ndarray, np.ndarray] | None,
     seq_length: int,
     *,
-    whole: bool,
+    unpacked: bool,
 ) -> Samples:
-    kind = UnpackedDataset if whole else PackedDataset
+    kind = UnpackedDataset if unpacked else PackedDataset
     made = [kind(source.data, index, seq_length) for source, index in zip(split.sources, maps, strict=True)]
     return made[0] if order is None else BlendedDataset(made, *order)
 
@@ -180,7 +180,7 @@ def _warm_up(splits: Sequence[Split]) -> None:
         dataset.warm_up()
 
 
-def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, whole: bool) -> SplitPlan:
+def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, unpacked: bool) -> SplitPlan:
     sources = []
     together = sum(map(len, maps))
     for source, index in zip(split.sources, maps, strict=True):
@@ -193,19 +193,19 @@ def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int,
                 tokens=source.tokens,
                 epochs=index.epochs,
                 samples=len(index),
-                samples_per_pass=len(index) / index.epochs if whole else source.tokens / seq_length,
+                samples_per_pass=len(index) / index.epochs if unpacked else source.tokens / seq_length,
                 asked=len(index) if split.epochs else source.drawn,
                 weight=len(index) / together if split.epochs and together else source.weight,
                 bytes_per_token=card.bytes_per_token if card else None,
                 digest=token_digest(dataset),
-                whole=_whole_documents(source, index, seq_length) if whole else None,
+                unpacked=_summarize_unpacked(source, index, seq_length) if unpacked else None,
             )
         )
     return SplitPlan(split.name, samples, split.samples, seq_length, tuple(sources))
 
 
-def _whole_documents(source: Source, index: IndexMap, seq_length: int) -> WholeDocuments:
+def _summarize_unpacked(source: DataSource, index: IndexMap, seq_length: int) -> UnpackedSummary:
     """What a pass reads of a source whose samples are whole documents."""
     sizes = source.dataset.sizes[index.documents[: len(index.documents) // index.epochs]]
-    kept = np.minimum(sizes, seq_length + 1)
-    return WholeDocuments(len(sizes), int(kept.sum(dtype=np.int64)), int((sizes > seq_length + 1).sum()))
+    used = np.minimum(sizes, seq_length + 1)
+    return UnpackedSummary(len(sizes), int(used.sum(dtype=np.int64)), int((sizes > seq_length + 1).sum()))

@@ -41,7 +41,9 @@ def order_facts(data: DataSection, train: SplitPlan, *, seed: int, train_epochs:
     if not packed:
         facts["allow_chopped"] = data.allow_chopped
         # Of labels follow the documents that have something to learn, which are shuffled.
-        facts["train_label_data_paths"] = [source.whole.documents if source.whole else 0 for source in train.sources]
+        facts["train_label_data_paths"] = [
+            source.unpacked.documents if source.unpacked else 0 for source in train.sources
+        ]
     if packed:
         facts["passes"] = [source.epochs for source in train.sources]
     if several:

@@ -48,7 +48,7 @@ class Samples(Protocol):
         """Writes sample `number` into tokens, an integer array of sample_length tokens, and into the extras."""
         ...
 
-    def origin(self, number: int, place: int) -> Origin:
+    def origin(self, number: int, position: int) -> Origin:
         """Where the token at a place of sample `number` comes from."""
         ...
 
@@ -62,7 +62,7 @@ class TokenSource:
     rewards: IndexedDataset | None = None
 
 
-Piece = tuple[int, int, int, int]
+Span = tuple[int, int, int, int]
 """Tokens of one document: place in the sample, first token in the file, how many, number of the document."""
 
 
@@ -84,20 +84,20 @@ class PackedDataset:
         """Writes the sample's tokens, and what else is asked for."""
         if not 0 <= number < len(self._index.shuffle):
             raise IndexError(f"sample {number} of a data set that has {len(self)}")
-        pieces = self._pieces(self._index.shuffle.item(number))
+        spans = self._spans(self._index.shuffle.item(number))
         flat, filled = self._flat, 0
-        for at, first, length, _ in pieces:
+        for at, first, length, _ in spans:
             filled = at + length
             tokens[at:filled] = flat[first : first + length]
         if filled < self.sample_length:
             tokens[filled:] = PADDING
         if extras is not None:
-            self._read_extras(pieces, filled, tokens, extras)
+            self._read_extras(spans, filled, tokens, extras)
 
-    def origin(self, number: int, place: int) -> Origin:
+    def origin(self, number: int, position: int) -> Origin:
         """Where the token at a place of sample `number` comes from; the last document for padding."""
-        pieces = self._pieces(self._index.shuffle.item(number))
-        return Origin(self._source, next(piece[3] for piece in reversed(pieces) if piece[0] <= place and piece[2]))
+        spans = self._spans(self._index.shuffle.item(number))
+        return Origin(self._source, next(span[3] for span in reversed(spans) if span[0] <= position and span[2]))
 
     def __getitem__(self, number: int) -> np.ndarray:
         """The sample's tokens, int64 [seq_length + 1]."""
@@ -105,23 +105,23 @@ class PackedDataset:
         self.read(number, tokens)
         return tokens
 
-    def _pieces(self, row: int) -> list[Piece]:
+    def _spans(self, row: int) -> list[Span]:
         """The sample before shuffling: its pieces, one after another from place 0."""
         position, offset = self._index.samples.item(row, 0), self._index.samples.item(row, 1)
         documents, sizes, starts = self._index.documents, self._sizes, self._starts
-        pieces: list[Piece] = []
-        at, wanted = 0, self.sample_length
-        while at < wanted:
+        spans: list[Span] = []
+        at, end = 0, self.sample_length
+        while at < end:
             document = documents.item(position)
-            length = min(wanted - at, sizes.item(document) - offset)
-            pieces.append((at, starts.item(document) // self._item_bytes + offset, length, document))
+            length = min(end - at, sizes.item(document) - offset)
+            spans.append((at, starts.item(document) // self._item_bytes + offset, length, document))
             at += length
             position, offset = position + 1, 0
-        return pieces
+        return spans
 
-    def _read_extras(self, pieces: list[Piece], filled: int, tokens: np.ndarray, extras: SampleExtras) -> None:
+    def _read_extras(self, spans: list[Span], filled: int, tokens: np.ndarray, extras: SampleExtras) -> None:
         labels, rewards = self._source.labels, self._source.rewards
-        for at, first, length, document in pieces:
+        for at, first, length, document in spans:
             own = slice(at, at + length)
             if extras.borders is not None and length:
                 extras.borders[at] = True
@@ -138,12 +138,12 @@ class PackedDataset:
 class UnpackedDataset(PackedDataset):
     """Samples of whole documents, padded at the end (packing.py says which documents they hold)."""
 
-    def _pieces(self, row: int) -> list[Piece]:
+    def _spans(self, row: int) -> list[Span]:
         position, end = self._index.samples.item(row, 0), self._index.samples.item(row + 1, 0)
-        pieces: list[Piece] = []
+        spans: list[Span] = []
         at = 0
         for document in self._index.documents[position:end].tolist():
             length = min(self.sample_length - at, self._sizes.item(document))
-            pieces.append((at, self._starts.item(document) // self._item_bytes, length, document))
+            spans.append((at, self._starts.item(document) // self._item_bytes, length, document))
             at += length
-        return pieces
+        return spans

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron.atomic import atomic_writer
 from megatron.data.dataset.index_map import IndexMap, build_index_map
-from megatron.data.dataset.packing import build_whole_map, usable_documents
+from megatron.data.dataset.packing import build_unpacked_map, usable_documents
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.errors import ConfigError
 
@@ -74,7 +74,7 @@ class IndexRequest:
                 value=self.packing,
                 hint="set allow_chopped, raise seq_length, or use pack_impl: packed",
             )
-        return build_whole_map(
+        return build_unpacked_map(
             sizes,
             self.usable,
             seq_length=self.seq_length,
@@ -134,8 +134,8 @@ def read_index_map(request: IndexRequest) -> IndexMap | None:
     documents, samples, shuffle = (arrays[array] for array in ARRAYS)
     once = len(request.documents) if request.packing == PACKED else len(request.usable)
     epochs = request.epochs or len(documents) // max(once, 1)
-    whole = documents.shape == (once * epochs,) and samples.shape == (len(shuffle) + 1, 2)
-    return IndexMap(documents, samples, shuffle, epochs) if whole else None
+    intact = documents.shape == (once * epochs,) and samples.shape == (len(shuffle) + 1, 2)
+    return IndexMap(documents, samples, shuffle, epochs) if intact else None
 
 
 def index_maps(
@@ -150,7 +150,7 @@ def index_maps(
         for request in requests:
             error = write_index_map(request)
             if error is not None:
-                kept = f"the index map {request.stem} cannot be kept ({error.strerror})"
-                warnings.append(f"{kept}: every rank computes it at each start")
+                problem = f"the index map {request.stem} cannot be kept ({error.strerror})"
+                warnings.append(f"{problem}: every rank computes it at each start")
     barrier()
     return [read_index_map(request) or request.build() for request in requests], warnings

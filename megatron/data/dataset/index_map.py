@@ -61,11 +61,11 @@ def sample_starts(sizes: np.ndarray, order: np.ndarray, *, seq_length: int, coun
 def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: np.ndarray) -> None:
     """Fills the starts by a binary search of every i * seq_length in the running sum of the lengths."""
     ends = np.cumsum(sizes[order], dtype=np.int64)
-    wanted = np.arange(len(starts), dtype=np.int64) * seq_length
-    positions = np.searchsorted(ends, wanted, side="right")
+    begins = np.arange(len(starts), dtype=np.int64) * seq_length
+    positions = np.searchsorted(ends, begins, side="right")
     starts[:, 0] = positions
     # Each document starts where the one before it ends; the first one starts at 0.
-    starts[:, 1] = wanted - np.where(positions > 0, ends[positions - 1], 0)
+    starts[:, 1] = begins - np.where(positions > 0, ends[positions - 1], 0)
 
 
 def build_index_map(sizes: np.ndarray, documents: range, *, seq_length: int, epochs: int, seed: int) -> IndexMap:

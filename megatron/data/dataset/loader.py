@@ -15,14 +15,14 @@ import torch
 
 from megatron.data.dataset.batch import MicroBatch, make_batch
 from megatron.data.dataset.gpt_dataset import SampleExtras, Samples
-from megatron.data.dataset.sampler import Sampler
+from megatron.data.dataset.sampler import BatchSampler
 from megatron.errors import RunError
 
 EXTRA_TYPES = {"labels": np.int64, "rewards": np.float32, "borders": np.bool_}
 AHEAD = 2  # micro-batches read ahead by each thread
 
 
-class Loader:
+class BatchLoader:
     """The micro-batches of one rank.
 
     samples: the data set. sampler: the rank's share of it. eod: the id that ends a document; eod_mask_loss: its label
@@ -36,7 +36,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        sampler: Sampler,
+        sampler: BatchSampler,
         *,
         eod: int,
         eod_mask_loss: bool = False,
@@ -53,7 +53,7 @@ class Loader:
         self._sampler = sampler
         self._eod = eod
         self._eod_mask_loss = eod_mask_loss
-        self._wanted = {"labels": labels, "rewards": rewards, "borders": documents}
+        self._extras = {"labels": labels, "rewards": rewards, "borders": documents}
         self._workers = workers
         self._pin_memory = pin_memory
         self._prompt = prompt
@@ -70,14 +70,14 @@ class Loader:
         Starting late costs the same as starting at 0. Raises RunError when more were consumed than there are, and where
         the data holds an id that the vocabulary has not.
         """
-        wanted = self._sampler.batches(0 if self._again else consumed_samples)
-        return self._ahead(wanted) if self._workers > 0 else map(self._read, wanted)
+        requested = self._sampler.batches(0 if self._again else consumed_samples)
+        return self._ahead(requested) if self._workers > 0 else map(self._read, requested)
 
-    def _ahead(self, wanted: Iterator[range]) -> Iterator[MicroBatch]:
+    def _ahead(self, requested: Iterator[range]) -> Iterator[MicroBatch]:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
         pending: deque[Future[MicroBatch]] = deque()
         try:
-            for numbers in wanted:
+            for numbers in requested:
                 pending.append(pool.submit(self._read, numbers))
                 if len(pending) > AHEAD * self._workers:
                     yield pending.popleft().result()
@@ -90,7 +90,7 @@ class Loader:
         shape = (len(numbers), self.samples.sample_length)
         samples = np.empty(shape, np.int64)
         extras: dict[str, np.ndarray] = {
-            name: np.zeros(shape, EXTRA_TYPES[name]) for name, wanted in self._wanted.items() if wanted
+            name: np.zeros(shape, EXTRA_TYPES[name]) for name, requested in self._extras.items() if requested
         }
         for row, number in enumerate(numbers):
             own = SampleExtras(**{name: array[row] for name, array in extras.items()}) if extras else None
@@ -116,11 +116,12 @@ class Loader:
             read, wrong = labels, labels >= limit
         else:
             return
-        row, place = np.argwhere(wrong)[0].tolist()
-        source, document = self.samples.origin(numbers[row], place)
+        row, position = np.argwhere(wrong)[0].tolist()
+        source, document = self.samples.origin(numbers[row], position)
+        token = int(read[row, position])
         dataset = source.tokens if read is samples or source.labels is None else source.labels
         raise RunError.of(
-            f"document {document} holds the id {int(read[row, place])}, and the tokenizer's ids are 0 to {limit - 1}",
+            f"document {document} holds the id {token}, and the tokenizer's ids are 0 to {limit - 1}",
             location=dataset.prefix,
             hint="another tokenizer made this data: give the run that one, or make the data again with the run's own;"
             " new tokens of a checkpoint's tokenizer get rows with finetune: true",

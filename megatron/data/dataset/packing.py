@@ -44,15 +44,15 @@ def has_labels(labels: IndexedDataset, documents: range, seq_length: int) -> np.
     starts = np.asarray(labels.starts, np.int64) // labels.dtype.itemsize
     found = np.zeros(len(labels), bool)
     for first in range(0, len(labels.tokens), BLOCK):
-        places = np.flatnonzero(labels.tokens[first : first + BLOCK] != IGNORE_INDEX) + first
-        owners = np.searchsorted(starts, places, side="right") - 1
-        offsets = places - starts[owners]
+        labelled = np.flatnonzero(labels.tokens[first : first + BLOCK] != IGNORE_INDEX) + first
+        owners = np.searchsorted(starts, labelled, side="right") - 1
+        offsets = labelled - starts[owners]
         # The first token of a document is never a label within it.
         found[owners[(offsets >= 1) & (offsets <= seq_length)]] = True
     return found[documents.start : documents.stop]
 
 
-def build_whole_map(
+def build_unpacked_map(
     sizes: np.ndarray, usable: np.ndarray, *, seq_length: int, packed: bool, seed: int, samples: int, epochs: int = 0
 ) -> IndexMap:
     """The map of whole documents: `epochs` passes, or as many as give so many samples when epochs is 0.

@@ -12,7 +12,7 @@ from megatron.errors import RunError
 
 
 @dataclass(frozen=True)
-class Sampler:
+class BatchSampler:
     """The share of one rank.
 
     total: samples in the data set. micro_batch: samples a rank takes at once. data_rank, data_size: its place among

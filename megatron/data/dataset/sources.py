@@ -25,7 +25,7 @@ REWARDS = {"train": "train_reward_data_paths", "valid": "valid_reward_data_paths
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A part of a split before its index map exists.
 
     drawn: samples a blend takes from it. asked: samples its map must give, or None where the passes decide. name: for
@@ -60,13 +60,13 @@ class Split:
 
     name: str
     samples: int
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     order: tuple[np.ndarray, np.ndarray] | None = None
     epochs: int = 0
 
 
 def read_splits(
-    data: DataSection, wanted: dict[str, int], *, train_epochs: int | None = None
+    data: DataSection, num_samples: dict[str, int], *, train_epochs: int | None = None
 ) -> tuple[list[Split], list[str]]:
     """The splits of which samples are wanted and that have documents, and warnings for the user.
 
@@ -75,7 +75,7 @@ def read_splits(
     its blend, if there is one, is then left to later. Raises ConfigError when no data is named, files are missing or
     training has no documents; RunError when a file is damaged.
     """
-    splits, warnings = _named(data, {name: samples for name, samples in wanted.items() if samples > 0})
+    splits, warnings = _named(data, {name: samples for name, samples in num_samples.items() if samples > 0})
     if data.valid_loss_per_set:
         splits += [each for split in splits if split.name == "valid" for each in _each(split)]
     by_passes = {"train"} if train_epochs else set()
@@ -96,10 +96,10 @@ def _each(split: Split) -> list[Split]:
     return list(found.values())
 
 
-def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list[str]]:
+def _named(data: DataSection, num_samples: dict[str, int]) -> tuple[list[Split], list[str]]:
     lists = {name: getattr(data, f"{name}_data_paths") for name in NAMES}
     if data.data_path is not None:
-        return _one_set(data.data_path, data.split, wanted, data.data_impl)
+        return _one_set(data.data_path, data.split, num_samples, data.data_impl)
     if not any(lists.values()):
         raise ConfigError.of(
             "no data to train on",
@@ -107,22 +107,22 @@ def _named(data: DataSection, wanted: dict[str, int]) -> tuple[list[Split], list
             value=None,
             hint="give data_path, or train_data_paths, valid_data_paths and test_data_paths",
         )
-    if "train" in wanted and not lists["train"]:
+    if "train" in num_samples and not lists["train"]:
         raise ConfigError.of("no training data", key="train_data_paths", value=None, hint="name a data set")
-    splits = [Split(name, samples, _listed(name, data)) for name, samples in wanted.items() if lists[name]]
+    splits = [Split(name, samples, _listed(name, data)) for name, samples in num_samples.items() if lists[name]]
     return splits, []
 
 
-def _one_set(path: str, split: str, wanted: dict[str, int], impl: str) -> tuple[list[Split], list[str]]:
+def _one_set(path: str, split: str, num_samples: dict[str, int], impl: str) -> tuple[list[Split], list[str]]:
     shares = dict(zip(NAMES, split_shares(split), strict=True))
     dataset = _open(path, "data_path", impl)
     found, warnings = [], []
     for name, documents in split_documents(split, len(dataset)).items():
-        source = Source(TokenSource(dataset), documents, 1.0, name, "data_path")
-        if name not in wanted or (shares[name] == 0 and name != "train"):
+        source = DataSource(TokenSource(dataset), documents, 1.0, name, "data_path")
+        if name not in num_samples or (shares[name] == 0 and name != "train"):
             continue
         if source.tokens:
-            found.append(Split(name, wanted[name], (source,)))
+            found.append(Split(name, num_samples[name], (source,)))
         elif name == "train":
             what = f"it leaves no tokens for training of the {len(dataset)} documents of {path}"
             raise ConfigError.of(what, key="split", value=split, hint="give training a larger share")
@@ -131,7 +131,7 @@ def _one_set(path: str, split: str, wanted: dict[str, int], impl: str) -> tuple[
     return found, warnings
 
 
-def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
+def _listed(name: str, data: DataSection) -> tuple[DataSource, ...]:
     key = f"{name}_data_paths"
     paths = getattr(data, key)
     opened = [
@@ -148,7 +148,7 @@ def _listed(name: str, data: DataSection) -> tuple[Source, ...]:
     sources = []
     for number, (source, weight) in enumerate(zip(opened, weights, strict=True)):
         _check_companions(source, name)
-        made = Source(source, range(len(source.tokens)), weight / sum(weights), f"{name}_{number}", key)
+        made = DataSource(source, range(len(source.tokens)), weight / sum(weights), f"{name}_{number}", key)
         if not made.tokens:
             raise ConfigError.of("this data set holds no tokens", key=key, value=source.tokens.prefix)
         sources.append(made)

@@ -1,4 +1,4 @@
-"""What a run will read, told before it starts: documents, tokens, passes and samples of every data set."""
+"""Summary of the data of a run: documents, tokens, epochs and samples of every dataset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class WholeDocuments:
-    """What one pass of whole documents reads: documents and tokens in use, and how many of the documents are cut.
+class UnpackedSummary:
+    """One epoch of unpacked documents: documents and tokens in use, and how many documents are truncated.
 
     The others are left out.
     """
@@ -17,8 +17,8 @@ class WholeDocuments:
     tokens: int
     cut: int
 
-    def told(self, documents: int, tokens: int, seq_length: int) -> str:
-        """In words, of so many documents and tokens."""
+    def describe(self, documents: int, tokens: int, seq_length: int) -> str:
+        """Describe the epoch as text, beside the totals of the dataset."""
         parts = [f"a pass reads {self.documents:,} of the documents and {self.tokens:,} of the tokens"]
         if self.cut:
             parts.append(f"{self.cut:,} documents are cut to {seq_length + 1:,} tokens")
@@ -48,7 +48,7 @@ class SourcePlan:
     weight: float
     bytes_per_token: float | None
     digest: str = ""
-    whole: WholeDocuments | None = None
+    unpacked: UnpackedSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,19 @@ class SplitPlan:
             f"{self.asked:,} samples of {self.seq_length:,} ({self.passes:.2f} passes)"
         )
         if len(self.sources) == 1:
-            return "\n".join([f"{text} from {self.sources[0].path}", *self._whole(self.sources[0])])
+            return "\n".join([f"{text} from {self.sources[0].path}", *self._unpacked(self.sources[0])])
         parts = [text]
         for source in self.sources:
             parts.append(f"  {source.weight:.1%} {source.path}, {source.tokens:,} tokens")
-            parts += self._whole(source)
+            parts += self._unpacked(source)
         return "\n".join(parts)
 
-    def _whole(self, source: SourcePlan) -> list[str]:
+    def _unpacked(self, source: SourcePlan) -> list[str]:
         """What whole documents leave of a data set, where that is not all of it."""
-        whole = source.whole
-        if whole is None or (whole.documents, whole.tokens) == (source.documents, source.tokens):
+        unpacked = source.unpacked
+        if unpacked is None or (unpacked.documents, unpacked.tokens) == (source.documents, source.tokens):
             return []
-        return [f"  {whole.told(source.documents, source.tokens, self.seq_length)}"]
+        return [f"  {unpacked.describe(source.documents, source.tokens, self.seq_length)}"]
 
 
 @dataclass(frozen=True)

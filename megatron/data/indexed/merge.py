@@ -70,8 +70,8 @@ def missing_shards(prefixes: Sequence[str]) -> list[ConfigIssue]:
         ((count, numbers),) = counts.items()
         missing = [number for number in range(count) if number not in numbers]
         if missing:
-            told = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
-            what = f"{len(missing)} of {count} shards are missing: {told}"
+            shown = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
+            what = f"{len(missing)} of {count} shards are missing: {shown}"
             hint = "make them with tools/preprocess_data.py --shard, or name the files otherwise if they belong alone"
             issues.append(ConfigIssue(what, key="input", value=name, hint=hint))
     return issues

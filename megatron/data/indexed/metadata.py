@@ -1,7 +1,7 @@
-"""What is known about a pair of token files that the files themselves do not say: `<prefix>.json` beside them.
+"""Metadata of a pair of token files: `<prefix>.json` beside them.
 
 It holds no time and no path, so that the same text and tokenizer always give the same bytes. Readers live without it;
-where it is there, the tokenizer of a run must be the one that it tells of.
+where it exists, the run must use the tokenizer that it names.
 """
 
 from __future__ import annotations

@@ -11,6 +11,6 @@ def allow_open_files(more: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    limit = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,6 +1,6 @@
-r"""Token files: many documents in one memory-mapped file, with an index that says where each one lies.
+r"""Token files: many documents in one memory-mapped file, with an index of their offsets.
 
-Two files share a prefix. Everything is little endian; the arrays stand back to back, without alignment.
+Two files share a prefix. Everything is little endian; the arrays follow each other, without alignment.
 
 `<prefix>.bin`: the token ids of all items, one after another, without a header.
 

@@ -12,7 +12,7 @@ from megatron.tokenizer_info import TokenizerInfo
 
 
 def check_tokenizer(splits: Sequence[Split], tokenizer: TokenizerInfo) -> None:
-    """Raises ConfigError for every data set and label set whose card tells of another tokenizer.
+    """Raise ConfigError for every dataset and label set whose metadata names another tokenizer.
 
     Files without a card are taken as they are: their ids are looked at when they are read.
     """

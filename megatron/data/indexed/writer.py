@@ -70,12 +70,12 @@ class DatasetWriter:
     ) -> None:
         try:
             if kind is None:
-                with self._told_when_full():
+                with self._report_full_disk():
                     self._finish()
         finally:
             for file in (self._file, self._sizes, self._ends):
                 if file is not None:
-                    with contextlib.suppress(OSError):  # what could not be written was told already
+                    with contextlib.suppress(OSError):  # the write error is already being raised
                         file.close()
             if kind is None or not self.keep:
                 beside = (self._beside("sizes"), self._beside("documents"))
@@ -97,7 +97,7 @@ class DatasetWriter:
             raise RunError.of(f"a document has {int(sizes.max())} tokens, and a data file takes {LARGEST_ITEM}")
         if tokens.dtype != self.dtype and len(tokens):
             self._check_range(tokens)
-        with self._told_when_full():
+        with self._report_full_disk():
             self._file.write(np.ascontiguousarray(tokens, self.dtype).data)
             self._sizes.write(np.ascontiguousarray(sizes, "<i4").data)
             if items is not None or self._ends is not None:
@@ -108,7 +108,7 @@ class DatasetWriter:
 
     def mark(self) -> Mark:
         """Forces what was added to disk, and says how far it goes."""
-        with self._told_when_full():
+        with self._report_full_disk():
             for file in (self._file, self._sizes, self._ends):
                 if file is not None:
                     flush_to_disk(file)
@@ -125,13 +125,13 @@ class DatasetWriter:
 
     def _cut(self) -> None:
         """Brings the partial files to the mark."""
-        wanted = {self._file: self.tokens * self.dtype.itemsize, self._sizes: 4 * self.items}
+        file_sizes = {self._file: self.tokens * self.dtype.itemsize, self._sizes: 4 * self.items}
         if self._ends is not None:
-            wanted[self._ends] = 8 * self.documents
-        for file, size in wanted.items():
+            file_sizes[self._ends] = 8 * self.documents
+        for file, size in file_sizes.items():
             there = file.seek(0, os.SEEK_END)
             if there < size:
-                for each in wanted:
+                for each in file_sizes:
                     each.close()
                 raise RunError.of(
                     f"an earlier attempt left {there:,} of the {size:,} bytes that it had written",
@@ -233,7 +233,7 @@ class DatasetWriter:
         return file
 
     @contextlib.contextmanager
-    def _told_when_full(self):  # noqa: ANN202
+    def _report_full_disk(self):  # noqa: ANN202
         try:
             yield
         except OSError as error:

@@ -38,18 +38,18 @@ class Salvaged:
 
     def read(self, size: int = -1) -> bytes:
         """So many bytes, or all for -1; fewer at the end and before damage."""
-        pieces, wanted = [], size
-        while self.error is None and wanted:
+        chunks, remaining = [], size
+        while self.error is None and remaining:
             try:
-                piece = self._stream.read1(AT_ONCE if wanted < 0 else min(wanted, AT_ONCE))
+                chunk = self._stream.read1(AT_ONCE if remaining < 0 else min(remaining, AT_ONCE))
             except DAMAGE as error:
                 self.error = error
                 break
-            if not piece:
+            if not chunk:
                 break
-            pieces.append(piece)
-            wanted = wanted if wanted < 0 else wanted - len(piece)
-        return b"".join(pieces)
+            chunks.append(chunk)
+            remaining = remaining if remaining < 0 else remaining - len(chunk)
+        return b"".join(chunks)
 
     def check(self) -> None:
         """Raises what the damage was, if there was any."""
@@ -98,14 +98,14 @@ class _Member:
         self._cut = False
 
     def read1(self, size: int) -> bytes:
-        piece: bytes = b"" if self._cut else self._content.read1(size)
-        real = self._stream.real(self._at, self._at + len(piece))
-        self._cut = self._cut or real < len(piece)
+        chunk: bytes = b"" if self._cut else self._content.read1(size)
+        real = self._stream.real(self._at, self._at + len(chunk))
+        self._cut = self._cut or real < len(chunk)
         self._at += real
         if self._cut and not real:
             self._stream.check()
             raise EOFError("the archive ends inside a member")
-        return piece[:real]
+        return chunk[:real]
 
     def read(self, size: int = -1) -> bytes:
         return self.read1(size)  # fewer bytes than asked for are no end to the decompressors
@@ -154,14 +154,14 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         while not self._held:
-            piece = self._left or self._raw.read(_ZSTD_BYTES)
+            chunk = self._left or self._raw.read(_ZSTD_BYTES)
             self._left = b""
-            if not piece:
+            if not chunk:
                 if self._inside:
                     raise EOFError("compressed file ended before the end of its last frame")
                 return 0
             try:
-                self._held = self._frame.decompress(piece)
+                self._held = self._frame.decompress(chunk)
             except self._error as error:
                 raise OSError(str(error)) from error
             self._inside = not self._frame.eof

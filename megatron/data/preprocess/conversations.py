@@ -38,7 +38,7 @@ def turns_of(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         text_of(turn, "role")
         _check_content(number, turn)
         _check_calls(number, turn.get("tool_calls"))
-        _check_whole(turn)
+        _check_encodable(turn)
     return turns
 
 
@@ -57,7 +57,7 @@ def variables_of(record: Mapping[str, Any]) -> dict[str, Any]:
         value = made.get(name)
         if value is not None and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
             raise InvalidDocument(f"whose {name!r} is no list of objects", f"it is {value!r}"[:80])
-    _check_whole(made)
+    _check_encodable(made)
     return made
 
 
@@ -91,8 +91,8 @@ def _check_content(number: int, turn: Mapping[str, Any]) -> None:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            told = f"of the type {kind!r}" if kind not in (None, "text") else f"{part!r}"[:60]
-            raise InvalidDocument(NO_TEXT, f"turn {number} has a part {told}; texts alone can be learnt")
+            found = f"of the type {kind!r}" if kind not in (None, "text") else f"{part!r}"[:60]
+            raise InvalidDocument(NO_TEXT, f"turn {number} has a part {found}; texts alone can be learnt")
 
 
 def _check_calls(number: int, calls: Any) -> None:
@@ -100,7 +100,7 @@ def _check_calls(number: int, calls: Any) -> None:
         raise InvalidDocument(_NO_CALLS, f"turn {number} has {calls!r}"[:80])
 
 
-def _check_whole(value: Any) -> None:
+def _check_encodable(value: Any) -> None:
     """Refuses single surrogates, which JSON may spell and UTF-8 has no form for."""
     try:
         json.dumps(value, ensure_ascii=False).encode()

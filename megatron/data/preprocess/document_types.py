@@ -214,7 +214,7 @@ class ReadConversation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatText:
     """Conversations, with loss on what one role says, and rewards where a key names them.
 
     only_last: loss on the last turn alone. mask: False puts a loss on everything. for_reward_model: two ends of text

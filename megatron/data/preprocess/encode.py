@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from megatron.data.preprocess.reader import Block, parse_lengths
+from megatron.data.preprocess.reader import TextBlock, parse_lengths
 from megatron.data.preprocess.text_files import Kind
 
 _SPACE = 0x20
@@ -43,7 +43,7 @@ class ReadsSpecialTokens(Protocol):
 
 
 class InvalidDocument(Exception):
-    """Why a record gives no document. reason: what is counted. detail: what is told of this one."""
+    """A record that is not a document. reason: the counted category. detail: about this record."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -53,7 +53,7 @@ class InvalidDocument(Exception):
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """One that gave no document. number: of its line or document in its file, from 1; 0 for a whole file."""
+    """A skipped record. number: its line or document in the file, from 1; 0 for the entire file."""
 
     name: str
     number: int
@@ -61,8 +61,8 @@ class SkippedRecord:
     detail: str
 
     def __str__(self) -> str:
-        place = f"{self.name}:{self.number}" if self.number else self.name
-        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        location = f"{self.name}:{self.number}" if self.number else self.name
+        return f"{location}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class EncodedText:
     """The documents of one output of a block.
 
     tokens: of all of them. sizes: of each item [tokens]. text_bytes: UTF-8 bytes of their text. items: of each
-    document, where documents have several. notes: documents of which something is to be told, by what it is.
+    document, where documents have several. notes: documents with a remark, counted by remark.
     """
 
     tokens: np.ndarray
@@ -150,7 +150,7 @@ class Encoder:
 
     recipe: Recipe
 
-    def encode(self, block: Block) -> EncodedBlock:
+    def encode(self, block: TextBlock) -> EncodedBlock:
         """The token ids of every document of the block, in order."""
         recipe = self.recipe
         skipped: list[SkippedRecord] = []
@@ -216,7 +216,7 @@ class Counted:
 
 
 def records_of(
-    block: Block, keys: Sequence[str], skipped: list[SkippedRecord], counted: Counted
+    block: TextBlock, keys: Sequence[str], skipped: list[SkippedRecord], counted: Counted
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number and record of each document of a block; plain text is a record with that text under every key.
 
@@ -240,15 +240,15 @@ def records_of(
                     del record
             start = end + 1
         return
-    whole = block.kind is Kind.WHOLE
-    for number, content in enumerate([block.load()] if whole else parse_lengths(block.load()), 1):
+    one_file = block.kind is Kind.FILE
+    for number, content in enumerate([block.load()] if one_file else parse_lengths(block.load()), 1):
         counted.records = number
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
-            skipped.append(SkippedRecord(block.name, 0 if whole else number, "not UTF-8", f"byte {error.start}"))
+            skipped.append(SkippedRecord(block.name, 0 if one_file else number, "not UTF-8", f"byte {error.start}"))
             continue
-        yield 0 if whole else number, dict.fromkeys(keys, text)
+        yield 0 if one_file else number, dict.fromkeys(keys, text)
 
 
 def _json(line: memoryview, name: str, number: int, skipped: list[SkippedRecord]) -> Mapping[str, Any] | None:

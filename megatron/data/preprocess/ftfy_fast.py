@@ -1,8 +1,8 @@
-"""Mend broken Unicode with the package `ftfy`, without its cost where there is nothing to fix.
+"""Fix broken Unicode with the package `ftfy`, without its cost where there is nothing to fix.
 
 `ftfy.fix_text` looks at a text line by line, and at most lines for nothing. Here a text that none of its steps would
-change is told by a few searches, and returned as it is; where curly quotes alone are to be made straight, that is done
-here; every other line is handed to ftfy. The result is that of `ftfy.fix_text`, character for character.
+change is recognised by a few searches, and returned unchanged; where curly quotes alone are to be made straight, that
+is done here; every other line is handed to ftfy. The result is that of `ftfy.fix_text`, character for character.
 
 A step of ftfy changes a text only where it holds: an HTML entity; characters that look like a wrong encoding beside one
 another (`ftfy.badness`); a control character, a line break other than a newline, a ligature, a wide or narrow form, a

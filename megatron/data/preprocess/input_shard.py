@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron.data.preprocess.reader import BLOCK_BYTES, Block, read_file
+from megatron.data.preprocess.reader import BLOCK_BYTES, TextBlock, read_file
 from megatron.data.preprocess.text_files import Kind, TextFile
 from megatron.errors import ConfigError
 
@@ -33,20 +33,20 @@ class Shard:
         return range(size * self.number // self.count, size * (self.number + 1) // self.count)
 
 
-def parse_shard(told: str) -> Shard:
+def parse_shard(text: str) -> Shard:
     """`I/N`, with I from 0 to N - 1. Raises ConfigError."""
-    number, slash, count = told.partition("/")
+    number, slash, count = text.partition("/")
     if slash and number.isdecimal() and count.isdecimal() and int(number) < int(count):
         return Shard(int(number), int(count))
     raise ConfigError.of(
         "a shard is I/N, and I counts from 0 to N - 1",
         key="shard",
-        value=told,
+        value=text,
         hint="of 4 machines the first takes 0/4 and the last 3/4",
     )
 
 
-def shard_blocks(files: Sequence[TextFile], shard: Shard, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def shard_blocks(files: Sequence[TextFile], shard: Shard, block_bytes: int = BLOCK_BYTES) -> Iterator[TextBlock]:
     """The blocks of a shard, in order; read_bytes counts from its start. Raises as read_blocks."""
     total = sum(file.bytes for file in files)
     part = shard.part(total)

@@ -20,7 +20,7 @@ from megatron.data.indexed.writer import DatasetWriter
 from megatron.data.preprocess.encode import EncodedBlock, Encoder, InvalidDocument, Recipe, SkippedCounts
 from megatron.data.preprocess.input_shard import Shard, shard_blocks
 from megatron.data.preprocess.reader import EMPTY_FILE
-from megatron.data.preprocess.resume_state import Counts, Journal, SkippedFile, task_of
+from megatron.data.preprocess.resume_state import Journal, PreprocessCounts, SkippedFile, task_of
 from megatron.data.preprocess.text_files import TextFile
 from megatron.data.preprocess.workers import encode_blocks
 from megatron.errors import ConfigError, ConfigIssue, RunError
@@ -51,7 +51,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Progress:
+class PreprocessProgress:
     """How far the work is. content_bytes: text files' content so far [bytes]. fraction: of the input that is done, in
     [0, 1]. seconds: since the start.
     """
@@ -64,7 +64,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenOutput:
     """One pair of token files. prefix: their path without .bin and .idx."""
 
     name: str
@@ -76,10 +76,10 @@ class Written:
 class Result:
     """What was done. empty: documents without text, which were left out. seconds: wall time [s], of which `starting`
     passed before the first block came back. sidecar: the list of what was skipped, or None. notes: documents of which
-    something is to be told, by what it is.
+    with a remark, counted by remark.
     """
 
-    outputs: tuple[Written, ...]
+    outputs: tuple[WrittenOutput, ...]
     skipped: SkippedCounts
     empty: int
     content_bytes: int
@@ -101,22 +101,22 @@ def preprocess(
     shard: Shard | None = None,
     legacy: bool = False,
     mark_interval: float = MARK_INTERVAL,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[PreprocessProgress], None] = lambda progress: None,
 ) -> Result:
     """Writes `<output_prefix>_<output>.bin` and `.idx`, and what is known about them as `.json`, for each output of the
     recipe; and `<output_prefix>_skipped.jsonl` with what gave no document, if anything.
 
     strict: what gives no document ends the work. resume: go on where an interrupted work stopped. shard: this machine's
-    part. legacy: write the legacy format, with 4 bytes a token. mark_interval: [s] between two states that are kept.
-    Raises ConfigError for impossible wishes; RunError for damaged input, a full disk, a line that strict refuses, and
-    when no document is left. Nothing appears under a final name unless all of it is written.
+    part. legacy: write the legacy format, with 4 bytes a token. mark_interval: [s] between two saved states.
+    Raises ConfigError for options that contradict each other; RunError for damaged input, a full disk, a line that
+    strict refuses, and when no document is left. Nothing appears under a final name unless all of it is written.
     """
     shard = shard or Shard()
     output_prefix = _checked(recipe, workers, output_prefix, shard)
     journal = Journal(output_prefix, task_of(files, _output_fingerprint(recipe, facts, shard) | {"legacy": legacy}))
-    kept = journal.read() if resume else None
-    counts = Counts(len(recipe.outputs)) if kept is None else kept[0]
-    marks = [None] * len(recipe.outputs) if kept is None else kept[1]
+    resumed = journal.read() if resume else None
+    counts = PreprocessCounts(len(recipe.outputs)) if resumed is None else resumed[0]
+    marks = [None] * len(recipe.outputs) if resumed is None else resumed[1]
     work = _Work(counts, journal, mark_interval, strict, report)
     with contextlib.ExitStack() as stack:
         writers = [
@@ -125,7 +125,7 @@ def preprocess(
             )
             for (name, dtype), mark in zip(recipe.outputs, marks, strict=True)
         ]
-        if kept is None:
+        if resumed is None:
             journal.remove()
         sidecar = stack.enter_context(SkippedFile(output_prefix, counts.sidecar_bytes))
         blocks = islice(shard_blocks(files, shard), counts.blocks, None)
@@ -157,20 +157,27 @@ def preprocess(
             )
     journal.remove()
     outputs = tuple(
-        Written(name, writer.prefix, writer.card)
+        WrittenOutput(name, writer.prefix, writer.card)
         for (name, _), writer in zip(recipe.outputs, writers, strict=True)
         if writer.card is not None
     )
-    told = str(sidecar.path) if counts.skipped.total else None
+    skipped_path = str(sidecar.path) if counts.skipped.total else None
     starting = work.starting or 0.0
-    return Result(outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, starting, told, counts.notes)
+    return Result(
+        outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, starting, skipped_path, counts.notes
+    )
 
 
 class _Work:
     """Takes blocks in order, writes and counts them, and keeps a state now and then."""
 
     def __init__(
-        self, counts: Counts, journal: Journal, interval: float, strict: bool, report: Callable[[Progress], None]
+        self,
+        counts: PreprocessCounts,
+        journal: Journal,
+        interval: float,
+        strict: bool,
+        report: Callable[[PreprocessProgress], None],
     ) -> None:
         self._counts = counts
         self._journal = journal
@@ -178,7 +185,7 @@ class _Work:
         self._strict = strict
         self._report = report
         self._started = time.monotonic()
-        self._kept = self._started
+        self._saved_at = self._started
         self._before = counts.content_bytes
         self.starting: float | None = None
 
@@ -201,7 +208,7 @@ class _Work:
             placed = replace(record, number=record.number and record.number + counts.record_base)
             if self._strict and record.reason != EMPTY_FILE[0]:
                 raise RunError.of(
-                    str(placed), hint="mend it, or let --on-error skip leave such lines out and count them"
+                    str(placed), hint="fix it, or let --on-error skip leave such lines out and count them"
                 )
             counts.skipped.add(placed)
             sidecar.add(placed)
@@ -214,12 +221,12 @@ class _Work:
             counts.notes[what] = counts.notes.get(what, 0) + count
         counts.content_bytes += block.content_bytes
         counts.blocks += 1
-        if time.monotonic() - self._kept >= self._interval:
+        if time.monotonic() - self._saved_at >= self._interval:
             counts.sidecar_bytes = sidecar.mark()
             self._journal.write(counts, [writer.mark() for writer in writers])
-            self._kept = time.monotonic()
+            self._saved_at = time.monotonic()
         self._report(
-            Progress(
+            PreprocessProgress(
                 writers[0].documents,
                 sum(writer.tokens for writer in writers),
                 self.content_bytes,
@@ -261,14 +268,14 @@ def _output_fingerprint(recipe: Recipe, facts: TokenizerInfo, shard: Shard) -> d
     }
 
 
-def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: Counts) -> None:
+def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: PreprocessCounts) -> None:
     if writer.documents:
         return
-    told = [f"there is no document in the {len(files)} input files"]
+    messages = [f"there is no document in the {len(files)} input files"]
     if counts.skipped.total:
-        told += [str(counts.skipped), *counts.skipped.examples[:1]]
+        messages += [str(counts.skipped), *counts.skipped.examples[:1]]
     if counts.empty:
-        told.append(f"{counts.empty:,} documents have no text")
+        messages.append(f"{counts.empty:,} documents have no text")
     most = max(counts.skipped.counts, key=counts.skipped.counts.__getitem__, default="")
     hint = next((hint for start, hint in _REMEDIES.items() if most.startswith(start)), _KEYS)
-    raise RunError.of("; ".join(told), hint=hint)
+    raise RunError.of("; ".join(messages), hint=hint)

@@ -7,14 +7,14 @@ import time
 from typing import TextIO
 
 from megatron.data.corpora.download import Transfer
-from megatron.data.preprocess.pipeline import Progress
+from megatron.data.preprocess.pipeline import PreprocessProgress
 
 TERMINAL_INTERVAL = 0.2  # seconds between two states of the live line
 PLAIN_INTERVAL = 10.0  # seconds between two lines in a file
 BAR = 20  # [characters]
 
 
-class _Line:
+class _ProgressLine:
     """A line that is written over on a terminal, and added to now and then in a file."""
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -45,7 +45,7 @@ class _Line:
             self._width = 0
 
 
-class ProgressLine(_Line):
+class ProgressLine(_ProgressLine):
     """Call it with each state of the work; it prints when enough documents and time have passed.
 
     every: documents between two lines at least. known_documents: how many there are, where the user knows; otherwise
@@ -58,14 +58,14 @@ class ProgressLine(_Line):
         self._known = known_documents
         self._documents = 0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PreprocessProgress) -> None:
         if self.due() and progress.documents >= self._documents + self._every:
             self._documents = progress.documents
             line = describe(progress, self._known)
             self.show(f"{_bar(int(line.partition('%')[0]))} {line}" if self._live else line)
 
 
-class TransferLine(_Line):
+class TransferLine(_ProgressLine):
     """The same for files that are fetched."""
 
     def __init__(self, *, stream: TextIO | None = None) -> None:
@@ -74,8 +74,8 @@ class TransferLine(_Line):
     def __call__(self, transfer: Transfer) -> None:
         if self.due():
             share = f"{transfer.done / transfer.total:4.0%}  " if transfer.total else ""
-            whole = f" of {transfer.total / 1e6:,.1f}" if transfer.total else ""
-            self.show(f"{transfer.name}  {share}{transfer.done / 1e6:,.1f}{whole} MB")
+            total_size = f" of {transfer.total / 1e6:,.1f}" if transfer.total else ""
+            self.show(f"{transfer.name}  {share}{transfer.done / 1e6:,.1f}{total_size} MB")
 
 
 def _bar(percent: int) -> str:
@@ -83,7 +83,7 @@ def _bar(percent: int) -> str:
     return f"[{'#' * done}{'.' * (BAR - done)}]"
 
 
-def describe(progress: Progress, known_documents: int | None = None) -> str:
+def describe(progress: PreprocessProgress, known_documents: int | None = None) -> str:
     """The state of the work in one line: share, documents, tokens, MB/s, documents/s, time left."""
     fraction = progress.documents / known_documents if known_documents else progress.fraction
     fraction = min(max(fraction, 0.0), 1.0)

@@ -30,7 +30,7 @@ _ENCRYPTED = 1  # bit of a zip member's flags
 
 
 @dataclass(frozen=True)
-class Block:
+class TextBlock:
     """Some whole documents of a file.
 
     name: the file, and the member of an archive. content: the bytes, or None when `length` bytes from `start` of the
@@ -60,7 +60,7 @@ class Block:
         return content.removeprefix(BYTE_ORDER_MARK) if self.begins else content
 
 
-def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> Iterator[TextBlock]:
     """The content of the files, in order. A file that is damaged or cut short ends with a block that says so."""
     before = 0
     for file in files:
@@ -68,42 +68,42 @@ def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> It
         before += file.bytes
 
 
-def read_file(file: TextFile, block_bytes: int, before: int, span: range | None = None) -> Iterator[Block]:
+def read_file(file: TextFile, block_bytes: int, before: int, span: range | None = None) -> Iterator[TextBlock]:
     """The blocks of one file. before: [bytes] of the files before it. span: of an uncompressed file of lines, those
     that start in it alone.
     """
-    if not file.bytes and file.kind is not Kind.WHOLE:
-        yield Block(str(file.path), Kind.WHOLE, b"", 0, 0, True, before, EMPTY_FILE)
+    if not file.bytes and file.kind is not Kind.FILE:
+        yield TextBlock(str(file.path), Kind.FILE, b"", 0, 0, True, before, EMPTY_FILE)
         return
     if not file.compressed and file.kind is Kind.LINES:
-        yield from _places(file, block_bytes, before, span or range(file.bytes))
+        yield from _offsets(file, block_bytes, before, span or range(file.bytes))
         return
-    if not file.compressed and file.kind is Kind.WHOLE:
-        yield Block(str(file.path), file.kind, None, 0, file.bytes, True, before + file.bytes)
+    if not file.compressed and file.kind is Kind.FILE:
+        yield TextBlock(str(file.path), file.kind, None, 0, file.bytes, True, before + file.bytes)
         return
     with file.path.open("rb") as raw:
         try:
             for name, kind, content, begins in _contents(file, raw, block_bytes):
                 read_bytes = before + min(raw.tell(), file.bytes)
                 if content is None:
-                    yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, NOT_TEXT)
-                elif not content and kind is not Kind.WHOLE:
-                    yield Block(name, Kind.WHOLE, b"", 0, 0, True, read_bytes, EMPTY_FILE)
+                    yield TextBlock(name, Kind.FILE, b"", 0, 0, True, read_bytes, NOT_TEXT)
+                elif not content and kind is not Kind.FILE:
+                    yield TextBlock(name, Kind.FILE, b"", 0, 0, True, read_bytes, EMPTY_FILE)
                 else:
-                    yield Block(name, kind, content, 0, len(content), begins, read_bytes)
+                    yield TextBlock(name, kind, content, 0, len(content), begins, read_bytes)
         except DAMAGE as error:
             detail = f"it cannot be read on from byte {raw.tell():,} of {file.bytes:,}: {error or type(error).__name__}"
-            yield Block(str(file.path), Kind.WHOLE, b"", 0, 0, True, before + file.bytes, ("damaged", detail))
+            yield TextBlock(str(file.path), Kind.FILE, b"", 0, 0, True, before + file.bytes, ("damaged", detail))
 
 
-def _places(file: TextFile, block_bytes: int, before: int, span: range) -> Iterator[Block]:
+def _offsets(file: TextFile, block_bytes: int, before: int, span: range) -> Iterator[TextBlock]:
     """Where lines of an uncompressed file end, about every block_bytes."""
     with file.path.open("rb", buffering=0) as raw:
         start = _line_start(raw, span.start, file.bytes)
         stop = _line_start(raw, span.stop, file.bytes)
         while start < stop:
             end = min(_line_start(raw, start + block_bytes, file.bytes), stop)
-            yield Block(str(file.path), file.kind, None, start, end - start, start == 0, before + end)
+            yield TextBlock(str(file.path), file.kind, None, start, end - start, start == 0, before + end)
             start = end
 
 
@@ -113,19 +113,19 @@ def _line_start(raw: IO[bytes], position: int, size: int) -> int:
         return min(max(position, 0), size)
     raw.seek(position - 1)
     at = position - 1
-    while piece := raw.read(1 << 16):
-        found = piece.find(b"\n")
+    while chunk := raw.read(1 << 16):
+        found = chunk.find(b"\n")
         if found >= 0:
             return at + found + 1
-        at += len(piece)
+        at += len(chunk)
     return size
 
 
 def _exactly(file: IO[bytes] | Salvaged, length: int, at_once: int) -> Iterator[bytes]:
     """So many bytes, fewer at the end of the file. at_once: since the length may be a damaged one."""
-    while length and (piece := file.read(min(length, at_once))):
-        yield piece
-        length -= len(piece)
+    while length and (chunk := file.read(min(length, at_once))):
+        yield chunk
+        length -= len(chunk)
 
 
 def _contents(file: TextFile, raw: IO[bytes], block_bytes: int) -> Iterator[_Content]:
@@ -176,7 +176,7 @@ def _hidden(name: str) -> bool:
 
 def _member(name: str, kind: tuple[Kind, str] | None, content: IO[bytes], block_bytes: int) -> Iterator[_Content]:
     if kind is None:
-        yield name, Kind.WHOLE, None, True
+        yield name, Kind.FILE, None, True
         return
     with decompressed(name, kind[1], content) as text:
         yield from _documents(name, kind[0], text, block_bytes)
@@ -184,14 +184,14 @@ def _member(name: str, kind: tuple[Kind, str] | None, content: IO[bytes], block_
 
 def _documents(name: str, kind: Kind, stream: Salvaged, block_bytes: int) -> Iterator[_Content]:
     """The documents of a stream in blocks; raises its damage behind all that is whole before it."""
-    if kind is Kind.WHOLE:
+    if kind is Kind.FILE:
         content = stream.read()
         stream.check()
         yield name, kind, content, True
         return
-    pieces = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(stream, block_bytes)
+    chunks = _lines(stream, block_bytes) if kind is Kind.LINES else _lengths(stream, block_bytes)
     number = -1
-    for number, content in enumerate(pieces):
+    for number, content in enumerate(chunks):
         yield name, kind, content, number == 0
     stream.check()
     if number < 0:
@@ -205,9 +205,9 @@ def _lines(stream: Salvaged, block_bytes: int) -> Iterator[bytes]:
         cut = content.rfind(b"\n") + 1
         if cut:
             held.append(content[:cut])
-            whole = b"".join(held)
+            lines = b"".join(held)
             held.clear()  # a line may be most of the memory
-            yield whole
+            yield lines
         held.append(content[cut:])
     last = b"".join(held)
     if last and (stream.error is None or _is_object(last)):

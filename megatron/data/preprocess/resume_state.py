@@ -1,7 +1,7 @@
-"""How far preprocessing is, kept on disk, so that a killed work goes on and ends with the same bytes.
+"""Resume state of preprocessing: an interrupted job continues and ends with the same bytes.
 
-`<output prefix>_preprocess.journal` is replaced as a whole, after what it speaks of was forced to disk. It belongs to
-one task: the same input files, tokenizer and wishes. The sidecar `<output prefix>_skipped.jsonl` lists every line that
+`<output prefix>_preprocess.journal` is replaced atomically, after the data that it counts was synced. It belongs to
+one task: the same input files, tokenizer and options. The sidecar `<output prefix>_skipped.jsonl` lists every line that
 gave no document.
 """
 
@@ -23,10 +23,10 @@ from megatron.errors import ConfigError, RunError
 
 
 @dataclass
-class Counts:
-    """What grows while the work goes on. blocks: that are done. record_name, record_base: the file that is being read
+class PreprocessCounts:
+    """Progress counters. blocks: that are done. record_name, record_base: the file that is being read
     and its records in the blocks that are done. text_bytes: of each output. sidecar_bytes: of the list of skipped ones.
-    notes: documents of which something is to be told, by what it is.
+    notes: documents with a remark, counted by remark.
     """
 
     outputs: int
@@ -51,17 +51,17 @@ class Journal:
         self.path = Path(f"{output_prefix}_preprocess.journal")
         self._task = task
 
-    def read(self) -> tuple[Counts, list[Mark]] | None:
+    def read(self) -> tuple[PreprocessCounts, list[Mark]] | None:
         """Where an interrupted work of the same task stopped, or None when there was none.
 
         Raises ConfigError when the journal belongs to another task.
         """
         try:
-            told = json.loads(self.path.read_text(encoding="utf-8"))
-            if told["task"] == self._task:
-                counts = told["counts"]
+            state = json.loads(self.path.read_text(encoding="utf-8"))
+            if state["task"] == self._task:
+                counts = state["counts"]
                 counts["skipped"] = SkippedCounts(**counts["skipped"])
-                return Counts(**counts), [Mark(**mark) for mark in told["marks"]]
+                return PreprocessCounts(**counts), [Mark(**mark) for mark in state["marks"]]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -72,26 +72,26 @@ class Journal:
                 hint="leave out --resume, and start afresh",
             ) from error
         raise ConfigError.of(
-            "the earlier attempt had other input files, another tokenizer or other wishes",
+            "the earlier attempt had other input files, another tokenizer or other options",
             key="resume",
             location=str(self.path),
             hint="repeat its command line, or leave out --resume and start afresh",
         )
 
-    def write(self, counts: Counts, marks: Sequence[Mark]) -> None:
+    def write(self, counts: PreprocessCounts, marks: Sequence[Mark]) -> None:
         """Keeps a state."""
-        told = {"task": self._task, "counts": asdict(counts), "marks": [asdict(mark) for mark in marks]}
-        write_atomic(self.path, json.dumps(told), durable=True)
+        state = {"task": self._task, "counts": asdict(counts), "marks": [asdict(mark) for mark in marks]}
+        write_atomic(self.path, json.dumps(state), durable=True)
 
     def remove(self) -> None:
         """The work is done, or starts afresh."""
         self.path.unlink(missing_ok=True)
 
 
-def task_of(files: Sequence[TextFile], wishes: Mapping[str, Any]) -> str:
+def task_of(files: Sequence[TextFile], settings: Mapping[str, Any]) -> str:
     """A digest of the input files, by name, size and time of change, and of everything that decides the output."""
-    told = [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
-    return hashlib.sha256(json.dumps([told, wishes], sort_keys=True, default=str).encode()).hexdigest()
+    inputs = [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps([inputs, settings], sort_keys=True, default=str).encode()).hexdigest()
 
 
 class SkippedFile:
@@ -123,8 +123,8 @@ class SkippedFile:
     def add(self, record: SkippedRecord) -> None:
         """One more."""
         file = self._file or self._open()
-        told = {"file": record.name, "line": record.number, "reason": record.reason, "detail": record.detail}
-        line = (json.dumps(told, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+        entry = {"file": record.name, "line": record.number, "reason": record.reason, "detail": record.detail}
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
         file.write(line)
         self._size += len(line)
 

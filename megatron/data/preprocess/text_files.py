@@ -1,4 +1,4 @@
-"""Which files hold text, and of which kind: told by their names.
+"""Text files and their kinds, by file name.
 
     .jsonl .json    a JSON object a line, a document each
     .txt            one document
@@ -30,7 +30,7 @@ class Kind(enum.Enum):
     """How documents are in a file. The value: the endings of its name."""
 
     LINES = (".jsonl", ".json")
-    WHOLE = (".txt",)
+    FILE = (".txt",)
     LENGTHS = (".dat",)
     TAR = (".tar", ".tgz", ".tbz2", ".txz")
     ZIP = (".zip",)
@@ -61,9 +61,9 @@ def kind_of_member(name: PurePath) -> tuple[Kind, str] | None:
     """The same for a member of an archive; None for one that is not text."""
     known = kind_of(name)
     if known is None and name.suffix.lower() in COMPRESSED and PurePath(name.stem).suffix.lower() in TEXT_IN_ARCHIVES:
-        return Kind.WHOLE, name.suffix.lower()
+        return Kind.FILE, name.suffix.lower()
     if known is None and name.suffix.lower() in TEXT_IN_ARCHIVES:
-        return Kind.WHOLE, ""
+        return Kind.FILE, ""
     return known if known is not None and known[0] not in (Kind.TAR, Kind.ZIP) else None
 
 

@@ -22,15 +22,15 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 
 from megatron.data.preprocess.encode import EncodedBlock, EncodedText, Encoder
-from megatron.data.preprocess.reader import Block
+from megatron.data.preprocess.reader import TextBlock
 from megatron.errors import RunError
 
 WAITING = 2  # blocks for each worker that are read ahead or not yet taken
 WAITING_BYTES = 64 << 20  # or so much of them, where there is a very long document
-_REMEDY = "a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers"
+_HINT = "a negative code is a signal; with -9 the machine probably ran out of memory: use fewer workers"
 
 
-def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Generator[EncodedBlock, None, None]:
+def encode_blocks(encoder: Encoder, blocks: Iterable[TextBlock], workers: int) -> Generator[EncodedBlock, None, None]:
     """What each block becomes, in the order of the blocks, whatever the number of workers; 1 works in this process.
 
     Raises RunError when a worker dies, and whatever a worker raises.
@@ -45,7 +45,7 @@ def encode_blocks(encoder: Encoder, blocks: Iterable[Block], workers: int) -> Ge
         threads = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
 
-        def work(block: Block) -> EncodedBlock:
+        def work(block: TextBlock) -> EncodedBlock:
             worker = idle.get()
             try:
                 return worker.encode(block)
@@ -71,7 +71,7 @@ class _Worker:
         try:
             self._process.start()
         except OSError as error:  # it died before it had read what to do, or could not be started
-            raise RunError.of(f"a worker process cannot be started ({error})", hint=_REMEDY) from error
+            raise RunError.of(f"a worker process cannot be started ({error})", hint=_HINT) from error
         other.close()
 
     def __enter__(self) -> _Worker:
@@ -82,7 +82,7 @@ class _Worker:
         self._process.join()
         self._pipe.close()
 
-    def encode(self, block: Block) -> EncodedBlock:
+    def encode(self, block: TextBlock) -> EncodedBlock:
         """The block's result, or what the worker raised."""
         try:
             self._pipe.send(block)
@@ -92,7 +92,7 @@ class _Worker:
             raise RunError.of(
                 f"a worker process died (exit code {self._process.exitcode})",
                 location=f"{block.name}, from byte {block.start}",
-                hint=_REMEDY,
+                hint=_HINT,
             ) from error
         if isinstance(answer, BaseException):
             raise answer
@@ -119,8 +119,8 @@ def _send(pipe: Connection, answer: EncodedBlock | BaseException) -> None:
         pipe.send(answer)
         return
     arrays = [array for text in answer.texts for array in (text.tokens, text.sizes, text.items) if array is not None]
-    told = [(text.tokens.dtype.str, text.text_bytes, text.items is not None) for text in answer.texts]
-    pipe.send((replace(answer, texts=()), told))
+    described = [(text.tokens.dtype.str, text.text_bytes, text.items is not None) for text in answer.texts]
+    pipe.send((replace(answer, texts=()), described))
     for array in arrays:
         pipe.send_bytes(array.data.cast("B") if len(array) else b"")
 
@@ -129,9 +129,9 @@ def _receive(pipe: Connection) -> EncodedBlock | BaseException:
     answer = pipe.recv()
     if isinstance(answer, BaseException):
         return answer
-    block, told = answer
+    block, described = answer
     texts = []
-    for dtype, text_bytes, has_items in told:
+    for dtype, text_bytes, has_items in described:
         tokens, sizes = np.frombuffer(pipe.recv_bytes(), dtype), np.frombuffer(pipe.recv_bytes(), np.int64)
         items = np.frombuffer(pipe.recv_bytes(), np.int64) if has_items else None
         texts.append(EncodedText(tokens, sizes, text_bytes, items))
