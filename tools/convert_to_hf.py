@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from megatron.checkpoint.format import files
 from megatron.checkpoint.format.stored_model import StoredModel, open_model
-from megatron.checkpoint.huggingface.export_model import PRECISIONS, Wishes, export, refuse_existing, vocabulary
+from megatron.checkpoint.huggingface.export_model import PRECISIONS, ExportOptions, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.checkpoint.huggingface.generation_config import (
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             largest_file=int(asked.max_shard_size * (1 << 30)),
             special=special,
             tokens=tokens,
-            wishes=Wishes(asked.zero_biases, asked.own_head),
+            options=ExportOptions(asked.zero_biases, asked.own_head),
         )
         if not asked.no_save_tokenizer:
             _save_tokenizer(tokenizer, asked.output_dir, stored.model.max_position_embeddings)

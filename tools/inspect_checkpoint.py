@@ -79,7 +79,7 @@ def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
     stored = open_model(directory, config_files=config_files)
     total = 0
     for shape in stored.table:
-        tensor = stored.whole(shape)
+        tensor = stored.full_tensor(shape)
         total += tensor.numel()
         line = f"{key_of(shape):44} {list(tensor.shape)!s:18} {str(tensor.dtype).removeprefix('torch.'):9}"
         print(f"{line} norm {tensor.float().norm():.6g}" if norms else line.rstrip())
@@ -95,7 +95,7 @@ def _compare(first: StoredModel, second: StoredModel, tolerance: float) -> int:
         apart += 1
         print(f"{key}: only in {'A' if key in ours else 'B'}")
     for key in (key for key in ours if key in theirs):
-        a, b = first.whole(ours[key]), second.whole(theirs[key])
+        a, b = first.full_tensor(ours[key]), second.full_tensor(theirs[key])
         if a.shape != b.shape:
             apart += 1
             print(f"{key}: {list(a.shape)} and {list(b.shape)}")

@@ -96,7 +96,7 @@ def write(
             _write_dealt(piece.key, dealt, inner, stored)
             continue
         if piece.owner not in filled:
-            filled[piece.owner] = Kept(stored.step(piece.key), {}, stored.whole(piece.key))
+            filled[piece.owner] = Kept(stored.step(piece.key), {}, stored.tensor_level_state(piece.key))
         for name in _plain_names(stored, piece.key):
             values = stored.shard(piece.key, name, **shard)[piece.base + piece.start : piece.base + piece.stop]
             if name == MASTER:
@@ -158,7 +158,7 @@ def _write_dealt(key: str, dealt: AssignedTensor, inner: torch.optim.Optimizer, 
         for name in _plain_names(stored, key)
         if name != MASTER
     }
-    found = Kept(stored.step(key), tensors, stored.whole(key))
+    found = Kept(stored.step(key), tensors, stored.tensor_level_state(key))
     if found.elementwise or found.whole:
         restore(inner, whole, found)
 

@@ -183,7 +183,7 @@ def _counted_here(engine: Watched) -> list[Piece]:
 
 
 def _named(part: OptimizerShard) -> Iterable[tuple[str, Tensor]]:
-    found = {**part.tensors, **part.whole}
+    found = {**part.tensors, **part.tensor_level}
     return ((name, value) for name, value in found.items() if name != MASTER)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron.checkpoint.format import files, layout, optimizer_shards
 from megatron.checkpoint.format.optimizer_shards import OptimizerShard
-from megatron.checkpoint.format.weight_shards import by_layer, key_of, layer_content, whole_content
+from megatron.checkpoint.format.weight_shards import by_layer, key_of, layer_content, model_file_content
 from megatron.checkpoint.save.commit import make_room, publish, retain
 from megatron.checkpoint.save.snapshot import Snapshot
 from megatron.param_table import ModelDims, tensors
@@ -35,7 +35,7 @@ def snapshot(iteration: int) -> Snapshot:
     run = {"version": 1, "counters": {"iteration": iteration}, "layout": {}}
     return Snapshot(
         {
-            layout.model_file(0): lambda: whole_content(weights, {"iteration": iteration}),
+            layout.model_file(0): lambda: model_file_content(weights, {"iteration": iteration}),
             layout.slice_file(0): lambda: optimizer_shards.values(retained),
         },
         {

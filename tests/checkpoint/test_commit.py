@@ -47,15 +47,15 @@ def test_an_earlier_start_removes_neither_its_own_nor_later_ones(tmp_path: Path)
     save(tmp_path, 2, keep=1)
     assert layout.iterations(tmp_path) == [2, 8, 9]
     assert (tmp_path / layout.LATEST).read_text() == "global_step2"
-    assert find.whole(tmp_path, None, "error") == tmp_path / "global_step2"
+    assert find.find_intact(tmp_path, None, "error") == tmp_path / "global_step2"
 
 
 def test_a_checkpoint_between_two_names_gets_its_own_back(tmp_path: Path) -> None:
     final = save(tmp_path, 3)
     final.rename(tmp_path / "global_step3.replaced.partial")
     with pytest.raises(RunError, match="names a checkpoint that is not there"):
-        find.whole(tmp_path, None, "error")
-    assert find.whole(tmp_path, None, "error", mend=True) == final
+        find.find_intact(tmp_path, None, "error")
+    assert find.find_intact(tmp_path, None, "error", repair=True) == final
     final.rename(tmp_path / "global_step3.replaced.partial")
     make_room(layout.partial_directory(tmp_path, 4))
     assert layout.iterations(tmp_path) == [3]
@@ -63,7 +63,7 @@ def test_a_checkpoint_between_two_names_gets_its_own_back(tmp_path: Path) -> Non
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    assert find.whole(tmp_path, None, "error") == save(tmp_path, 3)
+    assert find.find_intact(tmp_path, None, "error") == save(tmp_path, 3)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["global_step3"]
 
 
@@ -109,7 +109,7 @@ def survive(folder: Path, kills: int) -> None:
     for _ in range(kills):
         done = max(done, kill_a_saver(folder, done + 1, chance.uniform(0, 0.08)))
         tear(folder, chance)
-        found = find.whole(folder, None, "error", mend=True)
+        found = find.find_intact(folder, None, "error", repair=True)
         assert found is not None
         iteration = layout.iteration_of(found)
         assert iteration is not None

@@ -87,13 +87,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_damage_is_reported_and_the_one_before_is_taken(name: str, tmp_path: Path) -> None:
     damage, reported = DAMAGES[name]
     first, newest = save(tmp_path, 1), save(tmp_path, 2)
-    assert find.whole(tmp_path, None, "error") == newest
+    assert find.find_intact(tmp_path, None, "error") == newest
     damage(newest)
     with pytest.raises(RunError, match=reported) as caught:
-        find.whole(tmp_path, None, "error")
+        find.find_intact(tmp_path, None, "error")
     assert "choose one with --iteration: 1" in str(caught.value)
     assert "load_fallback: previous" in str(caught.value)
-    taken = find.whole(tmp_path, None, "previous")
+    taken = find.find_intact(tmp_path, None, "previous")
     assert taken == (newest if name == "wrong latest" else first)
 
 
@@ -101,18 +101,18 @@ def test_two_damaged_in_a_row(tmp_path: Path) -> None:
     saved = [save(tmp_path, iteration) for iteration in (1, 2, 3)]
     truncate(saved[2])
     flip_a_bit(saved[1])
-    assert find.whole(tmp_path, None, "previous") == saved[0]
+    assert find.find_intact(tmp_path, None, "previous") == saved[0]
     lose_a_shard(saved[0])
     with pytest.raises(RunError, match="global_step1"):
-        find.whole(tmp_path, None, "previous")
+        find.find_intact(tmp_path, None, "previous")
 
 
 def test_what_was_asked_for_by_number_is_not_replaced_by_a_newer_one(tmp_path: Path) -> None:
     saved = [save(tmp_path, iteration) for iteration in (1, 2, 3)]
     truncate(saved[1])
-    assert find.whole(tmp_path, 2, "previous") == saved[0]
+    assert find.find_intact(tmp_path, 2, "previous") == saved[0]
     with pytest.raises(ConfigError, match="choose one with --iteration: 1, 2, 3"):
-        find.whole(tmp_path, 4, "previous")
+        find.find_intact(tmp_path, 4, "previous")
 
 
 def test_a_foreign_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_a_foreign_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         {"module": {"sequential.0.word_embeddings.weight": Attack(tmp_path / "trace")}},
         directory / layout.model_file(0),
     )
-    assert find.whole(tmp_path, None, "error") == directory
+    assert find.find_intact(tmp_path, None, "error") == directory
     with pytest.raises(RunError, match=r"mp_rank_00_model_states\.pt.*cannot be read"):
         WeightFiles.open(directory).keys()
     assert not (tmp_path / "trace").exists()
 
 
 def test_an_absent_folder_holds_nothing(tmp_path: Path) -> None:
-    assert find.whole(tmp_path / "nothing", None, "error") is None
+    assert find.find_intact(tmp_path / "nothing", None, "error") is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState, cut_shard, join_shards
+from megatron.checkpoint.format.optimizer_shards import OptimizerShard, OptimizerState, join_shards, take_shard
 from megatron.errors import RunError
 from megatron.param_table import TensorShape
 from tests.checkpoint.saved import write_slices
@@ -27,7 +27,7 @@ def write_layout(directory: Path, *, model_size: int, data_size: int) -> None:
         for data_rank in range(data_size):
             pieces = []
             for key, shape in TABLE.items():
-                flat = cut_shard(shape, values(shape), model_rank, model_size).flatten()
+                flat = take_shard(shape, values(shape), model_rank, model_size).flatten()
                 bounds = [flat.numel() * i // data_size for i in range(data_size + 1)]
                 start, stop = bounds[data_rank], bounds[data_rank + 1]
                 pieces.append(OptimizerShard(key, start, stop, 7, {"exp_avg": flat[start:stop]}))
@@ -44,17 +44,17 @@ def test_every_layout_reads_every_other(tmp_path: Path, model_size: int, data_si
     for key, shape in TABLE.items():
         assert state.step(key) == 7
         for rank in range(target):
-            expected = cut_shard(shape, values(shape), rank, target).flatten()
+            expected = take_shard(shape, values(shape), rank, target).flatten()
             found = state.shard(key, "exp_avg", model_rank=rank, model_size=target)
             assert torch.equal(found, expected), (key, rank)
 
 
 def test_sections_are_cut_one_by_one() -> None:
     """A rank of a grouped-query model holds its queries, its keys, its values."""
-    first = cut_shard(QKV, values(QKV), 0, 2)
+    first = take_shard(QKV, values(QKV), 0, 2)
     rows = values(QKV)
     assert torch.equal(first, torch.cat([rows[0:4], rows[8:10], rows[12:14]]))
-    assert torch.equal(join_shards(QKV, [first, cut_shard(QKV, values(QKV), 1, 2)]), rows)
+    assert torch.equal(join_shards(QKV, [first, take_shard(QKV, values(QKV), 1, 2)]), rows)
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_new_machine_finds_what_was_copied(tmp_path: Path) -> None:
     sender.finish()
     assert copies() == ["global_step1", "global_step2"]
     make_available(section(tmp_path / "new"), shared=True)
-    assert find.whole(tmp_path / "new", None, "error") == tmp_path / "new" / "global_step2"
+    assert find.find_intact(tmp_path / "new", None, "error") == tmp_path / "new" / "global_step2"
     for path in (path for path in saved[1].rglob("*") if path.is_file()):
         assert (tmp_path / "new" / path.relative_to(tmp_path / "old")).read_bytes() == path.read_bytes()
     fetch_missing(section(tmp_path / "new", iteration=1), ALONE)
@@ -181,7 +181,7 @@ def test_a_copy_that_was_cut_off_is_not_taken(tmp_path: Path, monkeypatch: pytes
         new = tmp_path / f"new{last}"
         fetch_missing(section(new), ALONE)
         assert layout.iterations(new) == [1]
-        assert find.whole(new, None, "error") == new / "global_step1"
+        assert find.find_intact(new, None, "error") == new / "global_step1"
 
 
 @pytest.mark.usefixtures("environment")
@@ -193,7 +193,7 @@ def test_a_damaged_copy_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
         fetch_missing(section(tmp_path / "new"), ALONE)
     assert list((tmp_path / "new").iterdir()) == []
     bucket.write(f"global_step1/{layout.MANIFEST}", json.dumps({"version": 1, "files": {"../../trap": {}}}))
-    with pytest.raises(RunError, match=r"trap.*lies outside"):
+    with pytest.raises(RunError, match=r"trap.*is outside"):
         fetch_missing(section(tmp_path / "new"), ALONE)
 
 

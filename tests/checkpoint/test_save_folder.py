@@ -69,7 +69,7 @@ def test_a_new_start_by_request_moves_them_aside(tmp_path: Path) -> None:
     assert layout.iterations(tmp_path) == []
     assert find.candidates(tmp_path, None) == []
     (aside,) = tmp_path.glob("replaced-*")
-    assert find.whole(aside, None, "error") == aside / "global_step10"
+    assert find.find_intact(aside, None, "error") == aside / "global_step10"
     assert (tmp_path / "logs").is_dir()
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megatron.checkpoint.format import layout
-from megatron.checkpoint.format.optimizer_shards import cut_shard
+from megatron.checkpoint.format.optimizer_shards import take_shard
 from megatron.checkpoint.format.weight_shards import (
     WeightFiles,
     key_of,
     public_biases,
     read_shards,
-    write_whole,
+    write_model_file,
 )
 from megatron.errors import RunError
 from megatron.param_table import TensorShape, tensors
@@ -31,12 +31,12 @@ def model() -> dict[str, torch.Tensor]:
 def write(directory: Path, *, model_size: int, pipelined: bool, summed: bool) -> dict[str, torch.Tensor]:
     full = model()
     for rank in range(model_size):
-        shards = {key_of(shape): cut_shard(shape, full[key_of(shape)], rank, model_size) for shape in TABLE}
+        shards = {key_of(shape): take_shard(shape, full[key_of(shape)], rank, model_size) for shape in TABLE}
         stored = public_biases(shards, summed=summed, model_rank=rank)
         if pipelined:
             write_layers(directory, stored, rank)
         else:
-            write_whole(directory / layout.model_file(rank), stored, {"iteration": 3})
+            write_model_file(directory / layout.model_file(rank), stored, {"iteration": 3})
     return full
 
 
@@ -49,7 +49,7 @@ def test_any_degree_reads_any_other(tmp_path: Path, pipelined: bool, summed: boo
         stored = WeightFiles.open(tmp_path)
         found = read_shards(stored, TABLE, summed=summed, model_rank=rank, model_size=target)
         for shape in TABLE:
-            assert torch.equal(found[key_of(shape)], cut_shard(shape, full[key_of(shape)], rank, target)), shape
+            assert torch.equal(found[key_of(shape)], take_shard(shape, full[key_of(shape)], rank, target)), shape
 
 
 def test_public_file_and_tensor_names(tmp_path: Path) -> None:

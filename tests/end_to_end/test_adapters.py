@@ -145,7 +145,7 @@ def test_updates_begin_as_the_model_itself(precision: str, tuning: dict[str, Any
 
 
 def tensors(stored: StoredModel) -> dict[str, torch.Tensor]:
-    return {f"{shape.layer}.{shape.name}": stored.whole(shape) for shape in stored.table}
+    return {f"{shape.layer}.{shape.name}": stored.full_tensor(shape) for shape in stored.table}
 
 
 @pytest.mark.parametrize("case", [DROPPED, PROMPT], ids=["lora", "prompt"])
@@ -177,7 +177,7 @@ def test_a_prompt_starts_as_the_vectors_of_a_text(tuning: dict[str, Any], base: 
     settings = {**tuning, **prompt, "train_iters": 1, "extra_save_iters": [0], "model_parallel_size": 2}
     run(2, tmp_path, **settings, save=str(tmp_path / "save"))
     stored = open_model(tmp_path / "save", iteration=0)
-    learned = next(stored.whole(shape) for shape in stored.table if is_added(shape))
+    learned = next(stored.full_tensor(shape) for shape in stored.table if is_added(shape))
     words = tensors(open_model(base))["0.word_embeddings.weight"]
     assert torch.equal(learned, words[list((text * 2).encode()[:5])])
 

@@ -110,7 +110,7 @@ def reshaped_is_the_same(folder: Path) -> None:
     reshape(folder / "save", folder / "reshaped", model_size=2, pipe_size=2)
     before, after = open_model(folder / "save"), open_model(folder / "reshaped")
     assert after.weights.model_size == 2
-    assert all(torch.equal(before.whole(shape), after.whole(shape)) for shape in before.table)
+    assert all(torch.equal(before.full_tensor(shape), after.full_tensor(shape)) for shape in before.table)
 
 
 def sampler() -> Sampler:

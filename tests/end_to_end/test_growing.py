@@ -77,8 +77,8 @@ def test_growth_leaves_the_data_in_order(dataset: str, tmp_path: Path) -> None:
     """With a learning rate of zero the loss of a batch is the mean of its samples' losses, in whichever steps."""
     still = {"optimizer": {"type": "SGD", "params": {"lr": 0.0}}, "min_lr": 0.0, "eval_iters": 0}
     ones = run(1, tmp_path / "ones", data_path=dataset, **{**still, "train_batch_size": 1, "train_iters": 24})
-    grown = run(1, tmp_path / "grown", data_path=dataset, **{**RAMP, **still, "train_iters": 7})
+    pad_rows = run(1, tmp_path / "grown", data_path=dataset, **{**RAMP, **still, "train_iters": 7})
     losses, start = series(ones, "train/lm_loss"), 0
-    for size, loss in zip([2, 2, 2, 2, 4, 4, 6], series(grown, "train/lm_loss"), strict=True):
+    for size, loss in zip([2, 2, 2, 2, 4, 4, 6], series(pad_rows, "train/lm_loss"), strict=True):
         assert loss == pytest.approx(sum(losses[start : start + size]) / size, rel=1e-5)
         start += size

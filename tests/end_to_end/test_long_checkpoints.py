@@ -140,7 +140,7 @@ def test_two_ranks_survive_ten_kills(background: bool, dataset: str, tmp_path: P
             time.sleep(0.02)
         assert kill_after(process, chance.uniform(0, 0.6)), (tmp_path / "run" / "output.txt").read_text()
         tear(save, chance)
-        assert find.whole(save, None, "error") is not None
+        assert find.find_intact(save, None, "error") is not None
     last = layout.iterations(save)[-1] + 10
     assert launch(tmp_path / "run", {**settings, "exit_interval": last}).wait(240) == 0
     records = read_metrics(save / "logs" / "metrics.jsonl")
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_leaves_the_last_full_checkpoint(background: bool, 
     retained = tmp_path / "kept"
     last = layout.iterations(retained)[-1]
     assert 2 <= last < 18
-    assert find.whole(retained, None, "error") == retained / f"global_step{last}"
+    assert find.find_intact(retained, None, "error") == retained / f"global_step{last}"
     assert not list(retained.glob("*.partial"))
     settings = {"data_path": dataset, "load": str(retained)}
     losses = series(run(1, tmp_path / "on", **settings), "train/lm_loss")

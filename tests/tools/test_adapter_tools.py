@@ -44,7 +44,7 @@ def test_merging(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     before, after = open_model(saved["updates"]), open_model(tmp_path / "merged")
     assert after.model.lora is None
     assert after.masters is None
-    tensors = {f"{shape.layer}.{shape.name}": before.whole(shape) for shape in before.table}
+    tensors = {f"{shape.layer}.{shape.name}": before.full_tensor(shape) for shape in before.table}
     for shape in after.table:
         key = f"{shape.layer}.{shape.name}"
         module = key.removesuffix(".weight")
@@ -53,9 +53,9 @@ def test_merging(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
             up, down = tensors[f"{module}.lora_B.weight"].double(), tensors[f"{module}.lora_A.weight"].double()
             exact = expected.double() + 3 * up @ down
             assert not torch.equal(exact, expected.double()), "there is an update"
-            torch.testing.assert_close(after.whole(shape).double(), exact, rtol=2**-8, atol=1e-6)
+            torch.testing.assert_close(after.full_tensor(shape).double(), exact, rtol=2**-8, atol=1e-6)
             expected = exact.bfloat16()
-        torch.testing.assert_close(after.whole(shape), expected, rtol=2**-8, atol=0)
+        torch.testing.assert_close(after.full_tensor(shape), expected, rtol=2**-8, atol=0)
     assert inspect_checkpoint.main([str(tmp_path / "merged")]) == 0
     assert merge_lora.main(arguments) == 1
     assert "the checkpoint is there already" in capsys.readouterr().err
@@ -86,8 +86,8 @@ def test_a_full_export_has_the_updates_in_it(saved: dict[str, Path], tmp_path: P
     precise = load_file(tmp_path / "wide" / "model.safetensors")
     stored = open_model(saved["updates"])
     shapes = {f"{shape.layer}.{shape.name}": shape for shape in stored.table}
-    down, up = (stored.whole(shapes[f"2.mlp.linear2.lora_{one}.weight"], precise=True) for one in "AB")
-    expected = stored.whole(shapes["2.mlp.linear2.weight"]).float() + 3 * up @ down
+    down, up = (stored.full_tensor(shapes[f"2.mlp.linear2.lora_{one}.weight"], precise=True) for one in "AB")
+    expected = stored.full_tensor(shapes["2.mlp.linear2.weight"]).float() + 3 * up @ down
     torch.testing.assert_close(precise["model.layers.0.mlp.down_proj.weight"], expected)
 
 

@@ -75,7 +75,7 @@ def write_tensors(path: Path, content: Any) -> Written:
         try:
             torch.save(content, counting)  # type: ignore[arg-type]
         except RuntimeError:
-            if counting.error is not None:  # torch tells where it stood, not that the disk is full
+            if counting.error is not None:  # torch reports an offset, not that the disk is full
                 raise counting.error from None
             raise
         flush_to_disk(file)

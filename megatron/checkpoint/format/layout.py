@@ -43,7 +43,7 @@ def partial_directory(save: Path, iteration: int) -> Path:
 
 
 def iteration_of(directory: Path) -> int | None:
-    """The iteration that a folder's name tells, or None if it is no checkpoint's name."""
+    """Return the iteration in a folder's name, or None if it is no checkpoint's name."""
     match = _STEP.fullmatch(directory.name)
     return int(match.group(1)) if match else None
 

@@ -39,23 +39,23 @@ def answers(engine: Scoring, *, length: int, vocabulary: int, precision: str) ->
 def compare(directory: Path, engine: Scoring, precision: str) -> None:
     """Asks the loaded model the same; collective. precision: of the model.
 
-    RunError where it says something else. A checkpoint without kept answers is told by a warning. Rows of padding that
+    RunError where the logits differ. A checkpoint without stored logits gets a warning. Rows of padding that
     the vocabulary has gained are left out.
     """
     path = directory / layout.ANSWERS
     if not path.is_file():
         _log.warning("%s keeps no logits to compare the loaded model with", directory)
         return
-    kept = files.read_tensors(path)
-    then = kept["logits"]
-    now = engine.logits(kept["tokens"]).detach().cpu()[..., : then.shape[-1]]
+    stored = files.read_tensors(path)
+    then = stored["logits"]
+    now = engine.logits(stored["tokens"]).detach().cpu()[..., : then.shape[-1]]
     largest = float(then.abs().max())
     furthest = float((now - then).abs().max()) / largest
-    told = max((precision, kept["precision"]), key=_TOLERANCE.__getitem__)
-    if not furthest <= _TOLERANCE[told]:
+    tolerance_dtype = max((precision, stored["precision"]), key=_TOLERANCE.__getitem__)
+    if not furthest <= _TOLERANCE[tolerance_dtype]:
         raise RunError.of(
             f"the loaded model's logits differ from those at saving by up to {furthest:.2g} of the largest "
-            f"({_TOLERANCE[told]:g} is allowed in {told})",
+            f"({_TOLERANCE[tolerance_dtype]:g} is allowed in {tolerance_dtype})",
             location=str(path),
             hint="give the model's own settings, or leave checkpoint_validation_with_forward_pass out",
         )

@@ -35,7 +35,7 @@ class OptimizerShard:
     """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
 
     key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
-    step: number of updates made [steps]. whole: values of any shape that belong to the global tensor as a whole.
+    step: number of updates made [steps]. tensor_level: values of any shape that belong to the global tensor as a whole.
     model_rank: whose shard it is, where it is not the writer's.
     """
 
@@ -44,7 +44,7 @@ class OptimizerShard:
     stop: int
     step: int
     tensors: dict[str, Tensor]
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    tensor_level: dict[str, Tensor] = field(default_factory=dict)
     model_rank: int | None = None
 
 
@@ -54,8 +54,8 @@ def index(slices: Sequence[OptimizerShard], *, model_rank: int, model_size: int)
     for piece in slices:
         entry = {"key": piece.key, "start": piece.start, "stop": piece.stop, "step": piece.step}
         entry |= {"names": sorted(piece.tensors)}
-        if piece.whole:
-            entry["whole"] = sorted(piece.whole)
+        if piece.tensor_level:
+            entry["whole"] = sorted(piece.tensor_level)
         if piece.model_rank is not None:
             entry["model_rank"] = piece.model_rank
         entries.append(entry)
@@ -65,14 +65,14 @@ def index(slices: Sequence[OptimizerShard], *, model_rank: int, model_size: int)
 def values(slices: Sequence[OptimizerShard]) -> list[dict[str, Tensor]]:
     """The values of the slices, in order; copies in the host's memory."""
     return [
-        {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.whole}.items()}
+        {name: tensor.detach().cpu().clone() for name, tensor in {**piece.tensors, **piece.tensor_level}.items()}
         for piece in slices
     ]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one slice lies: its file, its position there, and what it covers."""
+class SliceLocation:
+    """Location of one slice: its file, its position there, and the range it covers."""
 
     file: Path
     position: int
@@ -81,7 +81,7 @@ class _Place:
     stop: int
     step: int
     names: tuple[str, ...]
-    whole: tuple[str, ...]
+    tensor_level: tuple[str, ...]
 
 
 @dataclass
@@ -94,7 +94,7 @@ class OptimizerState:
     """
 
     model_size: int
-    places: dict[str, list[_Place]]
+    locations: dict[str, list[SliceLocation]]
     shapes: dict[str, TensorShape]
     rows: int | None = None
     weights: Callable[[str, int, int], Tensor] | None = None
@@ -107,13 +107,13 @@ class OptimizerState:
         shapes: parameter key -> its entry in the table of tensors. rows: see the class.
         """
         indexes = sorted((directory / layout.STATE).glob("rank_*.json"))
-        places: dict[str, list[_Place]] = {}
+        locations: dict[str, list[SliceLocation]] = {}
         sizes = set()
         for path in indexes:
             facts = files.read_json(path)
             sizes.add(facts["model_size"])
             for position, entry in enumerate(facts["slices"]):
-                place = _Place(
+                location = SliceLocation(
                     path.with_suffix(".pt"),
                     position,
                     entry.get("model_rank", facts["model_rank"]),
@@ -123,16 +123,16 @@ class OptimizerState:
                     tuple(entry["names"]),
                     tuple(entry.get("whole", ())),
                 )
-                places.setdefault(entry["key"], []).append(place)
-        if not places:
+                locations.setdefault(entry["key"], []).append(location)
+        if not locations:
             return None
         if len(sizes) != 1:
             raise RunError.of(f"slices of different tensor-parallel degrees {sorted(sizes)}", location=str(directory))
-        return OptimizerState(sizes.pop(), places, shapes, rows)
+        return OptimizerState(sizes.pop(), locations, shapes, rows)
 
     def names(self, key: str) -> tuple[str, ...]:
         """The optimizer's names for what it keeps of a parameter; empty if it keeps nothing."""
-        names = tuple(dict.fromkeys(name for place in self.places.get(key, ()) for name in place.names))
+        names = tuple(dict.fromkeys(name for location in self.locations.get(key, ()) for name in location.names))
         return names if MASTER in names or self.weights is None or not names else (*names, MASTER)
 
     def with_weights(self, weights: Callable[[str, int, int], Tensor]) -> OptimizerState:
@@ -141,19 +141,19 @@ class OptimizerState:
 
     def step(self, key: str) -> int:
         """The number of updates the parameter has seen [steps]."""
-        return self.places[key][0].step
+        return self.locations[key][0].step
 
-    def whole(self, key: str) -> dict[str, Tensor]:
-        """What the optimizer keeps of the global tensor as a whole, by name; copies.
+    def tensor_level_state(self, key: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of the global tensor that has another shape, by name; copies.
 
         Where the reader's vocabulary has more rows, those that the writer did not have are zero, as no token has
         trained them.
         """
         rows, now = self._as_written(key).shape[0], self.shapes[key].shape[0]
         found = {}
-        for place in self.places.get(key, ()):
-            for name in place.whole:
-                value = self._load(place.file)[place.position][name].clone()
+        for location in self.locations.get(key, ()):
+            for name in location.tensor_level:
+                value = self._load(location.file)[location.position][name].clone()
                 if now > rows and value.dim() and value.shape[0] == rows:
                     value = torch.cat((value, value.new_zeros(now - rows, *value.shape[1:])))
                 found[name] = value
@@ -162,16 +162,20 @@ class OptimizerState:
     def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
         """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
         shape = self.shapes[key]
-        if name == MASTER and self.weights is not None and not any(MASTER in place.names for place in self.places[key]):
+        if (
+            name == MASTER
+            and self.weights is not None
+            and not any(MASTER in location.names for location in self.locations[key])
+        ):
             return self.weights(key, model_rank, model_size)
         if shape.shard_dim is None:
             return self._source_shard(key, name, 0).flatten()
         written = self._as_written(key)
         if model_size == self.model_size and written is shape:
             return self._source_shard(key, name, model_rank).flatten()
-        whole = join_shards(written, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
-        whole = grown(shape, whole, zero=name not in WEIGHTS)
-        return cut_shard(shape, whole, model_rank, model_size).flatten()
+        full = join_shards(written, [self._source_shard(key, name, rank) for rank in range(self.model_size)])
+        full = pad_rows(shape, full, zero=name not in WEIGHTS)
+        return take_shard(shape, full, model_rank, model_size).flatten()
 
     def _as_written(self, key: str) -> TensorShape:
         """The tensor with as many rows as the writer's vocabulary had, which may have been padded less."""
@@ -186,14 +190,14 @@ class OptimizerState:
         shard = torch.empty(shape, dtype=torch.float32)
         flat = shard.view(-1)
         covered = 0
-        for place in self.places[key]:
-            if place.model_rank == model_rank and name in place.names:
-                flat[place.start : place.stop] = self._load(place.file)[place.position][name]
-                covered += place.stop - place.start
+        for location in self.locations[key]:
+            if location.model_rank == model_rank and name in location.names:
+                flat[location.start : location.stop] = self._load(location.file)[location.position][name]
+                covered += location.stop - location.start
         if covered != flat.numel():
             raise RunError.of(
                 f"optimizer state covers {covered} of {flat.numel()} elements of {key}",
-                location=str(self.places[key][0].file.parent),
+                location=str(self.locations[key][0].file.parent),
                 hint="a rank's file is missing; load another iteration, or set no_load_optim",
             )
         return shard
@@ -204,12 +208,12 @@ class OptimizerState:
         return self._open[file]
 
 
-def cut_shard(shape: TensorShape, whole: Tensor, model_rank: int, model_size: int) -> Tensor:
+def take_shard(shape: TensorShape, full: Tensor, model_rank: int, model_size: int) -> Tensor:
     """The part of a global tensor that one of `model_size` tensor-parallel ranks holds."""
     if shape.shard_dim is None or model_size == 1:
-        return whole
+        return full
     dim = shape.shard_dim
-    parts = [whole.narrow(dim, start, stop - start) for start, stop in shape.slices(model_rank, model_size)]
+    parts = [full.narrow(dim, start, stop - start) for start, stop in shape.slices(model_rank, model_size)]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
@@ -217,25 +221,25 @@ def join_shards(shape: TensorShape, shards: Sequence[Tensor]) -> Tensor:
     """The global tensor from the shards of all tensor-parallel ranks, in rank order."""
     if shape.shard_dim is None or len(shards) == 1:
         return shards[0]
-    whole = torch.empty(shape.shape, dtype=shards[0].dtype)
+    full = torch.empty(shape.shape, dtype=shards[0].dtype)
     for rank, shard in enumerate(shards):
         offset = 0
         for start, stop in shape.slices(rank, len(shards)):
             rows = shard.narrow(shape.shard_dim, offset, stop - start)
-            whole.narrow(shape.shard_dim, start, stop - start).copy_(rows)
+            full.narrow(shape.shard_dim, start, stop - start).copy_(rows)
             offset += stop - start
-    return whole
+    return full
 
 
-def grown(shape: TensorShape, whole: Tensor, *, zero: bool = False) -> Tensor:
+def pad_rows(shape: TensorShape, full: Tensor, *, zero: bool = False) -> Tensor:
     """A tensor over the vocabulary with the rows of padding that the reader has beyond the writer's.
 
     Each new row is the mean of the others, so its logit is the mean logit, and all n of them together take at most n
     of rows + n parts of the probability (the mean of exponentials is at least the exponential of the mean). zero: they
     are zero instead, as the optimizer's state of a row is that no token has trained.
     """
-    missing = shape.shape[0] - whole.shape[0]
+    missing = shape.shape[0] - full.shape[0]
     if missing <= 0:
-        return whole
-    row = torch.zeros_like(whole[:1]) if zero else whole.float().mean(0, keepdim=True).to(whole.dtype)
-    return torch.cat((whole, row.expand(missing, -1)))
+        return full
+    row = torch.zeros_like(full[:1]) if zero else full.float().mean(0, keepdim=True).to(full.dtype)
+    return torch.cat((full, row.expand(missing, -1)))

@@ -70,7 +70,7 @@ class StoredModel:
     weights: StoredWeights
     masters: OptimizerState | None
 
-    def whole(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
+    def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor as stored; precise: the optimizer's fp32 copy of it, if there is one."""
         key = key_of(shape)
         if precise and self.masters is not None and MASTER in self.masters.names(key):
@@ -103,8 +103,8 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     rows = sum(shard.shape[0] for shard in embedding)
     table = tuple(tensors(ModelDims.of(model, moe, mixers), rows))
     masters = OptimizerState.open(directory, {key_of(shape): shape for shape in table})
-    told = (model, moe, mixers, config.mup, tokenizer, config.generation)
-    stored = StoredModel(directory, *told, table, rows, weights, masters)
+    sections = (model, moe, mixers, config.mup, tokenizer, config.generation)
+    stored = StoredModel(directory, *sections, table, rows, weights, masters)
     _compare(stored)
     return stored
 

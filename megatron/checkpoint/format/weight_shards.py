@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.files import Written
-from megatron.checkpoint.format.optimizer_shards import VOCABULARY, cut_shard, grown, join_shards
+from megatron.checkpoint.format.optimizer_shards import VOCABULARY, join_shards, pad_rows, take_shard
 from megatron.errors import ConfigIssue, RunError
 from megatron.param_table import TensorShape, key_in_table
 
@@ -33,7 +33,7 @@ def key_of(shape: TensorShape) -> str:
     return shape.key
 
 
-def whole_content(weights: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
+def model_file_content(weights: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
     """What one file holds with all weights of a tensor-parallel rank, for runs without a pipeline; copies."""
     return {"module": {_PREFIX + key: _storable(tensor) for key, tensor in weights.items()}, **facts}
 
@@ -52,7 +52,7 @@ def layer_content(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: _storable(tensor) for name, tensor in weights.items()}
 
 
-def write_whole(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> Written:
+def write_model_file(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> Written:
     """One file with all weights of a tensor-parallel rank, which own their storages and are on the CPU."""
     return files.write_tensors(path, {"module": {_PREFIX + key: held for key, held in weights.items()}, **facts})
 
@@ -88,7 +88,7 @@ class WeightFiles:
     """
 
     directory: Path
-    whole: dict[int, Path]
+    model_files: dict[int, Path]
     layers: dict[tuple[int, int], Path]
     _open: dict[Path, Any] = field(default_factory=dict)
 
@@ -96,15 +96,15 @@ class WeightFiles:
     def open(directory: Path) -> WeightFiles:
         """Finds the weight files. RunError if there are none."""
         layers = layout.layer_files(directory)
-        whole = {} if layers else layout.model_files(directory)
-        if not layers and not whole:
+        model_files = {} if layers else layout.model_files(directory)
+        if not layers and not model_files:
             raise RunError.of("no weight files", location=str(directory), hint="load another checkpoint")
-        return WeightFiles(directory, whole, layers)
+        return WeightFiles(directory, model_files, layers)
 
     @property
     def model_size(self) -> int:
         """The tensor-parallel degree of the run that wrote the weights."""
-        return 1 + max(rank for _, rank in self.layers) if self.layers else len(self.whole)
+        return 1 + max(rank for _, rank in self.layers) if self.layers else len(self.model_files)
 
     def keys(self) -> set[str]:
         """The keys of all stored weights."""
@@ -138,10 +138,10 @@ class WeightFiles:
         return self._read(path, modern_names)
 
     def _module(self, rank: int) -> dict[str, Tensor]:
-        if rank not in self.whole:
+        if rank not in self.model_files:
             missing = str(self.directory / layout.model_file(rank))
             raise RunError.of("the file is missing", location=missing, hint="load another iteration")
-        return self._read(self.whole[rank], _module_of)
+        return self._read(self.model_files[rank], _module_of)
 
     def _read(self, path: Path, arrange: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         if path not in self._open:
@@ -178,7 +178,7 @@ def modern_names(content: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_shards(
-    stored: StoredWeights, wanted: Iterable[TensorShape], *, summed: bool, model_rank: int, model_size: int
+    stored: StoredWeights, requested: Iterable[TensorShape], *, summed: bool, model_rank: int, model_size: int
 ) -> dict[str, Tensor]:
     """The shards of the wanted tensors for one tensor-parallel rank, whatever the layout they were stored in.
 
@@ -188,8 +188,8 @@ def read_shards(
     keys = stored.keys()
     result: dict[str, Tensor] = {}
     errors: list[ConfigIssue] = []
-    location = str(stored.directory)
-    for shape in wanted:
+    where = str(stored.directory)
+    for shape in requested:
         key = key_of(shape)
         if key not in keys:
             errors.append(ConfigIssue(f"the model has a tensor {key} that the checkpoint lacks", location=location))
@@ -198,8 +198,8 @@ def read_shards(
         written = as_stored(shape, shards, stored.model_size)
         error = _misfit(written, shards, stored.model_size)
         if error is None:
-            whole = grown(shape, assemble(written, shards, summed=summed))
-            result[key] = cut_shard(shape, whole, model_rank, model_size)
+            full = pad_rows(shape, assemble(written, shards, summed=summed))
+            result[key] = take_shard(shape, full, model_rank, model_size)
         else:
             errors.append(ConfigIssue(error, location=location))
     if errors:
@@ -230,8 +230,8 @@ def _misfit(shape: TensorShape, shards: Sequence[Tensor], size: int) -> str | No
     other = next((shard for shard in shards if tuple(shard.shape) != expected), None)
     if other is None:
         return None
-    whole = f"{list(shape.shape)} cut {size} ways" if size > 1 else f"{list(shape.shape)}"
-    return f"tensor {key_of(shape)} has shape {list(other.shape)}, the model's is {whole}"
+    described = f"{list(shape.shape)} cut {size} ways" if size > 1 else f"{list(shape.shape)}"
+    return f"tensor {key_of(shape)} has shape {list(other.shape)}, the model's is {described}"
 
 
 def _divides(shape: TensorShape, size: int) -> bool:

@@ -199,6 +199,6 @@ def _fits(value: Any, usual: Any, key: str) -> bool:
     if isinstance(usual, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(usual, int):
-        whole = isinstance(value, int) or (isinstance(value, float) and key in ("rope_theta", "rotary_emb_base"))
-        return whole and not isinstance(value, bool) and value >= 0
+        is_number = isinstance(value, int) or (isinstance(value, float) and key in ("rope_theta", "rotary_emb_base"))
+        return is_number and not isinstance(value, bool) and value >= 0
     return isinstance(value, (str, int)) and not isinstance(value, bool)

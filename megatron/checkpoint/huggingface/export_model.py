@@ -21,7 +21,7 @@ from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import TensorMapping
 from megatron.checkpoint.huggingface.fold_mup import fold, fold_misfits
-from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, WHOLE
+from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, SINGLE
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.reshard.merge_lora import merged
 from megatron.config.schema.model import ModelSection
@@ -33,7 +33,7 @@ _CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExportOptions:
     """What changes no result and some programs that read the folder need.
 
     zero_biases: attention has biases, of 0 where the model has none. own_head: the output layer is written as a matrix
@@ -44,13 +44,13 @@ class Wishes:
     own_head: bool = False
 
     def applied(self, model: ModelSection) -> ModelSection:
-        """The model section that the folder tells of."""
+        """The model section that the folder describes."""
         changes = {"use_bias_in_attn_linear": True} if self.zero_biases else {}
         changes |= {"no_weight_tying": True} if self.own_head else {}
         return model.model_copy(update=changes)
 
 
-PLAIN = Wishes()
+PLAIN = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export(
     largest_file: int = 5 << 30,
     special: Mapping[str, Any] | None = None,
     tokens: int | None = None,
-    wishes: Wishes = PLAIN,
+    options: ExportOptions = PLAIN,
 ) -> Exported:
     """Writes the folder.
 
@@ -81,12 +81,12 @@ def export(
     transformers does, and config.json names the embedding's; fp32 takes the optimizer's fp32 copies where they were
     kept. The factors of muP go into the weights, and so do low-rank updates. largest_file: [bytes]. special: ids for
     config.json, such as eos_token_id. tokens: of the tokenizer; further rows of the embedding are padding, unless the
-    key vocab_size counts them. wishes: of other programs. Raises ConfigError naming each key that the family cannot
+    key vocab_size counts them. options: for other programs. Raises ConfigError naming each key that the family cannot
     express.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)
-    model = wishes.applied(stored.model)
+    model = options.applied(stored.model)
     family = family_for(model, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(model, stored.moe, stored.mixers)
     rows = vocabulary(stored, tokens)
@@ -139,22 +139,22 @@ def vocabulary(stored: StoredModel, tokens: int | None) -> int:
     The key vocab_size counts where it says more: a model that was taken over may have rows that no token of its
     tokenizer has, and keeps them.
     """
-    told = [size for size in (tokens, stored.tokenizer.vocab_size) if size is not None and size <= stored.rows]
-    return max(told, default=stored.rows)
+    sizes = [size for size in (tokens, stored.tokenizer.vocab_size) if size is not None and size <= stored.rows]
+    return max(sizes, default=stored.rows)
 
 
 def _make(stored: StoredModel, row: TensorMapping, shape: TensorShape, rows: int, part: int, precise: bool) -> Tensor:
     dims = ModelDims.of(stored.model, stored.moe, stored.mixers)
-    whole = _without_padding(shape, stored.whole(shape, precise=precise), rows)
-    return row.apart(fold(shape, whole, dims, Multipliers.of(stored.mup, dims)))[part]
+    full = _without_padding(shape, stored.full_tensor(shape, precise=precise), rows)
+    return row.apart(fold(shape, full, dims, Multipliers.of(stored.mup, dims)))[part]
 
 
 def _zeros(row: TensorMapping, shape: TensorShape, part: int) -> Tensor:
     return row.apart(torch.zeros(shape.shape))[part]
 
 
-def _without_padding(shape: TensorShape, whole: Tensor, rows: int) -> Tensor:
-    return whole[:rows] if shape.kind in ("word_embedding", "head") else whole
+def _without_padding(shape: TensorShape, full: Tensor, rows: int) -> Tensor:
+    return full[:rows] if shape.kind in ("word_embedding", "head") else full
 
 
 def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
@@ -168,7 +168,7 @@ def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
         parts[-1].append(promise)
         size += promise.size
     if len(parts) == 1:
-        safetensors_format.write(output / WHOLE, parts[0], {"format": "pt"})
+        safetensors_format.write(output / SINGLE, parts[0], {"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):

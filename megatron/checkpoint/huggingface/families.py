@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family
+from megatron.checkpoint.huggingface.family import ModelFamily
 from megatron.checkpoint.huggingface.gpt2 import GPT2
 from megatron.checkpoint.huggingface.gpt_neox import GPT_NEOX
 from megatron.checkpoint.huggingface.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
@@ -21,7 +21,7 @@ from megatron.registry import WITHOUT_ATTENTION
 FAMILIES = {family.name: family for family in (GPT_NEOX, LLAMA, MISTRAL, MIXTRAL, QWEN3, GPT2, OPT, MPT, MAMBA)}
 
 
-def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> Family:
+def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name: str | None = None) -> ModelFamily:
     """The family that can express a model: the named one, else the first that can.
 
     Raises ConfigError that names each key in the way.
@@ -41,7 +41,7 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     raise ConfigError(*min((errors[family.name] for family in likely), key=len))
 
 
-def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
+def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: MixersSection) -> list[ConfigIssue]:
     """What of a model a family cannot say."""
     errors = family.misfits(model)
     known = family.mixers.kinds if family.mixers else frozenset()
@@ -59,7 +59,7 @@ def _misfits(family: Family, model: ModelSection, moe: MoeSection, mixers: Mixer
     return errors
 
 
-def family_of(theirs: Mapping[str, Any], location: str) -> Family:
+def family_of(theirs: Mapping[str, Any], where: str) -> ModelFamily:
     """The family that a config.json names. ConfigError when it is not one of ours."""
     for family in FAMILIES.values():
         if family.model_type == theirs.get("model_type"):

@@ -1,7 +1,7 @@
 """What a family of models in `transformers` is, seen from here: names, rows and settings, in both directions.
 
-A family's file holds one `Family`. Its table says for every tensor of ours which tensors of theirs hold its values and
-how the values are rearranged, so exporting and importing are the two directions of one table.
+A family's file holds one `ModelFamily`. Its table says for every tensor of ours which tensors of theirs hold its values
+and how the values are rearranged, so exporting and importing are the two directions of one table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorMapping:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertsMapping:
     """How a family says that its blocks have experts.
 
     misfits: what of a moe section its configuration cannot say. config: our section -> config.json.
@@ -64,7 +64,7 @@ class Mixers:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """One model type of `transformers`.
 
     name: what `--architecture` calls it. model_type, architecture: in config.json. misfits: what of a model section
@@ -84,7 +84,7 @@ class Family:
     table: Callable[[ModelDims], list[TensorMapping]]
     spare: tuple[str, ...] = ()
     prefix: str = ""
-    experts: Experts | None = None
+    experts: ExpertsMapping | None = None
     mixers: Mixers | None = None
 
 
@@ -143,12 +143,12 @@ def query_key_value(parts: Sequence[Tensor], dims: ModelDims) -> Tensor:
 
 
 def unlike(
-    section: ModelSection | MoeSection | MixersSection, wanted: Mapping[str, object], family: str
+    section: ModelSection | MoeSection | MixersSection, expected: Mapping[str, object], family: str
 ) -> list[ConfigIssue]:
     """An error for every key of the section whose value is not the one that the family is made of."""
     return [
         ConfigIssue(f"a {family} model has {value!r}", key=key, value=getattr(section, key))
-        for key, value in wanted.items()
+        for key, value in expected.items()
         if getattr(section, key) != value
     ]
 
@@ -162,11 +162,11 @@ def choose(known: Mapping[str, str], theirs: Mapping[str, Any], key: str) -> str
     return known[theirs[key]]
 
 
-def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+def check_config(theirs: Mapping[str, Any], expected: Mapping[str, object]) -> None:
     """Raises ConfigError for keys of config.json whose value asks for something that we have not."""
     ConfigError.raise_any(
         ConfigIssue(f"only {value!r} can be taken over", key=key, value=theirs[key], location="config.json")
-        for key, value in wanted.items()
+        for key, value in expected.items()
         if theirs.get(key, value) not in (value, None)
     )
 
@@ -174,5 +174,5 @@ def demand(theirs: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
 def special_attention(model: ModelSection, family: str) -> list[ConfigIssue]:
     """An error for every block that does not attend to all earlier positions of its window."""
     others = sorted({str(kind) for kind in model.attention_config or ()} - {"global", "flash"})
-    told = f"a {family} model has no blocks of kind {', '.join(others)}"
-    return [ConfigIssue(told, key="attention_config", value=others)] if others else []
+    message = f"a {family} model has no blocks of kind {', '.join(others)}"
+    return [ConfigIssue(message, key="attention_config", value=others)] if others else []

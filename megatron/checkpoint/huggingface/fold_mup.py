@@ -16,12 +16,12 @@ from megatron.param_table import ModelDims, Multipliers, TensorShape
 from megatron.registry import POSITIONS
 
 
-def fold(shape: TensorShape, whole: Tensor, dims: ModelDims, factors: Multipliers) -> Tensor:
+def fold(shape: TensorShape, full: Tensor, dims: ModelDims, factors: Multipliers) -> Tensor:
     """A global tensor with its factor in it, in fp32 at least where it has one."""
     factor, queries = _factor(shape, dims, factors), shape.name.startswith("attention.query_key_value.")
     if queries and not dims.qk_norm and factors.query != 1.0:
-        return _with_queries(whole.float(), dims, factors.query)
-    return whole if factor == 1.0 else whole.float() * factor
+        return _with_queries(full.float(), dims, factors.query)
+    return full if factor == 1.0 else full.float() * factor
 
 
 def fold_misfits(mup: MupSection, model: ModelSection) -> list[ConfigIssue]:

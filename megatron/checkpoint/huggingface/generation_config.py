@@ -33,7 +33,7 @@ _OFF: Mapping[str, Any] = {
     "sequence_bias": None,
     "guidance_scale": None,
 }
-"""Wishes that change what is generated and have no key here, with the value that asks for nothing."""
+"""Settings that change what is generated and have no key here, with their neutral values."""
 
 
 def generation_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def generation_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def end_ids(said: Mapping[str, Any]) -> list[int]:
     """The ids that end a text, in order."""
-    told = said.get("eos_token_id")
-    listed = told if isinstance(told, list) else [told]
+    ids = said.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [ids]
     return distinct(number for number in listed if isinstance(number, int) and number >= 0)
 
 
@@ -73,7 +73,7 @@ def sampling(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unheeded(said: Mapping[str, Any]) -> list[str]:
-    """Wishes about generation that have no key here."""
+    """Generation settings that have no key here."""
     return sorted(f"{name} = {said[name]!r}" for name, off in _OFF.items() if said.get(name) not in (None, off, []))
 
 
@@ -85,8 +85,8 @@ def ids_for_config(
     said: kept from the folder that a model came from, or empty. ends: of the run, which are first unless they are
     among the kept ones. begin: of the tokenizer. vocabulary: rows of the embedding; further ids mean nothing.
     """
-    kept = end_ids(said)
-    found = [number for number in distinct([*kept, *ends]) if number < vocabulary]
+    known = end_ids(said)
+    found = [number for number in distinct([*known, *ends]) if number < vocabulary]
     first = said.get("bos_token_id")
     ids: dict[str, int | list[int] | None] = {"bos_token_id": begin if first is None else first}
     ids["eos_token_id"] = found[0] if len(found) == 1 else found or None

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
+from megatron.checkpoint.huggingface.family import (
+    ModelFamily,
+    Settings,
+    check_config,
+    choose,
+    special_attention,
+    unlike,
+)
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
@@ -17,10 +24,10 @@ _BACK = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tan
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
-    wanted |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
-    wanted |= {"sliding_window_width": None, "opt_pos_emb_offset": 0, "use_qk_layernorm": False}
-    errors = unlike(model, wanted, "GPT-2") + special_attention(model, "GPT-2")
+    expected = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
+    expected |= {"use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "num_kv_heads": model.num_attention_heads}
+    expected |= {"sliding_window_width": None, "opt_pos_emb_offset": 0, "use_qk_layernorm": False}
+    errors = unlike(model, expected, "GPT-2") + special_attention(model, "GPT-2")
     if model.activation not in ACTIVATIONS:
         errors.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
@@ -48,7 +55,9 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    demand(theirs, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
+    check_config(
+        theirs, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    )
     return {
         "num_layers": theirs["n_layer"],
         "hidden_size": theirs["n_embd"],
@@ -80,7 +89,7 @@ NAMES = Names(
 )
 
 
-GPT2 = Family(
+GPT2 = ModelFamily(
     name="gpt2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, special_attention, unlike
+from megatron.checkpoint.huggingface.family import ModelFamily, Settings, choose, special_attention, unlike
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.checkpoint.huggingface.rope_config import rotary_settings, scaling_config, scaling_misfits
 from megatron.config.schema.model import ModelSection
@@ -27,9 +27,9 @@ THEIR_ACTIVATIONS = {**_BACK, "relu": "relu", "silu": "silu", "mish": "mish"}
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
-    wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
-    errors = unlike(model, wanted, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
+    expected = {"norm": "layernorm", "pos_emb": "rotary", "use_bias_in_mlp": True, "use_bias_in_norms": True}
+    expected |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
+    errors = unlike(model, expected, "GPT-NeoX") + special_attention(model, "GPT-NeoX") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
         errors.append(ConfigIssue("transformers has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
@@ -94,7 +94,7 @@ NAMES = Names(
 )
 
 
-GPT_NEOX = Family(
+GPT_NEOX = ModelFamily(
     name="neox",
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",

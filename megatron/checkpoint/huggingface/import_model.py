@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.metadata import public_facts
-from megatron.checkpoint.format.optimizer_shards import grown
+from megatron.checkpoint.format.optimizer_shards import pad_rows
 from megatron.checkpoint.format.weight_shards import as_stored, assemble, key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -61,12 +61,12 @@ def adopt(
     table = tensors(dims, rows)
     weights = folder.weights(dims)
 
-    def whole(shape: TensorShape) -> Tensor:
+    def full_tensor(shape: TensorShape) -> Tensor:
         shards = weights.shards(key_of(shape))
-        tensor = grown(shape, assemble(as_stored(shape, shards, 1), shards, summed=False))
+        tensor = pad_rows(shape, assemble(as_stored(shape, shards, 1), shards, summed=False))
         if tuple(tensor.shape) != shape.shape:
             raise RunError.of(
-                f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json speaks of {list(shape.shape)}",
+                f"tensor {key_of(shape)} has shape {list(tensor.shape)}, config.json asks for {list(shape.shape)}",
                 location=str(folder.path),
             )
         return tensor if dtype is None else safetensors_format.narrowed(key_of(shape), tensor, dtype)
@@ -88,7 +88,7 @@ def adopt(
         )
         summed = config.model.gpt_j_residual
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
-        written = write_weights(partial, table, whole, summed=summed, facts=facts, **sizes)
+        written = write_weights(partial, table, full_tensor, summed=summed, facts=facts, **sizes)
         written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config)))
         publish(partial, final, written)
     finally:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.checkpoint.huggingface.family import (
-    Experts,
-    Family,
+    ExpertsMapping,
+    ModelFamily,
     Settings,
     TensorMapping,
+    check_config,
     choose,
-    demand,
     same,
     special_attention,
     stacked,
@@ -37,8 +37,8 @@ _BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
-    errors = unlike(model, wanted, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
+    expected = {"norm": "rmsnorm", "pos_emb": "rotary", "rotary_pct": 1.0, "gpt_j_residual": False}
+    errors = unlike(model, expected, "LLaMA") + special_attention(model, "LLaMA") + scaling_misfits(model)
     if model.activation not in ACTIVATIONS:
         errors.append(ConfigIssue("a LLaMA model has a gated activation", key="activation", value=model.activation))
     return errors
@@ -49,8 +49,8 @@ def _llama_misfits(model: ModelSection) -> list[ConfigIssue]:
 
 
 def _mistral_misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "use_qk_layernorm": False}
-    return _misfits(model) + unlike(model, wanted, "Mistral")
+    expected = {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False, "use_qk_layernorm": False}
+    return _misfits(model) + unlike(model, expected, "Mistral")
 
 
 def _qwen_misfits(model: ModelSection) -> list[ConfigIssue]:
@@ -93,7 +93,7 @@ def _qwen_config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     rotary = rotary_settings(theirs, base="rope_theta")
-    demand({"partial_rotary_factor": rotary["rotary_pct"]}, {"partial_rotary_factor": 1.0})
+    check_config({"partial_rotary_factor": rotary["rotary_pct"]}, {"partial_rotary_factor": 1.0})
     heads = theirs["num_attention_heads"]
     return {
         "num_layers": theirs["num_hidden_layers"],
@@ -164,7 +164,7 @@ NAMES = Names(
 )
 
 
-LLAMA = Family(
+LLAMA = ModelFamily(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -175,7 +175,7 @@ LLAMA = Family(
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
 )
-MISTRAL = Family(
+MISTRAL = ModelFamily(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
@@ -189,8 +189,8 @@ MISTRAL = Family(
 
 
 def _mixtral_misfits(moe: MoeSection) -> list[ConfigIssue]:
-    wanted = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
-    errors = unlike(moe, wanted, "Mixtral")
+    expected = {"moe_router_type": "topk", "moe_expert_interval": 1, "moe_normalize_top_k": True}
+    errors = unlike(moe, expected, "Mixtral")
     if moe.moe_num_experts == 1:
         errors.append(ConfigIssue("a Mixtral model has experts", key="moe_num_experts", value=1))
     return errors
@@ -216,7 +216,7 @@ def _mixtral_settings(theirs: Mapping[str, Any]) -> Settings:
     }
 
 
-MIXTRAL = Family(
+MIXTRAL = ModelFamily(
     name="mixtral",
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -226,10 +226,10 @@ MIXTRAL = Family(
     table=NAMES.table,
     spare=(".rotary_emb.inv_freq",),
     prefix="model.",
-    experts=Experts(_mixtral_misfits, _mixtral_experts),
+    experts=ExpertsMapping(_mixtral_misfits, _mixtral_experts),
 )
 QWEN_NAMES = replace(NAMES, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
-QWEN3 = Family(
+QWEN3 = ModelFamily(
     name="qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Mixers, Settings, TensorMapping, demand, same, unlike
+from megatron.checkpoint.huggingface.family import (
+    Mixers,
+    ModelFamily,
+    Settings,
+    TensorMapping,
+    check_config,
+    same,
+    unlike,
+)
 from megatron.config.schema.mixers import MixersSection
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
@@ -48,10 +56,10 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     hidden = theirs["hidden_size"]
-    demand(theirs, SIZES)
+    check_config(theirs, SIZES)
     if theirs["time_step_rank"] != "auto":
-        demand(theirs, {"time_step_rank": -(-hidden // 16)})
-    demand(theirs, {"intermediate_size": SIZES["expand"] * hidden})
+        check_config(theirs, {"time_step_rank": -(-hidden // 16)})
+    check_config(theirs, {"intermediate_size": SIZES["expand"] * hidden})
     return {
         "num_layers": theirs["num_hidden_layers"],
         "hidden_size": hidden,
@@ -80,7 +88,7 @@ def _table(dims: ModelDims) -> list[TensorMapping]:
     return rows
 
 
-MAMBA = Family(
+MAMBA = ModelFamily(
     name="mamba",
     model_type="mamba",
     architecture="MambaForCausalLM",

@@ -16,19 +16,19 @@ from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.config_defaults import completed
 from megatron.checkpoint.huggingface.families import family_of
-from megatron.checkpoint.huggingface.family import Family, Settings, TensorMapping
+from megatron.checkpoint.huggingface.family import ModelFamily, Settings, TensorMapping
 from megatron.checkpoint.huggingface.safetensors_format import FETCH
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.param_table import ModelDims
 
 CONFIG = "config.json"
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 ADAPTER = "adapter_config.json"
 UNPACKED = ("gguf",)
 """Kinds of quantization that a folder still names although its weights are plain: it was saved after unpacking."""
-_FETCH_BIN = f"{FETCH}, or the folder's {WHOLE}"
+_FETCH_BIN = f"{FETCH}, or the folder's {SINGLE}"
 WRAPPERS = ("_orig_mod.: torch.compile", "module.: DDP and DeepSpeed", "base_model.model.: peft")
 """What programs put before the names of a model that they wrap."""
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -39,7 +39,7 @@ Table = dict[str, tuple[TensorMapping, tuple[Source, ...]]]
 
 def is_folder(path: Path) -> bool:
     """Whether it is such a folder."""
-    return (path / CONFIG).is_file() and any((path / name).is_file() for name in (WHOLE, INDEX, OLD_WHOLE, OLD_INDEX))
+    return (path / CONFIG).is_file() and any((path / name).is_file() for name in (SINGLE, INDEX, OLD_SINGLE, OLD_INDEX))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Folder:
 
     path: Path
     config: dict[str, Any]
-    family: Family
+    family: ModelFamily
     tensors: dict[str, Source]
 
     @staticmethod
@@ -62,7 +62,7 @@ class Folder:
                     hint="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
                 )
             raise ConfigError.of(
-                f"it holds no {CONFIG} with {WHOLE}, {INDEX}, {OLD_WHOLE} or {OLD_INDEX}",
+                f"it holds no {CONFIG} with {SINGLE}, {INDEX}, {OLD_SINGLE} or {OLD_INDEX}",
                 location=str(path),
                 hint="give a folder that transformers' save_pretrained wrote, or a snapshot of the Hub",
             )
@@ -80,7 +80,7 @@ class Folder:
 
     @property
     def rows(self) -> int:
-        """Rows of its embedding, as config.json tells; reading the weights compares."""
+        """Rows of its embedding, from config.json; reading the weights compares."""
         return int(self.config["vocab_size"])
 
     def weights(self, dims: ModelDims) -> FolderWeights:
@@ -149,18 +149,18 @@ def _old_head(name: str, named: dict[str, Source]) -> str:
 
 def _changes_weights(path: Path, config: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What would be done to the stored weights before they are used, and is not done here."""
-    location = str(path / CONFIG)
-    told = config.get("quantization_config")
-    if told and not (isinstance(told, dict) and told.get("quant_method") in UNPACKED):
+    where = str(path / CONFIG)
+    settings = config.get("quantization_config")
+    if settings and not (isinstance(settings, dict) and settings.get("quant_method") in UNPACKED):
         hint = "load it with transformers, call dequantize() and save_pretrained, and give that folder"
-        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", told, location, hint)
+        yield ConfigIssue("quantized weights cannot be taken over", "quantization_config", settings, where, hint)
     if (path / ADAPTER).is_file():
         what = "transformers puts this adapter on top of the weights, which is not done here"
         yield ConfigIssue(what, location=str(path / ADAPTER), hint="merge it with peft, or take it out of the folder")
 
 
 def _wrapped(lacked: list[str], folder: Folder) -> list[ConfigIssue]:
-    """What is told where every lacking tensor is there under one prefix more, as wrappers of models save them."""
+    """The issue where every missing tensor is there under one more prefix, as wrappers of models save them."""
     for name in folder.tensors:
         prefix = name.removesuffix(lacked[0]) if lacked else name
         if lacked and prefix != name and {prefix + each for each in lacked} <= folder.tensors.keys():
@@ -216,12 +216,12 @@ def _spare_head(folder: Folder, named: dict[str, Source], table: Table) -> None:
 
 def _sources(path: Path) -> dict[str, Source]:
     """Every tensor of the folder and how to read it."""
-    if (path / INDEX).is_file() or (path / WHOLE).is_file():
-        names = _files(path, WHOLE, INDEX)
+    if (path / INDEX).is_file() or (path / SINGLE).is_file():
+        names = _files(path, SINGLE, INDEX)
         readers = {name: safetensors_format.Reader(path / name) for name in names}
         return {tensor: _of(reader, tensor) for reader in readers.values() for tensor in reader.names()}
     held: dict[str, Source] = {}
-    for name in _files(path, OLD_WHOLE, OLD_INDEX):
+    for name in _files(path, OLD_SINGLE, OLD_INDEX):
         for tensor, value in _old_tensors(path / name).items():
             held[tensor] = lambda value=value: value  # type: ignore[misc]
     return held
@@ -231,13 +231,13 @@ def _of(reader: safetensors_format.Reader, tensor: str) -> Source:
     return lambda: reader.tensor(tensor)
 
 
-def _files(path: Path, whole: str, index: str) -> list[str]:
+def _files(path: Path, single: str, index: str) -> list[str]:
     """The files to read: as transformers, the whole one where there is one, an index or not."""
-    if (path / whole).is_file():
-        return [whole]
-    told = files.read_json(path / index)
-    location = told.get("weight_map") if isinstance(told, dict) else None
-    if not isinstance(location, dict) or not all(isinstance(name, str) for name in location.values()):
+    if (path / single).is_file():
+        return [single]
+    settings = files.read_json(path / index)
+    where = settings.get("weight_map") if isinstance(settings, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         what = "it has no weight_map, which says where each tensor stands"
         raise RunError.of(what, location=str(path / index), hint=FETCH)
     names = sorted(set(location.values()))

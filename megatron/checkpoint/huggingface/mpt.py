@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, demand, special_attention, unlike
+from megatron.checkpoint.huggingface.family import ModelFamily, Settings, check_config, special_attention, unlike
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, ConfigIssue
@@ -13,10 +13,10 @@ from megatron.param_table import ModelDims
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"norm": "layernorm", "pos_emb": "alibi", "gpt_j_residual": False, "activation": "gelu"}
-    wanted |= {"use_bias_in_norms": False, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
-    wanted |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
-    errors = unlike(model, wanted, "MPT") + special_attention(model, "MPT")
+    expected = {"norm": "layernorm", "pos_emb": "alibi", "gpt_j_residual": False, "activation": "gelu"}
+    expected |= {"use_bias_in_norms": False, "use_bias_in_attn_linear": False, "use_bias_in_mlp": False}
+    expected |= {"num_kv_heads": model.num_attention_heads, "sliding_window_width": None, "use_qk_layernorm": False}
+    errors = unlike(model, expected, "MPT") + special_attention(model, "MPT")
     dims = ModelDims.of(model)
     if dims.mlp_width != 4 * dims.hidden_size:
         errors.append(ConfigIssue("an MPT model has an MLP of 4 x hidden_size", "intermediate_size", dims.mlp_width))
@@ -45,9 +45,9 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
     attention = theirs.get("attn_config") or {}
-    demand(attention, {"alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False})
-    demand(attention, {"clip_qkv": None, "softmax_scale": None, "attn_type": "multihead_attention"})
-    demand(theirs, {"no_bias": True, "logit_scale": None, "expansion_ratio": 4})
+    check_config(attention, {"alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False})
+    check_config(attention, {"clip_qkv": None, "softmax_scale": None, "attn_type": "multihead_attention"})
+    check_config(theirs, {"no_bias": True, "logit_scale": None, "expansion_ratio": 4})
     if theirs["n_heads"] & (theirs["n_heads"] - 1):
         what = "only a power of two can be taken over: other numbers of heads have other slopes here"
         raise ConfigError.of(what, key="n_heads", value=theirs["n_heads"], location="config.json")
@@ -82,7 +82,7 @@ NAMES = Names(
     head="lm_head",
     norm_values=(("weight", "weight"),),
 )
-MPT = Family(
+MPT = ModelFamily(
     name="mpt",
     model_type="mpt",
     architecture="MPTForCausalLM",  # as the authors call it; transformers goes by the model type

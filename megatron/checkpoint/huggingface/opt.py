@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.huggingface.family import Family, Settings, choose, demand, special_attention, unlike
+from megatron.checkpoint.huggingface.family import (
+    ModelFamily,
+    Settings,
+    check_config,
+    choose,
+    special_attention,
+    unlike,
+)
 from megatron.checkpoint.huggingface.name_map import Names
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigIssue
@@ -18,11 +25,11 @@ _OFFSET = 2
 
 
 def _misfits(model: ModelSection) -> list[ConfigIssue]:
-    wanted = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
-    wanted |= {"layernorm_epsilon": 1e-5, "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": _OFFSET}
-    wanted |= {"sliding_window_width": None, "use_bias_in_mlp": model.use_bias_in_attn_linear}
-    wanted |= {"use_qk_layernorm": False}
-    errors = unlike(model, wanted, "OPT") + special_attention(model, "OPT")
+    expected = {"norm": "layernorm", "pos_emb": "learned", "gpt_j_residual": False, "use_bias_in_norms": True}
+    expected |= {"layernorm_epsilon": 1e-5, "num_kv_heads": model.num_attention_heads, "opt_pos_emb_offset": _OFFSET}
+    expected |= {"sliding_window_width": None, "use_bias_in_mlp": model.use_bias_in_attn_linear}
+    expected |= {"use_qk_layernorm": False}
+    errors = unlike(model, expected, "OPT") + special_attention(model, "OPT")
     if model.activation not in ACTIVATIONS:
         errors.append(ConfigIssue("an OPT model has no such activation", key="activation", value=model.activation))
     dims = ModelDims.of(model)
@@ -50,8 +57,8 @@ def _config(model: ModelSection, padded_vocab_size: int) -> Settings:
 
 
 def _settings(theirs: Mapping[str, Any]) -> Settings:
-    demand(theirs, {"do_layer_norm_before": True, "_remove_final_layer_norm": False})
-    demand(theirs, {"layer_norm_elementwise_affine": True, "word_embed_proj_dim": theirs["hidden_size"]})
+    check_config(theirs, {"do_layer_norm_before": True, "_remove_final_layer_norm": False})
+    check_config(theirs, {"layer_norm_elementwise_affine": True, "word_embed_proj_dim": theirs["hidden_size"]})
     biases = bool(theirs["enable_bias"])
     return {
         "num_layers": theirs["num_hidden_layers"],
@@ -83,7 +90,7 @@ NAMES = Names(
     final_norm="model.decoder.final_layer_norm",
     head="lm_head",
 )
-OPT = Family(
+OPT = ModelFamily(
     name="opt",
     model_type="opt",
     architecture="OPTForCausalLM",

@@ -21,7 +21,7 @@ from megatron.checkpoint.format.stored_model import StoredModel
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
-from megatron.checkpoint.huggingface.family import Family, TensorMapping
+from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.errors import ConfigError
 from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
@@ -53,22 +53,22 @@ def export_adapter(
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
     family = family_for(plain, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(plain, stored.moe, stored.mixers)
-    dtype = PRECISIONS.get(precision) or stored.whole(stored.table[0]).dtype
+    dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype
     if updates is not None:
         promises = list(_factors(stored, family, dims, dtype))
-        told = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
+        settings = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
     else:
         promises = [_prompt(stored, dtype)]
-        told = _prompt_tuning(dims, promises[0].shape[0])
+        settings = _prompt_tuning(dims, promises[0].shape[0])
     output.mkdir(parents=True, exist_ok=True)
     safetensors_format.write(output / WEIGHTS, promises, {"format": "pt"})
     usual = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
-    files.write_json(output / CONFIG, {**told, **usual})
+    files.write_json(output / CONFIG, {**settings, **usual})
     size = sum(promise.size for promise in promises)
-    return Exported(family.name, str(told["peft_type"]), len(promises), size, stored.rows)
+    return Exported(family.name, str(settings["peft_type"]), len(promises), size, stored.rows)
 
 
-def _factors(stored: StoredModel, family: Family, dims: ModelDims, dtype: torch.dtype) -> Iterator[Promise]:
+def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: torch.dtype) -> Iterator[Promise]:
     """The tensors of all updates."""
     shapes = {f"{shape.layer}.{shape.name}": shape for shape in stored.table}
     for row in family.table(dims):
@@ -90,11 +90,11 @@ def _rows(row: TensorMapping, up: Tensor) -> list[Tensor]:
 
 
 def _down(stored: StoredModel, shape: TensorShape, dtype: torch.dtype) -> Tensor:
-    return stored.whole(shape, precise=dtype == torch.float32)
+    return stored.full_tensor(shape, precise=dtype == torch.float32)
 
 
 def _up(stored: StoredModel, row: TensorMapping, shape: TensorShape, part: int, dtype: torch.dtype) -> Tensor:
-    return _rows(row, stored.whole(shape, precise=dtype == torch.float32))[part]
+    return _rows(row, stored.full_tensor(shape, precise=dtype == torch.float32))[part]
 
 
 def _lora(asked: LowRank, promises: list[Promise], *, turned: bool) -> dict[str, Any]:

@@ -43,11 +43,11 @@ def scaling_config(model: ModelSection) -> Settings:
     if not model.rope_scaling:
         return {}
     kind = model.rope_scaling["type"]
-    told = {"rope_type": kind, **_DEFAULTS.get(kind, {})}
-    told |= {name: value for name, value in model.rope_scaling.items() if name != "type"}
+    scaling = {"rope_type": kind, **_DEFAULTS.get(kind, {})}
+    scaling |= {name: value for name, value in model.rope_scaling.items() if name != "type"}
     if kind == "dynamic":
-        del told["original_max_position_embeddings"]  # it is max_position_embeddings there
-    return {"rope_scaling": told}
+        del scaling["original_max_position_embeddings"]  # it is max_position_embeddings there
+    return {"rope_scaling": scaling}
 
 
 def rotary_settings(theirs: Mapping[str, Any], *, base: str, part: str = "partial_rotary_factor") -> Settings:
@@ -90,21 +90,21 @@ def _meaning(theirs: Mapping[str, Any], block: Mapping[str, Any], base: str, par
     kind = block.get("rope_type") or block.get("type") or "default"
     if kind == "default":
         return settings
-    told = {name: value for name, value in block.items() if name not in _BESIDE and value is not None}
+    scaling = {name: value for name, value in block.items() if name not in _BESIDE and value is not None}
     length = theirs["max_position_embeddings"]
     if kind == "dynamic":
-        told["original_max_position_embeddings"] = length
+        scaling["original_max_position_embeddings"] = length
     elif kind in ("yarn", "llama3"):
-        told.setdefault("original_max_position_embeddings", length)
+        scaling.setdefault("original_max_position_embeddings", length)
         beside = theirs.get("original_max_position_embeddings")
-        if beside not in (None, told["original_max_position_embeddings"]):
+        if beside not in (None, scaling["original_max_position_embeddings"]):
             raise ConfigError.of(
-                f"the scaling speaks of {told['original_max_position_embeddings']}",
+                f"the scaling has {scaling['original_max_position_embeddings']}",
                 key="original_max_position_embeddings",
                 value=beside,
                 location=CONFIG,
             )
-    return settings | {"rope_scaling": {"type": kind, **told}}
+    return settings | {"rope_scaling": {"type": kind, **scaling}}
 
 
 def _one_base(theirs: Mapping[str, Any], settings: Settings) -> None:

@@ -63,9 +63,9 @@ def write(path: Path, tensors: Iterable[Promise], metadata: Mapping[str, str]) -
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for each in promised:
-        place = [offset, offset + each.size]
-        header[each.name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": place}
-        offset = place[1]
+        offsets = [offset, offset + each.size]
+        header[each.name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": offsets}
+        offset = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -119,8 +119,8 @@ class Reader:
             if self._start + end != len(self._map):
                 raise ValueError(f"{len(self._map)} bytes where the header promises {self._start + end}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            told = f"this is not a whole safetensors file: {error}"
-            raise RunError.of(told, location=str(path), hint=f"{FETCH} (git lfs pull, hf download)") from error
+            message = f"this is not a whole safetensors file: {error}"
+            raise RunError.of(message, location=str(path), hint=f"{FETCH} (git lfs pull, hf download)") from error
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
@@ -132,8 +132,8 @@ class Reader:
         start, stop = entry["data_offsets"]
         dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
         if dtype is None or stop - start != prod(shape) * dtype.itemsize:
-            told = f"tensor {name} has {entry}, which cannot be read"
-            raise RunError.of(told, location=str(self.path), hint=f"only {', '.join(DTYPES)} are read, each whole")
+            message = f"tensor {name} has {entry}, which cannot be read"
+            raise RunError.of(message, location=str(self.path), hint=f"only {', '.join(DTYPES)} are read, each whole")
         if start == stop:
             return torch.empty(shape, dtype=dtype)
         values = torch.frombuffer(self._map, dtype=torch.uint8, count=stop - start, offset=self._start + start)

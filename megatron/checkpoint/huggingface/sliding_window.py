@@ -18,19 +18,19 @@ def one_window(theirs: Mapping[str, Any], window: int | None, kinds: Sequence[st
     kinds: what the family makes of the blocks, one each. A window as long as the longest sequence is none. Raises
     ConfigError where the file's own `layer_types` says otherwise, or the blocks differ.
     """
-    told = theirs.get("layer_types")
+    layer_types = theirs.get("layer_types")
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ConfigError.of("it must be at least 1", key="sliding_window", value=window, location="config.json")
-    seen = set(kinds if told is None else told)
-    if told is not None and (len(told) != theirs["num_hidden_layers"] or seen - {FULL, SLIDING}):
+    seen = set(kinds if layer_types is None else layer_types)
+    if layer_types is not None and (len(layer_types) != theirs["num_hidden_layers"] or seen - {FULL, SLIDING}):
         what = f"only one of {FULL} and {SLIDING} for each of {theirs['num_hidden_layers']} layers can be taken over"
-        raise ConfigError.of(what, key="layer_types", value=told, location="config.json")
-    if told is not None and list(told) != list(kinds):
+        raise ConfigError.of(what, key="layer_types", value=layer_types, location="config.json")
+    if layer_types is not None and list(layer_types) != list(kinds):
         what = f"blocks of this model are of kind {', '.join(sorted(set(kinds)))}"
-        raise ConfigError.of(what, key="layer_types", value=told, location="config.json")
+        raise ConfigError.of(what, key="layer_types", value=layer_types, location="config.json")
     if SLIDING in seen and window is None:
         what = "no window is given for them: sliding_window is null or not in use"
-        raise ConfigError.of(what, key="layer_types", value=told, location="config.json")
+        raise ConfigError.of(what, key="layer_types", value=layer_types, location="config.json")
     if SLIDING not in seen or (window is not None and window >= theirs["max_position_embeddings"]):
         return {}
     if FULL in seen:

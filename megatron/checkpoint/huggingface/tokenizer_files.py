@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.checkpoint.format import files
 
-CONFIG, WHOLE, TEMPLATES = "tokenizer_config.json", "tokenizer.json", "additional_chat_templates"
+CONFIG, TOKENIZER, TEMPLATES = "tokenizer_config.json", "tokenizer.json", "additional_chat_templates"
 _COPIED = (
     *("tokenizer*", "vocab*", "encoder.json", "merges*", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "generation_config.json"),
@@ -28,21 +28,21 @@ _OF_RELEASE_5 = ("backend", "is_local", "local_files_only", "auto_map")
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copies what is neither weights nor code. The names of the files.
 
-    The class is kept, which tells how a text is read, but for one that only the newest release knows.
+    The class is copied, which decides how a text is read, but for one that only the newest release knows.
     """
     target.mkdir(parents=True, exist_ok=True)
     names = []
     for path in sorted(source.iterdir()):
-        wanted = any(path.match(pattern) for pattern in _COPIED)
-        if path.is_file() and wanted and not any(path.match(pattern) for pattern in _MODEL_FILES):
+        requested = any(path.match(pattern) for pattern in _COPIED)
+        if path.is_file() and requested and not any(path.match(pattern) for pattern in _MODEL_FILES):
             shutil.copyfile(path, target / path.name)
             names.append(path.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
     path = target / CONFIG
-    told = files.read_json(path) if path.is_file() else None
-    if isinstance(told, dict) and told.get("tokenizer_class") == "TokenizersBackend":
-        files.write_json(path, {**told, "tokenizer_class": "PreTrainedTokenizerFast"})
+    settings = files.read_json(path) if path.is_file() else None
+    if isinstance(settings, dict) and settings.get("tokenizer_class") == "TokenizersBackend":
+        files.write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
     return names
 
 
@@ -53,31 +53,31 @@ def for_every_release(folder: Path, *, own: bool) -> None:
     there before says itself what is before a text, here and in release 5; the flags, which earlier ones heed, go.
     """
     path = folder / CONFIG
-    if not path.is_file() or not (folder / WHOLE).is_file():
+    if not path.is_file() or not (folder / TOKENIZER).is_file():
         return
-    told = files.read_json(path)
-    if not isinstance(told, dict):
+    settings = files.read_json(path)
+    if not isinstance(settings, dict):
         return
-    made = {key: value for key, value in told.items() if key not in _OF_RELEASE_5}
+    made = {key: value for key, value in settings.items() if key not in _OF_RELEASE_5}
     flags = {name: made.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
     if own:
-        _put_flags_into_file(folder / WHOLE, made, flags)
+        _put_flags_into_file(folder / TOKENIZER, made, flags)
     made["tokenizer_class"] = "PreTrainedTokenizerFast"
     further = made.get("extra_special_tokens")
     if isinstance(further, list):  # releases before 5 want an object of that name
         del made["extra_special_tokens"]
         made["additional_special_tokens"] = [*made.get("additional_special_tokens", ()), *further]
-    if made != told:
+    if made != settings:
         files.write_json(path, made)
 
 
-def _put_flags_into_file(path: Path, told: dict[str, Any], flags: dict[str, Any]) -> None:
+def _put_flags_into_file(path: Path, settings: dict[str, Any], flags: dict[str, Any]) -> None:
     """Turns add_bos_token and add_eos_token into what tokenizer.json does by itself.
 
-    told: tokenizer_config.json. flags: `bos` and `eos`, None where they are not given. Classes that
+    settings: tokenizer_config.json. flags: `bos` and `eos`, None where they are not given. Classes that
     never heeded them keep the file as it is.
     """
-    heeded = str(told.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS)
+    heeded = str(settings.get("tokenizer_class", "")).removesuffix("Fast").endswith(_HEED_FLAGS)
     if not heeded or set(flags.values()) == {None}:
         return
     content = files.read_json(path)
@@ -87,16 +87,16 @@ def _put_flags_into_file(path: Path, told: dict[str, Any], flags: dict[str, Any]
         (step for step in steps if step.get("type") == "TemplateProcessing"), {"single": []}
     )
     parts = [next(iter(part.items())) for part in template["single"]]
-    place = next((number for number, (kind, _) in enumerate(parts) if kind == "Sequence"), 0)
-    now = {"bos": place > 0, "eos": place < len(parts) - 1}
-    wanted = {name: now[name] if flag is None else bool(flag) for name, flag in flags.items()}
-    if wanted == now:
+    sequence_index = next((number for number, (kind, _) in enumerate(parts) if kind == "Sequence"), 0)
+    now = {"bos": sequence_index > 0, "eos": sequence_index < len(parts) - 1}
+    requested = {name: now[name] if flag is None else bool(flag) for name, flag in flags.items()}
+    if requested == now:
         return
     ids = {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
-    tokens = {name: _text(told.get(f"{name}_token")) for name in wanted}
-    if any(wanted[name] and tokens[name] not in ids for name in wanted):
+    tokens = {name: _text(settings.get(f"{name}_token")) for name in requested}
+    if any(requested[name] and tokens[name] not in ids for name in requested):
         return
-    content["post_processor"] = _template({name: token for name, token in tokens.items() if wanted[name]}, ids)
+    content["post_processor"] = _template({name: token for name, token in tokens.items() if requested[name]}, ids)
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
@@ -114,5 +114,5 @@ def _template(tokens: dict[str, Any], ids: dict[str, int]) -> dict[str, Any] | N
     return {"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": known}
 
 
-def _text(told: Any) -> Any:
-    return told.get("content") if isinstance(told, dict) else told
+def _text(settings: Any) -> Any:
+    return settings.get("content") if isinstance(settings, dict) else settings

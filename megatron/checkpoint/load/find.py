@@ -47,20 +47,20 @@ def _from_pointer(load: Path, found: list[int]) -> list[Path]:
     return [named, *older]
 
 
-def whole(
-    load: Path, iteration: int | None, fallback: str, *, mend: bool = False, sharing: Sharing | None = None
+def find_intact(
+    load: Path, iteration: int | None, fallback: str, *, repair: bool = False, sharing: Sharing | None = None
 ) -> Path | None:
     """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
 
-    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged. fix: a
-    checkpoint that a crash left between two names gets its own back first; only where no other run saves there.
-    sharing: which ranks see the same folder, None for all. Raises RunError that names each damaged file.
+    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged.
+    repair: a checkpoint that a crash left between two names gets its own back first; only where no other run saves
+    there. sharing: which ranks see the same folder, None for all. Raises RunError that names each damaged file.
     """
     sharing = sharing or one_folder()
-    if mend and sharing.leads:
+    if repair and sharing.leads:
         with suppress(OSError):  # a folder that cannot be written is read as it is
             recover(load)
-    if mend:
+    if repair:
         barrier()
     meant = _on_all(candidates(load, iteration), sharing)
     for number, directory in enumerate(meant):

@@ -126,7 +126,7 @@ class Checkpoint:
         return self._embedding.rows
 
     def counters(self) -> Counters:
-        """Where the run stood; zero when only the weights are wanted."""
+        """Counters of the run; zero when only the weights are requested."""
         if self.from_start:
             return Counters()
         if (self.directory / layout.RUN).is_file():
@@ -141,7 +141,7 @@ class Checkpoint:
     def require_data_order(self, inputs: RunInputs, *, override: bool) -> None:
         """ConfigError unless the samples go on in the order of the checkpoint's run; override: it may be another.
 
-        A model with other tensors is told of when these are read, since its samples may be shorter for that reason.
+        A model with other tensors is reported when these are read, since its samples may be shorter for that reason.
         """
         path = self.directory / layout.RUN
         same_model = self.weights.keys() == self._shapes.keys()
@@ -205,7 +205,9 @@ def find_checkpoint(
         weights = Folder.open(root).weights(ModelDims.of(config.model, config.moe, config.mixers))
     else:
         sharing = one_folder() if config.data.use_shared_fs else by_host()
-        found = find.whole(root, section.iteration, section.load_fallback, mend=not weights_only, sharing=sharing)
+        found = find.find_intact(
+            root, section.iteration, section.load_fallback, repair=not weights_only, sharing=sharing
+        )
         if found is None:
             _nothing(config, root)
             return None
@@ -273,7 +275,7 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
     """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
 
     Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
-    divide are padded further. tokens: of the tokenizer; the key vocab_size tells what else a model may have rows for,
+    divide are padded further. tokens: of the tokenizer; the key vocab_size says what else a model may have rows for,
     as one that was taken over from a folder of another program says it. may_grow: whether tokens beyond the
     checkpoint's rows get rows of their own; otherwise the model knows nothing of them.
     """
@@ -286,8 +288,8 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
                 "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
             )
             return Rows(padded, tokens)
-        told = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
-        _log.warning(told, tokens, stored)
+        message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
+        _log.warning(message, tokens, stored)
         return Rows(padded_vocab_size(stored, 1, model_size), stored)
     taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
     declared = taken_over or config.tokenizer.vocab_size
@@ -308,11 +310,11 @@ def _stored_rows(config: Config) -> int | None:
         try:
             return _Embedding.of(WeightFiles.open(directory)).rows
         except (RunError, OSError, KeyError):
-            continue  # it is damaged, which is told when it is read
+            continue  # it is damaged, which is reported when it is read
     return None
 
 
-def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[TensorShape]) -> dict[str, Tensor]:
+def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence[TensorShape]) -> dict[str, Tensor]:
     """The tensor-parallel shards of the wanted tensors, by key; reports what matched.
 
     With an optimizer that kept fp32 copies those are returned, since they are the more precise ones.
@@ -332,8 +334,8 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, wanted: Sequence[Te
         raise RunError(*_strangers(unexpected, missing, added, str(checkpoint.directory)))
     axis = topology.model
     summed = checkpoint.summed_biases
-    wanted = [shape for shape in wanted if key_of(shape) not in anew]
-    result = read_shards(stored, wanted, summed=summed, model_rank=axis.rank, model_size=axis.size)
+    requested = [shape for shape in requested if key_of(shape) not in anew]
+    result = read_shards(stored, requested, summed=summed, model_rank=axis.rank, model_size=axis.size)
     state = checkpoint.optimizer()
     if state is not None:
         for key, tensor in result.items():
@@ -352,19 +354,19 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], locat
         hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
     elif f"0.{PROMPT}" in unexpected:
         hint = "give the configuration the soft_prompt_tuning of the checkpoint"
-    told = {
+    message = {
         "the checkpoint has tensors that the model lacks": unexpected,
         "the model has tensors that the checkpoint lacks": missing,
     }
     return [
-        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", location=location, hint=hint)
-        for what, names in told.items()
+        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", location=where, hint=hint)
+        for what, names in message.items()
         if names
     ]
 
 
 def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
-    """Puts optimizer and random generators back; returns where the run stood. The weights are in already."""
+    """Restores optimizer and random generators; returns the counters of the run. The weights are in already."""
     state = checkpoint.optimizer()
     if state is not None:
         engine.load_optimizer(state)

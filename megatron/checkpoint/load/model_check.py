@@ -56,7 +56,7 @@ _MODEL: dict[str, Concerned] = {
     "moe_normalize_top_k": _experts,
     "lora": _always,
 }
-"""What nobody changes of a trained model: key -> whether it has an effect on a model of these values."""
+"""Keys that a trained model fixes: key -> whether it has an effect on a model of these values."""
 _ADJUSTED: dict[str, Concerned] = {
     "rotary_emb_base": _rotary,
     "rope_scaling": _rotary,
@@ -66,7 +66,7 @@ _ADJUSTED: dict[str, Concerned] = {
     "rms_norm_epsilon": lambda values: "rmsnorm" in values["norm"],
     "scalenorm_epsilon": lambda values: values["norm"] == "scalenorm",
 }
-"""What is changed on purpose at times, as for longer texts: told, and no more."""
+"""Keys that are changed on purpose at times, as for longer texts: a warning, no error."""
 _SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm", "swish": "silu"}
 
 
@@ -74,11 +74,11 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
     """ConfigError for each key that would make another model of the weights; a line for those that may be changed.
 
     stored, own: flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
-    compared. finetune: training starts anew from the weights, so that every change is told and none refused.
+    compared. finetune: training starts anew from the weights, so that every change is a warning and none is refused.
     """
     differing = list(_differing(_MODEL, stored, own))
-    told = [*(differing if finetune else []), *_differing(_ADJUSTED, stored, own)]
-    for key in told:
+    reported = [*(differing if finetune else []), *_differing(_ADJUSTED, stored, own)]
+    for key in reported:
         _log.warning(
             "%s = %r: the checkpoint %s was trained with %r, and is another model with this value",
             key,

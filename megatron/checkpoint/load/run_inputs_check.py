@@ -13,7 +13,7 @@ from megatron.tokenizer_info import TokenizerInfo
 
 _log = get_logger(__name__)
 
-_WISH = "set override_data_order to go on in the new order, or give back what the checkpoint's run had"
+_OVERRIDE_HINT = "set override_data_order to go on in the new order, or give back what the checkpoint's run had"
 
 
 @dataclass(frozen=True)
@@ -83,29 +83,29 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], location: Pa
         if then == now or _follows(name, stored, own):
             continue
         if name == "data_path":
-            what = f"the checkpoint {location} was trained on {_sets(then)}; these are {_sets(now)}"
-            yield ConfigIssue(what, key="data_path", hint=_WISH)
+            what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
+            yield ConfigIssue(what, key="data_path", hint=_OVERRIDE_HINT)
         elif name == "passes":
             what = (
                 f"the checkpoint's run shuffled {_passes(then)} over the data together, this one shuffles "
                 f"{_passes(now)}: samples would be read twice and others never"
             )
-            hint = f"{_WISH}: as many train_iters, or train_epochs, as need the same number of passes"
+            hint = f"{_OVERRIDE_HINT}: as many train_iters, or train_epochs, as need the same number of passes"
             yield ConfigIssue(what, key="train_iters", hint=hint)
         elif name == "train_label_data_paths":
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
-            yield ConfigIssue(what, key=name, hint=_WISH)
+            yield ConfigIssue(what, key=name, hint=_OVERRIDE_HINT)
         else:
-            what = f"the checkpoint {location} was trained with {then!r}, which gives another order of samples"
-            yield ConfigIssue(what, key=name, value=now, hint=_WISH)
+            what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
+            yield ConfigIssue(what, key=name, value=now, hint=_OVERRIDE_HINT)
 
 
 def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether a difference is none of the order, or is told by another fact."""
+    """True if a difference does not change the order, or another fact reports it."""
     other_sets = stored.get("data_path") != own.get("data_path")
     if name == "passes":
         return other_sets
-    if name == "train_epochs":  # it orders several sets among each other; of one, `passes` tells all
+    if name == "train_epochs":  # it orders several sets among each other; of one, `passes` says it all
         return len(own.get("data_path") or ()) == 1
     if name == "train_label_data_paths":  # as do lengths, which others tell; earlier checkpoints do not have it
         others = ("seq_length", "pack_impl", "allow_chopped")
@@ -114,8 +114,10 @@ def _follows(name: str, stored: Mapping[str, Any], own: Mapping[str, Any]) -> bo
 
 
 def _sets(sets: Sequence[Sequence[Any]] | None) -> str:
-    told = [f"{documents:,} documents with {tokens:,} tokens [{digest}]" for documents, tokens, digest in sets or ()]
-    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
+    described = [
+        f"{documents:,} documents with {tokens:,} tokens [{digest}]" for documents, tokens, digest in sets or ()
+    ]
+    return ", ".join(described[:4]) + (f" and {len(described) - 4} more" if len(described) > 4 else "")
 
 
 def _passes(counts: Sequence[int] | None) -> str:

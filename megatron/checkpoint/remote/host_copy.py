@@ -96,11 +96,11 @@ def by_looking(folder: Path) -> Sharing:
     return groups
 
 
-def _grouped(places: Sequence[object]) -> Sharing:
+def _grouped(folders: Sequence[object]) -> Sharing:
     """The groups of ranks of which each says in which place it is."""
     found: dict[object, list[int]] = {}
-    for rank, place in enumerate(places):
-        found.setdefault(place, []).append(rank)
+    for rank, folder in enumerate(folders):
+        found.setdefault(folder, []).append(rank)
     return Sharing(dist.get_rank() if dist.is_initialized() else 0, tuple(map(tuple, found.values())))
 
 

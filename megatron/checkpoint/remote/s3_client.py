@@ -32,7 +32,7 @@ class Bucket:
     def open(address: str, part_size: int) -> Bucket:
         """Nothing is asked of the server yet. address: s3://bucket/folder. part_size: of one request [bytes].
 
-        Raises ConfigError where boto3 is not installed or cannot work with what the environment tells.
+        Raises ConfigError where boto3 is not installed or cannot work with the environment's settings.
         """
         try:
             import boto3
@@ -57,28 +57,28 @@ class Bucket:
         return Bucket(name, f"{prefix}/" if prefix else "", client, transfer)
 
     def address(self, key: str = "") -> str:
-        """Where a key lies, as people write it."""
+        """The address of a key, s3://bucket/key."""
         return f"{SCHEME}{self.name}/{self.prefix}{key}"
 
     def upload(self, path: Path, key: str) -> None:
         """Copies a file there. RunError with the server's reason."""
-        with self._told("writing", key):
+        with self._reported("writing", key):
             self.client.upload_file(str(path), self.name, self.prefix + key, Config=self.transfer)
 
     def download(self, key: str, path: Path) -> None:
         """Copies a file from there. RunError with the server's reason."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._told("reading", key):
+        with self._reported("reading", key):
             self.client.download_file(self.name, self.prefix + key, str(path), Config=self.transfer)
 
     def write(self, key: str, text: str) -> None:
         """Puts a small text there. RunError with the server's reason."""
-        with self._told("writing", key):
+        with self._reported("writing", key):
             self.client.put_object(Bucket=self.name, Key=self.prefix + key, Body=text.encode())
 
     def read(self, key: str) -> str | None:
         """A small text from there; None where there is none. RunError with the server's reason."""
-        with self._told("reading", key):
+        with self._reported("reading", key):
             try:
                 return str(self.client.get_object(Bucket=self.name, Key=self.prefix + key)["Body"].read().decode())
             except self.client.exceptions.NoSuchKey:
@@ -86,13 +86,13 @@ class Bucket:
 
     def keys(self, under: str) -> list[str]:
         """All keys that begin so. RunError with the server's reason."""
-        with self._told("listing", under):
+        with self._reported("listing", under):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.prefix + under)
             return [entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", ())]
 
     def folders(self) -> list[str]:
         """The names of the folders inside. RunError with the server's reason."""
-        with self._told("listing", ""):
+        with self._reported("listing", ""):
             pages = self.client.get_paginator("list_objects_v2")
             found = pages.paginate(Bucket=self.name, Prefix=self.prefix, Delimiter="/")
             paths = [entry["Prefix"] for page in found for entry in page.get("CommonPrefixes", ())]
@@ -102,18 +102,18 @@ class Bucket:
         """Deletes; a key that is not there is no error. RunError with the server's reason."""
         for start in range(0, len(keys), _MOST_KEYS):
             named = [{"Key": self.prefix + key} for key in keys[start : start + _MOST_KEYS]]
-            with self._told("removing", keys[start]):
+            with self._reported("removing", keys[start]):
                 answer = self.client.delete_objects(Bucket=self.name, Delete={"Objects": named, "Quiet": True})
             for refused in answer.get("Errors", ()):
                 raise RunError.of(f"removing it failed: {refused.get('Message')}", location=f"{SCHEME}{refused['Key']}")
 
     def probe(self) -> None:
-        """Writes and removes a small file, so that a bucket that refuses is told before training. RunError."""
+        """Writes and removes a small file, so that a bucket that refuses is reported before training. RunError."""
         self.write(".write-test", "")
         self.remove([".write-test"])
 
     @contextmanager
-    def _told(self, action: str, key: str) -> Iterator[None]:
+    def _reported(self, action: str, key: str) -> Iterator[None]:
         """What boto3 raises, as a RunError that says where and what to look at."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError

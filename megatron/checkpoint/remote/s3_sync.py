@@ -168,7 +168,7 @@ def _fetch(bucket: Bucket, root: Path, iteration: int | None) -> None:
     here = layout.iterations(root)
     if here if iteration is None else iteration in here:
         return
-    name = _wanted(bucket, iteration)
+    name = _requested_step(bucket, iteration)
     if name is None:
         _log.info("%s holds no such checkpoint either", bucket.address())
         return
@@ -193,14 +193,14 @@ def _listed(directory: Path, location: str) -> list[str]:
     except (KeyError, TypeError) as error:
         raise RunError.of("its manifest.json is no list of a checkpoint's files", location=location) from error
     RunError.raise_any(
-        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which lies outside", location=location)
+        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which is outside", location=where)
         for name in names
         if Path(name).is_absolute() or ".." in Path(name).parts
     )
     return names
 
 
-def _wanted(bucket: Bucket, iteration: int | None) -> str | None:
+def _requested_step(bucket: Bucket, iteration: int | None) -> str | None:
     """The name of the copy to fetch: that of the iteration, else what `latest` says, else the newest complete one."""
     complete = copied_iterations(bucket)
     if iteration is not None:

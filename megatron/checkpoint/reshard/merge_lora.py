@@ -30,9 +30,9 @@ class MergedModel(StoredModel):
     source: StoredModel
     asked: LowRank
 
-    def whole(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
+    def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor with its update, in the type of the stored one; precise: in fp32, from fp32 copies."""
-        tensor = self.source.whole(shape, precise=precise)
+        tensor = self.source.full_tensor(shape, precise=precise)
         module, _, kind = shape.name.rpartition(".")
         if kind != "weight" or module not in self.asked.modules():
             return tensor
@@ -42,7 +42,7 @@ class MergedModel(StoredModel):
 
     def _factor(self, shape: TensorShape, name: str, precise: bool) -> Tensor:
         factor = next(one for one in self.source.table if (one.layer, one.name) == (shape.layer, name))
-        return self.source.whole(factor, precise=precise)
+        return self.source.full_tensor(factor, precise=precise)
 
 
 def merged(stored: StoredModel) -> StoredModel:
@@ -94,7 +94,7 @@ def merge(
         facts = facts_of(plain, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
         written = write_weights(
-            partial, plain.table, plain.whole, summed=plain.model.gpt_j_residual, facts=facts, **sizes
+            partial, plain.table, plain.full_tensor, summed=plain.model.gpt_j_residual, facts=facts, **sizes
         )
         config = describe(directory, config_files).replace(lora=None, config_files=None)
         written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config)))

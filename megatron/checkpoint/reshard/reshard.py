@@ -42,7 +42,7 @@ def reshape(
         summed = stored.model.gpt_j_residual
         facts = facts_of(stored, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
-        written = write_weights(partial, stored.table, stored.whole, summed=summed, facts=facts, **sizes)
+        written = write_weights(partial, stored.table, stored.full_tensor, summed=summed, facts=facts, **sizes)
         written += _taken_over(stored.directory, partial)
         publish(partial, final, written)
     finally:

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from megatron.checkpoint.format import files, layout, weight_shards
 from megatron.checkpoint.format.files import Written
-from megatron.checkpoint.format.optimizer_shards import cut_shard
+from megatron.checkpoint.format.optimizer_shards import take_shard
 from megatron.param_table import TensorShape
 
-Whole = Callable[[TensorShape], Tensor]
+ReadTensor = Callable[[TensorShape], Tensor]
 _IN_MEMORY = 1 << 30  # bytes; tensors beyond it wait in files until they are written
 
 
 def write_weights(
     directory: Path,
     table: Sequence[TensorShape],
-    whole: Whole,
+    read_tensor: ReadTensor,
     *,
     model_size: int,
     pipe_size: int,
@@ -42,14 +42,14 @@ def write_weights(
     for rank in range(model_size):
         if pipe_size:
             for layer, shapes in groupby(table, key=lambda shape: shape.layer):
-                held = _shards(shapes, whole, rank, model_size, summed)
+                held = _shards(shapes, read_tensor, rank, model_size, summed)
                 content = {name.split(".", 1)[1]: tensor.contiguous() for name, tensor in held}
                 written.append(files.write_tensors(directory / layout.layer_file(layer, rank), _owned(content)))
         else:
             with tempfile.TemporaryDirectory(dir=directory, prefix="scratch-") as scratch:
-                shards = _shards(table, whole, rank, model_size, summed)
+                shards = _shards(table, read_tensor, rank, model_size, summed)
                 path = directory / layout.model_file(rank)
-                written.append(weight_shards.write_whole(path, _held(shards, Path(scratch)), dict(facts)))
+                written.append(weight_shards.write_model_file(path, _held(shards, Path(scratch)), dict(facts)))
     if pipe_size:
         for rank in range(model_size * pipe_size):
             path = directory / layout.model_file(rank)
@@ -58,11 +58,11 @@ def write_weights(
 
 
 def _shards(
-    shapes: Iterable[TensorShape], whole: Whole, rank: int, size: int, summed: bool
+    shapes: Iterable[TensorShape], read_tensor: ReadTensor, rank: int, size: int, summed: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, this rank's part) of every tensor, as the public layout has it."""
     for shape in shapes:
-        part = {weight_shards.key_of(shape): cut_shard(shape, whole(shape), rank, size)}
+        part = {weight_shards.key_of(shape): take_shard(shape, read_tensor(shape), rank, size)}
         yield from weight_shards.public_biases(part, summed=summed, model_rank=rank).items()
 
 

@@ -81,8 +81,8 @@ class BackgroundWriter:
             if self.rank == 0:
                 complete(self._gather(partial))
         except (OSError, RuntimeError, RunError) as error:
-            told = error if isinstance(error, RunError) else _as_run_error(partial, error)
-            self._error = told
+            reported = error if isinstance(error, RunError) else _as_run_error(partial, error)
+            self._error = reported
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 

@@ -86,7 +86,7 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
 
 
 def _move(save: Path, aside: Path) -> None:
-    """`latest` goes first: whatever interrupts this, nobody takes a checkpoint that is moving for the newest."""
+    """`latest` goes first: whatever interrupts this, no reader takes a checkpoint that is moving for the newest."""
     names = [layout.LATEST, *(layout.step_directory(save, number).name for number in layout.iterations(save))]
     aside.mkdir(exist_ok=True)
     for name in names:

@@ -42,7 +42,7 @@ class Checkpointable(Protocol):
         """Where a moving loss scale stands, as plain numbers; empty where there is none."""
 
     def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
-        """Puts a moving loss scale where it stood."""
+        """Restores a dynamic loss scale."""
 
     def load_optimizer(self, state: OptimizerState) -> None:
         """Puts the optimizer where `state` was."""
@@ -52,7 +52,7 @@ def together(action: Callable[[], None], what: str) -> None:
     """Runs an action on every rank; if it fails on any, every rank raises RunError. Ends like a barrier.
 
     what: the action in words, for the message. Only errors of the file system are caught: an OSError, torch's
-    RuntimeError when a write falls short, or a RunError that tells of one.
+    RuntimeError when a write falls short, or a RunError that reports one.
     """
     error: Exception | None = None
     try:
@@ -80,7 +80,7 @@ def run_with_heartbeat(action: Callable[[], None], what: str, beat: float = 5.0)
         except (OSError, RuntimeError, RunError) as caught:
             errors.append(caught)
 
-    def tell() -> None:
+    def publish() -> None:
         if errors:
             raise errors[0]
 
@@ -90,4 +90,4 @@ def run_with_heartbeat(action: Callable[[], None], what: str, beat: float = 5.0)
         thread.join(beat)
         if not any_rank(thread.is_alive()):
             break
-    together(tell, what)
+    together(publish, what)

@@ -189,9 +189,9 @@ def take_snapshot(
     if topology.dp_cp.is_first:
         _add_weights(snapshot, config, engine, counters, shards, padded_vocab_size)
     if not config.checkpoint.no_save_optim:
-        kept = engine.optimizer_slices()
-        facts = optimizer_shards.index(kept, model_rank=topology.model.rank, model_size=topology.model.size)
-        snapshot.tensors[layout.slice_file(topology.rank)] = lambda: optimizer_shards.values(kept)
+        slices = engine.optimizer_slices()
+        facts = optimizer_shards.index(slices, model_rank=topology.model.rank, model_size=topology.model.size)
+        snapshot.tensors[layout.slice_file(topology.rank)] = lambda: optimizer_shards.values(slices)
         snapshot.texts[layout.slice_index(topology.rank)] = json.dumps(facts)
     if not config.checkpoint.no_save_rng:
         state = rng.capture(engine.random)
@@ -236,7 +236,7 @@ def _add_weights(
     )
     path = layout.model_file(topology.model_parallel.rank)
     if not engine.pipelined:
-        snapshot.tensors[path] = partial(weight_shards.whole_content, stored, facts)
+        snapshot.tensors[path] = partial(weight_shards.model_file_content, stored, facts)
         return
     snapshot.tensors[path] = lambda: {"module": None, **facts}
     for layer, content in weight_shards.by_layer(stored).items():

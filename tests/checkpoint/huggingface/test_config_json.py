@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
-from megatron.checkpoint.huggingface.export_model import Wishes, export
+from megatron.checkpoint.huggingface.export_model import ExportOptions, export
 from megatron.checkpoint.huggingface.families import FAMILIES, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -265,16 +265,16 @@ def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wishes", "added"),
     [
-        ("neox without attention biases", Wishes(zero_biases=True), "attention.dense.bias"),
-        ("neox, one residual, tied", Wishes(own_head=True), "embed_out.weight"),
-        ("llama, wide heads, tied", Wishes(own_head=True), "lm_head.weight"),
+        ("neox without attention biases", ExportOptions(zero_biases=True), "attention.dense.bias"),
+        ("neox, one residual, tied", ExportOptions(own_head=True), "embed_out.weight"),
+        ("llama, wide heads, tied", ExportOptions(own_head=True), "lm_head.weight"),
     ],
 )
-def test_requests_add_tensors_and_change_nothing(name: str, wishes: Wishes, added: str, tmp_path: Path) -> None:
+def test_requests_add_tensors_and_change_nothing(name: str, options: ExportOptions, added: str, tmp_path: Path) -> None:
     save(name, tmp_path / "theirs")
     adopt(Folder.open(tmp_path / "theirs"), tmp_path / "ours")
     export(open_model(tmp_path / "ours"), tmp_path / "plain")
-    export(open_model(tmp_path / "ours"), tmp_path / "more", wishes=wishes)
+    export(open_model(tmp_path / "ours"), tmp_path / "more", options=options)
     plain, more = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "more"))
     assert any(key.endswith(added) for key in more.keys() - plain.keys())
     with torch.no_grad():

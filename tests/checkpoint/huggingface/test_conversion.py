@@ -149,7 +149,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"there is no tensor model\.layers\.2\.input_layernorm\.weight"):
         adopt(Folder.open(change(tmp_path / "theirs", num_hidden_layers=3)), tmp_path / "ours")
     other = Folder.open(change(tmp_path / "theirs", num_hidden_layers=2, intermediate_size=80))
-    with pytest.raises(RunError, match=r"linear1\.weight has shape \[176, 64\], config\.json speaks of \[160, 64\]"):
+    with pytest.raises(RunError, match=r"linear1\.weight has shape \[176, 64\], config\.json asks for \[160, 64\]"):
         adopt(other, tmp_path / "ours")
 
 
