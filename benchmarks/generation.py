@@ -26,7 +26,7 @@ from megatron.config import Config, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.inference.token_loop import Limits, Text, decode
+from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -122,7 +122,7 @@ def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
     def generate(prompts: Tensor, new: int) -> list[list[int]]:
         limits = Limits(frozenset(), new, PROMPT + new)
         sampler = Sampler(Sampling(), vocab_size=VOCABULARY, seed=0)
-        texts = [Text(prompt, limits, sampler) for prompt in prompts.tolist()]
+        texts = [RunningSequence(prompt, limits, sampler) for prompt in prompts.tolist()]
         for _ in decode(engine, texts, rows=len(texts)):
             pass
         return [text.tokens[PROMPT:] for text in texts]

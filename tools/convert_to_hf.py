@@ -37,7 +37,7 @@ from megatron.checkpoint.huggingface.generation_config import (
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER
 from megatron.checkpoint.huggingface.peft_adapter import export_adapter
-from megatron.checkpoint.huggingface.tokenizer_files import WHOLE, copy_tokenizer, for_every_release
+from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, for_every_release
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.to_folder import Portable, portable, portable_of
@@ -179,7 +179,7 @@ def _save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None
     if tokenizer.folder is not None:
         copy_tokenizer(tokenizer.folder, output)
     tokenizer.write(output, length)
-    for_every_release(output, own=tokenizer.folder is None or not (tokenizer.folder / WHOLE).is_file())
+    for_every_release(output, own=tokenizer.folder is None or not (tokenizer.folder / TOKENIZER_FILE).is_file())
     if tokenizer.lost:
         print(f"{tokenizer.lost}; their names stay beside the .model, where transformers adds them", file=sys.stderr)
     if not tokenizer.readable:

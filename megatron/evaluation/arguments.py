@@ -30,7 +30,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TaskArguments:
     """until: texts at which an answer ends. maximum_tokens [tokens]. sampling: how tokens are chosen."""
 
     until: tuple[str, ...]
@@ -38,7 +38,7 @@ class Wanted:
     sampling: Sampling
 
 
-def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> Wanted:
+def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> TaskArguments:
     """The arguments of one task. Raises ConfigError for one that cannot be followed."""
     for name, value in arguments.items():
         harmless = value is None or value in _WITHOUT_EFFECT.get(name, ())
@@ -50,7 +50,7 @@ def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> Wan
         raise _refused(f"until = {until!r} are not texts", task)
     try:
         length = next((arguments[name] for name in _LENGTHS if arguments.get(name) is not None), _DEFAULT_NEW_TOKENS)
-        return Wanted(until, int(length), _sampling(arguments))
+        return TaskArguments(until, int(length), _sampling(arguments))
     except (TypeError, ValueError) as error:
         raise _refused(f"an argument is not a number ({error})", task) from error
 

@@ -23,7 +23,7 @@ from megatron.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class Measurement:
+class BitsPerByte:
     """nats: of all tokens together. tokens: how many, ends of documents included. bytes: of the text in UTF-8."""
 
     nats: float
@@ -83,7 +83,7 @@ def measure(
     share: tuple[int, int] = (0, 1),
     add_up: Callable[[float], float] = float,
     on_progress: Callable[[float], None] | None = None,
-) -> Measurement:
+) -> BitsPerByte:
     """Runs the model over all documents.
 
     vocabulary [tokens]: the ids that exist, the tokenizer's unless given. share: (k, n) when n replicas of the model
@@ -107,7 +107,7 @@ def measure(
     )
     nats = -add_up(math.fsum(each.log_likelihood for each in found))
     require_numbers([Score(nats, False)], "texts")
-    return Measurement(nats, tokens, sum(len(document.encode("utf-8")) for document in documents))
+    return BitsPerByte(nats, tokens, sum(len(document.encode("utf-8")) for document in documents))
 
 
 def compressors(documents: Sequence[str]) -> dict[str, float]:
@@ -120,7 +120,7 @@ def compressors(documents: Sequence[str]) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
-def comparison(measured: Measurement, others: dict[str, float], documents: int) -> str:
+def comparison(measured: BitsPerByte, others: dict[str, float], documents: int) -> str:
     """The figures side by side, as text."""
     lines = [
         f"text      {measured.bytes:,} bytes in {documents:,} documents, {measured.tokens:,} tokens",

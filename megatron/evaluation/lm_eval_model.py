@@ -23,7 +23,7 @@ from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.work_split import split_over_replicas
 from megatron.inference.batch_generation import TextGenerator
-from megatron.inference.generation_request import Record, Settings
+from megatron.inference.generation_request import GenerationResult, Settings
 from megatron.inference.prompt_encoding import read_prompt, read_text
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score, too_long, windows
 from megatron.log import get_logger
@@ -60,7 +60,7 @@ class HarnessModel(LM):
         self._engine = engine
         self._text_tokenizer = tokenizer
         self.max_length = max_length
-        self._told: set[int] = set()
+        self._warned: set[int] = set()
         self.batch_size = batch_size
         self._seed = seed
         self._replicas = replicas or Axis("data")
@@ -83,7 +83,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context: the log-likelihood [nats], and whether greedy decoding gives it."""
         pairs = [self._pair(*request.args) for request in requests]
-        self._tell_cut(too_long(pairs, self.max_length), len(pairs))
+        self._warn_truncated(too_long(pairs, self.max_length), len(pairs))
         scores = self._score(pairs)
         require_numbers(scores, "answers")
         answers = [(each.log_likelihood, each.greedy) for each in scores]
@@ -115,7 +115,7 @@ class HarnessModel(LM):
             Asked(number, read_prompt(self._text_tokenizer, context), self._settings(arguments))
             for number, (context, arguments) in enumerate(request.args for request in requests)
         ]
-        self._tell_cut(sum(len(each.tokens) > self._room(each.settings) for each in asked), len(asked))
+        self._warn_truncated(sum(len(each.tokens) > self._room(each.settings) for each in asked), len(asked))
         records = split_over_replicas(asked, self._write, self._replicas, size=lambda each: len(each.tokens))
         failed = [record.message for record in records if record.failed]
         if failed:
@@ -128,17 +128,17 @@ class HarnessModel(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation."""
         assert self._chat is not None, "lm-eval asks only where eval_chat_template is set"
-        told = partial(
+        write_line = partial(
             self._chat.render,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
         try:
-            return told(chat_history)
+            return write_line(chat_history)
         except TemplateRefusal:
             pass  # some templates know no system; the harness then leaves it out
         try:
-            return told([turn for turn in chat_history if turn["role"] != "system"])
+            return write_line([turn for turn in chat_history if turn["role"] != "system"])
         except TemplateRefusal as error:
             what = f"the chat template refuses the conversation: {error}"
             raise ConfigError.of(what, key="eval_chat_template", value=True) from error
@@ -152,9 +152,9 @@ class HarnessModel(LM):
         """What cached requests of this tokenizer are kept under."""
         return self._name
 
-    def _write(self, asked: Sequence[Asked]) -> list[Record]:
+    def _write(self, asked: Sequence[Asked]) -> list[GenerationResult]:
         """The answers, those with equal settings side by side."""
-        records: dict[int, Record] = {}
+        records: dict[int, GenerationResult] = {}
         kinds: dict[Settings, list[Asked]] = {}
         for each in asked:
             kinds.setdefault(each.settings, []).append(each)
@@ -172,7 +172,7 @@ class HarnessModel(LM):
         """How many tokens of a context fit beside the answer."""
         return self.max_length - settings.maximum_tokens
 
-    def _tell_cut(self, cut: int, number: int) -> None:
+    def _warn_truncated(self, cut: int, number: int) -> None:
         if cut:
             get_logger(__name__).info(
                 "%d of %d contexts do not fit the model's context of %d tokens and are cut on their left",
@@ -181,14 +181,17 @@ class HarnessModel(LM):
                 self.max_length,
             )
 
-    def _shortened(self, wanted: int) -> int:
-        """Half of what the model holds, for answers that want all of it or more [tokens]; told once a length."""
+    def _shortened(self, requested: int) -> int:
+        """Half of what the model holds, for answers that ask for all of it or more [tokens];
+
+        one warning for each length.
+        """
         length = self.max_length // 2
-        if wanted not in self._told:
-            self._told.add(wanted)
+        if requested not in self._warned:
+            self._warned.add(requested)
             get_logger(__name__).warning(
                 "a task asks for answers of up to %d tokens, and the model's context is %d: they end after %d",
-                wanted,
+                requested,
                 self.max_length,
                 length,
             )
@@ -215,15 +218,15 @@ class HarnessModel(LM):
         if not context:
             tokens = tuple(tokenizer.encode_with_special_tokens(continuation))
             begun = len(tokens) > 1 and tokens[0] == self.prefix_token_id
-            return self._whole(tokens[:1], tokens[1:]) if begun else self._whole((), tokens)
+            return self._full(tokens[:1], tokens[1:]) if begun else self._full((), tokens)
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        whole, before = read_text(tokenizer, stripped + continuation), read_text(tokenizer, stripped)
+        full, before = read_text(tokenizer, stripped + continuation), read_text(tokenizer, stripped)
         # What joins the context's last token, as in languages without blanks, is scored as tokens of its own.
-        after = whole[len(before) :] or tokenizer.encode_with_special_tokens(continuation)
-        return self._whole(tuple(before), tuple(after))
+        after = full[len(before) :] or tokenizer.encode_with_special_tokens(continuation)
+        return self._full(tuple(before), tuple(after))
 
-    def _whole(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
+    def _full(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
         if not continuation:
             raise RunError.of("a task asks how likely an answer without text is", hint="give each answer some text")
         return Pair(context or (self.prefix_token_id,), continuation)
@@ -231,18 +234,18 @@ class HarnessModel(LM):
     def _settings(self, arguments: Mapping[str, Any]) -> Settings:
         """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
         try:
-            wanted = read_arguments(arguments)
+            requested = read_arguments(arguments)
         except ConfigError as error:  # of a task that was not checked when it was loaded
             raise RunError(*error.issues) from error
-        length = wanted.maximum_tokens
+        length = requested.maximum_tokens
         if length >= self.max_length:  # the context needs a place too
             length = self._shortened(length)
         return Settings(
-            sampling=wanted.sampling,
+            sampling=requested.sampling,
             seed=self._seed,
             maximum_tokens=length,
             seq_length=self.max_length,
-            stop=wanted.until,
+            stop=requested.until,
             end_ids=self._end_ids,
             batch_size=self.batch_size,
             recompute=not self._cached,

@@ -64,7 +64,7 @@ def live_evaluation(
 
     Collective. stop_requested: whether this rank was asked to stop, which gives the scoring up. It and a model whose
     scores are not numbers have no metrics but a line that says why; the latter is left to the training's own judgement.
-    The tasks are loaded at once, so that a misspelt one is told before the training starts.
+    The tasks are loaded at once, so that a misspelt one is reported before the training starts.
     """
     if not config.evaluation.eval_tasks:
         return None
@@ -74,13 +74,13 @@ def live_evaluation(
     spread = config.deepspeed.zero_stage == 3 or config.moe.moe_expert_parallel_size > 1
     replicas = Axis("data") if spread else topology.data
     parallelism = config.parallelism
-    whole = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
+    full_sequence = not parallelism.sequence_parallel and parallelism.context_parallel_size == 1
 
     def asked() -> bool:
         return is_announced("stop", stop_requested())
 
     stoppable = StoppableEngine(engine, asked, any_rank if spread else partial(_any_of_copy, topology))
-    model = _harness_model(config, stoppable, tokenizer, topology, chat, replicas=replicas, cached=whole)
+    model = _harness_model(config, stoppable, tokenizer, topology, chat, replicas=replicas, cached=full_sequence)
 
     def run() -> dict[str, float] | None:
         stoppable.stopped = False
@@ -136,7 +136,7 @@ def measure_text(config: Config) -> None:
             add_up=lambda number: _sum_over(topology.data, number),
         )
         if topology.rank == 0:
-            _tell_bits(config, measured, documents)
+            _report_bits(config, measured, documents)
 
     with_loaded_model(config, work)
 
@@ -237,7 +237,7 @@ def _harness_model(
     if chat is not None:
         words += f"-{chat.digest}"
     # Each rank keeps the requests it builds, so that ranks never take old ones and new ones together.
-    place = "" if topology.world_size == 1 else f"-{topology.rank}of{topology.world_size}"
+    suffix = "" if topology.world_size == 1 else f"-{topology.rank}of{topology.world_size}"
     return HarnessModel(
         engine,
         tokenizer,
@@ -247,7 +247,7 @@ def _harness_model(
         replicas=replicas or topology.data,
         cached=cached,
         chat=chat,
-        name=f"{config.tokenizer.tokenizer_type}-{words}{place}",
+        name=f"{config.tokenizer.tokenizer_type}-{words}{suffix}",
         end_ids=config.generation.eos_token_ids or (),
         vocabulary=vocabulary(config, tokenizer),
     )
@@ -269,7 +269,10 @@ def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> di
 
 
 def known_iteration(config: Config) -> int:
-    """The iteration of the checkpoint that `load` names; 0 where neither `iteration` nor its `latest` file tells."""
+    """The iteration of the checkpoint that `load` names;
+
+    0 where neither `iteration` nor its `latest` file gives one.
+    """
     if config.checkpoint.iteration is not None:
         return config.checkpoint.iteration
     latest = Path(config.checkpoint.load or "") / "latest"
@@ -296,7 +299,7 @@ def _publish(config: Config, results: dict[str, Any]) -> None:
     _write(results_path(config.evaluation.eval_results_prefix), results_record(config, results))
 
 
-def _tell_bits(config: Config, measured: bits_per_byte.Measurement, documents: list[str]) -> None:
+def _report_bits(config: Config, measured: bits_per_byte.BitsPerByte, documents: list[str]) -> None:
     others = bits_per_byte.compressors(documents)
     print(bits_per_byte.comparison(measured, others, len(documents)), flush=True)
     if config.observe.log_dir is not None:

@@ -18,7 +18,7 @@ def split_over_replicas(
     """The results of all items, in order. Collective over the axis.
 
     work: gives the results of some items, in order. axis: the replicas. size: of an item; large and small ones are
-    dealt out in turn, so that all replicas have about as much to do.
+    assigned in turn, so that all replicas have about as much to do.
     """
     order = sorted(range(len(items)), key=lambda number: -size(items[number]))
     mine = order[axis.rank :: axis.size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron.engine.engine import Engine
-from megatron.inference.generation_request import Answer, Record, Settings
+from megatron.inference.generation_request import GenerationRequest, GenerationResult, Settings
 from megatron.inference.prompt_encoding import read_prompt
 from megatron.inference.token_loop import TokenLoop, decode
 from megatron.tokenizers.base import Tokenizer
@@ -19,7 +19,7 @@ class TextGenerator:
         self._tokenizer = tokenizer
         self._settings = settings
 
-    def continue_all(self, contexts: Sequence[str]) -> Iterator[Record]:
+    def continue_all(self, contexts: Sequence[str]) -> Iterator[GenerationResult]:
         """The record of each prompt, in order; the number of a prompt picks its random numbers.
 
         An empty context starts a document. Prompts run side by side, the longest first, so records may come in bursts.
@@ -29,11 +29,11 @@ class TextGenerator:
 
     def continue_tokens(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], contexts: Sequence[str] | None = None
-    ) -> Iterator[Record]:
+    ) -> Iterator[GenerationResult]:
         """As `continue_all`, of prompts that are tokens already, at least one each. numbers: of the texts."""
         settings = self._settings
         answers = [
-            Answer(self._tokenizer, settings, prompt, context, text_index=number)
+            GenerationRequest(self._tokenizer, settings, prompt, context, text_index=number)
             for prompt, number, context in zip(prompts, numbers, contexts or [""] * len(prompts), strict=True)
         ]
         owners = {id(answer.growing): answer for answer in answers}
@@ -76,14 +76,16 @@ class TextGenerator:
         text_index: int = 0,
         stream: Callable[[str], None] | None = None,
         interrupted: Callable[[], bool] = lambda: False,
-    ) -> Record:
+    ) -> GenerationResult:
         """The record of one prompt.
 
         stream: is handed each new piece of text as soon as it is whole. interrupted: asked before each token, with the
         same answer on every rank, whether to leave it at that.
         """
         prompt = self.read(context)
-        answer = Answer(self._tokenizer, self._settings, prompt, context, text_index=text_index, stream=stream)
+        answer = GenerationRequest(
+            self._tokenizer, self._settings, prompt, context, text_index=text_index, stream=stream
+        )
         text = answer.growing
         if text.ended:
             return answer.record()

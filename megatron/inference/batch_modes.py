@@ -9,7 +9,7 @@ from typing import TextIO
 
 from megatron.errors import ConfigError, RunError
 from megatron.inference.batch_generation import TextGenerator
-from megatron.inference.generation_request import Record
+from megatron.inference.generation_request import GenerationResult
 from megatron.log import get_logger
 
 UNCONDITIONAL, INPUT_FILE, INTERACTIVE = "unconditional", "input-file", "interactive"
@@ -67,7 +67,7 @@ def run_over(
     writes: whether this rank does so; all ranks take part in the model. Raises RunError when no context could be
     continued, or when the file cannot be written.
     """
-    failed: list[Record] = []
+    failed: list[GenerationResult] = []
     count = 0
     write, close = _writer(path) if writes else (_ignore, _ignore_close)
     try:
@@ -88,7 +88,7 @@ def run_over(
         get_logger(__name__).info("%d of %d texts written to %s", count - len(failed), count, path)
 
 
-def _writer(path: Path) -> tuple[Callable[[Record], None], Callable[[], None]]:
+def _writer(path: Path) -> tuple[Callable[[GenerationResult], None], Callable[[], None]]:
     """Functions that write a record and close the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +98,14 @@ def _writer(path: Path) -> tuple[Callable[[Record], None], Callable[[], None]]:
             f"cannot write the texts ({error.strerror})", key="sample_output_file", value=str(path)
         ) from error
 
-    def write(record: Record) -> None:
+    def write(record: GenerationResult) -> None:
         file.write(json.dumps(record.as_json(), ensure_ascii=False) + "\n")
         file.flush()
 
     return write, file.close
 
 
-def _ignore(record: Record) -> None:
+def _ignore(record: GenerationResult) -> None:
     """A rank that writes nothing."""
 
 
@@ -113,6 +113,6 @@ def _ignore_close() -> None:
     """A rank that opened nothing."""
 
 
-def _show(target: TextIO, index: int, record: Record) -> None:
+def _show(target: TextIO, index: int, record: GenerationResult) -> None:
     target.write(f"--- text {index + 1}, {record.length} tokens\n{record.context}{record.text or ''}\n")
     target.flush()

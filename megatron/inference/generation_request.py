@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.inference.prompt_encoding import GrowingText, TextBehind
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.inference.token_loop import Limits, Step, Text
+from megatron.inference.token_loop import Limits, RunningSequence, Step
 from megatron.tokenizers.base import Tokenizer, split_at
 from megatron.tokenizers.vocab_limit import known_ids
 
@@ -18,7 +18,7 @@ _LARGE_SHARE = 0.5  # of the context, from which on a prompt is worth a warning
 
 
 @dataclass(frozen=True)
-class Record:
+class GenerationResult:
     """What became of one prompt.
 
     context: the prompt's text. text: what follows it; None when nothing was generated. length [tokens]: of that text.
@@ -73,7 +73,7 @@ class Settings:
     alone: bool = False
 
 
-class Answer:
+class GenerationRequest:
     """What follows one prompt, token by token.
 
     prompt: at least one token. context: what the record says of it. text_index: the number of the text in the run,
@@ -113,7 +113,7 @@ class Answer:
             text_index=text_index,
             prompt_tokens=len(prompt),
         )
-        self.growing = Text(prompt, limits, sampler)
+        self.growing = RunningSequence(prompt, limits, sampler)
         self._error: str | None = None
 
     @property
@@ -141,14 +141,14 @@ class Answer:
         self.finished = self._pieces.add(self.new_tokens)
         return self.finished
 
-    def record(self) -> Record:
+    def record(self) -> GenerationResult:
         """The outcome, once no more tokens come; streams what was held back."""
         seconds = time.perf_counter() - self._started
         if self.too_long:
-            return Record(self._context, None, 0, False, self._no_room(), seconds, failed=True)
+            return GenerationResult(self._context, None, 0, False, self._no_room(), seconds, failed=True)
         text = self._pieces.close(self.new_tokens)
         failed = self.growing.failed
-        return Record(
+        return GenerationResult(
             self._context,
             text if self.new_tokens else None,
             len(self.new_tokens),
@@ -160,10 +160,12 @@ class Answer:
             cut=self._pieces.cut,
         )
 
-    def failure(self, message: str) -> Record:
+    def failure(self, message: str) -> GenerationResult:
         """The outcome where something else went wrong; the text is not looked at again."""
         seconds = time.perf_counter() - self._started
-        return Record(self._context, None, len(self.new_tokens), False, f"error: {message}", seconds, failed=True)
+        return GenerationResult(
+            self._context, None, len(self.new_tokens), False, f"error: {message}", seconds, failed=True
+        )
 
     def _no_numbers(self) -> str:
         return (
@@ -223,7 +225,7 @@ class Detokenizer:
             self._cut = text[: min(found)]
             self._send(self._cut, len(self._cut))
             return True
-        self._send(text, self._whole(text))
+        self._send(text, self._complete(text))
         return False
 
     @property
@@ -237,15 +239,15 @@ class Detokenizer:
         self._send(text, len(text))
         return text
 
-    def _whole(self, text: str) -> int:
+    def _complete(self, text: str) -> int:
         """How much of the text later tokens cannot change: not a half character, nor the start of a stop text."""
-        whole = len(text.rstrip("\ufffd"))
+        complete = len(text.rstrip("\ufffd"))
         for stop in self._stop:
-            for size in range(min(len(stop) - 1, whole), 0, -1):
-                if text.endswith(stop[:size], 0, whole):
-                    whole -= size
+            for size in range(min(len(stop) - 1, complete), 0, -1):
+                if text.endswith(stop[:size], 0, complete):
+                    complete -= size
                     break
-        return whole
+        return complete
 
     def _send(self, text: str, end: int) -> None:
         if self._stream is not None and end > self._streamed:
@@ -263,14 +265,14 @@ class Spelling:
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """Where in the ordinary text of the tokens stop texts begin [characters]."""
-        spelt, place, plain = "", [], 0
+        spelt, offsets, plain = "", [], 0
         for at, token in enumerate(tokens):
             if (text := self._texts.get(token)) is not None:
                 ordinary = self._behind.text(tokens[:at])
-                place += [*range(plain, len(ordinary)), *[len(ordinary)] * len(text)]
+                offsets += [*range(plain, len(ordinary)), *[len(ordinary)] * len(text)]
                 spelt += ordinary[plain:] + text
                 plain = len(ordinary)
         ordinary = self._behind.text(tokens)
-        place += range(plain, len(ordinary))
+        offsets += range(plain, len(ordinary))
         spelt += ordinary[plain:]
-        return [place[at] for at in map(spelt.find, self.stops) if at >= 0]
+        return [offsets[at] for at in map(spelt.find, self.stops) if at >= 0]

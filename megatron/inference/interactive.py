@@ -26,7 +26,7 @@ class Interruption:
 
     @classmethod
     def install(cls, say: Callable[[str], None]) -> Self:
-        """One that listens to Ctrl-C from now on. say: tells a person at the prompt how to leave."""
+        """One that listens to Ctrl-C from now on. say: prints how to leave the prompt."""
         found = cls()
 
         def pressed(_number: int, _frame: object) -> None:
@@ -46,7 +46,7 @@ def run_interactive(
     generator: TextGenerator,
     prompt_end: str,
     *,
-    speaks: bool,
+    is_main_rank: bool,
     share: Callable[[Callable[[], str | None]], str | None],
     any_rank: Callable[[bool], bool] = bool,
     interruption: Interruption | None = None,
@@ -55,7 +55,7 @@ def run_interactive(
 ) -> None:
     """Reads a prompt, prints its continuation as it grows, and so on until the input ends.
 
-    speaks: whether this rank holds the terminal. share: hands the speaker's prompt to every rank, None at the end.
+    is_main_rank: whether this rank holds the terminal. share: broadcasts its prompt to every rank, None at the end.
     any_rank: whether something holds on any rank. A prompt is one line, or the lines up to one that ends with
     `prompt_end` when that is not a newline. The oldest turns are forgotten when the context is full.
     """
@@ -63,11 +63,11 @@ def run_interactive(
     stop = interruption or Interruption()
 
     def say(text: str) -> None:
-        if speaks:
+        if is_main_rank:
             target.write(text)
             target.flush()
 
-    prompts = _typed(source, prompt_end, say) if speaks else iter(())
+    prompts = _typed(source, prompt_end, say) if is_main_rank else iter(())
     turns: list[str] = []
     index = 0
     while (prompt := share(lambda: next(prompts, None))) is not None:

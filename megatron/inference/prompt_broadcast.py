@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron.distributed.process_group import device
 
-BEAT = 5.0  # [s] between two signs of rank 0 while nobody types
-Answer = list[str | None]
+INTERVAL = 5.0  # [s] between two messages of rank 0 while it waits for input
+Typed = list[str | None]
 """What was typed, or nothing yet."""
 
 
@@ -24,19 +24,19 @@ def broadcast_prompt(ask: Callable[[], str | None], *, limit: float) -> str | No
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ask()
-    send = partial(_send, place=device())  # the device of a CUDA process is known to its main thread only
+    send = partial(_send, target=device())  # the device of a CUDA process is known to its main thread only
     if dist.get_rank() == 0:
-        with _signs(partial(send, []), min(BEAT, limit / 4)):
+        with _signs(partial(send, []), min(INTERVAL, limit / 4)):
             typed = ask()
         return send([typed])[0]
-    while not (heard := send([])):
+    while not (received := send([])):
         pass
-    return heard[0]
+    return received[0]
 
 
-def _send(answer: Answer, *, place: torch.device) -> Answer:
+def _send(answer: Typed, *, target: torch.device) -> Typed:
     held = [answer]
-    dist.broadcast_object_list(held, src=0, device=place)
+    dist.broadcast_object_list(held, src=0, device=target)
     return held[0]
 
 

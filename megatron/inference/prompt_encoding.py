@@ -17,7 +17,7 @@ _TAILS = (8, 9, 10, 11, 64)
 """Lengths of the end of a prompt that an answer is decoded behind [tokens]: a character has up to four bytes."""
 _WINDOW = 128
 """How many tokens are decoded anew with each further one, before fewer are tried."""
-_KEPT = range(64, 68)
+_TAIL_LENGTHS = range(64, 68)
 """How many stay: one of these numbers begins with a whole character, which has up to four tokens."""
 _EVERY = 17
 """After how many tokens it is tried; tokens end whole characters of up to four of them sooner or later."""
@@ -49,14 +49,14 @@ class TextBehind:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of the tokens. It may end in U+FFFD, where a character is not whole yet."""
-        whole = self._tokenizer.decode([*self._tail, *tokens])
-        if whole.startswith(self._before):
-            return whole[len(self._before) :]
+        full = self._tokenizer.decode([*self._tail, *tokens])
+        if full.startswith(self._before):
+            return full[len(self._before) :]
         # The prompt's last character was not whole.
         shared = next(
-            (at for at, pair in enumerate(zip(whole, self._before, strict=False)) if pair[0] != pair[1]), len(whole)
+            (at for at, pair in enumerate(zip(full, self._before, strict=False)) if pair[0] != pair[1]), len(full)
         )
-        return whole[shared:]
+        return full[shared:]
 
 
 class GrowingText:
@@ -73,15 +73,15 @@ class GrowingText:
         """The text of the tokens: those of the last call, and further ones."""
         window = tokens[self._passed :]
         text = self._behind.text(window)
-        whole = self._settled + text
+        full = self._settled + text
         if len(window) >= _WINDOW and len(window) % _EVERY == 0 and not text.endswith("\ufffd"):
             self._settle(tokens, text)
-        return whole
+        return full
 
     def _settle(self, tokens: Sequence[int], text: str) -> None:
         """Decodes only the last tokens from now on, if their text behind the others is what it is now."""
-        for kept in _KEPT:
-            passed = len(tokens) - kept
+        for length in _TAIL_LENGTHS:
+            passed = len(tokens) - length
             settled = self._behind.text(tokens[self._passed : passed])
             behind = TextBehind(self._tokenizer, [*self._prompt, *tokens[:passed]][-_WINDOW:])
             if not settled.endswith("\ufffd") and settled + behind.text(tokens[passed:]) == text:

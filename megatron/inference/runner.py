@@ -49,19 +49,21 @@ def generate(config: Config) -> None:
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
         generator = TextGenerator(engine, tokenizer, _settings(config))
-        speaks = topology.rank == 0
+        is_main_rank = topology.rank == 0
         if mode == batch_modes.INTERACTIVE:
             run_interactive(
                 generator,
                 section.prompt_end,
-                speaks=speaks,
+                is_main_rank=is_main_rank,
                 share=partial(broadcast_prompt, limit=config.launch.collective_timeout),
                 any_rank=any_rank,
-                interruption=Interruption.install(lambda text: print(text, end="", flush=True) if speaks else None),
+                interruption=Interruption.install(
+                    lambda text: print(text, end="", flush=True) if is_main_rank else None
+                ),
             )
         else:
             path = batch_modes.output_path(section.sample_output_file, section.sample_input_file)
-            batch_modes.run_over(generator, contexts, path, writes=speaks, show=sys.stdout)
+            batch_modes.run_over(generator, contexts, path, writes=is_main_rank, show=sys.stdout)
 
     with_loaded_model(config, work)
 

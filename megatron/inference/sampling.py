@@ -103,7 +103,7 @@ class Sampler:
         if not cumulative[-1] > 0:  # NaN too
             return NO_TOKEN
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
-        # The first token whose cumulative probability lies above the number; one of probability 0 never does so first.
+        # The first token whose cumulative probability is above the number; one of probability 0 never does so first.
         return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=_last_possible(cumulative)))
 
 
@@ -161,11 +161,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _within_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Leaves out a token when the likelier ones together exceed top_p already."""
-    kept = _nucleus(logits, top_p, _FEW) if len(logits) > _FEW else None
-    if kept is None:
-        kept = _nucleus(logits, top_p, len(logits))
-        assert kept is not None, "nothing lies beyond the whole vocabulary"
-    outside = torch.ones_like(logits, dtype=torch.bool).index_fill(0, kept, False)
+    candidates = _nucleus(logits, top_p, _FEW) if len(logits) > _FEW else None
+    if candidates is None:
+        candidates = _nucleus(logits, top_p, len(logits))
+        assert candidates is not None, "the full vocabulary always holds the nucleus"
+    outside = torch.ones_like(logits, dtype=torch.bool).index_fill(0, candidates, False)
     return logits.masked_fill(outside, -math.inf)
 
 

@@ -82,7 +82,7 @@ def score(
     A context that does not fit is cut on its left. A continuation that does not fit is scored in windows. max_length:
     the most tokens that the model reads at once. padding: the token that fills short rows; any will do. vocabulary
     [tokens]: the ids that exist, all unless given; those past them have no probability, as in training. on_progress: is
-    told the fraction of the work that is done, after each batch. A score is NaN where the model's scores are.
+    called with the fraction of the work that is done, after each batch. A score is NaN where the model's scores are.
     """
     pieces: list[Pair] = []
     owners: list[int] = []
@@ -170,12 +170,12 @@ def _tokens_of_batch(
         for pair in pairs
         for position in range(len(pair.inputs()) - len(pair.continuation), len(pair.inputs()))
     ]
-    places = sorted(set(at))
-    logits = engine.logits(tokens, None, torch.tensor(places))[:, :vocabulary]  # [k, v]
-    found = {place: row for row, place in enumerate(places)}
-    wanted = torch.tensor([token for pair in pairs for token in pair.continuation], device=logits.device)
-    scored = logits[[found[place] for place in at]] if len(places) < len(at) else logits  # [tokens, v]
-    likely = scored.argmax(-1) == wanted
-    chosen = scored.gather(-1, wanted[:, None])[:, 0].double() - scored.logsumexp(-1).double()
+    selected = sorted(set(at))
+    logits = engine.logits(tokens, None, torch.tensor(selected))[:, :vocabulary]  # [k, v]
+    found = {position: row for row, position in enumerate(selected)}
+    targets = torch.tensor([token for pair in pairs for token in pair.continuation], device=logits.device)
+    scored = logits[[found[position] for position in at]] if len(selected) < len(at) else logits  # [tokens, v]
+    likely = scored.argmax(-1) == targets
+    chosen = scored.gather(-1, targets[:, None])[:, 0].double() - scored.logsumexp(-1).double()
     sizes = [len(pair.continuation) for pair in pairs]
     return list(zip(chosen.split(sizes), likely.split(sizes), strict=True))

@@ -39,7 +39,7 @@ class Limits:
         return max(0, min(self.maximum_tokens, self.seq_length - prompt_tokens))
 
 
-class Text:
+class RunningSequence:
     """A text that grows: tokens are its prompt, of at least one token, and what has followed.
 
     limits: where it ends. sampler: how its tokens are chosen. failed: whether it ended because the model's scores are
@@ -78,7 +78,7 @@ class Text:
 class Step:
     """One new token of a text, NO_TOKEN where none could be chosen, and the scores [v] that it was chosen from."""
 
-    text: Text
+    text: RunningSequence
     token: int
     logits: Tensor
 
@@ -94,14 +94,14 @@ class TokenLoop:
         self._engine = engine
         self._cache = engine.new_cache(rows, max_length) if cached else None
         self.rows = rows
-        self.texts: list[Text] = []
+        self.texts: list[RunningSequence] = []
 
     @property
     def free(self) -> int:
         """How many texts may join."""
         return self.rows - sum(not text.ended for text in self.texts)
 
-    def join(self, texts: Sequence[Text]) -> list[Step]:
+    def join(self, texts: Sequence[RunningSequence]) -> list[Step]:
         """Takes texts in, at most `free`, and returns the first new token of each; those that end with it are out."""
         self._drop_ended()
         if len(texts) > self.free:
@@ -137,7 +137,7 @@ class TokenLoop:
         """The scores [tokens - 1, v] of each token but the first, from those before it; at least two tokens."""
         return self._engine.logits(torch.tensor([list(tokens)]), None, torch.arange(len(tokens) - 1))
 
-    def leave(self, text: Text) -> None:
+    def leave(self, text: RunningSequence) -> None:
         """Drops a text; its row is free at once."""
         at = self.texts.index(text)
         if text.failed and self._cache is not None:
@@ -151,7 +151,7 @@ class TokenLoop:
             self._cache.move(len(self.texts), at)
 
     @torch.no_grad()
-    def _choose(self, texts: Sequence[Text], logits: Tensor) -> list[Step]:
+    def _choose(self, texts: Sequence[RunningSequence], logits: Tensor) -> list[Step]:
         """The next token of each text from its scores [b, v]."""
         tokens = choose_all([text.sampler for text in texts], logits, [text.tokens for text in texts])
         steps = [Step(text, token, row) for text, token, row in zip(texts, tokens, logits.unbind(), strict=True)]
@@ -165,12 +165,12 @@ class TokenLoop:
             self.leave(text)
 
 
-def _held(text: Text, cache: KVCache) -> int:
+def _held(text: RunningSequence, cache: KVCache) -> int:
     """Positions of a text that its row holds: all but the last token's, which has not run through the model yet."""
     return cache.prompt + len(text.tokens) - 1
 
 
-def decode(engine: Engine, texts: Sequence[Text], *, rows: int, cached: bool = True) -> Iterator[Step]:
+def decode(engine: Engine, texts: Sequence[RunningSequence], *, rows: int, cached: bool = True) -> Iterator[Step]:
     """Grows all texts to their end, at most `rows` at a time, the longest prompts first.
 
     Yields the new tokens, step by step; tokens of one text come in order.
@@ -185,9 +185,9 @@ def decode(engine: Engine, texts: Sequence[Text], *, rows: int, cached: bool = T
         yield from loop.join(joining) if joining else loop.step()
 
 
-def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
+def _groups(texts: Sequence[RunningSequence]) -> Iterator[list[RunningSequence]]:
     """The texts in order, parted so that no group has more than PROMPT_TOKENS tokens when padded."""
-    group: list[Text] = []
+    group: list[RunningSequence] = []
     longest = 0
     for text in texts:
         longest = max(longest, len(text.tokens))

@@ -12,7 +12,7 @@ from functools import cached_property
 from fastapi import Request
 
 from megatron.errors import RunError
-from megatron.inference.generation_request import Record, Settings
+from megatron.inference.generation_request import GenerationResult, Settings
 from megatron.inference.prompt_encoding import read_prompt
 from megatron.inference.sampling import Sampling
 from megatron.serving.api_errors import Refused
@@ -25,7 +25,7 @@ from megatron.tokenizers.vocab_limit import known_ids
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationOptions:
     """How the texts of a request are made.
 
     new [tokens]: at most, all that fit where it is None. stops, end_ids: what ends a text. copies: of each prompt.
@@ -70,8 +70,8 @@ class ApiContext:
     @cached_property
     def fingerprint(self) -> str:
         """Stands for the model and how it is served, so that clients see when it changes."""
-        told = repr((self.model, self.seq_length, self.seed, self.end_ids, self.service.started))
-        return f"neox-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        identity = repr((self.model, self.seq_length, self.seed, self.end_ids, self.service.started))
+        return f"neox-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def check(self, request: Request, model: str | None = None) -> None:
         """Raises Refused unless the request carries the key, where one is set, and means the model that is here."""
@@ -94,13 +94,13 @@ class ApiContext:
             raise Refused(400, f"prompt: there are only {known_ids(self.tokenizer)} tokens")
         return list(prompt)
 
-    def begin(self, prompts: Sequence[Sequence[int]], wish: Wish) -> PendingRequest:
+    def begin(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> PendingRequest:
         """Queues the texts of a request. Raises Refused for what does not fit, or while too many wait."""
-        beyond = [token for token, _ in wish.sampling.bias if token >= known_ids(self.tokenizer)]
+        beyond = [token for token, _ in options.sampling.bias if token >= known_ids(self.tokenizer)]
         if beyond:
             raise Refused(400, f"logit_bias: there is no token {beyond[0]}, only {known_ids(self.tokenizer)} tokens")
         longest = max(len(each) for each in prompts)
-        new = max(1, self.seq_length - longest) if wish.new is None else wish.new
+        new = max(1, self.seq_length - longest) if options.new is None else options.new
         if longest + new > self.seq_length:
             raise Refused(
                 400,
@@ -108,21 +108,21 @@ class ApiContext:
                 f"{self.seq_length} tokens",
                 "context_length_exceeded",
             )
-        texts = [each for each in prompts for _ in range(wish.copies)]
-        chance = self.seed if wish.sampling.greedy else time.time_ns() % 2**62
-        first = chance if wish.seed is None else wish.seed
+        texts = [each for each in prompts for _ in range(options.copies)]
+        chance = self.seed if options.sampling.greedy else time.time_ns() % 2**62
+        first = chance if options.seed is None else options.seed
         settings = [
             Settings(
-                wish.sampling,
+                options.sampling,
                 first + at,
-                self.seq_length - len(each) if wish.new is None else new,
+                self.seq_length - len(each) if options.new is None else new,
                 self.seq_length,
-                stop=wish.stops,
+                stop=options.stops,
                 end_ids=self.end_ids,
             )
             for at, each in enumerate(texts)
         ]
-        keep = Keep(self.vocabulary or known_ids(self.tokenizer), wish.tokens, wish.likeliest, wish.scored)
+        keep = Keep(self.vocabulary or known_ids(self.tokenizer), options.tokens, options.likeliest, options.scored)
         try:
             started = start(self.service, self.words, texts, settings, keep)
         except QueueFull:
@@ -133,7 +133,7 @@ class ApiContext:
         return started
 
 
-def require_text(records: Sequence[Record]) -> None:
+def require_text(records: Sequence[GenerationResult]) -> None:
     """Raises Refused where the model failed on one of the texts."""
     failed = [record.message for record in records if record.failed]
     if failed:
@@ -146,6 +146,6 @@ def usage(texts: PendingRequest) -> dict[str, int]:
     return {"prompt_tokens": texts.prompt_tokens, "completion_tokens": new, "total_tokens": texts.prompt_tokens + new}
 
 
-def reason(record: Record) -> str:
+def reason(record: GenerationResult) -> str:
     """Why a text ended, in OpenAI's words."""
     return "stop" if record.finished else "length"

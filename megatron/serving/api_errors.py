@@ -27,12 +27,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "The model failed on this request, as where its scores are not numbers."},
     429: {"description": "Too many requests wait; come again after the time in Retry-After."},
     503: {"description": "The service is shutting down."},
-    "4XX": {"description": "Another mistake in the request; the message says which."},
+    "4XX": {"description": "Another error in the request; the message says which."},
 }
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 _HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-_MOST_TOLD = 5  # errors in one message
+_MOST_SHOWN = 5  # errors in one message
 
 
 class Refused(Exception):
@@ -47,8 +47,8 @@ class Refused(Exception):
 def error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The body of an error. What is no text in the message becomes U+FFFD."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    told = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in message)
-    return {"error": {"message": told, "type": kind, "param": None, "code": code}}
+    text = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in message)
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
 
 
 def failed_event(message: str) -> str:
@@ -71,10 +71,10 @@ def add_handlers(app: FastAPI) -> None:
     async def malformed(request: Request, found: RequestValidationError) -> JSONResponse:
         if "json" not in (kind := request.headers.get("content-type", "none")):
             return _error(400, f"send the body as JSON, with the header Content-Type: application/json (it is {kind})")
-        told = dict.fromkeys(
+        text = dict.fromkeys(
             ".".join(str(part) for part in each["loc"][1:]) + ": " + each["msg"] for each in found.errors()
         )
-        return _error(400, "; ".join(list(told)[:_MOST_TOLD]))
+        return _error(400, "; ".join(list(text)[:_MOST_SHOWN]))
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, found: Exception) -> JSONResponse:

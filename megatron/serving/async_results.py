@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron.inference.generation_request import Record, Settings
+from megatron.inference.generation_request import GenerationResult, Settings
 from megatron.serving.scheduler import Callbacks, Service
-from megatron.serving.token_text import Places, Words
+from megatron.serving.token_text import TokenOffsets, Words
 
 _BEHIND = 32
 """Events from which on a reader is too slow for one at a time."""
@@ -42,7 +42,7 @@ class TokenScore:
     """
 
     token: int
-    place: int
+    offset: int
     log_probability: float | None = None
     likeliest: dict[int, float] | None = None
 
@@ -53,15 +53,15 @@ class Event:
 
     index: int
     piece: str = ""
-    record: Record | None = None
+    record: GenerationResult | None = None
     tokens: tuple[TokenScore, ...] = ()
 
 
 class Growing:
-    """One text of a request on the decoding thread: parts what is told of it into events, tokens with their text."""
+    """One sequence of a request on the decoding thread: turns its callbacks into events, tokens with their text."""
 
-    def __init__(self, index: int, keep: Keep, places: Places, put: Callable[[Event], None]) -> None:
-        self._index, self._keep, self._places, self._put = index, keep, places, put
+    def __init__(self, index: int, keep: Keep, offsets: TokenOffsets, put: Callable[[Event], None]) -> None:
+        self._index, self._keep, self._offsets, self._put = index, keep, offsets, put
         self._held: deque[TokenScore] = deque()
         self._released = 0
 
@@ -69,7 +69,7 @@ class Growing:
         """A token that belongs to the text, before its text does. logits [v]."""
         if not self._keep.tokens and self._keep.likeliest is None:
             return
-        found = TokenScore(number, self._places.add(number))
+        found = TokenScore(number, self._offsets.add(number))
         if self._keep.likeliest is not None:
             log_probabilities = logits[: self._keep.vocabulary].float().log_softmax(-1)
             found = _scored([found], log_probabilities[None], self._keep.likeliest)[0]
@@ -80,14 +80,14 @@ class Growing:
         self._released += len(text)
         self._put(Event(self._index, piece=text, tokens=self._up_to(self._released)))
 
-    def done(self, record: Record) -> None:
+    def done(self, record: GenerationResult) -> None:
         """The outcome. Tokens behind a stop text's begin are left out."""
         rest = self._up_to(len(record.text or "")) if record.cut else tuple(self._held)
         self._put(Event(self._index, record=record, tokens=rest))
 
-    def _up_to(self, place: int) -> tuple[TokenScore, ...]:
+    def _up_to(self, offset: int) -> tuple[TokenScore, ...]:
         found = []
-        while self._held and self._held[0].place < place:
+        while self._held and self._held[0].offset < offset:
             found.append(self._held.popleft())
         return tuple(found)
 
@@ -112,7 +112,7 @@ class PendingRequest:
     prompts: list[list[TokenScore]]
     prompt_tokens: int = 0
     tokens: list[list[TokenScore]] = field(default_factory=list)
-    records: dict[int, Record] = field(default_factory=dict)
+    records: dict[int, GenerationResult] = field(default_factory=dict)
 
     async def events(self) -> AsyncIterator[Event]:
         """Everything that happens until all texts are done; abandons them when the reader stops early."""
@@ -138,11 +138,11 @@ class PendingRequest:
         return [_together(each) for each in found.values()]
 
     def abandon(self) -> None:
-        """Nobody reads on."""
+        """The client disconnected."""
         if len(self.records) < len(self.numbers):
             self.service.abandon(self.numbers)
 
-    async def all(self, gone: Callable[[], object]) -> list[Record] | None:
+    async def all(self, gone: Callable[[], object]) -> list[GenerationResult] | None:
         """The outcomes in order; None when the client has gone. gone: a coroutine function that says so."""
         reading = asyncio.ensure_future(self._read())
         try:
@@ -174,7 +174,7 @@ def start(
 
     def listener(index: int) -> Callbacks:
         tokens = prompts[index]
-        growing = Growing(index, keep, words.places(tokens), put)
+        growing = Growing(index, keep, words.offsets(tokens), put)
 
         def prompt(scores: Tensor) -> None:
             plain = [TokenScore(token, 0) for token in tokens[1:]]
@@ -183,11 +183,11 @@ def start(
 
         return Callbacks(piece=growing.piece, token=growing.token, done=growing.done, prompt=prompt)
 
-    wanted = [
+    requests = [
         (tuple(tokens), each, "", listener(index))
         for index, (tokens, each) in enumerate(zip(prompts, settings, strict=True))
     ]
-    numbers = service.submit(wanted, scored=keep.prompt)
+    numbers = service.submit(requests, scored=keep.prompt)
     return PendingRequest(service, numbers, queue, scored, tokens=[[] for _ in prompts])
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from megatron.inference.generation_request import Record
-from megatron.serving.api_context import ApiContext, Wish, reason, require_text, usage
+from megatron.inference.generation_request import GenerationResult
+from megatron.serving.api_context import ApiContext, GenerationOptions, reason, require_text, usage
 from megatron.serving.api_errors import failed_event
 from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.chat_request import Chat
@@ -36,7 +36,7 @@ def add_chat(app: FastAPI, desk: ApiContext) -> None:
             goes_on=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        wish = Wish(
+        options = GenerationOptions(
             body.sampling(),
             body.new,
             body.stops(),
@@ -44,17 +44,17 @@ def add_chat(app: FastAPI, desk: ApiContext) -> None:
             body.n or 1,
             likeliest=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        texts = desk.begin([desk.conversations.tokens(desk.tokenizer, rendered)], wish)
+        texts = desk.begin([desk.conversations.tokens(desk.tokenizer, rendered)], options)
         messages = Messages(desk, body, texts)
         if body.stream:
             return StreamingResponse(messages.stream(), media_type="text/event-stream")
         records = await texts.all(request.is_disconnected)
         if records is None:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client disconnected
         require_text(records)
         return {
             **messages.head("chat.completion"),
-            "choices": [messages.whole(index, record) for index, record in enumerate(records)],
+            "choices": [messages.choice(index, record) for index, record in enumerate(records)],
             "usage": usage(texts),
         }
 
@@ -76,7 +76,7 @@ class Messages:
             "system_fingerprint": self._desk.fingerprint,
         }
 
-    def whole(self, index: int, record: Record) -> dict[str, Any]:
+    def choice(self, index: int, record: GenerationResult) -> dict[str, Any]:
         """One answer that is done."""
         return {
             "index": index,
@@ -96,13 +96,13 @@ class Messages:
             delta = {"content": event.piece} if event.piece or event.record is None else {}
             ended = None if event.record is None else reason(event.record)
             yield self._event([self._part(event.index, delta, event.tokens, ended)])
-        if self._body.tells_usage:
+        if self._body.include_usage:
             yield self._event([], usage(self._texts))
         yield "data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], used: dict[str, int] | None = None) -> str:
-        told = {"usage": used} if self._body.tells_usage else {}
-        return f"data: {json.dumps({**self.head('chat.completion.chunk'), 'choices': choices, **told})}\n\n"
+        extra = {"usage": used} if self._body.include_usage else {}
+        return f"data: {json.dumps({**self.head('chat.completion.chunk'), 'choices': choices, **extra})}\n\n"
 
     def _part(
         self, index: int, delta: dict[str, Any], tokens: Sequence[TokenScore] = (), ended: str | None = None

@@ -54,7 +54,7 @@ class Conversations:
         if named:
             raise Refused(400, f"chat_template_kwargs: {named[0]} is no variable to be set there")
         try:
-            given = self._shapes.given(self._heard(self._shapes, messages))
+            given = self._shapes.given(self._accepted(self._shapes, messages))
         except InvalidToolCall as error:
             raise Refused(400, f"messages.{error.number}.tool_calls: {error.what}") from None
         how = {"add_generation_prompt": opens, "continue_final_message": goes_on, **(variables or {})}
@@ -68,7 +68,7 @@ class Conversations:
             raise Refused(400, f"messages: the chat template cannot render them: {error!r}") from None
         return rendered
 
-    def _heard(self, shapes: Shapes, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def _accepted(self, shapes: Shapes, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The messages under roles that the template writes, so that none is lost.
 
         A developer's are the system's where the template knows no developer, as in vLLM. Raises Refused for any other
@@ -77,15 +77,15 @@ class Conversations:
         for role in {str(message.get("role")) for message in messages if message.get("content")}:
             if role not in self._written:
                 self._written[role] = shapes.writes(role)
-        heard: list[Mapping[str, Any]] = []
+        accepted: list[Mapping[str, Any]] = []
         for number, message in enumerate(messages):
             role = str(message.get("role"))
             if role == "developer" and self._written.get(role) is not True:
                 message = {**message, "role": "system"}
             elif self._written.get(role) is False:
                 raise Refused(400, f"messages.{number}.role: the model's chat template leaves out what a {role} says")
-            heard.append(message)
-        return heard
+            accepted.append(message)
+        return accepted
 
     def tokens(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """What the model reads of a rendered text, at least one token. Raises Refused for what is no text."""

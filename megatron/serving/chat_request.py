@@ -111,7 +111,7 @@ class Chat(Generation):
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:
-        """The tools that the template is told of."""
+        """The tools that the template receives."""
         return None if self.tool_choice == "none" else self.tools or None
 
     def turns(self) -> list[dict[str, Any]]:

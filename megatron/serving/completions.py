@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from megatron.inference.generation_request import Record
-from megatron.serving.api_context import ApiContext, Wish, reason, require_text, usage
+from megatron.inference.generation_request import GenerationResult
+from megatron.serving.api_context import ApiContext, GenerationOptions, reason, require_text, usage
 from megatron.serving.api_errors import failed_event
 from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.completion_request import Completion
@@ -36,7 +36,7 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         prompts = body.prompts()
         encoded = [desk.tokens(prompt) for prompt in prompts]
         scored = bool(body.echo) and body.logprobs is not None
-        wish = Wish(
+        options = GenerationOptions(
             body.sampling(),
             body.max_tokens,
             body.stops(),
@@ -45,21 +45,21 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
             likeliest=body.logprobs,
             scored=scored,
         )
-        texts = desk.begin(encoded, wish)
+        texts = desk.begin(encoded, options)
         echoes = None
         if body.echo:
             spelt = [each if isinstance(each, str) else desk.words.spelt(each) for each in prompts]
-            echoes = [Echo(text, desk.words.places_in(text, ids)) for text, ids in zip(spelt, encoded, strict=True)]
+            echoes = [Echo(text, desk.words.offsets_in(text, ids)) for text, ids in zip(spelt, encoded, strict=True)]
         answers = Answers(desk, body, texts, echoes)
         if body.stream:
             return StreamingResponse(answers.stream(), media_type="text/event-stream")
         records = await texts.all(request.is_disconnected)
         if records is None:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client disconnected
         require_text(records)
         return {
             **answers.head,
-            "choices": [answers.whole(index, record) for index, record in enumerate(records)],
+            "choices": [answers.choice(index, record) for index, record in enumerate(records)],
             "usage": usage(texts),
         }
 
@@ -69,7 +69,7 @@ class Echo:
     """A prompt that is wanted back: its text, and where its tokens begin in it."""
 
     text: str
-    places: list[int]
+    offsets: list[int]
 
 
 class Answers:
@@ -87,7 +87,7 @@ class Answers:
             "system_fingerprint": desk.fingerprint,
         }
 
-    def whole(self, index: int, record: Record) -> dict[str, Any]:
+    def choice(self, index: int, record: GenerationResult) -> dict[str, Any]:
         """One text that is done."""
         echo = self._echo(index)
         tokens = [*self._prompt(index), *self._moved(index, self._texts.tokens[index])]
@@ -107,17 +107,17 @@ class Answers:
             ended = None if event.record is None else reason(event.record)
             tokens = self._moved(event.index, event.tokens)
             yield self._event([self._choice(event.index, event.piece, tokens, ended)])
-        if self._body.tells_usage:
+        if self._body.include_usage:
             yield self._event([], usage(self._texts))
         yield "data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], used: dict[str, int] | None = None) -> str:
-        told = {"usage": used} if self._body.tells_usage else {}
-        return f"data: {json.dumps({**self.head, 'choices': choices, **told})}\n\n"
+        extra = {"usage": used} if self._body.include_usage else {}
+        return f"data: {json.dumps({**self.head, 'choices': choices, **extra})}\n\n"
 
     def _choice(self, index: int, text: str, tokens: Sequence[TokenScore], ended: str | None) -> dict[str, Any]:
-        wanted = self._body.logprobs is not None
-        scores = completion_logprobs(self._desk.words, tokens) if wanted else None
+        has_logprobs = self._body.logprobs is not None
+        scores = completion_logprobs(self._desk.words, tokens) if has_logprobs else None
         return {"index": index, "text": text, "logprobs": scores, "finish_reason": ended}
 
     def _echo(self, index: int) -> Echo | None:
@@ -128,11 +128,11 @@ class Answers:
         echo = self._echo(index)
         if echo is None or self._body.logprobs is None:
             return []
-        pairs = zip(self._texts.prompts[index], echo.places, strict=True)
-        return [replace(token, place=place) for token, place in pairs]
+        pairs = zip(self._texts.prompts[index], echo.offsets, strict=True)
+        return [replace(token, offset=offset) for token, offset in pairs]
 
     def _moved(self, index: int, tokens: Sequence[TokenScore]) -> list[TokenScore]:
         """An answer's tokens, which begin behind the prompt where that is wanted back."""
         echo = self._echo(index)
         by = len(echo.text) if echo else 0
-        return [replace(token, place=token.place + by) for token in tokens]
+        return [replace(token, offset=token.offset + by) for token in tokens]

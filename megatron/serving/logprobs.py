@@ -21,7 +21,7 @@ def completion_logprobs(words: Words, tokens: Sequence[TokenScore]) -> dict[str,
         "tokens": [words.text(each.token) for each in tokens],
         "token_logprobs": [_finite(each.log_probability) for each in tokens],
         "top_logprobs": [_by_text(words, each) for each in tokens],
-        "text_offset": [each.place for each in tokens],
+        "text_offset": [each.offset for each in tokens],
     }
 
 

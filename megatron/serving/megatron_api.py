@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from megatron.serving.api_context import ApiContext, Wish, require_text
+from megatron.serving.api_context import ApiContext, GenerationOptions, require_text
 from megatron.serving.requests import MegatronRequest
 
 
@@ -23,7 +23,7 @@ def add_megatron(app: FastAPI, desk: ApiContext) -> None:
         desk.check(request)
         prompts = [desk.tokens(prompt) for prompt in body.prompts]
         likeliest = 0 if body.logprobs else None
-        wish = Wish(
+        options = GenerationOptions(
             body.sampling(),
             body.tokens_to_generate,
             body.stops(),
@@ -31,18 +31,18 @@ def add_megatron(app: FastAPI, desk: ApiContext) -> None:
             tokens=True,
             likeliest=likeliest,
         )
-        texts = desk.begin(prompts, wish)
+        texts = desk.begin(prompts, options)
         records = await texts.all(request.is_disconnected)
         if records is None:
             return Response(status_code=400)
         require_text(records)
-        whole, segments = [], []
+        answers, segments = [], []
         for prompt, ids, record, tokens in zip(body.prompts, prompts, records, texts.tokens, strict=True):
             text = prompt + (record.text or "")
-            places = [*desk.words.places_in(prompt, ids), *(len(prompt) + each.place for each in tokens), len(text)]
-            whole.append(text)
-            segments.append([text[start:end] for start, end in pairwise(places)])
-        answer: dict[str, Any] = {"text": whole, "segments": segments}
+            offsets = [*desk.words.offsets_in(prompt, ids), *(len(prompt) + each.offset for each in tokens), len(text)]
+            answers.append(text)
+            segments.append([text[start:end] for start, end in pairwise(offsets)])
+        answer: dict[str, Any] = {"text": answers, "segments": segments}
         if body.logprobs:
             answer["logprobs"] = [[token.log_probability for token in tokens] for tokens in texts.tokens]
         return answer

@@ -116,7 +116,7 @@ class Generation(Body):
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
     @property
-    def tells_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 

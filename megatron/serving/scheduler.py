@@ -1,7 +1,7 @@
 """Continuous batching: requests come and go while one token loop runs.
 
 Before every step the first rank takes in requests that have arrived and lets go of those whose clients have left, and
-tells the other ranks of the model what it did (`SchedulerStep`), so that all of them run the same loop. A request that
+sends the other ranks of the model what it did (`SchedulerStep`), so that all of them run the same loop. A request that
 arrives while others decode has its first token after the step in progress; greedy text of the others does not change.
 
 What goes wrong with one text ends that text. An error of the model itself ends the texts that it was asked about; where
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron.engine.engine import Engine
-from megatron.inference.generation_request import Answer, Record, Settings
-from megatron.inference.token_loop import Step, Text, TokenLoop
+from megatron.inference.generation_request import GenerationRequest, GenerationResult, Settings
+from megatron.inference.token_loop import RunningSequence, Step, TokenLoop
 from megatron.log import get_logger
 from megatron.tokenizers.base import Tokenizer
 
@@ -52,7 +52,7 @@ class Callbacks:
 
     piece: Callable[[str], None]
     token: Callable[[int, Tensor], None]
-    done: Callable[[Record], None]
+    done: Callable[[GenerationResult], None]
     prompt: Callable[[Tensor], None] = lambda scores: None
 
 
@@ -65,7 +65,7 @@ class SchedulerStep:
     stop: bool = False
 
 
-class Worker:
+class ModelWorker:
     """One rank's token loop, which follows orders.
 
     rows: texts side by side. max_length: tokens of the longest text. alone: whether this rank holds the whole model.
@@ -74,7 +74,7 @@ class Worker:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int, alone: bool = True) -> None:
         self._tokenizer = tokenizer
         self._loop = TokenLoop(engine, rows=rows, max_length=max_length)
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, GenerationRequest] = {}
         self._alone = alone
         self._failures = 0
         self.rows = rows
@@ -93,95 +93,99 @@ class Worker:
         """Whether a text is still in the loop."""
         return number in self._answers
 
-    def follow(self, orders: SchedulerStep, listeners: dict[int, Callbacks] | None = None) -> list[tuple[int, Record]]:
+    def follow(
+        self, orders: SchedulerStep, listeners: dict[int, Callbacks] | None = None
+    ) -> list[tuple[int, GenerationResult]]:
         """Lets texts leave and join, and makes one token for every other text. Returns what has ended, by number.
 
-        A text that something went wrong with is among them, and grows on until it is told to leave.
+        A text that something went wrong with is among them, and continues until it is removed.
         """
         for number in orders.leaving:
             answer = self._answers.pop(number, None)
             if answer is not None and answer.growing in self._loop.texts:
                 self._loop.leave(answer.growing)
         done = self._model(self._loop.step, [text for text in self._loop.texts if not text.ended])
-        heard = listeners or {}
-        joining = [self._answer(ask, heard.get(ask.number)) for ask in orders.joining]
+        callbacks = listeners or {}
+        joining = [self._answer(ask, callbacks.get(ask.number)) for ask in orders.joining]
         for ask, answer in zip(orders.joining, joining, strict=True):
             if ask.scored and len(ask.prompt) > 1:
-                done += self._score(ask, answer, heard.get(ask.number))
+                done += self._score(ask, answer, callbacks.get(ask.number))
         starting = [answer.growing for answer in joining if not answer.growing.ended]
         done += self._model(lambda: self._loop.join(starting), starting) if starting else []
         return done + self._ended()
 
-    def _answer(self, ask: QueuedRequest, heard: Callbacks | None) -> Answer:
-        self._answers[ask.number] = answer = Answer(
+    def _answer(self, ask: QueuedRequest, callbacks: Callbacks | None) -> GenerationRequest:
+        self._answers[ask.number] = answer = GenerationRequest(
             self._tokenizer,
             ask.settings,
             ask.prompt,
             ask.context,
-            stream=heard.piece if heard else None,
-            on_token=heard.token if heard else None,
+            stream=callbacks.piece if callbacks else None,
+            on_token=callbacks.token if callbacks else None,
         )
         return answer
 
-    def _model(self, ask: Callable[[], list[Step]], texts: list[Text]) -> list[tuple[int, Record]]:
+    def _model(self, ask: Callable[[], list[Step]], texts: list[RunningSequence]) -> list[tuple[int, GenerationResult]]:
         """Asks the model about texts and hands their tokens on. Returns the texts that this failed for."""
         try:
             steps = ask()
         except Exception as error:
             if not self._alone:
                 raise
-            self._tell(f"the model could not be asked about {len(texts)} texts", error)
+            self._log_error(f"the model could not be asked about {len(texts)} texts", error)
             return [self._given_up(text, error) for text in texts]
         return [each for step in steps if (each := self._hand_on(step)) is not None]
 
-    def _score(self, ask: QueuedRequest, answer: Answer, heard: Callbacks | None) -> list[tuple[int, Record]]:
+    def _score(
+        self, ask: QueuedRequest, answer: GenerationRequest, callbacks: Callbacks | None
+    ) -> list[tuple[int, GenerationResult]]:
         """Hands the scores of a prompt's tokens on. Returns the text if this failed for it, as `follow` does."""
         try:
             scores = self._loop.scores_of(ask.prompt)
         except Exception as error:
             if not self._alone:
                 raise
-            self._tell(f"the model could not be asked about the prompt of text {ask.number}", error)
+            self._log_error(f"the model could not be asked about the prompt of text {ask.number}", error)
             answer.give_up(f"the model failed ({type(error).__name__})")
             return []
         if not bool(scores.logsumexp(-1).isfinite().all()):
             answer.give_up("the model's scores of the prompt are not numbers (NaN or infinite)")
-            self._tell(f"text {ask.number} ends: the model's scores are not numbers (NaN or infinite)")
+            self._log_error(f"text {ask.number} ends: the model's scores are not numbers (NaN or infinite)")
             return []
         try:
-            if heard is not None:
-                heard.prompt(scores)
+            if callbacks is not None:
+                callbacks.prompt(scores)
         except Exception as error:  # noqa: BLE001  of a listener
-            self._tell(f"the scores of text {ask.number} could not be handed on", error)
+            self._log_error(f"the scores of text {ask.number} could not be handed on", error)
             return [(ask.number, answer.failure(f"the text could not be handed on ({type(error).__name__})"))]
         return []
 
-    def _given_up(self, text: Text, error: Exception) -> tuple[int, Record]:
+    def _given_up(self, text: RunningSequence, error: Exception) -> tuple[int, GenerationResult]:
         number, answer = next(item for item in self._answers.items() if item[1].growing is text)
         del self._answers[number]
         if text in self._loop.texts:
             self._loop.leave(text)
         return number, answer.failure(f"the model failed ({type(error).__name__})")
 
-    def _hand_on(self, step: Step) -> tuple[int, Record] | None:
+    def _hand_on(self, step: Step) -> tuple[int, GenerationResult] | None:
         number, answer = next(item for item in self._answers.items() if item[1].growing is step.text)
         try:
             if answer.take(step):
                 step.text.end()
         except Exception as error:  # noqa: BLE001  of a listener, or of the text's own decoding
-            self._tell(f"text {number} could not be handed on", error)
+            self._log_error(f"text {number} could not be handed on", error)
             return number, answer.failure(f"the text could not be handed on ({type(error).__name__})")
         if step.text.failed:
-            self._tell(f"text {number} ends: the model's scores are not numbers (NaN or infinite)")
+            self._log_error(f"text {number} ends: the model's scores are not numbers (NaN or infinite)")
         return None
 
-    def _ended(self) -> list[tuple[int, Record]]:
+    def _ended(self) -> list[tuple[int, GenerationResult]]:
         done = [(number, answer) for number, answer in self._answers.items() if answer.growing.ended]
         for number, _ in done:
             del self._answers[number]
         return [(number, answer.record()) for number, answer in done]
 
-    def _tell(self, what: str, error: Exception | None = None) -> None:
+    def _log_error(self, what: str, error: Exception | None = None) -> None:
         """Says the first of a kind with all that is known, and later ones in a line."""
         self._failures += 1
         trace = error if self._failures == 1 else None
@@ -189,7 +193,7 @@ class Worker:
 
 
 @dataclass
-class Counts:
+class ServiceCounts:
     """What the service has done since it started."""
 
     requests: int = 0
@@ -214,10 +218,10 @@ class Service:
     tell: hands the orders to the other ranks of the model. max_waiting: texts that may wait for a free row.
     """
 
-    worker: Worker
+    worker: ModelWorker
     max_waiting: int
-    tell: Callable[[SchedulerStep], None] = lambda orders: None
-    counts: Counts = field(default_factory=Counts)
+    publish: Callable[[SchedulerStep], None] = lambda orders: None
+    counts: ServiceCounts = field(default_factory=ServiceCounts)
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -239,23 +243,23 @@ class Service:
         return self._closing
 
     def submit(
-        self, wanted: list[tuple[tuple[int, ...], Settings, str, Callbacks]], *, scored: bool = False
+        self, requests: list[tuple[tuple[int, ...], Settings, str, Callbacks]], *, scored: bool = False
     ) -> list[int]:
         """Queues texts, all or none, as (prompt, settings, context, listener); returns their numbers.
 
-        As many are taken as there are free rows and places to wait. More than there are at all are taken when nobody
-        waits. scored: whether the scores of the prompts are wanted. Raises Full or Closing.
+        Accepts as many as there are free rows and queue slots. More than the capacity are accepted when no request
+        waits. scored: whether to score the prompts. Raises QueueFull or ShuttingDown.
         """
         with self._changed:
             if self._closing:
                 raise ShuttingDown
-            places = self.worker.rows + self.max_waiting
-            beyond = len(wanted) > places and not self._waiting
-            if len(self._listeners) + len(wanted) > places and not beyond:
-                self.counts.refused += len(wanted)
+            capacity = self.worker.rows + self.max_waiting
+            beyond = len(requests) > capacity and not self._waiting
+            if len(self._listeners) + len(requests) > capacity and not beyond:
+                self.counts.refused += len(requests)
                 raise QueueFull
             numbers = []
-            for prompt, settings, context, listener in wanted:
+            for prompt, settings, context, listener in requests:
                 self._listeners[self._next] = listener
                 self._waiting.append(QueuedRequest(self._next, prompt, settings, context, scored))
                 numbers.append(self._next)
@@ -266,7 +270,7 @@ class Service:
             return numbers
 
     def abandon(self, numbers: list[int]) -> None:
-        """Nobody waits for these texts any more; those that have ended are no matter."""
+        """Abort sequences whose client disconnected; finished ones are ignored."""
         with self._changed:
             for number in numbers:
                 if self._listeners.pop(number, None) is None:
@@ -290,14 +294,14 @@ class Service:
             if closing() and not self._closing:
                 self.close()
             orders = self._orders()
-            self.tell(orders)
+            self.publish(orders)
             if orders.stop:
                 return
             for number, record in self.worker.follow(orders, self._listeners):
                 self._finish(number, record)
 
-    def _finish(self, number: int, record: Record) -> None:
-        """Hands an outcome to its listener; a text that grows on although it failed is told to leave."""
+    def _finish(self, number: int, record: GenerationResult) -> None:
+        """Hands an outcome to its listener; a failed sequence that still runs is removed."""
         with self._changed:
             listener = self._listeners.pop(number, None)
             if self.worker.has(number):
@@ -323,7 +327,7 @@ class Service:
             return SchedulerStep(joining, leaving)
 
 
-def run_follower(worker: Worker, hear: Callable[[], SchedulerStep]) -> None:
-    """What the other ranks of the model do: the same steps, until told to stop."""
+def run_follower(worker: ModelWorker, hear: Callable[[], SchedulerStep]) -> None:
+    """Run the steps that rank 0 sends, on the other ranks of the model, until it stops."""
     while not (orders := hear()).stop:
         worker.follow(orders)

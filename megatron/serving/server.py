@@ -22,7 +22,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.inference.runner import context_length, vocabulary, with_loaded_model
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
-from megatron.serving.scheduler import SchedulerStep, Service, Worker, run_follower
+from megatron.serving.scheduler import ModelWorker, SchedulerStep, Service, run_follower
 from megatron.tokenizers.base import Tokenizer
 
 FLUSH_SECONDS = 10.0
@@ -39,15 +39,15 @@ def serve(config: Config, stop: Stop) -> None:
     _check(section.serve_host, section.serve_key)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
-        stop.listen()  # the launcher tells every rank; the first one says when it is over
+        stop.listen()  # the launcher signals every rank; rank 0 ends the service
         alone = topology.world_size == 1
-        worker = Worker(
+        worker = ModelWorker(
             engine, tokenizer, rows=section.generation_batch_size, max_length=context_length(config), alone=alone
         )
         if topology.rank != 0:
             run_follower(worker, _hear)
             return
-        service = Service(worker, section.serve_max_waiting, tell=_tell)
+        service = Service(worker, section.serve_max_waiting, publish=_publish)
         _answer_http(config, service, tokenizer, stop)
 
     with_loaded_model(config, work)
@@ -125,7 +125,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _tell(orders: SchedulerStep) -> None:
+def _publish(orders: SchedulerStep) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list([orders], src=0)
 

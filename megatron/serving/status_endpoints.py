@@ -43,4 +43,6 @@ def exposition(service: Service) -> str:
         ("neox_requests_running", "gauge", "Texts that grow now.", service.worker.running),
         ("neox_requests_waiting", "gauge", "Texts that wait.", service.waiting),
     ]
-    return "".join(f"# HELP {name} {told}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, told, value in rows)
+    return "".join(
+        f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, help_text, value in rows
+    )

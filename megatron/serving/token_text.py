@@ -46,11 +46,11 @@ class Words:
                 start = at + 1
         return "".join(pieces)
 
-    def places(self, before: Sequence[int] = ()) -> Places:
+    def offsets(self, before: Sequence[int] = ()) -> TokenOffsets:
         """Where the tokens that follow others begin in their own text, which has no special tokens."""
-        return Places(self._tokenizer, before)
+        return TokenOffsets(self._tokenizer, before)
 
-    def places_in(self, text: str, tokens: Sequence[int]) -> list[int]:
+    def offsets_in(self, text: str, tokens: Sequence[int]) -> list[int]:
         """Where in a prompt's text each of its tokens begins. One that the text does not spell takes no room."""
         found: list[int] = []
         at, start = 0, 0  # where the stretch of ordinary tokens begins: in the text, and among the tokens
@@ -58,10 +58,10 @@ class Words:
             special = self.special.get(token)
             if special is None:
                 if start == number:
-                    places = self.places(tokens[:number])
+                    offsets = self.offsets(tokens[:number])
                     base = at
-                found.append(min(len(text), base + places.add(token)))
-                at = min(len(text), base + places.end)
+                found.append(min(len(text), base + offsets.add(token)))
+                at = min(len(text), base + offsets.end)
             else:
                 found.append(at)
                 at += len(special) if text.startswith(special, at) else 0
@@ -70,10 +70,10 @@ class Words:
 
     def _looked_up(self, token: int) -> tuple[str, list[int]]:
         if token not in self._known:
-            self._known[token] = self._told(token)
+            self._known[token] = self._spell(token)
         return self._known[token]
 
-    def _told(self, token: int) -> tuple[str, list[int]]:
+    def _spell(self, token: int) -> tuple[str, list[int]]:
         text = self.special.get(token) or self._behind.text([token])
         if not text:
             return f"token_id:{token}", []
@@ -85,7 +85,7 @@ class Words:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt), list(spelt)
 
 
-class Places:
+class TokenOffsets:
     """Where each of a row of tokens begins in their text [characters], one after another.
 
     A part of a character begins where the character does.
@@ -101,7 +101,7 @@ class Places:
 
     def add(self, token: int) -> int:
         """Where the next token begins; `end` is then where the one after it does."""
-        place = self.end
+        offset = self.end
         self._tokens.append(token)
         text = self._behind.text(self._tokens)
         # Where bytes spell characters, decoders give a whole run of them up while its last character is not whole.
@@ -109,4 +109,4 @@ class Places:
         if len(self._tokens) >= _WINDOW and not text.endswith("\ufffd"):
             self._before = [*self._before, *self._tokens][-_BEFORE:]
             self._behind, self._tokens, self._passed = TextBehind(self._tokenizer, self._before), [], self.end
-        return place
+        return offset

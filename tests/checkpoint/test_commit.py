@@ -68,7 +68,7 @@ def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
 
 
 def save_until_killed(folder: Path, first: int, acknowledged: int) -> None:
-    """Saves iteration after iteration, telling each through a pipe when it is complete; in a fork."""
+    """Saves iteration after iteration, reporting each through a pipe when it is complete; in a fork."""
     iteration = first
     while True:
         save(folder, iteration, keep=2)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are told by name, the one before is offered or taken, and code in a pickle never runs."""
+"""Damaged checkpoints are reported by name, the one before is offered or taken, and code in a pickle never runs."""
 
 from __future__ import annotations
 

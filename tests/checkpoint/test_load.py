@@ -1,4 +1,4 @@
-"""Loading tells what matches, stops on what does not, and runs no code, whichever file a stranger has changed."""
+"""Loading reports what matches, stops on what does not, and runs no code, whichever file a stranger has changed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def forge(path: Path, content: object, *, plain: bool) -> None:
         torch.save(content, path)
 
 
-def tell(directory: Path) -> None:
+def create(directory: Path) -> None:
     """A manifest of the files as they are."""
     listed = [directory / name for name in json.loads((directory / layout.MANIFEST).read_text())["files"]]
     integrity.write_manifest(directory, [Written(each, each.stat().st_size, files.digest(each)) for each in listed])
@@ -113,7 +113,7 @@ def tell(directory: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Attack, HiddenAttack])
 @pytest.mark.parametrize("plain", [False, True])
-def test_no_door_runs_the_code_of_a_foreign_pickle(
+def test_no_reader_runs_the_code_of_a_foreign_pickle(
     kind: type[Attack], plain: bool, ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights in the public layout and in a folder of transformers, through every tool that reads them."""
@@ -145,11 +145,11 @@ def test_a_run_runs_no_code_of_its_checkpoint(tmp_path: Path) -> None:
     for path in pickles:
         content = path.read_bytes()
         forge(path, {"module": Attack(str(trace))}, plain=False)
-        tell(directory)
+        create(directory)
         with pytest.raises(RankFailedError, match=rf"{path.name}.*cannot be read"):
             run(1, tmp_path / "again", **settings, **checked)
         path.write_bytes(content)
-        tell(directory)
+        create(directory)
     assert not trace.exists()
     run(1, tmp_path / "again", **settings, **checked, exit_interval=2)
 

@@ -1,4 +1,4 @@
-"""Settings that fit every tensor and make another model: refused, or told where they may be changed on purpose.
+"""Settings that fit every tensor and make another model: refused, or reported where they may be changed on purpose.
 
 Breaks if: a key is no more compared, an alias of the same operation counts as another one, or a reader without
 `finetune` is let through.
@@ -82,8 +82,8 @@ def test_what_is_changed_on_purpose_is_reported(key: str, now: dict[str, Any], c
         ({}, {"num_kv_heads": 4, "kv_channels": 8}),
         ({}, {"rotary_emb_base": 20000}),  # no rotary positions
         ({}, {"moe_router_type": "topk"}),  # no experts
-        ({}, UPDATES),  # begun with finetune, or told as tensors that are missing
-        (UPDATES, {"lora": {"rank": 8}}),  # told as tensors of other shapes
+        ({}, UPDATES),  # begun with finetune, or reported as tensors that are missing
+        (UPDATES, {"lora": {"rank": 8}}),  # reported as tensors of other shapes
         (UPDATES, {"lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1}}),
         ({}, {"precision": "bfloat16", "hidden_dropout": 0.1, "max_position_embeddings": 16}),
     ],

@@ -1,4 +1,7 @@
-"""Damaged compressed files and archives: everything that is whole before the damage is read, and the damage is told."""
+"""Damaged compressed files and archives:
+
+everything that is intact before the damage is read, and the damage is reported.
+"""
 
 import bz2
 import gzip

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from megatron.data.dataset.index_map import build_index_map, epochs_needed, samples_in
 
 
-def walked(sizes, documents, seq_length, wanted, seed):
+def walked(sizes, documents, seq_length, required, seed):
     """The public arrays, one token at a time: lists of Python integers, and only numpy's shuffle from outside."""
     tokens_per_epoch = sum(int(sizes[document]) for document in documents)
     epochs = 1
-    while (epochs * tokens_per_epoch - 1) // seq_length < wanted:
+    while (epochs * tokens_per_epoch - 1) // seq_length < required:
         epochs += 1
     generator = np.random.RandomState(seed)
     order = np.array([document for _ in range(epochs) for document in documents], dtype=np.int32)
@@ -37,21 +37,21 @@ def walked(sizes, documents, seq_length, wanted, seed):
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
     first=st.integers(0, 5),
     seq_length=st.integers(1, 50),
-    wanted=st.integers(1, 60),
+    required=st.integers(1, 60),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_the_walk(sizes, first, seq_length, wanted, seed):
+def test_equals_the_walk(sizes, first, seq_length, required, seed):
     sizes = np.array([7] * first + sizes, dtype=np.int32)
     documents = range(first, len(sizes))
-    order, starts, shuffle, epochs = walked(sizes, documents, seq_length, wanted, seed)
+    order, starts, shuffle, epochs = walked(sizes, documents, seq_length, required, seed)
     total = int(sizes[first:].sum())
-    assert epochs_needed(total, seq_length, wanted) == epochs
+    assert epochs_needed(total, seq_length, required) == epochs
     made = build_index_map(sizes, documents, seq_length=seq_length, epochs=epochs, seed=seed)
     assert made.epochs == epochs
     np.testing.assert_array_equal(made.documents, order)
     np.testing.assert_array_equal(made.samples, starts)
     np.testing.assert_array_equal(made.shuffle, shuffle)
-    assert len(made) == samples_in(total, seq_length, epochs) >= wanted
+    assert len(made) == samples_in(total, seq_length, epochs) >= required
 
 
 def test_types_are_the_public_ones():

@@ -36,15 +36,15 @@ def walked(sizes, order, capacity):
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=15).filter(any),
     seq_length=st.integers(1, 20),
-    wanted=st.integers(1, 40),
+    required=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
     packed=st.booleans(),
 )
-def test_equals_the_walk(sizes, seq_length, wanted, seed, packed):
+def test_equals_the_walk(sizes, seq_length, required, seed, packed):
     sizes = np.array(sizes, np.int32)
     usable = usable_documents(sizes, range(len(sizes)), seq_length=seq_length, chopped=True)
     assert usable.tolist() == [number for number, size in enumerate(sizes) if size]
-    made = build_unpacked_map(sizes, usable, seq_length=seq_length, packed=packed, seed=seed, samples=wanted)
+    made = build_unpacked_map(sizes, usable, seq_length=seq_length, packed=packed, seed=seed, samples=required)
     firsts = made.samples[:, 0].tolist()
     held = [made.documents[first:last].tolist() for first, last in itertools.pairwise(firsts)]
     passes = made.documents.reshape(made.epochs, -1)
@@ -55,8 +55,8 @@ def test_equals_the_walk(sizes, seq_length, wanted, seed, packed):
     ends = np.cumsum([len(samples) for samples in per_pass]).tolist()
     for first, last in zip([0, *ends], ends, strict=False):
         assert sorted(made.shuffle[first:last].tolist()) == list(range(first, last))
-    assert len(made) == ends[-1] >= wanted
-    assert ends[-2:-1] < [wanted]
+    assert len(made) == ends[-1] >= required
+    assert ends[-2:-1] < [required]
 
 
 def test_long_documents_are_left_out_unless_chopped():

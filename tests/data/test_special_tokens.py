@@ -1,4 +1,4 @@
-"""Special tokens that texts spell, patterns that texts lack, what a tokenizer loses: what is made and told of it."""
+"""Special tokens that texts spell, patterns that texts lack, what a tokenizer loses: the tokens and the reports."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading text files: every compression, blocks that lose nothing, and damage that is told."""
+"""Reading text files: every compression, blocks that lose nothing, and damage that is reported."""
 
 import bz2
 import gzip
@@ -33,7 +33,7 @@ def content(path, **settings):
 
 
 def documents(path, **settings):
-    """What every document is, `file:number: text`, and what is told of the rest."""
+    """What every document is, `file:number: text`, and what is reported of the rest."""
     found, reported = [], []
     for block in read_blocks(find_text_files([str(path)]), **settings):
         found += [
@@ -52,7 +52,7 @@ def test_every_compression(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_that_was_cut_short(tmp_path, suffix):
-    """What was whole is read, and the damage is told with its place."""
+    """Intact documents are read, and the damage is reported with its location."""
     path = tmp_path / f"lines.jsonl{suffix}"
     full = COMPRESSED[suffix](LINES)
     path.write_bytes(full[:-20])
@@ -192,7 +192,7 @@ def test_damage_in_an_archive_of_lengths(tmp_path, held, reported):
     data=st.data(),
 )
 def test_no_damage_crashes_the_reader(tmp_path_factory, name, data):
-    """Bytes changed, cut or put in anywhere: documents or a told error come of it, nothing else."""
+    """Bytes changed, cut or put in anywhere: documents or a reported error come of it, nothing else."""
     suffix = name.removeprefix("x.jsonl")
     lines = LINES[:600]
     full = {"x.tar": tar(MEMBERS), "x.zip": zipped(MEMBERS), "x.dat": b"0000000000000004abcd" * 3}.get(name)

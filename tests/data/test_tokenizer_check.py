@@ -55,9 +55,9 @@ def facts(kind, vocab_file=None):
     return describe_tokenizer(kind, make_tokenizer(kind, vocab_file=vocab_file))
 
 
-def refused(section, tokenizer, **wanted):
+def refused(section, tokenizer, **required):
     with pytest.raises(ConfigError) as caught:
-        build(section, tokenizer=tokenizer, **wanted)
+        build(section, tokenizer=tokenizer, **required)
     return caught.value
 
 
@@ -74,7 +74,7 @@ def test_another_tokenizer_is_refused_with_both_names(tmp_path):
 
 
 def test_a_vocabulary_of_the_same_size_is_another_one(tmp_path):
-    """Two files of 300 tokens each, which no number in the card tells apart."""
+    """Two files of 300 tokens each, which no number in the metadata distinguishes."""
     plain = train_tokenizer(tmp_path / "plain.json")
     other = train_tokenizer(tmp_path / "other.json", texts=["zzz yyy xxx qqq www"] * 9)
     section = DataSection(data_path=tokenized(tmp_path, "p", "HFTokenizer", plain), num_workers=0)

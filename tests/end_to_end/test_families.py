@@ -21,7 +21,7 @@ from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine
 from megatron.errors import ConfigError
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.inference.token_loop import Limits, Text, decode
+from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.registry import MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
 from tests.end_to_end.runs import BASE, make_dataset, run, run_files, series
@@ -95,7 +95,7 @@ def cached_is_uncached(settings: dict[str, Any], load: Path) -> None:
     found = []
     for cached in (True, False):
         limits = Limits(ends=frozenset(), maximum_tokens=6, seq_length=32)
-        texts = [Text(prompt, limits, sampler()) for prompt in ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11])]
+        texts = [RunningSequence(prompt, limits, sampler()) for prompt in ([1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11])]
         steps = [
             (texts.index(step.text), step.token, step.logits) for step in decode(engine, texts, rows=2, cached=cached)
         ]

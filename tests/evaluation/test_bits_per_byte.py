@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError
-from megatron.evaluation.bits_per_byte import Measurement, comparison, compressors, measure, read_documents
+from megatron.evaluation.bits_per_byte import BitsPerByte, comparison, compressors, measure, read_documents
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 
@@ -97,5 +97,5 @@ def test_unusable_texts_are_the_users_issue(tmp_path, name, content, reported):
 
 
 def test_the_comparison_shows_all_figures():
-    text = comparison(Measurement(math.log(2) * 300, 75, 150), {"gzip -9": 2.5}, 2)
+    text = comparison(BitsPerByte(math.log(2) * 300, 75, 150), {"gzip -9": 2.5}, 2)
     assert "2.0000 bits per byte" in text and "gzip -9   2.5000" in text and "75 tokens" in text

@@ -66,7 +66,7 @@ def test_without_tasks_or_harness_nothing_starts(monkeypatch):
         runner.evaluate(small_config(eval_tasks=["arc_easy"]))
 
 
-def test_progress_speaks_every_ten_seconds():
+def test_progress_reports_every_ten_seconds():
     now, said = [0.0], []
     progress = Progress("scoring", said.append, lambda: now[0])
     for second in range(26):

@@ -10,7 +10,7 @@ import torch
 from megatron.errors import ConfigError, RunError
 from megatron.inference import batch_modes
 from megatron.inference.batch_generation import TextGenerator
-from megatron.inference.generation_request import Answer, Settings
+from megatron.inference.generation_request import GenerationRequest, Settings
 from megatron.inference.interactive import Interruption, run_interactive
 from megatron.inference.runner import check_ends
 from megatron.inference.sampling import Sampling
@@ -112,7 +112,9 @@ def test_a_stop_text_ends_the_text_and_is_cut_off(engine):
 def new_tokens(engine, **settings):
     """The tokens of an answer, and its record."""
     tokens = []
-    made = Answer(Spelling(), Settings(**DEFAULTS, **settings), [1, 2], on_token=lambda token, _: tokens.append(token))
+    made = GenerationRequest(
+        Spelling(), Settings(**DEFAULTS, **settings), [1, 2], on_token=lambda token, _: tokens.append(token)
+    )
     loop = TokenLoop(engine, rows=1, max_length=SEQUENCE)
     steps = loop.join([made.growing])
     while not made.take(steps[0]) and not made.growing.ended:

@@ -5,7 +5,7 @@ import torch
 
 from megatron.inference import token_loop as decode_module
 from megatron.inference.sampling import Sampler, Sampling
-from megatron.inference.token_loop import Limits, Text, TokenLoop, decode
+from megatron.inference.token_loop import Limits, RunningSequence, TokenLoop, decode
 from megatron.registry import POSITIONS
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config, transformers_twin
 
@@ -21,7 +21,7 @@ def engine():
 
 def growing(prompt, *, sampling=GREEDY, eod=NEVER, maximum=1000, index=0, vocabulary=512):
     sampler = Sampler(sampling, vocab_size=vocabulary, seed=3, text_index=index)
-    return Text(prompt, Limits(frozenset({eod}), maximum, SEQUENCE), sampler)
+    return RunningSequence(prompt, Limits(frozenset({eod}), maximum, SEQUENCE), sampler)
 
 
 def texts(engine, prompts, *, rows=1, cached=True, **how):

@@ -11,7 +11,7 @@ import uvicorn
 
 from megatron.serving.api import build_app
 from megatron.serving.api_context import ApiContext
-from megatron.serving.scheduler import Service, Worker
+from megatron.serving.scheduler import ModelWorker, Service
 from megatron.serving.server import _listen
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
@@ -51,7 +51,7 @@ def running(
     """more: of the desk."""
     engine = engine or SmallEngine(small_config())
     tokenizer = tokenizer or Spelling()
-    service = Service(Worker(engine, tokenizer, rows=rows, max_length=length), max_waiting)
+    service = Service(ModelWorker(engine, tokenizer, rows=rows, max_length=length), max_waiting)
     app = build_app(ApiContext(service, tokenizer, "small", length, key, 1, **more))
     listening = _listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))

@@ -128,7 +128,7 @@ def test_seeds_repeat_and_stops_stop(client):
     assert stopped.text == plain[: plain.index(plain[3:5])] and stopped.finish_reason == "stop"
 
 
-def test_curl_speaks_megatrons_language(small, client):
+def test_curl_uses_megatrons_language(small, client):
     body = json.dumps({"prompts": ["hello", "a"], "tokens_to_generate": 5, "top_k": 1, "logprobs": True})
     said = subprocess.run(
         ["curl", "-sS", "-X", "PUT", f"{small.url}/api", "-H", "Content-Type: application/json", "-d", body],
@@ -213,7 +213,7 @@ def test_health_metrics_and_page(small):
         assert b"<textarea" in response.read()
 
 
-def test_the_key_is_asked_for_everywhere_but_at_the_door(engine):
+def test_the_key_is_required_everywhere_but_on_the_page(engine):
     with running(engine=engine, key="geheim") as found:
         body = {"prompt": "a", "max_tokens": 1}
         assert ask(found, "/v1/completions", body)[0] == 401
@@ -229,7 +229,7 @@ def test_the_key_is_asked_for_everywhere_but_at_the_door(engine):
 
 
 def test_a_burst_of_as_many_requests_as_rows_is_never_refused(engine):
-    """A client that has its answer may ask again at once, where nobody may wait."""
+    """A client that has its answer may ask again at once, with an empty queue."""
     with running(engine=engine, rows=6, max_waiting=0) as found:
 
         def one(number):

@@ -5,14 +5,14 @@ import asyncio
 from megatron.inference.generation_request import Settings
 from megatron.inference.sampling import Sampling
 from megatron.serving.async_results import Keep, start
-from megatron.serving.scheduler import Service, Worker
+from megatron.serving.scheduler import ModelWorker, Service
 from megatron.serving.token_text import Words
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 from tests.serving.service import Spelling
 
 
 def test_a_slow_reader_gets_the_same_in_fewer_events():
-    service = Service(Worker(SmallEngine(small_config()), Spelling(), rows=4, max_length=SEQUENCE), 9)
+    service = Service(ModelWorker(SmallEngine(small_config()), Spelling(), rows=4, max_length=SEQUENCE), 9)
     settings = [Settings(Sampling(), 1, 30, SEQUENCE)] * 3
     prompts = [[97], [98, 99], [100]]
 

@@ -169,7 +169,7 @@ def ask(url, body):
         return error.code, json.load(error)
 
 
-MISTAKES = {
+ERRORS = {
     "both lengths": ({"max_tokens": 2, "max_completion_tokens": 3}, "differ"),
     "likeliest alone": ({"top_logprobs": 2}, "logprobs"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
@@ -183,7 +183,7 @@ MISTAKES = {
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "no JSON",
     ),
-    "nobody's own": ({"messages": [{"role": "judge", "content": "a"}]}, "roles must be"),
+    "no one's own": ({"messages": [{"role": "judge", "content": "a"}]}, "roles must be"),
     "too long": ({"messages": [{"role": "user", "content": "a" * 99}]}, "context"),
     "half an option": ({"stream_options": {"include_usage": True}}, "stream"),
 }
@@ -199,9 +199,9 @@ def strict():
         yield found
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", ERRORS)
 def test_what_cannot_be_done_is_reported(strict, name):
-    how, reported = MISTAKES[name]
+    how, reported = ERRORS[name]
     status, answer = ask(strict.url, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **how})
     assert status == 400 and reported in answer["error"]["message"], answer
 

@@ -116,7 +116,7 @@ def test_all_values_at_edges_are_answered(small: Running, another: None) -> None
     at_edges(small, 1)
 
 
-def codes_of(operation, mode, wanted, number):
+def codes_of(operation, mode, requested, number):
     """The status codes of some requests of one kind, each of which passes the checks."""
     from hypothesis import HealthCheck, Phase, given, settings
 
@@ -132,7 +132,7 @@ def codes_of(operation, mode, wanted, number):
         suppress_health_check=list(HealthCheck),
     )
     def send(case):
-        answer = case.call_and_validate(checks=wanted)
+        answer = case.call_and_validate(checks=requested)
         codes.add(answer.status_code)
         if answer.status_code >= 400:
             assert answer.json()["error"]["message"]
@@ -148,7 +148,7 @@ def by_the_description(small, number):
 
     checks.load_all_checks()
     names = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
-    wanted = checks.CHECKS.get_by_names([*names, "negative_data_rejection"])
+    requested = checks.CHECKS.get_by_names([*names, "negative_data_rejection"])
     seen = {}
     schema = schemathesis.openapi.from_url(f"{small.url}/openapi.json")
     operations = [each.ok() for each in schema.get_all_operations()]
@@ -158,7 +158,7 @@ def by_the_description(small, number):
         reads = operation.method == "get"
         if mode is GenerationMode.NEGATIVE and reads:
             continue  # nothing is forbidden there
-        seen[operation.path, mode] = codes_of(operation, mode, wanted, min(number, 20) if reads else number)
+        seen[operation.path, mode] = codes_of(operation, mode, requested, min(number, 20) if reads else number)
     for _, path in BODIES:
         assert seen[path, GenerationMode.NEGATIVE] <= {400}
         assert seen[path, GenerationMode.POSITIVE] <= {200, 400, 404}

@@ -44,7 +44,7 @@ def test_texts_of_tokens_put_together_are_the_text(kind, tmp_path):
         spelt = b"".join(bytes(words.bytes_of(token)) for token in ids).decode()
         assert spelt.replace(" ", "") == (special + text).replace(" ", "")
         assert words.spelt(ids).replace(" ", "") == (special + text).replace(" ", "")
-        positions = words.places_in(special + text, ids)
+        positions = words.offsets_in(special + text, ids)
         assert positions == sorted(positions) and positions[0] == 0
         for token, position in zip(ids, positions, strict=True):
             reported = words.text(token)

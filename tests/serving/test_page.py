@@ -104,7 +104,7 @@ def test_a_text_goes_on_from_its_end(page: Browser, service: Running) -> None:
 def test_what_cannot_be_done_is_reported_and_markup_stays_text(page: Browser) -> None:
     generate(page, "<b>x</b>" * 10, 12)
     page.wait(lambda: "context is 48 tokens" in page.text("#state"))
-    assert page.run("return document.querySelector('#state').classList.contains('fault')")
+    assert page.run("return document.querySelector('#state').classList.contains('error')")
     assert page.run("return document.querySelectorAll('#answer b').length") == 0
     assert not page.run("return document.querySelector('#go').disabled")
 

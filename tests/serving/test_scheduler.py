@@ -13,12 +13,12 @@ from megatron.inference.generation_request import Settings
 from megatron.inference.sampling import Sampling
 from megatron.serving.scheduler import (
     Callbacks,
+    ModelWorker,
     QueuedRequest,
     QueueFull,
     SchedulerStep,
     Service,
     ShuttingDown,
-    Worker,
     run_follower,
 )
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
@@ -37,7 +37,7 @@ def settings(new=12, **others):
 
 
 def worker(engine, rows=4):
-    return Worker(engine, Spelling(), rows=rows, max_length=SEQUENCE)
+    return ModelWorker(engine, Spelling(), rows=rows, max_length=SEQUENCE)
 
 
 def alone(engine, prompt, new=12):
@@ -105,7 +105,7 @@ def test_the_queue_is_bounded_and_closing_finishes_what_is_there(engine):
 
 
 def test_as_many_requests_as_rows_start_in_one_step(engine):
-    """Also where nobody may wait, and behind texts that are told to leave."""
+    """Also without a queue, and behind sequences that are removed."""
     orders = []
     service = Service(worker(engine, rows=4), max_waiting=0, tell=orders.append)
     entry = (PROMPTS[0], settings(), "", collecting([]))
@@ -234,7 +234,7 @@ def test_a_request_that_the_model_fails_on_does_not_end_the_service(engine, erro
 @pytest.mark.parametrize("where", ["piece", "token"])
 def test_a_listener_that_fails_ends_its_own_text_only(engine, where):
     def fails(*_):
-        raise ValueError("nobody is there")
+        raise ValueError("the client is gone")
 
     received = {1: replace(collecting([]), **{where: fails})}
     records = answered(engine, PROMPTS[0], PROMPTS[1], PROMPTS[4], listeners=received)
@@ -243,7 +243,7 @@ def test_a_listener_that_fails_ends_its_own_text_only(engine, where):
 
 
 def test_where_ranks_share_a_model_its_errors_end_the_service():
-    each = Worker(Broken(99, RuntimeError("lost")), Spelling(), rows=2, max_length=SEQUENCE, alone=False)
+    each = ModelWorker(Broken(99, RuntimeError("lost")), Spelling(), rows=2, max_length=SEQUENCE, alone=False)
     with pytest.raises(RuntimeError, match="lost"):
         each.follow(SchedulerStep((QueuedRequest(0, (99,), settings()),)))
 

@@ -21,7 +21,7 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
-        "description": "Tells <it> & 東京",
+        "description": "Says <it> & 東京",
         "parameters": {"type": "object", "z": [1], "a": 2},
     },
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.checkpoint.format import files
 
-CONFIG, TOKENIZER, TEMPLATES = "tokenizer_config.json", "tokenizer.json", "additional_chat_templates"
+CONFIG, TOKENIZER_FILE, TEMPLATES = "tokenizer_config.json", "tokenizer.json", "additional_chat_templates"
 _COPIED = (
     *("tokenizer*", "vocab*", "encoder.json", "merges*", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "generation_config.json"),
@@ -53,7 +53,7 @@ def for_every_release(folder: Path, *, own: bool) -> None:
     there before says itself what is before a text, here and in release 5; the flags, which earlier ones heed, go.
     """
     path = folder / CONFIG
-    if not path.is_file() or not (folder / TOKENIZER).is_file():
+    if not path.is_file() or not (folder / TOKENIZER_FILE).is_file():
         return
     settings = files.read_json(path)
     if not isinstance(settings, dict):
@@ -61,7 +61,7 @@ def for_every_release(folder: Path, *, own: bool) -> None:
     made = {key: value for key, value in settings.items() if key not in _OF_RELEASE_5}
     flags = {name: made.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
     if own:
-        _put_flags_into_file(folder / TOKENIZER, made, flags)
+        _put_flags_into_file(folder / TOKENIZER_FILE, made, flags)
     made["tokenizer_class"] = "PreTrainedTokenizerFast"
     further = made.get("extra_special_tokens")
     if isinstance(further, list):  # releases before 5 want an object of that name

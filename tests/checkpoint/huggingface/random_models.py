@@ -207,10 +207,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def write(folder: Path, told: Settings) -> torch.Tensor | None:
-    """The folder of a model with that config.json, as it is told; what transformers answers, or None if it refuses."""
+def write(folder: Path, settings: Settings) -> torch.Tensor | None:
+    """The folder of a model with that config.json, as it is written;
+
+    what transformers answers, or None if it refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(5)
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
@@ -218,7 +221,7 @@ def write(folder: Path, told: Settings) -> torch.Tensor | None:
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
         model.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(told))
+        (folder / "config.json").write_text(json.dumps(settings))
         return answer(folder)
     except Exception:
         return None
@@ -233,6 +236,6 @@ def answer(folder: Path) -> torch.Tensor:
 def ours(folder: Path) -> torch.Tensor:
     """What we say of it. Raises ConfigError or RunError where we refuse it."""
     settings = Folder.open(folder).settings() | {"vocab_size": VOCABULARY, "make_vocab_size_divisible_by": 1}
-    told = {**settings, "load": str(folder), "seq_length": LENGTH, "user_script": "generate.py"}
-    config = resolve([], told, Resources(1)).config.for_inference()
+    settings = {**settings, "load": str(folder), "seq_length": LENGTH, "user_script": "generate.py"}
+    config = resolve([], settings, Resources(1)).config.for_inference()
     return build_inference_engine(config, Topology.single(), VOCABULARY).logits(tokens())

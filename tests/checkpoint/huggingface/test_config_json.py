@@ -191,7 +191,7 @@ def test_a_vocabulary_of_another_size_is_refused(rows: int, tmp_path: Path) -> N
 
 
 def test_a_tied_flag_and_the_stored_head(tmp_path: Path) -> None:
-    """The same matrix twice is fine; another one, or none where the flag says so, is told by the flag's name."""
+    """The same matrix twice is fine; another one, or none where the flag says so, is reported by the flag's name."""
     save("neox", tmp_path / "own")
     with pytest.raises(ConfigError, match=r"tie_word_embeddings = True: the stored .* is not the embedding"):
         adopt(change(tmp_path / "own", tie_word_embeddings=True), tmp_path / "ours")
@@ -263,7 +263,7 @@ def test_what_other_programs_ask_for_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wishes", "added"),
+    ("name", "options", "added"),
     [
         ("neox without attention biases", ExportOptions(zero_biases=True), "attention.dense.bias"),
         ("neox, one residual, tied", ExportOptions(own_head=True), "embed_out.weight"),

@@ -103,7 +103,7 @@ def chat_markers(folder: Path) -> None:
 
 
 def unnamed_end(folder: Path) -> None:
-    """No tokenizer_config.json: only config.json tells which id ends a text. More rows than tokens."""
+    """No tokenizer_config.json: only config.json says which id ends a text. More rows than tokens."""
     tokenizer = byte_level(["<start>", "<stop>"])
     write_model(
         folder, 2000, bos_token_id=tokenizer.token_to_id("<start>"), eos_token_id=tokenizer.token_to_id("<stop>")
@@ -144,11 +144,11 @@ def sentence_piece(folder: Path, algorithm: str = "bpe", **config: Any) -> None:
     _write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **config})
 
 
-def llama_class(folder: Path, kind: str = "LlamaTokenizer", *, whole: bool, **config: Any) -> None:
+def llama_class(folder: Path, kind: str = "LlamaTokenizer", *, full: bool, **config: Any) -> None:
     """LLaMA 2's tokenizer; whole: as a tokenizer.json whose older normalizer puts a blank before every text."""
     sentence_piece(folder, **config)
     file = folder / "tokenizer.model"
-    if whole:
+    if full:
         (folder / "tokenizer_config.json").unlink()
         content = as_tokenizer_json(SPMTokenizer(str(file)), file)
         assert content is not None
@@ -176,7 +176,7 @@ def sentence_piece_with_more(folder: Path, *, described: bool) -> None:
     _write(folder, "tokenizer_config.json", reported)
 
 
-def whole_with_more(folder: Path) -> None:
+def full_with_more(folder: Path) -> None:
     """A tokenizer.json, and tokens in added_tokens.json that it lacks."""
     llama3_base(folder)
     size = LlamaConfig.from_pretrained(folder).vocab_size
@@ -196,9 +196,9 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "sentencepiece, unigram": lambda folder: sentence_piece(folder, "unigram"),
     "sentencepiece with more": lambda folder: sentence_piece_with_more(folder, described=False),
     "sentencepiece with more, described": lambda folder: sentence_piece_with_more(folder, described=True),
-    "tokenizer.json with more": whole_with_more,
-    "llama 2": lambda folder: llama_class(folder, whole=True),
-    "llama 2 without a first blank": lambda folder: llama_class(folder, whole=True, add_prefix_space=False),
+    "tokenizer.json with more": full_with_more,
+    "llama 2": lambda folder: llama_class(folder, full=True),
+    "llama 2 without a first blank": lambda folder: llama_class(folder, full=True, add_prefix_space=False),
 }
 """Name -> writes the folder."""
 EXPECTED: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
