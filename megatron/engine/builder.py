@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.adapter_config import prompt_length
-from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, read_weights, validate, vocabulary_rows
+from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, read_weights, validate
+from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.defaults.vocabulary import padded_vocab_size

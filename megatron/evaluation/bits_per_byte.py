@@ -86,9 +86,19 @@ def measure(
 ) -> BitsPerByte:
     """Runs the model over all documents.
 
-    vocabulary [tokens]: the ids that exist, the tokenizer's unless given. share: (k, n) when n replicas of the model
-    divide the work and this is the k-th; add_up then sums a number over them. Raises RunError where the model's scores
-    are not numbers.
+    Raises RunError where the model's scores are not numbers.
+
+    Args:
+        engine: The model.
+        tokenizer: The run's tokenizer.
+        documents: The texts.
+        max_length: Context of the model [tokens].
+        batch_size: Sequences in one forward pass.
+        vocabulary: The ids that exist, the tokenizer's unless given [tokens].
+        share: (k, n) when n replicas of the model divide the work and this is the k-th; add_up then sums a number over
+            them.
+        add_up: Sums values over the data-parallel ranks.
+        on_progress: Called with the fraction that is done.
     """
     pairs: list[Pair] = []
     tokens = 0

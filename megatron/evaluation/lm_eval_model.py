@@ -255,8 +255,9 @@ class HarnessModel(LM):
 
 @dataclass(frozen=True)
 class Asked:
-    """A context to go on with. number: of the request."""
+    """A context to go on with."""
 
     number: int
+    """Of the request."""
     tokens: list[int]
     settings: Settings

@@ -84,8 +84,14 @@ def detokenised(text: str) -> str:
 def word_perplexity(text: str, tokenizer: Tokenizer, scorer: Scorer, *, max_length: int, overlap: int) -> Perplexity:
     """Of one text, its first token left out, which has nothing before it.
 
-    overlap: tokens that each window after the first scores [tokens]. Raises ConfigError for a text of less than two
-    words.
+    Raises ConfigError for a text of less than two words.
+
+    Args:
+        text: The text.
+        tokenizer: The run's tokenizer.
+        scorer: Scores sequences of tokens.
+        max_length: Context of the model [tokens].
+        overlap: Tokens that each window after the first scores [tokens].
     """
     words = len(text.strip().split(" ")) - 1
     tokens = [*tokenizer.prefix_ids, *tokenizer.encode(detokenised(text))]

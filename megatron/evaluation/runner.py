@@ -62,9 +62,16 @@ def live_evaluation(
 ) -> Callable[[], dict[str, float] | None] | None:
     """What scores a model in training on `eval_tasks`, as `eval/<task>_<metric>`; None where there are no tasks.
 
-    Collective. stop_requested: whether this rank was asked to stop, which gives the scoring up. It and a model whose
-    scores are not numbers have no metrics but a line that says why; the latter is left to the training's own judgement.
-    The tasks are loaded at once, so that a misspelt one is reported before the training starts.
+    Collective.
+
+    Args:
+        config: The run's configuration.
+        engine: The engine that trains.
+        tokenizer: The run's tokenizer.
+        topology: The device mesh.
+        stop_requested: Whether this rank was asked to stop, which gives the scoring up. It and a model whose scores are
+            not numbers have no metrics but a line that says why; the latter is left to the training's own judgement.
+            The tasks are loaded at once, so that a misspelt one is reported before the training starts.
     """
     if not config.evaluation.eval_tasks:
         return None

@@ -17,8 +17,11 @@ def split_over_replicas(
 ) -> list[Result]:
     """The results of all items, in order. Collective over the axis.
 
-    work: gives the results of some items, in order. axis: the replicas. size: of an item; large and small ones are
-    assigned in turn, so that all replicas have about as much to do.
+    Args:
+        items: All items; equal on all ranks.
+        work: Gives the results of some items, in order.
+        axis: The replicas.
+        size: Of an item; large and small ones are assigned in turn, so that all replicas have about as much to do.
     """
     order = sorted(range(len(items)), key=lambda number: -size(items[number]))
     mine = order[axis.rank :: axis.size]

@@ -79,8 +79,11 @@ class TextGenerator:
     ) -> GenerationResult:
         """The record of one prompt.
 
-        stream: is handed each new piece of text as soon as it is whole. interrupted: asked before each token, with the
-        same answer on every rank, whether to leave it at that.
+        Args:
+            context: The prompt as text.
+            text_index: Number of the text, which seeds its sampler.
+            stream: Is handed each new piece of text as soon as it is whole.
+            interrupted: Asked before each token, with the same answer on every rank, whether to leave it at that.
         """
         prompt = self.read(context)
         answer = GenerationRequest(

@@ -64,8 +64,14 @@ def run_over(
 ) -> None:
     """Continues every context and writes a JSON line for each, in order, as they are done; an older file is replaced.
 
-    writes: whether this rank does so; all ranks take part in the model. Raises RunError when no context could be
-    continued, or when the file cannot be written.
+    Raises RunError when no context could be continued, or when the file cannot be written.
+
+    Args:
+        generator: The generator.
+        contexts: The prompts.
+        path: The output file, or None.
+        writes: Whether this rank does so; all ranks take part in the model.
+        show: Prints a result, or None.
     """
     failed: list[GenerationResult] = []
     count = 0

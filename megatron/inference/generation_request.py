@@ -19,23 +19,25 @@ _LARGE_SHARE = 0.5  # of the context, from which on a prompt is worth a warning
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What became of one prompt.
-
-    context: the prompt's text. text: what follows it; None when nothing was generated. length [tokens]: of that text.
-    finished: whether the model ended the text. message: a warning, or an error. failed: whether it is an error; text is
-    what came before it. cut: whether a stop text was cut off, with what its tokens hold behind it.
-    logits: per token of the text the scores of the whole vocabulary, where asked for.
-    """
+    """What became of one prompt."""
 
     context: str
+    """The prompt's text."""
     text: str | None
+    """What follows it; None when nothing was generated."""
     length: int
+    """Of that text [tokens]."""
     finished: bool
+    """Whether the model ended the text."""
     message: str | None
+    """A warning, or an error."""
     duration_seconds: float
     failed: bool = False
+    """Whether it is an error; text is what came before it."""
     logits: list[list[float]] | None = None
+    """Per token of the text the scores of the whole vocabulary, where asked for."""
     cut: bool = False
+    """Whether a stop text was cut off, with what its tokens hold behind it."""
 
     def as_json(self) -> dict[str, object]:
         """The public fields."""
@@ -54,23 +56,26 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class Settings:
-    """How every text of a run is made.
-
-    sampling and seed: how tokens are chosen. maximum_tokens, seq_length [tokens]. recompute: without a cache. stop:
-    texts that end a text and are cut off. end_ids: tokens that end one, besides the end of a document. return_logits:
-    keep the scores. batch_size [texts]: side by side. alone: decode answers without their prompts.
-    """
+    """How every text of a run is made."""
 
     sampling: Sampling
+    """How tokens are chosen. maximum_tokens, seq_length [tokens]."""
     seed: int
+    """How tokens are chosen. maximum_tokens, seq_length [tokens]."""
     maximum_tokens: int
     seq_length: int
     recompute: bool = False
+    """Without a cache."""
     stop: tuple[str, ...] = ()
+    """Texts that end a text and are cut off."""
     end_ids: tuple[int, ...] = ()
+    """Tokens that end one, besides the end of a document."""
     return_logits: bool = False
+    """Keep the scores."""
     batch_size: int = 1
+    """Side by side [texts]."""
     alone: bool = False
+    """Decode answers without their prompts."""
 
 
 class GenerationRequest:

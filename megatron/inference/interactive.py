@@ -55,9 +55,16 @@ def run_interactive(
 ) -> None:
     """Reads a prompt, prints its continuation as it grows, and so on until the input ends.
 
-    is_main_rank: whether this rank holds the terminal. share: broadcasts its prompt to every rank, None at the end.
-    any_rank: whether something holds on any rank. A prompt is one line, or the lines up to one that ends with
-    `prompt_end` when that is not a newline. The oldest turns are forgotten when the context is full.
+    Args:
+        generator: The generator.
+        prompt_end: The line that ends a prompt.
+        is_main_rank: Whether this rank holds the terminal.
+        share: Broadcasts its prompt to every rank, None at the end.
+        any_rank: Whether something holds on any rank. A prompt is one line, or the lines up to one that ends with
+            `prompt_end` when that is not a newline. The oldest turns are forgotten when the context is full.
+        interruption: Listens to Ctrl-C.
+        source: The terminal's input.
+        target: The terminal's output.
     """
     source, target = source or sys.stdin, target or sys.stdout
     stop = interruption or Interruption()

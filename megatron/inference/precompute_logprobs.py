@@ -34,7 +34,16 @@ def write_log_probabilities(
 ) -> None:
     """Scores every item of the data set at `path`. Collective over the model's ranks; one of them writes.
 
-    vocabulary [tokens]: the ids that exist. Raises RunError where the model's scores are not numbers.
+    Raises RunError where the model's scores are not numbers.
+
+    Args:
+        engine: The model.
+        path: Prefix of the dataset.
+        target: Prefix of the output.
+        max_length: Context of the model [tokens].
+        batch_size: Sequences in one forward pass.
+        writes: True on the rank that writes.
+        vocabulary: The ids that exist [tokens].
     """
     if Path(f"{target}.idx").is_file():
         get_logger(__name__).info("%s.idx is there already", target)

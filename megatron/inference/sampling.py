@@ -38,20 +38,21 @@ _FEW = 1024
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; 0 (1 for the penalty) switches a part off.
-
-    temperature: divisor of the scores. top_k [tokens]. top_p, min_p [probability]. repetition_penalty: divisor.
-    frequency_penalty, presence_penalty: taken off scores. bias: (id, what is added to its score).
-    """
+    """How a token is chosen; 0 (1 for the penalty) switches a part off."""
 
     temperature: float = 0.0
+    """Divisor of the scores. top_k [tokens]. top_p, min_p [probability]."""
     top_k: int = 0
     top_p: float = 0.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    """Divisor."""
     frequency_penalty: float = 0.0
+    """Taken off scores."""
     presence_penalty: float = 0.0
+    """Taken off scores."""
     bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its score)."""
 
     @property
     def changes_scores(self) -> bool:

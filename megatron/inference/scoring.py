@@ -50,9 +50,13 @@ def windows(
 ) -> Iterator[Pair]:
     """Cuts a long text into pairs that fit a model, each token scored exactly once, and as much context as fits.
 
-    context: what is before the text, at least one token. max_length: the most tokens that the model reads at once.
-    stride [tokens]: how many each window after the first scores at most; a small one gives each token a longer context
-    and costs more. The default, max_length, is the rolling log-likelihood of the Language Model Evaluation Harness.
+    Args:
+        context: What is before the text, at least one token.
+        tokens: The tokens of one document.
+        max_length: The most tokens that the model reads at once.
+        stride: How many each window after the first scores at most; a small one gives each token a longer context and
+            costs more. The default, max_length, is the rolling log-likelihood of the Language Model Evaluation Harness
+            [tokens].
     """
     stride = max_length if stride is None else stride
     if not context or not 1 <= stride <= max_length:
@@ -79,10 +83,17 @@ def score(
 ) -> list[Score]:
     """The score of each pair, in order. Collective over the model's ranks.
 
-    A context that does not fit is cut on its left. A continuation that does not fit is scored in windows. max_length:
-    the most tokens that the model reads at once. padding: the token that fills short rows; any will do. vocabulary
-    [tokens]: the ids that exist, all unless given; those past them have no probability, as in training. on_progress: is
-    called with the fraction of the work that is done, after each batch. A score is NaN where the model's scores are.
+    A context that does not fit is cut on its left. A continuation that does not fit is scored in windows.
+
+    Args:
+        engine: The model.
+        pairs: Contexts with their continuations.
+        max_length: The most tokens that the model reads at once.
+        batch_size: Sequences in one forward pass.
+        padding: The token that fills short rows; any will do.
+        vocabulary: The ids that exist, all unless given; those past them have no probability, as in training [tokens].
+        on_progress: Is called with the fraction of the work that is done, after each batch. A score is NaN where the
+            model's scores are.
     """
     pieces: list[Pair] = []
     owners: list[int] = []
@@ -138,7 +149,12 @@ def token_scores(
 ) -> list[Tensor]:
     """The log-probability of each token of each continuation, fp32 [continuation], in order. Pairs must fit.
 
-    vocabulary: as in `score`.
+    Args:
+        engine: The model.
+        pairs: Contexts with their continuations.
+        batch_size: Sequences in one forward pass.
+        padding: The id that fills shorter sequences.
+        vocabulary: As in `score`.
     """
     found: list[Tensor] = []
     for begin in range(0, len(pairs), batch_size):

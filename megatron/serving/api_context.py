@@ -26,41 +26,42 @@ from megatron.tokenizers.vocab_limit import known_ids
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How the texts of a request are made.
-
-    new [tokens]: at most, all that fit where it is None. stops, end_ids: what ends a text. copies: of each prompt.
-    tokens: whether the answers' single tokens are wanted; likeliest: with their log-probabilities, and those of so many
-    others. scored: whether those of the prompts' tokens are wanted as well.
-    """
+    """How the texts of a request are made."""
 
     sampling: Sampling
     new: int | None
+    """At most, all that fit where it is None. stops, end_ids: what ends a text [tokens]."""
     stops: tuple[str, ...] = ()
     seed: int | None = None
     copies: int = 1
+    """Of each prompt."""
     tokens: bool = False
+    """Whether the answers' single tokens are wanted."""
     likeliest: int | None = None
+    """With their log-probabilities, and those of so many others."""
     scored: bool = False
+    """Whether those of the prompts' tokens are wanted as well."""
 
 
 @dataclass(frozen=True)
 class ApiContext:
-    """What the endpoints share.
-
-    model: its name for clients. seq_length [tokens]: of prompt and answer together. key: what requests must carry.
-    end_ids: tokens that end a text, besides the end of a document. vocabulary [tokens]: the ids that have a
-    probability, the tokenizer's unless given. conversations: the chat template.
-    """
+    """What the endpoints share."""
 
     service: Service
     tokenizer: Tokenizer
     model: str
+    """Its name for clients."""
     seq_length: int
+    """Of prompt and answer together [tokens]."""
     key: str | None
+    """What requests must carry."""
     seed: int
     end_ids: tuple[int, ...] = ()
+    """Tokens that end a text, besides the end of a document."""
     vocabulary: int | None = None
+    """The ids that have a probability, the tokenizer's unless given [tokens]."""
     conversations: Conversations = field(default_factory=Conversations)
+    """The chat template."""
 
     @cached_property
     def words(self) -> Words:

@@ -20,31 +20,31 @@ _BEHIND = 32
 
 @dataclass(frozen=True)
 class Keep:
-    """What is wanted besides text.
-
-    tokens: the single tokens of the answers. likeliest: their log-probabilities, and those of so many others there.
-    prompt: the same of the prompts' tokens. vocabulary [tokens]: the ids that exist; others have no probability.
-    """
+    """What is wanted besides text."""
 
     vocabulary: int
+    """The ids that exist; others have no probability [tokens]."""
     tokens: bool = False
+    """The single tokens of the answers."""
     likeliest: int | None = None
+    """Their log-probabilities, and those of so many others there."""
     prompt: bool = False
+    """The same of the prompts' tokens."""
 
 
 @dataclass(frozen=True)
 class TokenScore:
     """One token.
 
-    place: where it begins in the text [characters]. log_probability [nats]: None where it is not known, as of a
-    prompt's first token. likeliest: the log-probabilities of the likeliest tokens there, the largest first, and of
-    this one.
+    place: where it begins in the text [characters].
     """
 
     token: int
     offset: int
     log_probability: float | None = None
+    """None where it is not known, as of a prompt's first token [nats]."""
     likeliest: dict[int, float] | None = None
+    """The log-probabilities of the likeliest tokens there, the largest first, and of this one."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,17 @@ def _together(events: Sequence[Event]) -> Event:
 
 @dataclass
 class PendingRequest:
-    """The texts of one request in progress.
-
-    tokens: of each text, so far. prompts: the tokens of each prompt with their scores, where asked for. prompt_tokens
-    [tokens]: of all different prompts.
-    """
+    """The texts of one request in progress."""
 
     service: Service
     numbers: list[int]
     queue: asyncio.Queue[Event]
     prompts: list[list[TokenScore]]
+    """The tokens of each prompt with their scores, where asked for."""
     prompt_tokens: int = 0
+    """Of all different prompts [tokens]."""
     tokens: list[list[TokenScore]] = field(default_factory=list)
+    """Of each text, so far."""
     records: dict[int, GenerationResult] = field(default_factory=dict)
 
     async def events(self) -> AsyncIterator[Event]:
@@ -164,7 +163,15 @@ class PendingRequest:
 def start(
     service: Service, words: Words, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], keep: Keep
 ) -> PendingRequest:
-    """Hands a request's texts in. keep: what is wanted besides their text. Raises Full or Closing."""
+    """Hands a request's texts in. Raises Full or Closing.
+
+    Args:
+        service: The scheduler.
+        words: Texts of single tokens.
+        prompts: Token ids of each prompt.
+        settings: Generation settings of each prompt.
+        keep: What is wanted besides their text.
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
     scored: list[list[TokenScore]] = [[TokenScore(tokens[0], 0)] for tokens in prompts]

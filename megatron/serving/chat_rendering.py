@@ -45,8 +45,14 @@ class Conversations:
     ) -> str:
         """The text of the messages.
 
-        opens: end with what opens an answer. goes_on: end inside the last message. variables: of the template. Raises
-        Refused where there is no template, or it cannot render them.
+        Raises Refused where there is no template, or it cannot render them.
+
+        Args:
+            messages: The conversation.
+            tools: Tools that the template receives.
+            opens: End with what opens an answer.
+            goes_on: End inside the last message.
+            variables: Of the template.
         """
         if self._template is None or self._shapes is None:
             raise Refused(400, f"this model takes no messages, only prompts (/v1/completions): {self._absent}")

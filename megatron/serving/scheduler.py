@@ -30,30 +30,31 @@ IDLE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class QueuedRequest:
-    """One text that is wanted. number: of the request in the service. prompt: at least one token.
-
-    scored: whether the prompt's own scores are wanted, which costs a pass over it.
-    """
+    """One text that is wanted."""
 
     number: int
+    """Of the request in the service."""
     prompt: tuple[int, ...]
+    """At least one token."""
     settings: Settings
     context: str = ""
     scored: bool = False
+    """Whether the prompt's own scores are wanted, which costs a pass over it."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Whom an answer goes to; called from the decoding thread.
-
-    piece: a new piece of the text. token: a new token and its scores [v]. done: the outcome. prompt: the scores
-    [tokens - 1, v] of the prompt's tokens but the first, before anything else, where they were asked for.
-    """
+    """Whom an answer goes to; called from the decoding thread."""
 
     piece: Callable[[str], None]
+    """A new piece of the text."""
     token: Callable[[int, Tensor], None]
+    """A new token and its scores [v]."""
     done: Callable[[GenerationResult], None]
+    """The outcome."""
     prompt: Callable[[Tensor], None] = lambda scores: None
+    """The scores [tokens - 1, v] of the prompt's tokens but the first, before anything else, where they were asked for.
+    """
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,12 @@ class ShuttingDown(Exception):
 class Service:
     """The first rank's side: threads hand requests in with `submit`, one thread decodes with `run`.
 
-    tell: hands the orders to the other ranks of the model. max_waiting: texts that may wait for a free row.
+    tell: hands the orders to the other ranks of the model.
     """
 
     worker: ModelWorker
     max_waiting: int
+    """Texts that may wait for a free row."""
     publish: Callable[[SchedulerStep], None] = lambda orders: None
     counts: ServiceCounts = field(default_factory=ServiceCounts)
 

@@ -58,10 +58,15 @@ class ChatTokens:
     ) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and for each whether the role wrote it.
 
-        turns: messages, whose contents are texts, parts that are texts, or nothing. only_last: the last turn alone is
-        marked, whoever wrote it. variables: `tools`, `documents` and others of the template. Raises ValueError, with
-        the reason, when the template refuses the turns, when it renders earlier turns differently once later ones are
-        there, when a turn or variable spells a special token, and for variables that cannot be set.
+        Raises ValueError, with the reason, when the template refuses the turns, when it renders earlier turns
+        differently once later ones are there, when a turn or variable spells a special token, and for variables that
+        cannot be set.
+
+        Args:
+            turns: Messages, whose contents are texts, parts that are texts, or nothing.
+            role: The role whose turns are learnt.
+            only_last: The last turn alone is marked, whoever wrote it.
+            variables: `tools`, `documents` and others of the template.
         """
         given = self._shapes.given(turns)
         named = sorted(NO_VARIABLES.difference(("tools",)).intersection(variables))

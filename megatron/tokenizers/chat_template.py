@@ -134,9 +134,15 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation.
 
-        messages: each with a `role`, and what the template asks for. add_generation_prompt: end with what opens an
-        answer. continue_final_message: end inside the last message, which is gone on with. tools: JSON schemas.
-        extra: further variables of the template. Raises TemplateRefusal where the template cannot render them.
+        Raises TemplateRefusal where the template cannot render them.
+
+        Args:
+            messages: Each with a `role`, and what the template asks for.
+            add_generation_prompt: End with what opens an answer.
+            continue_final_message: End inside the last message, which is gone on with.
+            tools: JSON schemas. extra: further variables of the template.
+            documents: Documents that the template receives.
+            **extra: Further variables of the template.
         """
         given = _plain(messages)
         if continue_final_message:

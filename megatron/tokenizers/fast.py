@@ -198,7 +198,14 @@ class FromTokenizers:
 
 
 def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:
-    """The text of a tokenizer's file. Raises ConfigError. needs: what the file is, for messages."""
+    """The text of a tokenizer's file. Raises ConfigError.
+
+    Args:
+        name: The file's name.
+        kind: The tokenizer type, for messages.
+        key: The configuration key that names it.
+        needs: What the file is, for messages.
+    """
     hint = f"give {needs}"
     if name is None:
         raise ConfigError.of(f"{kind} needs {needs}", key=key, value=None, hint=hint)

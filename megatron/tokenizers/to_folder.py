@@ -28,23 +28,26 @@ _OF_FOLDERS = frozenset({"PretrainedFromHF", "HFTokenizer"})
 
 @dataclass(frozen=True)
 class Portable:
-    """What there is to write.
-
-    vocab_size: [tokens]. end, begin: ids; begin is None where the tokenizer has none. folder: one of a model, whose
-    files are to be copied, or None. content: the text of the tokenizer.json, or None. model: a .model to copy. names:
-    for tokenizer_config.json. other: the run reads another tokenizer.json than the folder's own, which is content.
-    lost: a line about tokens beside the .model that the run reads as text, or "".
-    """
+    """What there is to write."""
 
     vocab_size: int
+    """[tokens]."""
     end: int
+    """Ids; begin is None where the tokenizer has none."""
     begin: int | None
+    """Ids; begin is None where the tokenizer has none."""
     folder: Path | None
+    """One of a model, whose files are to be copied, or None."""
     content: str | None
+    """The text of the tokenizer.json, or None."""
     model: Path | None
+    """A .model to copy."""
     names: dict[str, str]
+    """For tokenizer_config.json."""
     other: bool = False
+    """The run reads another tokenizer.json than the folder's own, which is content."""
     lost: str = ""
+    """A line about tokens beside the .model that the run reads as text, or ""."""
 
     @property
     def readable(self) -> bool:

@@ -30,18 +30,19 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Beside:
-    """What the file says, with the defaults of the class that it names.
-
-    special: the texts of special tokens, in the file's order. begin, end: the tokens that begin and end a text.
-    adds_begin: whether a tokenizer without a post-processor of its own puts it before a text. blank: how LLaMA's class
-    puts a blank before a text ("first": before its very first word only), None for other classes.
-    """
+    """What the file says, with the defaults of the class that it names."""
 
     special: tuple[str, ...] = ()
+    """The texts of special tokens, in the file's order."""
     begin: str | None = None
+    """The tokens that begin and end a text."""
     end: str | None = None
+    """The tokens that begin and end a text."""
     adds_begin: bool = False
+    """Whether a tokenizer without a post-processor of its own puts it before a text."""
     blank: str | None = None
+    """How LLaMA's class puts a blank before a text ("first": before its very first word only), None for other classes.
+    """
 
 
 def read_beside(file: str | Path | None) -> Beside:

@@ -79,8 +79,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, algorithm: str = "unigram") -> int:
     """Writes a sentencepiece model of at most vocab_size pieces [tokens] learnt from the texts; returns their number.
 
-    algorithm: "unigram" or "bpe". Texts are learnt a line at a time. Raises ConfigError when the package is missing or
-    the text does not support so many pieces, RunError when there is no text.
+    Raises ConfigError when the package is missing or the text does not support so many pieces, RunError when there is
+    no text.
+
+    Args:
+        texts: The texts to learn from.
+        vocab_size: Largest number of pieces [tokens].
+        path: The .model file to write.
+        algorithm: "unigram" or "bpe". Texts are learnt a line at a time.
     """
     try:
         sentencepiece = importlib.import_module("sentencepiece")

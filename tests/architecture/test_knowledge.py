@@ -15,6 +15,7 @@ KNOW_CONFIG = (
     "megatron/launcher/",
     "megatron/checkpoint/save/saver.py",
     "megatron/checkpoint/load/loader.py",
+    "megatron/checkpoint/load/vocabulary.py",
     "megatron/checkpoint/reshard/reshard.py",
     "megatron/checkpoint/huggingface/",
     "megatron/engine/builder.py",

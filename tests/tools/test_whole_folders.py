@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
 from megatron.checkpoint.format import files, integrity, layout
 from megatron.checkpoint.format.files import Written
-from megatron.checkpoint.load.loader import vocabulary_rows
+from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Resources, resolve, serialize
 from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer

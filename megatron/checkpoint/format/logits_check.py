@@ -31,7 +31,14 @@ class Scoring(Protocol):
 
 
 def answers(engine: Scoring, *, length: int, vocabulary: int, precision: str) -> dict[str, Any]:
-    """A fixed input and what the model says to it. length: of its sequences; vocabulary [tokens]. Collective."""
+    """A fixed input and what the model says to it. Collective.
+
+    Args:
+        engine: The loaded engine.
+        length: Of its sequences; vocabulary [tokens].
+        vocabulary: Tokens of the vocabulary, without padding.
+        precision: Name of the run's precision.
+    """
     tokens = (torch.arange(min(length, _LENGTH)) * _STRIDE % vocabulary)[None]
     return {"tokens": tokens, "logits": engine.logits(tokens).detach().cpu(), "precision": precision}
 

@@ -32,20 +32,20 @@ WEIGHTS = (MASTER, "x0")
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard.
-
-    key: "<layer>.<name>". tensors: one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER).
-    step: number of updates made [steps]. tensor_level: values of any shape that belong to the global tensor as a whole.
-    model_rank: whose shard it is, where it is not the writer's.
-    """
+    """The optimizer's values for elements start <= i < stop of one flattened tensor-parallel shard."""
 
     key: str
+    """"<layer>.<name>"."""
     start: int
     stop: int
     step: int
+    """Number of updates made [steps]."""
     tensors: dict[str, Tensor]
+    """one-dimensional, by the optimizer's own names (exp_avg, exp_avg_sq, MASTER)."""
     tensor_level: dict[str, Tensor] = field(default_factory=dict)
+    """Values of any shape that belong to the global tensor as a whole."""
     model_rank: int | None = None
+    """Whose shard it is, where it is not the writer's."""
 
 
 def index(slices: Sequence[OptimizerShard], *, model_rank: int, model_size: int) -> dict[str, Any]:
@@ -88,16 +88,20 @@ class SliceLocation:
 class OptimizerState:
     """The optimizer state of a checkpoint, read on demand.
 
-    places: parameter key -> its slices. model_size: tensor-parallel degree of the run that wrote them. shapes: key ->
-    the reader's tensor. rows: of the writer's embedding, where the reader's may have more. weights: (key, model rank,
-    model size) -> flat fp32 weights, where those were stored in fp32 and so are the MASTER that was not kept.
+    places: parameter key -> its slices.
     """
 
     model_size: int
+    """tensor-parallel degree of the run that wrote them."""
     locations: dict[str, list[SliceLocation]]
     shapes: dict[str, TensorShape]
+    """Key -> the reader's tensor."""
     rows: int | None = None
+    """Of the writer's embedding, where the reader's may have more."""
     weights: Callable[[str, int, int], Tensor] | None = None
+    """(key, model rank, model size) -> flat fp32 weights, where those were stored in fp32 and so are the MASTER that
+    was not kept.
+    """
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod

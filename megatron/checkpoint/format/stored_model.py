@@ -53,10 +53,7 @@ class _Described(Protocol):
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The weights of a checkpoint and what is known of the model.
-
-    table: its tensors. rows: of the embedding, padding included. masters: the optimizer's fp32 copies, where kept.
-    """
+    """The weights of a checkpoint and what is known of the model."""
 
     directory: Path
     model: ModelSection
@@ -66,9 +63,12 @@ class StoredModel:
     tokenizer: TokenizerSection
     generation: GenerationSection
     table: tuple[TensorShape, ...]
+    """Its tensors."""
     rows: int
+    """Of the embedding, padding included."""
     weights: StoredWeights
     masters: OptimizerState | None
+    """The optimizer's fp32 copies, where kept."""
 
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor as stored; precise: the optimizer's fp32 copy of it, if there is one."""

@@ -84,12 +84,13 @@ class StoredWeights(Protocol):
 class WeightFiles:
     """The weights of a checkpoint, read on demand.
 
-    whole: tensor-parallel rank -> file, without a pipeline. layers: (layer, rank) -> file, with one.
+    whole: tensor-parallel rank -> file, without a pipeline.
     """
 
     directory: Path
     model_files: dict[int, Path]
     layers: dict[tuple[int, int], Path]
+    """(layer, rank) -> file, with one."""
     _open: dict[Path, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -182,8 +183,14 @@ def read_shards(
 ) -> dict[str, Tensor]:
     """The shards of the wanted tensors for one tensor-parallel rank, whatever the layout they were stored in.
 
-    summed: row-parallel biases are stored as parts of a sum. Raises RunError naming every tensor that is missing or
-    has another shape.
+    Raises RunError naming every tensor that is missing or has another shape.
+
+    Args:
+        stored: The weight files of a checkpoint.
+        requested: The tensors to read.
+        summed: row-parallel biases are stored as parts of a sum.
+        model_rank: Tensor-parallel rank of the reader.
+        model_size: Tensor-parallel degree of the reader.
     """
     keys = stored.keys()
     result: dict[str, Tensor] = {}

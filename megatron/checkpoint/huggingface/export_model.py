@@ -34,14 +34,12 @@ _CALLED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What changes no result and some programs that read the folder need.
-
-    zero_biases: attention has biases, of 0 where the model has none. own_head: the output layer is written as a matrix
-    of its own, where it is the embedding.
-    """
+    """What changes no result and some programs that read the folder need."""
 
     zero_biases: bool = False
+    """Attention has biases, of 0 where the model has none."""
     own_head: bool = False
+    """The output layer is written as a matrix of its own, where it is the embedding."""
 
     def applied(self, model: ModelSection) -> ModelSection:
         """The model section that the folder describes."""
@@ -55,13 +53,14 @@ PLAIN = ExportOptions()
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. rows: of the embedding. names: of the family and its class in transformers."""
+    """What was written."""
 
     family: str
     architecture: str
     tensors: int
     size: int
     rows: int
+    """Of the embedding. names: of the family and its class in transformers."""
 
 
 def export(
@@ -77,12 +76,19 @@ def export(
 ) -> Exported:
     """Writes the folder.
 
-    family_name: None chooses the first family that can express the model. precision: auto keeps each tensor's, as
-    transformers does, and config.json names the embedding's; fp32 takes the optimizer's fp32 copies where they were
-    kept. The factors of muP go into the weights, and so do low-rank updates. largest_file: [bytes]. special: ids for
-    config.json, such as eos_token_id. tokens: of the tokenizer; further rows of the embedding are padding, unless the
-    key vocab_size counts them. options: for other programs. Raises ConfigError naming each key that the family cannot
-    express.
+    Raises ConfigError naming each key that the family cannot express.
+
+    Args:
+        stored: The checkpoint.
+        output: The folder to write.
+        family_name: None chooses the first family that can express the model.
+        precision: Auto keeps each tensor's, as transformers does, and config.json names the embedding's; fp32 takes the
+            optimizer's fp32 copies where they were kept. The factors of muP go into the weights, and so do low-rank
+            updates.
+        largest_file: [bytes].
+        special: Ids for config.json, such as eos_token_id.
+        tokens: Of the tokenizer; further rows of the embedding are padding, unless the key vocab_size counts them.
+        options: For other programs.
     """
     ConfigError.raise_any(fold_misfits(stored.mup, stored.model))
     stored = merged(stored)

@@ -24,68 +24,69 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of ours and those of theirs that hold the same values.
-
-    ours: "<layer>.<name>". apart: ours -> theirs, in the order of their names; it works on shapes alone too (the meta
-    device). together: theirs -> ours. copies: their tensors must agree, and ours is any of them. turned: they keep a
-    matrix as [in, out].
-    """
+    """One tensor of ours and those of theirs that hold the same values."""
 
     ours: str
+    """"<layer>.<name>"."""
     theirs: tuple[str, ...]
     apart: Callable[[Tensor], Sequence[Tensor]]
+    """Ours -> theirs, in the order of their names; it works on shapes alone too (the meta device)."""
     together: Callable[[Sequence[Tensor]], Tensor]
+    """Theirs -> ours."""
     copies: bool = False
+    """Their tensors must agree, and ours is any of them."""
     turned: bool = False
+    """They keep a matrix as [in, out]."""
 
 
 @dataclass(frozen=True)
 class ExpertsMapping:
-    """How a family says that its blocks have experts.
-
-    misfits: what of a moe section its configuration cannot say. config: our section -> config.json.
-    """
+    """How a family says that its blocks have experts."""
 
     misfits: Callable[[MoeSection], list[ConfigIssue]]
+    """What of a moe section its configuration cannot say."""
     config: Callable[[MoeSection], Settings]
+    """Our section -> config.json."""
 
 
 @dataclass(frozen=True)
 class Mixers:
-    """How a family says that its blocks have no attention.
-
-    kinds: those it knows. misfits: what of a mixers section its configuration cannot say. config: our section ->
-    config.json.
-    """
+    """How a family says that its blocks have no attention."""
 
     kinds: frozenset[str]
+    """Those it knows."""
     misfits: Callable[[MixersSection], list[ConfigIssue]]
+    """What of a mixers section its configuration cannot say."""
     config: Callable[[MixersSection], Settings]
+    """Our section -> config.json."""
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One model type of `transformers`.
-
-    name: what `--architecture` calls it. model_type, architecture: in config.json. misfits: what of a model section
-    their configuration cannot say. config: our section and padded vocabulary -> config.json. settings: config.json ->
-    our keys; raises ConfigError where ours cannot say it. table: all tensors. spare: endings of their names that
-    hold no weights (masks, tables of frequencies) and are left out. prefix: what their names begin with in a model
-    with a head, which files of the bare model lack. experts: None where its blocks have none.
-    mixers: None where all of them have attention.
-    """
+    """One model type of `transformers`."""
 
     name: str
+    """What `--architecture` calls it."""
     model_type: str
+    """In config.json."""
     architecture: str
+    """In config.json."""
     misfits: Callable[[ModelSection], list[ConfigIssue]]
+    """What of a model section their configuration cannot say."""
     config: Callable[[ModelSection, int], Settings]
+    """Our section and padded vocabulary -> config.json."""
     settings: Callable[[Mapping[str, Any]], Settings]
+    """Config.json -> our keys; raises ConfigError where ours cannot say it."""
     table: Callable[[ModelDims], list[TensorMapping]]
+    """All tensors."""
     spare: tuple[str, ...] = ()
+    """Endings of their names that hold no weights (masks, tables of frequencies) and are left out."""
     prefix: str = ""
+    """What their names begin with in a model with a head, which files of the bare model lack."""
     experts: ExpertsMapping | None = None
+    """None where its blocks have none."""
     mixers: Mixers | None = None
+    """None where all of them have attention."""
 
 
 def same(ours: str, theirs: str) -> TensorMapping:

@@ -82,8 +82,11 @@ def ids_for_config(
 ) -> dict[str, int | list[int] | None]:
     """bos, eos and pad for config.json.
 
-    said: kept from the folder that a model came from, or empty. ends: of the run, which are first unless they are
-    among the kept ones. begin: of the tokenizer. vocabulary: rows of the embedding; further ids mean nothing.
+    Args:
+        said: Kept from the folder that a model came from, or empty.
+        ends: Of the run, which are first unless they are among the kept ones.
+        begin: Of the tokenizer.
+        vocabulary: Rows of the embedding; further ids mean nothing.
     """
     known = end_ids(said)
     found = [number for number in distinct([*known, *ends]) if number < vocabulary]

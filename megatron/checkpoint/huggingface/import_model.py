@@ -29,12 +29,14 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class Adopted:
-    """What was written. settings: the model as keys of a configuration. rows: of the embedding, padding included."""
+    """What was written."""
 
     directory: Path
     settings: dict[str, Any]
+    """The model as keys of a configuration."""
     tensors: int
     rows: int
+    """Of the embedding, padding included."""
 
 
 def adopt(
@@ -48,9 +50,16 @@ def adopt(
 ) -> Adopted:
     """Writes <save>/global_step0 and points `latest` at it.
 
-    model_size, pipe_size: the layout of the weight files, which any run reads. dtype: None keeps the stored one.
-    further: keys for the configuration that is kept with the checkpoint. Raises ConfigError or RunError for what cannot
-    be taken over: a setting, a tensor that is missing or left over, a shape.
+    Raises ConfigError or RunError for what cannot be taken over: a setting, a tensor that is missing or left over, a
+    shape.
+
+    Args:
+        folder: The folder that transformers wrote.
+        save: The save folder to write.
+        model_size: The layout of the weight files, which any run reads.
+        pipe_size: The layout of the weight files, which any run reads.
+        dtype: None keeps the stored one.
+        further: Keys for the configuration that is kept with the checkpoint.
     """
     settings = folder.settings() | {"vocab_size": folder.rows, "make_vocab_size_divisible_by": 1}
     flags = {**settings, "seq_length": settings["max_position_embeddings"], "user_script": "generate.py"}

@@ -44,12 +44,14 @@ def is_folder(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """Such a folder. config: the content of config.json, completed. tensors: name -> how to read it."""
+    """Such a folder."""
 
     path: Path
     config: dict[str, Any]
+    """The content of config.json, completed."""
     family: ModelFamily
     tensors: dict[str, Source]
+    """Name -> how to read it."""
 
     @staticmethod
     def open(path: Path) -> Folder:

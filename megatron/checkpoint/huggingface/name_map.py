@@ -22,32 +22,32 @@ from megatron.param_table import ModelDims
 
 @dataclass(frozen=True)
 class Names:
-    """What a family calls its tensors; projections and norms without the .weight or .bias at the end.
-
-    block: what the names inside a block begin with; {} stands for its number. attention: one projection for queries,
-    keys and values together, or three. by_head: where it is one, its rows stand head by head as ours do, not all
-    queries first. linear1: one matrix, or its plain half and the one that the activation sees. norm_values: our and
-    their names of what a norm holds. head_norms: those of queries and of keys. matrices_turned: they keep matrices as
-    [in, out]. experts: (dimensions, begin of our names, of theirs) -> the rows of a block's experts, where the family
-    has them.
-    """
+    """What a family calls its tensors; projections and norms without the .weight or .bias at the end."""
 
     embedding: str
     block: str
+    """What the names inside a block begin with; {} stands for its number."""
     input_norm: str
     attention: tuple[str, ...]
+    """One projection for queries, keys and values together, or three."""
     dense: str
     mlp_norm: str
     linear1: tuple[str, ...]
+    """One matrix, or its plain half and the one that the activation sees."""
     linear2: str
     final_norm: str
     head: str
     positions: str | None = None
     by_head: bool = True
+    """Where it is one, its rows stand head by head as ours do, not all queries first."""
     norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+    """Our and their names of what a norm holds."""
     matrices_turned: bool = False
+    """They keep matrices as [in, out]."""
     head_norms: tuple[str, str] | None = None
+    """Those of queries and of keys."""
     experts: Callable[[ModelDims, str, str], list[TensorMapping]] | None = None
+    """(dimensions, begin of our names, of theirs) -> the rows of a block's experts, where the family has them."""
 
     def table(self, dims: ModelDims) -> list[TensorMapping]:
         """Every tensor of a model of those dimensions."""

@@ -39,9 +39,15 @@ def export_adapter(
 ) -> Exported:
     """Writes the folder.
 
-    family_name, precision: as for a whole model. base_model: the name or folder under which peft finds the frozen model
-    by itself. Raises ConfigError where nothing was trained beside a frozen model, or naming each key that the family
-    cannot express.
+    Raises ConfigError where nothing was trained beside a frozen model, or naming each key that the family cannot
+    express.
+
+    Args:
+        stored: The checkpoint.
+        output: The folder to write.
+        family_name: As for a whole model.
+        precision: As for a whole model.
+        base_model: The name or folder under which peft finds the frozen model by itself.
     """
     updates, prompt = low_rank(stored.model.lora), soft_prompt(stored.model.soft_prompt_tuning)
     if updates is None and prompt is None:

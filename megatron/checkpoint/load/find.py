@@ -52,9 +52,15 @@ def find_intact(
 ) -> Path | None:
     """The checkpoint to read; None when the folder holds none. Collective: every rank looks at its share of the files.
 
-    fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged.
-    repair: a checkpoint that a crash left between two names gets its own back first; only where no other run saves
-    there. sharing: which ranks see the same folder, None for all. Raises RunError that names each damaged file.
+    Raises RunError that names each damaged file.
+
+    Args:
+        load: A save folder or one checkpoint.
+        iteration: The iteration to read; the newest if None.
+        fallback: `load_fallback`; "previous" takes the newest that is whole where the one that is meant is damaged.
+        repair: A checkpoint that a crash left between two names gets its own back first; only where no other run saves
+            there.
+        sharing: Which ranks see the same folder, None for all.
     """
     sharing = sharing or one_folder()
     if repair and sharing.leads:

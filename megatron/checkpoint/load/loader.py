@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_
 from megatron.checkpoint.load.model_check import same_model
 from megatron.checkpoint.load.mup_check import same_parametrisation
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
+from megatron.checkpoint.load.vocabulary import StoredEmbedding
 from megatron.checkpoint.remote.host_copy import by_host, copy_to_missing_hosts, one_folder
 from megatron.checkpoint.remote.s3_sync import fetch_missing
 from megatron.checkpoint.save.protocol import Checkpointable
 from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
-from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError, ConfigIssue, RunError
@@ -41,43 +41,29 @@ from megatron.tokenizer_info import TokenizerInfo
 
 _log = get_logger(__name__)
 
-MOST_PADDING = 1024
-"""Rows of an embedding beyond the tokenizer's: more of them are another vocabulary (the public default pads to
-128 times the tensor-parallel degree)."""
-
-
-class _Embedding(NamedTuple):
-    """The stored word embedding. rows: of all tensor-parallel ranks, padding included [tokens]."""
-
-    rows: int
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(weights: StoredWeights) -> _Embedding:
-        shards = weights.shards("0.word_embeddings.weight")
-        return _Embedding(sum(shard.shape[0] for shard in shards), shards[0].dtype)
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk, and what the configuration wants of it.
-
-    directory: its folder. with_optimizer, with_rng: whether those are restored (`finetune`, `no_load_optim`,
-    `no_load_rng`). table: the tensors of the model that will read it. weights: those that are stored. validated_in: the
-    reader's precision, where its logits are to be compared with the kept ones. optimizer_type: the reader's. may_add:
-    what is trained beside a frozen model may be missing, and starts anew.
-    """
+    """A whole checkpoint on the disk, and what the configuration wants of it."""
 
     directory: Path
+    """Its folder."""
     with_optimizer: bool
+    """Whether those are restored (`finetune`, `no_load_optim`, `no_load_rng`)."""
     with_rng: bool
+    """See `with_optimizer`."""
     from_start: bool
     summed_biases: bool
     table: tuple[TensorShape, ...]
+    """The tensors of the model that will read it."""
     weights: StoredWeights
+    """Those that are stored."""
     validated_in: str | None = None
+    """The reader's precision, where its logits are to be compared with the kept ones."""
     optimizer_type: str = "adam"
+    """The reader's."""
     may_add: bool = False
+    """What is trained beside a frozen model may be missing, and starts anew."""
 
     def optimizer(self) -> OptimizerState | None:
         """The stored optimizer state. RunError if it is wanted and not there, ConfigError if it is of another kind."""
@@ -117,8 +103,8 @@ class Checkpoint:
         return {key_of(shape): shape for shape in self.table}
 
     @cached_property
-    def _embedding(self) -> _Embedding:
-        return _Embedding.of(self.weights)
+    def _embedding(self) -> StoredEmbedding:
+        return StoredEmbedding.of(self.weights)
 
     @property
     def rows(self) -> int:
@@ -190,9 +176,14 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """The checkpoint that `load` and `iteration` name; None when `load` is not set. Collective.
 
-    tokenizer: the reader's, which must be the checkpoint's. A run whose `load` is the folder it saves to, and which
-    has saved nothing yet, starts fresh, and so does one that asks for it with `load_fallback`. Raises ConfigError
-    when there is nothing to load, and RunError when what is there is damaged.
+    Raises ConfigError when there is nothing to load, and RunError when what is there is damaged.
+
+    Args:
+        config: The run's configuration.
+        table: Tensors of the run's model.
+        tokenizer: The reader's, which must be the checkpoint's. A run whose `load` is the folder it saves to, and which
+            has saved nothing yet, starts fresh, and so does one that asks for it with `load_fallback`.
+        weights_only: Read neither optimizer nor random state.
     """
     section = config.checkpoint
     if section.load is None:
@@ -261,57 +252,6 @@ def _nothing(config: Config, root: Path) -> None:
             hint="correct the path, or set load_fallback: fresh to start from random weights",
         )
     _log.info("%s holds no checkpoint yet: starting fresh", root)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """rows: of the embedding. known: ids from here on are none that the model knows [tokens]."""
-
-    rows: int
-    known: int
-
-
-def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int, may_grow: bool = False) -> Rows:
-    """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
-
-    Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
-    divide are padded further. tokens: of the tokenizer; the key vocab_size says what else a model may have rows for,
-    as one that was taken over from a folder of another program says it. may_grow: whether tokens beyond the
-    checkpoint's rows get rows of their own; otherwise the model knows nothing of them.
-    """
-    stored = _stored_rows(config)
-    if stored is None:
-        return Rows(padded, tokens)
-    if tokens > stored:
-        if may_grow:
-            _log.info(
-                "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
-            )
-            return Rows(padded, tokens)
-        message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
-        _log.warning(message, tokens, stored)
-        return Rows(padded_vocab_size(stored, 1, model_size), stored)
-    taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
-    declared = taken_over or config.tokenizer.vocab_size
-    for size in (tokens, declared):
-        if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
-            return Rows(padded_vocab_size(stored, 1, model_size), tokens)
-    return Rows(padded, tokens)
-
-
-def _stored_rows(config: Config) -> int | None:
-    """Rows of the embedding in the checkpoint that `load` names, or an older one of that run; None if there is none."""
-    if config.checkpoint.load is None:
-        return None
-    root = Path(config.checkpoint.load)
-    if is_folder(root):
-        return Folder.open(root).rows
-    for directory in find.candidates(root, config.checkpoint.iteration):
-        try:
-            return _Embedding.of(WeightFiles.open(directory)).rows
-        except (RunError, OSError, KeyError):
-            continue  # it is damaged, which is reported when it is read
-    return None
 
 
 def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence[TensorShape]) -> dict[str, Tensor]:

@@ -33,8 +33,13 @@ def schedule_facts(schedule: ScheduleSection, optimizer: OptimizerSection) -> di
 def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, location: Path) -> Mapping:
     """The stored values, or the run's own where nothing is stored of a key.
 
-    stored, own: what `schedule_facts` gave then and now. take_stored: `use_checkpoint_lr_scheduler`. Raises ConfigError
-    for each key that differs, unless it is set.
+    Raises ConfigError for each key that differs, unless it is set.
+
+    Args:
+        stored: What `schedule_facts` gave then and now.
+        own: What `schedule_facts` gave then and now.
+        take_stored: `use_checkpoint_lr_scheduler`.
+        where: The checkpoint, for messages.
     """
     known = {key: stored[key] for key in own if key in stored}
     if not take_stored:

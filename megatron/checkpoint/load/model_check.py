@@ -73,8 +73,12 @@ _SAME = {"flash": "global", "te_rmsnorm": "rmsnorm", "te_layernorm": "layernorm"
 def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -> None:
     """ConfigError for each key that would make another model of the weights; a line for those that may be changed.
 
-    stored, own: flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
-    compared. finetune: training starts anew from the weights, so that every change is a warning and none is refused.
+    Args:
+        stored: Flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
+            compared.
+        own: See `stored`.
+        where: The checkpoint, for messages.
+        finetune: Training starts anew from the weights, so that every change is a warning and none is refused.
     """
     differing = list(_differing(_MODEL, stored, own))
     reported = [*(differing if finetune else []), *_differing(_ADJUSTED, stored, own)]

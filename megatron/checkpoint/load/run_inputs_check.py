@@ -38,8 +38,12 @@ def same_tokenizer(
 ) -> None:
     """ConfigError where the checkpoint's weights belong to another tokenizer.
 
-    stored: the checkpoint's facts, None where it has none. new_tokens: the weights may be tuned to another vocabulary
-    (`finetune`), which is a line in the log. trains: the end of a document matters, since it is in the data.
+    Args:
+        stored: The checkpoint's facts, None where it has none.
+        own: Tokenizer of this run.
+        where: The checkpoint, for messages.
+        new_tokens: The weights may be tuned to another vocabulary (`finetune`), which is a line in the log.
+        trains: The end of a document matters, since it is in the data.
     """
     if not stored:
         return
@@ -65,8 +69,11 @@ def same_data_order(
 ) -> None:
     """ConfigError for each fact by which the samples that follow would be others than those of the checkpoint's run.
 
-    stored: the checkpoint's facts, None where it has none. override: `override_data_order`, which makes it a line in
-    the log for each.
+    Args:
+        stored: The checkpoint's facts, None where it has none.
+        own: Data order of this run.
+        where: The checkpoint, for messages.
+        override: `override_data_order`, which makes it a line in the log for each.
     """
     if not stored:
         return

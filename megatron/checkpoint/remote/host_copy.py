@@ -32,10 +32,12 @@ CHUNK = 16 << 20  # [bytes] of a file sent at once
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which ranks see the same folder. rank: this one. groups: of all ranks, by the first of each."""
+    """Which ranks see the same folder."""
 
     rank: int
+    """This one."""
     groups: tuple[tuple[int, ...], ...]
+    """Of all ranks, by the first of each."""
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -107,7 +109,13 @@ def _grouped(folders: Sequence[object]) -> Sharing:
 def spread(items: Sequence[Item], source: Path, target: Path, receives: Callable[[Item], bool]) -> None:
     """Sends files from their owners' folder `source` into the folder `target` of those that receive them. Collective.
 
-    items: the same on every rank. Raises RunError on every rank where one cannot read or write.
+    Raises RunError on every rank where one cannot read or write.
+
+    Args:
+        items: The same on every rank.
+        source: Folder that this rank reads.
+        target: Folder that this rank writes.
+        receives: True if this rank writes the files of its host.
     """
     errors: list[OSError] = []
     rank = dist.get_rank()

@@ -21,10 +21,12 @@ _STREAMS = 4  # parts under way at a time
 
 @dataclass(frozen=True)
 class Bucket:
-    """A folder of a bucket. name: of the bucket. prefix: of its keys, "" or ending with a slash."""
+    """A folder of a bucket."""
 
     name: str
+    """Of the bucket."""
     prefix: str
+    """Of its keys, "" or ending with a slash."""
     client: Any
     transfer: Any
 

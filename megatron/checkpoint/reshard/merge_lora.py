@@ -25,10 +25,12 @@ from megatron.param_table import DOWN, UP, ModelDims, TensorShape, tensors
 
 @dataclass(frozen=True)
 class MergedModel(StoredModel):
-    """The plain model. source: the one with updates. asked: which they are."""
+    """The plain model."""
 
     source: StoredModel
+    """The one with updates."""
     asked: LowRank
+    """Which they are."""
 
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor with its update, in the type of the stored one; precise: in fp32, from fp32 copies."""

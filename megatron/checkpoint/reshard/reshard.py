@@ -28,8 +28,15 @@ def reshape(
 ) -> Path:
     """Writes <save>/global_step<N> of the same iteration and points `latest` at it; returns its folder.
 
-    model_size: tensor-parallel degree of the weight files; pipe_size: stages, 0 for files that hold all layers.
     Raises ConfigError where the sizes do not fit the model.
+
+    Args:
+        load: A save folder or one checkpoint.
+        save: The save folder to write.
+        model_size: tensor-parallel degree of the weight files.
+        pipe_size: Stages, 0 for files that hold all layers.
+        iteration: The iteration to read; the newest if None.
+        config_files: YAML files that describe the model; the checkpoint's own if empty.
     """
     stored = open_model(load, iteration=iteration, config_files=config_files)
     refuse_uneven(stored.table, model_size)

@@ -35,8 +35,16 @@ def write_weights(
 ) -> list[Written]:
     """The weight files of a run with those parallel sizes; pipe_size 0 is one file a tensor-parallel rank.
 
-    whole: gives the global tensor; called once a rank at most. summed: row-parallel biases are parts of a sum. facts:
-    what the model files say beside the weights. Holds about one layer at a time, and 1 GiB.
+    whole: gives the global tensor; called once a rank at most.
+
+    Args:
+        directory: The folder to write.
+        table: The tensors to write.
+        read_tensor: Reads one full tensor.
+        model_size: Tensor-parallel degree of the files.
+        pipe_size: Pipeline-parallel degree; 0 writes one file for each rank.
+        summed: row-parallel biases are parts of a sum.
+        facts: What the model files say beside the weights. Holds about one layer at a time, and 1 GiB.
     """
     written = []
     for rank in range(model_size):

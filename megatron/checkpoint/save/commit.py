@@ -84,9 +84,14 @@ def retain(
 ) -> None:
     """Removes the checkpoints before `newest` beyond the last `keep`, itself counted.
 
-    loaded: the one that this run started from, which stays. pending: those that are still being copied elsewhere, which
-    stay for now. spared: iterations that were asked for by number; they stay and do not count. Those after `newest` are
-    another run's and stay too. Each loses its name first, so that a crash leaves no half of one.
+    Args:
+        save: The save folder.
+        keep: How many checkpoints to keep; all if None.
+        newest: The iteration that is always kept.
+        loaded: The one that this run started from, which stays.
+        pending: Those that are still being copied elsewhere, which stay for now.
+        spared: Iterations that were asked for by number; they stay and do not count. Those after `newest` are another
+            run's and stay too. Each loses its name first, so that a crash leaves no half of one.
     """
     if not keep:
         return

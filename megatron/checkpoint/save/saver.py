@@ -39,16 +39,16 @@ from megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Counters:
-    """How far a run has come.
-
-    iteration: updates made or skipped [steps]. consumed_samples, consumed_tokens: training data used.
-    skipped: updates left out, such as those whose gradients overflowed [steps].
-    """
+    """How far a run has come."""
 
     iteration: int = 0
+    """Updates made or skipped [steps]."""
     consumed_samples: int = 0
+    """Training data used."""
     consumed_tokens: int = 0
+    """Training data used."""
     skipped: int = 0
+    """Updates left out, such as those whose gradients overflowed [steps]."""
 
 
 class Saver:

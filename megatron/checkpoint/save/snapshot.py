@@ -13,14 +13,12 @@ from megatron.checkpoint.format.files import Written
 
 @dataclass
 class Snapshot:
-    """Files of one rank by their name inside the checkpoint.
-
-    tensors: name -> makes what torch.save stores; the tensors it returns are copies in the host's memory. texts: name
-    -> content.
-    """
+    """Files of one rank by their name inside the checkpoint."""
 
     tensors: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Name -> makes what torch.save stores; the tensors it returns are copies in the host's memory."""
     texts: dict[str, str] = field(default_factory=dict)
+    """Name -> content."""
 
     def held(self) -> Snapshot:
         """The same with everything copied now, so that what the run does next changes nothing in it."""

@@ -23,10 +23,11 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a prepared folder holds. source: what it was made of, so that an older folder is recognised."""
+    """What a prepared folder holds."""
 
     corpus: str
     source: str
+    """What it was made of, so that an older folder is recognised."""
     train_documents: int
     train_bytes: int
     valid_documents: int
@@ -35,11 +36,12 @@ class About:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus. target: `module:function`, which takes the folder and returns an About. source: see About."""
+    """A corpus."""
 
     name: str
     doc: str
     target: str
+    """`module:function`, which takes the folder and returns an About. source: see About."""
 
     def prepare(self, folder: Path) -> About:
         """Writes the corpus into the folder. Raises ConfigError or RunError when its source cannot be had."""

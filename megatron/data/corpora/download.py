@@ -39,24 +39,25 @@ _AGENT = "neox"
 
 @dataclass(frozen=True)
 class DownloadSource:
-    """A file. urls: where it may be had, tried in order. sha256: of its content, where it is known.
-
-    member_sha1: of a zip file, the name of a member and the SHA-1 of its content, where those are what is published.
-    """
+    """A file."""
 
     name: str
     urls: tuple[str, ...]
+    """Where it may be had, tried in order."""
     sha256: str | None = None
+    """Of its content, where it is known."""
     member_sha1: tuple[str, str] | None = None
+    """Of a zip file, the name of a member and the SHA-1 of its content, where those are what is published."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """How far a download is [bytes]. total: None where the server does not say."""
+    """How far a download is [bytes]."""
 
     name: str
     done: int
     total: int | None
+    """None where the server does not say."""
 
 
 class _Gone(Exception):
@@ -77,8 +78,14 @@ def fetch(
 ) -> str:
     """Brings a file into the folder, unless it is there, and returns its SHA-256.
 
-    again: fetch it although it is there. first_wait: [s] before the second attempt.
     Raises RunError, with every source's reason, when it cannot be had, and when its checksum is not the known one.
+
+    Args:
+        source: The file.
+        folder: Where to put it.
+        again: Fetch it although it is there.
+        first_wait: [s] before the second attempt.
+        report: Called with the progress of the transfer.
     """
     target = folder / source.name
     sums = read_sums(folder)

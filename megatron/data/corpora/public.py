@@ -32,18 +32,17 @@ GPT2_MERGES = DownloadSource(
 
 @dataclass(frozen=True)
 class PublicCorpus:
-    """A corpus that is fetched.
-
-    folder: its name below the data directory, which is that of the token files too. documents: how many there are,
-    where it is known. workers: at most so many processes tokenise it.
-    """
+    """A corpus that is fetched."""
 
     name: str
     doc: str
     folder: str
+    """Its name below the data directory, which is that of the token files too."""
     sources: tuple[DownloadSource, ...]
     documents: int | None = None
+    """How many there are, where it is known."""
     workers: int | None = None
+    """At most so many processes tokenise it."""
 
 
 def _one(name: str, doc: str, *urls: str, folder: str | None = None, documents: int | None = None) -> PublicCorpus:

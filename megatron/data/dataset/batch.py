@@ -16,19 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The inputs and targets of one pass.
-
-    tokens and labels: int64 [b, s], labels being the tokens one place further on. loss_mask: float32 [b, s], 0 where a
-    label does not count; the label there is some valid id. document_starts: int64 [b, s], the place in the sequence
-    where the document of each token starts, where attention or positions are reset at it. rewards: float32 [b, s], that
-    of the document of each token, where there is reward data.
-    """
+    """The inputs and targets of one pass."""
 
     tokens: Tensor
+    """int64 [b, s], labels being the tokens one place further on."""
     labels: Tensor
+    """int64 [b, s], labels being the tokens one place further on."""
     loss_mask: Tensor
+    """float32 [b, s], 0 where a label does not count; the label there is some valid id."""
     document_starts: Tensor | None = None
+    """int64 [b, s], the place in the sequence where the document of each token starts, where attention or positions are
+    reset at it.
+    """
     rewards: Tensor | None = None
+    """float32 [b, s], that of the document of each token, where there is reward data."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The batch on a device."""
@@ -68,11 +69,18 @@ def make_batch(
 ) -> MicroBatch:
     """The micro-batch of some samples, int64 [b, s + 1].
 
-    eod_mask_loss: positions whose input token ends a document do not count; their label is the first token of another
-    document, which nothing announces. labels: int64 [b, s + 1], the samples with IGNORE_INDEX where a token is not
-    to be predicted; the samples themselves unless given. borders: bool [b, s + 1], True where a document starts;
-    documents then stay apart, those that an eod ends inside one included. rewards: float32 [b, s + 1]. prompt: places
-    before every sequence for the vectors of a learned prompt, where no label counts; the batch is [b, prompt + s].
+    Args:
+        samples: Tokens of the samples, [b, s + 1].
+        eod: The id that ends a document.
+        eod_mask_loss: Positions whose input token ends a document do not count; their label is the first token of
+            another document, which nothing announces.
+        labels: int64 [b, s + 1], the samples with IGNORE_INDEX where a token is not to be predicted; the samples
+            themselves unless given.
+        borders: Bool [b, s + 1], True where a document starts; documents then stay apart, those that an eod ends inside
+            one included.
+        rewards: float32 [b, s + 1].
+        prompt: Places before every sequence for the vectors of a learned prompt, where no label counts; the batch is
+            [b, prompt + s].
     """
     tokens = samples[:, :-1].contiguous()  # [b, s]
     targets = (samples if labels is None else labels)[:, 1:].contiguous()  # [b, s]

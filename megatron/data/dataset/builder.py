@@ -27,16 +27,14 @@ from megatron.tokenizer_info import TokenizerInfo
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve.
-
-    valid_sets: of each validation set by its name, where each is to have a loss of its own.
-    """
+    """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve."""
 
     train: BatchLoader | None
     valid: BatchLoader | None
     test: BatchLoader | None
     plan: DataPlan
     valid_sets: Mapping[str, BatchLoader] = field(default_factory=dict)
+    """Of each validation set by its name, where each is to have a loss of its own."""
 
 
 def build_data(
@@ -60,15 +58,26 @@ def build_data(
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
-    eod: the id that ends a document. seq_length: [tokens]. seed: of the sample order. micro_batch: samples of one rank
-    at once. *_samples: how many all ranks together will take over the whole run. is_builder: whether this rank writes
-    the index maps, one rank for each file system. barrier: returns when every rank has called it. train_epochs: passes
-    that the training data is laid out for; train_samples are at most those of epoch_samples. prompt: places before each
-    each sequence of seq_length tokens for the vectors of a learned prompt. tokenizer: of the run; data that is known to
-    come from another is refused. ids: those from here on are refused
-    where they are read; None stands for the tokenizer's.
     Raises ConfigError when no data is named, files are missing, a needed split is empty or another tokenizer made the
     data; RunError when a file is damaged.
+
+    Args:
+        data: The data section of the configuration.
+        eod: The id that ends a document.
+        seq_length: Length of a sequence [tokens].
+        seed: Seed of the sample order.
+        micro_batch: Samples of one rank in one forward pass.
+        data_rank: Data-parallel rank.
+        data_size: Data-parallel degree.
+        train_samples: Training samples of all ranks together over the run.
+        valid_samples: Validation samples of all ranks together.
+        test_samples: Test samples of all ranks together.
+        is_builder: Whether this rank writes the index maps, one rank for each file system.
+        barrier: Returns when every rank has called it.
+        train_epochs: Passes that the training data is laid out for; train_samples are at most those of epoch_samples.
+        prompt: Places before each each sequence of seq_length tokens for the vectors of a learned prompt.
+        tokenizer: Of the run; data that is known to come from another is refused.
+        ids: Those from here on are refused where they are read; None stands for the tokenizer's.
     """
     started = time.monotonic()
     num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))

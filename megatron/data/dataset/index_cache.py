@@ -30,23 +30,24 @@ PACKED = "packed"
 
 @dataclass(frozen=True)
 class IndexRequest:
-    """Everything that determines an index map.
-
-    name: of the split, such as train or valid_2. samples: how many are asked for, or None where passes are. epochs:
-    passes over the documents, for whole documents 0 where the samples decide. packing, chopped: of the documents, as
-    pack_impl and allow_chopped say. labels: the data set's labels, which decide which whole documents are used.
-    """
+    """Everything that determines an index map."""
 
     dataset: IndexedDataset
     name: str
+    """Of the split, such as train or valid_2."""
     documents: range
     seq_length: int
     samples: int | None
+    """How many are asked for, or None where passes are."""
     epochs: int
+    """Passes over the documents, for whole documents 0 where the samples decide."""
     seed: int
     packing: str = PACKED
+    """Of the documents, as pack_impl and allow_chopped say."""
     chopped: bool = True
+    """Of the documents, as pack_impl and allow_chopped say."""
     labels: IndexedDataset | None = None
+    """The data set's labels, which decide which whole documents are used."""
 
     @cached_property
     def stem(self) -> str:

@@ -71,8 +71,12 @@ def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: 
 def build_index_map(sizes: np.ndarray, documents: range, *, seq_length: int, epochs: int, seed: int) -> IndexMap:
     """The map of some of a data set's documents.
 
-    sizes: length of every document of the set [tokens]. documents: those to use. seed: of the two shuffles.
-    The documents must hold at least one token.
+    Args:
+        sizes: Length of every document of the set [tokens].
+        documents: Those to use.
+        seq_length: Length of a sample [tokens].
+        epochs: Passes over the documents.
+        seed: Of the two shuffles. The documents must hold at least one token.
     """
     generator = np.random.RandomState(seed)
     order = np.tile(np.arange(documents.start, documents.stop, dtype=np.int32), epochs)

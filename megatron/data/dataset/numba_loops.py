@@ -34,7 +34,11 @@ def greedy_order(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndar
 def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: np.ndarray) -> None:
     """Fills starts [n + 1, 2] with the position in the order and the offset of each sample's first token.
 
-    sizes: of all documents [tokens]. order: of the documents in the row; see index_map.py.
+    Args:
+        sizes: Of all documents [tokens].
+        order: Of the documents in the row; see index_map.py.
+        seq_length: Length of a sample [tokens].
+        starts: The array to fill, [samples + 1, 2].
     """
     from numba import njit
 

@@ -57,7 +57,14 @@ def build_unpacked_map(
 ) -> IndexMap:
     """The map of whole documents: `epochs` passes, or as many as give so many samples when epochs is 0.
 
-    usable: the documents to use, at least one. packed: as many documents in a sample as fit.
+    Args:
+        sizes: Lengths of all documents [tokens].
+        usable: The documents to use, at least one.
+        seq_length: Length of a sample [tokens].
+        packed: As many documents in a sample as fit.
+        seed: Seed of the order.
+        samples: Samples that are needed.
+        epochs: Passes over the documents; 0 for as many as the samples need.
     """
     generator = np.random.RandomState(seed)
     orders, firsts, shuffles = [], [], []

@@ -13,16 +13,16 @@ from megatron.errors import RunError
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The share of one rank.
-
-    total: samples in the data set. micro_batch: samples a rank takes at once. data_rank, data_size: its place among
-    the data-parallel ranks.
-    """
+    """The share of one rank."""
 
     total: int
+    """Samples in the data set."""
     micro_batch: int
+    """Samples a rank takes at once."""
     data_rank: int
+    """Its place among the data-parallel ranks."""
     data_size: int
+    """Its place among the data-parallel ranks."""
 
     def batches(self, consumed_samples: int) -> Iterator[range]:
         """The sample numbers of each micro-batch after so many samples were consumed by all ranks together.

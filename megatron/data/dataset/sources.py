@@ -26,19 +26,19 @@ REWARDS = {"train": "train_reward_data_paths", "valid": "valid_reward_data_paths
 
 @dataclass(frozen=True)
 class DataSource:
-    """A part of a split before its index map exists.
-
-    drawn: samples a blend takes from it. asked: samples its map must give, or None where the passes decide. name: for
-    file names. key: of the configuration that names it.
-    """
+    """A part of a split before its index map exists."""
 
     data: TokenSource
     documents: range
     weight: float
     name: str
+    """For file names."""
     key: str
+    """Of the configuration that names it."""
     asked: int | None = 0
+    """Samples its map must give, or None where the passes decide."""
     drawn: int = 0
+    """Samples a blend takes from it."""
 
     @property
     def dataset(self) -> IndexedDataset:
@@ -53,16 +53,15 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Split:
-    """A split before its index maps exist. order: of the blend, where there are several sources (blend_order).
-
-    epochs: passes over all documents; 0 where the samples decide.
-    """
+    """A split before its index maps exist."""
 
     name: str
     samples: int
     sources: tuple[DataSource, ...]
     order: tuple[np.ndarray, np.ndarray] | None = None
+    """Of the blend, where there are several sources (blend_order)."""
     epochs: int = 0
+    """Passes over all documents; 0 where the samples decide."""
 
 
 def read_splits(

@@ -29,35 +29,39 @@ class UnpackedSummary:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One data set of a split.
-
-    documents, tokens: those that the split may use. epochs: passes over them that the index map holds. samples: what
-    the map gives. samples_per_pass: samples of one pass. asked: how many the run will take from it. weight: its share
-    of the split [fraction].
-    bytes_per_token: UTF-8 bytes of text a token stands for, where the data set says so. digest: a fingerprint of the
-    tokens (data_order.py). whole: of samples of whole documents, what a pass makes of them.
-    """
+    """One data set of a split."""
 
     path: str
     documents: int
+    """Those that the split may use."""
     tokens: int
+    """Those that the split may use."""
     epochs: int
+    """Passes over them that the index map holds."""
     samples: int
+    """What the map gives."""
     samples_per_pass: float
+    """Samples of one pass."""
     asked: int
+    """How many the run will take from it."""
     weight: float
+    """Its share of the split [fraction]."""
     bytes_per_token: float | None
+    """UTF-8 bytes of text a token stands for, where the data set says so."""
     digest: str = ""
+    """A fingerprint of the tokens (data_order.py). whole: of samples of whole documents, what a pass makes of them."""
     unpacked: UnpackedSummary | None = None
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One of train, valid and test. samples: how many can be served; asked: how many the run wants."""
+    """One of train, valid and test."""
 
     name: str
     samples: int
+    """How many can be served."""
     asked: int
+    """How many the run wants."""
     seq_length: int
     sources: tuple[SourcePlan, ...]
 
@@ -107,12 +111,13 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The splits of a run, None where there is none. seconds: time to open the data and prepare the index maps [s]."""
+    """The splits of a run, None where there is none."""
 
     train: SplitPlan | None
     valid: SplitPlan | None
     test: SplitPlan | None
     seconds: float
+    """Time to open the data and prepare the index maps [s]."""
     warnings: tuple[str, ...] = ()
 
     def splits(self) -> Iterator[SplitPlan]:

@@ -32,21 +32,21 @@ NOBODY = ""
 
 @dataclass(frozen=True)
 class PlainText:
-    """The text of each key, in token files of its own; a record without text under one of them is left out.
-
-    keys: the fields of a JSON line that hold text; a line must have them all. append_eod: end each document with the
-    tokenizer's end-of-document id. repair: fix broken Unicode with ftfy first. sentences: parts a document into
-    sentences, which become its items. special: the texts of special tokens, so that documents which spell one are
-    counted. parse_special: what spells one becomes its id, and is no plain text.
-    """
+    """The text of each key, in token files of its own; a record without text under one of them is left out."""
 
     tokenizer: Encoding
     keys: tuple[str, ...] = ("text",)
+    """The fields of a JSON line that hold text; a line must have them all."""
     append_eod: bool = False
+    """End each document with the tokenizer's end-of-document id."""
     repair: bool = False
+    """Fix broken Unicode with ftfy first."""
     sentences: Sentences | None = None
+    """Parts a document into sentences, which become its items."""
     special: tuple[str, ...] = ()
+    """The texts of special tokens, so that documents which spell one are counted."""
     parse_special: bool = False
+    """What spells one becomes its id, and is no plain text."""
 
     @property
     def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:
@@ -126,13 +126,11 @@ def _joined(
 
 @dataclass(frozen=True)
 class LabelledText:
-    """The text of one key and its labels: no loss up to and including the first time that `pattern` occurs.
-
-    pattern: token ids. A document without it counts whole, and such documents are counted. The rest as for PlainText.
-    """
+    """The text of one key and its labels: no loss up to and including the first time that `pattern` occurs."""
 
     tokenizer: Encoding
     pattern: tuple[int, ...]
+    """Token ids. A document without it counts whole, and such documents are counted. The rest as for PlainText."""
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     repair: bool = False
@@ -215,20 +213,21 @@ class ReadConversation(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatText:
-    """Conversations, with loss on what one role says, and rewards where a key names them.
-
-    only_last: loss on the last turn alone. mask: False puts a loss on everything. for_reward_model: two ends of text
-    and a loss on the last one alone. reward_key, binary_reward: the field of a number, and whether it becomes 1 or -1.
-    """
+    """Conversations, with loss on what one role says, and rewards where a key names them."""
 
     template: Conversation
     keys: tuple[str, ...] = ("conversation",)
     role: str = "assistant"
     only_last: bool = False
+    """Loss on the last turn alone."""
     mask: bool = True
+    """False puts a loss on everything."""
     for_reward_model: bool = False
+    """Two ends of text and a loss on the last one alone."""
     reward_key: str | None = None
+    """The field of a number, and whether it becomes 1 or -1."""
     binary_reward: bool = False
+    """The field of a number, and whether it becomes 1 or -1."""
 
     @property
     def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:

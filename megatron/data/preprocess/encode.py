@@ -53,10 +53,11 @@ class InvalidDocument(Exception):
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """A skipped record. number: its line or document in the file, from 1; 0 for the entire file."""
+    """A skipped record."""
 
     name: str
     number: int
+    """Its line or document in the file, from 1; 0 for the entire file."""
     reason: str
     detail: str
 
@@ -67,10 +68,12 @@ class SkippedRecord:
 
 @dataclass
 class SkippedCounts:
-    """Records that gave no document. counts: how many for each reason. examples: the first, in words."""
+    """Records that gave no document."""
 
     counts: dict[str, int] = field(default_factory=dict)
+    """How many for each reason."""
     examples: list[str] = field(default_factory=list)
+    """The first, in words."""
 
     def add(self, record: SkippedRecord) -> None:
         """One more."""
@@ -90,38 +93,44 @@ class SkippedCounts:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The documents of one output of a block.
-
-    tokens: of all of them. sizes: of each item [tokens]. text_bytes: UTF-8 bytes of their text. items: of each
-    document, where documents have several. notes: documents with a remark, counted by remark.
-    """
+    """The documents of one output of a block."""
 
     tokens: np.ndarray
+    """Of all of them."""
     sizes: np.ndarray
+    """Of each item [tokens]."""
     text_bytes: int
+    """UTF-8 bytes of their text."""
     items: np.ndarray | None = None
+    """Of each document, where documents have several."""
     notes: Mapping[str, int] = field(default_factory=dict)
+    """Documents with a remark, counted by remark."""
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """What a block became. texts: one for each output. skipped: with numbers counted from the block's first record.
-
-    name, begins: of the block. documents: of each output. empty: documents without text. records: lines or documents
-    of the block, whatever became of them. content_bytes and read_bytes: of the block, for the progress line. notes: of
-    its texts.
-    """
+    """What a block became."""
 
     name: str
+    """Of the block."""
     begins: bool
+    """Of the block."""
     texts: tuple[EncodedText, ...]
+    """One for each output."""
     documents: int
+    """Of each output."""
     skipped: tuple[SkippedRecord, ...]
+    """With numbers counted from the block's first record."""
     empty: int
+    """Documents without text."""
     records: int
+    """Lines or documents of the block, whatever became of them."""
     content_bytes: int
+    """Of the block, for the progress line."""
     read_bytes: int
+    """Of the block, for the progress line."""
     notes: Mapping[str, int] = field(default_factory=dict)
+    """Of its texts."""
 
 
 class Recipe(Protocol):

@@ -52,41 +52,44 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class PreprocessProgress:
-    """How far the work is. content_bytes: text files' content so far [bytes]. fraction: of the input that is done, in
-    [0, 1]. seconds: since the start.
-    """
+    """How far the work is."""
 
     documents: int
     tokens: int
     content_bytes: int
+    """Text files' content so far [bytes]."""
     fraction: float
+    """Of the input that is done, in [0, 1]."""
     seconds: float
+    """Since the start."""
 
 
 @dataclass(frozen=True)
 class WrittenOutput:
-    """One pair of token files. prefix: their path without .bin and .idx."""
+    """One pair of token files."""
 
     name: str
     prefix: str
+    """Their path without .bin and .idx."""
     card: DatasetCard
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was done. empty: documents without text, which were left out. seconds: wall time [s], of which `starting`
-    passed before the first block came back. sidecar: the list of what was skipped, or None. notes: documents of which
-    with a remark, counted by remark.
-    """
+    """What was done."""
 
     outputs: tuple[WrittenOutput, ...]
     skipped: SkippedCounts
     empty: int
+    """Documents without text, which were left out."""
     content_bytes: int
     seconds: float
+    """Wall time [s], of which `starting` passed before the first block came back."""
     starting: float
     sidecar: str | None
+    """The list of what was skipped, or None."""
     notes: Mapping[str, int] = field(default_factory=dict)
+    """Documents of which with a remark, counted by remark."""
 
 
 def preprocess(
@@ -106,10 +109,21 @@ def preprocess(
     """Writes `<output_prefix>_<output>.bin` and `.idx`, and what is known about them as `.json`, for each output of the
     recipe; and `<output_prefix>_skipped.jsonl` with what gave no document, if anything.
 
-    strict: what gives no document ends the work. resume: go on where an interrupted work stopped. shard: this machine's
-    part. legacy: write the legacy format, with 4 bytes a token. mark_interval: [s] between two saved states.
     Raises ConfigError for options that contradict each other; RunError for damaged input, a full disk, a line that
     strict refuses, and when no document is left. Nothing appears under a final name unless all of it is written.
+
+    Args:
+        files: The input files.
+        recipe: Turns a record into tokens.
+        output_prefix: Prefix of the output files.
+        facts: The tokenizer, for the metadata.
+        workers: Worker processes.
+        strict: What gives no document ends the work.
+        resume: Go on where an interrupted work stopped.
+        shard: This machine's part.
+        legacy: Write the legacy format, with 4 bytes a token.
+        mark_interval: [s] between two saved states.
+        report: Called with the progress.
     """
     shard = shard or Shard()
     output_prefix = _checked(recipe, workers, output_prefix, shard)
@@ -146,15 +160,7 @@ def preprocess(
                 journal.remove()
             raise
         for writer, text_bytes in zip(writers, counts.text_bytes, strict=True):
-            writer.card = DatasetCard(
-                writer.documents,
-                writer.tokens,
-                text_bytes,
-                facts.kind,
-                facts.vocab_size,
-                facts.eod,
-                facts.fingerprint,
-            )
+            writer.card = _metadata(writer, text_bytes, facts)
     journal.remove()
     outputs = tuple(
         WrittenOutput(name, writer.prefix, writer.card)
@@ -165,6 +171,18 @@ def preprocess(
     starting = work.starting or 0.0
     return Result(
         outputs, counts.skipped, counts.empty, work.content_bytes, work.seconds, starting, skipped_path, counts.notes
+    )
+
+
+def _metadata(writer: DatasetWriter, text_bytes: int, facts: TokenizerInfo) -> DatasetCard:
+    return DatasetCard(
+        writer.documents,
+        writer.tokens,
+        text_bytes,
+        facts.kind,
+        facts.vocab_size,
+        facts.eod,
+        facts.fingerprint,
     )
 
 

@@ -31,22 +31,23 @@ _ENCRYPTED = 1  # bit of a zip member's flags
 
 @dataclass(frozen=True)
 class TextBlock:
-    """Some whole documents of a file.
-
-    name: the file, and the member of an archive. content: the bytes, or None when `length` bytes from `start` of the
-    file are meant. begins: whether it is the first of its file. read_bytes: bytes of all files, as they are on disk,
-    that were read when the block ended. lost: in place of documents, why what stands here (a member of an archive, or
-    the rest of a damaged file) gives none, as a reason and a detail.
-    """
+    """Some whole documents of a file."""
 
     name: str
+    """The file, and the member of an archive."""
     kind: Kind
     content: bytes | None
+    """The bytes, or None when `length` bytes from `start` of the file are meant."""
     start: int
     length: int
     begins: bool
+    """Whether it is the first of its file."""
     read_bytes: int
+    """Bytes of all files, as they are on disk, that were read when the block ended."""
     lost: tuple[str, str] | None = None
+    """In place of documents, why what stands here (a member of an archive, or the rest of a damaged file) gives none,
+    as a reason and a detail.
+    """
 
     def load(self) -> bytes:
         """The content, without a byte order mark. Raises RunError when the file changed while it was read."""
@@ -69,8 +70,13 @@ def read_blocks(files: Iterable[TextFile], block_bytes: int = BLOCK_BYTES) -> It
 
 
 def read_file(file: TextFile, block_bytes: int, before: int, span: range | None = None) -> Iterator[TextBlock]:
-    """The blocks of one file. before: [bytes] of the files before it. span: of an uncompressed file of lines, those
-    that start in it alone.
+    """The blocks of one file.
+
+    Args:
+        file: The file.
+        block_bytes: Size of a block [bytes].
+        before: [bytes] of the files before it.
+        span: Of an uncompressed file of lines, those that start in it alone.
     """
     if not file.bytes and file.kind is not Kind.FILE:
         yield TextBlock(str(file.path), Kind.FILE, b"", 0, 0, True, before, EMPTY_FILE)

@@ -24,21 +24,24 @@ from megatron.errors import ConfigError, RunError
 
 @dataclass
 class PreprocessCounts:
-    """Progress counters. blocks: that are done. record_name, record_base: the file that is being read
-    and its records in the blocks that are done. text_bytes: of each output. sidecar_bytes: of the list of skipped ones.
-    notes: documents with a remark, counted by remark.
-    """
+    """Progress counters."""
 
     outputs: int
     blocks: int = 0
+    """That are done."""
     content_bytes: int = 0
     empty: int = 0
     record_name: str = ""
+    """The file that is being read and its records in the blocks that are done."""
     record_base: int = 0
+    """See `record_name`."""
     sidecar_bytes: int = 0
+    """Of the list of skipped ones."""
     skipped: SkippedCounts = field(default_factory=SkippedCounts)
     text_bytes: list[int] = field(default_factory=list)
+    """Of each output."""
     notes: dict[str, int] = field(default_factory=dict)
+    """Documents with a remark, counted by remark."""
 
     def __post_init__(self) -> None:
         self.text_bytes = self.text_bytes or [0] * self.outputs

@@ -38,12 +38,14 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file to read. bytes: its size on disk. compressed: whether its content is not what is on disk."""
+    """A file to read."""
 
     path: Path
     kind: Kind
     bytes: int
+    """Its size on disk."""
     compressed: bool
+    """Whether its content is not what is on disk."""
 
 
 def kind_of(name: PurePath) -> tuple[Kind, str] | None:

@@ -1,0 +1,95 @@
+"""Rows of the embedding: those of the checkpoint to load, or those that the tokenizer needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles
+from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
+from megatron.checkpoint.load import find
+from megatron.config import Config
+from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.errors import RunError
+from megatron.log import get_logger
+
+_log = get_logger(__name__)
+
+MOST_PADDING = 1024
+"""Rows of an embedding beyond the tokenizer's: more of them are another vocabulary (the public default pads to
+128 times the tensor-parallel degree)."""
+
+
+class StoredEmbedding(NamedTuple):
+    """The stored word embedding. rows: of all tensor-parallel ranks, padding included [tokens]."""
+
+    rows: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(weights: StoredWeights) -> StoredEmbedding:
+        shards = weights.shards("0.word_embeddings.weight")
+        return StoredEmbedding(sum(shard.shape[0] for shard in shards), shards[0].dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Size of the vocabulary of a model."""
+
+    rows: int
+    """Rows of the embedding, padding included [tokens]."""
+    known: int
+    """Ids from here on are unknown to the model [tokens]."""
+
+
+def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int, may_grow: bool = False) -> Rows:
+    """Rows of the embedding: those of the checkpoint to load, where it has the same vocabulary, else `padded`.
+
+    Padding depends on the tensor-parallel degree, and a model must not change with it. Rows that the degree does not
+    divide are padded further.
+
+    Args:
+        config: The run's configuration.
+        padded: Rows that the tokenizer alone would need.
+        tokens: Of the tokenizer; the key vocab_size says what else a model may have rows for, as one that was taken
+            over from a folder of another program says it.
+        model_size: Tensor-parallel degree.
+        may_grow: Whether tokens beyond the checkpoint's rows get rows of their own; otherwise the model knows nothing
+            of them.
+    """
+    stored = _stored_rows(config)
+    if stored is None:
+        return Rows(padded, tokens)
+    if tokens > stored:
+        if may_grow:
+            _log.info(
+                "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
+            )
+            return Rows(padded, tokens)
+        message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
+        _log.warning(message, tokens, stored)
+        return Rows(padded_vocab_size(stored, 1, model_size), stored)
+    taken_over = stored if is_folder(Path(config.checkpoint.load or "")) else None
+    declared = taken_over or config.tokenizer.vocab_size
+    for size in (tokens, declared):
+        if size is not None and size <= stored < size + max(MOST_PADDING, padded - tokens + 1):
+            return Rows(padded_vocab_size(stored, 1, model_size), tokens)
+    return Rows(padded, tokens)
+
+
+def _stored_rows(config: Config) -> int | None:
+    """Rows of the embedding in the checkpoint that `load` names, or an older one of that run; None if there is none."""
+    if config.checkpoint.load is None:
+        return None
+    root = Path(config.checkpoint.load)
+    if is_folder(root):
+        return Folder.open(root).rows
+    for directory in find.candidates(root, config.checkpoint.iteration):
+        try:
+            return StoredEmbedding.of(WeightFiles.open(directory)).rows
+        except (RunError, OSError, KeyError):
+            continue  # it is damaged, which is reported when it is read
+    return None
