@@ -29,7 +29,7 @@ from megatron.data.dataset.blend import blend_order
 from megatron.data.dataset.gpt_dataset import PackedDataset, Samples
 from megatron.data.dataset.index_map import build_index_map, epochs_needed, sample_starts, samples_in
 from megatron.data.dataset.loader import BatchLoader
-from megatron.data.dataset.sampler import Sampler
+from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 
@@ -96,7 +96,7 @@ def ours(samples: Samples, folder: Path, weights: list[float], repeats: int) -> 
 
     def load() -> None:
         # The map itself is shuffled, so consecutive numbers are random samples.
-        for _ in BatchLoader(samples, Sampler(LOADED, MICRO_BATCH, 0, 1), eod=0, workers=1).batches():
+        for _ in BatchLoader(samples, BatchSampler(LOADED, MICRO_BATCH, 0, 1), eod=0, workers=1).batches():
             pass
 
     documents = np.load(folder / "documents.npz")

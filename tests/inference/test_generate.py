@@ -220,13 +220,13 @@ def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):
         return shared[-1]
 
     source = io.StringIO("hello\n\nwhat\nis it?<end>\n")
-    run_interactive(generator(engine), "\n", speaks=True, share=share, source=source, target=out)
+    run_interactive(generator(engine), "\n", is_main_rank=True, share=share, source=source, target=out)
     assert shared == ["hello", "what", "is it?<end>", None]
     answer = generator(engine).continue_text("hello", text_index=0).text
     assert out.getvalue().startswith(f"prompt> {answer}\nprompt> ")
     shared.clear()
     source.seek(0)
-    run_interactive(generator(engine), "<end>", speaks=True, share=share, source=source, target=out)
+    run_interactive(generator(engine), "<end>", is_main_rank=True, share=share, source=source, target=out)
     assert shared == ["hello\n\nwhat\nis it?", None]
 
 
@@ -236,7 +236,7 @@ def answers(engine, typed, interruption=None, **settings):
     run_interactive(
         TextGenerator(engine, Spelling(), Settings(**{**DEFAULTS, "sampling": Sampling(), **settings})),
         "\n",
-        speaks=True,
+        is_main_rank=True,
         share=lambda ask: ask(),
         interruption=interruption,
         source=io.StringIO("".join(line + "\n" for line in typed)),

@@ -107,7 +107,7 @@ def test_the_queue_is_bounded_and_closing_finishes_what_is_there(engine):
 def test_as_many_requests_as_rows_start_in_one_step(engine):
     """Also without a queue, and behind sequences that are removed."""
     orders = []
-    service = Service(worker(engine, rows=4), max_waiting=0, tell=orders.append)
+    service = Service(worker(engine, rows=4), max_waiting=0, publish=orders.append)
     entry = (PROMPTS[0], settings(), "", collecting([]))
     numbers = [service.submit([entry])[0] for _ in range(4)]
     with pytest.raises(QueueFull):
@@ -250,7 +250,7 @@ def test_where_ranks_share_a_model_its_errors_end_the_service():
 
 def test_other_ranks_follow_the_orders_of_the_first(engine):
     reported = []
-    service = Service(worker(engine, rows=2), max_waiting=9, tell=reported.append)
+    service = Service(worker(engine, rows=2), max_waiting=9, publish=reported.append)
     service.submit([(prompt, settings(), "", collecting([])) for prompt in PROMPTS])
     service.close()
     service.run()

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[3]
 WATCH = """
 import sys, threading, time
 sys.path.insert(0, ".")
-from megatron.checkpoint import rewrite
+from megatron.checkpoint.reshard import write_resharded
 from tools import convert_from_hf, convert_to_hf
 
-rewrite._IN_MEMORY = 16 << 20  # this model is smaller than 1 GiB
+write_resharded._IN_MEMORY = 16 << 20  # this model is smaller than 1 GiB
 
 def own_memory():
     lines = open("/proc/self/status").read().splitlines()
