@@ -195,7 +195,7 @@ def read_shards(
     keys = stored.keys()
     result: dict[str, Tensor] = {}
     errors: list[ConfigIssue] = []
-    where = str(stored.directory)
+    location = str(stored.directory)
     for shape in requested:
         key = key_of(shape)
         if key not in keys:

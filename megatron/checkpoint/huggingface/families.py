@@ -59,7 +59,7 @@ def _misfits(family: ModelFamily, model: ModelSection, moe: MoeSection, mixers: 
     return errors
 
 
-def family_of(theirs: Mapping[str, Any], where: str) -> ModelFamily:
+def family_of(theirs: Mapping[str, Any], location: str) -> ModelFamily:
     """The family that a config.json names. ConfigError when it is not one of ours."""
     for family in FAMILIES.values():
         if family.model_type == theirs.get("model_type"):

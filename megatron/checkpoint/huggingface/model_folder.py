@@ -238,11 +238,11 @@ def _files(path: Path, single: str, index: str) -> list[str]:
     if (path / single).is_file():
         return [single]
     settings = files.read_json(path / index)
-    where = settings.get("weight_map") if isinstance(settings, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        what = "it has no weight_map, which says where each tensor stands"
+    files_of = settings.get("weight_map") if isinstance(settings, dict) else None
+    if not isinstance(files_of, dict) or not all(isinstance(name, str) for name in files_of.values()):
+        what = "it has no weight_map, which says where each tensor is"
         raise RunError.of(what, location=str(path / index), hint=FETCH)
-    names = sorted(set(location.values()))
+    names = sorted(set(files_of.values()))
     what = f"this file is not there, which {index} names"
     absent = [name for name in names if not (path / name).is_file()]
     RunError.raise_any(

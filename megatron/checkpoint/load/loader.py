@@ -294,13 +294,13 @@ def _strangers(unexpected: list[str], missing: list[str], added: set[str], locat
         hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
     elif f"0.{PROMPT}" in unexpected:
         hint = "give the configuration the soft_prompt_tuning of the checkpoint"
-    message = {
+    groups = {
         "the checkpoint has tensors that the model lacks": unexpected,
         "the model has tensors that the checkpoint lacks": missing,
     }
     return [
-        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", location=where, hint=hint)
-        for what, names in message.items()
+        ConfigIssue(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", location=location, hint=hint)
+        for what, names in groups.items()
         if names
     ]
 

@@ -39,7 +39,7 @@ def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_s
         stored: What `schedule_facts` gave then and now.
         own: What `schedule_facts` gave then and now.
         take_stored: `use_checkpoint_lr_scheduler`.
-        where: The checkpoint, for messages.
+        location: The checkpoint, for messages.
     """
     known = {key: stored[key] for key in own if key in stored}
     if not take_stored:

@@ -77,7 +77,7 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
         stored: Flat keys of the checkpoint's configuration and of the reader's; keys that the stored one lacks are not
             compared.
         own: See `stored`.
-        where: The checkpoint, for messages.
+        location: The checkpoint, for messages.
         finetune: Training starts anew from the weights, so that every change is a warning and none is refused.
     """
     differing = list(_differing(_MODEL, stored, own))

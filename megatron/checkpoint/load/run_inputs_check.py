@@ -41,7 +41,7 @@ def same_tokenizer(
     Args:
         stored: The checkpoint's facts, None where it has none.
         own: Tokenizer of this run.
-        where: The checkpoint, for messages.
+        location: The checkpoint, for messages.
         new_tokens: The weights may be tuned to another vocabulary (`finetune`), which is a line in the log.
         trains: The end of a document matters, since it is in the data.
     """
@@ -72,7 +72,7 @@ def same_data_order(
     Args:
         stored: The checkpoint's facts, None where it has none.
         own: Data order of this run.
-        where: The checkpoint, for messages.
+        location: The checkpoint, for messages.
         override: `override_data_order`, which makes it a line in the log for each.
     """
     if not stored:
@@ -90,7 +90,7 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], location: Pa
         if then == now or _follows(name, stored, own):
             continue
         if name == "data_path":
-            what = f"the checkpoint {where} was trained on {_sets(then)}; these are {_sets(now)}"
+            what = f"the checkpoint {location} was trained on {_sets(then)}; these are {_sets(now)}"
             yield ConfigIssue(what, key="data_path", hint=_OVERRIDE_HINT)
         elif name == "passes":
             what = (
@@ -103,7 +103,7 @@ def _differences(stored: Mapping[str, Any], own: Mapping[str, Any], location: Pa
             what = f"the checkpoint's run read {then} documents of its data sets, this one reads {now}, by their labels"
             yield ConfigIssue(what, key=name, hint=_OVERRIDE_HINT)
         else:
-            what = f"the checkpoint {where} was trained with {then!r}, which gives another order of samples"
+            what = f"the checkpoint {location} was trained with {then!r}, which gives another order of samples"
             yield ConfigIssue(what, key=name, value=now, hint=_OVERRIDE_HINT)
 
 

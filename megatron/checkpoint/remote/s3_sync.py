@@ -193,7 +193,7 @@ def _listed(directory: Path, location: str) -> list[str]:
     except (KeyError, TypeError) as error:
         raise RunError.of("its manifest.json is no list of a checkpoint's files", location=location) from error
     RunError.raise_any(
-        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which is outside", location=where)
+        ConfigIssue(f"its manifest.json names {json.dumps(name)}, which is outside", location=location)
         for name in names
         if Path(name).is_absolute() or ".." in Path(name).parts
     )
