@@ -114,7 +114,7 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
             make_available(config.checkpoint, shared=config.data.use_shared_fs)
             tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
-            facts = facts_of(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
+            facts = describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)
             with watch.doing(ASKING):
                 work(engine, tokenizer, topology)

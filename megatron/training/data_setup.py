@@ -69,7 +69,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         barrier=barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
-        tokenizer=facts_of(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)),
+        tokenizer=describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)),
         ids=known_ids(tokenizer),
     )
     if data.train is None and wanted["train"]:
@@ -83,7 +83,7 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(facts_of(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)), order)
+    return RunInputs(describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)), order)
 
 
 def train_iters(config: Config) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.adapter_config import LowRank, low_rank, prompt_length
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.stored_model import StoredModel, choose, describe, open_model
-from megatron.checkpoint.reshard.reshard import facts_of, refuse_uneven
+from megatron.checkpoint.reshard.reshard import describe_tokenizer, refuse_uneven
 from megatron.checkpoint.reshard.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import serialize
@@ -93,7 +93,7 @@ def merge(
         raise RunError.of("the checkpoint is there already", location=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
-        facts = facts_of(plain, number, model_size)
+        facts = describe_tokenizer(plain, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
         written = write_weights(
             partial, plain.table, plain.full_tensor, summed=plain.model.gpt_j_residual, facts=facts, **sizes

@@ -47,7 +47,7 @@ def reshape(
     make_room(partial)
     try:
         summed = stored.model.gpt_j_residual
-        facts = facts_of(stored, number, model_size)
+        facts = describe_tokenizer(stored, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
         written = write_weights(partial, stored.table, stored.full_tensor, summed=summed, facts=facts, **sizes)
         written += _taken_over(stored.directory, partial)
@@ -71,7 +71,7 @@ def _uneven(table: Sequence[TensorShape], size: int) -> Iterator[ConfigIssue]:
             return
 
 
-def facts_of(stored: StoredModel, iteration: int, model_size: int) -> dict[str, object]:
+def describe_tokenizer(stored: StoredModel, iteration: int, model_size: int) -> dict[str, object]:
     """What the model files of a rewritten checkpoint say beside the weights."""
     run = stored.directory / layout.RUN
     counters = files.read_json(run)["counters"] if run.is_file() else {}
