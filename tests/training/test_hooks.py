@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.defaults.batch_rampup import Ramp
+from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError
@@ -139,7 +139,7 @@ def run(
         save_extra=(),
         samples=SAMPLES,
         micro_batches=1,
-        sizes=StepSizes(Ramp.of(SAMPLES, None), SAMPLES, lambda step: LENGTH, LENGTH),
+        sizes=StepSizes(BatchRampup.of(SAMPLES, None), SAMPLES, lambda step: LENGTH, LENGTH),
         flops=lambda length: 1.0,
         peak_flops=0.0,
     )
