@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp, leave
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp, reduce_from_tp
 
 
 @dataclass
@@ -101,7 +101,7 @@ class LayerNormMLP(Layer):
         else:
             normed = F.rms_norm(x, shape, self.layer_norm_weight, self.eps)
         inner = self.act(F.linear(gather_or_copy_to_tp(normed, self.axis), self.fc1_weight, self.fc1_bias))
-        out = leave(F.linear(inner, self.fc2_weight), self.axis)
+        out = reduce_from_tp(F.linear(inner, self.fc2_weight), self.axis)
         return out if self.fc2_bias is None else out + self.fc2_bias
 
 
