@@ -1,4 +1,4 @@
-"""argv -> Request: which script, which configuration files, which keys, and what to do with them."""
+"""Parses deepy.py's command line: script, configuration files, keys and switches."""
 
 from __future__ import annotations
 
@@ -39,28 +39,32 @@ AUTOTUNING = ("tune", "run")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one command line asks for. arguments: the command line itself, for the record.
-
-    errors: what is wrong with its flags, told together with what is wrong in the files.
-    """
+class LaunchRequest:
+    """A parsed command line."""
 
     script: Path
+    """The worker script."""
     files: tuple[str, ...]
+    """Configuration files."""
     flags: dict[str, Any]
+    """Key -> value."""
     dry_run: bool = False
+    """Whether to print the plan only."""
     as_json: bool = False
+    """Whether to print it as JSON."""
     arguments: tuple[str, ...] = ()
+    """The command line, for launches.jsonl."""
     issues: tuple[ConfigIssue, ...] = ()
+    """Errors of flags, reported together with those of the files."""
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks how to write it, or says nothing at all."""
+    """Returns whether the command line asks for help, or is empty."""
     return not arguments or "-h" in arguments or "--help" in arguments
 
 
-def read_request(arguments: Sequence[str]) -> Request:
-    """Reads deepy.py's command line. Raises ConfigError where no script can be found in it."""
+def read_request(arguments: Sequence[str]) -> LaunchRequest:
+    """Parses deepy.py's command line. Raises ConfigError when it has no valid script."""
     own = _own_flags(arguments)
     flags = read_flags(own.rest)
     unknown = [word for word in flags.rest if word.startswith("-")]
@@ -69,8 +73,8 @@ def read_request(arguments: Sequence[str]) -> Request:
     issues += [ConfigIssue(what, word, location=COMMAND_LINE, hint=hint) for word in unknown]
     words = [word for word in flags.rest if word not in unknown]
     if not words:
-        told = ConfigIssue("no script is named", location=COMMAND_LINE, hint="./deepy.py train.py CONF ...")
-        raise ConfigError(*issues, told)
+        issue = ConfigIssue("no script is named", location=COMMAND_LINE, hint="./deepy.py train.py CONF ...")
+        raise ConfigError(*issues, issue)
     script, *files = words
     try:
         path = find_script(script)
@@ -84,18 +88,24 @@ def read_request(arguments: Sequence[str]) -> Request:
         chosen["autotuning_run"] = own.values["autotuning"]
     folder = own.values.get("conf_dir")
     named = tuple(name if folder is None else str(Path(folder) / name) for name in files)
-    asked = own.switches
-    return Request(path, named, chosen, "dry_run" in asked, "json" in asked, tuple(arguments), tuple(issues))
+    switches = own.switches
+    return LaunchRequest(
+        path, named, chosen, "dry_run" in switches, "json" in switches, tuple(arguments), tuple(issues)
+    )
 
 
 @dataclass
 class _OwnFlags:
-    """The flags that are no configuration key, with their values; rest: all other arguments."""
+    """Flags that are no configuration key."""
 
     switches: set[str] = field(default_factory=set)
+    """Flags without a value."""
     values: dict[str, str] = field(default_factory=dict)
+    """Flags with a value."""
     rest: list[str] = field(default_factory=list)
+    """All other arguments."""
     issues: list[ConfigIssue] = field(default_factory=list)
+    """Errors of these flags."""
 
 
 def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
@@ -119,7 +129,7 @@ def _own_flags(arguments: Sequence[str]) -> _OwnFlags:
 
 
 def find_script(name: str) -> Path:
-    """The worker script of that name, here or in the checkout. Raises ConfigError where it is none."""
+    """Returns the worker script of that name, in this folder or the checkout. Raises ConfigError when there is none."""
     tried = [Path(name), Path(f"{name}.py"), CHECKOUT / name, CHECKOUT / f"{name}.py"]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""What deepy.py does: argv -> Request -> machines and Config -> plan -> run directory -> workers -> exit code."""
+"""Main program of deepy.py: parses arguments, resolves the Config, prints the plan, starts workers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from megatron.config import Config, serialize
 from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launcher import restart
-from megatron.launcher.arguments import USAGE, Request, read_request, wants_help
+from megatron.launcher.arguments import USAGE, LaunchRequest, read_request, wants_help
 from megatron.launcher.commands.local import (
     DEFAULT_PORT,
     Command,
     Rendezvous,
     local_command,
-    meeting_port,
+    rendezvous_port,
     torchrun_command,
 )
 from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, multi_host_command
 from megatron.launcher.dry_run import as_json, as_text, values_as_text
 from megatron.launcher.hosts import SCHEDULERS, Hosts, local_names
 from megatron.launcher.preflight import check, gpu_layers
-from megatron.launcher.rank_env import without_place
+from megatron.launcher.rank_env import without_rank_env
 from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
 from megatron.launcher.run_directory import (
     CONFIG_FILE,
@@ -34,7 +34,7 @@ from megatron.launcher.run_directory import (
     prepare_run_directory,
 )
 from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
-from megatron.launcher.supervisor import Network, Outcome, Supervisor, tell, terminal_environment
+from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads the plan has seen enough
+    except BrokenPipeError:  # the reader of the plan has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -72,22 +72,22 @@ def _run(arguments: Sequence[str]) -> int:
     return _launch(request, resolved, folder)
 
 
-def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
-    """Runs the workers, again and again while they fail and `max_restarts` allows; returns the exit code."""
+def _launch(request: LaunchRequest, resolved: Resolved, folder: Path) -> int:
+    """Runs the workers, and restarts them after failures up to `max_restarts` times; returns the exit code."""
     launch = resolved.resolution.config.launch
     by_ssh = launcher_of(launch) in OVER_SSH
     launched = time.time()
     outcome = _attempt(request, resolved, folder)
     for number in range(1, launch.max_restarts + 1):
-        if not restart.failed(outcome):
+        if not restart.should_restart(outcome):
             break
-        answers = restart.answers_ssh if by_ssh and not launch.no_ssh_check else None
-        goes_on = restart.resume_overrides(resolved.resolution.config, launched)
-        resolved = restart.resolve_again(request, resolved, os.environ, answers=answers, since=launched)
-        whence = "from its newest checkpoint" if goes_on else "from its beginning"
+        reachable = restart.is_reachable if by_ssh and not launch.no_ssh_check else None
+        resumes = restart.resume_overrides(resolved.resolution.config, launched)
+        resolved = restart.resolve_again(request, resolved, os.environ, reachable=reachable, since=launched)
+        start = "from its newest checkpoint" if resumes else "from its beginning"
         ranks = resolved.machines.world_size
         print(
-            f"restart {number} of {launch.max_restarts}: the run goes on {whence}, on {ranks} ranks",
+            f"restart {number} of {launch.max_restarts}: the run continues {start}, on {ranks} ranks",
             file=sys.stderr,
             flush=True,
         )
@@ -95,8 +95,8 @@ def _launch(request: Request, resolved: Resolved, folder: Path) -> int:
     return outcome.code
 
 
-def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
-    """Starts the workers, waits for them and tells how they ended."""
+def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcome:
+    """Starts the workers, waits for them and prints the outcome."""
     machines, config = resolved.machines, resolved.resolution.config
     refuse_unsupported(resolved.resolution)
     if machines.shortage is not None:
@@ -111,55 +111,55 @@ def _attempt(request: Request, resolved: Resolved, folder: Path) -> Outcome:
     )
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)
-    here = starts_here(machines, launcher, force=forced(config))
-    rendezvous = _rendezvous_for(resolved, caller, here=here)
+    local = is_local_launch(machines, launcher, force=force_multi_host(config))
+    rendezvous = _rendezvous_for(resolved, caller, local=local)
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
     sources = config.checkpoint.config_files or {}
-    network = None if here else Network.open()
+    network = None if local else Network.open()
     if network is not None:
-        towards = rendezvous.master_addr or (next(iter(machines.hosts)) if machines.named else None)
-        rendezvous = replace(rendezvous, supervisor=network.address(own_address(towards)))
+        remote = rendezvous.master_addr or (next(iter(machines.hosts)) if machines.named else None)
+        rendezvous = replace(rendezvous, supervisor=network.address(own_address(remote)))
     prepare_run_directory(folder, serialize.to_json(config), sources, ["deepy.py", *request.arguments])
     command = build_command(request, resolved, folder, rendezvous, caller)
     if command.hostfile is not None:
         (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")
-    environment = {**(without_place(caller) if here else caller), **command.environment, **terminal_environment()}
-    talks = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
+    environment = {**(without_rank_env(caller) if local else caller), **command.environment, **terminal_environment()}
+    interactive = Path(request.script).name == "generate.py" and config.generation.text_gen_type == "interactive"
     ranks = (
         len(machines.hosts[list(machines.hosts)[rendezvous.node]]) if launcher == "torchrun" else machines.world_size
     )
-    supervisor = Supervisor(ranks, interrupts_answers=talks, network=network)
+    supervisor = Supervisor(ranks, interrupts_answers=interactive, network=network)
     outcome = supervisor.run(command.argv, environment, folder / "launcher.log")
-    tell(outcome)
+    print_outcome(outcome)
     return outcome
 
 
-def forced(config: Config) -> bool:
-    """Whether a launcher for several hosts is to be used even for one."""
+def force_multi_host(config: Config) -> bool:
+    """Returns whether a launcher for several hosts is used even for one."""
     return config.launch.force_multi or config.launch.deepspeed_mpi
 
 
-def starts_here(machines: Hosts, launcher: str, *, force: bool = False) -> bool:
-    """Whether the workers are processes of this host, started without a tool for many hosts."""
+def is_local_launch(machines: Hosts, launcher: str, *, force: bool = False) -> bool:
+    """Returns whether the workers are started on this host, without a launcher for several hosts."""
     if launcher == "torchrun":
         return True
     return machines.is_local and len(machines.hosts) == 1 and not force and launcher not in SCHEDULERS
 
 
-def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, here: bool) -> Rendezvous:
-    """Where the ranks meet, once the launcher and its hosts have been found to be there. Raises ConfigError."""
+def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, local: bool) -> Rendezvous:
+    """Checks the launcher and its hosts; returns the rendezvous. Raises ConfigError."""
     launch, machines = resolved.resolution.config.launch, resolved.machines
     rendezvous = find_rendezvous(resolved, caller)
     given = resolved.resolution.origin["master_port"] != "default"
     if next(iter(machines.hosts)) in local_names():
-        rendezvous = replace(rendezvous, master_port=meeting_port(launch.master_port, given=given))
+        rendezvous = replace(rendezvous, master_port=rendezvous_port(launch.master_port, given=given))
     if rendezvous.launcher == "torchrun":
         node = node_number(list(machines.hosts), caller, local_names())
         if len(machines.hosts) > 1 and rendezvous.master_addr is None:
             what = "the hosts do not know where they meet"
             raise ConfigError.of(what, key="master_addr", hint="give the address of the first host")
         return replace(rendezvous, node=node)
-    if here:
+    if local:
         return rendezvous
     if rendezvous.launcher == "local":
         hosts = ", ".join(machines.hosts)
@@ -173,11 +173,11 @@ def _rendezvous_for(resolved: Resolved, caller: Mapping[str, str], *, here: bool
 
 
 def find_rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous:
-    """Where the ranks meet and who starts them, as far as the keys and the environment say."""
+    """Returns the rendezvous of keys and environment, without checks."""
     config, machines = resolved.resolution.config, resolved.machines
     launch, launcher = config.launch, launcher_of(config.launch)
-    # Ranks of one host meet there; what the environment says is of another job or another host.
-    alone = len(machines.hosts) == 1 and starts_here(machines, launcher, force=forced(config))
+    # On a single host the environment's MASTER_ADDR belongs to another job.
+    alone = len(machines.hosts) == 1 and is_local_launch(machines, launcher, force=force_multi_host(config))
     return Rendezvous(
         master_addr=launch.master_addr or (None if alone else caller.get("MASTER_ADDR")),
         master_port=launch.master_port or DEFAULT_PORT,
@@ -189,18 +189,26 @@ def find_rendezvous(resolved: Resolved, caller: Mapping[str, str]) -> Rendezvous
 
 
 def build_command(
-    request: Request, resolved: Resolved, folder: Path, rendezvous: Rendezvous, caller: Mapping[str, str]
+    request: LaunchRequest, resolved: Resolved, folder: Path, rendezvous: Rendezvous, caller: Mapping[str, str]
 ) -> Command:
-    """The command that starts the workers of this request."""
+    """Returns the command that starts the workers.
+
+    Args:
+        request: the parsed command line.
+        resolved: configuration and hosts.
+        folder: the run directory.
+        rendezvous: address, port and launcher.
+        caller: the environment of deepy.py.
+    """
     config, machines = resolved.resolution.config, resolved.machines
-    here = starts_here(machines, rendezvous.launcher, force=forced(config))
-    worker = (str(request.script), *_config_argument(config, folder, shared=here))
-    build = torchrun_command if rendezvous.launcher == "torchrun" else local_command if here else multi_host_command
+    local = is_local_launch(machines, rendezvous.launcher, force=force_multi_host(config))
+    worker = (str(request.script), *_config_argument(config, folder, shared=local))
+    build = torchrun_command if rendezvous.launcher == "torchrun" else local_command if local else multi_host_command
     return build(machines, rendezvous, worker, folder, caller)
 
 
 def _config_argument(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
-    """How the workers get the configuration: a file, or base64 text where their hosts share no file system."""
+    """Returns the arguments with the configuration: a file, or base64 text without a shared file system."""
     if shared or config.data.use_shared_fs:
         return "--run-config", str(folder / CONFIG_FILE)
     return "--megatron-config", serialize.encode(config.replace(log_dir=str(folder)))

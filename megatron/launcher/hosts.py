@@ -1,4 +1,4 @@
-"""Where the ranks run: a hostfile, the accelerators of this machine, or processes on its CPUs.
+"""Hosts and devices of the ranks: a hostfile, the accelerators of this host, or processes on its CPUs.
 
 Order: a hostfile (the key, then the environment's DLTS_HOSTFILE, then /job/hostfile), the scheduler where launcher
 names one, the local accelerators, CPU processes. Accelerators are counted from device files and environment variables,
@@ -21,27 +21,28 @@ from megatron.errors import ConfigError
 from megatron.launcher.rank_env import expand_hosts
 
 SCHEDULERS = frozenset(("slurm", "jsrun", "flux"))
-"""Launchers that know the hosts of a job by themselves."""
+"""Launchers that find the hosts of a job themselves."""
 DEFAULT_HOSTFILE = "/job/hostfile"
 LOCAL = "localhost"
-PROCESSES_PER_CORE = 4  # more CPU ranks than this a core would only stop the machine
+PROCESSES_PER_CORE = 4  # limit of CPU ranks per core
 Accelerator = Literal["cuda", "cpu"]
 Slots = dict[str, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """hosts: host -> device numbers (or names), one rank each, in rank order. accelerator: "cuda" or "cpu".
-
-    world_size: what the run is planned for; it differs from the number of slots only in a plan that cannot start here.
-    shortage: why it cannot start here, else None. named: the hosts' names are known; a scheduler may choose them later.
-    """
+    """Hosts of a run."""
 
     hosts: Slots
+    """Host -> device numbers or names, one rank each, in rank order."""
     accelerator: Accelerator
+    """Device of each rank."""
     world_size: int
+    """Planned number of ranks; differs from the number of slots only if the run cannot start here."""
     shortage: str | None = None
+    """The reason why the run cannot start here; None if it can."""
     named: bool = True
+    """Whether the names are known; a scheduler may choose them later."""
 
     @property
     def is_local(self) -> bool:
@@ -49,8 +50,8 @@ class Hosts:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The keys that say where to run, as the user gave them."""
+class HostSelection:
+    """Keys of the launch section that select hosts, see `megatron.config.schema.launch`."""
 
     hostfile: str | None = None
     include: str | None = None
@@ -61,70 +62,74 @@ class Wanted:
     launcher: str = "pdsh"
 
 
-def find_machines(wanted: Wanted, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Hosts:
-    """The machines of a run. Raises ConfigError for a missing or wrong hostfile and for slots that are not there."""
-    path = hostfile_in_use(wanted, environment)
+def find_hosts(selection: HostSelection, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Hosts:
+    """Finds the hosts of a run. Raises ConfigError for a missing or wrong hostfile and for missing slots."""
+    path = hostfile_in_use(selection, environment)
     if path is not None:
-        return _chosen(f"the hostfile {path}", _numbered(read_hostfile(path)), wanted, environment, devices)
-    if wanted.launcher in SCHEDULERS:
-        return _from_scheduler(wanted, environment, devices)
-    if wanted.launcher == "torchrun" and wanted.num_nodes > 1:
-        here = _on_this_machine(replace(wanted, num_nodes=-1, global_num_gpus=None), environment, devices)
-        hosts = {f"node-{number}": here.hosts[LOCAL] for number in range(wanted.num_nodes)}
+        return _select_hosts(
+            f"the hostfile {path}", _number_slots(read_hostfile(path)), selection, environment, devices
+        )
+    if selection.launcher in SCHEDULERS:
+        return _scheduler_hosts(selection, environment, devices)
+    if selection.launcher == "torchrun" and selection.num_nodes > 1:
+        here = _local_hosts(replace(selection, num_nodes=-1, global_num_gpus=None), environment, devices)
+        hosts = {f"node-{number}": here.hosts[LOCAL] for number in range(selection.num_nodes)}
         ranks = sum(len(slots) for slots in hosts.values())
         return Hosts(hosts, here.accelerator, ranks, here.shortage, named=False)
-    return _on_this_machine(wanted, environment, devices)
+    return _local_hosts(selection, environment, devices)
 
 
-def _numbered(counts: Mapping[str, int]) -> Slots:
+def _number_slots(counts: Mapping[str, int]) -> Slots:
     return {host: tuple(range(count)) for host, count in counts.items()}
 
 
-def _chosen(source: str, hosts: Slots, wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
-    """What the keys choose of the hosts that `source` offers."""
-    hosts = select_slots(hosts, wanted)
-    if wanted.num_nodes > len(hosts):
+def _select_hosts(
+    source: str, hosts: Slots, selection: HostSelection, environment: Mapping[str, str], devices: Path
+) -> Hosts:
+    """Applies the keys to the hosts of `source`."""
+    hosts = select_slots(hosts, selection)
+    if selection.num_nodes > len(hosts):
         raise ConfigError.of(
             f"{source} offers {len(hosts)} hosts",
             key="num_nodes",
-            value=wanted.num_nodes,
+            value=selection.num_nodes,
             hint="add hosts or ask for fewer",
         )
-    if wanted.num_nodes > 0:
-        hosts = dict(list(hosts.items())[: wanted.num_nodes])
-    if wanted.num_gpus is not None and wanted.num_gpus > 0:
-        hosts = {host: _first(slots, wanted.num_gpus, host) for host, slots in hosts.items()}
+    if selection.num_nodes > 0:
+        hosts = dict(list(hosts.items())[: selection.num_nodes])
+    if selection.num_gpus is not None and selection.num_gpus > 0:
+        hosts = {host: _first_slots(slots, selection.num_gpus, host) for host, slots in hosts.items()}
     ranks = sum(len(slots) for slots in hosts.values())
-    if wanted.global_num_gpus is not None and wanted.global_num_gpus != ranks:
+    if selection.global_num_gpus is not None and selection.global_num_gpus != ranks:
         raise ConfigError.of(
             f"{source} gives {ranks} ranks",
             key="global_num_gpus",
-            value=wanted.global_num_gpus,
+            value=selection.global_num_gpus,
             hint="leave the key out, or choose hosts with include, exclude, num_nodes and num_gpus",
         )
     return Hosts(hosts, _accelerator_of(hosts, environment, devices), ranks)
 
 
-def _from_scheduler(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
-    """The hosts of a scheduler's allocation; outside of one, as many as num_nodes says, whose names are not known."""
-    counts = allocated(environment) if wanted.launcher == "slurm" else {}
+def _scheduler_hosts(selection: HostSelection, environment: Mapping[str, str], devices: Path) -> Hosts:
+    """Returns the hosts of a scheduler's allocation; outside of one, num_nodes hosts without known names."""
+    counts = slurm_allocation(environment) if selection.launcher == "slurm" else {}
     if counts:
-        if wanted.num_gpus is not None and wanted.num_gpus > 0:
-            counts = dict.fromkeys(counts, wanted.num_gpus)
-        return _chosen("the allocation", _numbered(counts), wanted, environment, devices)
-    if wanted.num_nodes > 0 and wanted.num_gpus is not None and wanted.num_gpus > 0:
-        hosts = _numbered({f"node-{number}": wanted.num_gpus for number in range(wanted.num_nodes)})
+        if selection.num_gpus is not None and selection.num_gpus > 0:
+            counts = dict.fromkeys(counts, selection.num_gpus)
+        return _select_hosts("the allocation", _number_slots(counts), selection, environment, devices)
+    if selection.num_nodes > 0 and selection.num_gpus is not None and selection.num_gpus > 0:
+        hosts = _number_slots({f"node-{number}": selection.num_gpus for number in range(selection.num_nodes)})
         accelerator = _accelerator_of(hosts, environment, devices)
-        return Hosts(hosts, accelerator, wanted.num_nodes * wanted.num_gpus, named=False)
-    plan = _on_this_machine(wanted, environment, devices)
-    hint = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if wanted.launcher == "slurm" else "")
-    return replace(plan, shortage=f"nothing tells {wanted.launcher} which hosts to use; {hint}")
+        return Hosts(hosts, accelerator, selection.num_nodes * selection.num_gpus, named=False)
+    plan = _local_hosts(selection, environment, devices)
+    hint = "give num_nodes and num_gpus, or hostfile" + (", or use sbatch" if selection.launcher == "slurm" else "")
+    return replace(plan, shortage=f"the hosts for {selection.launcher} are not known; {hint}")
 
 
-def allocated(environment: Mapping[str, str]) -> dict[str, int]:
-    """The hosts of Slurm's allocation and the ranks for each; {} outside of one.
+def slurm_allocation(environment: Mapping[str, str]) -> dict[str, int]:
+    """Returns the hosts of Slurm's allocation with their ranks; {} outside of one.
 
-    As many as --ntasks-per-node asked for, else as the host has GPUs for the job, else as Slurm counts tasks.
+    The ranks are those of --ntasks-per-node, else the GPUs of the host for the job, else Slurm's count of tasks.
     """
     hosts = list(expand_hosts(environment.get("SLURM_JOB_NODELIST", "")))
     if not hosts:
@@ -139,22 +144,22 @@ def allocated(environment: Mapping[str, str]) -> dict[str, int]:
 
 
 def _accelerator_of(hosts: Slots, environment: Mapping[str, str], devices: Path) -> Accelerator:
-    """Other hosts are believed to have accelerators, unless DS_ACCELERATOR says what they have."""
+    """Returns the accelerator: DS_ACCELERATOR, else that of this host; other hosts are assumed to have GPUs."""
     if environment.get("DS_ACCELERATOR"):
         return "cpu" if environment["DS_ACCELERATOR"] == "cpu" else "cuda"
     here = all(host in local_names() for host in hosts)
     return "cuda" if not here or local_devices(environment, devices) else "cpu"
 
 
-def hostfile_in_use(wanted: Wanted, environment: Mapping[str, str]) -> Path | None:
-    """The hostfile that decides, if one does. Raises ConfigError where the one that is named does not exist."""
-    if wanted.launcher == "local" and wanted.hostfile is None:
+def hostfile_in_use(selection: HostSelection, environment: Mapping[str, str]) -> Path | None:
+    """Returns the hostfile to use, or None. Raises ConfigError when the given one does not exist."""
+    if selection.launcher == "local" and selection.hostfile is None:
         return None
-    if wanted.hostfile is not None:
-        path = Path(wanted.hostfile)
+    if selection.hostfile is not None:
+        path = Path(selection.hostfile)
         # The public configurations name the default even where it does not exist.
-        if not path.is_file() and wanted.hostfile != DEFAULT_HOSTFILE:
-            raise ConfigError.of("there is no such file", key="hostfile", value=wanted.hostfile)
+        if not path.is_file() and selection.hostfile != DEFAULT_HOSTFILE:
+            raise ConfigError.of("there is no such file", key="hostfile", value=selection.hostfile)
         return path if path.is_file() else None
     for name in (environment.get("DLTS_HOSTFILE"), DEFAULT_HOSTFILE):
         if name and Path(name).is_file():
@@ -163,7 +168,7 @@ def hostfile_in_use(wanted: Wanted, environment: Mapping[str, str]) -> Path | No
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Reads `host slots=N` lines; # starts a comment. Raises ConfigError with the line for anything else."""
+    """Parses `host slots=N` lines; # starts a comment. Raises ConfigError with the line for anything else."""
     hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         entry = line.partition("#")[0].strip()
@@ -174,18 +179,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if found is None or int(found[2]) == 0:
             raise ConfigError.of(f"this is not `host slots=N`: {entry}", key="hostfile", location=location)
         if found[1] in hosts:
-            raise ConfigError.of(f"the host {found[1]} stands here a second time", key="hostfile", location=location)
+            raise ConfigError.of(f"the host {found[1]} is listed twice", key="hostfile", location=location)
         hosts[found[1]] = int(found[2])
     if not hosts:
         raise ConfigError.of("no host in it", key="hostfile", value=str(path), hint="write `host slots=N` lines")
     return hosts
 
 
-def select_slots(hosts: Slots, wanted: Wanted) -> Slots:
-    """Applies include or exclude, `host:0,2@host2`: slots of a host, or all of them."""
-    if wanted.include and wanted.exclude:
-        raise ConfigError.of("include and exclude cannot both be given", key="include", value=wanted.include)
-    key, text = ("include", wanted.include) if wanted.include else ("exclude", wanted.exclude)
+def select_slots(hosts: Slots, selection: HostSelection) -> Slots:
+    """Applies include or exclude, `host:0,2@host2`: some slots of a host, or all of them."""
+    if selection.include and selection.exclude:
+        raise ConfigError.of("include and exclude cannot both be given", key="include", value=selection.include)
+    key, text = ("include", selection.include) if selection.include else ("exclude", selection.exclude)
     if not text:
         return hosts
     named: dict[str, set[int | str]] = {}
@@ -198,10 +203,10 @@ def select_slots(hosts: Slots, wanted: Wanted) -> Slots:
         slots = {int(slot) if slot.isdecimal() else slot for slot in listed.split(",")} if listed else set(hosts[host])
         missing = slots - set(hosts[host])
         if missing:
-            told = ", ".join(str(slot) for slot in sorted(missing, key=str))
-            raise ConfigError.of(f"{host} has no slot {told}", key=key, value=text)
+            listed = ", ".join(str(slot) for slot in sorted(missing, key=str))
+            raise ConfigError.of(f"{host} has no slot {listed}", key=key, value=text)
         named.setdefault(host, set()).update(slots)
-    keep = wanted.include is not None and bool(wanted.include)
+    keep = selection.include is not None and bool(selection.include)
     chosen = {
         host: tuple(slot for slot in slots if (slot in named.get(host, ())) == keep) for host, slots in hosts.items()
     }
@@ -211,30 +216,32 @@ def select_slots(hosts: Slots, wanted: Wanted) -> Slots:
     return chosen
 
 
-def _first(slots: tuple[int | str, ...], count: int, host: str) -> tuple[int | str, ...]:
+def _first_slots(slots: tuple[int | str, ...], count: int, host: str) -> tuple[int | str, ...]:
     if count > len(slots):
         raise ConfigError.of(f"{host} has {len(slots)} slots", key="num_gpus", value=count)
     return slots[:count]
 
 
-def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Path) -> Hosts:
-    if wanted.num_nodes > 1:
+def _local_hosts(selection: HostSelection, environment: Mapping[str, str], devices: Path) -> Hosts:
+    if selection.num_nodes > 1:
         raise ConfigError.of(
-            "more than one host needs a hostfile", key="num_nodes", value=wanted.num_nodes, hint="give hostfile"
+            "more than one host needs a hostfile", key="num_nodes", value=selection.num_nodes, hint="give hostfile"
         )
     found = local_devices(environment, devices)
     accelerator: Accelerator = "cuda" if found else "cpu"
-    slots = select_slots({LOCAL: found}, wanted)[LOCAL] if found else ()
-    if (wanted.include or wanted.exclude) and not found:
-        key, value = ("include", wanted.include) if wanted.include else ("exclude", wanted.exclude)
+    slots = select_slots({LOCAL: found}, selection)[LOCAL] if found else ()
+    if (selection.include or selection.exclude) and not found:
+        key, value = ("include", selection.include) if selection.include else ("exclude", selection.exclude)
         what = "this machine has no accelerators to choose from"
         raise ConfigError.of(what, key=key, value=value, hint="leave it out, or give hostfile; num_gpus sets the ranks")
-    asked = wanted.global_num_gpus or (wanted.num_gpus if wanted.num_gpus and wanted.num_gpus > 0 else None)
+    requested = selection.global_num_gpus or (
+        selection.num_gpus if selection.num_gpus and selection.num_gpus > 0 else None
+    )
     if accelerator == "cuda":
-        world_size, available = asked or len(slots), len(slots)
+        world_size, available = requested or len(slots), len(slots)
         shortage = f"this machine offers {available} accelerators"
     else:
-        world_size, available = asked or 1, PROCESSES_PER_CORE * core_count()
+        world_size, available = requested or 1, PROCESSES_PER_CORE * core_count()
         slots = tuple(range(min(world_size, available)))
         shortage = f"this machine has no accelerator, and {core_count()} CPU cores cannot carry so many processes"
     if world_size <= available:
@@ -244,9 +251,9 @@ def _on_this_machine(wanted: Wanted, environment: Mapping[str, str], devices: Pa
 
 
 def local_devices(environment: Mapping[str, str], devices: Path = Path("/dev")) -> tuple[int | str, ...]:
-    """The accelerators that this process may use, from CUDA_VISIBLE_DEVICES or /dev/nvidia<N>; () where there are none.
+    """Returns the accelerators that this process may use, from CUDA_VISIBLE_DEVICES or /dev/nvidia<N>.
 
-    There are none for DS_ACCELERATOR=cpu and for a torch that was built for CPUs only.
+    () without accelerators, for DS_ACCELERATOR=cpu, and for a CPU build of torch.
     """
     if environment.get("DS_ACCELERATOR", "cuda") != "cuda" or _torch_is_for_cpus():
         return ()
@@ -268,11 +275,11 @@ def _torch_is_for_cpus() -> bool:
 
 
 def core_count() -> int:
-    """The CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def local_names() -> frozenset[str]:
-    """Names under which this host may be in a hostfile."""
+    """Returns the names of this host in a hostfile."""
     name = socket.gethostname()
     return frozenset({LOCAL, "127.0.0.1", "::1", name, name.partition(".")[0]})

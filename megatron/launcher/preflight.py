@@ -1,7 +1,7 @@
-"""What must be there before workers start, said in a sentence instead of a traceback from within them.
+"""Checks dependencies before starting workers and reports them as config errors.
 
-DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library
-stays in a cache (see extensions.py); from then on only ninja is asked, whether it is up to date.
+DeepSpeed compiles its CPU collectives once, on first use, with g++, ninja and Python's headers. The compiled library is
+cached (see extensions_dir.py); from then on only ninja is needed, to check whether it is up to date.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron.errors import ConfigError, ConfigIssue
 from megatron.extensions_dir import extensions_folder
 
 CPU_OP = "deepspeed_shm_comm"
-CPU_FACTS = Path("/proc/cpuinfo")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 FP16_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}
-"""What Linux calls arithmetic in fp16 among a processor's abilities, on x86 and on ARM."""
+"""Names of fp16 arithmetic in /proc/cpuinfo, on x86 and on ARM."""
 
 
 def check(
@@ -37,16 +37,21 @@ def check(
     zero: Mapping[str, Any] | None = None,
     gpu_layers: Iterable[str] = (),
 ) -> None:
-    """Raises ConfigError for everything that is missing, all at once.
+    """Raises ConfigError with everything that is missing.
 
-    zero: the ZeRO block. gpu_layers: keys that ask for layers which only a GPU computes.
+    Args:
+        accelerator: "cuda" or "cpu".
+        environment: of the workers.
+        precision: the key precision.
+        zero: the ZeRO block.
+        gpu_layers: keys of layers that need a GPU.
     """
     missing = [
         ConfigIssue(f"the package {name} is not installed", hint="pip install -r requirements/requirements.txt")
         for name in ("torch", "deepspeed")
         if find_spec(name) is None
     ]
-    if accelerator == "cpu" and precision == "fp16" and not computes_in_fp16(CPU_FACTS):
+    if accelerator == "cpu" and precision == "fp16" and not computes_in_fp16(CPUINFO):
         missing.append(
             ConfigIssue(
                 "this processor does not compute in fp16",
@@ -67,14 +72,14 @@ def check(
 
 
 def gpu_layers(config: Config, script: str | Path) -> tuple[str, ...]:
-    """Keys that ask for layers which only a GPU computes; only training uses them."""
+    """Returns the keys of layers that need a GPU; only training uses them."""
     return config.transformer_engine.layers if Path(script).name == "train.py" else ()
 
 
-def computes_in_fp16(facts: Path) -> bool:
-    """Whether the processor has arithmetic in fp16. facts: the kernel's list of its abilities."""
+def computes_in_fp16(cpuinfo: Path) -> bool:
+    """Returns whether the CPU has fp16 arithmetic. cpuinfo: /proc/cpuinfo."""
     try:
-        text = facts.read_text(encoding="utf-8")
+        text = cpuinfo.read_text(encoding="utf-8")
     except OSError:
         return False
     lines = [line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))]
@@ -82,7 +87,7 @@ def computes_in_fp16(facts: Path) -> bool:
 
 
 def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
-    """What offloading to a disk needs: DeepSpeed compiles its reader and writer against libaio."""
+    """Returns the issues of offloading to a disk: DeepSpeed compiles its I/O against libaio."""
     flags = [*shlex.split(environment.get("CFLAGS", "")), *shlex.split(environment.get("LDFLAGS", ""))]
     command = [environment.get("CXX") or "g++", "-x", "c++", "-", "-o", os.devnull, *flags, "-laio"]
     program = "#include <libaio.h>\nint main() { io_context_t context = 0; return io_setup(1, &context); }\n"
@@ -99,12 +104,12 @@ def missing_for_disk(environment: Mapping[str, str]) -> list[ConfigIssue]:
 
 
 def op_folder(environment: Mapping[str, str]) -> Path:
-    """Where DeepSpeed's compiled CPU collectives are kept."""
+    """Returns the folder of DeepSpeed's compiled CPU collectives."""
     return extensions_folder(environment) / CPU_OP
 
 
 def missing_for_build(environment: Mapping[str, str], *, built: bool) -> list[ConfigIssue]:
-    """Which of the tools for DeepSpeed's one-time build are not there. built: it has been done before."""
+    """Returns the issues of DeepSpeed's build. built: whether the library exists."""
     purpose = "DeepSpeed compiles its CPU collectives once, and needs it"
     # Workers look in the interpreter's own folder first, as in an activated virtual environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])

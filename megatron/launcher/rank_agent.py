@@ -1,22 +1,20 @@
-"""Stands between DeepSpeed's launcher and one worker: relays its output, its signals and its exit code.
+"""Agent of one rank: the process between DeepSpeed's launcher and a worker.
 
     python -m megatron.launcher.rank_agent [--log-dir DIR] [NAME=VALUE ...] SCRIPT ARGUMENT...
 
-DeepSpeed's launcher starts one of these per rank. It exists for what that launcher does not do:
-- a worker killed by a signal must not look like success: the launcher exits 0 for a negative child code, so the code
-  handed up here is 128 + signal, as a shell counts;
-- a stop signal must reach the worker alone: the launcher would terminate everything and kill it after 30 seconds, a
-  checkpoint being written or not. deepy.py tells this process over a socket, and this process tells the worker;
-- every rank's output is kept in DIR/rank_N.log, and rank 0's is shown live on deepy.py's own terminal, whose file
-  descriptors come over the same socket;
-- nobody is orphaned: when the launcher ends the kernel tells this process (PR_SET_PDEATHSIG), which takes the worker
-  and what that has started with it; when this process is killed the worker is too; and the socket's end means that
-  deepy.py is gone.
+It relays output, signals and the exit code, which DeepSpeed's launcher does not do correctly:
+- exit codes: the launcher exits 0 for a negative code of a child, so the agent returns 128 + signal, like a shell;
+- stop signals: the launcher would terminate everything and kill it after 30 seconds, even while a checkpoint is
+  written. deepy.py sends them to the agent over a socket, and the agent sends them to the worker only;
+- output: every rank's is written to DIR/rank_N.log, and rank 0's is shown on deepy.py's terminal, whose file
+  descriptors are passed over the same socket;
+- orphans: when the launcher ends, the kernel signals the agent (PR_SET_PDEATHSIG), which kills the worker and its
+  children; when the agent is killed the worker is too; and when the socket closes, deepy.py has ended.
 
-On other hosts the socket is a TCP connection, and rank 0's output goes the way that the launcher there carries it.
-The socket speaks JSON lines. Up: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. Down: one byte with the
-terminal's descriptors (rank 0), then {"signal"}. Where no connection is possible all the rest works.
-Little is imported: this is in front of every start.
+On other hosts the socket is a TCP connection, and rank 0's output is shown by the launcher there. Messages are JSON
+lines. To deepy.py: {"rank"}, {"rank", "pid"}, then {"rank", "code", "tail"}. From deepy.py: one byte with the
+descriptors of the terminal (rank 0), then {"signal"}. Without a connection everything else works.
+Imports only the standard library, to keep start-up fast.
 """
 
 from __future__ import annotations
@@ -53,17 +51,17 @@ ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def shell_code(returncode: int) -> int:
-    """A process's exit code as a shell counts it: 128 + n for one that signal n killed."""
+    """Returns the exit code of a shell: 128 + n for a process that was killed by signal n."""
     return 128 - returncode if returncode < 0 else returncode
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Asks the kernel to send this process a signal when its parent ends, however that comes about."""
+    """Asks the kernel to send this process a signal when its parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
 
 
 class SupervisorConnection:
-    """The socket to deepy.py; every method does nothing where there is none."""
+    """The socket to deepy.py; without one every method does nothing."""
 
     def __init__(self, rank: int, address: str | None) -> None:
         self.rank = rank
@@ -71,36 +69,38 @@ class SupervisorConnection:
         self.socket: socket.socket | None = None
         self._pending = b""
         if address and address.startswith(NETWORK):
-            self._connect_from_afar(address)
+            self._connect_tcp(address)
         elif address:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(address)
-            self.tell()
+            self.send()
             _, self.terminal, _, _ = socket.recv_fds(self.socket, 1, 3)
 
-    def _connect_from_afar(self, address: str) -> None:
+    def _connect_tcp(self, address: str) -> None:
         """From another host, by tcp://HOST:PORT/WORD; the word shows that this is a rank of that launch."""
-        place, _, word = address.removeprefix(NETWORK).partition("/")
-        host, _, port = place.rpartition(":")
+        endpoint, _, token = address.removeprefix(NETWORK).partition("/")
+        host, _, port = endpoint.rpartition(":")
         try:
             self.socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
         except OSError as error:
-            told = f"rank {self.rank}: deepy.py cannot be reached at {place} ({error}); a stop signal will not arrive"
-            print(told, file=sys.stderr, flush=True)
+            warning = (
+                f"rank {self.rank}: deepy.py cannot be reached at {endpoint} ({error}); a stop signal will not arrive"
+            )
+            print(warning, file=sys.stderr, flush=True)
             return
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, seconds in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
             self.socket.setsockopt(socket.IPPROTO_TCP, option, seconds)
-        self.tell(word=word, host=os.uname().nodename)
+        self.send(token=token, host=os.uname().nodename)
 
-    def tell(self, **facts: Any) -> None:
+    def send(self, **message: Any) -> None:
         if self.socket is not None:
             with suppress(OSError):
-                self.socket.sendall(json.dumps({"rank": self.rank, **facts}).encode() + b"\n")
+                self.socket.sendall(json.dumps({"rank": self.rank, **message}).encode() + b"\n")
 
-    def orders(self) -> list[dict[str, Any]] | None:
-        """What deepy.py asked for since the last call; None when it is gone."""
+    def commands(self) -> list[dict[str, Any]] | None:
+        """Returns the commands received since the last call; None when deepy.py has ended."""
         assert self.socket is not None
         try:
             received = self.socket.recv(CHUNK)
@@ -112,8 +112,8 @@ class SupervisorConnection:
         return [json.loads(line) for line in lines]
 
 
-class Record:
-    """A worker's output: the log file, the last lines, and the terminal where there is one."""
+class OutputLog:
+    """Output of a worker: its log file, its last lines, and the terminal if there is one."""
 
     def __init__(self, log: Path | None) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -123,23 +123,23 @@ class Record:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._log = log.open("ab", buffering=0)
 
-    def take(self, data: bytes, source: int, shown_on: int | None) -> None:
-        """Files away what came from `source`, a descriptor, and shows it."""
+    def write(self, data: bytes, source: int, shown_on: int | None) -> None:
+        """Stores data read from the descriptor `source`, and shows it."""
         if shown_on is not None:
             with suppress(OSError):  # the reader of a pipe may have left
                 _write_all(shown_on, data)
         *lines, self._partial[source] = (self._partial.get(source, b"") + data).split(b"\n")
         for line in lines:
-            self._keep(line)
+            self._write_line(line)
 
     def finish(self) -> None:
         for line in self._partial.values():
             if line:
-                self._keep(line)
+                self._write_line(line)
         self._partial = {}
 
-    def _keep(self, line: bytes) -> None:
-        """One line as it was at last: a live line rewrites itself after carriage returns."""
+    def _write_line(self, line: bytes) -> None:
+        """Writes the final form of a line: a live line is rewritten after carriage returns."""
         plain = ESCAPES.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
         self.tail.append(plain.decode(errors="replace"))
         if self._log is not None:
@@ -155,11 +155,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
             time.sleep(0.01)
 
 
-class Worker:
+class WorkerProcess:
     """The worker process and the loop that serves it."""
 
-    def __init__(self, command: list[str], link: SupervisorConnection, record: Record) -> None:
-        self._link, self._record = link, record
+    def __init__(self, command: list[str], link: SupervisorConnection, output: OutputLog) -> None:
+        self._link, self._output = link, output
         shown = dict(zip((0, 1, 2), link.terminal, strict=False))
         if not shown and link.rank == 0 and (link.socket is None or link.socket.family != socket.AF_UNIX):
             shown = {0: 0, 1: 1, 2: 2}
@@ -169,15 +169,15 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
-            process_group=0,  # so that what a worker leaves behind can be ended with it
+            process_group=0,  # so that children of the worker can be killed with it
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         self._outputs = {self.process.stdout.fileno(): shown.get(1), self.process.stderr.fileno(): shown.get(2)}
         signal.signal(PARENT_GONE, self._abandon)
-        link.tell(pid=self.process.pid)
+        link.send(pid=self.process.pid)
 
     def serve(self) -> int:
-        """Relays until the worker has ended; returns its exit code as a shell counts it."""
+        """Relays until the worker has ended; returns the exit code of a shell."""
         with selectors.DefaultSelector() as selector:
             wake, wake_end = socket.socketpair()
             wake.setblocking(False)
@@ -191,10 +191,10 @@ class Worker:
             deadline: float | None = None
             while deadline is None or (self._outputs and time.monotonic() < deadline):
                 for selected, _ in selector.select(1.0 if deadline is None else 0.05):
-                    self._attend(selected.fileobj, wake, selector)
+                    self._handle(selected.fileobj, wake, selector)
                 if deadline is None and self.process.poll() is not None:
                     deadline = time.monotonic() + DRAIN_SECONDS
-        self._record.finish()
+        self._output.finish()
         self._kill_group()
         return shell_code(self.process.returncode)
 
@@ -204,40 +204,40 @@ class Worker:
         remove_segment(os.environ, self._link.rank)
 
     def _abandon(self, _number: int, _frame: object) -> None:
-        """The launcher is gone. Done in the handler itself, since the loop may be stuck writing to a terminal."""
+        """Handles the end of the launcher in the signal handler, since the loop may block on the terminal."""
         self._kill_group()
         os._exit(shell_code(-signal.SIGKILL))
 
-    def _attend(self, source: Any, wake: socket.socket, selector: selectors.BaseSelector) -> None:
+    def _handle(self, source: Any, wake: socket.socket, selector: selectors.BaseSelector) -> None:
         if source is wake:
             with suppress(BlockingIOError):
                 wake.recv(CHUNK)
         elif isinstance(source, socket.socket):
-            orders = self._link.orders()
-            if orders is None:
+            commands = self._link.commands()
+            if commands is None:
                 selector.unregister(source)
                 self.process.kill()
-            for order in orders or []:
+            for command in commands or []:
                 with suppress(ProcessLookupError):
-                    self.process.send_signal(order["signal"])
+                    self.process.send_signal(command["signal"])
         else:
             data = os.read(source, CHUNK)
             if data:
-                self._record.take(data, source, self._outputs[source])
+                self._output.write(data, source, self._outputs[source])
             else:
                 selector.unregister(source)
                 del self._outputs[source]
 
 
-def _noted(_signal: int, _frame: object) -> None:
-    """DeepSpeed's launcher signals its whole process tree; the worker answers, and this process waits for it."""
+def _ignore_signal(_signal: int, _frame: object) -> None:
+    """Ignores signals of DeepSpeed's launcher to its process tree; the worker handles them."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs SCRIPT as the worker of the rank that the environment names."""
+    """Runs SCRIPT as the worker of this rank."""
     die_with_parent(PARENT_GONE)
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(each, _noted)
+        signal.signal(each, _ignore_signal)
     rest = list(arguments)
     folder: Path | None = None
     if rest and rest[0] == "--log-dir":
@@ -253,10 +253,10 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     rank = Ranks.from_environment().rank
     link = SupervisorConnection(rank, os.environ.pop(SOCKET_VARIABLE, None))
-    record = Record(None if folder is None else folder / f"rank_{rank}.log")
-    code = Worker([sys.executable, "-u", *rest], link, record).serve()
-    tail = list(record.tail)
-    link.tell(code=code, tail=tail)
+    output = OutputLog(None if folder is None else folder / f"rank_{rank}.log")
+    code = WorkerProcess([sys.executable, "-u", *rest], link, output).serve()
+    tail = list(output.tail)
+    link.send(code=code, tail=tail)
     if code != 0 and link.socket is None and rank != 0:
         print(f"rank {rank} failed with exit code {code}; its last lines:", *tail, sep="\n  ", file=sys.stderr)
     return code

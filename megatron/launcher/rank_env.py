@@ -1,8 +1,8 @@
-"""A process's place in the world, whoever started it, under the names that torch.distributed reads.
+"""Finds rank, world size and master address under any launcher, and sets the variables of torch.distributed.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set by DeepSpeed's launcher, torchrun and Kubernetes'
-operators. Slurm, the MPIs, jsrun and Flux have names of their own, and most of them tell nobody where rank 0 is.
-Only the standard library is imported: this is in front of every start.
+operators. Slurm, the MPIs, jsrun and Flux use other names, and most of them do not set the address of rank 0.
+Imports only the standard library, to keep start-up fast.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ALIASES: Mapping[str, tuple[str, str, str]] = {
     "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
-"""Who starts processes -> what it calls the rank, the number of ranks and the rank on a host.
+"""Launcher -> its variables of rank, world size and local rank.
 
-The MPIs are before the schedulers under which they may run, whose numbers are then those of their helpers.
+The MPIs come before the schedulers under which they may run, whose numbers are then those of their helpers.
 """
 
 SINGLE_HOST_VARS = {
@@ -34,81 +34,83 @@ SINGLE_HOST_VARS = {
     "SLURM_STEP_NUM_NODES": "1",
     "FLUX_JOB_NNODES": "1",
 }
-"""Variables that tell that all ranks share a host: by this value, or (None) by the number of all ranks."""
+"""Variable -> its value when all ranks share a host; None for the world size."""
 
-JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
-OUTER = ("OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "HYDRA_", "TORCHELASTIC_RUN_ID")
-"""How variables begin by which an MPI, or torchrun, speaks to the processes it has started."""
+JOB_IDS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+OUTER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "HYDRA_", "TORCHELASTIC_RUN_ID")
+"""Prefixes of the variables that an MPI or torchrun sets for its processes."""
 FIRST_PORT, PORTS = 20_000, 10_000
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def set_rank_env(environment: MutableMapping[str, str]) -> None:
-    """Completes the environment. Raises ConfigError where it names a place that cannot be."""
+    """Sets the variables of torch.distributed. Raises ConfigError when the environment is contradictory."""
     if "RANK" not in environment:
-        for names in _started_by(environment):
+        for names in _rank_variables(environment):
             for name, alias in zip(NAMES, names, strict=True):
                 if environment.get(alias):
                     environment.setdefault(name, environment[alias])
             break
-    place = {name: _number(name, environment[name]) for name in NAMES if name in environment}
-    if "RANK" in place and "WORLD_SIZE" not in place:
+    rank_env = {name: _parse_number(name, environment[name]) for name in NAMES if name in environment}
+    if "RANK" in rank_env and "WORLD_SIZE" not in rank_env:
         hint = "set WORLD_SIZE, the number of processes, as well"
         raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", location="environment", hint=hint)
-    size = place.get("WORLD_SIZE", 1)
-    if place.get("RANK", 0) >= size:
-        raise ConfigError.of(f"there are {size} ranks", key="RANK", value=place["RANK"], location="environment")
+    size = rank_env.get("WORLD_SIZE", 1)
+    if rank_env.get("RANK", 0) >= size:
+        raise ConfigError.of(f"there are {size} ranks", key="RANK", value=rank_env["RANK"], location="environment")
     if size > 1:
-        if "RANK" not in place:
-            told = f"WORLD_SIZE = {size} and no RANK"
+        if "RANK" not in rank_env:
+            found = f"WORLD_SIZE = {size} and no RANK"
             raise ConfigError.of(
-                f"the environment has {told}", location="environment", hint="set RANK for each process"
+                f"the environment has {found}", location="environment", hint="set RANK for each process"
             )
         environment.setdefault("LOCAL_RANK", "0")
-        _meet(environment, size)
+        _set_master(environment, size)
 
 
-def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what an outer job, or a login profile, says of ranks: ours get places of their own."""
+def without_rank_env(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment without rank variables of an outer job or a login profile."""
     aliases = {name for names in ALIASES.values() for name in names}
     ours = {*NAMES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", *SINGLE_HOST_VARS, *aliases}
-    return {name: text for name, text in environment.items() if name not in ours and not name.startswith(OUTER)}
+    return {
+        name: text for name, text in environment.items() if name not in ours and not name.startswith(OUTER_PREFIXES)
+    }
 
 
-def _started_by(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """The names of whoever has started this process; a batch script of Slurm is no task of several."""
-    for starter, names in ALIASES.items():
-        batch_script = starter == "Slurm" and "SLURM_STEP_ID" not in environment
+def _rank_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yields the rank variables of the launchers of this process; a Slurm batch script is no task."""
+    for launcher, names in ALIASES.items():
+        batch_script = launcher == "Slurm" and "SLURM_STEP_ID" not in environment
         if all(environment.get(name) for name in names) and not batch_script:
             yield names
 
 
-def _number(name: str, text: str) -> int:
+def _parse_number(name: str, text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise ConfigError.of("this is not a number", key=name, value=text, location="environment")
     return int(text)
 
 
-def _meet(environment: MutableMapping[str, str], size: int) -> None:
-    """Where the ranks meet: at rank 0's host, and at a port that all of them find in the job's number."""
+def _set_master(environment: MutableMapping[str, str], size: int) -> None:
+    """Sets MASTER_ADDR to rank 0's host, and MASTER_PORT to a port derived from the job id."""
     if "MASTER_ADDR" not in environment:
         alone = any(environment.get(name) == (value or str(size)) for name, value in SINGLE_HOST_VARS.items())
         found = "127.0.0.1" if alone else _first_host(environment)
         if found is None:
             raise ConfigError.of(
-                f"nothing says where the {size} ranks meet",
+                f"the address of rank 0 is not known to the {size} ranks",
                 key="MASTER_ADDR",
                 location="environment",
                 hint="set it to the address of rank 0's host, the same for all",
             )
         environment["MASTER_ADDR"] = found
-    job = next((environment[name] for name in JOBS if environment.get(name)), "0")
+    job = next((environment[name] for name in JOB_IDS if environment.get(name)), "0")
     digits = int("".join(re.findall(r"\d", job)) or 0) + int(environment.get("SLURM_STEP_ID") or 0)
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + digits % PORTS))
 
 
 def _first_host(environment: Mapping[str, str]) -> str | None:
-    """Rank 0's host, as the scheduler names it; where that is no name of the network, the one that called srun."""
+    """Returns rank 0's host by the scheduler's name; if that does not resolve, the host that called srun."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if hosts:
         first = next(iter(expand_hosts(hosts)))
@@ -128,7 +130,7 @@ def _resolves(host: str) -> bool:
 
 
 def expand_hosts(text: str) -> Iterator[str]:
-    """The hosts of a list as Slurm and Flux write it: `a[01-03,7]-ib,b` is a01-ib, a02-ib, a03-ib, a07-ib and b."""
+    """Expands a host list of Slurm or Flux: `a[01-03,7]-ib,b` is a01-ib, a02-ib, a03-ib, a07-ib and b."""
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         yield from _expand(part.strip())
 

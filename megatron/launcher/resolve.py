@@ -1,4 +1,4 @@
-"""Request -> Config: the machines are found once the launch keys are known, then everything else is resolved."""
+"""Resolves a command line: finds the hosts from the launch keys, then resolves the configuration for them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from dataclasses import dataclass
 from megatron.config import Resolution, Resources, resolve
 from megatron.config.schema.launch import LaunchSection
 from megatron.errors import ConfigError, ConfigIssue
-from megatron.launcher.arguments import Request
-from megatron.launcher.hosts import Hosts, Wanted, find_machines
+from megatron.launcher.arguments import LaunchRequest
+from megatron.launcher.hosts import Hosts, HostSelection, find_hosts
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request means on these machines."""
+    """A resolved command line."""
 
     resolution: Resolution
+    """The configuration and its origin."""
     machines: Hosts
+    """The hosts of the run."""
 
 
-def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolved:
-    """Finds the machines and resolves the configuration for them. Raises ConfigError with every error."""
+def resolve_request(request: LaunchRequest, environment: Mapping[str, str]) -> Resolved:
+    """Finds the hosts and resolves the configuration for them. Raises ConfigError with every error."""
     found: list[Hosts] = []
 
     def resources(launch: LaunchSection) -> Resources:
-        machines = find_machines(wanted_machines(launch), environment)
+        machines = find_hosts(host_selection(launch), environment)
         found.append(machines)
         hosts = tuple((host, len(slots)) for host, slots in machines.hosts.items())
         return Resources(machines.world_size, machines.accelerator, hosts)
@@ -34,9 +36,9 @@ def resolve_request(request: Request, environment: Mapping[str, str]) -> Resolve
     return Resolved(resolution, found[0])
 
 
-def wanted_machines(launch: LaunchSection) -> Wanted:
-    """The launch keys that choose machines."""
-    return Wanted(
+def host_selection(launch: LaunchSection) -> HostSelection:
+    """Returns the launch keys that select hosts."""
+    return HostSelection(
         hostfile=launch.hostfile,
         include=launch.include or None,
         exclude=launch.exclude or None,
@@ -48,12 +50,12 @@ def wanted_machines(launch: LaunchSection) -> Wanted:
 
 
 def launcher_of(launch: LaunchSection) -> str:
-    """The launcher that the keys ask for; deepspeed_slurm and deepspeed_mpi are other ways to name one."""
+    """Returns the launcher that the keys name; deepspeed_slurm and deepspeed_mpi name one too."""
     if launch.deepspeed_slurm:
         return "slurm"
     return "openmpi" if launch.deepspeed_mpi and launch.launcher == "pdsh" else launch.launcher
 
 
 def refuse_unsupported(resolution: Resolution) -> None:
-    """Raises ConfigError where the configuration asks for a feature that is not built."""
+    """Raises ConfigError when the configuration requests a feature that is not built."""
     ConfigError.raise_any(ConfigIssue(line, hint="leave it out") for line in resolution.not_supported_yet)

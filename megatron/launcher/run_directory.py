@@ -1,13 +1,13 @@
-"""The folder that keeps what a run was: its configuration, sources, versions, and later its logs and metrics.
+"""The run directory: configuration, sources, versions, logs and metrics of a run.
 
-Where: log_dir, else <save>/logs, else runs/<configuration names>-<date>. A script other than train.py uses a
-subfolder of its own, so that sampling from a run does not overwrite what trained it. A restart appends: the last
-configuration moves aside when it differs, and `launches.jsonl` gains a line.
+It is log_dir, else <save>/logs, else runs/<configuration names>-<date>. A script other than train.py uses a subfolder,
+so that sampling from a run does not overwrite its files. A restart appends: the last configuration is renamed when it
+differs, and `launches.jsonl` gains a line.
 
     config.json      the resolved configuration, which the workers read
-    sources/         the configuration files as they were written
-    launches.jsonl   one object a launch: time, host, command line, versions, git revision
-    rank_N.log       what rank N printed; launcher.log: what DeepSpeed's launcher printed
+    sources/         the configuration files
+    launches.jsonl   one object per launch: time, host, command line, versions, git revision
+    rank_N.log       output of rank N; launcher.log: output of DeepSpeed's launcher
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ PACKAGES = ("neox", "torch", "deepspeed", "transformers", "tokenizers", "numpy",
 
 
 def choose_run_directory(log_dir: str | None, save: str | None, files: Sequence[str], script: Path) -> Path:
-    """The folder of this run, absolute; nothing is created."""
+    """Returns the absolute run directory, without creating it.
+
+    Args:
+        log_dir: the key log_dir.
+        save: the key save.
+        files: configuration files.
+        script: the worker script.
+    """
     if log_dir is not None:
         folder = Path(log_dir)
     elif save is not None:
@@ -45,9 +52,15 @@ def choose_run_directory(log_dir: str | None, save: str | None, files: Sequence[
 
 
 def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, str], arguments: Sequence[str]) -> Path:
-    """Writes everything that is known before the workers start; returns the path of the configuration file.
+    """Writes configuration, sources and the launch record; returns the path of the configuration file.
 
-    sources: file name -> text. Raises RunError when the folder cannot be written.
+    Raises RunError when the folder cannot be written.
+
+    Args:
+        folder: the run directory.
+        config_text: the resolved configuration as JSON.
+        sources: file name -> text.
+        arguments: the command line.
     """
     try:
         (folder / "sources").mkdir(parents=True, exist_ok=True)
@@ -95,7 +108,7 @@ def _launch_record(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit of the checkout, with "+" where files differ from it; None outside a checkout or without git."""
+    """Returns the commit of the checkout, with "+" for uncommitted changes; None outside a checkout or without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -1,10 +1,10 @@
-"""Runs DeepSpeed's launcher and owns what the shell sees: signals in, one exit code out, nobody left behind.
+"""Runs the launcher, forwards signals, returns one exit code and leaves no orphan processes.
 
 The launcher runs in a session of its own, so that Ctrl-C on the terminal reaches this process alone. Each rank's
-`megatron.launcher.rank_agent` connects to a socket here. A stop signal goes through it to the workers only, which save
-and leave with 0. When a worker fails, the others get a moment to notice and are then ended, and the first one's exit
-code and last lines are what the user gets. This process watches the ranks rather than the launcher, which exits 0 when
-a signal killed a worker and otherwise takes seconds to notice that all have ended.
+`megatron.launcher.rank_agent` connects to a socket here. A stop signal is forwarded to the workers only, which save
+and exit with 0. When a worker fails, the others have GRACE_SECONDS to notice and are then killed; the exit code and the
+last lines of the first failed rank are reported. This process watches the ranks and not the launcher, which exits 0
+when a signal killed a worker and otherwise takes seconds to notice that all have ended.
 """
 
 from __future__ import annotations
@@ -31,36 +31,47 @@ from megatron.launcher.rank_agent import CHUNK, NETWORK, SOCKET_VARIABLE, die_wi
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-MISTAKE = 2  # a ConfigError's exit code
+CONFIG_ERROR_CODE = 2  # a ConfigError's exit code
 GRACE_SECONDS = 3.0  # from the first failure until the other workers are killed
-END_SECONDS = 5.0  # how long killed workers may take to be gone
+END_SECONDS = 5.0  # until killed workers have ended
 
 
 @dataclass
 class Rank:
-    """What is known of one rank. code: its exit code, once it has ended."""
+    """State of one rank."""
 
     rank: int
+    """Its number."""
     link: socket.socket | None
+    """The connection to its agent; None once it is closed."""
     pid: int | None = None
+    """Process id of the worker."""
     code: int | None = None
+    """Exit code of the worker, once it has ended."""
     tail: list[str] = field(default_factory=list)
+    """Last lines of its output."""
     host: str | None = None
+    """Its host, if it is another one."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended. failed: the rank that failed first, None when none did; tail: its last lines."""
+    """Result of a launch."""
 
     code: int
+    """Exit code."""
     failed: int | None = None
+    """The rank that failed first; None if none did."""
     tail: tuple[str, ...] = ()
+    """Last lines of that rank."""
     stopped_by: signal.Signals | None = None
+    """The signal that stopped the run."""
     host: str | None = None
+    """Host of the failed rank, if it is another one."""
 
 
 def terminal_environment() -> dict[str, str]:
-    """What rank 0 must be told about the user's terminal, since it only sees a pipe."""
+    """Returns variables that describe the terminal to rank 0, whose stdout is a pipe."""
     if not sys.stdout.isatty():
         return {}
     return {"NEOX_TTY": "1", "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns)}
@@ -68,28 +79,26 @@ def terminal_environment() -> dict[str, str]:
 
 @dataclass
 class Network:
-    """Where ranks on other hosts report. word: what they must say first."""
+    """Listener for ranks on other hosts."""
 
     listener: socket.socket
-    word: str
+    """The listening socket."""
+    token: str
+    """Secret that a rank must send first."""
 
     @classmethod
     def open(cls) -> Network:
-        """Listens at a free port, on every address of this host."""
+        """Listens on a free port of every address of this host."""
         listener = socket.create_server(("", 0), backlog=4096)
         return cls(listener, secrets.token_hex(16))
 
     def address(self, host: str) -> str:
-        """How ranks reach it, by a name or number of this host."""
-        return f"{NETWORK}{host}:{self.listener.getsockname()[1]}/{self.word}"
+        """Returns the address for ranks, with a name or IP address of this host."""
+        return f"{NETWORK}{host}:{self.listener.getsockname()[1]}/{self.token}"
 
 
 class Supervisor:
-    """One launch.
-
-    interrupts_answers: Ctrl-C is for the workers to answer, each time, and ends nothing. network: where ranks on other
-    hosts report; None for a launch on this host.
-    """
+    """Supervises one launch."""
 
     def __init__(self, world_size: int, *, interrupts_answers: bool = False, network: Network | None = None) -> None:
         self._world_size = world_size
@@ -103,19 +112,19 @@ class Supervisor:
         self._pending: dict[socket.socket, bytes] = {}
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], launcher_log: Path) -> Outcome:
-        """Starts the launcher's command and returns when every rank has ended.
+        """Starts the launcher and returns when every rank has ended.
 
-        environment: the whole environment of the launcher. launcher_log: where its own output goes.
+        environment: the full environment of the launcher. launcher_log: file of its output.
         """
         with ExitStack() as cleanup:
             cleanup.enter_context(self._selector)
-            whole = {**environment, **self._listen(cleanup)}
+            full_environment = {**environment, **self._listen(cleanup)}
             self._watch_signals(cleanup)
             log = cleanup.enter_context(launcher_log.open("ab"))
             start_of_output = log.tell()
             launcher = subprocess.Popen(
                 list(command),
-                env=whole,
+                env=full_environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log if self._network is None else None,
                 stderr=log if self._network is None else None,
@@ -132,7 +141,7 @@ class Supervisor:
             return self._outcome(launcher, launcher_log, start_of_output)
 
     def _listen(self, cleanup: ExitStack) -> dict[str, str]:
-        """Opens the socket at which ranks report; returns the variable that names it to ranks of this host."""
+        """Opens the socket for ranks; returns the variable with its address for ranks of this host."""
         if self._network is not None:
             listener, found = cleanup.enter_context(self._network.listener), {}
         else:
@@ -141,22 +150,22 @@ class Supervisor:
             listener, found = cleanup.enter_context(socket.socket(socket.AF_UNIX)), {SOCKET_VARIABLE: address}
             listener.bind(address)
             listener.listen(self._world_size)
-        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(listener, selectors.EVENT_READ, self._on_connect)
         return found
 
     def _disconnect_ranks(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Ends ranks on other hosts by closing their links, and gives the launcher time to see it; then asks it."""
+        """Ends ranks on other hosts by closing their connections; then signals the launcher if it does not end."""
         for link in list(self._pending):
             link.close()
-        for ask in (None, signal.SIGINT, signal.SIGTERM):
-            if ask is not None:
-                launcher.send_signal(ask)
+        for signal_to_send in (None, signal.SIGINT, signal.SIGTERM):
+            if signal_to_send is not None:
+                launcher.send_signal(signal_to_send)
             with suppress(subprocess.TimeoutExpired):
                 launcher.wait(END_SECONDS)
                 return
 
     def _watch_signals(self, cleanup: ExitStack) -> None:
-        """Signals wake the loop; the handlers themselves do nothing. An ignored SIGHUP (nohup) stays ignored."""
+        """Wakes the loop by signals; the handlers do nothing. An ignored SIGHUP (nohup) stays ignored."""
         wake, wake_end = socket.socketpair()
         cleanup.callback(wake.close)
         cleanup.callback(wake_end.close)
@@ -169,7 +178,7 @@ class Supervisor:
                 continue
             signal.signal(each, lambda _number, _frame: None)
             cleanup.callback(signal.signal, each, before)
-        self._selector.register(wake, selectors.EVENT_READ, self._signalled)
+        self._selector.register(wake, selectors.EVENT_READ, self._on_signal)
 
     def _serve(self, launcher: subprocess.Popen[bytes]) -> None:
         launcher_gone_at: float | None = None
@@ -187,13 +196,13 @@ class Supervisor:
     def _finished(self) -> bool:
         return len(self._ranks) == self._world_size and all(each.code is not None for each in self._ranks.values())
 
-    def _accept(self, listener: Any) -> None:
+    def _on_connect(self, listener: Any) -> None:
         link, _ = listener.accept()
         self._pending[link] = b""
-        self._selector.register(link, selectors.EVENT_READ, self._heard)
+        self._selector.register(link, selectors.EVENT_READ, self._on_readable)
 
-    def _heard(self, link: Any) -> None:
-        """Reads what a rank has to say; its silence before the exit code means that it was killed."""
+    def _on_readable(self, link: Any) -> None:
+        """Reads messages of a rank; a connection that closes before the exit code means that it was killed."""
         try:
             received = link.recv(CHUNK)
         except OSError:
@@ -205,48 +214,48 @@ class Supervisor:
                 if each.link is link:
                     each.link = None
                     if each.code is None:
-                        self._ended(each, shell_code(-signal.SIGKILL), [])
+                        self._on_exit(each, shell_code(-signal.SIGKILL), [])
             return
         *lines, self._pending[link] = (self._pending[link] + received).split(b"\n")
         for line in lines:
-            facts = self._facts(link, line)
-            if facts is None:  # no rank of this launch
+            message = self._parse_message(link, line)
+            if message is None:  # no rank of this launch
                 self._selector.unregister(link)
                 link.close()
                 return
-            self._told(link, facts)
+            self._on_message(link, message)
 
-    def _facts(self, link: socket.socket, line: bytes) -> dict[str, Any] | None:
-        """What a rank tells; from the network, only once it has shown the word."""
+    def _parse_message(self, link: socket.socket, line: bytes) -> dict[str, Any] | None:
+        """Parses a message; over the network, a rank must have sent the token first."""
         known = self._network is None or any(each.link is link for each in self._ranks.values())
         try:
-            facts: dict[str, Any] = json.loads(line)
-            shown = known or (self._network is not None and facts.get("word") == self._network.word)
-            return facts if shown and isinstance(facts.get("rank"), int) else None
+            message: dict[str, Any] = json.loads(line)
+            shown = known or (self._network is not None and message.get("token") == self._network.token)
+            return message if shown and isinstance(message.get("rank"), int) else None
         except (ValueError, AttributeError):
             return None
 
-    def _told(self, link: socket.socket, facts: dict[str, Any]) -> None:
-        number = facts["rank"]
+    def _on_message(self, link: socket.socket, message: dict[str, Any]) -> None:
+        number = message["rank"]
         if number not in self._ranks:
-            self._ranks[number] = Rank(number, link, host=facts.get("host"))
+            self._ranks[number] = Rank(number, link, host=message.get("host"))
             if self._network is None:
                 with suppress(OSError):
                     socket.send_fds(link, [b"."], [0, 1, 2] if number == 0 else [])
             if self._stop is not None:
                 self._send(self._ranks[number], self._stop)
         each = self._ranks[number]
-        each.pid = facts.get("pid", each.pid)
-        if "code" in facts:
-            self._ended(each, facts["code"], facts["tail"])
+        each.pid = message.get("pid", each.pid)
+        if "code" in message:
+            self._on_exit(each, message["code"], message["tail"])
 
-    def _ended(self, each: Rank, code: int, tail: list[str]) -> None:
+    def _on_exit(self, each: Rank, code: int, tail: list[str]) -> None:
         each.code, each.tail = code, tail
         if code != 0 and self._first is None:
             self._first = each
             self._kill_at = time.monotonic() + GRACE_SECONDS
 
-    def _signalled(self, wake: Any) -> None:
+    def _on_signal(self, wake: Any) -> None:
         try:
             numbers = wake.recv(CHUNK)
         except BlockingIOError:
@@ -267,13 +276,13 @@ class Supervisor:
                 return
             again = "; once more ends them without saving" if number == signal.SIGINT else ""
             below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 is there
-            _say(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
+            _print(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
             for each in self._ranks.values():
                 self._send(each, self._stop)
 
     def _send(self, each: Rank, number: signal.Signals) -> None:
         if each.link is not None and each.code is None:
-            # A worker knows three stop signals; a closed terminal is told to it as a request to end.
+            # A worker handles three stop signals; a closed terminal is sent as SIGTERM.
             order = signal.SIGTERM if number == signal.SIGHUP else number
             with suppress(OSError):
                 each.link.sendall(json.dumps({"signal": int(order)}).encode() + b"\n")
@@ -289,15 +298,15 @@ class Supervisor:
             return Outcome(0, stopped_by=self._stop)
         if self._stop is not None:
             return Outcome(shell_code(-self._stop), stopped_by=self._stop)
-        said = log.read_bytes()[start:].decode(errors="replace").splitlines()
-        return Outcome(shell_code(launcher.poll() or 1), tail=tuple(said[-40:]))
+        lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+        return Outcome(shell_code(launcher.poll() or 1), tail=tuple(lines[-40:]))
 
 
 def _end_all(launcher: subprocess.Popen[bytes]) -> None:
-    """Ends the launcher and all that it started.
+    """Ends the launcher and all processes that it started.
 
-    Its ranks share its process group, each worker dies with its rank, and what a worker had started comes to this
-    process, the nearest subreaper, as a child.
+    Its ranks share its process group, each worker dies with its agent, and orphans of a worker become children of this
+    process, the nearest subreaper.
     """
     deadline = time.monotonic() + END_SECONDS
     with suppress(ProcessLookupError, PermissionError):
@@ -319,23 +328,23 @@ def _children() -> list[int]:
     return children
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def tell(outcome: Outcome) -> None:
-    """Prints what went wrong, the failing rank's last lines first."""
-    if outcome.code == 0 or (outcome.code == MISTAKE and outcome.failed == 0):
-        return  # nothing did, or the user's error, which rank 0 has just told
+def print_outcome(outcome: Outcome) -> None:
+    """Prints why a launch failed, after the last lines of the failed rank."""
+    if outcome.code == 0 or (outcome.code == CONFIG_ERROR_CODE and outcome.failed == 0):
+        return  # success, or a config error that rank 0 has printed
     if outcome.stopped_by is not None and outcome.code == shell_code(-outcome.stopped_by):
-        _say(f"ended by {outcome.stopped_by.name} without saving")
+        _print(f"ended by {outcome.stopped_by.name} without saving")
     elif outcome.failed is None:
-        _say(
-            "\n".join([*outcome.tail, "DeepSpeed's launcher ended before the workers did; its last lines stand above"])
+        _print(
+            "\n".join([*outcome.tail, "DeepSpeed's launcher ended before the workers did; its last lines are above"])
         )
     else:
         killed = outcome.code > 128
         how = f"signal {signal.Signals(outcome.code - 128).name}" if killed else f"exit code {outcome.code}"
         lines = [f"[rank {outcome.failed}] {line}" for line in outcome.tail]
-        place = f" on {outcome.host}" if outcome.host else ""
-        _say("\n".join([*lines, f"rank {outcome.failed}{place} failed first, with {how}; its last lines stand above"]))
+        host = f" on {outcome.host}" if outcome.host else ""
+        _print("\n".join([*lines, f"rank {outcome.failed}{host} failed first, with {how}; its last lines are above"]))

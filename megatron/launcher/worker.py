@@ -1,12 +1,12 @@
-"""The worker's side of a launch: where its configuration comes from, how it stops, what its exit code means.
+"""Entry point of workers: reads the configuration, handles stop signals, maps errors to exit codes.
 
-A door (train.py, generate.py, evaluate.py, a tool) is one function of the Config and one line:
+A worker script (train.py, generate.py, evaluate.py, a tool) is one function of the Config and one line:
 
     sys.exit(worker_main(main, sys.argv[1:]))
 
-deepy.py starts workers with `--run-config FILE`, or `--megatron-config BASE64` where hosts share no file system. Under
-torchrun, srun or mpirun the same script takes the configuration files and flags themselves, and the place in the world
-comes from the environment that those set.
+deepy.py starts workers with `--run-config FILE`, or `--megatron-config BASE64` without a shared file system. Under
+torchrun, srun or mpirun the same script takes the configuration files and flags themselves, and reads the rank from
+their environment variables.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stop(Protocol):
-    """Whether someone asked this process to end what it does and leave."""
+    """A request to stop in good order."""
 
     @property
     def requested(self) -> bool: ...
 
     def listen(self) -> None:
-        """From now on a signal is an order to end in good order; before, it ends the process at once."""
+        """From now on a signal is a request to stop; before, it ends the process at once."""
 
 
 class StopSignal:
-    """Whether this process was asked to save and leave. The loop looks at `requested` between two steps.
+    """A request by signal to save and exit. The loop reads `requested` between two steps.
 
-    SIGTERM and SIGUSR1 (what schedulers send before they take a machine away) and the first Ctrl-C only set it; a
-    second Ctrl-C interrupts at once. While the run starts there is nothing to save, and each of them ends the process:
-    by the kernel, since a handler of Python's would wait until torch returns from a wait for other ranks.
+    SIGTERM and SIGUSR1, which schedulers send before they preempt a host, and the first Ctrl-C only set it; a second
+    Ctrl-C interrupts at once. During start-up there is nothing to save, and each of them ends the process: by the
+    kernel, since a Python handler would not run while torch waits for other ranks.
     """
 
     def __init__(self) -> None:
@@ -60,31 +60,31 @@ class StopSignal:
 
     @classmethod
     def install(cls) -> Self:
-        """A StopSignal of a run that starts."""
+        """Creates a StopSignal during start-up."""
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         return cls()
 
     def listen(self) -> None:
-        """From now on there is something to save."""
+        """Installs the handlers, when there is something to save."""
         for each in STOP_SIGNALS:
-            signal.signal(each, self._note)
+            signal.signal(each, self._on_signal)
 
     @property
     def requested(self) -> bool:
         return self.received is not None
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
 
 def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] | None = None) -> int:
-    """Calls main with the configuration that the arguments lead to, and returns the exit code of the process.
+    """Calls main with the configuration of the arguments and returns the exit code of the process.
 
-    A ConfigError becomes 2 and a RunError 1, told in one line an error; an interruption 130. Any other exception is a
-    error of the program: its traceback is printed, and the code is 1.
+    A ConfigError is 2 and a RunError 1, printed in one line per issue; an interruption is 130. Any other exception is
+    an error of the program: its traceback is printed, and the code is 1.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -105,19 +105,16 @@ def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] |
         ranks = Ranks.from_environment()
         name = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         print("\n".join(f"{name}{issue}" for issue in error.issues), file=sys.stderr, flush=True)
-        return _leave(error.exit_code)
+        return _exit(error.exit_code)
     except KeyboardInterrupt:
-        return _leave(INTERRUPTED)
+        return _exit(INTERRUPTED)
     except Exception:  # noqa: BLE001 (whatever it is, it ends this rank and must not hang the others)
         traceback.print_exc()
-        return _leave(RunError.exit_code)
+        return _exit(RunError.exit_code)
 
 
-def _leave(code: int) -> int:
-    """In a world of several ranks, ends the process here.
-
-    The others may wait for this one in a collective, and the interpreter's own ending may wait for them.
-    """
+def _exit(code: int) -> int:
+    """Ends the process at once if there are several ranks: exit handlers could wait for ranks in a collective."""
     if Ranks.from_environment().world_size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -126,21 +123,20 @@ def _leave(code: int) -> int:
 
 
 def wrote_base_shapes(config: Config) -> bool:
-    """Whether the configuration asks for its base shapes and nothing else; the first rank has then written them."""
+    """Writes the base shapes on rank 0 if save_base_shapes is set; returns whether it is set."""
     if config.mup.save_base_shapes and Ranks.from_environment().rank == 0:
         print(write_base_shapes(config))
     return config.mup.save_base_shapes
 
 
 def worker_config(arguments: Sequence[str]) -> Config:
-    """The configuration of a worker.
+    """Returns the configuration of a worker. Raises ConfigError.
 
-    From `--run-config FILE` or `--megatron-config BASE64`, or else from configuration files and flags as deepy.py
-    takes them. Raises ConfigError.
+    It is read from `--run-config FILE` or `--megatron-config BASE64`, else from configuration files and flags.
     """
-    handed = _config_argument(arguments)
-    if handed is not None:
-        return handed
+    given_config = _config_argument(arguments)
+    if given_config is not None:
+        return given_config
     return _resolve_here(arguments)
 
 
@@ -157,7 +153,7 @@ def _config_argument(arguments: Sequence[str]) -> Config | None:
 
 
 def _resolve_here(arguments: Sequence[str]) -> Config:
-    """Every rank resolves the same files; rank 0 writes the run directory."""
+    """Resolves files and flags on every rank; rank 0 writes the run directory."""
     script = str(Path(sys.argv[0]))
     given = [word for word in arguments if not word.replace("_", "-").startswith("--local-rank")]
     if not any(word and not word.startswith("-") for word in given):

@@ -320,7 +320,7 @@ def test_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "changes", "reported"), CASES, ids=[case[2][:50] for case in CASES])
-def test_a_issue_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
+def test_an_issue_elsewhere_hides_no_rule(world_size: int, changes: dict[str, Any], reported: str) -> None:
     elsewhere = {"eval_interval": "often", "tensorbord_dir": "x", "init_method": "nromal"}
     lines = errors(world_size, **changes, **elsewhere)
     assert any(reported in line for line in lines), "\n".join(lines)
@@ -373,6 +373,11 @@ def test_issues_of_arithmetic_and_of_rules_are_reported_together() -> None:
         "train_batch_size",
         "log_interval",
     ]
+
+
+def test_extra_arguments_with_an_unknown_batch_are_no_traceback() -> None:
+    lines = errors(1, deepspeed_extra_args={"wall_clock_breakdown": True}, context_parallel_size="many")
+    assert any("context_parallel_size = 'many'" in line for line in lines), "\n".join(lines)
 
 
 def test_names_of_the_zero_block_are_those_of_deepspeed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launcher.dry_run import redacted
+from megatron.launcher.dry_run import redact_environment
 from tests.launcher.conftest import CONFIG, ROOT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -120,7 +120,7 @@ def test_a_reader_that_leaves_is_no_error(run: Run, tmp_path: Path) -> None:
 def test_secrets_are_not_shown(run: Run) -> None:
     for flags in (["--json"], []):
         assert "opensesame" not in run("train.py", "conf", "--dry-run", "--serve-key", "opensesame", *flags).stdout
-    shown = redacted({"WANDB_API_KEY": "abc", "OMP_NUM_THREADS": "2"})
+    shown = redact_environment({"WANDB_API_KEY": "abc", "OMP_NUM_THREADS": "2"})
     assert shown == {"WANDB_API_KEY": "(redacted)", "OMP_NUM_THREADS": "2"}
 
 

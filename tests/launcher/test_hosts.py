@@ -8,7 +8,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.launcher import hosts
-from megatron.launcher.hosts import Hosts, Wanted, core_count, find_machines, read_hostfile
+from megatron.launcher.hosts import Hosts, HostSelection, core_count, find_hosts, read_hostfile
 
 
 @pytest.fixture
@@ -30,79 +30,81 @@ def eight_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_process_on_the_cpus_or_as_many_as_asked(tmp_path: Path) -> None:
-    assert find_machines(Wanted(), {}, tmp_path) == Hosts({"localhost": (0,)}, "cpu", 1)
-    assert find_machines(Wanted(num_gpus=2), {}, tmp_path) == Hosts({"localhost": (0, 1)}, "cpu", 2)
-    assert find_machines(Wanted(global_num_gpus=2), {}, tmp_path).world_size == 2
+    assert find_hosts(HostSelection(), {}, tmp_path) == Hosts({"localhost": (0,)}, "cpu", 1)
+    assert find_hosts(HostSelection(num_gpus=2), {}, tmp_path) == Hosts({"localhost": (0, 1)}, "cpu", 2)
+    assert find_hosts(HostSelection(global_num_gpus=2), {}, tmp_path).world_size == 2
 
 
 def test_processes_on_cpus_are_not_chosen_by_slot(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="include = 'localhost:0': this machine has no accelerators to choose from"):
-        find_machines(Wanted(include="localhost:0"), {}, tmp_path)
+        find_hosts(HostSelection(include="localhost:0"), {}, tmp_path)
 
 
 def test_a_cluster_can_be_planned_but_not_started_on_a_laptop(tmp_path: Path) -> None:
-    machines = find_machines(Wanted(global_num_gpus=1024), {}, tmp_path)
+    machines = find_hosts(HostSelection(global_num_gpus=1024), {}, tmp_path)
     assert machines.world_size == 1024
     assert machines.shortage is not None
     assert f"{core_count()} CPU cores cannot carry" in machines.shortage
 
 
 def test_the_local_accelerators(eight_gpus: Path) -> None:
-    assert find_machines(Wanted(), {}, eight_gpus) == Hosts({"localhost": tuple(range(8))}, "cuda", 8)
-    assert find_machines(Wanted(num_gpus=2), {}, eight_gpus).hosts == {"localhost": (0, 1)}
-    assert find_machines(Wanted(), {"CUDA_VISIBLE_DEVICES": "3,5"}, eight_gpus).hosts == {"localhost": (3, 5)}
-    assert find_machines(Wanted(), {"CUDA_VISIBLE_DEVICES": "GPU-8f"}, eight_gpus).hosts == {"localhost": ("GPU-8f",)}
-    assert find_machines(Wanted(include="localhost:1,6"), {}, eight_gpus).hosts == {"localhost": (1, 6)}
-    assert find_machines(Wanted(), {"CUDA_VISIBLE_DEVICES": ""}, eight_gpus).accelerator == "cpu"
-    assert find_machines(Wanted(), {"DS_ACCELERATOR": "cpu"}, eight_gpus).accelerator == "cpu"
-    assert "offers 8 accelerators" in str(find_machines(Wanted(global_num_gpus=96), {}, eight_gpus).shortage)
+    assert find_hosts(HostSelection(), {}, eight_gpus) == Hosts({"localhost": tuple(range(8))}, "cuda", 8)
+    assert find_hosts(HostSelection(num_gpus=2), {}, eight_gpus).hosts == {"localhost": (0, 1)}
+    assert find_hosts(HostSelection(), {"CUDA_VISIBLE_DEVICES": "3,5"}, eight_gpus).hosts == {"localhost": (3, 5)}
+    assert find_hosts(HostSelection(), {"CUDA_VISIBLE_DEVICES": "GPU-8f"}, eight_gpus).hosts == {
+        "localhost": ("GPU-8f",)
+    }
+    assert find_hosts(HostSelection(include="localhost:1,6"), {}, eight_gpus).hosts == {"localhost": (1, 6)}
+    assert find_hosts(HostSelection(), {"CUDA_VISIBLE_DEVICES": ""}, eight_gpus).accelerator == "cpu"
+    assert find_hosts(HostSelection(), {"DS_ACCELERATOR": "cpu"}, eight_gpus).accelerator == "cpu"
+    assert "offers 8 accelerators" in str(find_hosts(HostSelection(global_num_gpus=96), {}, eight_gpus).shortage)
 
 
 def test_a_torch_for_cpus_uses_no_gpu(eight_gpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "_torch_is_for_cpus", lambda: True)
-    assert find_machines(Wanted(), {}, eight_gpus).accelerator == "cpu"
+    assert find_hosts(HostSelection(), {}, eight_gpus).accelerator == "cpu"
 
 
 def test_a_hostfile_and_what_is_chosen_of_it(hostfile: str) -> None:
-    everything = find_machines(Wanted(hostfile=hostfile), {})
+    everything = find_hosts(HostSelection(hostfile=hostfile), {})
     assert everything.world_size == 10
     assert everything.accelerator == "cuda"
     assert not everything.is_local
-    assert find_machines(Wanted(hostfile=hostfile, num_nodes=2), {}).world_size == 8
-    assert find_machines(Wanted(hostfile=hostfile, num_gpus=2), {}).world_size == 6
-    chosen = find_machines(Wanted(hostfile=hostfile, include="second:1,3@third"), {})
+    assert find_hosts(HostSelection(hostfile=hostfile, num_nodes=2), {}).world_size == 8
+    assert find_hosts(HostSelection(hostfile=hostfile, num_gpus=2), {}).world_size == 6
+    chosen = find_hosts(HostSelection(hostfile=hostfile, include="second:1,3@third"), {})
     assert chosen.hosts == {"second": (1, 3), "third": (0, 1)}
-    left = find_machines(Wanted(hostfile=hostfile, exclude="first@second:0"), {})
+    left = find_hosts(HostSelection(hostfile=hostfile, exclude="first@second:0"), {})
     assert left.hosts == {"second": (1, 2, 3), "third": (0, 1)}
 
 
 def test_the_hostfile_of_the_environment_and_the_default_that_is_not_there(hostfile: str, tmp_path: Path) -> None:
-    assert find_machines(Wanted(), {"DLTS_HOSTFILE": hostfile}).world_size == 10
-    assert find_machines(Wanted(hostfile="/job/hostfile"), {}, tmp_path).world_size == 1
+    assert find_hosts(HostSelection(), {"DLTS_HOSTFILE": hostfile}).world_size == 10
+    assert find_hosts(HostSelection(hostfile="/job/hostfile"), {}, tmp_path).world_size == 1
 
 
 @pytest.mark.parametrize(
     ("expected", "reported"),
     [
-        (Wanted(include="fourth"), "there is no host fourth"),
-        (Wanted(include="first:7"), "first has no slot 7"),
-        (Wanted(exclude="first@second@third"), "no slot is left"),
-        (Wanted(include="first", exclude="second"), "cannot both be given"),
-        (Wanted(num_nodes=4), "offers 3 hosts"),
-        (Wanted(num_gpus=3), "third has 2 slots"),
-        (Wanted(global_num_gpus=16), "gives 10 ranks"),
+        (HostSelection(include="fourth"), "there is no host fourth"),
+        (HostSelection(include="first:7"), "first has no slot 7"),
+        (HostSelection(exclude="first@second@third"), "no slot is left"),
+        (HostSelection(include="first", exclude="second"), "cannot both be given"),
+        (HostSelection(num_nodes=4), "offers 3 hosts"),
+        (HostSelection(num_gpus=3), "third has 2 slots"),
+        (HostSelection(global_num_gpus=16), "gives 10 ranks"),
     ],
 )
-def test_choices_that_cannot_be(hostfile: str, expected: Wanted, reported: str) -> None:
+def test_choices_that_cannot_be(hostfile: str, expected: HostSelection, reported: str) -> None:
     with pytest.raises(ConfigError, match=reported):
-        find_machines(Wanted(**{**vars(expected), "hostfile": hostfile}), {})
+        find_hosts(HostSelection(**{**vars(expected), "hostfile": hostfile}), {})
 
 
 @pytest.mark.parametrize(
     ("text", "reported"),
     [
         ("first slots=4\nsecond 4\n", "hostfile:2: hostfile: this is not `host slots=N`: second 4"),
-        ("first slots=4\nfirst slots=4\n", "hostfile:2: hostfile: the host first stands here a second time"),
+        ("first slots=4\nfirst slots=4\n", "hostfile:2: hostfile: the host first is listed twice"),
         ("first slots=0\n", "hostfile:1: "),
         ("# nothing\n", "no host in it"),
     ],
@@ -117,4 +119,4 @@ def test_a_hostfile_that_is_wrong_names_the_line(tmp_path: Path, text: str, repo
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
-        find_machines(Wanted(hostfile=str(tmp_path / "none")), {})
+        find_hosts(HostSelection(hostfile=str(tmp_path / "none")), {})

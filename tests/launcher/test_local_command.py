@@ -16,7 +16,7 @@ from megatron.launcher.arguments import CHECKOUT
 from megatron.launcher.commands.local import (
     Rendezvous,
     local_command,
-    meeting_port,
+    rendezvous_port,
     search_paths,
     workers_environment,
 )
@@ -30,7 +30,7 @@ CLUSTER = Hosts({"first": (0, 1), "second": (3,)}, "cuda", 3)
 def test_the_local_command_is_deepspeeds_launcher_with_a_rank_around_each_worker() -> None:
     command = local_command(TWO_CPUS, Rendezvous(master_port=1234), WORKER, Path("/run"), {})
     assert command.argv[:3] == (sys.executable, "-m", "deepspeed.launcher.launch")
-    world = next(word for word in command.argv if word.startswith("--world_info=")).partition("=")[2]
+    world = next(token for token in command.argv if token.startswith("--world_info=")).partition("=")[2]
     assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [0, 1]}
     assert "--master_port=1234" in command.argv
     assert command.argv[-7:] == ("--module", "megatron.launcher.rank_agent", "--log-dir", "/run", *WORKER)
@@ -63,5 +63,5 @@ def test_a_port_that_is_taken_is_refused_when_it_was_named_and_avoided_when_not(
         other.listen()
         taken = other.getsockname()[1]
         with pytest.raises(ConfigError, match="another process listens on this port"):
-            meeting_port(taken, given=True)
-        assert meeting_port(taken, given=False) != taken
+            rendezvous_port(taken, given=True)
+        assert rendezvous_port(taken, given=False) != taken

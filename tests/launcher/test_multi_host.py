@@ -15,7 +15,7 @@ from megatron.config.config import FIELDS
 from megatron.errors import ConfigError
 from megatron.launcher.commands.local import Rendezvous, torchrun_command
 from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, multi_host_command
-from megatron.launcher.hosts import Hosts, Wanted, allocated, find_machines
+from megatron.launcher.hosts import Hosts, HostSelection, find_hosts, slurm_allocation
 from megatron.launcher.ssh_check import check_launcher, node_number
 from tests.launcher.conftest import Deepy
 from tests.launcher.test_supervisor import STOPS
@@ -146,7 +146,7 @@ def test_which_host_this_is() -> None:
     assert node_number(hosts, {"NODE_RANK": "1"}, frozenset()) == 1
     assert node_number(hosts, {}, frozenset({"b"})) == 1
     assert node_number(["a"], {}, frozenset()) == 0
-    with pytest.raises(ConfigError, match="NODE_RANK: nothing says which of the 2 hosts this is"):
+    with pytest.raises(ConfigError, match="NODE_RANK: the number of this host among the 2 hosts is not known"):
         node_number(hosts, {}, frozenset())
 
 
@@ -166,23 +166,23 @@ def test_a_launcher_that_is_not_installed() -> None:
     ],
 )
 def test_the_allocation_of_slurm(environment: dict[str, str], found: dict[str, int]) -> None:
-    assert allocated(environment) == found
+    assert slurm_allocation(environment) == found
 
 
 def test_machines_of_schedulers(tmp_path: Path) -> None:
     job = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NTASKS_PER_NODE": "2"}
-    found = find_machines(Wanted(launcher="slurm"), job, tmp_path)
+    found = find_hosts(HostSelection(launcher="slurm"), job, tmp_path)
     assert (list(found.hosts), found.world_size, found.named, found.shortage) == (["n1", "n2", "n3"], 6, True, None)
-    assert find_machines(Wanted(launcher="slurm", exclude="n2", num_gpus=1), job, tmp_path).world_size == 2
+    assert find_hosts(HostSelection(launcher="slurm", exclude="n2", num_gpus=1), job, tmp_path).world_size == 2
     with pytest.raises(ConfigError, match="num_nodes = 4: the allocation offers 3 hosts"):
-        find_machines(Wanted(launcher="slurm", num_nodes=4), job, tmp_path)
+        find_hosts(HostSelection(launcher="slurm", num_nodes=4), job, tmp_path)
     for launcher in ("slurm", "jsrun", "flux"):
-        outside = find_machines(Wanted(launcher=launcher, num_nodes=2, num_gpus=8), {}, tmp_path)
+        outside = find_hosts(HostSelection(launcher=launcher, num_nodes=2, num_gpus=8), {}, tmp_path)
         assert (outside.world_size, outside.named, outside.shortage) == (16, False, None)
-        unknown = find_machines(Wanted(launcher=launcher, global_num_gpus=96), {}, tmp_path)
+        unknown = find_hosts(HostSelection(launcher=launcher, global_num_gpus=96), {}, tmp_path)
         assert unknown.world_size == 96
-        assert f"nothing tells {launcher} which hosts to use" in str(unknown.shortage)
-    several = find_machines(Wanted(launcher="torchrun", num_nodes=2, num_gpus=2), {}, tmp_path)
+        assert f"the hosts for {launcher} are not known" in str(unknown.shortage)
+    several = find_hosts(HostSelection(launcher="torchrun", num_nodes=2, num_gpus=2), {}, tmp_path)
     assert (several.world_size, len(several.hosts)) == (4, 2)
 
 
@@ -231,7 +231,10 @@ def test_torchrun_on_this_host(deepy: Deepy) -> None:
 @pytest.mark.parametrize(
     ("flags", "reported"),
     [
-        (["--launcher", "torchrun", "--num-nodes", "2"], "NODE_RANK: nothing says which of the 2 hosts this is"),
+        (
+            ["--launcher", "torchrun", "--num-nodes", "2"],
+            "NODE_RANK: the number of this host among the 2 hosts is not known",
+        ),
         (["--launcher", "local", "--hostfile", "hosts"], "launcher = 'local': the hostfile names other hosts: far"),
         (["--launcher", "jsrun", "--hostfile", "hosts"], "launcher = 'jsrun': there is no jsrun on this host"),
     ],
@@ -274,7 +277,7 @@ def test_a_stranger_at_the_network_is_sent_away(flux: Deepy) -> None:
             place = line.split("NEOX_SUPERVISOR=tcp://")[1].split("/")[0]
             host, _, port = place.rpartition(":")
             with socket.create_connection((host, int(port))) as link:
-                link.sendall(json.dumps({"rank": 1, "word": "guess", "code": 9, "tail": []}).encode() + b"\\n")
+                link.sendall(json.dumps({"rank": 1, "token": "guess", "code": 9, "tail": []}).encode() + b"\\n")
                 assert link.recv(1) == b""
     """)
     assert code == 0, err

@@ -86,7 +86,7 @@ def test_fp16_needs_a_processor_that_has_it(
     facts = tmp_path / "cpuinfo"
     facts.write_text(f"processor\t: 0\n{line}\n")
     assert preflight.computes_in_fp16(facts) is able
-    monkeypatch.setattr(preflight, "CPU_FACTS", facts)
+    monkeypatch.setattr(preflight, "CPUINFO", facts)
     if able:
         check("cpu", os.environ, precision="fp16")
     else:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launcher.rank_env import expand_hosts, set_rank_env, without_place
+from megatron.launcher.rank_env import expand_hosts, set_rank_env, without_rank_env
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -94,7 +94,10 @@ def test_a_batch_script_of_slurm_is_no_task() -> None:
         ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE = 2 and no RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2: there are 2 ranks"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK = 'first': this is not a number"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR: nothing says where the 2 ranks meet; set it to the address"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "MASTER_ADDR: the address of rank 0 is not known to the 2 ranks; set it to the address",
+        ),
     ],
 )
 def test_a_position_that_cannot_be(given: dict[str, str], reported: str) -> None:
@@ -121,4 +124,4 @@ def test_ranks_of_one_host_take_nothing_from_an_outer_job() -> None:
     outer = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "nohost", "MASTER_PORT": "1"}
     outer |= {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "PMIX_RANK": "3", "SLURM_PROCID": "3", "MPI_LOCALRANKID": "3"}
     retained = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "NCCL_DEBUG": "INFO"}
-    assert without_place({**outer, **retained}) == retained
+    assert without_rank_env({**outer, **retained}) == retained

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError, RunError
-from megatron.launcher.arguments import Request, read_request
+from megatron.launcher.arguments import LaunchRequest, read_request
 from megatron.launcher.resolve import resolve_request
-from megatron.launcher.restart import failed, resolve_again, restarted_by_scheduler, resume_overrides
+from megatron.launcher.restart import resolve_again, restarted_by_scheduler, resume_overrides, should_restart
 from megatron.launcher.supervisor import Outcome
 from tests.end_to_end.runs import BASE
 
@@ -32,7 +32,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
     ],
 )
 def test_what_is_worth_another_attempt(outcome: Outcome, again: bool) -> None:
-    assert failed(outcome) == again
+    assert should_restart(outcome) == again
 
 
 def test_restarts_of_torchrun_and_slurm_are_noticed() -> None:
@@ -43,7 +43,7 @@ def test_restarts_of_torchrun_and_slurm_are_noticed() -> None:
 
 
 @pytest.fixture
-def request_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaunchRequest:
     """Eight samples a step on three hosts of two ranks: micro batch 2, no accumulation wanted."""
     monkeypatch.chdir(tmp_path)
     settings: dict[str, Any] = {
@@ -59,14 +59,14 @@ def request_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request
     return read_request(["train.py", "run.json"])
 
 
-def test_a_run_without_a_checkpoint_starts_from_its_beginning(request_on_hosts: Request) -> None:
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(request_on_hosts: LaunchRequest) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     assert resume_overrides(before.resolution.config) == {}
     after = resolve_again(request_on_hosts, before, ENVIRONMENT)
     assert after.resolution.config == before.resolution.config
 
 
-def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: Request, tmp_path: Path) -> None:
+def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: LaunchRequest, tmp_path: Path) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     (tmp_path / "save").mkdir()
     (tmp_path / "save" / "global_step10").mkdir()
@@ -74,7 +74,9 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(request_on_hosts: Request, tmp_
     assert (after.load, after.iteration, after.finetune, after.load_fallback) == ("save", None, False, "previous")
 
 
-def test_a_new_start_does_not_go_on_from_what_it_was_to_move_aside(request_on_hosts: Request, tmp_path: Path) -> None:
+def test_a_new_start_does_not_go_on_from_what_it_was_to_move_aside(
+    request_on_hosts: LaunchRequest, tmp_path: Path
+) -> None:
     request_on_hosts = replace(request_on_hosts, flags={**request_on_hosts.flags, "save_overwrite": True})
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     (tmp_path / "save" / "global_step10").mkdir(parents=True)
@@ -89,7 +91,7 @@ def test_a_new_start_does_not_go_on_from_what_it_was_to_move_aside(request_on_ho
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_what_the_first_start_left_out_is_read_from_its_own_checkpoint(
-    saved: bool, request_on_hosts: Request, tmp_path: Path
+    saved: bool, request_on_hosts: LaunchRequest, tmp_path: Path
 ) -> None:
     """Optimizer and generators, unless the run does not save them either."""
     keys = {"load": "base", "no_load_optim": True, "no_load_rng": True}
@@ -102,22 +104,22 @@ def test_what_the_first_start_left_out_is_read_from_its_own_checkpoint(
     assert (after.load, after.no_load_optim, after.no_load_rng) == ("save", not saved, not saved)
 
 
-def test_fewer_hosts_keep_the_batch_by_accumulation(request_on_hosts: Request) -> None:
+def test_fewer_hosts_keep_the_batch_by_accumulation(request_on_hosts: LaunchRequest) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
-    after = resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: host == "b")
+    after = resolve_again(request_on_hosts, before, ENVIRONMENT, reachable=lambda host: host == "b")
     training = after.resolution.config.training
     assert list(after.machines.hosts) == ["b"] and after.machines.world_size == 2
     assert training.train_batch_size == 12
     assert (training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps) == (2, 3)
 
 
-def test_a_batch_that_the_hosts_left_cannot_share_is_reported(request_on_hosts: Request) -> None:
+def test_a_batch_that_the_hosts_left_cannot_share_is_reported(request_on_hosts: LaunchRequest) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     with pytest.raises(ConfigError, match="train_batch_size"):
-        resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: host != "b")
+        resolve_again(request_on_hosts, before, ENVIRONMENT, reachable=lambda host: host != "b")
 
 
-def test_no_host_that_answers_is_the_end(request_on_hosts: Request) -> None:
+def test_no_host_that_answers_is_the_end(request_on_hosts: LaunchRequest) -> None:
     before = resolve_request(request_on_hosts, ENVIRONMENT)
     with pytest.raises(RunError, match="none of the hosts answers: a, b, c"):
-        resolve_again(request_on_hosts, before, ENVIRONMENT, answers=lambda host: False)
+        resolve_again(request_on_hosts, before, ENVIRONMENT, reachable=lambda host: False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launcher.ssh_check import ask, check_hosts, check_launcher, own_address
+from megatron.launcher.ssh_check import check_hosts, check_launcher, check_ssh, own_address
 
 SSH = """\
 #!/bin/sh
@@ -32,12 +32,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def test_answers(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", environment["PATH"])
-    assert ask("good", environment).address == "10.0.0.7"
-    assert ask("odd", environment).error is None  # it lets the user in, whatever the command says
-    assert str(ask("closed", environment).error).endswith("Permission denied (publickey).")
-    reported = str(ask("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).error)
+    assert check_ssh("good", environment).address == "10.0.0.7"
+    assert check_ssh("odd", environment).error is None  # it lets the user in, whatever the command says
+    assert str(check_ssh("closed", environment).error).endswith("Permission denied (publickey).")
+    reported = str(check_ssh("closed", {**environment, "PDSH_SSH_ARGS_APPEND": "-p 2222"}).error)
     assert "-o BatchMode=yes -o ConnectTimeout=10 -p 2222 closed hostname -I" in reported
-    assert ask("silent", environment).error == "ssh gives no reason"
+    assert check_ssh("silent", environment).error == "ssh gives no reason"
 
 
 def test_every_host_that_fails_is_named(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_a_failing_worker_gives_its_code_and_its_last_lines_first(deepy: Deepy) 
     assert time.monotonic() - began < 15  # rank 0 was not waited for
     report = [line for line in err.splitlines() if "rank 1" in line]
     assert report[0] == "[rank 1] the disk is on fire"
-    assert report[-1] == "rank 1 failed first, with exit code 3; its last lines stand above"
+    assert report[-1] == "rank 1 failed first, with exit code 3; its last lines are above"
 
 
 def test_the_first_failure_counts_not_the_ones_it_causes(deepy: Deepy) -> None:

@@ -57,7 +57,7 @@ def test_started_alone_the_worker_refuses_what_its_processor_cannot_do(
 ) -> None:
     (tmp_path / "conf.yml").write_text(CONFIG)
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu\n")
-    monkeypatch.setattr(preflight, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(preflight, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "conf.yml"])
     with pytest.raises(ConfigError, match="this processor does not compute in fp16"):
         worker_config(["conf.yml", "--precision", "fp16"])

@@ -87,7 +87,7 @@ def test_the_run_goes_on_without_a_host_that_is_gone(machines: Hosts, dataset: s
         machines.link(SECOND, "up")
         process.kill()
     assert process.returncode == 0, out + err
-    assert "restart 1 of 1: the run goes on from its newest checkpoint, on 1 ranks" in err, out + err
+    assert "restart 1 of 1: the run continues from its newest checkpoint, on 1 ranks" in err, out + err
     full = series(run(2, tmp_path / "whole", data_path=dataset, **schedule), "train/lm_loss")
     assert losses(tmp_path) == pytest.approx(full, rel=1e-5)
     machines.wait_until_idle(60)

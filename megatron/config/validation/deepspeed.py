@@ -39,8 +39,9 @@ def offload_is_possible(config: Config) -> Iterator[ConfigIssue]:
 
 def extra_arguments_only_add(config: Config) -> Iterator[ConfigIssue]:
     """`deepspeed_extra_args` may not change what other keys decide."""
-    if not config.deepspeed.deepspeed_extra_args:
-        return
+    axes, batch = config.parallelism, config.training.train_batch_size
+    if not config.deepspeed.deepspeed_extra_args or batch is None or axes.context_parallel_size is None:
+        return  # reading an unknown size skips the rule
     try:
         deepspeed_config(config)
     except ConfigError as error:

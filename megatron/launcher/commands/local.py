@@ -1,9 +1,9 @@
-"""The command line and environment that start the workers.
+"""Command line and environment of the workers on this host.
 
-On this host DeepSpeed's per-node launcher is called directly; its runner would only choose the same command after
-importing DeepSpeed once more. `elsewhere` has the commands for other hosts. Either way every rank is a
-`megatron.launcher.rank_agent`, and the workers read the configuration from a file: a command line that carries it is
-cut or mangled by some schedulers.
+DeepSpeed's per-node launcher is called directly; its runner would only choose the same command after importing
+DeepSpeed once more. `multi_host` has the commands for other hosts. Either way every rank is a
+`megatron.launcher.rank_agent`, and the workers read the configuration from a file: some schedulers truncate a command
+line that contains it.
 """
 
 from __future__ import annotations
@@ -24,55 +24,59 @@ from megatron.ranks import free_port
 
 RANK_MODULE = "megatron.launcher.rank_agent"
 DEFAULT_PORT = 29500
-# glibc hands freed memory back to the kernel at every step unless told to keep it; both stay below 2^31, since older
-# versions read them as an int.
+# By default glibc returns freed memory to the kernel at every step. Both values are below 2^31, since older versions
+# read them as an int.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2_000_000_000)}
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks meet and who starts them: keys of the launch section.
-
-    launcher: one of `elsewhere.LAUNCHERS`, torchrun or local. supervisor: the address at which ranks on other hosts
-    report to deepy.py, None where none listens. node: number of this host among those that run torchrun.
-    """
+    """Address and launcher of the ranks."""
 
     master_addr: str | None = None
+    """Address of rank 0."""
     master_port: int = DEFAULT_PORT
+    """Port of rank 0."""
     launcher: str = "pdsh"
+    """One of `multi_host.LAUNCHERS`, torchrun or local."""
     launcher_args: str = ""
+    """Further arguments of the launcher."""
     comment: str | None = None
+    """Comment of the Slurm job."""
     account: str | None = None
+    """Account of the Slurm job."""
     supervisor: str | None = None
+    """Address at which ranks on other hosts report to deepy.py; None without one."""
     node: int = 0
+    """Number of this host among those that run torchrun."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """argv: what to execute. environment: only the variables that are set on top of the caller's.
-
-    hostfile: what must be in the file that argv names as one, None where it names none.
-    """
+    """A command that starts all ranks."""
 
     argv: tuple[str, ...]
+    """Program and arguments."""
     environment: dict[str, str]
+    """Variables to set on top of the caller's."""
     hostfile: str | None = None
+    """Content of the hostfile that argv names; None without one."""
 
 
 def workers_environment(machines: Hosts, caller: Mapping[str, str]) -> dict[str, str]:
-    """The variables that every worker gets; what the caller has set stays."""
-    wanted: dict[str, str] = {"DS_ACCELERATOR": machines.accelerator}
+    """Returns the variables of every worker that the caller has not set."""
+    selection: dict[str, str] = {"DS_ACCELERATOR": machines.accelerator}
     if machines.accelerator == "cpu":
         ranks = max(len(slots) for slots in machines.hosts.values())
-        wanted["OMP_NUM_THREADS"] = str(max(1, core_count() // max(1, ranks)))
-        wanted |= KEEP_FREED_MEMORY
+        selection["OMP_NUM_THREADS"] = str(max(1, core_count() // max(1, ranks)))
+        selection |= KEEP_FREED_MEMORY
         if machines.is_local:
-            wanted["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one machine
-    return {name: value for name, value in wanted.items() if name not in caller}
+            selection["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one machine
+    return {name: value for name, value in selection.items() if name not in caller}
 
 
 def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
-    """PYTHONPATH with this checkout, so that workers find it from any folder."""
+    """Returns PYTHONPATH with this checkout, so that workers find it from any folder."""
     others = [part for part in caller.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(CHECKOUT)]
     return {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *others])}
 
@@ -80,7 +84,15 @@ def search_paths(caller: Mapping[str, str]) -> dict[str, str]:
 def local_command(
     machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
-    """DeepSpeed's launcher of one node. worker: the script and its arguments."""
+    """Returns the command of DeepSpeed's launcher of one node.
+
+    Args:
+        machines: this host and its slots.
+        rendezvous: address and port of rank 0.
+        worker: the script and its arguments.
+        log_dir: folder of the rank logs.
+        caller: the environment of deepy.py.
+    """
     world = base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in machines.hosts.items()}).encode())
     argv = (
         sys.executable,
@@ -103,7 +115,15 @@ def local_command(
 def torchrun_command(
     machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
-    """Torchrun on this host, one of as many as the run has; the others start theirs in the same way."""
+    """Returns the command of torchrun on this host; every other host starts its own.
+
+    Args:
+        machines: all hosts of the run.
+        rendezvous: address and port of rank 0, and the number of this host.
+        worker: the script and its arguments.
+        log_dir: folder of the rank logs.
+        caller: the environment of deepy.py.
+    """
     hosts = list(machines.hosts)
     here = hosts[rendezvous.node]
     argv = (
@@ -125,11 +145,8 @@ def torchrun_command(
     return Command(argv, {**search_paths(caller), **workers_environment(machines, caller)})
 
 
-def meeting_port(port: int, *, given: bool) -> int:
-    """The port at which local ranks meet: the given one, or any free one where the user named none.
-
-    Raises ConfigError when the given one is taken.
-    """
+def rendezvous_port(port: int, *, given: bool) -> int:
+    """Returns the port of local ranks: the given one, else a free one. Raises ConfigError when it is taken."""
     try:
         return free_port(port if given else 0)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The commands that start ranks on other hosts: DeepSpeed's runner where it has one, jsrun and Flux beside it.
+"""Commands that start ranks on other hosts: DeepSpeed's runner where it has one, jsrun and Flux beside it.
 
-What DeepSpeed's runner does not do is done here: the hosts and slots chosen by our keys become a hostfile of the run's
-own, since its MPI runners refuse a choice of hosts; where the ranks meet is said to all of them; settings travel as
-arguments of `megatron.launcher.rank_agent`, since the runner exports few variables.
+Additions to DeepSpeed's runner: the selected hosts and slots become a hostfile of the run, since its MPI runners reject
+a selection of hosts; every rank gets the address of rank 0; variables are passed as arguments of
+`megatron.launcher.rank_agent`, since the runner exports few variables.
 """
 
 from __future__ import annotations
@@ -28,19 +28,33 @@ from megatron.launcher.rank_agent import SOCKET_VARIABLE
 from megatron.registry import PLUGINS
 
 HOSTFILE = "hostfile"
-HANDED_ON = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "DS_ACCELERATOR", "HF_HOME", "HF_HUB_OFFLINE", "MALLOC_", PLUGINS)
+FORWARDED_ENV = (
+    "GLOO_",
+    "NCCL_",
+    "TORCH_NCCL_",
+    "OMP_",
+    "DS_ACCELERATOR",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "MALLOC_",
+    PLUGINS,
+)
 """Variables of the caller that ranks on other hosts get as well; none of them is a secret."""
 RANK_FILE = CHECKOUT / "megatron" / "launcher" / "rank_agent.py"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What every launcher needs to know. rank: the arguments of one rank. folder: the run directory."""
+    """Input of every launcher's command."""
 
     machines: Hosts
+    """Hosts of the run."""
     rendezvous: Rendezvous
+    """Address of rank 0 and launcher."""
     rank: tuple[str, ...]
+    """Arguments of one rank."""
     folder: Path
+    """The run directory."""
 
     @property
     def first(self) -> str:
@@ -48,15 +62,17 @@ class Launch:
 
     @property
     def slots(self) -> int:
-        """Ranks on each host. Raises ConfigError where hosts have different numbers of them."""
+        """Ranks per host. Raises ConfigError when the hosts differ."""
         counts = {host: len(slots) for host, slots in self.machines.hosts.items()}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{host} {count}" for host, count in counts.items())
-            raise self.error(f"it starts as many ranks on every host, and these have {told}", "even them with num_gpus")
+            ranks_by_host = ", ".join(f"{host} {count}" for host, count in counts.items())
+            raise self.error(
+                f"it starts as many ranks on every host, and these have {ranks_by_host}", "even them with num_gpus"
+            )
         return next(iter(counts.values()))
 
-    def whole_hosts(self) -> None:
-        """Raises ConfigError where single slots were chosen, for launchers that only count."""
+    def require_full_hosts(self) -> None:
+        """Raises ConfigError when some slots of a host were selected, for launchers that only count."""
         for host, slots in self.machines.hosts.items():
             if slots != tuple(range(len(slots))):
                 raise self.error(f"it cannot choose the slots {list(slots)} of {host}", "choose hosts, or use pdsh")
@@ -68,16 +84,24 @@ class Launch:
 def multi_host_command(
     machines: Hosts, rendezvous: Rendezvous, worker: tuple[str, ...], log_dir: Path, caller: Mapping[str, str]
 ) -> Command:
-    """The command of the launcher that `rendezvous` names. worker: the script and its arguments."""
-    handed_on = {name: value for name, value in caller.items() if name.startswith(HANDED_ON)}
-    settings = [f"{name}={value}" for name, value in {**workers_environment(machines, {}), **handed_on}.items()]
+    """Returns the command of a launcher for several hosts.
+
+    Args:
+        machines: the hosts of the run.
+        rendezvous: address of rank 0, and the launcher.
+        worker: the script and its arguments.
+        log_dir: folder of the rank logs.
+        caller: the environment of deepy.py.
+    """
+    forwarded = {name: value for name, value in caller.items() if name.startswith(FORWARDED_ENV)}
+    settings = [f"{name}={value}" for name, value in {**workers_environment(machines, {}), **forwarded}.items()]
     if rendezvous.supervisor is not None:
         settings.append(f"{SOCKET_VARIABLE}={rendezvous.supervisor}")
     build = LAUNCHERS[rendezvous.launcher]
     if build is not _pdsh:
         launch = Launch(machines, rendezvous, (), log_dir)
-        launch.whole_hosts()
-    if build in (_mpi, _even_mpi, _jsrun, _flux):
+        launch.require_full_hosts()
+    if build in (_mpi, _uniform_mpi, _jsrun, _flux):
         settings += [f"MASTER_ADDR={rendezvous.master_addr or launch.first}", f"MASTER_PORT={rendezvous.master_port}"]
     if build is _slurm and rendezvous.master_addr is not None:
         settings.append(f"MASTER_ADDR={rendezvous.master_addr}")
@@ -89,12 +113,12 @@ def multi_host_command(
 
 
 def _slots_in_file(slots: tuple[int | str, ...]) -> int:
-    """How many slots a hostfile must offer for these to be among them."""
+    """Returns the number of slots that a hostfile must list to contain these."""
     return max([len(slots), *(slot + 1 for slot in slots if isinstance(slot, int))])
 
 
 def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ...]:
-    """DeepSpeed's runner."""
+    """Returns the command of DeepSpeed's runner."""
     rendezvous = launch.rendezvous
     given = " ".join(part for part in (rendezvous.launcher_args, arguments) if part)
     found = (
@@ -104,7 +128,7 @@ def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ..
         f"--launcher={rendezvous.launcher}",
         *((f"--launcher_args={given}",) if given else ()),
         "--force_multi",
-        "--no_ssh_check",  # asked before, of every host
+        "--no_ssh_check",  # every host was checked before
         "--log_level=error",
     )
     return (sys.executable, "-m", "deepspeed.launcher.runner", *found, *options)
@@ -118,21 +142,21 @@ def _pdsh(launch: Launch) -> tuple[str, ...]:
 
 
 def _mpi(launch: Launch) -> tuple[str, ...]:
-    """OpenMPI. The workers do not speak MPI, so the network that its own messages take does not matter.
+    """OpenMPI. The workers do not use MPI, so the network of its own messages does not matter.
 
-    The rank's file is named, since DeepSpeed's runner for MPICH takes its own helper for a module otherwise.
+    The rank agent is named as a file: with a module DeepSpeed's runner for MPICH starts its own helper instead.
     """
     return (*_runner(launch), str(RANK_FILE), *launch.rank)
 
 
-def _even_mpi(launch: Launch) -> tuple[str, ...]:
-    """MPICH, Intel MPI and MVAPICH, which place as many ranks on every host."""
+def _uniform_mpi(launch: Launch) -> tuple[str, ...]:
+    """MPICH, Intel MPI and MVAPICH, which need the same number of ranks on every host."""
     assert launch.slots
     return _mpi(launch)
 
 
 def _slurm(launch: Launch) -> tuple[str, ...]:
-    """Srun. DeepSpeed's runner for it knows no modules, so the rank's file is named; srun names the meeting point."""
+    """Srun. DeepSpeed's runner for it supports no modules, so the rank agent is named as a file."""
     options = [f"--ntasks-per-node={launch.slots}", f"--nodes={len(launch.machines.hosts)}"]
     if launch.machines.named:
         options.append(f"--nodelist={','.join(launch.machines.hosts)}")
@@ -144,7 +168,7 @@ def _slurm(launch: Launch) -> tuple[str, ...]:
 
 
 def _jsrun(launch: Launch) -> tuple[str, ...]:
-    """IBM's jsrun under LSF: a resource set is a whole host."""
+    """IBM's jsrun under LSF: a resource set is one host."""
     slots, hosts = launch.slots, len(launch.machines.hosts)
     gpus = ("--gpu_per_rs", str(slots)) if launch.machines.accelerator == "cuda" else ()
     return (
@@ -170,14 +194,14 @@ def _flux(launch: Launch) -> tuple[str, ...]:
 LAUNCHERS: Mapping[str, Callable[[Launch], tuple[str, ...]]] = {
     "pdsh": _pdsh,
     "openmpi": _mpi,
-    "mpich": _even_mpi,
-    "impi": _even_mpi,
-    "mvapich": _even_mpi,
+    "mpich": _uniform_mpi,
+    "impi": _uniform_mpi,
+    "mvapich": _uniform_mpi,
     "slurm": _slurm,
     "jsrun": _jsrun,
     "flux": _flux,
 }
-"""A launcher is one function of a Launch, which returns the argv that starts all ranks."""
+"""Launcher -> function of a Launch that returns the argv of all ranks."""
 
 PROGRAMS = {
     "pdsh": ("pdsh", "ssh"),
@@ -189,7 +213,7 @@ PROGRAMS = {
     "jsrun": ("jsrun",),
     "flux": ("flux",),
 }
-"""What must be installed on this host for a launcher."""
+"""Launcher -> programs that must be installed on this host."""
 
 OVER_SSH = frozenset(("pdsh", "openmpi", "mpich", "impi", "mvapich"))
-"""Launchers that reach other hosts by ssh, unless the site has another way."""
+"""Launchers that reach other hosts by ssh by default."""
