@@ -47,7 +47,7 @@ def read_documents(path: str | None, text_key: str = "text") -> list[str]:
     if path is None:
         raise ConfigError.of("needs a text to measure", key="eval_text", value=path, hint="--eval-text FILE")
     try:
-        content = Path(path).read_bytes().decode("utf-8")
+        content = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError.of(f"cannot read the text ({reason})", key="eval_text", value=path) from error

@@ -32,14 +32,14 @@ def chosen_mode(text_gen_type: str | None, sample_input_file: str | None) -> str
 
 
 def read_prompts(path: str | None, prompt_end: str) -> list[str]:
-    """The prompts of a UTF-8 file: parted by `prompt_end`, white space around them and empty ones left out.
+    """The prompts of a UTF-8 file: parted by `prompt_end`, without empty ones and white space around them.
 
     Raises ConfigError when the file cannot be read or holds no prompt.
     """
     if path is None:
         raise ConfigError.of("needs a file of prompts", key="sample_input_file", value=path, hint="give one with -i")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError.of(f"cannot read the prompts ({reason})", key="sample_input_file", value=path) from error

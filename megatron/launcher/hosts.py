@@ -170,7 +170,7 @@ def hostfile_in_use(selection: HostSelection, environment: Mapping[str, str]) ->
 def read_hostfile(path: Path) -> dict[str, int]:
     """Parses `host slots=N` lines; # starts a comment. Raises ConfigError with the line for anything else."""
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue

@@ -76,6 +76,9 @@ def test_documents_of_plain_and_jsonl_files(tmp_path):
     lines = [json.dumps({"text": text}) for text in ("one", "", "line\u2028separator")]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     assert read_documents(str(tmp_path / "b.jsonl")) == ["one", "line\u2028separator"]
+    for name, text in (("a.txt", "one\n"), ("b.jsonl", lines[0])):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_documents(str(tmp_path / name))[0].strip() == "one"
 
 
 @pytest.mark.parametrize(

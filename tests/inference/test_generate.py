@@ -185,6 +185,8 @@ def test_prompts_are_parted_stripped_and_never_empty(tmp_path):
     assert batch_modes.read_prompts(str(file), "\n") == ["one", "two words"]
     file.write_text("one\ntwo<end> drei <end>\n", encoding="utf-8")
     assert batch_modes.read_prompts(str(file), "<end>") == ["one\ntwo", "drei"]
+    file.write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert batch_modes.read_prompts(str(file), "\n") == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,11 @@ def test_a_hostfile_that_is_wrong_names_the_line(tmp_path: Path, text: str, repo
     assert reported in str(caught.value)
 
 
+def test_a_byte_order_mark_and_dos_line_ends_are_no_part_of_a_host(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_bytes(b"\xef\xbb\xbffirst slots=4\r\nsecond slots=2\r\n")
+    assert read_hostfile(tmp_path / "hostfile") == {"first": 4, "second": 2}
+
+
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         find_hosts(HostSelection(hostfile=str(tmp_path / "none")), {})
