@@ -17,6 +17,7 @@ from megatron.checkpoint.format import files, integrity, layout
 from megatron.checkpoint.format.files import Written
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load import loader
 from megatron.checkpoint.load.loader import find_checkpoint
 from megatron.config import Config, Resources, resolve
 from megatron.distributed.mesh import Topology
@@ -76,6 +77,18 @@ def test_missing_and_unexpected_tensors_stop_the_run(ours: Path) -> None:
         load(ours)
     assert "the model lacks: 2.mlp.gate" in str(caught.value)
     assert "the checkpoint lacks: 2.mlp.linear1.bias" in str(caught.value)
+
+
+def test_the_hint_for_updates_is_one_that_helps() -> None:
+    stored, wanted = "2.attention.query_key_value.lora_A.weight", "2.attention.dense.lora_A.weight"
+
+    def hints(unexpected: list[str], missing: list[str]) -> set[str | None]:
+        return {issue.hint for issue in loader._strangers(unexpected, missing, {wanted}, "global_step5")}
+
+    assert hints([], [wanted]) == {"set finetune: true to start them beside the checkpoint's model"}
+    own = {"give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"}
+    assert hints([stored], []) == own
+    assert hints([stored], [wanted]) == own  # finetune: true takes no model with other updates
 
 
 class Attack:

@@ -288,7 +288,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
 def _strangers(unexpected: list[str], missing: list[str], added: set[str], location: str) -> list[ConfigIssue]:
     """added: the keys of what is trained beside a frozen model."""
     hint = "give the configuration the shape of the checkpoint, or load another one"
-    if added.issuperset(missing) and missing:
+    if not unexpected and added.issuperset(missing):
         hint = "set finetune: true to start them beside the checkpoint's model"
     elif any(f".{DOWN}." in key for key in unexpected):
         hint = "give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"
