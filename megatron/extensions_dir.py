@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.errors import ConfigError
+
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
@@ -20,7 +22,22 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
     chosen = environment.get(VARIABLE)
     if chosen:
         return Path(chosen)
-    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = user_cache(environment)
     version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
     digest = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
     return cache / "torch_extensions" / f"neox_{version}_{digest}"
+
+
+def user_cache(environment: Mapping[str, str]) -> Path:
+    """Returns XDG_CACHE_HOME, else `~/.cache`. Raises ConfigError for a user without a home folder."""
+    chosen = environment.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError.of(
+            "this user has no home folder to keep compiled extensions and other caches in",
+            location="environment",
+            hint="set HOME to a folder that can be written, or XDG_CACHE_HOME",
+        ) from error

@@ -49,4 +49,11 @@ def expand_paths(name: str, value: Any) -> tuple[Any, list[ConfigIssue]]:
     if _VARIABLE.search(value):
         hint = "write the path out, or give the key on the command line, where the shell fills variables in"
         return value, [ConfigIssue("variables of the shell have no meaning here", key=name, value=value, hint=hint)]
-    return os.path.expanduser(value) if value.startswith("~") else value, []
+    if not value.startswith("~"):
+        return value, []
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        owner = value.partition("/")[0]
+        hint = f"write the path out; a folder of that name is ./{owner}"
+        return value, [ConfigIssue(f"there is no home folder for {owner}", key=name, value=value, hint=hint)]
+    return expanded, []

@@ -29,6 +29,7 @@ from megatron.evaluation import bits_per_byte, perplexity
 from megatron.evaluation.progress import Progress
 from megatron.evaluation.stop_request import StoppableEngine
 from megatron.evaluation.work_split import split_over_replicas
+from megatron.extensions_dir import user_cache
 from megatron.inference.runner import context_length, vocabulary, with_loaded_model
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
@@ -203,7 +204,7 @@ def require_harness(eval_tasks: Any) -> None:
             hint="pip install 'neox[eval]'",
         )
     # Read when the libraries are first imported: no network, and no bars for local files.
-    os.environ.setdefault("LM_HARNESS_CACHE_PATH", str(Path.home() / ".cache" / "neox" / "requests"))
+    os.environ.setdefault("LM_HARNESS_CACHE_PATH", str(user_cache(os.environ) / "neox" / "requests"))
     for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(switch, "1")
 

@@ -18,9 +18,9 @@ def wandb_key(host: str) -> str | None:
     if "WANDB_LOCAL" in os.environ:
         return "local"
     name = urlparse(host).hostname or host
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         found = netrc.netrc(str(path)).authenticators(name)
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: this user has no home folder
         return None
     return found[2] if found else None

@@ -40,6 +40,16 @@ def test_variables_are_refused(key: str, value: str) -> None:
     assert line.startswith(f"command line: {key} = '{value}'")
 
 
+@pytest.mark.parametrize("key", ["save", "data_path", "vocab_file", "hostfile"])
+def test_the_home_folder_of_nobody_is_no_folder_here(key: str) -> None:
+    (line,) = [line for line in errors(**{key: "~no-such-user/x"}) if "home folder" in line]
+    assert line == (
+        f"command line: {key} = '~no-such-user/x': there is no home folder for ~no-such-user; write the path out; "
+        "a folder of that name is ./~no-such-user"
+    )
+    assert not any("home folder" in line for line in errors(**{key: "./~no-such-user/x"}))
+
+
 def test_one_path_of_several_is_named() -> None:
     (line,) = [line for line in errors(train_data_paths=["a", "$B/c"]) if "variables of the shell" in line]
     assert "train_data_paths = '$B/c'" in line
