@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -203,3 +204,39 @@ def test_only_a_request_for_it_lets_wandb_stop_a_run(
     with pytest.raises(ConfigError, match="no network"):
         build_reporter(ObserveSection(log_dir=str(tmp_path), use_wandb=True), 0)
     assert waited == [20.0, wandb.Settings().init_timeout]
+
+
+class Run:
+    """A W&B run that was continued: steps before `starting_step` are dropped."""
+
+    def __init__(self, name: str, starting_step: int) -> None:
+        self.id, self.starting_step = name, starting_step
+        self.finished = False
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize(("iteration", "runs"), [(10, 1), (9, 2), (5, 2), (0, 1)])
+def test_a_training_that_goes_back_starts_a_wandb_run_of_its_own(
+    iteration: int, runs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stored run has logged up to iteration 10."""
+    import wandb
+
+    (tmp_path / "wandb_run_id").write_text("stored\n")
+    opened: list[Run] = []
+
+    def init(**keys: Any) -> Run:
+        opened.append(Run(keys["id"], 11 if keys["id"] == "stored" else 0))
+        return opened[-1]
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", init)
+    with caplog.at_level(logging.INFO):
+        SINKS.load("wandb").open(observed(tmp_path), Start(iteration))
+    assert len(opened) == runs
+    assert [run.finished for run in opened] == [True] * (runs - 1) + [False]
+    assert (opened[-1].id == "stored") == (iteration == 10)
+    assert (tmp_path / "wandb_run_id").read_text().strip() == opened[-1].id
+    assert ("has steps up to 10, which it does not replace" in caplog.text) == (runs == 2)

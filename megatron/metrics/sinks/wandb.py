@@ -1,7 +1,8 @@
 """Metrics as a Weights & Biases run; needs the optional package `wandb`.
 
-The run's id is kept beside the metrics, so that a restart goes on with the same run. Without network access
-WANDB_MODE=offline keeps everything in the run directory, for `wandb sync`.
+The run's id is stored beside the metrics, so that a restart continues the same run. W&B never replaces a step, so a
+training that goes back behind the run's last step starts a run of its own. Without network access WANDB_MODE=offline
+keeps everything in the run directory, for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Self
 import wandb
 
 from megatron.errors import ConfigError
+from megatron.log import get_logger
 from megatron.metrics.sinks.base import Observe, Start
 from megatron.metrics.wandb_key import wandb_key
 
@@ -41,27 +43,18 @@ class WeightsAndBiases:
                 value=observe.use_wandb,
                 hint="run `wandb login`, set WANDB_API_KEY, or keep the run here with WANDB_MODE=offline",
             )
-        directory = Path(observe.log_dir or ".")
-        name = observe.wandb_run_name
-        try:
-            run = wandb.init(
-                project=observe.wandb_project,
-                entity=observe.wandb_team,
-                group=observe.wandb_group,
-                name=f"{name}-rank{start.rank}" if name and start.rank else name,
-                dir=str(directory),
-                id=_run_id(directory, start),
-                resume="allow",
-                config={key: value for key, value in start.settings.items() if value is not None},
-                settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_patience(observe)),
+        path = Path(observe.log_dir or ".") / (ID_FILE if start.rank == 0 else f"{ID_FILE}_{start.rank}")
+        continued = start.iteration > 0 and path.is_file()
+        run = _started(observe, start, path.read_text(encoding="utf-8").strip() if continued else _new_id(path))
+        if run.starting_step > start.iteration + 1:  # steps before that one would be dropped without a word
+            get_logger(__name__).info(
+                "the Weights & Biases run %s has steps up to %d, which it does not replace: a new run starts at %d",
+                run.id,
+                run.starting_step - 1,
+                start.iteration + 1,
             )
-        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-            raise ConfigError.of(
-                f"Weights & Biases refuses the run: {error}",
-                key="use_wandb",
-                value=observe.use_wandb,
-                hint="correct the wandb_* keys, or set WANDB_MODE=offline",
-            ) from error
+            run.finish()
+            run = _started(observe, start, _new_id(path))
         return cls(run)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -75,12 +68,33 @@ def _patience(observe: Observe) -> dict[str, float]:
     return {} if observe.use_wandb else {"init_timeout": UNASKED_SECONDS, "login_timeout": UNASKED_SECONDS}
 
 
-def _run_id(directory: Path, start: Start) -> str:
-    """The id of this rank's run: that of the run that is continued, else a new one."""
-    path = directory / (ID_FILE if start.rank == 0 else f"{ID_FILE}_{start.rank}")
-    if start.iteration > 0 and path.is_file():
-        return path.read_text(encoding="utf-8").strip()
+def _started(observe: Observe, start: Start, run_id: str) -> Any:
+    """The W&B run of this id, continued if it exists. Raises ConfigError where the service refuses."""
+    name = observe.wandb_run_name
+    try:
+        return wandb.init(
+            project=observe.wandb_project,
+            entity=observe.wandb_team,
+            group=observe.wandb_group,
+            name=f"{name}-rank{start.rank}" if name and start.rank else name,
+            dir=observe.log_dir or ".",
+            id=run_id,
+            resume="allow",
+            config={key: value for key, value in start.settings.items() if value is not None},
+            settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_patience(observe)),
+        )
+    except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        raise ConfigError.of(
+            f"Weights & Biases refuses the run: {error}",
+            key="use_wandb",
+            value=observe.use_wandb,
+            hint="correct the wandb_* keys, or set WANDB_MODE=offline",
+        ) from error
+
+
+def _new_id(path: Path) -> str:
+    """A new run id, which is stored in the file."""
     made = secrets.token_hex(4)
-    directory.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made + "\n", encoding="utf-8")
     return made
