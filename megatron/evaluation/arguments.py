@@ -34,8 +34,11 @@ class TaskArguments:
     """until: texts at which an answer ends. maximum_tokens [tokens]. sampling: how tokens are chosen."""
 
     until: tuple[str, ...]
+    """Texts at which an answer ends."""
     maximum_tokens: int
+    """Longest answer [tokens]."""
     sampling: Sampling
+    """Sampling settings."""
 
 
 def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> TaskArguments:

@@ -27,8 +27,11 @@ class BitsPerByte:
     """nats: of all tokens together. tokens: how many, ends of documents included. bytes: of the text in UTF-8."""
 
     nats: float
+    """Negative log-likelihood of all tokens [nats]."""
     tokens: int
+    """Number of tokens, ends of documents included."""
     bytes: int
+    """UTF-8 bytes of the texts."""
 
     @property
     def bits_per_byte(self) -> float:

@@ -260,4 +260,6 @@ class Asked:
     number: int
     """Of the request."""
     tokens: list[int]
+    """The context."""
     settings: Settings
+    """Generation settings."""

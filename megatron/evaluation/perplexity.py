@@ -58,8 +58,11 @@ class Perplexity:
     """nats: of all scored tokens. tokens: scored. words: of the file, without the first."""
 
     nats: float
+    """Negative log-likelihood of all scored tokens [nats]."""
     tokens: int
+    """Number of scored tokens."""
     words: int
+    """Number of words of the text."""
 
     @property
     def a_token(self) -> float:

@@ -32,6 +32,7 @@ class GenerationResult:
     message: str | None
     """A warning, or an error."""
     duration_seconds: float
+    """Time from the start of the request [s]."""
     failed: bool = False
     """Whether it is an error; text is what came before it."""
     logits: list[list[float]] | None = None
@@ -63,7 +64,9 @@ class Settings:
     seed: int
     """How tokens are chosen. maximum_tokens, seq_length [tokens]."""
     maximum_tokens: int
+    """Longest answer [tokens]."""
     seq_length: int
+    """Context of the model [tokens]."""
     recompute: bool = False
     """Without a cache."""
     stop: tuple[str, ...] = ()

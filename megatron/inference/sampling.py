@@ -43,8 +43,11 @@ class Sampling:
     temperature: float = 0.0
     """Divisor of the scores. top_k [tokens]. top_p, min_p [probability]."""
     top_k: int = 0
+    """Number of likeliest tokens to sample from [tokens]."""
     top_p: float = 0.0
+    """Probability mass to sample from."""
     min_p: float = 0.0
+    """Least probability, relative to the likeliest token."""
     repetition_penalty: float = 1.0
     """Divisor."""
     frequency_penalty: float = 0.0

@@ -24,7 +24,9 @@ class Pair:
     """Tokens to score and the tokens before them. The context holds at least one token."""
 
     context: tuple[int, ...]
+    """Tokens in front."""
     continuation: tuple[int, ...]
+    """Tokens to score."""
 
     def inputs(self) -> tuple[int, ...]:
         """What the model reads: all but the last token."""
@@ -36,7 +38,9 @@ class Score:
     """log_likelihood: of the continuation [nats]. greedy: whether each of its tokens was the likeliest."""
 
     log_likelihood: float
+    """Log-likelihood of the continuation [nats]."""
     greedy: bool
+    """True if each token of the continuation is the likeliest one."""
 
     def __add__(self, other: Score) -> Score:
         return Score(self.log_likelihood + other.log_likelihood, self.greedy and other.greedy)

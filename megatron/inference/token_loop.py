@@ -31,8 +31,11 @@ class Limits:
     """Where a text ends: at one of `ends`, after `maximum_tokens` new tokens, or at `seq_length` tokens in all."""
 
     ends: frozenset[int]
+    """Ids that end a sequence."""
     maximum_tokens: int
+    """Most new tokens."""
     seq_length: int
+    """Most tokens in all."""
 
     def room(self, prompt_tokens: int) -> int:
         """How many tokens may follow a prompt of that length."""
@@ -79,8 +82,11 @@ class Step:
     """One new token of a text, NO_TOKEN where none could be chosen, and the scores [v] that it was chosen from."""
 
     text: RunningSequence
+    """The sequence."""
     token: int
+    """Its new token."""
     logits: Tensor
+    """The logits that it was chosen from, [v]."""
 
 
 class TokenLoop:

@@ -29,10 +29,13 @@ class GenerationOptions:
     """How the texts of a request are made."""
 
     sampling: Sampling
+    """Sampling settings."""
     new: int | None
     """At most, all that fit where it is None. stops, end_ids: what ends a text [tokens]."""
     stops: tuple[str, ...] = ()
+    """Stop texts."""
     seed: int | None = None
+    """Seed of the request, if any."""
     copies: int = 1
     """Of each prompt."""
     tokens: bool = False
@@ -48,7 +51,9 @@ class ApiContext:
     """What the endpoints share."""
 
     service: Service
+    """The scheduler."""
     tokenizer: Tokenizer
+    """The run's tokenizer."""
     model: str
     """Its name for clients."""
     seq_length: int
@@ -56,6 +61,7 @@ class ApiContext:
     key: str | None
     """What requests must carry."""
     seed: int
+    """Seed of the service."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, besides the end of a document."""
     vocabulary: int | None = None

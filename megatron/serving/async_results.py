@@ -40,7 +40,9 @@ class TokenScore:
     """
 
     token: int
+    """The token id."""
     offset: int
+    """Offset of its text in the text [characters]."""
     log_probability: float | None = None
     """None where it is not known, as of a prompt's first token [nats]."""
     likeliest: dict[int, float] | None = None
@@ -52,9 +54,13 @@ class Event:
     """What happened to text `index` of a request: a piece of it, its outcome, or both, and the tokens that it holds."""
 
     index: int
+    """Number of the sequence in its request."""
     piece: str = ""
+    """New text."""
     record: GenerationResult | None = None
+    """The result, once it has ended."""
     tokens: tuple[TokenScore, ...] = ()
+    """New tokens with their scores."""
 
 
 class Growing:
@@ -103,8 +109,11 @@ class PendingRequest:
     """The texts of one request in progress."""
 
     service: Service
+    """The scheduler."""
     numbers: list[int]
+    """Numbers of its sequences in the scheduler."""
     queue: asyncio.Queue[Event]
+    """Events of its sequences."""
     prompts: list[list[TokenScore]]
     """The tokens of each prompt with their scores, where asked for."""
     prompt_tokens: int = 0
@@ -112,6 +121,7 @@ class PendingRequest:
     tokens: list[list[TokenScore]] = field(default_factory=list)
     """Of each text, so far."""
     records: dict[int, GenerationResult] = field(default_factory=dict)
+    """Results so far."""
 
     async def events(self) -> AsyncIterator[Event]:
         """Everything that happens until all texts are done; abandons them when the reader stops early."""

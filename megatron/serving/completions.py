@@ -69,7 +69,9 @@ class Echo:
     """A prompt that is wanted back: its text, and where its tokens begin in it."""
 
     text: str
+    """Text of the prompt."""
     offsets: list[int]
+    """Offset of each token in the text [characters]."""
 
 
 class Answers:

@@ -37,7 +37,9 @@ class QueuedRequest:
     prompt: tuple[int, ...]
     """At least one token."""
     settings: Settings
+    """Generation settings."""
     context: str = ""
+    """Text of the prompt."""
     scored: bool = False
     """Whether the prompt's own scores are wanted, which costs a pass over it."""
 
@@ -62,8 +64,11 @@ class SchedulerStep:
     """What every rank does before the next step."""
 
     joining: tuple[QueuedRequest, ...] = ()
+    """Requests that start."""
     leaving: tuple[int, ...] = ()
+    """Numbers of sequences that are aborted."""
     stop: bool = False
+    """True in the last step."""
 
 
 class ModelWorker:
@@ -198,10 +203,15 @@ class ServiceCounts:
     """What the service has done since it started."""
 
     requests: int = 0
+    """Requests that were accepted."""
     refused: int = 0
+    """Requests that were refused."""
     abandoned: int = 0
+    """Requests whose client disconnected."""
     tokens: int = 0
+    """Generated tokens."""
     prompt_tokens: int = 0
+    """Tokens of prompts."""
 
 
 class QueueFull(Exception):
@@ -220,10 +230,13 @@ class Service:
     """
 
     worker: ModelWorker
+    """Runs the token loop."""
     max_waiting: int
     """Texts that may wait for a free row."""
     publish: Callable[[SchedulerStep], None] = lambda orders: None
+    """Sends a step to the other ranks."""
     counts: ServiceCounts = field(default_factory=ServiceCounts)
+    """Counts since the start."""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()

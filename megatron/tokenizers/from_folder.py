@@ -40,8 +40,11 @@ class FoundTokenizer:
     """
 
     keys: dict[str, str] = field(default_factory=dict)
+    """tokenizer_type and its files; empty where there is none."""
     tokenizer: Tokenizer | None = None
+    """The tokenizer, if any."""
     reason: str = ""
+    """Why there is none, or which tokens of the folder it lacks."""
 
 
 def find_tokenizer(folder: Path, ends: Sequence[int] = (), *, complete: bool = False) -> FoundTokenizer:

@@ -37,8 +37,11 @@ class Written:
     """A file that is on the disk. size [bytes], sha256: of what was meant to be written, in hexadecimal."""
 
     path: Path
+    """The file."""
     size: int
+    """Its size [bytes]."""
     sha256: str
+    """Hash of what was meant to be written."""
 
 
 class _Counting:

@@ -37,7 +37,9 @@ class OptimizerShard:
     key: str
     """"<layer>.<name>"."""
     start: int
+    """First element of the range."""
     stop: int
+    """One past the last element of the range."""
     step: int
     """Number of updates made [steps]."""
     tensors: dict[str, Tensor]
@@ -75,13 +77,21 @@ class SliceLocation:
     """Location of one slice: its file, its position there, and the range it covers."""
 
     file: Path
+    """The file that holds it."""
     position: int
+    """Its number in the file."""
     model_rank: int
+    """Tensor-parallel rank of the writer."""
     start: int
+    """First element of the range."""
     stop: int
+    """One past the last element of the range."""
     step: int
+    """Updates made [steps]."""
     names: tuple[str, ...]
+    """The optimizer's names for the stored values."""
     tensor_level: tuple[str, ...]
+    """Names of stored values that belong to the global tensor."""
 
 
 @dataclass
@@ -94,6 +104,7 @@ class OptimizerState:
     model_size: int
     """tensor-parallel degree of the run that wrote them."""
     locations: dict[str, list[SliceLocation]]
+    """Locations of the slices of each key."""
     shapes: dict[str, TensorShape]
     """Key -> the reader's tensor."""
     rows: int | None = None

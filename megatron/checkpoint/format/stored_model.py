@@ -56,17 +56,25 @@ class StoredModel:
     """The weights of a checkpoint and what is known of the model."""
 
     directory: Path
+    """The checkpoint's folder."""
     model: ModelSection
+    """Model section of its configuration."""
     moe: MoeSection
+    """Mixture-of-experts section."""
     mixers: MixersSection
+    """Section of blocks without attention."""
     mup: MupSection
+    """Section of muP."""
     tokenizer: TokenizerSection
+    """Tokenizer section."""
     generation: GenerationSection
+    """Generation section."""
     table: tuple[TensorShape, ...]
     """Its tensors."""
     rows: int
     """Of the embedding, padding included."""
     weights: StoredWeights
+    """Its weight files."""
     masters: OptimizerState | None
     """The optimizer's fp32 copies, where kept."""
 

@@ -88,7 +88,9 @@ class WeightFiles:
     """
 
     directory: Path
+    """The checkpoint's folder."""
     model_files: dict[int, Path]
+    """Tensor-parallel rank to file, without a pipeline."""
     layers: dict[tuple[int, int], Path]
     """(layer, rank) -> file, with one."""
     _open: dict[Path, Any] = field(default_factory=dict)

@@ -56,9 +56,13 @@ class Exported:
     """What was written."""
 
     family: str
+    """Name of the family."""
     architecture: str
+    """Class of transformers."""
     tensors: int
+    """Number of tensors."""
     size: int
+    """Size of all weight files [bytes]."""
     rows: int
     """Of the embedding. names: of the family and its class in transformers."""
 

@@ -29,6 +29,7 @@ class TensorMapping:
     ours: str
     """"<layer>.<name>"."""
     theirs: tuple[str, ...]
+    """Names in transformers."""
     apart: Callable[[Tensor], Sequence[Tensor]]
     """Ours -> theirs, in the order of their names; it works on shapes alone too (the meta device)."""
     together: Callable[[Sequence[Tensor]], Tensor]

@@ -32,9 +32,11 @@ class Adopted:
     """What was written."""
 
     directory: Path
+    """The checkpoint's folder."""
     settings: dict[str, Any]
     """The model as keys of a configuration."""
     tensors: int
+    """Number of tensors."""
     rows: int
     """Of the embedding, padding included."""
 

@@ -47,9 +47,11 @@ class Folder:
     """Such a folder."""
 
     path: Path
+    """The folder."""
     config: dict[str, Any]
     """The content of config.json, completed."""
     family: ModelFamily
+    """The family of its model."""
     tensors: dict[str, Source]
     """Name -> how to read it."""
 
@@ -95,8 +97,11 @@ class FolderWeights:
     """The weights of a folder under our keys, as one tensor-parallel rank would have stored them."""
 
     directory: Path
+    """The folder."""
     table: Table
+    """Tensors of the model."""
     model_size: int = 1
+    """Tensor-parallel degree; always 1."""
 
     @staticmethod
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:

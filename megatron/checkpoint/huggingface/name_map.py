@@ -25,19 +25,27 @@ class Names:
     """What a family calls its tensors; projections and norms without the .weight or .bias at the end."""
 
     embedding: str
+    """Word embedding."""
     block: str
     """What the names inside a block begin with; {} stands for its number."""
     input_norm: str
+    """Norm in front of the attention."""
     attention: tuple[str, ...]
     """One projection for queries, keys and values together, or three."""
     dense: str
+    """Output projection of the attention."""
     mlp_norm: str
+    """Norm in front of the MLP."""
     linear1: tuple[str, ...]
     """One matrix, or its plain half and the one that the activation sees."""
     linear2: str
+    """Second projection of the MLP."""
     final_norm: str
+    """Norm behind the last block."""
     head: str
+    """Output layer."""
     positions: str | None = None
+    """Learned positions, if any."""
     by_head: bool = True
     """Where it is one, its rows stand head by head as ours do, not all queries first."""
     norm_values: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))

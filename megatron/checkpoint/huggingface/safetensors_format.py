@@ -47,9 +47,13 @@ class Promise:
     """A tensor that will be written: its facts now, its values when its turn comes."""
 
     name: str
+    """Name of the tensor."""
     shape: tuple[int, ...]
+    """Its shape."""
     dtype: torch.dtype
+    """Its number format."""
     make: Callable[[], Tensor]
+    """Computes its values."""
 
     @property
     def size(self) -> int:

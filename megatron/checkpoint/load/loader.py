@@ -53,7 +53,9 @@ class Checkpoint:
     with_rng: bool
     """See `with_optimizer`."""
     from_start: bool
+    """True if training starts at iteration 0 with these weights."""
     summed_biases: bool
+    """True if row-parallel biases are stored as terms of a sum."""
     table: tuple[TensorShape, ...]
     """The tensors of the model that will read it."""
     weights: StoredWeights

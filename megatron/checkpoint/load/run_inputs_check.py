@@ -21,7 +21,9 @@ class RunInputs:
     """tokenizer: of the run; None where it is not known. data: what `order_facts` gives."""
 
     tokenizer: TokenizerInfo | None = None
+    """The run's tokenizer; None where it is unknown."""
     data: Mapping[str, Any] | None = None
+    """Data order of the run; None where there is none."""
 
     def as_json(self) -> dict[str, Any]:
         """The facts for a checkpoint."""

@@ -60,8 +60,11 @@ class Item:
     """A file to send: its name in the folder, its size [bytes] and the rank that sends it."""
 
     name: str
+    """Path in the folder."""
     size: int
+    """Its size [bytes]."""
     owner: int
+    """The rank that has it."""
 
 
 def one_folder() -> Sharing:

@@ -28,7 +28,9 @@ class Bucket:
     prefix: str
     """Of its keys, "" or ending with a slash."""
     client: Any
+    """Client of boto3."""
     transfer: Any
+    """Transfer settings of boto3."""
 
     @staticmethod
     def open(address: str, part_size: int) -> Bucket:

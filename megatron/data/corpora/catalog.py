@@ -26,12 +26,17 @@ class About:
     """What a prepared folder holds."""
 
     corpus: str
+    """Name of the corpus."""
     source: str
     """What it was made of, so that an older folder is recognised."""
     train_documents: int
+    """Documents of the training file."""
     train_bytes: int
+    """UTF-8 bytes of the training texts."""
     valid_documents: int
+    """Documents of the held-out file."""
     valid_bytes: int
+    """UTF-8 bytes of the held-out texts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Corpus:
     """A corpus."""
 
     name: str
+    """Name on the command line."""
     doc: str
+    """One line about it."""
     target: str
     """`module:function`, which takes the folder and returns an About. source: see About."""
 

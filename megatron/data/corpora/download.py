@@ -42,6 +42,7 @@ class DownloadSource:
     """A file."""
 
     name: str
+    """Name of the file."""
     urls: tuple[str, ...]
     """Where it may be had, tried in order."""
     sha256: str | None = None
@@ -55,7 +56,9 @@ class Transfer:
     """How far a download is [bytes]."""
 
     name: str
+    """Name of the file."""
     done: int
+    """Bytes that have arrived."""
     total: int | None
     """None where the server does not say."""
 

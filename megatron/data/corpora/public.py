@@ -35,10 +35,13 @@ class PublicCorpus:
     """A corpus that is fetched."""
 
     name: str
+    """Name on the command line."""
     doc: str
+    """One line about it."""
     folder: str
     """Its name below the data directory, which is that of the token files too."""
     sources: tuple[DownloadSource, ...]
+    """Its files."""
     documents: int | None = None
     """How many there are, where it is known."""
     workers: int | None = None

@@ -44,8 +44,11 @@ class Document:
     """path: relative to the library, and the key of the split. may_be_held_out: whether validation may take it."""
 
     path: str
+    """Path in the library; the key of the split."""
     text: str
+    """The text."""
     may_be_held_out: bool
+    """True if it may go into the held-out file."""
 
     @property
     def bytes(self) -> int:

@@ -30,9 +30,13 @@ class Data:
     """The loaders of a run, None where no samples were asked for or the split is empty, and what they will serve."""
 
     train: BatchLoader | None
+    """Loader of the training split."""
     valid: BatchLoader | None
+    """Loader of the validation split."""
     test: BatchLoader | None
+    """Loader of the test split."""
     plan: DataPlan
+    """Summary of the data."""
     valid_sets: Mapping[str, BatchLoader] = field(default_factory=dict)
     """Of each validation set by its name, where each is to have a loss of its own."""
 

@@ -58,8 +58,11 @@ class TokenSource:
     """A data set and what goes with it: labels token by token, rewards with one number a document."""
 
     tokens: IndexedDataset
+    """The token files."""
     labels: IndexedDataset | None = None
+    """Label of each token, if any."""
     rewards: IndexedDataset | None = None
+    """Reward of each document, if any."""
 
 
 Span = tuple[int, int, int, int]

@@ -33,15 +33,19 @@ class IndexRequest:
     """Everything that determines an index map."""
 
     dataset: IndexedDataset
+    """The token files."""
     name: str
     """Of the split, such as train or valid_2."""
     documents: range
+    """Range of the documents to use."""
     seq_length: int
+    """Length of a sample [tokens]."""
     samples: int | None
     """How many are asked for, or None where passes are."""
     epochs: int
     """Passes over the documents, for whole documents 0 where the samples decide."""
     seed: int
+    """Seed of the order."""
     packing: str = PACKED
     """Of the documents, as pack_impl and allow_chopped say."""
     chopped: bool = True

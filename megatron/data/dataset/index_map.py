@@ -30,9 +30,13 @@ class IndexMap:
     """The three arrays of the module's docstring, and the number of passes over the documents."""
 
     documents: np.ndarray
+    """Order of the documents."""
     samples: np.ndarray
+    """Start of each sample: document and offset."""
     shuffle: np.ndarray
+    """Order in which samples are served."""
     epochs: int
+    """Passes over the documents."""
 
     def __len__(self) -> int:
         return len(self.shuffle)

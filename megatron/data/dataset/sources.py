@@ -29,8 +29,11 @@ class DataSource:
     """A part of a split before its index map exists."""
 
     data: TokenSource
+    """The token files with labels and rewards."""
     documents: range
+    """Range of the documents to use."""
     weight: float
+    """Fraction of the samples."""
     name: str
     """For file names."""
     key: str
@@ -56,8 +59,11 @@ class Split:
     """A split before its index maps exist."""
 
     name: str
+    """train, valid or test."""
     samples: int
+    """Samples that the run needs."""
     sources: tuple[DataSource, ...]
+    """Datasets of the split."""
     order: tuple[np.ndarray, np.ndarray] | None = None
     """Of the blend, where there are several sources (blend_order)."""
     epochs: int = 0

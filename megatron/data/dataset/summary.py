@@ -14,8 +14,11 @@ class UnpackedSummary:
     """
 
     documents: int
+    """Documents in use."""
     tokens: int
+    """Tokens in use."""
     cut: int
+    """Documents that are truncated."""
 
     def describe(self, documents: int, tokens: int, seq_length: int) -> str:
         """Describe the epoch as text, beside the totals of the dataset."""
@@ -32,6 +35,7 @@ class SourcePlan:
     """One data set of a split."""
 
     path: str
+    """Prefix of the token files."""
     documents: int
     """Those that the split may use."""
     tokens: int
@@ -51,6 +55,7 @@ class SourcePlan:
     digest: str = ""
     """A fingerprint of the tokens (data_order.py). whole: of samples of whole documents, what a pass makes of them."""
     unpacked: UnpackedSummary | None = None
+    """Summary of one epoch, if documents are not packed."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,15 @@ class SplitPlan:
     """One of train, valid and test."""
 
     name: str
+    """train, valid or test."""
     samples: int
     """How many can be served."""
     asked: int
     """How many the run wants."""
     seq_length: int
+    """Length of a sample [tokens]."""
     sources: tuple[SourcePlan, ...]
+    """Datasets of the split."""
 
     @property
     def documents(self) -> int:
@@ -114,11 +122,15 @@ class DataPlan:
     """The splits of a run, None where there is none."""
 
     train: SplitPlan | None
+    """Summary of the training split."""
     valid: SplitPlan | None
+    """Summary of the validation split."""
     test: SplitPlan | None
+    """Summary of the test split."""
     seconds: float
     """Time to open the data and prepare the index maps [s]."""
     warnings: tuple[str, ...] = ()
+    """Lines for the user."""
 
     def splits(self) -> Iterator[SplitPlan]:
         """The splits there are."""

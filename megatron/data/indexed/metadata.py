@@ -22,12 +22,19 @@ class DatasetCard:
     """
 
     documents: int
+    """Documents in the files."""
     tokens: int
+    """Tokens in the files."""
     text_bytes: int
+    """UTF-8 bytes of the text."""
     tokenizer_type: str
+    """Kind of the tokenizer."""
     vocab_size: int
+    """Tokens of the vocabulary."""
     eod: int | None
+    """The id that ends a document."""
     fingerprint: str | None = None
+    """Hash of the ids of a fixed text."""
 
     @property
     def bytes_per_token(self) -> float:

@@ -34,8 +34,11 @@ class Mark:
     """How far a pair of files is written: what an interrupted work needs to go on."""
 
     items: int
+    """Items that are written."""
     documents: int
+    """Documents that are written."""
     tokens: int
+    """Tokens that are written."""
 
 
 class DatasetWriter:

@@ -35,6 +35,7 @@ class PlainText:
     """The text of each key, in token files of its own; a record without text under one of them is left out."""
 
     tokenizer: Encoding
+    """The tokenizer."""
     keys: tuple[str, ...] = ("text",)
     """The fields of a JSON line that hold text; a line must have them all."""
     append_eod: bool = False
@@ -129,13 +130,19 @@ class LabelledText:
     """The text of one key and its labels: no loss up to and including the first time that `pattern` occurs."""
 
     tokenizer: Encoding
+    """The tokenizer."""
     pattern: tuple[int, ...]
     """Token ids. A document without it counts whole, and such documents are counted. The rest as for PlainText."""
     keys: tuple[str, ...] = ("text",)
+    """The key of the text."""
     append_eod: bool = False
+    """Append the end-of-document token."""
     repair: bool = False
+    """Fix broken Unicode with ftfy."""
     special: tuple[str, ...] = ()
+    """Special tokens of the tokenizer."""
     parse_special: bool = False
+    """Encode special tokens that the text spells as such."""
 
     @property
     def outputs(self) -> tuple[tuple[str, np.dtype[Any]], ...]:
@@ -216,8 +223,11 @@ class ChatText:
     """Conversations, with loss on what one role says, and rewards where a key names them."""
 
     template: Conversation
+    """Renders and encodes conversations."""
     keys: tuple[str, ...] = ("conversation",)
+    """The key of the conversation."""
     role: str = "assistant"
+    """The role whose turns are learnt."""
     only_last: bool = False
     """Loss on the last turn alone."""
     mask: bool = True

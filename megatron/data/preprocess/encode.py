@@ -56,10 +56,13 @@ class SkippedRecord:
     """A skipped record."""
 
     name: str
+    """Name of the file."""
     number: int
     """Its line or document in the file, from 1; 0 for the entire file."""
     reason: str
+    """The counted category."""
     detail: str
+    """About this record."""
 
     def __str__(self) -> str:
         location = f"{self.name}:{self.number}" if self.number else self.name

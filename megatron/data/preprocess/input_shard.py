@@ -20,7 +20,9 @@ class Shard:
     """number: from 0. count: of all shards."""
 
     number: int = 0
+    """Number of the shard, from 0."""
     count: int = 1
+    """Number of shards."""
 
     def prefix(self, output_prefix: str) -> str:
         """The output prefix of this shard: names sort in the order of the shards."""

@@ -55,7 +55,9 @@ class PreprocessProgress:
     """How far the work is."""
 
     documents: int
+    """Documents that are written."""
     tokens: int
+    """Tokens that are written."""
     content_bytes: int
     """Text files' content so far [bytes]."""
     fraction: float
@@ -69,9 +71,11 @@ class WrittenOutput:
     """One pair of token files."""
 
     name: str
+    """Name of the output."""
     prefix: str
     """Their path without .bin and .idx."""
     card: DatasetCard
+    """Its metadata."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,17 @@ class Result:
     """What was done."""
 
     outputs: tuple[WrittenOutput, ...]
+    """The written files."""
     skipped: SkippedCounts
+    """Counts of skipped records."""
     empty: int
     """Documents without text, which were left out."""
     content_bytes: int
+    """Bytes of text that were read."""
     seconds: float
     """Wall time [s], of which `starting` passed before the first block came back."""
     starting: float
+    """Time until the first block came back [s]."""
     sidecar: str | None
     """The list of what was skipped, or None."""
     notes: Mapping[str, int] = field(default_factory=dict)

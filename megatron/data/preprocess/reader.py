@@ -36,10 +36,13 @@ class TextBlock:
     name: str
     """The file, and the member of an archive."""
     kind: Kind
+    """Kind of the file."""
     content: bytes | None
     """The bytes, or None when `length` bytes from `start` of the file are meant."""
     start: int
+    """Offset of its first byte in the file."""
     length: int
+    """Its length [bytes]."""
     begins: bool
     """Whether it is the first of its file."""
     read_bytes: int

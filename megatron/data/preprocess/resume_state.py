@@ -27,10 +27,13 @@ class PreprocessCounts:
     """Progress counters."""
 
     outputs: int
+    """Number of outputs."""
     blocks: int = 0
     """That are done."""
     content_bytes: int = 0
+    """Bytes of text that were read."""
     empty: int = 0
+    """Documents without text."""
     record_name: str = ""
     """The file that is being read and its records in the blocks that are done."""
     record_base: int = 0
@@ -38,6 +41,7 @@ class PreprocessCounts:
     sidecar_bytes: int = 0
     """Of the list of skipped ones."""
     skipped: SkippedCounts = field(default_factory=SkippedCounts)
+    """Counts of skipped records."""
     text_bytes: list[int] = field(default_factory=list)
     """Of each output."""
     notes: dict[str, int] = field(default_factory=dict)

@@ -41,7 +41,9 @@ class TextFile:
     """A file to read."""
 
     path: Path
+    """The file."""
     kind: Kind
+    """Its kind, by name."""
     bytes: int
     """Its size on disk."""
     compressed: bool

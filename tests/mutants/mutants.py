@@ -1,0 +1,341 @@
+"""Seeded errors: one small change of the framework each, with the test files of the default run that must fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One seeded error."""
+
+    name: str
+    """What is wrong."""
+    path: str
+    """The file that is changed, below megatron/."""
+    old: str
+    """Text that the file has exactly once."""
+    new: str
+    """Text in its place."""
+    tests: tuple[str, ...]
+    """Test files, of which at least one must fail, below tests/."""
+
+
+D, TP = "distributed", "distributed/tensor_parallel"
+
+MUTANTS = (
+    # tensor, sequence and context parallelism
+    Mutant(
+        "no all-reduce of gradients where a tensor-parallel region begins",
+        f"{D}/collectives.py",
+        "with_grad(x, axis, identity, all_reduced)",
+        "with_grad(x, axis, identity, identity)",
+        ("distributed/test_layers.py",),
+    ),
+    Mutant(
+        "a second all-reduce of gradients where a tensor-parallel region ends",
+        f"{D}/collectives.py",
+        "with_grad(x, axis, all_reduced, identity)",
+        "with_grad(x, axis, all_reduced, all_reduced)",
+        ("distributed/test_layers.py",),
+    ),
+    Mutant(
+        "wrong sign in the log-sum over ranks",
+        f"{TP}/cross_entropy.py",
+        "torch.exp(local - largest)",
+        "torch.exp(largest - local)",
+        ("distributed/test_cross_entropy.py",),
+    ),
+    Mutant(
+        "padding of the vocabulary has probability on later ranks",
+        f"{TP}/cross_entropy.py",
+        "vocabulary - axis.rank * rows.shape[1]",
+        "vocabulary",
+        ("distributed/test_cross_entropy.py",),
+    ),
+    Mutant(
+        "off-by-one in the first token of a vocabulary shard",
+        f"{TP}/embedding.py",
+        "self.axis.rank * (vocab_size // self.axis.size)",
+        "self.axis.rank * (vocab_size // self.axis.size + 1)",
+        ("distributed/test_layers.py",),
+    ),
+    Mutant(
+        "the bias of a row-parallel layer is added once a rank",
+        f"{TP}/linear.py",
+        "else total + self.bias",
+        "else total + self.bias * self.axis.size",
+        ("distributed/test_layers.py",),
+    ),
+    Mutant(
+        "a dropped gradient where the sequence is gathered twice",
+        f"{TP}/sequence_parallel.py",
+        "grads[0].chunk(axis.size)[axis.rank] + reduce_scatter_first(grads[1], axis)",
+        "reduce_scatter_first(grads[1], axis)",
+        ("distributed/test_sequence_shards.py",),
+    ),
+    Mutant(
+        "a rank takes the wrong shard of the sequence",
+        f"{D}/context_parallel.py",
+        "x.chunk(axis.size, dim=1)[axis.rank]",
+        "x.chunk(axis.size, dim=1)[axis.rank - 1]",
+        ("distributed/test_sequence_shards.py", "model/test_tensor_parallel.py", "end_to_end/test_layouts.py"),
+    ),
+    Mutant(
+        "tensor-parallel ranks drop the same features",
+        f"{D}/rng_tracker.py",
+        'parameter_seed(seed, rank, "sharded")',
+        'parameter_seed(seed, 0, "sharded")',
+        ("distributed/test_seeds.py",),
+    ),
+    Mutant(
+        "all layers start from the same weights",
+        f"{D}/param_init.py",
+        "parameter_seed(self.seed, self.layer, self.prefix + name)",
+        "parameter_seed(self.seed, 0, self.prefix + name)",
+        ("distributed/test_layers.py", "model/test_init.py", "distributed/test_seeds.py"),
+    ),
+    # attention and positions
+    Mutant(
+        "a query sees the next key",
+        "kernels/attention.py",
+        ".tril(keys - queries)",
+        ".tril(keys - queries + 1)",
+        ("kernels/test_attention.py",),
+    ),
+    Mutant(
+        "the first token of a document is not seen",
+        "kernels/attention.py",
+        ">= starts[:, None, :, None]",
+        "> starts[:, None, :, None]",
+        ("kernels/test_attention.py", "model/test_documents.py"),
+    ),
+    Mutant(
+        "a window is one key too wide",
+        "kernels/attention_mask.py",
+        "keys > queries - self.width",
+        "keys >= queries - self.width",
+        ("kernels/test_attention_mask.py",),
+    ),
+    Mutant(
+        "wrong sign in the gradient of rotary positions",
+        "kernels/rotary.py",
+        "_turn(grads[0], cos, -sin)",
+        "_turn(grads[0], cos, sin)",
+        ("kernels/test_rotary_and_norms.py",),
+    ),
+    Mutant(
+        "YaRN scales the fast pairs",
+        "model/positions/rope_scaling.py",
+        "plain / factor * slow + plain * (1 - slow)",
+        "plain * slow + plain / factor * (1 - slow)",
+        ("model/test_positions_against_transformers.py",),
+    ),
+    Mutant(
+        "wrong slopes of ALiBi",
+        "model/positions/alibi.py",
+        "2 ** (-8 * number /",
+        "2 ** (-4 * number /",
+        ("model/test_positions_against_transformers.py", "model/test_options.py"),
+    ),
+    Mutant(
+        "cached keys are stored one position late",
+        "model/kv_cache.py",
+        "torch.arange(positions, device=device)  # [b, s]",
+        "torch.arange(1, positions + 1, device=device)  # [b, s]",
+        ("model/test_kv_cache.py",),
+    ),
+    # blocks
+    Mutant(
+        "Mamba's state is not reset at a document",
+        "kernels/scan.py",
+        "keep = keep.masked_fill(resets[:, :, None, None], 0)",
+        "keep = keep.masked_fill(resets[:, :, None, None], 1)",
+        ("model/test_mixers.py",),
+    ),
+    Mutant(
+        "the router's z-loss is not squared",
+        "model/moe/losses.py",
+        "logits.logsumexp(dim=-1).square().mean()",
+        "logits.logsumexp(dim=-1).mean()",
+        ("model/test_mixture.py",),
+    ),
+    Mutant(
+        "the load-balance loss is not scaled by the number of experts",
+        "model/moe/losses.py",
+        "return len(counts) * (",
+        "return (",
+        ("model/test_mixture.py",),
+    ),
+    Mutant(
+        "the router's probabilities are logits",
+        "model/moe/router.py",
+        "logits.softmax(dim=-1).topk(k, dim=-1)",
+        "logits.topk(k, dim=-1)",
+        ("model/test_mixture.py",),
+    ),
+    # data
+    Mutant(
+        "data-parallel ranks overlap",
+        "data/dataset/sampler.py",
+        "self.data_rank * self.micro_batch",
+        "self.data_rank",
+        ("data/test_sampler.py",),
+    ),
+    Mutant(
+        "off-by-one in the number of passes",
+        "data/dataset/index_map.py",
+        "-(-(samples * seq_length + 1)",
+        "-(-(samples * seq_length)",
+        ("data/test_index_map.py",),
+    ),
+    Mutant(
+        "the loss mask is inverted at document ends",
+        "data/dataset/batch.py",
+        "loss_mask = (tokens != eod)",
+        "loss_mask = (tokens == eod)",
+        ("data/test_build.py", "data/test_labels.py", "data/test_packing.py"),
+    ),
+    Mutant(
+        "a document starts one token early",
+        "data/dataset/batch.py",
+        "first[:, 1:] |= tokens[:, :-1] == eod",
+        "first[:, 1:] |= tokens[:, 1:] == eod",
+        ("data/test_build.py", "data/test_packing.py", "model/test_documents.py"),
+    ),
+    Mutant(
+        "a dropped label mask",
+        "data/dataset/batch.py",
+        "loss_mask *= counted",
+        "loss_mask *= 1",
+        ("data/test_labels.py",),
+    ),
+    Mutant(
+        "wrong sign in the blend",
+        "data/dataset/blend.py",
+        "weights[candidate] * seen - counts[candidate]",
+        "weights[candidate] * seen + counts[candidate]",
+        ("data/test_blend.py",),
+    ),
+    Mutant(
+        "splits overlap where their shares are rounded up",
+        "data/dataset/splits.py",
+        "surplus = bounds[-1] - documents",
+        "surplus = 0 * bounds[-1]",
+        ("data/test_splits.py",),
+    ),
+    Mutant(
+        "offsets of items point to their ends",
+        "data/indexed/writer.py",
+        "((ends - sizes) * self.dtype.itemsize)",
+        "(ends * self.dtype.itemsize)",
+        ("data/test_indexed.py",),
+    ),
+    # engine and optimizers
+    Mutant(
+        "the loss is divided by too many tokens",
+        "engine/loss_normalization.py",
+        "/ (len(batches) * topology.dp_cp.size)",
+        "/ len(batches)",
+        ("engine/test_token_mean.py",),
+    ),
+    Mutant(
+        "optimizer state is restored from the wrong range",
+        "checkpoint/format/optimizer_shards.py",
+        "full.narrow(shape.shard_dim, start, stop - start)",
+        "full.narrow(shape.shard_dim, offset, stop - start)",
+        ("checkpoint/test_optimizer_shards.py", "checkpoint/test_weight_shards.py"),
+    ),
+    Mutant(
+        "warm-up starts at zero",
+        "optim/lr_schedule.py",
+        " / self.warmup",
+        " / (self.warmup + 1)",
+        ("optim/test_lr_schedule.py",),
+    ),
+    Mutant(
+        "the cosine decay runs twice as fast",
+        "optim/lr_schedule.py",
+        "math.cos(math.pi * moment.progress)",
+        "math.cos(2 * math.pi * moment.progress)",
+        ("optim/test_lr_schedule.py",),
+    ),
+    Mutant(
+        "weight decay grows with muP's factor",
+        "optim/param_groups.py",
+        "0.0 if exempt else weight_decay / ",
+        "0.0 if exempt else weight_decay * ",
+        ("optim/test_param_groups.py",),
+    ),
+    Mutant(
+        "small gradients are scaled up to the largest norm",
+        "optim/grad_clip.py",
+        "(self.norm + 1e-6), max=1.0)",
+        "(self.norm + 1e-6), max=1e9)",
+        ("end_to_end/test_layouts.py", "end_to_end/test_statistics.py", "parity/test_matrix.py"),
+    ),
+    Mutant(
+        "Adam's bias correction is undone the wrong way",
+        "optim/adam.py",
+        'group["lr"] *= first / second',
+        'group["lr"] *= second / first',
+        ("optim/test_optimizers.py",),
+    ),
+    # training, inference, checkpoints
+    Mutant(
+        "exit_duration counts seconds",
+        "training/intervals.py",
+        "elapsed_seconds >= 60.0 * duration_minutes",
+        "elapsed_seconds >= duration_minutes",
+        ("training/test_intervals.py",),
+    ),
+    Mutant(
+        "a falling loss is a spike",
+        "training/nan_guard.py",
+        "loss > self.spike_factor * self._mean",
+        "loss < self.spike_factor * self._mean",
+        ("training/test_nan_guard.py",),
+    ),
+    Mutant(
+        "the repetition penalty rewards",
+        "inference/sampling.py",
+        "torch.where(scores > 0, scores / penalty, scores * penalty)",
+        "torch.where(scores > 0, scores * penalty, scores / penalty)",
+        ("inference/test_sampling.py",),
+    ),
+    Mutant(
+        "one token more than asked for",
+        "inference/token_loop.py",
+        "token in self._limits.ends or len(self.tokens) >= self._end",
+        "token in self._limits.ends or len(self.tokens) > self._end",
+        ("inference/test_token_loop.py", "inference/test_generate.py"),
+    ),
+    Mutant(
+        "a window of scoring is one token too short",
+        "inference/scoring.py",
+        "max(0, end - 1 - max_length)",
+        "max(0, end - max_length)",
+        ("inference/test_scoring.py", "evaluation/test_perplexity.py"),
+    ),
+    Mutant(
+        "the halves of a gated MLP are exchanged on import",
+        "checkpoint/huggingface/llama.py",
+        '("mlp.up_proj", "mlp.gate_proj")',
+        '("mlp.gate_proj", "mlp.up_proj")',
+        ("checkpoint/huggingface/test_conversion.py",),
+    ),
+    Mutant(
+        "a damaged file passes the hash",
+        "checkpoint/format/integrity.py",
+        "elif contents and files.digest(path) != ",
+        "elif contents and not files.digest(path) and None != ",
+        ("checkpoint/test_damage.py",),
+    ),
+    Mutant(
+        "stages of the plan forget the optimizer's copies",
+        "plan/memory.py",
+        "-(-count // layout.ranks)",
+        "(count // layout.ranks)",
+        ("plan/test_plan.py", "plan/test_live_memory.py"),
+    ),
+)
