@@ -45,7 +45,10 @@ def task_digest(task: Any) -> str:
 
 
 def _as_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=_described).encode() + b"\n"
+    try:
+        return json.dumps(value, default=_described).encode() + b"\n"
+    except TypeError:  # a key that JSON cannot hold
+        return repr(value).encode() + b"\n"
 
 
 def _described(value: Any) -> Any:

@@ -7,6 +7,8 @@ import math
 import os
 import random
 import socket
+from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import tasks as tasks_module
 from megatron.evaluation.lm_eval_model import HarnessModel
+from megatron.evaluation.request_cache import task_digest
 from megatron.evaluation.tasks import Tasks, results_table
 from megatron.inference.batch_generation import TextGenerator
 from megatron.tokenizers.char_level import CharLevelTokenizer
@@ -240,6 +243,16 @@ def test_cached_requests_are_built_again_where_their_task_changed(engine, folder
     assert old in text
     (tmp_path / name).write_text(text.replace(old, new))
     assert asked(True) == asked(False) != first
+
+
+@pytest.mark.parametrize("other", [{(1, 3): "x"}, {1: {2, 3}}, {"f": partial(len, [1])}, {"f": str.lower}])
+def test_anything_that_a_task_holds_is_part_of_its_digest(other):
+    def digest(metadata):
+        config = SimpleNamespace(to_dict=lambda keep_callable: {"metadata": metadata}, num_fewshot=0)
+        return task_digest(SimpleNamespace(config=config, eval_docs=[]))
+
+    assert digest(other) == digest(dict(other))
+    assert digest(other) != digest({(1, 2): "x"})
 
 
 def test_every_run_gets_the_same_worked_examples(engine, folder):
