@@ -72,7 +72,7 @@ MUTANTS = (
         f"{TP}/sequence_parallel.py",
         "grads[0].chunk(axis.size)[axis.rank] + reduce_scatter_first(grads[1], axis)",
         "reduce_scatter_first(grads[1], axis)",
-        ("distributed/test_sequence_shards.py",),
+        ("model/test_mixers.py", "end_to_end/test_experts.py"),
     ),
     Mutant(
         "a rank takes the wrong shard of the sequence",
