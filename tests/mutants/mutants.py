@@ -79,14 +79,14 @@ MUTANTS = (
         f"{D}/context_parallel.py",
         "x.chunk(axis.size, dim=1)[axis.rank]",
         "x.chunk(axis.size, dim=1)[axis.rank - 1]",
-        ("distributed/test_sequence_shards.py", "model/test_tensor_parallel.py", "end_to_end/test_layouts.py"),
+        ("engine/test_token_mean.py", "end_to_end/test_documents.py"),
     ),
     Mutant(
         "tensor-parallel ranks drop the same features",
         f"{D}/rng_tracker.py",
         'parameter_seed(seed, rank, "sharded")',
         'parameter_seed(seed, 0, "sharded")',
-        ("distributed/test_seeds.py",),
+        ("model/test_sequence_dropout.py", "distributed/test_layers.py"),
     ),
     Mutant(
         "all layers start from the same weights",
