@@ -1,4 +1,4 @@
-"""The part of a training engine that the plain and the pipelined one share: the step, the optimizer's state, caches.
+"""Base class of training engines: the step, the optimizer's state and caches.
 
 s sequence, b micro batch, v vocabulary.
 """
@@ -27,7 +27,7 @@ from megatron.optim.param_groups import set_learning_rate
 
 @dataclass(kw_only=True)
 class BaseEngine(TrainingEngine, ABC):
-    """A DeepSpeed engine, its parameters and what a training step needs beside it. engine.py documents the methods."""
+    """A DeepSpeed engine with the parameters and objects of a training step. engine.py documents the methods."""
 
     deepspeed: Any
     """DeepSpeedEngine or PipelineEngine."""
@@ -37,7 +37,7 @@ class BaseEngine(TrainingEngine, ABC):
     make_cache: Callable[[int, int], KVCache]
     """(batch, max length) -> an empty cache."""
     random: TensorParallelRNG
-    """For random numbers on sharded tensors."""
+    """Generator for random numbers on sharded tensors."""
     clipper: GradientClipper | None
     """Computes the gradient norm and clips at ZeRO 0; None at other stages, where DeepSpeed does."""
     router_losses: RouterLossTracker | None = None
@@ -78,7 +78,7 @@ class BaseEngine(TrainingEngine, ABC):
     def owned(self) -> dict[str, Parameter]:
         """Returns key -> parameter that this rank counts and saves; a tied copy is not among them."""
 
-    def optimizer_slices(self) -> list[OptimizerShard]:
+    def optimizer_shards(self) -> list[OptimizerShard]:
         return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.dp_cp.rank)
 
     def loss_scaling(self) -> dict[str, float]:

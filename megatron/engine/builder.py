@@ -1,6 +1,6 @@
-"""Builds the engine that a configuration asks for, in order: layer plan, model, stored weights, optimizer, DeepSpeed.
+"""Builds engines from the configuration: layers, model, stored weights, optimizer, DeepSpeed.
 
-This is the only place that calls deepspeed.initialize and that knows whether the model is a pipeline.
+Only this file calls deepspeed.initialize and knows whether the model is a pipeline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.base import BaseEngine
 from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import Loss, PlainEngine, keyed_parameters
-from megatron.engine.expert_gather import own_experts
+from megatron.engine.expert_gather import local_experts
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.pipeline_engine import PipelinedEngine
@@ -50,9 +50,9 @@ from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
-from megatron.optim.builder_args import Request
+from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.grad_clip import GradientClipper
-from megatron.optim.muon import finds_groups
+from megatron.optim.muon import needs_default_mpu
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
@@ -67,7 +67,7 @@ DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float
 
 
 def init_topology(config: Config) -> Topology:
-    """Joins the process group of the layout that the configuration asks for, and seeds the generators."""
+    """Initializes the process groups of the configured layout, and seeds the generators."""
     axes = config.parallelism
     return init_distributed(
         pipe_parallel_size=axes.pipe_parallel_size,
@@ -92,9 +92,15 @@ def build_training_engine(
     checkpoint: Checkpoint | None = None,
     prompt_tokens: Sequence[int] = (),
 ) -> BaseEngine:
-    """The engine with the initial weights of the seed, or those of a checkpoint (its optimizer is restored later).
+    """Builds an engine with initial weights of the seed, or those of a checkpoint (its optimizer is restored later).
 
-    prompt_tokens: whose vectors a learned prompt starts as, where it is not in the checkpoint.
+    Args:
+        config: full configuration.
+        topology: layout of the ranks.
+        padded_vocab_size: rows of the embedding [tokens].
+        vocab_size: rows that are tokens; all unless set.
+        checkpoint: checkpoint to load weights from.
+        prompt_tokens: tokens whose vectors initialize a soft prompt that is not in the checkpoint.
     """
     _silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
@@ -114,9 +120,9 @@ def build_training_engine(
         layers = range(len(plan))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
     if config.kernels.compile:
-        compile_blocks(model, _shape_in_blocks(config, topology))
-    filled = fill(parameters, checkpoint, topology) if checkpoint is not None else set()
-    if prompt_tokens and f"0.{PROMPT}" not in filled:
+        compile_blocks(model, _block_input_shape(config, topology))
+    loaded = load_weights(parameters, checkpoint, topology) if checkpoint is not None else set()
+    if prompt_tokens and f"0.{PROMPT}" not in loaded:
         start_prompt(parameters, prompt_tokens, topology.model)
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
@@ -124,7 +130,7 @@ def build_training_engine(
         "deepspeed": initialised,
         "topology": topology,
         "parameters": parameters,
-        "make_cache": _cache_maker(config, topology, layers),
+        "make_cache": _cache_factory(config, topology, layers),
         "random": random,
         "clipper": clipper,
         "router_losses": losses,
@@ -143,19 +149,23 @@ def build_training_engine(
 def build_vocabulary(
     config: Config, topology: Topology, tokenizer: Tokenizer, *, may_grow: bool = False
 ) -> tuple[Tokenizer, int]:
-    """The tokenizer, and the rows of the embedding: those of the checkpoint that `load` names, if there is one.
+    """Returns the tokenizer and the rows of the embedding; a checkpoint at `load` determines both.
 
-    may_grow: whether the tokenizer's tokens beyond those rows get new ones; otherwise texts with them are refused.
+    Args:
+        config: full configuration.
+        topology: layout of the ranks.
+        tokenizer: tokenizer of the run.
+        may_grow: true if tokens beyond the rows of the checkpoint get new rows; otherwise texts with them are rejected.
     """
     rows = padded_vocab_size(tokenizer.vocab_size, config.tokenizer.make_vocab_size_divisible_by, topology.model.size)
     tokens = tokenizer.vocab_size
     found = vocabulary_rows(config, rows, tokens=tokens, model_size=topology.model.size, may_grow=may_grow)
-    _same_vocabulary(config.tokenizer, tokens, found.rows)
+    _check_vocabulary(config.tokenizer, tokens, found.rows)
     return tokenizer if found.known == tokens else BoundedTokenizer(tokenizer, found.known), found.rows
 
 
-def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
-    """Holds what the configuration says of the vocabulary against what it is. ConfigError for other rows than `rows`.
+def _check_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
+    """Compares the configured vocabulary size with the actual one. Raises ConfigError for a different number of rows.
 
     tokens: of the tokenizer. rows: of the embedding [tokens].
     """
@@ -167,17 +177,22 @@ def _same_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None:
             hint="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
         )
     if section.vocab_size not in (None, tokens, rows):
-        told = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
-        _log.warning(told, section.vocab_size, tokens)
+        message = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
+        _log.warning(message, section.vocab_size, tokens)
 
 
 def build_inference_engine(
     config: Config, topology: Topology, padded_vocab_size: int, tokenizer: TokenizerInfo | None = None
 ) -> InferenceEngine:
-    """The model of the checkpoint that `load` names, without optimizer, on any layout.
+    """Builds the model of the checkpoint at `load`, without optimizer, on any layout.
 
-    tokenizer: the reader's, which must be the one that the model was trained with. Raises ConfigError when `load` is
-    not set or points nowhere: random weights have nothing to say.
+    Raises ConfigError if `load` is not set or not found: a checkpoint is required for inference.
+
+    Args:
+        config: full configuration.
+        topology: layout of the ranks.
+        padded_vocab_size: rows of the embedding [tokens].
+        tokenizer: tokenizer of the caller, which must be that of the model's training.
     """
     checkpoint = find_checkpoint(
         config,
@@ -193,12 +208,12 @@ def build_inference_engine(
             hint="set load to a save folder",
         )
     stage = build_stage(_layer_specs(config, topology, padded_vocab_size), topology)
-    fill(stage.parameters, checkpoint, topology)
+    load_weights(stage.parameters, checkpoint, topology)
     pack(stage)
     engine = InferenceEngine(
         stage,
         topology,
-        _cache_maker(config, topology, stage.indices),
+        _cache_factory(config, topology, stage.indices),
         hidden_size=require(config.model.hidden_size),
         padded_vocab_size=padded_vocab_size,
         dtype=DTYPES[require(config.precision.precision)],
@@ -209,12 +224,12 @@ def build_inference_engine(
 
 
 @torch.no_grad()
-def fill(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> set[str]:
-    """Copies stored weights into parameters, by key; the keys. What the run starts anew is not among them."""
+def load_weights(parameters: Mapping[str, Parameter], checkpoint: Checkpoint, topology: Topology) -> set[str]:
+    """Copies stored weights into parameters; returns their keys. Parameters that start anew are not among them."""
     table: dict[str, TensorShape] = {f"{shape.layer}.{shape.name}": shape for shape in checkpoint.table}
     stored = read_weights(checkpoint, topology, [table[key] for key in parameters])
     for key, value in stored.items():
-        parameters[key].copy_(own_experts(parameters[key], value))
+        parameters[key].copy_(local_experts(parameters[key], value))
     return set(stored)
 
 
@@ -249,8 +264,8 @@ def _layer_specs(
     )
 
 
-def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]:
-    """What the blocks of this rank compute on, [s, b, h]; one sample stands for all."""
+def _block_input_shape(config: Config, topology: Topology) -> tuple[int, int, int]:
+    """Returns the shape of a block's input on this rank, [s, b, h], for a micro batch of one sample."""
     length = require(config.model.seq_length) // topology.context.size
     return (
         length // (topology.model.size if topology.model.sequence_parallel else 1),
@@ -260,7 +275,7 @@ def _shape_in_blocks(config: Config, topology: Topology) -> tuple[int, int, int]
 
 
 def _router_losses(config: Config) -> RouterLossTracker | None:
-    """The losses of the routers; None where no block has experts."""
+    """Returns the tracker of router losses; None if no block has experts."""
     moe = config.moe
     return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
 
@@ -278,28 +293,31 @@ def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
 def _initialize(
     config: Config, topology: Topology, model: Module, parameters: Mapping[str, Parameter]
 ) -> tuple[object, GradientClipper | None]:
-    """DeepSpeed around the model and our optimizer; at ZeRO 0 the optimizer clips before it steps."""
+    """Wraps the model and our optimizer in DeepSpeed; at ZeRO 0 the optimizer clips before it steps."""
     section = config.optimizer
     trained = optimizer_parameters(model, parameters.values())
-    groups = parameter_groups(trained, section.weight_decay, _rates(config, parameters))
+    groups = parameter_groups(trained, section.weight_decay, _lr_scales(config, parameters))
     if config.deepspeed.zero_stage != 0:
         groups = balance_group_count(groups, topology.pipe, device())
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     build = family.load(section.optimizer_type)
     optimizer = build(
-        groups, Request(require(section.lr), topology, section.params, pieces=config.deepspeed.zero_stage != 0)
+        groups,
+        OptimizerArgs(require(section.lr), topology, section.params, flat_partitions=config.deepspeed.zero_stage != 0),
     )
     clipper = None
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
         clipper.attach(optimizer)
-    _gather_blocks_whole(model)
-    with redirect_stdout(io.StringIO()):  # its optimizers print their memory at every stage of their making
+    _mark_gathered_blocks(model)
+    with redirect_stdout(io.StringIO()):  # its optimizers print their memory while they are built
         initialised, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_fitted(deepspeed_config(config), sum(one.numel() for one in trained if one.requires_grad)),
-            mpu=None if config.parallelism.is_pipe_parallel or finds_groups(optimizer) else topology,
+            config=_cap_reduce_bucket(
+                deepspeed_config(config), sum(one.numel() for one in trained if one.requires_grad)
+            ),
+            mpu=None if config.parallelism.is_pipe_parallel or needs_default_mpu(optimizer) else topology,
             dist_init_required=False,
         )
     allow_empty_grad_norm(initialised.optimizer)
@@ -307,21 +325,21 @@ def _initialize(
         optimizer.on_freeze = partial(_disable_grad_allreduce, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False  # the training loop says when there were too many overflows
+        scaler.raise_error_at_min_scale = False  # the training loop reports too many overflows
     return initialised, clipper
 
 
-def _fitted(settings: dict[str, Any], elements: int) -> dict[str, Any]:
-    """The same for DeepSpeed, with a reduction bucket that all gradients of this rank fill; it makes one outright."""
+def _cap_reduce_bucket(settings: dict[str, Any], elements: int) -> dict[str, Any]:
+    """Caps `reduce_bucket_size` at the number of trainable elements; DeepSpeed allocates the bucket eagerly."""
     zero = settings["zero_optimization"]
     if zero["stage"] == 0:
         return settings
-    asked = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
-    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": min(int(asked), elements)}}
+    requested = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": min(int(requested), elements)}}
 
 
-def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:
-    """Factors of the learning rate under muP; {} without it."""
+def _lr_scales(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:
+    """Returns the learning-rate multipliers of muP; {} without it."""
     entrywise = "entrywise" in OPTIMIZERS.entry(config.optimizer.optimizer_type).traits
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     rates = learning_rates(config.mup, dims, entrywise=entrywise)
@@ -329,7 +347,7 @@ def _rates(config: Config, parameters: Mapping[str, Parameter]) -> dict[Paramete
 
 
 def _disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) -> None:
-    """From now on the optimizer exchanges what data-parallel ranks know; DeepSpeed sums no gradients any more."""
+    """Stops DeepSpeed's all-reduce of gradients; from now on the optimizer averages momenta."""
     if hasattr(initialised, "pipeline_enable_backward_allreduce"):
         initialised.pipeline_enable_backward_allreduce = False
     else:
@@ -338,25 +356,27 @@ def _disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) -
         clipper.grads_are_unreduced = True
 
 
-def _gather_blocks_whole(model: Module) -> None:
-    """Tells ZeRO 3 of blocks whose parameters are needed together; the other stages do not ask."""
+def _mark_gathered_blocks(model: Module) -> None:
+    """Marks blocks whose parameters ZeRO 3 must gather together; other stages ignore the mark."""
     for module in model.modules():
         if isinstance(module, Block) and module.zero3_gather_together:
             set_z3_leaf_module(module, True)
 
 
-def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
-    """Makes caches for the blocks among the given plan indices (block i is layer i + 2)."""
+def _cache_factory(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
+    """Returns a function that creates caches for the blocks among the given layers (block i is layer i + 2)."""
     dims, size = ModelDims.of(config.model, config.moe, config.mixers), topology.model.size
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
 
     def make(batch: int, max_length: int) -> KVCache:
         max_length += dims.prompt
-        keeps = {
-            block: kept for block in blocks if (kept := remembered(dims, block, model_size=size, max_length=max_length))
+        states = {
+            block: state
+            for block in blocks
+            if (state := remembered(dims, block, model_size=size, max_length=max_length))
         }
         return KVCache(
-            0 if len(keeps) == len(blocks) else len(blocks),
+            0 if len(states) == len(blocks) else len(blocks),
             batch,
             dims.num_kv_heads // size,
             max_length,
@@ -364,7 +384,7 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
             dtype=cache_dtype(DTYPES[require(config.precision.precision)], device(), dims.head_dim),
             device=device(),
             first_layer=blocks[0] if blocks else 0,
-            states=keeps,
+            states=states,
             prompt=dims.prompt,
         )
 
@@ -372,9 +392,9 @@ def _cache_maker(config: Config, topology: Topology, layers: range) -> Callable[
 
 
 def _silence_deepspeed() -> None:
-    """DeepSpeed speaks at every turn; its warnings are enough. It calls torch by names that torch will drop."""
+    """Silences DeepSpeed's INFO logs and warnings about torch names that it uses."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(max(logger.level, logging.WARNING))
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    # Its pipeline broadcasts a loss that has a gradient function; nothing goes backwards through that.
+    # Its pipeline broadcasts a loss that has a gradient function; no gradient passes through that.
     warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")

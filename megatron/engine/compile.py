@@ -1,4 +1,4 @@
-"""Blocks compiled by torch.compile, each as one piece of the model (`compile`)."""
+"""Compiles blocks with torch.compile, one graph a block (`compile`)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ Forward = Callable[[Tensor, KVCache | None, Tensor | None], Tensor]
 
 
 def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
-    """Compiles what every block of attention and MLP computes on whole sequences; with a cache it runs as it is.
+    """Compiles the forward pass of every block of attention and MLP on full sequences; with a cache it stays eager.
 
-    shape: of what a block computes on in training, [s, b, h] ([s/t, b, h] with sequence parallelism). ZeRO 3 gathers
-    the parameters of a compiled block together, so that nothing happens between its operations.
+    ZeRO 3 gathers the parameters of a compiled block together, so that there is no gathering between its operations.
+    shape:
+    input of a block in training, [s, b, h] ([s/t, b, h] with sequence parallelism).
     """
     for block in model.modules():
         if isinstance(block, TransformerBlock):
             _fill_tables(block, shape)
-            block.forward = _on_whole_sequences(block.forward)  # type: ignore[method-assign, assignment]
+            block.forward = _without_cache(block.forward)  # type: ignore[method-assign, assignment]
             block.zero3_gather_together = True
 
 
 @torch.no_grad()
 def _fill_tables(block: TransformerBlock, shape: tuple[int, int, int]) -> None:
-    """Runs a block once as it is: a table of positions that appears later would make a second graph of a step."""
+    """Runs a block once eagerly: a position table that is created later would cause a second graph."""
     like = next(block.parameters())
     was_training = block.training
     block.eval()
@@ -37,8 +38,8 @@ def _fill_tables(block: TransformerBlock, shape: tuple[int, int, int]) -> None:
     block.train(was_training)
 
 
-def _on_whole_sequences(plain: Forward) -> Forward:
-    compiled = torch.compile(plain, options={"fallback_random": True})  # the same dropout masks as without
+def _without_cache(plain: Forward) -> Forward:
+    compiled = torch.compile(plain, options={"fallback_random": True})  # the same dropout masks as in eager mode
 
     def forward(hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         return plain(hidden, cache, document_starts) if cache is not None else compiled(hidden, None, document_starts)

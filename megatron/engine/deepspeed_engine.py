@@ -1,4 +1,4 @@
-"""The engine of a model that is not cut into pipeline stages: DeepSpeedEngine around one module, ZeRO 0 to 3.
+"""Training engine without pipeline stages: DeepSpeedEngine around one module, ZeRO 0 to 3.
 
 s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 """
@@ -18,15 +18,15 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.context_parallel import shard_sequence
 from megatron.distributed.process_group import device
 from megatron.engine.base import BaseEngine
-from megatron.engine.expert_gather import all_experts
-from megatron.engine.grad_accumulation import accumulate
-from megatron.engine.inference_forward import for_sequence_cuts, gather_context, gather_vocabulary
-from megatron.engine.loss_normalization import loss_divisor, sum_over_data, unmasked
-from megatron.engine.prompt_offset import behind, prompt_offset
+from megatron.engine.expert_gather import gather_experts
+from megatron.engine.grad_accumulation import set_grad_accumulation
+from megatron.engine.inference_forward import gather_context, gather_vocabulary, shard_prompt
+from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
+from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> the sum of the unmasked tokens' losses / tokens."""
+"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> sum of the unmasked tokens' losses / tokens."""
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class PlainEngine(BaseEngine):
     loss: Loss
 
     def prepare(self, micro_batches: int, length: int) -> None:
-        accumulate(self.deepspeed, micro_batches)
+        set_grad_accumulation(self.deepspeed, micro_batches)
 
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:
         engine = self.deepspeed
@@ -52,7 +52,7 @@ class PlainEngine(BaseEngine):
         return self._sum(total) / (len(step) * self.topology.dp_cp.size)
 
     @property
-    def least_evaluated(self) -> int:
+    def min_eval_batches(self) -> int:
         return 1
 
     @torch.no_grad()
@@ -63,44 +63,45 @@ class PlainEngine(BaseEngine):
         for _ in range(count):
             batch = next(batches)
             total += self._forward(batch, one)
-            tokens += unmasked([batch]).to(tokens.device)
+            tokens += count_loss_tokens([batch]).to(tokens.device)
         return float(self._sum(total)), float(sum_over_data(tokens, self.topology))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
         self.deepspeed.module.eval()
-        places = prompt_offset(self.prompt, cache)
-        part = for_sequence_cuts(behind(tokens.to(device()), places), cache, self.topology)
+        offset = prompt_offset(self.prompt, cache)
+        part = shard_prompt(prepend_padding(tokens.to(device()), offset), cache, self.topology)
         logits = gather_vocabulary(self.deepspeed(part, cache), self.topology)
-        logits = gather_context(logits, self.topology)[:, places : places + tokens.shape[1]]
+        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
     def layers(self) -> dict[int, Module]:
-        """The layers of this rank, by their index in the plan."""
+        """Returns all layers by their index in the model."""
         return dict(enumerate(self.deepspeed.module.sequential))
 
     def weights(self) -> dict[str, Tensor]:
-        """Key -> this rank's tensor-parallel shard; under ZeRO 3 every rank takes part in putting it together.
+        """Returns key -> tensor-parallel shard; collective.
 
-        There the shards come one by one into the host's memory of those that write them, and the others get nothing.
+        At ZeRO 3 the shards are gathered one by one into the host memory of the ranks that save them; others get
+        nothing.
         """
-        keeps = self.topology.dp_cp.is_first
-        found = {key: _whole(parameter, keeps) for key, parameter in self.parameters.items()}
+        is_saved = self.topology.dp_cp.is_first
+        found = {key: _gather_shard(parameter, is_saved) for key, parameter in self.parameters.items()}
         return {key: value for key, value in found.items() if value is not None}
 
     def owned(self) -> dict[str, Parameter]:
-        """Key -> parameter that this rank answers for."""
+        """Returns key -> parameter; without stages every rank has all of them."""
         return self.parameters
 
     def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
-        """The sum of the losses of this rank's part of the sequences, divided by `tokens`."""
+        """Returns the sum of the losses of this rank's shard of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
         part = partial(shard_sequence, axis=self.topology.context)
         logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
         return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
 
     def _sum(self, value: Tensor) -> Tensor:
-        """The sum, in place, over the data-parallel ranks and those that share their sequences."""
+        """Sums in place over data- and context-parallel ranks."""
         axis = self.topology.dp_cp
         if axis.size > 1:
             dist.all_reduce(value, group=axis.group)
@@ -108,18 +109,18 @@ class PlainEngine(BaseEngine):
 
 
 def keyed_parameters(module: Module, prefix: str = "sequential.") -> dict[str, Parameter]:
-    """Key -> parameter of a module whose layers are under `sequential.<layer>.`."""
+    """Returns key -> parameter of a module whose layers are under `sequential.<layer>.`."""
     return {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
 
 
-def _whole(parameter: Parameter, keeps: bool) -> Tensor | None:
-    """The tensor-parallel shard, gathered from the ranks that ZeRO 3 or expert parallelism has spread it over.
+def _gather_shard(parameter: Parameter, is_saved: bool) -> Tensor | None:
+    """Returns the tensor-parallel shard, gathered from the ranks of ZeRO 3 or expert parallelism.
 
-    keeps: whether it is wanted here; None under ZeRO 3 where it is not.
+    is_saved: true if this rank saves it; at ZeRO 3 others get None.
     """
     if not hasattr(parameter, "ds_id"):
-        return all_experts(parameter)
+        return gather_experts(parameter)
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):
-        return parameter.detach().to("cpu", copy=True) if keeps else None
+        return parameter.detach().to("cpu", copy=True) if is_saved else None

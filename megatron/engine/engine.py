@@ -1,4 +1,4 @@
-"""What every engine can do, whichever way its model is laid out.
+"""Interfaces of engines, independent of the layout of the model.
 
 s sequence, b micro batch, v padded vocabulary.
 """
@@ -18,67 +18,70 @@ from megatron.model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured. Values stay on the device until someone reads them.
-
-    loss: mean over all unmasked tokens of the global batch [nats a token]. grad_norm: before clipping.
-    loss_scale: 1 unless fp16. skipped: whether the update was left out because gradients were not finite.
-    more: what else the model measured, by name.
-    """
+    """Results of one optimizer step. Values stay on the device until they are read."""
 
     loss: Tensor
+    """Mean over all unmasked tokens of the global batch [nats a token]."""
     grad_norm: Tensor
+    """Gradient norm before clipping."""
     learning_rate: float
     loss_scale: float
+    """1 unless fp16."""
     skipped: bool
+    """True if the update was skipped because gradients were not finite."""
     more: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further measurements of the model, by name."""
 
 
 class Engine(Protocol):
-    """An engine that can run its model; training engines step it too. All methods are collective."""
+    """An engine that runs a model; training engines step it too. All methods are collective."""
 
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        """Scores of the next token, fp32 [b, s, v], the same on every rank that holds a part of the model.
+        """Returns logits of the next token, fp32 [b, s, v], the same on all ranks of the replica.
 
-        tokens [b, s] continue what the cache already holds, and are added to it. at: the places of the flattened
-        [b, s] whose scores are wanted, in place of all; the result is then [k, v].
+        Args:
+            tokens: [b, s]; they continue the sequences in the cache, and are added to it.
+            cache: cache of earlier tokens.
+            at: positions in the flattened [b, s] to return instead of all; the result is then [k, v].
         """
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+        """Returns an empty cache for `batch` sequences of at most `max_length` tokens."""
 
 
 class TrainingEngine(Engine, Protocol):
     """An engine with an optimizer."""
 
     def prepare(self, micro_batches: int, length: int) -> None:
-        """The coming steps take that many micro batches a rank, of sequences of that length [tokens]."""
+        """Sets the micro batches a rank and the sequence length [tokens] of the coming steps."""
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        """One update from the next `gradient accumulation` micro batches, at the given rate."""
+        """Makes one update from the next `gradient accumulation` micro batches, at the given learning rate."""
 
     def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
-        """Of the next `count` micro batches of every data rank: the sum of the unmasked tokens' losses [nats], and how
-        many such tokens there are [tokens].
+        """Returns the sum of losses [nats] and the number of unmasked tokens of the next `count` micro batches.
+
+        Both are sums over all data ranks.
         """
 
     @property
-    def least_evaluated(self) -> int:
-        """Micro batches that one call of `eval_sums` should be given at least, so that no stage waits long."""
+    def min_eval_batches(self) -> int:
+        """Smallest number of micro batches for one call of `eval_sums` that keeps pipeline stages busy."""
 
 
 def eval_loss(engine: TrainingEngine, batches: Iterator[MicroBatch], count: int) -> float:
-    """Mean over all unmasked tokens of the next `count` micro batches of every data rank [nats a token]."""
+    """Mean loss over unmasked tokens of the next `count` micro batches of every data rank [nats a token]."""
     loss, tokens = engine.eval_sums(batches, count)
     return loss / max(1.0, tokens)
 
 
 def loss_scale(optimizer: Any) -> float:
-    """The factor on the loss of DeepSpeed's optimizer; 1 unless the model is in fp16."""
+    """Returns the loss scale of DeepSpeed's optimizer; 1 unless the model is in fp16."""
     return float(getattr(getattr(optimizer, "loss_scaler", optimizer), "cur_scale", 1.0))
 
 
 def as_tensor(value: float | Tensor | None) -> Tensor:
-    """DeepSpeed reports numbers as floats or tensors; a missing one is NaN."""
+    """Converts a number that DeepSpeed reports as float or tensor; None becomes NaN."""
     if isinstance(value, Tensor):
         return value.detach()
     return torch.tensor(float("nan") if value is None else float(value))

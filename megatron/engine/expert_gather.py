@@ -1,4 +1,4 @@
-"""Stacks of experts that are spread over ranks: the whole stack of a tensor-parallel rank, and a rank's part of it."""
+"""Gathers stacks of experts that are distributed over ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from megatron.distributed.param_attrs import expert_axis, expert_rank_and_size
 
 
-def all_experts(parameter: Parameter) -> Tensor:
-    """The tensor-parallel shard with the experts of all ranks; collective for a stack that is spread."""
+def gather_experts(parameter: Parameter) -> Tensor:
+    """Returns the tensor-parallel shard with the experts of all ranks; collective for a distributed stack."""
     axis = expert_axis(parameter)
     if axis is None or axis.size == 1:
         return parameter.detach()
@@ -20,7 +20,7 @@ def all_experts(parameter: Parameter) -> Tensor:
     return torch.cat(parts)
 
 
-def own_experts(parameter: Parameter, shard: Tensor) -> Tensor:
-    """What this rank's parameter holds of a tensor-parallel shard."""
+def local_experts(parameter: Parameter, shard: Tensor) -> Tensor:
+    """Returns this rank's experts of a tensor-parallel shard."""
     rank, size = expert_rank_and_size(parameter)
     return shard if size == 1 else shard.chunk(size)[rank]

@@ -1,4 +1,4 @@
-"""Training a part of a model: what stays as it is, and how a learned prompt starts."""
+"""Freezes parameters, and initializes soft prompts."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ _WORDS, _PROMPT = "0.word_embeddings.weight", f"0.{PROMPT}"
 
 
 def freeze(parameters: Mapping[str, Parameter], table: Sequence[TensorShape]) -> None:
-    """Turns off the gradients of what training does not change. parameters: by "<layer>.<name>", as in the table."""
+    """Disables the gradients of parameters that are not trained. parameters: by "<layer>.<name>", as in the table."""
     changed = {f"{shape.layer}.{shape.name}" for shape in trained(table)}
     for key, parameter in parameters.items():
         parameter.requires_grad_(key in changed)
 
 
 def optimizer_parameters(model: Module, parameters: Iterable[Parameter]) -> list[Parameter]:
-    """The parameters of this rank, and on a pipeline stage where all of them are frozen one that is not.
+    """Returns the parameters of this rank; on a fully frozen pipeline stage also a trainable dummy.
 
-    Optimizers and DeepSpeed want at least one each. It takes no part in the model and never has a gradient.
+    Optimizers and DeepSpeed need at least one parameter each. The dummy is not used by the model and never has a
+    gradient.
     """
     held = list(parameters)
     if any(parameter.requires_grad for parameter in held):
         return held
     idle = Parameter(torch.zeros(1, dtype=held[0].dtype, device=held[0].device))
-    model.register_parameter("idle", idle)  # DeepSpeed looks for its name in the model
+    model.register_parameter("idle", idle)  # DeepSpeed looks up its name in the model
     return [*held, idle]
 
 
 def allow_empty_grad_norm(optimizer: Any) -> None:
-    """Lets a rank take part in the gradient norm without a gradient that it counts: it adds 0.
+    """Contributes 0 to the gradient norm on ranks without a gradient that they count.
 
-    DeepSpeed's optimizer of bfloat16 stops at an empty list, where everything on a stage is frozen, or all that is
-    trained is whole on every tensor-parallel rank and counted by the first.
+    DeepSpeed's bfloat16 optimizer fails on an empty list, which occurs if a stage is frozen, or if all trainable
+    parameters
+    are replicated and counted by the first tensor-parallel rank.
     """
     counted = getattr(optimizer, "get_grads_for_norm", None)
     if counted is None:
@@ -60,21 +62,22 @@ def allow_empty_grad_norm(optimizer: Any) -> None:
 
 @torch.no_grad()
 def start_prompt(parameters: Mapping[str, Parameter], tokens: Sequence[int], axis: Axis) -> None:
-    """Gives a learned prompt the vectors of some tokens, again and again up to its length.
+    """Initializes a soft prompt with the vectors of some tokens, repeated up to its length.
 
-    Nothing happens where there is no prompt, on the later stages of a pipeline. Collective over the tensor-parallel
-    axis. parameters: before ZeRO cuts them.
+    Does nothing on pipeline stages without the prompt. Collective over the tensor-parallel axis. parameters: before
+    ZeRO
+    partitions them.
     """
     prompt, words = parameters.get(_PROMPT), parameters.get(_WORDS)
     if prompt is None or words is None:
         return
-    wanted = torch.tensor(list(islice(cycle(tokens), prompt.shape[0])), device=words.device)
-    prompt.copy_(_rows(words, wanted, axis))
+    row_ids = torch.tensor(list(islice(cycle(tokens), prompt.shape[0])), device=words.device)
+    prompt.copy_(_rows(words, row_ids, axis))
 
 
-def _rows(words: Tensor, wanted: Tensor, axis: Axis) -> Tensor:
-    """Rows of a table whose rows are cut over the ranks of the axis."""
-    local = wanted - axis.rank * words.shape[0]
+def _rows(words: Tensor, row_ids: Tensor, axis: Axis) -> Tensor:
+    """Returns rows of an embedding whose rows are sharded over the axis."""
+    local = row_ids - axis.rank * words.shape[0]
     elsewhere = (local < 0) | (local >= words.shape[0])
     rows = words[local.masked_fill(elsewhere, 0)].masked_fill(elsewhere.unsqueeze(-1), 0)
     return all_reduce(rows, axis)

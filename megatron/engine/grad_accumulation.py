@@ -1,14 +1,14 @@
-"""How much an engine takes in one step, which may grow while a run goes on."""
+"""Changes gradient accumulation between steps (batch size ramp-up)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def accumulate(deepspeed: Any, micro_batches: int) -> None:
-    """Makes a step of that many micro batches; to be called between steps.
+def set_grad_accumulation(deepspeed: Any, micro_batches: int) -> None:
+    """Sets the number of micro batches of a step; must be called between steps.
 
-    DeepSpeed finds the end of a step by counting all micro batches so far, so the count starts again.
+    DeepSpeed finds the end of a step by counting all micro batches so far, so the count is reset.
     """
     if deepspeed.gradient_accumulation_steps() == micro_batches:
         return

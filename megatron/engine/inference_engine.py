@@ -1,6 +1,6 @@
-"""The engine of generation and evaluation: one stage's layers alone, without DeepSpeed.
+"""Inference engine: the layers of one pipeline stage, without DeepSpeed.
 
-Weights are stored by name, so the stages here need not be those of training: the layers are spread evenly.
+Weights are stored by name, so the stages need not be those of training: layers are distributed evenly.
 s sequence, b batch, v padded vocabulary.
 """
 
@@ -18,7 +18,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.engine.inference_forward import pipeline_forward
-from megatron.engine.prompt_offset import behind, prompt_offset, shifted
+from megatron.engine.prompt_offset import prepend_padding, prompt_offset, shift_positions
 from megatron.kernels.packed_linear import packed_linear, packing_unavailable
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
@@ -29,19 +29,18 @@ from megatron.param_table import key_in_table
 
 @dataclass(frozen=True)
 class Stage:
-    """The built layers of one stage.
-
-    indices: their places in the plan. functions: called in order as function(carry, cache). parameters: key ->
-    parameter; the copy of a tied embedding that serves as output layer has the embedding's key.
-    """
+    """The built layers of one stage."""
 
     indices: range
+    """Their indices in the model."""
     functions: tuple[Callable[..., Tensor], ...]
+    """Layers, called in order as function(carry, cache)."""
     parameters: dict[str, Parameter]
+    """Key -> parameter; the copy of a tied embedding that is the output layer has the embedding's key."""
 
 
 def build_stage(plan: Sequence[LayerSpec], topology: Topology) -> Stage:
-    """Builds this rank's share of the plan, on its device and in evaluation mode."""
+    """Builds this rank's layers, on its device and in evaluation mode."""
     pipe = topology.pipe
     indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
     functions: list[Callable[..., Tensor]] = []
@@ -64,10 +63,11 @@ def build_stage(plan: Sequence[LayerSpec], topology: Topology) -> Stage:
 
 
 def pack(stage: Stage) -> None:
-    """Lays the weights of linear layers out once for products with few rows, where the processor gains by it.
+    """Packs the weights of linear layers for products with few rows, if the CPU profits.
 
-    The plain weights are given up, except a word embedding's, which is looked up too; the stage's parameters can no
-    longer be filled.
+    The plain weights are freed, except a word embedding's, which is also looked up; the stage's parameters can no
+    longer be
+    loaded.
     """
     tied = {function.args[0] for function in stage.functions if isinstance(function, partial)}
     layers = {function for function in stage.functions if isinstance(function, Module)} | tied
@@ -76,7 +76,7 @@ def pack(stage: Stage) -> None:
             embedding = isinstance(module, VocabParallelEmbedding)
             if not hasattr(module, "kernel") or (embedding and layer not in tied):
                 continue
-            weight = getattr(module, "weight", None)  # a kernel may serve what owns no weight
+            weight = getattr(module, "weight", None)  # a module may have a kernel but no weight
             if isinstance(weight, Parameter) and packing_unavailable(weight) is None:
                 module.kernel = packed_linear(weight)
                 module.weight = weight if embedding else None
@@ -85,7 +85,7 @@ def pack(stage: Stage) -> None:
 
 @dataclass
 class InferenceEngine:
-    """Scores tokens; see engine.py for what the methods promise. prompt: vectors of a learned prompt before texts."""
+    """Computes logits; engine.py documents the methods."""
 
     stage: Stage
     topology: Topology
@@ -94,14 +94,15 @@ class InferenceEngine:
     padded_vocab_size: int
     dtype: torch.dtype
     prompt: int = 0
+    """Vectors of a soft prompt before every sequence."""
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        places = prompt_offset(self.prompt, cache)
-        at = shifted(at, tokens.shape[1], places)
+        offset = prompt_offset(self.prompt, cache)
+        at = shift_positions(at, tokens.shape[1], offset)
         logits = pipeline_forward(
             self.stage.functions,
-            behind(tokens, places),
+            prepend_padding(tokens, offset),
             cache,
             self.topology,
             hidden_size=self.hidden_size,
@@ -109,7 +110,7 @@ class InferenceEngine:
             dtype=self.dtype,
             at=None if at is None else at.to(device()),
         )
-        return logits[:, places:] if at is None else logits
+        return logits[:, offset:] if at is None else logits
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.make_cache(batch, max_length)

@@ -1,4 +1,4 @@
-"""The forward pass outside training: through one module or through the stages of a pipeline.
+"""Forward pass outside training: through one module or through pipeline stages.
 
 s sequence, b micro batch, h hidden, v vocabulary, t tensor-parallel degree.
 """
@@ -20,10 +20,10 @@ from megatron.model.kv_cache import KVCache
 Layer = Callable[..., Tensor]
 
 
-def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology) -> Tensor:
-    """This rank's part of the tokens [b, s], padded at the end to what sequence and context parallelism can cut.
+def shard_prompt(tokens: Tensor, cache: KVCache | None, topology: Topology) -> Tensor:
+    """Returns this rank's shard of the tokens [b, s], padded at the end to a length that can be sharded.
 
-    A model is causal, so padding changes no other position. ValueError for a cache, which needs whole sequences.
+    A model is causal, so padding changes no other position. Raises ValueError for a cache, which needs full sequences.
     """
     axis = topology.model
     parts = topology.context.size * (axis.size if axis.sequence_parallel else 1)
@@ -36,7 +36,7 @@ def for_sequence_cuts(tokens: Tensor, cache: KVCache | None, topology: Topology)
 
 
 def gather_context(logits: Tensor, topology: Topology) -> Tensor:
-    """The logits of whole sequences from those of each context-parallel rank: [b, s/c, v] -> [b, s, v]."""
+    """Gathers the logits of full sequences from context-parallel ranks: [b, s/c, v] -> [b, s, v]."""
     axis = topology.context
     if axis.size == 1:
         return logits
@@ -46,7 +46,7 @@ def gather_context(logits: Tensor, topology: Topology) -> Tensor:
 
 
 def gather_vocabulary(logits: Tensor, topology: Topology) -> Tensor:
-    """[s, b, v/t] of every tensor-parallel rank -> [b, s, v] in fp32 on all of them."""
+    """Gathers [s, b, v/t] from tensor-parallel ranks -> [b, s, v] in fp32 on all of them."""
     return gather_from(logits, topology.model).transpose(0, 1).float()  # [b, s, v]
 
 
@@ -61,10 +61,19 @@ def pipeline_forward(
     dtype: torch.dtype,
     at: Tensor | None = None,
 ) -> Tensor:
-    """Runs this stage's layers between a receive and a send, and shares the last stage's logits [b, s, v].
+    """Receives the input, runs this stage's layers, sends the output, and broadcasts the last stage's logits [b, s, v].
 
-    layers: those of this stage, each called as layer(carry, cache). at: only the logits of these places of the
-    flattened [b, s] are computed, [k, v]. Collective over the pipe axis.
+    Collective over the pipe axis.
+
+    Args:
+        layers: layers of this stage, each called as layer(carry, cache).
+        tokens: [b, s].
+        cache: cache of earlier tokens.
+        topology: layout of the ranks.
+        hidden_size: width of the carry.
+        padded_vocab_size: width of the logits.
+        dtype: type of the carry.
+        at: positions in the flattened [b, s] whose logits are computed instead of all, [k, v].
     """
     pipe = topology.pipe
     batch, length = tokens.shape
@@ -91,6 +100,6 @@ def pipeline_forward(
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
-    """Some positions of [s, b, h], by their places in the flattened [b, s] -> [k, 1, h]."""
+    """Selects positions of [s, b, h] by their index in the flattened [b, s] -> [k, 1, h]."""
     length = hidden.shape[0]
     return hidden[at % length, at // length].unsqueeze(1)  # [k, 1, h]

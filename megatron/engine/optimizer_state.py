@@ -1,8 +1,8 @@
-"""Optimizer state out of and into DeepSpeed's optimizers, by parameter and range.
+"""Reads and writes the optimizer state of DeepSpeed's optimizers, by parameter and range.
 
-Under ZeRO an optimizer sees flat tensors that are pieces of many parameters. DeepSpeed records where each parameter's
-piece lies: `_hp_mapping` at ZeRO 1 and 2 and in its bf16 optimizer, `grad_position` at ZeRO 3. Without ZeRO the
-optimizer sees the parameters themselves.
+Under ZeRO an optimizer has flat tensors that contain partitions of many parameters. DeepSpeed records the location of
+each parameter's partition: `_hp_mapping` at ZeRO 1 and 2 and in its bf16 optimizer, `grad_position` at ZeRO 3. Without
+ZeRO the optimizer has the parameters themselves.
 """
 
 from __future__ import annotations
@@ -20,108 +20,116 @@ from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerShard, 
 from megatron.distributed.param_attrs import expert_rank_and_size
 from megatron.optim.builder_args import STEP
 from megatron.optim.onebit import SERVER_ERROR, WORKER_ERROR, OnebitAdam
-from megatron.optim.state_io import Kept, kept, restore
+from megatron.optim.state_io import TensorState, read_state, write_state
 from megatron.optim.unsharded import AssignedTensor
 
 _SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What a moving loss scale of DeepSpeed keeps."""
+"""State of DeepSpeed's dynamic loss scale."""
 RANKED = (WORKER_ERROR, SERVER_ERROR)
 """State that differs between data-parallel ranks."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of one parameter that this rank's optimizer updates.
-
-    start, stop: range of the flattened parameter. base: where the parameter begins in the flattened tensor-parallel
-    shard, of which it may be the experts of this rank. owner: the tensor that the optimizer steps. offset: where the
-    range begins in the flattened owner.
-    """
+class ShardRef:
+    """The range of one parameter that this rank's optimizer updates."""
 
     key: str
     parameter: Parameter
     start: int
+    """Start of the range in the flattened parameter."""
     stop: int
+    """End of the range."""
     owner: Tensor
+    """Tensor that the optimizer steps."""
     offset: int
+    """Start of the range in the flattened owner."""
     base: int = 0
+    """Start of the parameter in the flattened tensor-parallel shard, which may hold the experts of other ranks too."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor of the owner's shape, flat; shares its memory."""
+        """Returns this range of a tensor of the owner's shape, flat, as a view."""
         return tensor.view(-1).narrow(0, self.offset, self.stop - self.start)
 
     @property
     def has_master(self) -> bool:
-        """Whether the optimizer updates a copy in a higher precision than the model computes in."""
+        """Returns whether the optimizer updates a copy in a higher precision than that of the model."""
         return self.owner.dtype != self.parameter.dtype
 
 
 def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) -> list[OptimizerShard]:
-    """The slices this rank is responsible for. Views, not copies.
+    """Returns the shards that this rank saves, as views.
 
     optimizer: DeepSpeed's or torch's. parameters: key -> parameter of this rank's model.
     """
     inner = inner_optimizer(optimizer)
-    slices: list[OptimizerShard] = []
-    found: dict[Tensor, Kept] = {}
-    for piece in pieces(optimizer, parameters, data_rank):
-        dealt = getattr(inner, "dealt", {}).get(piece.parameter)
-        if dealt is not None:
-            slices += _dealt_slices(piece.key, dealt, inner)
+    shards: list[OptimizerShard] = []
+    found: dict[Tensor, TensorState] = {}
+    for ref in shard_refs(optimizer, parameters, data_rank):
+        assigned = getattr(inner, "assigned", {}).get(ref.parameter)
+        if assigned is not None:
+            shards += _assigned_shards(ref.key, assigned, inner)
             continue
-        if piece.owner not in found:
-            found[piece.owner] = kept(inner, piece.owner, apart=RANKED)
-        one = found[piece.owner]
-        tensors = {name: piece.of(value) for name, value in one.elementwise.items()}
-        if piece.has_master:
-            tensors[MASTER] = piece.of(piece.owner.detach())
-        start, stop = piece.base + piece.start, piece.base + piece.stop
-        slices.append(OptimizerShard(piece.key, start, stop, one.step, tensors, one.whole))
+        if ref.owner not in found:
+            found[ref.owner] = read_state(inner, ref.owner, exclude=RANKED)
+        one = found[ref.owner]
+        tensors = {name: ref.of(value) for name, value in one.elementwise.items()}
+        if ref.has_master:
+            tensors[MASTER] = ref.of(ref.owner.detach())
+        start, stop = ref.base + ref.start, ref.base + ref.stop
+        shards.append(OptimizerShard(ref.key, start, stop, one.step, tensors, one.tensor_level))
     if isinstance(inner, OnebitAdam):
-        slices += _errors(inner, parameters)
-    return slices
+        shards += _errors(inner, parameters)
+    return shards
 
 
 @torch.no_grad()
 def write(
     optimizer: Any, parameters: dict[str, Parameter], stored: OptimizerState, *, model_rank: int, model_size: int
 ) -> None:
-    """Fills the optimizer with stored state, cut for this rank's layout."""
+    """Loads stored state into the optimizer, sharded for this rank's layout.
+
+    Args:
+        optimizer: DeepSpeed's or torch's.
+        parameters: key -> parameter of this rank's model.
+        stored: state of a checkpoint.
+        model_rank: tensor-parallel rank.
+        model_size: number of tensor-parallel ranks.
+    """
     inner = inner_optimizer(optimizer)
     shard = {"model_rank": model_rank, "model_size": model_size}
-    filled: dict[Tensor, Kept] = {}
-    for piece in pieces(optimizer, parameters, data_rank=0):
-        dealt = getattr(inner, "dealt", {}).get(piece.parameter)
-        if dealt is not None:
-            _write_dealt(piece.key, dealt, inner, stored)
+    filled: dict[Tensor, TensorState] = {}
+    for ref in shard_refs(optimizer, parameters, data_rank=0):
+        assigned = getattr(inner, "assigned", {}).get(ref.parameter)
+        if assigned is not None:
+            _write_assigned(ref.key, assigned, inner, stored)
             continue
-        if piece.owner not in filled:
-            filled[piece.owner] = Kept(stored.step(piece.key), {}, stored.tensor_level_state(piece.key))
-        for name in _plain_names(stored, piece.key):
-            values = stored.shard(piece.key, name, **shard)[piece.base + piece.start : piece.base + piece.stop]
+        if ref.owner not in filled:
+            filled[ref.owner] = TensorState(stored.step(ref.key), {}, stored.tensor_level_state(ref.key))
+        for name in _plain_names(stored, ref.key):
+            values = stored.shard(ref.key, name, **shard)[ref.base + ref.start : ref.base + ref.stop]
             if name == MASTER:
-                if piece.has_master:
-                    piece.of(piece.owner.detach()).copy_(values)
+                if ref.has_master:
+                    ref.of(ref.owner.detach()).copy_(values)
                 continue
-            elementwise = filled[piece.owner].elementwise
+            elementwise = filled[ref.owner].elementwise
             if name not in elementwise:
-                elementwise[name] = torch.zeros_like(piece.owner)
-            piece.of(elementwise[name]).copy_(values)
+                elementwise[name] = torch.zeros_like(ref.owner)
+            ref.of(elementwise[name]).copy_(values)
     for owner, found in filled.items():
-        if found.elementwise or found.whole:  # one that has made no update keeps nothing, and starts from that
-            restore(inner, owner, found)
+        if found.elementwise or found.tensor_level:  # an optimizer that has made no update has no state
+            write_state(inner, owner, found)
     if isinstance(inner, OnebitAdam):
         _write_errors(inner, parameters, stored, shard)
 
 
 def read_scaling(optimizer: Any) -> dict[str, float]:
-    """Where a moving loss scale stands; empty where there is none."""
+    """Returns the state of a dynamic loss scale; empty without one."""
     scaler = _moving_scaler(optimizer)
     return {name: getattr(scaler, name) for name in _SCALING if hasattr(scaler, name)}
 
 
 def write_scaling(optimizer: Any, stored: Mapping[str, float]) -> None:
-    """Puts a moving loss scale where it stood; a run without one takes nothing over."""
+    """Sets the state of a dynamic loss scale; does nothing without one."""
     scaler = _moving_scaler(optimizer)
     for name, value in stored.items():
         if hasattr(scaler, name):
@@ -129,7 +137,7 @@ def write_scaling(optimizer: Any, stored: Mapping[str, float]) -> None:
 
 
 def _moving_scaler(optimizer: Any) -> Any:
-    """What of DeepSpeed's optimizer moves the loss scale of fp16, or None."""
+    """Returns the dynamic loss scaler of DeepSpeed's optimizer, or None."""
     for name, moves in (("loss_scaler", "dynamic"), ("loss_scale_config", "dynamic_loss_scale")):
         scaler = getattr(optimizer, name, None)
         if getattr(scaler, moves, False):
@@ -137,39 +145,39 @@ def _moving_scaler(optimizer: Any) -> Any:
     return None
 
 
-def _dealt_slices(key: str, dealt: AssignedTensor, inner: torch.optim.Optimizer) -> Iterator[OptimizerShard]:
-    """State of a tensor that its owner updates whole, as the slices of every tensor-parallel rank."""
-    if dealt.whole is None:
+def _assigned_shards(key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer) -> Iterator[OptimizerShard]:
+    """Yields the state of a full tensor on its owner, as the shards of every tensor-parallel rank."""
+    if assigned.full is None:
         return
-    one = kept(inner, dealt.whole)
-    size = dealt.whole.numel() // dealt.shard.numel()
+    one = read_state(inner, assigned.full)
+    size = assigned.full.numel() // assigned.shard.numel()
     for rank in range(size):
-        tensors = {name: dealt.cut(value, rank, size).flatten() for name, value in one.elementwise.items()}
-        whole = one.whole if rank == 0 else {}
-        yield OptimizerShard(key, 0, dealt.shard.numel(), one.step, tensors, whole, model_rank=rank)
+        tensors = {name: assigned.shard_of(value, rank, size).flatten() for name, value in one.elementwise.items()}
+        tensor_level = one.tensor_level if rank == 0 else {}
+        yield OptimizerShard(key, 0, assigned.shard.numel(), one.step, tensors, tensor_level, model_rank=rank)
 
 
-def _write_dealt(key: str, dealt: AssignedTensor, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
-    if dealt.whole is None:
+def _write_assigned(key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
+    if assigned.full is None:
         return
-    whole = dealt.whole
+    full = assigned.full
     tensors = {
-        name: stored.shard(key, name, model_rank=0, model_size=1).view(whole.shape).to(whole.device)
+        name: stored.shard(key, name, model_rank=0, model_size=1).view(full.shape).to(full.device)
         for name in _plain_names(stored, key)
         if name != MASTER
     }
-    found = Kept(stored.step(key), tensors, stored.tensor_level_state(key))
-    if found.elementwise or found.whole:
-        restore(inner, whole, found)
+    found = TensorState(stored.step(key), tensors, stored.tensor_level_state(key))
+    if found.elementwise or found.tensor_level:
+        write_state(inner, full, found)
 
 
 def _plain_names(stored: OptimizerState, key: str) -> list[str]:
-    """What is stored of a parameter, without what belongs to single data-parallel ranks."""
+    """Returns the names of stored state that does not belong to single data-parallel ranks."""
     return [name for name in stored.names(key) if not name.startswith(RANKED)]
 
 
 def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[OptimizerShard]:
-    """What compression left out: each rank's own error for whole shards, and its part of the servers' error."""
+    """Yields the compression errors: each rank's worker error, and its range of the server error."""
     for key, parameter in parameters.items():
         state = inner.state.get(parameter, {})
         if WORKER_ERROR not in state:
@@ -184,10 +192,11 @@ def _errors(inner: OnebitAdam, parameters: dict[str, Parameter]) -> Iterator[Opt
 def _write_errors(
     inner: OnebitAdam, parameters: dict[str, Parameter], stored: OptimizerState, shard: dict[str, int]
 ) -> None:
-    """Gives the errors back.
+    """Loads the compression errors.
 
-    Where the number of data-parallel ranks changed each takes the mean of the workers' errors, which leaves the error
-    of the mean momentum as it was.
+    If the number of data-parallel ranks changed, each gets the mean of the worker errors, which preserves the error of
+    the
+    mean momentum.
     """
     for key, parameter in parameters.items():
         names = [name for name in stored.names(key) if name.startswith(WORKER_ERROR)]
@@ -204,11 +213,11 @@ def _write_errors(
     inner.resume()
 
 
-def pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[Piece]:
-    """This rank's pieces of what is trained; what no ZeRO cuts belongs to the first data rank that holds it."""
+def shard_refs(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> Iterator[ShardRef]:
+    """Yields this rank's ranges of trained parameters; without ZeRO the first data rank that holds one has it."""
     parameters = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        yield from _stage3_pieces(optimizer, parameters)
+        yield from _stage3_refs(optimizer, parameters)
         return
     for key, parameter in parameters.items():
         if hasattr(parameter, "_hp_mapping"):
@@ -217,26 +226,26 @@ def pieces(optimizer: Any, parameters: dict[str, Parameter], data_rank: int) -> 
                 address, range_ = mapping.hp_fragment_address, mapping.lp_fragment_address
                 owner = inner_optimizer(optimizer).param_groups[mapping.param_group_index]["params"][0]
                 stop = range_.start + range_.numel
-                yield Piece(key, parameter, range_.start, stop, owner, address.start, _base(parameter))
+                yield ShardRef(key, parameter, range_.start, stop, owner, address.start, _base(parameter))
         elif data_rank // expert_rank_and_size(parameter)[1] == 0:
-            yield Piece(key, parameter, 0, parameter.numel(), parameter, 0, _base(parameter))
+            yield ShardRef(key, parameter, 0, parameter.numel(), parameter, 0, _base(parameter))
 
 
 def _base(parameter: Parameter) -> int:
-    """Where the parameter begins in the flattened tensor-parallel shard, which holds the experts of all ranks."""
+    """Start of the parameter in the flattened tensor-parallel shard, which holds the experts of all ranks."""
     return expert_rank_and_size(parameter)[0] * parameter.numel()
 
 
-def _stage3_pieces(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator[Piece]:
-    """ZeRO 3 cuts every parameter into equal parts, the last one padded."""
+def _stage3_refs(optimizer: Any, parameters: dict[str, Parameter]) -> Iterator[ShardRef]:
+    """Yields the ranges at ZeRO 3, which partitions every parameter evenly, with padding at the end."""
     for key, parameter in parameters.items():
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)
         stop = min(start + numel, parameter.ds_numel)  # type: ignore[attr-defined]
         if start < stop:
-            yield Piece(key, parameter, start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
+            yield ShardRef(key, parameter, start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer that does the updates."""
+    """Returns the torch optimizer inside DeepSpeed's."""
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer

@@ -1,4 +1,4 @@
-"""The places of a learned prompt in what an engine is asked: callers speak of their own tokens only.
+"""Positions of a soft prompt: callers of an engine count their own tokens only.
 
 n vectors of the prompt, b batch, s sequence, v vocabulary.
 """
@@ -12,15 +12,15 @@ from megatron.model.kv_cache import KVCache
 
 
 def prompt_offset(length: int, cache: KVCache | None) -> int:
-    """How many places the prompt takes before these tokens: all of its n, or none where the cache has it already."""
+    """Returns the number of prompt positions before these tokens: n, or 0 if the cache contains the prompt."""
     return length if cache is None or cache.length == 0 else 0
 
 
-def behind(tokens: Tensor, places: int) -> Tensor:
-    """Tokens [b, s] behind so many places, whose vectors the embedding replaces: [b, places + s]."""
-    return F.pad(tokens, (places, 0)) if places else tokens
+def prepend_padding(tokens: Tensor, offset: int) -> Tensor:
+    """Pads tokens [b, s] at the start; the embedding replaces these vectors: [b, offset + s]."""
+    return F.pad(tokens, (offset, 0)) if offset else tokens
 
 
-def shifted(at: Tensor | None, length: int, places: int) -> Tensor | None:
-    """Places of the flattened [b, s], s being `length`, in the flattened [b, places + s]."""
-    return at if at is None or not places else at + (at // length + 1) * places
+def shift_positions(at: Tensor | None, length: int, offset: int) -> Tensor | None:
+    """Shifts positions of the flattened [b, s] to the flattened [b, places + s]; s is `length`."""
+    return at if at is None or not offset else at + (at // length + 1) * offset

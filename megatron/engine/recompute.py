@@ -1,10 +1,10 @@
-"""From the recompute section to what the model needs: torch's function, or DeepSpeed's where kept inputs move.
+"""Activation recomputation from the configuration: torch's function, or DeepSpeed's for partitioned inputs.
 
-DeepSpeed can spread kept inputs over the tensor-parallel ranks (`partition_activations`), copy them into one buffer
-(`contiguous_checkpointing`) and wait for the device after each group; torch's function does none of that and costs
-less. Either can keep inputs in host memory (`checkpoint_in_cpu`); DeepSpeed's way of it works on partitioned inputs
-only, so without them torch's is taken. With sequence parallelism there is nothing to partition: every rank keeps its
-own part of the sequence.
+DeepSpeed can shard saved inputs over the tensor-parallel ranks (`partition_activations`), copy them into one buffer
+(`contiguous_checkpointing`) and synchronize the device after each group; torch's function does none of that and costs
+less. Either can keep inputs in host memory (`checkpoint_in_cpu`); DeepSpeed's implementation works on partitioned
+inputs only, so without them torch's is used. With sequence parallelism there is nothing to partition: every rank has
+its own shard of the sequence.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron.model.recompute import Recompute
 TORCH = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
-def in_host_memory(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Torch's checkpoint, with the kept inputs in host memory (page-locked beside a GPU) until the backward pass."""
+def checkpoint_on_cpu(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Torch's checkpoint, with saved inputs in host memory (pinned if there is a GPU) until the backward pass."""
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         output: Tensor = TORCH(function, *inputs)
     return output
@@ -35,13 +35,20 @@ def in_host_memory(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def full_recompute(
     section: RecomputeSection, topology: Topology, random: TensorParallelRNG, num_layers: int
 ) -> Recompute | None:
-    """How whole blocks are recomputed; None when they are not. num_layers: of the whole model [blocks]."""
+    """Returns how full blocks are recomputed; None if they are not.
+
+    Args:
+        section: recompute section of the configuration.
+        topology: layout of the ranks.
+        random: generator for random numbers on sharded tensors.
+        num_layers: blocks of the full model.
+    """
     asked = section.checkpoint_activations or section.recompute_granularity == "full"
     if not asked or section.recompute_granularity == "selective":
         return None
     method: Literal["block", "uniform"] = "block" if section.recompute_method == "block" else "uniform"
-    checkpoint: Callable[..., Tensor] = in_host_memory if section.checkpoint_in_cpu else TORCH
-    if topology.model.sequence_parallel:  # what is kept is cut over the tensor-parallel ranks already
+    checkpoint: Callable[..., Tensor] = checkpoint_on_cpu if section.checkpoint_in_cpu else TORCH
+    if topology.model.sequence_parallel:  # saved inputs are already sharded over the tensor-parallel ranks
         section = section.model_copy(update={"partition_activations": False, "contiguous_checkpointing": False})
     if _is_deepspeeds(section):
         checkpoint = _deepspeed(section, topology, num_layers)
@@ -49,12 +56,12 @@ def full_recompute(
 
 
 def selective_recompute(section: RecomputeSection) -> Callable[..., Tensor] | None:
-    """The function that repeats the attention core; None when it is not to be repeated."""
+    """Returns the function that recomputes the attention core; None if it is not recomputed."""
     return TORCH if section.recompute_granularity == "selective" else None
 
 
 def _is_deepspeeds(section: RecomputeSection) -> bool:
-    """Whether something is asked for that only DeepSpeed's function does."""
+    """Returns whether an option is set that only DeepSpeed's function has."""
     return any(
         (
             section.partition_activations,
@@ -66,7 +73,7 @@ def _is_deepspeeds(section: RecomputeSection) -> bool:
 
 
 def _deepspeed(section: RecomputeSection, topology: Topology, num_layers: int) -> Callable[..., Tensor]:
-    """DeepSpeed's activation checkpointing, configured for this process."""
+    """Returns DeepSpeed's activation checkpointing, configured for this process."""
     groups = -(-num_layers // max(1, section.checkpoint_num_layers))
     deepspeed.checkpointing.configure(
         topology,

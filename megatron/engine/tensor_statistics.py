@@ -1,9 +1,9 @@
-"""Norms and shares of zeros of single parameters, or of layers, in every layout.
+"""Norms and fractions of zeros of single parameters, or of layers, in every layout.
 
-Gradients are looked at where they are whole in one sense everywhere: summed, unscaled and about to be used, at the
-start of the optimizer's step. ZeRO has made flat pieces of them by then; `pieces` of optimizer_state.py tells whose
-they are, and each element is looked at by one rank. Values are sums until all ranks' are added up, which happens only
-when asked. Clipping has already scaled the gradients, which is undone here.
+Gradients are measured when they are reduced and unscaled, at the start of the optimizer's step. ZeRO has flattened them
+by then; `shard_refs` of optimizer_state.py locates each parameter, and each element is measured by one rank. Values are
+local sums until metrics are requested, when they are summed over ranks. Clipping has already scaled the gradients,
+which is undone here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerShard
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import is_sharded
 from megatron.distributed.process_group import all_gather_list
-from megatron.engine.optimizer_state import Piece, inner_optimizer, pieces
+from megatron.engine.optimizer_state import ShardRef, inner_optimizer, shard_refs
 from megatron.optim.grad_clip import GradientClipper
 
 
-class Watched(Protocol):
-    """What this room's engines offer to those who watch them."""
+class MeasuredEngine(Protocol):
+    """The interface of engines that is needed here."""
 
     deepspeed: Any
     topology: Topology
@@ -36,25 +36,26 @@ class Watched(Protocol):
 
     def owned(self) -> dict[str, Parameter]: ...
 
-    def optimizer_slices(self) -> list[OptimizerShard]: ...
+    def optimizer_shards(self) -> list[OptimizerShard]: ...
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is measured. by_layer: a value a layer in place of one a parameter."""
+class Measurements:
+    """The quantities that are measured."""
 
     gradient_norms: bool = False
     gradient_zeros: bool = False
     parameter_norms: bool = False
     optimizer_states: bool = False
     by_layer: bool = False
+    """One value a layer instead of one a parameter."""
 
     @property
     def anything(self) -> bool:
         return self.gradient_norms or self.gradient_zeros or self.parameter_norms or self.optimizer_states
 
     def group(self, key: str) -> str:
-        """The name under which a parameter's values are reported."""
+        """Returns the name under which a parameter's values are reported."""
         return f"layer_{key.partition('.')[0]}" if self.by_layer else key
 
 
@@ -74,7 +75,7 @@ class Sums:
         self.values[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
 
     def total(self) -> dict[str, tuple[float, float, float]]:
-        """The sums over all ranks, by name in order; collective."""
+        """Returns the sums over all ranks, by name in order; collective."""
         own = {name: tuple(float(part) for part in parts) for name, parts in self.values.items()}
         added: dict[str, tuple[float, float, float]] = {}
         for part in all_gather_list(own):
@@ -85,53 +86,51 @@ class Sums:
 
 
 class GradientTap:
-    """Calls listeners with every piece of gradient that this rank answers for, at each optimizer step.
+    """Calls listeners with every range of gradient that this rank counts, at each optimizer step.
 
-    A listener takes (key, piece, gradient as it is used, factor to the gradient before clipping).
+    A listener takes (key, shard ref, gradient as it is used, factor to the gradient before clipping).
     """
 
-    def __init__(self, engine: Watched, max_norm: float) -> None:
+    def __init__(self, engine: MeasuredEngine, max_norm: float) -> None:
         self._engine, self._max_norm = engine, max_norm
-        self.pieces = _counted_here(engine)  # now: during a step ZeRO shows one group of parameters only
-        self.listeners: list[Callable[[str, Piece, Tensor, float], None]] = []
-        inner_optimizer(engine.deepspeed.optimizer).register_step_pre_hook(lambda *_: self._look())
+        self.shard_refs = _counted_here(engine)  # now, since ZeRO shows only one group of parameters during a step
+        self.listeners: list[Callable[[str, ShardRef, Tensor, float], None]] = []
+        inner_optimizer(engine.deepspeed.optimizer).register_step_pre_hook(lambda *_: self._notify())
 
-    def _look(self) -> None:
+    def _notify(self) -> None:
         if not self.listeners:
             return
         factor = None
-        for piece in self.pieces:
-            if piece.owner.grad is None:
+        for ref in self.shard_refs:
+            if ref.owner.grad is None:
                 continue
             factor = self._unclipped() if factor is None else factor
-            gradient = piece.owner.grad.reshape(-1).narrow(0, piece.offset, piece.stop - piece.start)
+            gradient = ref.owner.grad.reshape(-1).narrow(0, ref.offset, ref.stop - ref.start)
             for listener in self.listeners:
-                listener(piece.key, piece, gradient, factor)
+                listener(ref.key, ref, gradient, factor)
 
     def _unclipped(self) -> float:
-        """What the gradients were multiplied by is 1 / this."""
+        """Returns the factor that undoes clipping."""
         clipper = self._engine.clipper
         if clipper is not None:
             return 1.0 / float(clipper.factor)
-        norm = getattr(
-            self._engine.deepspeed.optimizer, "_global_grad_norm", None
-        )  # the engine learns it after the step
+        norm = getattr(self._engine.deepspeed.optimizer, "_global_grad_norm", None)  # the engine gets it after the step
         if norm is None or self._max_norm <= 0 or not math.isfinite(float(norm)):
             return 1.0
         return max(1.0, (float(norm) + 1e-6) / self._max_norm)
 
 
 class Statistics:
-    """Measures what is wanted of the steps around which `recording` is entered with due true."""
+    """Measures the steps in which `recording` is entered with due true."""
 
-    def __init__(self, engine: Watched, tap: GradientTap, wanted: Wanted) -> None:
-        self._engine, self._tap, self._wanted = engine, tap, wanted
+    def __init__(self, engine: MeasuredEngine, tap: GradientTap, measurements: Measurements) -> None:
+        self._engine, self._tap, self._measurements = engine, tap, measurements
         self._gradients = Sums()
 
     @contextmanager
     def recording(self, due: bool) -> Iterator[None]:
-        """Around a step. due: its gradients are to be measured."""
-        if not due or not (self._wanted.gradient_norms or self._wanted.gradient_zeros):
+        """Context of a step. due: true if its gradients are measured."""
+        if not due or not (self._measurements.gradient_norms or self._measurements.gradient_zeros):
             yield
             return
         self._gradients = Sums()
@@ -142,44 +141,44 @@ class Statistics:
             self._tap.listeners.remove(self._add)
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the last recorded step and of the state now; collective."""
-        wanted, metrics = self._wanted, {}
-        if wanted.gradient_norms or wanted.gradient_zeros:
+        """Returns metrics of the last recorded step and of the current state; collective."""
+        measurements, metrics = self._measurements, {}
+        if measurements.gradient_norms or measurements.gradient_zeros:
             for name, (square, zeros, count) in self._gradients.total().items():
-                if wanted.gradient_norms:
+                if measurements.gradient_norms:
                     metrics[f"gradient_norms/{name}"] = math.sqrt(square) if square >= 0 else square
-                if wanted.gradient_zeros:
+                if measurements.gradient_zeros:
                     metrics[f"gradient_zeros/{name}"] = 100.0 * zeros / count
-        if wanted.parameter_norms:
+        if measurements.parameter_norms:
             metrics |= _norms("parameter_norms", self._parameters())
-        if wanted.optimizer_states:
+        if measurements.optimizer_states:
             metrics |= _norms("optimizer_state_norms", self._states())
         return metrics
 
-    def _add(self, key: str, piece: Piece, gradient: Tensor, factor: float) -> None:
-        self._gradients.add(self._wanted.group(key), gradient, factor)
+    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float) -> None:
+        self._gradients.add(self._measurements.group(key), gradient, factor)
 
     def _parameters(self) -> Sums:
         sums = Sums()
-        for piece in self._tap.pieces:
-            sums.add(self._wanted.group(piece.key), piece.of(piece.owner.detach()))
+        for ref in self._tap.shard_refs:
+            sums.add(self._measurements.group(ref.key), ref.of(ref.owner.detach()))
         return sums
 
     def _states(self) -> Sums:
         sums, owned, first = Sums(), self._engine.owned(), self._engine.topology.model.is_first
-        for part in self._engine.optimizer_slices():
+        for part in self._engine.optimizer_shards():
             if not (first or is_sharded(owned[part.key]) or part.model_rank is not None):
                 continue
             for name, value in _named(part):
-                sums.add(f"{self._wanted.group(part.key)}.{name}", value)
+                sums.add(f"{self._measurements.group(part.key)}.{name}", value)
         return sums
 
 
-def _counted_here(engine: Watched) -> list[Piece]:
-    """The pieces whose elements this rank counts."""
+def _counted_here(engine: MeasuredEngine) -> list[ShardRef]:
+    """Returns the ranges whose elements this rank counts."""
     topology = engine.topology
-    found = pieces(engine.deepspeed.optimizer, engine.owned(), topology.dp_cp.rank)
-    return [piece for piece in found if topology.model.is_first or is_sharded(piece.parameter)]
+    found = shard_refs(engine.deepspeed.optimizer, engine.owned(), topology.dp_cp.rank)
+    return [ref for ref in found if topology.model.is_first or is_sharded(ref.parameter)]
 
 
 def _named(part: OptimizerShard) -> Iterable[tuple[str, Tensor]]:
@@ -195,12 +194,20 @@ class NoiseScale:
     """The gradient noise scale B = tr(covariance) / |gradient|^2 [samples] (arXiv:1812.06162, appendix A.1).
 
     Gradients of single steps are compared with the mean of `batches` of them; both sides of the quotient are averaged
-    over time, since neither is unbiased in a quotient. on_cpu: the sum of gradients is kept in the host's memory.
+    over
+    time, since neither is unbiased in a quotient.
     """
 
     DECAY = 0.99
 
     def __init__(self, tap: GradientTap, *, batches: int, on_cpu: bool) -> None:
+        """Creates the estimator.
+
+        Args:
+            tap: source of gradients.
+            batches: steps of one estimate.
+            on_cpu: true to keep the sum of gradients in host memory.
+        """
         self._tap, self._batches, self._on_cpu = tap, batches, on_cpu
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._square: Tensor | None = None
@@ -210,7 +217,7 @@ class NoiseScale:
 
     @contextmanager
     def recording(self, samples: int) -> Iterator[None]:
-        """Around a step over so many samples; collective at every `batches`-th."""
+        """Context of a step over so many samples; collective at every `batches`-th."""
         self._square = None
         self._tap.listeners.append(self._add)
         try:
@@ -224,19 +231,19 @@ class NoiseScale:
             self._estimate()
 
     def measure(self) -> dict[str, float]:
-        """The estimate so far; nothing before the first."""
+        """Returns the current estimate; empty before the first."""
         noise, signal = self._averages
         if self._weight == 0.0 or signal == 0.0:
             return {}
         return {"train/gradient_noise_scale": noise / signal}
 
-    def _add(self, key: str, piece: Piece, gradient: Tensor, factor: float) -> None:
+    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float) -> None:
         gradient = gradient.detach().float() * factor
         square = gradient.square().sum(dtype=torch.float64)
         self._square = square if self._square is None else self._square + square
-        kept = gradient.cpu() if self._on_cpu else gradient
-        place = (key, piece.start)
-        self._sums[place] = self._sums[place] + kept if place in self._sums else kept.clone()
+        on_device = gradient.cpu() if self._on_cpu else gradient
+        slot = (key, ref.start)
+        self._sums[slot] = self._sums[slot] + on_device if slot in self._sums else on_device.clone()
 
     def _estimate(self) -> None:
         large = sum((one.square().sum(dtype=torch.float64).cpu() for one in self._sums.values()), torch.zeros(()))

@@ -1,4 +1,4 @@
-"""From the transformer_engine section to the blocks of a built model that trains."""
+"""Applies the transformer_engine section to the blocks of a built model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from megatron.registry import TE_LAYERS
 def use_transformer_engine(
     section: TransformerEngineSection, model: Module, topology: Topology, recompute: Callable[..., Tensor] | None
 ) -> None:
-    """Makes the parts that the section names go through the package. recompute: repeats attention cores.
+    """Replaces the parts that the section names by Transformer Engine's.
 
-    Raises ConfigError when the package is asked for and missing.
+    Raises ConfigError if the package is requested and missing.
+
+    Args:
+        section: section of the configuration.
+        model: built model.
+        topology: layout of the ranks.
+        recompute: recomputes attention cores; None to save them.
     """
     asked = [TE_LAYERS.load(name) for name in section.layers]
     if not asked:
@@ -30,7 +36,7 @@ def use_transformer_engine(
             continue
         for take in asked:
             take(block, recompute)
-        block.zero3_gather_together = True  # the package reads parameters that are not its own
+        block.zero3_gather_together = True  # the package reads parameters of other modules
         if region is not None:
             block.region = region
 

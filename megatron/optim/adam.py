@@ -1,9 +1,9 @@
 """Adam (arXiv:1412.6980), with decoupled weight decay (arXiv:1711.05101) unless adam_w_mode is false.
 
-torch ships it fused, one kernel for all parameters on CPU and GPU, so neither DeepSpeed's nor Apex's kernel is needed:
+torch has it fused, one kernel for all parameters on CPU and GPU, so neither DeepSpeed's nor Apex's kernel is needed:
 the arithmetic is the same. Without bias correction the update is lr m / (sqrt(v) + eps); torch computes
-lr / c1 m / (sqrt(v) / c2 + eps) with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), which is that update for the rate
-lr c1 / c2 and the epsilon eps / c2.
+lr / c1 m / (sqrt(v) / c2 + eps) with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), which is that update for the learning
+rate lr c1 / c2 and the epsilon eps / c2.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Any
 
 import torch
 
-from megatron.optim.builder_args import STEP, Groups, Request
+from megatron.optim.builder_args import STEP, Groups, OptimizerArgs
 
 BETAS = (0.9, 0.999)
 EPS = 1.0e-8
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """Adam in torch's fused kernel."""
-    return _build(groups, request, fused=True)
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds Adam with torch's fused kernel."""
+    return _build(groups, args, fused=True)
 
 
-def build_on_cpu(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """Adam in plain torch operations, for parameters or offloaded copies in the host's memory."""
-    return _build(groups, request, fused=False)
+def build_on_cpu(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds Adam from plain torch operations, for parameters or offloaded copies in host memory."""
+    return _build(groups, args, fused=False)
 
 
-def _build(groups: Groups, request: Request, *, fused: bool) -> torch.optim.Optimizer:
-    decoupled = request.flag("adam_w_mode", True)
+def _build(groups: Groups, args: OptimizerArgs, *, fused: bool) -> torch.optim.Optimizer:
+    decoupled = args.flag("adam_w_mode", True)
     kind: type[torch.optim.Adam]
-    if request.flag("bias_correction", True):
+    if args.flag("bias_correction", True):
         kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     else:
         kind = UncorrectedAdamW if decoupled else UncorrectedAdam
     return kind(
         groups,
-        lr=request.lr,
-        betas=request.betas(BETAS),
-        eps=request.number("eps", EPS),
-        amsgrad=request.flag("amsgrad", False),
+        lr=args.lr,
+        betas=args.betas(BETAS),
+        eps=args.number("eps", EPS),
+        amsgrad=args.flag("amsgrad", False),
         fused=fused or None,
         foreach=None if fused else False,
     )
@@ -67,7 +67,7 @@ class UncorrectedAdamW(torch.optim.AdamW):
 
 @contextmanager
 def _uncorrected(optimizer: torch.optim.Optimizer, *, decoupled: bool) -> Iterator[None]:
-    """Rate and epsilon that undo the bias correction of the coming step; the groups' own stand again afterwards."""
+    """Sets the learning rate and epsilon that cancel the bias correction of one step, and restores them afterwards."""
     names = ("lr", "eps", "weight_decay")
     own = [{name: group[name] for name in names} for group in optimizer.param_groups]
     try:
@@ -75,7 +75,7 @@ def _uncorrected(optimizer: torch.optim.Optimizer, *, decoupled: bool) -> Iterat
             first, second = _corrections(optimizer, group)
             group["lr"] *= first / second
             group["eps"] /= second
-            if decoupled:  # torch multiplies the decay by the rate
+            if decoupled:  # torch multiplies the decay by the learning rate
                 group["weight_decay"] *= second / first
         yield
     finally:
@@ -84,7 +84,7 @@ def _uncorrected(optimizer: torch.optim.Optimizer, *, decoupled: bool) -> Iterat
 
 
 def _corrections(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float]:
-    """1 - beta1^t and sqrt(1 - beta2^t) of the coming step t; all parameters of a group take their steps together."""
+    """Returns 1 - beta1^t and sqrt(1 - beta2^t) of the coming step t, which all parameters of a group share."""
     counts = (optimizer.state[parameter].get(STEP, 0) for parameter in group["params"] if parameter in optimizer.state)
     coming = int(next(counts, 0)) + 1
     beta1, beta2 = group["betas"]

@@ -1,10 +1,10 @@
-"""What an optimizer is built from.
+"""Arguments of optimizer builders.
 
-A builder is a function `build(groups, request)` that the registry's OPTIMIZERS names; it returns a torch optimizer over
-the groups. Each group names its own weight decay. The rate is replaced before every step.
+A builder is a function `build(groups, args)` that the registry's OPTIMIZERS names; it returns a torch optimizer over
+the groups. Each group has its own weight decay. The learning rate is set before every step.
 
-An optimizer that counts updates keeps the count under "step" in the state of each parameter, so that checkpoints find
-it; `count_in_integers` says that it wants a Python integer there and no tensor.
+An optimizer that counts updates stores the count under "step" in the state of each parameter, where checkpoints look
+for it; `mark_int_step` marks one that stores a Python integer there instead of a tensor.
 """
 
 from __future__ import annotations
@@ -22,39 +22,40 @@ STEP = "step"
 
 
 @dataclass(frozen=True)
-class Request:
-    """lr: the peak rate. topology: where the shards of a tensor are. settings: what is under optimizer.params.
-
-    pieces: DeepSpeed hands the optimizer flat pieces of the parameters (ZeRO), and not the parameters themselves.
-    """
+class OptimizerArgs:
+    """Settings of an optimizer."""
 
     lr: float
+    """Peak learning rate."""
     topology: Topology
+    """Layout of the ranks."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    pieces: bool = False
+    """Keys under optimizer.params."""
+    flat_partitions: bool = False
+    """True if the optimizer gets flat partitions of the parameters from ZeRO instead of the parameters."""
 
     def number(self, name: str, default: float) -> float:
-        """A number among the settings."""
+        """Returns a numeric setting."""
         return float(self.settings.get(name, default))
 
     def flag(self, name: str, default: bool) -> bool:
-        """A switch among the settings."""
+        """Returns a boolean setting."""
         return bool(self.settings.get(name, default))
 
     def betas(self, default: tuple[float, float]) -> tuple[float, float]:
-        """Decay rates of the first and the second moment."""
+        """Returns the decay rates of the first and the second moment."""
         first, second = self.settings.get("betas", default)
         return float(first), float(second)
 
 
-def count_in_integers(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer, marked: it counts its steps in Python integers."""
+def mark_int_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Marks the optimizer as storing `step` as int, and returns it."""
     optimizer.neox_integer_steps = True  # type: ignore[attr-defined]
     return optimizer
 
 
 def step_count(optimizer: torch.optim.Optimizer, count: int, device: torch.device) -> int | torch.Tensor:
-    """A number of updates as the optimizer keeps it."""
+    """Returns a number of updates in the form in which the optimizer stores it."""
     if getattr(optimizer, "neox_integer_steps", False):
         return count
     return torch.tensor(float(count), device=device)

@@ -1,4 +1,4 @@
-"""Adam as DeepSpeed ships it for the host's processor, vectorised; made for ZeRO with an offloaded optimizer.
+"""DeepSpeed's vectorized Adam for the CPU, for ZeRO with an offloaded optimizer.
 
 It is compiled at first use.
 """
@@ -12,20 +12,20 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from megatron.distributed.op_build import build_lock
 from megatron.errors import ConfigError
 from megatron.optim.adam import BETAS, EPS
-from megatron.optim.builder_args import Groups, Request, count_in_integers
+from megatron.optim.builder_args import Groups, OptimizerArgs, mark_int_step
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """DeepSpeedCPUAdam. ConfigError where it cannot be compiled."""
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds DeepSpeedCPUAdam. Raises ConfigError if it cannot be compiled."""
     try:
         with build_lock(CPUAdamBuilder()):
             optimizer = DeepSpeedCPUAdam(
                 groups,
-                lr=request.lr,
-                betas=request.betas(BETAS),
-                eps=request.number("eps", EPS),
-                bias_correction=request.flag("bias_correction", True),
-                adamw_mode=request.flag("adam_w_mode", True),
+                lr=args.lr,
+                betas=args.betas(BETAS),
+                eps=args.number("eps", EPS),
+                bias_correction=args.flag("bias_correction", True),
+                adamw_mode=args.flag("adam_w_mode", True),
             )
     except RuntimeError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -35,4 +35,4 @@ def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
             value="cpu_adam",
             hint="install g++, ninja and Python's headers, or use cpu_torch_adam",
         ) from error
-    return count_in_integers(optimizer)
+    return mark_int_step(optimizer)

@@ -1,8 +1,8 @@
-"""The global gradient norm and clipping, for the runs in which DeepSpeed leaves them to us (ZeRO 0).
+"""Global gradient norm and clipping at ZeRO 0; at other stages DeepSpeed computes both.
 
 DeepSpeed's own norm counts parameters by rank and counts tied weights twice when a pipeline has several stages. Here
-a parameter's marks say who counts it: a sharded parameter counts on every tensor-parallel rank, a replicated one on
-the first only, a tied one on the first of its stages only, and experts on each of the ranks that they are spread over.
+parameter attributes decide which rank counts a parameter: a sharded one counts on every tensor-parallel rank, a
+replicated one on the first only, a tied one on the first of its stages only, and experts on each of their ranks.
 Clipping scales all gradients by max_norm / (norm + 1e-6) when the norm exceeds max_norm (arXiv:1211.5063, algorithm 1).
 """
 
@@ -21,16 +21,18 @@ from megatron.distributed.param_attrs import expert_rank_and_size, is_sharded, i
 
 
 class GradientClipper:
-    """Computes the norm over one replica of the model and scales the gradients; `norm` keeps the last one.
+    """Computes the norm over one replica of the model and scales the gradients; `norm` is the last one.
 
-    A gradient that is not finite is dropped, and `skipped` says so: every rank then leaves its weights and state as
-    they are. DeepSpeed does the same at ZeRO 1 to 3. factor: what the last gradients were multiplied by.
-    grads_are_unreduced: each data-parallel rank has a gradient of its own, which nobody sums; the norm is then the root
-    mean square of theirs, so that all are scaled alike.
+    Non-finite gradients are dropped and `skipped` is set: every rank then leaves its weights and state unchanged, as
+    DeepSpeed does at ZeRO 1 to 3. factor: scale of the last gradients. grads_are_unreduced: each data-parallel rank has
+    a
+    gradient of its own, which is not all-reduced; the norm is then the root mean square of theirs, so that all are
+    scaled
+    alike.
     """
 
     def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:
-        """max_norm: the largest norm left alone; 0 computes the norm and scales nothing."""
+        """Creates the clipper. max_norm: largest norm that is not scaled; 0 never scales."""
         self._held = list(parameters)
         self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
         self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
@@ -45,14 +47,14 @@ class GradientClipper:
         self.skipped = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes every step of the optimizer clip first."""
+        """Clips before every step of the optimizer."""
         optimizer.register_step_pre_hook(lambda *_: self.clip())
 
     def clip(self) -> None:
         """Computes `norm`, the same on every rank of the replica, and clips in place."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if self._parameters and not gradients:
-            return  # on no rank then; one that trains nothing itself takes part in the sums of the others
+            return  # the same on all ranks; a rank without trainable parameters takes part in the sums
         device = self._held[0].device
         square = _square(self._counted, device)
         if self._expert.size > 1:
@@ -69,7 +71,7 @@ class GradientClipper:
         self.skipped = not math.isfinite(float(self.norm))
         if self.skipped:
             for parameter in self._parameters:
-                parameter.grad = None  # an optimizer leaves a parameter without a gradient as it is
+                parameter.grad = None  # optimizers skip a parameter without a gradient
         elif self._max_norm > 0:
             factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
             self.factor = float(factor)
@@ -78,13 +80,13 @@ class GradientClipper:
 
 
 def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:
-    """The squared norm of their gradients."""
+    """Returns the squared norm of the gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device=device)
 
 
 def _counts_here(parameter: Parameter, topology: Topology) -> bool:
-    """Whether this rank's copy of the parameter is the one that enters the norm."""
+    """Returns whether the norm counts this rank's copy of the parameter."""
     if is_tied(parameter) and not topology.pipe.is_first:
         return False
     return is_sharded(parameter) or topology.model.is_first

@@ -1,9 +1,9 @@
-"""Learning-rate schedules: pure functions from a place in the run to a rate.
+"""Learning-rate schedules: pure functions from a step to a learning rate.
 
-Places count steps, or samples where the run's length is given in samples. The first update is at place 1 (or at its
-number of samples), so that its rate is above zero. During warm-up the rate rises linearly and reaches the peak at
-place `warmup`; after it a decay runs to `horizon`, and past the horizon the rate stays at its last value: it never
-rises again. A function's name is the value of the key `lr_decay_style`.
+A step is an update, or a number of samples if the run's length is given in samples. The first update is step 1 (or its
+number of samples), so that its learning rate is above zero. During warmup the learning rate rises linearly and reaches
+the maximum at step `warmup`; then it decays up to `horizon`, and stays at its last value after that: it never rises
+again. A function's name is the value of the key `lr_decay_style`.
 """
 
 from __future__ import annotations
@@ -14,94 +14,100 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where a decay stands.
-
-    progress: 0 at the end of warm-up, 1 at the horizon. place, warmup: [steps or samples]. floor: lowest rate as a part
-    of the peak. tail: the part of the horizon in which WSD decays, in the shape `tail_shape`.
-    """
+class DecayPoint:
+    """One point of a decay."""
 
     progress: float
-    place: float
+    """0 at the end of warmup, 1 at the horizon."""
+    step: float
+    """[steps or samples]."""
     warmup: float
+    """[steps or samples]."""
     horizon: float
-    floor: float
-    tail: float
-    tail_shape: str
+    """[steps or samples]."""
+    min_lr: float
+    """Lowest learning rate as a fraction of the maximum."""
+    decay_fraction: float
+    """Fraction of the horizon in which WSD decays."""
+    decay_shape: str
+    """Shape of that decay."""
 
 
-Decay = Callable[[Moment], float]
-"""Maps a moment to a factor: 1 is the peak, 0 the floor."""
+Decay = Callable[[DecayPoint], float]
+"""Maps a point to a factor: 1 is the maximum, 0 the minimum."""
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The rate of every step of a run.
-
-    peak, floor: highest and lowest rate. warmup, horizon: [steps or samples]. tail, tail_shape: see Moment.
-    """
+class LRSchedule:
+    """The learning rate of every step of a run."""
 
     decay: Decay
-    peak: float
-    floor: float
+    max_lr: float
+    """Learning rate after warmup."""
+    min_lr: float
+    """Lowest learning rate of the decay."""
     warmup: int
+    """[steps or samples]."""
     horizon: int
-    tail: float = 0.1
-    tail_shape: str = "linear"
+    """[steps or samples]."""
+    decay_fraction: float = 0.1
+    """See DecayPoint."""
+    decay_shape: str = "linear"
+    """See DecayPoint."""
 
-    def rate(self, place: int) -> float:
-        """The learning rate of the update at a place, which counts from 1."""
-        place = max(1, place)
-        if place <= self.warmup:
-            return self.peak * place / self.warmup
+    def lr(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 1."""
+        step = max(1, step)
+        if step <= self.warmup:
+            return self.max_lr * step / self.warmup
         span = max(1, self.horizon - self.warmup)
-        progress = min(1.0, (place - self.warmup) / span)
-        ratio = self.floor / self.peak if self.peak else 0.0
-        within = min(place, max(self.horizon, self.warmup + 1))
-        moment = Moment(progress, within, self.warmup, self.horizon, ratio, self.tail, self.tail_shape)
-        return self.floor + (self.peak - self.floor) * self.decay(moment)
+        progress = min(1.0, (step - self.warmup) / span)
+        ratio = self.min_lr / self.max_lr if self.max_lr else 0.0
+        within = min(step, max(self.horizon, self.warmup + 1))
+        point = DecayPoint(progress, within, self.warmup, self.horizon, ratio, self.decay_fraction, self.decay_shape)
+        return self.min_lr + (self.max_lr - self.min_lr) * self.decay(point)
 
 
-def constant(moment: Moment) -> float:
-    """Stays at the peak."""
+def constant(point: DecayPoint) -> float:
+    """Stays at the maximum."""
     return 1.0
 
 
-def linear(moment: Moment) -> float:
-    """Falls in a straight line from the peak to the floor."""
-    return 1.0 - moment.progress
+def linear(point: DecayPoint) -> float:
+    """Decays linearly from the maximum to the minimum."""
+    return 1.0 - point.progress
 
 
-def cosine(moment: Moment) -> float:
-    """Half a cosine wave from the peak to the floor (arXiv:1608.03983, equation 5, without restarts)."""
-    return 0.5 * (1.0 + math.cos(math.pi * moment.progress))
+def cosine(point: DecayPoint) -> float:
+    """Decays by half a cosine wave (arXiv:1608.03983, equation 5, without restarts)."""
+    return 0.5 * (1.0 + math.cos(math.pi * point.progress))
 
 
-def exponential(moment: Moment) -> float:
-    """Halves from the end of warm-up to the horizon."""
-    return 0.5**moment.progress
+def exponential(point: DecayPoint) -> float:
+    """Halves from the end of warmup to the horizon."""
+    return 0.5**point.progress
 
 
-def inverse_sqrt(moment: Moment) -> float:
-    """Peak x sqrt(warmup / place), not below the floor (arXiv:1706.03762, section 5.3); the horizon ends it."""
-    rate = math.sqrt(max(1.0, moment.warmup) / max(1.0, moment.place))
-    return max(0.0, (rate - moment.floor) / (1 - moment.floor)) if moment.floor < 1 else 1.0
+def inverse_sqrt(point: DecayPoint) -> float:
+    """Maximum x sqrt(warmup / step), not below the minimum (arXiv:1706.03762, section 5.3), up to the horizon."""
+    lr = math.sqrt(max(1.0, point.warmup) / max(1.0, point.step))
+    return max(0.0, (lr - point.min_lr) / (1 - point.min_lr)) if point.min_lr < 1 else 1.0
 
 
-def wsd(moment: Moment) -> float:
-    """Warm-up, stable, decay (arXiv:2404.06395): stays at the peak and falls to the floor in the horizon's last part.
+def wsd(point: DecayPoint) -> float:
+    """Warmup, stable, decay (arXiv:2404.06395): stays at the maximum and decays in the last fraction of the horizon.
 
-    The fall is a straight line, a half cosine, or 1 - sqrt(x) (arXiv:2405.18392).
+    The decay is linear, a half cosine, or 1 - sqrt(x) (arXiv:2405.18392).
     """
-    length = moment.tail * moment.horizon
-    begin = max(moment.horizon - length, moment.warmup)
-    if moment.place <= begin:
+    length = point.decay_fraction * point.horizon
+    begin = max(point.horizon - length, point.warmup)
+    if point.step <= begin:
         return 1.0
-    within = min(1.0, (moment.place - begin) / max(1e-9, moment.horizon - begin))
-    return TAILS[moment.tail_shape](within)
+    within = min(1.0, (point.step - begin) / max(1e-9, point.horizon - begin))
+    return DECAY_SHAPES[point.decay_shape](within)
 
 
-TAILS: dict[str, Callable[[float], float]] = {
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda within: 1.0 - within,
     "cosine": lambda within: 0.5 * (1.0 + math.cos(math.pi * within)),
     "sqrt": lambda within: 1.0 - math.sqrt(within),
@@ -111,14 +117,25 @@ TAILS: dict[str, Callable[[float], float]] = {
 def build(
     decay: Decay,
     *,
-    peak: float,
-    floor: float,
+    max_lr: float,
+    min_lr: float,
     warmup_fraction: float,
     horizon: int,
     warmup: int | None = None,
-    tail: float = 0.1,
-    tail_shape: str = "linear",
-) -> Schedule:
-    """A schedule whose warm-up is `warmup`, else a fraction of the horizon, rounded down [steps or samples]."""
+    decay_fraction: float = 0.1,
+    decay_shape: str = "linear",
+) -> LRSchedule:
+    """Builds a schedule.
+
+    Args:
+        decay: shape of the schedule after warmup.
+        max_lr: learning rate after warmup.
+        min_lr: lowest learning rate of the decay.
+        warmup_fraction: length of warmup as a fraction of the horizon, rounded down; unless `warmup` is set.
+        horizon: end of the decay [steps or samples].
+        warmup: length of warmup [steps or samples].
+        decay_fraction: fraction of the horizon in which WSD decays.
+        decay_shape: shape of that decay.
+    """
     rise = int(warmup_fraction * horizon) if warmup is None else warmup
-    return Schedule(decay, peak, floor, rise, horizon, tail, tail_shape)
+    return LRSchedule(decay, max_lr, min_lr, rise, horizon, decay_fraction, decay_shape)

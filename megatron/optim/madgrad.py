@@ -1,7 +1,7 @@
 """MADGRAD (arXiv:2101.11075) with decoupled weight decay: dual averaging of gradients, with momentum.
 
-The package's optimizer counts steps once for all parameters. ZeRO 3 steps one part of them after the other, so the
-count is kept with each parameter here.
+The package's optimizer counts steps once for all parameters. ZeRO 3 steps one partition after the other, so the count
+is stored with each parameter here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from pytorch_optimizer import MADGRAD
 
-from megatron.optim.builder_args import STEP, Groups, Request, count_in_integers
+from megatron.optim.builder_args import STEP, Groups, OptimizerArgs, mark_int_step
 
 SHARED_COUNT = "k"
 
 
 class Madgrad(MADGRAD):  # type: ignore[misc]
-    """MADGRAD that knows how often each parameter was updated."""
+    """MADGRAD with a step count for each parameter."""
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         stepped = [
@@ -38,13 +38,13 @@ class Madgrad(MADGRAD):  # type: ignore[misc]
         return loss
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """The MADGRAD of the package pytorch-optimizer."""
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds the MADGRAD of the package pytorch-optimizer."""
     optimizer = Madgrad(
         groups,
-        lr=request.lr,
-        momentum=request.number("momentum", 0.9),
-        eps=request.number("eps", 1.0e-6),
+        lr=args.lr,
+        momentum=args.number("momentum", 0.9),
+        eps=args.number("eps", 1.0e-6),
         weight_decouple=True,
     )
-    return count_in_integers(optimizer)
+    return mark_int_step(optimizer)

@@ -1,13 +1,13 @@
-"""1-bit Adam (arXiv:2102.02888, algorithm 1): data-parallel ranks exchange one bit a weight in place of a gradient.
+"""1-bit Adam (arXiv:2102.02888, algorithm 1): data-parallel ranks communicate one bit a weight instead of gradients.
 
-Up to `freeze_step` this is AdamW. Then the second moment stands still and gradients are no longer summed: each rank
+Up to `freeze_step` this is AdamW. Then the second moment is frozen and gradients are no longer all-reduced: each rank
 adds its own gradient to the momentum, and the momenta are averaged through two error-feedback compressions, one by
-each worker and one by the rank that serves a chunk of the tensor. What a compression leaves out is added to the next.
+each worker and one by the server of a chunk of the tensor. The error of a compression is added to the next.
 
 A compressed tensor is one sign an element and one magnitude a row: the mean of the row's absolute values. (The paper
 has one magnitude a tensor. Rows of rare tokens have a small second moment, and a step as large as that of common ones
-would throw them out.) Elements that never saw a gradient have a second moment of zero and stay as they are. Magnitudes
-are means over the rows of the whole tensor, so tensor and pipeline parallelism change nothing.
+would make them diverge.) Elements that never had a gradient have a second moment of zero and do not change. Magnitudes
+are means over the rows of the full tensor, so tensor and pipeline parallelism change nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn import Parameter
 from megatron.distributed.mesh import Topology
 from megatron.log import get_logger
 from megatron.optim.adam import BETAS, EPS
-from megatron.optim.builder_args import STEP, Groups, Request
-from megatron.optim.compressed_allreduce import CommBytes, Exchange
+from megatron.optim.builder_args import STEP, Groups, OptimizerArgs
+from megatron.optim.compressed_allreduce import CommBytes, CompressedAllReduce
 
 FREEZE_STEP = 100_000
 WORKER_ERROR, SERVER_ERROR = "worker_error", "server_error"
@@ -31,23 +31,24 @@ WORKER_ERROR, SERVER_ERROR = "worker_error", "server_error"
 _log = get_logger(__name__)
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """1-bit Adam over the ranks that sum gradients. freeze_step [steps]: 100,000, as DeepSpeed's had, unless given."""
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds 1-bit Adam over the ranks that sum gradients. freeze_step [steps]: 100,000 unless set, as in DeepSpeed."""
     return OnebitAdam(
         groups,
-        lr=request.lr,
-        betas=request.betas(BETAS),
-        eps=request.number("eps", EPS),
-        freeze_step=int(request.number("freeze_step", FREEZE_STEP)),
-        topology=request.topology,
+        lr=args.lr,
+        betas=args.betas(BETAS),
+        eps=args.number("eps", EPS),
+        freeze_step=int(args.number("freeze_step", FREEZE_STEP)),
+        topology=args.topology,
     )
 
 
 class OnebitAdam(torch.optim.Optimizer):
-    """AdamW that turns to compressed momenta after `freeze_step` updates.
+    """AdamW that switches to compressed momenta after `freeze_step` updates.
 
-    on_freeze: called once gradients need no summing any more, also when a checkpoint from after that point is loaded.
-    traffic: bytes that this rank has sent in compressed steps, and what summing fp32 gradients would have sent.
+    on_freeze: called once gradients need no all-reduce any more, also when a later checkpoint is loaded. comm_bytes:
+    bytes
+    that this rank has sent in compressed steps, and what an all-reduce of fp32 gradients would have sent.
     """
 
     def __init__(
@@ -65,34 +66,34 @@ class OnebitAdam(torch.optim.Optimizer):
         self._warm.state = self.state
         self._warm.param_groups = self.param_groups
         self._freeze_step = freeze_step
-        self._exchange: Exchange | None = None
+        self._exchange: CompressedAllReduce | None = None
         self._topology = topology
-        self.traffic = CommBytes()
+        self.comm_bytes = CommBytes()
         self.on_freeze: Callable[[], None] = lambda: None
 
     @property
     def compressing(self) -> bool:
-        """Whether the next step expects gradients that are not summed over data-parallel ranks."""
+        """Returns whether the next step expects gradients that are not all-reduced over data-parallel ranks."""
         return self._updates() >= self._freeze_step
 
     @property
     def data_rank(self) -> int:
-        """Whose worker error this is."""
+        """Index of this rank's worker error."""
         return self._topology.dp_cp.rank
 
     @property
     def data_size(self) -> int:
-        """How many ranks average their momenta."""
+        """Number of ranks that average their momenta."""
         return self._topology.dp_cp.size
 
     def server_range(self, parameter: Parameter) -> tuple[int, int]:
-        """The elements of the flattened shard that this rank serves: start, stop."""
-        return Exchange.chunk(parameter, self._topology.dp_cp)
+        """Returns the elements of the flattened shard that this rank serves: start, stop."""
+        return CompressedAllReduce.chunk(parameter, self._topology.dp_cp)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update from the gradients that are in the parameters."""
-        assert closure is None, "nobody computes gradients in here"
+        """Updates the parameters from their gradients."""
+        assert closure is None, "closures are not supported"
         if self.compressing:
             self._compressed_step()
             return
@@ -102,7 +103,7 @@ class OnebitAdam(torch.optim.Optimizer):
             _log.info("1-bit Adam: %d steps are done, momenta are exchanged as signs from now on", self._freeze_step)
 
     def resume(self) -> None:
-        """Takes up compression where the state says that it has begun."""
+        """Continues compression if the state shows that it has begun."""
         if self.compressing:
             self.on_freeze()
 
@@ -117,7 +118,7 @@ class OnebitAdam(torch.optim.Optimizer):
             return
         if self._exchange is None:
             live = {parameter: self.state[parameter]["exp_avg_sq"] > 0 for parameter in parameters}
-            self._exchange = Exchange(live, self._topology, self.traffic)
+            self._exchange = CompressedAllReduce(live, self._topology, self.comm_bytes)
         beta1 = self.param_groups[0]["betas"][0]
         momenta = {}
         for parameter in parameters:
@@ -141,7 +142,7 @@ class OnebitAdam(torch.optim.Optimizer):
             state[SERVER_ERROR] = state["exp_avg"].new_zeros(stop - start)
 
     def _apply(self, group: dict[str, Any], parameter: Parameter, updates: int) -> None:
-        """Adam's update with a second moment, and its correction, from the step at which it was frozen."""
+        """Applies Adam's update with the frozen second moment and its bias correction."""
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         second = math.sqrt(1 - beta2 ** min(updates, self._freeze_step)) if self._freeze_step else 1.0
         denominator = (state["exp_avg_sq"].sqrt() / second).add_(group["eps"])

@@ -1,4 +1,4 @@
-"""Parameters sorted into optimizer groups by the marks they carry and by the rate at which they learn."""
+"""Parameter groups by weight decay, learning-rate scale and expert parallelism."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ from megatron.distributed.mesh import Axis, expert_group_name
 from megatron.distributed.param_attrs import expert_axis, no_weight_decay
 from megatron.errors import RunError
 
-RATE = "rate"
-"""What a group's learning rate is multiplied by, under this name in the group; 1 where it has none."""
+LR_SCALE = "rate"
+"""Key of a group's learning-rate multiplier; 1 if absent."""
 
 
 def parameter_groups(
-    parameters: Iterable[Parameter], weight_decay: float, rates: Mapping[Parameter, float] | None = None
+    parameters: Iterable[Parameter], weight_decay: float, lr_scales: Mapping[Parameter, float] | None = None
 ) -> list[dict[str, Any]]:
-    """A group for every rate, with and without weight decay; an empty one is left out.
+    """Returns a group for each learning-rate scale, with and without weight decay; empty ones are left out.
 
-    Norms and biases carry the no-decay mark; with a weight decay of 0 the two need not be told apart. rates:
-    factors of the learning rate, 1 where there is none. Decay is divided by the factor, so that weights fade as fast as
-    without it (the package `mup` does the same).
+    Norms and biases are excluded from weight decay; with a weight decay of 0 no distinction is made. Decay is divided
+    by
+    the learning-rate scale, so that the effective decay is unchanged (as in the package `mup`). lr_scales: multipliers
+    of
+    the learning rate, 1 if absent.
     """
     sorted_: dict[tuple[bool, float], list[Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
             exempt = weight_decay == 0.0 or no_weight_decay(parameter)
-            sorted_.setdefault((exempt, (rates or {}).get(parameter, 1.0)), []).append(parameter)
+            sorted_.setdefault((exempt, (lr_scales or {}).get(parameter, 1.0)), []).append(parameter)
     groups = [
         {
             "params": some,
-            "weight_decay": 0.0 if exempt else weight_decay / rate,
-            "name": _name(exempt, rate),
-            RATE: rate,
+            "weight_decay": 0.0 if exempt else weight_decay / lr_scale,
+            "name": _name(exempt, lr_scale),
+            LR_SCALE: lr_scale,
         }
-        for (exempt, rate), some in sorted(sorted_.items(), key=lambda item: item[0])
+        for (exempt, lr_scale), some in sorted(sorted_.items(), key=lambda item: item[0])
     ]
     return [part for group in groups for part in _by_experts(group)]
 
 
-def set_learning_rate(groups: list[dict[str, Any]], rate: float) -> None:
-    """The rate of the coming step, in every group times its own factor."""
+def set_learning_rate(groups: list[dict[str, Any]], lr_scale: float) -> None:
+    """Sets the learning rate of the coming step, times the multiplier of each group."""
     for group in groups:
-        group["lr"] = rate * group.get(RATE, 1.0)
+        group["lr"] = lr_scale * group.get(LR_SCALE, 1.0)
 
 
 def balance_group_count(groups: list[dict[str, Any]], axis: Axis, device: torch.device) -> list[dict[str, Any]]:
-    """The groups, some of them in two, so that all ranks of the axis have as many; collective.
+    """Splits groups so that all ranks of the axis have the same number; collective.
 
-    DeepSpeed's ZeRO sums the norm of each group over pipeline stages, and a stage without an embedding, say, would
-    have a group less than the others and leave them waiting. RunError where a stage has too few parameters for that.
+    DeepSpeed's ZeRO sums the norm of each group over pipeline stages; a stage with fewer groups, such as one without an
+    embedding, would leave the others waiting. Raises RunError if a stage has too few parameters.
     """
     if axis.size == 1:
         return groups
@@ -66,7 +68,7 @@ def balance_group_count(groups: list[dict[str, Any]], axis: Axis, device: torch.
         )
     found = list(groups)
     while len(found) < int(most):
-        number = max(range(len(found)), key=lambda place: len(found[place]["params"]))
+        number = max(range(len(found)), key=lambda index: len(found[index]["params"]))
         group = found[number]
         middle = len(group["params"]) // 2
         halves = [{**group, "params": part} for part in (group["params"][:middle], group["params"][middle:])]
@@ -74,12 +76,12 @@ def balance_group_count(groups: list[dict[str, Any]], axis: Axis, device: torch.
     return found
 
 
-def _name(exempt: bool, rate: float) -> str:
-    return ("plain" if exempt else "decayed") + ("" if rate == 1.0 else f" at {rate:g}")
+def _name(exempt: bool, lr_scale: float) -> str:
+    return ("plain" if exempt else "decayed") + ("" if lr_scale == 1.0 else f" at {lr_scale:g}")
 
 
 def _by_experts(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group as DeepSpeed wants it: experts that are spread over ranks stand apart, under the name of their ranks."""
+    """Splits a group as DeepSpeed expects: experts that are distributed over ranks, under the name of their group."""
     parts: dict[str | None, list[Parameter]] = {}
     for parameter in group["params"]:
         axis = expert_axis(parameter)

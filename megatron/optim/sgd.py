@@ -1,18 +1,18 @@
-"""Stochastic gradient descent with momentum, as torch ships it. Its weight decay is part of the gradient."""
+"""Stochastic gradient descent with momentum, of torch. Its weight decay is part of the gradient."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron.optim.builder_args import Groups, Request
+from megatron.optim.builder_args import Groups, OptimizerArgs
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """torch.optim.SGD; plain descent unless a momentum is given."""
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds torch.optim.SGD, without momentum unless set."""
     return torch.optim.SGD(
         groups,
-        lr=request.lr,
-        momentum=request.number("momentum", 0.0),
-        dampening=request.number("dampening", 0.0),
-        nesterov=request.flag("nesterov", False),
+        lr=args.lr,
+        momentum=args.number("momentum", 0.0),
+        dampening=args.number("dampening", 0.0),
+        nesterov=args.flag("nesterov", False),
     )

@@ -1,6 +1,6 @@
 """SM3 (arXiv:1901.11150, algorithm SM3-II): second moments as one number a row and one a column of each matrix.
 
-The package's SM3 has no weight decay; it is decoupled here, like that of the other optimizers.
+The package's SM3 has no weight decay; it is decoupled here, as in the other optimizers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import SM3
 
-from megatron.optim.builder_args import Groups, Request
+from megatron.optim.builder_args import Groups, OptimizerArgs
 from megatron.optim.unsharded import unsharded
 
 
@@ -29,13 +29,13 @@ class DecayedSM3(SM3):  # type: ignore[misc]
         return super().step(closure)
 
 
-def build(groups: Groups, request: Request) -> torch.optim.Optimizer:
-    """The SM3 of the package pytorch-optimizer; momentum averages its updates, beta its squared gradients."""
+def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds the SM3 of the package pytorch-optimizer; momentum averages its updates, beta its squared gradients."""
     make = partial(
         DecayedSM3,
-        lr=request.lr,
-        momentum=request.number("momentum", 0.0),
-        beta=request.number("beta", 0.0),
-        eps=request.number("eps", 1.0e-30),
+        lr=args.lr,
+        momentum=args.number("momentum", 0.0),
+        beta=args.number("beta", 0.0),
+        eps=args.number("eps", 1.0e-30),
     )
-    return unsharded(groups, make, request.topology.model)
+    return unsharded(groups, make, args.topology.model)

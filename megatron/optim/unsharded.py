@@ -1,11 +1,11 @@
-"""Optimizers whose update of a tensor needs all of it, over tensors that tensor parallelism has cut.
+"""Optimizers that need the full tensor, under tensor parallelism.
 
-Muon orthogonalises a matrix; SM3 and Adafactor keep one number a row and one a column. Of a slice they would compute
-something else. So each cut tensor has an owner among the tensor-parallel ranks: gradients are gathered to it, it holds
-the tensor whole, updates it and sends the slices back. Owners are dealt by size, so memory and work are shared out as
-evenly as whole tensors allow. Tensors that every rank holds are updated on every rank alike.
+Muon orthogonalizes a matrix; SM3 and Adafactor keep one number a row and one a column. On a shard they would compute
+something else. So each sharded tensor has an owner among the tensor-parallel ranks: gradients are gathered to it, it
+holds the full tensor, updates it and scatters the shards. Owners are assigned by size, so memory and work are balanced
+as evenly as full tensors allow. Replicated tensors are updated on every rank alike.
 
-The optimizers inside are those of the libraries, unchanged. `state` is theirs, by the tensor that they update.
+The inner optimizers are those of the libraries, unchanged. `state` is theirs, by the tensor that they update.
 """
 
 from __future__ import annotations
@@ -24,94 +24,107 @@ from megatron.distributed.param_attrs import is_sharded, shard_dim, shard_sectio
 from megatron.optim.builder_args import Groups
 from megatron.param_table import section_slices
 
-Make = Callable[[Groups], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Groups], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class AssignedTensor:
-    """A cut tensor and its owner. shard: this rank's slice. whole: the tensor, on the owner only."""
+    """A sharded tensor and its owner."""
 
     shard: Parameter
+    """Shard of this rank."""
     owner: int
+    """Tensor-parallel rank that updates the tensor."""
     shape: torch.Size
-    whole: Parameter | None
+    """Shape of the full tensor."""
+    full: Parameter | None
+    """Full tensor, on the owner only."""
 
-    def cut(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """The slice of a whole tensor that a tensor-parallel rank holds."""
+    def shard_of(self, full: Tensor, rank: int, size: int) -> Tensor:
+        """Returns a rank's shard of a full tensor."""
         dim = _dim(self.shard)
-        sections = shard_sections(self.shard) or (whole.shape[dim],)
-        parts = [whole.narrow(dim, start, stop - start) for start, stop in section_slices(sections, rank, size)]
+        sections = shard_sections(self.shard) or (full.shape[dim],)
+        parts = [full.narrow(dim, start, stop - start) for start, stop in section_slices(sections, rank, size)]
         return torch.cat(parts, dim)
 
-    def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the slices of all ranks."""
+    def assemble(self, shards: Sequence[Tensor]) -> Tensor:
+        """Assembles the full tensor from the shards of all ranks."""
         dim = _dim(self.shard)
-        whole = shards[0].new_empty(self.shape)
-        sections = shard_sections(self.shard) or (whole.shape[dim],)
+        full = shards[0].new_empty(self.shape)
+        sections = shard_sections(self.shard) or (full.shape[dim],)
         for rank, shard in enumerate(shards):
             offset = 0
             for start, stop in section_slices(sections, rank, len(shards)):
-                whole.narrow(dim, start, stop - start).copy_(shard.narrow(dim, offset, stop - start))
+                full.narrow(dim, start, stop - start).copy_(shard.narrow(dim, offset, stop - start))
                 offset += stop - start
-        return whole
+        return full
 
 
-def unsharded(groups: Groups, make: Make, axis: Axis) -> torch.optim.Optimizer:
-    """An optimizer that updates whole tensors; the library's own where tensor parallelism cuts nothing."""
-    return make(groups) if axis.size == 1 else UnshardedOptimizer(groups, make, axis)
+def unsharded(groups: Groups, factory: OptimizerFactory, axis: Axis) -> torch.optim.Optimizer:
+    """Builds an optimizer that updates full tensors; without tensor parallelism the library's own."""
+    return factory(groups) if axis.size == 1 else UnshardedOptimizer(groups, factory, axis)
 
 
 class UnshardedOptimizer(torch.optim.Optimizer):
-    """One optimizer to the outside; inside, one over whole tensors and, for Muon, one over the other parameters.
+    """Wraps one optimizer over full tensors and, for Muon, one over the other parameters.
 
-    dealt: cut parameter -> who owns it. others, make_others: groups whose slices may be updated one by one.
+    assigned: sharded parameter -> its owner.
     """
 
     def __init__(
         self,
         groups: Groups,
-        make: Make,
+        factory: OptimizerFactory,
         axis: Axis,
         *,
-        others: Groups | None = None,
-        make_others: Make | None = None,
+        other_groups: Groups | None = None,
+        other_factory: OptimizerFactory | None = None,
     ) -> None:
-        super().__init__([*groups, *(others or [])], {})
+        """Assigns owners and builds the inner optimizers. Collective over the axis.
+
+        Args:
+            groups: parameter groups that need full tensors.
+            factory: builds the optimizer over full tensors.
+            axis: tensor-parallel ranks.
+            other_groups: parameter groups whose shards are updated separately.
+            other_factory: builds their optimizer.
+        """
+        super().__init__([*groups, *(other_groups or [])], {})
         self._axis = axis
-        self.dealt: dict[Parameter, AssignedTensor] = {}
+        self.assigned: dict[Parameter, AssignedTensor] = {}
         owners = _owners([parameter for group in groups for parameter in group["params"]], axis)
         self._inner: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
-        shown = self.param_groups[: len(groups)]
-        mine = [{**group, "params": list(self._mine(group["params"], owners))} for group in groups]
-        self._add(make, mine, shown)
-        if others and make_others is not None:
-            self._add(make_others, others, self.param_groups[len(groups) :])
+        outer_groups = self.param_groups[: len(groups)]
+        mine = [{**group, "params": list(self._owned_tensors(group["params"], owners))} for group in groups]
+        self._add(factory, mine, outer_groups)
+        if other_groups and other_factory is not None:
+            self._add(other_factory, other_groups, self.param_groups[len(groups) :])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Gathers gradients, updates, sends slices back."""
-        assert closure is None, "nobody computes gradients in here"
-        for dealt in self.dealt.values():
-            self._gather(dealt)
-        for optimizer, shown in self._inner:
-            for group, outer in zip(optimizer.param_groups, shown, strict=True):
+        """Gathers gradients, updates full tensors and scatters the shards."""
+        assert closure is None, "closures are not supported"
+        for assigned in self.assigned.values():
+            self._gather(assigned)
+        for optimizer, outer_groups in self._inner:
+            for group, outer in zip(optimizer.param_groups, outer_groups, strict=True):
                 group["lr"] = outer["lr"]
             optimizer.step()
-        for dealt in self.dealt.values():
-            self._scatter(dealt)
+        for assigned in self.assigned.values():
+            self._scatter(assigned)
 
-    def _add(self, make: Make, groups: Groups, shown: list[dict[str, Any]]) -> None:
-        kept = [number for number, group in enumerate(groups) if group["params"]]
-        if not kept:
+    def _add(self, factory: OptimizerFactory, groups: Groups, outer_groups: list[dict[str, Any]]) -> None:
+        non_empty = [number for number, group in enumerate(groups) if group["params"]]
+        if not non_empty:
             return
-        optimizer = make([dict(groups[number]) for number in kept])
+        optimizer = factory([dict(groups[number]) for number in non_empty])
         optimizer.state = self.state
-        self._inner.append((optimizer, [shown[number] for number in kept]))
-        for group in shown:
+        self._inner.append((optimizer, [outer_groups[number] for number in non_empty]))
+        for group in outer_groups:
             group.setdefault("lr", optimizer.defaults["lr"])
 
-    def _mine(self, parameters: Sequence[Parameter], owners: dict[Parameter, int]) -> Iterator[Parameter]:
-        """What this rank updates of a group: replicas themselves, of cut tensors the whole ones that it owns."""
+    def _owned_tensors(self, parameters: Sequence[Parameter], owners: dict[Parameter, int]) -> Iterator[Parameter]:
+        """Yields what this rank updates of a group: replicated parameters and the full tensors that it owns."""
         for parameter in parameters:
             if parameter not in owners:
                 yield parameter
@@ -119,56 +132,58 @@ class UnshardedOptimizer(torch.optim.Optimizer):
             dim = _dim(parameter)
             shape = list(parameter.shape)
             shape[dim] *= self._axis.size
-            dealt = AssignedTensor(parameter, owners[parameter], torch.Size(shape), None)
-            whole = self._collect(dealt, parameter.detach())
-            owned = None if whole is None else Parameter(whole)
-            self.dealt[parameter] = AssignedTensor(parameter, dealt.owner, dealt.shape, owned)
+            assigned = AssignedTensor(parameter, owners[parameter], torch.Size(shape), None)
+            full = self._gather_full(assigned, parameter.detach())
+            owned = None if full is None else Parameter(full)
+            self.assigned[parameter] = AssignedTensor(parameter, assigned.owner, assigned.shape, owned)
             if owned is not None:
                 yield owned
 
-    def _collect(self, dealt: AssignedTensor, shard: Tensor) -> Tensor | None:
-        """The whole of a cut tensor, on its owner."""
+    def _gather_full(self, assigned: AssignedTensor, shard: Tensor) -> Tensor | None:
+        """Returns a full tensor on its owner, None on other ranks."""
         axis = self._axis
-        owns = axis.rank == dealt.owner
+        owns = axis.rank == assigned.owner
         shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(axis.size * owns)]
-        dist.gather(shard.contiguous(), shards or None, dst=axis.ranks[dealt.owner], group=axis.group)
-        return dealt.join(shards) if owns else None
+        dist.gather(shard.contiguous(), shards or None, dst=axis.ranks[assigned.owner], group=axis.group)
+        return assigned.assemble(shards) if owns else None
 
-    def _gather(self, dealt: AssignedTensor) -> None:
-        gradient = dealt.shard.grad
+    def _gather(self, assigned: AssignedTensor) -> None:
+        gradient = assigned.shard.grad
         if gradient is None:
-            return  # on no rank then: all of them compute the same graph
-        whole = self._collect(dealt, gradient)
-        if dealt.whole is not None:
-            dealt.whole.grad = whole
+            return  # the same on all ranks, which compute the same graph
+        full = self._gather_full(assigned, gradient)
+        if assigned.full is not None:
+            assigned.full.grad = full
 
-    def _scatter(self, dealt: AssignedTensor) -> None:
+    def _scatter(self, assigned: AssignedTensor) -> None:
         axis = self._axis
-        if dealt.shard.grad is None:
+        if assigned.shard.grad is None:
             return
         shards = None
-        if dealt.whole is not None:
-            shards = [dealt.cut(dealt.whole.detach(), rank, axis.size).contiguous() for rank in range(axis.size)]
-            dealt.whole.grad = None
-        received = torch.empty_like(dealt.shard.detach(), memory_format=torch.contiguous_format)
-        dist.scatter(received, shards, src=axis.ranks[dealt.owner], group=axis.group)
-        dealt.shard.detach().copy_(received)
+        if assigned.full is not None:
+            shards = [
+                assigned.shard_of(assigned.full.detach(), rank, axis.size).contiguous() for rank in range(axis.size)
+            ]
+            assigned.full.grad = None
+        received = torch.empty_like(assigned.shard.detach(), memory_format=torch.contiguous_format)
+        dist.scatter(received, shards, src=axis.ranks[assigned.owner], group=axis.group)
+        assigned.shard.detach().copy_(received)
 
 
 def _dim(parameter: Parameter) -> int:
     dim = shard_dim(parameter)
-    assert dim is not None, "only cut tensors are dealt"
+    assert dim is not None, "only sharded tensors are assigned"
     return dim
 
 
 def _owners(parameters: Sequence[Parameter], axis: Axis) -> dict[Parameter, int]:
-    """Cut parameter -> owner: the largest first, each to the rank that has the least so far."""
+    """Assigns an owner to each sharded parameter: the largest first, each to the rank with the least so far."""
     if axis.size == 1:
         return {}
     load = [0] * axis.size
     owners = {}
-    cut = [parameter for parameter in parameters if is_sharded(parameter)]
-    for parameter in sorted(cut, key=lambda one: -one.numel()):  # stable, so every rank deals alike
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    for parameter in sorted(sharded, key=lambda one: -one.numel()):  # stable, so that all ranks agree
         owners[parameter] = load.index(min(load))
         load[owners[parameter]] += parameter.numel()
     return owners

@@ -1,4 +1,4 @@
-"""What a run reads: how long it is, its loaders, and what a checkpoint remembers of both."""
+"""Data of a run: its length, its loaders, and what checkpoints record of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 
 def with_length(config: Config) -> Config:
-    """The configuration in which samples, or passes over the data, which the data alone can tell, have become steps."""
+    """Returns the configuration with its length in steps, computed from samples or epochs, which need the data."""
     training, schedule = config.training, config.schedule
     full = require(training.train_batch_size)
     if training.train_samples is not None:
@@ -51,9 +51,9 @@ def with_length(config: Config) -> Config:
 
 
 def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
-    """The data of a run that trains; collective. ConfigError where there is nothing to train on."""
+    """Builds the data of a training run; collective. Raises ConfigError if there is nothing to train on."""
     training = config.training
-    wanted = samples_wanted(training, train_iters(config), same_valid=config.data.valid_same_samples)
+    samples = num_samples(training, train_iters(config), same_valid=config.data.valid_same_samples)
     data = build_data(
         config.data,
         eod=tokenizer.eod,
@@ -62,9 +62,9 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         micro_batch=require(training.train_micro_batch_size_per_gpu),
         data_rank=topology.data.rank,
         data_size=topology.data.size,
-        train_samples=wanted["train"],
-        valid_samples=wanted["valid"],
-        test_samples=wanted["test"],
+        train_samples=samples["train"],
+        valid_samples=samples["valid"],
+        test_samples=samples["test"],
         is_builder=builds_index_maps(config),
         barrier=barrier,
         train_epochs=training.train_epochs,
@@ -72,13 +72,13 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         tokenizer=describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)),
         ids=known_ids(tokenizer),
     )
-    if data.train is None and wanted["train"]:
+    if data.train is None and samples["train"]:
         raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")
     return data
 
 
 def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
-    """What a checkpoint keeps of tokenizer and data, to be compared when it is loaded."""
+    """Returns what a checkpoint records of tokenizer and data, for comparison when it is loaded."""
     order = None
     if data.plan.train is not None:
         epochs = config.training.train_epochs
@@ -87,17 +87,18 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
 
 
 def train_iters(config: Config) -> int:
-    """The length of the run [steps]. ConfigError where nothing has told it."""
+    """Returns the length of the run [steps]. Raises ConfigError if it is not set."""
     if config.training.train_iters is None:
         raise ConfigError.of("the number of steps is not set", key="train_iters", hint="set train_iters")
     return config.training.train_iters
 
 
-def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bool = False) -> dict[str, int]:
-    """Samples of train, valid and test that all ranks together take in a run of so many iterations.
+def num_samples(training: TrainingSection, iterations: int, *, same_valid: bool = False) -> dict[str, int]:
+    """Returns the samples of train, valid and test that all ranks together use in a run of so many iterations.
 
-    There is an evaluation every eval_interval iterations and one at the end, each on samples of its own, or with
-    same_valid all on the same ones.
+    There is an evaluation every eval_interval iterations and one at the end. Each uses its own samples, or with
+    same_valid
+    all use the same ones.
     """
     batch = require(training.train_batch_size)
     per_evaluation = training.eval_iters * batch
@@ -108,6 +109,6 @@ def samples_wanted(training: TrainingSection, iterations: int, *, same_valid: bo
 
 
 def builds_index_maps(config: Config) -> bool:
-    """Whether this rank writes index maps for others: one rank of all, or one of each host."""
+    """Returns whether this rank writes index maps for others: one rank of all, or one of each host."""
     ranks = Ranks.from_environment()
     return ranks.rank == 0 if config.data.use_shared_fs else ranks.local_rank == 0

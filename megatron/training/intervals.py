@@ -1,4 +1,4 @@
-"""When things happen: pure predicates over the iteration just finished, which counts from 1."""
+"""Predicates for log, evaluation, save and exit intervals. Iterations count from 1."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 
 def every(iteration: int, interval: int | None) -> bool:
-    """Whether the iteration is a multiple of an interval [steps]; never, when there is none."""
+    """Returns whether the iteration is a multiple of an interval [steps]; false without an interval."""
     return bool(interval) and iteration > 0 and iteration % (interval or 1) == 0
 
 
 def save_due(iteration: int, *, scale: str, factor: float | None, extra: Sequence[int]) -> bool:
-    """Whether a checkpoint is due after the iteration.
+    """Returns whether a checkpoint is due after the iteration.
 
-    scale "linear": at every multiple of factor; "log": at every power of factor (1, factor, factor^2, ..., rounded to
-    whole steps). extra: further iterations.
+    Args:
+        iteration: iteration that was just finished.
+        scale: "linear" saves at every multiple of factor; "log" at every power of factor (1, factor, factor^2, ...,
+            rounded down to integers).
+        factor: see scale; None saves at no interval.
+        extra: further iterations.
     """
     if iteration in extra:
         return True
@@ -26,7 +30,7 @@ def save_due(iteration: int, *, scale: str, factor: float | None, extra: Sequenc
 
 
 def powers(factor: float, limit: int) -> set[int]:
-    """1, factor, factor^2, ... up to the limit, rounded down. factor must be above 1."""
+    """Returns 1, factor, factor^2, ... up to the limit, rounded down. factor must be above 1."""
     found = set()
     value = 1.0
     while value <= limit:
@@ -38,9 +42,13 @@ def powers(factor: float, limit: int) -> set[int]:
 def exit_due(
     iteration: int, *, interval: int | None, elapsed_seconds: float, duration_minutes: float | None
 ) -> str | None:
-    """Why the run should save and leave after the iteration, or None.
+    """Returns the reason to save and exit after the iteration, or None.
 
-    interval: `exit_interval` [steps]. duration_minutes: `exit_duration` [minutes] against the time this process ran.
+    Args:
+        iteration: iteration that was just finished.
+        interval: `exit_interval` [steps].
+        elapsed_seconds: time that this process has run [s].
+        duration_minutes: `exit_duration` [minutes].
     """
     if every(iteration, interval):
         return f"exit_interval: iteration {iteration}"

@@ -1,7 +1,7 @@
-"""Where a step went wrong: the first layer that is not finite, on which rank, and in which samples.
+"""Locates the first layer, rank and samples of a non-finite or spiking step.
 
-The step's update has not been applied, so its batch can be run through the model again, this time with a hook at every
-layer. Dropout is off in that pass. What is finite there went wrong in the backward pass, or in what dropout drew.
+The step's update has not been applied, so its batch is replayed with a hook at every layer. Dropout is off in that
+pass. If it is finite, the backward pass or a dropout mask caused the failure.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron.engine.engine import TrainingEngine, eval_loss
 from megatron.training.step_schedule import StepSize
 
 
-class Examined(TrainingEngine, Protocol):
-    """An engine whose layers can be looked at."""
+class InspectedEngine(TrainingEngine, Protocol):
+    """An engine whose layers can be inspected."""
 
     @property
     def topology(self) -> Topology: ...
@@ -35,36 +35,36 @@ class Examined(TrainingEngine, Protocol):
 
 
 @dataclass
-class _Seen:
-    """What one rank saw: (micro batch, layer) where its output was not finite, and the largest output of each layer."""
+class _Observed:
+    """What one rank observed in a replay."""
 
     wrong: list[tuple[int, int]] = field(default_factory=list)
+    """(micro batch, layer) with an output that is not finite."""
     largest: dict[int, float] = field(default_factory=dict)
+    """Largest output of each layer."""
     micro_batch: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FailureLocator:
-    """Runs steps again and says what it sees. All methods are collective.
+    """Replays steps and reports what it observed. All methods are collective."""
 
-    micro_batch: samples of one pass of a rank.
-    """
-
-    engine: Examined
+    engine: InspectedEngine
     train: BatchLoader
     micro_batch: int
+    """Samples of one pass of a rank."""
 
     def locate_nonfinite(self, consumed_samples: int, size: StepSize) -> str:
-        """One sentence about the step of that size that followed on so many samples."""
-        seen, losses = self._again(consumed_samples, size)
+        """Returns one sentence about the non-finite step of that size after so many samples."""
+        seen, losses = self._replay(consumed_samples, size)
         last = consumed_samples + size.samples - 1
         batch = f"samples {consumed_samples} to {last} of the training data"
-        first = self._first(seen)
+        first = self._first_nonfinite(seen)
         if first is None:
             damaged = sorted(key for key, value in self.engine.parameters.items() if not _finite(value))
-            places = [(rank, keys) for rank, keys in enumerate(all_gather_list(damaged)) if keys]
-            if places:
-                rank, keys = places[0]
+            damaged_ranks = [(rank, keys) for rank, keys in enumerate(all_gather_list(damaged)) if keys]
+            if damaged_ranks:
+                rank, keys = damaged_ranks[0]
                 return f"{batch}; the weights are not finite, such as {keys[0]} on rank {rank}"
             return f"{batch}; the pass without dropout is finite ({_format_losses(losses)}), so the gradients are not"
         micro, layer, rank, data_rank = first
@@ -75,8 +75,8 @@ class FailureLocator:
         )
 
     def locate_spike(self, consumed_samples: int, size: StepSize) -> str:
-        """The micro batch with the greatest loss now, and the layer with the greatest output."""
-        seen, losses = self._again(consumed_samples, size)
+        """Returns the micro batch with the largest loss now, and the layer with the largest output."""
+        seen, losses = self._replay(consumed_samples, size)
         share = size.samples // size.micro_batches
         worst = max(range(len(losses)), key=losses.__getitem__)
         begin = consumed_samples + worst * share
@@ -91,16 +91,16 @@ class FailureLocator:
             f"largest activation is {value:.4g}, in layer {layer} on rank {rank}"
         )
 
-    def _again(self, consumed_samples: int, size: StepSize) -> tuple[_Seen, list[float]]:
-        """What this rank sees of that step's forward passes, and the loss of each micro batch."""
-        seen = _Seen()
-        batches = size.of(self.train.batches(consumed_samples))
-        with _watching(self.engine.layers(), seen):
+    def _replay(self, consumed_samples: int, size: StepSize) -> tuple[_Observed, list[float]]:
+        """Returns what this rank observed in that step's forward passes, and the loss of each micro batch."""
+        seen = _Observed()
+        batches = size.truncate(self.train.batches(consumed_samples))
+        with _observe(self.engine.layers(), seen):
             losses = [eval_loss(self.engine, batches, 1) for _ in range(size.micro_batches)]
         return seen, losses
 
-    def _first(self, seen: _Seen) -> tuple[int, int, int, int] | None:
-        """(micro batch, layer, rank, data rank) that comes first in the model's order, over all ranks."""
+    def _first_nonfinite(self, seen: _Observed) -> tuple[int, int, int, int] | None:
+        """Returns (micro batch, layer, rank, data rank) that comes first in the model's order, over all ranks."""
         mine = min(seen.wrong, default=None)
         own = None if mine is None else (*mine, self.engine.topology.rank, self.engine.topology.data.rank)
         found = [one for one in all_gather_list(own) if one is not None]
@@ -108,7 +108,7 @@ class FailureLocator:
 
 
 @contextmanager
-def _watching(layers: dict[int, Module], seen: _Seen) -> Iterator[None]:
+def _observe(layers: dict[int, Module], seen: _Observed) -> Iterator[None]:
     handles = [layer.register_forward_hook(_hook(index, seen)) for index, layer in layers.items()]
     try:
         yield
@@ -117,7 +117,7 @@ def _watching(layers: dict[int, Module], seen: _Seen) -> Iterator[None]:
             handle.remove()
 
 
-def _hook(index: int, seen: _Seen) -> Any:
+def _hook(index: int, seen: _Observed) -> Any:
     def look(module: Module, inputs: Any, output: Any) -> None:
         number = seen.micro_batch.get(index, 0)
         seen.micro_batch[index] = number + 1

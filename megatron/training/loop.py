@@ -20,7 +20,7 @@ from megatron.errors import RunError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import StepClock
-from megatron.optim.lr_schedule import Schedule
+from megatron.optim.lr_schedule import LRSchedule
 from megatron.training import intervals
 from megatron.training.hooks.base import BatchSource, Hooks
 from megatron.training.run_state import RunState
@@ -72,7 +72,7 @@ class LoopContext:
     """The objects that the loop works with."""
 
     engine: TrainingEngine
-    lr_schedule: Schedule
+    lr_schedule: LRSchedule
     train: BatchSource | None
     """None where there is no step to make."""
     valid: BatchSource | None
@@ -106,11 +106,11 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
     if context.save is not None and state.iteration == 0 and _save_due(schedule, state):
         _save(context, state)
     while state.iteration < schedule.total and reason is None:
-        size = schedule.sizes.of(state.iteration, state.consumed_samples)
+        size = schedule.sizes.at(state.iteration, state.consumed_samples)
         context.engine.prepare(size.micro_batches, size.length)
         with hooks.step(state.iteration + 1, size):
-            lr = context.lr_schedule.rate(_lr_step(schedule, state, size))
-            result = context.engine.train_step(size.of(batches), lr)
+            lr = context.lr_schedule.lr(_lr_step(schedule, state, size))
+            result = context.engine.train_step(size.truncate(batches), lr)
         hooks.after_step(state, size, result)
         state.advance(samples=size.samples, tokens=size.tokens, skipped=result.skipped)
         window.add(result, size)
@@ -177,7 +177,7 @@ def evaluation_metrics(
 def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> float | None:
     """Mean loss [nats a token]; None after a stop request on any rank, which is checked every few micro batches."""
     left = schedule.eval_iters * schedule.micro_batches
-    share = schedule.micro_batches * -(-context.engine.least_evaluated // schedule.micro_batches)
+    share = schedule.micro_batches * -(-context.engine.min_eval_batches // schedule.micro_batches)
     loss = tokens = 0.0
     while left > 0:
         if any_rank(context.stop_requested()):

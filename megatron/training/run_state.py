@@ -1,4 +1,4 @@
-"""The facts of a run that change: how far it has come. Nothing else in a run is mutable."""
+"""Mutable progress of the run. Nothing else in a run is mutable."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from megatron.checkpoint.save.saver import Counters
 
 @dataclass
 class RunState:
-    """Counters of the run, and of this process of it.
-
-    iteration [steps], consumed_samples, consumed_tokens and skipped [steps] go on from a checkpoint; started_at
-    (monotonic clock [s]) belongs to this process.
-    """
+    """Counters of the run, and of this process of it."""
 
     iteration: int = 0
+    """Steps, continued from a checkpoint."""
     consumed_samples: int = 0
+    """Samples, continued from a checkpoint."""
     consumed_tokens: int = 0
+    """Tokens, continued from a checkpoint."""
     skipped: int = 0
+    """Steps without an update, continued from a checkpoint."""
     started_at: float = field(default_factory=time.monotonic)
+    """Start of this process, on the monotonic clock [s]."""
 
     @staticmethod
     def from_counters(counters: Counters) -> RunState:
-        """Where a checkpoint left off."""
+        """Returns the state stored in a checkpoint."""
         return RunState(
             iteration=counters.iteration,
             consumed_samples=counters.consumed_samples,
@@ -33,7 +34,7 @@ class RunState:
         )
 
     def counters(self) -> Counters:
-        """What a checkpoint keeps."""
+        """Returns the counters for a checkpoint."""
         return Counters(self.iteration, self.consumed_samples, self.consumed_tokens, self.skipped)
 
     def advance(self, *, samples: int, tokens: int, skipped: bool) -> None:
@@ -49,5 +50,5 @@ class RunState:
         return self.iteration - self.skipped
 
     def elapsed(self) -> float:
-        """How long this process has been at it [s]."""
+        """Returns the time that this process has run [s]."""
         return time.monotonic() - self.started_at

@@ -1,4 +1,4 @@
-"""How large each step is: samples (a batch may grow) and tokens of a sequence (a curriculum may lengthen them)."""
+"""Size of each step: samples (batch size ramp-up) and sequence length (curriculum)."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from megatron.data.dataset.batch import MicroBatch
 
 @dataclass(frozen=True)
 class StepSize:
-    """One step: samples over all ranks, micro batches of a data-parallel rank, length of a sequence [tokens].
-
-    whole: the length that the data has.
-    """
+    """Size of one step."""
 
     samples: int
+    """Samples over all ranks."""
     micro_batches: int
+    """Micro batches of a data-parallel rank."""
     length: int
-    whole: int
+    """Sequence length [tokens]."""
+    max_length: int
+    """Sequence length of the data [tokens]."""
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
 
-    def of(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """The micro batches, their sequences cut to the length of this step."""
-        return batches if self.length == self.whole else (batch.first(self.length) for batch in batches)
+    def truncate(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Truncates the sequences of the micro batches to the length of this step."""
+        return batches if self.length == self.max_length else (batch.first(self.length) for batch in batches)
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The sizes of all steps. share: samples of one micro batch over all data-parallel ranks. lengths: by step."""
+    """Sizes of all steps."""
 
     ramp: BatchRampup
-    share: int
+    """Batch size by consumed samples."""
+    samples_per_micro_batch: int
+    """Samples of one micro batch over all data-parallel ranks."""
     lengths: Callable[[int], int]
-    whole: int
+    """Iteration -> sequence length [tokens]."""
+    max_length: int
+    """Sequence length of the data [tokens]."""
 
-    def of(self, steps: int, consumed_samples: int) -> StepSize:
-        """The step that follows on so many steps and samples."""
+    def at(self, steps: int, consumed_samples: int) -> StepSize:
+        """Returns the size of the step after so many steps and samples."""
         samples = self.ramp.size(consumed_samples)
-        return StepSize(samples, samples // self.share, self.lengths(steps + 1), self.whole)
+        return StepSize(samples, samples // self.samples_per_micro_batch, self.lengths(steps + 1), self.max_length)

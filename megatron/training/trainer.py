@@ -1,8 +1,8 @@
-"""The composition root of training: what is built, in order, and from what.
+"""Composition root of training: builds everything, in order.
 
 1 process group and topology; 2 tokenizer, the checkpoint to load where every rank can read it, padded vocabulary;
 3 data; 4 model, optimizer and engine, with the weights of a checkpoint if there is one; 5 the rest of the checkpoint;
-6 the loop; 7 final evaluation, sinks closed.
+6 hooks and the loop; 7 final evaluation, sinks closed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _log = get_logger(__name__)
 
 
 def train(config: Config, stop: Stop) -> None:
-    """Trains as the configuration says. Collective: every worker calls it with the same configuration.
+    """Trains as configured. Collective: every worker calls it with the same configuration.
 
     Raises ConfigError for errors that only show here (missing data, nothing to load), RunError for later errors.
     """
@@ -85,7 +85,7 @@ def train(config: Config, stop: Stop) -> None:
 
 
 def _alike_after_a_restart(config: Config) -> Config:
-    """The same start on every rank: torchrun counts restarts on each host for itself, and all start again together."""
+    """Makes a restart the same on every rank: torchrun counts restarts on each host separately."""
     again = any_rank(restarted_by_scheduler(os.environ))
     return config.replace(**resume_overrides(config)) if again else config
 
@@ -146,9 +146,10 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
 
 
 def _starting_point(config: Config, vocabulary: int, inputs: RunInputs, *, leads: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, which fits tokenizer and data; the run may then save into its folder. Collective.
+    """Returns the checkpoint to continue from, after checking tokenizer and data, and claims the save folder.
+    Collective.
 
-    leads: whether this rank may move files, one rank for each file system.
+    leads: true if this rank may move files, one rank for each file system.
     """
     table = tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary)
     checkpoint = find_checkpoint(config, table, tokenizer=inputs.tokenizer)
@@ -161,7 +162,7 @@ def _starting_point(config: Config, vocabulary: int, inputs: RunInputs, *, leads
 
 
 def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
-    """The tokens whose vectors a learned prompt starts as; none where it is drawn, or there is none."""
+    """Returns the tokens whose vectors initialize a soft prompt; empty if it is drawn, or there is none."""
     prompt = soft_prompt(config.model.soft_prompt_tuning)
     if prompt is None or not prompt.init_string:
         return []
@@ -193,9 +194,9 @@ def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporte
         micro_batches=require(training.gradient_accumulation_steps),
         sizes=StepSizes(
             BatchRampup.of(batch, training.rampup_batch_size),
-            share=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
+            samples_per_micro_batch=require(training.train_micro_batch_size_per_gpu) * topology.data.size,
             lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
-            whole=require(model.seq_length),
+            max_length=require(model.seq_length),
         ),
         flops=lambda length: (
             flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
@@ -220,13 +221,13 @@ def _loop_context(
     horizon = section.lr_decay_samples if config.training.train_samples is not None else section.lr_decay_iters
     lr_schedule = build_schedule(
         SCHEDULES.load(section.lr_decay_style),
-        peak=require(config.optimizer.lr),
-        floor=section.min_lr,
+        max_lr=require(config.optimizer.lr),
+        min_lr=section.min_lr,
         warmup_fraction=section.warmup,
         warmup=section.warmup_iters,
         horizon=require(horizon),
-        tail=section.wsd_decay_fraction,
-        tail_shape=section.wsd_decay_style,
+        decay_fraction=section.wsd_decay_fraction,
+        decay_shape=section.wsd_decay_style,
     )
     return LoopContext(
         engine=engine,

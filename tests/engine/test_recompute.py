@@ -77,7 +77,7 @@ def trained(world_size: int, settings: dict[str, Any]) -> tuple[str, int]:
     for _ in range(2):
         result = engine.train_step(batches, 1e-3)
         digest.update(f"{float(result.loss)} {float(result.grad_norm)}".encode())
-    for part in engine.optimizer_slices():
+    for part in engine.optimizer_shards():
         for name, tensor in sorted(part.tensors.items()):
             digest.update(f"{part.key} {part.start} {name}".encode() + tensor.float().numpy().tobytes())
     for key, weight in engine.weights().items():

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import mark_sharded
-from megatron.optim.builder_args import Request
+from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.onebit import OnebitAdam, build
 from tests.multi_rank import run_distributed
 
@@ -76,7 +76,7 @@ def reference(workers: int) -> list[Tensor]:
 
 def optimizer_of(params: list[Parameter], topology: Topology) -> OnebitAdam:
     settings = {"betas": BETAS, "eps": EPS, "freeze_step": FREEZE}
-    made = build([{"params": params, "weight_decay": 0.1}], Request(LR, topology, settings))
+    made = build([{"params": params, "weight_decay": 0.1}], OptimizerArgs(LR, topology, settings))
     assert isinstance(made, OnebitAdam)
     return made
 
@@ -98,7 +98,7 @@ def worker(rank: int, world_size: int) -> tuple[list[Tensor], float, float, floa
         before = counting(optimizer.step)
         carried += before if step > FREEZE else 0.0
     assert frozen == [1]
-    return [p.detach() for p in params], carried, optimizer.traffic.sent, optimizer.traffic.uncompressed
+    return [p.detach() for p in params], carried, optimizer.comm_bytes.sent, optimizer.comm_bytes.uncompressed
 
 
 def counting(action: Any) -> float:
@@ -146,7 +146,7 @@ def large(rank: int, world_size: int) -> tuple[float, float]:
         for parameter in params:
             parameter.grad = torch.randn_like(parameter)
         sent = counting(optimizer.step)
-    return sent, optimizer.traffic.uncompressed
+    return sent, optimizer.comm_bytes.uncompressed
 
 
 def test_a_compressed_step_sends_a_thirtieth() -> None:

@@ -12,13 +12,13 @@ from megatron.optim import lr_schedule
 from megatron.registry import SCHEDULES
 
 
-def build(style: str, *, warmup: float = 0.1, horizon: int = 100, floor: float = 1e-5) -> lr_schedule.Schedule:
-    return lr_schedule.build(SCHEDULES.load(style), peak=1e-3, floor=floor, warmup_fraction=warmup, horizon=horizon)
+def build(style: str, *, warmup: float = 0.1, horizon: int = 100, min_lr: float = 1e-5) -> lr_schedule.LRSchedule:
+    return lr_schedule.build(SCHEDULES.load(style), max_lr=1e-3, min_lr=min_lr, warmup_fraction=warmup, horizon=horizon)
 
 
 @pytest.mark.parametrize("style", SCHEDULES.names)
 def test_warms_up_from_above_zero_and_never_rises_again(style: str) -> None:
-    rates = [build(style).rate(step) for step in range(1, 301)]
+    rates = [build(style).lr(step) for step in range(1, 301)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == pytest.approx(1e-3)
     assert max(rates) == pytest.approx(1e-3)
@@ -28,8 +28,8 @@ def test_warms_up_from_above_zero_and_never_rises_again(style: str) -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.005, 1.0])
 def test_no_warmup_fraction_overshoots(warmup: float) -> None:
-    rates = [build("cosine", warmup=warmup).rate(step) for step in range(1, 120)]
-    assert all(0 < rate <= 1e-3 for rate in rates)
+    rates = [build("cosine", warmup=warmup).lr(step) for step in range(1, 120)]
+    assert all(0 < lr <= 1e-3 for lr in rates)
 
 
 GOLDEN = Path(__file__).with_name("schedules.json")
@@ -41,7 +41,7 @@ def test_rates_are_those_on_file(style: str) -> None:
 
     The file was written from the closed forms below in `closed_form`, not by the code under test.
     """
-    assert [build(style).rate(step) for step in range(1, 121)] == pytest.approx(
+    assert [build(style).lr(step) for step in range(1, 121)] == pytest.approx(
         json.loads(GOLDEN.read_text())[style], rel=1e-12
     )
 
@@ -73,18 +73,25 @@ def closed_form(style: str, step: int) -> float:
 @pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
 def test_wsd_falls_in_the_shape_that_was_asked_for(shape: str, middle: float) -> None:
     wsd = lr_schedule.build(
-        lr_schedule.wsd, peak=1.0, floor=0.0, warmup_fraction=0.0, horizon=200, warmup=20, tail=0.25, tail_shape=shape
+        lr_schedule.wsd,
+        max_lr=1.0,
+        min_lr=0.0,
+        warmup_fraction=0.0,
+        horizon=200,
+        warmup=20,
+        decay_fraction=0.25,
+        decay_shape=shape,
     )
-    assert [wsd.rate(step) for step in (10, 20, 150, 175, 200, 250)] == pytest.approx([0.5, 1.0, 1.0, middle, 0.0, 0.0])
+    assert [wsd.lr(step) for step in (10, 20, 150, 175, 200, 250)] == pytest.approx([0.5, 1.0, 1.0, middle, 0.0, 0.0])
 
 
 def test_a_warmup_in_steps_wins_over_the_fraction() -> None:
-    linear = lr_schedule.build(lr_schedule.linear, peak=1.0, floor=0.0, warmup_fraction=0.5, horizon=100, warmup=4)
-    assert [linear.rate(step) for step in (1, 4, 52, 100)] == pytest.approx([0.25, 1.0, 0.5, 0.0])
+    linear = lr_schedule.build(lr_schedule.linear, max_lr=1.0, min_lr=0.0, warmup_fraction=0.5, horizon=100, warmup=4)
+    assert [linear.lr(step) for step in (1, 4, 52, 100)] == pytest.approx([0.25, 1.0, 0.5, 0.0])
 
 
 def test_a_floor_as_high_as_the_peak_is_flat() -> None:
-    assert {build(style, floor=1e-3, warmup=0.0).rate(step) for style in SCHEDULES.names for step in (1, 50, 200)} == {
+    assert {build(style, min_lr=1e-3, warmup=0.0).lr(step) for style in SCHEDULES.names for step in (1, 50, 200)} == {
         1e-3
     }
 
@@ -95,11 +102,11 @@ def test_cosine_equals_torch() -> None:
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-5)
     ours = build("cosine")
     for step in range(10, 100):
-        assert ours.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         reference.step()
 
 
 def test_exponential_halves_over_the_horizon() -> None:
-    assert build("exponential", warmup=0.0, floor=0.0).rate(100) == pytest.approx(5e-4)
-    assert build("exponential", warmup=0.0, floor=0.0).rate(50) == pytest.approx(1e-3 / math.sqrt(2))
+    assert build("exponential", warmup=0.0, min_lr=0.0).lr(100) == pytest.approx(5e-4)
+    assert build("exponential", warmup=0.0, min_lr=0.0).lr(50) == pytest.approx(1e-3 / math.sqrt(2))

@@ -17,9 +17,9 @@ from torch.nn import Parameter
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import mark_embedding_like, mark_no_weight_decay
 from megatron.optim.bitsandbytes import codes, numbers
-from megatron.optim.builder_args import Request
+from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.param_groups import parameter_groups
-from megatron.optim.state_io import kept, restore
+from megatron.optim.state_io import read_state, write_state
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 
 STEPS, LR, DECAY = 50, 1.0e-2, 0.1
@@ -47,7 +47,7 @@ def gradients(step: int, params: list[Parameter]) -> list[Tensor]:
 def ours(name: str, settings: dict[str, Any], steps: int = STEPS, **more: Any) -> list[Tensor]:
     """The weights after some steps of the registered optimizer, its rate falling as a schedule's does."""
     params = parameters(**more)
-    optimizer = OPTIMIZERS.load(name)(parameter_groups(params, DECAY), Request(LR, Topology.single(), settings))
+    optimizer = OPTIMIZERS.load(name)(parameter_groups(params, DECAY), OptimizerArgs(LR, Topology.single(), settings))
     return run(optimizer, params, steps)
 
 
@@ -203,7 +203,7 @@ def test_muon_s_step_has_singular_values_near_one() -> None:
     before = parameter.detach().clone()
     settings = {"momentum": 0.0, "nesterov": False}
     build = OPTIMIZERS.load("muon")
-    optimizer = build(parameter_groups([parameter], 0.0), Request(LR, Topology.single(), settings))
+    optimizer = build(parameter_groups([parameter], 0.0), OptimizerArgs(LR, Topology.single(), settings))
     parameter.grad = gradients(0, [parameter])[0]
     optimizer.step()
     values = torch.linalg.svdvals((before - parameter.detach()) / (LR * 0.2 * math.sqrt(10)))
@@ -221,7 +221,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"onebitadam": {"freeze_step": 3}, "sgd": 
 def build(name: str, params: list[Parameter], eight_bit: bool = False) -> torch.optim.Optimizer:
     family = EIGHT_BIT if eight_bit else OPTIMIZERS
     groups = parameter_groups(params, DECAY)
-    return family.load(name)(groups, Request(LR, Topology.single(), SETTINGS.get(name, {})))
+    return family.load(name)(groups, OptimizerArgs(LR, Topology.single(), SETTINGS.get(name, {})))
 
 
 MEMBERS = [*((name, False) for name in OPTIMIZERS.names), *((name, True) for name in EIGHT_BIT.names)]
@@ -238,10 +238,12 @@ def test_what_is_retained_is_all_that_there_is(name: str, eight_bit: bool) -> No
     again = build(name, second, eight_bit)
     for old, new in zip(first, second, strict=True):
         new.data.copy_(old.data)
-        found = kept(optimizer, old)
-        assert found.elementwise or found.whole
-        copies = [{key: value.clone() for key, value in part.items()} for part in (found.elementwise, found.whole)]
-        restore(again, new, type(found)(found.step, *copies))
+        found = read_state(optimizer, old)
+        assert found.elementwise or found.tensor_level
+        copies = [
+            {key: value.clone() for key, value in part.items()} for part in (found.elementwise, found.tensor_level)
+        ]
+        write_state(again, new, type(found)(found.step, *copies))
     for step in range(6, 12):
         for one, params in ((optimizer, first), (again, second)):
             for group in one.param_groups:
@@ -274,7 +276,7 @@ def test_eight_bits_stay_near_thirty_two(name: str) -> None:
     params = parameters(scale=120)
     settings = {"momentum": 0.9} if name == "sgd" else {}
     exact = run(
-        OPTIMIZERS.load(name)(parameter_groups(params, DECAY), Request(LR, Topology.single(), settings)), params
+        OPTIMIZERS.load(name)(parameter_groups(params, DECAY), OptimizerArgs(LR, Topology.single(), settings)), params
     )
     for got, expected, begin in zip(low, exact, start, strict=True):
         assert (got - expected).abs().mean() < 0.1 * (expected - begin).abs().mean()

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from megatron.distributed.init import init_distributed
 from megatron.distributed.param_attrs import mark_no_weight_decay
 from megatron.errors import RunError
-from megatron.optim.param_groups import RATE, balance_group_count, parameter_groups, set_learning_rate
+from megatron.optim.param_groups import LR_SCALE, balance_group_count, parameter_groups, set_learning_rate
 from tests.multi_rank import RankFailedError, run_distributed
 
 
@@ -29,9 +29,9 @@ def test_a_group_for_every_rate_and_the_same_decay_of_weights() -> None:
 def stage_groups(rank: int, world_size: int, counts: list[list[int]]) -> list[int]:
     """Sizes of the groups of a stage that had groups of the given sizes."""
     topology = init_distributed(pipe_parallel_size=world_size, model_parallel_size=1, seed=1, backend="gloo")
-    groups = [{"params": [Parameter(torch.ones(1)) for _ in range(count)], RATE: 0.5} for count in counts[rank]]
+    groups = [{"params": [Parameter(torch.ones(1)) for _ in range(count)], LR_SCALE: 0.5} for count in counts[rank]]
     made = balance_group_count(groups, topology.pipe, torch.device("cpu"))
-    assert all(group[RATE] == 0.5 for group in made)
+    assert all(group[LR_SCALE] == 0.5 for group in made)
     before, after = ([p for group in some for p in group["params"]] for some in (groups, made))
     assert all(a is b for a, b in zip(before, after, strict=True))
     return [len(group["params"]) for group in made]

@@ -90,7 +90,7 @@ class Data:
 class ConstantEngine:
     """An engine whose loss is 1; the step numbered `fails_at` raises."""
 
-    least_evaluated = 1
+    min_eval_batches = 1
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.steps, self.fails_at = 0, fails_at
@@ -144,7 +144,7 @@ def run(
         peak_flops=0.0,
     )
     engine: Any = ConstantEngine(fails_at)
-    lr_schedule: Any = type("Constant", (), {"rate": lambda self, step: 0.1})()
+    lr_schedule: Any = type("Constant", (), {"lr": lambda self, step: 0.1})()
     context = LoopContext(
         engine=engine,
         lr_schedule=lr_schedule,

@@ -35,7 +35,7 @@ class Checkpointable(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """This rank's tensor-parallel shards of the layers it holds, where it is the first data rank; collective."""
 
-    def optimizer_slices(self) -> list[OptimizerShard]:
+    def optimizer_shards(self) -> list[OptimizerShard]:
         """What this rank's part of the optimizer keeps; a slice that another rank also has is left out."""
 
     def loss_scaling(self) -> dict[str, float]:

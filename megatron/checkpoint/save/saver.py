@@ -189,7 +189,7 @@ def take_snapshot(
     if topology.dp_cp.is_first:
         _add_weights(snapshot, config, engine, counters, shards, padded_vocab_size)
     if not config.checkpoint.no_save_optim:
-        slices = engine.optimizer_slices()
+        slices = engine.optimizer_shards()
         facts = optimizer_shards.index(slices, model_rank=topology.model.rank, model_size=topology.model.size)
         snapshot.tensors[layout.slice_file(topology.rank)] = lambda: optimizer_shards.values(slices)
         snapshot.texts[layout.slice_index(topology.rank)] = json.dumps(facts)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from megatron.config.schema.observe import ObserveSection
 from megatron.engine.base import BaseEngine
 from megatron.engine.optimizer_state import inner_optimizer
-from megatron.engine.tensor_statistics import GradientTap, NoiseScale, Statistics, Wanted
+from megatron.engine.tensor_statistics import GradientTap, Measurements, NoiseScale, Statistics
 from megatron.optim.onebit import OnebitAdam
 from megatron.training.hooks.base import Hook
 from megatron.training.step_schedule import StepSize
@@ -21,7 +21,7 @@ class CommBytesHook(Hook):
         self._optimizer = optimizer
 
     def metrics(self) -> dict[str, float]:
-        return self._optimizer.traffic.measure()
+        return self._optimizer.comm_bytes.measure()
 
 
 class StatisticsHook(Hook):
@@ -65,18 +65,18 @@ def statistics_hooks(
     optimizer = inner_optimizer(engine.deepspeed.optimizer)
     if isinstance(optimizer, OnebitAdam):
         hooks.append(CommBytesHook(optimizer))
-    wanted = Wanted(
+    measurements = Measurements(
         gradient_norms=observe.log_grad_norm,
         gradient_zeros=observe.log_grad_pct_zeros,
         parameter_norms=observe.log_param_norm,
         optimizer_states=observe.log_optimizer_states,
         by_layer=observe.log_norms_by == "layer",
     )
-    if not wanted.anything and not observe.log_gradient_noise_scale:
+    if not measurements.anything and not observe.log_gradient_noise_scale:
         return hooks
     tap = GradientTap(engine, max_norm)
-    if wanted.anything:
-        hooks.append(StatisticsHook(Statistics(engine, tap, wanted), due))
+    if measurements.anything:
+        hooks.append(StatisticsHook(Statistics(engine, tap, measurements), due))
     if observe.log_gradient_noise_scale:
         batches, on_cpu = observe.gradient_noise_scale_n_batches, observe.gradient_noise_scale_cpu_offload
         hooks.append(NoiseScaleHook(NoiseScale(tap, batches=batches, on_cpu=on_cpu)))

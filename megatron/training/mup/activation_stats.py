@@ -1,8 +1,8 @@
-"""Sizes of activations over widths: what a coordinate check of muP measures (arXiv:2203.03466, section D.1).
+"""Sizes of activations over widths, for the coordinate check of muP (arXiv:2203.03466, section D.1).
 
-The size of an activation is the mean of its absolute values. With muP neither the size nor how much training changes
-the activation grows or shrinks with the width, so the logarithm of each over that of the width has slope 0. The logits
-alone start smaller in wider models, slope -1/2, and reach slope 0 with what they learn.
+The size of an activation is the mean of its absolute values. With muP neither the size nor its change by training grows
+or shrinks with the width, so the logarithm of each over that of the width has slope 0. Only the logits start smaller in
+wider models, slope -1/2, and reach slope 0 during training.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import Module
 from megatron.distributed.process_group import all_gather_list
 
 Sizes = dict[str, float]
-"""Part of the model -> size of what it puts out."""
+"""Part of the model -> size of its output."""
 POSITIONS = 32
-"""Of each sequence, so many first positions are kept to see how they change."""
+"""Number of first positions of each sequence whose changes are measured."""
 
 
 @dataclass
-class Gauge:
-    """Measures one model on one rank, step by step, where every step sees the same batch.
+class ActivationRecorder:
+    """Measures one model on one rank, step by step; every step must see the same batch.
 
     Sizes are those of activations; changes those of their differences from the first step.
     """
@@ -38,7 +38,7 @@ class Gauge:
 
     @contextmanager
     def on(self, layers: Mapping[int, Module]) -> Iterator[None]:
-        """Listens to the layers of a plan, by their index, as long as the context is open."""
+        """Hooks the layers of a model, by their index, inside the context."""
         handles = [
             module.register_forward_hook(lambda _module, _input, output, name=name: self._note(name, output))
             for name, module in _parts(layers)
@@ -50,13 +50,13 @@ class Gauge:
                 handle.remove()
 
     def take(self) -> tuple[Sizes, Sizes]:
-        """Sizes and changes of the step, as means over its passes and all ranks; collective. Then a new step begins."""
+        """Returns sizes and changes of the step, means over its passes and all ranks; collective. Starts a step."""
         found = _mean_over_ranks(self.noted), _mean_over_ranks(self.changed)
         self.noted, self.changed, self.begun = {}, {}, True
         return found
 
     def _note(self, name: str, output: Tensor) -> None:
-        """Of one pass: [s, b, features]."""
+        """Records the output of one pass: [s, b, features]."""
         output = output.detach().float()
         sizes = self.noted.setdefault(name, [])
         if not self.begun:
@@ -73,7 +73,7 @@ def _mean_over_ranks(noted: Mapping[str, Sequence[Tensor]]) -> Sizes:
 
 
 def _parts(layers: Mapping[int, Module]) -> Iterator[tuple[str, Module]]:
-    """What is measured: the layers with something to say, and attention and MLP inside blocks."""
+    """Yields the measured modules: all layers but the identities, and attention and MLP inside blocks."""
     last = max(layers)
     ends = {0: "embedding", last - 1: "final norm", last: "logits"}
     for index, layer in layers.items():
@@ -88,15 +88,17 @@ def _parts(layers: Mapping[int, Module]) -> Iterator[tuple[str, Module]]:
 
 @dataclass(frozen=True)
 class Curves:
-    """Sizes of one parametrisation. sizes, changes: part -> by step -> by width; changes from the second step on."""
+    """Sizes of one parametrization over widths."""
 
     widths: tuple[int, ...]
     sizes: Mapping[str, tuple[tuple[float, ...], ...]]
+    """Part -> by step -> by width."""
     changes: Mapping[str, tuple[tuple[float, ...], ...]]
+    """The same of changes, from the second step on."""
 
     @classmethod
     def of(cls, measured: Mapping[int, Sequence[tuple[Sizes, Sizes]]]) -> Curves:
-        """From width -> step by step, what a Gauge took."""
+        """Creates curves from width -> results of an ActivationRecorder by step."""
         widths = tuple(sorted(measured))
         parts, count = list(measured[widths[0]][0][0]), len(measured[widths[0]])
 
@@ -110,12 +112,12 @@ class Curves:
         return cls(widths, by_part(0, 0), by_part(1, 1))
 
     def slopes(self, *, of_changes: bool = False) -> dict[str, tuple[float, ...]]:
-        """Part -> at each step, the slope of log(size) over log(width): 0 is flat, 1 grows like the width."""
+        """Returns part -> at each step, the slope of log(size) over log(width): 0 is flat, 1 grows like the width."""
         curves = self.changes if of_changes else self.sizes
         return {part: tuple(slope(self.widths, sizes) for sizes in by_step) for part, by_step in curves.items()}
 
     def json(self) -> dict[str, Any]:
-        """All numbers."""
+        """Returns all numbers."""
         slopes, change_slopes = self.slopes(), self.slopes(of_changes=True)
         return {
             part: {
@@ -129,7 +131,7 @@ class Curves:
 
 
 def slope(widths: Sequence[float], sizes: Sequence[float]) -> float:
-    """Of the line that fits log(size) over log(width) best; NaN where a size is none."""
+    """Returns the slope of the least-squares line of log(size) over log(width); NaN if a size is zero or not finite."""
     if not all(0 < size < math.inf for size in sizes):
         return math.nan
     x, y = [math.log(width) for width in widths], [math.log(size) for size in sizes]

@@ -1,9 +1,9 @@
-"""The coordinate check of `coord_check`: a few widths, a few steps, with muP and without, and the picture of it.
+"""Coordinate check (`coord_check`): trains several widths for a few steps, with muP and without, and plots activations.
 
-It shows whether the parametrisation does what it should in this architecture: with muP every curve is flat, without it
-some rise or fall. Widths start at the base model's and grow by mup_width_scale; heads are added, or get wider where the
-configured model has as many heads as its base. Every model repeats the first batch of the training data at the peak
-learning rate, since it is the change by training that is looked at.
+It verifies the parametrization of an architecture: with muP every curve is flat, without it some rise or fall. Widths
+start at the base model's and grow by mup_width_scale; heads are added, or get wider if the configured model has as many
+heads as its base. Every model repeats the first batch of the training data at the peak learning rate, since the change
+by training is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron.param_table import Widths, base_widths
 from megatron.registry import ACTIVATIONS
 from megatron.tokenizers import build_tokenizer
 from megatron.training.data_setup import build_run_data
-from megatron.training.mup.activation_stats import Curves, Gauge, Sizes
+from megatron.training.mup.activation_stats import ActivationRecorder, Curves, Sizes
 from megatron.training.mup.plot import draw, require_matplotlib
 
 MODELS, STEPS = 4, 4
@@ -42,7 +42,8 @@ _log = get_logger(__name__)
 def coord_check(config: Config) -> None:
     """Writes coord_check.png and coord_check.json into the run directory. Collective.
 
-    Raises ConfigError where there is nothing to train on, nothing to draw with, or a width that the layout cannot cut.
+    Raises ConfigError if there is nothing to train on, matplotlib is missing, or a width cannot be sharded by the
+    layout.
     """
     require_matplotlib()
     models = {name: list(_models(config, name)) for name in (MUP, STANDARD)}
@@ -67,7 +68,7 @@ def coord_check(config: Config) -> None:
 
 
 def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]]:
-    """The configuration at every width, with its hidden size."""
+    """Yields the configuration at every width, with its hidden size."""
     base = base_widths(config.mup)
     assert base is not None, "a rule asks for the base"
     for number in range(MODELS):
@@ -80,7 +81,7 @@ def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]
 
 
 def at_width(config: Config, base: Widths, factor: int) -> Config:
-    """The configured model as wide as its base times a factor."""
+    """Returns the configured model as wide as its base times a factor."""
     model = config.model
     wider_heads = model.num_attention_heads == base.num_attention_heads and model.kv_channels != base.head_dim
     more, wider = (1, factor) if wider_heads else (factor, 1)
@@ -99,18 +100,18 @@ def at_width(config: Config, base: Widths, factor: int) -> Config:
 def _measure(
     config: Config, topology: Topology, padded: int, vocabulary: int, step: Sequence[MicroBatch]
 ) -> list[tuple[Sizes, Sizes]]:
-    """Sizes and changes of a model before its first step, and after each of STEPS steps."""
+    """Returns sizes and changes of a model before its first step, and after each of STEPS steps."""
     engine = build_training_engine(config, topology, padded_vocab_size=padded, vocab_size=vocabulary)
-    gauge, found = Gauge(), []
-    with gauge.on(engine.layers()):
+    recorder, found = ActivationRecorder(), []
+    with recorder.on(engine.layers()):
         for _ in range(STEPS + 1):
             loss = engine.train_step(iter(step), require(config.optimizer.lr)).loss
-            found.append(gauge.take())
+            found.append(recorder.take())
     if topology.rank == 0:
         kind = MUP if config.mup.use_mup else STANDARD
         _log.info("%s, width %d: loss %.4f after %d steps", kind, require(config.model.hidden_size), loss, STEPS)
     del engine
-    gc.collect()  # before the next width takes its place
+    gc.collect()  # before the next width is built
     return found
 
 
@@ -120,8 +121,8 @@ def _write(config: Config, curves: dict[str, Curves], folder: Path) -> None:
     rate = require(config.optimizer.lr)
     widths = curves[MUP].widths
     draw(curves, picture, f"coordinate check: {config.optimizer.optimizer_type}, learning rate {rate:g}")
-    told = {"widths": widths, "learning_rate": rate, **{name: found.json() for name, found in curves.items()}}
-    numbers.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    record = {"widths": widths, "learning_rate": rate, **{name: found.json() for name, found in curves.items()}}
+    numbers.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, found in curves.items():
         slopes = {part: by_step[-1] for part, by_step in found.slopes(of_changes=True).items()}
         least, most = min(slopes, key=slopes.__getitem__), max(slopes, key=slopes.__getitem__)

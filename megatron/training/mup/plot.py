@@ -1,6 +1,6 @@
-"""The picture of a coordinate check: sizes over widths, a row with muP and one without, a column for each step.
+"""Plot of a coordinate check: sizes over widths, a row with muP and one without, a column for each step.
 
-The last column shows how much the last step's activations differ from those before training.
+The last column shows the change of the activations from before training to the last step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKERS = {"attention": "s", "mlp": "^"}
 
 
 def require_matplotlib() -> None:
-    """ConfigError where nothing can be drawn."""
+    """Raises ConfigError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise ConfigError.of(
             "its picture needs the package matplotlib", key="coord_check", value=True, hint="pip install 'neox[plot]'"
@@ -36,7 +36,7 @@ def require_matplotlib() -> None:
 
 
 def draw(curves: Mapping[str, Curves], path: Path, title: str) -> None:
-    """Writes the picture. curves: by the name of the parametrisation, a row each."""
+    """Writes the plot. curves: by the name of the parametrization, a row each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,7 +65,7 @@ def draw(curves: Mapping[str, Curves], path: Path, title: str) -> None:
 
 
 def kind_of(part: str) -> str:
-    """The kind of a part, whose colour it has: all blocks are alike."""
+    """Returns the kind of a part, which determines its colour: all blocks are alike."""
     return next((kind for kind in ("attention", "mlp", "block") if kind in part), part)
 
 
