@@ -240,9 +240,8 @@ def test_what_is_retained_is_all_that_there_is(name: str, eight_bit: bool) -> No
         new.data.copy_(old.data)
         found = read_state(optimizer, old)
         assert found.elementwise or found.tensor_level
-        copies = [
-            {key: value.clone() for key, value in part.items()} for part in (found.elementwise, found.tensor_level)
-        ]
+        parts = (found.elementwise, found.tensor_level)
+        copies = [{key: value.clone() for key, value in part.items()} for part in parts]
         write_state(again, new, type(found)(found.step, *copies))
     for step in range(6, 12):
         for one, params in ((optimizer, first), (again, second)):
