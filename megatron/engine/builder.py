@@ -6,8 +6,6 @@ Only this file calls deepspeed.initialize and knows whether the model is a pipel
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -15,7 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -25,7 +22,6 @@ from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.defaults.vocabulary import padded_vocab_size
-from megatron.config.defaults.zero import REDUCTION_BUCKET
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import init_distributed
@@ -35,6 +31,12 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.base import BaseEngine
 from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import Loss, PlainEngine, keyed_parameters
+from megatron.engine.deepspeed_setup import (
+    cap_reduce_bucket,
+    disable_grad_allreduce,
+    mark_gathered_blocks,
+    silence_deepspeed,
+)
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
@@ -43,7 +45,6 @@ from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -102,7 +103,7 @@ def build_training_engine(
         checkpoint: checkpoint to load weights from.
         prompt_tokens: tokens whose vectors initialize a soft prompt that is not in the checkpoint.
     """
-    _silence_deepspeed()
+    silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
     plan = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses)
@@ -309,12 +310,12 @@ def _initialize(
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
         clipper.attach(optimizer)
-    _mark_gathered_blocks(model)
+    mark_gathered_blocks(model)
     with redirect_stdout(io.StringIO()):  # its optimizers print their memory while they are built
         initialised, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_cap_reduce_bucket(
+            config=cap_reduce_bucket(
                 deepspeed_config(config), sum(one.numel() for one in trained if one.requires_grad)
             ),
             mpu=None if config.parallelism.is_pipe_parallel or needs_default_mpu(optimizer) else topology,
@@ -322,20 +323,11 @@ def _initialize(
         )
     allow_empty_grad_norm(initialised.optimizer)
     if isinstance(optimizer, OnebitAdam):
-        optimizer.on_freeze = partial(_disable_grad_allreduce, initialised, clipper)
+        optimizer.on_freeze = partial(disable_grad_allreduce, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop reports too many overflows
     return initialised, clipper
-
-
-def _cap_reduce_bucket(settings: dict[str, Any], elements: int) -> dict[str, Any]:
-    """Caps `reduce_bucket_size` at the number of trainable elements; DeepSpeed allocates the bucket eagerly."""
-    zero = settings["zero_optimization"]
-    if zero["stage"] == 0:
-        return settings
-    requested = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
-    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": min(int(requested), elements)}}
 
 
 def _lr_scales(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:
@@ -344,23 +336,6 @@ def _lr_scales(config: Config, parameters: Mapping[str, Parameter]) -> dict[Para
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     rates = learning_rates(config.mup, dims, entrywise=entrywise)
     return {parameter: rates[key] for key, parameter in parameters.items() if key in rates}
-
-
-def _disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) -> None:
-    """Stops DeepSpeed's all-reduce of gradients; from now on the optimizer averages momenta."""
-    if hasattr(initialised, "pipeline_enable_backward_allreduce"):
-        initialised.pipeline_enable_backward_allreduce = False
-    else:
-        initialised.enable_backward_allreduce = False
-    if clipper is not None:
-        clipper.grads_are_unreduced = True
-
-
-def _mark_gathered_blocks(model: Module) -> None:
-    """Marks blocks whose parameters ZeRO 3 must gather together; other stages ignore the mark."""
-    for module in model.modules():
-        if isinstance(module, Block) and module.zero3_gather_together:
-            set_z3_leaf_module(module, True)
 
 
 def _cache_factory(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
@@ -389,12 +364,3 @@ def _cache_factory(config: Config, topology: Topology, layers: range) -> Callabl
         )
 
     return make
-
-
-def _silence_deepspeed() -> None:
-    """Silences DeepSpeed's INFO logs and warnings about torch names that it uses."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(max(logger.level, logging.WARNING))
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    # Its pipeline broadcasts a loss that has a gradient function; no gradient passes through that.
-    warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")

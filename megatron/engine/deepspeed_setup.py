@@ -1,0 +1,49 @@
+"""Adjustments to DeepSpeed: its logs, the reduction bucket, gradients of 1-bit Adam, modules that ZeRO 3 gathers at once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from deepspeed.utils import set_z3_leaf_module
+from torch.nn import Module
+
+from megatron.config.defaults.zero import REDUCTION_BUCKET
+from megatron.model.block import Block
+from megatron.optim.grad_clip import GradientClipper
+
+
+def cap_reduce_bucket(settings: dict[str, Any], elements: int) -> dict[str, Any]:
+    """Caps `reduce_bucket_size` at the number of trainable elements; DeepSpeed allocates the bucket eagerly."""
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 0:
+        return settings
+    requested = zero.get("reduce_bucket_size", REDUCTION_BUCKET)
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": min(int(requested), elements)}}
+
+
+def disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) -> None:
+    """Stops DeepSpeed's all-reduce of gradients; from now on the optimizer averages momenta."""
+    if hasattr(initialised, "pipeline_enable_backward_allreduce"):
+        initialised.pipeline_enable_backward_allreduce = False
+    else:
+        initialised.enable_backward_allreduce = False
+    if clipper is not None:
+        clipper.grads_are_unreduced = True
+
+
+def mark_gathered_blocks(model: Module) -> None:
+    """Marks blocks whose parameters ZeRO 3 must gather together; other stages ignore the mark."""
+    for module in model.modules():
+        if isinstance(module, Block) and module.zero3_gather_together:
+            set_z3_leaf_module(module, True)
+
+
+def silence_deepspeed() -> None:
+    """Silences DeepSpeed's INFO logs and warnings about torch names that it uses."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(max(logger.level, logging.WARNING))
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    # Its pipeline broadcasts a loss that has a gradient function; no gradient passes through that.
+    warnings.filterwarnings("ignore", message=".*c10d::broadcast_: an autograd kernel was not registered")
