@@ -17,7 +17,7 @@ from megatron.launcher.worker import worker_main
 def main(config: Config) -> None:
     """Measures and prints the table on rank 0."""
     from megatron.distributed.init import bootstrap, shutdown
-    from megatron.health.collective_bench import measure, table
+    from megatron.health.collective_bench import table, time_collectives
 
     if config.parallelism.world_size == 1:
         raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, hint="start more ranks")
@@ -30,7 +30,7 @@ def main(config: Config) -> None:
         timeout_seconds=config.launch.collective_timeout,
     )
     try:
-        measured = list(measure(topology))
+        measured = list(time_collectives(topology))
         if topology.rank == 0:
             print(table(measured))
     finally:

@@ -56,7 +56,7 @@ from megatron.optim.grad_clip import GradientClipper
 from megatron.optim.muon import needs_default_mpu
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
-from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, remembered, tensors
+from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.base import Tokenizer
@@ -348,7 +348,7 @@ def _cache_factory(config: Config, topology: Topology, layers: range) -> Callabl
         states = {
             block: state
             for block in blocks
-            if (state := remembered(dims, block, model_size=size, max_length=max_length))
+            if (state := recurrent_state_shapes(dims, block, model_size=size, max_length=max_length))
         }
         return KVCache(
             0 if len(states) == len(blocks) else len(blocks),

@@ -13,14 +13,14 @@ from torch.nn import Module, Parameter
 from megatron.distributed.collectives import all_reduce
 from megatron.distributed.mesh import Axis
 from megatron.distributed.process_group import device
-from megatron.param_table import PROMPT, TensorShape, trained
+from megatron.param_table import PROMPT, TensorShape, trainable_tensors
 
 _WORDS, _PROMPT = "0.word_embeddings.weight", f"0.{PROMPT}"
 
 
 def freeze(parameters: Mapping[str, Parameter], table: Sequence[TensorShape]) -> None:
     """Disables the gradients of parameters that are not trained. parameters: by "<layer>.<name>", as in the table."""
-    changed = {f"{shape.layer}.{shape.name}" for shape in trained(table)}
+    changed = {f"{shape.layer}.{shape.name}" for shape in trainable_tensors(table)}
     for key, parameter in parameters.items():
         parameter.requires_grad_(key in changed)
 

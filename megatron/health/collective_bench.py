@@ -1,8 +1,8 @@
-"""How fast the ranks of each parallel axis talk: collectives of several sizes, timed.
+"""Benchmark of collectives on every parallel axis, in several sizes.
 
-Bus bandwidth is what each rank's link must carry, so that it compares across operations and group sizes; the factors
-are those of NVIDIA's nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n for all-reduce, (n - 1) / n for all-gather,
-reduce-scatter and all-to-all, 1 for a message from one rank to the next.
+Bus bandwidth is the traffic of each rank's link, which is comparable across operations and group sizes; the factors are
+those of NVIDIA's nccl-tests (doc/PERFORMANCE.md): 2 (n - 1) / n for all-reduce, (n - 1) / n for all-gather,
+reduce-scatter and all-to-all, 1 for send and receive.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ WARMUP, ROUNDS = 2, 5
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One operation on one axis. size [bytes] of the whole tensor; seconds: median over rounds, of the slowest rank."""
+class CollectiveTiming:
+    """Time of one operation on one axis."""
 
     axis: str
+    """The parallel axis."""
     ranks: int
+    """Its size."""
     operation: str
+    """The collective."""
     size: int
+    """Size of the full tensor [bytes]."""
     seconds: float
+    """Median over rounds, of the slowest rank."""
 
     @property
     def bus_bandwidth(self) -> float:
-        """[bytes/s] through each rank's link."""
+        """Traffic of each rank's link [bytes/s]."""
         n = self.ranks
         factor = {"all_reduce": 2 * (n - 1) / n, "send_recv": 1.0}.get(self.operation, (n - 1) / n)
         return factor * self.size / self.seconds
 
 
-def measure(topology: Topology, sizes: Sequence[int] = SIZES) -> Iterator[Measurement]:
+def time_collectives(topology: Topology, sizes: Sequence[int] = SIZES) -> Iterator[CollectiveTiming]:
     """Times every operation on every axis that has more than one rank, and on all ranks. Collective."""
     world = Axis("world", topology.world_size, topology.rank, tuple(range(topology.world_size)), dist.group.WORLD)
     axes = [topology.pipe, topology.data, topology.context, topology.model, world]
@@ -49,22 +54,22 @@ def measure(topology: Topology, sizes: Sequence[int] = SIZES) -> Iterator[Measur
             continue
         for name, make in _OPERATIONS.items():
             for size in sizes:
-                yield Measurement(axis.name, axis.size, name, size, _timed(make(size, axis)))
+                yield CollectiveTiming(axis.name, axis.size, name, size, _time_call(make(size, axis)))
 
 
-def table(measurements: Sequence[Measurement]) -> str:
-    """One line a measurement."""
+def table(timings: Sequence[CollectiveTiming]) -> str:
+    """Formats one line per timing."""
     lines = [f"{'axis':8} {'ranks':>5}  {'operation':14} {'bytes':>10} {'time [us]':>11} {'bus [GB/s]':>10}"]
     lines += [
         f"{each.axis:8} {each.ranks:5}  {each.operation:14} {each.size:10} {each.seconds * 1e6:11.1f} "
         f"{each.bus_bandwidth / 1e9:10.2f}"
-        for each in measurements
+        for each in timings
     ]
     return "\n".join(lines)
 
 
-def _timed(work: Callable[[], None]) -> float:
-    """Seconds of one call, the same on every rank."""
+def _time_call(work: Callable[[], None]) -> float:
+    """Returns the seconds of one call, the same on every rank."""
     seconds = []
     for round_ in range(WARMUP + ROUNDS):
         dist.barrier()
@@ -80,7 +85,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _floats(size: int, parts: int) -> torch.Tensor:
-    """A tensor of about that many bytes whose length the parts divide."""
+    """Returns a tensor of about `size` bytes whose length divides by `parts`."""
     return torch.ones(max(1, size // 4 // parts) * parts, device=device())
 
 
@@ -124,7 +129,7 @@ def _all_to_all(size: int, axis: Axis) -> Callable[[], None]:
 
 
 def _send_recv(size: int, axis: Axis) -> Callable[[], None]:
-    """Every rank sends to the next one of its axis and receives from the one before."""
+    """Sends to the next rank of the axis and receives from the previous one."""
     values, received = _floats(size, 1), _floats(size, 1)
     to, source = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
 

@@ -1,8 +1,8 @@
-"""What every rank is doing, kept where the others can read it when one of them dies or hangs.
+"""Heartbeat: each rank publishes its activity to the store once a second.
 
-Each rank's own thread writes a small record into the key-value store through which the ranks found each other. It goes
-on while the main thread is stuck, so a record that grows old means that the process is gone, frozen or cut off, and one
-that stays fresh while its activity does not change means that the main thread hangs.
+A thread of each rank writes a small record into the key-value store of the process group. It runs while the main thread
+is blocked, so an old record means that the process is dead, frozen or disconnected, and a fresh record whose activity
+does not change means that the main thread hangs.
 """
 
 from __future__ import annotations
@@ -29,77 +29,89 @@ from megatron.distributed.timeouts import (
 
 STARTING, SAVING, TASKS, ASKING = "starting", "saving", "evaluating tasks", "asking the model"
 UNLIMITED = frozenset({STARTING, SAVING, TASKS, ASKING})
-"""What may take any time; the collectives in it have their limit all the same."""
-BEAT = 1.0  # [s] between two records of a rank
+"""Activities without a time limit; collectives in them have one."""
+INTERVAL = 1.0  # [s] between two records of a rank
 STALE = 4.0  # [s] after which a record is old
-PATIENCE = 0.9  # part of the limit after which a rank that waits for nobody is called hanging
+HANG_FRACTION = 0.9  # of the limit, after which a rank outside of collectives is reported as hanging
 
 
 @dataclass(frozen=True)
 class HeartbeatRecord:
-    """What one rank last told.
-
-    doing: "training", "reading data", "saving", ... since, heard: when that began and when this was written, by the
-    rank's own clock [s since 1970]. waiting_in: the collective it waits in, if it does. at: where its main thread
-    stood, once it has been there for long.
-    """
+    """Last record of one rank; times are of the rank's own clock [s since 1970]."""
 
     rank: int
+    """The rank."""
     host: str
+    """Its host."""
     stage: int
+    """Its pipeline stage."""
     iteration: int
-    doing: str
-    since: float
-    heard: float
-    waiting_in: str | None = None
-    at: str | None = None
+    """Its iteration; 0 before the first."""
+    activity: str
+    """Its activity, such as "training", "reading data" or "saving"."""
+    started_at: float
+    """Start of the activity."""
+    updated_at: float
+    """Time of this record."""
+    collective_name: str | None = None
+    """The collective in which the main thread waits, if any."""
+    stack: str | None = None
+    """Stack of the main thread, once it has not changed for some time."""
 
     @property
     def when(self) -> str:
-        """The iteration as a part of a sentence; "" before the first, and where there are none."""
+        """The iteration as a part of a sentence; "" before the first."""
         return f" at iteration {self.iteration}" if self.iteration else ""
 
     def __str__(self) -> str:
-        place = f"rank {self.rank} (host {self.host}, stage {self.stage}){self.when}"
-        waits = f", waiting for others in {self.waiting_in}" if self.waiting_in else ""
-        stands = f", standing at {self.at}" if self.at and not self.waiting_in else ""
-        return f"{place}: {self.doing} for {self.heard - self.since:.0f} s{waits}{stands}"
+        prefix = f"rank {self.rank} (host {self.host}, stage {self.stage}){self.when}"
+        waits = f", waiting for others in {self.collective_name}" if self.collective_name else ""
+        stack_text = f", at {self.stack}" if self.stack and not self.collective_name else ""
+        return f"{prefix}: {self.activity} for {self.updated_at - self.started_at:.0f} s{waits}{stack_text}"
 
 
 class Heartbeat:
-    """This rank's record, and the thread that keeps it fresh.
+    """Publishes this rank's record from a thread."""
 
-    limit [s]: how long an activity may last. hanging: called once, in the thread, when the main thread has done the
-    same for nearly that long without waiting for another rank.
-    """
+    def __init__(self, *, rank: int, stage: int, limit: float, on_hang: Callable[[HeartbeatRecord], None]) -> None:
+        """Prepares the thread.
 
-    def __init__(self, *, rank: int, stage: int, limit: float, hanging: Callable[[HeartbeatRecord], None]) -> None:
+        Args:
+            rank: of this process.
+            stage: its pipeline stage.
+            limit: of an activity [s].
+            on_hang: called once, in the thread, when the main thread has had one activity for nearly that long without
+                waiting for another rank.
+        """
         now = time.time()
-        self._pulse = HeartbeatRecord(rank, host_name(), stage, 0, STARTING, now, now)
-        self._limit, self._hanging = limit, hanging
+        self._record = HeartbeatRecord(rank, host_name(), stage, 0, STARTING, now, now)
+        self._limit, self._on_hang = limit, on_hang
         self._main = threading.main_thread().ident or 0
         self._store = _store()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
 
     def start(self) -> None:
-        """Begins to tell."""
+        """Starts the heartbeat thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Tells nothing more."""
+        """Stops the heartbeat thread."""
         self._end.set()
-        self._thread.join(2 * BEAT)
+        self._thread.join(2 * INTERVAL)
 
     @contextmanager
-    def doing(self, what: str, iteration: int | None = None) -> Iterator[None]:
-        """Says what the enclosed work is; afterwards what was said before holds again, from then on.
+    def activity(self, what: str, iteration: int | None = None) -> Iterator[None]:
+        """Sets the activity of the enclosed work, and restores the previous one afterwards.
 
-        Not where a collective failed in it: then this is what others shall read.
+        After a failed collective the activity is not restored, so that other ranks report it.
         """
-        before = self._pulse
-        self._pulse = replace(
-            before, doing=what, since=time.time(), iteration=before.iteration if iteration is None else iteration
+        before = self._record
+        self._record = replace(
+            before,
+            activity=what,
+            started_at=time.time(),
+            iteration=before.iteration if iteration is None else iteration,
         )
         failed = False
         try:
@@ -109,68 +121,72 @@ class Heartbeat:
             raise
         finally:
             if not failed:
-                self._pulse = replace(self._pulse, doing=before.doing, since=time.time())
+                self._record = replace(self._record, activity=before.activity, started_at=time.time())
 
-    def everyone(self, world_size: int) -> list[HeartbeatRecord]:
-        """The records of all ranks that told anything; none where the store cannot be reached within STALE [s].
+    def read_all(self, world_size: int) -> list[HeartbeatRecord]:
+        """Reads the records of all ranks; none where the store cannot be reached within STALE [s].
 
-        A host that is cut off gets no answer at all, and the network's own patience is a quarter of an hour.
+        A disconnected host gets no reply, and the network's own timeout is a quarter of an hour.
         """
         found: list[list[HeartbeatRecord]] = []
 
         def ask() -> None:
-            with suppress(RuntimeError):  # the store went with the rank that kept it
-                told = [_key(rank) for rank in range(world_size) if self._store.check([_key(rank)])]
-                found.append([HeartbeatRecord(**json.loads(self._store.get(key))) for key in told])
+            with suppress(RuntimeError):  # the store ended with its rank
+                reported = [_key(rank) for rank in range(world_size) if self._store.check([_key(rank)])]
+                found.append([HeartbeatRecord(**json.loads(self._store.get(key))) for key in reported])
 
         asking = threading.Thread(target=ask, name="heart-asks", daemon=True)
         asking.start()
         asking.join(STALE)
         return found[0] if found else []
 
-    def now(self) -> HeartbeatRecord:
-        """This rank's record at this moment."""
+    def current(self) -> HeartbeatRecord:
+        """Returns this rank's current record."""
         return replace(
-            self._pulse,
-            heard=time.time(),
-            waiting_in=collective_in_progress(self._main),
-            at=stack_summary(self._main),
+            self._record,
+            updated_at=time.time(),
+            collective_name=collective_in_progress(self._main),
+            stack=stack_summary(self._main),
         )
 
     def _beat(self) -> None:
-        told = False
+        reported = False
         while not self._end.is_set():
-            pulse = self.now()
-            with suppress(RuntimeError):  # the store may be gone with its rank; the watch over this one goes on
-                self._store.set(_key(pulse.rank), json.dumps(asdict(pulse)))
-            if not told and self._hangs(pulse):
-                told = True
-                self._hanging(pulse)
-            self._end.wait(BEAT)
+            record = self.current()
+            with suppress(RuntimeError):  # the store may have ended with its rank; this rank is still watched
+                self._store.set(_key(record.rank), json.dumps(asdict(record)))
+            if not reported and self._is_hanging(record):
+                reported = True
+                self._on_hang(record)
+            self._end.wait(INTERVAL)
 
-    def _hangs(self, pulse: HeartbeatRecord) -> bool:
-        long = pulse.heard - pulse.since > PATIENCE * self._limit
-        if not long or pulse.doing in UNLIMITED or pulse.waiting_in is not None:
+    def _is_hanging(self, record: HeartbeatRecord) -> bool:
+        long = record.updated_at - record.started_at > HANG_FRACTION * self._limit
+        if not long or record.activity in UNLIMITED or record.collective_name is not None:
             return False
         return device_collective_in_progress() is None
 
 
-def likely_culprits(pulses: list[HeartbeatRecord], world_size: int, now: float) -> list[str]:
-    """A sentence for each rank that the others most likely wait for, the likeliest first.
+def likely_culprits(records: list[HeartbeatRecord], world_size: int, now: float) -> list[str]:
+    """Returns a sentence for each rank that the others most likely wait for, the most likely first.
 
-    Ranks that were not heard of lately come first; else those whose main thread is not waiting in a collective;
-    else those that are behind the others. now: [s since 1970]; hosts' clocks may differ by less than STALE.
+    Ranks without a recent heartbeat come first; else ranks whose main thread is not in a collective; else ranks at an
+    earlier iteration. now: [s since 1970]; clocks of hosts may differ by less than STALE.
     """
-    silent = [f"{pulse}; not heard of for {now - pulse.heard:.0f} s" for pulse in pulses if now - pulse.heard > STALE]
-    missing = sorted(set(range(world_size)) - {pulse.rank for pulse in pulses})
-    silent += [f"rank {rank} was never heard of" for rank in missing]
+    silent = [
+        f"{record}; no heartbeat for {now - record.updated_at:.0f} s"
+        for record in records
+        if now - record.updated_at > STALE
+    ]
+    missing = sorted(set(range(world_size)) - {record.rank for record in records})
+    silent += [f"rank {rank} never sent a heartbeat" for rank in missing]
     if silent:
         return silent
-    busy = [pulse for pulse in pulses if pulse.waiting_in is None and pulse.doing != "failing"]
+    busy = [record for record in records if record.collective_name is None and record.activity != "failing"]
     if busy:
-        return [str(pulse) for pulse in sorted(busy, key=lambda pulse: pulse.since)]
-    least = min((pulse.iteration for pulse in pulses), default=0)
-    return [str(pulse) for pulse in pulses if pulse.iteration == least < max(each.iteration for each in pulses)]
+        return [str(record) for record in sorted(busy, key=lambda record: record.started_at)]
+    least = min((record.iteration for record in records), default=0)
+    return [str(record) for record in records if record.iteration == least < max(each.iteration for each in records)]
 
 
 def _key(rank: int) -> str:
@@ -178,7 +194,7 @@ def _key(rank: int) -> str:
 
 
 def _store() -> Any:
-    """A connection of its own where the store has one to give, since a waiting main thread holds the first."""
+    """Returns a second connection to the store if possible, since a waiting main thread blocks the first."""
     store: Any = (
         distributed_c10d._get_default_store() if dist.is_initialized() else torch._C._distributed_c10d.HashStore()
     )

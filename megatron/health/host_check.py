@@ -1,7 +1,6 @@
-"""What every host of a run is and has, gathered before anything is built on it, so that a wrong one is named.
+"""Compares code, packages, config and devices of all hosts before the run.
 
-Ranks of one host share code, packages and devices, so rank by rank facts are told host by host. A run on one host has
-nothing to compare.
+Ranks of one host share these, so they are reported per host. A run on one host has nothing to compare.
 """
 
 from __future__ import annotations
@@ -30,58 +29,70 @@ _log = get_logger(__name__)
 
 PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "triton")
 MEASURED_BYTES = 4 << 20  # of the all-reduce that is timed
-SKEW_SECONDS = 5.0  # from which on a clock is worth a warning
+SKEW_SECONDS = 5.0  # clock difference from which on there is a warning
 CODE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One rank's view of its host.
-
-    code, config: digests. clock: how far its clock is ahead of rank 0's [s]. visible: whether the host sees the folder
-    that the others see. devices: accelerators on this host. bandwidth: of one all-reduce [bytes/s], 0 if not measured.
-    """
+class HostInfo:
+    """One rank's information about its host."""
 
     rank: int
+    """The rank."""
     local_rank: int
+    """Its rank on the host."""
     host: str
+    """Name of the host."""
     python: str
+    """Version of Python."""
     packages: tuple[tuple[str, str], ...]
+    """Name and version of packages."""
     code: str
+    """Digest of the code."""
     config: str
+    """Digest of the configuration."""
     device: str
+    """Name of the device."""
     devices: int
+    """Accelerators on this host."""
     clock: float
+    """Offset of its clock from rank 0's [s]."""
     visible: bool
+    """Whether the host sees rank 0's run directory."""
     bandwidth: float
+    """Of one all-reduce [bytes/s]; 0 if not measured."""
 
 
-def roll_call(config_text: str, folder: Path | None, *, shared: bool) -> list[str]:
-    """Compares the hosts of the run and says so in one table; returns the host of every rank. Collective.
+def check_hosts(config_text: str, folder: Path | None, *, shared: bool) -> list[str]:
+    """Compares the hosts of the run and logs a table; returns the host of every rank. Collective.
 
-    config_text: the configuration as this rank has it, without what differs by rank. folder: the run directory.
-    shared: all hosts must see it. Raises RunError, the same on every rank, that names each wrong host.
+    Raises RunError, the same on every rank, with each mismatch.
+
+    Args:
+        config_text: this rank's configuration, without keys that differ by rank.
+        folder: the run directory.
+        shared: whether all hosts must see it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [host_name()]
-    facts = gather_host_info(hashlib.sha256(config_text.encode()).hexdigest(), folder)
-    if len(hosts(facts)) > 1:
-        _log.info("the hosts of this run:\n%s", table(facts))
-        for line in warnings(facts, shared=shared):
+    infos = gather_host_info(hashlib.sha256(config_text.encode()).hexdigest(), folder)
+    if len(group_by_host(infos)) > 1:
+        _log.info("the hosts of this run:\n%s", table(infos))
+        for line in find_warnings(infos, shared=shared):
             _log.info("%s", line)
-        RunError.raise_any(judge(facts, shared=shared))
-    return [each.host for each in facts]
+        RunError.raise_any(find_mismatches(infos, shared=shared))
+    return [each.host for each in infos]
 
 
-def gather_host_info(config_digest: str, folder: Path | None) -> list[Facts]:
-    """The facts of every rank, in order, on every rank. Collective; takes less than a second.
+def gather_host_info(config_digest: str, folder: Path | None) -> list[HostInfo]:
+    """Gathers the information of every rank, in order, on every rank. Collective; takes less than a second.
 
-    config_digest: of this rank's configuration. folder: rank 0's, which all hosts should see; None to ask for none.
+    config_digest: of this rank's configuration. folder: the run directory; None for none.
     """
     ranks = Ranks.from_environment()
     clock = _clock_ahead()
     accelerators = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mine = Facts(
+    mine = HostInfo(
         rank=ranks.rank,
         local_rank=ranks.local_rank,
         host=host_name(),
@@ -98,17 +109,17 @@ def gather_host_info(config_digest: str, folder: Path | None) -> list[Facts]:
     return all_gather_list(mine)
 
 
-def hosts(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
-    """Host -> the facts of its ranks, in the order in which the hosts first appear."""
-    found: dict[str, list[Facts]] = {}
-    for each in facts:
+def group_by_host(infos: Sequence[HostInfo]) -> dict[str, list[HostInfo]]:
+    """Returns host -> information of its ranks, in the order in which the hosts first appear."""
+    found: dict[str, list[HostInfo]] = {}
+    for each in infos:
         found.setdefault(each.host, []).append(each)
     return found
 
 
-def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
-    """What is wrong with which host, compared with what most hosts have. shared: all should see one folder."""
-    first = [ranks[0] for ranks in hosts(facts).values()]
+def find_mismatches(infos: Sequence[HostInfo], *, shared: bool) -> list[ConfigIssue]:
+    """Returns the issues of hosts that differ from most hosts. shared: whether all must see one folder."""
+    first = [ranks[0] for ranks in group_by_host(infos).values()]
     issues = []
     for what, of, hint in _COMPARED:
         values = [of(each) for each in first]
@@ -118,10 +129,10 @@ def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
             for each, value in zip(first, values, strict=True)
             if value != usual
         ]
-    for host, ranks in hosts(facts).items():
+    for host, ranks in group_by_host(infos).items():
         if ranks[0].devices and len(ranks) > ranks[0].devices:
-            told = f"{len(ranks)} ranks run on {ranks[0].devices} accelerators"
-            issues.append(ConfigIssue(told, location=f"host {host}", hint="give it fewer slots in the hostfile"))
+            message = f"{len(ranks)} ranks run on {ranks[0].devices} accelerators"
+            issues.append(ConfigIssue(message, location=f"host {host}", hint="give it fewer slots in the hostfile"))
         if shared and not all(each.visible for each in ranks):
             issues.append(
                 ConfigIssue(
@@ -135,28 +146,28 @@ def judge(facts: Sequence[Facts], *, shared: bool) -> list[ConfigIssue]:
     return issues
 
 
-def warnings(facts: Sequence[Facts], *, shared: bool) -> list[str]:
-    """What is odd without being wrong. shared: all hosts should see one folder."""
-    told = [
+def find_warnings(infos: Sequence[HostInfo], *, shared: bool) -> list[str]:
+    """Returns warnings about clocks and folders. shared: whether all hosts must see one folder."""
+    message = [
         f"the clock of host {ranks[0].host} is {ranks[0].clock:+.1f} s off; times in logs do not compare"
-        for ranks in hosts(facts).values()
+        for ranks in group_by_host(infos).values()
         if abs(ranks[0].clock) > SKEW_SECONDS
     ]
-    if not shared and all(each.visible for each in facts):
-        told.append("all hosts see the run directory; with use_shared_fs: true one of them writes for all")
-    return told
+    if not shared and all(each.visible for each in infos):
+        message.append("all hosts see the run directory; with use_shared_fs: true one of them writes for all")
+    return message
 
 
-def table(facts: Sequence[Facts]) -> str:
-    """One line a host."""
+def table(infos: Sequence[HostInfo]) -> str:
+    """Formats one line per host."""
     rows = [("host", "ranks", "device", "code", "torch", "deepspeed", "clock [s]", "shared", "all-reduce")]
-    for host, ranks in hosts(facts).items():
+    for host, ranks in group_by_host(infos).items():
         one, packages = ranks[0], dict(ranks[0].packages)
         numbers = f"{ranks[0].rank}-{ranks[-1].rank}" if len(ranks) > 1 else str(ranks[0].rank)
-        device_told = f"{one.devices} x {one.device}" if one.devices else one.device
-        told = (numbers, device_told, one.code[:8], packages["torch"], packages["deepspeed"], f"{one.clock:+.2f}")
+        device_text = f"{one.devices} x {one.device}" if one.devices else one.device
+        message = (numbers, device_text, one.code[:8], packages["torch"], packages["deepspeed"], f"{one.clock:+.2f}")
         speed = f"{min(each.bandwidth for each in ranks) / 1e9:.2f} GB/s"
-        rows.append((host, *told, "yes" if one.visible else "no", speed))
+        rows.append((host, *message, "yes" if one.visible else "no", speed))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
@@ -164,7 +175,7 @@ def table(facts: Sequence[Facts]) -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """A digest of this package's source, the same wherever the same code is installed."""
+    """Returns a digest of this package's source, independent of its path."""
     digest = hashlib.sha256()
     for path in sorted(CODE.rglob("*.py")):
         digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes())
@@ -192,7 +203,7 @@ def _version(package: str) -> str:
 
 
 def _clock_ahead() -> float:
-    """How far this host's clock is ahead of rank 0's [s], as exact as a barrier is quick."""
+    """Returns the offset of this host's clock from rank 0's [s], to the precision of a barrier."""
     dist.barrier()
     own = torch.tensor([time.time()], dtype=torch.float64, device=device())
     first = own.clone()
@@ -201,14 +212,14 @@ def _clock_ahead() -> float:
 
 
 def _sees(folder: Path | None) -> bool:
-    """Whether this rank sees rank 0's folder, under the name that it has there."""
+    """Returns whether this rank sees rank 0's folder at the same path."""
     theirs = [None if folder is None else str(folder.absolute())]
     dist.broadcast_object_list(theirs, src=0)
     return theirs[0] is not None and sees_files_of_rank_0(Path(theirs[0]))
 
 
 def _bandwidth() -> float:
-    """Bytes a second that a ring all-reduce must move through each rank's link, 2 (n - 1) / n of its size."""
+    """Returns the bus bandwidth of an all-reduce [bytes/s]: 2 (n - 1) / n of its size per rank."""
     values = torch.ones(MEASURED_BYTES // 4, device=device())
     dist.all_reduce(values)
     dist.barrier()

@@ -1,6 +1,6 @@
-"""The watch over a run: when a rank dies, hangs or fails, the others say which one, where it stood and in what.
+"""Watchdog: names the rank that died or hung, with its stack and collective.
 
-A run of one rank is watched too, since reading data can hang. What is found goes to `failures/` in the run directory:
+A run of one rank is watched too, since reading data can hang. Reports are written to `failures/` in the run directory:
 `rank_N.txt` with the stacks of all threads, and `rank_N.json` with the last collectives (torchfrtrace reads it).
 """
 
@@ -22,21 +22,19 @@ from megatron.health.heartbeat import STALE, Heartbeat, HeartbeatRecord, likely_
 FAILURES = "failures"
 
 
-class Watch:
-    """The watch of one rank.
-
-    folder: the run directory, None to write nothing. limit [s]: the key collective_timeout.
-    """
+class Watchdog:
+    """The watchdog of one rank."""
 
     def __init__(self, topology: Topology, folder: Path | None, limit: float) -> None:
+        """Prepares the heartbeat. folder: the run directory; None to write nothing. limit: collective_timeout [s]."""
         self._world_size, self._rank = topology.world_size, topology.rank
         self._folder, self._limit = folder, limit
-        self._heart = Heartbeat(rank=topology.rank, stage=topology.pipe.rank, limit=limit, hanging=self._leave)
+        self._heartbeat = Heartbeat(rank=topology.rank, stage=topology.pipe.rank, limit=limit, on_hang=self._exit_hung)
 
     @contextmanager
-    def over(self) -> Iterator[None]:
-        """Watches the enclosed run. A failed collective becomes a RunError that names the rank which did not come."""
-        self._heart.start()
+    def guard(self) -> Iterator[None]:
+        """Watches the enclosed run. A failed collective becomes a RunError that names the missing rank."""
+        self._heartbeat.start()
         try:
             yield
         except (ConfigError, RunError):
@@ -45,36 +43,36 @@ class Watch:
             if self._world_size == 1 or not failed_in_a_collective(error):
                 self._write(f"failed: {error!r}")
                 raise
-            told = self._explain(error)
-            self._write("\n".join(str(issue) for issue in told.issues))
-            raise told from error
+            explained = self._explain(error)
+            self._write("\n".join(str(issue) for issue in explained.issues))
+            raise explained from error
         finally:
-            self._heart.stop()
+            self._heartbeat.stop()
 
-    def doing(self, what: str, iteration: int | None = None) -> AbstractContextManager[None]:
-        """Says what the enclosed work is."""
-        return self._heart.doing(what, iteration)
+    def activity(self, what: str, iteration: int | None = None) -> AbstractContextManager[None]:
+        """Sets the activity of the enclosed work."""
+        return self._heartbeat.activity(what, iteration)
 
     def _explain(self, error: Exception) -> RunError:
-        mine = self._heart.now()
-        with self._heart.doing("failing"):
-            time.sleep(STALE)  # a rank that is gone must have grown silent
-        pulses = self._heart.everyone(self._world_size)
-        found = likely_culprits(pulses, self._world_size, time.time()) if pulses else [_unreachable(mine)]
-        blamed = "; ".join(found) or "no rank stands out: the network between them may be cut"
+        mine = self._heartbeat.current()
+        with self._heartbeat.activity("failing"):
+            time.sleep(STALE)  # until the record of a dead rank is old
+        records = self._heartbeat.read_all(self._world_size)
+        found = likely_culprits(records, self._world_size, time.time()) if records else [_unreachable(mine)]
+        culprits = "; ".join(found) or "no rank stands out: the network between them may be cut"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return RunError.of(
-            f"a collective failed{mine.when} ({mine.doing}): {first_line}. Waited for: {blamed}",
+            f"a collective failed{mine.when} ({mine.activity}): {first_line}. Waited for: {culprits}",
             location=f"stage {mine.stage}",
             hint=f"see {FAILURES}/ and rank_N.log in the run directory; a wait may last collective_timeout "
             f"= {self._limit:g} s",
         )
 
-    def _leave(self, pulse: HeartbeatRecord) -> None:
-        """The main thread hangs, so this thread ends the process."""
-        told = f"{pulse}; nothing moved for that long, and collective_timeout is {self._limit:g} s"
-        self._write(told)
-        print(told, file=sys.stderr, flush=True)
+    def _exit_hung(self, record: HeartbeatRecord) -> None:
+        """Ends the process from the heartbeat thread, since the main thread hangs."""
+        explained = f"{record}; nothing moved for that long, and collective_timeout is {self._limit:g} s"
+        self._write(explained)
+        print(explained, file=sys.stderr, flush=True)
         os._exit(RunError.exit_code)
 
     def _write(self, text: str) -> None:
@@ -91,4 +89,4 @@ class Watch:
 
 def _unreachable(mine: HeartbeatRecord) -> str:
     first = os.environ.get("MASTER_ADDR", "rank 0's host")
-    return f"nothing is heard from {first}, where the ranks met: it is gone, or this host ({mine.host}) is cut off"
+    return f"no reply from {first}, the host of rank 0: it is down, or this host ({mine.host}) is disconnected"

@@ -20,7 +20,7 @@ from megatron.engine.builder import build_inference_engine, build_vocabulary, in
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError
 from megatron.health.heartbeat import ASKING
-from megatron.health.watchdog import Watch
+from megatron.health.watchdog import Watchdog
 from megatron.inference import batch_modes
 from megatron.inference.batch_generation import TextGenerator
 from megatron.inference.generation_request import Settings
@@ -107,16 +107,16 @@ def with_loaded_model(config: Config, work: Callable[[Engine, Tokenizer, Topolog
     config: one that `for_inference` made. Raises ConfigError or RunError when the checkpoint cannot be used.
     """
     topology = init_topology(config)
-    watch = Watch(topology, config.observe.folder, config.launch.collective_timeout)
+    watchdog = Watchdog(topology, config.observe.folder, config.launch.collective_timeout)
     try:
-        with watch.over():
+        with watchdog.guard():
             tokenizer = build_tokenizer(config.tokenizer)
             make_available(config.checkpoint, shared=config.data.use_shared_fs)
             tokenizer, rows = build_vocabulary(config, topology, tokenizer)
             check_ends(config.generation.eos_token_ids, tokenizer)
             facts = describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
             engine = build_inference_engine(config, topology, rows, facts)
-            with watch.doing(ASKING):
+            with watchdog.activity(ASKING):
                 work(engine, tokenizer, topology)
     finally:
         shutdown()

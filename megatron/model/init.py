@@ -100,21 +100,21 @@ def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> InitF
     return _orthogonal(1 / math.sqrt(2 * num_layers))
 
 
-def rescaling(growths: Mapping[str, WidthRatio], factor: float) -> Rescale:
+def rescaling(width_ratios: Mapping[str, WidthRatio], factor: float) -> Rescale:
     """Initial values under muP: the deviation that the tensor has in the base model, over sqrt(width) for a matrix.
 
-    growths: by key. factor: of all of them.
+    width_ratios: by key. factor: of all of them.
     """
 
     def rescale(key: str, init_fn: InitFn, transposed: bool) -> InitFn:
         if isinstance(init_fn, PaddedInit):
             return PaddedInit(rescale(key, init_fn.init_fn, transposed), init_fn.rows)
-        growth = growths[key]
-        ratios = [ratio or 1.0 for ratio in growth.ratios][:: -1 if transposed else 1]
+        width_ratio = width_ratios[key]
+        ratios = [ratio or 1.0 for ratio in width_ratio.ratios][:: -1 if transposed else 1]
 
         def rescaled(tensor: Tensor, generator: torch.Generator) -> None:
             init_fn(tensor, generator)
-            wanted = factor * growth.deviation
+            wanted = factor * width_ratio.std
             if isinstance(init_fn, FillByShape):
                 base = [size / ratio for size, ratio in zip(tensor.shape, ratios, strict=True)]
                 wanted *= init_fn.deviation(base) / init_fn.deviation(tensor.shape)

@@ -21,7 +21,7 @@ from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.kernels.dispatch import Kernels, choose_kernels
 from megatron.model.init import rescaling
 from megatron.model.moe.losses import RouterLossTracker
-from megatron.param_table import ModelDims, Multipliers, Widths, base_widths, growths
+from megatron.param_table import ModelDims, Multipliers, MupWidths, base_widths, width_ratios
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class ModelSpec:
         )
 
     @cached_property
-    def _base(self) -> Widths | None:
+    def _base(self) -> MupWidths | None:
         return base_widths(self.mup)
 
     @cached_property
     def _rescale(self) -> Rescale | None:
         if self._base is None or self.mup is None:
             return None
-        return rescaling(growths(self.dims, self._base), self.mup.mup_init_scale)
+        return rescaling(width_ratios(self.dims, self._base), self.mup.mup_init_scale)
 
     @cached_property
     def _device(self) -> torch.device:

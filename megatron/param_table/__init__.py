@@ -1,19 +1,19 @@
-"""The one table of a model's tensors: layer index, name, global shape and how tensor parallelism cuts it."""
+"""Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
-from megatron.param_table.adapters import DOWN, PROMPT, UP, is_added, trained
+from megatron.param_table.adapters import DOWN, PROMPT, UP, is_adapter_tensor, trainable_tensors
 from megatron.param_table.dims import MixerDims, MixtureDims, ModelDims
-from megatron.param_table.mixers import remembered
+from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
 from megatron.param_table.table import tensors
 from megatron.param_table.tensor import TensorShape, section_slices
 from megatron.param_table.widths import (
     Multipliers,
+    MupWidths,
     WidthRatio,
-    Widths,
     base_shapes,
     base_widths,
-    growths,
     learning_rates,
+    width_ratios,
 )
 
 __all__ = [
@@ -25,17 +25,17 @@ __all__ = [
     "MixtureDims",
     "ModelDims",
     "Multipliers",
+    "MupWidths",
     "TensorShape",
     "WidthRatio",
-    "Widths",
     "base_shapes",
     "base_widths",
-    "growths",
-    "is_added",
+    "is_adapter_tensor",
     "key_in_table",
     "learning_rates",
-    "remembered",
+    "recurrent_state_shapes",
     "section_slices",
     "tensors",
-    "trained",
+    "trainable_tensors",
+    "width_ratios",
 ]

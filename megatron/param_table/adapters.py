@@ -1,4 +1,4 @@
-"""The tensors that are trained beside a frozen model: low-rank updates of matrices, and a learned prompt."""
+"""Tensors of LoRA adapters and soft prompts."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from megatron.adapter_config import LowRank
 from megatron.param_table.tensor import TensorShape
 
 DOWN, UP = "lora_A", "lora_B"
-"""The two factors of an update, as modules beside the weight that they change."""
+"""The two matrices of a LoRA adapter, as modules beside the weight."""
 PROMPT = "soft_prompt.weight"
-"""The learned prompt, in layer 0."""
+"""The soft prompt, in layer 0."""
 ADDED = ("adapter", "prompt")
-"""Kinds of tensors that are added to a model; where there are any, they alone are trained."""
+"""Kinds of tensors that are added to a frozen model."""
 
 
-def with_lora(table: Sequence[TensorShape], asked: LowRank | None) -> list[TensorShape]:
-    """The tensors of a block, with the two factors behind each matrix that has an update.
+def with_lora(table: Sequence[TensorShape], adapter: LowRank | None) -> list[TensorShape]:
+    """Returns the tensors of a block, with A and B after each matrix that has a LoRA adapter.
 
-    Of a matrix whose outputs are cut over ranks B is cut alike, of one whose inputs are cut A.
+    B is sharded like a matrix with sharded outputs, A like one with sharded inputs.
     """
-    if asked is None:
+    if adapter is None:
         return list(table)
-    made: list[TensorShape] = []
+    tensors: list[TensorShape] = []
     for number, shape in enumerate(table):
-        made.append(shape)
+        tensors.append(shape)
         module = shape.name.rpartition(".")[0]
         further = table[number + 1].name if number + 1 < len(table) else ""
-        if module in asked.modules() and not further.startswith(f"{module}."):
+        if module in adapter.modules() and not further.startswith(f"{module}."):
             weight = next(one for one in table if one.name == f"{module}.weight")
-            made += _factors(weight, module, asked.rank)
-    return made
+            tensors += _factors(weight, module, adapter.rank)
+    return tensors
 
 
 def _factors(weight: TensorShape, module: str, rank: int) -> tuple[TensorShape, TensorShape]:
@@ -43,16 +43,16 @@ def _factors(weight: TensorShape, module: str, rank: int) -> tuple[TensorShape, 
 
 
 def prompt_tensor(length: int, hidden: int) -> TensorShape:
-    """The learned prompt of so many vectors."""
+    """Returns the tensor of a soft prompt of `length` vectors."""
     return TensorShape(0, PROMPT, (length, hidden), None, "prompt")
 
 
-def is_added(shape: TensorShape) -> bool:
-    """Whether a tensor belongs to what is trained beside a frozen model."""
+def is_adapter_tensor(shape: TensorShape) -> bool:
+    """Returns whether a tensor is of a LoRA adapter or a soft prompt."""
     return shape.kind in ADDED
 
 
-def trained(table: Iterable[TensorShape]) -> list[TensorShape]:
-    """The tensors that training changes: those that were added, or all of a model without such."""
+def trainable_tensors(table: Iterable[TensorShape]) -> list[TensorShape]:
+    """Returns the trainable tensors: those of adapters, or all of a model without adapters."""
     listed = list(table)
-    return [shape for shape in listed if is_added(shape)] or listed
+    return [shape for shape in listed if is_adapter_tensor(shape)] or listed

@@ -1,4 +1,4 @@
-"""The tensors of a block, by what mixes its tokens (`attention_config`) and by whether it has experts."""
+"""Tensors of a block, by its kind in `attention_config` and whether it has experts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron.registry import POSITIONS
 
 
 def block_tensors(dims: ModelDims, block: int) -> list[TensorShape]:
-    """The tensors of block number ``block`` (from 0), which is layer ``block + 2`` of the plan."""
+    """Returns the tensors of block ``block`` (from 0), which is layer ``block + 2``."""
     return with_lora(BLOCKS.get(dims.kind(block), attention_block)(dims, block), dims.low_rank)
 
 
 def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
-    """Attention and an MLP, of whatever kinds. Kinds of attention differ in what they see, not in their tensors."""
+    """Returns the tensors of attention and MLP. Attention kinds differ in their masks, not in their tensors."""
     layer = block + 2
     query, kv = dims.query_size, dims.kv_size
     sections = (query, kv, kv) if dims.grouped else ()
@@ -34,7 +34,7 @@ def attention_block(dims: ModelDims, block: int) -> list[TensorShape]:
 
 
 def mlp(dims: ModelDims, layer: int) -> list[TensorShape]:
-    """The one MLP of a block."""
+    """Returns the tensors of an MLP."""
     width = dims.mlp_width
     sections = (width, width) if dims.gated else ()
     table = column(layer, "mlp.linear1", sum(sections) or width, dims.hidden_size, dims.mlp_bias, sections)
@@ -42,10 +42,10 @@ def mlp(dims: ModelDims, layer: int) -> list[TensorShape]:
 
 
 def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
-    """A router and a stack of MLPs, expert after expert; every expert is cut along its width.
+    """Returns the tensors of a router and a stack of expert MLPs; every expert is sharded along its width.
 
-    w1 makes what the activation sees, w3 the plain half of a gated activation. Both are [out, in] for each expert;
-    w2 is [in, out], as in the public layout. Experts have no biases.
+    w1 feeds the activation, w3 is the plain half of a gated activation. Both are [out, in] for each expert; w2 is
+    [in, out], as in the public layout. Experts have no biases.
     """
     count, width, hidden = dims.mixture.experts, dims.mlp_width, dims.hidden_size
     table = [TensorShape(layer, "mlp.router.layer.weight", (count, hidden), None, "weight")]
@@ -57,4 +57,4 @@ def experts(dims: ModelDims, layer: int) -> list[TensorShape]:
 
 
 BLOCKS = {"mamba": mamba_block, "rwkv": rwkv_block, "gmlp": gmlp_block, "amlp": gmlp_block}
-"""The kinds that are whole blocks."""
+"""Kinds without attention -> their tensors."""

@@ -1,7 +1,7 @@
-"""The plain numbers and flags that decide which tensors a model has.
+"""Sizes and flags that decide the tensors of a model.
 
-``ModelDims`` is what the shape table, the planner and the checkpoint converters share. It holds no torch type and no
-configuration type: ``ModelDims.of`` reads any object that carries the configuration's model keys as attributes.
+``ModelDims`` is shared by the parameter table, the dry run and the checkpoint converters. It has no torch type and no
+configuration type: ``ModelDims.of`` reads any object with the configuration's model keys as attributes.
 """
 
 from __future__ import annotations
@@ -15,46 +15,53 @@ from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 @dataclass(frozen=True)
 class MixtureDims:
-    """Which blocks have experts in place of one MLP, and how many of them a token visits.
-
-    Block i has them where `interval` divides i. With one expert no block has.
-    """
+    """Sizes of the mixture of experts."""
 
     experts: int = 1
+    """Number of experts; 1 for plain MLPs."""
     interval: int = 1
+    """Block i has experts where this divides i."""
     top_k: int = 1
+    """Experts of each token."""
 
     @classmethod
     def of(cls, moe: Any) -> MixtureDims:
-        """Read from an object with the keys of the configuration's moe section."""
+        """Reads an object with the keys of the configuration's moe section."""
         return cls(moe.moe_num_experts, moe.moe_expert_interval, moe.moe_top_k)
 
 
 @dataclass(frozen=True)
 class MixerDims:
-    """Widths of the blocks that mix tokens by other means than attention; 0 in a model without such blocks.
-
-    mamba_*: channels, state of a channel, width of the convolution, rank of the step. rwkv_*: of the time mixing, of
-    its heads, and of the channel mixing. gmlp_*: positions that are mixed, width of each half, width of the small
-    attention.
-    """
+    """Widths of Mamba, RWKV and gMLP blocks; 0 in a model without such blocks."""
 
     mamba_inner: int = 0
+    """Channels of Mamba."""
     mamba_state: int = 16
+    """State of a channel."""
     mamba_convolution: int = 4
+    """Width of the convolution."""
     mamba_rank: int = 0
+    """Rank of the step projection."""
     mamba_conv_bias: bool = True
+    """Whether the convolution has a bias."""
     mamba_linear_bias: bool = False
+    """Whether the projections have biases."""
     rwkv_attention: int = 0
+    """Width of RWKV's time mixing."""
     rwkv_head: int = 0
+    """Width of one of its heads."""
     rwkv_ffn: int = 0
+    """Width of its channel mixing."""
     gmlp_positions: int = 0
+    """Positions that a gMLP mixes."""
     gmlp_width: int = 0
+    """Width of each half of a gMLP."""
     gmlp_attention: int = 0
+    """Width of aMLP's small attention."""
 
     @classmethod
     def of(cls, model: Any, mixers: Any) -> MixerDims:
-        """Read from objects with the keys of the configuration's model and mixers sections."""
+        """Reads objects with the keys of the configuration's model and mixers sections."""
         hidden = model.hidden_size
         attention = mixers.dim_att or hidden
         return cls(
@@ -72,7 +79,7 @@ class MixerDims:
 
 
 def rwkv_ffn_width(hidden: int, intermediate_size: int | None, expansion_factor: float | None) -> int:
-    """The width of the channel mixing as the public layout has it: 3.5 x hidden_size unless told, down to 32s."""
+    """Returns the width of the channel mixing: 3.5 x hidden_size by default, rounded down to a multiple of 32."""
     return (intermediate_size or int((expansion_factor or 3.5) * hidden)) // 32 * 32
 
 
@@ -81,29 +88,53 @@ class ModelDims:
     """Sizes and flags of one transformer. All sizes are global (before tensor parallelism)."""
 
     num_layers: int
+    """Transformer blocks."""
     hidden_size: int
+    """Width of the residual stream."""
     num_attention_heads: int
+    """Query heads."""
     num_kv_heads: int
+    """Key and value heads."""
     head_dim: int
-    mlp_width: int  # input width of linear2; linear1 has twice as many outputs where the activation is gated
-    gated: bool = False  # linear1 has two halves: the plain (up) one, then the activated (gate) one
+    """Width of a head."""
+    mlp_width: int
+    """Input width of linear2; a gated linear1 has twice as many outputs."""
+    gated: bool = False
+    """Whether linear1 has two halves: the plain (up) one, then the activated (gate) one."""
     norm: str = "layernorm"
+    """Kind of norm."""
     norm_bias: bool = True
+    """Whether norms have their optional bias."""
     attention_bias: bool = True
+    """Whether attention projections have biases."""
     mlp_bias: bool = True
+    """Whether MLP projections have biases."""
     pos_emb: str = "learned"
+    """Position scheme."""
     max_position_embeddings: int = 0
-    position_offset: int = 0  # rows of the learned positions before the first one
-    tied: bool = True  # the output layer shares the word embedding's weight
+    """Learned positions."""
+    position_offset: int = 0
+    """Rows of the learned positions before the first one."""
+    tied: bool = True
+    """Whether the output layer shares the word embedding's weight."""
     gpt_j_residual: bool = False
-    qk_norm: bool = False  # queries and keys of each head have a norm each
-    rpe_buckets: int = 0  # rows of the table of relative positions that all blocks share
-    gpt_j_tied: bool = False  # with gpt_j_residual: attention and MLP share one norm
-    kinds: tuple[str, ...] = ()  # what mixes tokens in each block, by its name in attention_config; (): all "global"
+    """Whether attention and MLP are parallel."""
+    qk_norm: bool = False
+    """Whether queries and keys of each head have a norm each."""
+    rpe_buckets: int = 0
+    """Rows of the table of relative positions that all blocks share."""
+    gpt_j_tied: bool = False
+    """With gpt_j_residual: whether attention and MLP share one norm."""
+    kinds: tuple[str, ...] = ()
+    """Kind of each block by its name in attention_config; () for "global" only."""
     mixture: MixtureDims = field(default_factory=MixtureDims)
+    """Mixture of experts."""
     mixers: MixerDims = field(default_factory=MixerDims)
-    low_rank: LowRank | None = None  # updates of matrices; everything else is frozen then
-    prompt: int = 0  # vectors of a learned prompt; everything else is frozen then
+    """Widths of blocks without attention."""
+    low_rank: LowRank | None = None
+    """LoRA adapters; everything else is frozen then."""
+    prompt: int = 0
+    """Vectors of a soft prompt; everything else is frozen then."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "mlp_width"):
@@ -114,15 +145,15 @@ class ModelDims:
 
     @property
     def position_rows(self) -> int:
-        """Rows of a table of learned positions."""
+        """Rows of the table of learned positions."""
         return self.max_position_embeddings + self.position_offset
 
     @classmethod
     def of(cls, model: Any, moe: Any = None, mixers: Any = None) -> ModelDims:
-        """Read the dimensions from objects with the configuration's keys as attributes.
+        """Reads objects with the configuration's keys as attributes.
 
-        model: its model section. moe: its moe section; left out, no block has experts. mixers: its mixers section,
-        which blocks without attention need.
+        model: the model section. moe: the moe section; None for no experts. mixers: the mixers section, required for
+        blocks without attention.
         """
         heads = model.num_attention_heads
         return cls(
@@ -153,24 +184,21 @@ class ModelDims:
         )
 
     def kind(self, block: int) -> str:
-        """What mixes tokens in a block, by its name in attention_config."""
+        """Returns the kind of a block by its name in attention_config."""
         return self.kinds[block] if self.kinds else "global"
 
     def has_experts(self, block: int) -> bool:
-        """Whether a block has a mixture of experts in place of one MLP."""
+        """Returns whether a block has experts in place of one MLP."""
         attends = self.kind(block) not in WITHOUT_ATTENTION
         return attends and self.mixture.experts > 1 and block % self.mixture.interval == 0
 
     @property
     def frozen(self) -> bool:
-        """Whether only what was added to the model is trained."""
+        """Whether only adapters are trained."""
         return self.low_rank is not None or self.prompt > 0
 
     def saves_input(self, target: str) -> bool:
-        """Whether what a matrix of the blocks reads is needed again for a gradient: its own, or that of its update.
-
-        target: a name of `lora`'s targets.
-        """
+        """Returns whether the input of a matrix is saved for a weight gradient. target: a name of `lora`'s targets."""
         return not self.frozen or (self.low_rank is not None and target in self.low_rank.targets)
 
     @property
@@ -185,7 +213,7 @@ class ModelDims:
 
     @property
     def grouped(self) -> bool:
-        """Whether several query heads share a key/value head; it decides the row order of the QKV weight."""
+        """Whether several query heads share a key/value head, which changes the row order of the QKV weight."""
         return self.num_kv_heads != self.num_attention_heads
 
     @property

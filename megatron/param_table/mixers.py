@@ -1,4 +1,4 @@
-"""The tensors of blocks that mix tokens by other means than attention, and what such a block remembers of a text.
+"""Tensors of Mamba, RWKV, gMLP and aMLP blocks, and shapes of their recurrent state.
 
 Names and shapes are those of the public layout (gMLP's small attention aside, which there reads another tensor).
 """
@@ -17,7 +17,7 @@ RWKV_DECAY_RANK = 64
 
 
 def mamba_block(dims: ModelDims, block: int) -> list[TensorShape]:
-    """A norm and a Mamba mixer; its channels are cut."""
+    """Returns the tensors of a norm and a Mamba mixer, whose channels are sharded."""
     layer, mixers, hidden = block + 2, dims.mixers, dims.hidden_size
     inner, state, rank, bias = mixers.mamba_inner, mixers.mamba_state, mixers.mamba_rank, mixers.mamba_linear_bias
     table = norm(dims, layer, "norm")
@@ -33,7 +33,7 @@ def mamba_block(dims: ModelDims, block: int) -> list[TensorShape]:
 
 
 def rwkv_block(dims: ModelDims, block: int) -> list[TensorShape]:
-    """Time mixing and channel mixing, a norm before each; heads and the inner width are cut."""
+    """Returns the tensors of time mixing and channel mixing, a norm before each; heads and inner width are sharded."""
     return (
         _rwkv_norm(dims, block, "ln1")
         + _time_mixing(dims, block)
@@ -43,7 +43,7 @@ def rwkv_block(dims: ModelDims, block: int) -> list[TensorShape]:
 
 
 def _rwkv_norm(dims: ModelDims, block: int, name: str) -> list[TensorShape]:
-    """Always a layernorm with a bias."""
+    """Returns the tensors of a layernorm with a bias."""
     shape = (dims.hidden_size,)
     return [TensorShape(block + 2, f"{name}.{kind}", shape, None, "norm") for kind in ("weight", "bias")]
 
@@ -79,13 +79,13 @@ def _channel(dims: ModelDims, block: int) -> list[TensorShape]:
 
 
 def gmlp_block(dims: ModelDims, block: int) -> list[TensorShape]:
-    """A norm, an MLP whose gate is mixed over positions, and for amlp a small attention beside it."""
-    layer, hidden, width, places = block + 2, dims.hidden_size, dims.mixers.gmlp_width, dims.mixers.gmlp_positions
+    """Returns the tensors of a norm, an MLP with a gate over positions, and for amlp a small attention."""
+    layer, hidden, width, positions = block + 2, dims.hidden_size, dims.mixers.gmlp_width, dims.mixers.gmlp_positions
     table = norm(dims, layer, "norm")
     table += column(layer, "input_linear", 2 * width, hidden, True, (width, width))
     table += norm(dims, layer, "sgu.norm", width)
-    table.append(TensorShape(layer, "sgu.proj.weight", (places, places), None, "spatial"))
-    table.append(TensorShape(layer, "sgu.proj.bias", (places,), None, "mixing"))
+    table.append(TensorShape(layer, "sgu.proj.weight", (positions, positions), None, "spatial"))
+    table.append(TensorShape(layer, "sgu.proj.bias", (positions,), None, "mixing"))
     if dims.kind(block) == "amlp":
         small = dims.mixers.gmlp_attention
         table.append(TensorShape(layer, "sgu.attn.proj_qkv.weight", (3 * small, hidden), None, "weight"))
@@ -94,8 +94,10 @@ def gmlp_block(dims: ModelDims, block: int) -> list[TensorShape]:
     return table + row(layer, "output_linear", hidden, width, True)
 
 
-def remembered(dims: ModelDims, block: int, *, model_size: int, max_length: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what a block without attention keeps of one text on a tensor-parallel rank; {} for attention."""
+def recurrent_state_shapes(
+    dims: ModelDims, block: int, *, model_size: int, max_length: int
+) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of a block's recurrent state for one sequence on a rank; {} for attention."""
     mixers, hidden = dims.mixers, dims.hidden_size
     kind = dims.kind(block)
     if kind == "mamba":
@@ -107,6 +109,6 @@ def remembered(dims: ModelDims, block: int, *, model_size: int, max_length: int)
         return {"time": (hidden,), "channel": (hidden,), "state": state}
     if kind in {"gmlp", "amlp"}:
         small = (max_length, mixers.gmlp_attention)
-        kept: dict[str, tuple[int, ...]] = {"gate": (max_length, mixers.gmlp_width // model_size)}
-        return kept | ({"keys": small, "values": small} if kind == "amlp" else {})
+        shapes: dict[str, tuple[int, ...]] = {"gate": (max_length, mixers.gmlp_width // model_size)}
+        return shapes | ({"keys": small, "values": small} if kind == "amlp" else {})
     return {}

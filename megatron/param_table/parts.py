@@ -1,4 +1,4 @@
-"""The tensors of the parts that blocks are made of."""
+"""Tensors of the components of blocks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ FIRST_BLOCK = 2
 """Layer index of block 0."""
 
 SHARED = "attention.rpe."
-"""Prefix of the tensors of positions that enter in scores: one set for all blocks, which is that of block 0."""
+"""Prefix of the tensors of positions that are added to scores: all blocks share those of block 0."""
 
 
 def key_in_table(layer: int, name: str) -> str:
-    """The key "<layer>.<name>" under which the table holds a parameter that a layer has under that name."""
+    """Returns the table's key "<layer>.<name>" of a parameter of a layer."""
     return f"{FIRST_BLOCK if name.startswith(SHARED) else layer}.{name}"
 
 
 def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
-    """A norm of the residual stream, or of another number of features."""
+    """Returns the tensors of a norm of the residual stream, or of another number of features."""
     size = size or dims.hidden_size
     entry = NORMS.entry(dims.norm)
     parts = {part: size for part in entry.tensors if dims.norm_bias or part not in entry.optional}
@@ -30,7 +30,14 @@ def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> lis
 
 
 def positions(dims: ModelDims, layer: int, prefix: str, specs: Iterable[TensorSpec]) -> list[TensorShape]:
-    """Tensors of a position scheme."""
+    """Returns the tensors of a position scheme.
+
+    Args:
+        dims: of the model.
+        layer: layer index.
+        prefix: of the names.
+        specs: tensors of the scheme.
+    """
     table = []
     for spec in specs:
         shape = tuple(size if isinstance(size, int) else int(getattr(dims, size)) for size in spec.shape)
@@ -39,7 +46,16 @@ def positions(dims: ModelDims, layer: int, prefix: str, specs: Iterable[TensorSp
 
 
 def column(layer: int, name: str, out: int, inp: int, bias: bool, sections: tuple[int, ...] = ()) -> list[TensorShape]:
-    """A linear layer whose outputs are cut."""
+    """Returns the tensors of a column-parallel linear layer.
+
+    Args:
+        layer: layer index.
+        name: of the layer.
+        out: output features.
+        inp: input features.
+        bias: whether it has a bias.
+        sections: outputs that are sharded separately.
+    """
     table = [TensorShape(layer, f"{name}.weight", (out, inp), 0, "weight", sections)]
     if bias:
         table.append(TensorShape(layer, f"{name}.bias", (out,), 0, "bias", sections))
@@ -47,7 +63,15 @@ def column(layer: int, name: str, out: int, inp: int, bias: bool, sections: tupl
 
 
 def row(layer: int, name: str, out: int, inp: int, bias: bool) -> list[TensorShape]:
-    """A linear layer whose inputs are cut; its bias is added after the sum."""
+    """Returns the tensors of a row-parallel linear layer, whose bias is added after the all-reduce.
+
+    Args:
+        layer: layer index.
+        name: of the layer.
+        out: output features.
+        inp: input features.
+        bias: whether it has a bias.
+    """
     table = [TensorShape(layer, f"{name}.weight", (out, inp), 1, "weight")]
     if bias:
         table.append(TensorShape(layer, f"{name}.bias", (out,), None, "bias"))

@@ -1,13 +1,13 @@
-"""Every tensor of a model, written down once.
+"""Table of every tensor of a model.
 
-The order and the names are the public GPT-NeoX checkpoint layout and must not move: layer 0 is the embedding, layers
-1 and L+2 hold no parameters, block i is layer i+2, the final norm is layer L+3 and the output layer L+4 (a tied output
-layer owns no tensor). Linear weights are [out, in].
+Order and names are those of the public GPT-NeoX checkpoint layout and must not change: layer 0 is the embedding, layers
+1 and L+2 have no parameters, block i is layer i+2, the final norm is layer L+3 and the output layer L+4 (a tied output
+layer has no tensor). Linear weights are [out, in].
 
-How tensor parallelism cuts a tensor: along ``shard_dim``. A tensor with ``sections`` is a stack of parts along that
-dimension, and each rank holds its slice of every part, in order. So a rank of a grouped-query model holds
+Tensor parallelism shards a tensor along ``shard_dim``. A tensor with ``sections`` is a stack of sections along that
+dimension, and each rank has its slice of every section, in order. So a rank of a grouped-query model has
 [its q rows | its k rows | its v rows], and a rank of a gated MLP [its up rows | its gate rows]. With as many key/value
-heads as query heads the QKV rows are interleaved head by head, [q, k, v] for each, and one plain slice is right.
+heads as query heads the QKV rows are interleaved head by head, [q, k, v] for each, and one slice suffices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.registry import POSITIONS
 
 
 def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
-    """Every tensor of the model in layer order; a tied head has none of its own. padded_vocab_size [tokens]."""
+    """Returns every tensor of the model in layer order; a tied head has none. padded_vocab_size: [tokens]."""
     table = [TensorShape(0, "word_embeddings.weight", (padded_vocab_size, dims.hidden_size), 0, "word_embedding")]
     table += positions(dims, 0, "position_embeddings.", POSITIONS.entry(dims.pos_emb).embedding)
     if dims.prompt:

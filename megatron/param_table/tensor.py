@@ -1,4 +1,4 @@
-"""One tensor of a model: where it lives, what it is called, how large it is and how tensor parallelism cuts it."""
+"""One tensor of a model: layer, name, shape and shard dimension."""
 
 from __future__ import annotations
 
@@ -23,28 +23,35 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class TensorShape:
-    """One tensor: where it lives, what it is called, how large it is and how it is cut."""
+    """One tensor."""
 
-    layer: int  # index in the layer plan, and in the checkpoint's file names
-    name: str  # inside its layer, such as "attention.dense.weight"
-    shape: tuple[int, ...]  # global shape
-    shard_dim: int | None  # dimension cut by tensor parallelism; None: every rank holds all of it
+    layer: int
+    """Layer index, as in the checkpoint's file names."""
+    name: str
+    """Name in its layer, such as "attention.dense.weight"."""
+    shape: tuple[int, ...]
+    """Global shape."""
+    shard_dim: int | None
+    """Dimension that tensor parallelism shards; None for a replicated tensor."""
     kind: Kind
-    sections: tuple[int, ...] = ()  # sizes along shard_dim that are cut one by one; (): one section
-    inputs: int = -1  # dimension that a product with the matrix sums over
+    """Kind of the tensor."""
+    sections: tuple[int, ...] = ()
+    """Sizes along shard_dim that are sharded separately; () for one section."""
+    inputs: int = -1
+    """Dimension that a product with the matrix sums over."""
 
     @property
     def key(self) -> str:
-        """Its name in the whole model: `<layer>.<name>`."""
+        """Its name in the model: `<layer>.<name>`."""
         return f"{self.layer}.{self.name}"
 
     @property
     def count(self) -> int:
-        """Number of elements of the global tensor."""
+        """Number of elements of the full tensor."""
         return prod(self.shape)
 
     def local_shape(self, size: int) -> tuple[int, ...]:
-        """The shape one rank of ``size`` tensor-parallel ranks holds. ValueError where the cut is uneven."""
+        """Returns the shape of a shard of ``size`` ranks. Raises ValueError when the shards are uneven."""
         if self.shard_dim is None:
             return self.shape
         sections = self.sections or (self.shape[self.shard_dim],)
@@ -53,14 +60,14 @@ class TensorShape:
         return (*self.shape[: self.shard_dim], rows, *self.shape[self.shard_dim + 1 :])
 
     def slices(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
-        """(start, stop) ranges along ``shard_dim`` of the global tensor that ``rank`` holds, in its order."""
+        """Returns the (start, stop) ranges of ``rank`` along ``shard_dim`` of the full tensor, in order."""
         if self.shard_dim is None:
-            raise ValueError(f"{self.name} is not cut by tensor parallelism")
+            raise ValueError(f"{self.name} is not sharded by tensor parallelism")
         return section_slices(self.sections or (self.shape[self.shard_dim],), rank, size)
 
 
 def section_slices(sections: tuple[int, ...], rank: int, size: int) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of rank ``rank``'s slice of each section, where the sections lie one after another."""
+    """Returns (start, stop) of ``rank``'s slice of each section, for sections in order."""
     ranges = []
     offset = 0
     for section in sections:

@@ -1,9 +1,9 @@
-"""Which dimensions of a model's tensors grow with its width, and what follows from it (muP, arXiv:2203.03466).
+"""Width ratios of a model's tensors, and the factors of muP (arXiv:2203.03466).
 
 Maximal update parametrisation compares a model with a base model that differs from it in widths alone. A dimension that
 grows with them is called infinite, any other (vocabulary, positions, experts) finite. A tensor with two infinite
 dimensions is a matrix of features by features, one with a single one is like a vector: a bias, a norm, an embedding, an
-output layer. Table 8 of the paper, which the authors' package `mup` follows as well, says what each of them gets.
+output layer. Table 8 of the paper, which the authors' package `mup` follows as well, has the factors of each.
 
 Ratios are of the model over its base, so a model that is its own base has 1 everywhere. Everything follows from global
 shapes, before tensor parallelism.
@@ -24,8 +24,8 @@ BaseShape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Widths:
-    """The numbers of a model that muP lets grow."""
+class MupWidths:
+    """Widths of a model that muP scales."""
 
     hidden_size: int
     num_attention_heads: int
@@ -34,56 +34,55 @@ class Widths:
     mlp_width: int
 
     @classmethod
-    def of(cls, dims: ModelDims) -> Widths:
-        """Those of a model."""
+    def of(cls, dims: ModelDims) -> MupWidths:
+        """Returns the widths of a model."""
         return cls(**{name: getattr(dims, name) for name in cls.__annotations__})
 
     def on(self, dims: ModelDims) -> ModelDims:
-        """The model that has these widths and is otherwise the same."""
+        """Returns the same model with these widths."""
         return replace(dims, **asdict(self))
 
-    def times(self, factor: int) -> Widths:
-        """All of them larger."""
-        return Widths(**{name: value * factor for name, value in asdict(self).items()})
+    def times(self, factor: int) -> MupWidths:
+        """Returns all widths times a factor."""
+        return MupWidths(**{name: value * factor for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True)
 class WidthRatio:
-    """A tensor of a model beside that of its base.
-
-    ratios: along each dimension, None where it is finite. inputs: the dimension that a matrix sums over.
-    """
+    """Sizes of a tensor over those of the base model."""
 
     ratios: tuple[float | None, ...]
+    """Ratio along each dimension; None where it is finite."""
     inputs: int = -1
+    """Dimension that a matrix sums over."""
 
     @property
     def infinite(self) -> tuple[float, ...]:
-        """The ratios along the dimensions that grow."""
+        """Ratios along the infinite dimensions."""
         return tuple(ratio for ratio in self.ratios if ratio is not None)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it maps features that grow to features that grow."""
+        """Whether it has two infinite dimensions."""
         return len(self.infinite) == 2
 
     @property
     def width(self) -> float:
-        """How much wider it is: by its inputs where it is a matrix, else by its one infinite dimension, else 1."""
+        """Ratio of the inputs of a matrix, else of the infinite dimension, else 1."""
         if self.is_matrix:
             return self.ratios[self.inputs] or 1.0
         return self.infinite[0] if self.infinite else 1.0
 
     @property
-    def deviation(self) -> float:
-        """Factor of the base's initial standard deviation."""
+    def std(self) -> float:
+        """Factor of the initial standard deviation."""
         return self.width**-0.5 if self.is_matrix else 1.0
 
-    def rate(self, *, entrywise: bool) -> float:
-        """Factor of the learning rate.
+    def lr_scale(self, *, entrywise: bool) -> float:
+        """Returns the factor of the learning rate.
 
-        entrywise: of an optimizer whose step has a size of its own in every entry (Adam, Lion); else of one whose step
-        is as large as the gradient (SGD).
+        entrywise: whether the size of the optimizer's step does not depend on that of the gradient (Adam, Lion); else
+        it is proportional to it (SGD).
         """
         if self.is_matrix:
             outputs = math.prod(self.infinite) / self.width
@@ -93,26 +92,27 @@ class WidthRatio:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Factors inside a model: 1 each without muP.
-
-    embedding: of what the embedding puts out. output: of what the output layer takes in. query: of queries. scores: of
-    what positions add to scores. relative: of learned relative positions, before that. router: of what a router takes
-    in.
-    """
+    """Factors of activations in a model; 1 without muP."""
 
     embedding: float = 1.0
+    """Of the embedding's output."""
     output: float = 1.0
+    """Of the output layer's input."""
     query: float = 1.0
+    """Of queries."""
     scores: float = 1.0
+    """Of positions that are added to scores."""
     relative: float = 1.0
+    """Of learned relative positions, before `scores`."""
     router: float = 1.0
+    """Of the router's input."""
 
     @classmethod
     def of(cls, mup: Any, dims: ModelDims) -> Multipliers:
-        """Of a configuration's mup section, or None.
+        """Returns the factors of a configuration's mup section, or None.
 
         Scores are q k / sqrt(d), so with queries times sqrt(d0 / d) they are sqrt(d0) q k / d, which at the base's head
-        dimension d0 is what every model has (section B.1 of the paper, and the package's advice). Learned relative
+        dimension d0 is that of every model (section B.1 of the paper, and the package's advice). Learned relative
         positions are multiplied by sqrt(d) where they are added, which has to be sqrt(d0).
         """
         base = base_widths(mup)
@@ -130,15 +130,15 @@ class Multipliers:
         )
 
 
-def base_widths(mup: Any) -> Widths | None:
-    """The widths of the base model that a mup section speaks of; None where muP is off."""
+def base_widths(mup: Any) -> MupWidths | None:
+    """Returns the widths of the base model of a mup section; None where muP is off."""
     if mup is None or not mup.use_mup:
         return None
-    return Widths(**mup.mup_base_widths)
+    return MupWidths(**mup.mup_base_widths)
 
 
-def base_shapes(dims: ModelDims, widths: Widths) -> dict[str, BaseShape]:
-    """Key -> shape in the base model, of every tensor of a model. widths: of the base."""
+def base_shapes(dims: ModelDims, widths: MupWidths) -> dict[str, BaseShape]:
+    """Returns key -> shape in the base model for every tensor. widths: of the base."""
     own, wider = (tensors(each.on(dims), padded_vocab_size=1) for each in (widths, widths.times(2)))
     return {
         narrow.key: tuple(None if a == b else a for a, b in zip(narrow.shape, wide.shape, strict=True))
@@ -146,8 +146,8 @@ def base_shapes(dims: ModelDims, widths: Widths) -> dict[str, BaseShape]:
     }
 
 
-def growths(dims: ModelDims, widths: Widths) -> dict[str, WidthRatio]:
-    """Key -> growth of every tensor of a model over its base. widths: of the base."""
+def width_ratios(dims: ModelDims, widths: MupWidths) -> dict[str, WidthRatio]:
+    """Returns key -> width ratio for every tensor. widths: of the base."""
     base = base_shapes(dims, widths)
     return {
         shape.key: WidthRatio(
@@ -162,8 +162,8 @@ def growths(dims: ModelDims, widths: Widths) -> dict[str, WidthRatio]:
 
 
 def learning_rates(mup: Any, dims: ModelDims, *, entrywise: bool) -> Mapping[str, float]:
-    """Key -> factor of the learning rate, for every tensor; {} without muP. entrywise: see Growth.rate."""
+    """Returns key -> factor of the learning rate for every tensor; {} without muP. entrywise: see lr_scale."""
     base = base_widths(mup)
     if base is None:
         return {}
-    return {key: growth.rate(entrywise=entrywise) for key, growth in growths(dims, base).items()}
+    return {key: width_ratio.lr_scale(entrywise=entrywise) for key, width_ratio in width_ratios(dims, base).items()}

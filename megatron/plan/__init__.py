@@ -1,5 +1,5 @@
-"""What a configuration will cost before anything runs: parameters, FLOPs and memory a rank."""
+"""Dry run: parameters, FLOPs and memory per rank of a configuration."""
 
-from megatron.plan.report import Plan, make_plan
+from megatron.plan.report import RunPlan, make_plan
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["RunPlan", "make_plan"]

@@ -1,4 +1,4 @@
-"""What to change when a rank needs more memory than it has: each change tried, and the memory it leads to."""
+"""Suggests configuration changes when a rank needs more memory than it has."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ Estimate = Callable[[Config], Memory]
 
 
 def advice(config: Config, estimate: Estimate, budget: int) -> list[str]:
-    """Changes that lower the memory of a rank, the most effective first, with the bytes each would need."""
+    """Returns changes that lower the memory of a rank, the most effective first, with their memory.
+
+    config: the configuration. estimate: returns the memory of a configuration. budget: memory of a rank [bytes].
+    """
     found = []
-    for told, changed in _changes(config):
+    for change, changed in _changes(config):
         needed = estimate(changed).total
-        found.append((needed, told))
+        found.append((needed, change))
     found.sort()
     return [
-        f"{told}: {gib(needed)} a rank{'' if needed <= budget else ', still too much alone'}"
-        for needed, told in found[:4]
+        f"{change}: {gib(needed)} a rank{'' if needed <= budget else ', still too much alone'}"
+        for needed, change in found[:4]
     ]
 
 
 def gib(size: int | float) -> str:
-    """Bytes in GiB, or MiB below one."""
+    """Formats bytes in GiB, or in MiB below one GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -39,12 +42,12 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         limit = 1 if axes.is_pipe_parallel else 2 if config.moe.moe_expert_parallel_size > 1 else 3
         for higher in range(stage + 1, limit + 1):
             block = {**(config.deepspeed.zero_optimization or {}), "stage": higher}
-            told = f"zero_optimization: {{stage: {higher}}}"
-            yield told, config.replace(zero_optimization=block, zero_stage=higher)
+            change = f"zero_optimization: {{stage: {higher}}}"
+            yield change, config.replace(zero_optimization=block, zero_stage=higher)
     micro = training.train_micro_batch_size_per_gpu
     if micro > 1:
-        told = f"train_micro_batch_size_per_gpu: {micro // 2} with twice the gradient accumulation"
-        yield told, config.replace(train_micro_batch_size_per_gpu=micro // 2)
+        change = f"train_micro_batch_size_per_gpu: {micro // 2} with twice the gradient accumulation"
+        yield change, config.replace(train_micro_batch_size_per_gpu=micro // 2)
     wider = max(1, axes.model_parallel_size) * 2
     heads = model.num_attention_heads or 0
     kv_heads = model.num_kv_heads or heads

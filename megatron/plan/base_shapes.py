@@ -1,8 +1,8 @@
-"""The file of base shapes that muP compares a model with: written from a configuration, and held against another.
+"""Writes the base shapes file of muP, and compares it with a configuration.
 
-It is JSON: `format`, the `widths` of the base model, and `tensors`, which names every tensor of the base model with the
-size of each dimension that grows with the widths and null for one that does not. Widths alone say everything that
-training needs; the tensors are for people, for other programs, and for telling a base of another architecture.
+It is JSON: `format`, the `widths` of the base model, and `tensors`, which maps every tensor of the base model to the
+sizes of its dimensions that grow with the widths, with null for the others. Training needs the widths only; the tensors
+are for readers, for other programs, and to detect a base of another architecture.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from megatron.config import Config
 from megatron.config.defaults.mup import FORMAT, read_base_shapes
 from megatron.errors import ConfigError
-from megatron.param_table import ModelDims, Widths, base_shapes
+from megatron.param_table import ModelDims, MupWidths, base_shapes
 
-SHOWN = 3  # tensors that an error names
+MAX_NAMED = 3  # tensors that an error names
 
 
 def write_base_shapes(config: Config) -> Path:
-    """Writes the configured model as a base into base_shapes_file. ConfigError where the file cannot be written."""
+    """Writes the configured model as a base into base_shapes_file. Raises ConfigError when it cannot be written."""
     dims = ModelDims.of(config.model, config.moe, config.mixers)
-    widths = Widths.of(dims)
-    assert config.mup.base_shapes_file is not None, "a rule asks for it"
+    widths = MupWidths.of(dims)
+    assert config.mup.base_shapes_file is not None, "a rule requires it"
     path = Path(config.mup.base_shapes_file)
     rows = [f"  {json.dumps(key)}: {json.dumps(shape)}" for key, shape in base_shapes(dims, widths).items()]
     text = (
@@ -43,9 +43,9 @@ def write_base_shapes(config: Config) -> Path:
 
 
 def check_base_shapes(config: Config) -> None:
-    """ConfigError where the file of base shapes is of a model that differs from the configured one in more than widths.
+    """Raises ConfigError when the base model differs from the configured one in more than widths.
 
-    Nothing is checked of a configuration that reads no such file.
+    Does nothing without a base shapes file.
     """
     mup = config.mup
     if mup.base_shapes_file is None or mup.mup_base_widths is None:
@@ -53,15 +53,15 @@ def check_base_shapes(config: Config) -> None:
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     stored = read_base_shapes(mup.base_shapes_file)["tensors"]
     try:
-        wanted = base_shapes(dims, Widths(**mup.mup_base_widths))
+        expected = base_shapes(dims, MupWidths(**mup.mup_base_widths))
     except ValueError as error:
         raise ConfigError.of(
             f"its widths make no model: {error}", key="base_shapes_file", value=mup.base_shapes_file
         ) from error
-    told = _differences(stored, {key: list(shape) for key, shape in wanted.items()})
-    if told:
+    message = _differences(stored, {key: list(shape) for key, shape in expected.items()})
+    if message:
         raise ConfigError.of(
-            f"it is the base of another architecture: {told}",
+            f"it is the base of another architecture: {message}",
             key="base_shapes_file",
             value=mup.base_shapes_file,
             hint="write it again from a configuration that differs from this one in widths alone (blocks and all "
@@ -69,14 +69,15 @@ def check_base_shapes(config: Config) -> None:
         )
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     errors = {
-        "it lacks": [key for key in wanted if key not in stored],
-        "it alone has": [key for key in stored if key not in wanted],
-        "it has another shape of": [key for key in wanted if key in stored and stored[key] != wanted[key]],
+        "it lacks": [key for key in expected if key not in stored],
+        "it alone has": [key for key in stored if key not in expected],
+        "it has another shape of": [key for key in expected if key in stored and stored[key] != expected[key]],
     }
     return ", ".join(
-        f"{what} {', '.join(keys[:SHOWN])}" + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+        f"{what} {', '.join(keys[:MAX_NAMED])}"
+        + (f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else "")
         for what, keys in errors.items()
         if keys
     )

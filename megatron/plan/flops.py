@@ -1,12 +1,12 @@
-"""Model FLOPs of one iteration: what training needs, whatever is recomputed.
+"""Model FLOPs of one iteration, without recomputation.
 
 A matrix product with a weight costs 2 FLOPs for each of its elements and each token forward, and twice that backward:
 for the gradient of the input and for that of the weight, which a frozen one does not need.
-Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs a token for each feature
-of the query heads, counted over the whole square as is customary, not over the causal half. Of a sliding window or a
-sparse layout the visible share of the causal half is taken, and of the experts those count that a token visits. Mamba
-and RWKV update and read a state, a gMLP multiplies with a matrix of positions, counted whole as well. Source:
-Narayanan et al. 2021, arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
+Attention adds the products of queries with keys and of probabilities with values: 4 s FLOPs per token and feature of
+the query heads, counted over the full square as is customary, not over the causal half. A sliding window or a sparse
+layout counts the visible fraction of the causal half, and of the experts those of the token. Mamba and RWKV update and
+read a state, a gMLP multiplies with a matrix of positions, also counted in full. Source: Narayanan et al. 2021,
+arXiv:2104.04473, appendix; embedding look-ups, norms and activations are left out there too.
 
 s sequence length.
 """
@@ -27,9 +27,14 @@ def flops_per_iteration(
     train_batch_size: int,
     shares: Sequence[float] | None = None,
 ) -> int:
-    """FLOPs of forward and backward over the global batch [FLOP].
+    """Returns the FLOPs of forward and backward over the global batch.
 
-    shares: of the earlier positions, what each block's attention sees [fraction]; all unless given.
+    Args:
+        dims: of the model.
+        table: every tensor of the model.
+        seq_length: [tokens].
+        train_batch_size: [samples].
+        shares: visible fraction of each block's attention; 1 by default.
     """
     updates = sum(tensor.count for tensor in table if tensor.kind == "adapter")
     matrices = sum(tensor.count for tensor in table if tensor.kind in {"weight", "head"})
@@ -47,9 +52,9 @@ def flops_per_iteration(
 
 
 def _mixing(dims: ModelDims, block: int, seq_length: int) -> int:
-    """FLOPs of a token forward, between the weight products of a block: attention, or what stands for it."""
+    """Returns the forward FLOPs of a token that are no weight products: of attention or a mixer."""
     kind, mixers = dims.kind(block), dims.mixers
-    if kind == "mamba":  # the state fades, takes in and is read; the convolution
+    if kind == "mamba":  # decay, update and read of the state; the convolution
         return mixers.mamba_inner * (6 * mixers.mamba_state + 2 * mixers.mamba_convolution)
     if kind == "rwkv":  # the same, for a state as wide as a head for each of its features
         return 6 * mixers.rwkv_attention * mixers.rwkv_head

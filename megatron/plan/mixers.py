@@ -1,8 +1,8 @@
-"""What the plain kernels of blocks without attention keep of a micro batch, besides their norms [bytes].
+"""Saved activations of blocks without attention, by the plain kernels, without their norms [bytes].
 
-The counts of features follow from the operations of megatron/model/mixers and megatron/kernels/{scan,wkv}.py, and were
-held against what autograd keeps (tests/plan/test_activations.py). Fused Mamba kernels keep much less: they repeat the
-scan in the backward pass.
+The counts of features follow from the operations of megatron/model/mixers and megatron/kernels/{scan,wkv}.py, and
+tests/plan/test_activations.py compares them with autograd. Fused Mamba kernels save much less: they repeat the scan in
+the backward pass.
 
 s sequence, b micro batch, h hidden, d channels, f features of a half, t tensor parallel degree.
 """
@@ -16,39 +16,50 @@ CHUNK = 16
 """Positions of a chunk of RWKV's linear attention."""
 
 
-def kept_by_mixer(
-    dims: ModelDims, kind: str, *, tokens: int, seq_length: int, micro_batch: int, cut: int, width: int, fused: bool
+def mixer_activations(
+    dims: ModelDims, kind: str, *, tokens: int, seq_length: int, micro_batch: int, tp: int, width: int, fused: bool
 ) -> int:
-    """Bytes of a block of this kind. cut: tensor parallel degree. width: of an activation [bytes]. fused: the scan."""
+    """Returns the saved bytes of a block and a micro batch.
+
+    Args:
+        dims: of the model.
+        kind: mamba, rwkv, gmlp or amlp.
+        tokens: of the micro batch.
+        seq_length: [tokens].
+        micro_batch: [samples].
+        tp: tensor parallel degree.
+        width: bytes of an activation.
+        fused: whether the scan is fused.
+    """
     if kind == "mamba":
-        return tokens * _mamba(dims, seq_length, cut, width, fused=fused)
+        return tokens * _mamba(dims, seq_length, tp, width, fused=fused)
     if kind == "rwkv":
-        return tokens * _rwkv(dims, cut, width)
-    return tokens * _gmlp(dims, cut, width) + _positions(dims, kind, seq_length, micro_batch, tokens, width)
+        return tokens * _rwkv(dims, tp, width)
+    return tokens * _gmlp(dims, tp, width) + _positions(dims, kind, seq_length, micro_batch, tokens, width)
 
 
-def _mamba(dims: ModelDims, seq_length: int, cut: int, width: int, *, fused: bool) -> int:
-    """Of a token: halves, convolution, step and gate, then two states for each round of the scan's doubling."""
-    channels = dims.mixers.mamba_inner // cut
+def _mamba(dims: ModelDims, seq_length: int, tp: int, width: int, *, fused: bool) -> int:
+    """Returns the bytes of a token: halves, convolution, step and gate, and two states per round of the scan."""
+    channels = dims.mixers.mamba_inner // tp
     rounds = (seq_length - 1).bit_length()
     states = 0 if fused else (2 * rounds + 1) * dims.mixers.mamba_state * FP32
     return channels * (6 * width + 22 + states)
 
 
-def _rwkv(dims: ModelDims, cut: int, width: int) -> int:
-    """Of a token: what is mixed before products that are cut, what comes after, and the fading inside a chunk."""
-    return 22 * dims.hidden_size * width + dims.mixers.rwkv_attention // cut * (14 * width + (2 * CHUNK + 13) * FP32)
+def _rwkv(dims: ModelDims, tp: int, width: int) -> int:
+    """Returns the bytes of a token: inputs of sharded products, their outputs, and the decay inside a chunk."""
+    return 22 * dims.hidden_size * width + dims.mixers.rwkv_attention // tp * (14 * width + (2 * CHUNK + 13) * FP32)
 
 
-def _gmlp(dims: ModelDims, cut: int, width: int) -> int:
-    """Of a token: both halves before and after the activation, the normed half, the mixed one and the product."""
-    return (6 * dims.mixers.gmlp_width // cut + dims.mixers.gmlp_width) * width
+def _gmlp(dims: ModelDims, tp: int, width: int) -> int:
+    """Returns the bytes of a token: both halves before and after the activation, the norm, the gate, the product."""
+    return (6 * dims.mixers.gmlp_width // tp + dims.mixers.gmlp_width) * width
 
 
 def _positions(dims: ModelDims, kind: str, seq_length: int, micro_batch: int, tokens: int, width: int) -> int:
-    """The masked matrix of positions with its mask, and the small attention."""
-    kept = seq_length**2 * (width + 1)
+    """Returns the bytes of the masked matrix of positions with its mask, and of the small attention."""
+    saved = seq_length**2 * (width + 1)
     if kind == "amlp":
-        kept += micro_batch * seq_length**2 * (FP32 + (width if width < FP32 else 0))
-        kept += 8 * tokens * dims.mixers.gmlp_attention * width
-    return kept
+        saved += micro_batch * seq_length**2 * (FP32 + (width if width < FP32 else 0))
+        saved += 8 * tokens * dims.mixers.gmlp_attention * width
+    return saved

@@ -1,4 +1,4 @@
-"""Exact numbers of parameters, from the one table of every tensor."""
+"""Exact parameter counts, from the table of tensors."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from megatron.param_table import ModelDims, TensorShape, tensors
 from megatron.registry import WITHOUT_ATTENTION
 
 SAME_TENSORS = {"global", "flash", *SPARSE_KINDS}
-"""Kinds of attention that differ in which positions they see, not in their weights."""
+"""Attention kinds with the same tensors and different masks."""
 
 
-def why_unknown(config: Config) -> str | None:
-    """Why the table does not describe this model, or None where it does."""
+def unsupported_reason(config: Config) -> str | None:
+    """Returns the reason why the table does not support this model, or None."""
     model = config.model
     kinds = sorted({str(kind) for kind in model.attention_config or ()} - SAME_TENSORS - WITHOUT_ATTENTION)
     return f"parameters are not counted yet for blocks of kind {', '.join(kinds)}" if kinds else None
 
 
 def model_tensors(config: Config, padded_vocab_size: int) -> list[TensorShape]:
-    """Every tensor of the configured model."""
+    """Returns every tensor of the configured model."""
     return tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size)
 
 
 def total(table: Sequence[TensorShape]) -> int:
-    """Parameters of the whole model."""
+    """Returns the number of parameters."""
     return sum(tensor.count for tensor in table)
 
 
 def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_size: int, *, tied: bool) -> list[int]:
-    """Parameters that one tensor parallel rank of each stage holds, all experts of a block among them.
+    """Returns the parameters of one tensor parallel rank of each stage, with all experts of a block.
 
-    bounds: first layers of the stages, and the end.
-
-    tied: the output layer shares the word embedding, so a last stage without layer 0 holds a copy of it.
+    Args:
+        table: tensors.
+        bounds: first layers of the stages, and the end.
+        model_parallel_size: tensor parallel degree.
+        tied: whether the output layer shares the word embedding, so that the last stage has a copy of it.
     """
     layers = [0] * bounds[-1]
     for tensor in table:
@@ -50,6 +52,6 @@ def on_rank(table: Sequence[TensorShape], bounds: Sequence[int], model_parallel_
 
 
 def split_experts(table: Sequence[TensorShape]) -> tuple[list[TensorShape], list[TensorShape]]:
-    """The tensors that every data parallel rank holds, and those of experts, which may be spread over such ranks."""
+    """Splits the tensors into those of every data parallel rank, and those of experts."""
     experts = [tensor for tensor in table if tensor.kind == "expert"]
     return [tensor for tensor in table if tensor.kind != "expert"], experts

@@ -1,4 +1,4 @@
-"""The plan of a run: world layout, batch equation, parameters, FLOPs and memory a rank, as text and as JSON."""
+"""The plan of a run: parallel layout, batch equation, parameters, FLOPs and memory per rank, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron.block_sparsity import visible_share
 from megatron.config import Config, Resolution
 from megatron.config.defaults.attention import layer_classes
 from megatron.config.defaults.zero import REDUCTION_BUCKET
-from megatron.param_table import ModelDims, TensorShape, trained
+from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.plan.advice import advice
-from megatron.plan.estimates import Figures
+from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
-from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, why_unknown
+from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
 from megatron.plan.stages import stage_bounds
 from megatron.plan.text_report import plan_text
 from megatron.plan.vocabulary import find_vocabulary
@@ -22,13 +22,13 @@ from megatron.registry import EIGHT_BIT, OPTIMIZERS
 WIDTHS = {"fp32": 4, "bfloat16": 2, "fp16": 2, "bf16": 2}
 
 
-class Plan(Figures):
-    """The figures, with the two ways to show them."""
+class RunPlan(PlanFigures):
+    """The figures, with their output as text and as JSON."""
 
     def json(self) -> dict[str, Any]:
-        """The `plan` object of `--dry-run --json`."""
+        """Returns the `plan` object of `--dry-run --json`."""
         axes, training = self.config.parallelism, self.config.training
-        told: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "world_size": axes.world_size,
             "pipe_parallel_size": axes.pipe_parallel_size,
             "model_parallel_size": axes.model_parallel_size,
@@ -42,27 +42,29 @@ class Plan(Figures):
             "memory_per_rank_bytes": self.memory.json() if self.memory else None,
         }
         if self.unknown:
-            told["unknown"] = self.unknown
+            figures["unknown"] = self.unknown
         if self.budget is not None:
-            told["memory_available_bytes"] = self.budget
-            told["advice"] = list(self.advice)
-        return told
+            figures["memory_available_bytes"] = self.budget
+            figures["advice"] = list(self.advice)
+        return figures
 
     def text(self) -> str:
-        """The plan for people."""
+        """Formats the plan as text."""
         return plan_text(self)
 
 
-def make_plan(resolution: Resolution) -> Plan:
-    """The plan of a resolved configuration."""
+def make_plan(resolution: Resolution) -> RunPlan:
+    """Computes the plan of a resolved configuration."""
     config = resolution.config
     vocabulary = find_vocabulary(config.tokenizer, config.parallelism.model_parallel_size)
-    unknown = why_unknown(config) or (None if vocabulary.padded else vocabulary.told)
+    unknown = unsupported_reason(config) or (None if vocabulary.padded else vocabulary.source)
     gpu_memory = config.launch.gpu_memory
     budget = None if gpu_memory is None else int(gpu_memory * 2**30)
     warned, unbuilt = tuple(resolution.warnings), tuple(resolution.not_supported_yet)
     if unknown or vocabulary.padded is None:
-        return Plan(config, vocabulary.told, unknown=unknown, budget=budget, warnings=warned, not_supported_yet=unbuilt)
+        return RunPlan(
+            config, vocabulary.source, unknown=unknown, budget=budget, warnings=warned, not_supported_yet=unbuilt
+        )
     padded = vocabulary.padded
     table = model_tensors(config, padded)
     dims = ModelDims.of(config.model, config.moe, config.mixers)
@@ -81,11 +83,11 @@ def make_plan(resolution: Resolution) -> Plan:
     suggestions: list[str] = []
     if budget is not None and memory.total > budget:
         suggestions = advice(config, lambda changed: memory_of(changed, table, padded, bounds), budget)
-    return Plan(
+    return RunPlan(
         config,
-        f"{padded:,} rows from {vocabulary.told}",
+        f"{padded:,} rows from {vocabulary.source}",
         parameters=total(table),
-        trainable=total(trained(table)) if dims.frozen else None,
+        trainable=total(trainable_tensors(table)) if dims.frozen else None,
         flops_per_iteration=flops,
         memory=memory,
         budget=budget,
@@ -97,7 +99,7 @@ def make_plan(resolution: Resolution) -> Plan:
 
 
 def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
-    """First layer of each pipeline stage, and the number of layers at the end."""
+    """Returns the first layer of each pipeline stage, and the number of layers."""
     assert config.model.num_layers
     classes = layer_classes(config.model.num_layers, tuple(map(str, config.model.attention_config or ())))
     stages = max(1, config.parallelism.pipe_parallel_size)
@@ -108,7 +110,14 @@ def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
 
 
 def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, bounds: list[int]) -> Memory:
-    """Memory of the rank that needs most. bounds: first layers of the pipeline stages, and the end."""
+    """Returns the memory of the rank that needs most.
+
+    Args:
+        config: the configuration.
+        table: every tensor of the model.
+        padded_vocab_size: [tokens].
+        bounds: first layers of the pipeline stages, and the number of layers.
+    """
     axes, training, model = config.parallelism, config.training, config.model
     assert model.num_layers
     dims = ModelDims.of(model, config.moe, config.mixers)
@@ -119,7 +128,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     held = zip(
         on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
-        on_rank(trained(table), bounds, axes.model_parallel_size, tied=False),
+        on_rank(trainable_tensors(table), bounds, axes.model_parallel_size, tied=False),
         strict=True,
     )
     for stage, counts in enumerate(held):
@@ -137,19 +146,19 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
 
 
 def visible_shares(config: Config) -> tuple[float, ...]:
-    """What the attention of each block sees, of the positions before it [fraction]."""
+    """Returns the visible fraction of each block's attention."""
     model = config.model
     assert model.attention_config
     assert model.seq_length
     kinds = {
         str(kind): visible_share(str(kind), model.sparsity_config, 0, model.sliding_window_width, model.seq_length)
         for kind in set(model.attention_config)
-    }  # random blocks differ from block to block, hardly in their number
+    }  # random blocks differ between transformer blocks, hardly in their number
     return tuple(kinds[str(kind)] for kind in model.attention_config)
 
 
 def state_layout(config: Config) -> StateLayout:
-    """What the configuration says about parameters, gradients and the optimizer; DeepSpeed's defaults elsewhere."""
+    """Returns the settings of parameters, gradients and optimizer, with DeepSpeed's defaults."""
     zero = config.deepspeed.zero_optimization or {}
     stage = zero.get("stage", 0)
     width = WIDTHS[config.precision.precision or "fp32"]
@@ -171,27 +180,27 @@ def state_layout(config: Config) -> StateLayout:
 
 
 def activation_layout(config: Config) -> ActivationLayout:
-    """What the configuration says about activations."""
-    axes, model, again = config.parallelism, config.model, config.recompute
+    """Returns the settings of activations."""
+    axes, model, recompute = config.parallelism, config.model, config.recompute
     assert model.seq_length
     assert config.training.train_micro_batch_size_per_gpu
-    selective = again.recompute_granularity == "selective"
-    whole = (again.checkpoint_activations or again.recompute_granularity == "full") and not selective
+    selective = recompute.recompute_granularity == "selective"
+    recompute_blocks = (recompute.checkpoint_activations or recompute.recompute_granularity == "full") and not selective
     on_cpu = config.launch.distributed_backend == "gloo"
-    partitioned = again.partition_activations and not axes.sequence_parallel  # which cuts what is kept already
-    kept_share = 1 / axes.model_parallel_size if partitioned else 1.0
+    partitioned = recompute.partition_activations and not axes.sequence_parallel  # which cuts what is kept already
+    saved_fraction = 1 / axes.model_parallel_size if partitioned else 1.0
     return ActivationLayout(
         seq_length=model.seq_length,
         micro_batch=config.training.train_micro_batch_size_per_gpu,
         model_parallel_size=axes.model_parallel_size,
         width=WIDTHS[config.precision.precision or "fp32"],
-        recompute=again.checkpoint_num_layers if whole else 0,
+        recompute=recompute.checkpoint_num_layers if recompute_blocks else 0,
         hidden_dropout=model.hidden_dropout > 0,
         attention_dropout=model.attention_dropout > 0,
         cpu=on_cpu,
-        first_only=whole and again.recompute_method == "block",
+        first_only=recompute_blocks and recompute.recompute_method == "block",
         selective=selective,
-        kept_share=0.0 if again.checkpoint_in_cpu and not on_cpu else kept_share,
+        saved_fraction=0.0 if recompute.checkpoint_in_cpu and not on_cpu else saved_fraction,
         context_parallel_size=axes.context_parallel_size,
         sequence_parallel=axes.sequence_parallel,
         shares=visible_shares(config),

@@ -1,8 +1,7 @@
-"""Which layers each pipeline stage holds, as DeepSpeed deals them out.
+"""Layers of each pipeline stage, by DeepSpeed's partition methods.
 
-The layers are those of the model's layer plan: the embedding, an empty one, the blocks, an empty one, the final norm
-and the output layer. Source: deepspeed.runtime.utils (partition_uniform, partition_balanced) and
-deepspeed.runtime.pipe.module (the partition methods), release 0.19.
+The layers are: the embedding, an empty one, the blocks, an empty one, the final norm and the output layer. Source:
+deepspeed.runtime.utils (partition_uniform, partition_balanced) and deepspeed.runtime.pipe.module, release 0.19.
 """
 
 from __future__ import annotations
@@ -16,11 +15,15 @@ from itertools import accumulate
 def stage_bounds(
     method: str | tuple[int, ...], classes: Sequence[str], parameters: Sequence[int], stages: int
 ) -> list[int]:
-    """The first layer of each stage, and the number of layers at the end: stage i holds bounds[i] .. bounds[i + 1].
+    """Returns the first layer of each stage, and the number of layers: stage i has bounds[i] .. bounds[i + 1] - 1.
 
-    method: pipe_partition_method; a tuple holds the blocks of each stage, of which the first has the embedding too and
-    the last the final norm and the output layer. parameters: their number in each layer. ValueError for an unknown
-    method.
+    Raises ValueError for an unknown method.
+
+    Args:
+        method: pipe_partition_method; a tuple holds the number of blocks of each stage.
+        classes: class name of each layer.
+        parameters: number of parameters of each layer.
+        stages: number of stages.
     """
     if isinstance(method, tuple):
         return [0, *(2 + blocks for blocks in accumulate(method[:-1])), len(classes)]
@@ -36,7 +39,7 @@ def stage_bounds(
 
 
 def uniform(count: int, parts: int) -> list[int]:
-    """Equal numbers of layers; the first stages take what is left over."""
+    """Returns bounds with equal numbers of layers; the first stages take the remainder."""
     if count <= parts:
         return [min(part, count) for part in range(parts + 1)]
     share, left = divmod(count, parts)
@@ -44,10 +47,10 @@ def uniform(count: int, parts: int) -> list[int]:
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[int]:
-    """The cut with the least difference between the heaviest and the lightest stage; late cuts win ties.
+    """Returns the bounds with the least difference between the heaviest and the lightest stage; late bounds win ties.
 
-    Dynamic programming over (stages, layers). DeepSpeed tries every last cut, which takes seconds for deep models; here
-    only those are tried that could still win (see `_last_cut`).
+    Dynamic programming over (stages, layers). DeepSpeed tries every last bound, which takes seconds for deep models;
+    here only those are tried that could still win (see `_last_bound`).
     """
     count = len(weights)
     if count <= parts:
@@ -55,27 +58,27 @@ def balanced(weights: Sequence[int], parts: int) -> list[int]:
     sums = [0, *accumulate(weights)]
     heaviest: list[float] = [float(total) for total in sums]
     lightest = list(heaviest)
-    cuts: list[list[int]] = [[0] * (count + 1)]
+    starts: list[list[int]] = [[0] * (count + 1)]
     for part in range(2, parts + 1):
-        next_heaviest, next_lightest, cut = [0.0] * (count + 1), [0.0] * (count + 1), [0] * (count + 1)
+        next_heaviest, next_lightest, stage_starts = [0.0] * (count + 1), [0.0] * (count + 1), [0] * (count + 1)
         for end in range(part, count + 1):
-            start = _last_cut(sums, heaviest, lightest, part, end)
+            start = _last_bound(sums, heaviest, lightest, part, end)
             weight = sums[end] - sums[start]
             next_heaviest[end], next_lightest[end] = max(heaviest[start], weight), min(lightest[start], weight)
-            cut[end] = start
+            stage_starts[end] = start
         heaviest, lightest = next_heaviest, next_lightest
-        cuts.append(cut)
+        starts.append(stage_starts)
     bounds = [count]
-    for cut in reversed(cuts):
-        bounds.append(cut[bounds[-1]])
+    for stage_starts in reversed(starts):
+        bounds.append(stage_starts[bounds[-1]])
     return bounds[::-1]
 
 
-def _last_cut(sums: Sequence[int], heaviest: Sequence[float], lightest: Sequence[float], part: int, end: int) -> int:
-    """Where the last of `part` stages that end at `end` begins.
+def _last_bound(sums: Sequence[int], heaviest: Sequence[float], lightest: Sequence[float], part: int, end: int) -> int:
+    """Returns the first layer of the last of `part` stages that end at `end`.
 
-    The mean of the stages before it lies between their heaviest and their lightest, so the difference is at least that
-    between the last stage and this mean. That bound grows on both sides of the start where the two are equal, and the
+    The mean of the stages before it is between their heaviest and their lightest, so the difference is at least that
+    between the last stage and this mean. This bound grows on both sides of the start where the two are equal, and the
     search ends where it exceeds the best difference found.
     """
     before = part - 1

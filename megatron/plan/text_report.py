@@ -1,4 +1,4 @@
-"""The plan as a page of text."""
+"""Formats the plan as text."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config import Config
 from megatron.param_table import base_widths
 from megatron.plan.advice import gib
-from megatron.plan.estimates import Figures
+from megatron.plan.estimates import PlanFigures
 from megatron.registry import WITHOUT_ATTENTION
 
 WIDTH = 12
 
 
-def plan_text(plan: Figures) -> str:
-    """A page: what is trained, on what, how much of everything, then warnings and what is not built yet."""
-    lines = ["Plan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
+def plan_text(plan: PlanFigures) -> str:
+    """Formats model, layout, batch, FLOPs and memory, then warnings and unsupported values."""
+    lines = ["RunPlan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
     lines += _listed("Warnings", plan.warnings)
     lines += _listed("Not built yet, so launching this would be refused", plan.not_supported_yet)
     return "\n".join(lines) + "\n"
 
 
-def _line(name: str, told: str) -> str:
-    return f"  {name:<{WIDTH}} {told}"
+def _line(name: str, text: str) -> str:
+    return f"  {name:<{WIDTH}} {text}"
 
 
-def _model(plan: Figures) -> list[str]:
+def _model(plan: PlanFigures) -> list[str]:
     model = plan.config.model
     kinds = sorted({str(kind) for kind in model.attention_config or ()})
     heads = f"{model.num_attention_heads} heads"
@@ -42,7 +42,7 @@ def _model(plan: Figures) -> list[str]:
 
 
 def _base(config: Config) -> list[str]:
-    """The model that muP compares this one with."""
+    """Formats the base model of muP."""
     base = base_widths(config.mup) if config.mup.mup_base_widths else None
     if base is None or config.model.hidden_size is None:
         return []
@@ -50,19 +50,19 @@ def _base(config: Config) -> list[str]:
     return [_line("muP", f"{ratio:g} x as wide as the base of {base.hidden_size} in {config.mup.base_shapes_file}")]
 
 
-def _trained(plan: Figures) -> list[str]:
-    """What is trained, where the rest is frozen."""
+def _trained(plan: PlanFigures) -> list[str]:
+    """Formats the trainable parameters of a frozen model."""
     model = plan.config.model
     updates, prompt = low_rank(model.lora), soft_prompt(model.soft_prompt_tuning)
     if updates is not None:
-        told = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
+        text = f"updates of rank {updates.rank} to {', '.join(updates.targets)}, scale {updates.scale:g}"
     elif prompt is not None:
-        told = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"
+        text = f"a prompt of {prompt.num_tokens} vectors, which leaves {model.text_length} tokens to a text"
     else:
         return []
     if plan.trainable is not None and plan.parameters:
-        told = f"{plan.trainable:,} of them ({plan.trainable / plan.parameters:.2%}): {told}"
-    return [_line("trained", told)]
+        text = f"{plan.trainable:,} of them ({plan.trainable / plan.parameters:.2%}): {text}"
+    return [_line("trained", text)]
 
 
 def _experts(config: Config) -> str:
@@ -76,48 +76,50 @@ def _experts(config: Config) -> str:
 def _world(config: Config) -> list[str]:
     axes = config.parallelism
     stages = "no pipeline" if axes.pipe_parallel_size == 0 else f"pipeline {axes.pipe_parallel_size}"
-    told = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
+    text = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
     if axes.context_parallel_size > 1:
-        told += f" x context {axes.context_parallel_size}"
+        text += f" x context {axes.context_parallel_size}"
     if config.moe.moe_expert_parallel_size > 1:
-        told += f", experts over {config.moe.moe_expert_parallel_size}"
-    return [_line("world", f"{told}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
+        text += f", experts over {config.moe.moe_expert_parallel_size}"
+    return [_line("world", f"{text}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
 
 
 def _batch(config: Config) -> list[str]:
     training, axes, model = config.training, config.parallelism, config.model
     assert training.train_batch_size
     assert model.seq_length
-    told = (
+    text = (
         f"{training.train_batch_size} samples = micro batch {training.train_micro_batch_size_per_gpu} "
         f"x accumulation {training.gradient_accumulation_steps} x data {axes.data_parallel_size}"
     )
     tokens = training.train_batch_size * model.seq_length
-    lines = [_line("batch", told), _line("", f"{tokens:,} tokens a step at sequence length {model.seq_length}")]
+    lines = [_line("batch", text), _line("", f"{tokens:,} tokens a step at sequence length {model.seq_length}")]
     if training.train_iters is not None:
         lines.append(_line("length", f"{training.train_iters:,} steps, {short(tokens * training.train_iters)} tokens"))
-    rate = config.optimizer.lr
-    if rate is not None:
+    lr = config.optimizer.lr
+    if lr is not None:
         schedule = config.schedule
         horizon = f" over {schedule.lr_decay_iters:,} steps" if schedule.lr_decay_iters else ""
-        told = f"{config.optimizer.optimizer_type}, {rate:g} {schedule.lr_decay_style} to {schedule.min_lr:g}{horizon}"
-        whole = schedule.lr_decay_iters or schedule.lr_decay_samples
+        text = f"{config.optimizer.optimizer_type}, {lr:g} {schedule.lr_decay_style} to {schedule.min_lr:g}{horizon}"
+        horizon_length = schedule.lr_decay_iters or schedule.lr_decay_samples
         counted = "steps" if schedule.lr_decay_iters else "samples"
         rise = (
-            f"{schedule.warmup_length(whole):,} {counted} of warmup" if whole else f"warmup {schedule.warmup:g} of it"
+            f"{schedule.warmup_length(horizon_length):,} {counted} of warmup"
+            if horizon_length
+            else f"warmup {schedule.warmup:g} of it"
         )
-        lines.append(_line("optimizer", f"{told}, {rise}"))
+        lines.append(_line("optimizer", f"{text}, {rise}"))
     return lines
 
 
-def _work(plan: Figures) -> list[str]:
+def _work(plan: PlanFigures) -> list[str]:
     if plan.flops_per_iteration is None:
         return []
-    told = f"{plan.flops_per_iteration:.3g} FLOP an iteration, forward and backward, without recomputation"
-    return [_line("work", told)]
+    text = f"{plan.flops_per_iteration:.3g} FLOP an iteration, forward and backward, without recomputation"
+    return [_line("work", text)]
 
 
-def _memory(plan: Figures) -> list[str]:
+def _memory(plan: PlanFigures) -> list[str]:
     memory = plan.memory
     if memory is None:
         return []
@@ -127,8 +129,8 @@ def _memory(plan: Figures) -> list[str]:
         "optimizer": memory.optimizer,
         "activations": memory.activations,
     }
-    told = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    lines = [_line("memory", f"{gib(memory.total)} on the fullest rank"), _line("", told)]
+    text = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    lines = [_line("memory", f"{gib(memory.total)} on the fullest rank"), _line("", text)]
     if plan.budget is None:
         return lines
     if memory.total <= plan.budget:

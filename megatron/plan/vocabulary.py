@@ -14,23 +14,25 @@ from megatron.registry import TOKENIZERS, load_target
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """padded: rows of the embedding [tokens], None where it cannot be known. told: where it comes from, or why not."""
+    """Padded size of a vocabulary."""
 
     padded: int | None
-    told: str
+    """Rows of the embedding [tokens]; None if not known."""
+    source: str
+    """Source of the size, or the reason why it is not known."""
 
 
 def find_vocabulary(section: TokenizerSection, model_parallel_size: int) -> Vocabulary:
-    """The size that the run will have, padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
+    """Finds the vocabulary size, padded to a multiple of make_vocab_size_divisible_by x model_parallel_size."""
     if section.padded_vocab_size is not None:
         return Vocabulary(section.padded_vocab_size, "padded_vocab_size")
-    size, told = _from_tokenizer(section)
+    size, source = _from_tokenizer(section)
     if size is None and section.vocab_size is not None:
-        size, told = section.vocab_size, "vocab_size"
+        size, source = section.vocab_size, "vocab_size"
     if size is None:
-        return Vocabulary(None, told)
+        return Vocabulary(None, source)
     padded = padded_vocab_size(size, section.make_vocab_size_divisible_by, model_parallel_size)
-    return Vocabulary(padded, f"{told}: {size:,} tokens")
+    return Vocabulary(padded, f"{source}: {size:,} tokens")
 
 
 def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
@@ -48,17 +50,17 @@ def _from_tokenizer(section: TokenizerSection) -> tuple[int | None, str]:
         return None, f"the size of the vocabulary is not known: {path} cannot be read; give vocab_size"
     return (
         None,
-        f"the size of the vocabulary is not known: {section.tokenizer_type} tells it at launch; give vocab_size",
+        f"the size of the vocabulary is not known: {section.tokenizer_type} finds it at launch; give vocab_size",
     )
 
 
 def vocab_json_size(content: Any) -> int:
-    """Ids of a vocab.json, which maps tokens to ids."""
+    """Returns the number of ids of a vocab.json, which maps tokens to ids."""
     return len(content)
 
 
 def tokenizer_json_size(content: Any) -> int:
-    """Ids that a tokenizer.json can produce: the model's and the added ones; gaps need rows as well."""
+    """Returns the number of ids of a tokenizer.json: the model's and the added ones; gaps need rows as well."""
     vocabulary = content["model"]["vocab"]
     ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
     ids |= {token["id"] for token in content.get("added_tokens", ())}

@@ -1,7 +1,7 @@
-"""What is known of a part by its name, without importing it.
+"""Metadata of components, available without importing them.
 
-One dataclass a kind of part. The rest of the code asks the entry and never compares names, so a part that nobody here
-has heard of works like a built-in one.
+One dataclass per kind of component. Other code reads the entry and never compares names, so that a component of a
+plugin works like a built-in one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Entry:
-    """One part that a configuration can name."""
+    """A component that a configuration can name."""
 
     name: str
     """The name in the configuration."""
@@ -29,10 +29,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a part, as the table of a model's tensors lists it."""
+    """One tensor of a component, as the table of a model's tensors lists it."""
 
     name: str
-    """The parameter's name within the part's module."""
+    """The parameter's name within the module of the component."""
     shape: tuple[int | str, ...]
     """Sizes before tensor parallelism; a string names an attribute of `megatron.param_table.ModelDims`."""
     shard_dim: int | None = None

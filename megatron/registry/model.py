@@ -221,18 +221,18 @@ INITS = Registry(
     "initialisation",
     "init_method",
     [
-        Entry("normal", "megatron.model.init:normal", "Normal, deviation init_method_std"),
-        Entry("scaled_normal", "megatron.model.init:scaled_normal", "Normal, deviation init_method_std/sqrt(2 L)"),
+        Entry("normal", "megatron.model.init:normal", "Normal, std init_method_std"),
+        Entry("scaled_normal", "megatron.model.init:scaled_normal", "Normal, std init_method_std/sqrt(2 L)"),
         Entry("orthogonal", "megatron.model.init:orthogonal", "Orthogonal rows or columns, arXiv:1312.6120"),
         Entry("scaled_orthogonal", "megatron.model.init:scaled_orthogonal", "Orthogonal, over sqrt(2 L)"),
         Entry("xavier_uniform", "megatron.model.init:xavier_uniform", "Uniform by fan-in plus fan-out, Glorot 2010"),
         Entry("xavier_normal", "megatron.model.init:xavier_normal", "Normal by fan-in plus fan-out, Glorot 2010"),
-        Entry("wang_init", "megatron.model.init:wang_init", "Normal, deviation 2/(L sqrt(h)), as GPT-J"),
-        Entry("small_init", "megatron.model.init:small_init", "Normal, deviation sqrt(2/(5 h)), arXiv:1910.05895"),
+        Entry("wang_init", "megatron.model.init:wang_init", "Normal, std 2/(L sqrt(h)), as GPT-J"),
+        Entry("small_init", "megatron.model.init:small_init", "Normal, std sqrt(2/(5 h)), arXiv:1910.05895"),
         Entry(
             "single_residual_scaled_normal",
             "megatron.model.init:single_residual_scaled_normal",
-            "Normal, deviation init_method_std/sqrt(L), for parallel residual blocks",
+            "Normal, std init_method_std/sqrt(L), for parallel residual blocks",
         ),
     ],
 )

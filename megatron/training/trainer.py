@@ -32,9 +32,9 @@ from megatron.engine.builder import DTYPES, build_training_engine, build_vocabul
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.evaluation.runner import live_evaluation
-from megatron.health.host_check import roll_call
+from megatron.health.host_check import check_hosts
 from megatron.health.straggler import StragglerMonitor
-from megatron.health.watchdog import Watch
+from megatron.health.watchdog import Watchdog
 from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
@@ -74,12 +74,12 @@ def train(config: Config, stop: Stop) -> None:
     topology = init_topology(config)
     config = _alike_after_a_restart(config)
     folder = config.observe.folder
-    watch = Watch(topology, folder, config.launch.collective_timeout)
+    watchdog = Watchdog(topology, folder, config.launch.collective_timeout)
     try:
-        with watch.over():
+        with watchdog.guard():
             alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
-            hosts = roll_call(alike, folder, shared=config.data.use_shared_fs)
-            _train(with_length(config), topology, stop, watch, hosts)
+            hosts = check_hosts(alike, folder, shared=config.data.use_shared_fs)
+            _train(with_length(config), topology, stop, watchdog, hosts)
     finally:
         shutdown()
 
@@ -90,7 +90,7 @@ def _alike_after_a_restart(config: Config) -> Config:
     return config.replace(**resume_overrides(config)) if again else config
 
 
-def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: Sequence[str]) -> None:
+def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, hosts: Sequence[str]) -> None:
     leads = builds_index_maps(config)
     if config.checkpoint.save is not None:
         check_writable(config.checkpoint.save, leads=leads)
@@ -119,14 +119,14 @@ def _train(config: Config, topology: Topology, stop: Stop, watch: Watch, hosts: 
         saver = _saver(config, engine, vocabulary, checkpoint, inputs)
         tasks = live_evaluation(config, engine, tokenizer, topology, stop_requested=lambda: stop.requested)
         hooks: list[Hook] = [
-            ActivityHook(watch),
+            ActivityHook(watchdog),
             StragglerHook(StragglerMonitor(topology.rank, hosts, device(), config.observe.folder, reporter.message)),
             *recording_hooks(config.observe, engine, log=reporter.message),
             *statistics_hooks(
                 config.observe, engine, max_norm=config.optimizer.gradient_clipping, due=schedule.reports
             ),
             *_loss_guard(config, engine, data, reporter),
-            *([TaskEvaluationHook(tasks, reporter, watch)] if tasks is not None else []),
+            *([TaskEvaluationHook(tasks, reporter, watchdog)] if tasks is not None else []),
         ]
         characters = Characters(tokenizer) if config.training.char_level_ppl else None
         context = _loop_context(config, engine, data, reporter, stop, saver, Hooks(hooks), characters)

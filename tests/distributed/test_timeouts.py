@@ -39,26 +39,28 @@ def test_the_limit_holds_in_groups_that_were_made_without_one() -> None:
     assert collective
 
 
-def pulse(
-    rank: int, *, iteration: int = 5, heard: float = NOW, waiting_in: str | None = "all_reduce"
+def record(
+    rank: int, *, iteration: int = 5, updated_at: float = NOW, collective_name: str | None = "all_reduce"
 ) -> HeartbeatRecord:
-    return HeartbeatRecord(rank, f"host{rank}", 0, iteration, "training", NOW - 20, heard, waiting_in, "step (x.py:1)")
+    return HeartbeatRecord(
+        rank, f"host{rank}", 0, iteration, "training", NOW - 20, updated_at, collective_name, "step (x.py:1)"
+    )
 
 
 @pytest.mark.parametrize(
-    ("pulses", "blamed"),
+    ("records", "culprits"),
     [
-        ([pulse(0), pulse(1, heard=NOW - STALE - 1), pulse(2)], [1]),  # frozen or gone
-        ([pulse(0), pulse(2)], [1]),  # never came
-        ([pulse(0), pulse(1), pulse(2, waiting_in=None)], [2]),  # busy with something else
-        ([pulse(0), pulse(1, iteration=4), pulse(2)], [1]),  # behind: the ranks wait in different collectives
-        ([pulse(0), pulse(1), pulse(2)], []),  # nobody stands out
-        ([pulse(0), pulse(1, heard=NOW - 9), pulse(2, waiting_in=None)], [1]),  # silence speaks louder
+        ([record(0), record(1, updated_at=NOW - STALE - 1), record(2)], [1]),  # frozen or gone
+        ([record(0), record(2)], [1]),  # never came
+        ([record(0), record(1), record(2, collective_name=None)], [2]),  # busy with something else
+        ([record(0), record(1, iteration=4), record(2)], [1]),  # behind: the ranks wait in different collectives
+        ([record(0), record(1), record(2)], []),  # nobody stands out
+        ([record(0), record(1, updated_at=NOW - 9), record(2, collective_name=None)], [1]),  # silence speaks louder
     ],
 )
-def test_who_is_blamed(pulses: list[HeartbeatRecord], blamed: list[int]) -> None:
-    reported = likely_culprits(pulses, 3, NOW)
-    assert [int(sentence.split()[1]) for sentence in reported] == blamed
+def test_who_is_blamed(records: list[HeartbeatRecord], culprits: list[int]) -> None:
+    reported = likely_culprits(records, 3, NOW)
+    assert [int(sentence.split()[1]) for sentence in reported] == culprits
 
 
 def test_a_thread_in_no_collective_waits_for_nobody() -> None:
@@ -73,5 +75,5 @@ def test_an_ordinary_error_is_no_collective_that_failed() -> None:
 
 
 def test_where_there_are_no_iterations_none_is_reported() -> None:
-    assert "stage 0): training for" in str(pulse(1, iteration=0))
-    assert "stage 0) at iteration 5: training for" in str(pulse(1))
+    assert "stage 0): training for" in str(record(1, iteration=0))
+    assert "stage 0) at iteration 5: training for" in str(record(1))

@@ -16,7 +16,7 @@ from megatron.config import Resources, resolve
 from megatron.evaluation.runner import measure_text
 from megatron.inference import runner as inference_run
 from megatron.inference.runner import generate
-from megatron.param_table import is_added
+from megatron.param_table import is_adapter_tensor
 from megatron.registry import OPTIMIZERS
 from tests.end_to_end.engines import CONTEXT, PIPELINE, SAVED, TENSOR, Curves, agree, train
 from tests.end_to_end.runs import BASE, make_dataset, run, series
@@ -162,7 +162,7 @@ def test_resuming_is_exact_and_nothing_else_moves(
     for name in ("train/lm_loss", "train/grad_norm", "validation/lm_loss"):
         assert series(resumed, name) == series(full, name), name
     before, after = tensors(open_model(base)), open_model(tmp_path / "save")
-    added = {f"{shape.layer}.{shape.name}" for shape in after.table if is_added(shape)}
+    added = {f"{shape.layer}.{shape.name}" for shape in after.table if is_adapter_tensor(shape)}
     found = tensors(after)
     assert found.keys() - before.keys() == added
     assert all(torch.equal(found[key], value.bfloat16()) for key, value in before.items())
@@ -177,7 +177,7 @@ def test_a_prompt_starts_as_the_vectors_of_a_text(tuning: dict[str, Any], base: 
     settings = {**tuning, **prompt, "train_iters": 1, "extra_save_iters": [0], "model_parallel_size": 2}
     run(2, tmp_path, **settings, save=str(tmp_path / "save"))
     stored = open_model(tmp_path / "save", iteration=0)
-    learned = next(stored.full_tensor(shape) for shape in stored.table if is_added(shape))
+    learned = next(stored.full_tensor(shape) for shape in stored.table if is_adapter_tensor(shape))
     words = tensors(open_model(base))["0.word_embeddings.weight"]
     assert torch.equal(learned, words[list((text * 2).encode()[:5])])
 

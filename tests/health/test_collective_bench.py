@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from megatron.distributed.mesh import Topology
-from megatron.health.collective_bench import Measurement, measure, table
+from megatron.health.collective_bench import CollectiveTiming, table, time_collectives
 from tests.multi_rank import run_distributed
 
 
-def measuring_rank(rank: int, world_size: int) -> list[Measurement]:
+def measuring_rank(rank: int, world_size: int) -> list[CollectiveTiming]:
     topology = Topology.build(pipe=2, model=1, rank=rank, world_size=world_size)
-    return list(measure(topology, sizes=(4096, 65536)))
+    return list(time_collectives(topology, sizes=(4096, 65536)))
 
 
 def test_every_axis_with_several_ranks_is_measured_alike_on_all_of_them() -> None:
@@ -28,4 +28,4 @@ def test_every_axis_with_several_ranks_is_measured_alike_on_all_of_them() -> Non
 @pytest.mark.parametrize(("operation", "gigabytes"), [("all_reduce", 1.5), ("all_gather", 0.75), ("send_recv", 1.0)])
 def test_bus_bandwidth(operation: str, gigabytes: float) -> None:
     """4 ranks, 1 GB, 1 s."""
-    assert Measurement("data", 4, operation, 10**9, 1.0).bus_bandwidth == pytest.approx(gigabytes * 1e9)
+    assert CollectiveTiming("data", 4, operation, 10**9, 1.0).bus_bandwidth == pytest.approx(gigabytes * 1e9)

@@ -10,10 +10,10 @@ import pytest
 
 from megatron.errors import RunError
 from megatron.health import host_check
-from megatron.health.host_check import Facts, judge, roll_call, table, warnings
+from megatron.health.host_check import HostInfo, check_hosts, find_mismatches, find_warnings, table
 from tests.multi_rank import RankFailedError, run_distributed
 
-GOOD = Facts(
+GOOD = HostInfo(
     rank=0,
     local_rank=0,
     host="a",
@@ -29,7 +29,7 @@ GOOD = Facts(
 )
 
 
-def three_hosts(**wrong: object) -> list[Facts]:
+def three_hosts(**wrong: object) -> list[HostInfo]:
     """Two ranks on each of a, b and c; b's facts are the wrong ones."""
     ranks = [replace(GOOD, rank=rank, local_rank=rank % 2, host="abc"[rank // 2]) for rank in range(6)]
     return [replace(each, **wrong) if each.host == "b" else each for each in ranks]  # type: ignore[arg-type]
@@ -48,25 +48,25 @@ def three_hosts(**wrong: object) -> list[Facts]:
     ],
 )
 def test_a_wrong_host_is_named(wrong: dict[str, object], reported: str) -> None:
-    (issue,) = judge(three_hosts(**wrong), shared=True)
+    (issue,) = find_mismatches(three_hosts(**wrong), shared=True)
     assert str(issue).startswith(f"host b: {reported}")
     assert issue.hint is not None
 
 
 def test_equal_hosts_are_right() -> None:
-    assert judge(three_hosts(), shared=True) == []
+    assert find_mismatches(three_hosts(), shared=True) == []
 
 
 def test_without_a_shared_file_system_none_is_asked_for() -> None:
-    assert judge(three_hosts(visible=False), shared=False) == []
+    assert find_mismatches(three_hosts(visible=False), shared=False) == []
 
 
 def test_a_clock_that_is_off_is_a_warning() -> None:
-    assert judge(three_hosts(clock=60.0), shared=True) == []
-    assert warnings(three_hosts(visible=False), shared=False) == []
-    (line,) = warnings(three_hosts(), shared=False)
+    assert find_mismatches(three_hosts(clock=60.0), shared=True) == []
+    assert find_warnings(three_hosts(visible=False), shared=False) == []
+    (line,) = find_warnings(three_hosts(), shared=False)
     assert line.startswith("all hosts see the run directory")
-    (line,) = warnings(three_hosts(clock=60.0), shared=True)
+    (line,) = find_warnings(three_hosts(clock=60.0), shared=True)
     assert line == "the clock of host b is +60.0 s off; times in logs do not compare"
 
 
@@ -79,7 +79,7 @@ def test_the_table_has_a_line_for_each_host() -> None:
 def answering_rank(rank: int, world_size: int, folder: Path, codes: list[str], configs: list[str]) -> None:
     os.environ["SLURMD_NODENAME"] = f"node{rank}"
     host_check.code_digest = lambda: codes[rank]  # type: ignore[assignment]
-    roll_call(configs[rank], folder, shared=True)
+    check_hosts(configs[rank], folder, shared=True)
 
 
 def test_ranks_on_two_hosts_answer(tmp_path: Path) -> None:

@@ -10,23 +10,31 @@ import pytest
 import torch
 
 from megatron.health import straggler
-from megatron.health.straggler import ENOUGH, LONGEST, REPORTS, Judge, Probe, StepTimings, StragglerMonitor
+from megatron.health.straggler import (
+    MAX_PROBE_SECONDS,
+    MIN_SLOW_REPORTS,
+    WINDOW,
+    Probe,
+    StepTimings,
+    StragglerAlarm,
+    StragglerMonitor,
+)
 
 HOSTS = ("a", "a", "b", "b")
 EVEN = StepTimings(1.0, (0.01, 0.02, 0.01, 0.01), (1e-3, 1.1e-3, 1e-3, 0.9e-3))
 
 
 def test_a_long_product_is_slow_by_its_ratio_to_the_median():
-    ranking = StepTimings(1.0, (0.0,) * 4, (1e-3, 1e-3, 3e-3, 1.2e-3))
-    assert ranking.slowness() == pytest.approx([1.0, 1.0, 3.0, 1.2])
-    assert ranking.reason(2) == "a fixed matrix product takes 3 ms there, 1 ms elsewhere"
+    timings = StepTimings(1.0, (0.0,) * 4, (1e-3, 1e-3, 3e-3, 1.2e-3))
+    assert timings.slowness() == pytest.approx([1.0, 1.0, 3.0, 1.2])
+    assert timings.reason(2) == "a fixed matrix product takes 3 ms there, 1 ms elsewhere"
 
 
 def test_waiting_is_slow_by_the_step_without_it():
     """A step of 1 s, of which one rank waits for 0.5 s and the others 0.1 s, would take 0.6 s without that."""
-    ranking = StepTimings(1.0, (0.1, 0.5, 0.1, 0.1), (1e-3,) * 4)
-    assert ranking.slowness() == pytest.approx([1.0, 1 / 0.6, 1.0, 1.0])
-    assert ranking.reason(1) == "it waits 0.5 s a step for its data, others 0.1 s"
+    timings = StepTimings(1.0, (0.1, 0.5, 0.1, 0.1), (1e-3,) * 4)
+    assert timings.slowness() == pytest.approx([1.0, 1 / 0.6, 1.0, 1.0])
+    assert timings.reason(1) == "it waits 0.5 s a step for its data, others 0.1 s"
 
 
 def test_when_all_wait_alike_none_is_slow():
@@ -35,7 +43,7 @@ def test_when_all_wait_alike_none_is_slow():
 
 def test_a_single_outlier_does_not_show():
     odd = StepTimings(9.0, (0.01, 0.02, 0.01, 5.0), (1e-3, 1.1e-3, 9e-3, 0.9e-3))
-    assert straggler.settled([EVEN, odd, EVEN]) == EVEN
+    assert straggler.median_timings([EVEN, odd, EVEN]) == EVEN
 
 
 def slow(rank: int) -> StepTimings:
@@ -43,28 +51,30 @@ def slow(rank: int) -> StepTimings:
 
 
 def test_a_slow_rank_is_reported_once_and_again_after_it_was_even():
-    judge = Judge(HOSTS)
-    reported = [judge.sentences(slow(2)) for _ in range(2 * REPORTS)]
-    assert [len(each) for each in reported] == [0] * (ENOUGH - 1) + [1] + [0] * (2 * REPORTS - ENOUGH)
-    assert reported[ENOUGH - 1] == [
-        "rank 2 (host b) holds the others up, 2.00 times as slow as the median rank, and at least 1.25 times in 4 of 5 "
+    alarm = StragglerAlarm(HOSTS)
+    reported = [alarm.sentences(slow(2)) for _ in range(2 * WINDOW)]
+    assert [len(each) for each in reported] == [0] * (MIN_SLOW_REPORTS - 1) + [1] + [0] * (
+        2 * WINDOW - MIN_SLOW_REPORTS
+    )
+    assert reported[MIN_SLOW_REPORTS - 1] == [
+        "rank 2 (host b) is a straggler: 2.00 times as slow as the median rank, and at least 1.25 times in 4 of 5 "
         "reports: a fixed matrix product takes 2 ms there, 1 ms elsewhere"
     ]
-    assert not any(judge.sentences(EVEN) for _ in range(REPORTS))
-    assert sum(len(judge.sentences(slow(2))) for _ in range(REPORTS)) == 1
+    assert not any(alarm.sentences(EVEN) for _ in range(WINDOW))
+    assert sum(len(alarm.sentences(slow(2))) for _ in range(WINDOW)) == 1
 
 
 def test_even_ranks_and_single_outliers_are_not_reported():
-    judge = Judge(HOSTS)
+    alarm = StragglerAlarm(HOSTS)
     for number in range(40):
-        assert judge.sentences(slow(number % 4) if number % 2 else EVEN) == []
+        assert alarm.sentences(slow(number % 4) if number % 2 else EVEN) == []
 
 
 def test_the_products_take_no_longer_than_they_may():
     probe = Probe(torch.device("cpu"))
     began = time.perf_counter()
-    least = min(probe.seconds(LONGEST) for _ in range(3))
-    assert (time.perf_counter() - began) / 3 < 10 * LONGEST
+    least = min(probe.seconds(MAX_PROBE_SECONDS) for _ in range(3))
+    assert (time.perf_counter() - began) / 3 < 10 * MAX_PROBE_SECONDS
     assert 1e-6 < least < 0.05
 
 
@@ -80,7 +90,7 @@ def test_one_rank_is_reported_how_long_it_waits_and_nothing_else(tmp_path: Path)
 
 
 def test_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(straggler, "LARGEST", 1000)
+    monkeypatch.setattr(straggler, "MAX_FILE_SIZE", 1000)
     many = StragglerMonitor(0, HOSTS, torch.device("cpu"), tmp_path, print)
     for _ in range(50):
         many._write(EVEN)

@@ -12,7 +12,7 @@ from megatron.model.kv_cache import KVCache
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
-from megatron.param_table import ModelDims, remembered
+from megatron.param_table import ModelDims, recurrent_state_shapes
 from tests.model.sections import VOCABULARY, initialization_section, model_section
 
 POSITIONS = 32
@@ -68,7 +68,10 @@ def build(
 
 def cache(kind: str, rows: int, *, model_size: int = 1) -> KVCache:
     """An empty cache of a model of two such blocks."""
-    states = {block: remembered(dims(kind), block, model_size=model_size, max_length=POSITIONS) for block in range(2)}
+    states = {
+        block: recurrent_state_shapes(dims(kind), block, model_size=model_size, max_length=POSITIONS)
+        for block in range(2)
+    }
     return KVCache(0, rows, 4, POSITIONS, 16, states=states)
 
 

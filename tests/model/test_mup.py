@@ -23,7 +23,7 @@ from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.param_groups import RATE, parameter_groups
-from megatron.param_table import ModelDims, Multipliers, Widths, base_shapes, growths, learning_rates, tensors
+from megatron.param_table import ModelDims, Multipliers, MupWidths, base_shapes, learning_rates, tensors, width_ratios
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.registry import OPTIMIZERS
 from tests.end_to_end.engines import batches
@@ -224,7 +224,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_rates_and_decay_of_every_tensor_are_those_of_the_package(name: str, kind: str) -> None:
     """MuAdamW's and MuSGD's own groups, of parameters with the same base, delta and target shapes."""
-    base = Widths(hidden_size=64, num_attention_heads=4, num_kv_heads=2, head_dim=16, mlp_width=256)
+    base = MupWidths(hidden_size=64, num_attention_heads=4, num_kv_heads=2, head_dim=16, mlp_width=256)
     fields = {"num_layers": 2, "hidden_size": 192, "num_attention_heads": 12, "num_kv_heads": 6, "head_dim": 16}
     dims = ModelDims(**{**fields, "mlp_width": 768, "max_position_embeddings": 8, **SHAPES[name]})  # type: ignore[arg-type]
     shapes = [{each.key: each.shape for each in tensors(w.on(dims), 50)} for w in (base, base.times(2))]
@@ -234,7 +234,7 @@ def test_rates_and_decay_of_every_tensor_are_those_of_the_package(name: str, kin
     parameters = {key: Parameter(torch.empty(shape)) for key, shape in target.items()}
     for key, shape in mup.zip_infshapes(theirs, target).items():
         parameters[key].infshape = shape  # type: ignore[attr-defined]
-        assert growths(dims, base)[key].deviation == pytest.approx(
+        assert width_ratios(dims, base)[key].std == pytest.approx(
             shape.width_mult() ** -0.5 if shape.ninf() == 2 else 1.0
         )
     optimizer: torch.optim.Optimizer = {"adam": mup.MuAdamW, "sgd": mup.MuSGD}[kind](

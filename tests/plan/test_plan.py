@@ -155,7 +155,7 @@ def vocabulary(tmp_path: Path, content: Any, **changes: Any) -> tuple[int | None
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     config = resolution("gpt2", vocab_size=None, vocab_file=str(path), make_vocab_size_divisible_by=8, **changes).config
     found = find_vocabulary(config.tokenizer, 2)
-    return found.padded, found.told
+    return found.padded, found.source
 
 
 def test_vocabularies_are_read_from_files(tmp_path: Path) -> None:

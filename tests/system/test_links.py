@@ -43,10 +43,10 @@ def test_a_cut_link_ends_the_run_and_names_the_host(machines: Hosts, dataset: st
         out, err = first.communicate(timeout=LIMIT + 60)
         assert first.returncode == 1
         assert time.monotonic() - began < LIMIT + 15, out + err
-        assert f"Waited for: rank 1 (host {SECOND}" in out + err and "not heard of for" in out + err, out + err
+        assert f"Waited for: rank 1 (host {SECOND}" in out + err and "no heartbeat for" in out + err, out + err
         out, err = second.communicate(timeout=LIMIT + 60)
         assert second.returncode == 1
-        assert f"nothing is heard from {FIRST}" in out + err and f"this host ({SECOND}) is cut off" in out + err
+        assert f"no reply from {FIRST}" in out + err and f"this host ({SECOND}) is disconnected" in out + err
     finally:
         machines.link(SECOND, "up")
         first.kill()

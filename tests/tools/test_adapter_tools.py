@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.format import layout
 from megatron.checkpoint.format.stored_model import open_model
-from megatron.param_table import is_added
+from megatron.param_table import is_adapter_tensor
 from tests.end_to_end.runs import make_dataset, run
 from tools import convert_to_hf, inspect_checkpoint, merge_lora, reshape_checkpoint
 
@@ -115,4 +115,4 @@ def test_another_layout_keeps_what_was_added(name: str, saved: dict[str, Path], 
     sizes = ["--target-tensor-parallel-size=2", "--target-pipeline-parallel-size=2"]
     assert reshape_checkpoint.main([*arguments, *sizes]) == 0
     assert inspect_checkpoint.main(["--compare", str(saved[name]), str(tmp_path / "cut")]) == 0
-    assert any(is_added(shape) for shape in open_model(tmp_path / "cut").table)
+    assert any(is_adapter_tensor(shape) for shape in open_model(tmp_path / "cut").table)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.config import Config, Resources, resolve
-from megatron.param_table import Widths
+from megatron.param_table import MupWidths
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.training.mup.activation_stats import Curves, slope
 from megatron.training.mup.coord_check import at_width, coord_check
@@ -89,7 +89,7 @@ def test_ranks_measure_together(tmp_path: Path) -> None:
 
 def test_models_are_as_wide_as_the_base_times_a_factor(tmp_path: Path) -> None:
     """More heads, or wider ones where the model has as many as its base; key heads and a gated MLP grow along."""
-    base = Widths(hidden_size=32, num_attention_heads=4, num_kv_heads=2, head_dim=8, mlp_width=40)
+    base = MupWidths(hidden_size=32, num_attention_heads=4, num_kv_heads=2, head_dim=8, mlp_width=40)
     config = config_of(tmp_path).replace(activation="swiglu", num_kv_heads=2)
     for heads, width in ((4, 8), (16, 8), (4, 32)):
         made = at_width(config.replace(num_attention_heads=heads, kv_channels=width), base, 4).model

@@ -34,7 +34,7 @@ from megatron.config.schema.checkpoint import CheckpointSection
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.log import get_logger
-from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_added
+from megatron.param_table import DOWN, PROMPT, ModelDims, TensorShape, is_adapter_tensor
 from megatron.ranks import Ranks
 from megatron.registry import OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
@@ -264,7 +264,7 @@ def read_weights(checkpoint: Checkpoint, topology: Topology, requested: Sequence
     missing, unexpected or has another shape.
     """
     stored = checkpoint.weights
-    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if is_added(shape)}
+    found, added = stored.keys(), {key_of(shape) for shape in checkpoint.table if is_adapter_tensor(shape)}
     expected = {key_of(shape) for shape in checkpoint.table}
     unexpected, missing = sorted(found - expected), sorted(expected - found)
     anew = added.intersection(missing) if checkpoint.may_add else set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron.health.heartbeat import TASKS
-from megatron.health.watchdog import Watch
+from megatron.health.watchdog import Watchdog
 from megatron.metrics.reporter import Reporter
 from megatron.training.hooks.base import Hook
 from megatron.training.run_state import RunState
@@ -14,18 +14,18 @@ from megatron.training.run_state import RunState
 class TaskEvaluationHook(Hook):
     """Evaluates the model on tasks and reports their metrics. Collective."""
 
-    def __init__(self, evaluate: Callable[[], dict[str, float] | None], reporter: Reporter, watch: Watch) -> None:
+    def __init__(self, evaluate: Callable[[], dict[str, float] | None], reporter: Reporter, watchdog: Watchdog) -> None:
         """Creates the hook.
 
         Args:
             evaluate: returns metrics by name, None when a stop was requested meanwhile.
             reporter: receives the metrics.
-            watch: watchdog that is informed of the activity.
+            watchdog: is informed of the activity.
         """
-        self._evaluate, self._reporter, self._watch = evaluate, reporter, watch
+        self._evaluate, self._reporter, self._watchdog = evaluate, reporter, watchdog
 
     def after_evaluate(self, state: RunState) -> None:
-        with self._watch.doing(TASKS):
+        with self._watchdog.activity(TASKS):
             metrics = self._evaluate()
         if metrics is not None:
             self._reporter.evaluation(state.iteration, "eval", metrics)

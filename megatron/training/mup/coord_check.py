@@ -25,7 +25,7 @@ from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.param_table import Widths, base_widths
+from megatron.param_table import MupWidths, base_widths
 from megatron.registry import ACTIVATIONS
 from megatron.tokenizers import build_tokenizer
 from megatron.training.data_setup import build_run_data
@@ -80,7 +80,7 @@ def _models(config: Config, parametrisation: str) -> Iterator[tuple[int, Config]
         yield require(changed.model.hidden_size), changed
 
 
-def at_width(config: Config, base: Widths, factor: int) -> Config:
+def at_width(config: Config, base: MupWidths, factor: int) -> Config:
     """Returns the configured model as wide as its base times a factor."""
     model = config.model
     wider_heads = model.num_attention_heads == base.num_attention_heads and model.kv_channels != base.head_dim
