@@ -5,7 +5,7 @@
     python tools/merge_datasets.py --input data/a_text_document,data/b_text_document --output-prefix data/all
 
 A directory stands for the pairs in it, sorted by name, numbers by their value. Documents, and the items of each, are
-kept. Of shards (`NAME-00001-of-00003`) all must be there.
+kept. Of shards (`NAME-00001-of-00003`) all must be there. The output is written outside the directories of the input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     asked = parser().parse_args(arguments)
     try:
-        prefixes = find_pairs([name for name in asked.input.split(",") if name])
+        prefixes = find_pairs([name for name in asked.input.split(",") if name], asked.output_prefix)
         documents, tokens = merge(prefixes, asked.output_prefix)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)

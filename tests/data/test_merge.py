@@ -100,6 +100,26 @@ def test_an_output_that_is_an_input(tmp_path):
         merge([str(tmp_path / "a")], str(tmp_path / "a"))
 
 
+def test_an_output_in_a_directory_of_the_input(tmp_path):
+    write(tmp_path / "a", [[1]])
+    with pytest.raises(ConfigError, match="in a directory of the input"):
+        find_pairs([str(tmp_path)], str(tmp_path / "x" / ".." / "all"))
+    assert find_pairs([str(tmp_path / "a")], str(tmp_path / "all")) == [str(tmp_path / "a")]
+    assert find_pairs([str(tmp_path)], str(tmp_path / "x" / "all")) == [str(tmp_path / "a")]
+
+
+def test_an_earlier_merge_in_a_directory_of_the_input(tmp_path):
+    write(tmp_path / "a", [[1, 2], [3]])
+    write(tmp_path / "c", [[4], [5, 6]])
+    pairs = find_pairs([str(tmp_path)])
+    merge(pairs, str(tmp_path / "b"))
+    with pytest.raises(ConfigError, match="documents of the 2 other pairs") as caught:
+        find_pairs([str(tmp_path)], str(tmp_path / "x" / "all"))
+    assert f"input = {str(tmp_path / 'b')!r}" in str(caught.value)
+    write(tmp_path / "b", [[7], [8]])
+    assert len(find_pairs([str(tmp_path)])) == 3
+
+
 def test_half_a_pair(tmp_path):
     write(tmp_path / "a", [[1]])
     (tmp_path / "a.idx").unlink()

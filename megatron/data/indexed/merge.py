@@ -22,10 +22,11 @@ SHOWN = 8  # missing shards that are named
 _SHARD = re.compile(r"(?P<before>.*)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})(?P<after>.*)", re.DOTALL)
 
 
-def find_pairs(names: Sequence[str]) -> list[str]:
-    """The prefixes of pairs: a directory stands for those in it, sorted by name, numbers by their value.
+def find_pairs(names: Sequence[str], output_prefix: str | None = None) -> list[str]:
+    """Lists the prefixes of pairs. A directory is read as the pairs in it, sorted by name, numbers by their value.
 
-    Raises ConfigError for halves of pairs.
+    Raises ConfigError for halves of pairs, and for a directory that the output would be written to or that holds an
+    earlier merge of its pairs: their documents would be written twice.
     """
     found: list[str] = []
     issues = []
@@ -41,11 +42,32 @@ def find_pairs(names: Sequence[str]) -> list[str]:
             missing = idx_path(prefix) if prefix in ends[".bin"] else bin_path(prefix)
             hint = "make it again, or take its other half out of the directory"
             issues.append(ConfigIssue(f"{missing} is missing", key="input", value=name, hint=hint))
-        found += sorted(ends[".bin"] & ends[".idx"], key=_by_number)
+        pairs = sorted(ends[".bin"] & ends[".idx"], key=_by_number)
+        if output_prefix is not None and Path(output_prefix).resolve().parent == folder.resolve():
+            what = "it is in a directory of the input, where a later merge would read it as one more pair"
+            hint = "write it to another directory, or name the pairs of the input one by one"
+            issues.append(ConfigIssue(what, key="output_prefix", value=output_prefix, hint=hint))
+        elif not issues:
+            issues += _earlier_merges(pairs)
+        found += pairs
     ConfigError.raise_any(issues)
     if not found:
         raise ConfigError.of("there is no pair of token files", key="input", value=list(names))
     return found
+
+
+def _earlier_merges(prefixes: Sequence[str]) -> list[ConfigIssue]:
+    """The pair of a directory that holds the documents of all others, by their lengths."""
+    if len(prefixes) < 3:  # of two equal pairs none can be called the merge
+        return []
+    sizes = {prefix: IndexedDataset(prefix, key="input").sizes for prefix in prefixes}
+    largest = max(prefixes, key=lambda prefix: len(sizes[prefix]))
+    others = [sizes[prefix] for prefix in prefixes if prefix != largest]
+    if sum(map(len, others)) != len(sizes[largest]) or not np.array_equal(np.concatenate(others), sizes[largest]):
+        return []
+    what = f"it holds the documents of the {len(others)} other pairs of its directory, as a merge of them does"
+    hint = "move it to another directory, or name the pairs one by one"
+    return [ConfigIssue(what, key="input", value=largest, hint=hint)]
 
 
 def _by_number(name: str) -> list[tuple[bool, int, str]]:
