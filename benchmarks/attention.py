@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.block_sparsity import layout_of, visible_share
 from megatron.kernels.attention import choose_attention
-from megatron.kernels.attention_mask import Blocks, Pattern, View, Window
+from megatron.kernels.attention_mask import AttentionMask, BlockPattern, MaskPattern, Window
 
 HEADS, SIZE = 8, 64
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,14 +47,14 @@ def main() -> None:
     if told.processor_time:
         torch.set_num_threads(1)
     window = 8 * told.block
-    patterns: dict[str, tuple[Pattern | None, float]] = {
+    patterns: dict[str, tuple[MaskPattern | None, float]] = {
         "global": (None, 1.0),
         f"window {window}": (Window(window), visible_share("global", None, 0, window, told.length)),
     }
     for kind, options in OPTIONS.items():
         layout = layout_of(kind, {"block": told.block, **options}, 0)
         assert layout is not None
-        patterns[kind] = (Blocks(layout, range(HEADS)), layout.visible_share(told.length))
+        patterns[kind] = (BlockPattern(layout, range(HEADS)), layout.visible_share(told.length))
     times: dict[str, list[float]] = {name: [] for name in patterns}
     for _ in range(told.rounds + 1):
         for name, (pattern, _) in patterns.items():
@@ -65,11 +65,11 @@ def main() -> None:
         print(f"{name:<18}{share:>8.3f}{1000 * medians[name]:>12.1f}{medians[name] / medians['global']:>12.3f}")
 
 
-def seconds(pattern: Pattern | None, length: int, device: torch.device, clock: Callable[[], float]) -> float:
+def seconds(pattern: MaskPattern | None, length: int, device: torch.device, clock: Callable[[], float]) -> float:
     """One forward and backward pass [s]."""
     q, k, v = (torch.randn(1, HEADS, length, SIZE, device=device, requires_grad=True) for _ in range(3))
     start = clock()
-    view = None if pattern is None else View(pattern)
+    view = None if pattern is None else AttentionMask(pattern)
     choose_attention(device)(q, k, v, 0.0, None, view).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch, make_batch
-from megatron.distributed.init import bootstrap
+from megatron.distributed.init import init_distributed
 from megatron.distributed.process_group import device
 from megatron.engine.builder import DTYPES, build_training_engine
 
@@ -75,7 +75,7 @@ def ours(shape: Shape, precision: str, *, compiled: bool = False) -> Step:
         "data_path": "none",
     }
     config = resolve([], settings, Resources(1)).config
-    topology = bootstrap(pipe_parallel_size=0, model_parallel_size=1, seed=1)
+    topology = init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1)
     engine = build_training_engine(config, topology, padded_vocab_size=shape.vocabulary)
     source = batches(shape)
     return lambda: float(engine.train_step(source, RATE).loss)

@@ -27,7 +27,7 @@ from megatron.config import Config, Resources, resolve
 from megatron.config.defaults.vocabulary import padded_vocab_size
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
-from megatron.engine.builder import build_training_engine, join
+from megatron.engine.builder import build_training_engine, init_topology
 from megatron.optim.lr_schedule import build as build_schedule
 from megatron.optim.lr_schedule import linear
 from megatron.plan.base_shapes import write_base_shapes
@@ -85,9 +85,9 @@ def final_loss(config: Config, topology: Topology) -> float:
     train = build_run_data(config, topology, tokenizer).train
     engine = build_training_engine(config, topology, padded_vocab_size=rows, vocab_size=tokenizer.vocab_size)
     steps = config.training.train_iters
-    schedule = build_schedule(linear, peak=config.optimizer.lr, floor=0.0, warmup_fraction=0.1, horizon=steps)
+    schedule = build_schedule(linear, max_lr=config.optimizer.lr, min_lr=0.0, warmup_fraction=0.1, horizon=steps)
     batches = train.batches()
-    losses = [float(engine.train_step(batches, schedule.rate(step + 1)).loss) for step in range(steps)]
+    losses = [float(engine.train_step(batches, schedule.lr(step + 1)).loss) for step in range(steps)]
     mean = sum(losses[-(steps // 10) :]) / (steps // 10)
     del engine
     gc.collect()
@@ -141,7 +141,7 @@ def main() -> None:
         base = f"{folder}/base.json"
         keys = {**settings(asked, asked.widths[0]), "save_base_shapes": True, "base_shapes_file": base}
         write_base_shapes(resolve([], keys, Resources(1)).config)
-        topology = join(config_of(asked, "standard", asked.widths[0], 1.0, base))
+        topology = init_topology(config_of(asked, "standard", asked.widths[0], 1.0, base))
         for kind, width, power in runs(asked):
             if (kind, width, power) in found:
                 continue

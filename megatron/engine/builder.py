@@ -106,19 +106,19 @@ def build_training_engine(
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
-    plan = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses)
+    layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     loss = _loss(config, topology, vocab_size)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
-        model = PipelinedModel(plan, topology, partition_method=method, loss=loss, recompute=recompute)
+        model = PipelinedModel(layer_specs, topology, partition_method=method, loss=loss, recompute=recompute)
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
-        model = SequentialModel(plan, recompute).to(device())
+        model = SequentialModel(layer_specs, recompute).to(device())
         parameters = keyed_parameters(model)
-        layers = range(len(plan))
+        layers = range(len(layer_specs))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
     if config.kernels.compile:
         compile_blocks(model, _block_input_shape(config, topology))

@@ -1,4 +1,4 @@
-"""Adjustments to DeepSpeed: its logs, the reduction bucket, gradients of 1-bit Adam, modules that ZeRO 3 gathers at once."""
+"""Adjustments to DeepSpeed: its logs, the reduction bucket, gradients of 1-bit Adam, modules gathered together."""
 
 from __future__ import annotations
 

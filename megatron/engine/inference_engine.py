@@ -39,15 +39,15 @@ class Stage:
     """Key -> parameter; the copy of a tied embedding that is the output layer has the embedding's key."""
 
 
-def build_stage(plan: Sequence[LayerSpec], topology: Topology) -> Stage:
+def build_stage(layer_specs: Sequence[LayerSpec], topology: Topology) -> Stage:
     """Builds this rank's layers, on its device and in evaluation mode."""
     pipe = topology.pipe
-    indices = range(len(plan) * pipe.rank // pipe.size, len(plan) * (pipe.rank + 1) // pipe.size)
+    indices = range(len(layer_specs) * pipe.rank // pipe.size, len(layer_specs) * (pipe.rank + 1) // pipe.size)
     functions: list[Callable[..., Tensor]] = []
     modules: dict[int, Module] = {}
     parameters: dict[str, Parameter] = {}
     for index in indices:
-        layer = plan[index]
+        layer = layer_specs[index]
         if layer.tied_to is None:
             module = modules[index] = layer.build().to(device()).eval()
             functions.append(module)
@@ -56,7 +56,7 @@ def build_stage(plan: Sequence[LayerSpec], topology: Topology) -> Stage:
         elif layer.tied_to in indices:
             functions.append(partial(tied_output, modules[layer.tied_to]))
         else:
-            copy = EmbeddingLayer(**plan[layer.tied_to].arguments, as_output_copy=True).to(device()).eval()
+            copy = EmbeddingLayer(**layer_specs[layer.tied_to].arguments, as_output_copy=True).to(device()).eval()
             functions.append(partial(tied_output, copy))
             parameters.update({f"{layer.tied_to}.{name}": parameter for name, parameter in copy.named_parameters()})
     return Stage(indices, tuple(functions), parameters)

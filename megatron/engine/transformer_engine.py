@@ -30,7 +30,7 @@ def use_transformer_engine(
     asked = [TE_LAYERS.load(name) for name in section.layers]
     if not asked:
         return
-    region = _fp8_region(section, topology) if section.te_fp8_mha else None
+    region = _fp8_autocast(section, topology) if section.te_fp8_mha else None
     for block in model.modules():
         if not isinstance(block, TransformerBlock):
             continue
@@ -38,13 +38,13 @@ def use_transformer_engine(
             take(block, recompute)
         block.zero3_gather_together = True  # the package reads parameters of other modules
         if region is not None:
-            block.region = region
+            block.autocast = region
 
 
-def _fp8_region(section: TransformerEngineSection, topology: Topology) -> Callable[[], Any]:
-    from megatron.kernels.transformer_engine import fp8_region
+def _fp8_autocast(section: TransformerEngineSection, topology: Topology) -> Callable[[], Any]:
+    from megatron.kernels.transformer_engine import fp8_autocast
 
-    return fp8_region(
+    return fp8_autocast(
         hybrid=section.te_fp8_format == "hybrid",
         history=section.te_fp8_amax_history_len,
         algorithm=section.te_fp8_amax_compute_algo,

@@ -118,7 +118,7 @@ class TokenLoop:
             cache = None if self._cache is None else self._cache.rows(first, len(group))
             if cache is not None:
                 cache.reset()
-                cache.expect([cache.prompt + len(text.tokens) for text in group])
+                cache.set_valid_lengths([cache.prompt + len(text.tokens) for text in group])
             tokens, last = _padded([text.tokens for text in group])
             self.texts += group
             steps += self._choose(group, self._engine.logits(tokens, cache, last))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.kernels.attention_mask import View
+from megatron.kernels.attention_mask import AttentionMask
 from megatron.kernels.blocked_attention import blocked_attention
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
 
@@ -36,12 +36,12 @@ class AttentionKernel(Protocol):
         v: Tensor,
         dropout: float = 0.0,
         starts: Tensor | None = None,
-        view: View | None = None,
+        view: AttentionMask | None = None,
     ) -> Tensor: ...
 
 
 def visible(
-    queries: int, keys: int, device: torch.device, starts: Tensor | None = None, view: View | None = None
+    queries: int, keys: int, device: torch.device, starts: Tensor | None = None, view: AttentionMask | None = None
 ) -> Tensor:
     """True where the query sees the key: [queries, keys], or [b or 1, n or 1, queries, keys] with starts or a view.
 
@@ -49,34 +49,44 @@ def visible(
     """
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if view is not None and view.pattern is not None:
-        seen = view.seen(*_places(queries, keys, device))
+        seen = view.seen(*_positions(queries, keys, device))
     if starts is None:
         return seen
     return seen & (torch.arange(keys, device=device) >= starts[:, None, :, None])  # [b, 1, s, k]
 
 
-def _places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _positions(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions of the queries [1, s, 1] and of the keys [1, 1, k]."""
-    places = torch.arange(keys, device=device)
-    return places[None, keys - queries :, None], places[None, None]
+    positions = torch.arange(keys, device=device)
+    return positions[None, keys - queries :, None], positions[None, None]
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
 ) -> Tensor:
     """The plain twin: the formula written out, with the scores and the softmax in fp32."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # [b, n, s, k]
     if view is not None and view.bias is not None:
-        scores = scores + view.scores(*_places(q.shape[2], k.shape[2], q.device))
+        scores = scores + view.scores(*_positions(q.shape[2], k.shape[2], q.device))
     scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], q.device, starts, view), float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
     return weights.to(v.dtype) @ v  # [b, n, s, d]
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
 ) -> Tensor:
     """Through torch's scaled_dot_product_attention, which picks its own backend (flash, memory-efficient or plain)."""
     queries, keys = q.shape[2], k.shape[2]
@@ -96,7 +106,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
 ) -> Tensor:
     """Blocked attention where whole sequences are attended to, and torch's own for cached or dropped attention."""
     if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
@@ -105,7 +120,12 @@ def cpu_attention(
 
 
 def gpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, starts: Tensor | None = None, view: View | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
 ) -> Tensor:
     """Torch's flexible attention, which skips hidden blocks, where there is a view; else torch's own choice."""
     if view is None or flex_unavailable(q, k, dropout) is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Pattern(Protocol):
+class MaskPattern(Protocol):
     """Which keys the queries of some heads see; later keys are hidden whatever it says."""
 
     def __hash__(self) -> int: ...
@@ -55,7 +55,7 @@ class Window:
         return slice(max(start, first - self.width + 1), end)
 
 
-class Blocks:
+class BlockPattern:
     """The blocks of a layout. heads: numbers of the heads of a call, in the whole model."""
 
     def __init__(self, layout: Layout, heads: range) -> None:
@@ -102,12 +102,12 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionMask:
     """pattern: hides keys, None hides none. bias: [n, distances], added to the score of a query and the key that many
     positions before it; None adds nothing.
     """
 
-    pattern: Pattern | None = None
+    pattern: MaskPattern | None = None
     bias: Tensor | None = None
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class View:
         return seen if self.pattern is None else seen & self.pattern.sees(queries, keys)
 
 
-def reach(starts: Tensor | None, view: View | None) -> int | None:
+def window_for_package(starts: Tensor | None, view: AttentionMask | None) -> int | None:
     """How many earlier positions every query sees, -1 for all of them: what the kernels of packages can be told.
 
     None where more is asked: documents kept apart, another pattern than a window, positions added to the scores.

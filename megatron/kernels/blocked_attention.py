@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention_mask import View
-from megatron.kernels.cpu_features import widens
+from megatron.kernels.attention_mask import AttentionMask
+from megatron.kernels.cpu_features import needs_fp32_matmul
 
 QUERIES = 128
 """Queries of a block, measured best for 512 positions and heads of 32 and 64."""
 
-KEPT_BYTES = 256 << 20
+MAX_SAVED_BYTES = 256 << 20
 """Most memory that one call's weights may take until its backward pass."""
 
 
@@ -46,7 +46,7 @@ def _put_rows(x: Tensor, heads: int, block: slice, rows: Tensor) -> None:
     target.copy_(rows.view(target.shape))
 
 
-def _wide(x: Tensor) -> Tensor:
+def _to_fp32(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -55,7 +55,7 @@ Seen = slice | Tensor
 """Keys, as a slice or by their positions in order."""
 
 
-def _seen(block: slice, starts: Tensor | None, view: View | None, device: torch.device) -> Seen:
+def _seen(block: slice, starts: Tensor | None, view: AttentionMask | None, device: torch.device) -> Seen:
     """The keys that some query of the block sees; the last of them are the block's own."""
     first = 0 if starts is None else int(starts[:, block].min())
     if view is None or view.pattern is None:
@@ -63,7 +63,7 @@ def _seen(block: slice, starts: Tensor | None, view: View | None, device: torch.
     return view.pattern.columns(block.start, block.stop, first, device)
 
 
-def _hide(scores: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: View | None) -> None:
+def _hide(scores: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: AttentionMask | None) -> None:
     """Add a view's bias and -inf for hidden keys, in place: scores [b, m, g, queries, seen]."""
     queries = block.stop - block.start
     future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
@@ -89,7 +89,7 @@ def _distance(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def _weights(
-    rows: Tensor, keys: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: View | None, batch: int
+    rows: Tensor, keys: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: AttentionMask | None, batch: int
 ) -> Tensor:
     """Softmax over the visible keys: rows [b * m, r, d] and fp32 keys [b * m, s, d] -> [b * m, r, seen].
 
@@ -103,7 +103,7 @@ def _weights(
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """The product left right, [b * m, ., .]; in fp32, rounded once, where the processor cannot multiply their type."""
-    if widens(left.device, left.dtype):
+    if needs_fp32_matmul(left.device, left.dtype):
         return torch.bmm(left.float(), right.float()).to(left.dtype)
     return torch.bmm(left, right)
 
@@ -113,7 +113,7 @@ def _add_product(total: Tensor, seen: Seen, left: Tensor, right: Tensor) -> None
     left = left.transpose(1, 2)
     if not isinstance(seen, slice):
         total.index_add_(1, seen, _product(left, right))
-    elif widens(left.device, left.dtype):
+    elif needs_fp32_matmul(left.device, left.dtype):
         total[:, seen].add_(_product(left, right))
     else:
         total[:, seen].baddbmm_(left, right)
@@ -136,38 +136,44 @@ def _add_bias_gradient(total: Tensor, grad_scores: Tensor, block: slice, seen: S
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, view: View | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        starts: Tensor | None,
+        view: AttentionMask | None,
     ) -> Tensor:
         heads, length = k.shape[1:3]
         keys, values = (x.reshape(-1, length, x.shape[-1]).contiguous() for x in (k, v))  # [b * m, s, d]
         parts = [(block, _seen(block, starts, view, q.device)) for block in _blocks(length)]
         cells = sum((block.stop - block.start) * _count(seen) for block, seen in parts)
-        keep = q.shape[0] * q.shape[1] * cells * q.element_size() <= KEPT_BYTES
+        keep = q.shape[0] * q.shape[1] * cells * q.element_size() <= MAX_SAVED_BYTES
         out = torch.empty(q.shape, dtype=q.dtype)
-        wide_keys = _wide(keys)
-        kept = []
+        wide_keys = _to_fp32(keys)
+        saved = []
         for block, seen in parts:
             weights = _weights(_rows(q, heads, block), wide_keys, block, seen, starts, view, len(q))
             _put_rows(out, heads, block, _product(weights, values[:, seen]))
             if keep:
-                kept.append(weights)
-        ctx.save_for_backward(q, keys, values, bias, starts, *kept)
+                saved.append(weights)
+        ctx.save_for_backward(q, keys, values, bias, starts, *saved)
         ctx.heads, ctx.parts, ctx.pattern = heads, parts, None if view is None else view.pattern
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-        q, keys, values, bias, starts, *kept = ctx.saved_tensors
+        q, keys, values, bias, starts, *saved = ctx.saved_tensors
         heads, length, batch = ctx.heads, q.shape[2], len(q)
-        view = None if ctx.pattern is None and bias is None else View(ctx.pattern, bias)
+        view = None if ctx.pattern is None and bias is None else AttentionMask(ctx.pattern, bias)
         scale = 1 / math.sqrt(q.shape[-1])
-        wide_keys = keys if kept else _wide(keys)
+        wide_keys = keys if saved else _to_fp32(keys)
         grad_q = torch.empty(q.shape, dtype=q.dtype)
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for number, (block, seen) in enumerate(ctx.parts):
             rows = _rows(q, heads, block)
-            weights = kept[number] if kept else _weights(rows, wide_keys, block, seen, starts, view, batch)
+            weights = saved[number] if saved else _weights(rows, wide_keys, block, seen, starts, view, batch)
             grad_rows = _rows(grads[0], heads, block)
             _add_product(grad_v, seen, weights, grad_rows)
             grad_weights = _product(grad_rows, values[:, seen].transpose(1, 2))
@@ -181,7 +187,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, view: View | None = None
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, view: AttentionMask | None = None
 ) -> Tensor:
     """Causal attention of whole sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d]. CPU only.
 

@@ -7,7 +7,7 @@ import torch
 _SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
-def widens(device: torch.device, dtype: torch.dtype) -> bool:
+def needs_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matrices of this type are better multiplied as fp32.
 
     A processor without instructions for 16 bits (x86 before AVX-512) multiplies them element by element. As fp32 the

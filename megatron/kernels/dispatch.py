@@ -41,7 +41,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
 
     section: the configuration's kernels section, for those that must be asked for.
     """
-    whole = getattr(section, "mamba_inner_func_fusion", False)
+    fused = getattr(section, "mamba_inner_func_fusion", False)
     compiled = getattr(section, "compile", False)  # by a compiler that sees into torch's own kernels only
     return Kernels(
         linear=plain_linear if compiled else choose_linear(device, dtype),
@@ -51,7 +51,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
         grouped=choose_grouped(device, dtype),
         mamba=choose_mamba(
             device,
-            convolution=whole or getattr(section, "mamba_causal_conv_fusion", False),
-            scan=whole or getattr(section, "mamba_selective_scan_fusion", False),
+            convolution=fused or getattr(section, "mamba_causal_conv_fusion", False),
+            scan=fused or getattr(section, "mamba_selective_scan_fusion", False),
         ),
     )

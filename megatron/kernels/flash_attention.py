@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import AttentionKernel, choose_attention
-from megatron.kernels.attention_mask import View, reach
+from megatron.kernels.attention_mask import AttentionMask, window_for_package
 
 
 def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -43,10 +43,10 @@ def flash_attention(
     v: Tensor,
     dropout: float = 0.0,
     starts: Tensor | None = None,
-    view: View | None = None,
+    view: AttentionMask | None = None,
 ) -> Tensor:
     """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn cannot do."""
-    behind = reach(starts, view)
+    behind = window_for_package(starts, view)
     if behind is None:
         return usual(q, k, v, dropout, starts, view)
     from flash_attn import flash_attn_func

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from megatron.kernels.attention_mask import Blocks, Pattern, View
+from megatron.kernels.attention_mask import AttentionMask, BlockPattern, MaskPattern
 
 
 def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
@@ -30,7 +30,7 @@ def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
     return None
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: View) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: AttentionMask) -> Tensor:
     """Q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d] under the causal mask and a view; see attention_mask.py."""
     length = q.shape[2]
     hidden = _block_mask(view, length, q.device, starts, q.shape[0], q.shape[1])
@@ -52,7 +52,7 @@ def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _block_mask(
-    view: View, length: int, device: torch.device, starts: Tensor | None, batch: int, heads: int
+    view: AttentionMask, length: int, device: torch.device, starts: Tensor | None, batch: int, heads: int
 ) -> flex.BlockMask:
     """The blocks that a view and the starts of documents leave to see; without starts it is made once."""
     if starts is None:
@@ -66,16 +66,16 @@ def _block_mask(
 
 
 @lru_cache(maxsize=64)
-def _lasting_mask(pattern: Pattern | None, length: int, device: torch.device, heads: int) -> flex.BlockMask:
+def _lasting_mask(pattern: MaskPattern | None, length: int, device: torch.device, heads: int) -> flex.BlockMask:
     shown, own = _shown(pattern, length, device)
     return flex.create_block_mask(shown, None, heads if own else None, length, length, device=device)
 
 
-def _shown(pattern: Pattern | None, length: int, device: torch.device) -> tuple[Callable[..., Tensor], bool]:
+def _shown(pattern: MaskPattern | None, length: int, device: torch.device) -> tuple[Callable[..., Tensor], bool]:
     """(what says whether a place is seen, whether heads differ)."""
     if pattern is None:
         return lambda row, head, query, key: key <= query, False
-    if not isinstance(pattern, Blocks):
+    if not isinstance(pattern, BlockPattern):
         return lambda row, head, query, key: (key <= query) & pattern.sees(query, key), False
     size = pattern.layout.block
     cells = pattern.table(-(-length // size), device)  # bool [heads or 1, rows, rows]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.kernels.cpu_features import widens
+from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.linear import widened_linear
 
 GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def plain_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """The plain twin: one product a group. An empty group gives its matrix a gradient of zeros."""
-    product = _widened if widens(rows.device, rows.dtype) else torch.mm
+    product = _widened if needs_fp32_matmul(rows.device, rows.dtype) else torch.mm
     parts = rows.split(counts.tolist())
     return torch.cat([product(part, matrix) for part, matrix in zip(parts, matrices.unbind(), strict=True)])
 

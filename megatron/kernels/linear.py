@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.kernels.cpu_features import widens
+from megatron.kernels.cpu_features import needs_fp32_matmul
 
 LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
@@ -55,7 +55,7 @@ def onednn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernel:
     """The fastest product for parameters of this type on this device."""
-    if widens(device, dtype):
+    if needs_fp32_matmul(device, dtype):
         return widened_linear
     return onednn_linear if onednn_unavailable(device, dtype) is None else plain_linear
 
@@ -78,7 +78,7 @@ def _plain_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LinearPieces:
+class LinearOps:
     """A kernel without its gradient, for a layer that writes out its own.
 
     product: as any kernel. weight_gradient: of the output [rows, out] and the input [rows, in] -> [out, in].
@@ -88,36 +88,36 @@ class LinearPieces:
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
 
 
-def pieces_of(kernel: LinearKernel) -> LinearPieces:
+def linear_ops(kernel: LinearKernel) -> LinearOps:
     """What a kernel is made of."""
     if kernel is onednn_linear:
-        return LinearPieces(_product, _weight_gradient)
+        return LinearOps(_product, _weight_gradient)
     if kernel is widened_linear:
-        return LinearPieces(_widened_product, _widened_weight_gradient)
-    return LinearPieces(kernel, _plain_weight_gradient)
+        return LinearOps(_widened_product, _widened_weight_gradient)
+    return LinearOps(kernel, _plain_weight_gradient)
 
 
-def _wide_pieces() -> LinearPieces:
-    return pieces_of(choose_linear(torch.device("cpu"), torch.float32))
+def _widened_ops() -> LinearOps:
+    return linear_ops(choose_linear(torch.device("cpu"), torch.float32))
 
 
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide_bias = None if bias is None else bias.float()
-    return _wide_pieces().product(x.float(), weight.float(), wide_bias).to(x.dtype)
+    return _widened_ops().product(x.float(), weight.float(), wide_bias).to(x.dtype)
 
 
 def _widened_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return _wide_pieces().weight_gradient(grad.float(), x.float()).to(grad.dtype)
+    return _widened_ops().weight_gradient(grad.float(), x.float()).to(grad.dtype)
 
 
-class _PiecewiseLinear(torch.autograd.Function):
+class _LinearWithGrad(torch.autograd.Function):
     """A linear layer whose gradient is written out from the pieces of its kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pieces: LinearPieces) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ops: LinearOps) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no input
-        ctx.has_bias, ctx.pieces = bias is not None, pieces
-        return pieces.product(x, weight, bias)
+        ctx.has_bias, ctx.ops = bias is not None, ops
+        return ops.product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -126,17 +126,17 @@ class _PiecewiseLinear(torch.autograd.Function):
         flat = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = None
         if need_x:
-            grad_x = ctx.pieces.product(flat, weight.t(), None).view(*grads[0].shape[:-1], weight.shape[1])
-        grad_weight = ctx.pieces.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
+            grad_x = ctx.ops.product(flat, weight.t(), None).view(*grads[0].shape[:-1], weight.shape[1])
+        grad_weight = ctx.ops.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product through oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
-    return _PiecewiseLinear.apply(x, weight, bias, pieces_of(onednn_linear))
+    return _LinearWithGrad.apply(x, weight, bias, linear_ops(onednn_linear))
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of 16-bit tensors in fp32, rounded once, [..., in] -> [..., out]."""
-    return _PiecewiseLinear.apply(x, weight, bias, pieces_of(widened_linear))
+    return _LinearWithGrad.apply(x, weight, bias, linear_ops(widened_linear))

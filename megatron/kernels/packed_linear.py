@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.cpp_build import library
-from megatron.kernels.cpu_features import widens
-from megatron.kernels.linear import LinearKernel, choose_linear, pieces_of
+from megatron.kernels.cpu_features import needs_fp32_matmul
+from megatron.kernels.linear import LinearKernel, choose_linear, linear_ops
 
 FEW = 16
 """Rows of x up to which reading the weight costs more than multiplying."""
@@ -44,7 +44,7 @@ def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
 
     rows: how many rows of x are usual, which the layout is chosen for; any number works.
     """
-    if widens(weight.device, weight.dtype):
+    if needs_fp32_matmul(weight.device, weight.dtype):
         if few_rows_unavailable(weight) is None:
             return few_rows_linear(weight.detach())
         return _rounded(packed_linear(weight.float(), rows), weight.dtype)
@@ -93,7 +93,7 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in fp32, some rows of the weight at a time, so that their fp32 copies stay in the cache."""
     blocks = weight.split(BLOCK)
     biases = [None] * len(blocks) if bias is None else bias.float().split(BLOCK)
-    product = pieces_of(choose_linear(x.device, torch.float32)).product
+    product = linear_ops(choose_linear(x.device, torch.float32)).product
     wide = x.float()
     found = [product(wide, block.float(), some).to(x.dtype) for block, some in zip(blocks, biases, strict=True)]
     return torch.cat(found, dim=-1)

@@ -40,12 +40,18 @@ def linear_scan(keep: Tensor, add: Tensor) -> Tensor:
     By doubling (Hillis and Steele 1986): after i rounds every position has gathered the last 2^i. With keep in [0, 1]
     nothing can grow on the way.
     """
-    length, reach = add.shape[1], 1
-    while reach < length:
-        add = torch.cat((add[:, :reach], add[:, reach:] + keep[:, reach:] * add[:, :-reach]), dim=1)
-        if 2 * reach < length:
-            keep = torch.cat((keep[:, :reach], keep[:, reach:] * keep[:, :-reach]), dim=1)
-        reach *= 2
+    length, distance = add.shape[1], 1
+    while distance < length:
+        add = torch.cat(
+            (
+                add[:, :distance],
+                add[:, distance:] + keep[:, distance:] * add[:, :-distance],
+            ),
+            dim=1,
+        )
+        if 2 * distance < length:
+            keep = torch.cat((keep[:, :distance], keep[:, distance:] * keep[:, :-distance]), dim=1)
+        distance *= 2
     return add
 
 

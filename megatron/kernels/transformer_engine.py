@@ -4,7 +4,7 @@ A layer of the package keeps parameters of its own; here it is made without memo
 shapes, checkpoints and the cut over ranks are those of every other model. What it keeps beside them, the largest
 absolute values that FP8 is scaled by, starts anew with the process.
 
-FP8 (arXiv:2209.05433) is on inside `fp8_region`; outside of it the same layers compute in the type of their parameters.
+FP8 (arXiv:2209.05433) is active in `fp8_autocast`; outside of it the same layers compute in the type of their parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from transformer_engine.common.recipe import DelayedScaling, Format
 
 from megatron.kernels.attention import AttentionKernel
-from megatron.kernels.attention_mask import View, reach
+from megatron.kernels.attention_mask import AttentionMask, window_for_package
 from megatron.kernels.linear import BoundLinear
 
 WITHOUT_MEMORY = "meta"
@@ -55,10 +55,10 @@ class Attention:
         v: Tensor,
         dropout: float = 0.0,
         starts: Tensor | None = None,
-        view: View | None = None,
+        view: AttentionMask | None = None,
     ) -> Tensor:
         """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]."""
-        behind = reach(starts, view)
+        behind = window_for_package(starts, view)
         if behind is None or q.shape[2] != k.shape[2]:
             return self._usual(q, k, v, dropout, starts, view)
         batch, heads, length, size = q.shape
@@ -142,7 +142,7 @@ def norm_mlp_of(
     return run
 
 
-def fp8_region(
+def fp8_autocast(
     *,
     hybrid: bool,
     history: int,

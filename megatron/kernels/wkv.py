@@ -63,11 +63,11 @@ def _chunk(
     carried = before.exp()
     ends = sums[:, -1:] - sums  # what fades from position j to the end of the chunk
     left = ends.exp()
-    whole = sums[:, -1].exp()  # [b, n, d]
+    decay = sums[:, -1].exp()  # [b, n, d]
     if starts is not None:
         carried = carried * (starts < 0)[..., None, None]
         left = left * (at >= starts[:, -1:])[..., None, None]
-        whole = whole * (starts[:, -1] < 0)[:, None, None]
+        decay = decay * (starts[:, -1] < 0)[:, None, None]
     y = y + torch.einsum("btnd,bnde->btne", r * carried, state)
-    state = whole.unsqueeze(-1) * state + torch.einsum("bjnd,bjne->bnde", k * left, v)
+    state = decay.unsqueeze(-1) * state + torch.einsum("bjnd,bjne->bnde", k * left, v)
     return y, state

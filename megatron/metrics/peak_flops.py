@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.kernels.cpu_features import widens
+from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.linear import choose_linear
 
 # (part of the device's name, dense TFLOP/s); the first match wins, so that longer names are before shorter ones.
@@ -98,7 +98,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, name: str) -> Peak:
     right = torch.ones(size, size, device=device, dtype=dtype)
     layer = choose_linear(device, dtype)
     products = [lambda: layer(left, right, None)]
-    if not widens(device, dtype):
+    if not needs_fp32_matmul(device, dtype):
         products.append(lambda: torch.mm(left, right))
     best = min(_best_seconds(product, device, _MEASURE_SECONDS / len(products)) for product in products)
     kind = str(dtype).removeprefix("torch.")

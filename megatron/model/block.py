@@ -52,7 +52,7 @@ class TransformerBlock(Block):
     """
 
     fused_norm_mlp: Callable[[Tensor], Tensor] | None = None
-    region: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__(spec, source.axis)
@@ -70,7 +70,7 @@ class TransformerBlock(Block):
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]. document_starts [b, s]: where the document of each token starts."""
         run = self._parallel if self.parallel else self._sequential
-        with self.region() if self.training else nullcontext():
+        with self.autocast() if self.training else nullcontext():
             return run(hidden, cache, document_starts)
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:

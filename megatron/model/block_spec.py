@@ -13,7 +13,7 @@ from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
-from megatron.kernels.attention_mask import Pattern
+from megatron.kernels.attention_mask import MaskPattern
 from megatron.kernels.dispatch import Kernels
 from megatron.model.positions.base import AttentionPositions
 from megatron.param_table import ModelDims, Multipliers
@@ -41,8 +41,8 @@ class BlockSpec:
     activation: Callable[[Tensor], Tensor]
     attention: tuple[Callable[..., nn.Module], ...]
     mlp: tuple[Callable[..., nn.Module], ...]
-    patterns: tuple[Callable[[range], Pattern | None], ...]
-    relative: nn.Module | None
+    patterns: tuple[Callable[[range], MaskPattern | None], ...]
+    relative_positions: nn.Module | None
     head_norm: Callable[[], nn.Module] | None
     init_fn: InitFn
     output_init_fn: InitFn
@@ -54,6 +54,6 @@ class BlockSpec:
     reset_attention: bool = False
     reset_positions: bool = False
     context: Axis = field(default_factory=lambda: Axis("context"))
-    mixture: Any = None
+    moe_config: Any = None
     multipliers: Multipliers = field(default_factory=Multipliers)
     lora_specs: Mapping[str, LoraSpec] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.model_spec import ModelSpec
 from megatron.model.positions.base import document_positions
-from megatron.model.soft_prompt import LearnedPrompt
+from megatron.model.soft_prompt import SoftPromptEmbedding
 from megatron.registry import POSITIONS
 
 
@@ -51,7 +51,7 @@ class EmbeddingLayer(nn.Module):
         if spec.dims.tied:
             mark_tied(self.word_embeddings.weight)
         self.position_embeddings: nn.Module | None = None
-        self.soft_prompt: LearnedPrompt | None = None
+        self.soft_prompt: SoftPromptEmbedding | None = None
         if not as_output_copy:
             positions = POSITIONS.load(spec.model.pos_emb)
             self.position_embeddings = positions.for_embedding(
@@ -59,7 +59,7 @@ class EmbeddingLayer(nn.Module):
             )
             prompt = soft_prompt(spec.model.soft_prompt_tuning)
             if prompt is not None:
-                self.soft_prompt = LearnedPrompt(prompt, spec.dims.hidden_size, source.of("soft_prompt"))
+                self.soft_prompt = SoftPromptEmbedding(prompt, spec.dims.hidden_size, source.of("soft_prompt"))
         self.to(spec.dtype)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class EmbeddingLayer(nn.Module):
             if positions is not None:
                 positions = positions[:, first : first + length]
             if cache is not None:
-                positions = cache.place(length).positions
+                positions = cache.slots(length).positions
             hidden = hidden + self.position_embeddings(length, first, positions, hidden.device)
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier

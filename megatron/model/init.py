@@ -19,11 +19,11 @@ from megatron.param_table import WidthRatio
 
 
 @dataclass(frozen=True)
-class FillByShape:
+class ShapedInit:
     """A Fill whose deviation depends on the shape. deviation: maps [out, in] to it, up to a constant factor."""
 
     draw: InitFn
-    deviation: Callable[[Sequence[float]], float]
+    std_of: Callable[[Sequence[float]], float]
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
         self.draw(tensor, generator)
@@ -67,7 +67,7 @@ def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_uniform_(tensor, generator=generator)
 
-    return FillByShape(init_fn, _by_sum)
+    return ShapedInit(init_fn, _by_sum)
 
 
 def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
@@ -76,7 +76,7 @@ def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
     def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_normal_(tensor, generator=generator)
 
-    return FillByShape(init_fn, _by_sum)
+    return ShapedInit(init_fn, _by_sum)
 
 
 def _by_sum(shape: Sequence[float]) -> float:
@@ -87,7 +87,7 @@ def _orthogonal(gain: float) -> InitFn:
     def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.orthogonal_(tensor, gain=gain, generator=generator)
 
-    return FillByShape(init_fn, lambda shape: max(shape) ** -0.5)
+    return ShapedInit(init_fn, lambda shape: max(shape) ** -0.5)
 
 
 def orthogonal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
@@ -114,12 +114,12 @@ def rescaling(width_ratios: Mapping[str, WidthRatio], factor: float) -> Rescale:
 
         def rescaled(tensor: Tensor, generator: torch.Generator) -> None:
             init_fn(tensor, generator)
-            wanted = factor * width_ratio.std
-            if isinstance(init_fn, FillByShape):
+            target_std = factor * width_ratio.std
+            if isinstance(init_fn, ShapedInit):
                 base = [size / ratio for size, ratio in zip(tensor.shape, ratios, strict=True)]
-                wanted *= init_fn.deviation(base) / init_fn.deviation(tensor.shape)
-            if wanted != 1.0:
-                tensor.mul_(wanted)
+                target_std *= init_fn.std_of(base) / init_fn.std_of(tensor.shape)
+            if target_std != 1.0:
+                tensor.mul_(target_std)
 
         return rescaled
 

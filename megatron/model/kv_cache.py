@@ -22,7 +22,7 @@ from megatron.kernels.decode_attention import Table, choose_decode_attention, na
 
 
 @dataclass(frozen=True)
-class Place:
+class CacheSlots:
     """Where s new positions of every row go.
 
     end: positions that the longest row has afterwards [tokens]. positions: the new ones, [b, s], and mask: which keys a
@@ -70,16 +70,16 @@ class KVCache:
     ) -> None:
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
-        self.one_query = choose_decode_attention(self.memory.device, dtype, head_dim)
+        self.decode_kernel = choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
         self.prompt = prompt
         self.lengths = [0] * batch  # positions filled, of each row [tokens]
-        self._place: tuple[int, Place] | None = None
-        self._coming: list[int] | None = None
+        self._slots: tuple[int, CacheSlots] | None = None
+        self._valid_lengths: list[int] | None = None
         self._states = {
             (block, name): torch.zeros(batch, *one, dtype=torch.float32, device=device)
-            for block, kept in (states or {}).items()
-            for name, one in kept.items()
+            for block, shapes in (states or {}).items()
+            for name, one in shapes.items()
         }
 
     @property
@@ -103,21 +103,21 @@ class KVCache:
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
         part.prompt = self.prompt
-        part.one_query = self.one_query
+        part.decode_kernel = self.decode_kernel
         part.lengths = self.lengths[first : first + count]
-        part._place = part._coming = None
+        part._slots = part._valid_lengths = None
         part._states = {key: state[first : first + count] for key, state in self._states.items()}
         return part
 
-    def expect(self, positions: Sequence[int]) -> None:
+    def set_valid_lengths(self, positions: Sequence[int]) -> None:
         """How many of the next positions of each row exist; those behind them are padding. Until ``advance``."""
-        self._coming = list(positions)
+        self._valid_lengths = list(positions)
 
-    def existing(self, positions: int) -> Tensor | None:
+    def valid_mask(self, positions: int) -> Tensor | None:
         """Which of that many next positions exist, bool [b, s]; None where all of them do."""
-        if self._coming is None or min(self._coming) >= positions:
+        if self._valid_lengths is None or min(self._valid_lengths) >= positions:
             return None
-        coming = torch.tensor(self._coming, device=self.memory.device)
+        coming = torch.tensor(self._valid_lengths, device=self.memory.device)
         return torch.arange(positions, device=self.memory.device) < coming[:, None]
 
     def state(self, block: int, name: str) -> Tensor:
@@ -128,59 +128,59 @@ class KVCache:
             state[empty] = 0
         return state
 
-    def place(self, positions: int) -> Place:
+    def slots(self, positions: int) -> CacheSlots:
         """Where that many new positions go; worked out once for all blocks. IndexError when they do not fit."""
-        if self._place is None or self._place[0] != positions:
-            self._place = (positions, self._find_place(positions))
-        return self._place[1]
+        if self._slots is None or self._slots[0] != positions:
+            self._slots = (positions, self._compute_slots(positions))
+        return self._slots[1]
 
-    def _find_place(self, positions: int) -> Place:
+    def _compute_slots(self, positions: int) -> CacheSlots:
         end = self.length + positions
         if end > self.max_length:
             raise IndexError(f"{end} positions do not fit a cache of {self.max_length}")
         ends = torch.tensor([length + positions for length in self.lengths])
         if min(self.lengths) == self.length:
-            return Place(end, ends=ends)
+            return CacheSlots(end, ends=ends)
         device = self.memory.device
         starts = torch.tensor(self.lengths, device=device)
         at = starts[:, None] + torch.arange(positions, device=device)  # [b, s]
-        return Place(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None], ends)
+        return CacheSlots(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None], ends)
 
     def update(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [b, m/t, s, d] of the next s positions of a block; returns all of its positions so far.
 
         The lengths stay as they are until ``advance``, so that every block stores at the same place.
         """
-        place = self.place(keys.shape[2])
+        slots = self.slots(keys.shape[2])
         stored = self.memory[block - self.first_layer]  # [2, b, m/t, max, d]
-        if place.positions is None:
-            stored[0, :, :, place.end - keys.shape[2] : place.end] = keys
-            stored[1, :, :, place.end - keys.shape[2] : place.end] = values
+        if slots.positions is None:
+            stored[0, :, :, slots.end - keys.shape[2] : slots.end] = keys
+            stored[1, :, :, slots.end - keys.shape[2] : slots.end] = values
         else:
             row = torch.arange(self.batch, device=stored.device)[:, None]  # [b, 1]
-            stored[0].transpose(1, 2)[row, place.positions] = keys.transpose(1, 2).to(stored.dtype)  # [b, s, m/t, d]
-            stored[1].transpose(1, 2)[row, place.positions] = values.transpose(1, 2).to(stored.dtype)
-        return stored[0, :, :, : place.end], stored[1, :, :, : place.end]  # [b, m/t, end, d]
+            stored[0].transpose(1, 2)[row, slots.positions] = keys.transpose(1, 2).to(stored.dtype)  # [b, s, m/t, d]
+            stored[1].transpose(1, 2)[row, slots.positions] = values.transpose(1, 2).to(stored.dtype)
+        return stored[0, :, :, : slots.end], stored[1, :, :, : slots.end]  # [b, m/t, end, d]
 
-    def attend_one(self, block: int, q: Tensor, k: Tensor, v: Tensor, table: Table | None) -> Tensor:
+    def attend_decode(self, block: int, q: Tensor, k: Tensor, v: Tensor, table: Table | None) -> Tensor:
         """Stores one new position of every row and attends to it and all before it, with ``one_query``.
 
         q [b, n/t, d], k and v [b, m/t, d]; table: of the angles that turn q and k, or None. Returns [b, n/t, d].
         """
-        ends = self.place(1).ends
-        assert self.one_query is not None and ends is not None, "the caller asks for one_query first"
+        ends = self.slots(1).ends
+        assert self.decode_kernel is not None and ends is not None, "the caller asks for one_query first"
         keys, values = self.memory[block - self.first_layer]  # [b, m/t, max, d]
-        return self.one_query(q, k, v, keys, values, ends, table)
+        return self.decode_kernel(q, k, v, keys, values, ends, table)
 
     def advance(self, positions: int) -> None:
         """All blocks have stored these positions."""
-        self._coming = None
+        self._valid_lengths = None
         self.set_lengths([length + positions for length in self.lengths])
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Say how many positions of each row count: fewer than are stored where the last ones were padding."""
         self.lengths = list(lengths)
-        self._place = None
+        self._slots = None
 
     def clear(self, row: int) -> None:
         """Forgets a row's numbers too: a mask gives what is behind a text no weight, but 0 times NaN is NaN."""
@@ -195,7 +195,7 @@ class KVCache:
         for state in self._states.values():
             state[target] = state[source]
         self.lengths[target] = length
-        self._place = None
+        self._slots = None
 
     def reset(self) -> None:
         """Forget everything; the memory is kept for the next prompts."""

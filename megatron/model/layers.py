@@ -28,7 +28,7 @@ from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
-from megatron.kernels.attention_mask import Blocks, Pattern, Window
+from megatron.kernels.attention_mask import BlockPattern, MaskPattern, Window
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
@@ -103,7 +103,9 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         attention=tuple(ATTENTION.load(kind) for kind in dims.kinds),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),
-        relative=positions.for_scores(model, spec.param_factory(FIRST_BLOCK).of("attention.rpe"), spec.multipliers),
+        relative_positions=positions.for_scores(
+            model, spec.param_factory(FIRST_BLOCK).of("attention.rpe"), spec.multipliers
+        ),
         head_norm=head_norm if dims.qk_norm else None,
         init_fn=INITS.load(initialization.init_method)(**numbers),
         output_init_fn=INITS.load(initialization.output_layer_init_method)(**numbers),
@@ -115,7 +117,9 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         reset_attention=spec.reset_attention,
         reset_positions=spec.reset_positions,
         context=topology.context,
-        mixture=_moe_config(spec.moe, topology, spec.router_losses) if spec.moe and dims.mixture.experts > 1 else None,
+        moe_config=_moe_config(spec.moe, topology, spec.router_losses)
+        if spec.moe and dims.mixture.experts > 1
+        else None,
         multipliers=spec.multipliers,
         lora_specs=_lora_specs(dims.low_rank, spec.rng),
     )
@@ -124,12 +128,12 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
 def _moe_config(moe: MoeSection, topology: Topology, losses: RouterLossTracker | None) -> MoEConfig:
     """Returns what the blocks with experts share."""
     return MoEConfig(
-        choose=ROUTERS.load(moe.moe_router_type),
+        choose_experts=ROUTERS.load(moe.moe_router_type),
         jitter=moe.moe_jitter_eps,
         normalize=moe.moe_normalize_top_k,
         capacity=moe.moe_capacity_factor,
         eval_capacity=moe.moe_eval_capacity_factor,
-        least=moe.moe_min_capacity,
+        min_capacity=moe.moe_min_capacity,
         losses=losses or RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff),
         axis=topology.expert,
         batch=topology.dp_cp,
@@ -152,16 +156,16 @@ def _block(kind: str) -> type[Block]:
     return TransformerBlock
 
 
-def _patterns(model: ModelSection, kinds: Sequence[str]) -> tuple[Callable[[range], Pattern | None], ...]:
+def _patterns(model: ModelSection, kinds: Sequence[str]) -> tuple[Callable[[range], MaskPattern | None], ...]:
     """Returns the mask pattern of each block of the model, by heads."""
     window = None if model.sliding_window_width is None else Window(model.sliding_window_width)
-    made: dict[tuple[BlockLayout, range], Blocks] = {}  # blocks with one layout share its tables
+    made: dict[tuple[BlockLayout, range], BlockPattern] = {}  # blocks with one layout share its tables
 
-    def of(number: int, kind: str) -> Callable[[range], Pattern | None]:
+    def of(number: int, kind: str) -> Callable[[range], MaskPattern | None]:
         layout = layout_of(kind, model.sparsity_config, number)
         if layout is None:
             return lambda heads: window
-        return lambda heads: made.setdefault((layout, heads), Blocks(layout, heads))
+        return lambda heads: made.setdefault((layout, heads), BlockPattern(layout, heads))
 
     return tuple(of(number, kind) for number, kind in enumerate(kinds))
 

@@ -48,7 +48,7 @@ class PipelinedModel(PipelineModule):
 
     def __init__(
         self,
-        plan: Sequence[LayerSpec],
+        layer_specs: Sequence[LayerSpec],
         topology: Topology,
         *,
         partition_method: str | tuple[int, ...],
@@ -58,14 +58,14 @@ class PipelinedModel(PipelineModule):
         grid = PipeModelDataParallelTopology(
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
         )
-        self._relative = _learned_relative(plan)
-        self._attending = [layer.index for layer in plan if issubclass(layer.layer, TransformerBlock)]
+        self._relative = _learned_relative(layer_specs)
+        self._attending = [layer.index for layer in layer_specs if issubclass(layer.layer, TransformerBlock)]
         with redirect_stdout(io.StringIO()):  # the partition is reported by us, not printed
             super().__init__(
-                layers=_specs(plan),
+                layers=_specs(layer_specs),
                 topology=grid,
                 partition_method=partition_method,
-                loss_fn=lambda logits, targets: _released(loss(logits, *targets), logits),
+                loss_fn=lambda logits, targets: _free_logits_after_loss(loss(logits, *targets), logits),
             )
         self.recompute = recompute
 
@@ -138,9 +138,9 @@ class PipelinedModel(PipelineModule):
         return range(self._local_start, self._local_stop)
 
 
-def _learned_relative(plan: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
+def _learned_relative(layer_specs: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
     """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
-    relative = {layer.arguments["spec"].relative for layer in plan if issubclass(layer.layer, Block)}
+    relative = {layer.arguments["spec"].relative_positions for layer in layer_specs if issubclass(layer.layer, Block)}
     return tuple(module for module in relative if module is not None and list(module.parameters()))
 
 
@@ -149,7 +149,7 @@ def _differentiable(carry: Tensor) -> Tensor:
     return carry if carry.requires_grad or not is_grad_enabled() else carry.requires_grad_()
 
 
-def _released(value: Tensor, logits: Tensor) -> Tensor:
+def _free_logits_after_loss(value: Tensor, logits: Tensor) -> Tensor:
     """The loss, once the logits are given up: DeepSpeed holds on to those of several micro batches.
 
     What the backward pass needs of them is kept by the graph of the loss.
@@ -159,12 +159,12 @@ def _released(value: Tensor, logits: Tensor) -> Tensor:
     return value
 
 
-def _specs(plan: Sequence[LayerSpec]) -> list[DeepSpeedLayerSpec]:
-    tied_index = next((layer.tied_to for layer in plan if layer.tied_to is not None), None)
+def _specs(layer_specs: Sequence[LayerSpec]) -> list[DeepSpeedLayerSpec]:
+    tied_index = next((layer.tied_to for layer in layer_specs if layer.tied_to is not None), None)
     specs = []
-    for layer in plan:
+    for layer in layer_specs:
         if layer.tied_to is not None:
-            copy = {**plan[layer.tied_to].arguments, "as_output_copy": True}
+            copy = {**layer_specs[layer.tied_to].arguments, "as_output_copy": True}
             specs.append(_tied(copy, tied_output))
         elif layer.index == tied_index:
             specs.append(_tied(dict(layer.arguments), None))

@@ -17,11 +17,11 @@ from megatron.model.recompute import Recompute, run_layers
 class SequentialModel(nn.Module):
     """The layers of a plan, one after another; parameter names are ``sequential.<layer index>.<name>``."""
 
-    def __init__(self, plan: Sequence[LayerSpec], recompute: Recompute | None = None) -> None:
+    def __init__(self, layer_specs: Sequence[LayerSpec], recompute: Recompute | None = None) -> None:
         super().__init__()
         self.recompute = recompute
         self.sequential = nn.ModuleList()
-        for layer in plan:
+        for layer in layer_specs:
             if layer.tied_to is None:
                 self.sequential.append(layer.build())
             else:

@@ -16,16 +16,16 @@ from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import ParamFactory
 
 
-class LearnedPrompt(nn.Module):
+class SoftPromptEmbedding(nn.Module):
     """Parameter ``weight`` [n, h], whole on every rank."""
 
-    def __init__(self, asked: SoftPrompt, hidden_size: int, source: ParamFactory) -> None:
+    def __init__(self, spec: SoftPrompt, hidden_size: int, source: ParamFactory) -> None:
         super().__init__()
 
         def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
-            tensor.uniform_(-asked.init_range, asked.init_range, generator=generator)
+            tensor.uniform_(-spec.init_range, spec.init_range, generator=generator)
 
-        self.weight = source.replicated("weight", (asked.num_tokens, hidden_size), init_fn)
+        self.weight = source.replicated("weight", (spec.num_tokens, hidden_size), init_fn)
         mark_embedding_like(self.weight)
 
     def forward(self, hidden: Tensor, first: int) -> Tensor:

@@ -37,7 +37,7 @@ def _layers(block: TransformerBlock) -> Iterable[Layer]:
     return found
 
 
-def _take(layers: Iterable[Layer], kind: type[Layer]) -> None:
+def _use_package_kernel(layers: Iterable[Layer], kind: type[Layer]) -> None:
     for layer in layers:
         if isinstance(layer, kind):
             alone = layer.axis.size == 1 or kind is ColumnParallelLinear
@@ -46,18 +46,18 @@ def _take(layers: Iterable[Layer], kind: type[Layer]) -> None:
 
 def columns(block: TransformerBlock, recompute: Recompute) -> None:
     """The products of column-parallel layers."""
-    _take(_layers(block), ColumnParallelLinear)
+    _use_package_kernel(_layers(block), ColumnParallelLinear)
 
 
 def rows(block: TransformerBlock, recompute: Recompute) -> None:
     """The products of row-parallel layers."""
-    _take(_layers(block), RowParallelLinear)
+    _use_package_kernel(_layers(block), RowParallelLinear)
 
 
 def attention(block: TransformerBlock, recompute: Recompute) -> None:
     """The attention core, and the products before and after it."""
     for layer in (block.attention.query_key_value, block.attention.dense):
-        _take([layer], type(layer))
+        _use_package_kernel([layer], type(layer))
     core = Attention(block.attention.attend)
     block.attention.attend = core if recompute is None else partial(recompute, core)
 

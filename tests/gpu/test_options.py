@@ -7,7 +7,7 @@ import torch
 
 from megatron.block_sparsity import SPARSE_KINDS, layout_of
 from megatron.kernels.attention import gpu_attention, plain_attention
-from megatron.kernels.attention_mask import Blocks, View, Window
+from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window
 from megatron.kernels.flash_attention import choose_flash
 from megatron.registry import NORMS
 
@@ -27,13 +27,13 @@ def inputs(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
 def test_flexible_attention_is_plain_attention(name: str, biased: bool) -> None:
     """Values and gradients, a learned bias's too, in bf16: 2 % of the largest value."""
     layout = layout_of(name, {"block": 16, "different_layout_per_head": name != "local"}, 1)
-    pattern = Window(100) if layout is None else Blocks(layout, range(HEADS))
+    pattern = Window(100) if layout is None else BlockPattern(layout, range(HEADS))
     results = []
     for kernel in (gpu_attention, plain_attention):
         parts, grad = inputs(torch.bfloat16)
         bias = torch.linspace(0, -4, LENGTH, device="cuda").expand(HEADS, -1).clone().requires_grad_()
         used = [*parts, bias] if biased else parts
-        out = kernel(*parts, 0.0, None, View(pattern, bias if biased else None))
+        out = kernel(*parts, 0.0, None, AttentionMask(pattern, bias if biased else None))
         results.append([out, *torch.autograd.grad(out, used, grad)])
     for got, want in zip(*results, strict=True):
         assert (got.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
@@ -43,7 +43,7 @@ def test_flash_attn_is_plain_attention() -> None:
     pytest.importorskip("flash_attn")
     for window in (None, Window(100)):
         parts, _ = inputs(torch.bfloat16)
-        view = None if window is None else View(window)
+        view = None if window is None else AttentionMask(window)
         out = choose_flash(torch.device("cuda"), torch.bfloat16)(*parts, 0.0, None, view)
         want = plain_attention(*parts, 0.0, None, view)
         assert (out.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()

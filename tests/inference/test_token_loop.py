@@ -50,7 +50,7 @@ WIDTHS = {"torch": {}, "compiled": {"hidden_size": 64}}
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_scheme_side_by_side_without_a_cache_and_with_one(scheme, width):
     engine = SmallEngine(small_config(**SCHEMES[scheme], **WIDTHS[width]))
-    assert (engine.new_cache(1, 1).one_query is None) == (width == "torch")
+    assert (engine.new_cache(1, 1).decode_kernel is None) == (width == "torch")
     plain = texts(engine, PROMPTS, rows=5, cached=False, maximum=20)
     assert texts(engine, PROMPTS, rows=3, maximum=20) == plain
 

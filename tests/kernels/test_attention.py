@@ -81,7 +81,7 @@ def test_bf16_stays_near_the_formula(name: str) -> None:
 def test_weights_computed_again_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     *parts, grad = inputs((2, 4, 2, 300, 300, 16), torch.float32)
     retained = torch.autograd.grad(blocked.blocked_attention(*parts), parts, grad)
-    monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocked, "MAX_SAVED_BYTES", 0)
     again = torch.autograd.grad(blocked.blocked_attention(*parts), parts, grad)
     for first, second in zip(retained, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -139,5 +139,5 @@ def test_documents_are_attended_to_alone(name: str, shape: tuple[int, ...]) -> N
 
 
 def test_documents_with_weights_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocked, "MAX_SAVED_BYTES", 0)
     test_documents_are_attended_to_alone("cpu", (1, 4, 2, 400, 400, 16))

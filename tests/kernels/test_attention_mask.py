@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.block_sparsity import layout_of
 from megatron.kernels import blocked_attention as blocked
 from megatron.kernels.attention import cpu_attention, plain_attention, sdpa_attention
-from megatron.kernels.attention_mask import Blocks, View, Window, reach
+from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window, window_for_package
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
 
 HEADS, KV_HEADS, LENGTH, SIZE = 4, 2, 210, 16
@@ -22,7 +22,7 @@ SPARSE = {"block": 16, "num_random_blocks": 1}
 OWN = {"block": 8, "num_different_global_patterns": 4, "different_layout_per_head": True}
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, starts: Tensor | None, view: View) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, starts: Tensor | None, view: AttentionMask) -> Tensor:
     assert flex_unavailable(q, k, dropout) is None
     return flex_attention(q, k, v, starts, view)
 
@@ -30,10 +30,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, starts: Tensor | None,
 KERNELS = {"plain": plain_attention, "sdpa": sdpa_attention, "cpu": cpu_attention, "flex": flex}
 
 
-def blocks(kind: str, options: dict[str, object]) -> Blocks:
+def blocks(kind: str, options: dict[str, object]) -> BlockPattern:
     layout = layout_of(kind, options, 1)
     assert layout is not None
-    return Blocks(layout, range(4, 4 + HEADS))
+    return BlockPattern(layout, range(4, 4 + HEADS))
 
 
 PATTERNS = {
@@ -55,7 +55,7 @@ def seen(name: str) -> Tensor:
             for key in range(query + 1):
                 if isinstance(pattern, Window):
                     table[head, query, key] = query - key < pattern.width
-                elif isinstance(pattern, Blocks):
+                elif isinstance(pattern, BlockPattern):
                     size = pattern.layout.block
                     table[head, query, key] = key // size in pattern.layout.seen(query // size, 4 + head)
     return table
@@ -94,7 +94,7 @@ def test_values_and_gradients_equal_the_formula(pattern: str, biased: bool, docu
         single, grad32 = inputs(torch.float32)
         if name == "flex":  # on a CPU it has no backward pass; tests/gpu has it
             single = [each.detach() for each in single]
-        view = View(PATTERNS[pattern], single[3] if biased else None)
+        view = AttentionMask(PATTERNS[pattern], single[3] if biased else None)
         actual = kernel(*single[:3], 0.0, starts, view)
         assert_near(name, actual, expected, atol=1e-5)
         if name != "flex":
@@ -112,9 +112,9 @@ def assert_near(name: str, actual: Tensor, expected: Tensor, *, atol: float) -> 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_weights_computed_again_give_the_same_gradients(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, grad = inputs(torch.float32)
-    view = View(PATTERNS[pattern], parts[3])
+    view = AttentionMask(PATTERNS[pattern], parts[3])
     retained = torch.autograd.grad(blocked.blocked_attention(*parts[:3], None, view), parts, grad)
-    monkeypatch.setattr(blocked, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocked, "MAX_SAVED_BYTES", 0)
     again = torch.autograd.grad(blocked.blocked_attention(*parts[:3], None, view), parts, grad)
     for first, second in zip(retained, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -126,16 +126,18 @@ def test_a_layout_grows_with_the_sequences() -> None:
     (q, k, v, _), _ = inputs(torch.float32)
     for length in (200, 30, 210):
         parts = [part[:, :, :length].detach() for part in (q, k, v)]
-        fresh = cpu_attention(*parts, 0.0, None, View(blocks("bigbird", SPARSE)))
-        torch.testing.assert_close(cpu_attention(*parts, 0.0, None, View(grown)), fresh, rtol=0, atol=0)
-        torch.testing.assert_close(fresh, plain_attention(*parts, 0.0, None, View(grown)), rtol=1e-4, atol=1e-5)
+        fresh = cpu_attention(*parts, 0.0, None, AttentionMask(blocks("bigbird", SPARSE)))
+        torch.testing.assert_close(cpu_attention(*parts, 0.0, None, AttentionMask(grown)), fresh, rtol=0, atol=0)
+        torch.testing.assert_close(
+            fresh, plain_attention(*parts, 0.0, None, AttentionMask(grown)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_hidden_keys_are_not_computed() -> None:
     """The saving: the keys that the blocks of queries multiply with, of those that full causal attention does."""
     length, device = 4096, torch.device("cpu")
 
-    def share(pattern: Window | Blocks) -> float:
+    def share(pattern: Window | BlockPattern) -> float:
         full = own = 0
         for first in range(0, length, blocked.QUERIES):
             columns = pattern.columns(first, first + blocked.QUERIES, 0, device)
@@ -160,6 +162,11 @@ def test_scores_beyond_fp16_stay_finite() -> None:
 
 def test_what_packages_can_be_reported() -> None:
     starts, bias = torch.zeros(1, 4), torch.zeros(2, 4)
-    assert reach(None, None) == reach(None, View()) == -1
-    assert reach(None, View(Window(5))) == 4
-    assert reach(starts, None) is reach(None, View(None, bias)) is reach(None, View(Window(5), bias)) is None
+    assert window_for_package(None, None) == window_for_package(None, AttentionMask()) == -1
+    assert window_for_package(None, AttentionMask(Window(5))) == 4
+    assert (
+        window_for_package(starts, None)
+        is window_for_package(None, AttentionMask(None, bias))
+        is window_for_package(None, AttentionMask(Window(5), bias))
+        is None
+    )

@@ -75,15 +75,15 @@ def test_bfloat16_rounds_once(kernel: object) -> None:
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_processor_without_bfloat16_multiplies_in_fp32(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert cpu_features.widens(CPU, torch.bfloat16) is not supported
-    assert not cpu_features.widens(CPU, torch.float32)
-    assert not cpu_features.widens(torch.device("cuda"), torch.bfloat16)
+    assert cpu_features.needs_fp32_matmul(CPU, torch.bfloat16) is not supported
+    assert not cpu_features.needs_fp32_matmul(CPU, torch.float32)
+    assert not cpu_features.needs_fp32_matmul(torch.device("cuda"), torch.bfloat16)
     assert choose_linear(CPU, torch.bfloat16) is (plain_linear if supported else widened_linear)
 
 
 def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, matrices, counts = torch.randn(9, 32), torch.randn(3, 32, 16), torch.tensor([4, 0, 5])
-    monkeypatch.setattr(grouped_matmul, "widens", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(grouped_matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16)
     low = [rows.bfloat16().requires_grad_(), matrices.bfloat16().requires_grad_()]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
     got, target = grouped_matmul.plain_grouped(*low, counts), grouped_matmul.plain_grouped(*exact, counts)
@@ -97,7 +97,7 @@ def test_widened_groups_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_choice_is_reported_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "widens", lambda device, dtype: False)
+    monkeypatch.setattr(linear, "needs_fp32_matmul", lambda device, dtype: False)
     assert onednn_unavailable(CPU, torch.float32) is None
     assert choose_linear(CPU, torch.float32) is onednn_linear
     for device, dtype, word in ((CPU, torch.bfloat16, "bfloat16"), (torch.device("cuda"), torch.float32, "cuda")):
@@ -143,7 +143,7 @@ def test_what_the_compiled_product_cannot_take_is_reported() -> None:
 
 def test_without_a_compiler_bfloat16_is_packed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear_module, "library", lambda: "There is none.")
-    monkeypatch.setattr(packed_linear_module, "widens", lambda _device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(packed_linear_module, "needs_fp32_matmul", lambda _device, dtype: dtype == torch.bfloat16)
     weight, x = torch.randn(96, 64).bfloat16(), torch.randn(3, 64).bfloat16()
     target = F.linear(x.double(), weight.double())
     torch.testing.assert_close(packed_linear(weight)(x, weight, None).double(), target, rtol=2**-8, atol=1e-5)

@@ -287,7 +287,7 @@ def test_cached_is_uncached(kind: str) -> None:
         found = torch.cat([model(ids[:, :10], memory), *(model(ids[:, t : t + 1], memory) for t in range(10, 24))])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         memory.reset()
-        memory.expect([6, 10])
+        memory.set_valid_lengths([6, 10])
         model(ids[:, :10], memory)
         memory.set_lengths([6, 10])
         for step in range(8):

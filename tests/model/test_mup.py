@@ -22,7 +22,7 @@ from megatron.engine.deepspeed_engine import keyed_parameters
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
-from megatron.optim.param_groups import RATE, parameter_groups
+from megatron.optim.param_groups import LR_SCALE, parameter_groups
 from megatron.param_table import ModelDims, Multipliers, MupWidths, base_shapes, learning_rates, tensors, width_ratios
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.registry import OPTIMIZERS
@@ -248,7 +248,7 @@ def test_rates_and_decay_of_every_tensor_are_those_of_the_package(name: str, kin
     rates = {parameters[key]: rate for key, rate in learning_rates(section, dims, entrywise=entrywise).items()}
     for group in parameter_groups(parameters.values(), DECAY, rates):
         for parameter in group["params"]:
-            assert (LR * group[RATE], group["weight_decay"]) == pytest.approx(expected[id(parameter)])
+            assert (LR * group[LR_SCALE], group["weight_decay"]) == pytest.approx(expected[id(parameter)])
 
 
 class _Section:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.kernels.attention import masked_attention
-from megatron.model.attention.dense import _shown
-from megatron.model.kv_cache import Place
+from megatron.model.attention.dense import _visible_mask
+from megatron.model.kv_cache import CacheSlots
 from tests.model.sections import build
 
 LENGTH = 64
@@ -85,7 +85,7 @@ def test_what_each_kind_sees_in_a_cache(kind: str) -> None:
         view = attention._view(end, v.device)
         mask = torch.arange(end) <= positions[:, None, :, None] if view is None else None
         if view is not None:
-            mask = _shown(view, Place(end, positions), 1, v.device)
+            mask = _visible_mask(view, CacheSlots(end, positions), 1, v.device)
         assert mask is not None
         weights = masked_attention(torch.zeros(2, 4, 1, LENGTH), torch.zeros(2, 4, end, LENGTH), v[:, :, :end], mask)
         for row, position in enumerate((end - 1, end - 21)):

@@ -256,8 +256,8 @@ MUTANTS = (
     Mutant(
         "the cosine decay runs twice as fast",
         "optim/lr_schedule.py",
-        "math.cos(math.pi * moment.progress)",
-        "math.cos(2 * math.pi * moment.progress)",
+        "math.cos(math.pi * point.progress)",
+        "math.cos(2 * math.pi * point.progress)",
         ("optim/test_lr_schedule.py",),
     ),
     Mutant(

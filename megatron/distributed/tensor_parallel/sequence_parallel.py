@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.distributed.collectives import LOW_PRECISION, copy_to, reduce_from, with_grad
 from megatron.distributed.mesh import Axis
-from megatron.kernels.linear import LinearKernel, pieces_of
+from megatron.kernels.linear import LinearKernel, linear_ops
 
 
 def all_gather_first(x: Tensor, axis: Axis) -> Tensor:
@@ -128,7 +128,7 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.has_bias, ctx.axis, ctx.chunks = bias is not None, axis, pieces_of(kernel)
+        ctx.has_bias, ctx.axis, ctx.chunks = bias is not None, axis, linear_ops(kernel)
         product: Tensor = ctx.chunks.product(all_gather_first(x, axis), weight, bias)
         return product
 

@@ -24,9 +24,9 @@ from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_t
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
-from megatron.kernels.attention_mask import View
+from megatron.kernels.attention_mask import AttentionMask
 from megatron.model.block_spec import BlockSpec
-from megatron.model.kv_cache import KVCache, Place
+from megatron.model.kv_cache import CacheSlots, KVCache
 from megatron.model.positions.base import document_positions
 
 
@@ -64,7 +64,7 @@ class ParallelSelfAttention(nn.Module):
         self.core_heads = slice(self.context.rank * len(shared), (self.context.rank + 1) * len(shared))
         first = source.axis.rank * self.heads + self.core_heads.start
         self.pattern = spec.patterns[number](range(first, first + len(shared)))
-        self.rpe = spec.relative
+        self.rpe = spec.relative_positions
         self.query_factor = spec.multipliers.query
         self.q_layernorm = spec.head_norm() if spec.head_norm else None
         self.k_layernorm = spec.head_norm() if spec.head_norm else None
@@ -120,31 +120,31 @@ class ParallelSelfAttention(nn.Module):
             core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
         return all_to_all_heads_to_seq(core, self.context)  # [b, n/t, s, d]
 
-    def _view(self, length: int, device: torch.device) -> View | None:
+    def _view(self, length: int, device: torch.device) -> AttentionMask | None:
         """What is hidden and added in a sequence of that length, or None for nothing."""
         if self.pattern is None and self.rpe is None:
             return None
-        return View(self.pattern, None if self.rpe is None else self.rpe(length, device)[self.core_heads])
+        return AttentionMask(self.pattern, None if self.rpe is None else self.rpe(length, device)[self.core_heads])
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """New positions after those in the cache: shapes as in ``_attend``. The cache may be of a higher precision."""
-        place, dtype = cache.place(q.shape[2]), q.dtype
-        view = self._view(place.end, q.device)
-        if view is None and cache.one_query is not None and q.shape[2] == 1 and dtype == cache.memory.dtype:
-            table = None if self.positions is None else self.positions.table(place.end, q.device)
-            return cache.attend_one(self.number, q[:, :, 0], k[:, :, 0], v[:, :, 0], table).unsqueeze(2)
+        slots, dtype = cache.slots(q.shape[2]), q.dtype
+        view = self._view(slots.end, q.device)
+        if view is None and cache.decode_kernel is not None and q.shape[2] == 1 and dtype == cache.memory.dtype:
+            table = None if self.positions is None else self.positions.table(slots.end, q.device)
+            return cache.attend_decode(self.number, q[:, :, 0], k[:, :, 0], v[:, :, 0], table).unsqueeze(2)
         if self.positions is not None:
-            q = self.positions(q, cache.length, place.positions)
-            k = self.positions(k, cache.length, place.positions)
+            q = self.positions(q, cache.length, slots.positions)
+            k = self.positions(k, cache.length, slots.positions)
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
         if view is not None:
-            shown = _shown(view, place, q.shape[2], q.device)
-            if view.pattern is not None and place.positions is None:  # keys that no row sees cost nothing
-                seen = view.pattern.columns(place.end - q.shape[2], place.end, 0, q.device)
+            shown = _visible_mask(view, slots, q.shape[2], q.device)
+            if view.pattern is not None and slots.positions is None:  # keys that no row sees cost nothing
+                seen = view.pattern.columns(slots.end - q.shape[2], slots.end, 0, q.device)
                 k, v, shown = k[:, :, seen], v[:, :, seen], shown[..., seen]
             return masked_attention(q.to(k.dtype), k, v, shown).to(dtype)
-        if place.mask is not None:  # texts of different lengths
-            return masked_attention(q.to(k.dtype), k, v, place.mask).to(dtype)
+        if slots.mask is not None:  # texts of different lengths
+            return masked_attention(q.to(k.dtype), k, v, slots.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
@@ -170,9 +170,9 @@ class FlashSelfAttention(ParallelSelfAttention):
         return spec.kernels.flash
 
 
-def _shown(view: View, place: Place, length: int, device: torch.device) -> Tensor:
+def _visible_mask(view: AttentionMask, slots: CacheSlots, length: int, device: torch.device) -> Tensor:
     """What the queries of cached texts see, for ``masked_attention``: [b or 1, n or 1, s, end]."""
-    keys = torch.arange(place.end, device=device)
-    queries = keys[None, place.end - length :] if place.positions is None else place.positions  # [b or 1, s]
+    keys = torch.arange(slots.end, device=device)
+    queries = keys[None, slots.end - length :] if slots.positions is None else slots.positions  # [b or 1, s]
     queries, keys = queries[:, None, :, None], keys[None, None, None]
     return view.seen(queries, keys) if view.bias is None else view.scores(queries, keys)

@@ -54,10 +54,10 @@ class GMLPTransformerBlock(Block):
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
-        outside, inside = gather_twice(self.norm(hidden), self.axis)  # [s, b, h]
+        block_input, inside = gather_twice(self.norm(hidden), self.axis)  # [s, b, h]
         linear = self.input_linear
         inner = self.activation(linear.kernel(inside, linear.weight, linear.bias))  # [s, b, 2f/t]
-        gated = self.sgu(inner.transpose(0, 1), outside.transpose(0, 1), cache, document_starts)
+        gated = self.sgu(inner.transpose(0, 1), block_input.transpose(0, 1), cache, document_starts)
         return hidden + self.drop(self.output_linear(gated.transpose(0, 1)))
 
 
@@ -69,21 +69,21 @@ class SpatialGatingUnit(nn.Module):
         dims = spec.dims.mixers
         self.number, self.axis, self.reset = number, source.axis, spec.reset_attention
         self.norm = spec.norm_of(dims.gmlp_width)
-        self.proj = _Places(dims.gmlp_positions, source.of("proj"))
+        self.proj = _PositionMixing(dims.gmlp_positions, source.of("proj"))
         small = spec.dims.kind(number) == "amlp"
         self.attn = TinyAttention(number, spec, source.of("attn")) if small else None
 
-    def forward(self, x: Tensor, outside: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, block_input: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """X [b, s, 2f/t] and the block's normed input [b, s, h] -> [b, s, f/t]."""
         plain, gate = x.chunk(2, dim=-1)
         gate = scatter_to(self.norm(gather_from(gate, self.axis)), self.axis)
-        sight = Sight.of(x.shape[1], cache, document_starts if self.reset else None, x.device)
+        visible = VisiblePositions.of(x.shape[1], cache, document_starts if self.reset else None, x.device)
         if cache is not None:
-            gate = sight.remember(cache.state(self.number, "gate"), gate)
-        mixed = sight.mixed(copy_to(self.proj.weight, self.axis), copy_to(self.proj.bias, self.axis), gate)
+            gate = visible.store(cache.state(self.number, "gate"), gate)
+        mix = visible.mix(copy_to(self.proj.weight, self.axis), copy_to(self.proj.bias, self.axis), gate)
         if self.attn is not None:
-            mixed = mixed + self.attn(outside, sight, cache)
-        return plain * mixed
+            mix = mix + self.attn(block_input, visible, cache)
+        return plain * mix
 
 
 class TinyAttention(nn.Module):
@@ -93,59 +93,59 @@ class TinyAttention(nn.Module):
         super().__init__()
         dims, hidden = spec.dims.mixers, spec.dims.hidden_size
         self.number, self.axis, self.width = number, source.axis, dims.gmlp_attention
-        self.proj_qkv = _WholeLinear(hidden, 3 * self.width, source.of("proj_qkv"), spec)
-        self.proj_ffn = _CutLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), spec)
+        self.proj_qkv = _ReplicatedLinear(hidden, 3 * self.width, source.of("proj_qkv"), spec)
+        self.proj_ffn = _ShardedLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), spec)
 
-    def forward(self, x: Tensor, sight: Sight, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, visible: VisiblePositions, cache: KVCache | None) -> Tensor:
         """Every rank computes the attention alike, and the part of the output that it needs."""
         q, k, v = self.proj_qkv(x).chunk(3, dim=-1)  # [b, s, a]
         if cache is not None:
-            k = sight.remember(cache.state(self.number, "keys"), k)
-            v = sight.remember(cache.state(self.number, "values"), v)
+            k = visible.store(cache.state(self.number, "keys"), k)
+            v = visible.store(cache.state(self.number, "values"), v)
         scores = q @ k.transpose(1, 2) * self.width**-0.5  # [b, s, positions]
-        weights = scores.float().masked_fill(~sight.seen, float("-inf")).softmax(dim=-1).to(v.dtype)
+        weights = scores.float().masked_fill(~visible.seen, float("-inf")).softmax(dim=-1).to(v.dtype)
         return self.proj_ffn(copy_to(weights @ v, self.axis))
 
 
-class Sight:
+class VisiblePositions:
     """Which positions the new ones see. at: places of the new positions [b or 1, s]. seen: [b or 1, s, positions]."""
 
     def __init__(self, at: Tensor, seen: Tensor) -> None:
         self.at, self.seen = at, seen
 
     @staticmethod
-    def of(length: int, cache: KVCache | None, starts: Tensor | None, device: torch.device) -> Sight:
+    def of(length: int, cache: KVCache | None, starts: Tensor | None, device: torch.device) -> VisiblePositions:
         """After those of a cache, or of a whole sequence whose documents start at `starts` [b, s]."""
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
         if cache is not None:
             first = torch.tensor(cache.lengths, device=device).unsqueeze(1)
         at = first + torch.arange(length, device=device)  # [b, s]
-        places = torch.arange(length if cache is None else cache.length + length, device=device)
-        seen = places <= at.unsqueeze(-1)
-        return Sight(at, seen if starts is None else seen & (places >= starts.unsqueeze(-1)))
+        positions = torch.arange(length if cache is None else cache.length + length, device=device)
+        seen = positions <= at.unsqueeze(-1)
+        return VisiblePositions(at, seen if starts is None else seen & (positions >= starts.unsqueeze(-1)))
 
-    def remember(self, memory: Tensor, new: Tensor) -> Tensor:
+    def store(self, memory: Tensor, new: Tensor) -> Tensor:
         """Stores [b, s, ...] at the new places of the memory [b, max, ...]; returns all places so far, of its type."""
         rows = torch.arange(len(new), device=new.device).unsqueeze(1)
         memory[rows, self.at.expand(len(new), -1)] = new.to(memory.dtype)
         return memory[:, : self.seen.shape[-1]].to(new.dtype)
 
-    def mixed(self, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    def mix(self, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
         """Weight [p, p] and bias [p] over gate [b, positions, f/t] -> [b, s, f/t]."""
         rows = weight[self.at][..., : self.seen.shape[-1]].masked_fill(~self.seen, 0)  # [b or 1, s, positions]
         return rows @ gate + bias[self.at].unsqueeze(-1)
 
 
-class _Places(nn.Module):
+class _PositionMixing(nn.Module):
     """``weight`` [p, p] from 0 and ``bias`` [p] from 1: at first the unit passes one half on (section 2.1)."""
 
-    def __init__(self, places: int, source: ParamFactory) -> None:
+    def __init__(self, positions: int, source: ParamFactory) -> None:
         super().__init__()
-        self.weight = source.replicated("weight", (places, places), zeros, full_sequence=True)
-        self.bias = source.replicated("bias", (places,), _ones, full_sequence=True)
+        self.weight = source.replicated("weight", (positions, positions), zeros, full_sequence=True)
+        self.bias = source.replicated("bias", (positions,), _ones, full_sequence=True)
 
 
-class _WholeLinear(nn.Module):
+class _ReplicatedLinear(nn.Module):
     """A linear layer that every rank holds whole and applies to whole sequences."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
@@ -157,7 +157,7 @@ class _WholeLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class _CutLinear(nn.Module):
+class _ShardedLinear(nn.Module):
     """A linear layer whose outputs are cut, and whose input has entered the region already."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:

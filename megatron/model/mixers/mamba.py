@@ -62,7 +62,7 @@ class MambaMixer(nn.Module):
         self.kernels: MambaKernels = spec.kernels.mamba
         self.reset = spec.reset_attention
         inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, spec.kernels.linear
-        self.A_log = source.sharded("A_log", (inner, dims.mamba_state), _rates, dim=0)
+        self.A_log = source.sharded("A_log", (inner, dims.mamba_state), _init_a_log, dim=0)
         self.D = source.sharded("D", (inner,), _ones, dim=0)
         mark_no_weight_decay(self.A_log)
         self.in_proj = ColumnParallelLinear(
@@ -75,7 +75,7 @@ class MambaMixer(nn.Module):
             kernel=kernel,
         )
         self.conv1d = _Convolution(dims, source.of("conv1d"))
-        self.x_proj = _SummedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
+        self.x_proj = _AllReducedLinear(inner, dims.mamba_rank + 2 * dims.mamba_state, source.of("x_proj"), spec, bias)
         self.dt_proj = _StepLinear(dims, source.of("dt_proj"))
         self.out_proj = RowParallelLinear(
             inner, hidden, source.of("out_proj"), init_fn=spec.output_init_fn, bias=bias, kernel=kernel
@@ -86,30 +86,30 @@ class MambaMixer(nn.Module):
         starts = document_starts if self.reset else None
         x, gate = self.in_proj(x).transpose(0, 1).chunk(2, dim=-1)  # [b, s, d] each
         if cache is None and starts is None:
-            y = self._whole(x, gate)
+            y = self._scan_full_sequence(x, gate)
         else:
             y = self._with_state(x, cache, starts) * F.silu(gate)
         return self.out_proj(y.transpose(0, 1))  # [s, b, h]
 
-    def _whole(self, x: Tensor, gate: Tensor) -> Tensor:
+    def _scan_full_sequence(self, x: Tensor, gate: Tensor) -> Tensor:
         """Whole sequences from nothing, by the fastest kernels: [b, s, d] -> [b, s, d]."""
         x = self.kernels.convolution(x, self.conv1d.taps, self.conv1d.bias)
         step, into, out = self.x_proj(x).split(self._widths, dim=-1)
-        return self.kernels.scan(x, self.dt_proj(step), self._rate, into, out, self.D, self.dt_proj.bias, gate)
+        return self.kernels.scan(x, self.dt_proj(step), self._a, into, out, self.D, self.dt_proj.bias, gate)
 
     def _with_state(self, x: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         """Sequences that continue a state, or that hold several documents: [b, s, d] -> [b, s, d], not yet gated."""
-        length, kept = x.shape[1], self.dims.mamba_convolution - 1
-        before, state, existing = x.new_zeros(x.shape[0], kept, x.shape[2]), None, None
+        length, width = x.shape[1], self.dims.mamba_convolution - 1
+        before, state, valid = x.new_zeros(x.shape[0], width, x.shape[2]), None, None
         if cache is not None:
             memory, state = cache.state(self.number, "convolution"), cache.state(self.number, "state")
-            existing, before = cache.existing(length), memory.clone()
-            memory.copy_(_last(torch.cat((before, x.to(before.dtype)), dim=1), kept, existing))
+            valid, before = cache.valid_mask(length), memory.clone()
+            memory.copy_(_last(torch.cat((before, x.to(before.dtype)), dim=1), width, valid))
         resets = None if starts is None else starts == torch.arange(length, device=x.device)
         x = F.silu(causal_convolution(x, self.conv1d.taps, self.conv1d.bias, before, starts))
         step, into, out = self.x_proj(x).split(self._widths, dim=-1)
         step = F.softplus(self.dt_proj(step).float() + self.dt_proj.bias.float())
-        y, last = selective_scan(x, step, self._rate, into, out, self.D.float(), state, resets, existing)
+        y, last = selective_scan(x, step, self._a, into, out, self.D.float(), state, resets, valid)
         if state is not None:
             state.copy_(last)
         return y.to(x.dtype)
@@ -119,16 +119,16 @@ class MambaMixer(nn.Module):
         return self.dims.mamba_rank, self.dims.mamba_state, self.dims.mamba_state
 
     @property
-    def _rate(self) -> Tensor:
+    def _a(self) -> Tensor:
         """A [d, n], in fp32: below zero."""
         return -torch.exp(self.A_log.float())
 
 
-def _last(seen: Tensor, count: int, existing: Tensor | None) -> Tensor:
+def _last(seen: Tensor, count: int, valid: Tensor | None) -> Tensor:
     """The last `count` positions of each row that exist: [b, count + s, ...] -> [b, count, ...]."""
-    if existing is None:
+    if valid is None:
         return seen[:, seen.shape[1] - count :]
-    at = existing.sum(1, keepdim=True) + torch.arange(count, device=seen.device)  # [b, count]
+    at = valid.sum(1, keepdim=True) + torch.arange(count, device=seen.device)  # [b, count]
     return seen.gather(1, at.unsqueeze(-1).expand(-1, -1, seen.shape[2]))
 
 
@@ -148,7 +148,7 @@ class _Convolution(nn.Module):
         return self.weight.squeeze(1)
 
 
-class _SummedLinear(nn.Module):
+class _AllReducedLinear(nn.Module):
     """A row-parallel product inside a tensor-parallel region: every rank gets the whole sum, and gives a term of its
     gradient.
     """
@@ -172,7 +172,7 @@ class _StepLinear(nn.Module):
         super().__init__()
         inner, rank = dims.mamba_inner, dims.mamba_rank
         self.weight = source.sharded("weight", (inner, rank), _uniform(rank**-0.5), dim=0)
-        self.bias = source.sharded("bias", (inner,), _steps, dim=0)
+        self.bias = source.sharded("bias", (inner,), _init_step_bias, dim=0)
 
     def forward(self, step: Tensor) -> Tensor:
         """[b, s, q] -> [b, s, d], without the bias."""
@@ -186,7 +186,7 @@ def _uniform(bound: float) -> Any:
     return init_fn
 
 
-def _rates(tensor: Tensor, generator: torch.Generator) -> None:
+def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
     """log(1), log(2), ... for the states of every channel (S4D-Real, arXiv:2206.11893)."""
     tensor.copy_(torch.arange(1, tensor.shape[1] + 1).log().expand_as(tensor))
 
@@ -195,7 +195,7 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.fill_(1)
 
 
-def _steps(tensor: Tensor, generator: torch.Generator) -> None:
+def _init_step_bias(tensor: Tensor, generator: torch.Generator) -> None:
     """The inverse of softplus, of steps that are log-uniform."""
     low, high = (math.log(step) for step in STEP_RANGE)
     steps = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=STEP_FLOOR)

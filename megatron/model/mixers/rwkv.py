@@ -72,41 +72,41 @@ class TimeMixing(nn.Module):
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
         self.number, self.axis = number, source.axis
         self.shift = _Shift(number, "time", spec)
-        depth, init_fn = _Depth(number, dims.num_layers), spec.init_fn
+        depth, init_fn = _DepthInit(number, dims.num_layers), spec.init_fn
         powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
         for part, power in powers.items():
             start = depth.mixing(power, less=0.3 if part == "v" else 0.0)
             self.register_parameter(f"time_maa_{part}", _vector(source, f"time_maa_{part}", hidden, start))
-        self.time_maa_w1 = _whole(source, "time_maa_w1", (hidden, 5 * RWKV_MIX_RANK))
-        self.time_maa_w2 = _whole(source, "time_maa_w2", (5, RWKV_MIX_RANK, hidden))
+        self.time_maa_w1 = _replicated(source, "time_maa_w1", (hidden, 5 * RWKV_MIX_RANK))
+        self.time_maa_w2 = _replicated(source, "time_maa_w2", (5, RWKV_MIX_RANK, hidden))
         self.time_decay = source.sharded("time_decay", (1, 1, width), depth.decay, dim=2)
-        self.time_decay_w1 = _whole(source, "time_decay_w1", (hidden, RWKV_DECAY_RANK))
+        self.time_decay_w1 = _replicated(source, "time_decay_w1", (hidden, RWKV_DECAY_RANK))
         self.time_decay_w2 = source.sharded("time_decay_w2", (RWKV_DECAY_RANK, width), _small, dim=1)
         self.time_faaaa = source.sharded("time_faaaa", (width // self.head, self.head), depth.bonus, dim=0)
         mark_no_weight_decay(self.time_decay)
         mark_no_weight_decay(self.time_faaaa)
         self.receptance, self.key, self.value = (
-            _Cut(hidden, width, source.of(name), init_fn) for name in ("receptance", "key", "value")
+            _ShardedWeight(hidden, width, source.of(name), init_fn) for name in ("receptance", "key", "value")
         )
         self.output = RowParallelLinear(
             width, hidden, source.of("output"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
         )
-        self.gate = _Cut(hidden, width, source.of("gate"), init_fn)
+        self.gate = _ShardedWeight(hidden, width, source.of("gate"), init_fn)
         self.ln_x = _HeadNorm(width, self.head, source.of("ln_x"))
 
     def forward(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks (with sequence parallelism [s/t, b, h])."""
         x, _ = gather_twice(x, self.axis)
         x = x.transpose(0, 1)  # [b, s, h]
-        change, starts, existing = self.shift(x, cache, document_starts)
+        change, starts, valid = self.shift(x, cache, document_starts)
         mixed, faded = self._mixed(x, change)
         r, k, v, g = (F.linear(one, layer.weight) for one, layer in zip(mixed, self._layers, strict=True))
         decay = self.time_decay + faded @ self.time_decay_w2  # [b, s, a]
         log_decay = -torch.exp(decay.float() if decay.dtype != torch.float64 else decay)
         r, k, v, log_decay = (one.unflatten(-1, (-1, self.head)) for one in (r, k, v, log_decay))  # [b, s, n, d]
         state = None if cache is None else cache.state(self.number, "state")
-        if existing is not None:  # padding neither adds to the memory nor lets it fade
-            k, log_decay = k * existing[..., None, None], log_decay * existing[..., None, None]
+        if valid is not None:  # padding neither adds to the memory nor lets it fade
+            k, log_decay = k * valid[..., None, None], log_decay * valid[..., None, None]
         y, last = wkv(r, k, v, log_decay, self.time_faaaa, state, starts)
         if state is not None:
             state.copy_(last)
@@ -123,7 +123,7 @@ class TimeMixing(nn.Module):
         return copy_to(torch.stack((r, k, v, g)), self.axis).unbind(), faded
 
     @property
-    def _layers(self) -> tuple[_Cut, ...]:
+    def _layers(self) -> tuple[_ShardedWeight, ...]:
         return self.receptance, self.key, self.value, self.gate
 
 
@@ -135,11 +135,11 @@ class ChannelMixing(nn.Module):
         hidden, width = spec.dims.hidden_size, spec.dims.mixers.rwkv_ffn
         self.axis = source.axis
         self.shift = _Shift(number, "channel", spec)
-        start = _Depth(number, spec.dims.num_layers).mixing(1.0)
+        start = _DepthInit(number, spec.dims.num_layers).mixing(1.0)
         self.time_maa_k = _vector(source, "time_maa_k", hidden, start)
         self.time_maa_r = _vector(source, "time_maa_r", hidden, start)
-        self.key = _Cut(hidden, width, source.of("key"), spec.init_fn)
-        self.receptance = _Cut(hidden, hidden, source.of("receptance"), spec.init_fn)
+        self.key = _ShardedWeight(hidden, width, source.of("key"), spec.init_fn)
+        self.receptance = _ShardedWeight(hidden, hidden, source.of("receptance"), spec.init_fn)
         self.value = RowParallelLinear(
             width, hidden, source.of("value"), init_fn=spec.output_init_fn, bias=False, kernel=spec.kernels.linear
         )
@@ -171,24 +171,24 @@ class _Shift:
         positions exist [b, s] where some do not.
         """
         starts = document_starts if self._reset else None
-        existing = None if cache is None else cache.existing(x.shape[1])
+        valid = None if cache is None else cache.valid_mask(x.shape[1])
         before = torch.zeros_like(x[:, :1])
         if cache is not None:
             memory = cache.state(self._number, self._name)
             before = memory.to(x.dtype).unsqueeze(1).clone()
             last = x[:, -1]
-            if existing is not None:
-                at = existing.sum(1)
+            if valid is not None:
+                at = valid.sum(1)
                 last = torch.cat((before, x), dim=1)[torch.arange(len(x), device=x.device), at]
             memory.copy_(last)
         shifted = torch.cat((before, x[:, :-1]), dim=1)
         if starts is not None:
             first = starts == torch.arange(x.shape[1], device=x.device)
             shifted = shifted.masked_fill(first.unsqueeze(-1), 0)
-        return shifted - x, starts, existing
+        return shifted - x, starts, valid
 
 
-class _Cut(nn.Module):
+class _ShardedWeight(nn.Module):
     """A matrix whose outputs are cut: ``weight`` [out/t, in]. Its input has entered the region already."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, init_fn: InitFn) -> None:
@@ -210,7 +210,7 @@ class _HeadNorm(nn.Module):
         return normed * self.weight + self.bias
 
 
-class _Depth:
+class _DepthInit:
     """Initial values that depend on how deep a block lies and on the place of a feature (the public code's)."""
 
     def __init__(self, number: int, blocks: int) -> None:
@@ -221,21 +221,21 @@ class _Depth:
         """1 - (i / h)^(power * falls) - less * rises."""
 
         def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
-            places = torch.arange(tensor.numel()) / tensor.numel()
-            tensor.copy_((1 - places ** (power * self.falls) - less * self.rises).view_as(tensor))
+            positions = torch.arange(tensor.numel()) / tensor.numel()
+            tensor.copy_((1 - positions ** (power * self.falls) - less * self.rises).view_as(tensor))
 
         return init_fn
 
     def decay(self, tensor: Tensor, generator: torch.Generator) -> None:
         """From -6 to -1, later for deeper blocks."""
-        places = torch.arange(tensor.numel()) / max(1, tensor.numel() - 1)
-        tensor.copy_((-6 + 5 * places ** (0.7 + 1.3 * self.rises)).view_as(tensor))
+        positions = torch.arange(tensor.numel()) / max(1, tensor.numel() - 1)
+        tensor.copy_((-6 + 5 * positions ** (0.7 + 1.3 * self.rises)).view_as(tensor))
 
     def bonus(self, tensor: Tensor, generator: torch.Generator) -> None:
         """Rises * (1 - place), with a zigzag of 0.1."""
-        places = torch.arange(tensor.numel())
-        zigzag = ((places + 1) % 3 - 1) * 0.1
-        tensor.copy_((self.rises * (1 - places / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
+        positions = torch.arange(tensor.numel())
+        zigzag = ((positions + 1) % 3 - 1) * 0.1
+        tensor.copy_((self.rises * (1 - positions / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
 
 
 def _vector(source: ParamFactory, name: str, size: int, init_fn: InitFn) -> nn.Parameter:
@@ -245,7 +245,7 @@ def _vector(source: ParamFactory, name: str, size: int, init_fn: InitFn) -> nn.P
     return parameter
 
 
-def _whole(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+def _replicated(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.Parameter:
     return source.replicated(name, shape, _small, full_sequence=True)
 
 

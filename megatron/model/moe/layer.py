@@ -42,12 +42,12 @@ class MoEConfig:
     one batch. context: those with other parts of the same sequences.
     """
 
-    choose: Router
+    choose_experts: Router
     jitter: float | None
     normalize: bool
     capacity: float | None
     eval_capacity: float | None
-    least: int
+    min_capacity: int
     losses: RouterLossTracker
     axis: Axis = field(default_factory=lambda: Axis("expert"))
     batch: Axis = field(default_factory=lambda: Axis("dp_cp"))
@@ -59,12 +59,12 @@ class MoELayer(nn.Module):
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        assert spec.mixture is not None
+        assert spec.moe_config is not None
         self.parallel = source.axis
-        self.mixture: MoEConfig = spec.mixture
+        self.mixture: MoEConfig = spec.moe_config
         self.count, self.top_k = spec.dims.mixture.experts, spec.dims.mixture.top_k
         self.router = RouterLayer(spec, source.of("router"))
-        self.experts = Experts(spec, source.of("experts"))
+        self.experts = ExpertParallelMLP(spec, source.of("experts"))
 
     def partial(self, x: Tensor) -> Tensor:
         """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks."""
@@ -72,13 +72,13 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # [n, h]
         logits = self.router(self._jittered(tokens))  # [n, all experts], fp32
         mixture = self.mixture
-        weights, experts = mixture.choose(logits, self.top_k, training=self.training, axis=mixture.context)
+        weights, experts = mixture.choose_experts(logits, self.top_k, training=self.training, axis=mixture.context)
         if mixture.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         routes = Dispatch.of(experts, self.count, self._slots(len(tokens)))
         if self.training and torch.is_grad_enabled():
             probabilities = logits.softmax(dim=-1)
-            balance = load_balance(probabilities, routes.wanted, mixture.batch)
+            balance = load_balance(probabilities, routes.requested, mixture.batch)
             weights = mixture.losses.attach(weights, balance, z_loss(logits), routes.dropped)
         weights = copy_to(weights.to(x.dtype), self.parallel)
         return self.experts(region.flatten(0, 1), routes, weights).view_as(x)
@@ -103,7 +103,7 @@ class MoELayer(nn.Module):
         factor = self.mixture.capacity if self.training else self.mixture.eval_capacity
         if factor is None:
             return None
-        return max(self.mixture.least, math.ceil(tokens * self.top_k * factor / self.count))
+        return max(self.mixture.min_capacity, math.ceil(tokens * self.top_k * factor / self.count))
 
 
 class RouterLayer(nn.Module):
@@ -114,7 +114,7 @@ class RouterLayer(nn.Module):
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        self.layer = _WideLinear(spec, source.of("layer"))
+        self.layer = _Fp32Linear(spec, source.of("layer"))
         self.multiplier = spec.multipliers.router
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class RouterLayer(nn.Module):
         return logits if self.multiplier == 1.0 else logits * self.multiplier
 
 
-class _WideLinear(nn.Module):
+class _Fp32Linear(nn.Module):
     """A product in fp32 at least: ``weight`` [all experts, h]."""
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
@@ -146,7 +146,7 @@ class Dispatch:
 
     order: Tensor
     counts: Tensor
-    wanted: Tensor
+    requested: Tensor
     dropped: Tensor
 
     @staticmethod
@@ -154,22 +154,22 @@ class Dispatch:
         """From the experts of each token [n, k]. slots: the most tokens of an expert, None for all of them."""
         flat = experts.flatten()
         order = flat.argsort(stable=True)
-        wanted = torch.bincount(flat, minlength=count)
+        requested = torch.bincount(flat, minlength=count)
         if slots is None:
-            return Dispatch(order, wanted, wanted, torch.zeros((), device=flat.device))
-        first = wanted.cumsum(0) - wanted  # [all experts]
-        place = torch.arange(len(flat), device=flat.device) - first[flat[order]]
-        counts = wanted.clamp(max=slots)
-        return Dispatch(order[place < slots], counts, wanted, 1 - counts.sum() / max(1, len(flat)))
+            return Dispatch(order, requested, requested, torch.zeros((), device=flat.device))
+        first = requested.cumsum(0) - requested  # [all experts]
+        rank_in_expert = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        counts = requested.clamp(max=slots)
+        return Dispatch(order[rank_in_expert < slots], counts, requested, 1 - counts.sum() / max(1, len(flat)))
 
 
-class Experts(nn.Module):
+class ExpertParallelMLP(nn.Module):
     """The experts of this rank."""
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
-        assert spec.mixture is not None
-        self.axis = spec.mixture.axis
+        assert spec.moe_config is not None
+        self.axis = spec.moe_config.axis
         self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
         if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients to keep apart
             from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
@@ -181,8 +181,8 @@ class Experts(nn.Module):
         top_k = weights.shape[1]
         rows = tokens.index_select(0, routes.order // top_k)  # [m, h]
         made = self._visit(rows, routes.counts)  # [m, h]
-        places = made.new_zeros(weights.numel(), tokens.shape[1]).index_copy(0, routes.order, made)
-        return (places.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # [n, h]
+        outputs = made.new_zeros(weights.numel(), tokens.shape[1]).index_copy(0, routes.order, made)
+        return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # [n, h]
 
     def _visit(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Every row through its expert, wherever that is: rows [m, h] in order of experts -> [m, h]."""

@@ -69,12 +69,12 @@ class RouterLossTracker:
     def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
         """Name -> mean over the mixtures, the micro batches and the ranks since the last call; collective."""
         sums = torch.zeros(len(NAMES), device=device) if self._sums is None else self._sums
-        whole = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
+        totals = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
         for axis in (topology.dp_cp, topology.pipe):
             if axis.size > 1:
-                dist.all_reduce(whole, group=axis.group)
+                dist.all_reduce(totals, group=axis.group)
         self._sums, self._count = None, 0
-        return dict(zip(NAMES, (whole[:-1] / whole[-1].clamp(min=1)).unbind(), strict=True))
+        return dict(zip(NAMES, (totals[:-1] / totals[-1].clamp(min=1)).unbind(), strict=True))
 
 
 class _Attach(torch.autograd.Function):

@@ -21,10 +21,10 @@ def slopes(heads: int) -> list[float]:
 
     Else those of the power of two below n, and then every second one of the power of two above it, as the authors do.
     """
-    whole = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * number / whole) for number in range(1, whole + 1)]
-    between = [2 ** (-4 * number / whole) for number in range(1, 2 * whole + 1, 2)]
-    return first + between[: heads - whole]
+    power_of_two = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * number / power_of_two) for number in range(1, power_of_two + 1)]
+    between = [2 ** (-4 * number / power_of_two) for number in range(1, 2 * power_of_two + 1, 2)]
+    return first + between[: heads - power_of_two]
 
 
 class Alibi(Positions, nn.Module):

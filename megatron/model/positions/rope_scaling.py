@@ -67,8 +67,8 @@ def _llama3(turned: int, base: float, scaling: Mapping[str, Any], length: int) -
     low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
     plain = frequencies(turned, base)
     turns = original * plain / (2 * math.pi)  # of each pair over the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return plain / factor * (1 - kept) + plain * kept, 1.0
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / factor * (1 - unscaled) + plain * unscaled, 1.0
 
 
 _KINDS: dict[str, Callable[[int, float, Mapping[str, Any], int], Scaled]] = {

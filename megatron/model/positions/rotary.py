@@ -51,8 +51,8 @@ class Rotary(Positions):
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
             room = 1 << (length - 1).bit_length()
-            places = torch.arange(room, dtype=torch.float32, device=device)
-            angles = torch.outer(places, self.frequencies.to(device))
+            positions = torch.arange(room, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, self.frequencies.to(device))
             known = (angles.cos() * self.factor, angles.sin() * self.factor)
             self._tables[device] = known
         return known

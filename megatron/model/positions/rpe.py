@@ -53,5 +53,5 @@ class RelativePositions(Positions, nn.Module):
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""
-        places = buckets(length, self.count, self.max_distance, device)
-        return self.weight.float()[places].t() * self.scale
+        bucket = buckets(length, self.count, self.max_distance, device)
+        return self.weight.float()[bucket].t() * self.scale
