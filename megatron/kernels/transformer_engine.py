@@ -4,7 +4,7 @@ A layer of the package keeps parameters of its own; here it is made without memo
 shapes, checkpoints and the cut over ranks are those of every other model. What it keeps beside them, the largest
 absolute values that FP8 is scaled by, starts anew with the process.
 
-FP8 (arXiv:2209.05433) is active in `fp8_autocast`; outside of it the same layers compute in the type of their parameters.
+FP8 (arXiv:2209.05433) is active in `fp8_autocast`; outside of it the same layers compute in their parameters' type.
 """
 
 from __future__ import annotations
