@@ -6,7 +6,7 @@ REQUIREMENTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 CONSTRAINED := -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check-machine install install-dev quickstart test test-long parity compare lint bench
+.PHONY: help check-machine install install-dev quickstart test test-fast test-long parity compare lint bench
 
 help: ## say what each command does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -46,8 +46,17 @@ install-dev: $(VENV)/.dev-installed ## the same with the test tools
 quickstart: install ## prepare text, train, evaluate and sample a small model, 5 to 10 minutes on 2 cores
 	@$(PY) tools/quickstart.py $(ARGS)
 
-test: install-dev ## run the test suite
-	@$(PY) -m pytest $(ARGS)
+# Two processes share the tests, a file at a time; each test uses one thread a rank.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+FAST := tests/architecture tests/config tests/contracts tests/param_table tests/plan tests/launcher tests/kernels \
+	tests/optim tests/metrics
+
+test: install-dev ## run the test suite; WORKERS=8 on a machine with more cores
+	@$(PYTEST) $(ARGS)
+
+test-fast: install-dev ## run the tests of a minute: laws, configuration, plan, launcher, kernels, optimizers
+	@$(PYTEST) $(FAST) $(ARGS)
 
 test-long: install-dev ## run everything, also what takes minutes or fetches package data
 	@$(PY) -m pytest -m "not gpu" $(ARGS)

@@ -32,7 +32,7 @@ def tokenized(path, out, *more):
         ("utf16.jsonl", LINES.encode("utf-16"), "it is UTF-16", "iconv -t UTF-8"),
         ("utf16be.jsonl", LINES.encode("utf-16-be"), "it is UTF-16", "iconv -t UTF-8"),
         ("latin.jsonl", LINES.replace("number", "\xfcber").encode("latin-1"), "not UTF-8", "make it UTF-8"),
-        ("damaged.jsonl.gz", gzip.compress(LINES.encode())[:12], "damaged", "fetch the file again"),
+        ("damaged.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:12], "damaged", "fetch the file again"),
         ("no_gzip.jsonl.gz", LINES, "damaged", "fetch the file again"),
         ("keys.jsonl", LINES.replace("text", "body"), "without the key 'text'", "--jsonl-keys"),
         ("numbers.jsonl", '{"text": 5}\n', "whose 'text' is not text", "--jsonl-keys"),

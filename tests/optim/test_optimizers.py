@@ -173,7 +173,9 @@ CASES: list[tuple[str, dict[str, Any], Update]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings", "update"), CASES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("name", "settings", "update"), CASES, ids=[f"{name} {settings}"[:60] for name, settings, _ in CASES]
+)
 def test_fifty_steps_follow_the_formula(name: str, settings: dict[str, Any], update: Update) -> None:
     """fp32 against float64 over 50 steps: 1e-4 of weights around 1; a step of theirs is 1e-2."""
     for got, expected in zip(ours(name, settings), formula(update), strict=True):

@@ -31,11 +31,11 @@ def there_and_back(folder: Path) -> tuple[Path, Any]:
     return folder / "back", make_tokenizer(keys["tokenizer_type"], **names)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(("kind", "flags"), CLASSES)
-def test_llamas_class_reads_as_the_run_did(kind: str, flags: dict[str, Any], whole: bool, tmp_path: Path) -> None:
+def test_llamas_class_reads_as_the_run_did(kind: str, flags: dict[str, Any], full: bool, tmp_path: Path) -> None:
     """The file's normalizer puts a blank before every text, and behind special tokens; the class does not."""
-    llama_class(tmp_path / "theirs", kind, whole=whole, **flags)
+    llama_class(tmp_path / "theirs", kind, full=full, **flags)
     back, run = there_and_back(tmp_path)
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "theirs", back))
     for text in READ:
@@ -45,19 +45,19 @@ def test_llamas_class_reads_as_the_run_did(kind: str, flags: dict[str, Any], who
         spelt = run.decode(ids)
         assert spelt == before.decode(ids, skip_special_tokens=True), text
         assert spelt == after.decode(ids, skip_special_tokens=True), text
-        if whole:
+        if full:
             assert after.encode(text) == before.encode(text), text
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer"])
 def test_other_classes_keep_the_file_byte_by_byte(kind: str, tmp_path: Path) -> None:
-    llama_class(tmp_path / "theirs", kind, whole=True)
+    llama_class(tmp_path / "theirs", kind, full=True)
     back, _ = there_and_back(tmp_path)
     assert (back / "tokenizer.json").read_bytes() == (tmp_path / "theirs" / "tokenizer.json").read_bytes()
 
 
 def test_a_file_that_says_what_the_class_reads_is_retained_byte_by_byte(tmp_path: Path) -> None:
-    llama_class(tmp_path / "theirs", "LlamaTokenizer", whole=True)
+    llama_class(tmp_path / "theirs", "LlamaTokenizer", full=True)
     (tmp_path / "theirs" / "tokenizer.json").unlink()
     sentence_piece(tmp_path / "piece")
     AutoTokenizer.from_pretrained(tmp_path / "piece").save_pretrained(tmp_path / "saved")
