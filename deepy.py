@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Starts workers: ./deepy.py SCRIPT CONF... [--KEY VALUE ...]; ./deepy.py --help says more."""
+"""Starts workers: ./deepy.py SCRIPT CONF... [--KEY VALUE ...]; see ./deepy.py --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Scores a trained model on lm-eval tasks: ./deepy.py evaluate.py CONF... --eval_tasks TASK..."""
+"""Evaluates a trained model on lm-eval tasks: ./deepy.py evaluate.py CONF... --eval_tasks TASK..."""
 
 import sys
 

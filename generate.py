@@ -1,4 +1,4 @@
-"""Writes text with a trained model: ./deepy.py generate.py CONF... [-i prompts.txt] [-o out.jsonl]."""
+"""Generates text with a trained model: ./deepy.py generate.py CONF... [-i prompts.txt] [-o out.jsonl]."""
 
 import sys
 

@@ -7,7 +7,7 @@ from megatron.launcher.worker import StopSignal, worker_main, wrote_base_shapes
 
 
 def main(config: Config) -> None:
-    """Trains as the configuration says, until the end or a stop signal; or does what it asks for in place of that."""
+    """Trains until the end or a stop signal; or writes base shapes or runs the coordinate check, if configured."""
     if wrote_base_shapes(config):
         return
     if config.mup.coord_check:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""How fast the ranks of each parallel axis talk: all-reduce, all-gather, reduce-scatter, all-to-all, send and receive.
+"""Benchmarks collectives on each parallel axis: all-reduce, all-gather, reduce-scatter, all-to-all, send and receive.
 
     ./deepy.py tools/bench_collectives.py CONF...
 
-The layout is the configuration's. A size or an axis that is much slower than its like on other machines points at a
-link, a switch or a wrong network interface.
+The layout is the configuration's. A size or an axis that is much slower than on other machines indicates a problem of a
+link, a switch or the choice of a network interface.
 """
 
 import sys
@@ -20,7 +20,7 @@ def main(config: Config) -> None:
     from megatron.health.collective_bench import table, time_collectives
 
     if config.parallelism.world_size == 1:
-        raise ConfigError.of("one rank has nobody to talk to", key="num_gpus", value=1, hint="start more ranks")
+        raise ConfigError.of("one rank has no collectives", key="num_gpus", value=1, hint="start more ranks")
     topology = bootstrap(
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,

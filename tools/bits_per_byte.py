@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How many bits a trained model needs for each byte of a text, beside gzip -9 and xz -9e of the same text.
+"""Measures bits per byte of a trained model on a text, and those of gzip -9 and xz -9e.
 
     ./deepy.py tools/bits_per_byte.py CONF... --eval-text valid.txt
 

@@ -29,7 +29,7 @@ from megatron.training.data_setup import samples_wanted
 
 
 def requests_of(config: Config) -> list[IndexRequest]:
-    """The index maps that a run of this configuration asks for."""
+    """Returns the index maps of a run of this configuration."""
     training, seq_length = config.training, require(config.model.text_length)
     iterations = training.train_iters
     if training.train_epochs is not None:
@@ -51,15 +51,15 @@ def requests_of(config: Config) -> list[IndexRequest]:
             key="train_iters",
             hint="give train_iters, train_samples or train_epochs",
         )
-    wanted = samples_wanted(training, iterations, same_valid=config.data.valid_same_samples)
-    splits, warnings = read_splits(config.data, wanted, train_epochs=training.train_epochs)
+    num_samples = samples_wanted(training, iterations, same_valid=config.data.valid_same_samples)
+    splits, warnings = read_splits(config.data, num_samples, train_epochs=training.train_epochs)
     for warning in warnings:
         print(warning, file=sys.stderr)
     return [one for split in splits for one in index_requests(config.data, split, seq_length, training.seed)]
 
 
 def build(request: IndexRequest) -> str:
-    """Builds and keeps one map; what was done, for people. Raises RunError when it cannot be kept."""
+    """Builds and writes one map; returns a line about it. Raises RunError when it cannot be written."""
     if read_index_map(request) is not None:
         return f"{request.stem}: there already"
     started = time.monotonic()
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description="Build the index maps of a run.", allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run")
-    asked, rest = parser.parse_known_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
     try:
         flags = read_flags(rest)
-        config = resolve(flags.rest, flags.values, Resources(asked.world_size)).config
+        config = resolve(flags.rest, flags.values, Resources(args.world_size)).config
         for request in requests_of(config):
             print(build(request), flush=True)
     except (ConfigError, RunError) as error:

@@ -28,12 +28,16 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference of one rank. place: which of its records, counted from 0."""
+    """The first difference of one rank."""
 
     rank: int
-    place: int
+    """The rank."""
+    position: int
+    """Index of the record."""
     one: Record
+    """Record of the first run."""
     other: Record
+    """Record of the second run."""
 
     def __str__(self) -> str:
         one, other = self.one, self.other
@@ -48,21 +52,21 @@ class Difference:
 
 
 def relative(one: float, other: float) -> float:
-    """How far apart two numbers are; infinite where one is not finite."""
+    """Returns the relative difference of two numbers; infinite where one is not finite."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return 0.0 if one == other else math.inf
     return abs(one - other) / max(abs(one), abs(other), 1e-300)
 
 
 def agree(one: Record, other: Record, tolerance: float) -> bool:
-    """Whether two records speak of the same thing and are close enough."""
+    """Returns whether two records are of the same tensor and agree within the tolerance."""
     if any(one[name] != other[name] for name in ("iteration", "micro_batch", "what", "layer")):
         return False
     return one["bits"] == other["bits"] if tolerance == 0 else relative(one["norm"], other["norm"]) <= tolerance
 
 
 def first_differences(runs: tuple[Path, Path], tolerance: float) -> tuple[list[Difference], int]:
-    """The first difference of every rank that has one, earliest first, and the number of records compared.
+    """Returns the first difference of each rank, earliest first, and the number of records compared.
 
     Raises ConfigError where the runs cannot be compared.
     """
@@ -78,15 +82,15 @@ def first_differences(runs: tuple[Path, Path], tolerance: float) -> tuple[list[D
     for rank, records in first.items():
         pairs = list(zip(records, second[rank], strict=False))
         compared += len(pairs)
-        for place, (one, other) in enumerate(pairs):
+        for position, (one, other) in enumerate(pairs):
             if not agree(one, other, tolerance):
-                differences.append(Difference(rank, place, one, other))
+                differences.append(Difference(rank, position, one, other))
                 break
-    return sorted(differences, key=lambda found: (found.one["iteration"], found.place)), compared
+    return sorted(differences, key=lambda found: (found.one["iteration"], found.position)), compared
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints what was found."""
+    """Prints the first differences; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN_DIR", help="the log_dir of a run")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative difference of norms; 0: every bit")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Turns a folder of `transformers` into a checkpoint and the YAML that describes its model.
+"""Converts a folder of `transformers` to a checkpoint and the YAML that describes its model.
 
     python tools/convert_from_hf.py --input-dir pythia-70m --output-dir checkpoints/pythia-70m
 
 Writes <output>/global_step0, <output>/latest, <output>/model.yml and <output>/tokenizer/. To train on:
-`./deepy.py train.py <output>/model.yml my-training.yml --load <output> --finetune true`. Any run reads it, whatever its
-layout; --target-... only decide how the files are cut. What has no place in a model here is refused, and so is every
-tensor that is left over. Flags may be spelt with dashes or underscores.
+`./deepy.py train.py <output>/model.yml my-training.yml --load <output> --finetune true`. Runs of any layout read it;
+--target-... only set the sharding of the files. Unsupported settings and tensors are rejected. Flags may be spelt with
+dashes or underscores.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
-    output = asked.output_dir
+    args = parser().parse_args(arguments)
+    output = args.output_dir
     try:
         if layout.iterations(output):
             raise RunError.of("the folder already holds checkpoints", location=str(output), hint="give a new one")
-        folder = Folder.open(asked.input_dir)
-        said = generation_of(asked.input_dir, folder.config)
-        further = {**_tokenizer(asked.input_dir, output / TOKENIZER, said), **sampling(said)}
+        folder = Folder.open(args.input_dir)
+        generation = generation_of(args.input_dir, folder.config)
+        further = {**_tokenizer(args.input_dir, output / TOKENIZER, generation), **sampling(generation)}
         made = adopt(
             folder,
             output,
-            model_size=asked.target_tensor_parallel_size,
-            pipe_size=asked.target_pipeline_parallel_size,
-            dtype=PRECISIONS.get(asked.precision),
+            model_size=args.target_tensor_parallel_size,
+            pipe_size=args.target_pipeline_parallel_size,
+            dtype=PRECISIONS.get(args.precision),
             further=further,
         )
-        told = {**made.settings, **further}
-        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        settings = {**made.settings, **further}
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         (output / "model.yml").write_text(text, encoding="utf-8")
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
@@ -94,19 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _tokenizer(source: Path, target: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """Copies the tokenizer's files; the keys that name it. What is not understood is told."""
+def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[str, Any]:
+    """Copies the tokenizer's files and returns the keys that name it. Prints what is not supported."""
     names = copy_tokenizer(source, target)
     if GENERATION not in names:
-        write_generation(target, {name: said.get(name) for name in IDS})
-    ends = end_ids(said)
+        write_generation(target, {name: generation.get(name) for name in IDS})
+    ends = end_ids(generation)
     found = find_tokenizer(target, ends, complete=True)
     if not found.keys:
         print(f"{found.reason}; give tokenizer_type and vocab_file yourself", file=sys.stderr)
     elif found.reason:
         print(found.reason, file=sys.stderr)
-    for wish in unheeded(said):
-        print(f"{GENERATION}: {wish} has no key here, and does not change what is generated", file=sys.stderr)
+    for name in unheeded(generation):
+        print(f"{GENERATION}: {name} has no key here, and does not change what is generated", file=sys.stderr)
     size = found.tokenizer.vocab_size if found.tokenizer else None
     known = [number for number in ends if size is None or number < size]
     if known != ends:

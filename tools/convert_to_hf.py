@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turns a checkpoint into a folder that `transformers` loads with AutoModelForCausalLM.
+"""Converts a checkpoint to a folder that `transformers` loads with AutoModelForCausalLM.
 
     python tools/convert_to_hf.py --input-dir checkpoints/my-model --output-dir my-model-hf
 
@@ -7,8 +7,8 @@ The model's family (such as GPT-NeoX, LLaMA or Mixtral) follows from its configu
 for a checkpoint of another program give its YAML files with --config-file. What the family cannot express is refused,
 naming the key. Any layout is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
 
-Low-rank updates (`lora`) are merged into the weights. With --adapter-only what was trained beside the frozen model, the
-updates or a soft prompt, becomes a folder of its own that `peft` loads on top of that model.
+LoRA adapters are merged into the weights. With --adapter-only the adapters or the soft prompt are written to a folder
+that `peft` loads on top of the frozen model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--adapter-only",
         "--adapter_only",
         action="store_true",
-        help="write low-rank updates or a soft prompt as a folder of peft, without the model",
+        help="write LoRA adapters or a soft prompt as a folder of peft, without the model",
     )
     made.add_argument(
         "--base-model", "--base_model", help="with --adapter-only: the frozen model's folder or name in transformers"
@@ -87,29 +87,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
-        refuse_existing(asked.output_dir)
-        stored = open_model(asked.input_dir, iteration=asked.iteration, config_files=asked.config_file)
-        if asked.adapter_only:
-            return _adapter(asked, stored)
-        tokenizer = _tokenizer(asked, stored)
+        refuse_existing(args.output_dir)
+        stored = open_model(args.input_dir, iteration=args.iteration, config_files=args.config_file)
+        if args.adapter_only:
+            return _adapter(args, stored)
+        tokenizer = _tokenizer(args, stored)
         tokens = facts_of_tokenizer(stored.directory).get("vocab_size")
         tokens = tokens if tokenizer is None else tokenizer.vocab_size
-        special = _special(stored, tokenizer, tokens, _kept(tokenizer))
+        special = _special(stored, tokenizer, tokens, _stored_generation(tokenizer))
         made = export(
             stored,
-            asked.output_dir,
-            family_name=asked.architecture,
-            precision=asked.precision,
-            largest_file=int(asked.max_shard_size * (1 << 30)),
+            args.output_dir,
+            family_name=args.architecture,
+            precision=args.precision,
+            largest_file=int(args.max_shard_size * (1 << 30)),
             special=special,
             tokens=tokens,
-            options=ExportOptions(asked.zero_biases, asked.own_head),
+            options=ExportOptions(args.zero_biases, args.own_head),
         )
-        if not asked.no_save_tokenizer:
-            _save_tokenizer(tokenizer, asked.output_dir, stored.model.max_position_embeddings)
-        write_generation(asked.output_dir, special)
+        if not args.no_save_tokenizer:
+            _save_tokenizer(tokenizer, args.output_dir, stored.model.max_position_embeddings)
+        write_generation(args.output_dir, special)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -117,28 +117,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(RunError.of(f"cannot be read or written: {error.strerror}", location=error.filename), file=sys.stderr)
         return RunError.exit_code
     print(
-        f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "
+        f"{args.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, "
         f"vocabulary {made.rows:,}, from {stored.directory}"
     )
     return 0
 
 
-def _adapter(asked: argparse.Namespace, stored: StoredModel) -> int:
-    chosen = {"family_name": asked.architecture, "precision": asked.precision, "base_model": asked.base_model}
-    made = export_adapter(stored, asked.output_dir, **chosen)
+def _adapter(args: argparse.Namespace, stored: StoredModel) -> int:
+    chosen = {"family_name": args.architecture, "precision": args.precision, "base_model": args.base_model}
+    made = export_adapter(stored, args.output_dir, **chosen)
     print(
-        f"{asked.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, from {stored.directory}"
+        f"{args.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, from {stored.directory}"
     )
     return 0
 
 
-def _tokenizer(asked: argparse.Namespace, stored: StoredModel) -> Portable | None:
-    """The tokenizer that is asked for, else the run's; None where it cannot be had, which a line tells.
+def _tokenizer(args: argparse.Namespace, stored: StoredModel) -> Portable | None:
+    """Returns the tokenizer of --tokenizer, else the run's; None, with a printed line, if it cannot be read.
 
-    Raises ConfigError for one that is asked for and is none.
+    Raises ConfigError for an invalid --tokenizer.
     """
-    if asked.tokenizer is not None:
-        return portable_of(asked.tokenizer)
+    if args.tokenizer is not None:
+        return portable_of(args.tokenizer)
     section = stored.tokenizer
     beside = stored.directory.parent / TOKENIZER
     try:
@@ -146,34 +146,36 @@ def _tokenizer(asked: argparse.Namespace, stored: StoredModel) -> Portable | Non
     except ConfigError as error:
         if beside.is_dir() and find_tokenizer(beside).keys:
             return portable_of(beside)
-        if not asked.no_save_tokenizer:
-            told = error if section.vocab_file else "no tokenizer file is known"
-            print(f"{told}; none was written, give one with --tokenizer", file=sys.stderr)
+        if not args.no_save_tokenizer:
+            reason = error if section.vocab_file else "no tokenizer file is known"
+            print(f"{reason}; none was written, give one with --tokenizer", file=sys.stderr)
     return None
 
 
-def _special(stored: StoredModel, tokenizer: Portable | None, tokens: int | None, kept: dict[str, Any]) -> Settings:
-    """The ids for config.json: those kept from the folder that the model came from, and the run's own end."""
+def _special(
+    stored: StoredModel, tokenizer: Portable | None, tokens: int | None, stored_ids: dict[str, Any]
+) -> Settings:
+    """Returns the token ids of config.json: those of the original folder, and the run's end-of-document token."""
     facts = facts_of_tokenizer(stored.directory)
     own = facts.get("eod") if tokenizer is None else tokenizer.end
-    asked = stored.generation.eos_token_ids or ()
-    ends = [*asked, *([] if own is None else [int(own)])]
+    args = stored.generation.eos_token_ids or ()
+    ends = [*args, *([] if own is None else [int(own)])]
     begin = None if tokenizer is None else tokenizer.begin
-    ids = ids_for_config(kept, ends=ends, begin=begin, vocabulary=vocabulary(stored, tokens))
+    ids = ids_for_config(stored_ids, ends=ends, begin=begin, vocabulary=vocabulary(stored, tokens))
     if ids["eos_token_id"] is None:
-        print("nothing says which token ends a text, so eos_token_id is null; give --tokenizer", file=sys.stderr)
+        print("the end-of-text token is not known, so eos_token_id is null; give --tokenizer", file=sys.stderr)
     return ids
 
 
-def _kept(tokenizer: Portable | None) -> dict[str, Any]:
-    """What the tokenizer's folder says of generation."""
+def _stored_generation(tokenizer: Portable | None) -> dict[str, Any]:
+    """Reads the generation settings in the tokenizer's folder."""
     folder = None if tokenizer is None else tokenizer.folder
     path = None if folder is None else folder / GENERATION
     return dict(files.read_json(path)) if path is not None and path.is_file() else {}
 
 
 def _save_tokenizer(tokenizer: Portable | None, output: Path, length: int | None) -> None:
-    """The tokenizer's folder, or its files with what transformers wants to know beside them."""
+    """Writes the tokenizer's folder, or its files with the metadata of transformers."""
     if tokenizer is None:
         return
     if tokenizer.folder is not None:

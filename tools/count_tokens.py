@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Counts documents and tokens of token files, each and together.
+"""Counts documents and tokens of token files.
 
     python tools/count_tokens.py data/train_text_document [...]
 
-A directory stands for the pairs in it. Reads the .idx files alone.
+A directory means the pairs in it. Reads the .idx files only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     made = argparse.ArgumentParser(description="Count documents and tokens of token files.")
     made.add_argument("prefixes", nargs="+", help="paths without .bin and .idx, or directories")
-    asked = made.parse_args(arguments)
+    args = made.parse_args(arguments)
     documents = tokens = 0
     try:
-        prefixes = find_pairs(asked.prefixes)
+        prefixes = find_pairs(args.prefixes)
         for prefix in prefixes:
             data = IndexedDataset(prefix, key="prefixes")
             found = len(data.document_index) - 1, int(data.sizes.sum(dtype="int64"))

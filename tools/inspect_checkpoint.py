@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Shows what a checkpoint holds and whether it is whole; compares two.
+"""Shows the content of a checkpoint and whether it is intact; compares two.
 
     python tools/inspect_checkpoint.py checkpoints/my-model [--iteration N] [--norms]
     python tools/inspect_checkpoint.py --compare A B [--tolerance 0]
 
 The first prints the files, their damage, the run's counters, layout and versions, and every tensor with its shape,
-type and (--norms) norm. The second tells, tensor by tensor, how far two checkpoints lie apart, whatever their layouts;
-it ends with 1 where any lies further apart than the tolerance. Both read every file's content, and run no code of it.
+type and (--norms) norm. The second prints the differences of two checkpoints of any layouts, tensor by tensor; it exits
+with 1 where one is larger than the tolerance. Both read every file's content, and run no code of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.errors import ConfigError, RunError
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description="Look into checkpoints.")
+    made = argparse.ArgumentParser(description="Inspect checkpoints.")
     made.add_argument("path", type=Path, nargs="?", help="a save folder or one checkpoint")
     made.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two of them")
     made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
@@ -41,15 +41,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where something is damaged or different, or 2 for an error."""
-    asked = parser().parse_args(arguments)
-    if (asked.path is None) == (asked.compare is None):
+    args = parser().parse_args(arguments)
+    if (args.path is None) == (args.compare is None):
         print("give one checkpoint, or two with --compare", file=sys.stderr)
         return 2
     try:
-        if asked.compare:
-            first, second = (open_model(path, config_files=asked.config_file) for path in asked.compare)
-            return _compare(first, second, asked.tolerance)
-        return _show(choose(asked.path, asked.iteration), asked.config_file, norms=asked.norms)
+        if args.compare:
+            first, second = (open_model(path, config_files=args.config_file) for path in args.compare)
+            return _compare(first, second, args.tolerance)
+        return _show(choose(args.path, args.iteration), args.config_file, norms=args.norms)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -67,13 +67,13 @@ def _show(directory: Path, config_files: list[Path], *, norms: bool) -> int:
         print(f"damaged: {error}")
     if not errors:
         print(
-            "whole: every file is as it was written" if integrity.is_ours(directory) else "written by another program"
+            "intact: every file is as it was written" if integrity.is_ours(directory) else "written by another program"
         )
     run = directory / layout.RUN
     if run.is_file():
         for topic, facts in files.read_json(run).items():
-            told = ", ".join(f"{k} {v}" for k, v in facts.items()) if isinstance(facts, dict) else facts
-            print(f"{topic}: {told}")
+            text = ", ".join(f"{k} {v}" for k, v in facts.items()) if isinstance(facts, dict) else facts
+            print(f"{topic}: {text}")
     if errors:
         return 1
     stored = open_model(directory, config_files=config_files)
@@ -107,12 +107,12 @@ def _compare(first: StoredModel, second: StoredModel, tolerance: float) -> int:
     for line in _state_differences(first, second, tolerance):
         apart += 1
         print(line)
-    print(f"{apart} differences" if apart else f"equal: {len(ours)} tensors and what is kept of the optimizer")
+    print(f"{apart} differences" if apart else f"equal: {len(ours)} tensors and the optimizer state")
     return int(apart > 0)
 
 
 def _state_differences(first: StoredModel, second: StoredModel, tolerance: float) -> Iterator[str]:
-    """The same for the optimizer's state, where both keep it."""
+    """Yields differences of the optimizer's state, if both have one."""
     a, b = (_state(each) for each in (first, second))
     if a is None or b is None:
         if (a is None) != (b is None):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Shows what token files hold: header, counts, the commonest tokens, single documents; and checks that they are whole.
+"""Shows the content of token files: header, counts, most common tokens, documents; and checks that they are intact.
 
     python tools/inspect_dataset.py data/train_text_document --check --histogram 20 --document 0 17
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json
@@ -23,14 +23,14 @@ from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
 
-AT_ONCE = 16 << 20  # tokens that are counted at once
+CHUNK_TOKENS = 16 << 20  # tokens that are counted at once
 _SHARES = ("least", "median", "99 %", "most")
-SHOWN = 400  # ids of a document that are shown without a tokenizer
+MAX_SHOWN = 400  # ids of a document that are shown without a tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description="Show what token files hold, and check that they are whole.")
+    made = argparse.ArgumentParser(description="Show the content of token files, and check that they are intact.")
     made.add_argument("prefix", help="the path without .bin and .idx")
     made.add_argument("--document", type=int, nargs="+", default=[], help="show these documents, counted from 0")
     made.add_argument("--histogram", type=int, metavar="N", help="show the N commonest tokens")
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def header(data: IndexedDataset, prefix: str) -> list[str]:
-    """The header and the counts, a line each."""
+    """Formats the header and the counts, one per line."""
     sizes = data.sizes
     kind, size = ("legacy format, ", LEGACY_HEADER.size) if data.legacy else ("", HEADER.size)
     lines = [
@@ -60,12 +60,12 @@ def header(data: IndexedDataset, prefix: str) -> list[str]:
 
 
 def histogram(data: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Every token that occurs and how often, the commonest first."""
+    """Returns the tokens that occur and their counts, the most common first."""
     if data.dtype.kind not in "iu":
         raise RunError.of(f"tokens of type {data.dtype.name} cannot be counted", location=data.prefix)
     totals: dict[int, int] = {}
-    for first in range(0, len(data.tokens), AT_ONCE):
-        tokens, counts = np.unique(data.tokens[first : first + AT_ONCE], return_counts=True)
+    for first in range(0, len(data.tokens), CHUNK_TOKENS):
+        tokens, counts = np.unique(data.tokens[first : first + CHUNK_TOKENS], return_counts=True)
         for token, count in zip(tokens.tolist(), counts.tolist(), strict=True):
             totals[token] = totals.get(token, 0) + count
     ordered = sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -73,7 +73,7 @@ def histogram(data: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(data: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
-    """Reads everything. Raises RunError when something is wrong."""
+    """Reads and checks everything. Raises RunError for an error."""
     data.check()
     borders = data.document_index
     if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(data) or (np.diff(borders) < 0).any():
@@ -88,11 +88,11 @@ def check(data: IndexedDataset, tokenizer: Tokenizer | None) -> list[str]:
             hint="name the tokenizer that made these files",
         )
     extremes = f", ids {int(tokens.min())} to {int(tokens.max())}, {len(tokens):,} different" if len(tokens) else ""
-    return [f"whole: every start follows from the lengths{extremes}"]
+    return [f"intact: every start follows from the lengths{extremes}"]
 
 
 def document(data: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> list[str]:
-    """One document in words or ids. Raises ConfigError when there is none of this number."""
+    """Formats one document as text or ids. Raises ConfigError when there is none of this number."""
     documents = len(data.document_index) - 1
     if not 0 <= number < documents:
         hint = f"the numbers are 0 to {documents - 1}"
@@ -102,36 +102,36 @@ def document(data: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> 
     for item in items:
         ids = data[item].tolist()
         if tokenizer is None:
-            lines.append(" ".join(map(str, ids[:SHOWN])) + (" ..." if len(ids) > SHOWN else ""))
+            lines.append(" ".join(map(str, ids[:MAX_SHOWN])) + (" ..." if len(ids) > MAX_SHOWN else ""))
         else:
             lines.append(tokenizer.decode(ids))
     return lines
 
 
-def shown(asked: argparse.Namespace) -> list[str]:
-    """Everything that the command line asks for. Raises ConfigError and RunError."""
-    prefix = asked.prefix.removesuffix(".bin").removesuffix(".idx")
+def describe(args: argparse.Namespace) -> list[str]:
+    """Formats everything that the command line requests. Raises ConfigError and RunError."""
+    prefix = args.prefix.removesuffix(".bin").removesuffix(".idx")
     data = IndexedDataset(prefix, key="prefix")
     tokenizer = None
-    if asked.tokenizer_type:
-        tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
-        _check_tokenizer(data, asked.tokenizer_type, tokenizer)
+    if args.tokenizer_type:
+        tokenizer = make_tokenizer(args.tokenizer_type, vocab_file=args.vocab_file, merge_file=args.merge_file)
+        _check_tokenizer(data, args.tokenizer_type, tokenizer)
     lines = header(data, prefix)
-    if asked.check:
+    if args.check:
         lines += check(data, tokenizer)
-    if asked.histogram:
+    if args.histogram:
         tokens, counts = histogram(data)
         share = 100 / max(int(counts.sum()), 1)
-        for token, count in zip(tokens[: asked.histogram].tolist(), counts[: asked.histogram].tolist(), strict=True):
+        for token, count in zip(tokens[: args.histogram].tolist(), counts[: args.histogram].tolist(), strict=True):
             text = "" if tokenizer is None else f"  {tokenizer.decode([token])!r}"
             lines.append(f"{token:>8}  {count:>12,}  {count * share:5.2f} %{text}")
-    for number in asked.document:
+    for number in args.document:
         lines += document(data, number, tokenizer)
     return lines
 
 
 def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where the card tells of another tokenizer, whose words these ids are not."""
+    """Raises ConfigError when the metadata names another tokenizer."""
     card = read_card(data.prefix, documents=len(data.document_index) - 1, tokens=len(data.tokens))
     facts = describe_tokenizer(kind, tokenizer)
     if card is not None and not card.tokenizer.agrees_with(facts):
@@ -143,7 +143,7 @@ def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> N
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     try:
-        print("\n".join(shown(parser().parse_args(arguments))))
+        print("\n".join(describe(parser().parse_args(arguments))))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

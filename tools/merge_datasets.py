@@ -30,14 +30,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
-        prefixes = find_pairs([name for name in asked.input.split(",") if name], asked.output_prefix)
-        documents, tokens = merge(prefixes, asked.output_prefix)
+        prefixes = find_pairs([name for name in args.input.split(",") if name], args.output_prefix)
+        documents, tokens = merge(prefixes, args.output_prefix)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{asked.output_prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens of {len(prefixes)} pairs")
+    print(f"{args.output_prefix}.bin and .idx: {documents:,} documents, {tokens:,} tokens of {len(prefixes)} pairs")
     return 0
 
 

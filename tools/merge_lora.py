@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Puts the low-rank updates of a checkpoint (`lora`) into its weights, which gives a checkpoint like any other.
+"""Merges the LoRA adapters of a checkpoint into its weights.
 
     python tools/merge_lora.py --load-dir checkpoints/tuned --save-dir checkpoints/merged
 
-Each targeted matrix W becomes W + (alpha / rank) B A. What is written holds weights and their configuration without
-`lora`, and no state of the optimizer: generate, evaluate or export it, or train it on with `finetune: true`. Any layout
-is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
+Each targeted matrix W becomes W + (alpha / rank) B A. The result has weights and their configuration without `lora`,
+and no optimizer state: generate, evaluate or export it, or train it with `finetune: true`. Any layout is read; the
+memory needed is about one layer. Flags may be spelt with dashes or underscores.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tools.target_layout import layout_arguments, layout_parser
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    return layout_parser("Merge low-rank updates into a checkpoint's weights.")
+    return layout_parser("Merge LoRA adapters into a checkpoint's weights.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
-        made = merge(asked.load_dir, asked.save_dir, **layout_arguments(asked))
+        made = merge(args.load_dir, args.save_dir, **layout_arguments(args))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{made}: the model with its updates merged")
+    print(f"{made}: the model with its adapters merged")
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Perplexity a word of a text, and how many last words a model guesses, from local files.
+"""Measures perplexity per word of a text, and the accuracy of last-word prediction, on local files.
 
     ./deepy.py tools/perplexity.py CONF... --eval-text wiki.test.tokens --eval-cloze lambada_test.jsonl
 

@@ -31,12 +31,16 @@ GREY = "#57606a"
 
 @dataclass(frozen=True)
 class Run:
-    """The curves of one run: name, and (iterations, values) of each metric."""
+    """The curves of one run."""
 
     name: str
+    """Its name in the legend."""
     directory: Path
+    """Its run directory."""
     curves: dict[str, tuple[list[int], list[float]]]
+    """Metric -> iterations and values."""
     tokens_per_iteration: float | None
+    """Mean tokens of an iteration; None if unknown."""
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         return self.curves.get(metric, ([], []))
@@ -68,7 +72,7 @@ def read_run(path: Path) -> Run:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over `window` points around each; the window shrinks at the start, where the curve is steep."""
+    """Returns the mean over `window` points around each; the window shrinks at the start, where the curve is steep."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -161,7 +165,7 @@ def _finish_rate_axes(axes: Axes) -> None:
 
 
 def human_count(number: float) -> str:
-    """1,500,000 as `1.5 M`."""
+    """Formats 1,500,000 as `1.5 M`."""
     for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -169,25 +173,25 @@ def human_count(number: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with a line on stderr for each error."""
+    """Draws the runs; returns 0, or 2 with a line on stderr for each error."""
     parser = argparse.ArgumentParser(description="Draw the loss curves of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR_OR_FILE")
     parser.add_argument(
         "-o", "--output", type=Path, help="picture to write (default: metrics.png beside the first run)"
     )
     parser.add_argument("--title")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     runs: list[Run] = []
     issues: list[ConfigIssue] = []
-    for path in asked.runs:
+    for path in args.runs:
         try:
             runs.append(read_run(path))
         except ConfigError as error:
             issues += error.issues
     try:
         ConfigError.raise_any(issues)
-        output = asked.output or runs[0].directory / "metrics.png"
-        draw(runs, output, asked.title)
+        output = args.output or runs[0].directory / "metrics.png"
+        draw(runs, output, args.title)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code

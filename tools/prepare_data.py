@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Prepares a corpus by name, and tokenises it.
+"""Prepares a corpus by name and tokenises it.
 
     python prepare_data.py python_stdlib
     python prepare_data.py python_stdlib -t HFTokenizer -v data/python_stdlib/tokenizer.json
     python prepare_data.py enwik8 -t CharLevelTokenizer
 
-python_stdlib is made of what this machine has: `<data-dir>/python_stdlib/train.jsonl` and `valid.jsonl`, and with a
+python_stdlib is built from files of this machine: `<data-dir>/python_stdlib/train.jsonl` and `valid.jsonl`, and with a
 tokenizer `train_text_document.bin` and `.idx`, `valid_text_document.bin` and `.idx` beside them.
 
-The public corpora are fetched into `<data-dir>/<name>/` and tokenised into `<name>_text_document.bin` and `.idx` there,
-an end of document after each document. Without -t they take GPT2BPETokenizer, whose files are fetched into the data
-directory. A transfer that breaks off goes on where it stopped, also in a later run. Every file's SHA-256 is compared
-with the one that is known, and is in `SHA256SUMS`. What is there already is kept, unless -f is given.
+The public corpora are downloaded to `<data-dir>/<name>/` and tokenised into `<name>_text_document.bin` and `.idx`
+there, with an end-of-document token after each document. Without -t they take GPT2BPETokenizer, whose files are
+downloaded to the data directory. An interrupted download is resumed, also in a later run. Every file's SHA-256 is
+compared with the known one, and is in `SHA256SUMS`. Existing files are reused, unless -f is given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron.data.preprocess.text_files import find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
-from tools.preprocess_data import told
+from tools.preprocess_data import format_result
 
 PARTS = ("train", "valid")
 PUBLIC_TOKENIZER = "GPT2BPETokenizer"
@@ -65,58 +65,58 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def prepare_here(corpus: Corpus, folder: Path, asked: argparse.Namespace) -> None:
-    """A corpus that is made of what the machine has. Raises ConfigError and RunError."""
-    about = None if asked.force_redownload else read_about(folder)
+def prepare_here(corpus: Corpus, folder: Path, args: argparse.Namespace) -> None:
+    """Prepares a corpus from files of this machine. Raises ConfigError and RunError."""
+    about = None if args.force_redownload else read_about(folder)
     if about is not None:
         print(f"{folder} holds {about.corpus} already ({about.source}); -f prepares it again")
     else:
         about = corpus.prepare(folder)
     print(f"{folder}/train.jsonl: {about.train_documents:,} documents, {about.train_bytes:,} bytes")
     print(f"{folder}/valid.jsonl: {about.valid_documents:,} documents, {about.valid_bytes:,} bytes")
-    if asked.tokenizer:
-        tokenizer = make_tokenizer(asked.tokenizer, vocab_file=asked.vocab_file, merge_file=asked.merge_file)
+    if args.tokenizer:
+        tokenizer = make_tokenizer(args.tokenizer, vocab_file=args.vocab_file, merge_file=args.merge_file)
         for part in PARTS:
-            tokenise([folder / f"{part}.jsonl"], folder / part, tokenizer, asked.tokenizer, asked.workers)
+            tokenise([folder / f"{part}.jsonl"], folder / part, tokenizer, args.tokenizer, args.workers)
 
 
-def prepare_public(corpus: PublicCorpus, data: Path, asked: argparse.Namespace) -> None:
-    """A corpus that is fetched. Raises ConfigError and RunError."""
-    kind = asked.tokenizer or PUBLIC_TOKENIZER
+def prepare_public(corpus: PublicCorpus, data: Path, args: argparse.Namespace) -> None:
+    """Downloads and prepares a corpus. Raises ConfigError and RunError."""
+    kind = args.tokenizer or PUBLIC_TOKENIZER
     folder = data / corpus.folder
     prefix = folder / corpus.folder
     text = f"{prefix}_text_document"
-    if not asked.force_redownload and bin_path(text).exists() and idx_path(text).exists():
+    if not args.force_redownload and bin_path(text).exists() and idx_path(text).exists():
         print(f"{text}.bin and .idx are there already; -f prepares them again")
         return
-    # A tokenizer that is missing is told before gigabytes are fetched.
-    tokenizer = make_tokenizer(kind, **tokenizer_files(kind, data, asked))
+    # A missing tokenizer is reported before gigabytes are downloaded.
+    tokenizer = make_tokenizer(kind, **tokenizer_files(kind, data, args))
     for source in corpus.sources:
-        fetched(source, folder, asked)
+        fetch_source(source, folder, args)
     files = [folder / source.name for source in corpus.sources]
-    workers = min(asked.workers, corpus.workers or asked.workers)
+    workers = min(args.workers, corpus.workers or args.workers)
     tokenise(files, prefix, tokenizer, kind, workers, corpus.documents)
 
 
-def tokenizer_files(kind: str, data: Path, asked: argparse.Namespace) -> dict[str, str | None]:
-    """The files that a tokenizer is made of: those of GPT-2 where the user names none."""
-    files = {"vocab_file": asked.vocab_file, "merge_file": asked.merge_file}
+def tokenizer_files(kind: str, data: Path, args: argparse.Namespace) -> dict[str, str | None]:
+    """Returns the files of a tokenizer, by default those of GPT-2."""
+    files = {"vocab_file": args.vocab_file, "merge_file": args.merge_file}
     if kind == PUBLIC_TOKENIZER:
         for name, source in (("vocab_file", GPT2_VOCAB), ("merge_file", GPT2_MERGES)):
             if files[name] is None:
-                fetched(source, data, argparse.Namespace(mirror=asked.mirror, force_redownload=False))
+                fetch_source(source, data, argparse.Namespace(mirror=args.mirror, force_redownload=False))
                 files[name] = str(data / source.name)
     return files
 
 
-def fetched(source: DownloadSource, folder: Path, asked: argparse.Namespace) -> None:
-    """Brings a file into the folder, and tells of it. Raises RunError."""
-    if asked.mirror:
-        place = asked.mirror if "://" in asked.mirror else Path(asked.mirror).resolve().as_uri()
-        source = replace(source, urls=(f"{place.rstrip('/')}/{source.name}", *source.urls))
+def fetch_source(source: DownloadSource, folder: Path, args: argparse.Namespace) -> None:
+    """Downloads a file to the folder and prints a line. Raises RunError."""
+    if args.mirror:
+        mirror = args.mirror if "://" in args.mirror else Path(args.mirror).resolve().as_uri()
+        source = replace(source, urls=(f"{mirror.rstrip('/')}/{source.name}", *source.urls))
     line = TransferLine()
     try:
-        digest = fetch(source, folder, again=asked.force_redownload, report=line)
+        digest = fetch(source, folder, again=args.force_redownload, report=line)
     finally:
         line.close()
     path = folder / source.name
@@ -139,21 +139,21 @@ def tokenise(
         )
     finally:
         line.close()
-    print(told(result))
+    print(format_result(result))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
-    if asked.dataset == NOTHING:
+    args = parser().parse_args(arguments)
+    if args.dataset == NOTHING:
         return 0
-    data = Path(asked.data_dir or os.environ.get("DATA_DIR") or "data")
+    data = Path(args.data_dir or os.environ.get("DATA_DIR") or "data")
     try:
-        corpus = find_corpus(asked.dataset)
+        corpus = find_corpus(args.dataset)
         if isinstance(corpus, PublicCorpus):
-            prepare_public(corpus, data, asked)
+            prepare_public(corpus, data, args)
         else:
-            prepare_here(corpus, data / corpus.name, asked)
+            prepare_here(corpus, data / corpus.name, args)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Turns text into the token files that training reads.
+"""Tokenises text into the token files of training.
 
     python tools/preprocess_data.py --input train.jsonl --output-prefix data/train --append-eod
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --workers 8
 
 Reads .jsonl, .txt and .dat files, also as .gz, .bz2, .xz and (with the package zstandard) .zst, tar and zip archives of
-them, and directories. Writes `<output-prefix>_<key>_document.bin` and `.idx` for each key, and `.json` with what is
-known about them; `<output-prefix>_skipped.jsonl` lists lines that gave no document. Exit code 0, 1 for an error in the
-data or on the way, 2 for an error in the command. Flags may be spelt with underscores.
+them, and directories. Writes `<output-prefix>_<key>_document.bin` and `.idx` for each key, and `.json` with their
+metadata; `<output-prefix>_skipped.jsonl` lists lines without a document. Exit code 0, 1 for an error in the data or
+while running, 2 for an error in the command. Flags may be spelt with underscores.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron.tokenizers.round_trip import losses
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        description="Turn text into the token files that training reads.",
+        description="Tokenise text into the token files of training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     text = made.add_argument_group("text")
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         help="fields of a JSON line (commas or spaces between); each gets its own files",
     )
     text.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
-    text.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy")
+    text.add_argument("--ftfy", action="store_true", help="repair broken Unicode with the package ftfy")
     text.add_argument("--split-sentences", action="store_true", help="make each sentence an item of its document")
     text.add_argument("--keep-newlines", action="store_true", help="keep white space between sentences")
     tokens = made.add_argument_group("tokenizer")
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_work_arguments(made: argparse.ArgumentParser) -> None:
-    """The flags about files that are written and how."""
+    """Adds the flags of output and processing."""
     output = made.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="start of the files' paths")
     output.add_argument(
@@ -94,84 +94,84 @@ def add_work_arguments(made: argparse.ArgumentParser) -> None:
     work.add_argument("--shard", metavar="I/N", help="only this part of the input; tools/merge_datasets.py joins all N")
 
 
-def recipe_of(asked: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
-    """What the documents become. Raises ConfigError."""
-    keys = tuple(key for told in asked.jsonl_keys for key in told.split(",") if key)
-    if asked.keep_newlines and not asked.split_sentences:
+def recipe_of(args: argparse.Namespace, tokenizer: Tokenizer) -> Recipe:
+    """Returns the document type. Raises ConfigError."""
+    keys = tuple(key for group in args.jsonl_keys for key in group.split(",") if key)
+    if args.keep_newlines and not args.split_sentences:
         raise ConfigError.of(
-            "it says what stands between sentences, and none are split",
+            "it is about white space between sentences, and none are split",
             key="keep_newlines",
             value=True,
             hint="add --split-sentences; without it every document keeps its newlines",
         )
-    special = (tuple(tokenizer.special_tokens), asked.parse_special_tokens)
-    if asked.mask_before_token is None:
-        sentences = Sentences(asked.keep_newlines) if asked.split_sentences else None
-        return PlainText(tokenizer, keys, asked.append_eod, asked.ftfy, sentences, *special)
-    if asked.split_sentences or len(keys) != 1:
+    special = (tuple(tokenizer.special_tokens), args.parse_special_tokens)
+    if args.mask_before_token is None:
+        sentences = Sentences(args.keep_newlines) if args.split_sentences else None
+        return PlainText(tokenizer, keys, args.append_eod, args.ftfy, sentences, *special)
+    if args.split_sentences or len(keys) != 1:
         raise ConfigError.of(
-            "labels are made for one key and whole documents",
+            "labels are written for one key and unsplit documents",
             key="mask_before_token",
-            value=asked.mask_before_token,
+            value=args.mask_before_token,
             hint="name one key, and leave out --split-sentences",
         )
-    pattern = _ids(asked.mask_before_token, tokenizer.vocab_size)
-    return LabelledText(tokenizer, pattern, keys, asked.append_eod, asked.ftfy, *special)
+    pattern = _ids(args.mask_before_token, tokenizer.vocab_size)
+    return LabelledText(tokenizer, pattern, keys, args.append_eod, args.ftfy, *special)
 
 
-def _ids(told: str, vocab_size: int) -> tuple[int, ...]:
+def _ids(text: str, vocab_size: int) -> tuple[int, ...]:
     try:
-        found = tuple(int(token) for token in told.split(","))
+        found = tuple(int(token) for token in text.split(","))
     except ValueError as error:
         hint = "give numbers with commas between them, such as 1,518"
-        raise ConfigError.of("these are not token ids", key="mask_before_token", value=told, hint=hint) from error
+        raise ConfigError.of("these are not token ids", key="mask_before_token", value=text, hint=hint) from error
     if not 0 <= min(found) <= max(found) < vocab_size:
         what = f"the ids of this tokenizer are 0 to {vocab_size - 1}"
         hint = "give the ids that this tokenizer has for the words"
-        raise ConfigError.of(what, key="mask_before_token", value=told, hint=hint)
+        raise ConfigError.of(what, key="mask_before_token", value=text, hint=hint)
     return found
 
 
-def run_recipe(asked: argparse.Namespace, recipe: Recipe, facts: TokenizerInfo) -> Result:
+def run_recipe(args: argparse.Namespace, recipe: Recipe, facts: TokenizerInfo) -> Result:
     """Writes the token files. Raises ConfigError and RunError."""
-    files = find_text_files(name for name in asked.input.split(",") if name)
-    line = ProgressLine(every=asked.log_interval, known_documents=asked.num_docs)
+    files = find_text_files(name for name in args.input.split(",") if name)
+    line = ProgressLine(every=args.log_interval, known_documents=args.num_docs)
     try:
         return preprocess(
             files,
             recipe,
-            output_prefix=asked.output_prefix,
+            output_prefix=args.output_prefix,
             facts=facts,
-            workers=asked.workers,
-            strict=asked.on_error == "fail",
-            resume=asked.resume,
-            shard=parse_shard(asked.shard) if asked.shard else None,
-            legacy=asked.dataset_impl != "mmap",
+            workers=args.workers,
+            strict=args.on_error == "fail",
+            resume=args.resume,
+            shard=parse_shard(args.shard) if args.shard else None,
+            legacy=args.dataset_impl != "mmap",
             report=line,
         )
     finally:
         line.close()
 
 
-def run(asked: argparse.Namespace) -> Result:
-    """Does what the command line asks. Raises ConfigError and RunError."""
-    vocab_file = asked.vocab_file or asked.tokenizer_name_or_path
-    tokenizer = make_tokenizer(asked.tokenizer_type, vocab_file=vocab_file, merge_file=asked.merge_file)
-    print(f"{asked.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
-    tell_losses(tokenizer)
-    facts = describe_tokenizer(asked.tokenizer_type, tokenizer, append_eod=asked.append_eod)
-    return run_recipe(asked, recipe_of(asked, tokenizer), facts)
+def run(args: argparse.Namespace) -> Result:
+    """Runs the command line. Raises ConfigError and RunError."""
+    vocab_file = args.vocab_file or args.tokenizer_name_or_path
+    tokenizer = make_tokenizer(args.tokenizer_type, vocab_file=vocab_file, merge_file=args.merge_file)
+    print(f"{args.tokenizer_type}: {tokenizer.vocab_size:,} tokens; encoding runs on {tokenizer.engine}", flush=True)
+    print_round_trip_losses(tokenizer)
+    facts = describe_tokenizer(args.tokenizer_type, tokenizer, append_eod=args.append_eod)
+    return run_recipe(args, recipe_of(args, tokenizer), facts)
 
 
-def tell_losses(tokenizer: Tokenizer) -> None:
-    """Says what decoding does not give back, where that is not all."""
+def print_round_trip_losses(tokenizer: Tokenizer) -> None:
+    """Prints what decoding does not restore, if anything."""
     lost = losses(tokenizer)
     if lost:
         print(f"this tokenizer does not keep every text: {', '.join(lost)} do not come back as they were", flush=True)
 
 
 def _notes(result: Result) -> list[str]:
-    """What is to be known of the documents that were written."""
+    """Returns notes about the written documents."""
     documents = result.outputs[0].card.documents
     lines = []
     if without := result.notes.get(WITHOUT_PATTERN):
@@ -182,13 +182,13 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"{spelt:,} documents {SPELT}; --parse-special-tokens makes ids of them")
     if parsed := result.notes.get(PARSED):
         lines.append(f"{parsed:,} documents {PARSED}")
-    told = (WITHOUT_PATTERN, SPELT, PARSED)
-    lines += [f"{count:,} documents {what}" for what, count in sorted(result.notes.items()) if what not in told]
+    reported = (WITHOUT_PATTERN, SPELT, PARSED)
+    lines += [f"{count:,} documents {what}" for what, count in sorted(result.notes.items()) if what not in reported]
     return lines
 
 
-def told(result: Result) -> str:
-    """What was written and what was left out, for people."""
+def format_result(result: Result) -> str:
+    """Formats what was written and what was skipped."""
     lines = [
         f"{written.prefix}.bin and .idx: {written.card.documents:,} documents, {written.card.tokens:,} tokens, "
         f"{written.card.bytes_per_token:.3f} bytes a token"
@@ -209,8 +209,8 @@ def told(result: Result) -> str:
     return "\n".join(lines)
 
 
-def dashed(arguments: Sequence[str]) -> list[str]:
-    """Flags with underscores as flags with dashes."""
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with dashes in place of underscores in flags."""
     found = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -220,9 +220,9 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
+    args = parser().parse_args(with_dashes(sys.argv[1:] if arguments is None else arguments))
     try:
-        print(told(run(asked)))
+        print(format_result(run(args)))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turns conversations into token files and labels, by a model's chat template.
+"""Tokenises conversations into token files and labels, by a model's chat template.
 
     python tools/preprocess_data_with_chat_template.py --input chats.jsonl --output-prefix data/chats
         --tokenizer-path MODEL_FOLDER --jsonl-keys messages --workers 8
@@ -22,7 +22,7 @@ from megatron.data.preprocess.document_types import ChatText
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers.chat_encoding import ChatTokens
-from tools.preprocess_data import add_work_arguments, dashed, run_recipe, tell_losses, told
+from tools.preprocess_data import add_work_arguments, format_result, print_round_trip_losses, run_recipe, with_dashes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,32 +51,32 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def recipe_of(asked: argparse.Namespace, template: ChatTokens) -> ChatText:
-    """What the conversations become. Raises ConfigError."""
-    if asked.ftfy:
-        hint = "mend the text first, or leave out --ftfy"
+def recipe_of(args: argparse.Namespace, template: ChatTokens) -> ChatText:
+    """Returns the document type. Raises ConfigError."""
+    if args.ftfy:
+        hint = "repair the text first, or leave out --ftfy"
         raise ConfigError.of("conversations are taken as they are", key="ftfy", value=True, hint=hint)
     return ChatText(
         template,
-        tuple(key for told_keys in asked.jsonl_keys for key in told_keys.split(",") if key),
-        role=asked.generation_role,
-        only_last=asked.only_last,
-        mask=not asked.no_mask,
-        for_reward_model=asked.for_rm,
-        reward_key=asked.reward_key,
-        binary_reward=asked.binary_reward,
+        tuple(key for group in args.jsonl_keys for key in group.split(",") if key),
+        role=args.generation_role,
+        only_last=args.only_last,
+        mask=not args.no_mask,
+        for_reward_model=args.for_rm,
+        reward_key=args.reward_key,
+        binary_reward=args.binary_reward,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments))
+    args = parser().parse_args(with_dashes(sys.argv[1:] if arguments is None else arguments))
     try:
-        template = ChatTokens(asked.tokenizer_path, parse_special=asked.parse_special_tokens)
-        tell_losses(template.tokenizer)
-        recipe = recipe_of(asked, template)
+        template = ChatTokens(args.tokenizer_path, parse_special=args.parse_special_tokens)
+        print_round_trip_losses(template.tokenizer)
+        recipe = recipe_of(args, template)
         facts = describe_tokenizer("PretrainedFromHF", template.tokenizer)
-        print(told(run_recipe(asked, recipe, facts)))
+        print(format_result(run_recipe(args, recipe, facts)))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The whole way, once, small: text, tokenizer, tokens, training, measures, picture, samples.
+"""Small end-to-end run: text, tokenizer, tokens, training, measurements, picture, samples.
 
     python tools/quickstart.py [--workers N] [--fresh]
 
-It only calls the commands that a user calls, and prints them, so each line can be copied for one's own data. Stages
-that are done are not done again; an interrupted training goes on from its checkpoint. Nothing is downloaded. Exit code
-0 when every stage ended well, 130 when interrupted, else that of the error.
+It only runs commands of the user interface, and prints them, so each line can be adapted to other data. Finished stages
+are not repeated; an interrupted training resumes from its checkpoint. Nothing is downloaded. Exit code 0 when every
+stage succeeded, 130 when interrupted, else that of the error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.launcher.hosts import local_devices
 from tools.stages import Stage, Stamps, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACE = Path("runs/quickstart")  # configs/quickstart.yml names the same files
+WORK_DIR = Path("runs/quickstart")  # configs/quickstart.yml names the same files
 CONFIG = "configs/quickstart.yml"
 CORPUS = "python_stdlib"
 VOCABULARY = 4096  # [tokens]
@@ -38,34 +38,34 @@ PROMPTS = (
     "@dataclass\nclass",
     "Return the number of",
 )
-SHOWN = 500  # of each sample [characters]
+MAX_SHOWN = 500  # of each sample [characters]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description="Train, measure and sample a small model, from text to samples.")
     made.add_argument("--workers", type=int, help="ranks to train on; the GPUs here, else two CPU processes")
-    made.add_argument("--fresh", action="store_true", help=f"forget what earlier runs left in {PLACE}")
+    made.add_argument("--fresh", action="store_true", help=f"forget what earlier runs left in {WORK_DIR}")
     return made
 
 
-def training_workers(asked: int | None) -> int:
-    """How many ranks train: a power of two, of at most 8, so that it divides the batch."""
+def training_workers(args: int | None) -> int:
+    """Returns the number of training ranks: a power of two, at most 8, so that it divides the batch."""
     there = len(local_devices(os.environ, Path("/dev"))) or min(2, os.cpu_count() or 1)
-    wanted = there if asked is None else asked
-    if wanted < 1:
-        raise ConfigError.of("at least one worker is needed", key="--workers", value=wanted, location="command line")
-    return 1 << (min(wanted, 8).bit_length() - 1)
+    requested = there if args is None else args
+    if requested < 1:
+        raise ConfigError.of("at least one worker is needed", key="--workers", value=requested, location="command line")
+    return 1 << (min(requested, 8).bit_length() - 1)
 
 
 def make_stages(workers: int) -> list[Stage]:
-    """The way from nothing to samples."""
+    """Returns all stages."""
     return [*text_stages(), *training_stages(workers), *measuring_stages(workers)]
 
 
 def text_stages() -> list[Stage]:
-    """Text, a tokenizer for it, and its tokens."""
-    corpus, tokenizer = PLACE / CORPUS, PLACE / "tokenizer.json"
+    """Returns the stages of text, tokenizer and tokens."""
+    corpus, tokenizer = WORK_DIR / CORPUS, WORK_DIR / "tokenizer.json"
     train, valid = corpus / "train.jsonl", corpus / "valid.jsonl"
     learn = ("tools/train_tokenizer.py", "--input", str(train), "--vocab-size", str(VOCABULARY))
     encode = ("tools/preprocess_data.py", "--tokenizer-type", "HFTokenizer", "--vocab-file", str(tokenizer))
@@ -73,7 +73,7 @@ def text_stages() -> list[Stage]:
         Stage(
             "text",
             f"gather the source and the help texts of Python {platform.python_version()}; hold some files out",
-            (sys.executable, "prepare_data.py", CORPUS, "--data-dir", str(PLACE), "--force-redownload"),
+            (sys.executable, "prepare_data.py", CORPUS, "--data-dir", str(WORK_DIR), "--force-redownload"),
             (train, valid, corpus / "valid.txt", corpus / "cloze.jsonl"),
         ),
         Stage(
@@ -85,7 +85,7 @@ def text_stages() -> list[Stage]:
         ),
     ]
     for name, source in (("train", train), ("valid", valid)):
-        prefix = PLACE / "tokens" / name
+        prefix = WORK_DIR / "tokens" / name
         stages.append(
             Stage(
                 f"{name}-tokens",
@@ -99,8 +99,8 @@ def text_stages() -> list[Stage]:
 
 
 def training_stages(workers: int) -> list[Stage]:
-    """Training through the launcher, and the picture of it. A training that was interrupted goes on."""
-    checkpoints, logs, picture = PLACE / "checkpoints", PLACE / "logs", PLACE / "curve.png"
+    """Returns the stages of training and its picture. An interrupted training is resumed."""
+    checkpoints, logs, picture = WORK_DIR / "checkpoints", WORK_DIR / "logs", WORK_DIR / "curve.png"
     return [
         Stage(
             "train",
@@ -109,7 +109,7 @@ def training_stages(workers: int) -> list[Stage]:
             (checkpoints / "latest", logs / "metrics.jsonl"),
             reads=(Path(CONFIG),),
             after=("train-tokens", "valid-tokens"),
-            forget=lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in (checkpoints, logs)] and None,
+            clean_up=lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in (checkpoints, logs)] and None,
         ),
         Stage(
             "picture",
@@ -122,9 +122,9 @@ def training_stages(workers: int) -> list[Stage]:
 
 
 def measuring_stages(workers: int) -> list[Stage]:
-    """What the trained model can do: compress, choose, write."""
-    checkpoint = ("--load", str(PLACE / "checkpoints"))
-    corpus, evaluation, samples = PLACE / CORPUS, PLACE / "evaluation", PLACE / "samples.jsonl"
+    """Returns the stages of measurements and samples."""
+    checkpoint = ("--load", str(WORK_DIR / "checkpoints"))
+    corpus, evaluation, samples = WORK_DIR / CORPUS, WORK_DIR / "evaluation", WORK_DIR / "samples.jsonl"
     batch, held_out = ("--eval-batch-size", "32"), ("--eval-text", str(corpus / "valid.jsonl"))
     tasks = ("--eval-include-path", str(corpus / "tasks"), "--eval-results-prefix", str(evaluation / CORPUS))
     return [
@@ -132,7 +132,7 @@ def measuring_stages(workers: int) -> list[Stage]:
             "bits",
             "measure bits per byte of the held-out text, beside compressors",
             (*deepy("tools/bits_per_byte.py", workers), *checkpoint, *batch, *held_out),
-            (PLACE / "logs" / "bits_per_byte" / "bits_per_byte.json",),
+            (WORK_DIR / "logs" / "bits_per_byte" / "bits_per_byte.json",),
             after=("train",),
         ),
         Stage(
@@ -145,36 +145,37 @@ def measuring_stages(workers: int) -> list[Stage]:
         Stage(
             "samples",
             "let the model write",
-            (*deepy("generate.py", 1), *checkpoint, "-i", str(PLACE / "prompts.txt"), "-o", str(samples)),
+            (*deepy("generate.py", 1), *checkpoint, "-i", str(WORK_DIR / "prompts.txt"), "-o", str(samples)),
             (samples,),
-            reads=(PLACE / "prompts.txt",),
+            reads=(WORK_DIR / "prompts.txt",),
             after=("train",),
         ),
     ]
 
 
 def deepy(script: str, workers: int) -> tuple[str, ...]:
-    """A command of the launcher with the quickstart's configuration."""
+    """Returns a command of the launcher with the quickstart's configuration."""
     return (sys.executable, "deepy.py", script, CONFIG, "--num-gpus", str(workers))
 
 
 def summary(seconds: Mapping[str, float]) -> str:
-    """What came out: the measures side by side, samples, and where to go from here."""
-    bits = json.loads((PLACE / "logs" / "bits_per_byte" / "bits_per_byte.json").read_text(encoding="utf-8"))
-    newest = max((PLACE / "evaluation").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    """Formats the measurements, samples and next steps."""
+    bits = json.loads((WORK_DIR / "logs" / "bits_per_byte" / "bits_per_byte.json").read_text(encoding="utf-8"))
+    newest = max((WORK_DIR / "evaluation").glob("*.json"), key=lambda path: path.stat().st_mtime)
     scores = json.loads(newest.read_text(encoding="utf-8"))["results"][f"{CORPUS}_cloze"]
     lines = ["", "Held-out text, bits per byte (less is better)"]
     measures = {"this model": bits["bits_per_byte"], "gzip -9": bits["gzip -9"], "xz -9e": bits["xz -9e"]}
     lines += [f"  {name:<11}{value:6.3f}" for name, value in measures.items()]
     lines += ["", f"Next line out of four: {scores['acc,none']:.1%} right (chance 25.0%)", "", "Samples"]
-    for line in (PLACE / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (WORK_DIR / "samples.jsonl").read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
-        text = f"{sample['context']}{sample['text'] or ''}"[:SHOWN]
+        text = f"{sample['context']}{sample['text'] or ''}"[:MAX_SHOWN]
         lines += [*(f"  | {row}" for row in text.splitlines()), "  --"]
+    generate = shlex.join(deepy("generate.py", 1))
     lines += [
         "",
-        f"The curve: {PLACE / 'curve.png'}",
-        f"Talk to it: {shlex.join(deepy('generate.py', 1))} --load {PLACE / 'checkpoints'} --text-gen-type interactive",
+        f"The curve: {WORK_DIR / 'curve.png'}",
+        f"Talk to it: {generate} --load {WORK_DIR / 'checkpoints'} --text-gen-type interactive",
         "Your own text, more GPUs: docs/quickstart.md",
         "",
         f"{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{name} {took:.0f}" for name, took in seconds.items()),
@@ -184,15 +185,15 @@ def summary(seconds: Mapping[str, float]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command line; returns the exit code."""
-    asked = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     os.chdir(ROOT)
     try:
-        if asked.fresh:
-            shutil.rmtree(PLACE, ignore_errors=True)
-        PLACE.mkdir(parents=True, exist_ok=True)
-        (PLACE / "prompts.txt").write_text(PROMPT_END.join(PROMPTS), encoding="utf-8")
-        stages = make_stages(training_workers(asked.workers))
-        seconds = run_stages(stages, Stamps(PLACE / "stages"), lambda line: print(line, flush=True), os.environ)
+        if args.fresh:
+            shutil.rmtree(WORK_DIR, ignore_errors=True)
+        WORK_DIR.mkdir(parents=True, exist_ok=True)
+        (WORK_DIR / "prompts.txt").write_text(PROMPT_END.join(PROMPTS), encoding="utf-8")
+        stages = make_stages(training_workers(args.workers))
+        seconds = run_stages(stages, Stamps(WORK_DIR / "stages"), lambda line: print(line, flush=True), os.environ)
         print(summary(seconds))
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Cuts the weight files of a checkpoint anew, for programs that read only one layout.
+"""Reshards the weight files of a checkpoint, for programs that read only one layout.
 
     python tools/reshape_checkpoint.py --load-dir A --save-dir B --target-tensor-parallel-size 2 \
         --target-pipeline-parallel-size 2
 
 Runs need no such step: `load` reads every layout. The optimizer's state is stored by name and range, which any layout
-reads, so its files are taken over as they are. Flags may be spelt with dashes or underscores.
+reads, so its files are copied. Flags may be spelt with dashes or underscores.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
-    target = layout_arguments(asked)
+    args = parser().parse_args(arguments)
+    target = layout_arguments(args)
     try:
-        made = reshape(asked.load_dir, asked.save_dir, **target)
+        made = reshape(args.load_dir, args.save_dir, **target)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,8 +1,7 @@
-"""Stages: commands that run one after another, each once.
+"""Stages: commands that run in order, each once.
 
-A stage is done when a stamp says that this very stage ended well: the same command, the same files read, the same
-stages before it, and its results still there. A run that was interrupted so goes on where it stopped, and a change
-makes again what depends on it and nothing else.
+A stage is finished when its stamp has the digest of the same command, the same input files and the same earlier stages,
+and its results exist. So an interrupted run continues, and a change repeats only the stages that depend on it.
 """
 
 from __future__ import annotations
@@ -25,41 +24,44 @@ from megatron.errors import RunError
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the way.
-
-    name: one word. does: what it does, for the reader. command: what to run. results: files or folders that it leaves.
-    reads: files whose content it depends on. after: the stages whose results it uses. answer: keep what the command
-    prints in this file as well. resume: further arguments that depend on what an interrupted run left. forget: removes
-    what an earlier, different version of this stage left, called before it starts anew.
-    """
+    """One command."""
 
     name: str
-    does: str
+    """One word."""
+    description: str
+    """One line for the user."""
     command: tuple[str, ...]
+    """Program and arguments."""
     results: tuple[Path, ...]
+    """Files or folders that it creates."""
     reads: tuple[Path, ...] = ()
+    """Files whose content it depends on."""
     after: tuple[str, ...] = ()
-    answer: Path | None = None
+    """Stages whose results it uses."""
+    output_file: Path | None = None
+    """File that also gets the command's output."""
     resume: Callable[[], Sequence[str]] = field(default=tuple)
-    forget: Callable[[], None] | None = None
+    """Returns further arguments that resume an interrupted run."""
+    clean_up: Callable[[], None] | None = None
+    """Removes results of a different version of this stage, before it starts."""
 
 
 class Stamps:
-    """What is done, kept as one small file a stage in a folder."""
+    """Stamps of finished stages, one small file each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def digest(self, stage: Stage, before: Mapping[str, str]) -> str:
-        """Changes with the command, with the content of what it reads and with the stages before."""
-        told = hashlib.sha256()
-        told.update(json.dumps([stage.command, [before[name] for name in stage.after]]).encode())
+        """Returns a digest of the command, the content of its input files and the earlier stages."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([stage.command, [before[name] for name in stage.after]]).encode())
         for path in stage.reads:
-            told.update(path.read_bytes())
-        return told.hexdigest()
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def read(self, stage: Stage) -> dict[str, object]:
-        """What is known of the stage: `digest`, and `seconds` once it has ended; empty when nothing is."""
+        """Reads the stamp: `digest`, and `seconds` once it has finished; {} without one."""
         try:
             record = json.loads((self.folder / f"{stage.name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -72,48 +74,57 @@ class Stamps:
 
 
 def run_stages(
-    stages: Sequence[Stage], stamps: Stamps, say: Callable[[str], None], environment: Mapping[str, str]
+    stages: Sequence[Stage], stamps: Stamps, log: Callable[[str], None], environment: Mapping[str, str]
 ) -> dict[str, float]:
-    """Runs what is not done yet; returns how long each stage took when it ran [s].
+    """Runs the stages that are not finished; returns the seconds of each stage.
 
-    Raises RunError when a command fails, and KeyboardInterrupt when it was interrupted; what was done stays done.
+    Raises RunError when a command fails, and KeyboardInterrupt when it was interrupted; finished stages stay finished.
+
+    Args:
+        stages: in order.
+        stamps: of finished stages.
+        log: prints a line.
+        environment: of the commands.
     """
     digests: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for number, stage in enumerate(stages, 1):
         digests[stage.name] = stamps.digest(stage, digests)
         record = stamps.read(stage)
-        title = f"[{number}/{len(stages)}] {stage.name}: {stage.does}"
+        title = f"[{number}/{len(stages)}] {stage.name}: {stage.description}"
         same = record.get("digest") == digests[stage.name]
         took = record.get("seconds")
         if same and isinstance(took, float | int) and all(path.exists() for path in stage.results):
-            say(f"{title}\n      done before, in {took:.0f} s")
+            log(f"{title}\n      done before, in {took:.0f} s")
             seconds[stage.name] = float(took)
             continue
-        if record and not same and stage.forget is not None:
-            stage.forget()
+        if record and not same and stage.clean_up is not None:
+            stage.clean_up()
         stamps.write(stage, digests[stage.name], None)
         command = [*stage.command, *stage.resume()]
-        say(f"{title}\n      {shlex.join(command)}")
+        log(f"{title}\n      {shlex.join(command)}")
         started = time.monotonic()
-        run_command(command, environment, stage.answer)
+        run_command(command, environment, stage.output_file)
         missing = [str(path) for path in stage.results if not path.exists()]
         if missing:
             raise RunError.of(f"{stage.name} ended well but left no {', '.join(missing)}")
         seconds[stage.name] = time.monotonic() - started
         stamps.write(stage, digests[stage.name], seconds[stage.name])
-        say(f"      {seconds[stage.name]:.0f} s")
+        log(f"      {seconds[stage.name]:.0f} s")
     return seconds
 
 
-def run_command(command: Sequence[str], environment: Mapping[str, str], answer: Path | None = None) -> None:
-    """Runs a command to its end, and passes SIGTERM on to it.
+def run_command(command: Sequence[str], environment: Mapping[str, str], output_file: Path | None = None) -> None:
+    """Runs a command to its end, and forwards SIGTERM to it.
 
-    A Ctrl-C reaches the command by itself, since it belongs to the same terminal; here it is waited for. answer: a file
-    that gets the command's standard output, which is shown all the same. Raises RunError for a failure and
+    Ctrl-C reaches the command directly, since it is on the same terminal. Raises RunError for a failure and
     KeyboardInterrupt when a signal ended the command.
+
+    command: program and arguments. environment: all variables. output_file: also gets the command's standard output.
     """
-    process = subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE if answer else None, text=True)
+    process = subprocess.Popen(
+        command, env=dict(environment), stdout=subprocess.PIPE if output_file else None, text=True
+    )
     stopped: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -123,11 +134,11 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], answer: 
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        told = []
+        lines = []
         for line in process.stdout or ():
             sys.stdout.write(line)
             sys.stdout.flush()
-            told.append(line)
+            lines.append(line)
         code = process.wait()
     finally:
         for number, handler in before.items():
@@ -136,7 +147,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], answer: 
         raise KeyboardInterrupt
     if code != 0:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise RunError.of(f"{shlex.join(command)} failed with {ended}", hint="its own words stand above")
-    if answer is not None:
-        answer.parent.mkdir(parents=True, exist_ok=True)
-        answer.write_text("".join(told), encoding="utf-8")
+        raise RunError.of(f"{shlex.join(command)} failed with {ended}", hint="its output is above")
+    if output_file is not None:
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        output_file.write_text("".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line that the tools share which write a checkpoint's weights in another layout."""
+"""Command line of tools that write a checkpoint's weights in another layout."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def layout_parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def layout_arguments(asked: argparse.Namespace) -> dict[str, Any]:
-    """The parsed arguments as the functions of `megatron.checkpoint` take them, beside the two folders."""
+def layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments for `megatron.checkpoint` beside the two folders."""
     return {
-        "iteration": asked.iteration,
-        "config_files": asked.config_file,
-        "model_size": asked.target_tensor_parallel_size,
-        "pipe_size": asked.target_pipeline_parallel_size,
+        "iteration": args.iteration,
+        "config_files": args.config_file,
+        "model_size": args.target_tensor_parallel_size,
+        "pipe_size": args.target_pipeline_parallel_size,
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Talks to a text service from the terminal: python tools/text_generation_cli.py HOST:PORT [--tokens 64]."""
+"""Client of a text service for the terminal: python tools/text_generation_cli.py HOST:PORT [--tokens 64]."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 
 
 def answer(address: str, body: dict[str, object], key: str | None) -> Iterator[str]:
-    """The pieces of a completion as they arrive.
+    """Yields the text of a completion as it arrives.
 
-    Raises OSError, urllib's HTTPError among them, and RuntimeError where the model fails on the way.
+    Raises OSError, also urllib's HTTPError, and RuntimeError where the model fails meanwhile.
+
+    address: HOST:PORT. body: of the request. key: for the Authorization header, or None.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(
@@ -25,20 +27,20 @@ def answer(address: str, body: dict[str, object], key: str | None) -> Iterator[s
         for line in response:
             data = line.decode().strip().removeprefix("data: ")
             if data and data != "[DONE]":
-                told = json.loads(data)
-                if "error" in told:
-                    raise RuntimeError(told["error"]["message"])
-                yield from (choice["text"] for choice in told["choices"])
+                event = json.loads(data)
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                yield from (choice["text"] for choice in event["choices"])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Reads prompts, a line each, and prints what follows them, until the input ends."""
+    """Reads one prompt per line and prints its completion, until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--tokens", type=int, default=64, help="most new tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--key", default=os.environ.get("NEOX_SERVE_KEY"), help="default: $NEOX_SERVE_KEY")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     while True:
         try:
             prompt = input("prompt> " if sys.stdin.isatty() else "")
@@ -46,19 +48,19 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if not prompt.strip():
             continue
-        body: dict[str, object] = {"prompt": prompt, "max_tokens": asked.tokens, "temperature": asked.temperature}
+        body: dict[str, object] = {"prompt": prompt, "max_tokens": args.tokens, "temperature": args.temperature}
         try:
-            for piece in answer(asked.address, body, asked.key):
-                print(piece, end="", flush=True)
+            for text in answer(args.address, body, args.key):
+                print(text, end="", flush=True)
             print()
         except KeyboardInterrupt:
-            print()  # stops this answer; the service lets go of it
+            print()  # the closed connection aborts the request
         except urllib.error.HTTPError as error:
-            print(f"{asked.address} answers {error.code}: {json.load(error)['error']['message']}", file=sys.stderr)
+            print(f"{args.address} answers {error.code}: {json.load(error)['error']['message']}", file=sys.stderr)
         except RuntimeError as error:
-            print(f"\n{asked.address} could not go on: {error}", file=sys.stderr)
+            print(f"\n{args.address} could not go on: {error}", file=sys.stderr)
         except OSError as error:
-            print(f"cannot reach {asked.address}: {error}", file=sys.stderr)
+            print(f"cannot reach {args.address}: {error}", file=sys.stderr)
             return 1
 
 

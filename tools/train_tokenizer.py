@@ -52,20 +52,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    asked = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     started = time.monotonic()
     try:
-        files = find_text_files((asked.input or asked.json_input_dir).split(","))
+        files = find_text_files((args.input or args.json_input_dir).split(","))
         skipped = SkippedCounts()
-        texts = read_texts(files, asked.jsonl_key, skipped)
-        output = Path(asked.tokenizer_output_path)
-        algorithm = ALGORITHMS[asked.tokenizer_type]
+        texts = read_texts(files, args.jsonl_key, skipped)
+        output = Path(args.tokenizer_output_path)
+        algorithm = ALGORITHMS[args.tokenizer_type]
         if algorithm is None:
-            tokenizer = train_byte_level_bpe(texts, asked.vocab_size, show_progress=sys.stderr.isatty())
+            tokenizer = train_byte_level_bpe(texts, args.vocab_size, show_progress=sys.stderr.isatty())
             save_tokenizer(tokenizer, output)
             size = tokenizer.get_vocab_size()
         else:
-            size = train_sentence_piece(texts, asked.vocab_size, output, algorithm=algorithm)
+            size = train_sentence_piece(texts, args.vocab_size, output, algorithm=algorithm)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""The page: as one file that holds its data, or served, asking for news every two seconds."""
+"""The dashboard page: one static file with its data, or a server that the page polls every two seconds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from importlib.resources import files
 from megatron.dashboard.runs import Run, snapshot
 from megatron.errors import ConfigError
 
-PLACE = "/*DATA*/null"  # where the template takes data of its own
+DATA_MARK = "/*DATA*/null"  # replaced by data in the template
 
 
 def static_page(runs: Sequence[Run]) -> str:
-    """The page with the runs as they are now; it needs no server and no network."""
+    """Returns the page with the current data; it needs no server and no network."""
     data = json.dumps(snapshot(runs)).replace("<", "\\u003c")  # a name must not end the script
-    return _template().replace(PLACE, data)
+    return _template().replace(DATA_MARK, data)
 
 
 def server(runs: Sequence[Run], host: str, port: int) -> ThreadingHTTPServer:
-    """A server of the page, not yet serving; port 0 takes any free one. Raises ConfigError where it is taken."""
+    """Creates a server of the page; port 0 takes any free one. Raises ConfigError when the port is taken."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -33,7 +33,7 @@ def server(runs: Sequence[Run], host: str, port: int) -> ThreadingHTTPServer:
                 self.send_error(404)
 
         def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (the base class calls it so)
-            """Nobody wants a line a request."""
+            """Suppresses the log line per request."""
 
         def _answer(self, kind: str, text: str) -> None:
             body = text.encode()

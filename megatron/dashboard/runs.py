@@ -1,7 +1,6 @@
-"""What the page of a run shows: its curves, its ranks and its configuration, read from the run directory.
+"""Data of the dashboard: curves, ranks and configuration of runs, read from their run directories.
 
-Everything is read anew when a file has grown, so the page follows a run that is under way, from any machine that sees
-its folder.
+Files are read again when they have grown, so the page follows a running run from any machine that sees its folder.
 """
 
 from __future__ import annotations
@@ -18,42 +17,44 @@ from megatron.errors import ConfigError
 from megatron.metrics import read_metrics
 
 CONFIG, METRICS, RANKS = "config.json", "metrics.jsonl", "ranks.jsonl"
-MOST_POINTS = 1500  # of a curve on the page
-OWN_OF_A_RUN = frozenset({"config_files", "git_hash", "local_rank", "log_dir", "rank", "save", "user_script"})
-"""Keys that differ between any two runs and say nothing about them."""
+MAX_POINTS = 1500  # of a curve
+PER_RUN_KEYS = frozenset({"config_files", "git_hash", "local_rank", "log_dir", "rank", "save", "user_script"})
+"""Keys that differ between any two runs."""
 
 Curve = list[tuple[int, float]]
 
 
 @dataclass
 class Run:
-    """One run directory. name: what the page calls it."""
+    """One run directory."""
 
     name: str
+    """Its name on the page."""
     folder: Path
+    """Its path."""
     _read: dict[str, tuple[tuple[int, int], Any]] = field(default_factory=dict)
 
     def curves(self) -> dict[str, Curve]:
-        """Metric -> its points (iteration, value), thinned for display."""
-        found: dict[str, Curve] = self._fresh(METRICS, _curves)
+        """Returns metric -> points (iteration, value), downsampled for display."""
+        found: dict[str, Curve] = self._read_cached(METRICS, _curves)
         return found
 
     def ranks(self) -> dict[str, Any]:
-        """What each rank did in the last report, by column: `host`, `data_wait` [s], `probe` [s]; {} for one rank."""
-        found: dict[str, Any] = self._fresh(RANKS, _last_line)
+        """Returns the columns of the last rank report: `host`, `data_wait` [s], `probe` [s]; {} for one rank."""
+        found: dict[str, Any] = self._read_cached(RANKS, _last_line)
         return found
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; {} where the folder has none."""
-        found: dict[str, Any] = self._fresh(CONFIG, _mapping)
+        """Returns the resolved configuration; {} where the folder has none."""
+        found: dict[str, Any] = self._read_cached(CONFIG, _mapping)
         return found
 
     def age(self) -> float | None:
-        """Seconds since the last record; None before the first."""
+        """Returns the seconds since the last record; None before the first."""
         path = self.folder / METRICS
         return time.time() - path.stat().st_mtime if path.exists() else None
 
-    def _fresh(self, name: str, read: Any) -> Any:
+    def _read_cached(self, name: str, read: Any) -> Any:
         path = self.folder / name
         try:
             stat = path.stat()
@@ -69,7 +70,7 @@ class Run:
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of these folders, under the shortest names that tell them apart.
+    """Opens the runs of these folders, under the shortest unique names.
 
     A folder may also be a `save` folder, whose logs/ is the run directory. Raises ConfigError for one that is neither.
     """
@@ -82,7 +83,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def snapshot(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything the page needs, as plain values that JSON can hold."""
+    """Returns the data of the page as JSON values."""
     shown = [
         {"name": run.name, "folder": str(run.folder), "age": run.age(), "curves": run.curves(), "ranks": run.ranks()}
         for run in runs
@@ -91,29 +92,29 @@ def snapshot(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The keys on which configurations differ: {key, values}, a value for each of them; none for a single one."""
-    keys = sorted(set().union(*configs) - OWN_OF_A_RUN) if len(configs) > 1 else []
+    """Returns the keys on which configurations differ: {key, values}, with one value per configuration."""
+    keys = sorted(set().union(*configs) - PER_RUN_KEYS) if len(configs) > 1 else []
     rows = [{"key": key, "values": [config.get(key) for config in configs]} for key in keys]
     return [row for row in rows if any(value != row["values"][0] for value in row["values"][1:])]
 
 
-def thinned(points: Curve, most: int = MOST_POINTS) -> Curve:
-    """At most so many of the points, the lowest and the highest of each stretch, so that every spike stays visible."""
-    if len(points) <= most:
+def downsample(points: Curve, max_points: int = MAX_POINTS) -> Curve:
+    """Returns at most `max_points` points: minimum and maximum of each stretch, so that spikes stay visible."""
+    if len(points) <= max_points:
         return points
-    width = math.ceil(2 * len(points) / most)
-    kept: Curve = []
+    width = math.ceil(2 * len(points) / max_points)
+    selected: Curve = []
     for start in range(0, len(points), width):
         stretch = points[start : start + width]
         ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return kept
+        selected += sorted(ends)
+    return selected
 
 
 def _run_directory(folder: Path) -> Path:
-    for place in (folder, folder / "logs"):
-        if (place / METRICS).is_file() or (place / CONFIG).is_file():
-            return place.resolve()
+    for candidate in (folder, folder / "logs"):
+        if (candidate / METRICS).is_file() or (candidate / CONFIG).is_file():
+            return candidate.resolve()
     raise ConfigError.of(
         f"this folder holds neither {METRICS} nor {CONFIG}",
         location=str(folder),
@@ -132,7 +133,7 @@ def _curves(path: Path) -> dict[str, Curve]:
         for name, value in record.items():
             if name != "iteration" and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((int(record["iteration"]), value))
-    return {name: thinned(points) for name, points in sorted(curves.items())}
+    return {name: downsample(points) for name, points in sorted(curves.items())}
 
 
 def _last_line(path: Path) -> dict[str, Any]:

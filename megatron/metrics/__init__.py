@@ -1,4 +1,4 @@
-"""What a run tells its user: one line on the terminal, one record in each sink."""
+"""Metrics of a run: one line on the terminal, one record in each sink."""
 
 from megatron.metrics.builder import build_reporter
 from megatron.metrics.reporter import Reporter

@@ -1,4 +1,4 @@
-"""Makes the reporter of a rank from the configuration."""
+"""Builds the reporter of a rank from the configuration."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from megatron.registry import SINKS
 _log = get_logger(__name__)
 
 
-def chosen_sinks(observe: Observe) -> list[str]:
-    """Names of the sinks that a configuration asks for; the metrics file needs no more than a run directory."""
+def select_sinks(observe: Observe) -> list[str]:
+    """Returns the names of the sinks that are switched on; a run directory switches on the metrics file."""
     named = observe.sinks or ()
-    return [entry.name for entry in SINKS if entry.name in named or _asked(observe, entry.key)]
+    return [entry.name for entry in SINKS if entry.name in named or _is_requested(observe, entry.key)]
 
 
-def _asked(observe: Observe, key: str | None) -> bool:
-    """Whether the key of a sink asks for it."""
+def _is_requested(observe: Observe, key: str | None) -> bool:
+    """Returns whether the key of a sink switches it on."""
     if key is None:
         return False
     return wants_wandb(observe) if key == "use_wandb" else bool(getattr(observe, key))
 
 
 def wants_wandb(observe: Observe) -> bool:
-    """`use_wandb`; where it is left out, whether the user has a key for that server and the package is installed."""
+    """Returns `use_wandb`; by default whether there is a key for the server and the package is installed."""
     if observe.use_wandb is not None:
         return observe.use_wandb
     if wandb_key(observe.wandb_host) is None:
@@ -50,20 +50,26 @@ def build_reporter(
     settings: Mapping[str, Any] | None = None,
     hosts: Sequence[str] = (),
 ) -> Reporter:
-    """The reporter of this rank: rank 0 speaks, the others are silent, but for wandb_init_all_ranks.
+    """Builds the reporter: rank 0 reports, other ranks only with wandb_init_all_ranks.
 
-    start_iteration: the iteration [steps] that the run continues after. settings: the whole configuration, for services
-    that show it. hosts: of each rank, for the terminal. Raises ConfigError when a sink's package is missing.
+    Raises ConfigError when a sink's package is missing.
+
+    Args:
+        observe: the observe section.
+        rank: of this process.
+        start_iteration: iteration after which the run continues [steps].
+        settings: the full configuration, for services that show it.
+        hosts: of each rank, for the terminal.
     """
     start = Start(start_iteration, rank, settings or {})
     if rank != 0:
         everywhere = observe.wandb_init_all_ranks and wants_wandb(observe)
-        return Reporter(_opened(["wandb"] if everywhere else [], observe, start))
-    return Reporter(_opened(chosen_sinks(observe), observe, start), Console(hosts=hosts))
+        return Reporter(_open_sinks(["wandb"] if everywhere else [], observe, start))
+    return Reporter(_open_sinks(select_sinks(observe), observe, start), Console(hosts=hosts))
 
 
-def _opened(names: Sequence[str], observe: Observe, start: Start) -> list[Sink]:
-    """The sinks of those names. W&B stops a run only where `use_wandb: true` asks for it; a key alone does not."""
+def _open_sinks(names: Sequence[str], observe: Observe, start: Start) -> list[Sink]:
+    """Opens the sinks of those names. Errors of W&B are raised with `use_wandb: true`, else logged."""
     sinks: list[Sink] = []
     for name in names:
         try:

@@ -1,7 +1,7 @@
-"""The run on a terminal: one live line that is rewritten in place, or plain lines where the output is not a terminal.
+"""Terminal output: one live line that is rewritten in place, or plain lines where the output is not a terminal.
 
-The launcher pipes the workers' output, so a worker cannot see the user's terminal; the launcher then says so with the
-environment variable NEOX_TTY=1 (0 asks for plain lines even on a terminal).
+The launcher pipes the workers' output, so a worker cannot see the user's terminal; the launcher sets the environment
+variable NEOX_TTY=1 for a terminal (0 for plain lines even on a terminal).
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ _REDRAW_SECONDS = 0.2
 
 
 def is_live(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Whether a line on this stream can be rewritten in place."""
-    asked = environment.get("NEOX_TTY")
-    if asked:
-        return asked != "0"
+    """Returns whether a line on this stream can be rewritten in place."""
+    requested = environment.get("NEOX_TTY")
+    if requested:
+        return requested != "0"
     return stream.isatty()
 
 
 class Console:
-    """Prints what the reporter hears. `live`: rewrite one line; else every report is a line of its own.
-
-    hosts: of each rank, to name that of the slowest.
-    """
+    """Prints the records of the reporter: `live` rewrites one line; else every record is a line of its own."""
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class Console:
         self._drawn_at = -math.inf
 
     def train(self, iteration: int, metrics: Mapping[str, float], total_iterations: int) -> None:
-        """Shows a training record."""
+        """Prints a training record."""
         self._metrics, self._total = metrics, total_iterations
         self._smooth(metrics.get("runtime/iteration_time"))
         line = self._training_line(iteration)
@@ -62,21 +59,21 @@ class Console:
             self._print(line)
 
     def progress(self, iteration: int) -> None:
-        """Moves the live line on between two training records, without new values; at most five times a second."""
+        """Updates the live line between two training records; at most five times a second."""
         if not self.live or not self._line or self._clock() - self._drawn_at < _REDRAW_SECONDS:
             return
         self._draw(self._training_line(iteration))
 
     def evaluation(self, iteration: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Shows an evaluation, on a line that stays."""
+        """Prints an evaluation on a line of its own."""
         self._print(evaluation_line(iteration, split, metrics))
 
     def message(self, text: str) -> None:
-        """Shows a sentence, on a line that stays."""
+        """Prints a message on a line of its own."""
         self._print(text)
 
     def close(self) -> None:
-        """Leaves the live line standing and moves below it."""
+        """Ends the live line."""
         if self._line:
             self._stream.write("\n")
             self._line = ""
@@ -86,13 +83,13 @@ class Console:
         return training_line(iteration, self._total, self._metrics, self._seconds_left(iteration), self._hosts)
 
     def _print(self, text: str) -> None:
-        kept = self._line
-        if kept:
+        live_line = self._line
+        if live_line:
             self._stream.write(_ERASE_LINE)
         self._stream.write(text + "\n")
         self._line = ""
-        if kept:
-            self._draw(kept)
+        if live_line:
+            self._draw(live_line)
         self._stream.flush()
 
     def _draw(self, line: str) -> None:
@@ -121,10 +118,17 @@ def training_line(
     seconds_left: float | None,
     hosts: Sequence[str] = (),
 ) -> str:
-    """`iteration 120/3,000 | loss 4.1234 | 12,345 tokens/s | MFU 41.2 % | 3m 20s left | lr 3.00e-04 | grad norm 1.02`.
+    """Formats `iteration 120/3,000 | loss 4.1 | 12,345 tokens/s | MFU 41.2 % | 3m 20s left | lr 3.00e-04 | grad norm
+    1`.
 
-    On several ranks the slowest follows, with its host and its time over that of the median one.
-    Parts whose metric is missing are left out. What matters most is first, since a narrow terminal cuts the end.
+    Missing metrics are left out. The most important ones are first, since a narrow terminal truncates the end.
+
+    Args:
+        iteration: of the record.
+        total_iterations: of the run.
+        metrics: by name.
+        seconds_left: estimate of the time left.
+        hosts: of each rank, to name the slowest rank's host.
     """
     parts = [f"iteration {iteration:,}/{total_iterations:,}"]
     formats: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -132,7 +136,7 @@ def training_line(
         ("runtime/tokens_per_sec", lambda value: f"{value:,.0f} tokens/s"),
         ("runtime/model_flops_utilization", lambda value: f"MFU {100 * value:.1f} %"),
     )
-    parts += [tell(metrics[name]) for name, tell in formats if name in metrics]
+    parts += [format_value(metrics[name]) for name, format_value in formats if name in metrics]
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
     if "train/learning_rate" in metrics:
@@ -148,21 +152,21 @@ def training_line(
 
 
 def evaluation_line(iteration: int, split: str, metrics: Mapping[str, float]) -> str:
-    """`validation at iteration 500 | lm_loss 3.2100 | lm_loss_ppl 24.78`."""
+    """Formats `validation at iteration 500 | lm_loss 3.2100 | lm_loss_ppl 24.78`."""
     parts = [f"{split} at iteration {iteration:,}"]
     parts += [f"{name.removeprefix(split + '/')} {value:.4f}" for name, value in metrics.items()]
     return " | ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units: `45s`, `3m 20s`, `2h 05m`, `4d 03h`."""
+    """Formats a duration in its two largest units: `45s`, `3m 20s`, `2h 05m`, `4d 03h`."""
     if not math.isfinite(seconds):
         return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m {rounded % 60:02d}s"
+    if rounded < 86400:
+        return f"{rounded // 3600}h {rounded % 3600 // 60:02d}m"
+    return f"{rounded // 86400}d {rounded % 86400 // 3600:02d}h"

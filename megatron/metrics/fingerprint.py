@@ -1,8 +1,8 @@
-"""Fingerprints of a run: a few numbers for every layer's weights, activations and gradients, step by step.
+"""Fingerprints of a run: checksum and norm of every layer's weights, activations and gradients at some steps.
 
-Two runs that should be equal and are not differ somewhere first. With `fingerprint_interval` each rank writes what it
-saw, in the order in which it saw it, to `<log_dir>/fingerprints/rank_<rank>.jsonl`, and tools/compare_runs.py finds the
-first difference. A checksum of the bits tells equal from unequal, the norm tells how far apart.
+They locate the first difference of two runs that should be equal. With `fingerprint_interval` each rank writes its
+records in order to `<log_dir>/fingerprints/rank_<rank>.jsonl`, and tools/compare_runs.py finds the first difference.
+The checksum compares bits, the norm gives the size of a difference.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ WEIGHTS, ACTIVATION, GRADIENT = "weights", "activation", "gradient"
 
 
 class Fingerprints:
-    """Writes the fingerprints of one rank at every interval-th iteration [steps].
-
-    layers: index in the layer plan -> module. parameters: "<layer>.<name>" -> parameter of this rank.
-    """
+    """Writes the fingerprints of one rank."""
 
     def __init__(
         self, log_dir: Path, rank: int, interval: int, layers: Mapping[int, Module], parameters: Mapping[str, Parameter]
@@ -39,15 +36,15 @@ class Fingerprints:
 
     @contextmanager
     def recording(self, iteration: int) -> Iterator[None]:
-        """Around the step that makes this iteration: records it if it is its turn."""
+        """Records the step of this iteration if the interval divides it."""
         if iteration % self._interval:
             yield
             return
         with self._path.open("a", encoding="utf-8") as file:
-            page = _Page(file, iteration)
+            recorder = _IterationRecorder(file, iteration)
             for key, parameter in self._parameters.items():
-                page.add(WEIGHTS, key, getattr(parameter, "ds_tensor", parameter))
-            handles = [layer.register_forward_hook(page.hook(index)) for index, layer in self._layers.items()]
+                recorder.add(WEIGHTS, key, getattr(parameter, "ds_tensor", parameter))
+            handles = [layer.register_forward_hook(recorder.hook(index)) for index, layer in self._layers.items()]
             try:
                 yield
             finally:
@@ -55,7 +52,7 @@ class Fingerprints:
                     handle.remove()
 
 
-class _Page:
+class _IterationRecorder:
     """The records of one iteration."""
 
     def __init__(self, file: TextIO, iteration: int) -> None:
@@ -64,11 +61,11 @@ class _Page:
         self._passes: dict[int, int] = {}
 
     def hook(self, index: int) -> Any:
-        """A forward hook for the layer of that index."""
+        """Returns a forward hook for the layer of that index."""
 
         def record(module: Module, inputs: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
-                return  # the layer is being computed again for its gradient
+                return  # recomputation in the backward pass
             number = self._passes.get(index, 0)
             self._passes[index] = number + 1
             for tensor in output if isinstance(output, tuple) else (output,):
@@ -81,7 +78,14 @@ class _Page:
         return record
 
     def add(self, quantity: str, layer: str, tensor: Tensor, micro_batch: int = 0) -> None:
-        """Writes one record."""
+        """Writes one record.
+
+        Args:
+            quantity: weights, activation or gradient.
+            layer: layer index, or the key of a parameter.
+            tensor: its values.
+            micro_batch: number of the micro batch.
+        """
         values = tensor.detach().contiguous().cpu()
         record = {
             "iteration": self._iteration,
@@ -95,7 +99,7 @@ class _Page:
 
 
 def read_fingerprints(log_dir: Path) -> dict[int, list[dict[str, Any]]]:
-    """Rank -> its records, in the order in which they were made; empty where there are none."""
+    """Reads rank -> its records, in order; empty where there are none."""
     found = {}
     for path in sorted((log_dir / FOLDER).glob("rank_*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()

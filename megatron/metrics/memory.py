@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """The most memory held so far. On a GPU: tensors of this process; on a CPU: the whole process, Python included."""
+    """Returns the peak memory so far. On a GPU: tensors of this process; on a CPU: the process, Python included."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,9 +1,8 @@
-"""The peak rate that model FLOPs utilization is a fraction of.
+"""Peak FLOP/s of a device, the denominator of model FLOPs utilization.
 
-A utilization means nothing without its peak, so the peak carries a name that is reported with it. For known GPUs it is
-the maker's dense bf16 figure (fp16 where the GPU has no bf16), never the doubled one that assumes sparse weights. A GPU
-that is not listed is not taken for another one: like a CPU, it is measured with matrix products of the run's data type.
-The key `peak_theoretical_tflops` overrides both.
+The source of the peak is reported with the utilization. For known GPUs it is the maker's dense bf16 figure (fp16 where
+the GPU has no bf16), never the doubled one for sparse weights. Other GPUs and CPUs are measured with matrix products of
+the run's data type. The key `peak_theoretical_tflops` overrides both.
 """
 
 from __future__ import annotations
@@ -59,17 +58,19 @@ _MEASURE_SIZE = 1024
 
 @dataclass(frozen=True)
 class Peak:
-    """A peak rate of one device [FLOP/s] and where the figure is from."""
+    """Peak of one device."""
 
     flops_per_second: float
+    """The peak [FLOP/s]."""
     name: str
+    """Its source."""
 
     def __str__(self) -> str:
         return f"{self.flops_per_second / 1e12:.4g} TFLOP/s ({self.name})"
 
 
 def find_peak(device: torch.device | str, dtype: torch.dtype, peak_theoretical_tflops: float | None = None) -> Peak:
-    """The peak of this device: the key's value, else the table's, else a measurement of less than 0.3 s on a CPU."""
+    """Returns the peak of a device: the key's value, else the table's, else a measurement (under 0.3 s on a CPU)."""
     if peak_theoretical_tflops is not None:
         return Peak(peak_theoretical_tflops * 1e12, "peak_theoretical_tflops")
     device = torch.device(device)
@@ -81,18 +82,18 @@ def find_peak(device: torch.device | str, dtype: torch.dtype, peak_theoretical_t
 
 
 def known_gpu_peak(device_name: str) -> Peak | None:
-    """The listed peak of a GPU, by the name that the driver gives it; None when it is not listed."""
+    """Returns the listed peak of a GPU by its driver's name; None when it is not listed."""
     words = device_name.replace("-", " ").upper().split()
     for part, tflops in DENSE_TFLOPS:
-        wanted = part.upper().split()
-        if any(words[at : at + len(wanted)] == wanted for at in range(len(words))):
+        part_words = part.upper().split()
+        if any(words[at : at + len(part_words)] == part_words for at in range(len(words))):
             precision = "fp16" if part in ("V100", "T4") else "bf16"
             return Peak(tflops * 1e12, f"{part} dense {precision}")
     return None
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, name: str) -> Peak:
-    """The best rate of a square matrix product in `dtype`: torch's own, or that of the layers."""
+    """Measures the best FLOP/s of a square matrix product in `dtype`: torch's own, or that of the layers."""
     size = _MEASURE_SIZE if device.type == "cpu" else 8 * _MEASURE_SIZE
     left = torch.ones(size, size, device=device, dtype=dtype)
     right = torch.ones(size, size, device=device, dtype=dtype)
@@ -106,7 +107,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, name: str) -> Peak:
 
 
 def _best_seconds(product: Callable[[], torch.Tensor], device: torch.device, budget: float) -> float:
-    """The shortest time of one product within about `budget` seconds, the first call left out where time allows."""
+    """Returns the shortest time of one product within about `budget` seconds."""
     best = float("inf")
     begin = time.perf_counter()
     with torch.inference_mode():

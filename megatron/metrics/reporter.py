@@ -1,6 +1,6 @@
-"""The one voice of a run: what the training loop measured goes to the terminal and to every sink.
+"""Reports the records of the training loop to the terminal and to every sink.
 
-Metric names are a contract with everything that reads them (dashboards, tools/plot_metrics.py):
+Metric names are a contract with their readers (dashboards, tools/plot_metrics.py):
 `train/lm_loss` [nats], `train/learning_rate`, `train/grad_norm`, `train/loss_scale`, `consumed_tokens` [tokens],
 `runtime/iteration_time` [s], `runtime/tokens_per_sec`, `runtime/flops_per_sec_per_gpu` [FLOP/s],
 `runtime/model_flops_utilization` [fraction], `runtime/peak_memory_bytes` [bytes], `runtime/data_wait` [s a step] of the
@@ -19,9 +19,9 @@ from megatron.metrics.sinks.base import Sink
 
 
 class Reporter:
-    """Passes records on. Without a console and sinks (every rank but the first) it is silent.
+    """Passes records to console and sinks; ranks other than 0 have neither.
 
-    A sink that cannot write (a full disk) is told about once and does not stop the training.
+    A sink that cannot write (a full disk) is reported once and does not stop the training.
     """
 
     def __init__(self, sinks: Sequence[Sink] = (), console: Console | None = None) -> None:
@@ -36,7 +36,7 @@ class Reporter:
         self._write(iteration, metrics)
 
     def progress(self, iteration: int) -> None:
-        """Says that an iteration is done which is not logged; moves a live line on, and writes nothing else."""
+        """Reports an iteration without a record, which only updates a live line."""
         if self._console is not None:
             self._console.progress(iteration)
 
@@ -51,19 +51,19 @@ class Reporter:
         self._write(iteration, named)
 
     def message(self, text: str) -> None:
-        """Says a sentence to the user."""
+        """Prints a message."""
         if self._console is not None:
             self._console.message(text)
 
     def close(self) -> None:
-        """Ends the live line and closes the sinks. The reporter stays usable for nothing but another close."""
+        """Ends the live line and closes the sinks. Idempotent."""
         if self._console is not None:
             self._console.close()
         for sink in self._sinks:
             try:
                 sink.close()
             except OSError as error:
-                self._tell_failure(sink, error)
+                self._warn_once(sink, error)
         self._sinks = []
 
     def _write(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -71,18 +71,18 @@ class Reporter:
             try:
                 sink.write(iteration, metrics)
             except OSError as error:
-                self._tell_failure(sink, error)
+                self._warn_once(sink, error)
 
-    def _tell_failure(self, sink: Sink, error: OSError) -> None:
+    def _warn_once(self, sink: Sink, error: OSError) -> None:
         if id(sink) not in self._failing:
             self._failing.add(id(sink))
             get_logger(__name__).warning(
-                "%s cannot store metrics (%s); training goes on without them", type(sink).__name__, error
+                "%s cannot store metrics (%s); training continues without them", type(sink).__name__, error
             )
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows. loss: mean negative log-likelihood [nats a token]."""
+    """Returns exp(loss), infinite where that overflows. loss: mean negative log-likelihood [nats per token]."""
     try:
         return math.exp(loss)
     except OverflowError:

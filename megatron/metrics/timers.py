@@ -1,7 +1,7 @@
-"""Wall-clock time of the parts of a run.
+"""Wall-clock time of steps.
 
-On a GPU the host runs ahead of the device, so a time is only true after waiting for the device; waiting at every step
-costs speed. `StepClock` therefore waits once a log point and reports the mean over the iterations since the last one.
+On a GPU the host runs ahead of the device, so a time is only right after a synchronization, and one at every step costs
+speed. `StepClock` synchronizes once per log point and reports the mean over the iterations since the last one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def no_wait() -> None:
 
 
 class StepClock:
-    """Mean seconds an iteration between log points, evaluation and saving left out.
+    """Mean seconds per iteration between log points, without evaluation and saving.
 
     synchronize: waits for the device (`torch.cuda.synchronize` on a GPU); called at log points and around
     excluded work.
@@ -36,7 +36,7 @@ class StepClock:
         self._iterations += 1
 
     def lap(self) -> float:
-        """Mean seconds an iteration since the last lap; starts the next lap. Waits for the device. NaN without any."""
+        """Returns the mean seconds per iteration since the last lap (NaN without any); starts the next lap."""
         now = self._now()
         elapsed = now - self._started - self._excluded
         mean = elapsed / self._iterations if self._iterations else float("nan")
@@ -45,7 +45,7 @@ class StepClock:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Keeps the time of the enclosed work (an evaluation, a save) out of the iteration time."""
+        """Excludes the enclosed work (an evaluation, a save) from the iteration time."""
         before = self._now()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Whether this user has a key for a logging service, found without importing the service's package."""
+"""Finds the user's key for Weights & Biases without importing its package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 
 def wandb_key(host: str) -> str | None:
-    """The key for a Weights & Biases server: WANDB_API_KEY, the netrc entry of its host, or any text for a local one.
+    """Returns the key of a server: WANDB_API_KEY, the netrc entry of its host, or any text for a local one.
 
     host: the key wandb_host, such as https://api.wandb.ai.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.dashboard.runs import differences, open_runs, snapshot, thinned
+from megatron.dashboard.runs import differences, downsample, open_runs, snapshot
 from megatron.errors import ConfigError
 from tests.dashboard.folders import make_run
 
@@ -87,7 +87,7 @@ def test_thinning_keeps_ends_and_spikes() -> None:
     points = [(iteration, 1.0) for iteration in range(100_000)]
     points[54_321] = (54_321, 99.0)
     points[77_777] = (77_777, -5.0)
-    retained = thinned(points)
+    retained = downsample(points)
     assert len(retained) <= 1500 and (54_321, 99.0) in retained and (77_777, -5.0) in retained
     assert retained == sorted(retained)
-    assert thinned(points[:100]) == points[:100]
+    assert downsample(points[:100]) == points[:100]

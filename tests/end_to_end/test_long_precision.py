@@ -48,7 +48,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The losses of a layout by its name."""
     folder = tmp_path_factory.mktemp("precision")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "PLACE", folder)
+        patch.setattr(quickstart, "WORK_DIR", folder)
         patch.chdir(quickstart.ROOT)
         run_stages(quickstart.text_stages(), Stamps(folder / "stages"), print, os.environ)
     data = {

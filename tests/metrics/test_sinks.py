@@ -14,7 +14,7 @@ import pytest
 
 from megatron.config.schema.observe import ObserveSection
 from megatron.errors import ConfigError
-from megatron.metrics.builder import build_reporter, chosen_sinks, wants_wandb
+from megatron.metrics.builder import build_reporter, select_sinks, wants_wandb
 from megatron.metrics.sinks.base import Start
 from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.metrics.wandb_key import wandb_key
@@ -150,7 +150,7 @@ def test_wandb_is_on_by_itself_only_where_there_is_a_key(monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert wants_wandb(silent)
     assert not wants_wandb(ObserveSection(use_wandb=False))
-    assert chosen_sinks(silent) == ["wandb"]
+    assert select_sinks(silent) == ["wandb"]
     monkeypatch.delenv("WANDB_API_KEY")
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password secret\n")

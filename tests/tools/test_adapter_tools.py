@@ -40,7 +40,7 @@ def test_merging(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     """W + 3 B A of fp32 products, rounded once; other tensors as they are; any layout; no state of the optimizer."""
     arguments = [f"--load-dir={saved['updates']}", f"--save-dir={tmp_path / 'merged'}"]
     assert merge_lora.main([*arguments, "--target_tensor_parallel_size=2", "--target-pipeline-parallel-size=2"]) == 0
-    assert "the model with its updates merged" in capsys.readouterr().out
+    assert "the model with its adapters merged" in capsys.readouterr().out
     before, after = open_model(saved["updates"]), open_model(tmp_path / "merged")
     assert after.model.lora is None
     assert after.masters is None

@@ -67,7 +67,7 @@ def test_uneven_cuts_are_refused(ours: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_checkpoint.main([str(ours), "--norms"]) == 0
     said = capsys.readouterr().out
-    assert "whole: every file is as it was written" in said
+    assert "intact: every file is as it was written" in said
     weights = ours / "global_step0" / layout.model_file(0)
     assert f"{layout.model_file(0)} {weights.stat().st_size:,} bytes" in " ".join(said.split())
     line = next(line for line in said.splitlines() if line.startswith("2.mlp.linear1.weight"))

@@ -145,7 +145,7 @@ def test_shards_merged_inspected_and_counted(work, tmp_path):
     assert inspected.returncode == 0, inspected.stderr
     assert "This is document number 7.\nIt has two lines." in inspected.stdout
     assert "documents: 50" in inspected.stdout
-    assert "whole" in inspected.stdout
+    assert "intact" in inspected.stdout
     damaged = bytearray((tmp_path / "all.idx").read_bytes())
     damaged[34 + 50 * 4 + 8] ^= 1
     (tmp_path / "all.idx").write_bytes(damaged)

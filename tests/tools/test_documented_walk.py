@@ -33,7 +33,7 @@ def test_the_walk(tmp_path):
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "whole: every start follows from the lengths" in done.stdout
+    assert "intact: every start follows from the lengths" in done.stdout
     data = tmp_path / "data/python_stdlib"
     assert len(IndexedDataset(data / "train_text_document")) > 100
     records = [json.loads(line) for line in (tmp_path / "logs/metrics.jsonl").read_text().splitlines()]

@@ -90,7 +90,7 @@ def test_the_batch_is_shared_by_every_number_of_workers_that_may_be_chosen() -> 
 
 
 def test_the_summary_shows_measures_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "PLACE", tmp_path)
+    monkeypatch.setattr(quickstart, "WORK_DIR", tmp_path)
     (tmp_path / "logs" / "bits_per_byte").mkdir(parents=True)
     (tmp_path / "evaluation").mkdir()
     bits = {"bits_per_byte": 1.5, "gzip -9": 2.0514, "xz -9e": 1.7777}

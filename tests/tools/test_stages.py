@@ -90,17 +90,17 @@ def test_a_missing_result_is_a_error(tmp_path: Path) -> None:
 def test_what_a_different_version_left_is_forgotten(tmp_path: Path) -> None:
     one = appending(tmp_path, "one")
     forgotten: list[int] = []
-    watched = replace(one, forget=lambda: forgotten.append(1))
+    watched = replace(one, clean_up=lambda: forgotten.append(1))
     run(tmp_path, watched)
     run(tmp_path, watched)
     assert forgotten == []
-    run(tmp_path, replace(appending(tmp_path, "one", text="y"), forget=watched.forget))
+    run(tmp_path, replace(appending(tmp_path, "one", text="y"), clean_up=watched.clean_up))
     assert forgotten == [1]
 
 
 def test_an_answer_is_retained(tmp_path: Path) -> None:
     retained = tmp_path / "kept" / "answer.txt"
-    run(tmp_path, replace(appending(tmp_path, "one"), answer=retained))
+    run(tmp_path, replace(appending(tmp_path, "one"), output_file=retained))
     assert retained.read_text() == "made one\n"
 
 

@@ -223,7 +223,7 @@ def test_unknown_ends_are_null_and_reported(tmp_path: Path, capsys: pytest.Captu
     """The end of the class, 2, would be another token."""
     ours = trained(tmp_path, 512, tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "gone.json"))
     assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(tmp_path / "back")]) == 0
-    assert "nothing says which token ends a text" in capsys.readouterr().err
+    assert "the end-of-text token is not known" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert model.config.eos_token_id is None
     assert model.generation_config.eos_token_id is None

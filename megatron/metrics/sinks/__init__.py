@@ -1,1 +1,1 @@
-"""Where metric records go; one file a kind, each named in the registry's SINKS."""
+"""Metrics sinks, one file each, listed in the registry's SINKS."""

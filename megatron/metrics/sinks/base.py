@@ -1,4 +1,4 @@
-"""What every sink is.
+"""Interface of metrics sinks.
 
 A sink is a class with a classmethod `open(observe, start)`. `observe` is the configuration's section of that name, from
 which the sink reads its own keys. To add one: a new file here and one entry in the registry's SINKS.
@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 
 class Observe(Protocol):
-    """The keys of the configuration's `observe` section that this room reads."""
+    """Keys of the configuration's `observe` section that sinks read."""
 
     @property
     def sinks(self) -> tuple[str, ...] | None: ...
@@ -65,19 +65,18 @@ class Observe(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """How the run stands when a sink opens.
-
-    iteration: that the run continues after, 0 for a fresh run [steps]. rank: of this process. settings: key -> value
-    of the whole configuration, for services that show them.
-    """
+    """State of the run when a sink opens."""
 
     iteration: int = 0
+    """Iteration after which the run continues; 0 for a fresh run [steps]."""
     rank: int = 0
+    """Rank of this process."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Key -> value of the full configuration, for services that show it."""
 
 
 class Sink(Protocol):
-    """Takes metric records, in the order of the run."""
+    """Receives metric records in order."""
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
@@ -89,5 +88,5 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Writes what is still buffered."""
+        """Writes buffered records."""
         ...

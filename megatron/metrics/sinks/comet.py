@@ -1,7 +1,7 @@
 """Metrics as a Comet experiment; needs the optional package `comet_ml`.
 
-The experiment's key is kept beside the metrics, so that a restart goes on with the same experiment. Without network
-access COMET_START_ONLINE=0 keeps everything in the run directory, for `comet upload`.
+The experiment's key is stored beside the metrics, so that a restart continues the same experiment. Without network
+access COMET_START_ONLINE=0 writes everything to the run directory, for `comet upload`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Comet:
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
-        """Starts or continues an experiment. ConfigError without a key."""
+        """Starts or continues an experiment. Raises ConfigError without a key."""
         online = os.environ.get("COMET_START_ONLINE", "1").lower() not in NO
         if online and comet_ml.config.get_api_key(None, comet_ml.config.get_config()) is None:
             raise ConfigError.of(
@@ -39,7 +39,7 @@ class Comet:
             )
         directory = Path(observe.log_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)
-        known = _stored_key(directory, start)
+        known = _read_stored_key(directory, start)
         experiment = comet_ml.start(
             workspace=observe.comet_workspace,
             project=observe.comet_project,
@@ -70,6 +70,6 @@ class Comet:
         self._experiment.end()
 
 
-def _stored_key(directory: Path, start: Start) -> str | None:
+def _read_stored_key(directory: Path, start: Start) -> str | None:
     path = directory / KEY_FILE
     return path.read_text(encoding="utf-8").strip() if start.iteration > 0 and path.is_file() else None

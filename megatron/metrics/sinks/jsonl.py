@@ -1,4 +1,4 @@
-"""Metrics as one JSON object a line in `<log_dir>/metrics.jsonl`: the file that every run has and every tool reads.
+"""Metrics as one JSON object per line in `<log_dir>/metrics.jsonl`, the file that every run has and every tool reads.
 
 The file is only ever appended to, so a resumed run loses no line. A run that is killed at iteration 15 and resumed from
 a checkpoint at 10 leaves 11 to 15 in the file twice; `read_metrics` resolves that: what was written later wins.
@@ -21,7 +21,7 @@ _TRAINING_MARK = "train/lm_loss"
 
 
 class JsonLines:
-    """Appends one line a record to `path`, and flushes it, so that a killed run has its last line on disk."""
+    """Appends one line per record to `path` and flushes it, so that a killed run has its last line on disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -33,7 +33,7 @@ class JsonLines:
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
-        """The sink in the run directory."""
+        """Opens the file in the run directory."""
         if observe.log_dir is None:
             raise ConfigError.of(
                 "metrics need a run directory", key="log_dir", value=None, hint="name a directory for the run's logs"
@@ -51,11 +51,12 @@ class JsonLines:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The records of a run that a reader should see, ordered by iteration: one dict for each, with key `iteration`.
+    """Reads the valid records of a run, ordered by iteration: one dict per iteration, with key `iteration`.
 
-    path: a metrics.jsonl, or the run directory that holds it. Training and evaluation values of one iteration come in
-    one dict. Where the run went back to an earlier iteration, what it had written beyond that point is left out. A line
-    that is not JSON (the torn end of a killed run) is left out too. Raises FileNotFoundError.
+    Training and evaluation values of one iteration are merged. Where the run was resumed from an earlier iteration, the
+    records after it are dropped, and so is a line that is not JSON (the end of a killed run). Raises FileNotFoundError.
+
+    path: a metrics.jsonl, or its run directory.
     """
     path = Path(path)
     if path.is_dir():
@@ -86,7 +87,7 @@ def _as_json(value: float) -> float | None:
 
 
 def _ends_inside_a_line(path: Path) -> bool:
-    """Whether the last write of an earlier run was cut off."""
+    """Returns whether the last line of an earlier run is incomplete."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """Metrics as TensorBoard scalars in exactly `tensorboard_dir`; needs the optional package `tensorboard`.
 
-The registry loads this file only when it is asked for, and says which extra to install where the package is missing.
+The registry loads this file on first use, and names the extra to install where the package is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TensorBoard:
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
-        """The sink at `tensorboard_dir`, which must be set."""
+        """Opens the sink at `tensorboard_dir`, which must be set."""
         if observe.tensorboard_dir is None:
             raise ConfigError.of(
                 "TensorBoard needs a directory", key="tensorboard_dir", value=None, hint="name a directory"

@@ -1,8 +1,8 @@
 """Metrics as a Weights & Biases run; needs the optional package `wandb`.
 
 The run's id is stored beside the metrics, so that a restart continues the same run. W&B never replaces a step, so a
-training that goes back behind the run's last step starts a run of its own. Without network access WANDB_MODE=offline
-keeps everything in the run directory, for `wandb sync`.
+resume before the run's last step starts a new run. Without network access WANDB_MODE=offline writes everything to the
+run directory, for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron.metrics.sinks.base import Observe, Start
 from megatron.metrics.wandb_key import wandb_key
 
 ID_FILE = "wandb_run_id"
-UNASKED_SECONDS = 20.0
-"""How long a run waits for the service where nobody asked for it by `use_wandb: true` [s]."""
+DEFAULT_TIMEOUT = 20.0
+"""Timeout of the service without `use_wandb: true` [s]."""
 WITHOUT_KEY = frozenset({"offline", "disabled", "dryrun"})
 
 
@@ -34,7 +34,7 @@ class WeightsAndBiases:
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
-        """Starts or continues a run. ConfigError without a key, or where the service refuses."""
+        """Starts or continues a run. Raises ConfigError without a key, or where the service refuses."""
         mode = os.environ.get("WANDB_MODE", "online")
         if mode not in WITHOUT_KEY and wandb_key(observe.wandb_host) is None:
             raise ConfigError.of(
@@ -45,8 +45,8 @@ class WeightsAndBiases:
             )
         path = Path(observe.log_dir or ".") / (ID_FILE if start.rank == 0 else f"{ID_FILE}_{start.rank}")
         continued = start.iteration > 0 and path.is_file()
-        run = _started(observe, start, path.read_text(encoding="utf-8").strip() if continued else _new_id(path))
-        if run.starting_step > start.iteration + 1:  # steps before that one would be dropped without a word
+        run = _init_run(observe, start, path.read_text(encoding="utf-8").strip() if continued else _new_id(path))
+        if run.starting_step > start.iteration + 1:  # earlier steps would be silently dropped
             get_logger(__name__).info(
                 "the Weights & Biases run %s has steps up to %d, which it does not replace: a new run starts at %d",
                 run.id,
@@ -54,7 +54,7 @@ class WeightsAndBiases:
                 start.iteration + 1,
             )
             run.finish()
-            run = _started(observe, start, _new_id(path))
+            run = _init_run(observe, start, _new_id(path))
         return cls(run)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -64,12 +64,12 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _patience(observe: Observe) -> dict[str, float]:
-    return {} if observe.use_wandb else {"init_timeout": UNASKED_SECONDS, "login_timeout": UNASKED_SECONDS}
+def _timeouts(observe: Observe) -> dict[str, float]:
+    return {} if observe.use_wandb else {"init_timeout": DEFAULT_TIMEOUT, "login_timeout": DEFAULT_TIMEOUT}
 
 
-def _started(observe: Observe, start: Start, run_id: str) -> Any:
-    """The W&B run of this id, continued if it exists. Raises ConfigError where the service refuses."""
+def _init_run(observe: Observe, start: Start, run_id: str) -> Any:
+    """Starts the W&B run of this id, or continues it. Raises ConfigError where the service refuses."""
     name = observe.wandb_run_name
     try:
         return wandb.init(
@@ -81,7 +81,7 @@ def _started(observe: Observe, start: Start, run_id: str) -> Any:
             id=run_id,
             resume="allow",
             config={key: value for key, value in start.settings.items() if value is not None},
-            settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_patience(observe)),
+            settings=wandb.Settings(base_url=observe.wandb_host, console="off", silent=True, **_timeouts(observe)),
         )
     except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
         raise ConfigError.of(
@@ -93,7 +93,7 @@ def _started(observe: Observe, start: Start, run_id: str) -> Any:
 
 
 def _new_id(path: Path) -> str:
-    """A new run id, which is stored in the file."""
+    """Creates a run id and stores it in the file."""
     made = secrets.token_hex(4)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made + "\n", encoding="utf-8")
