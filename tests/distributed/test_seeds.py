@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megatron.distributed.init import init_distributed
+from megatron.distributed.mesh import Axis
+from megatron.distributed.param_init import ParamFactory
 from tests.multi_rank import run_distributed
 
 
@@ -27,3 +29,16 @@ def test_only_tensor_parallel_ranks_draw_alike(pipe: int, context: int) -> None:
     assert len(drawn) == 4
     assert all(len(numbers) == 2 and len(set(numbers)) == 1 for numbers in drawn.values())
     assert len({numbers[0] for numbers in drawn.values()}) == 4
+
+
+def test_no_two_parameters_start_alike() -> None:
+    """Seed, layer and name each choose other first values; the same three always give the same."""
+
+    def values(seed: int = 5, layer: int = 2, module: str = "mlp", name: str = "weight") -> tuple[float, ...]:
+        source = ParamFactory(seed, layer, Axis("model")).of(module)
+        full = source.sharded(name, (4, 4), lambda tensor, generator: tensor.normal_(generator=generator), dim=0)
+        return tuple(full.flatten().tolist())
+
+    others = [values(seed=6), values(layer=3), values(module="attention"), values(name="other")]
+    assert values() == values()
+    assert len({values(), *others}) == 5

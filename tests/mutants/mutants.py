@@ -93,7 +93,7 @@ MUTANTS = (
         f"{D}/param_init.py",
         "parameter_seed(self.seed, self.layer, self.prefix + name)",
         "parameter_seed(self.seed, 0, self.prefix + name)",
-        ("distributed/test_layers.py", "model/test_init.py", "distributed/test_seeds.py"),
+        ("distributed/test_seeds.py",),
     ),
     # attention and positions
     Mutant(
@@ -194,14 +194,14 @@ MUTANTS = (
         "data/dataset/batch.py",
         "loss_mask = (tokens != eod)",
         "loss_mask = (tokens == eod)",
-        ("data/test_build.py", "data/test_labels.py", "data/test_packing.py"),
+        ("data/test_loader.py",),
     ),
     Mutant(
         "a document starts one token early",
         "data/dataset/batch.py",
         "first[:, 1:] |= tokens[:, :-1] == eod",
         "first[:, 1:] |= tokens[:, 1:] == eod",
-        ("data/test_build.py", "data/test_packing.py", "model/test_documents.py"),
+        ("data/test_labels.py", "end_to_end/test_documents.py"),
     ),
     Mutant(
         "a dropped label mask",
