@@ -79,7 +79,7 @@ def run_distributed(
     function: a module-level function. Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set,
     torch.distributed initialised through DeepSpeed, one torch thread, and the caller's environment and directory.
     timeout [s]: for the whole call. Raises RankFailedError with the traceback of the rank that raised, or, after the
-    timeout, with where each rank stood. The remaining ranks are killed in both cases.
+    timeout, with the stack of each rank. The remaining ranks are killed in both cases.
     """
     _compile_once()
     work = pickle.dumps((function, args))

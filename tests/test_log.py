@@ -1,4 +1,4 @@
-"""The loggers: who speaks, and how a line looks."""
+"""Loggers: which ranks log, and the format of a line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_line_names_its_rank_and_other_ranks_only_warn(
     _world(monkeypatch, 2, 4)
     configure("info")
     log = get_logger("megatron.engine")
-    log.info("not heard")
+    log.info("not logged")
     log.warning("two\nlines")
     lines = capsys.readouterr().err.splitlines()
     assert [line[9:] for line in lines] == ["[rank 2] warning: two", "[rank 2] warning: lines"]
@@ -50,11 +50,11 @@ def test_the_level_comes_from_the_environment_and_debug_reaches_every_rank(
     _world(monkeypatch, 0, 2)
     monkeypatch.setenv("LOGLEVEL", "ERROR")
     configure()
-    get_logger("megatron.x").warning("not heard")
+    get_logger("megatron.x").warning("not logged")
     _world(monkeypatch, 1, 2)
     configure("DEBUG")
-    get_logger("tool").debug("heard")
-    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == ["[rank 1] debug: heard"]
+    get_logger("tool").debug("logged")
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == ["[rank 1] debug: logged"]
 
 
 def test_a_traceback_is_part_of_the_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Reads the project's own source, for tests that judge its structure without importing it.
+"""Reads the project's own source, for tests of its structure without importing it.
 
 A law is a function from one `Source` (or all of them) to complaints, each a line `path:line: what is wrong`. Every law
 is tested twice: the project has no complaint, and a small bad sample has one, so that a law which sees nothing fails.
@@ -34,20 +34,18 @@ class Source:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     @property
-    def is_door(self) -> bool:
-        """Whether a person starts this file: the scripts at the top, tools/ and benchmarks/."""
+    def is_entry_point(self) -> bool:
+        """Whether the file is started as a program: the scripts at the top, tools/ and benchmarks/."""
         return "/" not in self.path or self.path.startswith(("tools/", "benchmarks/"))
 
     @property
     def is_product(self) -> bool:
-        """Whether this file is the framework or one of its doors, not a test."""
+        """Whether this file is the framework or one of its entry points, not a test."""
         return not self.path.startswith("tests/")
 
-    def within(self, *places: str) -> bool:
-        """Whether the file is one of the places or is in one: "megatron/config/", "megatron/engine/builder.py"."""
-        return any(
-            self.path == position or (position.endswith("/") and self.path.startswith(position)) for position in places
-        )
+    def within(self, *paths: str) -> bool:
+        """Whether the file is one of the paths or is in one: "megatron/config/", "megatron/engine/builder.py"."""
+        return any(self.path == path or (path.endswith("/") and self.path.startswith(path)) for path in paths)
 
     def complaint(self, node: ast.AST, what: str) -> str:
         return f"{self.path}:{getattr(node, 'lineno', 1)}: {what}"

@@ -41,7 +41,7 @@ FLOORS = {
     "serving": 8,
     "training": 9,
 }
-DOOR = 10
+ENTRY_POINT_FLOOR = 10
 
 # What a room may import besides the standard library and lower floors; rooms not named here are free.
 PACKAGES_OF = {
@@ -78,7 +78,7 @@ def floor_complaints(sources: Sequence[Source]) -> list[str]:
         if mine is not None and mine not in FLOORS:
             found.append(source.complaint(source.tree, f"the room {mine} has no floor; place it here and on the map"))
             continue
-        floor = DOOR if mine is None else FLOORS[mine]
+        floor = ENTRY_POINT_FLOOR if mine is None else FLOORS[mine]
         for item in imports(source):
             theirs = room(item.target(modules))
             if theirs is None or theirs == mine:
@@ -92,19 +92,19 @@ def floor_complaints(sources: Sequence[Source]) -> list[str]:
     return found
 
 
-def door_complaints(sources: Sequence[Source]) -> list[str]:
-    """Doors that import one another, and rooms that import doors: a door only hands on to a room.
+def entry_point_complaints(sources: Sequence[Source]) -> list[str]:
+    """Returns imports of entry points: an entry point only calls a room.
 
     What several tools share may be in a file beside them, and so for benchmarks.
     """
-    doors = {source.module for source in sources if source.is_door}
+    entry_points = {source.module for source in sources if source.is_entry_point}
     found = []
     for source in sources:
         for item in imports(source):
-            target = item.target(frozenset(doors))
+            target = item.target(frozenset(entry_points))
             folder = "tools" if source.path == "prepare_data.py" else source.path.split("/")[0]
-            if target in doors and not target.startswith(f"{folder}."):
-                found.append(source.complaint(item.node, f"imports the door {target}"))
+            if target in entry_points and not target.startswith(f"{folder}."):
+                found.append(source.complaint(item.node, f"imports the entry point {target}"))
     return found
 
 
@@ -186,17 +186,23 @@ def test_floor_law_sees_upward_sideways_local_and_type_checking_imports() -> Non
     assert floor_complaints([engine, sample("train.py", up)]) == []
 
 
-def test_doors_only_hand_on() -> None:
-    assert door_complaints(PRODUCT) == []
+def test_entry_points_are_not_imported() -> None:
+    assert entry_point_complaints(PRODUCT) == []
 
 
-def test_door_law_can_complain() -> None:
-    doors = [sample("train.py", "import generate\n"), sample("generate.py", ""), sample("tools/corpus.py", "")]
-    assert door_complaints(doors)
-    assert door_complaints([*doors[1:], sample("megatron/data/dataset/gpt_dataset.py", "from tools import corpus\n")])
-    assert door_complaints([*doors[1:], sample("benchmarks/step.py", "from tools.corpus import main\n")])
-    assert door_complaints([*doors[1:], sample("tools/other.py", "from tools.corpus import main\n")]) == []
-    assert door_complaints([*doors[1:], sample("prepare_data.py", "from tools.corpus import main\n")]) == []
+def test_entry_point_law_can_complain() -> None:
+    entry_points = [sample("train.py", "import generate\n"), sample("generate.py", ""), sample("tools/corpus.py", "")]
+    assert entry_point_complaints(entry_points)
+    assert entry_point_complaints(
+        [*entry_points[1:], sample("megatron/data/dataset/gpt_dataset.py", "from tools import corpus\n")]
+    )
+    assert entry_point_complaints([*entry_points[1:], sample("benchmarks/step.py", "from tools.corpus import main\n")])
+    assert (
+        entry_point_complaints([*entry_points[1:], sample("tools/other.py", "from tools.corpus import main\n")]) == []
+    )
+    assert (
+        entry_point_complaints([*entry_points[1:], sample("prepare_data.py", "from tools.corpus import main\n")]) == []
+    )
 
 
 def test_no_circles() -> None:
@@ -245,7 +251,7 @@ def rooms_on_the_map(text: str) -> dict[str, int]:
     found = {}
     for line in text.splitlines():
         row = re.match(r"\| (\d+) \| ([^|]+) \|", line)
-        if row and int(row[1]) < DOOR:
+        if row and int(row[1]) < ENTRY_POINT_FLOOR:
             found.update({name.removesuffix(".py"): int(row[1]) for name in re.findall(r"`([\w.]+)/?`", row[2])})
     return found
 

@@ -113,7 +113,7 @@ def choice_complaints(source: Source) -> list[str]:
 
 def config_complaints(source: Source) -> list[str]:
     """Files that name the whole Config though one section, or plain values, would do."""
-    if source.is_door or source.within(*KNOW_CONFIG):
+    if source.is_entry_point or source.within(*KNOW_CONFIG):
         return []
     found = []
     for node in ast.walk(source.tree):

@@ -1,4 +1,4 @@
-"""Laws of speech: the project speaks of itself alone, and what its pages name exists."""
+"""Laws of texts: they name nothing outside the project, and files and commands that pages name exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ALSO = ("Makefile", "Dockerfile", ".ci/run", ".pre-commit-config.yaml", ".editor
 LEFT_OUT = frozenset({"runs", "data", "checkpoints", "build", "dist"})  # at the top of the checkout
 HERE = "tests/architecture/test_language.py"
 
-# A checkout means nothing by the place where it was written, nor by the talk that surrounded the writing.
+# A checkout names neither the machine where it was written nor conversations about it.
 LEAKS = (
-    (re.compile(r"(?<![\w./~$}-])/(home|root|work|Users)/\w"), "a path of somebody's machine"),
+    (re.compile(r"(?<![\w./~$}-])/(home|root|work|Users)/\w"), "a path of one machine"),
     (re.compile(r"\b(issue|ticket|task|milestone)s?\s+#?\d", re.IGNORECASE), "a numbered piece of work"),
     (re.compile(r"\bas (requested|instructed|discussed)\b", re.IGNORECASE), "a conversation"),
     (re.compile(r"\b(TODO|FIXME|XXX|HACK)\b"), "an unfinished thought; finish it or write down why not"),
@@ -25,10 +25,10 @@ LEAKS = (
 
 
 def all_files() -> list[str]:
-    """Every file of the checkout, without the environment and what runs leave behind."""
+    """Returns every file of the checkout, without the environment and the output of runs."""
     found = []
     for folder, folders, names in os.walk(ROOT):
-        place = Path(folder).relative_to(ROOT)
+        parts = Path(folder).relative_to(ROOT)
         folders[:] = [
             name
             for name in folders
@@ -37,7 +37,7 @@ def all_files() -> list[str]:
             and (not name.startswith(".") or name in {".ci", ".github"})
             and "egg-info" not in name
         ]
-        found += [(place / name).as_posix() for name in names]
+        found += [(parts / name).as_posix() for name in names]
     return found
 
 
@@ -51,7 +51,7 @@ def texts() -> dict[str, str]:
 
 
 def leaks(path: str, text: str) -> list[str]:
-    """Lines that speak of something outside the project."""
+    """Returns lines that name something outside the project."""
     if path in {HERE, "LICENSE"}:
         return []
     return [
@@ -71,10 +71,10 @@ def broken_links(path: str, text: str, exists: Iterable[str]) -> list[str]:
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if re.match(r"[a-z]+:", target):
             continue
-        place = list(folder)
+        parts = list(folder)
         for part in target.rstrip("/").split("/"):
-            place = place[:-1] if part == ".." else [*place, part] if part != "." else place
-        if "/".join(place) not in known | folders:
+            parts = parts[:-1] if part == ".." else [*parts, part] if part != "." else parts
+        if "/".join(parts) not in known | folders:
             found.append(f"{path}: links to {target}, which is not there")
     named = re.findall(r"`(?:\./)?((?:megatron|tools|tests|docs|configs|requirements|benchmarks)/[\w./-]+)`", text)
     found += [f"{path}: names {name}, which is not there" for name in named if name.rstrip("/") not in known | folders]
@@ -104,17 +104,17 @@ def missing_on_the_map(text: str, exists: Iterable[str]) -> list[str]:
 
 
 def unknown_commands(path: str, text: str, makefile: str) -> list[str]:
-    """`make` targets that a page tells people to type and the Makefile does not have."""
+    """`make` targets of a page that the Makefile does not have."""
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    told = re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)
-    return [f"{path}: make {name} does not exist" for name in told if name not in targets]
+    targets_named = re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)
+    return [f"{path}: make {name} does not exist" for name in targets_named if name not in targets]
 
 
 def pages() -> dict[str, str]:
     return {path: text for path, text in texts().items() if path.endswith(".md")}
 
 
-def test_the_project_speaks_of_itself() -> None:
+def test_the_project_names_nothing_outside_itself() -> None:
     found = texts()
     assert {
         "README.md",
@@ -127,7 +127,7 @@ def test_the_project_speaks_of_itself() -> None:
 
 
 def test_leak_law_can_complain() -> None:
-    assert leaks("a.md", "see /home/somebody/notes\n")
+    assert leaks("a.md", "see /home/alice/notes\n")
     assert leaks("a.py", "# for issue 12\n")
     assert leaks("a.py", "# TODO: later\n")
     assert leaks("a.md", "as requested, the default is 2\n")
@@ -161,11 +161,11 @@ def test_map_law_can_complain() -> None:
     assert missing_on_the_map("| a | `data/dataset/gpt_dataset.py`, `blend.py`, `tools/a.py`; `data/` |", files) == []
 
 
-def test_pages_tell_commands_that_exist() -> None:
+def test_pages_name_commands_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    told = pages()
-    assert "make quickstart" in told["README.md"]
-    assert [line for path, text in told.items() for line in unknown_commands(path, text, makefile)] == []
+    texts_of_pages = pages()
+    assert "make quickstart" in texts_of_pages["README.md"]
+    assert [line for path, text in texts_of_pages.items() for line in unknown_commands(path, text, makefile)] == []
 
 
 def test_command_law_can_complain() -> None:

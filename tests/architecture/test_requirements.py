@@ -54,14 +54,14 @@ def undeclared(imported: Iterable[str], names: Iterable[str]) -> list[str]:
     third_party = {
         name for name in imported if name not in sys.stdlib_module_names | {"megatron", "tools", "tests", "benchmarks"}
     }
-    wanted = {name: INSTALLED_AS.get(name, COMES_WITH.get(name, name)) for name in third_party}
-    return sorted(name for name, package in wanted.items() if canonicalize_name(package) not in known)
+    expected = {name: INSTALLED_AS.get(name, COMES_WITH.get(name, name)) for name in third_party}
+    return sorted(name for name, package in expected.items() if canonicalize_name(package) not in known)
 
 
-def outside_constraints(wanted: Iterable[Requirement], tested: dict[str, str]) -> list[str]:
+def outside_constraints(expected: Iterable[Requirement], tested: dict[str, str]) -> list[str]:
     """Requirements without a tested version, with one outside their range, or with no range but that version."""
     found = []
-    for requirement in wanted:
+    for requirement in expected:
         version = tested.get(canonicalize_name(requirement.name))
         if requirement.name in GPU_ONLY:
             continue

@@ -64,19 +64,19 @@ def swallowing_complaints(source: Source) -> list[str]:
         if node.type is None:
             found.append(source.complaint(node, "a bare except also catches an interrupt"))
         elif broad and silent:
-            found.append(source.complaint(node, f"except {ast.unparse(node.type)} and not a word said"))
+            found.append(source.complaint(node, f"except {ast.unparse(node.type)} without a message"))
     return found
 
 
 def assert_complaints(source: Source) -> list[str]:
-    """`assert` vanishes under -O and speaks to nobody; where users' values pass, ConfigError says what is wrong.
+    """Returns asserts on users' values, which need a ConfigError: `assert` is removed by -O and has no message.
 
-    What only tells the type checker a fact (`assert x is not None`, `assert isinstance(x, T)`) is no check of a user.
+    What only narrows a type (`assert x is not None`, `assert isinstance(x, T)`) is no check of a user.
     """
-    if not (source.is_door or source.within(*USERS_VALUES)):
+    if not (source.is_entry_point or source.within(*USERS_VALUES)):
         return []
     return [
-        source.complaint(node, "raise ConfigError with key, value, place and remedy instead")
+        source.complaint(node, "raise ConfigError with key, value, location and hint instead")
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Assert) and not _narrows(node)
     ]

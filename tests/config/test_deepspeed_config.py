@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, read back by DeepSpeed's own parser where that needs no device."""
+"""The DeepSpeed configuration, read back by DeepSpeed's own parser where that needs no device."""
 
 from typing import Any
 

@@ -149,7 +149,7 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     **{key: {"use_wandb": False} for key in WHERE_IT_MATTERS if key.startswith("wandb_")},
 }
 
-# An effect on every run that trains, or on how it is started and told of; or read by DeepSpeed as it stands.
+# An effect on every run that trains, or on how it is started and reported; or read by DeepSpeed as it stands.
 EVERY_RUN = frozenset(
     """
     sinks num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
@@ -208,8 +208,8 @@ REPORTED_AT_THE_START = {"vocab_size", "padded_vocab_size", "world_size"}
 """Held against the tokenizer (tests/engine/test_vocabulary.py) and the machines once these are known."""
 
 
-def told(changes: dict[str, Any]) -> set[str]:
-    """The keys that SMALL with changes has lines about."""
+def warned_keys(changes: dict[str, Any]) -> set[str]:
+    """Returns the keys that SMALL with changes has warnings about."""
     world = 2 if changes.get("pipe_parallel_size") == 2 else 1
     warnings = resolved(world, **changes).warnings
     return {line.partition(": ")[2].partition(" ")[0] for line in warnings if "has no effect" in line}
@@ -236,9 +236,9 @@ def test_every_key_is_accounted_for() -> None:
 def test_a_key_gets_a_line_exactly_where_nothing_reads_it(key: str) -> None:
     value, base = WHERE_IT_MATTERS[key]
     assert value != FIELDS[key].default
-    assert key in told({**WHERE_IT_DOES_NOT.get(key, {}), key: value})
+    assert key in warned_keys({**WHERE_IT_DOES_NOT.get(key, {}), key: value})
     if base is not None:
-        assert key not in told({**base, key: value})
+        assert key not in warned_keys({**base, key: value})
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
@@ -264,5 +264,5 @@ def test_saves_and_profiles_behind_the_end_are_reported() -> None:
 
 def test_steps_that_on_nan_leaves_out_have_a_limit_in_every_precision() -> None:
     """A key that has an effect gets no line."""
-    assert "overflow_limit" not in told({"overflow_limit": 5, "on_nan": "skip", "precision": "bfloat16"})
-    assert "overflow_limit" in told({"overflow_limit": 5, "precision": "bfloat16"})
+    assert "overflow_limit" not in warned_keys({"overflow_limit": 5, "on_nan": "skip", "precision": "bfloat16"})
+    assert "overflow_limit" in warned_keys({"overflow_limit": 5, "precision": "bfloat16"})

@@ -19,7 +19,7 @@ MODEL = {"num_layers": 4, "num_attention_heads": 16, "num_kv_heads": 8}
 
 
 def reasons(layout: dict[str, Any]) -> dict[str, str]:
-    """Key that is told -> why, for what may not go together."""
+    """Returns key -> message for combinations that are rejected."""
     reported = {}
     stages, zero = layout["pipe_parallel_size"], layout["zero"]
     if stages >= 1 and zero >= 2:

@@ -132,7 +132,7 @@ def test_features_that_are_not_built_resolve_and_are_named() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bfloat16"])
 def test_half_precision_runs_under_zero(precision: str) -> None:
-    """Without a block it gets stage 1, and where a public configuration says stage 0 too, which one line tells."""
+    """Without a block it gets stage 1, and where a public configuration says stage 0 too, with one warning."""
     assert resolved(precision=precision).config.deepspeed.zero_stage == 1
     assert resolved(precision=precision).warnings == []
     resolution = resolved(precision=precision, zero_optimization={"stage": 0})

@@ -3,7 +3,7 @@
 public_configs.json holds the facts: the values of each configuration that are not defaults, put together from named
 parts, the number of ranks it is meant for, and what follows from it. `differs` names what is another value here, and
 why (docs/differences.md); `refused` names keys that no release of the public project with today's keys accepts either,
-or whose value is broken in the published text; `note` tells where an entry is not what one published text says.
+or whose value is broken in the published text; `note` marks entries that differ from the published text.
 """
 
 import json

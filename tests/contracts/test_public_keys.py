@@ -15,7 +15,7 @@ PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_
 PLAIN = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "list": tuple, "List": tuple}
 
 OTHER_DEFAULTS = {"gradient_accumulation_steps": None}
-"""Told in docs/differences.md: it is derived unless given."""
+"""Listed in docs/differences.md: it is derived unless given."""
 
 NEW = {
     "context_parallel_size",

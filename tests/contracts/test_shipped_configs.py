@@ -33,7 +33,7 @@ PARAMETERS = {
     "llama3/405B": 405_853_388_800,
     "mistral/7B": 7_241_732_096,
 }
-"""As told in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
+"""As in the papers and on the model cards of the Hugging Face hub (arXiv:2204.06745; arXiv:2304.01373, table 1;
 huggyllama, meta-llama and mistralai)."""
 
 

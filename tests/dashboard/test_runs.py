@@ -1,4 +1,4 @@
-"""What the page is told of run directories."""
+"""Data of run directories for the dashboard page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pace of ranks: what makes one slow, when it is told, and what the file holds."""
+"""Stragglers: when a rank is slow, when it is reported, and the content of ranks.jsonl."""
 
 from __future__ import annotations
 

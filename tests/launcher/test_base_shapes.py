@@ -1,4 +1,4 @@
-"""The base shapes of muP on the command line: written without a worker, told in the plan, refused where they differ."""
+"""The base shapes of muP on the command line: written without a worker, shown in the plan, rejected where they differ."""
 
 from __future__ import annotations
 

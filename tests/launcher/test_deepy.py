@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
-def test_the_door_runs_as_a_program() -> None:
+def test_the_script_runs_as_a_program() -> None:
     assert os.access(ROOT / "deepy.py", os.X_OK)
     assert (ROOT / "deepy.py").read_text().startswith("#!/usr/bin/env python3\n")
 

@@ -25,7 +25,7 @@ EVEN = Hosts({"first": (0, 1), "second": (0, 1)}, "cuda", 4)
 PICKED = Hosts({"first": (0, 1), "second": (3,)}, "cuda", 3)
 UNEVEN = Hosts({"first": (0, 1), "second": (0,)}, "cuda", 3)
 RUN = Path("/run")
-PORTS = {"slurm": 29500}  # the default, of which srun is told nothing
+PORTS = {"slurm": 29500}  # the default, which srun does not get
 
 
 def argv(launcher: str, machines: Hosts = EVEN, **more: object) -> str:

@@ -25,7 +25,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
     ("outcome", "again"),
     [
         (Outcome(0), False),
-        (Outcome(2), False),  # the same error would be told again
+        (Outcome(2), False),  # the same error would be reported again
         (Outcome(1), True),
         (Outcome(137, failed=1), True),
         (Outcome(143, stopped_by=signal.SIGTERM), False),

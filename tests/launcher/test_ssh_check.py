@@ -58,5 +58,5 @@ def test_a_host_without_ssh(tmp_path: Path) -> None:
 
 
 def test_own_address() -> None:
-    assert own_address("127.0.0.1") == own_address(None)  # loopback leads to nobody else
+    assert own_address("127.0.0.1") == own_address(None)  # loopback leads to no other host
     assert own_address("no-such-host.invalid")

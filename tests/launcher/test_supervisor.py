@@ -11,19 +11,19 @@ import pytest
 
 from tests.launcher.conftest import Deepy, wait_until_gone
 
-# A worker that stops when asked, as train.py does, and says what it heard.
+# A worker that stops when asked, as train.py does, and writes the signal that it received.
 STOPS = """
-    heard = []
+    received = []
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(each, lambda number, _: heard.append(number))
+        signal.signal(each, lambda number, _: received.append(number))
     def note(name, text):
         with open(f"{name}.{rank}", "w") as file:
             file.write(f"{text}\\n")
     note("ready", os.getpid())
-    while not heard:
+    while not received:
         time.sleep(0.02)
     time.sleep(SAVING)
-    note("saved", heard[0])
+    note("saved", received[0])
 """
 
 

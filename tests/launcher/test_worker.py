@@ -92,12 +92,12 @@ def test_no_configuration_at_all_is_a_issue_with_a_hint(monkeypatch: pytest.Monk
         worker_config([])
 
 
-def _door(config: Config, tmp_path: Path, main: object) -> int:
+def _exit_code(config: Config, tmp_path: Path, main: object) -> int:
     serialize.write(config, tmp_path / "config.json")
     return worker_main(main, ["--run-config", "config.json"])  # type: ignore[arg-type]
 
 
-def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_of_a_worker(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def mistaken(_config: Config) -> None:
         raise ConfigError(ConfigIssue("wrong", key="a"), ConfigIssue("wrong too", key="b"))
 
@@ -108,17 +108,17 @@ def test_what_the_door_returns(config: Config, tmp_path: Path, capsys: pytest.Ca
         raise KeyboardInterrupt
 
     def broken(_config: Config) -> None:
-        raise ValueError("a fault of ours")
+        raise ValueError("an error of the program")
 
-    assert _door(config, tmp_path, lambda found: found.model.num_layers) == 3
-    assert _door(config, tmp_path, lambda _found: None) == 0
-    assert _door(config, tmp_path, mistaken) == 2
+    assert _exit_code(config, tmp_path, lambda found: found.model.num_layers) == 3
+    assert _exit_code(config, tmp_path, lambda _found: None) == 0
+    assert _exit_code(config, tmp_path, mistaken) == 2
     assert capsys.readouterr().err == "a: wrong\nb: wrong too\n"
-    assert _door(config, tmp_path, failing) == 1
+    assert _exit_code(config, tmp_path, failing) == 1
     assert capsys.readouterr().err == "/data: the disk is full; free some space\n"
-    assert _door(config, tmp_path, interrupted) == 130
+    assert _exit_code(config, tmp_path, interrupted) == 130
     assert capsys.readouterr().err == ""
-    assert _door(config, tmp_path, broken) == 1
+    assert _exit_code(config, tmp_path, broken) == 1
     assert "Traceback" in capsys.readouterr().err
 
 

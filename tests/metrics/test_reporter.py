@@ -12,7 +12,7 @@ from megatron.metrics.console import Console
 from megatron.metrics.reporter import perplexity
 
 
-class Kept:
+class RecordingSink:
     def __init__(self):
         self.records, self.closed = [], False
 
@@ -23,13 +23,13 @@ class Kept:
         self.closed = True
 
 
-class FullDisk(Kept):
+class FullDisk(RecordingSink):
     def write(self, iteration, metrics):
         raise OSError(28, "No space left on device")
 
 
 def test_records_reach_every_sink_and_close_reaches_them_once():
-    first, second = Kept(), Kept()
+    first, second = RecordingSink(), RecordingSink()
     reporter = Reporter([first, second])
     reporter.train(3, {"train/lm_loss": 2.0}, total_iterations=10)
     reporter.evaluation(3, "validation", {"lm_loss": 2.0})
@@ -48,7 +48,7 @@ def test_perplexity_of_a_diverged_run_does_not_raise():
 def test_a_full_disk_is_reported_once_and_the_other_sink_goes_on(monkeypatch):
     reported = []
     monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *args: reported.append(text % args))
-    retained = Kept()
+    retained = RecordingSink()
     reporter = Reporter([FullDisk(), retained])
     for iteration in (1, 2, 3):
         reporter.train(iteration, {"train/lm_loss": 2.0}, total_iterations=3)

@@ -2,7 +2,7 @@
 
     python -m tests.plan.measured
 
-prints the table of docs/parallelism.md. What is counted, and when, is told in live.py.
+prints the table of docs/parallelism.md. live.py documents what is counted, and when.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def kept_bytes(config: Config, dtype: torch.dtype) -> int:
+def saved_bytes(config: Config, dtype: torch.dtype) -> int:
     """Bytes of the storages that autograd keeps of one forward pass, parameters apart."""
     topology = Topology.single()
     plan = build_layer_specs(
@@ -107,10 +107,10 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
         cpu=True,
     )
     dims = ModelDims.of(config.model, config.moe, config.mixers)
-    one = kept_bytes(
+    one = saved_bytes(
         config.replace(num_layers=1, attention_config=tuple(config.model.attention_config or ())[:1]), dtype
     )
-    two = kept_bytes(config, dtype)
+    two = saved_bytes(config, dtype)
     assert block_activations(dims, layout) == pytest.approx(two - one, rel=0.2)
     logits = BATCH * LENGTH * VOCABULARY * dtype.itemsize  # the loss keeps them outside of autograd's hooks
     rest = head_activations(dims, layout, VOCABULARY) - logits

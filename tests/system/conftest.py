@@ -1,4 +1,4 @@
-"""Data of the runs on real schedulers and hosts, and the losses of one that nobody disturbs."""
+"""Data of the runs on real schedulers and hosts, and the losses of an undisturbed one."""
 
 from __future__ import annotations
 

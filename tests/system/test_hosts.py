@@ -70,7 +70,7 @@ def test_a_stop_signal_saves_on_other_hosts_too(machines: Hosts, folder: Path, d
 
 
 def test_hosts_that_cannot_be_reached_are_all_named(machines: Hosts, folder: Path, dataset: str) -> None:
-    """A name that nobody knows, and a key that is refused: told before anything starts, with ssh's own words."""
+    """An unknown host name and a rejected key are reported before anything starts, with ssh's own message."""
     machines.admit(SECOND, user=False)
     try:
         (folder / "hostfile").write_text(f"{FIRST} slots=1\n{SECOND} slots=1\nneox-three slots=1\n")

@@ -55,7 +55,7 @@ def test_a_cut_link_ends_the_run_and_names_the_host(machines: Hosts, dataset: st
 
 
 def test_deepy_ends_when_a_link_is_cut(machines: Hosts, dataset: str, tmp_path: Path) -> None:
-    """The host behind the cut can be told nothing; its rank ends by itself."""
+    """The host behind the cut gets no message; its rank ends by itself."""
     (tmp_path / "hostfile").write_text(f"{FIRST} slots=1\n{SECOND} slots=1\n")
     write(tmp_path, dataset, hostfile="hostfile", train_iters=ENDLESS, collective_timeout=LIMIT)
     process = machines.start(LOGIN, DEEPY, tmp_path)
@@ -74,7 +74,7 @@ def test_deepy_ends_when_a_link_is_cut(machines: Hosts, dataset: str, tmp_path: 
 
 
 def test_the_run_goes_on_without_a_host_that_is_gone(machines: Hosts, dataset: str, tmp_path: Path) -> None:
-    """One rank is left of two, and takes twice the micro-batches: the losses of a run that lost nobody."""
+    """One rank is left of two, and takes twice the micro-batches: the losses of an undisturbed run."""
     schedule = {**SCHEDULE, "train_iters": 100, "lr_decay_iters": 100}
     (tmp_path / "hostfile").write_text(f"{FIRST} slots=1\n{SECOND} slots=1\n")
     write(tmp_path, dataset, **schedule, hostfile="hostfile", collective_timeout=LIMIT, max_restarts=1)

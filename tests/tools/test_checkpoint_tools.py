@@ -80,7 +80,7 @@ def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_differences_are_reported_by_name(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The files of another program have no manifest; the model is told by a configuration."""
+    """The files of another program have no manifest; a configuration describes the model."""
     other = tmp_path / "other" / "global_step0"
     other.mkdir(parents=True)
     content = files.read_tensors(ours / "global_step0" / layout.model_file(0))

@@ -1,4 +1,4 @@
-"""tools/plot_metrics.py: the picture shows the recorded numbers, and bad input is told, not traced."""
+"""tools/plot_metrics.py: the picture shows the recorded numbers, and bad input is reported, not traced."""
 
 import importlib.util
 import sys

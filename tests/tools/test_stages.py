@@ -106,7 +106,7 @@ def test_an_answer_is_retained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_stage_goes_on_with_its_resume_arguments(tmp_path: Path, number: signal.Signals) -> None:
-    """The signal reaches the command, which leaves a half-made thing; the next run is told to go on from it."""
+    """The signal reaches the command, which leaves a partial result; the next run gets the arguments to resume it."""
     script = tmp_path / "driver.py"
     script.write_text(f"""
 import os, sys

@@ -1,4 +1,4 @@
-"""A folder of transformers is taken over whole, and given away whole: tokenizer, end ids, sampling, templates, rows."""
+"""A folder of transformers is imported and exported completely: tokenizer, end ids, sampling, templates, rows."""
 
 from __future__ import annotations
 
