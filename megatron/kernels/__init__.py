@@ -1,1 +1,1 @@
-"""Fast operations, each beside its plain twin; which one is used is decided once, when the model is built."""
+"""Fast kernels, each with a plain reference implementation; the choice is made once, when the model is built."""

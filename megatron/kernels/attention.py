@@ -4,9 +4,9 @@ Keys may be longer than queries: with a key/value cache the queries are the last
 to position (keys - queries + i). Fewer key/value heads than query heads means grouped queries (arXiv:2305.13245): head
 i reads key/value head i // group; no kernel here copies the shared heads.
 
-Where a sequence holds several documents, `starts` says for each query where its document starts; keys before that are
-not seen. A `view` hides further keys and adds to scores (see attention_mask.py). Without either no mask is made where
-the kernel needs none.
+For sequences of several documents, `starts` gives the start of each query's document; earlier keys are hidden. A `view`
+hides further keys and adds biases to scores (see attention_mask.py). Without either no mask is created if the kernel
+needs none.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s queries, k keys, d head dim. Inputs may be
 strided views; the result is [b, n, s, d].
@@ -43,7 +43,8 @@ class AttentionKernel(Protocol):
 def visible(
     queries: int, keys: int, device: torch.device, starts: Tensor | None = None, view: AttentionMask | None = None
 ) -> Tensor:
-    """True where the query sees the key: [queries, keys], or [b or 1, n or 1, queries, keys] with starts or a view.
+    """Returns true where the query sees the key: [queries, keys], or [b or 1, n or 1, queries, keys] with starts or
+    a view.
 
     The queries are the last positions. starts [b, queries]: the first key that each query may see.
     """
@@ -56,7 +57,7 @@ def visible(
 
 
 def _positions(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of the queries [1, s, 1] and of the keys [1, 1, k]."""
+    """Returns positions of the queries [1, s, 1] and of the keys [1, 1, k]."""
     positions = torch.arange(keys, device=device)
     return positions[None, keys - queries :, None], positions[None, None]
 
@@ -69,7 +70,7 @@ def plain_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """The plain twin: the formula written out, with the scores and the softmax in fp32."""
+    """Reference implementation: the formula with scores and softmax in fp32."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # [b, n, s, k]
@@ -88,10 +89,12 @@ def sdpa_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Through torch's scaled_dot_product_attention, which picks its own backend (flash, memory-efficient or plain)."""
+    """Attention by torch's scaled_dot_product_attention, which selects its backend (flash, memory-efficient or
+    plain).
+    """
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if view is not None and view.bias is not None:  # a bias in the type of a low-precision model would be coarse
+    if view is not None and view.bias is not None:  # a bias in low precision would be coarse
         return plain_attention(q, k, v, dropout, starts, view)
     if starts is None and view is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=queries > 1, enable_gqa=grouped)
@@ -100,7 +103,7 @@ def sdpa_attention(
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of cached texts: a bool mask [b or 1, n or 1, s, k] shows keys, another one is added to the scores."""
+    """Attention of cached rows: a bool mask [b or 1, n or 1, s, k] shows keys, a float one is added to the scores."""
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -113,7 +116,7 @@ def cpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Blocked attention where whole sequences are attended to, and torch's own for cached or dropped attention."""
+    """Blocked attention for full sequences, and torch's for cached attention or dropout."""
     if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
         return blocked_attention(q, k, v, starts, view)
     return sdpa_attention(q, k, v, dropout, starts, view)
@@ -127,12 +130,12 @@ def gpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Torch's flexible attention, which skips hidden blocks, where there is a view; else torch's own choice."""
+    """Torch's flexible attention with a view, which skips hidden blocks; otherwise torch's own choice."""
     if view is None or flex_unavailable(q, k, dropout) is not None:
         return sdpa_attention(q, k, v, dropout, starts, view)
     return flex_attention(q, k, v, starts, view)
 
 
 def choose_attention(device: torch.device) -> AttentionKernel:
-    """The fastest attention core on this device."""
+    """Returns the fastest attention core on this device."""
     return cpu_attention if device.type == "cpu" else gpu_attention

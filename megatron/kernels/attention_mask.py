@@ -1,9 +1,9 @@
-"""What queries see besides the causal mask, and what is added to their scores.
+"""Masks besides the causal mask, and biases of attention scores.
 
 A pattern hides keys: a sliding window, or blocks by a layout. A bias is added to the score of a query and a key by
-their distance alone, which is what ALiBi (arXiv:2108.12409) and T5's relative positions (arXiv:1910.10683) do.
+their distance alone, as in ALiBi (arXiv:2108.12409) and T5's relative positions (arXiv:1910.10683).
 
-Positions are places in the sequence. Shapes: b batch, n query heads of a call, s queries, k keys.
+Shapes: b batch, n query heads of a call, s queries, k keys.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from torch import Tensor
 
 
 class MaskPattern(Protocol):
-    """Which keys the queries of some heads see; later keys are hidden whatever it says."""
+    """The keys that the queries of some heads see; later keys are always hidden."""
 
     def __hash__(self) -> int: ...
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions [..., s, 1] and [..., 1, k], with a dimension of heads before them -> bool, of all together.
+        """Returns which keys are seen, bool, for positions [..., s, 1] and [..., 1, k] with a dimension of heads
+        before them.
 
-        The dimension of heads in the result is 1 where all heads see the same.
+        The dimension of heads in the result is 1 if all heads see the same.
         """
 
     def columns(self, first: int, end: int, start: int, device: torch.device) -> slice | Tensor:
-        """The keys from ``start`` on that some query of first .. end - 1 sees, in order, these places the last."""
+        """Returns the keys from ``start`` on that some query of first .. end - 1 sees, in order, these positions
+        last.
+        """
 
 
 class Layout(Protocol):
@@ -44,7 +47,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The last `width` positions, the query's own included (arXiv:2004.05150; Mistral, arXiv:2310.06825)."""
+    """The last `width` positions, including the query's own (arXiv:2004.05150; Mistral, arXiv:2310.06825)."""
 
     width: int
 
@@ -56,12 +59,12 @@ class Window:
 
 
 class BlockPattern:
-    """The blocks of a layout. heads: numbers of the heads of a call, in the whole model."""
+    """The blocks of a layout. heads: indices of the heads of a call in the full model."""
 
     def __init__(self, layout: Layout, heads: range) -> None:
         self.layout = layout
         self.heads = heads if layout.per_head else range(1)
-        self._rows: list[list[list[int]]] = []  # of each row and head, the columns that are seen
+        self._rows: list[list[list[int]]] = []  # visible columns of each row and head
         self._tables: dict[torch.device, Tensor] = {}
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -82,7 +85,9 @@ class BlockPattern:
         return torch.cat([torch.arange(part.start, part.stop, device=device) for part in keys])
 
     def table(self, rows: int, device: torch.device) -> Tensor:
-        """The layout of at least that many rows, bool [heads or 1, rows, rows]; the memory grows by doubling."""
+        """Returns the layout of at least that many rows, bool [heads or 1, rows, rows]; the memory grows by
+        doubling.
+        """
         known = self._tables.get(device)
         if known is None or known.shape[1] < rows:
             room = 1 << (rows - 1).bit_length()
@@ -95,7 +100,7 @@ class BlockPattern:
         return known
 
     def _seen(self, rows: int) -> list[list[list[int]]]:
-        """Of at least the first rows."""
+        """Returns the visible columns of at least the first rows."""
         for row in range(len(self._rows), rows):
             self._rows.append([self.layout.seen(row, head) for head in self.heads])
         return self._rows
@@ -103,15 +108,15 @@ class BlockPattern:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """pattern: hides keys, None hides none. bias: [n, distances], added to the score of a query and the key that many
-    positions before it; None adds nothing.
-    """
+    """A pattern of hidden keys and a bias of scores."""
 
     pattern: MaskPattern | None = None
+    """Hides keys; None hides none."""
     bias: Tensor | None = None
+    """[n, distances], added to the score of a query and the key at that distance; None adds nothing."""
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """What is added to the scores: 0 or the bias, and -inf where a key is hidden, fp32 [..., n or 1, s, k].
+        """Returns what is added to the scores: 0 or the bias, and -inf for hidden keys, fp32 [..., n or 1, s, k].
 
         queries and keys: positions [..., 1, s, 1] and [..., 1, 1, k].
         """
@@ -123,15 +128,15 @@ class AttentionMask:
         return self.bias[heads, distance].float().masked_fill(~seen, float("-inf"))
 
     def seen(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which keys are seen, bool [..., n or 1, s, k]; positions as in ``scores``."""
+        """Returns which keys are seen, bool [..., n or 1, s, k]; positions as in ``scores``."""
         seen = keys <= queries
         return seen if self.pattern is None else seen & self.pattern.sees(queries, keys)
 
 
 def window_for_package(starts: Tensor | None, view: AttentionMask | None) -> int | None:
-    """How many earlier positions every query sees, -1 for all of them: what the kernels of packages can be told.
+    """Returns the window size that packages accept, -1 for no window.
 
-    None where more is asked: documents kept apart, another pattern than a window, positions added to the scores.
+    None if they cannot express the mask: document masks, other patterns than a window, biases.
     """
     if starts is not None:
         return None

@@ -1,10 +1,10 @@
-"""Causal attention for the CPU: a block of queries at a time against the keys that it can see.
+"""Causal attention for the CPU: one block of queries at a time against the keys that it sees.
 
-Compared with torch's scaled_dot_product_attention on a processor, the products here are large enough for the matrix
-library, and blocks of keys in the future are never computed. The weights of a block are kept for the backward pass
-while they are few, and computed again when they are many. Where a sequence holds several documents, keys before the
-earliest document of a block, and keys that no query of a block sees, are not computed either. So a sliding window or
-a sparse layout costs what it shows, block by block: the seen keys are a slice, or are gathered where they lie apart.
+Compared with torch's scaled_dot_product_attention on a CPU, the products here are large enough for the matrix library,
+and blocks of keys in the future are never computed. The weights of a block are saved for the backward pass if they are
+small, and recomputed otherwise. Keys before the earliest document of a block, and keys that no query of a block sees,
+are not computed either. So the cost of a sliding window or a sparse layout is proportional to its visible blocks: the
+visible keys are a slice, or are gathered if they are not contiguous.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s positions, d head dim, r rows of a block (g times
 its queries). The g query heads of one key/value head are rows of one product, so no key or value is copied.
@@ -26,7 +26,7 @@ QUERIES = 128
 """Queries of a block, measured best for 512 positions and heads of 32 and 64."""
 
 MAX_SAVED_BYTES = 256 << 20
-"""Most memory that one call's weights may take until its backward pass."""
+"""Largest size of a call's weights that are saved for its backward pass."""
 
 
 def _blocks(length: int) -> Iterator[slice]:
@@ -35,28 +35,28 @@ def _blocks(length: int) -> Iterator[slice]:
 
 
 def _rows(x: Tensor, heads: int, block: slice) -> Tensor:
-    """The rows of a block of queries: [b, n, s, d] -> [b * m, r, d]."""
+    """Returns the rows of a block of queries: [b, n, s, d] -> [b * m, r, d]."""
     batch, _, _, size = x.shape
     return x.unflatten(1, (heads, -1))[:, :, :, block].reshape(batch * heads, -1, size)
 
 
 def _put_rows(x: Tensor, heads: int, block: slice, rows: Tensor) -> None:
-    """The opposite of ``_rows``, in place."""
+    """Inverse of ``_rows``, in place."""
     target = x.unflatten(1, (heads, -1))[:, :, :, block]
     target.copy_(rows.view(target.shape))
 
 
 def _to_fp32(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """Converts to at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 Seen = slice | Tensor
-"""Keys, as a slice or by their positions in order."""
+"""Visible keys, as a slice or by their positions in order."""
 
 
 def _seen(block: slice, starts: Tensor | None, view: AttentionMask | None, device: torch.device) -> Seen:
-    """The keys that some query of the block sees; the last of them are the block's own."""
+    """Returns the keys that some query of the block sees; the last of them are the block's own."""
     first = 0 if starts is None else int(starts[:, block].min())
     if view is None or view.pattern is None:
         return slice(first, block.stop)
@@ -64,7 +64,7 @@ def _seen(block: slice, starts: Tensor | None, view: AttentionMask | None, devic
 
 
 def _hide(scores: Tensor, block: slice, seen: Seen, starts: Tensor | None, view: AttentionMask | None) -> None:
-    """Add a view's bias and -inf for hidden keys, in place: scores [b, m, g, queries, seen]."""
+    """Adds a bias, and -inf for hidden keys, in place: scores [b, m, g, queries, seen]."""
     queries = block.stop - block.start
     future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
     scores[..., -queries:].add_(future)
@@ -84,7 +84,7 @@ def _hide(scores: Tensor, block: slice, seen: Seen, starts: Tensor | None, view:
 
 
 def _distance(rows: Tensor, keys: Tensor) -> Tensor:
-    """How far each key lies before each query, [queries, seen]; 0 for later keys."""
+    """Returns the distance of each key before each query, [queries, seen]; 0 for later keys."""
     return (rows - keys).clamp_(min=0)
 
 
@@ -93,7 +93,7 @@ def _weights(
 ) -> Tensor:
     """Softmax over the visible keys: rows [b * m, r, d] and fp32 keys [b * m, s, d] -> [b * m, r, seen].
 
-    Scores rounded to bf16 would cost several times more precision than weights rounded to it, hence fp32.
+    Rounding scores to bf16 costs several times more precision than rounding weights, hence fp32.
     """
     scores = torch.bmm(rows.to(keys.dtype) / math.sqrt(rows.shape[-1]), keys[:, seen].transpose(1, 2))
     by_head = scores.unflatten(1, (-1, block.stop - block.start)).unflatten(0, (batch, -1))
@@ -102,14 +102,14 @@ def _weights(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The product left right, [b * m, ., .]; in fp32, rounded once, where the processor cannot multiply their type."""
+    """Returns left right, [b * m, ., .]; in fp32, rounded once, if the CPU has no instructions for their type."""
     if needs_fp32_matmul(left.device, left.dtype):
         return torch.bmm(left.float(), right.float()).to(left.dtype)
     return torch.bmm(left, right)
 
 
 def _add_product(total: Tensor, seen: Seen, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ right to the seen keys or values: [b * m, s, d], of [b * m, r, seen] and [b * m, r, d]."""
+    """Adds leftᵀ right to the seen keys or values: [b * m, s, d], of [b * m, r, seen] and [b * m, r, d]."""
     left = left.transpose(1, 2)
     if not isinstance(seen, slice):
         total.index_add_(1, seen, _product(left, right))
@@ -124,7 +124,7 @@ def _count(seen: Seen) -> int:
 
 
 def _add_bias_gradient(total: Tensor, grad_scores: Tensor, block: slice, seen: Seen, batch: int) -> None:
-    """Add up what the scores of a block pass on to a bias by distance: [n, distances] and [b * m, r, seen]."""
+    """Adds the gradient of the scores to that of a bias by distance: [n, distances] and [b * m, r, seen]."""
     queries = block.stop - block.start
     by_head = grad_scores.unflatten(1, (-1, queries)).unflatten(0, (batch, -1)).sum(0, dtype=total.dtype)
     by_head = by_head.flatten(0, 1)  # [n, queries, seen]
@@ -189,10 +189,14 @@ class _BlockedAttention(torch.autograd.Function):
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, view: AttentionMask | None = None
 ) -> Tensor:
-    """Causal attention of whole sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d]. CPU only.
+    """Causal attention of full sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d]. CPU only.
 
-    starts [b, s]: the first key that each query may see, at most its own place and never falling; 0 unless given.
-    view: what else is hidden, and added to the scores; its bias gets a gradient.
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        starts: first key that each query may see [b, s], at most its own position and never decreasing; 0 unless set.
+        view: hides further keys and adds a bias, which gets a gradient.
     """
     bias = None if view is None else view.bias
     out: Tensor = _BlockedAttention.apply(q, k, v, bias, starts, view)

@@ -1,8 +1,8 @@
-"""Our own compiled loops: csrc/ becomes a library for this processor, once, where there is a compiler.
+"""Compiles csrc/ to a library for this CPU, once, if there is a compiler.
 
-The library is plain C++ without torch's headers, so it takes seconds to make. It is kept beside the other compiled
-extensions of this environment, under a name that changes with the source, the flags, the compiler and the processor.
-Workers that start together take turns, by a lock that the kernel drops when a process dies.
+The library is plain C++ without torch's headers, so it compiles in seconds. It is stored beside the other compiled
+extensions of this environment, under a name that depends on the source, the flags, the compiler and the CPU. Workers
+that start together take turns, by a lock that the kernel releases when a process dies.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SOURCES = tuple(FOLDER / name for name in ("decode.cpp", "linear.cpp"))
 HEADERS = (FOLDER / "bfloat16.h",)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 SWITCH = "NEOX_NATIVE_KERNELS"
-"""Set to 0, this variable of the environment leaves the library out."""
+"""Environment variable that disables the library if it is 0."""
 _SECONDS = 300.0
 
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none, as a sentence. Compiles it where that was never done."""
+    """Returns the compiled library, or the reason why there is none. Compiles it if necessary."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 switches our compiled kernels off."
     found = compiled(extensions_folder(os.environ) / "neox_kernels", os.environ.get("CXX") or "g++")
@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | str:
 
 
 def compiled(folder: Path, compiler: str) -> Path | str:
-    """The library's file in that folder, made if it is not there; or why it cannot be, as a sentence."""
+    """Returns the library's file in that folder, compiling it if necessary, or the reason why it cannot be."""
     program = shutil.which(compiler)
     if program is None:
         return f"There is no C++ compiler ({compiler}; the variable CXX names another)."
@@ -64,7 +64,7 @@ def compiled(folder: Path, compiler: str) -> Path | str:
 
 
 def _fingerprint(program: str) -> str:
-    """What the compiled file depends on."""
+    """Returns a hash of everything that the compiled file depends on."""
     asked = [program, "--version"]
     version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
     described = Path("/proc/cpuinfo")

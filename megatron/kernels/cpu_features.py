@@ -1,4 +1,4 @@
-"""What a processor multiplies itself."""
+"""CPU support for bf16/fp16 matmul."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ _SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkl
 
 
 def needs_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether matrices of this type are better multiplied as fp32.
+    """Returns whether matrices of this type are better multiplied in fp32.
 
-    A processor without instructions for 16 bits (x86 before AVX-512) multiplies them element by element. As fp32 the
-    products are exact, so only the order of the sums is another, and a result is rounded once, as it is elsewhere.
+    A CPU without instructions for 16 bits (x86 before AVX-512) multiplies them element by element. In fp32 the products
+    are
+    exact, so only the order of the sums differs, and a result is rounded once, as elsewhere.
     """
     if device.type != "cpu" or dtype not in _SUPPORT:
         return False

@@ -1,10 +1,10 @@
-"""The softmax over a vocabulary, block by block, for cross entropy.
+"""Softmax over a vocabulary in blocks, for cross entropy.
 
-With a vocabulary of 50,304 the logits are by far the largest tensor of a step. Each block of rows here is small enough
-to stay in the processor's cache while its maximum, its sum and its gradient are taken in fp32, so the logits are read
-once and no fp32 copy of them is ever held. Twin: torch.nn.functional.cross_entropy.
+With a vocabulary of 50,304 the logits are by far the largest tensor of a step. Each block of rows is small enough to
+stay in the CPU's cache while its maximum, its sum and its gradient are computed in fp32, so the logits are read once
+and never copied to fp32. Reference: torch.nn.functional.cross_entropy.
 
-Shapes: r rows (tokens), v vocabulary (of this rank, where it is cut).
+Shapes: r rows (tokens), v vocabulary (of this rank, if it is sharded).
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class GradientSpec:
-    """What the gradient scale * softmax - hit * onehot(target) of each row is made of, and where it goes.
-
-    targets [r] ids inside this vocabulary; scale and hit [r] fp32; out [r, v] may be the logits themselves.
-    """
+    """Terms of the gradient scale * softmax - hit * onehot(target) of each row, and its destination."""
 
     targets: Tensor
+    """Ids inside this vocabulary [r]."""
     scale: Tensor
+    """[r] fp32."""
     hit: Tensor
+    """[r] fp32."""
     out: Tensor
+    """[r, v]; may be the logits themselves."""
 
 
 def softmax_pass(rows: Tensor, spec: GradientSpec | None = None) -> Tensor:
-    """The logarithm of the sum of exponentials of each row: logits [r, v] -> fp32 [r], and the gradient if wanted."""
+    """Returns the log-sum-exp of each row: logits [r, v] -> fp32 [r]; writes the gradient if there is a spec."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     log_sums = rows.new_empty(rows.shape[0], dtype=dtype)
     for block in _blocks(rows):
@@ -50,7 +51,7 @@ def softmax_pass(rows: Tensor, spec: GradientSpec | None = None) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Row ranges of about BLOCK_ELEMENTS elements; on an accelerator a few large ones, to keep launches few."""
+    """Yields row ranges of about BLOCK_ELEMENTS elements; on an accelerator a few large ones, to launch few kernels."""
     limit = BLOCK_ELEMENTS if rows.device.type == "cpu" else 64 * BLOCK_ELEMENTS
     step = max(1, limit // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
@@ -58,6 +59,6 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The twin: -log p(target) of logits [..., v] and ids [...] through torch.nn.functional.cross_entropy, fp32."""
+    """Reference: -log p(target) of logits [..., v] and ids [...] by torch.nn.functional.cross_entropy, fp32."""
     flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
     return flat.view(targets.shape)

@@ -1,10 +1,10 @@
-"""Attention of one new position a text over a key/value cache, on the CPU: what decoding repeats for every token.
+"""Decode attention on the CPU: one new position a row over a key/value cache.
 
-torch's kernel for it reads a bfloat16 cache six times slower than an fp32 one, wants a mask where texts differ in
-length, and needs a dozen small operations around it. The compiled loop (csrc/decode.cpp) turns the query and the key
-(rotary positions), stores key and value, and reads the cache at the speed of memory, each text to its own end.
+torch's kernel reads a bfloat16 cache six times slower than an fp32 one, needs a mask if rows differ in length, and a
+dozen small operations around it. The compiled loop (csrc/decode.cpp) rotates the query and the key, stores key and
+value, and reads the cache at memory bandwidth, each row to its own end.
 
-Shapes: b texts, n query heads, m key/value heads (n = g * m), k positions of the cache, d head dim.
+Shapes: b rows, n query heads, m key/value heads (n = g * m), k positions of the cache, d head dim.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from megatron.kernels.cpp_build import library
 from megatron.kernels.rotary import plain_rotary
 
 Table = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles of positions, fp32 [at least k, r/2]; r features of a head turn."""
+"""Cosines and sines of the angles of positions, fp32 [at least k, r/2]; r features of a head are rotated."""
 DecodeKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Table | None], Tensor]
 """(q [b, n, d], k and v [b, m, d], keys and values [b, m, k, d], ends [b], table) -> [b, n, d].
 
-k and v are stored in keys and values at position ends - 1; ends, int64 on the CPU: positions that each text then has.
+k and v are stored in keys and values at position ends - 1; ends, int64 on the CPU: length of each row afterwards.
 """
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def choose_decode_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodeKernel | None:
-    """The compiled loop where it can be used; None where attention goes through torch."""
+    """Returns the compiled loop if it can be used, else None."""
     return native_decode_attention if native_attention_unavailable(device, dtype, head_dim) is None else None
 
 
 def native_attention_unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the compiled loop cannot be used, as a sentence; None where it can. May compile it."""
+    """Returns the reason why the compiled loop cannot be used, or None. May compile it."""
     if device.type != "cpu":
         return f"The compiled attention is for the CPU, and the model is on {device.type}."
     if dtype not in _DTYPES:
@@ -50,7 +50,7 @@ def native_attention_unavailable(device: torch.device, dtype: torch.dtype, head_
 def plain_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
 ) -> Tensor:
-    """The plain twin, in float64: see DecodeKernel."""
+    """Reference implementation in float64: see DecodeKernel."""
     row, newest = torch.arange(len(ends)), ends - 1
     if table is not None:
         cos, sin = (angles[newest][:, None] for angles in table)  # [b, 1, r/2]
@@ -68,7 +68,7 @@ def plain_decode_attention(
 def native_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
 ) -> Tensor:
-    """The compiled loop: see DecodeKernel. All of one type; the features of a head lie side by side."""
+    """The compiled loop: see DecodeKernel. All tensors of one type; the features of a head are contiguous."""
     loaded = library()
     assert isinstance(loaded, ctypes.CDLL), "native_attention_unavailable said that it can be used"
     assert q.dtype == k.dtype == keys.dtype and keys.stride() == values.stride()

@@ -1,4 +1,4 @@
-"""The kernels of one model, chosen once when it is built."""
+"""Selects the kernels of a model, once, when it is built."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from megatron.kernels.rotary import RotaryKernel, rotary
 
 @dataclass(frozen=True)
 class Kernels:
-    """What each part of the model calls. flash: the attention of blocks that name it."""
+    """The kernels of a model."""
 
     linear: LinearKernel
     attention: AttentionKernel
     flash: AttentionKernel
+    """Attention of blocks of kind `flash`."""
     rotary: RotaryKernel
     grouped: GroupedKernel = plain_grouped
     mamba: MambaKernels = field(
@@ -32,17 +33,17 @@ class Kernels:
     )
 
     def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
-        """The same, where the attention core is repeated in the backward pass: recompute(core, *inputs)."""
+        """Returns kernels whose attention core is recomputed in the backward pass: recompute(core, *inputs)."""
         return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None) -> Kernels:
-    """The fastest available kernels for parameters of this type on this device.
+    """Returns the fastest available kernels for parameters of this type on this device.
 
-    section: the configuration's kernels section, for those that must be asked for.
+    section: the configuration's kernels section, which enables some of them.
     """
     fused = getattr(section, "mamba_inner_func_fusion", False)
-    compiled = getattr(section, "compile", False)  # by a compiler that sees into torch's own kernels only
+    compiled = getattr(section, "compile", False)  # torch.compile fuses torch's own kernels only
     return Kernels(
         linear=plain_linear if compiled else choose_linear(device, dtype),
         attention=sdpa_attention if compiled and device.type == "cpu" else choose_attention(device),

@@ -1,8 +1,8 @@
-"""Attention through the flash-attn package (arXiv:2307.08691), for blocks of kind `flash` on a GPU in half precision.
+"""Attention by the flash-attn package (arXiv:2307.08691), for blocks of kind `flash` on a GPU in half precision.
 
-It takes a sliding window itself. What it cannot do (documents kept apart, layouts of blocks, positions added to
-scores), and every machine without it, goes the way of all other blocks, which is torch's flash backend where torch can
-use that. Twin: plain_attention.
+It supports a sliding window. What it does not support (document masks, layouts of blocks, biases), and machines without
+it, use the attention of all other blocks, which is torch's flash backend if torch can use that. Reference:
+plain_attention.
 
 Shapes: b micro batch, n query heads, m key/value heads, s positions, d head dim.
 """
@@ -20,7 +20,7 @@ from megatron.kernels.attention_mask import AttentionMask, window_for_package
 
 
 def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the flash-attn package cannot be used, as a sentence; None where it can."""
+    """Returns the reason why the flash-attn package cannot be used, or None."""
     if device.type != "cuda":
         return f"flash-attn is for GPUs, and the model is on {device.type}."
     if dtype not in (torch.float16, torch.bfloat16):
@@ -31,7 +31,7 @@ def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose_flash(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The attention core of blocks of kind `flash`."""
+    """Returns the attention core of blocks of kind `flash`."""
     usual = choose_attention(device)
     return usual if flash_unavailable(device, dtype) is not None else partial(flash_attention, usual)
 
@@ -45,7 +45,7 @@ def flash_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn cannot do."""
+    """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn does not support."""
     behind = window_for_package(starts, view)
     if behind is None:
         return usual(q, k, v, dropout, starts, view)

@@ -1,6 +1,6 @@
-"""Attention through torch.nn.attention.flex_attention, compiled on a GPU: blocks of hidden keys are never computed.
+"""Attention by torch.nn.attention.flex_attention, compiled on a GPU: blocks of hidden keys are never computed.
 
-The mask of blocks of a view is made once for each length, and for every batch where documents are kept apart. Twin:
+The block mask of a view is created once for each length, and for every batch with document masks. Reference:
 plain_attention.
 
 Shapes: b micro batch, n query heads, m key/value heads, s positions, d head dim.
@@ -20,7 +20,7 @@ from megatron.kernels.attention_mask import AttentionMask, BlockPattern, MaskPat
 
 
 def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
-    """Why flexible attention cannot be used, as a sentence; None where it can."""
+    """Returns the reason why flexible attention cannot be used, or None."""
     if dropout > 0:
         return "Flexible attention has no dropout."
     if q.shape[2] != k.shape[2]:
@@ -41,7 +41,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view:
 
 
 def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """What flexible attention calls for each score."""
+    """Returns the function that flexible attention applies to each score."""
     if bias is None:
         return None
 
@@ -54,7 +54,7 @@ def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
 def _block_mask(
     view: AttentionMask, length: int, device: torch.device, starts: Tensor | None, batch: int, heads: int
 ) -> flex.BlockMask:
-    """The blocks that a view and the starts of documents leave to see; without starts it is made once."""
+    """Returns the block mask of a view and document starts; without starts it is created once."""
     if starts is None:
         return _lasting_mask(view.pattern, length, device, heads)
     shown, own = _shown(view.pattern, length, device)
@@ -72,7 +72,7 @@ def _lasting_mask(pattern: MaskPattern | None, length: int, device: torch.device
 
 
 def _shown(pattern: MaskPattern | None, length: int, device: torch.device) -> tuple[Callable[..., Tensor], bool]:
-    """(what says whether a place is seen, whether heads differ)."""
+    """Returns (predicate whether a position is visible, whether heads differ)."""
     if pattern is None:
         return lambda row, head, query, key: key <= query, False
     if not isinstance(pattern, BlockPattern):
@@ -89,5 +89,7 @@ def _shown(pattern: MaskPattern | None, length: int, device: torch.device) -> tu
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compiled on first use; from the second length on torch makes a version for every length."""
+    """Returns the function, compiled on first use; from the second length on torch compiles a version for every
+    length.
+    """
     return torch.compile(flex.flex_attention)

@@ -1,6 +1,6 @@
-"""The product of groups of rows with a matrix each: what the experts of a mixture do.
+"""Grouped matrix product: each group of rows with its own matrix, for the experts of an MoE layer.
 
-The rows of one group lie together, in the order of the matrices. A group may be empty.
+The rows of a group are contiguous, in the order of the matrices. A group may be empty.
 
 Shapes: m rows of all groups, e groups, in and out the widths of a matrix.
 """
@@ -21,7 +21,7 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """The plain twin: one product a group. An empty group gives its matrix a gradient of zeros."""
+    """Reference implementation: one product a group. An empty group gives its matrix a gradient of zeros."""
     product = _widened if needs_fp32_matmul(rows.device, rows.dtype) else torch.mm
     parts = rows.split(counts.tolist())
     return torch.cat([product(part, matrix) for part, matrix in zip(parts, matrices.unbind(), strict=True)])
@@ -32,7 +32,7 @@ def _widened(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def grouped_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's grouped product cannot be used, as a sentence; None where it can."""
+    """Returns the reason why torch's grouped product cannot be used, or None."""
     if device.type != "cuda":
         return f"torch's grouped product is for CUDA, and the model is on {device.type}."
     if dtype != torch.bfloat16:
@@ -45,12 +45,12 @@ def grouped_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def fused_grouped(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """One kernel for all groups, which never asks the host how large they are."""
+    """One kernel for all groups, without synchronizing with the host for their sizes."""
     ends = counts.cumsum(0).to(torch.int32)
     product: Tensor = F.grouped_mm(rows, matrices, offs=ends)
     return product
 
 
 def choose_grouped(device: torch.device, dtype: torch.dtype) -> GroupedKernel:
-    """The fastest grouped product for parameters of this type on this device."""
+    """Returns the fastest grouped product for parameters of this type on this device."""
     return fused_grouped if grouped_unavailable(device, dtype) is None else plain_grouped

@@ -1,9 +1,8 @@
 """The product x Wᵀ + bias.
 
-In fp32 on an x86 processor torch.nn.functional.linear goes through MKL, which on AMD processors reaches less than half
-of what oneDNN does; oneDNN's product is reached by one operator that knows no gradient, so the gradient is written out
-here. In lower precisions, and on accelerators, torch already takes the fast way; on a processor without instructions
-for 16 bits the product is taken in fp32.
+In fp32 on an x86 CPU torch.nn.functional.linear uses MKL, which on AMD CPUs has less than half the speed of oneDNN;
+oneDNN's product is available as an operator without a gradient, so the gradient is written here. In lower precisions,
+and on accelerators, torch is already fast; on a CPU without instructions for 16 bits the product is computed in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
 """
@@ -26,7 +25,7 @@ LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class BoundLinear:
-    """The kernel of one layer, which holds that layer's weight and bias and writes out its own gradient."""
+    """The kernel of one layer, bound to its weight and bias, with a gradient of its own."""
 
     product: Callable[[Tensor], Tensor]
 
@@ -36,12 +35,12 @@ class BoundLinear:
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The plain twin: torch's own linear, [..., in] -> [..., out]."""
+    """Reference implementation: torch's linear, [..., in] -> [..., out]."""
     return F.linear(x, weight, bias)
 
 
 def onednn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the oneDNN product cannot or need not be used, as a sentence; None where it can."""
+    """Returns the reason why the oneDNN product cannot or need not be used, or None."""
     if device.type != "cpu":
         return f"oneDNN's linear is for the CPU, and the model is on {device.type}."
     if dtype != torch.float32:
@@ -54,7 +53,7 @@ def onednn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernel:
-    """The fastest product for parameters of this type on this device."""
+    """Returns the fastest product for parameters of this type on this device."""
     if needs_fp32_matmul(device, dtype):
         return widened_linear
     return onednn_linear if onednn_unavailable(device, dtype) is None else plain_linear
@@ -65,8 +64,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ x: [rows, out] and [rows, in] -> [out, in]. The operator copies its transposed first operand, so the
-    narrower one comes first.
+    """gradᵀ x: [rows, out] and [rows, in] -> [out, in].
+
+    The operator copies its transposed first operand, so the narrower one comes first.
     """
     if grad.shape[1] < x.shape[1]:
         return _product(grad.t(), x.t(), None)
@@ -79,17 +79,16 @@ def _plain_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearOps:
-    """A kernel without its gradient, for a layer that writes out its own.
-
-    product: as any kernel. weight_gradient: of the output [rows, out] and the input [rows, in] -> [out, in].
-    """
+    """The two products of a linear layer, without autograd."""
 
     product: LinearKernel
+    """Forward product, as any kernel."""
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
+    """Output gradient [rows, out] and input [rows, in] -> [out, in]."""
 
 
 def linear_ops(kernel: LinearKernel) -> LinearOps:
-    """What a kernel is made of."""
+    """Returns the products of a kernel."""
     if kernel is onednn_linear:
         return LinearOps(_product, _weight_gradient)
     if kernel is widened_linear:
@@ -111,7 +110,7 @@ def _widened_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class _LinearWithGrad(torch.autograd.Function):
-    """A linear layer whose gradient is written out from the pieces of its kernel."""
+    """A linear layer whose gradient is computed by the products of its kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ops: LinearOps) -> Tensor:
@@ -133,7 +132,7 @@ class _LinearWithGrad(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product through oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
+    """The product by oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
     return _LinearWithGrad.apply(x, weight, bias, linear_ops(onednn_linear))
 
 

@@ -1,7 +1,7 @@
-"""Mamba's two kernels, fused where the packages are there and asked for, else plain.
+"""Mamba's two kernels: fused if the packages are installed and enabled, else plain.
 
-The fused ones come from the packages causal-conv1d and mamba-ssm and run on CUDA. They start from nothing and know no
-documents; everything else goes through the plain twins (kernels/scan.py).
+The fused ones come from the packages causal-conv1d and mamba-ssm and run on CUDA. They support neither an initial state
+nor documents; those cases use the plain kernels (kernels/scan.py).
 
 Shapes: b batch, s sequence, d channels of this rank, n state of a channel, w width of the convolution.
 """
@@ -28,14 +28,14 @@ Scan = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class MambaKernels:
-    """What a Mamba block calls for whole sequences."""
+    """The kernels of a Mamba block for full sequences."""
 
     convolution: Convolution
     scan: Scan
 
 
 def plain_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """The plain twin of `fused_convolution`."""
+    """Reference implementation of `fused_convolution`."""
     before = x.new_zeros(x.shape[0], taps.shape[1] - 1, x.shape[2])
     return F.silu(causal_convolution(x, taps, bias, before))
 
@@ -43,7 +43,7 @@ def plain_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 def plain_scan(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, skip: Tensor, bias: Tensor, gate: Tensor
 ) -> Tensor:
-    """The plain twin of `fused_scan`."""
+    """Reference implementation of `fused_scan`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     step = F.softplus(step.to(wide) + bias.to(wide))
     y, _ = selective_scan(x, step, rate, into, out, skip.to(wide))
@@ -51,7 +51,7 @@ def plain_scan(
 
 
 def fused_unavailable(package: str, device: torch.device) -> str | None:
-    """Why a fused kernel cannot be used, as a sentence; None where it can. package: as it is imported."""
+    """Returns the reason why a fused kernel cannot be used, or None. package: its import name."""
     if device.type != "cuda":
         return f"The kernels of {package} are for CUDA, and the model is on {device.type}."
     if importlib.util.find_spec(package) is None:
@@ -70,7 +70,7 @@ def fused_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 def fused_scan(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, skip: Tensor, bias: Tensor, gate: Tensor
 ) -> Tensor:
-    """The kernel of mamba-ssm, which takes sequences last."""
+    """The kernel of mamba-ssm, which has the sequence as last dimension."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, step, into, out, gate = (value.transpose(1, 2).contiguous() for value in (x, step, into, out, gate))
@@ -81,7 +81,7 @@ def fused_scan(
 
 
 def choose_mamba(device: torch.device, *, convolution: bool, scan: bool) -> MambaKernels:
-    """The kernels that are asked for and there."""
+    """Returns the kernels that are enabled and available."""
     conv = convolution and fused_unavailable("causal_conv1d", device) is None
     selective = scan and fused_unavailable("mamba_ssm", device) is None
     return MambaKernels(fused_convolution if conv else plain_convolution, fused_scan if selective else plain_scan)

@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension. Shapes: h hidden; leading dimensions are free."""
+"""Normalization over the last dimension. Shapes: h hidden; leading dimensions are free."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    """The norm x / sqrt(mean(x²) + epsilon) * scale of [..., h], through torch's operator."""
+    """X / sqrt(mean(x²) + epsilon) * scale of [..., h], by torch's operator."""
     return F.rms_norm(x, scale.shape, scale, epsilon)
 
 
 def plain_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    """The plain twin, with the mean in fp32."""
+    """Reference implementation, with the mean in fp32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * scale.float()).to(x.dtype)

@@ -1,9 +1,9 @@
-"""The product x Wᵀ + bias with W laid out once, for a model that only generates.
+"""The product x Wᵀ + bias with a packed W, for inference.
 
-oneDNN reads a weight fastest in blocks of its own; with a plain matrix it lays the blocks out anew in every call, which
-for the few rows of a decoding step costs more than the product. A packed weight cannot be trained or saved. On a
-processor without instructions for bfloat16 a compiled loop (csrc/linear.cpp) reads such a weight as it is for a few
-rows; without a compiler the weight is kept, and multiplied, in fp32.
+oneDNN reads a weight fastest in its own blocked layout; it reorders a plain matrix in every call, which for the few
+rows of a decoding step costs more than the product. A packed weight cannot be trained or saved. On a CPU without
+instructions for bfloat16 a compiled loop (csrc/linear.cpp) reads such a weight directly for a few rows; without a
+compiler the weight is stored, and multiplied, in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
 """
@@ -23,11 +23,11 @@ FEW = 16
 """Rows of x up to which reading the weight costs more than multiplying."""
 
 BLOCK = 512
-"""Rows of a weight whose fp32 copy is made at once."""
+"""Rows of a weight that are converted to fp32 at once."""
 
 
 def packing_unavailable(weight: Tensor) -> str | None:
-    """Why a weight cannot be packed, as a sentence; None where it can."""
+    """Returns the reason why a weight cannot be packed, or None."""
     if weight.device.type != "cpu":
         return f"oneDNN packs weights for the CPU, and this one is on {weight.device.type}."
     if weight.dtype not in (torch.float32, torch.bfloat16):
@@ -40,9 +40,9 @@ def packing_unavailable(weight: Tensor) -> str | None:
 
 
 def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
-    """A kernel of this one weight [out, in]; it holds its own copy and reads no other.
+    """Returns a kernel of this one weight [out, in]; it has its own copy and ignores its weight argument.
 
-    rows: how many rows of x are usual, which the layout is chosen for; any number works.
+    rows: usual rows of x, for which the layout is chosen; any number works.
     """
     if needs_fp32_matmul(weight.device, weight.dtype):
         if few_rows_unavailable(weight) is None:
@@ -59,7 +59,7 @@ def packed_linear(weight: Tensor, rows: int = 8) -> LinearKernel:
 
 
 def few_rows_unavailable(weight: Tensor) -> str | None:
-    """Why the compiled loop cannot take a weight, as a sentence; None where it can. May compile it."""
+    """Returns the reason why the compiled loop cannot take a weight, or None. May compile it."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return f"The compiled product is for bfloat16 on the CPU, not for {weight.dtype} on {weight.device.type}."
     if weight.shape[1] % 16 or not weight.is_contiguous():
@@ -69,7 +69,9 @@ def few_rows_unavailable(weight: Tensor) -> str | None:
 
 
 def few_rows_linear(weight: Tensor) -> LinearKernel:
-    """A kernel of this one bfloat16 weight [out, in], which it reads as it is. Many rows are multiplied in fp32."""
+    """Returns a kernel of this one bfloat16 weight [out, in], which it reads directly. Many rows are multiplied in
+    fp32.
+    """
     loaded = library()
     assert isinstance(loaded, ctypes.CDLL), "few_rows_unavailable said that it can be used"
     out_features, in_features = weight.shape
@@ -90,7 +92,7 @@ def few_rows_linear(weight: Tensor) -> LinearKernel:
 
 
 def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in fp32, some rows of the weight at a time, so that their fp32 copies stay in the cache."""
+    """Computes the product in fp32, some rows of the weight at a time, so that their fp32 copies stay in the cache."""
     blocks = weight.split(BLOCK)
     biases = [None] * len(blocks) if bias is None else bias.float().split(BLOCK)
     product = linear_ops(choose_linear(x.device, torch.float32)).product
@@ -100,7 +102,7 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rounded(wide: LinearKernel, dtype: torch.dtype) -> LinearKernel:
-    """The kernel of a wider type for tensors of `dtype`."""
+    """Returns the kernel of a wider type for tensors of `dtype`."""
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return wide(x.float(), weight, None if bias is None else bias.float()).to(dtype)

@@ -1,9 +1,9 @@
-"""Rotary positions: turn pairs of features by an angle that grows with the position (arXiv:2104.09864).
+"""Rotary positions: rotates pairs of features by an angle that grows with the position (arXiv:2104.09864).
 
-Feature i of the first half is paired with feature i of the second half of the turned features ("half-split"); the
-features after the turned ones pass unchanged.
+Feature i of the first half is paired with feature i of the second half of the rotated features ("half-split"); the
+remaining features are unchanged.
 
-Shapes: s sequence, b micro batch, n heads, d head dim, r turned features (even, at most d).
+Shapes: s sequence, b micro batch, n heads, d head dim, r rotated features (even, at most d).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [b, n, s, d], cos and sin [s, r/2], or [b, 1, s, r/2] by sequence) -> the turned x [b, n, s, d]."""
+"""(x [b, n, s, d], cos and sin [s, r/2], or [b, 1, s, r/2] by sequence) -> the rotated x [b, n, s, d]."""
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The plain twin, as the paper writes it."""
+    """Reference implementation, as in the paper."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -49,7 +49,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The turned x, contiguous, without the intermediate tensors that autograd would keep."""
+    """Returns the rotated x, contiguous, without the intermediate tensors that autograd would save."""
     if not torch.is_grad_enabled():
         return _turn(x, cos, sin)
     return _Rotary.apply(x, cos, sin)

@@ -1,6 +1,6 @@
-"""The plain twins of Mamba's kernels: a causal convolution of each channel, and the selective scan (arXiv:2312.00752).
+"""Reference implementations of Mamba's kernels: depthwise causal convolution and selective scan (arXiv:2312.00752).
 
-Both can be stopped at the starts of documents, and continued from the state that earlier positions have left.
+Both can be reset at the starts of documents, and continued from the state of earlier positions.
 
 Shapes: b batch, s sequence, d channels of this rank, n state of a channel, w width of the convolution.
 """
@@ -15,10 +15,14 @@ from torch import Tensor
 def causal_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, starts: Tensor | None = None
 ) -> Tensor:
-    """y[t] = sum over i of weight[w - 1 - i] x[t - i] + bias, channel by channel.
+    """y[t] = sum over i of weight[w - 1 - i] x[t - i] + bias, for each channel. Returns [b, s, d].
 
-    x [b, s, d], weight [d, w], bias [d], before [b, w - 1, d]: what came earlier, zeros at the start. starts [b, s]:
-    the first position that each one sees. Returns [b, s, d].
+    Args:
+        x: [b, s, d].
+        weight: [d, w].
+        bias: [d].
+        before: earlier inputs [b, w - 1, d]; zeros at the start.
+        starts: first position that each position sees [b, s].
     """
     width, length = weight.shape[1], x.shape[1]
     padded = torch.cat((before.to(x.dtype), x), dim=1)  # [b, w - 1 + s, d]
@@ -37,8 +41,9 @@ def causal_convolution(
 def linear_scan(keep: Tensor, add: Tensor) -> Tensor:
     """h[t] = keep[t] h[t - 1] + add[t] along dimension 1, from h = 0: [b, s, ...] -> [b, s, ...].
 
-    By doubling (Hillis and Steele 1986): after i rounds every position has gathered the last 2^i. With keep in [0, 1]
-    nothing can grow on the way.
+    By doubling (Hillis and Steele 1986): after i rounds every position has the sum of the last 2^i. With keep in [0, 1]
+    no
+    intermediate value can grow.
     """
     length, distance = add.shape[1], 1
     while distance < length:
@@ -68,9 +73,18 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """The state space of each channel, in fp32: h[t] = exp(step rate) h[t - 1] + step into x; y = out h + skip x.
 
-    x, step [b, s, d]; rate (A) [d, n]; into, out (B, C) [b, s, n]; skip (D) [d]. state [b, d, n]: h before the first
-    position. resets [b, s]: where h starts from nothing. valid [b, s]: which positions exist; the others leave h alone.
     Returns y [b, s, d] and the last h [b, d, n].
+
+    Args:
+        x: [b, s, d].
+        step: [b, s, d].
+        rate: A [d, n].
+        into: B [b, s, n].
+        out: C [b, s, n].
+        skip: D [d].
+        state: h before the first position [b, d, n].
+        resets: positions at which h starts from zero [b, s].
+        valid: valid positions [b, s]; the others do not change h.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     x, step, into, out = (value.to(wide) for value in (x, step, into, out))

@@ -1,10 +1,10 @@
-"""Products, attention and MLP by NVIDIA's Transformer Engine, over parameters that our layers hold.
+"""Products, attention and MLP of NVIDIA's Transformer Engine, with parameters of our layers.
 
-A layer of the package keeps parameters of its own; here it is made without memory and given ours, so that names,
-shapes, checkpoints and the cut over ranks are those of every other model. What it keeps beside them, the largest
-absolute values that FP8 is scaled by, starts anew with the process.
+A layer of the package has parameters of its own; here it is built on the meta device and gets ours, so that names,
+shapes, checkpoints and sharding are those of every other model. Its further state, the largest absolute values for FP8
+scaling, is new in each process.
 
-FP8 (arXiv:2209.05433) is active in `fp8_autocast`; outside of it the same layers compute in their parameters' type.
+FP8 (arXiv:2209.05433) is active in `fp8_autocast`; elsewhere the layers compute in the type of their parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WITHOUT_MEMORY = "meta"
 
 
 def linear_of(weight: Parameter, bias: Parameter | None) -> BoundLinear:
-    """The product of the layer that holds this weight [out, in] and bias [out]."""
+    """Returns the product of the layer with this weight [out, in] and bias [out]."""
     out_features, in_features = weight.shape
     inner = te.Linear(
         in_features, out_features, bias=bias is not None, params_dtype=weight.dtype, device=WITHOUT_MEMORY
@@ -40,11 +40,12 @@ def linear_of(weight: Parameter, bias: Parameter | None) -> BoundLinear:
 
 
 class Attention:
-    """The attention core of one block. usual: the core for what the package's kernel is not asked to do here:
-    documents kept apart, layouts of blocks, positions added to scores, keys of earlier calls.
-    """
+    """The attention core of one block."""
 
     def __init__(self, usual: AttentionKernel) -> None:
+        """Creates the core. usual: core for what the package does not support: documents, layouts, biases, cached
+        keys.
+        """
         self._usual = usual
         self._cores: dict[tuple[int, int, int, float], Any] = {}
 
@@ -81,8 +82,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class NormMLPWeights:
-    """What a norm and an MLP hold: [h], [w/t, h], [h, w/t] and their biases; norm_bias None means a root mean square
-    norm, and the MLP has both biases or none.
+    """Parameters of a norm and an MLP: [h], [w/t, h], [h, w/t] and their biases.
+
+    norm_bias is None for a root mean square norm; the MLP has both biases or none.
     """
 
     norm: Parameter
@@ -93,7 +95,7 @@ class NormMLPWeights:
     second_bias: Parameter | None
 
     def named(self) -> dict[str, Parameter]:
-        """By the package's names; without those that are not there."""
+        """Returns the parameters that exist, by the package's names."""
         names = {
             "layer_norm_weight": self.norm,
             "layer_norm_bias": self.norm_bias,
@@ -114,9 +116,16 @@ def norm_mlp_of(
     group: ProcessGroup | None,
     sequence_parallel: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """mlp(norm(x)) in one layer, [s, b, h] -> [s, b, h] ([s/t, b, h] with sequence parallelism), summed over the ranks.
+    """mlp(norm(x)) in one layer, [s, b, h] -> [s, b, h] ([s/t, b, h] with sequence parallelism), summed over the
+    ranks.
 
-    activation: by the package's name. ranks: the tensor-parallel degree t. group: those ranks.
+    Args:
+        weights: parameters of the norm and the MLP.
+        epsilon: epsilon of the norm.
+        activation: activation by the package's name.
+        ranks: tensor-parallel degree t.
+        group: tensor-parallel ranks.
+        sequence_parallel: true if the sequence is sharded outside.
     """
     inner = te.LayerNormMLP(
         weights.norm.shape[0],
@@ -150,11 +159,14 @@ def fp8_autocast(
     margin: int,
     group: ProcessGroup | None,
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes regions whose products and attention are in FP8, scaled by the values of earlier steps.
+    """Returns a context in which products and attention are in FP8, scaled by the values of earlier steps.
 
-    hybrid: e5m2 for gradients, else e4m3 for all. history [steps], algorithm ("max" or "most_recent") and margin
-    [bits]: how the scale follows from the largest absolute values. group: ranks that share their largest values; None
-    keeps them to each rank.
+    Args:
+        hybrid: e5m2 for gradients, else e4m3 for all.
+        history: steps of largest absolute values.
+        algorithm: "max" or "most_recent" of these values.
+        margin: margin of the scale [bits].
+        group: ranks that share their largest values; None does not share them.
     """
     recipe = DelayedScaling(
         margin=margin,

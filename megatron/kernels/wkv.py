@@ -1,11 +1,12 @@
-"""The plain twin of RWKV-6's kernel: linear attention whose memory fades at a rate of each channel and position.
+"""Reference implementation of RWKV-6's kernel: linear attention whose state decays by channel and position.
 
 For every head, with receptance r, key k, value v, decay w in (0, 1) and bonus u (arXiv:2404.05892, equation 17):
 
     y[t] = r[t] (S[t - 1] + (u k[t]) v[t]ᵀ)        S[t] = diag(w[t]) S[t - 1] + k[t] v[t]ᵀ
 
-Chunks of positions are worked on at once. Inside a chunk position j reaches t through the product of the decays between
-them, taken as the exponential of a difference of sums of logarithms, which is never positive; between chunks goes S.
+Chunks of positions are computed at once. Inside a chunk position j contributes to t through the product of the decays
+between them, computed as the exponential of a difference of sums of logarithms, which is never positive; S connects
+chunks.
 
 Shapes: b batch, s sequence, n heads of this rank, d head dim, c positions of a chunk.
 """
@@ -29,7 +30,14 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:
     """r, k, v, log_decay [b, s, n, d], bonus [n, d] -> y [b, s, n, d] and the last S [b, n, d, d], all in fp32.
 
-    state: S before the first position. starts [b, s]: the first position that each one sees.
+    Args:
+        r: receptance.
+        k: key.
+        v: value.
+        log_decay: logarithm of the decay.
+        bonus: u.
+        state: S before the first position.
+        starts: first position that each position sees [b, s].
     """
     wide = torch.promote_types(r.dtype, torch.float32)
     r, k, v, log_decay = (value.to(wide) for value in (r, k, v, log_decay))
@@ -47,10 +55,10 @@ def wkv(
 def _chunk(
     r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One chunk; starts count from its first position, negative where a document began earlier."""
+    """Computes one chunk; starts count from its first position, negative if a document began earlier."""
     length = r.shape[1]
     sums = log_decay.cumsum(1)  # [b, c, n, d]
-    before = sums - log_decay  # what has faded when position t reads
+    before = sums - log_decay  # decay up to position t
     at = torch.arange(length, device=r.device)
     past = (at[None, :] < at[:, None])[None]  # [1, t, j]
     if starts is not None:
@@ -61,7 +69,7 @@ def _chunk(
     now = (r * bonus * k).sum(-1, keepdim=True)  # [b, t, n, 1]
     y = torch.einsum("btjn,bjnd->btnd", scores, v) + now * v
     carried = before.exp()
-    ends = sums[:, -1:] - sums  # what fades from position j to the end of the chunk
+    ends = sums[:, -1:] - sums  # decay from position j to the end of the chunk
     left = ends.exp()
     decay = sums[:, -1].exp()  # [b, n, d]
     if starts is not None:

@@ -1,7 +1,10 @@
 """One transformer block: attention and MLP around the residual stream.
 
-Sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x)). Parallel residual (`gpt_j_residual`, GPT-J):
-x = x + attention(norm1(x)) + mlp(norm2(x)), where `gpt_j_tied` uses one norm for both.
+- sequential residual: x = x + attention(norm(x)); x = x + mlp(norm(x))
+- parallel residual (`gpt_j_residual`, GPT-J): x = x + attention(norm1(x)) + mlp(norm2(x)); `gpt_j_tied` uses one norm
+- dropout on both terms
+- sequence parallelism, KV cache, document masks
+- optionally Transformer Engine's fused norm and MLP, and FP8 autocast
 
 Shapes: s sequence, b micro batch, h hidden. With sequence parallelism the residual stream is [s/t, b, h].
 """
@@ -23,21 +26,21 @@ from megatron.model.kv_cache import KVCache
 
 
 class Block(nn.Module):
-    """A layer of the plan between the embedding and the final norm: [s, b, h] -> [s, b, h].
+    """Base class of the layers between the embedding and the final norm: [s, b, h] -> [s, b, h].
 
-    axis: the tensor-parallel ranks, which may each hold a part of the sequence here. zero3_gather_together: parts read
-    each other's parameters, so ZeRO 3 must gather those of the block together.
+    zero3_gather_together: true if submodules read each other's parameters, so that ZeRO 3 must gather them together.
     """
 
     zero3_gather_together = False
 
     def __init__(self, spec: BlockSpec, axis: Axis) -> None:
+        """Sets up dropout. axis: tensor-parallel ranks, over which the sequence may be sharded."""
         super().__init__()
         self.dropout = spec.hidden_dropout
         self.draws = spec.random.fork if axis.sequence_parallel and self.dropout > 0 else nullcontext
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on what is added to the residual stream."""
+        """Applies dropout to a term of the residual stream."""
         if self.dropout == 0 or not self.training:
             return x
         with self.draws():
@@ -45,10 +48,9 @@ class Block(nn.Module):
 
 
 class TransformerBlock(Block):
-    """Attention and MLP. Block ``number`` (from 0); its layer index in the plan is number + 2.
+    """Attention and MLP. Block ``number`` (from 0) is layer number + 2 of the model.
 
-    fused_norm_mlp: where set, computes the MLP of a normed input in one go. region: what a training step is computed
-    within.
+    fused_norm_mlp: computes norm and MLP in one layer, if set. autocast: context of the forward pass in training.
     """
 
     fused_norm_mlp: Callable[[Tensor], Tensor] | None = None
@@ -68,7 +70,7 @@ class TransformerBlock(Block):
         self.to(spec.dtype)
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h]. document_starts [b, s]: where the document of each token starts."""
+        """[s, b, h] -> [s, b, h]. document_starts [b, s]: start of the document of each token."""
         run = self._parallel if self.parallel else self._sequential
         with self.autocast() if self.training else nullcontext():
             return run(hidden, cache, document_starts)
@@ -84,9 +86,9 @@ class TransformerBlock(Block):
         if self.fused_norm_mlp is not None:
             return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.fused_norm_mlp(hidden))
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
-        if self.dropout > 0:  # the two terms are dropped separately, so each must be whole
+        if self.dropout > 0:  # the two terms have separate dropout masks, so each must be reduced
             return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.partial(second)
-        total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one sum over ranks for both
+        total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one all-reduce for both
         return hidden + self.mlp.add_bias(total)

@@ -1,4 +1,4 @@
-"""What every block of one model is made of, decided once from the configuration."""
+"""The choices and numbers that all blocks of a model share, resolved once from the configuration."""
 
 from __future__ import annotations
 
@@ -21,39 +21,48 @@ from megatron.param_table import ModelDims, Multipliers
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The choices and numbers that blocks share.
-
-    norm: makes a norm of the hidden size. norm_of: makes one of any width, for whole sequences. positions: turns
-    queries and keys, or None. activation: of the MLP. attention, mlp: the class of each block. patterns: for each
-    block, numbers of heads -> what it hides from them besides what is later. relative: positions that are added to
-    scores, a module (distances, device) -> [n/t, distances] that all blocks share, or None. head_norm: makes a norm
-    of queries or keys, or None. fill and output_fill: initial values of matrices, and of those that add to the
-    residual. Dropout is a probability. random: the generator for draws on tensors cut over ranks. context: the ranks
-    that share a sequence. reset_attention, reset_positions: at each document of a sequence. mixture: the `MoEConfig` of
-    blocks with experts, in a model that has any. multipliers: the factors of muP. updates: target of `lora` -> the
-    low-rank update of such matrices.
-    """
+    """The choices and numbers that blocks share."""
 
     dims: ModelDims
     norm: Callable[[], nn.Module]
+    """Builds a norm of the hidden size."""
     norm_of: Callable[[int], nn.Module]
+    """Builds a norm of any width, for full sequences."""
     positions: AttentionPositions | None
+    """Applies positions to queries and keys, or None."""
     activation: Callable[[Tensor], Tensor]
+    """Activation of the MLP."""
     attention: tuple[Callable[..., nn.Module], ...]
+    """Class of the attention or mixer of each block."""
     mlp: tuple[Callable[..., nn.Module], ...]
+    """Class of the MLP of each block."""
     patterns: tuple[Callable[[range], MaskPattern | None], ...]
+    """For each block, heads -> the mask pattern besides the causal mask, or None."""
     relative_positions: nn.Module | None
+    """Module (distances, device) -> [n/t, distances], added to scores and shared by all blocks, or None."""
     head_norm: Callable[[], nn.Module] | None
+    """Builds a norm of queries or keys, or None."""
     init_fn: InitFn
+    """Initial values of matrices."""
     output_init_fn: InitFn
+    """Initial values of matrices whose output is added to the residual stream."""
     kernels: Kernels
     hidden_dropout: float = 0.0
+    """[probability]."""
     attention_dropout: float = 0.0
+    """[probability]."""
     random: TensorParallelRNG = field(default_factory=lambda: TensorParallelRNG(0, 0))
+    """Generator for random numbers on sharded tensors."""
     dtype: torch.dtype = torch.float32
     reset_attention: bool = False
+    """Tokens attend to their own document only."""
     reset_positions: bool = False
+    """Positions start again with each document."""
     context: Axis = field(default_factory=lambda: Axis("context"))
+    """Ranks that share a sequence."""
     moe_config: Any = None
+    """The `MoEConfig` of blocks with experts, if there are any."""
     multipliers: Multipliers = field(default_factory=Multipliers)
+    """Factors of muP."""
     lora_specs: Mapping[str, LoraSpec] = field(default_factory=dict)
+    """Target of `lora` -> adapter of such matrices."""

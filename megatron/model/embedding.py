@@ -1,4 +1,4 @@
-"""Layer 0: tokens become vectors, with positions added where the scheme adds them here.
+"""Layer 0: word embeddings, and positions that are added to them.
 
 Shapes: b micro batch, s sequence, h hidden, v padded vocabulary, t tensor-parallel degree.
 """
@@ -29,10 +29,9 @@ class EmbeddingLayer(nn.Module):
         """Builds the layer with its initial values.
 
         Args:
-            spec: of the model.
-            blocks: what the blocks share; its initial values and dropout hold here too.
-            as_output_copy: builds a copy that only serves as the output layer of a pipeline's last stage, without
-                positions.
+            spec: spec of the model.
+            blocks: spec of the blocks; its initial values and dropout apply here too.
+            as_output_copy: builds a copy without positions, which is the output layer of a pipeline's last stage.
         """
         super().__init__()
         source = spec.param_factory(0)
@@ -65,7 +64,7 @@ class EmbeddingLayer(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """Token ids [b, s] -> hidden [s, b, h], or [s/t, b, h] with sequence parallelism.
 
-        document_starts [b, s]: where the document of each token starts.
+        document_starts [b, s]: start of the document of each token.
         """
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
         length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
@@ -86,12 +85,12 @@ class EmbeddingLayer(nn.Module):
             return F.dropout(hidden, self.dropout)
 
     def _first(self, length: int, cache: KVCache | None) -> int:
-        """The position of the first vector on this rank, of `length` tokens that this rank has been given."""
+        """Returns the position of the first vector on this rank, which has `length` tokens."""
         first = self.context.rank * length if cache is None else cache.length
         return first + (self.axis.rank * length // self.axis.size if self.axis.sequence_parallel else 0)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""
+        """Computes the tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""
         if self.output_multiplier != 1.0:
             hidden = hidden * self.output_multiplier
         return self.word_embeddings(hidden, as_output_layer=True)

@@ -1,4 +1,4 @@
-"""The layers after the blocks: the final norm and the output layer, and the empty layers that keep the numbering.
+"""The layers after the blocks: final norm and output layer, and the identity layers of the public numbering.
 
 Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, t tensor-parallel degree.
 """
@@ -20,7 +20,7 @@ from megatron.model.model_spec import ModelSpec
 
 
 class Identity(nn.Module):
-    """Layers 1 and L+2 of the public layout: no parameters, passes the carry on."""
+    """Layers 1 and L+2 of the public layout: no parameters, returns its input."""
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the same."""
@@ -62,11 +62,11 @@ class Head(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Layer L+4 that shares the word embedding's matrix and owns no parameter."""
+    """Layer L+4 that shares the word embedding's matrix and has no parameter."""
 
     def __init__(self, embedding: EmbeddingLayer) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that the parameter keeps its one name in layer 0
+        self._embedding = (embedding,)  # in a tuple, so that the parameter is registered in layer 0 only
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t]."""

@@ -1,8 +1,8 @@
-"""How weight matrices start: one function for each initialisation a configuration can name.
+"""Initial values of weight matrices: one function for each initialization a configuration can name.
 
-Each function takes the run's numbers and returns a Fill, which draws a full matrix [out, in] in place.
-L is the number of blocks, h the hidden size, std the deviation `init_method_std`. With muP h is that of the base model,
-and `rescaling` makes of what is drawn what a wider model than the base starts from.
+Each function takes the run's numbers and returns an InitFn, which initializes a full matrix [out, in] in place. L is
+the number of blocks, h the hidden size, std `init_method_std`. With muP h is that of the base model, and `rescaling`
+scales the values for a model wider than the base.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from megatron.param_table import WidthRatio
 
 @dataclass(frozen=True)
 class ShapedInit:
-    """A Fill whose deviation depends on the shape. deviation: maps [out, in] to it, up to a constant factor."""
+    """An InitFn whose standard deviation depends on the shape."""
 
     draw: InitFn
     std_of: Callable[[Sequence[float]], float]
+    """[out, in] -> standard deviation, up to a constant factor."""
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
         self.draw(tensor, generator)
@@ -37,27 +38,27 @@ def _normal(std: float) -> InitFn:
 
 
 def normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation std (GPT-2)."""
+    """Normal with standard deviation std (GPT-2)."""
     return _normal(std)
 
 
 def scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation std / sqrt(2 L): each block adds twice to the residual (GPT-2, section 2.3)."""
+    """Normal with standard deviation std / sqrt(2 L): each block adds twice to the residual (GPT-2, section 2.3)."""
     return _normal(std / math.sqrt(2 * num_layers))
 
 
 def single_residual_scaled_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation std / sqrt(L), for parallel residual blocks, which add once."""
+    """Normal with standard deviation std / sqrt(L), for parallel residual blocks, which add once."""
     return _normal(std / math.sqrt(num_layers))
 
 
 def small_init(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation sqrt(2 / (5 h)) (arXiv:1910.05895, section 2.2)."""
+    """Normal with standard deviation sqrt(2 / (5 h)) (arXiv:1910.05895, section 2.2)."""
     return _normal(math.sqrt(2 / (5 * hidden_size)))
 
 
 def wang_init(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation 2 / (L sqrt(h)) (GPT-J)."""
+    """Normal with standard deviation 2 / (L sqrt(h)) (GPT-J)."""
     return _normal(2 / (num_layers * math.sqrt(hidden_size)))
 
 
@@ -71,7 +72,7 @@ def xavier_uniform(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
 
 
 def xavier_normal(*, std: float, num_layers: int, hidden_size: int) -> InitFn:
-    """Normal with deviation sqrt(2 / (in + out)) (Glorot and Bengio, 2010)."""
+    """Normal with standard deviation sqrt(2 / (in + out)) (Glorot and Bengio, 2010)."""
 
     def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.xavier_normal_(tensor, generator=generator)
@@ -101,9 +102,9 @@ def scaled_orthogonal(*, std: float, num_layers: int, hidden_size: int) -> InitF
 
 
 def rescaling(width_ratios: Mapping[str, WidthRatio], factor: float) -> Rescale:
-    """Initial values under muP: the deviation that the tensor has in the base model, over sqrt(width) for a matrix.
+    """Returns initial values under muP: the standard deviation of the base model, over sqrt(width) for a matrix.
 
-    width_ratios: by key. factor: of all of them.
+    width_ratios: by key. factor: multiplies all initial values.
     """
 
     def rescale(key: str, init_fn: InitFn, transposed: bool) -> InitFn:

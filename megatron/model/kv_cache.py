@@ -1,11 +1,11 @@
-"""The cache of generation: memory taken once, filled position by position.
+"""Preallocated KV cache.
 
-Every row of a batch is a text of its own length. New positions of a row are stored behind the ones it has, so texts of
-different lengths grow side by side without padding between their tokens. What is behind a row's length is left over
-from padded prompts or from earlier texts; no query may see it.
+Every row of a batch is a sequence of its own length. New positions of a row are stored after its last one, so sequences
+of different lengths grow without padding between their tokens. Values after a row's length are left over from padded
+prompts or from earlier sequences; no query may see them.
 
-Blocks without attention keep a state of a fixed size for each row instead, which every position changes. So they must
-be told which of the next positions exist (``expect``), and cannot take any back.
+Blocks without attention have a state of fixed size for each row instead, which every position changes. So they need the
+number of valid new positions (``set_valid_lengths``), and cannot discard any afterwards.
 
 Shapes: b batch, m key/value heads of all ranks, t tensor-parallel degree, s new positions, d head dim.
 """
@@ -23,36 +23,29 @@ from megatron.kernels.decode_attention import Table, choose_decode_attention, na
 
 @dataclass(frozen=True)
 class CacheSlots:
-    """Where s new positions of every row go.
-
-    end: positions that the longest row has afterwards [tokens]. positions: the new ones, [b, s], and mask: which keys a
-    query sees, bool [b, 1, s, end], where the rows are of different lengths. Both are None where they are equally long,
-    so that the queries are the last positions of all rows. ends: positions that each row has afterwards, int64 [b].
-    """
+    """Slots of s new positions of every row."""
 
     end: int
+    """Positions of the longest row afterwards [tokens]."""
     positions: Tensor | None = None
+    """New positions, [b, s]; None if all rows have the same length."""
     mask: Tensor | None = None
+    """Keys that a query sees, bool [b, 1, s, end]; None if all rows have the same length."""
     ends: Tensor | None = None
+    """Positions of each row afterwards, int64 [b]."""
 
 
 def cache_dtype(model: torch.dtype, device: torch.device, head_dim: int) -> torch.dtype:
-    """The best type of a cache for a model of that type: torch's attention to one query is fastest in fp32 on a CPU."""
+    """Returns the best type of the cache for a model of that type: decode attention of torch is fastest in fp32 on a
+    CPU.
+    """
     if device.type != "cpu" or native_attention_unavailable(device, model, head_dim) is None:
         return model
     return torch.float32
 
 
 class KVCache:
-    """Keys and values of every position that the model has already seen.
-
-    dtype: of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
-    num_layers: blocks this process runs. first_layer: number of the first of them (in a pipeline, blocks of earlier
-    stages come before). kv_heads: heads on this rank, m/t. max_length: positions there is room for [tokens].
-    one_query: attention of one new position a row, where there is a kernel for that.
-    states: number of a block -> name -> shape of what it keeps of a row, for blocks without attention. prompt:
-    positions that a learned prompt takes before the tokens of every row; lengths and max_length count them.
-    """
+    """Keys and values of every position so far."""
 
     def __init__(
         self,
@@ -68,12 +61,26 @@ class KVCache:
         states: Mapping[int, Mapping[str, tuple[int, ...]]] | None = None,
         prompt: int = 0,
     ) -> None:
+        """Allocates the memory.
+
+        Args:
+            num_layers: blocks with attention in this process.
+            batch: rows.
+            kv_heads: heads on this rank, m/t.
+            max_length: capacity of a row [tokens].
+            head_dim: d.
+            dtype: type of the memory, which may be a higher precision than the model's; see ``cache_dtype``.
+            device: device of the memory.
+            first_layer: number of the first block in this process.
+            states: block -> name -> shape of the state of a row, for blocks without attention.
+            prompt: positions of a soft prompt before the tokens of every row; lengths and max_length count them.
+        """
         shape = (num_layers, 2, batch, kv_heads, max_length, head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self.decode_kernel = choose_decode_attention(self.memory.device, dtype, head_dim)
         self.first_layer = first_layer
         self.prompt = prompt
-        self.lengths = [0] * batch  # positions filled, of each row [tokens]
+        self.lengths = [0] * batch  # length of each row [tokens]
         self._slots: tuple[int, CacheSlots] | None = None
         self._valid_lengths: list[int] | None = None
         self._states = {
@@ -84,21 +91,21 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        """Rows there is room for."""
+        """Number of rows."""
         return self.memory.shape[2]
 
     @property
     def max_length(self) -> int:
-        """Positions there is room for [tokens]."""
+        """Capacity of a row [tokens]."""
         return self.memory.shape[4]
 
     @property
     def length(self) -> int:
-        """Positions filled, of the longest row [tokens]."""
+        """Positions of the longest row [tokens]."""
         return max(self.lengths)
 
     def rows(self, first: int, count: int) -> KVCache:
-        """A cache that is these rows of this one: it shares the memory and starts with their lengths."""
+        """Returns a cache of these rows: it shares the memory and starts with their lengths."""
         part = object.__new__(KVCache)
         part.memory = self.memory[:, :, first : first + count]
         part.first_layer = self.first_layer
@@ -110,18 +117,18 @@ class KVCache:
         return part
 
     def set_valid_lengths(self, positions: Sequence[int]) -> None:
-        """How many of the next positions of each row exist; those behind them are padding. Until ``advance``."""
+        """Sets how many of the next positions of each row are valid; the others are padding. Until ``advance``."""
         self._valid_lengths = list(positions)
 
     def valid_mask(self, positions: int) -> Tensor | None:
-        """Which of that many next positions exist, bool [b, s]; None where all of them do."""
+        """Returns which of that many next positions are valid, bool [b, s]; None if all are."""
         if self._valid_lengths is None or min(self._valid_lengths) >= positions:
             return None
         coming = torch.tensor(self._valid_lengths, device=self.memory.device)
         return torch.arange(positions, device=self.memory.device) < coming[:, None]
 
     def state(self, block: int, name: str) -> Tensor:
-        """What a block keeps under a name, [b, ...]: zeros for rows that hold nothing yet. Written in place."""
+        """Returns a block's state by name, [b, ...]: zeros for empty rows. Written in place."""
         state = self._states[block, name]
         empty = [row for row, length in enumerate(self.lengths) if length == 0]
         if empty:
@@ -129,7 +136,7 @@ class KVCache:
         return state
 
     def slots(self, positions: int) -> CacheSlots:
-        """Where that many new positions go; worked out once for all blocks. IndexError when they do not fit."""
+        """Returns the slots of that many new positions, computed once for all blocks. IndexError if they do not fit."""
         if self._slots is None or self._slots[0] != positions:
             self._slots = (positions, self._compute_slots(positions))
         return self._slots[1]
@@ -147,9 +154,10 @@ class KVCache:
         return CacheSlots(end, at, (torch.arange(end, device=device) <= at[:, :, None])[:, None], ends)
 
     def update(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [b, m/t, s, d] of the next s positions of a block; returns all of its positions so far.
+        """Stores keys and values [b, m/t, s, d] of the next s positions of a block; returns all of its positions so
+        far.
 
-        The lengths stay as they are until ``advance``, so that every block stores at the same place.
+        The lengths change at ``advance`` only, so that every block uses the same slots.
         """
         slots = self.slots(keys.shape[2])
         stored = self.memory[block - self.first_layer]  # [2, b, m/t, max, d]
@@ -163,9 +171,16 @@ class KVCache:
         return stored[0, :, :, : slots.end], stored[1, :, :, : slots.end]  # [b, m/t, end, d]
 
     def attend_decode(self, block: int, q: Tensor, k: Tensor, v: Tensor, table: Table | None) -> Tensor:
-        """Stores one new position of every row and attends to it and all before it, with ``one_query``.
+        """Stores one new position of every row and attends to it and all before it, with ``decode_kernel``.
 
-        q [b, n/t, d], k and v [b, m/t, d]; table: of the angles that turn q and k, or None. Returns [b, n/t, d].
+        Returns [b, n/t, d].
+
+        Args:
+            block: number of the block.
+            q: queries [b, n/t, d].
+            k: keys [b, m/t, d].
+            v: values [b, m/t, d].
+            table: cosines and sines for q and k, or None.
         """
         ends = self.slots(1).ends
         assert self.decode_kernel is not None and ends is not None, "the caller asks for one_query first"
@@ -173,23 +188,23 @@ class KVCache:
         return self.decode_kernel(q, k, v, keys, values, ends, table)
 
     def advance(self, positions: int) -> None:
-        """All blocks have stored these positions."""
+        """Counts these positions, which all blocks have stored."""
         self._valid_lengths = None
         self.set_lengths([length + positions for length in self.lengths])
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many positions of each row count: fewer than are stored where the last ones were padding."""
+        """Sets the length of each row; smaller than what is stored if the last positions were padding."""
         self.lengths = list(lengths)
         self._slots = None
 
     def clear(self, row: int) -> None:
-        """Forgets a row's numbers too: a mask gives what is behind a text no weight, but 0 times NaN is NaN."""
+        """Empties a row and zeroes its memory: a mask gives old values no weight, but 0 times NaN is NaN."""
         self.memory[:, :, row] = 0
         for state in self._states.values():
             state[row] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row over another one."""
+        """Copies a row over another one."""
         length = self.lengths[source]
         self.memory[:, :, target, :, :length] = self.memory[:, :, source, :, :length]
         for state in self._states.values():
@@ -198,5 +213,5 @@ class KVCache:
         self._slots = None
 
     def reset(self) -> None:
-        """Forget everything; the memory is kept for the next prompts."""
+        """Empties all rows; the memory is reused."""
         self.set_lengths([0] * self.batch)

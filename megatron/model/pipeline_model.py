@@ -1,7 +1,7 @@
-"""The same plan as a DeepSpeed PipelineModule: each stage builds its own layers and no others.
+"""The model as a DeepSpeed PipelineModule: each stage builds its own layers and no others.
 
 DeepSpeed reads the names of the layer classes (`type:transformer` partitions by them). A tied output layer is a second
-copy of the word embedding on the last stage; DeepSpeed adds up the gradients of the two.
+copy of the word embedding on the last stage; DeepSpeed sums the gradients of the two.
 
 s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 """
@@ -30,21 +30,17 @@ from megatron.model.recompute import Recompute, run_layers
 from megatron.param_table import FIRST_BLOCK, key_in_table
 
 TIED = "embedding"
-"""The name under which DeepSpeed keeps the module that both pipeline ends share."""
+"""Name in DeepSpeed of the module that both pipeline ends share."""
 
 RELATIVE = "relative_positions"
-"""The same for the positions that all blocks add to scores, where these are learned."""
+"""Name in DeepSpeed of learned relative positions, which all blocks share."""
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Carry = Tensor | tuple[Tensor, Tensor]
 
 
 class PipelinedModel(PipelineModule):
-    """One stage of the model.
-
-    partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
-    loss: (logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens []) -> scalar, called on the last stage.
-    """
+    """One pipeline stage of the model."""
 
     def __init__(
         self,
@@ -55,6 +51,15 @@ class PipelinedModel(PipelineModule):
         loss: Loss,
         recompute: Recompute | None = None,
     ) -> None:
+        """Builds the layers of this stage.
+
+        Args:
+            layer_specs: layers of the full model.
+            topology: layout of the ranks.
+            partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
+            loss: (logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens []) -> scalar, called on the last stage.
+            recompute: recomputation of blocks, or None.
+        """
         grid = PipeModelDataParallelTopology(
             num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
         )
@@ -70,9 +75,9 @@ class PipelinedModel(PipelineModule):
         self.recompute = recompute
 
     def forward(self, forward_input: Carry) -> Carry:
-        """This stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
+        """Runs this stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
 
-        Where documents are kept apart, the places where they start [b, s] go from stage to stage beside it.
+        With document masks the starts of documents [b, s] are passed from stage to stage beside it.
         """
         if isinstance(forward_input, Tensor):
             return _differentiable(run_layers(self.forward_funcs, forward_input, None, self.recompute))
@@ -81,7 +86,7 @@ class PipelinedModel(PipelineModule):
         return carry if self._local_stop == self._num_layers else (carry, document_starts)
 
     def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
-        """DeepSpeed asks this which layers are its own; block i is layer i + 2."""
+        """Assigns layers to stages for DeepSpeed; block i is layer i + 2."""
         if isinstance(method, str):
             super()._partition_layers(method)
             return
@@ -91,14 +96,14 @@ class PipelinedModel(PipelineModule):
         self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """DeepSpeed asks this whose gradients it must add up; frozen weights have none."""
+        """Returns the weights whose gradients DeepSpeed sums over stages; frozen weights have none."""
         found = super().get_tied_weights_and_groups()
         return [(weight, group) for weight, group in found if weight.requires_grad]
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """DeepSpeed asks this what stages share: the tied embedding, and positions that all blocks learn together.
+        """Returns what stages share: the tied embedding, and learned relative positions.
 
-        RunError where the first stage has no block: it speaks for what stages share.
+        Raises RunError if the first stage has no block, since it counts and saves what stages share.
         """
         comms: dict[str, Any] = super()._index_tied_modules()
         if not self._relative or self._topo.get_dim("pipe") == 1:
@@ -122,7 +127,7 @@ class PipelinedModel(PipelineModule):
         return comms
 
     def keyed_parameters(self) -> dict[str, nn.Parameter]:
-        """Key ("<layer>.<name>") -> parameter of this stage; the copy of a tied embedding has the embedding's key."""
+        """Returns key ("<layer>.<name>") -> parameter; the copy of a tied embedding has the embedding's key."""
         moved = {f"tied_modules.{TIED}.": "0.", f"tied_modules.{RELATIVE}.": f"{FIRST_BLOCK}.attention.rpe."}
         keyed = {}
         for name, parameter in self.named_parameters():
@@ -134,25 +139,25 @@ class PipelinedModel(PipelineModule):
 
     @property
     def layer_range(self) -> range:
-        """The plan indices of this stage's layers."""
+        """Indices of this stage's layers in the model."""
         return range(self._local_start, self._local_stop)
 
 
 def _learned_relative(layer_specs: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
-    """The positions that all blocks learn together; in a tuple, since the module belongs to the blocks. () for none."""
+    """Returns learned relative positions, or (); in a tuple, since the module belongs to the blocks."""
     relative = {layer.arguments["spec"].relative_positions for layer in layer_specs if issubclass(layer.layer, Block)}
     return tuple(module for module in relative if module is not None and list(module.parameters()))
 
 
 def _differentiable(carry: Tensor) -> Tensor:
-    """What goes on to the next stage: DeepSpeed sends a gradient back through it, also to a stage that is frozen."""
+    """Makes the carry require a gradient: DeepSpeed sends one back through it, even to a frozen stage."""
     return carry if carry.requires_grad or not is_grad_enabled() else carry.requires_grad_()
 
 
 def _free_logits_after_loss(value: Tensor, logits: Tensor) -> Tensor:
-    """The loss, once the logits are given up: DeepSpeed holds on to those of several micro batches.
+    """Frees the logits after the loss, since DeepSpeed keeps those of several micro batches.
 
-    What the backward pass needs of them is kept by the graph of the loss.
+    The graph of the loss has what the backward pass needs.
     """
     if value.requires_grad:
         logits.data = logits.new_empty(0)
@@ -182,6 +187,6 @@ def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -
 def tied_output(
     embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None
 ) -> Tensor:
-    """Scores of a hidden state: [s, b, h] -> logits [s, b, v/t] with the word embedding's matrix."""
+    """Computes logits with the word embedding's matrix: [s, b, h] -> [s, b, v/t]."""
     assert isinstance(embedding, EmbeddingLayer)
     return embedding.logits(hidden)

@@ -1,12 +1,12 @@
-"""Activations that are computed again in the backward pass instead of being kept (arXiv:1604.06174).
+"""Activation recomputation in the backward pass (arXiv:1604.06174).
 
-Full recomputation keeps only the input of a group of blocks. By the method "uniform" every block belongs to a group of
-`layers` blocks; by "block" the first `layers` blocks of a stage are recomputed one by one and the others kept, to use
-up what memory there is. Selective recomputation (arXiv:2205.05198, section 5) repeats only the attention core, which
-holds most of the memory and little of the arithmetic.
+Full recomputation saves only the input of a group of blocks. By the method "uniform" every block belongs to a group of
+`layers` blocks; by "block" the first `layers` blocks of a stage are recomputed one by one and the others saved, to use
+the available memory. Selective recomputation (arXiv:2205.05198, section 5) repeats only the attention core, which has
+most of the memory and little of the arithmetic.
 
-The second computation must draw the same dropout masks. The functions that recompute restore torch's default
-generator; the generator for tensors cut over ranks is put back here.
+The second computation must draw the same dropout masks. The functions that recompute restore torch's default generator;
+the generator for sharded tensors is restored here.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from megatron.model.kv_cache import KVCache
 
 Layer = Callable[..., Tensor]
 Checkpoint = Callable[..., Tensor]
-"""checkpoint(function, input): calls the function, keeps its input only, and calls it again in the backward pass."""
+"""checkpoint(function, input): calls the function, saves only its input, and calls it again in the backward pass."""
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """How to recompute whole blocks.
-
-    checkpoint: torch's or DeepSpeed's function. layers: [blocks], see the top of the file.
-    """
+    """Settings of full recomputation."""
 
     checkpoint: Checkpoint
+    """Function of torch or DeepSpeed."""
     random: TensorParallelRNG
     layers: int = 1
+    """[blocks], see the top of the file."""
     method: Literal["uniform", "block"] = "uniform"
 
     def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[bool, Sequence[Layer]]]:
-        """(whether it is recomputed, the layers) for one group after another."""
+        """Yields (whether it is recomputed, the layers) of each group."""
         blocks = [index for index, layer in enumerate(layers) if isinstance(layer, Block)]
         first, end = (blocks[0], blocks[-1] + 1) if blocks else (len(layers), len(layers))
         yield False, layers[:first]
@@ -54,20 +53,22 @@ class Recompute:
         yield False, layers[end:]
 
     def run(self, layers: Sequence[Layer], carry: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """The layers one after another, remembered by their input only."""
+        """Runs the layers in order, saving only their input."""
 
         def forward(value: Tensor) -> Tensor:
             for layer in layers:
                 value = layer(value, None, document_starts)
             return value
 
-        if not carry.requires_grad:  # nothing before is trained, and DeepSpeed's function follows its input alone
+        if (
+            not carry.requires_grad
+        ):  # nothing before is trained, and DeepSpeed's function requires a gradient of its input
             carry = carry.detach().requires_grad_()
         return self.checkpoint(_SameRNGForward(forward, self.random), carry)
 
 
 class _SameRNGForward:
-    """A function whose second call starts from the random state of the first, and leaves the state alone."""
+    """A function whose second call starts from the random state of the first, and then restores the state."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], random: TensorParallelRNG) -> None:
         self._function = function
@@ -93,9 +94,14 @@ def run_layers(
     recompute: Recompute | None,
     document_starts: Tensor | None = None,
 ) -> Tensor:
-    """The layers of a model or of a stage, recomputed where that is wanted and there is a backward pass to come.
+    """Runs the layers of a model or a stage, with recomputation if it is set and there is a backward pass.
 
-    document_starts [b, s]: where the document of each token starts, for a model that keeps documents apart.
+    Args:
+        layers: layers in order.
+        carry: input of the first layer.
+        cache: cache of earlier tokens, or None.
+        recompute: settings of recomputation, or None.
+        document_starts: start of the document of each token [b, s], for document masks.
     """
     if recompute is None or cache is not None or not is_grad_enabled():
         for layer in layers:

@@ -15,7 +15,7 @@ from megatron.model.recompute import Recompute, run_layers
 
 
 class SequentialModel(nn.Module):
-    """The layers of a plan, one after another; parameter names are ``sequential.<layer index>.<name>``."""
+    """All layers in order; parameter names are ``sequential.<layer index>.<name>``."""
 
     def __init__(self, layer_specs: Sequence[LayerSpec], recompute: Recompute | None = None) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SequentialModel(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it.
 
-        document_starts [b, s]: where in the sequence the document of each token starts; not together with a cache.
+        document_starts [b, s]: start of the document of each token; not together with a cache.
         """
         carry = run_layers(list(self.sequential), tokens, cache, self.recompute, document_starts)  # [s, b, v/t]
         if cache is not None:

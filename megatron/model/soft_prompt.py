@@ -1,7 +1,7 @@
-"""A learned prompt: vectors that are before every text (arXiv:2104.08691, section 2).
+"""Soft prompt: learned vectors before every sequence (arXiv:2104.08691, section 2).
 
-The tokens of a sequence begin with a place for each vector; what is looked up there is replaced. So a prompt takes
-positions 0, 1, ... and everything behind the embedding sees a sequence of the usual length.
+The tokens of a sequence begin with a placeholder for each vector, whose embedding is replaced. So a prompt takes
+positions 0, 1, ... and the layers after the embedding see a sequence of the usual length.
 
 Shapes: n vectors of the prompt, s sequence, b micro batch, h hidden.
 """
@@ -17,7 +17,7 @@ from megatron.distributed.param_init import ParamFactory
 
 
 class SoftPromptEmbedding(nn.Module):
-    """Parameter ``weight`` [n, h], whole on every rank."""
+    """Parameter ``weight`` [n, h], replicated on every rank."""
 
     def __init__(self, spec: SoftPrompt, hidden_size: int, source: ParamFactory) -> None:
         super().__init__()
@@ -29,10 +29,9 @@ class SoftPromptEmbedding(nn.Module):
         mark_embedding_like(self.weight)
 
     def forward(self, hidden: Tensor, first: int) -> Tensor:
-        """Vectors [s, b, h] of positions first, first + 1, ...; those of the prompt's positions become its own.
+        """Replaces vectors [s, b, h] of positions first, first + 1, ... that belong to the prompt.
 
-        Ranks without any of these positions take part with none of the rows: their share of a gradient that is summed
-        over ranks is zero.
+        Ranks without any of these positions take part with no rows: their term of the gradient is zero.
         """
         count, length = self.weight.shape[0], hidden.shape[0]
         begin = min(first, count)

@@ -1,6 +1,6 @@
-"""Which parts of a block NVIDIA's Transformer Engine computes. The parameters stay where they are, under their names.
+"""Replaces parts of a block by NVIDIA's Transformer Engine. Parameters keep their modules and names.
 
-Each function here makes one part of a built block go through the package; the engine calls those that are asked for.
+Each function here makes one part of a built block use the package; the engine calls those that are requested.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron.registry import ACTIVATIONS
 
 Layer = ColumnParallelLinear | RowParallelLinear
 Recompute = Callable[..., Tensor] | None
-"""recompute(attention core, *inputs) repeats the core in the backward pass; None where it is kept."""
+"""recompute(attention core, *inputs) repeats the core in the backward pass; None if it is saved."""
 
 
 def _name_of(activation: Callable[[Tensor], Tensor]) -> str:
-    """The package's name of an activation."""
+    """Returns the package's name of an activation."""
     for entry in ACTIVATIONS:
         if entry.in_transformer_engine is not None and ACTIVATIONS.load(entry.name) is activation:
             return entry.in_transformer_engine
@@ -41,21 +41,23 @@ def _use_package_kernel(layers: Iterable[Layer], kind: type[Layer]) -> None:
     for layer in layers:
         if isinstance(layer, kind):
             alone = layer.axis.size == 1 or kind is ColumnParallelLinear
-            layer.kernel = linear_of(layer.weight, layer.bias if alone else None)  # else added after the sum over ranks
+            layer.kernel = linear_of(
+                layer.weight, layer.bias if alone else None
+            )  # otherwise added after the sum over ranks
 
 
 def columns(block: TransformerBlock, recompute: Recompute) -> None:
-    """The products of column-parallel layers."""
+    """Replaces the products of column-parallel layers."""
     _use_package_kernel(_layers(block), ColumnParallelLinear)
 
 
 def rows(block: TransformerBlock, recompute: Recompute) -> None:
-    """The products of row-parallel layers."""
+    """Replaces the products of row-parallel layers."""
     _use_package_kernel(_layers(block), RowParallelLinear)
 
 
 def attention(block: TransformerBlock, recompute: Recompute) -> None:
-    """The attention core, and the products before and after it."""
+    """Replaces the attention core, and the products before and after it."""
     for layer in (block.attention.query_key_value, block.attention.dense):
         _use_package_kernel([layer], type(layer))
     core = Attention(block.attention.attend)
@@ -63,7 +65,7 @@ def attention(block: TransformerBlock, recompute: Recompute) -> None:
 
 
 def fused_norm_mlp(block: TransformerBlock, recompute: Recompute) -> None:
-    """The norm before the MLP and the MLP, in one layer."""
+    """Replaces the norm before the MLP and the MLP by one layer."""
     norm: Any = block.post_attention_layernorm
     mlp = block.mlp
     weight = getattr(norm, "weight", None)

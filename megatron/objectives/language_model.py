@@ -1,4 +1,4 @@
-"""The language model objective: the mean cross entropy of the next token.
+"""Language model objective: mean cross entropy of the next token.
 
 Shapes: s sequence, b micro batch, v padded vocabulary, t tensor-parallel degree.
 """
@@ -24,11 +24,16 @@ class LanguageModel:
         tokens: Tensor,
         vocabulary: int | None = None,
     ) -> Tensor:
-        """The sum over the micro batch's unmasked tokens, divided by `tokens`: an fp32 scalar.
+        """Returns the sum over the micro batch's unmasked tokens, divided by `tokens`: an fp32 scalar.
 
-        logits [s, b, v/t], labels [b, s] token ids, loss_mask [b, s] with 1 where the token counts. axis: the
-        tensor-parallel axis; all of its ranks get the same loss. Where a gradient is needed the logits are
-        overwritten with it. tokens: the engine's count, one for all micro batches of a step
-        (engine/loss_normalization.py). vocabulary: the ids that exist [tokens]; logits past them have no probability.
+        If a gradient is needed, the logits are overwritten with it.
+
+        Args:
+            logits: [s, b, v/t].
+            labels: token ids [b, s].
+            loss_mask: 1 where the token counts [b, s].
+            axis: tensor-parallel ranks, which all get the same loss.
+            tokens: the engine's divisor, one for all micro batches of a step (engine/loss_normalization.py).
+            vocabulary: number of tokens; logits past them get no probability.
         """
         return weighted_cross_entropy(logits, labels.t(), loss_mask.t().float() / tokens, axis, vocabulary)

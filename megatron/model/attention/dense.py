@@ -1,13 +1,13 @@
-"""Causal self-attention with its heads cut over tensor-parallel ranks (arXiv:1909.08053, section 3).
+"""Causal self-attention with heads sharded over tensor-parallel ranks (arXiv:1909.08053, section 3).
 
-The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head where every query head has
-its own key/value head, and [all q | all k | all v] where query heads share them.
+The rows of the joint QKV matrix follow the public checkpoint layout: [q, k, v] head by head if every query head has its
+own key/value head, and [all q | all k | all v] if query heads share them.
 
 Besides the causal mask a block may hide keys (a sliding window, blocks of a sparse layout) and positions may be added
-to the scores; both are a View of the kernels.
+to the scores; both are an AttentionMask of the kernels.
 
-Context parallelism (arXiv:2309.14509): each of c ranks has its part of the sequence everywhere but in the attention
-core, before which ranks exchange parts of the sequence for heads, and after which they exchange them back.
+Context parallelism (arXiv:2309.14509): each of c ranks has a shard of the sequence outside the attention core; an
+all-to-all before the core exchanges sequence shards for heads, and another one after it exchanges them back.
 
 Shapes: s sequence on this rank, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t
 tensor-parallel and c context-parallel degree.
@@ -31,9 +31,9 @@ from megatron.model.positions.base import document_positions
 
 
 class ParallelSelfAttention(nn.Module):
-    """Attention of block ``number`` (from 0) to earlier positions.
+    """Causal attention of block ``number`` (from 0).
 
-    ValueError where the heads or the key/value heads do not divide by the tensor-parallel degree.
+    Raises ValueError if the heads or the key/value heads do not divide by the tensor-parallel degree.
     """
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
@@ -90,7 +90,7 @@ class ParallelSelfAttention(nn.Module):
 
     @staticmethod
     def core(spec: BlockSpec) -> AttentionKernel:
-        """The core that computes whole sequences."""
+        """Returns the core for full sequences."""
         return spec.kernels.attention
 
     def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class ParallelSelfAttention(nn.Module):
         return core.permute(2, 0, 1, 3).reshape(length, batch, self.heads * self.head_dim)  # [s, b, h/t]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
-        """Whole sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
+        """Attends over full sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
         if self.positions is not None:
             offset = self.context.rank * q.shape[2]
             at = document_positions(document_starts) if self.reset_positions else None
@@ -121,13 +121,13 @@ class ParallelSelfAttention(nn.Module):
         return all_to_all_heads_to_seq(core, self.context)  # [b, n/t, s, d]
 
     def _view(self, length: int, device: torch.device) -> AttentionMask | None:
-        """What is hidden and added in a sequence of that length, or None for nothing."""
+        """Returns the mask and biases for a sequence of that length, or None."""
         if self.pattern is None and self.rpe is None:
             return None
         return AttentionMask(self.pattern, None if self.rpe is None else self.rpe(length, device)[self.core_heads])
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        """New positions after those in the cache: shapes as in ``_attend``. The cache may be of a higher precision."""
+        """Attends from new positions to the cache: shapes as in ``_attend``. The cache may have a higher precision."""
         slots, dtype = cache.slots(q.shape[2]), q.dtype
         view = self._view(slots.end, q.device)
         if view is None and cache.decode_kernel is not None and q.shape[2] == 1 and dtype == cache.memory.dtype:
@@ -143,7 +143,7 @@ class ParallelSelfAttention(nn.Module):
                 seen = view.pattern.columns(slots.end - q.shape[2], slots.end, 0, q.device)
                 k, v, shown = k[:, :, seen], v[:, :, seen], shown[..., seen]
             return masked_attention(q.to(k.dtype), k, v, shown).to(dtype)
-        if slots.mask is not None:  # texts of different lengths
+        if slots.mask is not None:  # rows of different lengths
             return masked_attention(q.to(k.dtype), k, v, slots.mask).to(dtype)
         return self.attend(q.to(k.dtype), k, v, 0.0, None).to(dtype)
 
@@ -163,7 +163,7 @@ class ParallelSelfAttention(nn.Module):
 
 
 class FlashSelfAttention(ParallelSelfAttention):
-    """The same attention through the flash-attn package where it is installed and can, else as everywhere."""
+    """The same attention through the flash-attn package if it is installed and supports the case."""
 
     @staticmethod
     def core(spec: BlockSpec) -> AttentionKernel:
@@ -171,7 +171,7 @@ class FlashSelfAttention(ParallelSelfAttention):
 
 
 def _visible_mask(view: AttentionMask, slots: CacheSlots, length: int, device: torch.device) -> Tensor:
-    """What the queries of cached texts see, for ``masked_attention``: [b or 1, n or 1, s, end]."""
+    """Returns the mask of cached rows for ``masked_attention``: [b or 1, n or 1, s, end]."""
     keys = torch.arange(slots.end, device=device)
     queries = keys[None, slots.end - length :] if slots.positions is None else slots.positions  # [b or 1, s]
     queries, keys = queries[:, None, :, None], keys[None, None, None]

@@ -1,1 +1,1 @@
-"""Blocks that mix tokens by other means than attention: one file a kind."""
+"""Blocks with token mixers other than attention, one file a kind."""

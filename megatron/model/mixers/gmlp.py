@@ -1,11 +1,11 @@
 """The gMLP block and the aMLP block (arXiv:2105.08050): x + output(unit(activation(input(norm(x))))).
 
-The unit halves its input. One half is normed, mixed over the positions of the sequence by a learned matrix that no
-later position enters, and multiplies the other half. An aMLP adds a small attention of one head, on the normed input of
-the block, to what multiplies (section 4.3).
+The unit splits its input in two. One half is normalized, mixed over the positions of the sequence by a causal learned
+matrix, and multiplies the other half. An aMLP adds a small attention of one head, on the normalized input of the block,
+to the multiplier (section 4.3).
 
-Features are cut over tensor-parallel ranks, positions are not: every rank mixes its features with the same matrix. The
-norm sees all features of the half, so these are gathered for it.
+Features are sharded over tensor-parallel ranks, positions are not: every rank mixes its features with the same matrix.
+The norm needs all features of the half, so these are gathered for it.
 
 Shapes: s sequence, b micro batch, h hidden, f features of a half, p positions of the matrix, a width of the small
 attention, t tensor-parallel degree.
@@ -27,7 +27,7 @@ from megatron.model.kv_cache import KVCache
 
 
 class GMLPTransformerBlock(Block):
-    """Block ``number`` (from 0)."""
+    """gMLP or aMLP block ``number`` (from 0)."""
 
     zero3_gather_together = True
 
@@ -62,7 +62,7 @@ class GMLPTransformerBlock(Block):
 
 
 class SpatialGatingUnit(nn.Module):
-    """Multiplies one half of the features with the other one, mixed over positions."""
+    """Multiplies one half of the features by the other one, mixed over positions."""
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class TinyAttention(nn.Module):
         self.proj_ffn = _ShardedLinear(self.width, dims.gmlp_width, source.of("proj_ffn"), spec)
 
     def forward(self, x: Tensor, visible: VisiblePositions, cache: KVCache | None) -> Tensor:
-        """Every rank computes the attention alike, and the part of the output that it needs."""
+        """Computes the attention alike on every rank, and this rank's shard of the output."""
         q, k, v = self.proj_qkv(x).chunk(3, dim=-1)  # [b, s, a]
         if cache is not None:
             k = visible.store(cache.state(self.number, "keys"), k)
@@ -108,14 +108,14 @@ class TinyAttention(nn.Module):
 
 
 class VisiblePositions:
-    """Which positions the new ones see. at: places of the new positions [b or 1, s]. seen: [b or 1, s, positions]."""
+    """The positions that new positions see. at: new positions [b or 1, s]. seen: [b or 1, s, positions]."""
 
     def __init__(self, at: Tensor, seen: Tensor) -> None:
         self.at, self.seen = at, seen
 
     @staticmethod
     def of(length: int, cache: KVCache | None, starts: Tensor | None, device: torch.device) -> VisiblePositions:
-        """After those of a cache, or of a whole sequence whose documents start at `starts` [b, s]."""
+        """Creates it for positions after a cache, or for a full sequence with document starts [b, s]."""
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
         if cache is not None:
             first = torch.tensor(cache.lengths, device=device).unsqueeze(1)
@@ -125,19 +125,21 @@ class VisiblePositions:
         return VisiblePositions(at, seen if starts is None else seen & (positions >= starts.unsqueeze(-1)))
 
     def store(self, memory: Tensor, new: Tensor) -> Tensor:
-        """Stores [b, s, ...] at the new places of the memory [b, max, ...]; returns all places so far, of its type."""
+        """Stores [b, s, ...] at the new positions of the memory [b, max, ...]; returns all positions so far, in its
+        type.
+        """
         rows = torch.arange(len(new), device=new.device).unsqueeze(1)
         memory[rows, self.at.expand(len(new), -1)] = new.to(memory.dtype)
         return memory[:, : self.seen.shape[-1]].to(new.dtype)
 
     def mix(self, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
-        """Weight [p, p] and bias [p] over gate [b, positions, f/t] -> [b, s, f/t]."""
+        """Applies weight [p, p] and bias [p] to gate [b, positions, f/t] -> [b, s, f/t]."""
         rows = weight[self.at][..., : self.seen.shape[-1]].masked_fill(~self.seen, 0)  # [b or 1, s, positions]
         return rows @ gate + bias[self.at].unsqueeze(-1)
 
 
 class _PositionMixing(nn.Module):
-    """``weight`` [p, p] from 0 and ``bias`` [p] from 1: at first the unit passes one half on (section 2.1)."""
+    """``weight`` [p, p] of zeros and ``bias`` [p] of ones: initially the unit passes one half on (section 2.1)."""
 
     def __init__(self, positions: int, source: ParamFactory) -> None:
         super().__init__()
@@ -146,7 +148,7 @@ class _PositionMixing(nn.Module):
 
 
 class _ReplicatedLinear(nn.Module):
-    """A linear layer that every rank holds whole and applies to whole sequences."""
+    """A linear layer that is replicated on every rank and applied to full sequences."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()
@@ -158,7 +160,7 @@ class _ReplicatedLinear(nn.Module):
 
 
 class _ShardedLinear(nn.Module):
-    """A linear layer whose outputs are cut, and whose input has entered the region already."""
+    """A linear layer with sharded outputs, whose input is already in the tensor-parallel region."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The Mamba block (arXiv:2312.00752, section 3.4): x + mixer(norm(x)), with no MLP beside it.
+"""The Mamba block (arXiv:2312.00752, section 3.4): x + mixer(norm(x)), without an MLP.
 
-The mixer widens the input to two halves. One goes through a short causal convolution and a selective state space, the
-other gates the result. Channels never meet in between, so they are cut over tensor-parallel ranks; only the small
-product that makes the step and the two projections of the state (x_proj) needs a sum over ranks.
+The mixer projects the input to two halves. One goes through a short causal convolution and a selective state space, the
+other gates the result. Channels are independent in between, so they are sharded over tensor-parallel ranks; only the
+small product for the step and the two projections of the state (x_proj) needs a sum over ranks.
 
 Sizes and names are those of the public layout: twice the hidden size, 16 states a channel, a convolution of width 4, a
 step of rank hidden / 16.
@@ -37,7 +37,7 @@ STEP_FLOOR = 1e-4
 
 
 class MambaTransformerBlock(Block):
-    """Block ``number`` (from 0)."""
+    """Mamba block ``number`` (from 0)."""
 
     zero3_gather_together = True
 
@@ -53,7 +53,7 @@ class MambaTransformerBlock(Block):
 
 
 class MambaMixer(nn.Module):
-    """Convolution, selective scan and gate. ValueError where channels do not divide by the tensor-parallel degree."""
+    """Convolution, selective scan and gate. ValueError if channels do not divide by the tensor-parallel degree."""
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
@@ -92,13 +92,15 @@ class MambaMixer(nn.Module):
         return self.out_proj(y.transpose(0, 1))  # [s, b, h]
 
     def _scan_full_sequence(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Whole sequences from nothing, by the fastest kernels: [b, s, d] -> [b, s, d]."""
+        """Processes full sequences without state, by the fastest kernels: [b, s, d] -> [b, s, d]."""
         x = self.kernels.convolution(x, self.conv1d.taps, self.conv1d.bias)
         step, into, out = self.x_proj(x).split(self._widths, dim=-1)
         return self.kernels.scan(x, self.dt_proj(step), self._a, into, out, self.D, self.dt_proj.bias, gate)
 
     def _with_state(self, x: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
-        """Sequences that continue a state, or that hold several documents: [b, s, d] -> [b, s, d], not yet gated."""
+        """Processes sequences that continue a state or hold several documents: [b, s, d] -> [b, s, d], not yet
+        gated.
+        """
         length, width = x.shape[1], self.dims.mamba_convolution - 1
         before, state, valid = x.new_zeros(x.shape[0], width, x.shape[2]), None, None
         if cache is not None:
@@ -120,12 +122,12 @@ class MambaMixer(nn.Module):
 
     @property
     def _a(self) -> Tensor:
-        """A [d, n], in fp32: below zero."""
+        """A [d, n] in fp32, negative."""
         return -torch.exp(self.A_log.float())
 
 
 def _last(seen: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """The last `count` positions of each row that exist: [b, count + s, ...] -> [b, count, ...]."""
+    """Returns the last `count` valid positions of each row: [b, count + s, ...] -> [b, count, ...]."""
     if valid is None:
         return seen[:, seen.shape[1] - count :]
     at = valid.sum(1, keepdim=True) + torch.arange(count, device=seen.device)  # [b, count]
@@ -133,7 +135,7 @@ def _last(seen: Tensor, count: int, valid: Tensor | None) -> Tensor:
 
 
 class _Convolution(nn.Module):
-    """The parameters of a convolution of each channel: ``weight`` [d, 1, w] and ``bias`` [d], as torch has them."""
+    """Parameters of a depthwise convolution: ``weight`` [d, 1, w] and ``bias`` [d], as in torch."""
 
     def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
@@ -149,9 +151,7 @@ class _Convolution(nn.Module):
 
 
 class _AllReducedLinear(nn.Module):
-    """A row-parallel product inside a tensor-parallel region: every rank gets the whole sum, and gives a term of its
-    gradient.
-    """
+    """A row-parallel product inside a tensor-parallel region: all-reduce both forward and backward."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, spec: BlockSpec, bias: bool) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _AllReducedLinear(nn.Module):
 
 
 class _StepLinear(nn.Module):
-    """From the rank of the step to the channels: ``weight`` [d, q]; ``bias`` [d] is added by who takes the softplus."""
+    """Projects the step from its rank to the channels: ``weight`` [d, q]; the softplus adds ``bias`` [d]."""
 
     def __init__(self, dims: MixerDims, source: ParamFactory) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _init_step_bias(tensor: Tensor, generator: torch.Generator) -> None:
-    """The inverse of softplus, of steps that are log-uniform."""
+    """The inverse of softplus of log-uniform steps."""
     low, high = (math.log(step) for step in STEP_RANGE)
     steps = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=STEP_FLOOR)
     tensor.copy_(steps + torch.log(-torch.expm1(-steps)))

@@ -1,11 +1,11 @@
-"""The RWKV-6 block (arXiv:2404.05892): time mixing in place of attention, channel mixing in place of an MLP.
+"""The RWKV-6 block (arXiv:2404.05892): time mixing instead of attention, channel mixing instead of an MLP.
 
-Both look at a token and the one before it, in proportions that are learned (and, in time mixing, that depend on the
-token). Time mixing then runs a linear attention whose memory fades; see kernels/wkv.py.
+Both interpolate a token with the one before it, in learned proportions (which depend on the token in time mixing). Time
+mixing then runs a linear attention with a decaying state; see kernels/wkv.py.
 
 Names, sizes and initial values are those of the public layout: layernorms ``ln1`` and ``ln2``, ``att`` and ``ffn``;
-block 0 puts its input through ``ln1`` first. Heads and inner widths are cut over tensor-parallel ranks. What is mixed
-before a cut product is computed alike on all of them from whole sequences.
+block 0 applies ``ln1`` to its input first. Heads and inner widths are sharded over tensor-parallel ranks. Inputs of a
+sharded product are computed alike on all of them from full sequences.
 
 Shapes: s sequence, b micro batch, h hidden, n heads of this rank, d head dim, a = n d, t tensor-parallel degree.
 """
@@ -32,11 +32,11 @@ from megatron.param_table.mixers import RWKV_DECAY_RANK, RWKV_MIX_RANK
 
 EPSILON = 1e-5
 GROUP_EPSILON = 64e-5
-"""Of the norm of every head: 1e-5 times 8 squared, as the public code has it."""
+"""Epsilon of the norm of every head: 1e-5 times 8 squared, as in the public code."""
 
 
 class RWKVTransformerBlock(Block):
-    """Block ``number`` (from 0)."""
+    """RWKV block ``number`` (from 0)."""
 
     zero3_gather_together = True
 
@@ -57,7 +57,7 @@ class RWKVTransformerBlock(Block):
 
 
 class TimeMixing(nn.Module):
-    """Linear attention with a memory that fades. ValueError where heads do not divide by the tensor-parallel degree."""
+    """Linear attention with a decaying state. ValueError if heads do not divide by the tensor-parallel degree."""
 
     time_maa_x: nn.Parameter
     time_maa_w: nn.Parameter
@@ -105,7 +105,7 @@ class TimeMixing(nn.Module):
         log_decay = -torch.exp(decay.float() if decay.dtype != torch.float64 else decay)
         r, k, v, log_decay = (one.unflatten(-1, (-1, self.head)) for one in (r, k, v, log_decay))  # [b, s, n, d]
         state = None if cache is None else cache.state(self.number, "state")
-        if valid is not None:  # padding neither adds to the memory nor lets it fade
+        if valid is not None:  # padding neither adds to the state nor decays it
             k, log_decay = k * valid[..., None, None], log_decay * valid[..., None, None]
         y, last = wkv(r, k, v, log_decay, self.time_faaaa, state, starts)
         if state is not None:
@@ -114,7 +114,7 @@ class TimeMixing(nn.Module):
         return self.output(y.transpose(0, 1))
 
     def _mixed(self, x: Tensor, change: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The inputs of receptance, key, value and gate, and that of the decay after its first product."""
+        """Returns the inputs of receptance, key, value and gate, and that of the decay after its first product."""
         low = torch.tanh((x + change * self.time_maa_x) @ self.time_maa_w1)  # [b, s, 5 * rank]
         more = torch.einsum("bsir,irh->ibsh", low.unflatten(-1, (5, -1)), self.time_maa_w2)
         starts = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
@@ -128,7 +128,7 @@ class TimeMixing(nn.Module):
 
 
 class ChannelMixing(nn.Module):
-    """sigmoid(receptance(r)) * value(relu(key(k))²), where r and k mix a token with the one before."""
+    """sigmoid(receptance(r)) * value(relu(key(k))²), where r and k interpolate a token with the one before."""
 
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class ChannelMixing(nn.Module):
 
 
 class _Shift:
-    """The step from the token before to each token, as x[t - 1] - x[t]; 0 is before the first of a document."""
+    """Token shift: x[t - 1] - x[t], with 0 before the first token of a document."""
 
     def __init__(self, number: int, name: str, spec: BlockSpec) -> None:
         self._number, self._name, self._reset = number, name, spec.reset_attention
@@ -167,9 +167,7 @@ class _Shift:
     def __call__(
         self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[b, s, h] -> the step [b, s, h], the starts of documents [b, s] where they are kept apart, and which
-        positions exist [b, s] where some do not.
-        """
+        """[b, s, h] -> differences [b, s, h], document starts [b, s] or None, valid positions [b, s] or None."""
         starts = document_starts if self._reset else None
         valid = None if cache is None else cache.valid_mask(x.shape[1])
         before = torch.zeros_like(x[:, :1])
@@ -189,7 +187,7 @@ class _Shift:
 
 
 class _ShardedWeight(nn.Module):
-    """A matrix whose outputs are cut: ``weight`` [out/t, in]. Its input has entered the region already."""
+    """A matrix with sharded outputs: ``weight`` [out/t, in]. Its input is already in the tensor-parallel region."""
 
     def __init__(self, inp: int, out: int, source: ParamFactory, init_fn: InitFn) -> None:
         super().__init__()
@@ -197,7 +195,9 @@ class _ShardedWeight(nn.Module):
 
 
 class _HeadNorm(nn.Module):
-    """A layernorm of every head: [b, s, n, d] -> [b, s, a]. Its ``weight`` and ``bias`` [a] are cut with the heads."""
+    """A layernorm of every head: [b, s, n, d] -> [b, s, a]. Its ``weight`` and ``bias`` [a] are sharded with the
+    heads.
+    """
 
     def __init__(self, width: int, head: int, source: ParamFactory) -> None:
         super().__init__()
@@ -211,14 +211,14 @@ class _HeadNorm(nn.Module):
 
 
 class _DepthInit:
-    """Initial values that depend on how deep a block lies and on the place of a feature (the public code's)."""
+    """Initial values that depend on the depth of the block and the index of the feature, as in the public code."""
 
     def __init__(self, number: int, blocks: int) -> None:
         self.rises = number / max(1, blocks - 1)
         self.falls = 1 - number / blocks
 
     def mixing(self, power: float, less: float = 0.0) -> InitFn:
-        """1 - (i / h)^(power * falls) - less * rises."""
+        """Returns 1 - (i / h)^(power * falls) - less * rises."""
 
         def init_fn(tensor: Tensor, generator: torch.Generator) -> None:
             positions = torch.arange(tensor.numel()) / tensor.numel()
@@ -227,19 +227,19 @@ class _DepthInit:
         return init_fn
 
     def decay(self, tensor: Tensor, generator: torch.Generator) -> None:
-        """From -6 to -1, later for deeper blocks."""
+        """Rises from -6 to -1, later for deeper blocks."""
         positions = torch.arange(tensor.numel()) / max(1, tensor.numel() - 1)
         tensor.copy_((-6 + 5 * positions ** (0.7 + 1.3 * self.rises)).view_as(tensor))
 
     def bonus(self, tensor: Tensor, generator: torch.Generator) -> None:
-        """Rises * (1 - place), with a zigzag of 0.1."""
+        """Computes rises * (1 - position), with a zigzag of 0.1."""
         positions = torch.arange(tensor.numel())
         zigzag = ((positions + 1) % 3 - 1) * 0.1
         tensor.copy_((self.rises * (1 - positions / max(1, tensor.numel() - 1)) + zigzag).view_as(tensor))
 
 
 def _vector(source: ParamFactory, name: str, size: int, init_fn: InitFn) -> nn.Parameter:
-    """A parameter [1, 1, size] of whole sequences that weight decay leaves alone."""
+    """Creates a parameter [1, 1, size] for full sequences without weight decay."""
     parameter = source.replicated(name, (1, 1, size), init_fn, full_sequence=True)
     mark_no_weight_decay(parameter)
     return parameter
@@ -250,7 +250,7 @@ def _replicated(source: ParamFactory, name: str, shape: tuple[int, ...]) -> nn.P
 
 
 def _norm(spec: BlockSpec, source: ParamFactory) -> nn.Module:
-    """A layernorm of the residual stream, whatever `norm` says."""
+    """Builds a layernorm of the residual stream, independent of `norm`."""
     norm = LayerNorm(spec.dims.hidden_size, EPSILON, bias=True)
     if source.axis.sequence_parallel:
         for parameter in norm.parameters():

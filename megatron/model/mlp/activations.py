@@ -1,7 +1,7 @@
 """The activations a configuration can name.
 
-A plain one maps [..., w] to [..., w]. A gated one (arXiv:2002.05202) takes [..., 2w]: the first half is multiplied by
-the activated second half, as the public checkpoint layout has it, giving [..., w].
+A plain one maps [..., w] to [..., w]. A gated one (arXiv:2002.05202) maps [..., 2w] to [..., w]: the first half is
+multiplied by the activated second half, as in the public checkpoint layout.
 """
 
 from __future__ import annotations

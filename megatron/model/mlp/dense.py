@@ -1,4 +1,4 @@
-"""The MLP of a block: a column-parallel layer, the activation, a row-parallel layer.
+"""MLP of a block: a column-parallel layer, the activation, a row-parallel layer.
 
 Shapes: s sequence, b micro batch, h hidden, w MLP width, t tensor-parallel degree.
 """
@@ -45,7 +45,7 @@ class ParallelMLP(nn.Module):
         return self.activation(self.linear1(x))
 
     def partial(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> this rank's term of the sum over ranks: the caller sums, then adds the bias."""
+        """[s, b, h] -> this rank's term of the sum over ranks; the caller reduces, then adds the bias."""
         return self.linear2.partial(self.inner(x))
 
     def add_bias(self, total: Tensor) -> Tensor:

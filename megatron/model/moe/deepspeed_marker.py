@@ -1,7 +1,7 @@
-"""How DeepSpeed learns that a model's experts are spread over ranks.
+"""Makes DeepSpeed detect that a model's experts are distributed over ranks.
 
-Its engine looks for modules of its own class among those of the model; where it finds one, it sums the gradients of
-parameters that carry `allreduce = False` over the group that their `group_name` names, and no others.
+Its engine looks for modules of its own class in the model; if there is one, it sums the gradients of parameters with
+`allreduce = False` over the group that their `group_name` names only.
 Source: deepspeed.runtime.engine (_configure_distributed_model, _get_gradients_for_reduction), release 0.19.
 """
 
@@ -12,11 +12,11 @@ from torch import nn
 
 
 class DeepSpeedExperts(MoE):
-    """Says that there are experts, and holds nothing of them."""
+    """Empty marker module: DeepSpeed detects MoE by this class."""
 
     def __init__(self, num_experts: int) -> None:
         nn.Module.__init__(self)
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """DeepSpeed asks for its groups to be made here; the topology has made them."""
+        """Does nothing: DeepSpeed requests its groups here, which the topology has created."""

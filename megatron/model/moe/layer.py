@@ -1,14 +1,14 @@
-"""A mixture of experts in place of a block's MLP: every token visits the few experts that a router chooses for it.
+"""Mixture of experts (MoE) instead of a block's MLP: a router assigns each token to a few experts.
 
-Experts are spread over the expert-parallel ranks (whole experts: tokens travel) and cut over the tensor-parallel ranks
-(each expert's width: tokens are the same there). Without a capacity no token is dropped. With one, an expert takes the
-first tokens that come, in the order of their positions, so no token can push out an earlier one; a token that finds its
-expert full is passed on by the residual stream alone (arXiv:2101.03961, section 2.2).
+Experts are distributed over the expert-parallel ranks (tokens are exchanged) and each is sharded over the
+tensor-parallel ranks (tokens are the same there). Without a capacity no token is dropped. With one, an expert takes the
+first tokens in the order of their positions, so no token can displace an earlier one; a token whose expert is full is
+passed on by the residual stream alone (arXiv:2101.03961, section 2.2).
 
 Names of parameters are those of the public layout: `router.layer.weight` and `experts.mlp.w1`, `w3`, `w2`.
 
-Shapes: s sequence, b micro batch, h hidden, n tokens (s b), e experts of this rank, k experts of a token, m rows that
-visit an expert, w width of an expert, t tensor-parallel and p expert-parallel degree.
+Shapes: s sequence, b micro batch, h hidden, n tokens (s b), e experts of this rank, k experts of a token, m assigned
+rows, w width of an expert, t tensor-parallel and p expert-parallel degree.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ Router = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """What every mixture of a model shares.
-
-    choose: a function of router.py. jitter: the router's input is multiplied by noise in 1 +- this. normalize: the
-    weights of a token sum to 1. capacity, eval_capacity: slots of an expert over its fair share, None for no limit.
-    least: slots of an expert at least. axis: the ranks over which experts are spread. batch: those whose tokens make
-    one batch. context: those with other parts of the same sequences.
-    """
+    """Settings that all MoE layers of a model share."""
 
     choose_experts: Router
+    """A function of router.py."""
     jitter: float | None
+    """The router's input is multiplied by noise in 1 +- this."""
     normalize: bool
+    """True if the weights of a token sum to 1."""
     capacity: float | None
+    """Slots of an expert over its fair share in training; None for no limit."""
     eval_capacity: float | None
+    """The same in evaluation."""
     min_capacity: int
+    """Smallest number of slots of an expert."""
     losses: RouterLossTracker
     axis: Axis = field(default_factory=lambda: Axis("expert"))
+    """Ranks over which experts are distributed."""
     batch: Axis = field(default_factory=lambda: Axis("dp_cp"))
+    """Ranks whose tokens form one batch."""
     context: Axis = field(default_factory=lambda: Axis("context"))
+    """Ranks that share a sequence."""
 
 
 class MoELayer(nn.Module):
@@ -84,7 +87,7 @@ class MoELayer(nn.Module):
         return self.experts(region.flatten(0, 1), routes, weights).view_as(x)
 
     def add_bias(self, total: Tensor) -> Tensor:
-        """Experts have no bias."""
+        """Returns its input, since experts have no bias."""
         return total
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,14 +95,14 @@ class MoELayer(nn.Module):
         return reduce_from_tp(self.partial(x), self.parallel)
 
     def _jittered(self, tokens: Tensor) -> Tensor:
-        """The same noise on all tensor-parallel ranks, whose default generators agree."""
+        """Multiplies by noise, the same on all tensor-parallel ranks, whose default generators agree."""
         eps = self.mixture.jitter
         if not eps or not self.training:
             return tokens
         return tokens * torch.empty_like(tokens).uniform_(1 - eps, 1 + eps)
 
     def _slots(self, tokens: int) -> int | None:
-        """The most tokens that an expert takes from this rank."""
+        """Returns the largest number of tokens that an expert takes from this rank."""
         factor = self.mixture.capacity if self.training else self.mixture.eval_capacity
         if factor is None:
             return None
@@ -107,9 +110,9 @@ class MoELayer(nn.Module):
 
 
 class RouterLayer(nn.Module):
-    """The logits of every expert, computed in fp32 at least (arXiv:2101.03961, section 2.4).
+    """Computes logits of every expert, in fp32 at least (arXiv:2101.03961, section 2.4).
 
-    It sums over features and has as many outputs at any width, so to muP it is an output layer.
+    Its number of outputs does not depend on the width, so to muP it is an output layer.
     """
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
@@ -124,7 +127,7 @@ class RouterLayer(nn.Module):
 
 
 class _Fp32Linear(nn.Module):
-    """A product in fp32 at least: ``weight`` [all experts, h]."""
+    """A matrix product in fp32 at least: ``weight`` [all experts, h]."""
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
@@ -138,20 +141,22 @@ class _Fp32Linear(nn.Module):
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The assignments of n tokens that are carried out, ordered by expert and, for one expert, by token.
-
-    order: places in the flattened [n, k] [m]. counts: assignments of each expert [all experts]; wanted: before any was
-    dropped. dropped: the part that was, scalar.
-    """
+    """The assignments of n tokens that are not dropped, ordered by expert and then by token."""
 
     order: Tensor
+    """Indices in the flattened [n, k], [m]."""
     counts: Tensor
+    """Assignments of each expert [all experts]."""
     requested: Tensor
+    """Assignments of each expert before any was dropped."""
     dropped: Tensor
+    """Fraction of dropped assignments, scalar."""
 
     @staticmethod
     def of(experts: Tensor, count: int, slots: int | None) -> Dispatch:
-        """From the experts of each token [n, k]. slots: the most tokens of an expert, None for all of them."""
+        """Creates the dispatch from the experts of each token [n, k]. slots: capacity of an expert, None for no
+        limit.
+        """
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         requested = torch.bincount(flat, minlength=count)
@@ -171,13 +176,13 @@ class ExpertParallelMLP(nn.Module):
         assert spec.moe_config is not None
         self.axis = spec.moe_config.axis
         self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
-        if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients to keep apart
+        if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients
             from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
 
             self.mark = DeepSpeedExperts(spec.dims.mixture.experts)
 
     def forward(self, tokens: Tensor, routes: Dispatch, weights: Tensor) -> Tensor:
-        """Tokens [n, h] and the weights of their experts [n, k] -> the weighted sums of what these make of them."""
+        """Tokens [n, h] and the weights of their experts [n, k] -> weighted sums of the experts' outputs [n, h]."""
         top_k = weights.shape[1]
         rows = tokens.index_select(0, routes.order // top_k)  # [m, h]
         made = self._visit(rows, routes.counts)  # [m, h]
@@ -185,7 +190,7 @@ class ExpertParallelMLP(nn.Module):
         return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # [n, h]
 
     def _visit(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Every row through its expert, wherever that is: rows [m, h] in order of experts -> [m, h]."""
+        """Applies each row's expert, on whichever rank it is: rows [m, h] in order of experts -> [m, h]."""
         if self.axis.size == 1:
             return self.mlp(rows, counts)
         sent = counts.view(self.axis.size, -1)  # [p, e]
@@ -213,7 +218,7 @@ class ExpertStack(nn.Module):
         self.w2 = source.expert_stack("w2", shape, spec.output_init_fn, count=count, over=axis, transposed=True)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows [m, h] in order of experts, and how many each has [e] -> this rank's term of the sum [m, h]."""
+        """Rows [m, h] in order of experts, and the rows of each [e] -> this rank's term of the sum [m, h]."""
         inner = self.product(rows, self._stack(self.w1).transpose(1, 2), counts)  # [m, w/t]
         if self.w3 is not None:
             plain = self.product(rows, self._stack(self.w3).transpose(1, 2), counts)

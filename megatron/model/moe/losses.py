@@ -1,13 +1,12 @@
-"""The losses of a router, which keep it balanced and its logits small, and how they reach the gradient.
+"""Router losses: load balancing and z-loss, and how they enter the gradient.
 
-Load balance (arXiv:2101.03961, equation 4): e sum_i f_i P_i, where f_i is the part of the assignments that go to expert
-i and P_i its mean probability; 1 where both are even. f is taken over the tokens of all data-parallel ranks in this
-micro batch, so that the mean over the ranks is the loss of the whole. Router z (arXiv:2202.08906, equation 5): the mean
-of logsumexp(logits)².
+Load balance (arXiv:2101.03961, equation 4): e sum_i f_i P_i, where f_i is the fraction of assignments to expert i and
+P_i its mean probability; 1 if both are even. f is taken over the tokens of all data-parallel ranks in this micro batch,
+so that the mean over ranks is the loss of all tokens. Router z (arXiv:2202.08906, equation 5): the mean of
+logsumexp(logits)².
 
-A mixture may be on any stage of a pipeline, far from where the language model's loss is made. So its losses do not
-travel: the backward pass, on its way through the block, adds their gradient there, scaled as the language model's loss
-is (Megatron-LM does the same).
+An MoE layer may be on any pipeline stage, far from the language model's loss. So its losses are not communicated: the
+backward pass through the block adds their gradient there, scaled like the language model's loss (as in Megatron-LM).
 
 Shapes: n tokens, e experts, k experts of a token.
 """
@@ -26,8 +25,9 @@ NAMES = ("moe_load_balance_loss", "moe_z_loss", "moe_dropped")
 
 
 def load_balance(probabilities: Tensor, counts: Tensor, axis: Axis) -> Tensor:
-    """The loss of equation 4, scalar. probabilities [n, e]; counts: assignments of each expert [e]; axis: the ranks
-    whose tokens make one batch.
+    """Returns the loss of equation 4, scalar.
+
+    probabilities [n, e]; counts: assignments of each expert [e]; axis: ranks whose tokens form one batch.
     """
     counts = counts.to(probabilities.dtype)
     if axis.size > 1:
@@ -36,15 +36,16 @@ def load_balance(probabilities: Tensor, counts: Tensor, axis: Axis) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """The mean of the squared logarithms of the partition function, scalar. logits [n, e]."""
+    """Returns the mean of logsumexp(logits)², scalar. logits [n, e]."""
     return logits.logsumexp(dim=-1).square().mean()
 
 
 class RouterLossTracker:
-    """The coefficients of the losses of all mixtures of a rank, their scale, and what was measured of them.
+    """Coefficients, scale and measurements of the losses of all MoE layers of a rank.
 
-    scale: the factor between the language model's loss and what its backward pass starts with: the loss scale over the
-    number of micro batches; set by the engine before a step.
+    scale: factor from the language model's loss to the start of its backward pass, which is the loss scale over the
+    number
+    of micro batches; set by the engine before a step.
     """
 
     def __init__(self, balance: float, z: float) -> None:
@@ -54,20 +55,20 @@ class RouterLossTracker:
         self._count = 0
 
     def attach(self, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor) -> Tensor:
-        """The weights, whose backward pass adds the gradients of the two losses and notes their values.
+        """Returns the weights; their backward pass adds the gradients of the two losses and records their values.
 
-        dropped: part of the assignments that found their expert full, scalar.
+        dropped: fraction of dropped assignments, scalar.
         """
         attached: Tensor = _Attach.apply(weights, balance, z, dropped, self)
         return attached
 
     def note(self, values: Tensor) -> None:
-        """One mixture and one micro batch. values: in the order of NAMES, [3]."""
+        """Records one MoE layer and one micro batch. values: in the order of NAMES, [3]."""
         self._sums = values if self._sums is None else self._sums + values
         self._count += 1
 
     def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
-        """Name -> mean over the mixtures, the micro batches and the ranks since the last call; collective."""
+        """Returns name -> mean over layers, micro batches and ranks since the last call; collective."""
         sums = torch.zeros(len(NAMES), device=device) if self._sums is None else self._sums
         totals = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
         for axis in (topology.dp_cp, topology.pipe):

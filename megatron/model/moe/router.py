@@ -1,6 +1,6 @@
-"""Routers: which experts a token visits, and how much each of them counts.
+"""Routers: assign tokens to experts, with weights.
 
-A router sees the logits of all tokens of a rank's micro batch, in fp32. Choosing is not differentiable; the weights
+A router sees the logits of all tokens of a rank's micro batch, in fp32. The choice is not differentiable; the weights
 are, and through them the router learns.
 
 Shapes: n tokens, e experts, k experts of a token.
@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron.distributed.mesh import Axis
 
 TOLERANCE = 1e-4
-"""Sinkhorn's iteration ends when the experts' factors change less than this, on the mean."""
+"""Mean change of the experts' factors at which Sinkhorn's iteration ends."""
 
 MOST_ITERATIONS = 1000
 
 
 def topk(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The k experts of the highest probability, weighted by it (arXiv:1701.06538; k = 1: arXiv:2101.03961).
+    """Assigns the k experts of the highest probability, weighted by it (arXiv:1701.06538; k = 1: arXiv:2101.03961).
 
     logits [n, e] -> weights [n, k], experts [n, k]. The probabilities are a softmax over all experts.
     """
@@ -30,11 +30,13 @@ def topk(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor,
 
 
 def sinkhorn(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor, Tensor]:
-    """While training, the k experts of a balanced assignment (arXiv:2103.16716); else the k of the highest logit.
+    """In training assigns by a balanced assignment (arXiv:2103.16716), otherwise by the highest logits.
 
-    Balancing looks at all tokens of a sequence, later ones too, so it cannot be used to write text. The weights are a
-    sigmoid where k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k].
-    axis: ranks with other parts of the same sequences.
+    Balancing uses all tokens of a sequence, including later ones, so it cannot be used for generation. The weights are
+    a
+    sigmoid if k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k]. axis:
+    ranks
+    that share the sequences.
     """
     scores = logits.sigmoid() if k == 1 else logits.softmax(dim=-1)
     chosen = balanced(logits.detach(), axis) if training else logits.detach()
@@ -44,9 +46,9 @@ def sinkhorn(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Ten
 
 @torch.no_grad()
 def balanced(logits: Tensor, axis: Axis) -> Tensor:
-    """Sinkhorn's matrix: exp(logits) scaled by a factor for each token and one for each expert.
+    """Returns Sinkhorn's matrix: exp(logits) scaled by a factor for each token and one for each expert.
 
-    Afterwards each token has 1/n and each expert 1/e of the whole (Sinkhorn 1967). logits [n, e] -> [n, e].
+    Each token then sums to 1/n and each expert to 1/e (Sinkhorn 1967). logits [n, e] -> [n, e].
     """
     cost = (logits - logits.amax(dim=1, keepdim=True)).exp()
     tokens, experts = cost.shape[0] * axis.size, cost.shape[1]

@@ -1,4 +1,4 @@
-"""Layer normalisation (arXiv:1607.06450). Shapes: h hidden; leading dimensions are free."""
+"""Layer normalization (arXiv:1607.06450). Shapes: h hidden; leading dimensions are free."""
 
 from __future__ import annotations
 

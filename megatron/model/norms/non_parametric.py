@@ -1,4 +1,4 @@
-"""Layer normalisation without weight and bias, as OLMo has it (arXiv:2402.00838). Shapes: h features."""
+"""Layer normalization without weight and bias, as in OLMo (arXiv:2402.00838). Shapes: h features."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class NonParametricLayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + epsilon), over the last dimension. It has no parameter, whatever ``bias`` says."""
+    """(x - mean) / sqrt(variance + epsilon), over the last dimension. It ignores ``bias``."""
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Root mean square normalisation (arXiv:1910.07467). Shapes: h hidden; leading dimensions are free."""
+"""Root mean square normalization (arXiv:1910.07467). Shapes: h hidden; leading dimensions are free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.kernels.norms import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + epsilon) * scale, over the last dimension. It has no bias, whatever ``bias`` says."""
+    """x / sqrt(mean(x²) + epsilon) * scale, over the last dimension. It ignores ``bias``."""
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()

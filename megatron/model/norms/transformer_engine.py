@@ -1,4 +1,4 @@
-"""The norms of NVIDIA's Transformer Engine, for GPUs. The same functions as layernorm and rmsnorm, by its kernels."""
+"""Norms of NVIDIA's Transformer Engine, for GPUs; the same functions as layernorm and rmsnorm."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron.distributed.param_attrs import mark_no_weight_decay
 
 
 class TELayerNorm(nn.Module):
-    """Layer normalisation by Transformer Engine. It always has a bias; see layernorm.py."""
+    """Layer normalization by Transformer Engine. It always has a bias; see layernorm.py."""
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
         inner = te.LayerNorm(hidden_size, eps=epsilon, device=torch.get_default_device())
         self.weight, self.bias = inner.weight, inner.bias
-        self._inner = (inner,)  # in a tuple, so that the parameters keep their one name
+        self._inner = (inner,)  # in a tuple, so that the parameters are registered once
         for parameter in self.parameters():
             mark_no_weight_decay(parameter)
 
@@ -27,7 +27,7 @@ class TELayerNorm(nn.Module):
 
 
 class TERMSNorm(nn.Module):
-    """Root mean square normalisation by Transformer Engine; see rmsnorm.py."""
+    """Root mean square normalization by Transformer Engine; see rmsnorm.py."""
 
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ALiBi (arXiv:2108.12409): scores fall with the distance of the key, in each head by its own slope.
+"""ALiBi (arXiv:2108.12409): adds a negative slope times the distance to the scores, with one slope a head.
 
 Shapes: n heads, t tensor-parallel degree.
 """
@@ -17,9 +17,10 @@ from megatron.param_table import Multipliers
 
 
 def slopes(heads: int) -> list[float]:
-    """The slope of each head: 2^(-8 i / n) for i = 1 .. n where n is a power of two (section 3).
+    """Returns the slope of each head: 2^(-8 i / n) for i = 1 .. n if n is a power of two (section 3).
 
-    Else those of the power of two below n, and then every second one of the power of two above it, as the authors do.
+    Otherwise those of the power of two below n, and then every second one of the power of two above it, as the authors
+    do.
     """
     power_of_two = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * number / power_of_two) for number in range(1, power_of_two + 1)]
@@ -28,7 +29,7 @@ def slopes(heads: int) -> list[float]:
 
 
 class Alibi(Positions, nn.Module):
-    """Adds -slope * distance to the score of a query and a key. It holds no parameter. slopes: of this rank's heads."""
+    """Adds -slope * distance to the scores. It has no parameter. slopes: of this rank's heads."""
 
     def __init__(self, slopes: list[float]) -> None:
         super().__init__()
@@ -37,14 +38,14 @@ class Alibi(Positions, nn.Module):
 
     @classmethod
     def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module:
-        """For this rank's part of the model section's heads."""
+        """Builds the biases of this rank's heads."""
         share = model.num_attention_heads // source.axis.size
         first = source.axis.rank * share
         every = [slope * multipliers.scores for slope in slopes(model.num_attention_heads)]
         return cls(every[first : first + share])
 
     def forward(self, length: int, device: torch.device) -> Tensor:
-        """What is added at distances 0 .. length - 1, fp32 [n/t, length]."""
+        """Returns the bias at distances 0 .. length - 1, fp32 [n/t, length]."""
         known = self._tables.get(device)
         if known is None or known.shape[1] < length:
             room = 1 << (length - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What a position scheme is: something at the embedding, something in attention, or neither."""
+"""Interface of position schemes: at the embedding, in attention, or neither."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from megatron.param_table import Multipliers
 
 
 def document_positions(document_starts: Tensor | None) -> Tensor | None:
-    """The position of each token in its document, [b, s], from where that starts; None where nothing says so."""
+    """Returns the position of each token in its document, [b, s]; None without document starts."""
     if document_starts is None:
         return None
     return torch.arange(document_starts.shape[1], device=document_starts.device) - document_starts
 
 
 class AttentionPositions(Protocol):
-    """Positions that enter in attention, the same object for all blocks."""
+    """Positions applied in attention, the same object for all blocks."""
 
     def __call__(self, x: Tensor, offset: int, positions: Tensor | None = None) -> Tensor:
-        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the same with positions in them.
+        """Applies positions to queries or keys [b, n, s, d] whose first position is ``offset``.
 
-        positions [b, s], below s: of each token, in place of offset, offset + 1, ...
+        positions [b, s]: position of each token instead of offset, offset + 1, ...
         """
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of at least ``length`` positions, fp32 [length, r/2] each; r features turn, half-split."""
+        """Returns cosines and sines of at least ``length`` positions, fp32 [length, r/2] each; r features are
+        rotated.
+        """
 
 
 class Positions:
-    """The base of the schemes a configuration can name. A builder returns None where there is nothing to add."""
+    """Base class of the schemes a configuration can name. A builder returns None if it adds nothing."""
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParamFactory, init_fn: InitFn) -> nn.Module | None:
-        """A module (length, offset, positions, device) -> [length, 1 or b, h], which is added to the word embeddings.
+        """Builds a module (length, offset, positions, device) -> [length, 1 or b, h], added to the word embeddings.
 
         positions: as in AttentionPositions, or None. model: the configuration's model section.
         """
@@ -45,7 +47,7 @@ class Positions:
 
     @classmethod
     def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module | None:
-        """A module (length, device) -> [n/t, length]: added to the score of a query and a key 0, 1, ... places before.
+        """Builds a module (length, device) -> [n/t, length], added to the scores by distance 0, 1, ...
 
         n/t: this rank's heads. All blocks share the module.
         """
@@ -53,5 +55,5 @@ class Positions:
 
     @classmethod
     def for_attention(cls, model: Any, head_dim: int, kernel: RotaryKernel) -> AttentionPositions | None:
-        """What attention applies to queries and keys."""
+        """Builds what attention applies to queries and keys."""
         return None

@@ -1,4 +1,4 @@
-"""One learned vector a position, added to the word embeddings. Shapes: s sequence, h hidden."""
+"""Learned positions: one vector a position, added to the word embeddings. Shapes: s sequence, h hidden."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.model.positions.base import Positions
 
 
 class LearnedPositions(Positions, nn.Module):
-    """Parameter ``weight`` [skipped + max positions, h], whole on every rank. skipped: rows that no position has."""
+    """Parameter ``weight`` [skipped + max positions, h], replicated. skipped: rows without a position."""
 
     def __init__(
         self, max_positions: int, hidden_size: int, source: ParamFactory, init_fn: InitFn, skipped: int = 0
@@ -26,13 +26,13 @@ class LearnedPositions(Positions, nn.Module):
 
     @classmethod
     def for_embedding(cls, model: Any, source: ParamFactory, init_fn: InitFn) -> nn.Module:
-        """The table of the model section's max_position_embeddings and opt_pos_emb_offset."""
+        """Builds the table of the model section's max_position_embeddings and opt_pos_emb_offset."""
         return cls(model.max_position_embeddings, model.hidden_size, source, init_fn, model.opt_pos_emb_offset)
 
     def forward(self, length: int, offset: int, positions: Tensor | None, device: torch.device) -> Tensor:
-        """The vectors of positions offset up to offset + length, [s, 1, h]. IndexError past the last one.
+        """Returns the vectors of positions offset .. offset + length - 1, [s, 1, h]. IndexError past the last one.
 
-        positions [b, s]: of each token instead, below length; the result is then [s, b, h].
+        positions [b, s]: position of each token instead, below length; the result is then [s, b, h].
         """
         rows = self.weight[self.skipped :]
         if offset + length > rows.shape[0]:

@@ -1,4 +1,4 @@
-"""No positions: the causal mask alone tells the order (arXiv:2203.16634)."""
+"""No positions: the causal mask alone gives the order (arXiv:2203.16634)."""
 
 from megatron.model.positions.base import Positions
 

@@ -1,14 +1,14 @@
-"""Rotary frequencies for contexts longer than those a model was first trained on (`rope_scaling`).
+"""Rotary frequencies for contexts longer than in the first training (`rope_scaling`).
 
 linear (arXiv:2306.15595): every frequency is divided by `factor`.
 dynamic (NTK-aware): the base is raised so that the slowest pair reaches `factor` times further than at
-`original_max_position_embeddings`. It follows from the `seq_length` of the run and not from each text, so that a cached
-text keeps the angles its keys were turned by, and a model whose sequences are not longer than that is left as it is.
-yarn (arXiv:2309.00071): fast pairs stay, slow ones are divided by `factor`, those between are mixed; cosines and sines
-are multiplied by an attention factor, 0.1 ln(factor) + 1 unless given.
+`original_max_position_embeddings`. It depends on the `seq_length` of the run, not on each sequence, so that cached keys
+keep their angles; a model whose sequences are not longer than that is unchanged.
+yarn (arXiv:2309.00071): fast pairs are unchanged, slow ones are divided by `factor`, those between are interpolated;
+cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set.
 llama3 (Llama 3.1): the same idea with bounds in wavelengths.
 
-Angles are position * frequency. r: turned features of a head.
+Angles are position * frequency. r: rotated features of a head.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ Scaled = tuple[Tensor, float]
 
 
 def frequencies(turned: int, base: float) -> Tensor:
-    """Those of the paper: base^(-2 i / r), fp32 [r/2]."""
+    """Returns the frequencies of the paper: base^(-2 i / r), fp32 [r/2]."""
     return 1.0 / base ** (torch.arange(0, turned, 2, dtype=torch.float32, device="cpu") / turned)
 
 
 def scaled(turned: int, base: float, scaling: Mapping[str, Any] | None, length: int) -> Scaled:
-    """The frequencies of a model. scaling: the `rope_scaling` block. length: the run's longest sequence [tokens]."""
+    """Returns the frequencies of a model.
+
+    Args:
+        turned: rotated features of a head.
+        base: `rotary_emb_base`.
+        scaling: the `rope_scaling` block.
+        length: the run's longest sequence [tokens].
+    """
     if not scaling:
         return frequencies(turned, base), 1.0
     return _KINDS[scaling["type"]](turned, base, scaling, length)

@@ -1,8 +1,8 @@
-"""Rotary positions: queries and keys are turned by their position (arXiv:2104.09864).
+"""Rotary positions: queries and keys are rotated by their position (arXiv:2104.09864).
 
-Only the first ``rotary_pct`` of each head's features turn; they are paired half-split, as GPT-NeoX and Llama do.
-For long contexts the frequencies are changed as rope_scaling.py says.
-Shapes: s sequence, b micro batch, n heads, d head dim, r turned features.
+Only the first ``rotary_pct`` of each head's features are rotated; they are paired half-split, as in GPT-NeoX and Llama.
+rope_scaling.py changes the frequencies for long contexts.
+Shapes: s sequence, b micro batch, n heads, d head dim, r rotated features.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron.model.positions.rope_scaling import scaled
 
 
 class Rotary(Positions):
-    """Turns pair i of position p by the angle p * frequency i.
+    """Rotates pair i of position p by the angle p * frequency i.
 
-    frequencies: one for each pair of the features that turn, fp32 [r/2]. factor: of cosines and sines. It holds no
-    parameter; the table of cosines grows when a longer sequence comes and is shared by all blocks.
+    frequencies: one for each pair, fp32 [r/2]. factor: multiplies cosines and sines. It has no parameter; the table of
+    cosines grows with the longest sequence and is shared by all blocks.
     """
 
     def __init__(self, frequencies: Tensor, factor: float = 1.0, kernel: RotaryKernel = rotary) -> None:
@@ -32,14 +32,14 @@ class Rotary(Positions):
 
     @classmethod
     def for_attention(cls, model: Any, head_dim: int, kernel: RotaryKernel) -> Rotary:
-        """From the model section's rotary_pct, rotary_emb_base and rope_scaling."""
+        """Builds it from the model section's rotary_pct, rotary_emb_base and rope_scaling."""
         turned = int(head_dim * model.rotary_pct)
         if turned < 2 or turned % 2:
             raise ValueError(f"rotary positions turn pairs of features, and {turned} is not an even number above 0")
         return cls(*scaled(turned, model.rotary_emb_base, model.rope_scaling, model.seq_length), kernel)
 
     def __call__(self, x: Tensor, offset: int, positions: Tensor | None = None) -> Tensor:
-        """Queries or keys [b, n, s, d] whose first position is ``offset`` -> the turned ones; see base.py."""
+        """Rotates queries or keys [b, n, s, d] whose first position is ``offset``; see base.py."""
         end = offset + x.shape[2]
         cos, sin = self.table(end, x.device)
         if positions is not None:
@@ -47,7 +47,7 @@ class Rotary(Positions):
         return self.kernel(x, cos[offset:end], sin[offset:end])
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of at least ``length`` positions, fp32 [length, r/2]."""
+        """Returns cosines and sines of at least ``length`` positions, fp32 [length, r/2]."""
         known = self._tables.get(device)
         if known is None or known[0].shape[0] < length:
             room = 1 << (length - 1).bit_length()
