@@ -1,4 +1,4 @@
-"""The base shapes of muP on the command line: written without a worker, shown in the plan, rejected where they differ."""
+"""Base shapes of muP on the command line: written without a worker, shown in the plan, rejected on a mismatch."""
 
 from __future__ import annotations
 
