@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--length 4096] [--block 32] [--rounds 5] [--processor-time]
 
-One layer's core: 8 heads of 64, micro batch 1. Rounds alternate between the kinds; the medians are told, with the share
+One layer's core: 8 heads of 64, micro batch 1. Rounds alternate between the kinds; it prints medians and the share
 of the causal half that each kind sees, which is what its arithmetic is reduced to.
 """
 
@@ -41,24 +41,24 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32, help="block of the sparse kinds [tokens]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processor-time", action="store_true", help="count the processor's time, one thread")
-    told = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.process_time if told.processor_time else time.perf_counter
-    if told.processor_time:
+    clock = time.process_time if args.processor_time else time.perf_counter
+    if args.processor_time:
         torch.set_num_threads(1)
-    window = 8 * told.block
+    window = 8 * args.block
     patterns: dict[str, tuple[MaskPattern | None, float]] = {
         "global": (None, 1.0),
-        f"window {window}": (Window(window), visible_share("global", None, 0, window, told.length)),
+        f"window {window}": (Window(window), visible_share("global", None, 0, window, args.length)),
     }
     for kind, options in OPTIONS.items():
-        layout = layout_of(kind, {"block": told.block, **options}, 0)
+        layout = layout_of(kind, {"block": args.block, **options}, 0)
         assert layout is not None
-        patterns[kind] = (BlockPattern(layout, range(HEADS)), layout.visible_share(told.length))
+        patterns[kind] = (BlockPattern(layout, range(HEADS)), layout.visible_share(args.length))
     times: dict[str, list[float]] = {name: [] for name in patterns}
-    for _ in range(told.rounds + 1):
+    for _ in range(args.rounds + 1):
         for name, (pattern, _) in patterns.items():
-            times[name].append(seconds(pattern, told.length, device, clock))
+            times[name].append(seconds(pattern, args.length, device, clock))
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round builds masks
     print(f"{'kind':<18}{'seen':>8}{'time [ms]':>12}{'of global':>12}")
     for name, (_, share) in patterns.items():

@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         for pair in range(asked.pairs):
             plain = iteration(products, matrix)
-            writer, partial, final = BackgroundWriter(0, 1, 600), *_places(Path(folder), 2 * pair)
+            writer, partial, final = BackgroundWriter(0, 1, 600), *_folders(Path(folder), 2 * pair)
             make_room(partial)
             started = time.perf_counter()
             held = _snapshot(state).held()
@@ -72,18 +72,18 @@ def main() -> int:
             while count == 0 or writer.busy:
                 iteration(products, matrix)
                 count += 1
-            whole = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
             writer.wait()
             counts.append(count)
             writes.append(time.perf_counter() - started - copied)
             started = time.perf_counter()
-            partial, final = _places(Path(folder), 2 * pair + 1)
+            partial, final = _folders(Path(folder), 2 * pair + 1)
             make_room(partial)
             publish(partial, final, list(_snapshot(state).write(partial)))
             synchronous.append(time.perf_counter() - started)
             alone.append(plain)
             copies.append(copied)
-            extra.append((whole - copied - count * plain) / plain)
+            extra.append((elapsed - copied - count * plain) / plain)
     middle = statistics.median
     print(f"state {asked.megabytes} MB, {asked.pairs} pairs, {asked.threads} threads, medians")
     print(f"iteration alone          {middle(alone):8.3f} s")
@@ -94,7 +94,7 @@ def main() -> int:
     return 0
 
 
-def _places(folder: Path, number: int) -> tuple[Path, Path]:
+def _folders(folder: Path, number: int) -> tuple[Path, Path]:
     return layout.partial_directory(folder, number), layout.step_directory(folder, number)
 
 

@@ -85,11 +85,11 @@ def main() -> None:
     asked = parser.parse_args()
     clock: Callable[[], float] = time.process_time if asked.processor_time else time.perf_counter
     print(f"batch {asked.batch}, {torch.get_num_threads()} threads", flush=True)
-    wanted = requests(asked.documents)
+    prompts = requests(asked.documents)
     totals = {"ours": 0.0, "hf": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         models = contenders(Path(folder), asked.batch)
-        for kind, some in wanted.items():
+        for kind, some in prompts.items():
             best = dict.fromkeys(models, float("inf"))
             answers: dict[str, Any] = {}
             for _ in range(asked.rounds):

@@ -104,11 +104,11 @@ def our_engine(model: torch.nn.Module, dtype: torch.dtype) -> InferenceEngine:
             parameter.copy_(weights[_twin_name(key)])
     pack(stage)
     size = HIDDEN // HEADS
-    kept = cache_dtype(dtype, torch.device("cpu"), size)
+    cache_type = cache_dtype(dtype, torch.device("cpu"), size)
     return InferenceEngine(
         stage,
         topology,
-        lambda batch, length: KVCache(LAYERS, batch, HEADS, length, size, dtype=kept),
+        lambda batch, length: KVCache(LAYERS, batch, HEADS, length, size, dtype=cache_type),
         HIDDEN,
         VOCABULARY,
         dtype,

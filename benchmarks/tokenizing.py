@@ -12,7 +12,7 @@ use two processes or threads:
     encode_batch        the same
 
 and again preprocess_data and encode_batch_fast on a vocabulary that tiktoken's engine does not take; and
-preprocess_data with --ftfy. Start-up (imports, building the tokenizer, starting processes) is told apart, and so is the
+preprocess_data with --ftfy. Start-up (imports, building the tokenizer, starting processes) is separate, and so is the
 most memory that all processes of preprocess_data held together (proportional set size). The sides take turns; each
 figure is the best of its rounds.
 """
@@ -125,7 +125,7 @@ def gpt2_files() -> tuple[Path, Path]:
 
 
 def engine(script: str, arguments: list[str], megabytes: float) -> tuple[float, float, int, float]:
-    """Start-up [s], speed [MB/s] and tokens of one of the scripts above; its memory is not told."""
+    """Start-up [s], speed [MB/s] and tokens of one of the scripts above; its memory is not measured."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "true",
@@ -180,7 +180,7 @@ def ours(text: str, flags: list[str], folder: Path, megabytes: float) -> tuple[f
     prefix = folder / "ours"
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", text, "--output-prefix", str(prefix)]
     command += [*flags, "--workers", str(PROCESSES)]
-    whole, memory = watched(command)
+    total_seconds, memory = watched(command)
     tokens = json.loads(Path(f"{prefix}_text_document.json").read_text(encoding="utf-8"))["tokens"]
     # The same command on one line of text costs the start-up and the end alone.
     with open(text, "rb") as file:
@@ -188,7 +188,7 @@ def ours(text: str, flags: list[str], folder: Path, megabytes: float) -> tuple[f
     command[command.index("--input") + 1] = str(folder / "line.jsonl")
     command[command.index("--output-prefix") + 1] = str(folder / "line")
     start, _ = watched(command)
-    return start, megabytes / (whole - start), tokens, memory
+    return start, megabytes / (total_seconds - start), tokens, memory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--vocab-file", help="GPT-2's vocab.json")
     made.add_argument("--merge-file", help="GPT-2's merges.txt")
     asked = made.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         text = Path(asked.text) if asked.text else folder / "text.jsonl"
         if not asked.text:
             write_text(text, asked.megabytes)
@@ -237,10 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
                 measured = side()
                 if name not in found or measured[1] > found[name][1]:
                     found[name] = measured
-    return told(found)
+    return print_table(found)
 
 
-def told(found: dict[str, tuple[float, float, int, float]]) -> int:
+def print_table(found: dict[str, tuple[float, float, int, float]]) -> int:
     """Prints the table and what is promised; 1 when a promise is not kept."""
     for name, (start, speed, tokens, memory) in found.items():
         most = f"  memory {memory:.2f} GB" if memory else ""

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled CPU collectives: one ninja, and no waiting for a lock that nobody holds."""
+"""DeepSpeed's compiled CPU collectives: one ninja, and no waiting for a lock that no process holds."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Case:
     function: Callable[[], Tensor]
     copies: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
-    whole: bool = False
+    is_full: bool = False
 
 
 def values(*shape: int, seed: int) -> Tensor:
@@ -56,12 +56,12 @@ def draw(tensor: Tensor, generator: torch.Generator) -> None:
 
 def cases(rank: int, size: int) -> dict[str, Case]:
     """Everything there is, on this rank's axis."""
-    whole, cut = (
+    is_full, cut = (
         Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=sequence).model
         for sequence in (False, True)
     )
     layers = {f"{name}, sequence": case for name, case in layer_cases(cut).items()}
-    return layer_cases(whole) | layers | exchange_cases(whole)
+    return layer_cases(is_full) | layers | exchange_cases(is_full)
 
 
 def layer_cases(axis: Axis) -> dict[str, Case]:
@@ -81,16 +81,16 @@ def layer_cases(axis: Axis) -> dict[str, Case]:
     return {
         "column": Case(lambda: column(x), copies=everywhere, parts=(*own, column.weight, column.bias)),
         "row": Case(
-            lambda: row(inner), copies=(row.bias,), parts=(inner, row.weight), whole=not axis.sequence_parallel
+            lambda: row(inner), copies=(row.bias,), parts=(inner, row.weight), is_full=not axis.sequence_parallel
         ),
-        "embedding": Case(lambda: embedding(ids), parts=(embedding.weight,), whole=not axis.sequence_parallel),
+        "embedding": Case(lambda: embedding(ids), parts=(embedding.weight,), is_full=not axis.sequence_parallel),
         "output layer": Case(
             lambda: embedding(x, as_output_layer=True), copies=everywhere, parts=(*own, embedding.weight)
         ),
         "norm": Case(
-            lambda: norm(x), copies=(*everywhere, *norm.parameters()), parts=own, whole=not axis.sequence_parallel
+            lambda: norm(x), copies=(*everywhere, *norm.parameters()), parts=own, is_full=not axis.sequence_parallel
         ),
-        "leave": Case(lambda: reduce_from_tp(term, axis), parts=(term,), whole=not axis.sequence_parallel),
+        "leave": Case(lambda: reduce_from_tp(term, axis), parts=(term,), is_full=not axis.sequence_parallel),
     }
 
 
@@ -108,16 +108,16 @@ def exchange_cases(axis: Axis) -> dict[str, Case]:
     return {
         "all_to_all_rows": Case(lambda: all_to_all_rows(rows, sent, received, axis) ** 2, parts=(rows,)),
         "copy_to": Case(lambda: copy_to(copy, axis) * (rank + 1), copies=(copy,)),
-        "reduce_from": Case(lambda: reduce_from(part, axis), parts=(part,), whole=True),
-        "gather_from": Case(lambda: gather_from(part, axis), parts=(part,), whole=True),
+        "reduce_from": Case(lambda: reduce_from(part, axis), parts=(part,), is_full=True),
+        "gather_from": Case(lambda: gather_from(part, axis), parts=(part,), is_full=True),
         "scatter_to": Case(lambda: scatter_to(copy, axis), copies=(copy,)),
         "cross entropy": Case(
-            lambda: vocab_parallel_cross_entropy(logits, targets, axis, VOCABULARY - 1), parts=(logits,), whole=True
+            lambda: vocab_parallel_cross_entropy(logits, targets, axis, VOCABULARY - 1), parts=(logits,), is_full=True
         ),
         "weighted cross entropy": Case(
             lambda: weighted_cross_entropy(logits * 1, targets, weights, axis, VOCABULARY - 1),
             parts=(logits,),
-            whole=True,
+            is_full=True,
         ),
         "heads for sequence": Case(lambda: all_to_all_seq_to_heads(heads, axis) ** 2, parts=(heads,)),
         "sequence for heads": Case(lambda: all_to_all_heads_to_seq(tokens, axis) ** 2, parts=(tokens,)),
@@ -127,7 +127,7 @@ def exchange_cases(axis: Axis) -> dict[str, Case]:
 def number(case: Case, rank: int) -> Tensor:
     """This rank's share of the function, with a graph."""
     out = case.function()
-    seed = 50 if case.whole else 50 + rank
+    seed = 50 if case.is_full else 50 + rank
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (out * weights).sum()
 
@@ -136,7 +136,7 @@ def number(case: Case, rank: int) -> Tensor:
 def value(case: Case, rank: int) -> float:
     """The function, the same on all ranks."""
     found = number(case, rank).detach().clone()
-    if not case.whole:
+    if not case.is_full:
         dist.all_reduce(found)
     return float(found)
 

@@ -11,8 +11,8 @@ from megatron.errors import RunError
 from megatron.distributed.init import init_distributed
 try:
     init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
-except RunError as fault:
-    print(fault)
+except RunError as error:
+    print(error)
 """
 
 

@@ -54,8 +54,8 @@ def record(
         ([record(0), record(2)], [1]),  # never came
         ([record(0), record(1), record(2, collective_name=None)], [2]),  # busy with something else
         ([record(0), record(1, iteration=4), record(2)], [1]),  # behind: the ranks wait in different collectives
-        ([record(0), record(1), record(2)], []),  # nobody stands out
-        ([record(0), record(1, updated_at=NOW - 9), record(2, collective_name=None)], [1]),  # silence speaks louder
+        ([record(0), record(1), record(2)], []),  # no rank stands out
+        ([record(0), record(1, updated_at=NOW - 9), record(2, collective_name=None)], [1]),  # a silent rank counts more
     ],
 )
 def test_who_is_blamed(records: list[HeartbeatRecord], culprits: list[int]) -> None:

@@ -48,7 +48,7 @@ BASE: dict[str, Any] = {
 
 
 class NeverStop:
-    """Nobody asks these runs to stop."""
+    """Never requests a stop."""
 
     requested = False
 

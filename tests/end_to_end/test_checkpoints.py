@@ -99,7 +99,7 @@ def test_iterations_that_pythia_saved(dataset: str, tmp_path: Path) -> None:
     "target", [{}, {"model_parallel_size": 2}, {"pipe_parallel_size": 2}, {"zero_optimization": {"stage": 3}}]
 )
 def test_retained_logits_are_compared_in_any_layout(target: dict[str, Any], dataset: str, tmp_path: Path) -> None:
-    """They change nothing in the run, and a model of other settings with the same tensors is told."""
+    """They change nothing in the run, and a model of other settings with the same tensors is reported."""
     checked = {"checkpoint_validation_with_forward_pass": True}
     settings = halves(dataset, tmp_path / "save", **checked)
     run(2, tmp_path / "parts", exit_interval=10, zero_optimization={"stage": 1}, **settings)

@@ -1,4 +1,4 @@
-"""Ranks that die, hang or fail end the run in time, and the message names the rank and where it stood."""
+"""Ranks that die, hang or fail end the run in time, and the message names the rank and its stack."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Run:
         raise AssertionError(f"no worker of rank {rank}")
 
     def end(self, seconds: float) -> int:
-        """The exit code, which must come within that time, with nobody left."""
+        """The exit code, which must come within that time, with no process left."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         code = self.process.wait(seconds)
         _, left = psutil.wait_procs(family, timeout=5)

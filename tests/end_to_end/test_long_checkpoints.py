@@ -57,7 +57,7 @@ def saved(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.fixture(scope="module")
-def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def full(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run that nothing disturbed."""
     return series(run(1, tmp_path_factory.mktemp("whole"), data_path=dataset, **MODEL), "train/lm_loss")
 
@@ -65,12 +65,12 @@ def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_every_layout_continues_every_other(
-    source: str, target: str, saved: dict[str, Path], whole: list[float], dataset: str, tmp_path: Path
+    source: str, target: str, saved: dict[str, Path], full: list[float], dataset: str, tmp_path: Path
 ) -> None:
     world_size, settings = LAYOUTS[target]
     reported = {"data_path": dataset, "load": str(saved[source]), "exit_interval": FROM + FURTHER, **MODEL, **settings}
     losses = series(run(world_size, tmp_path, **reported), "train/lm_loss")
-    assert losses == pytest.approx(whole[FROM : FROM + FURTHER], rel=1e-5)
+    assert losses == pytest.approx(full[FROM : FROM + FURTHER], rel=1e-5)
 
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -102,12 +102,12 @@ def test_a_stop_changes_no_bit(name: str, dataset: str, tmp_path: Path) -> None:
     """With dropout, so that the generators of every rank count."""
     world_size, settings = STOPPED[name]
     reported = {"data_path": dataset, **MODEL, **DROPOUT, **settings}
-    whole = run(world_size, tmp_path / "whole", **reported)
+    full = run(world_size, tmp_path / "whole", **reported)
     reported |= {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
     run(world_size, tmp_path / "parts", exit_interval=7, **reported)
     resumed = run(world_size, tmp_path / "parts", **reported)
     for metric in ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss", "consumed_tokens"):
-        assert series(resumed, metric) == series(whole, metric), metric
+        assert series(resumed, metric) == series(full, metric), metric
 
 
 def kill_after(process: Any, seconds: float) -> bool:
@@ -118,7 +118,7 @@ def kill_after(process: Any, seconds: float) -> bool:
         if process.poll() is not None:
             return False
         time.sleep(0.02)
-    for member in [family, *family.children(recursive=True)]:  # the launcher first, so that it ends nobody itself
+    for member in [family, *family.children(recursive=True)]:  # the launcher first, so that it ends no process itself
         with suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGKILL)
     process.wait(30)

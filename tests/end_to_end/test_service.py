@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-    """(status, answer); status 0 when nobody listens."""
+    """(status, answer); status 0 if the port is closed."""
     headers = {"Content-Type": "application/json", "Authorization": "Bearer geheim"}
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:

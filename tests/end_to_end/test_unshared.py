@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """A folder with the data, and the losses of a run that shares it."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "data").mkdir()
@@ -40,9 +40,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
 
 
 @pytest.fixture
-def hosts(whole: tuple[Path, list[float]], tmp_path: Path) -> Path:
+def hosts(complete: tuple[Path, list[float]], tmp_path: Path) -> Path:
     for host in ("host0", "host1"):
-        shutil.copytree(whole[0], tmp_path / host / "data")
+        shutil.copytree(complete[0], tmp_path / host / "data")
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("lost", ["host0", pytest.param("host1", marks=pytest.mark.long)])
 def test_every_host_has_the_full_and_either_may_be_lost(
-    lost: str, hosts: Path, whole: tuple[Path, list[float]]
+    lost: str, hosts: Path, complete: tuple[Path, list[float]]
 ) -> None:
     assert train(hosts, exit_interval=10) == ["", ""]
     first, second = (contents(hosts / host / "save") for host in ("host0", "host1"))
@@ -78,7 +78,7 @@ def test_every_host_has_the_full_and_either_may_be_lost(
     shutil.rmtree(hosts / lost / "save")
     assert train(hosts, keep_last_n_checkpoints=1) == ["", ""]
     records = read_metrics(hosts / "host0" / "logs")
-    assert series(records, "train/lm_loss") == whole[1]
+    assert series(records, "train/lm_loss") == complete[1]
     for host in ("host0", "host1"):
         retained = {path.name for path in (hosts / host / "save").iterdir() if path.is_dir()}
         assert retained == {"global_step10", "global_step20"}, "the one that was started from stays"
@@ -99,10 +99,10 @@ def in_one_folder(rank: int, world_size: int, root: Path, settings: dict[str, An
     run_rank(rank, world_size, {**BASE, **SETTINGS, **settings})
 
 
-def test_hosts_that_do_share_the_folder_write_it_once(hosts: Path, whole: tuple[Path, list[float]]) -> None:
+def test_hosts_that_do_share_the_folder_write_it_once(hosts: Path, complete: tuple[Path, list[float]]) -> None:
     run_distributed(in_one_folder, 2, hosts, {"exit_interval": 10})
     run_distributed(in_one_folder, 2, hosts, {})
-    assert series(read_metrics(hosts / "host0" / "logs"), "train/lm_loss") == whole[1]
+    assert series(read_metrics(hosts / "host0" / "logs"), "train/lm_loss") == complete[1]
 
 
 def test_damage_on_one_host_is_reported(hosts: Path) -> None:

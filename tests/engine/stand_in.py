@@ -30,7 +30,7 @@ class Seen:
 
     calls: dict[str, int] = field(default_factory=dict)
     in_fp8: dict[str, int] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     within: bool = False
 
     def note(self, name: str) -> None:
@@ -147,7 +147,7 @@ class DelayedScaling:
 def within_fp8(seen: Seen, *, enabled: bool, recipe: Any, amax_reduction_group: Any) -> Iterator[None]:
     assert enabled
     assert recipe.reduce_amax == (amax_reduction_group is not None)
-    seen.told = {**asdict(recipe), "fp8_format": recipe.fp8_format.name}
+    seen.recipe = {**asdict(recipe), "fp8_format": recipe.fp8_format.name}
     seen.within = True
     try:
         yield

@@ -1,7 +1,7 @@
 """Recomputing activations changes no bit of any gradient, dropout included, in any layout and by any of its ways.
 
 Adam's first moment after a step is a tenth of the gradient, so the optimizer's state says whether gradients were the
-same under ZeRO too, where no rank has whole ones. Two steps: the second also tells whether the first left the random
+same under ZeRO too, where no rank has full ones. Two steps: the second also shows whether the first left the random
 states as they would have been.
 """
 

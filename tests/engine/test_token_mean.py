@@ -1,4 +1,4 @@
-"""A step's loss and gradient are the mean over all unmasked tokens of its global batch, however it is dealt out.
+"""A step's loss and gradient are the mean over all unmasked tokens of its global batch, however it is distributed.
 
 The reference is the whole batch at once in float64: torch's cross entropy, clipping and AdamW around the sequential
 model. Weighing micro batches, ranks or parts of sequences alike instead would be off by tens of percent with these

@@ -107,7 +107,7 @@ def test_fp8_is_for_training_steps(dataset: str, tmp_path: Path) -> None:
         blocks = BASE["num_layers"]
         assert seen.in_fp8["LayerNormMLP"] == SHORT["train_iters"] * blocks
         assert seen.calls["LayerNormMLP"] == 3 * blocks  # two validations and the test
-        assert seen.told == {
+        assert seen.recipe == {
             "margin": 1,
             "fp8_format": "E4M3",
             "amax_history_len": 4,

@@ -121,7 +121,7 @@ def test_weights_computed_again_give_the_same_gradients(pattern: str, monkeypatc
 
 
 def test_a_layout_grows_with_the_sequences() -> None:
-    """A long sequence first, then a short one, then a longer one, each as a layout that nobody has read yet says."""
+    """A long sequence first, then a short one, then a longer one, each as in a new layout."""
     grown = blocks("bigbird", SPARSE)
     (q, k, v, _), _ = inputs(torch.float32)
     for length in (200, 30, 210):

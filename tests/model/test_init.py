@@ -36,7 +36,7 @@ def test_every_initialisation_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_standard_deviation_and_mean(name: str) -> None:
+def test_std_and_mean(name: str) -> None:
     tensor = drawn(name)
     assert tensor.std().item() == pytest.approx(EXPECTED[name], rel=0.01)  # 98,304 draws: 4 deviations are 0.9 %
     assert abs(tensor.mean().item()) < 0.02 * EXPECTED[name]

@@ -200,7 +200,7 @@ def test_the_base_itself_is_an_ordinary_model(tmp_path: Path) -> None:
     "init",
     ["small_init", "wang_init", "orthogonal", "scaled_orthogonal", "scaled_normal", "single_residual_scaled_normal"],
 )
-def test_other_initialisations_start_from_the_base_s_deviation(init: str, tmp_path: Path) -> None:
+def test_other_initializations_start_from_the_base_s_std(init: str, tmp_path: Path) -> None:
     """Those that the package has not: deviation of the base model, over the root of the width for matrices."""
     both = {"init_method": init, "output_layer_init_method": init, "no_weight_tying": True}
     base, wide = (initial_weights(config_of(tmp_path, **both, hidden_size=hidden)) for hidden in (32, 128))

@@ -1,4 +1,4 @@
-"""How a pipeline's layers are dealt to its stages: every method, and where the planner says that they go."""
+"""Partition of layers into pipeline stages: every method, compared with the planner."""
 
 from __future__ import annotations
 

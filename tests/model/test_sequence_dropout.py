@@ -31,8 +31,8 @@ def test_masks_and_their_rate(sequence: bool) -> None:
     assert torch.equal(first[1], second[1])  # what comes after agrees on all ranks in either case
     for retained, _ in (first, second):
         share = float((retained == 0).double().mean())
-        deviation = (RATE * (1 - RATE) / retained.numel()) ** 0.5
-        assert abs(share - RATE) < 5 * deviation
+        std = (RATE * (1 - RATE) / retained.numel()) ** 0.5
+        assert abs(share - RATE) < 5 * std
         assert retained.max() == pytest.approx(1 / (1 - RATE))
 
 

@@ -155,7 +155,7 @@ def covering() -> tuple[tuple[Row, str], ...]:
 
 
 @dataclass(frozen=True)
-class Deviation:
+class Tolerance:
     """The largest differences to one process, relative."""
 
     loss: float
@@ -190,7 +190,7 @@ class Comparison:
             self._single[key] = self._run(1, model, {"num_layers": layers})
         return self._single[key]
 
-    def of(self, row: Row, model: str, **more: Any) -> Deviation:
+    def of(self, row: Row, model: str, **more: Any) -> Tolerance:
         """What a layout differs by. RankFailedError if it cannot run."""
         expected, got = self.single(model, row.layers), self._run(row.ranks, model, {**row.settings(), **more})
         losses = [
@@ -198,7 +198,7 @@ class Comparison:
         ]
         norms, expected_norms = series(got, "train/grad_norm"), series(expected, "train/grad_norm")
         assert len(norms) == TINY["train_iters"]
-        return Deviation(max(losses), relative(norms[:1], expected_norms[:1]), relative(norms, expected_norms))
+        return Tolerance(max(losses), relative(norms[:1], expected_norms[:1]), relative(norms, expected_norms))
 
     def _run(self, ranks: int, model: str, settings: dict[str, Any]) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
@@ -209,7 +209,7 @@ class Comparison:
 def relative(values: list[float], expected: list[float]) -> float:
     """The largest relative difference of two series of the same length; infinite where one is not a number."""
     assert len(values) == len(expected)
-    worst = max(abs(value - wanted) / abs(wanted) for value, wanted in zip(values, expected, strict=True))
+    worst = max(abs(value - expected) / abs(expected) for value, expected in zip(values, expected, strict=True))
     return float("inf") if math.isnan(worst) else worst
 
 
@@ -222,9 +222,9 @@ def chosen_rows(text: str) -> range:
     return numbers[slice(int(first) if first else None, int(stop) if stop else None)]
 
 
-def main(wanted: str) -> int:
+def main(expected: str) -> int:
     """Prints the table; 1 if any row deviates or fails."""
-    numbers = chosen_rows(wanted)
+    numbers = chosen_rows(expected)
     print(
         f"{len(numbers)} of {len(rows())} rows; tolerances {LOSS_TOLERANCE}, {FIRST_NORM_TOLERANCE}, {NORM_TOLERANCE}"
     )
@@ -236,9 +236,9 @@ def main(wanted: str) -> int:
             row = rows()[number]
             model, started = model_of(row), time.monotonic()
             try:
-                deviation = comparison.of(row, model)
-                reported, good = str(deviation), deviation.good
-                found.append(deviation)
+                difference = comparison.of(row, model)
+                reported, good = str(difference), difference.good
+                found.append(difference)
             except RankFailedError as error:
                 reported, good = str(error).strip()[-2000:], False
             failed += not good
@@ -246,7 +246,7 @@ def main(wanted: str) -> int:
             seconds = time.monotonic() - started
             print(f"{number:4}  {row!s:42}  {model:5}  {reported}  {seconds:8.1f}{mark}", flush=True)
     if found:
-        worst = Deviation(*(max(getattr(one, field.name) for one in found) for field in fields(Deviation)))
+        worst = Tolerance(*(max(getattr(one, field.name) for one in found) for field in fields(Tolerance)))
         print(f"{'worst':>4} {' ':50} {worst}  {time.monotonic() - begun:8.1f}")
     print(f"{len(numbers) - failed} rows agree with one process, {failed} do not")
     return 1 if failed else 0

@@ -30,15 +30,15 @@ def test_the_matrix_is_what_the_rules_allow() -> None:
 
 @pytest.mark.parametrize(("row", "model"), covering(), ids=str)
 def test_covering_layouts(row: Row, model: str, comparison: Comparison) -> None:
-    deviation = comparison.of(row, model)
-    assert deviation.good, str(deviation)
+    difference = comparison.of(row, model)
+    assert difference.good, str(difference)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("row", rows(), ids=str)
 def test_all_layouts(row: Row, comparison: Comparison) -> None:
-    deviation = comparison.of(row, model_of(row))
-    assert deviation.good, str(deviation)
+    difference = comparison.of(row, model_of(row))
+    assert difference.good, str(difference)
 
 
 @pytest.mark.parametrize("layers", sorted({row.layers for row in rows()}))

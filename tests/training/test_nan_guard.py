@@ -95,7 +95,7 @@ def trained(world: int, dataset: str, folder: Path, **settings: Any) -> tuple[li
     return read_metrics(folder / "logs" / "metrics.jsonl"), said
 
 
-def told(said: list[str]) -> tuple[int, int]:
+def reported_samples(said: list[str]) -> tuple[int, int]:
     """First and last sample that the message about the bad step names; everything else in it is asserted."""
     (line,) = [text for text in said if "is left out" in text]
     assert f"the loss of iteration {BAD_STEP} is nan" in line
@@ -107,7 +107,7 @@ def told(said: list[str]) -> tuple[int, int]:
 
 def test_a_skipped_step_changes_no_weight(single: tuple[list[dict[str, float]], list[str]]) -> None:
     records, said = single
-    assert told(said) == (24, 31)
+    assert reported_samples(said) == (24, 31)
     norms = [{name: value for name, value in record.items() if "parameter_norms" in name} for record in records]
     assert len(norms[0]) == 7  # embedding, four blocks, norm, head
     assert norms[BAD_STEP - 1] == norms[BAD_STEP - 2]
@@ -119,7 +119,7 @@ def test_a_skipped_step_changes_no_weight(single: tuple[list[dict[str, float]], 
 def compare(layout: str, single: tuple[list[dict[str, float]], list[str]], dataset: str, folder: Path) -> None:
     world, settings = LAYOUTS[layout]
     records, said = trained(world, dataset, folder, on_nan="skip", **settings)
-    first, last = told(said)
+    first, last = reported_samples(said)
     assert first <= BAD_SAMPLE <= last
     expected = series(single[0], "train/lm_loss")
     got = series(records, "train/lm_loss")
