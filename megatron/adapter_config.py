@@ -47,7 +47,7 @@ class LowRank:
         return tuple(TARGETS[name] for name in self.targets)
 
     def block(self) -> dict[str, Any]:
-        """The configuration's block with nothing left out."""
+        """Returns the configuration's block with all defaults."""
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)}
 
 
@@ -63,7 +63,7 @@ class SoftPrompt:
     """Random first values are uniform in +-init_range."""
 
     def block(self) -> dict[str, Any]:
-        """The configuration's block with nothing left out."""
+        """Returns the configuration's block with all defaults."""
         return {"enabled": True, **vars(self)}
 
 

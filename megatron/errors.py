@@ -72,7 +72,15 @@ class NeoxError(Exception):
         location: str | None = None,
         hint: str | None = None,
     ) -> Self:
-        """Makes an error of one issue; the arguments are the fields of `ConfigIssue`."""
+        """Makes an error of one issue.
+
+        Args:
+            message: see `ConfigIssue`.
+            key: the configuration key involved.
+            value: its value.
+            location: `file:line`, "command line", a path or a rank.
+            hint: what the user can do.
+        """
         return cls(ConfigIssue(message, key, value, location, hint))
 
     @classmethod

@@ -74,7 +74,7 @@ def build(request: IndexRequest) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the index maps of a run.", allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run")
     args, rest = parser.parse_known_args(arguments)

@@ -43,28 +43,28 @@ from megatron.tokenizers.from_folder import find_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Convert a model of transformers.")
-    made.add_argument("--input-dir", "--input_dir", type=Path, required=True, help="a folder that transformers wrote")
-    made.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="the save folder to write")
-    made.add_argument(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Convert a model of transformers.")
+    result.add_argument("--input-dir", "--input_dir", type=Path, required=True, help="a folder that transformers wrote")
+    result.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="the save folder to write")
+    result.add_argument(
         "--target-tensor-parallel-size", "--target_tensor_parallel_size", type=int, default=1, help="default: 1"
     )
-    made.add_argument(
+    result.add_argument(
         "--target-pipeline-parallel-size",
         "--target_pipeline_parallel_size",
         type=int,
         default=0,
         help="0 keeps all layers in one file a rank, more keeps a file a layer (default: 0)",
     )
-    made.add_argument(
+    result.add_argument(
         "--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the one that is stored"
     )
-    return made
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     output = args.output_dir
     try:

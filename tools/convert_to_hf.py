@@ -44,49 +44,49 @@ from megatron.tokenizers.to_folder import Portable, portable, portable_of
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Convert a checkpoint for transformers.")
-    made.add_argument("--input-dir", "--input_dir", type=Path, required=True, help="a save folder or one checkpoint")
-    made.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="the folder to write")
-    made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
-    made.add_argument(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Convert a checkpoint for transformers.")
+    result.add_argument("--input-dir", "--input_dir", type=Path, required=True, help="a save folder or one checkpoint")
+    result.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="the folder to write")
+    result.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
+    result.add_argument(
         "--config-file", "--config_file", type=Path, nargs="+", default=[], help="YAML files that describe the model"
     )
-    made.add_argument(
+    result.add_argument(
         "--precision", choices=["auto", *PRECISIONS], default="auto", help="default: the one that is stored"
     )
-    made.add_argument("--architecture", choices=list(FAMILIES), help="default: the first that can express the model")
-    made.add_argument(
+    result.add_argument("--architecture", choices=list(FAMILIES), help="default: the first that can express the model")
+    result.add_argument(
         "--max-shard-size", "--max_shard_size", type=float, default=5.0, help="largest file [GiB] (default: 5)"
     )
-    made.add_argument("--tokenizer", type=Path, help="a tokenizer.json, a .model, or a folder of tokenizer files")
-    made.add_argument(
+    result.add_argument("--tokenizer", type=Path, help="a tokenizer.json, a .model, or a folder of tokenizer files")
+    result.add_argument(
         "--adapter-only",
         "--adapter_only",
         action="store_true",
         help="write LoRA adapters or a soft prompt as a folder of peft, without the model",
     )
-    made.add_argument(
+    result.add_argument(
         "--base-model", "--base_model", help="with --adapter-only: the frozen model's folder or name in transformers"
     )
-    made.add_argument(
+    result.add_argument(
         "--zero-biases",
         "--zero_biases",
         action="store_true",
         help="write attention biases of 0 where the model has none, which changes nothing and some programs need",
     )
-    made.add_argument(
+    result.add_argument(
         "--own-head",
         "--own_head",
         action="store_true",
         help="write the output layer as a matrix of its own where it is the embedding, which some programs need",
     )
-    made.add_argument("--no-save-tokenizer", "--no_save_tokenizer", action="store_true", help="write the model only")
-    return made
+    result.add_argument("--no-save-tokenizer", "--no_save_tokenizer", action="store_true", help="write the model only")
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     try:
         refuse_existing(args.output_dir)

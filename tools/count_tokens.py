@@ -20,10 +20,10 @@ from megatron.errors import ConfigError, RunError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
-    made = argparse.ArgumentParser(description="Count documents and tokens of token files.")
-    made.add_argument("prefixes", nargs="+", help="paths without .bin and .idx, or directories")
-    args = made.parse_args(arguments)
+    """Runs the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(description="Count documents and tokens of token files.")
+    parser.add_argument("prefixes", nargs="+", help="paths without .bin and .idx, or directories")
+    args = parser.parse_args(arguments)
     documents = tokens = 0
     try:
         prefixes = find_pairs(args.prefixes)

@@ -26,17 +26,17 @@ from megatron.errors import ConfigError, RunError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Inspect checkpoints.")
-    made.add_argument("path", type=Path, nargs="?", help="a save folder or one checkpoint")
-    made.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two of them")
-    made.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
-    made.add_argument("--norms", action="store_true", help="compute each tensor's norm")
-    made.add_argument("--tolerance", type=float, default=0.0, help="largest difference that is none (default: 0)")
-    made.add_argument(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Inspect checkpoints.")
+    result.add_argument("path", type=Path, nargs="?", help="a save folder or one checkpoint")
+    result.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two of them")
+    result.add_argument("--iteration", type=int, help="checkpoint to take (default: the latest)")
+    result.add_argument("--norms", action="store_true", help="compute each tensor's norm")
+    result.add_argument("--tolerance", type=float, default=0.0, help="largest difference that is none (default: 0)")
+    result.add_argument(
         "--config-file", "--config_file", type=Path, nargs="+", default=[], help="YAML files that describe the model"
     )
-    return made
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:

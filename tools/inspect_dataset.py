@@ -29,16 +29,16 @@ MAX_SHOWN = 400  # ids of a document that are shown without a tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Show the content of token files, and check that they are intact.")
-    made.add_argument("prefix", help="the path without .bin and .idx")
-    made.add_argument("--document", type=int, nargs="+", default=[], help="show these documents, counted from 0")
-    made.add_argument("--histogram", type=int, metavar="N", help="show the N commonest tokens")
-    made.add_argument("--check", action="store_true", help="read everything and check it")
-    made.add_argument("--tokenizer-type", help="decode with a tokenizer of this type")
-    made.add_argument("--vocab-file", help="the tokenizer's file")
-    made.add_argument("--merge-file", help="the tokenizer's merges")
-    return made
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Show the content of token files, and check that they are intact.")
+    result.add_argument("prefix", help="the path without .bin and .idx")
+    result.add_argument("--document", type=int, nargs="+", default=[], help="show these documents, counted from 0")
+    result.add_argument("--histogram", type=int, metavar="N", help="show the N commonest tokens")
+    result.add_argument("--check", action="store_true", help="read everything and check it")
+    result.add_argument("--tokenizer-type", help="decode with a tokenizer of this type")
+    result.add_argument("--vocab-file", help="the tokenizer's file")
+    result.add_argument("--merge-file", help="the tokenizer's merges")
+    return result
 
 
 def header(data: IndexedDataset, prefix: str) -> list[str]:
@@ -141,7 +141,7 @@ def _check_tokenizer(data: IndexedDataset, kind: str, tokenizer: Tokenizer) -> N
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     try:
         print("\n".join(describe(parser().parse_args(arguments))))
     except (ConfigError, RunError) as error:

@@ -21,15 +21,15 @@ from megatron.errors import ConfigError, RunError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Join pairs of token files into one.")
-    made.add_argument("--input", required=True, help="directories and prefixes, with commas between them")
-    made.add_argument("--output-prefix", "--output_prefix", required=True, help="the path without .bin and .idx")
-    return made
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Join pairs of token files into one.")
+    result.add_argument("--input", required=True, help="directories and prefixes, with commas between them")
+    result.add_argument("--output-prefix", "--output_prefix", required=True, help="the path without .bin and .idx")
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     try:
         prefixes = find_pairs([name for name in args.input.split(",") if name], args.output_prefix)

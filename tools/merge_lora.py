@@ -22,12 +22,12 @@ from tools.target_layout import layout_arguments, layout_parser
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     return layout_parser("Merge LoRA adapters into a checkpoint's weights.")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     try:
         made = merge(args.load_dir, args.save_dir, **layout_arguments(args))

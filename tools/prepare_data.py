@@ -43,26 +43,26 @@ NOTHING = "pass"  # the public name for doing nothing
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     listed = "\n".join(f"  {corpus.name}: {corpus.doc}" for corpus in (*CORPORA.values(), *PUBLIC_CORPORA.values()))
-    made = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         description="Prepare a corpus by name.",
         epilog=f"corpora:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("dataset", nargs="?", default="python_stdlib", help="which corpus (default: python_stdlib)")
-    made.add_argument("-d", "--data-dir", help="where corpora are kept (default: $DATA_DIR or ./data)")
-    made.add_argument(
+    result.add_argument("dataset", nargs="?", default="python_stdlib", help="which corpus (default: python_stdlib)")
+    result.add_argument("-d", "--data-dir", help="where corpora are kept (default: $DATA_DIR or ./data)")
+    result.add_argument(
         "-t",
         "--tokenizer",
         help=f"write token files with a tokenizer of this type (default: {PUBLIC_TOKENIZER}; none for python_stdlib)",
     )
-    made.add_argument("-v", "--vocab-file", help="the tokenizer's file")
-    made.add_argument("-m", "--merge-file", help="the tokenizer's merges, where they have a file of their own")
-    made.add_argument("-f", "--force-redownload", action="store_true", help="fetch and prepare again what is there")
-    made.add_argument("--mirror", help="a folder or URL that holds the files of the corpus, tried first")
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
-    return made
+    result.add_argument("-v", "--vocab-file", help="the tokenizer's file")
+    result.add_argument("-m", "--merge-file", help="the tokenizer's merges, where they have a file of their own")
+    result.add_argument("-f", "--force-redownload", action="store_true", help="fetch and prepare again what is there")
+    result.add_argument("--mirror", help="a folder or URL that holds the files of the corpus, tried first")
+    result.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+    return result
 
 
 def prepare_here(corpus: Corpus, folder: Path, args: argparse.Namespace) -> None:
@@ -126,7 +126,16 @@ def fetch_source(source: DownloadSource, folder: Path, args: argparse.Namespace)
 def tokenise(
     files: list[Path], prefix: Path, tokenizer: Tokenizer, kind: str, workers: int, documents: int | None = None
 ) -> None:
-    """Writes `<prefix>_text_document.bin` and `.idx`. Raises ConfigError and RunError."""
+    """Writes `<prefix>_text_document.bin` and `.idx`. Raises ConfigError and RunError.
+
+    Args:
+        files: of text.
+        prefix: of the token files.
+        tokenizer: encodes the text.
+        kind: its tokenizer_type.
+        workers: processes.
+        documents: number of documents, if known, for the time left.
+    """
     line = ProgressLine(known_documents=documents)
     try:
         result = preprocess(
@@ -143,7 +152,7 @@ def tokenise(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     if args.dataset == NOTHING:
         return 0

@@ -34,12 +34,12 @@ from megatron.tokenizers.round_trip import losses
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(
         description="Tokenise text into the token files of training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    text = made.add_argument_group("text")
+    text = result.add_argument_group("text")
     text.add_argument("--input", required=True, help="files or directories, with commas between them")
     text.add_argument(
         "--jsonl-keys",
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--ftfy", action="store_true", help="repair broken Unicode with the package ftfy")
     text.add_argument("--split-sentences", action="store_true", help="make each sentence an item of its document")
     text.add_argument("--keep-newlines", action="store_true", help="keep white space between sentences")
-    tokens = made.add_argument_group("tokenizer")
+    tokens = result.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer-type", "--tokenizer", required=True, help=f"one of {', '.join(TOKENIZERS.names)}")
     tokens.add_argument("--vocab-file", help="the tokenizer's file: tokenizer.json for HFTokenizer")
     tokens.add_argument("--merge-file", help="the merges, where the tokenizer has them in a file of their own")
@@ -66,13 +66,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="special tokens that a text spells become their ids; otherwise they are plain text",
     )
-    add_work_arguments(made)
-    return made
+    add_work_arguments(result)
+    return result
 
 
-def add_work_arguments(made: argparse.ArgumentParser) -> None:
+def add_work_arguments(result: argparse.ArgumentParser) -> None:
     """Adds the flags of output and processing."""
-    output = made.add_argument_group("output")
+    output = result.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="start of the files' paths")
     output.add_argument(
         "--dataset-impl",
@@ -80,7 +80,7 @@ def add_work_arguments(made: argparse.ArgumentParser) -> None:
         default="mmap",
         help="format: lazy and cached are the legacy one",
     )
-    work = made.add_argument_group("work")
+    work = result.add_argument_group("work")
     work.add_argument("--workers", type=int, default=1, help="processes; the files are the same for any number")
     work.add_argument("--log-interval", type=int, default=100, help="documents between two progress lines at least")
     work.add_argument(
@@ -219,7 +219,7 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(with_dashes(sys.argv[1:] if arguments is None else arguments))
     try:
         print(format_result(run(args)))

@@ -26,29 +26,29 @@ from tools.preprocess_data import add_work_arguments, format_result, print_round
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(
         description="Turn conversations into token files and labels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument("--input", required=True, help="files or directories, with commas between them")
-    made.add_argument("--jsonl-keys", nargs="+", default=["conversation"], help="fields that hold conversations")
-    made.add_argument("--tokenizer-path", required=True, help="a folder with tokenizer.json and a chat template")
-    made.add_argument("--generation-role", default="assistant", help="whose words carry a loss")
-    made.add_argument("--only-last", action="store_true", help="a loss on the last turn alone")
-    made.add_argument("--no-mask", action="store_true", help="a loss on every token")
-    made.add_argument("--for-rm", action="store_true", help="two ends of text, and a loss on the last one alone")
-    made.add_argument("--reward-key", help="the field of a number, written into token files of its own")
-    made.add_argument("--binary-reward", action="store_true", help="the reward is true or false: write 1 or -1")
-    made.add_argument(
+    result.add_argument("--input", required=True, help="files or directories, with commas between them")
+    result.add_argument("--jsonl-keys", nargs="+", default=["conversation"], help="fields that hold conversations")
+    result.add_argument("--tokenizer-path", required=True, help="a folder with tokenizer.json and a chat template")
+    result.add_argument("--generation-role", default="assistant", help="whose words carry a loss")
+    result.add_argument("--only-last", action="store_true", help="a loss on the last turn alone")
+    result.add_argument("--no-mask", action="store_true", help="a loss on every token")
+    result.add_argument("--for-rm", action="store_true", help="two ends of text, and a loss on the last one alone")
+    result.add_argument("--reward-key", help="the field of a number, written into token files of its own")
+    result.add_argument("--binary-reward", action="store_true", help="the reward is true or false: write 1 or -1")
+    result.add_argument(
         "--parse-special-tokens",
         action="store_true",
         help="special tokens that a turn spells become their ids; otherwise such conversations are left out",
     )
-    made.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
-    made.add_argument("--ftfy", action="store_true", help="not for conversations; refused")
-    add_work_arguments(made)
-    return made
+    result.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
+    result.add_argument("--ftfy", action="store_true", help="not for conversations; refused")
+    add_work_arguments(result)
+    return result
 
 
 def recipe_of(args: argparse.Namespace, template: ChatTokens) -> ChatText:
@@ -69,7 +69,7 @@ def recipe_of(args: argparse.Namespace, template: ChatTokens) -> ChatText:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(with_dashes(sys.argv[1:] if arguments is None else arguments))
     try:
         template = ChatTokens(args.tokenizer_path, parse_special=args.parse_special_tokens)

@@ -42,11 +42,11 @@ MAX_SHOWN = 500  # of each sample [characters]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description="Train, measure and sample a small model, from text to samples.")
-    made.add_argument("--workers", type=int, help="ranks to train on; the GPUs here, else two CPU processes")
-    made.add_argument("--fresh", action="store_true", help=f"forget what earlier runs left in {WORK_DIR}")
-    return made
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(description="Train, measure and sample a small model, from text to samples.")
+    result.add_argument("--workers", type=int, help="ranks to train on; the GPUs here, else two CPU processes")
+    result.add_argument("--fresh", action="store_true", help=f"forget what earlier runs left in {WORK_DIR}")
+    return result
 
 
 def training_workers(args: int | None) -> int:

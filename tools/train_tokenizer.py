@@ -29,29 +29,31 @@ ALGORITHMS = {"BPE": None, "unigram": "unigram", "sentencepiece": "unigram", "se
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(
         description="Train a tokenizer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    source = made.add_mutually_exclusive_group(required=True)
+    source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", help="files or directories, with commas between them")
     source.add_argument("--json-input-dir", "--json_input_dir", help="a directory of .jsonl and .json files")
-    made.add_argument("--jsonl-key", default="text", help="the field of a JSON line that holds the text")
-    made.add_argument(
+    result.add_argument("--jsonl-key", default="text", help="the field of a JSON line that holds the text")
+    result.add_argument(
         "--tokenizer-output-path",
         "--tokenizer_output_path",
         required=True,
         help="the tokenizer.json or .model to write",
     )
-    made.add_argument(
+    result.add_argument(
         "--tokenizer-type", "--tokenizer_type", choices=list(ALGORITHMS), default="BPE", help="the algorithm"
     )
-    made.add_argument("-v", "--vocab-size", "--vocab_size", type=int, default=52000, help="ids, special ones included")
-    return made
+    result.add_argument(
+        "-v", "--vocab-size", "--vocab_size", type=int, default=52000, help="ids, special ones included"
+    )
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     started = time.monotonic()
     try:

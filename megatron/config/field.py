@@ -22,7 +22,7 @@ def key(
     choices: tuple[str, ...] | Registry[Any] = (),
     planned: tuple[str, ...] = (),
 ) -> Any:
-    """One configuration key.
+    """Declares one configuration key.
 
     Args:
         default: its value where none is given.

@@ -54,12 +54,19 @@ class HostSelection:
     """Keys of the launch section that select hosts, see `megatron.config.schema.launch`."""
 
     hostfile: str | None = None
+    """File of `host slots=N` lines."""
     include: str | None = None
+    """Hosts and slots to use."""
     exclude: str | None = None
+    """Hosts and slots to leave out."""
     num_nodes: int = -1
+    """Number of hosts; -1 for all."""
     num_gpus: int | None = None
+    """Ranks on each host."""
     global_num_gpus: int | None = None
+    """Ranks of the run."""
     launcher: str = "pdsh"
+    """Name of the launcher."""
 
 
 def find_hosts(selection: HostSelection, environment: Mapping[str, str], devices: Path = Path("/dev")) -> Hosts:

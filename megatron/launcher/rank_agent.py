@@ -77,7 +77,7 @@ class SupervisorConnection:
             _, self.terminal, _, _ = socket.recv_fds(self.socket, 1, 3)
 
     def _connect_tcp(self, address: str) -> None:
-        """From another host, by tcp://HOST:PORT/WORD; the word shows that this is a rank of that launch."""
+        """Connects from another host, by tcp://HOST:PORT/TOKEN; the token authenticates a rank of that launch."""
         endpoint, _, token = address.removeprefix(NETWORK).partition("/")
         host, _, port = endpoint.rpartition(":")
         try:

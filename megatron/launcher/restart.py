@@ -73,10 +73,16 @@ def resolve_again(
     reachable: Callable[[str], bool] | None = None,
     since: float | None = None,
 ) -> Resolved:
-    """The next attempt: the request with what lets it go on, resolved for the hosts that answer.
+    """Resolves the next attempt, which resumes on the reachable hosts.
 
-    since: as `resume_overrides` takes it. answers: whether a host can be reached, None to ask none. Raises RunError
-    where no host is left, ConfigError where the layout or the batch does not fit those that are.
+    Raises RunError when no host is left, ConfigError when layout or batch do not fit the remaining ones.
+
+    Args:
+        request: the original command line.
+        previous: the last attempt.
+        environment: of deepy.py.
+        reachable: returns whether a host is reachable; None to skip the check.
+        since: see `resume_overrides`.
     """
     config, hosts = previous.resolution.config, list(previous.machines.hosts)
     flags = {**request.flags, **resume_overrides(config, since)}

@@ -44,7 +44,7 @@ class Stop(Protocol):
     def requested(self) -> bool: ...
 
     def listen(self) -> None:
-        """From now on a signal is a request to stop; before, it ends the process at once."""
+        """Starts to handle signals as requests to stop; before, they end the process at once."""
 
 
 class StopSignal:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 def no_wait() -> None:
-    """The `synchronize` of a device that has nothing to wait for."""
+    """Does nothing: the `synchronize` of a CPU."""
 
 
 class StepClock:

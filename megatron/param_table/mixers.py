@@ -97,7 +97,14 @@ def gmlp_block(dims: ModelDims, block: int) -> list[TensorShape]:
 def recurrent_state_shapes(
     dims: ModelDims, block: int, *, model_size: int, max_length: int
 ) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of a block's recurrent state for one sequence on a rank; {} for attention."""
+    """Returns name -> shape of a block's recurrent state for one sequence on a rank; {} for attention.
+
+    Args:
+        dims: of the model.
+        block: its number.
+        model_size: tensor parallel degree.
+        max_length: of the sequence [tokens].
+    """
     mixers, hidden = dims.mixers, dims.hidden_size
     kind = dims.kind(block)
     if kind == "mamba":

@@ -21,7 +21,14 @@ def key_in_table(layer: int, name: str) -> str:
 
 
 def norm(dims: ModelDims, layer: int, name: str, size: int | None = None) -> list[TensorShape]:
-    """Returns the tensors of a norm of the residual stream, or of another number of features."""
+    """Returns the tensors of a norm.
+
+    Args:
+        dims: of the model.
+        layer: layer index.
+        name: of the norm in its layer.
+        size: features; the hidden size by default.
+    """
     size = size or dims.hidden_size
     entry = NORMS.entry(dims.norm)
     parts = {part: size for part in entry.tensors if dims.norm_bias or part not in entry.optional}

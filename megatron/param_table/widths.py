@@ -28,10 +28,15 @@ class MupWidths:
     """Widths of a model that muP scales."""
 
     hidden_size: int
+    """Width of the residual stream."""
     num_attention_heads: int
+    """Query heads."""
     num_kv_heads: int
+    """Key and value heads."""
     head_dim: int
+    """Width of a head."""
     mlp_width: int
+    """Inner width of the MLP."""
 
     @classmethod
     def of(cls, dims: ModelDims) -> MupWidths:

@@ -144,7 +144,7 @@ def _listed(title: str, items: tuple[str, ...]) -> list[str]:
 
 
 def short(count: float) -> str:
-    """A large number in three digits: 410M, 20.6B."""
+    """Formats a large number in three digits: 410M, 20.6B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"

@@ -22,7 +22,14 @@ class BatchSizes:
 
 
 def equation(total: int | None, micro: int | None, steps: int | None, data_parallel: int) -> str:
-    """Formats the equation with its numbers, with a question mark for unknown ones."""
+    """Formats the equation with its numbers, with a question mark for unknown ones.
+
+    Args:
+        total: train_batch_size.
+        micro: train_micro_batch_size_per_gpu.
+        steps: gradient_accumulation_steps.
+        data_parallel: data parallel size.
+    """
     shown = [("?" if value is None else str(value)) for value in (total, micro, steps)]
     names = f"{TOTAL} = {MICRO} x {ACCUMULATION_STEPS} x data parallel size"
     return f"{names}: {shown[0]} = {shown[1]} x {shown[2]} x {data_parallel}"
@@ -38,7 +45,14 @@ def size_issues(total: int | None, micro: int | None, steps: int | None) -> list
 
 
 def derive_batch(total: int | None, micro: int | None, steps: int | None, data_parallel: int) -> BatchSizes:
-    """Computes the missing sizes. Raises ConfigError, with the equation, when there is no solution."""
+    """Computes the missing sizes. Raises ConfigError, with the equation, when there is no solution.
+
+    Args:
+        total: train_batch_size, if given.
+        micro: train_micro_batch_size_per_gpu, if given.
+        steps: gradient_accumulation_steps, if given.
+        data_parallel: data parallel size.
+    """
     equation_text = equation(total, micro, steps, data_parallel)
     ConfigError.raise_any(size_issues(total, micro, steps))
     if total is None:

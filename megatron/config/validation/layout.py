@@ -59,7 +59,7 @@ def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
 
 
 def _method_matches_a_layer(method: str, classes: list[str]) -> Iterator[ConfigIssue]:
-    """At least one layer class matches the regular expression."""
+    """The regular expression matches some layer class."""
     expression = method.partition(":")[2]
     if not expression or not any(re.search(expression, name, re.IGNORECASE) for name in classes):
         yield ConfigIssue(

@@ -29,7 +29,7 @@ def full_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
 
 
 def _zero_was_requested(config: Config) -> bool:
-    """Whether the user chose ZeRO. In 16 bits a stage 0 becomes 1, and precision is what to change."""
+    """Returns whether the user chose ZeRO. In 16 bits a stage 0 becomes 1, and precision is the key to change."""
     stage = config.deepspeed.zero_stage
     return stage not in (0, None) and not (stage == 1 and config.precision.precision != "fp32")
 
