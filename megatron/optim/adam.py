@@ -54,7 +54,7 @@ class UncorrectedAdam(torch.optim.Adam):
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         with _uncorrected(self, decoupled=False):
-            return super().step(closure)  # type: ignore[arg-type]
+            return super().step(closure)
 
 
 class UncorrectedAdamW(torch.optim.AdamW):
@@ -62,7 +62,7 @@ class UncorrectedAdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         with _uncorrected(self, decoupled=True):
-            return super().step(closure)  # type: ignore[arg-type]
+            return super().step(closure)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from megatron.optim.builder_args import STEP, Groups, OptimizerArgs, mark_int_st
 SHARED_COUNT = "k"
 
 
-class Madgrad(MADGRAD):  # type: ignore[misc]
+class Madgrad(MADGRAD):
     """MADGRAD with a step count for each parameter."""
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:

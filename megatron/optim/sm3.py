@@ -16,7 +16,7 @@ from megatron.optim.builder_args import Groups, OptimizerArgs
 from megatron.optim.unsharded import unsharded
 
 
-class DecayedSM3(SM3):  # type: ignore[misc]
+class DecayedSM3(SM3):
     """SM3 after a decay of the weights by lr x weight_decay."""
 
     @torch.no_grad()
