@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.adapter_config import prompt_length
 from megatron.checkpoint.load.run_inputs_check import RunInputs
+from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
 from megatron.config.defaults.batch_rampup import BatchRampup
 from megatron.config.defaults.lr_schedule import decay_horizon
@@ -15,19 +16,22 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import barrier
 from megatron.errors import ConfigError
 from megatron.ranks import Ranks
-from megatron.tokenizer_info import describe_tokenizer
+from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.vocab_limit import full_tokenizer, known_ids
 
 
-def with_length(config: Config) -> Config:
-    """Returns the configuration with its length in steps, computed from samples or epochs, which need the data."""
+def with_length(config: Config, start: Counters) -> Config:
+    """Returns the configuration with its length in steps, computed from samples or epochs, which need the data.
+
+    start: the counters that the run starts from. The batch size of the steps before may have been another one.
+    """
     training, schedule = config.training, config.schedule
     full = require(training.train_batch_size)
+    ramp = BatchRampup.of(full, training.rampup_batch_size)
     if training.train_samples is not None:
-        return config.replace(
-            train_iters=BatchRampup.of(full, training.rampup_batch_size).steps(training.train_samples)
-        )
+        steps = ramp.steps(training.train_samples, start.consumed_samples)
+        return config.replace(train_iters=start.iteration + steps)
     if training.train_epochs is None:
         return config
     samples = epoch_samples(
@@ -38,7 +42,7 @@ def with_length(config: Config) -> Config:
         is_builder=builds_index_maps(config),
         barrier=barrier,
     )
-    steps = samples // full
+    steps = start.iteration + ramp.steps(samples, start.consumed_samples)
     if steps < 1:
         raise ConfigError.of(
             f"{training.train_epochs} passes give {samples} samples, and a step takes {full}",
@@ -50,10 +54,14 @@ def with_length(config: Config) -> Config:
     return config.replace(train_iters=steps, lr_decay_iters=horizon)
 
 
-def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> Data:
-    """Builds the data of a training run; collective. Raises ConfigError if there is nothing to train on."""
+def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, start: Counters | None = None) -> Data:
+    """Builds the data of a training run; collective. Raises ConfigError if there is nothing to train on.
+
+    start: the counters that the run starts from; the first step's if not given.
+    """
     training = config.training
-    samples = num_samples(training, train_iters(config), same_valid=config.data.valid_same_samples)
+    start = start or Counters()
+    samples = num_samples(training, train_iters(config), start, same_valid=config.data.valid_same_samples)
     data = build_data(
         config.data,
         eod=tokenizer.eod,
@@ -69,7 +77,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         barrier=barrier,
         train_epochs=training.train_epochs,
         prompt=prompt_length(config.model.soft_prompt_tuning),
-        tokenizer=describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)),
+        tokenizer=run_tokenizer(config, tokenizer),
         ids=known_ids(tokenizer),
     )
     if data.train is None and samples["train"]:
@@ -83,7 +91,12 @@ def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer)), order)
+    return RunInputs(run_tokenizer(config, tokenizer), order)
+
+
+def run_tokenizer(config: Config, tokenizer: Tokenizer) -> TokenizerInfo:
+    """Returns what a checkpoint records of the tokenizer."""
+    return describe_tokenizer(config.tokenizer.tokenizer_type, full_tokenizer(tokenizer))
 
 
 def train_iters(config: Config) -> int:
@@ -93,18 +106,22 @@ def train_iters(config: Config) -> int:
     return config.training.train_iters
 
 
-def num_samples(training: TrainingSection, iterations: int, *, same_valid: bool = False) -> dict[str, int]:
+def num_samples(
+    training: TrainingSection, iterations: int, start: Counters, *, same_valid: bool = False
+) -> dict[str, int]:
     """Returns the samples of train, valid and test that all ranks together use in a run of so many iterations.
 
     There is an evaluation every eval_interval iterations and one at the end. Each uses its own samples, or with
-    same_valid
-    all use the same ones.
+    same_valid all use the same ones. The samples of the steps before `start` are those that were consumed then, as
+    train_batch_size may have been another one.
     """
     batch = require(training.train_batch_size)
     per_evaluation = training.eval_iters * batch
     several = bool(training.eval_interval) and not same_valid
     evaluations = iterations // training.eval_interval + 1 if several else 1
-    train = BatchRampup.of(batch, training.rampup_batch_size).consumed(iterations)
+    ramp = BatchRampup.of(batch, training.rampup_batch_size)
+    left = iterations - start.iteration
+    train = ramp.consumed(left, start.consumed_samples) if left > 0 else ramp.consumed(iterations)
     return {"train": train, "valid": evaluations * per_evaluation, "test": per_evaluation}
 
 

@@ -50,7 +50,14 @@ from megatron.registry import SCHEDULES
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
 from megatron.tokenizers.vocab_limit import known_ids
-from megatron.training.data_setup import build_run_data, builds_index_maps, run_inputs, train_iters, with_length
+from megatron.training.data_setup import (
+    build_run_data,
+    builds_index_maps,
+    run_inputs,
+    run_tokenizer,
+    train_iters,
+    with_length,
+)
 from megatron.training.hooks.activity import ActivityHook
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.hooks.recordings import recording_hooks
@@ -79,7 +86,7 @@ def train(config: Config, stop: Stop) -> None:
         with watchdog.guard():
             alike = repr(config.replace(rank=None, local_rank=None, log_dir=None))
             hosts = check_hosts(alike, folder, shared=config.data.use_shared_fs)
-            _train(with_length(config), topology, stop, watchdog, hosts)
+            _train(config, topology, stop, watchdog, hosts)
     finally:
         shutdown()
 
@@ -97,9 +104,12 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     tokenizer = build_tokenizer(config.tokenizer)
     make_available(config.checkpoint, shared=config.data.use_shared_fs)
     tokenizer, vocabulary = build_vocabulary(config, topology, tokenizer, may_grow=config.checkpoint.finetune)
-    data = build_run_data(config, topology, tokenizer)
+    checkpoint = _starting_point(config, vocabulary, tokenizer)
+    start = checkpoint.counters() if checkpoint else Counters()
+    config = with_length(config, start)
+    data = build_run_data(config, topology, tokenizer, start)
     inputs = run_inputs(config, data, tokenizer)
-    checkpoint = _starting_point(config, vocabulary, inputs, leads=leads)
+    _claim_folder(config, checkpoint, inputs, leads=leads)
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
         config,
@@ -145,20 +155,22 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
         reporter.close()
 
 
-def _starting_point(config: Config, vocabulary: int, inputs: RunInputs, *, leads: bool) -> Checkpoint | None:
-    """Returns the checkpoint to continue from, after checking tokenizer and data, and claims the save folder.
-    Collective.
+def _starting_point(config: Config, vocabulary: int, tokenizer: Tokenizer) -> Checkpoint | None:
+    """Returns the checkpoint to continue from, after checking the tokenizer. Collective."""
+    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary)
+    return find_checkpoint(config, table, tokenizer=run_tokenizer(config, tokenizer))
+
+
+def _claim_folder(config: Config, checkpoint: Checkpoint | None, inputs: RunInputs, *, leads: bool) -> None:
+    """Claims the save folder, after checking the order of the data. Collective.
 
     leads: true if this rank may move files, one rank for each file system.
     """
-    table = tensors(ModelDims.of(config.model, config.moe, config.mixers), vocabulary)
-    checkpoint = find_checkpoint(config, table, tokenizer=inputs.tokenizer)
     if checkpoint is not None:
         checkpoint.require_data_order(inputs, override=config.checkpoint.override_data_order)
     if config.checkpoint.save is not None:
         continues = checkpoint is not None and not checkpoint.from_start
         claim(config.checkpoint, checkpoint.directory if checkpoint and continues else None, leads=leads)
-    return checkpoint
 
 
 def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:

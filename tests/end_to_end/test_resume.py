@@ -118,6 +118,22 @@ def test_a_resume_that_would_read_other_samples_is_refused(key: str, dataset: st
     assert series(on, "iteration")[-1] == 4
 
 
+def test_a_smaller_batch_from_here_on_reads_as_far_as_train_samples(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, "train_iters": None}
+    run(1, tmp_path / "parts", exit_interval=3, train_samples=48, train_batch_size=8, **parts)
+    on = run(1, tmp_path / "parts", train_samples=48, train_batch_size=4, **parts)
+    assert series(on, "iteration")[-1] == 3 + (48 - 3 * 8) // 4
+
+
+def test_a_smaller_batch_from_here_on_does_not_run_out_of_samples(dataset: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, "pack_impl": "unpacked"}
+    run(1, tmp_path / "parts", exit_interval=3, train_iters=8, train_batch_size=16, **parts)
+    on = run(1, tmp_path / "parts", train_iters=8, train_batch_size=4, **parts)
+    assert series(on, "iteration")[-1] == 8
+
+
 def test_data_that_moved_are_the_same_data(dataset: str, tmp_path: Path) -> None:
     save = str(tmp_path / "save")
     parts = {"save": save, "load": save, "checkpoint_factor": 100}

@@ -43,20 +43,20 @@ class BatchRampup:
         """Returns every batch size, in order."""
         return [self.first + self.increment * stage for stage in range(self.stages)] + [self.full]
 
-    def consumed(self, steps: int) -> int:
-        """Returns the samples consumed by the first `steps` steps."""
-        consumed = 0
+    def consumed(self, steps: int, start: int = 0) -> int:
+        """Returns the samples consumed after `steps` more steps, from `start` consumed samples on."""
+        consumed = start
         while steps > 0 and consumed < self.samples:
             consumed += self.size(consumed)
             steps -= 1
         return consumed + steps * self.full
 
-    def steps(self, samples: int) -> int:
-        """Returns the number of steps from the start that fit into `samples`."""
-        consumed = count = 0
+    def steps(self, samples: int, start: int = 0) -> int:
+        """Returns the number of steps that fit into `samples`, from `start` consumed samples on."""
+        consumed, count = start, 0
         while consumed < self.samples:
             if consumed + self.size(consumed) > samples:
                 return count
             consumed += self.size(consumed)
             count += 1
-        return count + (samples - consumed) // self.full
+        return count + max(samples - consumed, 0) // self.full
