@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.kernels.attention_mask import Blocks, View, Window
+from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window
 from megatron.block_sparsity import layout_of, visible_share
 
 LENGTH, BLOCK = 64, 4
@@ -47,14 +47,14 @@ KINDS: list[tuple[str, str, dict[str, Any] | None, int | None]] = [
 def main() -> None:
     """Writes the picture."""
     figure, axes = plt.subplots(2, 4, figsize=(11, 6.3))
-    places = torch.arange(LENGTH)
+    positions = torch.arange(LENGTH)
     for axis, (title, kind, options, window) in zip(axes.flat, KINDS, strict=True):
         config = None if options is None else {"block": BLOCK, **options}
         layout = layout_of(kind, config, 0)
         pattern = Window(window) if window else None
         head = 2 if options and "different_layout_per_head" in options else 0
-        view = View(pattern if layout is None else Blocks(layout, range(head, head + 1)))
-        seen = view.seen(places[None, :, None], places[None, None]).reshape(LENGTH, LENGTH)
+        mask = AttentionMask(pattern if layout is None else BlockPattern(layout, range(head, head + 1)))
+        seen = mask.seen(positions[None, :, None], positions[None, None]).reshape(LENGTH, LENGTH)
         axis.imshow(seen, cmap=ListedColormap(["#f6f8fa", "#1f6feb"]), vmin=0, vmax=1, interpolation="nearest")
         share = visible_share(kind, config, 0, window, LENGTH)
         axis.set_title(f"{title}\n{100 * share:.0f} % of the causal half", fontsize=8.5)

@@ -16,12 +16,12 @@ from megatron.launcher.worker import worker_main
 
 def main(config: Config) -> None:
     """Measures and prints the table on rank 0."""
-    from megatron.distributed.init import bootstrap, shutdown
+    from megatron.distributed.init import init_distributed, shutdown
     from megatron.health.collective_bench import table, time_collectives
 
     if config.parallelism.world_size == 1:
         raise ConfigError.of("one rank has no collectives", key="num_gpus", value=1, hint="start more ranks")
-    topology = bootstrap(
+    topology = init_distributed(
         pipe_parallel_size=config.parallelism.pipe_parallel_size,
         model_parallel_size=config.parallelism.model_parallel_size,
         context_parallel_size=config.parallelism.context_parallel_size,

@@ -25,7 +25,7 @@ from megatron.data.dataset.builder import epoch_samples, index_requests
 from megatron.data.dataset.index_cache import IndexRequest, read_index_map, write_index_map
 from megatron.data.dataset.sources import read_splits
 from megatron.errors import ConfigError, RunError
-from megatron.training.data_setup import samples_wanted
+from megatron.training.data_setup import num_samples
 
 
 def requests_of(config: Config) -> list[IndexRequest]:
@@ -51,8 +51,8 @@ def requests_of(config: Config) -> list[IndexRequest]:
             key="train_iters",
             hint="give train_iters, train_samples or train_epochs",
         )
-    num_samples = samples_wanted(training, iterations, same_valid=config.data.valid_same_samples)
-    splits, warnings = read_splits(config.data, num_samples, train_epochs=training.train_epochs)
+    requested = num_samples(training, iterations, same_valid=config.data.valid_same_samples)
+    splits, warnings = read_splits(config.data, requested, train_epochs=training.train_epochs)
     for warning in warnings:
         print(warning, file=sys.stderr)
     return [one for split in splits for one in index_requests(config.data, split, seq_length, training.seed)]
