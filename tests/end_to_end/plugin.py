@@ -29,7 +29,7 @@ POSITIONS.register(PositionEntry(
     scores=(TensorSpec("bias", (8, "num_attention_heads"), shard_dim=1),),
 ))
 OPTIMIZERS.register(OptimizerEntry(
-    "signum", CODE + "signum", "Sign of the momentum", settings={"momentum": Setting("fraction")}, moments=1,
+    "signum", CODE + "signum", "Sign of the momentum", settings={"momentum": Setting("fraction")}, state_per_param=1,
 ))
 SCHEDULES.register(ScheduleEntry("quadratic", CODE + "quadratic", "Falls as 1 - x^2"))
 TOKENIZERS.register(TokenizerEntry("Nibbles", CODE + "Nibbles", "Half bytes", files=(), vocab_size=20))
