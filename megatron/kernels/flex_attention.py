@@ -24,7 +24,7 @@ def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
     if dropout > 0:
         return "Flexible attention has no dropout."
     if q.shape[2] != k.shape[2]:
-        return "Flexible attention is for whole sequences; cached texts have a mask of their own."
+        return "Flexible attention is for full sequences; cached rows have a mask of their own."
     if q.shape[-1] < 16:
         return f"Flexible attention is for heads of at least 16 features, not {q.shape[-1]}."
     return None

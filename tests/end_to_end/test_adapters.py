@@ -167,7 +167,7 @@ def test_resuming_is_exact_and_nothing_else_moves(
     assert found.keys() - before.keys() == added
     assert all(torch.equal(found[key], value.bfloat16()) for key, value in before.items())
     assert after.masters is not None
-    assert after.masters.places.keys() == added, "the optimizer keeps nothing of what is frozen"
+    assert after.masters.locations.keys() == added, "the optimizer has no state of frozen parameters"
 
 
 def test_a_prompt_starts_as_the_vectors_of_a_text(tuning: dict[str, Any], base: Path, tmp_path: Path) -> None:
