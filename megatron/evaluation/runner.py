@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -270,10 +271,20 @@ def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> di
         "fewshot_as_multiturn": section.eval_chat_template,  # the default of lm-eval's command line
         "cache_requests": section.eval_cache_requests,
     }
-    results: dict[str, Any] = tasks.run(
-        model, limit=section.eval_limit, **(arguments | dict(section.eval_model_args or {}))
-    )
+    own = dict(section.eval_model_args or {})
+    results: dict[str, Any] = tasks.run(model, limit=section.eval_limit, **(arguments | own))
+    if own.get("log_samples") and topology.rank == 0:
+        write_samples(section.eval_results_prefix, results)
     return results
+
+
+def write_samples(prefix: str, results: Mapping[str, Any]) -> None:
+    """Writes what lm-eval has of each document, a line each, to `[<prefix>_]eval_samples_<task>_<date>.jsonl`."""
+    now = time.localtime()
+    for task, samples in (results.get("samples") or {}).items():
+        path = results_path(prefix, now, f"samples_{re.sub(r'[^A-Za-z0-9._-]', '_', task)}", "jsonl")
+        lines = [json.dumps(_plain(each), default=str, allow_nan=False, ensure_ascii=False) for each in samples]
+        _write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def known_iteration(config: Config) -> int:
@@ -316,10 +327,13 @@ def _report_bits(config: Config, measured: bits_per_byte.BitsPerByte, documents:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(_plain(record), indent=4, default=str, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(record), indent=4, default=str, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError.of(f"cannot write the results ({error.strerror})", location=str(path)) from error
     get_logger(__name__).info("results written to %s", path)
@@ -345,9 +359,16 @@ def _sum_over(axis: Axis, number: float) -> float:
     return float(total)
 
 
-def results_path(prefix: str, now: time.struct_time | None = None) -> Path:
-    """`[<prefix>_]eval_results_<date>.json`; the prefix may hold folders."""
-    name = time.strftime("eval_results_%m-%d-%Y-%H-%M-%S.json", now or time.localtime())
+def results_path(prefix: str, now: time.struct_time | None = None, what: str = "results", suffix: str = "json") -> Path:
+    """`[<prefix>_]eval_<what>_<date>.<suffix>`; the prefix may hold folders.
+
+    Args:
+        prefix: Start of the name.
+        now: The date, this moment's if not given.
+        what: What the file holds.
+        suffix: The file's type.
+    """
+    name = f"eval_{what}_{time.strftime('%m-%d-%Y-%H-%M-%S', now or time.localtime())}.{suffix}"
     return Path(f"{prefix}_{name}" if prefix else name)
 
 

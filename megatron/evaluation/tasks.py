@@ -27,6 +27,10 @@ from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
 
 
+_PRINTED_ONLY = frozenset({"write_out", "verbosity"})
+"""Arguments of `lm_eval.evaluate` that choose lines of its log, which is not shown."""
+
+
 class Tasks:
     """Loaded tasks of lm-eval, and what they give when a model is run on them."""
 
@@ -61,9 +65,13 @@ class Tasks:
         """The results as lm-eval gives them, per-document samples included.
 
         limit: documents of each task. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
-        does not have.
+        does not have or that has no effect here.
         """
         known = inspect.signature(run_harness).parameters.keys() - {"lm", "task_dict", "limit"}
+        for name in _PRINTED_ONLY & arguments.keys():
+            what = f"{name} chooses lines of lm-eval's log, which is not shown"
+            hint = "log_samples: true writes what lm-eval has of each document"
+            raise ConfigError.of(what, key="eval_model_args", value=arguments, hint=hint)
         unknown = sorted(arguments.keys() - known)
         if unknown:
             raise ConfigError.of(

@@ -337,6 +337,13 @@ def test_an_argument_that_the_harness_does_not_have_is_reported(engine, folder):
         Tasks(["small_choice"], str(folder)).run(model(engine), bootstraps=3)
 
 
+@pytest.mark.parametrize("name", ["write_out", "verbosity"])
+def test_an_argument_that_chooses_lines_of_a_log_which_is_not_shown_is_refused(engine, folder, name):
+    with pytest.raises(ConfigError, match=f"{name} .* is not shown") as caught:
+        Tasks(["small_choice"], str(folder)).run(model(engine), **{name: True})
+    assert "log_samples" in str(caught.value)
+
+
 def test_tasks_that_import_evaluate_get_the_package(monkeypatch):
     import sys
 

@@ -45,6 +45,26 @@ def test_what_is_no_number_is_null_in_the_file(tmp_path):
     assert read == {"acc": None, "3": [None, [None, 0.5]], "ok": True, "size": 7}
 
 
+class SamplesTasks:
+    """Tasks that give a score and what lm-eval has of each document."""
+
+    def run(self, model, **arguments):
+        samples = [{"doc": {"é": 1}, "resps": [["x"]], "acc": math.nan}, {"doc": {}, "acc": 1.0}]
+        return {"results": {"a/b": {"acc": 0.5}}, "samples": {"a/b": samples}}
+
+
+@pytest.mark.parametrize("asked", [None, {"log_samples": False}, {"log_samples": True}])
+def test_samples_are_written_where_they_are_asked_for(tmp_path, asked):
+    config = small_config(eval_tasks=["a"], eval_model_args=asked, eval_results_prefix=str(tmp_path / "out" / "x"))
+    runner._run_tasks(config, SamplesTasks(), None, Topology.single())
+    files = list(tmp_path.glob("out/*"))
+    assert len(files) == (1 if asked and asked["log_samples"] else 0)
+    for file in files:
+        assert file.name.startswith("x_eval_samples_a_b_") and file.suffix == ".jsonl"
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert lines == [{"doc": {"é": 1}, "resps": [["x"]], "acc": None}, {"doc": {}, "acc": 1.0}]
+
+
 def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog):
     def fails(*_):
         raise NotNumbers.of("3 of 3 answers have no score")
