@@ -26,7 +26,6 @@ from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
 
-
 _PRINTED_ONLY = frozenset({"write_out", "verbosity"})
 """Arguments of `lm_eval.evaluate` that choose lines of its log, which is not shown."""
 
