@@ -80,15 +80,15 @@ def test_missing_and_unexpected_tensors_stop_the_run(ours: Path) -> None:
 
 
 def test_the_hint_for_updates_is_one_that_helps() -> None:
-    stored, wanted = "2.attention.query_key_value.lora_A.weight", "2.attention.dense.lora_A.weight"
+    stored, missing_key = "2.attention.query_key_value.lora_A.weight", "2.attention.dense.lora_A.weight"
 
     def hints(unexpected: list[str], missing: list[str]) -> set[str | None]:
-        return {issue.hint for issue in loader._strangers(unexpected, missing, {wanted}, "global_step5")}
+        return {issue.hint for issue in loader._strangers(unexpected, missing, {missing_key}, "global_step5")}
 
-    assert hints([], [wanted]) == {"set finetune: true to start them beside the checkpoint's model"}
+    assert hints([], [missing_key]) == {"set finetune: true to start them beside the checkpoint's model"}
     own = {"give the configuration the lora of the checkpoint, or merge it with tools/merge_lora.py"}
     assert hints([stored], []) == own
-    assert hints([stored], [wanted]) == own  # finetune: true takes no model with other updates
+    assert hints([stored], [missing_key]) == own  # finetune: true takes no model with other updates
 
 
 class Attack:
