@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         "--json-keys",
         nargs="+",
         default=["text"],
-        help="fields of a JSON line (commas or spaces between); each gets its own files",
+        help="fields of a JSON line (commas or spaces between); each gets its own files, of the same documents: "
+        "one with an empty field is left out of all",
     )
     text.add_argument("--num-docs", type=int, help="how many documents there are, for the time left")
     text.add_argument("--ftfy", action="store_true", help="repair broken Unicode with the package ftfy")

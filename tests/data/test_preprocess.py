@@ -87,6 +87,15 @@ BAD = [
 ]
 
 
+def test_documents_that_have_only_some_of_the_keys_are_reported_as_such(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"a": "x", "b": ""}, {"a": "", "b": "y"}])
+    with pytest.raises(RunError, match="2 documents have no text under one of a, b"):
+        made(path, tmp_path / "out", keys=("a", "b"))
+    path = lines(tmp_path / "b.jsonl", [{"a": "x", "b": ""}, {"a": "p", "b": "q"}])
+    assert made(path, tmp_path / "out", keys=("a", "b")).empty == 1
+    assert [texts_of(tmp_path / f"out_{key}_document") for key in "ab"] == [["p"], ["q"]]
+
+
 def test_bad_lines_are_skipped_counted_and_placed(tmp_path):
     path = lines(tmp_path / "a.jsonl", BAD)
     with path.open("ab") as file:

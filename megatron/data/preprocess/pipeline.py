@@ -157,7 +157,7 @@ def preprocess(
             for block in encoded:
                 work.take(block, writers, sidecar, total)
             if shard.count == 1:
-                _refuse_nothing(writers[0], files, counts)
+                _refuse_nothing(writers[0], files, counts, keys=getattr(recipe, "keys", ()))
         except BaseException as error:
             # A line that is refused, a full disk or an interrupt: what is done can be gone on with.
             keep = resume or isinstance(error, KeyboardInterrupt)
@@ -294,14 +294,17 @@ def _output_fingerprint(recipe: Recipe, facts: TokenizerInfo, shard: Shard) -> d
     }
 
 
-def _refuse_nothing(writer: DatasetWriter, files: Sequence[TextFile], counts: PreprocessCounts) -> None:
+def _refuse_nothing(
+    writer: DatasetWriter, files: Sequence[TextFile], counts: PreprocessCounts, keys: Sequence[str]
+) -> None:
     if writer.documents:
         return
     messages = [f"there is no document in the {len(files)} input files"]
     if counts.skipped.total:
         messages += [str(counts.skipped), *counts.skipped.examples[:1]]
     if counts.empty:
-        messages.append(f"{counts.empty:,} documents have no text")
+        under = f" under one of {', '.join(keys)}" if len(keys) > 1 else ""
+        messages.append(f"{counts.empty:,} documents have no text{under}")
     most = max(counts.skipped.counts, key=counts.skipped.counts.__getitem__, default="")
     hint = next((hint for start, hint in _REMEDIES.items() if most.startswith(start)), _KEYS)
     raise RunError.of("; ".join(messages), hint=hint)
