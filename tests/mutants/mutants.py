@@ -332,10 +332,10 @@ MUTANTS = (
         ("checkpoint/test_damage.py",),
     ),
     Mutant(
-        "stages of the plan forget the optimizer's copies",
+        "the plan does not shard the optimizer's state",
         "plan/memory.py",
-        "-(-count // layout.ranks)",
-        "(count // layout.ranks)",
+        "count, share = trained, -(-trained // layout.ranks)",
+        "count, share = trained, trained",
         ("plan/test_plan.py", "plan/test_live_memory.py"),
     ),
 )
