@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.block_sparsity import layout_of, visible_share
 from megatron.kernels.attention import choose_attention
-from megatron.kernels.attention_mask import AttentionMask, BlockPattern, MaskPattern, Window
+from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, MaskPattern, Window
 
 HEADS, SIZE = 8, 64
 OPTIONS: dict[str, dict[str, Any]] = {

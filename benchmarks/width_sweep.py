@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.distributed.init import shutdown
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine, init_topology

@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window
+from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window
 from megatron.block_sparsity import layout_of, visible_share
 
 LENGTH, BLOCK = 64, 4

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.defaults.batch_rampup import BatchRampup
+from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.config.flags import read_flags
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import epoch_samples, index_requests

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.checkpoint.reshard.merge_lora import merge
+from megatron.checkpoint.offline.merge_lora import merge
 from megatron.errors import ConfigError, RunError
 from tools.target_layout import layout_arguments, layout_parser
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.checkpoint.reshard.reshard import reshape
+from megatron.checkpoint.offline.reshard import reshape
 from megatron.errors import ConfigError, RunError
 from tools.target_layout import layout_arguments, layout_parser
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.config.cluster import Resources
 from megatron.config.coerce import coerce
 from megatron.config.config import FIELDS, Config, unknown_key
-from megatron.config.defaults.fill_defaults import fill_defaults
+from megatron.config.derived.fill import fill_defaults
 from megatron.config.renamed_keys import RENAMED, apply_renames
 from megatron.config.schema.launch import LaunchSection
 from megatron.config.type_names import allows_type

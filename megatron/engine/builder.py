@@ -21,7 +21,7 @@ from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, read_we
 from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.validation.unknown_values import require
 from megatron.distributed.init import init_distributed

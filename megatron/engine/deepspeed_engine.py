@@ -17,9 +17,9 @@ from torch.nn import Module, Parameter
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.context_parallel import shard_sequence
 from megatron.distributed.process_group import device
+from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
 from megatron.engine.expert_gather import gather_experts
-from megatron.engine.grad_accumulation import set_grad_accumulation
 from megatron.engine.inference_forward import gather_context, gather_vocabulary, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset

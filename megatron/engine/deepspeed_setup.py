@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed.utils import set_z3_leaf_module
 from torch.nn import Module
 
-from megatron.config.defaults.zero import REDUCTION_BUCKET
+from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.model.block import Block
 from megatron.optim.grad_clip import GradientClipper
 

@@ -16,10 +16,10 @@ from torch.nn import Module, Parameter
 
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.param_attrs import is_tied
+from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
 from megatron.engine.engine import as_tensor
 from megatron.engine.expert_gather import gather_experts
-from megatron.engine.grad_accumulation import set_grad_accumulation
 from megatron.engine.inference_forward import pipeline_forward, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset

@@ -5,8 +5,8 @@ to position (keys - queries + i). Fewer key/value heads than query heads means g
 i reads key/value head i // group; no kernel here copies the shared heads.
 
 For sequences of several documents, `starts` gives the start of each query's document; earlier keys are hidden. A `view`
-hides further keys and adds biases to scores (see attention_mask.py). Without either no mask is created if the kernel
-needs none.
+hides further keys and adds biases to scores (see attention_patterns.py). Without either no mask is created if the
+kernel needs none.
 
 Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s queries, k keys, d head dim. Inputs may be
 strided views; the result is [b, n, s, d].
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.kernels.attention_mask import AttentionMask
+from megatron.kernels.attention_patterns import AttentionMask
 from megatron.kernels.blocked_attention import blocked_attention
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
 

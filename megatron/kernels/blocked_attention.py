@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention_mask import AttentionMask
+from megatron.kernels.attention_patterns import AttentionMask
 from megatron.kernels.cpu_features import needs_fp32_matmul
 
 QUERIES = 128

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention import AttentionKernel, choose_attention
-from megatron.kernels.attention_mask import AttentionMask, window_for_package
+from megatron.kernels.attention_patterns import AttentionMask, window_for_package
 
 
 def flash_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from transformer_engine.common.recipe import DelayedScaling, Format
 
 from megatron.kernels.attention import AttentionKernel
-from megatron.kernels.attention_mask import AttentionMask, window_for_package
+from megatron.kernels.attention_patterns import AttentionMask, window_for_package
 from megatron.kernels.linear import BoundLinear
 
 WITHOUT_MEMORY = "meta"

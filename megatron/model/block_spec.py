@@ -13,7 +13,7 @@ from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
-from megatron.kernels.attention_mask import MaskPattern
+from megatron.kernels.attention_patterns import MaskPattern
 from megatron.kernels.dispatch import Kernels
 from megatron.model.positions.base import AttentionPositions
 from megatron.param_table import ModelDims, Multipliers

@@ -28,7 +28,7 @@ from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
-from megatron.kernels.attention_mask import BlockPattern, MaskPattern, Window
+from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer

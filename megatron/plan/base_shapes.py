@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import Config
-from megatron.config.defaults.mup import FORMAT, read_base_shapes
+from megatron.config.derived.mup import FORMAT, read_base_shapes
 from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, MupWidths, base_shapes
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron.block_sparsity import visible_share
 from megatron.config import Config, Resolution
-from megatron.config.defaults.attention import layer_classes
-from megatron.config.defaults.zero import REDUCTION_BUCKET
+from megatron.config.derived.attention import layer_classes
+from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.plan.advice import advice
 from megatron.plan.estimates import PlanFigures

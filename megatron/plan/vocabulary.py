@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.registry import TOKENIZERS, load_target
 

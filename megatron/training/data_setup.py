@@ -6,8 +6,8 @@ from megatron.adapter_config import prompt_length
 from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
-from megatron.config.defaults.batch_rampup import BatchRampup
-from megatron.config.defaults.lr_schedule import decay_horizon
+from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron.config.defaults.batch_rampup import BatchRampup
+from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 
 

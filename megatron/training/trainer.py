@@ -19,8 +19,8 @@ from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.folder_check import check_writable, claim
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config
-from megatron.config.defaults.batch_rampup import BatchRampup
-from megatron.config.defaults.curriculum import curriculum_lengths
+from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data
 from megatron.distributed.init import shutdown

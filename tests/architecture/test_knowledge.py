@@ -16,7 +16,7 @@ KNOW_CONFIG = (
     "megatron/checkpoint/save/saver.py",
     "megatron/checkpoint/load/loader.py",
     "megatron/checkpoint/load/vocabulary.py",
-    "megatron/checkpoint/reshard/reshard.py",
+    "megatron/checkpoint/offline/reshard.py",
     "megatron/checkpoint/huggingface/",
     "megatron/engine/builder.py",
     "megatron/training/trainer.py",

@@ -71,7 +71,7 @@ def test_dead_path_law_can_complain(tmp_path: Path) -> None:
     }
     assert dead_paths(good, tmp_path) == []
     assert dead_paths({"LAW": ("megatron/config/rules.py",)}, tmp_path)
-    assert dead_paths({"LAW": {"key": "megatron/config/defaults/"}}, tmp_path)
+    assert dead_paths({"LAW": {"key": "megatron/config/derived/"}}, tmp_path)
     assert dead_paths({"LAW": {"megatron/errors.py/": 1}}, tmp_path)
     assert dead_rooms({"errors": 0, "config": 1}, tmp_path) == []
     assert dead_rooms({"warnings": 0}, tmp_path) == ["warnings"]

@@ -10,9 +10,9 @@ RUNS_CODE = frozenset({"pickle", "cPickle", "dill", "marshal", "shelve", "cloudp
 PICKLE_FREE = ("megatron/data/", "megatron/tokenizers/", "megatron/config/", "megatron/inference/", "tools/")
 
 USERS_VALUES = (
-    "megatron/config/defaults/fill_defaults.py",
+    "megatron/config/derived/fill.py",
     "megatron/config/coerce.py",
-    "megatron/config/defaults/",
+    "megatron/config/derived/",
     "megatron/config/flags.py",
     "megatron/config/renamed_keys.py",
     "megatron/config/yaml_loader.py",

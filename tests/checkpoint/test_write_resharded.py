@@ -9,7 +9,7 @@ import torch
 
 from megatron.checkpoint.format import layout
 from megatron.checkpoint.format.weight_shards import WeightFiles, key_of
-from megatron.checkpoint.reshard import write_resharded
+from megatron.checkpoint.offline import write_resharded
 from megatron.param_table import TensorShape
 
 TABLE = [

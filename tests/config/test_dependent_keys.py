@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.config import FIELDS, Resources, resolve
-from megatron.config.defaults.fill_defaults import DERIVED_ONLY
+from megatron.config.derived.fill import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
 from tests.config.small import SMALL, errors, resolved

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.defaults.zero import ZERO_NAMES
+from megatron.config.derived.zero import ZERO_NAMES
 from tests.config.small import errors, resolved
 
 CASES: list[tuple[int, dict[str, Any], str]] = [

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron.config.defaults.batch_rampup import BatchRampup
-from megatron.config.defaults.curriculum import curriculum_lengths
+from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigError
 from tests.config.small import errors, resolved
 

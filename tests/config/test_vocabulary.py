@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 
 
 def test_public_values():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.format.stored_model import StoredModel, open_model
-from megatron.checkpoint.reshard.merge_lora import merge
+from megatron.checkpoint.offline.merge_lora import merge
 from megatron.config import Resources, resolve
 from megatron.evaluation.runner import measure_text
 from megatron.inference import runner as inference_run

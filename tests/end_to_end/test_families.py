@@ -15,7 +15,7 @@ import torch
 
 from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
-from megatron.checkpoint.reshard.reshard import reshape
+from megatron.checkpoint.offline.reshard import reshape
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine

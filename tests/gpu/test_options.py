@@ -7,7 +7,7 @@ import torch
 
 from megatron.block_sparsity import SPARSE_KINDS, layout_of
 from megatron.kernels.attention import gpu_attention, plain_attention
-from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window
+from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window
 from megatron.kernels.flash_attention import choose_flash
 from megatron.registry import NORMS
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron.kernels.norms import plain_rms_norm, rms_norm
 from megatron.kernels.rotary import plain_rotary, rotary
-from megatron.model.positions.rope_scaling import frequencies
+from megatron.model.positions.rope_frequencies import frequencies
 from megatron.model.positions.rotary import Rotary
 from tests.model.sections import model_section
 

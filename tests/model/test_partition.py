@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.defaults.attention import layer_classes
+from megatron.config.derived.attention import layer_classes
 from megatron.distributed.mesh import Topology
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec

@@ -29,7 +29,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.model.positions.alibi import slopes
-from megatron.model.positions.rope_scaling import scaled
+from megatron.model.positions.rope_frequencies import scaled
 from megatron.model.positions.sinusoidal import SinusoidalPositions
 from megatron.model.sequential_model import SequentialModel
 from megatron.param_table import ModelDims

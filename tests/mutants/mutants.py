@@ -112,10 +112,10 @@ MUTANTS = (
     ),
     Mutant(
         "a window is one key too wide",
-        "kernels/attention_mask.py",
+        "kernels/attention_patterns.py",
         "keys > queries - self.width",
         "keys >= queries - self.width",
-        ("kernels/test_attention_mask.py",),
+        ("kernels/test_attention_patterns.py",),
     ),
     Mutant(
         "wrong sign in the gradient of rotary positions",
@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         "YaRN scales the fast pairs",
-        "model/positions/rope_scaling.py",
+        "model/positions/rope_frequencies.py",
         "plain / factor * slow + plain * (1 - slow)",
         "plain * slow + plain / factor * (1 - slow)",
         ("model/test_positions_against_transformers.py",),

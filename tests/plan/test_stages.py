@@ -6,7 +6,7 @@ import time
 import pytest
 from deepspeed.runtime import utils as deepspeed_utils
 
-from megatron.config.defaults.attention import layer_classes
+from megatron.config.derived.attention import layer_classes
 from megatron.plan.stages import balanced, stage_bounds, uniform
 
 

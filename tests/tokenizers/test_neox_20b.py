@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.tokenizers import make_tokenizer
 from tests.packages import wheel_member
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.defaults.batch_rampup import BatchRampup
+from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError

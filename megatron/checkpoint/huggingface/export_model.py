@@ -23,7 +23,7 @@ from megatron.checkpoint.huggingface.family import TensorMapping
 from megatron.checkpoint.huggingface.fold_mup import fold, fold_misfits
 from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, SINGLE
 from megatron.checkpoint.huggingface.safetensors_format import Promise
-from megatron.checkpoint.reshard.merge_lora import merged
+from megatron.checkpoint.offline.merge_lora import merged
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, RunError
 from megatron.param_table import ModelDims, Multipliers, TensorShape, tensors

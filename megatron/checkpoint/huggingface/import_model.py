@@ -17,10 +17,10 @@ from megatron.checkpoint.format.optimizer_shards import pad_rows
 from megatron.checkpoint.format.weight_shards import as_stored, assemble, key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.model_folder import Folder
-from megatron.checkpoint.reshard.write_resharded import write_weights
+from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import Resources, resolve, serialize
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.errors import RunError
 from megatron.param_table import ModelDims, TensorShape, tensors
 

@@ -12,7 +12,7 @@ from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles
 from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
 from megatron.checkpoint.load import find
 from megatron.config import Config
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.errors import RunError
 from megatron.log import get_logger
 

@@ -1,11 +1,11 @@
 """The architecture: sizes, components of a block, and positions.
 
 Widths are global, before tensor parallelism. `num_kv_heads`, `kv_channels`, `max_position_embeddings` and
-`attention_config` are filled in by `megatron.config.defaults` when the user leaves them out.
+`attention_config` are filled in by `megatron.config.derived` when the user leaves them out.
 """
 
 from megatron.adapter_config import prompt_length
-from megatron.config.defaults.mlp_width import mlp_width
+from megatron.config.derived.mlp_width import mlp_width
 from megatron.config.field import Section, key
 from megatron.config.types import Items, Table
 from megatron.registry import ACTIVATIONS, ATTENTION, NORMS, POSITIONS

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron.adapter_config import low_rank, soft_prompt
 from megatron.config.config import Config
-from megatron.config.defaults.curriculum import curriculum_lengths
+from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
 from megatron.registry import WITHOUT_ATTENTION
 

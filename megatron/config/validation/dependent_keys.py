@@ -12,7 +12,7 @@ from functools import partial
 
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config.config import Config
-from megatron.config.defaults.fill_defaults import trains
+from megatron.config.derived.fill import trains
 from megatron.registry import NORMS, POSITIONS, SCHEDULES, TOKENIZERS
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.config.defaults.attention import layer_classes
+from megatron.config.derived.attention import layer_classes
 from megatron.errors import ConfigIssue
 
 MOST_EXPANSION = 10_000

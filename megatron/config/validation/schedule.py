@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.config.defaults.batch_rampup import BatchRampup
-from megatron.config.defaults.curriculum import curriculum_issues
-from megatron.config.defaults.fill_defaults import trains
+from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.curriculum import curriculum_issues
+from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 
 

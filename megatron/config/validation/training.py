@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.config.config import Config
-from megatron.config.defaults.fill_defaults import trains
+from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 
 MOST_MEMORY = 1_000_000  # GiB

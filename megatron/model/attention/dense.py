@@ -24,7 +24,7 @@ from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_t
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
-from megatron.kernels.attention_mask import AttentionMask
+from megatron.kernels.attention_patterns import AttentionMask
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import CacheSlots, KVCache
 from megatron.model.positions.base import document_positions

@@ -1,7 +1,7 @@
 """Rotary positions: queries and keys are rotated by their position (arXiv:2104.09864).
 
 Only the first ``rotary_pct`` of each head's features are rotated; they are paired half-split, as in GPT-NeoX and Llama.
-rope_scaling.py changes the frequencies for long contexts.
+rope_frequencies.py changes the frequencies for long contexts.
 Shapes: s sequence, b micro batch, n heads, d head dim, r rotated features.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.kernels.rotary import RotaryKernel, rotary
 from megatron.model.positions.base import Positions
-from megatron.model.positions.rope_scaling import scaled
+from megatron.model.positions.rope_frequencies import scaled
 
 
 class Rotary(Positions):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron.config import Config
 from megatron.config.config import FIELDS
-from megatron.config.defaults.vocabulary import padded_vocab_size
+from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.validation.mup import FACTORS
 from megatron.config.validation.unknown_values import require
 from megatron.config.validation.validate import find_violations

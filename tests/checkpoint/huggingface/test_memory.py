@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WATCH = """
 import sys, threading, time
 sys.path.insert(0, ".")
-from megatron.checkpoint.reshard import write_resharded
+from megatron.checkpoint.offline import write_resharded
 from tools import convert_from_hf, convert_to_hf
 
 write_resharded._IN_MEMORY = 16 << 20  # this model is smaller than 1 GiB

@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron.config.defaults.attention import expand_attention
-from megatron.config.defaults.batch import BatchSizes, derive_batch
-from megatron.config.defaults.lr_schedule import decay_horizon
-from megatron.config.defaults.mlp_width import mlp_width
-from megatron.config.defaults.optimizer import derive_optimizer
-from megatron.config.defaults.precision import derive_precision
-from megatron.config.defaults.zero import derive_zero
+from megatron.config.derived.attention import expand_attention
+from megatron.config.derived.batch import BatchSizes, derive_batch
+from megatron.config.derived.lr_schedule import decay_horizon
+from megatron.config.derived.mlp_width import mlp_width
+from megatron.config.derived.optimizer import derive_optimizer
+from megatron.config.derived.precision import derive_precision
+from megatron.config.derived.zero import derive_zero
 from megatron.errors import ConfigError
 from megatron.registry import OPTIMIZERS
 from tests.config.small import resolved

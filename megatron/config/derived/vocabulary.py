@@ -6,7 +6,7 @@ loaded with the divisor it was trained with.
 
 from __future__ import annotations
 
-from megatron.config.defaults.mlp_width import round_up
+from megatron.config.derived.mlp_width import round_up
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, model_parallel_size: int) -> int:

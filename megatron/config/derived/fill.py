@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.cluster import Resources
-from megatron.config.defaults.adapters import derive_lora, derive_soft_prompt
-from megatron.config.defaults.attention import expand_attention
-from megatron.config.defaults.batch import (
+from megatron.config.derived.adapters import derive_lora, derive_soft_prompt
+from megatron.config.derived.attention import expand_attention
+from megatron.config.derived.batch import (
     ACCUMULATION_STEPS,
     MICRO,
     TOTAL,
@@ -18,17 +18,17 @@ from megatron.config.defaults.batch import (
     derive_batch,
     size_issues,
 )
-from megatron.config.defaults.lr_schedule import decay_horizon
-from megatron.config.defaults.mlp_width import head_dim
-from megatron.config.defaults.mup import read_base_shapes
-from megatron.config.defaults.optimizer import derive_optimizer, params_without_effect
-from megatron.config.defaults.precision import (
+from megatron.config.derived.lr_schedule import decay_horizon
+from megatron.config.derived.mlp_width import head_dim
+from megatron.config.derived.mup import read_base_shapes
+from megatron.config.derived.optimizer import derive_optimizer, params_without_effect
+from megatron.config.derived.precision import (
     bf16_block,
     derive_data_types,
     derive_precision,
     fp16_block,
 )
-from megatron.config.defaults.zero import derive_zero
+from megatron.config.derived.zero import derive_zero
 from megatron.config.validation.unknown_values import UnresolvedValue
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import OPTIMIZERS

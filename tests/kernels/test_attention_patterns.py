@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.block_sparsity import layout_of
 from megatron.kernels import blocked_attention as blocked
 from megatron.kernels.attention import cpu_attention, plain_attention, sdpa_attention
-from megatron.kernels.attention_mask import AttentionMask, BlockPattern, Window, window_for_package
+from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window, window_for_package
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
 
 HEADS, KV_HEADS, LENGTH, SIZE = 4, 2, 210, 16
