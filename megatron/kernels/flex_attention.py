@@ -31,7 +31,7 @@ def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: AttentionMask) -> Tensor:
-    """Q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d] under the causal mask and a pattern (attention_patterns.py)."""
+    """Q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d] under the causal mask and a view; see attention_patterns."""
     length = q.shape[2]
     hidden = _block_mask(view, length, q.device, starts, q.shape[0], q.shape[1])
     attend: Any = _compiled() if q.device.type == "cuda" else flex.flex_attention
