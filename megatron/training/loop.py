@@ -19,6 +19,7 @@ from megatron.engine.engine import StepResult, TrainingEngine
 from megatron.errors import RunError
 from megatron.evaluation.char_perplexity import Characters
 from megatron.metrics.reporter import Reporter
+from megatron.metrics.step_metrics import step_metrics
 from megatron.metrics.timers import StepClock
 from megatron.optim.lr_schedule import LRSchedule
 from megatron.training import intervals
@@ -239,21 +240,19 @@ class _Window:
 def _report(schedule: TrainSchedule, context: LoopContext, state: RunState, window: _Window) -> None:
     seconds = window.clock.lap()
     loss, last, sizes = window.take()
-    flops_per_second = sum(size.samples * schedule.flops(size.length) for size in sizes) / len(sizes) / seconds
-    metrics = {
-        "train/lm_loss": loss,
-        "train/learning_rate": last.learning_rate,
-        "train/grad_norm": float(last.grad_norm),
-        "train/loss_scale": last.loss_scale,
-        "consumed_tokens": float(state.consumed_tokens),
-        "runtime/iteration_time": seconds,
-        "runtime/tokens_per_sec": sum(size.tokens for size in sizes) / len(sizes) / seconds,
-        "runtime/flops_per_sec_per_gpu": flops_per_second,
-        "runtime/peak_memory_bytes": float(context.peak_memory()),
-    }
-    metrics |= {f"train/{name}": float(value) for name, value in last.more.items()}
-    if schedule.peak_flops > 0:
-        metrics["runtime/model_flops_utilization"] = flops_per_second / schedule.peak_flops
+    metrics = step_metrics(
+        loss=loss,
+        learning_rate=last.learning_rate,
+        grad_norm=float(last.grad_norm),
+        loss_scale=last.loss_scale,
+        more={name: float(value) for name, value in last.more.items()},
+        consumed_tokens=state.consumed_tokens,
+        seconds=seconds,
+        tokens=sum(size.tokens for size in sizes) / len(sizes),
+        flops=sum(size.samples * schedule.flops(size.length) for size in sizes) / len(sizes),
+        peak_flops=schedule.peak_flops,
+        peak_memory_bytes=float(context.peak_memory()),
+    )
     context.reporter.train(state.iteration, {**metrics, **context.hooks.metrics()}, total_iterations=schedule.total)
 
 
