@@ -1,7 +1,6 @@
 """Runs a function on N ranks over gloo: the one helper for tests of anything distributed.
 
-    def norms(rank: int, world_size: int, scale: float) -> float: ...
-    first, second = run_distributed(norms, 2, 0.5)
+    def norms(rank: int, world_size: int, scale: float) -> float: ... first, second = run_distributed(norms, 2, 0.5)
 
 Importing torch, DeepSpeed and this package costs seconds a process, so a server process imports them once
 (multiprocessing's forkserver) and every rank is a fork of it: a call costs about a second. The function and its

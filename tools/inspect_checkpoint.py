@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Shows the content of a checkpoint and whether it is intact; compares two.
 
-    python tools/inspect_checkpoint.py checkpoints/my-model [--iteration N] [--norms]
-    python tools/inspect_checkpoint.py --compare A B [--tolerance 0]
+    python tools/inspect_checkpoint.py checkpoints/my-model [--iteration N] [--norms] python tools/inspect_checkpoint.py
+    --compare A B [--tolerance 0]
 
 The first prints the files, their damage, the run's counters, layout and versions, and every tensor with its shape,
 type and (--norms) norm. The second prints the differences of two checkpoints of any layouts, tensor by tensor; it exits

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Prepares a corpus by name and tokenises it.
 
-    python prepare_data.py python_stdlib
-    python prepare_data.py python_stdlib -t HFTokenizer -v data/python_stdlib/tokenizer.json
-    python prepare_data.py enwik8 -t CharLevelTokenizer
+    python prepare_data.py python_stdlib python prepare_data.py python_stdlib -t HFTokenizer -v
+    data/python_stdlib/tokenizer.json python prepare_data.py enwik8 -t CharLevelTokenizer
 
 python_stdlib is built from files of this machine: `<data-dir>/python_stdlib/train.jsonl` and `valid.jsonl`, and with a
 tokenizer `train_text_document.bin` and `.idx`, `valid_text_document.bin` and `.idx` beside them.

@@ -5,8 +5,8 @@ outermost, then data, context and model. Tensor-parallel ranks (the model axis) 
 
     rank = ((pipe_rank * data_size + data_rank) * context_size + context_rank) * model_size + model_rank
 
-The same object is the `mpu` argument of DeepSpeed, when the model is not a pipeline.
-Source of the order: DeepSpeed's PipeModelDataParallelTopology and the public GPT-NeoX layout.
+The same object is the `mpu` argument of DeepSpeed, when the model is not a pipeline. Source of the order: DeepSpeed's
+PipeModelDataParallelTopology and the public GPT-NeoX layout.
 """
 
 from __future__ import annotations

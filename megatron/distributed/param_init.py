@@ -70,8 +70,7 @@ class ParamFactory:
             shape: shape of the parameter.
             init_fn: initial values.
             full_sequence: true if every rank applies it to the full sequence; otherwise, with sequence parallelism,
-                each
-                rank applies it to its shard of the sequence.
+                each rank applies it to its shard of the sequence.
         """
         parameter = nn.Parameter(self._draw(name, shape, self._rescaled(name, init_fn)).to(self.dtype))
         if len(shape) == 1:

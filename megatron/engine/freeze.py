@@ -43,8 +43,7 @@ def allow_empty_grad_norm(optimizer: Any) -> None:
     """Contributes 0 to the gradient norm on ranks without a gradient that they count.
 
     DeepSpeed's bfloat16 optimizer fails on an empty list, which occurs if a stage is frozen, or if all trainable
-    parameters
-    are replicated and counted by the first tensor-parallel rank.
+    parameters are replicated and counted by the first tensor-parallel rank.
     """
     counted = getattr(optimizer, "get_grads_for_norm", None)
     if counted is None:
@@ -65,8 +64,7 @@ def start_prompt(parameters: Mapping[str, Parameter], tokens: Sequence[int], axi
     """Initializes a soft prompt with the vectors of some tokens, repeated up to its length.
 
     Does nothing on pipeline stages without the prompt. Collective over the tensor-parallel axis. parameters: before
-    ZeRO
-    partitions them.
+    ZeRO partitions them.
     """
     prompt, words = parameters.get(_PROMPT), parameters.get(_WORDS)
     if prompt is None or words is None:

@@ -66,8 +66,7 @@ def pack(stage: Stage) -> None:
     """Packs the weights of linear layers for products with few rows, if the CPU profits.
 
     The plain weights are freed, except a word embedding's, which is also looked up; the stage's parameters can no
-    longer be
-    loaded.
+    longer be loaded.
     """
     tied = {function.args[0] for function in stage.functions if isinstance(function, partial)}
     layers = {function for function in stage.functions if isinstance(function, Module)} | tied

@@ -195,8 +195,7 @@ def _write_errors(
     """Loads the compression errors.
 
     If the number of data-parallel ranks changed, each gets the mean of the worker errors, which preserves the error of
-    the
-    mean momentum.
+    the mean momentum.
     """
     for key, parameter in parameters.items():
         names = [name for name in stored.names(key) if name.startswith(WORKER_ERROR)]

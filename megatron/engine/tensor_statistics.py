@@ -194,8 +194,7 @@ class NoiseScale:
     """The gradient noise scale B = tr(covariance) / |gradient|^2 [samples] (arXiv:1812.06162, appendix A.1).
 
     Gradients of single steps are compared with the mean of `batches` of them; both sides of the quotient are averaged
-    over
-    time, since neither is unbiased in a quotient.
+    over time, since neither is unbiased in a quotient.
     """
 
     DECAY = 0.99

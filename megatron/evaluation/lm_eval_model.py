@@ -182,9 +182,8 @@ class HarnessModel(LM):
             )
 
     def _shortened(self, requested: int) -> int:
-        """Half of what the model holds, for answers that ask for all of it or more [tokens];
-
-        one warning for each length.
+        """Half of what the model holds, for answers that ask for all of it or more [tokens]; one warning for each
+        length.
         """
         length = self.max_length // 2
         if requested not in self._warned:

@@ -69,9 +69,8 @@ def generate(config: Config) -> None:
 
 
 def precompute(config: Config) -> None:
-    """Writes the log-probabilities of the labels of every data set;
-
-    see precompute_logprobs.py. Collective over all ranks.
+    """Writes the log-probabilities of the labels of every data set; see precompute_logprobs.py. Collective over all
+    ranks.
     """
     data = config.data
     paths = [

@@ -11,8 +11,7 @@ def needs_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Returns whether matrices of this type are better multiplied in fp32.
 
     A CPU without instructions for 16 bits (x86 before AVX-512) multiplies them element by element. In fp32 the products
-    are
-    exact, so only the order of the sums differs, and a result is rounded once, as elsewhere.
+    are exact, so only the order of the sums differs, and a result is rounded once, as elsewhere.
     """
     if device.type != "cpu" or dtype not in _SUPPORT:
         return False

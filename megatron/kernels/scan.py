@@ -42,8 +42,7 @@ def linear_scan(keep: Tensor, add: Tensor) -> Tensor:
     """h[t] = keep[t] h[t - 1] + add[t] along dimension 1, from h = 0: [b, s, ...] -> [b, s, ...].
 
     By doubling (Hillis and Steele 1986): after i rounds every position has the sum of the last 2^i. With keep in [0, 1]
-    no
-    intermediate value can grow.
+    no intermediate value can grow.
     """
     length, distance = add.shape[1], 1
     while distance < length:

@@ -25,10 +25,8 @@ class GradientClipper:
 
     Non-finite gradients are dropped and `skipped` is set: every rank then leaves its weights and state unchanged, as
     DeepSpeed does at ZeRO 1 to 3. factor: scale of the last gradients. grads_are_unreduced: each data-parallel rank has
-    a
-    gradient of its own, which is not all-reduced; the norm is then the root mean square of theirs, so that all are
-    scaled
-    alike.
+    a gradient of its own, which is not all-reduced; the norm is then the root mean square of theirs, so that all are
+    scaled alike.
     """
 
     def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:

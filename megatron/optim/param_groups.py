@@ -23,10 +23,8 @@ def parameter_groups(
     """Returns a group for each learning-rate scale, with and without weight decay; empty ones are left out.
 
     Norms and biases are excluded from weight decay; with a weight decay of 0 no distinction is made. Decay is divided
-    by
-    the learning-rate scale, so that the effective decay is unchanged (as in the package `mup`). lr_scales: multipliers
-    of
-    the learning rate, 1 if absent.
+    by the learning-rate scale, so that the effective decay is unchanged (as in the package `mup`). lr_scales:
+    multipliers of the learning rate, 1 if absent.
     """
     sorted_: dict[tuple[bool, float], list[Parameter]] = {}
     for parameter in parameters:

@@ -2,8 +2,8 @@
 
 A package outside this tree adds components by a module that registers them:
 
-    from megatron.registry import NORMS, NormEntry
-    NORMS.register(NormEntry("dyt", "my_package.dyt:DynamicTanh", "Dynamic tanh", tensors=("weight", "bias")))
+    from megatron.registry import NORMS, NormEntry NORMS.register(NormEntry("dyt", "my_package.dyt:DynamicTanh",
+    "Dynamic tanh", tensors=("weight", "bias")))
 
 The module is imported by every process, the launcher too, before it reads a name: modules in the environment variable
 NEOX_PLUGINS, separated by commas, and the entry points of group `neox.plugins` of installed packages. It must not

@@ -37,8 +37,8 @@ class Tokenizer(Protocol):
 
     vocab_size: how many ids there are [tokens], before any padding. eod: the id that ends a document.
     lossless: whether decoding gives every text back unchanged. engine: what `encode_arrays` runs on, for people.
-    begin: the id that is before
-    a text that has nothing before it: a begin token where the tokenizer names one, else `eod`.
+    begin: the id that is before a text that has nothing before it: a begin token where the tokenizer names one, else
+    `eod`.
     special_tokens: the text of every special token that has one, and its id. prefix_ids: the ids that the tokenizer
     itself puts before a text that a model reads, such as LLaMA's `<s>`; empty for most.
     """

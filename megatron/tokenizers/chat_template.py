@@ -140,7 +140,7 @@ class ChatTemplate:
             messages: Each with a `role`, and what the template asks for.
             add_generation_prompt: End with what opens an answer.
             continue_final_message: End inside the last message, which is gone on with.
-            tools: JSON schemas. extra: further variables of the template.
+            tools: JSON schemas of the tools.
             documents: Documents that the template receives.
             **extra: Further variables of the template.
         """

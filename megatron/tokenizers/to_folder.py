@@ -2,8 +2,8 @@
 
 What is a tokenizer.json on the disk stays as it is, byte by byte, where the run reads what it says; LLaMA's class makes
 another one of some. Others are written as one, with the class PreTrainedTokenizerFast, under which every release of
-`transformers` reads that file and nothing else. A sentencepiece
-model is written beside its tokenizer.json, or alone where none gives the same ids.
+`transformers` reads that file and nothing else. A sentencepiece model is written beside its tokenizer.json, or alone
+where none gives the same ids.
 """
 
 from __future__ import annotations

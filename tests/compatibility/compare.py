@@ -5,8 +5,7 @@
 Both trees run the same commands in folders of their own, with this interpreter. Losses, gradient norms and learning
 rates (all metrics but times and memory) of every configuration in settings.py must be equal bit by bit. Then the
 working tree reads what the other commit wrote: a checkpoint (resumed), a dataset with its index maps, an exported
-folder and a run directory.
-Exit code 0: nothing differs.
+folder and a run directory. Exit code 0: nothing differs.
 """
 
 from __future__ import annotations

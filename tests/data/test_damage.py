@@ -1,6 +1,5 @@
-"""Damaged compressed files and archives:
-
-everything that is intact before the damage is read, and the damage is reported.
+"""Damaged compressed files and archives: everything that is intact before the damage is read, and the damage is
+reported.
 """
 
 import bz2

@@ -116,8 +116,8 @@ def write_text(path: Path, text: str) -> Written:
 def read_tensors(path: Path) -> Any:
     """torch.load without running code, mapped into memory so that only what is used is read.
 
-    Files from before torch 1.6, which are no archives, are read whole.
-    Raises RunError naming the file if it is damaged or holds anything but tensors and plain values.
+    Files from before torch 1.6, which are no archives, are read whole. Raises RunError naming the file if it is damaged
+    or holds anything but tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals(_allowed()):

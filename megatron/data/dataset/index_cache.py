@@ -3,8 +3,8 @@
 The names are the public ones, `<prefix>_<name>_indexmap_<N>ns_<seq>sl_<seed>s_<packing>pi[_ac]_..._idx.npy`, with a
 digest of everything that the public names leave out and that changes the map: the lengths of all documents, the range
 of documents, those of them that are used, the number of passes. Another split, or other data under the same prefix,
-therefore gets other files. N is None where passes are asked for and not samples.
-Each file appears complete under its name or not at all. Where they cannot be written, each rank computes its own.
+therefore gets other files. N is None where passes are asked for and not samples. Each file appears complete under its
+name or not at all. Where they cannot be written, each rank computes its own.
 """
 
 from __future__ import annotations

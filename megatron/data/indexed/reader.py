@@ -82,9 +82,9 @@ class IndexedDataset:
 
     sizes: int32 [items], the length of each item [tokens]. starts: int64 [items], where it starts [bytes].
     document_index: int64. dtype: of a token. legacy: whether the index has the legacy format. key: the configuration
-    key that named the prefix, for messages.
-    Raises ConfigError when a file is missing or of another kind, RunError when a file is damaged.
-    Opening costs the same whatever the size, but for a legacy index, which is converted; `check` reads the whole index.
+    key that named the prefix, for messages. Raises ConfigError when a file is missing or of another kind, RunError when
+    a file is damaged. Opening costs the same whatever the size, but for a legacy index, which is converted; `check`
+    reads the whole index.
     """
 
     def __init__(self, prefix: str | Path, *, key: str | None = None) -> None:

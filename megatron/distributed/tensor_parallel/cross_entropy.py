@@ -38,8 +38,7 @@ def weighted_cross_entropy(
     """sum(weights * -log p(target)): logits [..., v/t], global token ids and fp32 weights [...] -> fp32 scalar.
 
     If a gradient is needed, this overwrites the logits with it, which saves the memory and the time of a second tensor
-    of
-    their size: read them before. It can be differentiated once.
+    of their size: read them before. It can be differentiated once.
 
     Args:
         logits: this rank's columns; overwritten.

@@ -38,8 +38,7 @@ class VocabParallelEmbedding(nn.Module):
         """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
 
         With sequence parallelism the vectors are those of this rank's shard of the first dimension, [s/t, ..., h]. Both
-        uses
-        go through forward, so that ZeRO 3 gathers the weight before either.
+        uses go through forward, so that ZeRO 3 gathers the weight before either.
         """
         if as_output_layer:
             if self.axis.sequence_parallel:

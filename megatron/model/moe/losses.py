@@ -44,8 +44,7 @@ class RouterLossTracker:
     """Coefficients, scale and measurements of the losses of all MoE layers of a rank.
 
     scale: factor from the language model's loss to the start of its backward pass, which is the loss scale over the
-    number
-    of micro batches; set by the engine before a step.
+    number of micro batches; set by the engine before a step.
     """
 
     def __init__(self, balance: float, z: float) -> None:

@@ -33,10 +33,8 @@ def sinkhorn(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Ten
     """In training assigns by a balanced assignment (arXiv:2103.16716), otherwise by the highest logits.
 
     Balancing uses all tokens of a sequence, including later ones, so it cannot be used for generation. The weights are
-    a
-    sigmoid if k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k]. axis:
-    ranks
-    that share the sequences.
+    a sigmoid if k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k]. axis:
+    ranks that share the sequences.
     """
     scores = logits.sigmoid() if k == 1 else logits.softmax(dim=-1)
     chosen = balanced(logits.detach(), axis) if training else logits.detach()

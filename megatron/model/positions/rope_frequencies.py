@@ -1,12 +1,11 @@
 """Rotary frequencies for contexts longer than in the first training (`rope_scaling`).
 
-linear (arXiv:2306.15595): every frequency is divided by `factor`.
-dynamic (NTK-aware): the base is raised so that the slowest pair reaches `factor` times further than at
-`original_max_position_embeddings`. It depends on the `seq_length` of the run, not on each sequence, so that cached keys
-keep their angles; a model whose sequences are not longer than that is unchanged.
-yarn (arXiv:2309.00071): fast pairs are unchanged, slow ones are divided by `factor`, those between are interpolated;
-cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set.
-llama3 (Llama 3.1): the same idea with bounds in wavelengths.
+linear (arXiv:2306.15595): every frequency is divided by `factor`. dynamic (NTK-aware): the base is raised so that the
+slowest pair reaches `factor` times further than at `original_max_position_embeddings`. It depends on the `seq_length`
+of the run, not on each sequence, so that cached keys keep their angles; a model whose sequences are not longer than
+that is unchanged. yarn (arXiv:2309.00071): fast pairs are unchanged, slow ones are divided by `factor`, those between
+are interpolated; cosines and sines are multiplied by an attention factor, 0.1 ln(factor) + 1 unless set. llama3 (Llama
+3.1): the same idea with bounds in wavelengths.
 
 Angles are position * frequency. r: rotated features of a head.
 """

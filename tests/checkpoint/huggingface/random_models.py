@@ -208,10 +208,7 @@ def tokens() -> torch.Tensor:
 
 
 def write(folder: Path, settings: Settings) -> torch.Tensor | None:
-    """The folder of a model with that config.json, as it is written;
-
-    what transformers answers, or None if it refuses.
-    """
+    """Writes the folder of a model with that config.json; returns the logits of transformers, None if it refuses."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(5)
