@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config, Resources, resolve
 from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.config.flags import read_flags
@@ -51,7 +52,7 @@ def requests_of(config: Config) -> list[IndexRequest]:
             key="train_iters",
             hint="give train_iters, train_samples or train_epochs",
         )
-    requested = num_samples(training, iterations, same_valid=config.data.valid_same_samples)
+    requested = num_samples(training, iterations, Counters(), same_valid=config.data.valid_same_samples)
     splits, warnings = read_splits(config.data, requested, train_epochs=training.train_epochs)
     for warning in warnings:
         print(warning, file=sys.stderr)
