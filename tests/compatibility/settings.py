@@ -5,42 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.end_to_end.runs import BASE as SMALL
+
 STEPS = 6
 RESUMED_AT = 3
 
 BASE: dict[str, Any] = {
+    **SMALL,
     "num_layers": 2,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-    "seq_length": 32,
-    "max_position_embeddings": 32,
-    "pos_emb": "rotary",
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "mlp_multiple_of": 8,
-    "no_weight_tying": True,
-    "tokenizer_type": "CharLevelTokenizer",
-    "train_batch_size": 8,
     "train_iters": STEPS,
-    "lr_decay_style": "cosine",
-    "warmup": 0.1,
-    "min_lr": 1.0e-4,
-    "optimizer": {"type": "Adam", "params": {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-6}},
-    "gradient_clipping": 0.5,
-    "weight_decay": 0.1,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
-    "precision": "fp32",
-    "zero_optimization": {"stage": 0},
-    "split": "90,5,5",
-    "num_workers": 0,
-    "log_interval": 1,
     "eval_interval": RESUMED_AT,
     "eval_iters": 1,
     "checkpoint_factor": RESUMED_AT,
     "fingerprint_interval": 1,
-    "peak_theoretical_tflops": 1.0,
 }
 
 
