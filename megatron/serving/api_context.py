@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from megatron.errors import RunError
 from megatron.inference.generation_request import GenerationResult, Settings
@@ -151,6 +152,30 @@ def usage(texts: PendingRequest) -> dict[str, int]:
     """The tokens of a request that is done."""
     new = sum(record.length for record in texts.records.values())
     return {"prompt_tokens": texts.prompt_tokens, "completion_tokens": new, "total_tokens": texts.prompt_tokens + new}
+
+
+async def complete_answer(
+    request: Request,
+    texts: PendingRequest,
+    head: Mapping[str, Any],
+    choice: Callable[[int, GenerationResult], dict[str, Any]],
+) -> Response | dict[str, Any]:
+    """Waits for all texts of a request and returns the body of its answer, in OpenAI's form.
+
+    Raises Refused where the model failed on one of the texts.
+
+    Args:
+        request: The request; an answer to a client that disconnected is empty.
+        texts: Its texts in progress.
+        head: The fields in front.
+        choice: Makes the entry of one text from its number and result.
+    """
+    records = await texts.all(request.is_disconnected)
+    if records is None:
+        return Response(status_code=400)
+    require_text(records)
+    choices = [choice(index, record) for index, record in enumerate(records)]
+    return {**head, "choices": choices, "usage": usage(texts)}
 
 
 def reason(record: GenerationResult) -> str:

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from megatron.inference.generation_request import GenerationResult
-from megatron.serving.api_context import ApiContext, GenerationOptions, reason, require_text, usage
+from megatron.serving.api_context import ApiContext, GenerationOptions, complete_answer, reason, usage
 from megatron.serving.api_errors import failed_event
 from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.chat_request import Chat
@@ -48,15 +48,7 @@ def add_chat(app: FastAPI, desk: ApiContext) -> None:
         messages = Messages(desk, body, texts)
         if body.stream:
             return StreamingResponse(messages.stream(), media_type="text/event-stream")
-        records = await texts.all(request.is_disconnected)
-        if records is None:
-            return Response(status_code=400)  # the client disconnected
-        require_text(records)
-        return {
-            **messages.head("chat.completion"),
-            "choices": [messages.choice(index, record) for index, record in enumerate(records)],
-            "usage": usage(texts),
-        }
+        return await complete_answer(request, texts, messages.head("chat.completion"), messages.choice)
 
 
 class Messages:

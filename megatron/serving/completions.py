@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from megatron.inference.generation_request import GenerationResult
-from megatron.serving.api_context import ApiContext, GenerationOptions, reason, require_text, usage
+from megatron.serving.api_context import ApiContext, GenerationOptions, complete_answer, reason, usage
 from megatron.serving.api_errors import failed_event
 from megatron.serving.async_results import PendingRequest, TokenScore
 from megatron.serving.completion_request import Completion
@@ -53,15 +53,7 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         answers = Answers(desk, body, texts, echoes)
         if body.stream:
             return StreamingResponse(answers.stream(), media_type="text/event-stream")
-        records = await texts.all(request.is_disconnected)
-        if records is None:
-            return Response(status_code=400)  # the client disconnected
-        require_text(records)
-        return {
-            **answers.head,
-            "choices": [answers.choice(index, record) for index, record in enumerate(records)],
-            "usage": usage(texts),
-        }
+        return await complete_answer(request, texts, answers.head, answers.choice)
 
 
 @dataclass(frozen=True)
