@@ -4,5 +4,15 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Tests share few cores; numpy and torch read this when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of a dataset of real text, a token a byte; its cached indices are shared by the tests of a session."""
+    from tests.end_to_end.runs import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data"))

@@ -19,7 +19,7 @@ from megatron.inference.runner import generate
 from megatron.param_table import is_adapter_tensor
 from megatron.registry import OPTIMIZERS
 from tests.end_to_end.engines import CONTEXT, PIPELINE, SAVED, TENSOR, Curves, agree, train
-from tests.end_to_end.runs import BASE, make_dataset, run, series
+from tests.end_to_end.runs import BASE, run, series
 from tests.end_to_end.test_families import LAYOUTS as FAMILY_LAYOUTS
 from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same, same
 from tests.end_to_end.test_optimizers import LAYOUTS as OPTIMIZER_LAYOUTS
@@ -54,11 +54,6 @@ MEMBERS: dict[str, Keys] = {
     },
 }
 TUNED = {"train_iters": 6, "eval_interval": 3, "eval_iters": 1, "warmup": 0.0}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.format import layout
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 from tests.end_to_end.test_precision import run_fp16
 from tests.multi_rank import RankFailedError
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def halves(dataset: str, save: Path, **settings: Any) -> dict[str, Any]:

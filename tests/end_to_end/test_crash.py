@@ -17,15 +17,10 @@ import pytest
 
 from megatron.checkpoint.format import layout
 from megatron.metrics.sinks.jsonl import read_metrics
-from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.end_to_end.runs import BASE, run, run_rank, series
 from tests.multi_rank import RankFailedError, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def launch(folder: Path, settings: dict[str, Any]) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 EXPERTS: dict[str, Any] = {
     "moe_num_experts": 4,
@@ -46,11 +46,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "recompute": (1, {"checkpoint_activations": True}),
 }
 NAMES = ("train/lm_loss", "validation/lm_loss", "train/moe_load_balance_loss", "train/moe_z_loss")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

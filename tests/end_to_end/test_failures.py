@@ -20,18 +20,13 @@ import pytest
 
 from megatron.data.dataset.loader import BatchLoader
 from megatron.metrics.sinks.jsonl import read_metrics
-from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
+from tests.end_to_end.runs import BASE, run_rank, series
 from tests.end_to_end.runs import run as train_alone
 from tests.multi_rank import RankFailedError, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 8.0  # [s] collective_timeout
 SETTINGS: dict[str, Any] = {**BASE, "train_iters": 100000, "collective_timeout": LIMIT, "num_gpus": 2}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 class Run:

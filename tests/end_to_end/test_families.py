@@ -24,7 +24,7 @@ from megatron.inference.sampling import Sampler, Sampling
 from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.registry import MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
-from tests.end_to_end.runs import BASE, make_dataset, run, run_files, series
+from tests.end_to_end.runs import BASE, run, run_files, series
 
 SHORT: dict[str, Any] = {"train_iters": 4, "eval_interval": 4, "eval_iters": 1, "num_kv_heads": 4, "num_layers": 2}
 MIXTURE = {"moe_num_experts": 4, "moe_top_k": 2, "use_bias_in_mlp": False}
@@ -56,11 +56,6 @@ EXPORTED = {"dense": "llama", "mamba": "mamba"}
 def test_every_member_is_here() -> None:
     reported = " ".join(MEMBERS)
     assert all(name in reported for name in (*MLPS.names, *ROUTERS.names, *WITHOUT_ATTENTION))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def same(found: list[dict[str, float]], expected: list[dict[str, float]], what: str, start: int = 0) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 RAMP = {"train_micro_batch_size_per_gpu": 1, "rampup_batch_size": [2, 2, 20], "eval_iters": 1}
 CURRICULUM = {
@@ -27,11 +27,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 2": (2, {"zero_optimization": {"stage": 2}}),
     "ZeRO 3, tensor 2": (4, {"zero_optimization": {"stage": 3}, "model_parallel_size": 2, "sequence_parallel": True}),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 6}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -15,11 +15,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2, accumulation 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}),
     "context 2, ZeRO 3": (2, {"context_parallel_size": 2, "zero_optimization": {"stage": 3}}),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def curves(records: list[dict[str, float]]) -> tuple[list[float], list[float]]:

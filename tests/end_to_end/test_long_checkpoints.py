@@ -20,7 +20,7 @@ from megatron.checkpoint.format import layout
 from megatron.checkpoint.load import find
 from megatron.metrics.sinks.jsonl import read_metrics
 from tests.checkpoint.test_commit import tear
-from tests.end_to_end.runs import BASE, make_dataset, run, series
+from tests.end_to_end.runs import BASE, run, series
 from tests.end_to_end.test_crash import ROOT, launch
 
 pytestmark = pytest.mark.long
@@ -38,11 +38,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 4, ZeRO 3": (4, {"zero_optimization": {"stage": 3}}),
 }
 FROM, FURTHER = 10, 5  # steps
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

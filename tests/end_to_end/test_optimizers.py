@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 ADAM = {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-6}
 PARAMS: dict[str, dict[str, Any]] = {
@@ -54,11 +54,6 @@ def legal(name: str, layout: str) -> bool:
 
 ALL = [(name, layout) for name in OPTIMIZERS.names for layout in LAYOUTS if legal(name, layout)]
 DEFAULT = [(name, layout) for name, layout in ALL if layout in QUICK]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

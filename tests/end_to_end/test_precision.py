@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from megatron.metrics.sinks.jsonl import read_metrics
-from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.end_to_end.runs import BASE, run, run_rank, series
 from tests.multi_rank import RankFailedError, run_distributed
 
 FP16 = {"precision": "fp16", "zero_optimization": {"stage": 1}, "train_iters": 10}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

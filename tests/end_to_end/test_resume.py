@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 from tests.multi_rank import RankFailedError
 
 EXACT = ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/lm_loss", "consumed_tokens")
@@ -26,11 +26,6 @@ OTHER_LAYOUTS = {
     "pipeline 2": (2, {"pipe_parallel_size": 2}),
     "data 2, ZeRO 2": (2, {"zero_optimization": {"stage": 2}}),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

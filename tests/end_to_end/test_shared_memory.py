@@ -11,17 +11,11 @@ import psutil
 import pytest
 
 from megatron.shared_memory import FOLDER
-from tests.end_to_end.runs import make_dataset
 from tests.end_to_end.runs import run as train_alone
 from tests.end_to_end.test_failures import ROOT, Run
 
 ENDINGS = ("done", "failed", "stopped", "rank killed", "launcher killed", "all killed")
 LONG = [pytest.param(ending, ranks, marks=pytest.mark.long) for ending in ENDINGS for ranks in (1, 4)]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def free_port() -> int:

@@ -15,15 +15,10 @@ import pytest
 from megatron.dashboard.runs import open_runs
 from megatron.health.straggler import MIN_SLOW_REPORTS
 from megatron.metrics.sinks.jsonl import read_metrics
-from tests.end_to_end.runs import BASE, make_dataset, run_rank, series
+from tests.end_to_end.runs import BASE, run_rank, series
 from tests.multi_rank import run_distributed
 
 SPINNING = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def slowed(rank: int, world_size: int, settings: dict[str, Any], slow: str) -> list[str]:

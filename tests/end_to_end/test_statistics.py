@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 WATCHED = {
     "log_grad_norm": True,
@@ -36,11 +36,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 QUICK = ("pipeline 2, tensor 2, ZeRO 1", "ZeRO 3")
 FAMILIES = ("gradient_norms/", "gradient_zeros/", "parameter_norms/", "optimizer_state_norms/")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

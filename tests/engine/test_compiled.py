@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 TENSOR = {"model_parallel_size": 2, "sequence_parallel": True}
@@ -30,11 +30,6 @@ CASES: list[Any] = [
         )
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize(("world_size", "settings"), CASES)

@@ -11,7 +11,7 @@ from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
 from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.training.trainer import train
-from tests.end_to_end.runs import BASE, NeverStop, make_dataset, run, series
+from tests.end_to_end.runs import BASE, NeverStop, run, series
 from tests.engine import stand_in
 from tests.multi_rank import run_distributed
 
@@ -33,11 +33,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "core recomputed": (1, {"recompute_granularity": "selective"}),
 }
 SHORT = {"train_iters": 4, "eval_interval": 2, "eval_iters": 1}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def with_stand_in(rank: int, world_size: int, settings: dict[str, Any]) -> stand_in.Seen:

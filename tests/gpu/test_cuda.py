@@ -10,14 +10,9 @@ import torch
 from megatron.kernels.attention import choose_attention, plain_attention
 from megatron.kernels.grouped_matmul import fused_grouped, grouped_unavailable, plain_grouped
 from megatron.kernels.mamba import choose_mamba, fused_convolution, fused_scan, plain_convolution, plain_scan
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def test_fp32_training_equals_the_cpu(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

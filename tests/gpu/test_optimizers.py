@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 from tests.end_to_end.test_optimizers import PARAMS
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def losses(name: str, folder: Path, dataset: str, **settings: Any) -> list[float]:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from tests.end_to_end.runs import run, series
 from tests.system.training import SCHEDULE
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.metrics.fingerprint import Fingerprints, read_fingerprints
-from tests.end_to_end.runs import BASE, make_dataset, run_rank
+from tests.end_to_end.runs import BASE, run_rank
 from tests.multi_rank import run_distributed
 from tools.compare_runs import main
 
@@ -49,11 +49,6 @@ def train(folder: Path, data: str, where: tuple[int, ...] | None, **settings: An
     }
     run_distributed(disturbed, 2, {**keys, **settings}, where)
     return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

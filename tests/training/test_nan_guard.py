@@ -15,7 +15,7 @@ from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSize
-from tests.end_to_end.runs import BASE, NeverStop, make_dataset, series
+from tests.end_to_end.runs import BASE, NeverStop, series
 from tests.multi_rank import RankFailedError, run_distributed
 
 BAD_STEP, BAD_SAMPLE, LAYER, MARK = 4, 26, 3, 511  # steps of 8 samples; 511 is no byte; layer 3 is the second block
@@ -33,11 +33,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 QUICK = ("pipeline 2", "ZeRO 3")
 WATCHED = {"train_iters": 7, "eval_iters": 0, "log_param_norm": True, "log_norms_by": "layer"}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
