@@ -25,7 +25,6 @@ if __name__ == "__main__":
     gc.disable()  # the imports leave no garbage, and looking for it takes a sixth of the time of a small model
 
 from megatron.checkpoint.format import files
-from megatron.checkpoint.format.stored_model import StoredModel, open_model
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, ExportOptions, export, refuse_existing, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
@@ -38,6 +37,7 @@ from megatron.checkpoint.huggingface.generation_config import (
 from megatron.checkpoint.huggingface.import_model import TOKENIZER
 from megatron.checkpoint.huggingface.peft_adapter import export_adapter
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, for_every_release
+from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.to_folder import Portable, portable, portable_of

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.checkpoint.format import files, integrity, layout
 from megatron.checkpoint.format.optimizer_shards import OptimizerState
-from megatron.checkpoint.format.stored_model import StoredModel, choose, open_model
 from megatron.checkpoint.format.weight_shards import key_of
+from megatron.checkpoint.load.stored_model import StoredModel, choose, open_model
 from megatron.errors import ConfigError, RunError
 
 

@@ -9,7 +9,8 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from megatron.checkpoint.format import files, layout
-from megatron.checkpoint.format.weight_shards import WeightFiles, key_of, read_shards
+from megatron.checkpoint.format.weight_shards import WeightFiles, key_of
+from megatron.checkpoint.load.merge_shards import read_shards
 from tests.architecture.source import PRODUCT
 from tests.checkpoint.saved import TABLE
 

@@ -8,13 +8,8 @@ import torch
 
 from megatron.checkpoint.format import layout
 from megatron.checkpoint.format.optimizer_shards import take_shard
-from megatron.checkpoint.format.weight_shards import (
-    WeightFiles,
-    key_of,
-    public_biases,
-    read_shards,
-    write_model_file,
-)
+from megatron.checkpoint.format.weight_shards import WeightFiles, key_of, public_biases, write_model_file
+from megatron.checkpoint.load.merge_shards import read_shards
 from megatron.errors import RunError
 from megatron.param_table import TensorShape, tensors
 from tests.checkpoint.saved import DIMS, write_layers

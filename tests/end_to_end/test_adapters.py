@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.format.stored_model import StoredModel, open_model
+from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.checkpoint.offline.merge_lora import merge
 from megatron.config import Resources, resolve
 from megatron.evaluation.runner import measure_text

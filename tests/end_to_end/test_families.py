@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.checkpoint.offline.reshard import reshape
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES as THEIRS
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Resources, resolve
 from megatron.distributed.init import init_distributed

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.format import layout
-from megatron.checkpoint.format.stored_model import open_model
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.param_table import is_adapter_tensor
 from tests.end_to_end.runs import make_dataset, run
 from tools import convert_to_hf, inspect_checkpoint, merge_lora, reshape_checkpoint

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.format import files
-from megatron.checkpoint.format.stored_model import StoredModel
 from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.families import family_for
@@ -23,6 +22,7 @@ from megatron.checkpoint.huggingface.family import TensorMapping
 from megatron.checkpoint.huggingface.fold_mup import fold, fold_misfits
 from megatron.checkpoint.huggingface.model_folder import CONFIG, INDEX, SINGLE
 from megatron.checkpoint.huggingface.safetensors_format import Promise
+from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.checkpoint.offline.merge_lora import merged
 from megatron.config.schema.model import ModelSection
 from megatron.errors import ConfigError, RunError

@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.metadata import public_facts
 from megatron.checkpoint.format.optimizer_shards import pad_rows
-from megatron.checkpoint.format.weight_shards import as_stored, assemble, key_of
+from megatron.checkpoint.format.weight_shards import key_of
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.merge_shards import as_stored, assemble
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.config import Resources, resolve, serialize

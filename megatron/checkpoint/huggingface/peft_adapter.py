@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron.adapter_config import LowRank, low_rank, soft_prompt
 from megatron.checkpoint.format import files
-from megatron.checkpoint.format.stored_model import StoredModel
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
 from megatron.checkpoint.huggingface.safetensors_format import Promise
+from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError
 from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megatron.checkpoint.format import files, layout, logits_check, rng
 from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
-from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of, read_shards
+from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of
 from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
 from megatron.checkpoint.load import find
 from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_to_use, warn_of_early_end
+from megatron.checkpoint.load.merge_shards import read_shards
 from megatron.checkpoint.load.model_check import same_model
 from megatron.checkpoint.load.mup_check import same_parametrisation
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer

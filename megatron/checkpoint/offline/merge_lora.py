@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.adapter_config import LowRank, low_rank, prompt_length
 from megatron.checkpoint.format import files, layout
-from megatron.checkpoint.format.stored_model import StoredModel, choose, describe, open_model
+from megatron.checkpoint.load.stored_model import StoredModel, choose, describe, open_model
 from megatron.checkpoint.offline.reshard import describe_tokenizer, refuse_uneven
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish

@@ -10,7 +10,7 @@ from megatron.atomic import flush_to_disk
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.format.files import Written
 from megatron.checkpoint.format.metadata import public_facts
-from megatron.checkpoint.format.stored_model import StoredModel, open_model
+from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.checkpoint.offline.write_resharded import write_weights
 from megatron.checkpoint.save.commit import make_room, publish
 from megatron.errors import ConfigError, ConfigIssue, RunError

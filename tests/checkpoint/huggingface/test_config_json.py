@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.config_defaults import ALIASES, DEFAULTS
 from megatron.checkpoint.huggingface.export_model import ExportOptions, export
 from megatron.checkpoint.huggingface.families import FAMILIES, family_for
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine

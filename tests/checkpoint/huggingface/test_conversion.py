@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_inference_engine

@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.huggingface.peft_adapter import export_adapter
 from megatron.checkpoint.load.loader import find_checkpoint
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.checkpoint.save.saver import Counters, Saver
 from megatron.config import Config, Resources, resolve
 from megatron.data.dataset.batch import MicroBatch

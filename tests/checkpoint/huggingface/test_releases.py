@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.errors import ConfigError, RunError
 from tests.checkpoint.huggingface.models import MODELS, save
 from tests.checkpoint.huggingface.random_models import DRAWN, ours

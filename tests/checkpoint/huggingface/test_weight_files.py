@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint.format.stored_model import open_model
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.load.stored_model import open_model
 from megatron.errors import ConfigError, RunError
 from tests.checkpoint.huggingface.tokenized import write_model
 from tools import convert_from_hf

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron.checkpoint.format import integrity, layout
 from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
-from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, assemble, key_of
+from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of
+from megatron.checkpoint.load.merge_shards import assemble
 from megatron.config import resolve, serialize
 from megatron.config.schema.generation import GenerationSection
 from megatron.config.schema.mixers import MixersSection
