@@ -28,13 +28,13 @@ from megatron.launcher.preflight import check, gpu_layers
 from megatron.launcher.rank_env import without_rank_env
 from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
 from megatron.launcher.run_directory import (
-    CONFIG_FILE,
     choose_run_directory,
     git_revision,
     prepare_run_directory,
 )
 from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
 from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
+from megatron.launcher.worker_config import config_argument
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 
 
@@ -202,13 +202,6 @@ def build_command(
     """
     config, machines = resolved.resolution.config, resolved.machines
     local = is_local_launch(machines, rendezvous.launcher, force=force_multi_host(config))
-    worker = (str(request.script), *_config_argument(config, folder, shared=local))
+    worker = (str(request.script), *config_argument(config, folder, shared=local))
     build = torchrun_command if rendezvous.launcher == "torchrun" else local_command if local else multi_host_command
     return build(machines, rendezvous, worker, folder, caller)
-
-
-def _config_argument(config: Config, folder: Path, *, shared: bool) -> tuple[str, str]:
-    """Returns the arguments with the configuration: a file, or base64 text without a shared file system."""
-    if shared or config.data.use_shared_fs:
-        return "--run-config", str(folder / CONFIG_FILE)
-    return "--megatron-config", serialize.encode(config.replace(log_dir=str(folder)))

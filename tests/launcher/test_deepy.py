@@ -173,7 +173,7 @@ def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypat
     (tmp_path / "work.py").write_text(
         "# takes the place of a worker that uses megatron.launcher.worker\n"
         "import json, os, sys\n"
-        "from megatron.launcher.worker import worker_config\n"
+        "from megatron.launcher.worker_config import worker_config\n"
         "assert 'OMPI_COMM_WORLD_LOCAL_RANK' not in os.environ\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'DS_ACCELERATOR')\n"
         "reported = {name: os.environ[name] for name in names}\n"

@@ -15,7 +15,8 @@ import pytest
 from megatron.config import Config, serialize
 from megatron.errors import ConfigError, ConfigIssue, RunError
 from megatron.launcher import preflight
-from megatron.launcher.worker import StopSignal, worker_config, worker_main
+from megatron.launcher.worker import StopSignal, worker_main
+from megatron.launcher.worker_config import worker_config
 from megatron.ranks import free_port
 from tests.launcher.conftest import CONFIG, ROOT
 

@@ -30,7 +30,9 @@ def schedule_facts(schedule: ScheduleSection, optimizer: OptimizerSection) -> di
     return {"lr": optimizer.lr, **{key: getattr(schedule, key) for key in _KEYS}}
 
 
-def schedule_to_use(stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, location: Path) -> Mapping:
+def schedule_to_use(
+    stored: Mapping[str, Any], own: Mapping[str, Any], *, take_stored: bool, location: Path
+) -> Mapping[str, Any]:
     """The stored values, or the run's own where nothing is stored of a key.
 
     Raises ConfigError for each key that differs, unless it is set.

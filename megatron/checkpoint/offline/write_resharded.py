@@ -96,5 +96,5 @@ def _held(shards: Iterable[tuple[str, Tensor]], scratch: Path) -> dict[str, Tens
 def _on_disk(tensor: Tensor, folder: Path, name: str) -> Tensor:
     """The same values in a file instead of in memory."""
     storage = torch.UntypedStorage.from_file(str(folder / name), shared=True, nbytes=tensor.nbytes)
-    flat = torch.empty(0, dtype=tensor.dtype).set_(storage)  # type: ignore[call-overload, arg-type]
+    flat = torch.empty(0, dtype=tensor.dtype).set_(storage)  # type: ignore[arg-type]
     return flat.view(tensor.shape).copy_(tensor)

@@ -15,11 +15,10 @@ import numpy as np
 
 from megatron.data.indexed.reader import IGNORE_INDEX, dtype_for_vocabulary
 from megatron.data.preprocess.conversations import text_bytes_of, turns_of, variables_of
-from megatron.data.preprocess.encode import EncodedText, Encoding, InvalidDocument, ReadsSpecialTokens, text_of
+from megatron.data.preprocess.encode import EncodedText, Encoding, InvalidDocument, encode_texts, text_of
 from megatron.data.preprocess.ftfy_fast import mended
 from megatron.data.preprocess.sentences import Sentences
 from megatron.data.preprocess.special_token_search import spells_one
-from megatron.errors import RunError
 
 SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
@@ -80,7 +79,7 @@ class PlainText:
             parted = [self.sentences.split(text) for text in texts]
             items = np.array([len(parts) for parts in parted], np.int64)
             texts = [part for parts in parted for part in parts]
-        ids = encode_all(self.tokenizer, texts, parse_special=self.parse_special)
+        ids = encode_texts(self.tokenizer, texts, parse_special=self.parse_special)
         ends = np.zeros(len(ids), bool)
         if self.append_eod:
             ends[:] = True
@@ -88,20 +87,6 @@ class PlainText:
                 ends[:] = False
                 ends[np.cumsum(items) - 1] = True
         return _joined(ids, dtype, text_bytes, ends, self.tokenizer.eod, items)
-
-
-def encode_all(tokenizer: Encoding, texts: list[str], *, parse_special: bool = False) -> list[np.ndarray]:
-    """The ids of each text. parse_special: special tokens that it spells are their ids.
-
-    Raises InvalidDocument where the tokenizer refuses one.
-    """
-    try:
-        if parse_special:
-            assert isinstance(tokenizer, ReadsSpecialTokens)
-            return [np.array(tokenizer.encode_with_special_tokens(text), np.int32) for text in texts]
-        return tokenizer.encode_arrays(texts)
-    except RunError as error:
-        raise InvalidDocument("that the tokenizer cannot take", str(error)) from error
 
 
 def _joined(
@@ -157,7 +142,7 @@ class LabelledText:
     def encode(self, documents: list[str]) -> tuple[EncodedText, ...]:
         """Tokens and labels."""
         text_bytes = sum(len(text.encode("utf-8")) for text in documents)
-        encoded = encode_all(self.tokenizer, documents, parse_special=self.parse_special)
+        encoded = encode_texts(self.tokenizer, documents, parse_special=self.parse_special)
         ids = [document.astype(LABELS) for document in encoded]
         labels = []
         without = 0

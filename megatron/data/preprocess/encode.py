@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron.data.preprocess.reader import TextBlock, parse_lengths
 from megatron.data.preprocess.text_files import Kind
+from megatron.errors import RunError
 
 _SPACE = 0x20
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order mark
@@ -49,6 +50,20 @@ class InvalidDocument(Exception):
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+
+
+def encode_texts(tokenizer: Encoding, texts: list[str], *, parse_special: bool = False) -> list[np.ndarray]:
+    """The ids of each text. parse_special: special tokens that it spells are their ids.
+
+    Raises InvalidDocument where the tokenizer refuses one.
+    """
+    try:
+        if parse_special:
+            assert isinstance(tokenizer, ReadsSpecialTokens)
+            return [np.array(tokenizer.encode_with_special_tokens(text), np.int32) for text in texts]
+        return tokenizer.encode_arrays(texts)
+    except RunError as error:
+        raise InvalidDocument("that the tokenizer cannot take", str(error)) from error
 
 
 @dataclass(frozen=True)
