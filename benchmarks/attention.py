@@ -66,7 +66,14 @@ def main() -> None:
 
 
 def seconds(pattern: MaskPattern | None, length: int, device: torch.device, clock: Callable[[], float]) -> float:
-    """One forward and backward pass [s]."""
+    """One forward and backward pass [s].
+
+    Args:
+        pattern: Mask besides the causal one.
+        length: Length of the sequence [tokens].
+        device: Device of the tensors.
+        clock: Seconds.
+    """
     q, k, v = (torch.randn(1, HEADS, length, SIZE, device=device, requires_grad=True) for _ in range(3))
     start = clock()
     view = None if pattern is None else AttentionMask(pattern)

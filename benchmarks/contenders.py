@@ -33,11 +33,17 @@ class Shape:
     """The sizes of a model and of its micro batch."""
 
     layers: int
+    """Number of blocks."""
     hidden: int
+    """Width of the residual stream."""
     heads: int
+    """Attention heads of a block."""
     sequence: int
+    """Length of a sample [tokens]."""
     micro_batch: int
+    """Samples of a forward pass."""
     vocabulary: int
+    """Number of ids."""
 
     @property
     def tokens(self) -> int:

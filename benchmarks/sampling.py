@@ -86,7 +86,14 @@ def theirs(package: Path, folder: Path) -> dict[str, float]:
 
 
 def ours(samples: Samples, folder: Path, weights: list[float], repeats: int) -> dict[str, float]:
-    """One round of this project."""
+    """One round of this project.
+
+    Args:
+        samples: The data set.
+        folder: Folder for files.
+        weights: Weights of the data sets of a blend.
+        repeats: How often a time is measured.
+    """
     order = np.random.default_rng(0).permutation(len(samples))[:SAMPLES].tolist()
     tokens = np.empty(samples.sample_length, np.int64)
 

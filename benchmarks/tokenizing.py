@@ -176,7 +176,14 @@ def held(process: int) -> int:
 
 
 def ours(text: str, flags: list[str], folder: Path, megabytes: float) -> tuple[float, float, int, float]:
-    """The same of the whole command, and its memory [GB]: everything that is not the work on blocks is start-up."""
+    """Times and memory [GB] of the command: everything that is not the work on blocks is start-up.
+
+    Args:
+        text: Path of the text.
+        flags: Further flags of the command.
+        folder: Folder for files.
+        megabytes: Size of the text [MB].
+    """
     prefix = folder / "ours"
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", text, "--output-prefix", str(prefix)]
     command += [*flags, "--workers", str(PROCESSES)]

@@ -70,7 +70,15 @@ def settings(asked: argparse.Namespace, width: int) -> dict[str, Any]:
 
 
 def config_of(asked: argparse.Namespace, kind: str, width: int, rate: float, base: str) -> Config:
-    """One run."""
+    """The configuration of one run.
+
+    Args:
+        asked: The command line.
+        kind: Parametrization.
+        width: Width of the model.
+        rate: Learning rate.
+        base: File of base shapes.
+    """
     optimizer = {"type": "Adam", "params": {"lr": rate, "betas": [0.9, 0.95]}}
     keys = {**settings(asked, width), "optimizer": optimizer}
     if KINDS[kind]:

@@ -71,27 +71,49 @@ class Config:
     """A complete configuration, with one section per topic."""
 
     model: ModelSection
+    """Sizes and parts of the model."""
     initialization: InitializationSection
+    """Initial values."""
     kernels: KernelsSection
+    """Implementations of operations."""
     mixers: MixersSection
+    """Mamba, RWKV and gMLP blocks."""
     moe: MoeSection
+    """Experts and routers."""
     parallelism: ParallelismSection
+    """Tensor, pipeline, context and expert parallelism."""
     recompute: RecomputeSection
+    """Recomputation of activations."""
     optimizer: OptimizerSection
+    """Optimizer and clipping."""
     schedule: ScheduleSection
+    """Learning-rate schedule."""
     precision: PrecisionSection
+    """Data types and loss scaling."""
     deepspeed: DeepspeedSection
+    """ZeRO and further DeepSpeed settings."""
     data: DataSection
+    """Data sets and their splits."""
     tokenizer: TokenizerSection
+    """Tokenizer and vocabulary."""
     training: TrainingSection
+    """Batch sizes, steps, intervals."""
     preference: PreferenceSection
+    """Preference and reward losses."""
     mup: MupSection
+    """muP."""
     transformer_engine: TransformerEngineSection
+    """Transformer Engine."""
     checkpoint: CheckpointSection
+    """Saving and loading."""
     observe: ObserveSection
+    """Logs, metrics, profiles."""
     generation: GenerationSection
+    """Generation and service."""
     evaluation: EvaluationSection
+    """Tasks and validation."""
     launch: LaunchSection
+    """Hosts, launchers, restarts."""
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Config:

@@ -26,6 +26,7 @@ class Axis:
     """One axis of the mesh, as this rank sees it."""
 
     name: str
+    """Name of the axis."""
     size: int = 1
     """Number of ranks along the axis."""
     rank: int = 0
@@ -53,7 +54,9 @@ class Topology:
     """The axes of this rank, and the groups that DeepSpeed asks for."""
 
     rank: int
+    """Global rank."""
     world_size: int
+    """Number of ranks."""
     pipe: Axis
     """Pipeline stages."""
     data: Axis

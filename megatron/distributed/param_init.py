@@ -33,7 +33,9 @@ class PaddedInit:
     """Initializes the first rows as if there were no others, and the others to 0: padding changes no initial value."""
 
     init_fn: InitFn
+    """Initializes the first rows."""
     rows: int
+    """Number of rows that are not padding."""
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
         self.init_fn(tensor[: self.rows], generator)
@@ -51,6 +53,7 @@ class ParamFactory:
     axis: Axis
     """Tensor-parallel ranks."""
     dtype: torch.dtype = torch.float32
+    """Type of the parameters."""
     prefix: str = ""
     """Dotted name of the module inside its layer."""
     rescale: Rescale | None = None

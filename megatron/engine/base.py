@@ -32,6 +32,7 @@ class BaseEngine(TrainingEngine, ABC):
     deepspeed: Any
     """DeepSpeedEngine or PipelineEngine."""
     topology: Topology
+    """Axes of this rank."""
     parameters: dict[str, Parameter]
     """Key -> parameter of this rank, in the order of the parameter table."""
     make_cache: Callable[[int, int], KVCache]
@@ -45,6 +46,7 @@ class BaseEngine(TrainingEngine, ABC):
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
     pipelined: bool = False
+    """True if the model is distributed over pipeline stages."""
 
     def train_step(self, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
         engine = self.deepspeed

@@ -25,6 +25,7 @@ class StepResult:
     grad_norm: Tensor
     """Gradient norm before clipping."""
     learning_rate: float
+    """Learning rate of the step."""
     loss_scale: float
     """1 unless fp16."""
     skipped: bool

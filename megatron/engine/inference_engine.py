@@ -87,11 +87,17 @@ class InferenceEngine:
     """Computes logits; engine.py documents the methods."""
 
     stage: Stage
+    """Layers of this pipeline stage."""
     topology: Topology
+    """Axes of this rank."""
     make_cache: Callable[[int, int], KVCache]
+    """(batch, max length) -> an empty cache."""
     hidden_size: int
+    """Width of the residual stream."""
     padded_vocab_size: int
+    """Rows of the embedding."""
     dtype: torch.dtype
+    """Type of the activations."""
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
 

@@ -34,7 +34,9 @@ class ShardRef:
     """The range of one parameter that this rank's optimizer updates."""
 
     key: str
+    """Key of the parameter in the parameter table."""
     parameter: Parameter
+    """The parameter."""
     start: int
     """Start of the range in the flattened parameter."""
     stop: int

@@ -36,9 +36,13 @@ class PipelinedEngine(BaseEngine):
     """One pipeline stage in one PipelineEngine."""
 
     hidden_size: int
+    """Width of the residual stream."""
     padded_vocab_size: int
+    """Rows of the embedding."""
     dtype: torch.dtype
+    """Type of the activations that are sent between stages."""
     pipelined: bool = True
+    """True: the model is distributed over pipeline stages."""
     length: int | None = None
     """Length of the sequences of the last step [tokens]."""
 

@@ -44,9 +44,13 @@ class Measurements:
     """The quantities that are measured."""
 
     gradient_norms: bool = False
+    """Norms of gradients."""
     gradient_zeros: bool = False
+    """Fraction of gradient elements that are 0."""
     parameter_norms: bool = False
+    """Norms of parameters."""
     optimizer_states: bool = False
+    """Norms of optimizer states."""
     by_layer: bool = False
     """One value a layer instead of one a parameter."""
 

@@ -32,13 +32,20 @@ from megatron.tokenizers.chat_template import ChatTemplate, TemplateRefusal
 
 
 class HarnessModel(LM):
-    """Answers lm-eval's requests with an engine. Collective: every rank is asked the same.
+    """Answers lm-eval's requests with an engine. Collective: every rank must get the same requests.
 
-    batch_size [samples]: texts in one forward pass; scores do not depend on it. max_length [tokens]: of the context.
-    replicas: the axis of the model's copies, which share the requests out. cached: whether generation may keep keys and
-    values. chat: the template for `eval_chat_template`. name: of the tokenizer, which cached requests are kept under.
-    end_ids: tokens that end a generated text, besides the end of a document. vocabulary [tokens]: the ids that exist,
-    the tokenizer's unless given.
+    Args:
+        engine: Computes logits.
+        tokenizer: Tokenizer of the model.
+        max_length: Context length [tokens].
+        batch_size: Texts in one forward pass; scores do not depend on it.
+        seed: Seed of sampling.
+        replicas: Axis of the copies of the model, which share the requests.
+        cached: Whether generation may use a cache of keys and values.
+        chat: Template for `eval_chat_template`.
+        name: Name of the tokenizer, which cached requests are stored under.
+        end_ids: Ids that end a generated text, besides the end of a document.
+        vocabulary: Number of ids that exist; the tokenizer's unless given.
     """
 
     def __init__(

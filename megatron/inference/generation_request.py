@@ -82,11 +82,16 @@ class Settings:
 
 
 class GenerationRequest:
-    """What follows one prompt, token by token.
+    """The continuation of one prompt, token by token.
 
-    prompt: at least one token. context: what the record says of it. text_index: the number of the text in the run,
-    which picks its random numbers. stream: is handed each new piece of text as soon as it is whole. on_token: is handed
-    each new token that belongs to the answer with its scores [v].
+    Args:
+        tokenizer: Tokenizer of the model.
+        settings: Settings of generation.
+        prompt: Ids of the prompt, at least one.
+        context: Text of the prompt for the record.
+        text_index: Number of the text in the run, which selects its random numbers.
+        stream: Called with each new part of the text as soon as it is complete.
+        on_token: Called with each new token of the answer and its scores [v].
     """
 
     def __init__(
@@ -197,10 +202,15 @@ class GenerationRequest:
 
 
 class Detokenizer:
-    """The text of the tokens so far: streams what is whole, and finds the stop texts.
+    """The text of the tokens so far: streams what is complete, and finds the stop texts.
 
-    prompt: the tokens that the text follows; none to decode it alone. A stop text may hold special tokens, which leave
-    no text: it is sought where they are spelt.
+    A stop text may hold special tokens, which leave no text: it is sought where they are spelt.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        stop: Texts that end the answer.
+        stream: Called with each new part of the text; None streams nothing.
+        prompt: Ids before the text; none to decode it alone.
     """
 
     def __init__(

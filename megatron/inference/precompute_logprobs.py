@@ -81,7 +81,15 @@ def _require_numbers(scores: numpy.ndarray, location: str) -> None:
 def item_scores(
     engine: Engine, items: Sequence[numpy.ndarray], *, max_length: int, batch_size: int, vocabulary: int | None = None
 ) -> list[numpy.ndarray]:
-    """The log-probabilities of each item's tokens, float32 of the item's length."""
+    """The log-probabilities of each item's tokens, float32 of the item's length.
+
+    Args:
+        engine: Computes logits.
+        items: Ids of each item.
+        max_length: Context length [tokens].
+        batch_size: Items in one forward pass.
+        vocabulary: Number of ids that exist; all unless given.
+    """
     pairs: list[Pair] = []
     owners: list[int] = []
     for number, item in enumerate(items):

@@ -77,9 +77,12 @@ class Sampling:
 class Sampler:
     """Chooses the tokens of one text.
 
-    seed and text_index: the text's own stream of random numbers, so that no text depends on the length of another.
-    vocab_size [tokens]: ids from there on are padding of the vocabulary and are never chosen. prompt_tokens [tokens]:
-    how much of the text is not new.
+    Args:
+        sampling: Temperature, top-k, top-p and penalties.
+        vocab_size: Ids from here on are padding of the vocabulary and are never chosen.
+        seed: Seed of the run.
+        text_index: Number of the text; with the seed it selects a stream of random numbers of its own.
+        prompt_tokens: Number of tokens of the text that are not new.
     """
 
     def __init__(

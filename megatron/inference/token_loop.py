@@ -92,8 +92,11 @@ class Step:
 class TokenLoop:
     """The texts in progress. Collective: every rank of the model calls the same methods with equal texts.
 
-    rows: the most texts at a time. max_length: the most tokens of a text. cached: whether keys and values are kept;
-    else each token costs a pass over the whole text.
+    Args:
+        engine: Computes logits.
+        rows: Largest number of texts at a time.
+        max_length: Largest number of tokens of a text.
+        cached: True if keys and values are cached; otherwise each token costs a pass over the full text.
     """
 
     def __init__(self, engine: Engine, *, rows: int, max_length: int, cached: bool = True) -> None:
@@ -180,6 +183,12 @@ def decode(engine: Engine, texts: Sequence[RunningSequence], *, rows: int, cache
     """Grows all texts to their end, at most `rows` at a time, the longest prompts first.
 
     Yields the new tokens, step by step; tokens of one text come in order.
+
+    Args:
+        engine: Computes logits.
+        texts: Sequences to continue.
+        rows: Largest number of texts at a time.
+        cached: True if keys and values are cached.
     """
     waiting = sorted((text for text in texts if not text.ended), key=lambda text: -len(text.tokens))
     if not waiting:

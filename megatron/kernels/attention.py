@@ -46,7 +46,12 @@ def visible(
     """Returns true where the query sees the key: [queries, keys], or [b or 1, n or 1, queries, keys] with starts or
     a view.
 
-    The queries are the last positions. starts [b, queries]: the first key that each query may see.
+    Args:
+        queries: Number of queries, which are the last positions.
+        keys: Number of keys.
+        device: Device of the result.
+        starts: The first key that each query may see, [b, queries].
+        view: Mask besides the causal one.
     """
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if view is not None and view.pattern is not None:
@@ -70,7 +75,16 @@ def plain_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Reference implementation: the formula with scores and softmax in fp32."""
+    """Reference implementation: the formula with scores and softmax in fp32.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # [b, n, s, k]
@@ -89,8 +103,15 @@ def sdpa_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Attention by torch's scaled_dot_product_attention, which selects its backend (flash, memory-efficient or
-    plain).
+    """Attention by torch's scaled_dot_product_attention, which selects its backend (flash, memory-efficient or plain).
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
     """
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
@@ -103,7 +124,14 @@ def sdpa_attention(
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of cached rows: a bool mask [b or 1, n or 1, s, k] shows keys, a float one is added to the scores."""
+    """Attention of cached rows under a given mask.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        mask: [b or 1, n or 1, s, keys]; bool shows keys, float is added to the scores.
+    """
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -116,7 +144,16 @@ def cpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Blocked attention for full sequences, and torch's for cached attention or dropout."""
+    """Blocked attention for full sequences, and torch's for cached attention or dropout.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
     if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
         return blocked_attention(q, k, v, starts, view)
     return sdpa_attention(q, k, v, dropout, starts, view)
@@ -130,7 +167,16 @@ def gpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Torch's flexible attention with a view, which skips hidden blocks; otherwise torch's own choice."""
+    """Torch's flexible attention with a view, which skips hidden blocks; otherwise torch's own choice.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
     if view is None or flex_unavailable(q, k, dropout) is not None:
         return sdpa_attention(q, k, v, dropout, starts, view)
     return flex_attention(q, k, v, starts, view)

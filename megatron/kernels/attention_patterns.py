@@ -28,8 +28,13 @@ class MaskPattern(Protocol):
         """
 
     def columns(self, first: int, end: int, start: int, device: torch.device) -> slice | Tensor:
-        """Returns the keys from ``start`` on that some query of first .. end - 1 sees, in order, these positions
-        last.
+        """Returns the keys that some query of first .. end - 1 sees, in order, these positions last.
+
+        Args:
+            first: First query.
+            end: Query after the last one.
+            start: First key to return.
+            device: Device of the result.
         """
 
 

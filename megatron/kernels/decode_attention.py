@@ -50,7 +50,17 @@ def native_attention_unavailable(device: torch.device, dtype: torch.dtype, head_
 def plain_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
 ) -> Tensor:
-    """Reference implementation in float64: see DecodeKernel."""
+    """Reference implementation in float64 of DecodeKernel.
+
+    Args:
+        q: Query of each row's new token [b, n, d].
+        k: Its key [b, m, d].
+        v: Its value [b, m, d].
+        keys: Cached keys [b, m, k, d]; the new key is stored at ends - 1.
+        values: Cached values, likewise.
+        ends: Length of each row with the new token [b].
+        table: Cosines and sines of rotary positions; None without them.
+    """
     row, newest = torch.arange(len(ends)), ends - 1
     if table is not None:
         cos, sin = (angles[newest][:, None] for angles in table)  # [b, 1, r/2]
@@ -68,7 +78,17 @@ def plain_decode_attention(
 def native_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, ends: Tensor, table: Table | None = None
 ) -> Tensor:
-    """The compiled loop: see DecodeKernel. All tensors of one type; the features of a head are contiguous."""
+    """The compiled loop of DecodeKernel. All tensors have one type; the features of a head are contiguous.
+
+    Args:
+        q: Query of each row's new token [b, n, d].
+        k: Its key [b, m, d].
+        v: Its value [b, m, d].
+        keys: Cached keys [b, m, k, d]; the new key is stored at ends - 1.
+        values: Cached values, likewise.
+        ends: Length of each row with the new token [b].
+        table: Cosines and sines of rotary positions; None without them.
+    """
     loaded = library()
     assert isinstance(loaded, ctypes.CDLL), "native_attention_unavailable said that it can be used"
     assert q.dtype == k.dtype == keys.dtype and keys.stride() == values.stride()

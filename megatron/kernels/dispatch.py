@@ -23,14 +23,19 @@ class Kernels:
     """The kernels of a model."""
 
     linear: LinearKernel
+    """Matrix product of linear layers."""
     attention: AttentionKernel
+    """Attention of blocks of kind `global`."""
     flash: AttentionKernel
     """Attention of blocks of kind `flash`."""
     rotary: RotaryKernel
+    """Rotary positions."""
     grouped: GroupedKernel = plain_grouped
+    """Matrix products of experts."""
     mamba: MambaKernels = field(
         default_factory=lambda: choose_mamba(torch.device("cpu"), convolution=False, scan=False)
     )
+    """Convolution and scan of Mamba blocks."""
 
     def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
         """Returns kernels whose attention core is recomputed in the backward pass: recompute(core, *inputs)."""

@@ -45,7 +45,17 @@ def flash_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Q [b, n, s, d], k and v [b, m, k, d] -> [b, n, s, d]. usual: the core for what flash-attn does not support."""
+    """Attention by flash-attn, [b, n, s, d].
+
+    Args:
+        usual: Kernel for what flash-attn does not support.
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
     behind = window_for_package(starts, view)
     if behind is None:
         return usual(q, k, v, dropout, starts, view)

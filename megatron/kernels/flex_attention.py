@@ -31,7 +31,15 @@ def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: AttentionMask) -> Tensor:
-    """Q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d] under the causal mask and a view; see attention_patterns."""
+    """Attention under the causal mask and a view, [b, n, s, d]; see attention_patterns.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, s, d].
+        v: Values [b, m, s, d].
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
     length = q.shape[2]
     hidden = _block_mask(view, length, q.device, starts, q.shape[0], q.shape[1])
     attend: Any = _compiled() if q.device.type == "cuda" else flex.flex_attention

@@ -31,7 +31,9 @@ class MambaKernels:
     """The kernels of a Mamba block for full sequences."""
 
     convolution: Convolution
+    """Causal convolution."""
     scan: Scan
+    """Selective scan."""
 
 
 def plain_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +45,18 @@ def plain_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 def plain_scan(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, skip: Tensor, bias: Tensor, gate: Tensor
 ) -> Tensor:
-    """Reference implementation of `fused_scan`."""
+    """Reference implementation of `fused_scan`.
+
+    Args:
+        x: [b, s, d].
+        step: Step sizes before the softplus [b, s, d].
+        rate: A [d, n].
+        into: B [b, s, n].
+        out: C [b, s, n].
+        skip: D [d].
+        bias: Added to the step sizes [d].
+        gate: The output is multiplied by its silu [b, s, d].
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     step = F.softplus(step.to(wide) + bias.to(wide))
     y, _ = selective_scan(x, step, rate, into, out, skip.to(wide))
@@ -70,7 +83,18 @@ def fused_convolution(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 def fused_scan(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, skip: Tensor, bias: Tensor, gate: Tensor
 ) -> Tensor:
-    """The kernel of mamba-ssm, which has the sequence as last dimension."""
+    """The kernel of mamba-ssm, which has the sequence as last dimension. Returns [b, s, d].
+
+    Args:
+        x: [b, s, d].
+        step: Step sizes before the softplus [b, s, d].
+        rate: A [d, n].
+        into: B [b, s, n].
+        out: C [b, s, n].
+        skip: D [d].
+        bias: Added to the step sizes [d].
+        gate: The output is multiplied by its silu [b, s, d].
+    """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, step, into, out, gate = (value.transpose(1, 2).contiguous() for value in (x, step, into, out, gate))

@@ -88,11 +88,17 @@ class NormMLPWeights:
     """
 
     norm: Parameter
+    """Scale of the norm [h]."""
     norm_bias: Parameter | None
+    """Bias of the norm [h]; None for a root mean square norm."""
     first: Parameter
+    """First matrix [w/t, h]."""
     first_bias: Parameter | None
+    """Its bias [w/t]."""
     second: Parameter
+    """Second matrix [h, w/t]."""
     second_bias: Parameter | None
+    """Its bias [h]."""
 
     def named(self) -> dict[str, Parameter]:
         """Returns the parameters that exist, by the package's names."""

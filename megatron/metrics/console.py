@@ -28,7 +28,14 @@ def is_live(stream: TextIO, environment: Mapping[str, str]) -> bool:
 
 
 class Console:
-    """Prints the records of the reporter: `live` rewrites one line; else every record is a line of its own."""
+    """Prints the records of the reporter.
+
+    Args:
+        stream: File to print to; standard output unless given.
+        live: Rewrite one line instead of printing a line a record; by default on a terminal.
+        clock: Seconds.
+        hosts: Names of the hosts.
+    """
 
     def __init__(
         self,

@@ -23,7 +23,15 @@ WEIGHTS, ACTIVATION, GRADIENT = "weights", "activation", "gradient"
 
 
 class Fingerprints:
-    """Writes the fingerprints of one rank."""
+    """Writes the fingerprints of one rank.
+
+    Args:
+        log_dir: Run directory.
+        rank: Global rank.
+        interval: Steps between fingerprints.
+        layers: Index of a layer -> module.
+        parameters: Key -> parameter.
+    """
 
     def __init__(
         self, log_dir: Path, rank: int, interval: int, layers: Mapping[int, Module], parameters: Mapping[str, Parameter]

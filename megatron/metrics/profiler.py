@@ -21,7 +21,15 @@ SNAPSHOT = "mem_snapshot.pickle"
 
 
 class Tracer:
-    """Writes `<log_dir>/profile/rank_<r>_steps_<first>-<last>.json`."""
+    """Writes `<log_dir>/profile/rank_<r>_steps_<first>-<last>.json`.
+
+    Args:
+        log_dir: Run directory.
+        rank: Global rank.
+        start: First step.
+        stop: Step after the last one.
+        log: Prints a line.
+    """
 
     def __init__(self, log_dir: Path, rank: int, start: int, stop: int, log: Callable[[str], None]) -> None:
         self._path = log_dir / TRACES / f"rank_{rank:05d}_steps_{start}-{stop - 1}.json"
@@ -55,7 +63,15 @@ class Tracer:
 
 
 class MemoryRecorder:
-    """Writes `<folder>/mem_snapshot.pickle`, with the rank in the name for every rank but the first."""
+    """Writes `<folder>/mem_snapshot.pickle`, with the rank in the name for every rank but the first.
+
+    Args:
+        folder: Folder to write to.
+        rank: Global rank.
+        start: First step.
+        stop: Step after the last one.
+        log: Prints a line.
+    """
 
     MAX_EVENTS = 100_000
 

@@ -24,6 +24,7 @@ class BlockSpec:
     """The choices and numbers that blocks share."""
 
     dims: ModelDims
+    """Sizes of the model."""
     norm: Callable[[], nn.Module]
     """Builds a norm of the hidden size."""
     norm_of: Callable[[int], nn.Module]
@@ -47,6 +48,7 @@ class BlockSpec:
     output_init_fn: InitFn
     """Initial values of matrices whose output is added to the residual stream."""
     kernels: Kernels
+    """Implementations of operations."""
     hidden_dropout: float = 0.0
     """[probability]."""
     attention_dropout: float = 0.0
@@ -54,6 +56,7 @@ class BlockSpec:
     random: TensorParallelRNG = field(default_factory=lambda: TensorParallelRNG(0, 0))
     """Generator for random numbers on sharded tensors."""
     dtype: torch.dtype = torch.float32
+    """Type of the parameters."""
     reset_attention: bool = False
     """Tokens attend to their own document only."""
     reset_positions: bool = False

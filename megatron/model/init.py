@@ -23,6 +23,7 @@ class ShapedInit:
     """An InitFn whose standard deviation depends on the shape."""
 
     draw: InitFn
+    """Draws the initial values."""
     std_of: Callable[[Sequence[float]], float]
     """[out, in] -> standard deviation, up to a constant factor."""
 

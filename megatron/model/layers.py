@@ -49,6 +49,7 @@ class LayerSpec:
     layer: type[nn.Module]
     """Class, built as layer(**arguments)."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
     tied_to: int | None = None
     """Index of the layer whose weight it shares (output layer of a tied model: layer(embedding=that layer))."""
 

@@ -29,11 +29,15 @@ class ModelSpec:
     """Sections of the configuration, the layout of ranks and the numbers from which `layers.py` builds a model."""
 
     model: ModelSection
+    """Sizes and parts of the model."""
     initialization: InitializationSection
+    """Initial values."""
     kernel_options: KernelsSection
+    """Implementations of operations."""
     padded_vocab_size: int
     """Rows of the embedding [tokens]."""
     topology: Topology
+    """Axes of this rank."""
     seed: int
     """Seed of the run."""
     dtype: torch.dtype

@@ -187,6 +187,13 @@ def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -
 def tied_output(
     embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None
 ) -> Tensor:
-    """Computes logits with the word embedding's matrix: [s, b, h] -> [s, b, v/t]."""
+    """Computes logits with the word embedding's matrix: [s, b, h] -> [s, b, v/t].
+
+    Args:
+        embedding: Layer whose weight is used.
+        hidden: [s, b, h].
+        cache: Not used; layers have one signature.
+        document_starts: Not used; layers have one signature.
+    """
     assert isinstance(embedding, EmbeddingLayer)
     return embedding.logits(hidden)

@@ -33,9 +33,11 @@ class Recompute:
     checkpoint: Checkpoint
     """Function of torch or DeepSpeed."""
     random: TensorParallelRNG
+    """Generator whose state is restored in the second forward pass."""
     layers: int = 1
     """[blocks], see the top of the file."""
     method: Literal["uniform", "block"] = "uniform"
+    """`uniform` or `block`, see the top of the file."""
 
     def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[bool, Sequence[Layer]]]:
         """Yields (whether it is recomputed, the layers) of each group."""

@@ -42,6 +42,7 @@ class LRSchedule:
     """The learning rate of every step of a run."""
 
     decay: Decay
+    """Learning rate after warmup as a function of the progress."""
     max_lr: float
     """Learning rate after warmup."""
     min_lr: float

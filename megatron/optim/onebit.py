@@ -47,8 +47,15 @@ class OnebitAdam(torch.optim.Optimizer):
     """AdamW that switches to compressed momenta after `freeze_step` updates.
 
     on_freeze: called once gradients need no all-reduce any more, also when a later checkpoint is loaded. comm_bytes:
-    bytes
-    that this rank has sent in compressed steps, and what an all-reduce of fp32 gradients would have sent.
+    bytes that this rank has sent in compressed steps, and what an all-reduce of fp32 gradients would have sent.
+
+    Args:
+        groups: Parameter groups.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        freeze_step: Number of uncompressed updates.
+        topology: Axes of this rank.
     """
 
     def __init__(

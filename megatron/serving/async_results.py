@@ -64,7 +64,14 @@ class Event:
 
 
 class Growing:
-    """One sequence of a request on the decoding thread: turns its callbacks into events, tokens with their text."""
+    """One sequence of a request on the decoding thread: turns its callbacks into events, tokens with their text.
+
+    Args:
+        index: Number of the sequence in the request.
+        keep: Records that the request asks for.
+        offsets: Offsets of tokens in the text.
+        put: Takes the events.
+    """
 
     def __init__(self, index: int, keep: Keep, offsets: TokenOffsets, put: Callable[[Event], None]) -> None:
         self._index, self._keep, self._offsets, self._put = index, keep, offsets, put

@@ -67,7 +67,14 @@ class Echo:
 
 
 class Answers:
-    """The texts of a request in OpenAI's form. echoes: the prompts, where they are wanted back."""
+    """The texts of a request in OpenAI's form.
+
+    Args:
+        desk: State of the service.
+        body: The request.
+        texts: Sequences in progress.
+        echoes: The prompts, where the request asks for them.
+    """
 
     def __init__(
         self, desk: ApiContext, body: Completion, texts: PendingRequest, echoes: Sequence[Echo] | None

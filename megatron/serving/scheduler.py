@@ -74,7 +74,12 @@ class SchedulerStep:
 class ModelWorker:
     """One rank's token loop, which follows orders.
 
-    rows: texts side by side. max_length: tokens of the longest text. alone: whether this rank holds the whole model.
+    Args:
+        engine: Computes logits.
+        tokenizer: Tokenizer of the model.
+        rows: Largest number of texts at a time.
+        max_length: Largest number of tokens of a text.
+        alone: True if this rank holds the full model.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, rows: int, max_length: int, alone: bool = True) -> None:

@@ -49,8 +49,13 @@ class TemplateRefusal(ValueError):
 class ChatTemplate:
     """The templates of a tokenizer, with the special tokens that they may write.
 
-    templates: one in jinja2's language, or several by name. tokens: `bos_token` and the like. key, where: what named
-    the template and the place it is from, for messages. Raises ConfigError when the default one is no template.
+    Raises ConfigError when the default one is no template.
+
+    Args:
+        templates: One template in jinja2's language, or several by name.
+        tokens: `bos_token` and the like.
+        key: Key that named the template, for messages.
+        location: File it is from, for messages.
     """
 
     def __init__(

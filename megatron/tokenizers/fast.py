@@ -29,11 +29,16 @@ from megatron.tokenizers.tokenizer_config import Beside
 
 
 class FromTokenizers:
-    """A tokenizer of the library made ready for training sets.
+    """A tokenizer of the tokenizers library, prepared for training sets.
 
-    tokenizer: as its file describes it. eod: the token that ends a document. where: the file, for messages. beside:
-    what tokenizer_config.json says. own: how the file describes the end token, where that is not to be read from the
-    tokenizer. Raises ConfigError when the vocabulary has no such token.
+    Raises ConfigError when the vocabulary has no such end token.
+
+    Args:
+        tokenizer: The library's tokenizer.
+        eod: Token that ends a document.
+        location: Its file, for messages.
+        beside: Content of tokenizer_config.json.
+        own: Description of the end token in the file, where the tokenizer does not tell it.
     """
 
     def __init__(

@@ -30,7 +30,14 @@ class GPT2BPETokenizer(FromTokenizers):
 
 
 def gpt2_bpe(vocabulary: str, merges: str, vocab_file: str | None, merge_file: str | None) -> FastTokenizer:
-    """A tokenizer of the text of both files. Raises ConfigError."""
+    """A tokenizer of the text of both files. Raises ConfigError.
+
+    Args:
+        vocabulary: Content of vocab.json.
+        merges: Content of merges.txt.
+        vocab_file: Path of the first, for messages.
+        merge_file: Path of the second, for messages.
+    """
     try:
         tokens = json.loads(vocabulary)
         if not isinstance(tokens, dict) or not all(isinstance(number, int) for number in tokens.values()):

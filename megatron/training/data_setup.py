@@ -57,7 +57,11 @@ def with_length(config: Config, start: Counters) -> Config:
 def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, start: Counters | None = None) -> Data:
     """Builds the data of a training run; collective. Raises ConfigError if there is nothing to train on.
 
-    start: the counters that the run starts from; the first step's if not given.
+    Args:
+        config: Configuration of the run.
+        topology: Axes of this rank.
+        tokenizer: Tokenizer of the model.
+        start: Counters that the run starts from; those of the first step unless given.
     """
     training = config.training
     start = start or Counters()
@@ -109,11 +113,16 @@ def train_iters(config: Config) -> int:
 def num_samples(
     training: TrainingSection, iterations: int, start: Counters, *, same_valid: bool = False
 ) -> dict[str, int]:
-    """Returns the samples of train, valid and test that all ranks together use in a run of so many iterations.
+    """Returns the samples of train, valid and test that all ranks together use in a run.
 
-    There is an evaluation every eval_interval iterations and one at the end. Each uses its own samples, or with
-    same_valid all use the same ones. The samples of the steps before `start` are those that were consumed then, as
-    train_batch_size may have been another one.
+    There is an evaluation every eval_interval iterations and one at the end. The samples of the steps before `start`
+    are those that were consumed then, as train_batch_size may have been another one.
+
+    Args:
+        training: Batch sizes and intervals.
+        iterations: Steps of the run.
+        start: Counters that the run starts from.
+        same_valid: True if all evaluations use the same samples.
     """
     batch = require(training.train_batch_size)
     per_evaluation = training.eval_iters * batch

@@ -50,7 +50,9 @@ class FailureLocator:
     """Replays steps and reports what it observed. All methods are collective."""
 
     engine: InspectedEngine
+    """Runs the forward passes."""
     train: BatchLoader
+    """Training batches."""
     micro_batch: int
     """Samples of one pass of a rank."""
 

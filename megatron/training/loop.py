@@ -43,9 +43,11 @@ class TrainSchedule:
     exit_interval: int | None
     """[steps]."""
     exit_minutes: float | None
+    """Wall time after which the run saves and exits [min]."""
     save_scale: str
     """`linear` or `log`, see intervals.py."""
     save_factor: float | None
+    """See intervals.py."""
     save_extra: tuple[int, ...]
     """Further iterations after which a checkpoint is saved."""
     samples: int
@@ -73,19 +75,27 @@ class LoopContext:
     """The objects that the loop works with."""
 
     engine: TrainingEngine
+    """Runs the steps."""
     lr_schedule: LRSchedule
+    """Learning rate of each step."""
     train: BatchSource | None
     """None where there is no step to make."""
     valid: BatchSource | None
+    """Validation batches; None if there are none."""
     reporter: Reporter
+    """Writes metrics."""
     stop_requested: Callable[[], bool]
+    """True once the run should save and exit."""
     save: Callable[[RunState], None] | None
     """Saves a checkpoint of the state; None when nothing is saved."""
     check_saves: Callable[[], None]
     """Raises if a save in the background has failed."""
     synchronize: Callable[[], None]
+    """Waits for the device."""
     peak_memory: Callable[[], int]
+    """Largest memory use since the last report [bytes]."""
     hooks: Hooks = field(default_factory=Hooks)
+    """Hooks of the run."""
     characters: Characters | None = None
     """Counts the characters of evaluations, for the perplexity a character."""
     valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)

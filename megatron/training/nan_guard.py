@@ -27,6 +27,7 @@ class LossGuard(Hook):
     """Stops the run or skips the batch at a non-finite step, and reports loss spikes."""
 
     locator: FailureLocator
+    """Finds the layer of a non-finite value."""
     on_nan: str
     """`stop` or `skip`."""
     spike_factor: float | None
@@ -34,6 +35,7 @@ class LossGuard(Hook):
     scaled: bool
     """True with loss scaling (fp16)."""
     log: Callable[[str], None]
+    """Prints a line."""
     _mean: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 

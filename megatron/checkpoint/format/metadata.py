@@ -19,7 +19,19 @@ def public_facts(
     divisible_by: int,
     padded_vocab_size: int,
 ) -> dict[str, Any]:
-    """Counters, parallel sizes and the numbers of the model. iteration, skipped [steps]."""
+    """Counters, parallel sizes and the numbers of the model, as the public layout stores them.
+
+    Args:
+        model: Section with the shape of the model.
+        iteration: Steps done.
+        consumed_samples: Samples used so far.
+        skipped: Steps whose update was skipped.
+        data_size: Data-parallel degree.
+        model_size: Tensor-parallel degree.
+        tokenizer_type: Kind of tokenizer.
+        divisible_by: The vocabulary is padded to a multiple of this.
+        padded_vocab_size: Rows of the embedding.
+    """
     return {
         "iteration": iteration,
         "global_steps": iteration,

@@ -175,7 +175,14 @@ class OptimizerState:
         return found
 
     def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:
-        """What the optimizer keeps under `name` for one tensor-parallel shard, flattened, fp32."""
+        """Optimizer state `name` of one tensor-parallel shard, flattened, fp32.
+
+        Args:
+            key: Key of the parameter in the parameter table.
+            name: Name of the state, such as `exp_avg`.
+            model_rank: Tensor-parallel rank of the shard.
+            model_size: Tensor-parallel degree of the reader.
+        """
         shape = self.shapes[key]
         if (
             name == MASTER
@@ -224,7 +231,14 @@ class OptimizerState:
 
 
 def take_shard(shape: TensorShape, full: Tensor, model_rank: int, model_size: int) -> Tensor:
-    """The part of a global tensor that one of `model_size` tensor-parallel ranks holds."""
+    """The shard of a global tensor that one tensor-parallel rank holds.
+
+    Args:
+        shape: Entry of the parameter table.
+        full: The global tensor.
+        model_rank: Tensor-parallel rank.
+        model_size: Tensor-parallel degree.
+    """
     if shape.shard_dim is None or model_size == 1:
         return full
     dim = shape.shard_dim

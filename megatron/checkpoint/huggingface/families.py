@@ -25,6 +25,12 @@ def family_for(model: ModelSection, moe: MoeSection, mixers: MixersSection, name
     """The family that can express a model: the named one, else the first that can.
 
     Raises ConfigError that names each key in the way.
+
+    Args:
+        model: Shape and parts of the model.
+        moe: Settings of experts.
+        mixers: Settings of Mamba and other mixers.
+        name: Name of a family; None takes the first that fits.
     """
     if name is not None:
         ConfigError.raise_any(_misfits(FAMILIES[name], model, moe, mixers))

@@ -17,7 +17,14 @@ from megatron.registry import POSITIONS
 
 
 def fold(shape: TensorShape, full: Tensor, dims: ModelDims, factors: Multipliers) -> Tensor:
-    """A global tensor with its factor in it, in fp32 at least where it has one."""
+    """A global tensor multiplied by its muP factor, in fp32 at least where it has one.
+
+    Args:
+        shape: Entry of the parameter table.
+        full: The global tensor.
+        dims: Sizes of the model.
+        factors: Factors of muP.
+    """
     factor, queries = _factor(shape, dims, factors), shape.name.startswith("attention.query_key_value.")
     if queries and not dims.qk_norm and factors.query != 1.0:
         return _with_queries(full.float(), dims, factors.query)

@@ -76,10 +76,18 @@ def merge(
     iteration: int | None = None,
     config_files: Sequence[Path] = (),
 ) -> Path:
-    """Writes <save>/global_step<N> of the same iteration without updates and points `latest` at it; its folder.
+    """Writes <save>/global_step<N> of the same iteration without updates and points `latest` at it; returns its folder.
 
-    It holds weights and their configuration, and no state of the optimizer, which knew the updates only. The sizes are
-    those of `reshape`. Raises ConfigError where there is nothing to merge, or the sizes do not fit the model.
+    It holds weights and their configuration, and no optimizer state, which belongs to the updates only. Raises
+    ConfigError where there is nothing to merge, or the sizes do not fit the model.
+
+    Args:
+        load: Folder with the checkpoints of the run that trained the updates.
+        save: Folder to write to.
+        model_size: Tensor-parallel degree of the result.
+        pipe_size: Pipeline-parallel degree of the result.
+        iteration: Checkpoint to read; the latest unless given.
+        config_files: Configuration files, for a checkpoint without its own.
     """
     directory = choose(load, iteration)
     stored = open_model(directory, config_files=config_files)

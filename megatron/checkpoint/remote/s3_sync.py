@@ -133,7 +133,14 @@ def send(bucket: Bucket, directory: Path) -> None:
 
 
 def retain(bucket: Bucket, keep: int | None, *, newest: int, spared: Sequence[int] = ()) -> None:
-    """Removes the copies that commit.py's `retain` would remove; later ones are another run's."""
+    """Removes the copies that commit.py's `retain` would remove; later ones are another run's.
+
+    Args:
+        bucket: The bucket and prefix of the copies.
+        keep: Number of checkpoints to keep; None keeps all.
+        newest: Iteration that was just copied.
+        spared: Iterations that are never removed.
+    """
     if not keep:
         return
     for iteration in beyond(copied_iterations(bucket), keep, newest=newest, spared=spared):

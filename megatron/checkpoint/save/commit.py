@@ -105,6 +105,13 @@ def retain(
 
 
 def beyond(iterations: Iterable[int], keep: int, *, newest: int, spared: Container[int]) -> list[int]:
-    """The iterations, given in rising order, that come before the last `keep` up to `newest` and are not spared."""
+    """The iterations, given in rising order, that come before the last `keep` up to `newest` and are not spared.
+
+    Args:
+        iterations: Iterations of the checkpoints, ascending.
+        keep: Number of checkpoints to keep.
+        newest: Iteration that was just saved.
+        spared: Iterations that are never removed.
+    """
     counted = [each for each in iterations if each < newest and each not in spared]
     return counted[: max(0, len(counted) - (keep - 1))]

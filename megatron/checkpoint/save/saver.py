@@ -54,10 +54,16 @@ class Counters:
 class Saver:
     """Writes the checkpoints of a run, one after another; all methods are collective but `check`.
 
-    loaded: the checkpoint that the run started from, which is never removed. inputs: what the run reads. Where hosts
-    share no files (`use_shared_fs: false`) each gets the whole checkpoint. Making one raises RunError where the save
-    folder is not shared and should be, or the bucket of `s3_path` refuses, ConfigError where a package for it is
-    missing or `checkpoint_async` cannot be.
+    Where hosts share no files (`use_shared_fs: false`) each gets the full checkpoint. The constructor raises RunError
+    where the save folder is not shared and should be, or the bucket of `s3_path` refuses, ConfigError where a package
+    for it is missing or `checkpoint_async` cannot be.
+
+    Args:
+        config: Configuration of the run.
+        engine: Holds the weights and the optimizer state.
+        padded_vocab_size: Rows of the embedding.
+        loaded: Checkpoint that the run started from, which is never removed.
+        inputs: Files that the run reads.
     """
 
     def __init__(
@@ -182,7 +188,15 @@ def _refuse_in_background(config: Config, sharing: Sharing) -> None:
 def take_snapshot(
     config: Config, engine: Checkpointable, counters: Counters, padded_vocab_size: int, inputs: RunInputs
 ) -> Snapshot:
-    """What this rank has to write; collective."""
+    """Copies the state that this rank has to write; collective.
+
+    Args:
+        config: Configuration of the run.
+        engine: Holds the weights and the optimizer state.
+        counters: Steps and samples so far.
+        padded_vocab_size: Rows of the embedding.
+        inputs: Files that the run reads.
+    """
     snapshot = Snapshot()
     topology = engine.topology
     shards = engine.weights()

@@ -126,14 +126,30 @@ def build_data(
 def epoch_samples(
     data: DataSection, *, epochs: int, seq_length: int, seed: int, is_builder: bool, barrier: Callable[[], None]
 ) -> int:
-    """How many training samples so many passes give; every rank must call this. The errors are those of build_data."""
+    """Number of training samples in a number of epochs; collective. The errors are those of build_data.
+
+    Args:
+        data: Data sets and their splits.
+        epochs: Passes over the training split.
+        seq_length: Length of a sample [tokens].
+        seed: Seed of the shuffle.
+        is_builder: True on the rank that builds index maps.
+        barrier: Waits for all ranks.
+    """
     splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
     (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
     return len(maps[0]) if len(maps) == 1 else len(full_passes([len(index) for index in maps])[0])
 
 
 def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) -> list[IndexRequest]:
-    """The index map that each source of a split needs."""
+    """The index map that each source of a split needs.
+
+    Args:
+        data: Data sets and their splits.
+        split: Split with its sources.
+        seq_length: Length of a sample [tokens].
+        seed: Seed of the shuffle.
+    """
     packed = data.pack_impl == PACKED
     requests = []
     for source in split.sources:

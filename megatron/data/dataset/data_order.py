@@ -28,6 +28,12 @@ def order_facts(data: DataSection, train: SplitPlan, *, seed: int, train_epochs:
     Of each data set its documents and tokens in the training split, its fingerprint and its weight; and the passes that
     the shuffle of `packed` samples spans, since documents of all passes are shuffled together: another number of them
     is another order from the first sample on.
+
+    Args:
+        data: Data sets and their splits.
+        train: Plan of the training split.
+        seed: Seed of the shuffle.
+        train_epochs: Epochs of the run; None if it counts steps.
     """
     packed = data.pack_impl == PACKED
     several = len(train.sources) > 1

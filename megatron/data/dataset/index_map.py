@@ -53,7 +53,14 @@ def samples_in(tokens_per_epoch: int, seq_length: int, epochs: int) -> int:
 
 
 def sample_starts(sizes: np.ndarray, order: np.ndarray, *, seq_length: int, count: int) -> np.ndarray:
-    """Where `count` samples and the end of the last one start: position in the order and offset, [count + 1, 2]."""
+    """Where `count` samples and the end of the last one start: position in the order and offset, [count + 1, 2].
+
+    Args:
+        sizes: Length of each document [tokens].
+        order: Documents in shuffled order.
+        seq_length: Length of a sample [tokens].
+        count: Number of samples.
+    """
     starts = np.empty((count + 1, 2), np.int64 if 2 * (count + 1) >= 2**31 else np.int32)
     if numba_loops.worth_compiling(len(order), COMPILED_FROM):
         numba_loops.first_tokens(sizes, order, seq_length, starts)
@@ -63,7 +70,14 @@ def sample_starts(sizes: np.ndarray, order: np.ndarray, *, seq_length: int, coun
 
 
 def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: np.ndarray) -> None:
-    """Fills the starts by a binary search of every i * seq_length in the running sum of the lengths."""
+    """Fills the starts by a binary search of every i * seq_length in the running sum of the lengths.
+
+    Args:
+        sizes: Length of each document [tokens].
+        order: Documents in shuffled order.
+        seq_length: Length of a sample [tokens].
+        starts: Result, [count + 1, 2].
+    """
     ends = np.cumsum(sizes[order], dtype=np.int64)
     begins = np.arange(len(starts), dtype=np.int64) * seq_length
     positions = np.searchsorted(ends, begins, side="right")

@@ -25,12 +25,19 @@ AHEAD = 2  # micro-batches read ahead by each thread
 class BatchLoader:
     """The micro-batches of one rank.
 
-    samples: the data set. sampler: the rank's share of it. eod: the id that ends a document; eod_mask_loss: its label
-    does not count. labels, rewards: read them too; labels tell padding and tokens that are not to be predicted.
-    documents: say where the document of each token starts. workers: background threads, 0 for none.
-    pin_memory: serve batches in page-locked memory. prompt: places before every sequence for a learned prompt.
-    vocab_size: ids from here on belong to no token, and data that holds one is refused. again: start at the first
-    sample whatever was consumed.
+    Args:
+        samples: The data set.
+        sampler: The rank's share of it.
+        eod: Id that ends a document.
+        eod_mask_loss: True if the label `eod` has no loss.
+        labels: Read labels too, which mark padding and tokens without loss.
+        rewards: Read rewards too.
+        documents: Give the start of the document of each token.
+        workers: Background threads, 0 for none.
+        pin_memory: Put batches in page-locked memory.
+        prompt: Positions before every sequence for a soft prompt.
+        vocab_size: Ids from here on belong to no token; data that holds one is refused.
+        again: Start at the first sample whatever was consumed.
     """
 
     def __init__(

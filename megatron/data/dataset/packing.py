@@ -27,8 +27,15 @@ def usable_documents(
 ) -> np.ndarray:
     """The documents that can be in a sample, int64, ascending.
 
-    Left out are empty ones, those longer than seq_length + 1 tokens unless chopped, and those without any label to
-    learn in the part that is kept.
+    Left out are empty documents, those longer than seq_length + 1 tokens unless chopped, and those without any label to
+    learn in the part that is used.
+
+    Args:
+        sizes: Length of each document [tokens].
+        documents: Range of documents to choose from.
+        seq_length: Length of a sample [tokens].
+        chopped: True if long documents are cut instead of left out.
+        labels: Labels of the same documents, if they have any.
     """
     own = np.asarray(sizes[documents.start : documents.stop])
     usable = own > 0

@@ -44,10 +44,14 @@ class Mark:
 class DatasetWriter:
     """A context: documents are added inside it, and the pair of files exists after it.
 
-    prefix: the files' common path. dtype: of a token. legacy: write the legacy index. mark: where an earlier writer of
-    the same files was; what it wrote later is cut off. keep: leave the partial files when the work fails. On an
-    exception inside the context nothing appears. Raises RunError when the disk fills up, another process is writing the
-    same files, or the partial files are shorter than the mark says.
+    On an exception inside the context nothing appears. Raises RunError when the disk fills up, another process is
+    writing the same files, or the partial files are shorter than the mark says.
+
+    Args:
+        prefix: Common path of the files.
+        dtype: Type of a token.
+        legacy: Write the legacy index.
+        mark: End of an earlier writer's work on the same files; what it wrote later is cut off.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype, *, legacy: bool = False, mark: Mark | None = None) -> None:

@@ -185,7 +185,14 @@ class Conversation(Protocol):
     def encode(
         self, turns: Sequence[Mapping[str, Any]], *, role: str, only_last: bool, variables: Mapping[str, Any]
     ) -> tuple[list[int], list[bool]]:
-        """The tokens of a conversation, and for each whether the role wrote it. Raises ValueError with a reason."""
+        """The tokens of a conversation, and for each whether the role wrote it. Raises ValueError with a reason.
+
+        Args:
+            turns: Messages of the conversation.
+            role: Role whose tokens are marked.
+            only_last: Mark only the last message of the role.
+            variables: Further variables of the chat template.
+        """
         ...
 
     def left_out(self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[str]:

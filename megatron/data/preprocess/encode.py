@@ -247,7 +247,11 @@ def records_of(
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number and record of each document of a block; plain text is a record with that text under every key.
 
-    What is none is put into `skipped`.
+    Args:
+        block: Part of a text file.
+        keys: Fields that hold text.
+        skipped: Gets the records that are no documents.
+        counted: Gets the number of records.
     """
     if block.lost is not None:
         skipped.append(SkippedRecord(block.name, 0, *block.lost))

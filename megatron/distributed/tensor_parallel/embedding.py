@@ -16,7 +16,15 @@ from megatron.kernels.linear import LinearKernel, plain_linear
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Word embedding with parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t."""
+    """Word embedding with parameter ``weight`` [v/t, h]: rank r holds tokens r*v/t up to (r+1)*v/t.
+
+    Args:
+        vocab_size: Rows of the global weight, padding included.
+        hidden_size: Columns of the weight.
+        source: Creates the parameter.
+        init_fn: Initial values.
+        kernel: Computes the logits of a tied output layer.
+    """
 
     def __init__(
         self,

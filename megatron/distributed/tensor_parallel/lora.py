@@ -26,7 +26,9 @@ class LoraSpec:
     """The numbers that all adapters of a model share."""
 
     rank: int
+    """Rank of the update."""
     scale: float
+    """Factor of the update, alpha / rank."""
     dropout: float
     """Dropout of the input [probability]."""
     random: TensorParallelRNG

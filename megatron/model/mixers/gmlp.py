@@ -74,7 +74,14 @@ class SpatialGatingUnit(nn.Module):
         self.attn = TinyAttention(number, spec, source.of("attn")) if small else None
 
     def forward(self, x: Tensor, block_input: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
-        """X [b, s, 2f/t] and the block's normed input [b, s, h] -> [b, s, f/t]."""
+        """Mixes positions: [b, s, 2f/t] -> [b, s, f/t].
+
+        Args:
+            x: The two halves, values and gates.
+            block_input: Normed input of the block [b, s, h].
+            cache: Gates of earlier positions, in generation.
+            document_starts: First position of each token's document [b, s].
+        """
         plain, gate = x.chunk(2, dim=-1)
         gate = scatter_to(self.norm(gather_from(gate, self.axis)), self.axis)
         visible = VisiblePositions.of(x.shape[1], cache, document_starts if self.reset else None, x.device)
@@ -115,7 +122,14 @@ class VisiblePositions:
 
     @staticmethod
     def of(length: int, cache: KVCache | None, starts: Tensor | None, device: torch.device) -> VisiblePositions:
-        """Creates it for positions after a cache, or for a full sequence with document starts [b, s]."""
+        """Creates it for positions after a cache, or for a full sequence.
+
+        Args:
+            length: Number of new positions.
+            cache: Earlier positions, in generation.
+            starts: First position of each token's document [b, s].
+            device: Device of the result.
+        """
         first = torch.zeros(1, 1, dtype=torch.long, device=device)
         if cache is not None:
             first = torch.tensor(cache.lengths, device=device).unsqueeze(1)

@@ -49,6 +49,7 @@ class MoEConfig:
     min_capacity: int
     """Smallest number of slots of an expert."""
     losses: RouterLossTracker
+    """Collects the losses of the routers."""
     axis: Axis = field(default_factory=lambda: Axis("expert"))
     """Ranks over which experts are distributed."""
     batch: Axis = field(default_factory=lambda: Axis("dp_cp"))

@@ -56,7 +56,11 @@ class RouterLossTracker:
     def attach(self, weights: Tensor, balance: Tensor, z: Tensor, dropped: Tensor) -> Tensor:
         """Returns the weights; their backward pass adds the gradients of the two losses and records their values.
 
-        dropped: fraction of dropped assignments, scalar.
+        Args:
+            weights: Weights of the chosen experts [n, k].
+            balance: Load-balancing loss, scalar.
+            z: Router z-loss, scalar.
+            dropped: Fraction of dropped assignments, scalar.
         """
         attached: Tensor = _Attach.apply(weights, balance, z, dropped, self)
         return attached

@@ -23,7 +23,13 @@ MOST_ITERATIONS = 1000
 def topk(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Tensor, Tensor]:
     """Assigns the k experts of the highest probability, weighted by it (arXiv:1701.06538; k = 1: arXiv:2101.03961).
 
-    logits [n, e] -> weights [n, k], experts [n, k]. The probabilities are a softmax over all experts.
+    The probabilities are a softmax over all experts. Returns weights [n, k] and experts [n, k].
+
+    Args:
+        logits: [n, e].
+        k: Experts of a token.
+        training: Not used; routers have one signature.
+        axis: Not used; routers have one signature.
     """
     weights, experts = logits.softmax(dim=-1).topk(k, dim=-1)
     return weights, experts
@@ -33,8 +39,13 @@ def sinkhorn(logits: Tensor, k: int, *, training: bool, axis: Axis) -> tuple[Ten
     """In training assigns by a balanced assignment (arXiv:2103.16716), otherwise by the highest logits.
 
     Balancing uses all tokens of a sequence, including later ones, so it cannot be used for generation. The weights are
-    a sigmoid if k = 1 and a softmax over all experts otherwise. logits [n, e] -> weights [n, k], experts [n, k]. axis:
-    ranks that share the sequences.
+    a sigmoid if k = 1 and a softmax over all experts otherwise. Returns weights [n, k] and experts [n, k].
+
+    Args:
+        logits: [n, e].
+        k: Experts of a token.
+        training: True in training, where assignments are balanced.
+        axis: Ranks that share the sequences.
     """
     scores = logits.sigmoid() if k == 1 else logits.softmax(dim=-1)
     chosen = balanced(logits.detach(), axis) if training else logits.detach()

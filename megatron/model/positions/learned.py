@@ -14,7 +14,15 @@ from megatron.model.positions.base import Positions
 
 
 class LearnedPositions(Positions, nn.Module):
-    """Parameter ``weight`` [skipped + max positions, h], replicated. skipped: rows without a position."""
+    """Learned position embeddings, parameter ``weight`` [skipped + max positions, h], replicated.
+
+    Args:
+        max_positions: Number of positions.
+        hidden_size: Columns of the weight.
+        source: Creates the parameter.
+        init_fn: Initial values.
+        skipped: Rows before that of position 0.
+    """
 
     def __init__(
         self, max_positions: int, hidden_size: int, source: ParamFactory, init_fn: InitFn, skipped: int = 0
@@ -32,7 +40,11 @@ class LearnedPositions(Positions, nn.Module):
     def forward(self, length: int, offset: int, positions: Tensor | None, device: torch.device) -> Tensor:
         """Returns the vectors of positions offset .. offset + length - 1, [s, 1, h]. IndexError past the last one.
 
-        positions [b, s]: position of each token instead, below length; the result is then [s, b, h].
+        Args:
+            length: Number of positions.
+            offset: First position.
+            positions: Position of each token [b, s], below length; the result is then [s, b, h].
+            device: Device of the result.
         """
         rows = self.weight[self.skipped :]
         if offset + length > rows.shape[0]:

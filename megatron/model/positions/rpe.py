@@ -25,6 +25,12 @@ def buckets(length: int, count: int, max_distance: int, device: torch.device) ->
     """Returns the bucket of each distance 0 .. length - 1: half for one distance each, then logarithmic ones.
 
     The last bucket holds every distance from max_distance on.
+
+    Args:
+        length: Number of distances.
+        count: Number of buckets.
+        max_distance: Distance from which on all are in the last bucket.
+        device: Device of the result.
     """
     exact = count // 2
     distance = torch.arange(length, device=device)
@@ -34,7 +40,15 @@ def buckets(length: int, count: int, max_distance: int, device: torch.device) ->
 
 
 class RelativePositions(Positions, nn.Module):
-    """Parameter ``weight`` [buckets, n/t]. scale: multiplies the bias."""
+    """Relative position bias by bucket of distance, parameter ``weight`` [buckets, n/t].
+
+    Args:
+        count: Number of buckets.
+        max_distance: Distance from which on all are in the last bucket.
+        heads: Attention heads of this rank.
+        scale: Factor of the bias.
+        source: Creates the parameter.
+    """
 
     def __init__(self, count: int, max_distance: int, heads: int, scale: float, source: ParamFactory) -> None:
         super().__init__()

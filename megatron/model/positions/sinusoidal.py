@@ -35,7 +35,14 @@ class SinusoidalPositions(Positions, nn.Module):
         return cls(model.hidden_size, source.dtype)
 
     def forward(self, length: int, offset: int, positions: Tensor | None, device: torch.device) -> Tensor:
-        """Returns the vectors of positions offset .. offset + length - 1, [s, 1, h]; of positions [b, s], [s, b, h]."""
+        """Returns the vectors of positions offset .. offset + length - 1, [s, 1, h].
+
+        Args:
+            length: Number of positions.
+            offset: First position.
+            positions: Position of each token [b, s]; the result is then [s, b, h].
+            device: Device of the result.
+        """
         table = self._table(offset + length, device)
         if positions is not None:
             return table[positions.t()].to(self.dtype)  # [s, b, h]

@@ -32,9 +32,13 @@ class ActivationRecorder:
     """
 
     noted: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Part -> size at each step."""
     changed: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Part -> change at each step."""
     first: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Part -> activations of the first step."""
     begun: bool = False
+    """True after the first step."""
 
     @contextmanager
     def on(self, layers: Mapping[int, Module]) -> Iterator[None]:
@@ -91,6 +95,7 @@ class Curves:
     """Sizes of one parametrization over widths."""
 
     widths: tuple[int, ...]
+    """Widths of the models."""
     sizes: Mapping[str, tuple[tuple[float, ...], ...]]
     """Part -> by step -> by width."""
     changes: Mapping[str, tuple[tuple[float, ...], ...]]
