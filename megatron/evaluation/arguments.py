@@ -1,6 +1,10 @@
 """What a task's generation arguments mean here.
 
-Source: lm-eval 0.4.13, lm_eval/models/utils.py (normalize_gen_kwargs).
+What a task leaves out is what the model's own generation settings say, as with lm-eval's `hf` model, where
+`transformers` fills it in from generation_config.json, and samples from 50 tokens where that has no `top_k` either.
+
+Sources: lm-eval 0.4.13, lm_eval/models/utils.py (normalize_gen_kwargs); transformers 5.23, GenerationMixin
+(_prepare_generation_config).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from megatron.errors import ConfigError
 from megatron.inference.sampling import Sampling
 
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task does not say
+_TOP_K = 50  # of transformers, where neither a task nor the model says
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KEYS = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -41,8 +46,16 @@ class TaskArguments:
     """Sampling settings."""
 
 
-def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> TaskArguments:
-    """The arguments of one task. Raises ConfigError for one that cannot be followed."""
+def read_arguments(
+    arguments: Mapping[str, Any], task: str | None = None, *, own: Sampling | None = None
+) -> TaskArguments:
+    """The arguments of one task. Raises ConfigError for one that cannot be followed.
+
+    Args:
+        arguments: As lm-eval has them.
+        task: Name of the task, for messages.
+        own: The model's generation settings, for what the task leaves out.
+    """
     for name, value in arguments.items():
         harmless = value is None or value in _WITHOUT_EFFECT.get(name, ())
         if name not in _KEYS and not harmless:
@@ -53,24 +66,25 @@ def read_arguments(arguments: Mapping[str, Any], task: str | None = None) -> Tas
         raise _refused(f"until = {until!r} are not texts", task)
     try:
         length = next((arguments[name] for name in _LENGTHS if arguments.get(name) is not None), _DEFAULT_NEW_TOKENS)
-        return TaskArguments(until, int(length), _sampling(arguments))
+        return TaskArguments(until, int(length), _sampling(arguments, own or Sampling()))
     except (TypeError, ValueError) as error:
         raise _refused(f"an argument is not a number ({error})", task) from error
 
 
-def _sampling(arguments: Mapping[str, Any]) -> Sampling:
+def _sampling(arguments: Mapping[str, Any], own: Sampling) -> Sampling:
     """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out."""
     temperature = float(arguments.get("temperature") or 0.0)
-    penalty = float(arguments.get("repetition_penalty") or 1.0)
+    penalty = float(arguments.get("repetition_penalty", own.repetition_penalty) or 1.0)
     sampled = arguments.get("do_sample")
     if not (temperature > 0 if sampled is None else sampled):
         return Sampling(repetition_penalty=penalty)
-    top_p = float(arguments.get("top_p") or 0.0)
+    cuts = Sampling(top_k=_TOP_K) if own.greedy else own
+    top_p = float(arguments.get("top_p", cuts.top_p) or 0.0)
     return Sampling(
         temperature=temperature or 1.0,
-        top_k=int(arguments.get("top_k") or 0),
+        top_k=int(arguments.get("top_k", cuts.top_k) or 0),
         top_p=top_p if top_p < 1 else 0.0,
-        min_p=float(arguments.get("min_p") or 0.0),
+        min_p=float(arguments.get("min_p", cuts.min_p) or 0.0),
         repetition_penalty=penalty,
     )
 

@@ -25,6 +25,7 @@ from megatron.evaluation.work_split import split_over_replicas
 from megatron.inference.batch_generation import TextGenerator
 from megatron.inference.generation_request import GenerationResult, Settings
 from megatron.inference.prompt_encoding import read_prompt, read_text
+from megatron.inference.sampling import Sampling
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score, too_long, windows
 from megatron.log import get_logger
 from megatron.tokenizers.base import Tokenizer
@@ -46,6 +47,7 @@ class HarnessModel(LM):
         name: Name of the tokenizer, which cached requests are stored under.
         end_ids: Ids that end a generated text, besides the end of a document.
         vocabulary: Number of ids that exist; the tokenizer's unless given.
+        sampling: The model's own settings, for what a task does not say.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HarnessModel(LM):
         name: str = "tokenizer",
         end_ids: Sequence[int] = (),
         vocabulary: int | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
         self._engine = engine
@@ -76,6 +79,7 @@ class HarnessModel(LM):
         self._name = name
         self._end_ids = tuple(end_ids)
         self._vocabulary = vocabulary or tokenizer.vocab_size
+        self._sampling = sampling or Sampling()
 
     @property
     def eot_token_id(self) -> int:
@@ -240,7 +244,7 @@ class HarnessModel(LM):
     def _settings(self, arguments: Mapping[str, Any]) -> Settings:
         """What a task's generation arguments mean here. Raises RunError for one that cannot be followed."""
         try:
-            requested = read_arguments(arguments)
+            requested = read_arguments(arguments, own=self._sampling)
         except ConfigError as error:  # of a task that was not checked when it was loaded
             raise RunError(*error.issues) from error
         length = requested.maximum_tokens

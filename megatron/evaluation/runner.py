@@ -31,7 +31,7 @@ from megatron.evaluation.progress import Progress
 from megatron.evaluation.stop_request import StoppableEngine
 from megatron.evaluation.work_split import split_over_replicas
 from megatron.extensions_dir import user_cache
-from megatron.inference.runner import context_length, vocabulary, with_loaded_model
+from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
 from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
@@ -259,6 +259,7 @@ def _harness_model(
         name=f"{config.tokenizer.tokenizer_type}-{words}{suffix}",
         end_ids=config.generation.eos_token_ids or (),
         vocabulary=vocabulary(config, tokenizer),
+        sampling=own_sampling(config),
     )
 
 

@@ -161,16 +161,22 @@ def _contexts(config: Config, mode: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(section.num_samples)]
 
 
+def own_sampling(config: Config) -> Sampling:
+    """How the configuration says that tokens are chosen."""
+    section = config.generation
+    return Sampling(
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+    )
+
+
 def _settings(config: Config) -> Settings:
     section = config.generation
     return Settings(
-        sampling=Sampling(
-            temperature=section.temperature,
-            top_k=section.top_k,
-            top_p=section.top_p,
-            min_p=section.min_p,
-            repetition_penalty=section.repetition_penalty,
-        ),
+        sampling=own_sampling(config),
         seed=config.training.seed,
         maximum_tokens=section.maximum_tokens,
         seq_length=context_length(config),

@@ -12,6 +12,7 @@ from megatron.distributed.mesh import Topology
 from megatron.errors import RunError
 from megatron.evaluation import runner
 from megatron.evaluation.tasks import Tasks
+from megatron.inference.sampling import Sampling
 from tests.evaluation.twins import LENGTH, twins
 from tests.inference.small_model import small_config
 from tests.tokenizers import made
@@ -99,6 +100,52 @@ def test_answers_are_those_of_lm_evals_own_model(both):
     requests = asked("generate_until", [(context, dict(how)) for context, _ in PAIRS if context])
     both.lm.batch_size_per_gpu = 1  # padding on the left moves what equally likely tokens give
     assert both.model().generate_until(requests) == both.lm.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("both", ["llama3"], indirect=True)
+def test_a_repetition_penalty_of_the_model_holds_where_a_task_has_none(both, monkeypatch):
+    how = {"until": ["\n\n"], "max_gen_toks": 16}
+    context = "the quick brown fox"
+    penalties = ({}, {"repetition_penalty": 1.0}, {"repetition_penalty": 3.0})
+    requests = asked("generate_until", [(context, {**how, **penalty}) for penalty in penalties])
+    both.lm.batch_size_per_gpu = 1
+    plain = both.lm.generate_until(requests, disable_tqdm=True)
+    monkeypatch.setattr(both.theirs.generation_config, "repetition_penalty", 1.5)
+    theirs = both.lm.generate_until(requests, disable_tqdm=True)
+    assert theirs[0] != plain[0] and theirs[1:] == plain[1:]
+    assert both.model(sampling=Sampling(repetition_penalty=1.5)).generate_until(requests) == theirs
+    assert both.model().generate_until(requests) == plain
+
+
+@pytest.mark.parametrize("both", ["llama3"], indirect=True)
+@pytest.mark.parametrize(
+    ("own", "task", "limit"),
+    [
+        ({}, {}, 50),
+        ({}, {"top_k": 7}, 7),
+        ({}, {"top_k": 0}, None),
+        ({"temperature": 0.5, "top_k": 3}, {}, 3),
+        ({"temperature": 0.5, "top_k": 3}, {"top_k": 9}, 9),
+        ({"temperature": 0.5}, {}, None),
+    ],
+)
+def test_tasks_sample_from_as_many_tokens_as_transformers_does(both, monkeypatch, own, task, limit):
+    # At this temperature every token that may be chosen is as likely as any other.
+    how = {"until": ["\n\n"], "max_gen_toks": 1, "do_sample": True, "temperature": 1e4, **task}
+    requests = asked("generate_until", [("the quick brown", dict(how))] * 400)
+    ids = torch.tensor([both.tokenizer.encode_with_special_tokens("the quick brown")])
+    prefix = torch.tensor([both.tokenizer.prefix_ids], dtype=torch.long)
+    with torch.no_grad():
+        logits = both.theirs(torch.cat([prefix, ids], 1)).logits[0, -1, : both.tokenizer.vocab_size]
+    texts = {both.tokenizer.decode([token]) for token in logits.argsort().flip(0)[:limit].tolist()}
+    for name, value in ({"top_k": 0} | own if own else {}).items():  # said in generation_config.json, 0 is no limit
+        monkeypatch.setattr(both.theirs.generation_config, name, value)
+    both.lm.batch_size_per_gpu = 400
+    torch.manual_seed(0)
+    theirs = set(both.lm.generate_until(requests, disable_tqdm=True))
+    ours = set(both.model(sampling=Sampling(**own)).generate_until(requests))
+    for answers in (theirs, ours):
+        assert answers <= texts and len(answers) > len(texts) / 2
 
 
 @pytest.mark.parametrize("both", ["llama2"], indirect=True)
