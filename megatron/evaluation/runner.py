@@ -18,6 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -117,7 +118,8 @@ def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
     """`eval/<task>_<metric>` -> value, of all tasks; lm-eval's `acc,none` is `acc` here."""
     flat = {}
     for task, metrics in results.get("results", {}).items():
-        for name, value in metrics.items():
+        for name, said in metrics.items():
+            value = _native(said)
             if isinstance(value, int | float) and name != "sample_len":
                 flat[f"eval/{task}_{name.removesuffix(',none').replace(',', '_')}"] = float(value)
     return flat
@@ -341,14 +343,20 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A record as JSON can hold it: what is not a number (NaN, infinite) becomes null."""
+    """A record as JSON can hold it: what is not a number (NaN, infinite) becomes null, arrays and sets become lists."""
+    value = _native(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return [_plain(each) for each in value]
     if isinstance(value, Real) and not isinstance(value, int):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def _native(value: Any) -> Any:
+    """A number or an array of numpy or torch as Python's own; everything else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
 
 
 def _sum_over(axis: Axis, number: float) -> float:

@@ -7,6 +7,7 @@ import time
 
 import numpy
 import pytest
+import torch
 
 from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
@@ -43,6 +44,18 @@ def test_what_is_no_number_is_null_in_the_file(tmp_path):
 
     read = json.loads((tmp_path / "deep" / "results.json").read_text(), parse_constant=refuse)
     assert read == {"acc": None, "3": [None, [None, 0.5]], "ok": True, "size": 7}
+
+
+def test_numbers_of_numpy_are_numbers_in_files_and_metrics(tmp_path):
+    numbers = {"f,none": numpy.float32(0.25), "i,none": numpy.int64(3), "b,none": numpy.bool_(True), "h,none": 1}
+    other = {"array": numpy.arange(2), "seen": {"x"}, "whole": torch.tensor(2), "zero": numpy.array(0.5)}
+    runner._write(tmp_path / "results.json", {"results": {"a": {**numbers, **other}}})
+    read = json.loads((tmp_path / "results.json").read_text())["results"]["a"]
+    assert read == {"f,none": 0.25, "i,none": 3, "b,none": True, "h,none": 1, **read}
+    assert read["b,none"] is True and isinstance(read["i,none"], int)
+    assert read["array"] == [0, 1] and read["seen"] == ["x"] and read["whole"] == 2 and read["zero"] == 0.5
+    flat = runner.flat_metrics({"results": {"a": {**numbers, "f_stderr,none": "N/A", "sample_len": numpy.int64(7)}}})
+    assert flat == {"eval/a_f": 0.25, "eval/a_i": 3.0, "eval/a_b": 1.0, "eval/a_h": 1.0}
 
 
 class SamplesTasks:
