@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from megatron.errors import ConfigError
 from megatron.inference.scoring import Pair, Score, windows
+from megatron.metrics.reporter import perplexity
 from megatron.tokenizers.base import Tokenizer
 
 Scorer = Callable[[list[Pair]], list[Score]]
@@ -66,11 +67,11 @@ class Perplexity:
 
     @property
     def a_token(self) -> float:
-        return math.exp(self.nats / self.tokens)
+        return perplexity(self.nats / self.tokens)
 
     @property
     def a_word(self) -> float:
-        return math.exp(self.nats / self.words)
+        return perplexity(self.nats / self.words)
 
 
 def detokenised(text: str) -> str:

@@ -9,14 +9,16 @@ import difflib
 import importlib.machinery
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from lm_eval import evaluate as run_harness
+from lm_eval.api import metrics
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -25,6 +27,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
+from megatron.metrics.reporter import perplexity
 
 _PRINTED_ONLY = frozenset({"write_out", "verbosity"})
 """Arguments of `lm_eval.evaluate` that choose lines of its log, which is not shown."""
@@ -81,7 +84,7 @@ class Tasks:
             )
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
-        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():
+        with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), _infinite_perplexities():
             results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
         return dict(results or {})  # never None: for lm-eval every rank is a rank 0
 
@@ -152,6 +155,21 @@ def _own_evaluate_out_of_the_way() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+@contextmanager
+def _infinite_perplexities() -> Iterator[None]:
+    """Perplexities of lm-eval's metrics that no number holds are infinite; its own end the evaluation.
+
+    Only what its module calls `math.exp` is another: error bars are known by the identity of the metrics.
+    """
+    module: Any = metrics
+    before = module.math
+    module.math = SimpleNamespace(**{**vars(math), "exp": perplexity})
+    try:
+        yield
+    finally:
+        module.math = before
 
 
 @contextmanager

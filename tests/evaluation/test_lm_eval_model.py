@@ -11,6 +11,7 @@ import socket
 import numpy
 import pytest
 import torch
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -168,6 +169,22 @@ def test_rolling_scores_every_token_once(engine, folder):
     assert results["results"]["small_rolling"]["bits_per_byte,none"] == pytest.approx(
         nats / size / math.log(2), rel=1e-5
     )
+
+
+def test_a_perplexity_that_no_number_holds_is_infinite(engine, folder):
+    long = ROLLING.replace("bits_per_byte", "word_perplexity\n  - metric: bits_per_byte").replace("small", "long")
+    (folder / "long.yaml").write_text(long.format(data=folder / "long.jsonl"))
+    (folder / "long.jsonl").write_text(json.dumps({"long": "x" * 900}) + "\n" + json.dumps({"long": "y" * 800}) + "\n")
+    results = Tasks(["long_rolling"], str(folder)).run(model(engine), bootstrap_iters=4)
+    found = results["results"]["long_rolling"]
+    assert found["word_perplexity,none"] == math.inf and 0 < found["bits_per_byte,none"] < 20
+    assert "Infinity" in results_table(results)
+    with tasks_module._infinite_perplexities():
+        assert metrics.perplexity([-1000.0, -2000.0]) == math.inf
+        error_bar = metrics.stderr_for_metric(metrics.perplexity, 4)
+        assert not math.isfinite(error_bar([-1000.0, -2000.0]))
+    with pytest.raises(OverflowError):  # lm-eval's own is as it was
+        metrics.weighted_perplexity([(-1000.0, 1)])
 
 
 def test_limit_fewshot_and_wildcards(engine, folder):

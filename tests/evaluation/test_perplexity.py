@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError
-from megatron.evaluation.perplexity import cloze_accuracy, cloze_pairs, detokenised, word_perplexity
+from megatron.evaluation.perplexity import Perplexity, cloze_accuracy, cloze_pairs, detokenised, word_perplexity
 from megatron.inference.scoring import Pair, Score, score
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
@@ -53,6 +53,12 @@ def test_every_token_but_the_first_counts_once_in_its_window(scorer, overlap):
     assert found.tokens == len(tokens) - 1 and found.words == len(RAW.strip().split(" ")) - 1
     assert found.nats == pytest.approx(nats, rel=1e-5)
     assert found.a_word == pytest.approx(math.exp(nats / found.words), rel=1e-4)
+
+
+def test_a_perplexity_that_no_number_holds_is_infinite():
+    found = Perplexity(nats=3000.0, tokens=3, words=1)
+    assert found.a_token == math.inf and found.a_word == math.inf
+    assert Perplexity(nats=600.0, tokens=2, words=1).a_word == math.exp(600)
 
 
 def test_the_last_word_must_be_full():
