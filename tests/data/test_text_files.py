@@ -71,6 +71,17 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
     assert "damaged" in reported
 
 
+def test_a_frame_of_zstd_that_reaches_far_back(tmp_path):
+    """Of `zstd --long=28`: a stream, so that the frame says its window and not its size."""
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    writer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    packed = writer.compress(b'{"text": "far back"}\n') + writer.flush()
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert content(tmp_path / "a.jsonl.zst") == b'{"text": "far back"}\n'
+
+
 def test_a_file_of_several_compressed_frames(tmp_path):
     """Tools that compress in pieces write them one after another."""
     for suffix in (".gz", ".bz2", ".xz", ".zst"):

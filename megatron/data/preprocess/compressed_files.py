@@ -131,7 +131,9 @@ def _zstandard(name: str, raw: IO[bytes]) -> IO[bytes]:
             location=name,
             hint="pip install zstandard",
         ) from error
-    reader: Any = _Zstandard(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
+    # Files of `zstd --long=31` reach back so far; memory is taken as a file needs it.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << zstandard.WINDOWLOG_MAX)
+    reader: Any = _Zstandard(raw, decompressor, zstandard.ZstdError)
     return io.BufferedReader(reader, _ZSTD_HELD)
 
 
