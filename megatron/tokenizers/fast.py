@@ -1,8 +1,8 @@
 """What every tokenizer of the `tokenizers` library shares, whichever files it was built from.
 
 The end of a document is one special token. Settings of the file that would change a training set are turned off:
-special tokens spelt in a text, added beginning and end tokens, truncation and padding. Whole corpora are encoded by
-the engine of `byte_level.py` where it gives the same ids.
+special tokens spelt in a text, added beginning and end tokens, truncation, padding and BPE's dropout. Whole corpora are
+encoded by the engine of `byte_level.py` where it gives the same ids.
 
 What a model reads (`encode_with_special_tokens`) is encoded by a second copy, which keeps to the file and to the
 tokenizer_config.json beside it.
@@ -13,6 +13,7 @@ Source: https://huggingface.co/docs/tokenizers (Tokenizer.encode_special_tokens,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,8 @@ class FromTokenizers:
         self._beside = beside or Beside()
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None  # else a text has other ids each time
         # Whatever the file calls it, the end of a document is special: no text may spell it.
         tokenizer.add_special_tokens([AddedToken(eod, special=True, normalized=False)])
         tokenizer.encode_special_tokens = True
@@ -190,7 +193,7 @@ class FromTokenizers:
 
     def to_json(self, file: str | None = None) -> str:
         """The text of a tokenizer.json that gives a model's ids under any class. file: the text that was read."""
-        content: str = self._tokenizer.to_str() if file is None else file
+        content: str = self._tokenizer.to_str() if file is None else _without_dropout(file)
         return as_read(content, self._beside.blank)
 
     def __getstate__(self) -> tuple[str, str, str | None, Beside, AddedToken | None]:
@@ -200,6 +203,17 @@ class FromTokenizers:
     def __setstate__(self, state: tuple[str, str, str | None, Beside, AddedToken | None]) -> None:
         content, eod, location, beside, own = state
         FromTokenizers.__init__(self, FastTokenizer.from_str(content), eod, location, beside, own)
+
+
+def _without_dropout(content: str) -> str:
+    """The text of a tokenizer.json whose BPE leaves no merges to chance; the same text where it does not anyway."""
+    if not re.search(r'"dropout":\s*[0-9]', content):
+        return content
+    data = json.loads(content)
+    if not data["model"].get("dropout"):
+        return content
+    data["model"]["dropout"] = None
+    return json.dumps(data, ensure_ascii=False, indent=2)
 
 
 def read_file(name: str | None, *, kind: str, key: str, needs: str) -> str:

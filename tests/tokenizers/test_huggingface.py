@@ -1,12 +1,15 @@
 """HFTokenizer: what the file asks for that would change a training set is turned off, and bad files are refused."""
 
 import json
+import pickle
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron.errors import ConfigError
+from megatron.tokenizer_info import describe_tokenizer
 from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.to_folder import portable
 from tests.tokenizers import made
 
 
@@ -42,6 +45,25 @@ def test_truncation_padding_and_added_tokens_are_turned_off(tmp_path):
     loaded = load(source, tmp_path)
     assert loaded.encode("some words " * 50) == expected
     assert loaded.encode_batch(["some words " * 50, "some"])[0] == expected
+
+
+def test_merges_are_never_left_to_chance(tmp_path):
+    source = plain()
+    expected = source.encode("some words " * 50).ids
+    source.model.dropout = 0.5
+    assert source.encode("some words " * 50).ids != expected
+    loaded = load(source, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
+    folder = make_tokenizer("PretrainedFromHF", vocab_file=str(tmp_path))
+    for tokenizer in (loaded, pickle.loads(pickle.dumps(loaded)), folder):
+        assert tokenizer.encode("some words " * 50) == expected
+        assert tokenizer.encode_with_special_tokens("some words " * 50) == expected
+        assert tokenizer.encode_arrays(["some words " * 50])[0].tolist() == expected
+    assert describe_tokenizer("HFTokenizer", load(source, tmp_path)) == describe_tokenizer("HFTokenizer", loaded)
+    given = portable("PretrainedFromHF", str(tmp_path), None)
+    assert given.other and Tokenizer.from_str(given.content).encode("some words " * 50).ids == expected
 
 
 def test_an_end_of_document_that_the_file_calls_ordinary_cannot_be_forged(tmp_path):
