@@ -62,12 +62,8 @@ class Ledger:
 
     def __init__(self, engine: Any, live: LiveStorages) -> None:
         self._engine, self._live = engine.deepspeed, live
-        self._before: Storages = {}
+        self._before = _everything()  # what is alive before the step is no activation of it
         self.parameters = self.gradients = self.optimizer = self.activations = 0
-
-    def start(self) -> None:
-        """A step begins: what is alive now is no activation of it."""
-        self._before = _everything()
 
     def look(self, *_: Any) -> None:
         """A block or the output layer has done its forward pass, or a backward pass is over."""
@@ -125,22 +121,34 @@ def _everything() -> Storages:
 
 
 def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int) -> dict[str, int]:
-    """Trains two steps of the configured model on random tokens and returns the bytes of each component."""
+    """Trains two steps of the configured model on random tokens; the bytes of each component in the second."""
     config = resolve([], settings, Resources(world_size)).config
     topology = init_topology(config)
     engine = build_training_engine(config, topology, padded_vocab_size=vocabulary)
     batch, length = config.training.train_micro_batch_size_per_gpu or 0, config.model.seq_length or 0
     tokens = torch.randint(0, vocabulary, (batch, length))
     micro = MicroBatch(tokens, tokens, torch.ones(batch, length))
+
+    def step() -> None:
+        engine.train_step(iter([micro] * config.training.gradient_accumulation_steps), 1e-3)
+
+    step()  # makes the optimizer's state
     live = LiveStorages()
     ledger = Ledger(engine, live)
     _watch(engine.deepspeed, ledger)
     with live:
-        for _ in range(2):
-            ledger.start()
-            engine.train_step(iter([micro] * config.training.gradient_accumulation_steps), 1e-3)
+        step()
     names = ("parameters", "gradients", "optimizer", "activations")
     return {name: getattr(ledger, name) for name in names}
+
+
+def counts(rank: int, world_size: int, cases: dict[str, dict[str, Any]], vocabulary: int) -> dict[str, dict[str, int]]:
+    """The same for several configurations, one after the other, by name."""
+    found = {}
+    for name, settings in cases.items():
+        found[name] = count(rank, world_size, settings, vocabulary)
+        gc.collect()
+    return found
 
 
 def _watch(engine: Any, ledger: Ledger) -> None:

@@ -16,7 +16,7 @@ from tests.plan.live import count
 from tests.plan.test_live_memory import BASE, BUCKETS, GATHERED, VOCABULARY
 
 PARTS = ("parameters", "gradients", "optimizer", "activations")
-WIDE: dict[str, Any] = {**BASE, "hidden_size": 256, "num_attention_heads": 8}
+WIDE: dict[str, Any] = {**BASE, "num_layers": 6, "hidden_size": 256, "num_attention_heads": 8}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "data 4, ZeRO 0": (4, {}),
     "data 4, ZeRO 1": (4, {"zero_optimization": {"stage": 1, **BUCKETS}}),

@@ -10,13 +10,13 @@ import pytest
 from megatron.config import Resources, resolve
 from megatron.plan import make_plan
 from tests.multi_rank import run_distributed
-from tests.plan.live import count
+from tests.plan.live import counts
 
 VOCABULARY = 512
 STATE, ACTIVATIONS = 0.1, 0.2
 
 BASE: dict[str, Any] = {
-    "num_layers": 6,
+    "num_layers": 4,
     "hidden_size": 128,
     "num_attention_heads": 4,
     "seq_length": 128,
@@ -48,67 +48,64 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 UPDATES = {"lora": {"rank": 8, "targets": "all"}}
 AGAIN = {"checkpoint_activations": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 8, "num_kv_heads": 2, "use_bias_in_mlp": False}
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "groups of 2": (1, {**AGAIN, "checkpoint_num_layers": 2}),
+    "the first 3 blocks": (1, {**AGAIN, "recompute_method": "block", "checkpoint_num_layers": 3}),
+    "attention core": (1, {"recompute_granularity": "selective"}),
+    "partitioned": (2, {**AGAIN, "model_parallel_size": 2, "partition_activations": True}),
+    "llama": (1, {**LLAMA, **AGAIN}),
+    "ZeRO 1, fp32": (2, {"zero_optimization": {"stage": 1, **BUCKETS}}),
+    "ZeRO 1, fp32, a bucket for all": (2, {"zero_optimization": {"stage": 1}}),
+    "ZeRO 2, bfloat16, two buckets for all": (
+        2,
+        {"precision": "bfloat16", "zero_optimization": {"stage": 2, "overlap_comm": True}},
+    ),
+    "ZeRO 3, a bucket for all": (2, {"zero_optimization": {"stage": 3, **GATHERED}}),
+    "sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
+    "context": (2, {"context_parallel_size": 2}),
+    "updates": (1, UPDATES),
+    "updates, sequence": (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
+    "updates, ZeRO 2, bfloat16": (
+        2,
+        {**UPDATES, "precision": "bfloat16", "zero_optimization": {"stage": 2, **BUCKETS}},
+    ),
+    "updates, ZeRO 3": (2, {**UPDATES, "zero_optimization": {"stage": 3, **BUCKETS, **GATHERED}}),
+    "updates, pipeline 2, recomputed": (
+        2,
+        {**UPDATES, **AGAIN, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
+    ),
+    "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
+}
+KEPT = {"kept": {}, "recomputed": AGAIN}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    **{
+        f"{layout}, {kept}": (world_size, {**BASE, **settings, **recompute})
+        for layout, (world_size, settings) in LAYOUTS.items()
+        for kept, recompute in KEPT.items()
+    },
+    **{name: (world_size, {**BASE, **settings}) for name, (world_size, settings) in WAYS.items()},
+}
 
 
-def compare(world_size: int, **settings: Any) -> None:
-    """Holds the plan against the rank that holds most; with spread experts, whose load it takes as even, the mean."""
-    found = run_distributed(count, world_size, {**BASE, **settings}, VOCABULARY, timeout=120)
-    most = max(found, key=lambda sizes: sum(sizes.values()))
-    planned = make_plan(resolve([], {**BASE, **settings}, Resources(world_size))).json()["memory_per_rank_bytes"]
-    for name in ("parameters", "gradients", "optimizer"):
-        assert planned[name] == pytest.approx(most[name], rel=STATE), name
-    even = sum(sizes["activations"] for sizes in found) / len(found)
-    held = even if settings.get("moe_expert_parallel_size", 1) > 1 else most["activations"]
-    assert planned["activations"] == pytest.approx(held, rel=ACTIVATIONS)
+@pytest.fixture(scope="module")
+def held() -> dict[str, list[dict[str, int]]]:
+    """What each rank of each case holds; the cases of one world size run in one world."""
+    found: dict[str, list[dict[str, int]]] = {}
+    for size in (1, 2):
+        cases = {name: settings for name, (world_size, settings) in CASES.items() if world_size == size}
+        ranks = run_distributed(counts, size, cases, VOCABULARY, timeout=300)
+        found |= {name: [rank[name] for rank in ranks] for name in cases}
+    return found
 
 
-@pytest.mark.parametrize("recompute", [{}, AGAIN], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(layout: str, recompute: dict[str, Any]) -> None:
-    world_size, settings = LAYOUTS[layout]
-    compare(world_size, **settings, **recompute)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "settings"),
-    [
-        (1, {**AGAIN, "checkpoint_num_layers": 2}),
-        (1, {**AGAIN, "recompute_method": "block", "checkpoint_num_layers": 3}),
-        (1, {"recompute_granularity": "selective"}),
-        (2, {**AGAIN, "model_parallel_size": 2, "partition_activations": True}),
-        (1, {**LLAMA, **AGAIN}),
-        (2, {"zero_optimization": {"stage": 1, **BUCKETS}}),
-        (2, {"zero_optimization": {"stage": 1}}),
-        (2, {"precision": "bfloat16", "zero_optimization": {"stage": 2, "overlap_comm": True}}),
-        (2, {"zero_optimization": {"stage": 3, **GATHERED}}),
-        (2, {"model_parallel_size": 2, "sequence_parallel": True}),
-        (2, {"context_parallel_size": 2}),
-        (1, UPDATES),
-        (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
-        (2, {**UPDATES, "precision": "bfloat16", "zero_optimization": {"stage": 2, **BUCKETS}}),
-        (2, {**UPDATES, "zero_optimization": {"stage": 3, **BUCKETS, **GATHERED}}),
-        (2, {**UPDATES, **AGAIN, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
-        (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
-    ],
-    ids=[
-        "groups of 2",
-        "the first 3 blocks",
-        "attention core",
-        "partitioned",
-        "llama",
-        "ZeRO 1, fp32",
-        "ZeRO 1, fp32, a bucket for all",
-        "ZeRO 2, bfloat16, two buckets for all",
-        "ZeRO 3, a bucket for all",
-        "sequence",
-        "context",
-        "updates",
-        "updates, sequence",
-        "updates, ZeRO 2, bfloat16",
-        "updates, ZeRO 3",
-        "updates, pipeline 2, recomputed",
-        "prompt",
-    ],
-)
-def test_ways(world_size: int, settings: dict[str, Any]) -> None:
-    compare(world_size, **settings)
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_ranks_hold(name: str, held: dict[str, list[dict[str, int]]]) -> None:
+    """Of the rank that holds most; with spread experts, whose load the plan takes as even, the mean."""
+    world_size, settings = CASES[name]
+    most = max(held[name], key=lambda sizes: sum(sizes.values()))
+    planned = make_plan(resolve([], settings, Resources(world_size))).json()["memory_per_rank_bytes"]
+    for part in ("parameters", "gradients", "optimizer"):
+        assert planned[part] == pytest.approx(most[part], rel=STATE), part
+    even = sum(sizes["activations"] for sizes in held[name]) / len(held[name])
+    activations = even if settings.get("moe_expert_parallel_size", 1) > 1 else most["activations"]
+    assert planned["activations"] == pytest.approx(activations, rel=ACTIVATIONS)
