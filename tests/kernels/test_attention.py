@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -52,12 +53,24 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (*(part.requires_grad_() for part in made[:3]), made[3])
 
 
+@functools.cache
+def expected_of(shape: tuple[int, ...], *rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The formula's values and gradients, computed once for all kernels; rows: lengths of each sequence's documents,
+    each of which is cut out and put through the formula by itself.
+    """
+    *exact, grad = inputs(shape, torch.float64)
+    parts = [
+        torch.cat([formula(*part) for part in zip(*(x[i : i + 1].split(row, 2) for x in exact), strict=True)], 2)
+        for i, row in enumerate(rows)
+    ]
+    expected = torch.cat(parts) if rows else formula(*exact)
+    return expected.detach(), *torch.autograd.grad(expected, exact, grad)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_equal_the_formula(name: str, shape: tuple[int, ...]) -> None:
-    *exact, grad = inputs(shape, torch.float64)
-    expected = formula(*exact)
-    expected_grads = torch.autograd.grad(expected, exact, grad)
+    expected, *expected_grads = expected_of(shape)
     *single, grad = inputs(shape, torch.float32)
     actual = KERNELS[name](*single, 0.0)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
@@ -69,9 +82,7 @@ def test_values_and_gradients_equal_the_formula(name: str, shape: tuple[int, ...
 def test_bf16_stays_near_the_formula(name: str) -> None:
     """bf16 keeps 8 bits: 2 % of the largest value covers scores, weights and outputs rounded to it."""
     shape = (2, 4, 2, 200, 200, 32)
-    *exact, grad = inputs(shape, torch.float64)
-    expected = formula(*exact)
-    expected_grads = torch.autograd.grad(expected, exact, grad)
+    expected, *expected_grads = expected_of(shape)
     *short, grad = inputs(shape, torch.bfloat16)
     actual = KERNELS[name](*short, 0.0)
     for got, want in zip((actual, *torch.autograd.grad(actual, short, grad)), (expected, *expected_grads), strict=True):
@@ -120,17 +131,9 @@ STARTS = {
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("shape", STARTS)
 def test_documents_are_attended_to_alone(name: str, shape: tuple[int, ...]) -> None:
-    """Each document of a sequence, cut out and put through the formula by itself."""
     rows = [torch.tensor(row) for row in STARTS[shape]]
     starts = torch.stack([torch.repeat_interleave(row.cumsum(0) - row, row) for row in rows])
-    *exact, grad = inputs(shape, torch.float64)
-    expected = torch.cat(
-        [
-            torch.cat([formula(*part) for part in zip(*(x[i : i + 1].split(row, 2) for x in exact), strict=True)], 2)
-            for i, row in enumerate(STARTS[shape])
-        ]
-    )
-    expected_grads = torch.autograd.grad(expected, exact, grad)
+    expected, *expected_grads = expected_of(shape, *STARTS[shape])
     *single, grad = inputs(shape, torch.float32)
     actual = KERNELS[name](*single, 0.0, starts)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)

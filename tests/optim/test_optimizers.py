@@ -16,7 +16,6 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import mark_embedding_like, mark_no_weight_decay
-from megatron.optim.bitsandbytes import codes, numbers
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.param_groups import parameter_groups
 from megatron.optim.state_io import read_state, write_state
@@ -285,6 +284,8 @@ def test_eight_bits_stay_near_thirty_two(name: str) -> None:
 
 
 def test_codes_are_numbers_and_back() -> None:
+    from megatron.optim.bitsandbytes import codes, numbers  # imports bitsandbytes
+
     table = torch.linspace(-0.9, 1.0, 256)
     stored = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
     stored[:2], stored[256:258] = torch.tensor([255, 0]), torch.tensor([0, 1])

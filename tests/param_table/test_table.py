@@ -3,8 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import MambaConfig, MambaForCausalLM
 
 from megatron.param_table import MixerDims, MixtureDims, ModelDims, tensors
 
@@ -44,6 +42,9 @@ def test_public_models_have_their_published_parameter_counts() -> None:
 
 def test_a_mamba_is_as_large_as_that_of_transformers() -> None:
     """Mamba 130M, built without memory."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
     with torch.device("meta"):
         theirs = MambaForCausalLM(MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280))
     mixers = MixerDims(mamba_inner=1536, mamba_rank=48)

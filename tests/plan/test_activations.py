@@ -10,7 +10,6 @@ import torch
 
 from megatron.config import Config, Resources, resolve
 from megatron.distributed.mesh import Topology
-from megatron.engine.deepspeed_engine import keyed_parameters
 from megatron.engine.freeze import freeze
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
@@ -59,6 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def saved_bytes(config: Config, dtype: torch.dtype) -> int:
     """Bytes of the storages that autograd keeps of one forward pass, parameters apart."""
+    from megatron.engine.deepspeed_engine import keyed_parameters  # imports DeepSpeed
+
     topology = Topology.single()
     plan = build_layer_specs(
         ModelSpec(
