@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launcher.cli import main
 from megatron.launcher.dry_run import redact_environment
 from tests.launcher.conftest import CONFIG, ROOT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -36,16 +38,25 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The same without a process of its own: exit code, stdout and stderr of deepy.py's main program."""
+    (tmp_path / "conf.yml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return lambda *arguments: (main(arguments), *capsys.readouterr())
+
+
 def test_the_script_runs_as_a_program() -> None:
     assert os.access(ROOT / "deepy.py", os.X_OK)
     assert (ROOT / "deepy.py").read_text().startswith("#!/usr/bin/env python3\n")
 
 
-def test_help(run: Run) -> None:
+def test_help(run: Run, call: Call) -> None:
     done = run("--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: ./deepy.py SCRIPT")
-    assert run().returncode == 2
+    assert call()[0] == 2
 
 
 def test_a_dry_run_prints_the_plan_writes_nothing_and_imports_no_torch(run: Run, tmp_path: Path) -> None:
@@ -62,11 +73,11 @@ def test_a_dry_run_prints_the_plan_writes_nothing_and_imports_no_torch(run: Run,
     assert [path.name for path in tmp_path.iterdir()] == ["conf.yml"]
 
 
-def test_a_dry_run_as_json_is_one_object_and_nothing_else(run: Run) -> None:
-    done = run("train.py", "conf", "--dry-run", "--json", "--seed", "7")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    reported = json.loads(done.stdout)
+def test_a_dry_run_as_json_is_one_object_and_nothing_else(call: Call) -> None:
+    code, out, err = call("train.py", "conf", "--dry-run", "--json", "--seed", "7")
+    assert code == 0
+    assert err == ""
+    reported = json.loads(out)
     assert set(reported) == {"config", "origin", "deepspeed", "launch", "plan", "warnings", "not_supported_yet"}
     assert reported["origin"]["hidden_size"] == "conf.yml:2"
     assert reported["origin"]["seed"] == "command line"
@@ -85,12 +96,12 @@ def test_a_dry_run_as_json_is_one_object_and_nothing_else(run: Run) -> None:
     assert reported["launch"]["env"]["MALLOC_TRIM_THRESHOLD_"]
 
 
-def test_issues_of_flags_files_arithmetic_and_rules_are_reported_in_one_round(run: Run, tmp_path: Path) -> None:
+def test_issues_of_flags_files_arithmetic_and_rules_are_reported_in_one_round(call: Call, tmp_path: Path) -> None:
     (tmp_path / "more.yml").write_text("train_batch_size: 7\nhidden-size: 32\nnorm: rmsnrm\nsave: x\nseed: 0\n")
-    done = run("train.py", "conf", "more", "--eval-itres", "3", "--split", "a", "--hostfile", "none")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    starts = [line.split(": ", 2)[:2] for line in done.stderr.splitlines()]
+    code, _, err = call("train.py", "conf", "more", "--eval-itres", "3", "--split", "a", "--hostfile", "none")
+    assert code == 2
+    assert "Traceback" not in err
+    starts = [line.split(": ", 2)[:2] for line in err.splitlines()]
     assert [(at, reported.partition(" ")[0]) for at, reported in starts] == [
         ("more.yml:2", "hidden_size"),
         ("more.yml:3", "norm"),
@@ -101,25 +112,25 @@ def test_issues_of_flags_files_arithmetic_and_rules_are_reported_in_one_round(ru
         ("command line", "split"),
     ]
     (tmp_path / "more.yml").write_text("train_batch_size: 7\nlog-interval: often\n")
-    lines = run("train.py", "conf", "more").stderr.splitlines()
+    lines = call("train.py", "conf", "more")[2].splitlines()
     assert len(lines) == 2
     assert "7 = " in lines[0]
     assert lines[1].startswith("more.yml:2: log_interval = 'often'")
 
 
-def test_a_reader_that_leaves_is_no_error(run: Run, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("run")
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     script = (
         f"'{sys.executable}' '{ROOT}/deepy.py' train.py conf --dry-run --json | head -c 10; exit ${{PIPESTATUS[0]}}"
     )
-    run("--help")  # writes nothing; the fixture has written the configuration
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout) == 10
 
 
-def test_secrets_are_not_shown(run: Run) -> None:
+def test_secrets_are_not_shown(call: Call) -> None:
     for flags in (["--json"], []):
-        assert "opensesame" not in run("train.py", "conf", "--dry-run", "--serve-key", "opensesame", *flags).stdout
+        assert "opensesame" not in call("train.py", "conf", "--dry-run", "--serve-key", "opensesame", *flags)[1]
     shown = redact_environment({"WANDB_API_KEY": "abc", "OMP_NUM_THREADS": "2"})
     assert shown == {"WANDB_API_KEY": "(redacted)", "OMP_NUM_THREADS": "2"}
 
@@ -137,33 +148,33 @@ def test_every_issue_is_one_line_and_the_code_is_2(run: Run, tmp_path: Path) -> 
     assert any("did you mean layernorm?" in line for line in lines)
 
 
-def test_a_issue_in_the_machines_has_its_position(run: Run) -> None:
-    done = run("train.py", "conf", "--hostfile", "nowhere")
-    assert done.returncode == 2
-    assert "hostfile = 'nowhere': there is no such file" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_issue_in_the_machines_has_its_position(call: Call) -> None:
+    code, _, err = call("train.py", "conf", "--hostfile", "nowhere")
+    assert code == 2
+    assert "hostfile = 'nowhere': there is no such file" in err
+    assert len(err.splitlines()) == 1
 
 
-def test_what_is_not_built_is_planned_but_not_launched(run: Run, tmp_path: Path) -> None:
+def test_what_is_not_built_is_planned_but_not_launched(call: Call, tmp_path: Path) -> None:
     asked = ("train.py", "conf", "--lazy_mpu_init", "true")
-    planned = run(*asked, "--dry-run", "--json")
-    assert planned.returncode == 0, planned.stderr
-    assert json.loads(planned.stdout)["not_supported_yet"]
-    launched = run(*asked)
-    assert launched.returncode == 2
-    assert "lazy_mpu_init" in launched.stderr
+    code, out, err = call(*asked, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["not_supported_yet"]
+    code, _, err = call(*asked)
+    assert code == 2
+    assert "lazy_mpu_init" in err
     assert not (tmp_path / "run").exists()
 
 
-def test_more_ranks_than_the_machine_carries_are_planned_but_not_launched(run: Run, tmp_path: Path) -> None:
+def test_more_ranks_than_the_machine_carries_are_planned_but_not_launched(call: Call, tmp_path: Path) -> None:
     (tmp_path / "conf.yml").write_text(CONFIG.replace("num_gpus: 2", "global_num_gpus: 1024"))
-    planned = run("train.py", "conf", "--dry-run")
-    assert planned.returncode == 0
-    assert "1024 ranks" in planned.stdout
-    assert "Cannot start here" in planned.stdout
-    launched = run("train.py", "conf")
-    assert launched.returncode == 2
-    assert "name the hosts in a hostfile" in launched.stderr
+    code, out, _ = call("train.py", "conf", "--dry-run")
+    assert code == 0
+    assert "1024 ranks" in out
+    assert "Cannot start here" in out
+    code, _, err = call("train.py", "conf")
+    assert code == 2
+    assert "name the hosts in a hostfile" in err
 
 
 def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +183,17 @@ def test_the_real_launcher_starts_every_rank(run: Run, tmp_path: Path, monkeypat
         monkeypatch.setenv(name, text)
     (tmp_path / "work.py").write_text(
         "# takes the place of a worker that uses megatron.launcher.worker\n"
-        "import json, os, sys\n"
+        "import json, os, sys, time\n"
         "from megatron.launcher.worker_config import worker_config\n"
         "assert 'OMPI_COMM_WORLD_LOCAL_RANK' not in os.environ\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'DS_ACCELERATOR')\n"
         "reported = {name: os.environ[name] for name in names}\n"
         "reported['log_dir'] = worker_config(sys.argv[1:]).observe.log_dir\n"
-        "json.dump(reported, open(f'reported.{reported[\"RANK\"]}', 'w'))\n"
+        "with open('new.' + reported['RANK'], 'w') as file:\n"
+        "    json.dump(reported, file)\n"
+        "os.rename('new.' + reported['RANK'], 'reported.' + reported['RANK'])\n"
+        "while not os.path.exists('reported.0'):\n"
+        "    time.sleep(0.02)\n"
         "sys.exit(5 if reported['RANK'] == '1' else 0)\n"
     )
     done = run("work.py", "conf")

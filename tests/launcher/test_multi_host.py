@@ -13,6 +13,7 @@ import pytest
 
 from megatron.config.config import FIELDS
 from megatron.errors import ConfigError
+from megatron.launcher.cli import main
 from megatron.launcher.commands.local import Rendezvous, torchrun_command
 from megatron.launcher.commands.multi_host import LAUNCHERS, PROGRAMS, RANK_FILE, multi_host_command
 from megatron.launcher.hosts import Hosts, HostSelection, find_hosts, slurm_allocation
@@ -239,11 +240,19 @@ def test_torchrun_on_this_host(deepy: Deepy) -> None:
         (["--launcher", "jsrun", "--hostfile", "hosts"], "launcher = 'jsrun': there is no jsrun on this host"),
     ],
 )
-def test_launches_that_cannot_be(deepy: Deepy, flags: list[str], reported: str) -> None:
+def test_launches_that_cannot_be(
+    deepy: Deepy,
+    flags: list[str],
+    reported: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (deepy.folder / "hosts").write_text("far slots=2\n")
-    code, _, err = deepy.run("", *flags)
-    assert code == 2
-    assert reported in err
+    deepy.script("")
+    monkeypatch.chdir(deepy.folder)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert main(["work.py", "conf.yml", *flags]) == 2
+    assert reported in capsys.readouterr().err
 
 
 def test_a_failure_elsewhere_names_rank_host_and_last_lines(flux: Deepy) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -173,29 +174,47 @@ def test_a_second_interrupt_interrupts() -> None:
     assert stop.requested
 
 
+STOPPED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WAITS = """
-import signal, socket, sys
+import os, sys
 from megatron.launcher.worker import StopSignal
 stop = StopSignal.install()
 import torch.distributed as dist
-print("waiting", flush=True)
-dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=True, wait_for_workers=True)
+ranks = []
+for port in sys.argv[1:]:
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        dist.TCPStore("127.0.0.1", int(port), 2, is_master=True, wait_for_workers=True)
+print(*ranks, flush=True)
+for rank in ranks:
+    print(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_stop_signal_ends_a_rank_that_waits_for_the_others(number: signal.Signals) -> None:
-    """A handler of Python's would run only when torch's wait returns, after `collective_timeout`."""
+@pytest.fixture(scope="module")
+def ended() -> dict[int, int]:
+    """Signal -> exit code of a rank that waited in torch for the others when the signal came."""
     waiting = subprocess.Popen(
-        [sys.executable, "-c", WAITS, str(free_port())],
+        [sys.executable, "-c", WAITS, *(str(free_port()) for _ in STOPPED)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
-        assert waiting.stdout is not None and waiting.stdout.readline() == "waiting\n"
+        assert waiting.stdout is not None
+        ranks = waiting.stdout.readline().split()
         time.sleep(0.5)
-        waiting.send_signal(number)
-        assert waiting.wait(10) == -number
+        for rank, number in zip(ranks, STOPPED, strict=True):
+            os.kill(int(rank), number)
+        return dict(zip(STOPPED, map(int, waiting.communicate(timeout=10)[0].split()), strict=True))
     finally:
-        waiting.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(waiting.pid, signal.SIGKILL)
+        waiting.wait()
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_stop_signal_ends_a_rank_that_waits_for_the_others(number: signal.Signals, ended: dict[int, int]) -> None:
+    """A handler of Python's would run only when torch's wait returns, after `collective_timeout`."""
+    assert ended[number] == -number

@@ -76,12 +76,12 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }
-KEPT = {"kept": {}, "recomputed": AGAIN}
+RECOMPUTED = {"kept": {}, "recomputed": AGAIN}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     **{
-        f"{layout}, {kept}": (world_size, {**BASE, **settings, **recompute})
+        f"{layout}, {name}": (world_size, {**BASE, **settings, **recompute})
         for layout, (world_size, settings) in LAYOUTS.items()
-        for kept, recompute in KEPT.items()
+        for name, recompute in RECOMPUTED.items()
     },
     **{name: (world_size, {**BASE, **settings}) for name, (world_size, settings) in WAYS.items()},
 }
