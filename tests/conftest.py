@@ -8,6 +8,9 @@ import pytest
 
 # Tests share few cores; numpy and torch read this when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels run in its interpreter; Triton reads this when it is first imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

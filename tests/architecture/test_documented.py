@@ -37,7 +37,8 @@ def parameter_complaints(source: Source) -> list[str]:
         constructs = of is not None and function.name == "__init__"
         if constructs and of is not None:
             text += ast.get_docstring(of) or ""
-        overrides = "override" in decorators(function) or not (text or constructs)
+        # The parameters of a kernel are explained by the file and by the function that starts it.
+        overrides = bool(decorators(function) & {"override", "jit"}) or not (text or constructs)
         if count > UNDOCUMENTED_PARAMETERS and "Args:" not in text and not overrides:
             found.append(source.complaint(function, f"{function.name} has {count} parameters and no `Args:` section"))
     return found

@@ -66,6 +66,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "botocore": ("megatron/checkpoint/remote/s3_client.py",),
     "causal_conv1d": ("megatron/kernels/mamba.py",),
     "mamba_ssm": ("megatron/kernels/mamba.py",),
+    "triton": ("megatron/kernels/triton/", "benchmarks/kernel_resources.py"),
     "ftfy": ("megatron/data/",),
     "zstandard": ("megatron/data/",),
     "tiktoken": ("megatron/tokenizers/", "benchmarks/"),
