@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from megatron.distributed.tensor_parallel.cross_entropy import vocab_parallel_cr
 from megatron.kernels import cross_entropy as kernel
 from megatron.kernels.cross_entropy import plain_cross_entropy
 from megatron.objectives.language_model import LanguageModel
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 VOCABULARY, SHAPE = 48, (5, 3)
 ONE = Topology.single().model
@@ -74,11 +76,20 @@ def sharded(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return losses.detach(), gradient, total.detach(), weighted
 
 
+Worlds = dict[int, dict[Any, list[Any]]]
+"""Ranks -> function -> what each rank computed."""
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Worlds:
+    return {size: run_cases({function: (function,) for function in (sharded, padded)}, size) for size in (1, 2, 4)}
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_cut_over_ranks(size: int) -> None:
+def test_vocabulary_cut_over_ranks(size: int, worlds: Worlds) -> None:
     losses, gradient = reference()
     _, _, weights = problem()
-    results = run_distributed(sharded, size)
+    results = worlds[size][sharded]
     for actual, _, total, _ in results:
         torch.testing.assert_close(actual.double()[1:], losses[1:], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(total.double(), (losses * weights).sum(), rtol=1e-5, atol=1e-3)
@@ -173,15 +184,14 @@ def padded(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_padding_has_no_probability(size: int) -> None:
+def test_padding_has_no_probability(size: int, worlds: Worlds) -> None:
     """Whatever a vocabulary is padded to, the loss is that of the tokens which exist."""
     logits, targets, weights = problem()
     logits.requires_grad_()
     flat = logits[..., :EXISTING].flatten(0, 1)
     losses = F.cross_entropy(flat, (targets % EXISTING).flatten(), reduction="none").view(SHAPE)
     (expected,) = torch.autograd.grad((losses * weights).sum(), logits)
-    ranks = run_distributed(padded, size)
-    for rank, (got, gradient, total, weighted) in enumerate(ranks):
+    for rank, (got, gradient, total, weighted) in enumerate(worlds[size][padded]):
         torch.testing.assert_close(got.double(), losses.detach(), rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(total.double(), (losses * weights).sum().detach(), rtol=1e-5, atol=1e-3)
         mine = expected.chunk(size, dim=-1)[rank]

@@ -18,7 +18,7 @@ from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbeddin
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.linear import onednn_linear, plain_linear
 from megatron.param_table.tensor import section_slices
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 WIDTH, OUT, SECTIONS, TOKENS = 24, 64, (32, 16, 16), (5, 2)
 
@@ -55,19 +55,30 @@ def columns(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
 
 
+SIZES, KERNELS = (2, 4), (plain_linear, onednn_linear)
+Worlds = dict[int, dict[Any, list[Any]]]
+"""Ranks -> function and kernel -> what each rank computed."""
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Worlds:
+    cases = {(layer, kernel): (layer, kernel) for layer in (columns, row_wise) for kernel in KERNELS}
+    return {size: run_cases({**cases, embed: (embed,), pairs: (pairs,)}, size) for size in SIZES}
+
+
 def dense_source(name: str, *shape: int) -> Tensor:
     """What the layers draw, whole."""
     return source(Topology.single().model).replicated(name, shape, draw).detach()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kernel", [plain_linear, onednn_linear])
-def test_column_parallel_equals_dense(size: int, kernel: Any) -> None:
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_column_parallel_equals_dense(size: int, kernel: Any, worlds: Worlds) -> None:
     weight = dense_source("weight", OUT, WIDTH).requires_grad_()
     bias, x = fixed(OUT, seed=4).requires_grad_(), fixed(*TOKENS, WIDTH, seed=5).requires_grad_()
     y = F.linear(x, weight, bias)
     y.backward(fixed(OUT, *TOKENS, seed=6).permute(1, 2, 0))
-    for rank, got in enumerate(run_distributed(columns, size, kernel)):
+    for rank, got in enumerate(worlds[size][columns, kernel]):
         expected_y = rows(y.detach().permute(2, 0, 1), SECTIONS, rank, size).permute(1, 2, 0)
         torch.testing.assert_close(got["y"], expected_y, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["x"], x.grad, rtol=1e-5, atol=2e-5)
@@ -86,14 +97,14 @@ def row_wise(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kernel", [plain_linear, onednn_linear])
-def test_row_parallel_equals_dense_and_adds_its_bias_once(size: int, kernel: Any) -> None:
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_row_parallel_equals_dense_and_adds_its_bias_once(size: int, kernel: Any, worlds: Worlds) -> None:
     weight = dense_source("weight", OUT, WIDTH).requires_grad_()
     bias, x = fixed(OUT, seed=4).requires_grad_(), fixed(*TOKENS, WIDTH, seed=5).requires_grad_()
     y = F.linear(x, weight, bias)
     y.backward(fixed(*TOKENS, OUT, seed=6))
-    for rank, got in enumerate(run_distributed(row_wise, size, kernel)):
+    for rank, got in enumerate(worlds[size][row_wise, kernel]):
         torch.testing.assert_close(got["y"], y.detach(), rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(got["x"], x.grad.chunk(size, -1)[rank], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["weight"], weight.grad.chunk(size, 1)[rank], rtol=1e-5, atol=1e-5)
@@ -109,13 +120,13 @@ def embed(rank: int, size: int) -> dict[str, Tensor]:
     return {"vectors": vectors.detach(), "logits": logits.detach(), "weight": layer.weight.grad}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_tied_embedding_equals_dense(size: int) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_tied_embedding_equals_dense(size: int, worlds: Worlds) -> None:
     weight = dense_source("weight", OUT, WIDTH).requires_grad_()
     vectors = F.embedding(torch.arange(OUT).view(4, 16), weight)
     logits = F.linear(vectors, weight)
     logits.backward(fixed(4, 16, OUT, seed=7))
-    for rank, got in enumerate(run_distributed(embed, size)):
+    for rank, got in enumerate(worlds[size][embed]):
         torch.testing.assert_close(got["vectors"], vectors.detach(), rtol=0, atol=0)
         torch.testing.assert_close(got["logits"], logits.detach().chunk(size, -1)[rank], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["weight"], weight.grad.chunk(size)[rank], rtol=1e-5, atol=1e-4)
@@ -138,8 +149,8 @@ def pairs(rank: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
     return results
 
 
-def test_collectives_and_their_gradients() -> None:
-    for rank, got in enumerate(run_distributed(pairs, 2)):
+def test_collectives_and_their_gradients(worlds: Worlds) -> None:
+    for rank, got in enumerate(worlds[2][pairs]):
         mine, ramp = rank + 1.0, torch.arange(1.0, 9).view(2, 4)
         assert torch.equal(got["copy"][0], torch.full((2, 4), mine))
         assert torch.equal(got["copy"][1], 30 * ramp)

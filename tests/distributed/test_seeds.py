@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from megatron.distributed.init import init_distributed
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 
 def draw(rank: int, world_size: int, pipe: int, context: int) -> tuple[tuple[int, int, int], tuple[float, ...]]:
@@ -20,11 +21,19 @@ def draw(rank: int, world_size: int, pipe: int, context: int) -> tuple[tuple[int
     return position, tuple(torch.rand(4).tolist())
 
 
-@pytest.mark.parametrize(("pipe", "context"), [(2, 1), (1, 2), (4, 1)])
-def test_only_tensor_parallel_ranks_draw_alike(pipe: int, context: int) -> None:
+LAYOUTS = [(2, 1), (1, 2), (4, 1)]
+
+
+@pytest.fixture(scope="module")
+def drawn_by_ranks() -> dict[Any, list[Any]]:
+    return run_cases({layout: (draw, *layout) for layout in LAYOUTS}, 8)
+
+
+@pytest.mark.parametrize(("pipe", "context"), LAYOUTS)
+def test_only_tensor_parallel_ranks_draw_alike(pipe: int, context: int, drawn_by_ranks: dict[Any, list[Any]]) -> None:
     """Were two stages alike, their blocks would drop the same places of the residual stream."""
     drawn = defaultdict(list)
-    for position, numbers in run_distributed(draw, 8, pipe, context):
+    for position, numbers in drawn_by_ranks[pipe, context]:
         drawn[position].append(numbers)
     assert len(drawn) == 4
     assert all(len(numbers) == 2 and len(set(numbers)) == 1 for numbers in drawn.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from megatron.distributed.tensor_parallel.sequence_parallel import (
 )
 from megatron.kernels.attention import plain_attention
 from megatron.model.norms.layernorm import LayerNorm
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 LENGTH, BATCH, WIDTH, INNER = 8, 3, 12, 16
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -62,8 +64,19 @@ def mlp(rank: int, size: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **{name: parameter.grad for name, parameter in names.items()}}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_layers_equal_dense_ones(size: int) -> None:
+SIZES = (2, 4)
+Worlds = dict[int, dict[Any, list[Any]]]
+"""Ranks -> function -> what each rank computed."""
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Worlds:
+    functions = (mlp, embed, adjoints, exchanged, low_precision)
+    return {size: run_cases({function: (function,) for function in functions}, size) for size in SIZES}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_layers_equal_dense_ones(size: int, worlds: Worlds) -> None:
     """Outputs and input gradients are parts of the dense ones; replicated parameters have the whole gradient."""
     complete = source(Topology.single().model)
     column = ColumnParallelLinear(WIDTH, INNER, complete.of("column"), init_fn=draw, bias=True)
@@ -73,7 +86,7 @@ def test_layers_equal_dense_ones(size: int) -> None:
     hidden = torch.tanh(F.linear(F.layer_norm(x, (WIDTH,), norm.weight, norm.bias), column.weight, column.bias))
     y = F.linear(hidden, row.weight, row.bias)
     y.backward(fixed(LENGTH, BATCH, WIDTH, seed=6))
-    for rank, got in enumerate(run_distributed(mlp, size)):
+    for rank, got in enumerate(worlds[size][mlp]):
         expected = {
             "y": y.detach().chunk(size)[rank],
             "x": x.grad.chunk(size)[rank],
@@ -97,13 +110,13 @@ def embed(rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return vectors.detach(), logits.detach(), layer.weight.grad
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_tied_embedding_equals_dense(size: int) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_tied_embedding_equals_dense(size: int, worlds: Worlds) -> None:
     weight = VocabParallelEmbedding(16, WIDTH, source(Topology.single().model), init_fn=draw).weight
     vectors = F.embedding(torch.arange(LENGTH * 2).view(LENGTH, 2), weight)
     logits = F.linear(vectors, weight)
     logits.backward(fixed(LENGTH, 2, 16, seed=7))
-    for rank, (got, scores, gradient) in enumerate(run_distributed(embed, size)):
+    for rank, (got, scores, gradient) in enumerate(worlds[size][embed]):
         torch.testing.assert_close(got, vectors.detach().chunk(size)[rank], **EXACT)
         torch.testing.assert_close(scores, logits.detach().chunk(size, -1)[rank], **EXACT)
         torch.testing.assert_close(gradient, weight.grad.chunk(size)[rank], **EXACT)
@@ -126,10 +139,10 @@ def adjoints(rank: int, size: int) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_gradients_are_adjoint(size: int) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_are_adjoint(size: int, worlds: Worlds) -> None:
     """For an operation that is linear over all ranks together this is what gradcheck would say of it."""
-    for over_ranks in zip(*run_distributed(adjoints, size), strict=True):
+    for over_ranks in zip(*worlds[size][adjoints], strict=True):
         assert sum(one for one, _ in over_ranks) == pytest.approx(sum(two for _, two in over_ranks), rel=1e-12)
 
 
@@ -144,13 +157,13 @@ def exchanged(rank: int, size: int) -> tuple[Tensor, Tensor]:
     return back.detach(), q.grad
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_attention_over_exchanged_heads(size: int) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_over_exchanged_heads(size: int, worlds: Worlds) -> None:
     q, k, v = (fixed(2, heads, LENGTH, 5, seed=heads + i) for i, heads in enumerate((8, 4, 4)))
     q.requires_grad_()
     out = plain_attention(q, k, v)
     out.backward(fixed(2, 8, LENGTH, 5, seed=30))
-    for rank, (part_out, gradient) in enumerate(run_distributed(exchanged, size)):
+    for rank, (part_out, gradient) in enumerate(worlds[size][exchanged]):
         torch.testing.assert_close(part_out, out.detach().chunk(size, 2)[rank], rtol=1e-6, atol=1e-7)  # fp32 softmax
         torch.testing.assert_close(gradient, q.grad.chunk(size, 2)[rank], rtol=1e-6, atol=1e-6)
 
@@ -164,9 +177,9 @@ def low_precision(rank: int, size: int) -> tuple[Tensor, Tensor]:
     return reduce_scatter_first(x, axis), all_gather_first(x[:1], axis)
 
 
-def test_fp32_sums() -> None:
+def test_fp32_sums(worlds: Worlds) -> None:
     """256 + 1 + 1 + 1 is 260 when rounded once, and 256 when bfloat16 is rounded after every addition of one."""
-    for summed, gathered in run_distributed(low_precision, 4):
+    for summed, gathered in worlds[4][low_precision]:
         assert summed.dtype == torch.bfloat16
         assert torch.equal(summed, torch.full((1, 4), 260.0, dtype=torch.bfloat16))
         assert gathered[:, 0].tolist() == [256, 1, 1, 1]

@@ -16,7 +16,7 @@ from megatron.model.pipeline_model import PipelinedModel
 from megatron.param_table import ModelDims, tensors
 from megatron.plan.stages import stage_bounds
 from tests.model.sections import VOCABULARY, initialization_section, model_section
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 LAYERS = 4
 METHODS = ["uniform", "parameters", "type:transformer|mlp", "type:transformer|embedding", (1, 3), (4, 0), (0, 4)]
@@ -39,13 +39,21 @@ def stage(rank: int, size: int, method: str | tuple[int, ...], changes: dict[str
     return PipelinedModel(plan, topology, partition_method=method, loss=torch.nn.functional.cross_entropy).layer_range
 
 
+CHANGES = {"no_weight_tying": True}
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[Any, list[range]]:
+    """Method -> the layers of each rank."""
+    return run_cases({method: (stage, method, CHANGES) for method in METHODS}, 2)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_stages_are_those_of_the_planner(method: str | tuple[int, ...]) -> None:
-    changes = {"no_weight_tying": True}
+def test_stages_are_those_of_the_planner(method: str | tuple[int, ...], stages: dict[Any, list[range]]) -> None:
     counts = [0] * (LAYERS + 5)
-    for shape in tensors(ModelDims.of(model_section(num_layers=LAYERS, **changes)), VOCABULARY):
+    for shape in tensors(ModelDims.of(model_section(num_layers=LAYERS, **CHANGES)), VOCABULARY):
         counts[shape.layer] += shape.count
     bounds = stage_bounds(method, layer_classes(LAYERS), counts, 2)
-    assert run_distributed(stage, 2, method, changes) == [range(*bounds[:2]), range(*bounds[1:])]
+    assert stages[method] == [range(*bounds[:2]), range(*bounds[1:])]
     if isinstance(method, tuple):
         assert bounds[1] == 2 + method[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from tests.model.sections import build
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases
 
 RATE = 0.3
 
@@ -24,9 +24,14 @@ def masks(rank: int, size: int, sequence: bool) -> tuple[Tensor, Tensor]:
     return retained, torch.rand(4)
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[bool, list[tuple[Tensor, Tensor]]]:
+    return run_cases({sequence: (masks, sequence) for sequence in (False, True)}, 2)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
-def test_masks_and_their_rate(sequence: bool) -> None:
-    first, second = run_distributed(masks, 2, sequence)
+def test_masks_and_their_rate(sequence: bool, drawn: dict[bool, list[tuple[Tensor, Tensor]]]) -> None:
+    first, second = drawn[sequence]
     assert torch.equal(first[0], second[0]) is not sequence
     assert torch.equal(first[1], second[1])  # what comes after agrees on all ranks in either case
     for retained, _ in (first, second):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from megatron.model.kv_cache import KVCache
 from megatron.objectives.language_model import LanguageModel
 from megatron.param_table import ModelDims, tensors
 from tests.model.sections import LLAMA, VOCABULARY, build, disturb, model_section
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases, run_distributed
 
-OPTIONS = [
-    {"gpt_j_residual": True},
-    {"pos_emb": "learned", "no_weight_tying": False},
-    {**LLAMA, "num_attention_heads": 8, "num_kv_heads": 4, "kv_channels": 8},
-]
+OPTIONS: dict[str, dict[str, object]] = {
+    "neox": {"gpt_j_residual": True},
+    "gpt": {"pos_emb": "learned", "no_weight_tying": False},
+    "llama": {**LLAMA, "num_attention_heads": 8, "num_kv_heads": 4, "kv_channels": 8},
+}
+SIZES = (2, 4)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -79,12 +81,29 @@ def cached_logits(model: torch.nn.Module, ids: Tensor, options: dict[str, object
     return all_gather_last(torch.cat(parts), axis)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_cut_model_equals_the_full_one(options: dict[str, object], size: int) -> None:
-    complete = one_rank(options)
-    values = {name: value.detach() for name, value in complete["model"].state_dict().items()}
-    for rank, got in enumerate(run_distributed(cut_model, size, options, values)):
+@pytest.fixture(scope="module")
+def full() -> dict[str, dict[str, Any]]:
+    """The models on one rank."""
+    return {name: one_rank(options) for name, options in OPTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def cut(full: dict[str, dict[str, Any]]) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """Ranks -> model -> what each rank computed."""
+    cases = {
+        name: (cut_model, options, {key: value.detach() for key, value in full[name]["model"].state_dict().items()})
+        for name, options in OPTIONS.items()
+    }
+    return {size: run_cases(cases, size) for size in SIZES}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cut_model_equals_the_full_one(
+    name: str, size: int, full: dict[str, dict[str, Any]], cut: dict[int, dict[str, list[dict[str, Any]]]]
+) -> None:
+    complete, options = full[name], OPTIONS[name]
+    for rank, got in enumerate(cut[size][name]):
         for name, value in local(complete["initial"], options, rank, size).items():
             assert torch.equal(got["initial"][name], value), name
         torch.testing.assert_close(got["logits"], complete["logits"], rtol=1e-5, atol=1e-5)

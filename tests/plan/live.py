@@ -142,15 +142,6 @@ def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int)
     return {name: getattr(ledger, name) for name in names}
 
 
-def counts(rank: int, world_size: int, cases: dict[str, dict[str, Any]], vocabulary: int) -> dict[str, dict[str, int]]:
-    """The same for several configurations, one after the other, by name."""
-    found = {}
-    for name, settings in cases.items():
-        found[name] = count(rank, world_size, settings, vocabulary)
-        gc.collect()
-    return found
-
-
 def _watch(engine: Any, ledger: Ledger) -> None:
     """Has the ledger look wherever something is largest."""
     for module in engine.module.modules():

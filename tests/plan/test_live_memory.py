@@ -9,8 +9,8 @@ import pytest
 
 from megatron.config import Resources, resolve
 from megatron.plan import make_plan
-from tests.multi_rank import run_distributed
-from tests.plan.live import counts
+from tests.multi_rank import run_cases
+from tests.plan.live import count
 
 VOCABULARY = 512
 STATE, ACTIVATIONS = 0.1, 0.2
@@ -92,9 +92,8 @@ def held() -> dict[str, list[dict[str, int]]]:
     """What each rank of each case holds; the cases of one world size run in one world."""
     found: dict[str, list[dict[str, int]]] = {}
     for size in (1, 2):
-        cases = {name: settings for name, (world_size, settings) in CASES.items() if world_size == size}
-        ranks = run_distributed(counts, size, cases, VOCABULARY, timeout=300)
-        found |= {name: [rank[name] for rank in ranks] for name in cases}
+        cases = {name: (count, settings, VOCABULARY) for name, (ranks, settings) in CASES.items() if ranks == size}
+        found |= run_cases(cases, size, timeout=300)
     return found
 
 
