@@ -2,32 +2,31 @@
 
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-CODE = """
-from megatron.errors import RunError
+import torch.distributed as dist
+
 from megatron.distributed.init import init_distributed
-try:
-    init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
-except RunError as error:
-    print(error)
-"""
+from megatron.errors import RunError
+from tests.multi_rank import run_distributed
+
+
+def meet(rank: int, world_size: int, port: int) -> str:
+    """What the first of two processes says that are to meet at a port."""
+    import deepspeed.comm.comm
+
+    dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None  # as in a process that has met nobody
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
+    except RunError as error:
+        return str(error)
+    return ""
 
 
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        position = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = subprocess.run(
-            [sys.executable, "-c", CODE],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **position, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    assert f"rank 0: the ranks cannot meet at 127.0.0.1:{port}" in done.stdout, done.stderr
-    assert "set MASTER_PORT to a port that is free there" in done.stdout
+        (reported,) = run_distributed(meet, 1, port)
+    assert f"rank 0: the ranks cannot meet at 127.0.0.1:{port}" in reported
+    assert "set MASTER_PORT to a port that is free there" in reported
