@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -45,13 +45,16 @@ class Tasks:
         manager, found = _find(names, include_path)
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():  # some tasks shuffle choices as they load
             try:
-                self._loaded = manager.load(found)
+                self._loaded = manager.load(_once(manager, found))
             except (OSError, ValueError) as error:  # data sets raise their own kinds of both
+                shared = str(error).startswith("Duplicate task")
                 raise RunError.of(
                     f"cannot load the tasks: {str(error).strip() or type(error).__name__}",
                     key="eval_tasks",
                     value=list(names),
-                    hint="evaluation is offline: only local files and what is in the Hugging Face cache are found; "
+                    hint="score the two in evaluations of their own"
+                    if shared
+                    else "evaluation is offline: only local files and what is in the Hugging Face cache are found; "
                     "set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 to fetch what is missing",
                 ) from error
         for name, task in self._loaded["tasks"].items():
@@ -115,6 +118,45 @@ def _find(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, 
         issue for name, matches in found.items() if not matches for issue in _unknown(manager, name).issues
     )
     return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
+
+
+def _once(manager: TaskManager, names: Sequence[str]) -> list[str]:
+    """The names without those whose tasks are all in a group that is named as well, as with wildcards; tags as their
+    tasks. lm-eval refuses a task that is asked for twice.
+    """
+    single = list(dict.fromkeys(each for name in names for each in _tagged(manager, name)))
+    held = {name: _tasks_of(manager, name) for name in single}
+    groups = sorted((name for name in single if name in manager.all_groups), key=lambda name: -len(held[name]))
+    chosen: list[str] = []
+    for name in groups:
+        if not any(held[name] <= held[other] for other in chosen):
+            chosen.append(name)
+    inside = {task for name in chosen for task in held[name]}
+    return [name for name in single if name in chosen or (name not in groups and not held[name] <= inside)]
+
+
+def _tagged(manager: TaskManager, name: str) -> list[str]:
+    """The tasks of a tag; of anything else its name."""
+    if name not in manager.all_tags:
+        return [name]
+    return sorted(task for task in manager.all_subtasks if name in manager._index[task].tags)
+
+
+def _tasks_of(manager: TaskManager, child: str | Mapping[str, Any]) -> set[str]:
+    """Names of the tasks of a task, a tag or a group, or of what a group lists.
+
+    Args:
+        manager: Knows all names.
+        child: A name, or a task or a group as a task file writes it.
+    """
+    if isinstance(child, str):
+        if child not in manager.all_groups:
+            return set(_tagged(manager, child))
+        child = manager._index[child].cfg or {}
+    listed = child.get("task")
+    if isinstance(listed, list):
+        return {task for each in listed for task in _tasks_of(manager, each)}
+    return _tasks_of(manager, listed) if isinstance(listed, str) else set()
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:
