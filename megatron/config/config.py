@@ -36,6 +36,7 @@ from megatron.config.schema.schedule import ScheduleSection
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.schema.training import TrainingSection
 from megatron.config.schema.transformer_engine import TransformerEngineSection
+from megatron.config.secrets import SECRETS, text_without_secrets
 from megatron.config.type_names import type_name, value_type_name
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.registry import nearest_name
@@ -135,6 +136,14 @@ class Config:
                 issues += issues_of(error, section)
         ConfigError.raise_any(issues)
         return cls(**sections)  # type: ignore[arg-type]
+
+    def without_secrets(self) -> Config:
+        """Returns the configuration as it is stored and shown: secrets are null, in the texts of its files too."""
+        files = self.checkpoint.config_files or {}
+        shown = {name: text_without_secrets(text) for name, text in files.items()}
+        if shown == files and all(getattr(self, FIELDS[name].section).model_dump()[name] is None for name in SECRETS):
+            return self
+        return self.replace(**dict.fromkeys(SECRETS), config_files=shown or None)
 
     def flat(self) -> dict[str, Any]:
         """Returns every key and its value, in the order of FIELDS."""

@@ -386,7 +386,7 @@ def results_record(config: Config, results: dict[str, Any]) -> dict[str, Any]:
     record = {name: value for name, value in results.items() if name not in ("samples", "configs")}
     record["config"] = {
         "model": "neox",
-        "model_args": config.flat(),
+        "model_args": config.without_secrets().flat(),
         "batch_size": batch_size(config),
         "device": str(device()),
         "use_cache": None,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.config import Config, serialize
+from megatron.config import Config
 from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launcher import restart
 from megatron.launcher.arguments import USAGE, LaunchRequest, read_request, wants_help
@@ -114,12 +114,11 @@ def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcom
     local = is_local_launch(machines, launcher, force=force_multi_host(config))
     rendezvous = _rendezvous_for(resolved, caller, local=local)
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
-    sources = config.checkpoint.config_files or {}
     network = None if local else Network.open()
     if network is not None:
         remote = rendezvous.master_addr or (next(iter(machines.hosts)) if machines.named else None)
         rendezvous = replace(rendezvous, supervisor=network.address(own_address(remote)))
-    prepare_run_directory(folder, serialize.to_json(config), sources, ["deepy.py", *request.arguments])
+    prepare_run_directory(folder, config, ["deepy.py", *request.arguments])
     command = build_command(request, resolved, folder, rendezvous, caller)
     if command.hostfile is not None:
         (folder / HOSTFILE).write_text(command.hostfile, encoding="utf-8")

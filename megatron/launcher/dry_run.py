@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron.config import Resolution
 from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.secrets import REDACTED, SECRETS
 from megatron.launcher.commands.local import Command
 from megatron.launcher.resolve import Resolved
 from megatron.plan import make_plan
 
-SECRETS = frozenset(("serve_key",))
 HIDDEN = frozenset(("config_files", "user_script"))
 MAX_WIDTH = 80
 SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
@@ -36,7 +36,7 @@ def as_json(resolved: Resolved, command: Command) -> str:
 
 def redact_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables, without values that may be secrets."""
-    return {name: "(redacted)" if SECRET.search(name) else value for name, value in environment.items()}
+    return {name: REDACTED if SECRET.search(name) else value for name, value in environment.items()}
 
 
 def as_text(resolved: Resolved) -> str:
@@ -59,7 +59,7 @@ def values_as_text(resolution: Resolution) -> str:
 
 
 def _redact(key: str, value: Any) -> Any:
-    return "(redacted)" if key in SECRETS and value is not None else value
+    return REDACTED if key in SECRETS and value is not None else value
 
 
 def _format_value(value: Any) -> str:

@@ -18,12 +18,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron.atomic import write_atomic
+from megatron.config import Config, serialize
+from megatron.config.secrets import arguments_without_secrets
 from megatron.errors import RunError
 
 CONFIG_FILE = "config.json"
@@ -51,27 +53,29 @@ def choose_run_directory(log_dir: str | None, save: str | None, files: Sequence[
     return folder.absolute()
 
 
-def prepare_run_directory(folder: Path, config_text: str, sources: Mapping[str, str], arguments: Sequence[str]) -> Path:
+def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[str]) -> Path:
     """Writes configuration, sources and the launch record; returns the path of the configuration file.
 
     Raises RunError when the folder cannot be written.
 
     Args:
         folder: the run directory.
-        config_text: the resolved configuration as JSON.
-        sources: file name -> text.
+        settings: the resolved configuration; where it holds a secret, only this user may read its file.
         arguments: the command line.
     """
+    config_text, shown = serialize.to_json(settings), settings.without_secrets()
     try:
         (folder / "sources").mkdir(parents=True, exist_ok=True)
-        for name, text in sources.items():
+        for name, text in (shown.checkpoint.config_files or {}).items():
             (folder / "sources" / name).write_text(text, encoding="utf-8")
         config = folder / CONFIG_FILE
         if config.exists() and config.read_text(encoding="utf-8") != config_text:
             config.rename(_free_path(folder))
         write_atomic(config, config_text)
+        if shown != settings:
+            config.chmod(0o600)
         with (folder / "launches.jsonl").open("a", encoding="utf-8") as launches:
-            launches.write(json.dumps(_launch_record(arguments)) + "\n")
+            launches.write(json.dumps(_launch_record(arguments_without_secrets(arguments))) + "\n")
     except OSError as error:
         raise RunError.of(
             f"the run directory cannot be written: {error.strerror}",

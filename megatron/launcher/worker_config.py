@@ -91,5 +91,5 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
     if Ranks.from_environment().rank == 0:
         for line in resolution.warnings:
             print(f"warning: {line}", file=sys.stderr)
-        prepare_run_directory(folder, serialize.to_json(config), config.checkpoint.config_files or {}, sys.argv)
+        prepare_run_directory(folder, config, sys.argv)
     return config

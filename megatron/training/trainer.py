@@ -121,8 +121,9 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     )
     counters = restore(checkpoint, engine) if checkpoint else Counters()
     state = RunState.from_counters(counters)
+    settings = config.without_secrets().flat()
     reporter = build_reporter(
-        config.observe, topology.rank, start_iteration=state.iteration, settings=config.flat(), hosts=hosts
+        config.observe, topology.rank, start_iteration=state.iteration, settings=settings, hosts=hosts
     )
     try:
         schedule = _train_schedule(config, topology, vocabulary, reporter)

@@ -196,59 +196,6 @@ def test_limit_fewshot_and_wildcards(engine, folder):
     assert "small_choice" in table and "|Value" in table.replace(" ", "")
 
 
-GROUPS = """
-group: small_all
-task:
-  - small_pair
-  - task: small_rolling
-  - group: small_inner
-    task: [small_one]
-aggregate_metric_list:
-  - metric: acc
-"""
-
-
-@pytest.fixture(scope="module")
-def groups(folder, tmp_path_factory):
-    """small_all holds the group small_pair, which holds two tasks, and the tag small_tag has one of these."""
-    path = tmp_path_factory.mktemp("groups")
-    data = folder / "documents.jsonl"
-    (path / "all.yaml").write_text(GROUPS)
-    (path / "pair.yaml").write_text("group: small_pair\ntask: [small_choice, small_writing]\n")
-    (path / "other.yaml").write_text("group: other_pair\ntask: [small_choice, small_one]\n")
-    (path / "choice.yaml").write_text(CHOICE.format(data=data) + "tag: small_tag\n")
-    (path / "one.yaml").write_text(CHOICE.format(data=data).replace("small_choice", "small_one"))
-    (path / "free.yaml").write_text(CHOICE.format(data=data).replace("small_choice", "small_free") + "tag: small_tag\n")
-    (path / "writing.yaml").write_text(WRITING.format(data=data))
-    (path / "rolling.yaml").write_text(ROLLING.format(data=data))
-    return path
-
-
-ALL = {"small_choice", "small_writing", "small_rolling", "small_one"}
-
-
-@pytest.mark.parametrize(
-    ("names", "tasks", "kinds"),
-    [
-        (["small_*"], ALL | {"small_free"}, {"small_all", "small_pair", "small_all::small_inner"}),
-        (["small_choice", "small_pair"], {"small_choice", "small_writing"}, {"small_pair"}),
-        (["small_pair", "small_all"], ALL, {"small_all", "small_pair", "small_all::small_inner"}),
-        (["small_tag", "small_pair"], {"small_choice", "small_writing", "small_free"}, {"small_pair"}),
-        (["small_tag", "small_free"], {"small_choice", "small_free"}, set()),
-        (["small_choice", "small_choice"], {"small_choice"}, set()),
-    ],
-)
-def test_a_task_that_is_named_alone_and_in_a_group_is_scored_once(groups, names, tasks, kinds):
-    loaded = Tasks(names, str(groups))._loaded
-    assert set(loaded["tasks"]) == tasks and set(loaded["groups"]) == kinds
-
-
-def test_groups_that_share_a_task_are_reported_without_talk_of_the_network(groups):
-    with pytest.raises(RunError, match=r"small_choice.*in evaluations of their own") as caught:
-        Tasks(["small_pair", "other_pair"], str(groups))
-    assert "offline" not in str(caught.value)
-
-
 def test_built_requests_are_retained_for_the_next_run(engine, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
 

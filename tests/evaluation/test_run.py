@@ -33,6 +33,8 @@ def test_the_record_says_how_the_scores_came_about():
     assert record["config"]["batch_size"] == 8 and record["config"]["limit"] == 3
     assert record["config"]["model_args"]["hidden_size"] == 32
     assert "git_hash" in record
+    secret = runner.results_record(config.replace(serve_key="hunter2"), results)
+    assert "hunter2" not in json.dumps(secret) and secret["config"]["model_args"]["serve_key"] is None
 
 
 def test_what_is_no_number_is_null_in_the_file(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import serialize
+from megatron.config import Config, serialize
 from megatron.errors import RunError
 from megatron.launcher.arguments import read_request
 from megatron.launcher.cli import build_command, find_rendezvous
@@ -34,12 +34,13 @@ def test_other_scripts_do_not_overwrite_what_trained() -> None:
 
 def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = prepare_run_directory(folder, "{}\n", {"a.yml": "train_iters: 1\n"}, ["deepy.py", "train.py", "a.yml"])
-    assert config.read_text() == "{}\n"
+    given = Config.from_flat({"train_iters": 1, "config_files": {"a.yml": "train_iters: 1\n"}})
+    config = prepare_run_directory(folder, given, ["deepy.py", "train.py", "a.yml"])
+    assert config.read_text() == serialize.to_json(given)
     assert (folder / "sources/a.yml").read_text() == "train_iters: 1\n"
-    prepare_run_directory(folder, "{}\n", {}, ["again"])
-    prepare_run_directory(folder, '{"changed": 1}\n', {}, ["once more"])
-    assert config.read_text() == '{"changed": 1}\n'
+    prepare_run_directory(folder, given, ["again"])
+    prepare_run_directory(folder, given.replace(train_iters=2), ["once more"])
+    assert serialize.read(config).training.train_iters == 2
     assert [path.name for path in folder.glob("config.*.json")] == ["config.1.json"]
     launches = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
     assert [launch["command"] for launch in launches] == [["deepy.py", "train.py", "a.yml"], ["again"], ["once more"]]
@@ -47,10 +48,27 @@ def test_what_it_keeps_and_that_a_restart_appends(tmp_path: Path) -> None:
     assert launches[0]["python"].startswith("3.")
 
 
+def test_a_secret_is_in_the_file_of_the_workers_alone(tmp_path: Path) -> None:
+    files = {
+        "a.yml": 'x: 1\nserve_key: "hunter2"  # for us\n',
+        "b.json": '{"serve-key": "hunter2", "train_iters": 1}\n',
+    }
+    given = Config.from_flat({"serve_key": "hunter2", "config_files": files})
+    flags = ["--serve-key", "hunter2", "--train-iters", "1", "--serve_key=hunter2"]
+    config = prepare_run_directory(tmp_path, given, flags)
+    holders = [path.name for path in tmp_path.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
+    assert holders == ["config.json"] and config.stat().st_mode & 0o077 == 0
+    assert serialize.read(config).generation.serve_key == "hunter2"
+    (launch,) = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
+    assert launch["command"] == ["--serve-key", "(redacted)", "--train-iters", "1", "--serve_key=(redacted)"]
+    assert (tmp_path / "sources/a.yml").read_text() == "x: 1\nserve_key: null  # for us\n"
+    assert json.loads((tmp_path / "sources/b.json").read_text()) == {"serve-key": None, "train_iters": 1}
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="the run directory cannot be written"):
-        prepare_run_directory(tmp_path / "file" / "run", "{}", {}, [])
+        prepare_run_directory(tmp_path / "file" / "run", Config.from_flat({}), [])
 
 
 def test_the_revision_of_a_folder_outside_any_checkout(tmp_path: Path) -> None:
@@ -76,7 +94,7 @@ def test_workers_read_a_file_or_text_where_no_file_system_is_shared(tmp_path: Pa
 
 
 def test_the_revision_of_a_checkout_is_retained(tmp_path: Path) -> None:
-    prepare_run_directory(tmp_path, "{}", {}, [])
+    prepare_run_directory(tmp_path, Config.from_flat({}), [])
     launch = json.loads((tmp_path / "launches.jsonl").read_text())
     assert launch["git"] == git_revision(Path(__file__).parent)
     assert launch["packages"].keys() >= {"torch", "deepspeed", "pydantic"}

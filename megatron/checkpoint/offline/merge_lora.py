@@ -107,7 +107,7 @@ def merge(
             partial, plain.table, plain.full_tensor, summed=plain.model.gpt_j_residual, facts=facts, **sizes
         )
         config = describe(directory, config_files).replace(lora=None, config_files=None)
-        written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config)))
+        written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config.without_secrets())))
         publish(partial, final, written)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -221,8 +221,9 @@ def take_snapshot(
             snapshot.tensors[layout.ANSWERS] = lambda: said
     if topology.rank == 0:
         snapshot.texts[layout.RUN] = json.dumps(_run_facts(config, engine, counters, inputs), indent=1)
-        snapshot.texts[layout.RESOLVED] = serialize.to_json(config)
-        for name, text in (config.checkpoint.config_files or {}).items():
+        stored = config.without_secrets()
+        snapshot.texts[layout.RESOLVED] = serialize.to_json(stored)
+        for name, text in (stored.checkpoint.config_files or {}).items():
             snapshot.texts[f"{layout.CONFIGS}/{Path(name).name}"] = str(text)
     return snapshot
 
