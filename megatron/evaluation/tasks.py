@@ -166,6 +166,9 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
 
 
 def _unknown(manager: TaskManager, name: str) -> ConfigError:
+    if "," in name:
+        hint = "give several names as several words, or as a list in the configuration"
+        return ConfigError.of("lm-eval has no task of this name", key="eval_tasks", value=name, hint=hint)
     close = difflib.get_close_matches(name, manager.all_tasks, n=1)
     hint = f"did you mean {close[0]}?" if close else "eval_include_path names a folder of tasks of your own"
     return ConfigError.of("lm-eval has no task of this name", key="eval_tasks", value=name, hint=hint)

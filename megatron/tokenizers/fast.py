@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -242,9 +243,22 @@ def parse(content: str, location: str | None) -> FastTokenizer:
     try:
         return FastTokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError.of(
-            f"this is not a tokenizer.json ({error})",
-            key="vocab_file",
-            value=location,
-            hint="give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote",
-        ) from error
+        what, hint = _unreadable(content, error)
+        raise ConfigError.of(what, key="vocab_file", value=location, hint=hint) from error
+
+
+def _unreadable(content: str, error: Exception) -> tuple[str, str]:
+    """What is wrong with the text of a tokenizer.json, and the hint.
+
+    Args:
+        content: The text.
+        error: The library's own.
+    """
+    if content.startswith("version https://git-lfs"):
+        return "this is a pointer of git-lfs and not the file itself", "git lfs pull, or fetch the file again"
+    if "did not match any variant" in str(error) and isinstance(json.loads(content).get("model"), dict):
+        version = metadata.version("tokenizers")
+        what = f"tokenizers {version} does not know a part of this file ({error})"
+        return what, "a newer release may have written it: pip install -U tokenizers"
+    hint = "give the tokenizer.json that tools/train_tokenizer.py or the tokenizers library wrote"
+    return f"this is not a tokenizer.json ({error})", hint

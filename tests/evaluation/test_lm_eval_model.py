@@ -336,6 +336,8 @@ def test_an_unknown_task_is_the_users_issue(folder, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean small_choice") as error:
         Tasks(["small_chioce", "small_writing"], str(folder))
     assert [issue.value for issue in error.value.issues] == ["small_chioce"]
+    with pytest.raises(ConfigError, match="several names as several words"):
+        Tasks(["small_choice,small_writing"], str(folder))
 
 
 def test_a_missing_folder_is_the_users_issue(tmp_path):

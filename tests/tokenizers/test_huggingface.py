@@ -116,7 +116,16 @@ def test_a_normaliser_is_reported(tmp_path):
     [
         (None, "cannot read"),
         (b"{", "not a tokenizer.json"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "pointer of git-lfs and not the file itself; git lfs pull",
+        ),
+        (
+            b'{"version": "1.0", "added_tokens": [], "model": {"type": "New"}}',
+            "a newer release may have written it: pip install -U tokenizers",
+        ),
         (b'{"model": 3}', "not a tokenizer.json"),
+        (b'{"model": 3, "type": 4}', "not a tokenizer.json"),  # a vocab.json that has these words
         (b"\xff\xfe", "UTF-8"),
         (plain(("<pad>",)).to_str().encode(), "<|endoftext|>"),
     ],
@@ -128,7 +137,7 @@ def test_unusable_files_are_refused(tmp_path, content, reported):
     with pytest.raises(ConfigError) as caught:
         make_tokenizer("HFTokenizer", vocab_file=str(path))
     (issue,) = caught.value.issues
-    assert reported in issue.message
+    assert reported in f"{issue.message}; {issue.hint}"
     assert issue.key == "vocab_file"
     assert issue.hint
 

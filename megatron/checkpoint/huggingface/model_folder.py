@@ -65,6 +65,9 @@ class Folder:
                     location=str(path),
                     hint="load both with peft, call merge_and_unload() and save_pretrained, and give that folder",
                 )
+            if (path / CONFIG).is_file() and any(path.glob("model-*-of-*.safetensors")):
+                what = f"the weights are in several files, and {INDEX}, which lists them, is missing"
+                raise ConfigError.of(what, location=str(path), hint=f"{FETCH} into this folder")
             raise ConfigError.of(
                 f"it holds no {CONFIG} with {SINGLE}, {INDEX}, {OLD_SINGLE} or {OLD_INDEX}",
                 location=str(path),

@@ -107,6 +107,14 @@ def test_names_of_a_wrapper_are_reported(prefix: str, tmp_path: Path) -> None:
         adopt(Folder.open(tmp_path), tmp_path / "ours")
 
 
+def test_files_without_their_index_are_reported(tmp_path: Path) -> None:
+    _sharded(tmp_path)[0].parent.joinpath("model.safetensors.index.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors\.index\.json, which lists them, is missing; fetch the file"
+    ):
+        Folder.open(tmp_path)
+
+
 def test_an_adapter_alone_is_reported(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
