@@ -15,7 +15,7 @@ def meet(rank: int, world_size: int, port: int) -> str:
     import deepspeed.comm.comm
 
     dist.destroy_process_group()
-    deepspeed.comm.comm.cdb = None  # as in a process that has met nobody
+    deepspeed.comm.comm.cdb = None  # as in a process that has met no other
     os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1, timeout_seconds=5)
