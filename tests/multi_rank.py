@@ -36,6 +36,7 @@ from megatron.ranks import free_port
 
 BUILD_SECONDS = 900  # a loaded machine compiles for minutes
 PRELOADED = [
+    "tests.cpu_info",
     "torch",
     "torch._dynamo",
     "torch._inductor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
     "tensor 2, accumulation 2": (2, {"model_parallel_size": 2, "gradient_accumulation_steps": 2}),
 }
+SHORT: dict[str, Any] = {"train_iters": 9, "eval_interval": 4}
+SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor 2, pipeline 2, ZeRO 1": (
+        4,
+        {"model_parallel_size": 2, "pipe_parallel_size": 2, "zero_optimization": ZERO},
+    ),
+    "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
+}
 OTHER_LAYOUTS = {
     "one process": (1, {}),
     "tensor 2": (2, {"model_parallel_size": 2}),
@@ -28,40 +37,58 @@ OTHER_LAYOUTS = {
 }
 
 
+def in_folder(folder: Path) -> dict[str, Any]:
+    """Saves there when it ends, and goes on from there."""
+    return {"save": str(folder / "save"), "load": str(folder / "save"), "checkpoint_factor": 100}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_resumes_change_nothing(layout: str, dataset: str, tmp_path: Path) -> None:
     world_size, settings = LAYOUTS[layout]
-    full = run(world_size, tmp_path / "whole", data_path=dataset, **settings)
-    save = str(tmp_path / "save")
-    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100, **settings}
-    run(world_size, tmp_path / "parts", exit_interval=7, **parts)
-    run(world_size, tmp_path / "parts", exit_interval=14, **parts)
+    full = run(world_size, tmp_path / "whole", data_path=dataset, **SHORT, **settings)
+    parts = {"data_path": dataset, **in_folder(tmp_path), **SHORT, **settings}
+    run(world_size, tmp_path / "parts", exit_interval=3, **parts)
+    run(world_size, tmp_path / "parts", exit_interval=6, **parts)
     resumed = run(world_size, tmp_path / "parts", **parts)
     for name in EXACT:
         assert series(resumed, name) == series(full, name), name
-    assert len(series(resumed, "train/lm_loss")) == 20
+    assert len(series(resumed, "train/lm_loss")) == 9
+
+
+@pytest.fixture(scope="module")
+def full(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The records of one process that was not disturbed."""
+    return run(1, tmp_path_factory.mktemp("whole"), data_path=dataset, **SHORT)
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request: pytest.FixtureRequest, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that stopped after step 4, in one layout; to be copied."""
+    folder = tmp_path_factory.mktemp("source")
+    world_size, settings = SOURCES[request.param]
+    run(world_size, folder / "parts", data_path=dataset, exit_interval=4, **in_folder(folder), **SHORT, **settings)
+    return folder
 
 
 @pytest.mark.parametrize("target", OTHER_LAYOUTS)
-@pytest.mark.parametrize("source", ["tensor 2, pipeline 2, ZeRO 1", "data 2, ZeRO 3"])
-def test_any_layout_continues_any_other(source: str, target: str, dataset: str, tmp_path: Path) -> None:
-    """Saved in one layout at step 10, continued in another: the losses of the undisturbed run to 1e-5."""
-    layouts: dict[str, tuple[int, dict[str, Any]]] = {
-        "tensor 2, pipeline 2, ZeRO 1": (
-            4,
-            {"model_parallel_size": 2, "pipe_parallel_size": 2, "zero_optimization": ZERO},
-        ),
-        "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-    }
-    full = run(1, tmp_path / "whole", data_path=dataset)
-    save = str(tmp_path / "save")
-    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100}
-    world_size, settings = layouts[source]
-    run(world_size, tmp_path / "parts", exit_interval=10, **parts, **settings)
+def test_any_layout_continues_any_other(
+    source: Path, target: str, dataset: str, full: list[dict[str, float]], tmp_path: Path
+) -> None:
+    """Saved in one layout at step 4, continued in another: the losses of the undisturbed run to 1e-5."""
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     world_size, settings = OTHER_LAYOUTS[target]
-    continued = run(world_size, tmp_path / "parts", **parts, **settings)
+    parts = {"data_path": dataset, **in_folder(tmp_path), **SHORT, **settings}
+    continued = run(world_size, tmp_path / "parts", **parts)
     assert series(continued, "train/lm_loss") == pytest.approx(series(full, "train/lm_loss"), rel=1e-5)
     assert series(continued, "train/grad_norm") == pytest.approx(series(full, "train/grad_norm"), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def two_steps(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run of two steps; to be loaded from."""
+    folder = tmp_path_factory.mktemp("two")
+    run(1, folder, data_path=dataset, save=str(folder / "save"), checkpoint_factor=2, train_iters=2)
+    return folder / "save"
 
 
 def test_load_that_points_nowhere_is_refused(dataset: str, tmp_path: Path) -> None:
@@ -69,26 +96,22 @@ def test_load_that_points_nowhere_is_refused(dataset: str, tmp_path: Path) -> No
         run(1, tmp_path, data_path=dataset, load=str(tmp_path / "nothing"))
 
 
-def test_an_iteration_that_was_not_saved_is_refused(dataset: str, tmp_path: Path) -> None:
-    save = str(tmp_path / "save")
-    run(1, tmp_path, data_path=dataset, save=save, checkpoint_factor=2, train_iters=2)
+def test_an_iteration_that_was_not_saved_is_refused(two_steps: Path, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match=r"no such checkpoint.*choose one with --iteration: 2"):
-        run(1, tmp_path, data_path=dataset, load=save, iteration=3)
+        run(1, tmp_path, data_path=dataset, load=str(two_steps), iteration=3)
 
 
-def test_a_checkpoint_of_another_shape_is_refused(dataset: str, tmp_path: Path) -> None:
-    save = str(tmp_path / "save")
-    run(1, tmp_path, data_path=dataset, save=save, checkpoint_factor=2, train_iters=2)
+def test_a_checkpoint_of_another_shape_is_refused(two_steps: Path, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(
         RankFailedError, match=r"tensor 0\.word_embeddings\.weight has shape \[512, 64\], the model's is"
     ):
-        run(1, tmp_path, data_path=dataset, load=save, hidden_size=32, override_lr_scheduler=True)
+        run(1, tmp_path, data_path=dataset, load=str(two_steps), hidden_size=32, override_lr_scheduler=True)
 
 
 def test_finetune_takes_the_weights_and_starts_counting_anew(dataset: str, tmp_path: Path) -> None:
     save = str(tmp_path / "save")
     first = run(1, tmp_path / "first", data_path=dataset, save=save, checkpoint_factor=20)
-    tuned = run(1, tmp_path / "tuned", data_path=dataset, load=save, finetune=True)
+    tuned = run(1, tmp_path / "tuned", data_path=dataset, load=save, finetune=True, eval_iters=0)
     assert [record["iteration"] for record in tuned if "train/lm_loss" in record] == list(range(1, 21))
     assert series(tuned, "train/lm_loss")[0] < series(first, "train/lm_loss")[0] - 1.0
 
@@ -102,11 +125,20 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def three_steps(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that stopped after step 3; to be copied."""
+    folder = tmp_path_factory.mktemp("three")
+    run(1, folder / "parts", exit_interval=3, data_path=dataset, **in_folder(folder))
+    return folder
+
+
 @pytest.mark.parametrize("key", CHANGES)
-def test_a_resume_that_would_read_other_samples_is_refused(key: str, dataset: str, tmp_path: Path) -> None:
-    save = str(tmp_path / "save")
-    parts = {"data_path": dataset, "save": save, "load": save, "checkpoint_factor": 100}
-    run(1, tmp_path / "parts", exit_interval=3, **parts)
+def test_a_resume_that_would_read_other_samples_is_refused(
+    key: str, three_steps: Path, dataset: str, tmp_path: Path
+) -> None:
+    shutil.copytree(three_steps, tmp_path, dirs_exist_ok=True)
+    parts = {"data_path": dataset, **in_folder(tmp_path)}
     with pytest.raises(RankFailedError, match=rf"{key}.*override_data_order"):
         run(1, tmp_path / "parts", **{**parts, **CHANGES[key]})
     on = run(1, tmp_path / "parts", exit_interval=4, override_data_order=True, **{**parts, **CHANGES[key]})
@@ -129,13 +161,11 @@ def test_a_smaller_batch_from_here_on_does_not_run_out_of_samples(dataset: str, 
     assert series(on, "iteration")[-1] == 8
 
 
-def test_data_that_moved_are_the_same_data(dataset: str, tmp_path: Path) -> None:
-    save = str(tmp_path / "save")
-    parts = {"save": save, "load": save, "checkpoint_factor": 100}
-    run(1, tmp_path / "parts", exit_interval=3, data_path=dataset, **parts)
+def test_data_that_moved_are_the_same_data(three_steps: Path, dataset: str, tmp_path: Path) -> None:
+    shutil.copytree(three_steps, tmp_path, dirs_exist_ok=True)
     for suffix in (".bin", ".idx"):
         (tmp_path / f"moved{suffix}").write_bytes(Path(f"{dataset}{suffix}").read_bytes())
-    on = run(1, tmp_path / "parts", exit_interval=4, data_path=str(tmp_path / "moved"), **parts)
+    on = run(1, tmp_path / "parts", exit_interval=4, data_path=str(tmp_path / "moved"), **in_folder(tmp_path))
     assert series(on, "iteration")[-1] == 4
 
 
@@ -161,11 +191,9 @@ def test_a_run_of_no_steps_saves_the_untrained_model(dataset: str, tmp_path: Pat
     assert (save / "latest").read_text() == "global_step0"
 
 
-def test_one_checkpoint_is_not_the_folder_of_a_run(dataset: str, tmp_path: Path) -> None:
-    save = tmp_path / "save"
-    run(1, tmp_path, data_path=dataset, save=str(save), checkpoint_factor=2, train_iters=2)
+def test_one_checkpoint_is_not_the_folder_of_a_run(two_steps: Path, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match=r"this is one checkpoint.*set load: \S*/save and iteration: 2"):
-        run(1, tmp_path, data_path=dataset, load=str(save / "global_step2"))
+        run(1, tmp_path, data_path=dataset, load=str(two_steps / "global_step2"))
 
 
 def test_the_first_part_starts_where_load_is_the_save_folder_by_another_name(
