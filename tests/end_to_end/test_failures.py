@@ -1,80 +1,24 @@
-"""Ranks that die, hang or fail end the run in time, and the message names the rank and its stack."""
+"""Ranks that hang or fail end the run in time, and the message names the rank and its stack; a killed run goes on."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron.data.dataset.loader import BatchLoader
 from megatron.metrics.sinks.jsonl import read_metrics
+from tests.end_to_end.launches import LIMIT, Run
 from tests.end_to_end.runs import BASE, run_rank, series
 from tests.end_to_end.runs import run as train_alone
 from tests.multi_rank import RankFailedError, run_distributed
-
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 8.0  # [s] collective_timeout
-SETTINGS: dict[str, Any] = {**BASE, "train_iters": 100000, "collective_timeout": LIMIT, "num_gpus": 2}
-
-
-class Run:
-    """A launch through deepy.py in a folder of its own."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any], script: str = "train.py") -> None:
-        self.folder, self.script = folder, script
-        (folder / "run.json").write_text(json.dumps({**SETTINGS, "log_dir": "logs", **settings}))
-        command = [sys.executable, str(ROOT / "deepy.py"), script, "run.json"]
-        with (folder / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-
-    def reach(self, iteration: int) -> None:
-        """Waits until that many iterations were logged."""
-        metrics = self.folder / "logs" / "metrics.jsonl"
-        self.wait(lambda: metrics.exists() and any(each["iteration"] >= iteration for each in read_metrics(metrics)))
-
-    def wait(self, reached: Callable[[], bool]) -> None:
-        """Waits until something is so, while the run goes on."""
-        deadline = time.monotonic() + 120
-        while not reached():
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.1)
-
-    def worker(self, rank: int) -> psutil.Process:
-        """The process of a rank: the one whose environment says so and that runs the script itself."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            command = child.cmdline()
-            works = (
-                self.script in " ".join(command) and "megatron.launcher.rank_agent" not in command and "-u" in command
-            )
-            if works and child.environ().get("RANK") == str(rank):
-                return child
-        raise AssertionError(f"no worker of rank {rank}")
-
-    def end(self, seconds: float) -> int:
-        """The exit code, which must come within that time, with no process left."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        code = self.process.wait(seconds)
-        _, left = psutil.wait_procs(family, timeout=5)
-        assert not left, left
-        return code
-
-    def said(self) -> str:
-        return (self.folder / "output.txt").read_text()
 
 
 def test_a_frozen_rank_is_named(dataset: str, tmp_path: Path) -> None:
@@ -104,14 +48,6 @@ def test_a_frozen_rank_of_a_model_that_writes_is_named(dataset: str, tmp_path: P
     assert "rank 1 (host " in said and "no heartbeat for" in said, said
     assert "a collective failed (asking the model)" in said, said
     assert (tmp_path / "logs" / "generate" / "failures" / "rank_0.json").exists()
-
-
-def test_a_killed_rank_ends_the_run_with_its_signal(dataset: str, tmp_path: Path) -> None:
-    run = Run(tmp_path, {"data_path": dataset, "pipe_parallel_size": 2})
-    run.reach(3)
-    run.worker(1).send_signal(signal.SIGKILL)
-    assert run.end(LIMIT) == 128 + signal.SIGKILL
-    assert "rank 1 failed first, with signal SIGKILL" in run.said()
 
 
 def hanging_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from megatron.checkpoint.format import layout
 from megatron.checkpoint.load import find
 from megatron.metrics.sinks.jsonl import read_metrics
 from tests.checkpoint.test_commit import tear
+from tests.end_to_end.launches import ROOT, launch
 from tests.end_to_end.runs import BASE, run, series
-from tests.end_to_end.test_crash import ROOT, launch
 
 pytestmark = pytest.mark.long
 
