@@ -107,7 +107,11 @@ def run_cases(cases: Mapping[Any, tuple[Any, ...]], world_size: int, timeout: fl
 def _call_each(rank: int, world_size: int, cases: dict[Any, tuple[Any, ...]]) -> dict[Any, Any]:
     results = {}
     for name, (function, *args) in cases.items():
-        results[name] = function(rank, world_size, *args)
+        try:
+            results[name] = function(rank, world_size, *args)
+        except Exception as error:
+            error.add_note(f"in the case {name}")
+            raise
         gc.collect()  # the next one starts with nothing of this one alive
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from megatron.config import Resources, resolve
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from megatron.metrics.sinks.jsonl import read_metrics
+from megatron.training import trainer
 from megatron.training.trainer import train
-from tests.multi_rank import run_distributed
+from tests.multi_rank import run_cases, run_distributed
 
 BASE: dict[str, Any] = {
     "num_layers": 4,
@@ -97,6 +99,24 @@ def run(
     values = {**BASE, "log_dir": str(log_dir), **settings}
     run_distributed(run_rank, world_size, values, timeout=timeout, backend=backend)
     return read_metrics(log_dir / "metrics.jsonl")
+
+
+def run_rank_of_many(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    """The same where further runs follow in the same world, whose process group therefore stays."""
+    trainer.shutdown = lambda: None
+    run_rank(rank, world_size, settings)
+
+
+def run_all(
+    world_size: int, folder: Path, cases: Mapping[Any, dict[str, Any]], *, timeout: float = 600
+) -> dict[Any, list[dict[str, float]]]:
+    """Trains every case, one after the other in one world, and returns the records of each by its name."""
+    values = {
+        name: {**BASE, "log_dir": str(folder / f"logs{number}"), **settings}
+        for number, (name, settings) in enumerate(cases.items())
+    }
+    run_cases({name: (run_rank_of_many, each) for name, each in values.items()}, world_size, timeout)
+    return {name: read_metrics(Path(each["log_dir"]) / "metrics.jsonl") for name, each in values.items()}
 
 
 def run_files_rank(rank: int, world_size: int, files: list[Path], settings: dict[str, Any]) -> None:

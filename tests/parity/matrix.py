@@ -14,12 +14,13 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.end_to_end.runs import make_documents, run, series
+from tests.end_to_end.runs import make_documents, run_all, series
 from tests.multi_rank import RankFailedError
 
 MOST_RANKS = 8
@@ -181,18 +182,29 @@ class Comparison:
             **{f"{split}_data_paths": [tokens] for split in ("train", "valid")},
             **{f"{split}_label_data_paths": [labels] for split in ("train", "valid")},
         }
-        self._single: dict[tuple[str, int], list[dict[str, float]]] = {}
+        self._found: dict[object, list[dict[str, float]]] = {}
+
+    def train_together(self, chosen: Iterable[tuple[Row, str]]) -> None:
+        """Trains rows with their models and what they are compared with; those of one number of ranks in one world."""
+        pairs = tuple(chosen)
+        runs = {(1, model, row.layers): (model, {"num_layers": row.layers}) for row, model in pairs}
+        runs |= {(row.ranks, model, row): (model, row.settings()) for row, model in pairs}
+        for ranks in sorted({key[0] for key in runs}):
+            self._train(ranks, {key: run for key, run in runs.items() if key[0] == ranks})
 
     def single(self, model: str, layers: int) -> list[dict[str, float]]:
         """The records of one process."""
-        key = (model, layers)
-        if key not in self._single:
-            self._single[key] = self._run(1, model, {"num_layers": layers})
-        return self._single[key]
+        key = (1, model, layers)
+        if key not in self._found:
+            self._train(1, {key: (model, {"num_layers": layers})})
+        return self._found[key]
 
     def of(self, row: Row, model: str, **more: Any) -> Tolerance:
         """What a layout differs by. RankFailedError if it cannot run."""
-        expected, got = self.single(model, row.layers), self._run(row.ranks, model, {**row.settings(), **more})
+        expected, key = self.single(model, row.layers), (row.ranks, model, row)
+        if key not in self._found or more:
+            self._train(row.ranks, {key: (model, {**row.settings(), **more})})
+        got = self._found.pop(key)
         losses = [
             relative(series(got, name), series(expected, name)) for name in ("train/lm_loss", "validation/lm_loss")
         ]
@@ -200,10 +212,14 @@ class Comparison:
         assert len(norms) == TINY["train_iters"]
         return Tolerance(max(losses), relative(norms[:1], expected_norms[:1]), relative(norms, expected_norms))
 
-    def _run(self, ranks: int, model: str, settings: dict[str, Any]) -> list[dict[str, float]]:
+    def _train(self, ranks: int, runs: Mapping[Any, tuple[str, dict[str, Any]]]) -> None:
+        """Trains models, one after the other in one world."""
+        cases = {
+            key: TINY | (self._labelled if model == LABELLED else self._data) | MODELS[model] | settings
+            for key, (model, settings) in runs.items()
+        }
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            data = self._labelled if model == LABELLED else self._data
-            return run(ranks, Path(folder), **TINY | data | MODELS[model] | settings)
+            self._found |= run_all(ranks, Path(folder), cases)
 
 
 def relative(values: list[float], expected: list[float]) -> float:
