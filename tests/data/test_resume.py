@@ -54,10 +54,21 @@ def result(folder, name):
     return {path.name.removeprefix(name): path.read_bytes() for path in Path(folder).glob(f"{name}*")}
 
 
+@pytest.fixture(scope="module")
+def at_one_go(tmp_path_factory, files):
+    """By whether sentences are split: what work without a stop reports, and its files."""
+    made = {}
+    for sentences in (None, Sentences()):
+        folder = tmp_path_factory.mktemp("once")
+        report = work(files, folder / "once", sentences=sentences)
+        made[sentences is not None] = report, result(folder, "once")
+    return made
+
+
 @pytest.mark.parametrize("sentences", [None, Sentences()])
 @pytest.mark.parametrize("stops", [[1], [3], [2, 2]])
-def test_the_same_bytes(tmp_path, files, stops, sentences):
-    once = work(files, tmp_path / "once", sentences=sentences)
+def test_the_same_bytes(tmp_path, files, at_one_go, stops, sentences):
+    once, expected = at_one_go[sentences is not None]
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
             work(files, tmp_path / "late", sentences=sentences, resume=True, report=stop_after(stop))
@@ -65,7 +76,7 @@ def test_the_same_bytes(tmp_path, files, stops, sentences):
     seen = []
     late = work(files, tmp_path / "late", sentences=sentences, resume=True, report=seen.append)
     assert late.content_bytes < once.content_bytes, "it must not do everything again"
-    assert result(tmp_path, "late") == result(tmp_path, "once")
+    assert result(tmp_path, "late") == expected
     assert late.skipped.counts == once.skipped.counts == {"not JSON": 16}
     listed = [json.loads(line) for line in Path(late.sidecar).read_text().splitlines()]
     assert [(Path(record["file"]).name, record["line"]) for record in listed] == [
@@ -73,15 +84,14 @@ def test_the_same_bytes(tmp_path, files, stops, sentences):
     ]
 
 
-def test_what_was_written_after_the_last_mark_is_cut_off(tmp_path, files):
-    work(files, tmp_path / "once")
+def test_what_was_written_after_the_last_mark_is_cut_off(tmp_path, files, at_one_go):
     with pytest.raises(KeyboardInterrupt):
         work(files, tmp_path / "late", resume=True, report=stop_after(2))
     for partial in tmp_path.glob("late*.partial"):
         with partial.open("ab") as file:
             file.write(b"half a block")
     work(files, tmp_path / "late", resume=True)
-    assert result(tmp_path, "late") == result(tmp_path, "once")
+    assert result(tmp_path, "late") == at_one_go[False][1]
 
 
 def test_another_task_is_not_gone_on_with(tmp_path, files):
@@ -93,18 +103,17 @@ def test_another_task_is_not_gone_on_with(tmp_path, files):
         work(files, tmp_path / "late", resume=True, sentences=Sentences())
 
 
-def test_without_the_request_it_starts_afresh(tmp_path, files):
-    once = work(files, tmp_path / "once")
+def test_without_the_request_it_starts_afresh(tmp_path, files, at_one_go):
+    once, _ = at_one_go[False]
     with pytest.raises(KeyboardInterrupt):
         work(files, tmp_path / "late", report=stop_after(2))
     assert work(files, tmp_path / "late").content_bytes == once.content_bytes
-    assert result(tmp_path, "late") == result(tmp_path, "once")
+    assert result(tmp_path, "late") == at_one_go[False][1]
 
 
-def test_nothing_to_resume_is_a_fresh_start(tmp_path, files):
-    work(files, tmp_path / "once")
+def test_nothing_to_resume_is_a_fresh_start(tmp_path, files, at_one_go):
     work(files, tmp_path / "late", resume=True)
-    assert result(tmp_path, "late") == result(tmp_path, "once")
+    assert result(tmp_path, "late") == at_one_go[False][1]
 
 
 def slow_work(prefix, *names):
@@ -116,9 +125,9 @@ def blocks_of(journal):
     return json.loads(journal.read_text())["counts"]["blocks"] if journal.exists() else 0
 
 
-def test_killed_for_good(tmp_path, files):
+def test_killed_for_good(tmp_path, files, at_one_go):
     """No code of the first attempt runs when it ends."""
-    once = work(files, tmp_path / "once")
+    once, _ = at_one_go[False]
     code = "import sys; from tests.data.test_resume import slow_work; slow_work(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(tmp_path / "late"), *(str(file.path) for file in files)]
     running = subprocess.Popen(command, cwd=ROOT)
@@ -132,4 +141,4 @@ def test_killed_for_good(tmp_path, files):
         running.wait()
     late = work(files, tmp_path / "late", resume=True)
     assert late.content_bytes < once.content_bytes
-    assert result(tmp_path, "late") == result(tmp_path, "once")
+    assert result(tmp_path, "late") == at_one_go[False][1]
