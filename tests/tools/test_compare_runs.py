@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron.metrics.fingerprint import Fingerprints, read_fingerprints
-from tests.end_to_end.runs import BASE, run_rank
-from tests.multi_rank import run_distributed
+from tests.end_to_end.runs import BASE, run_rank_of_many
+from tests.multi_rank import run_cases
 from tools.compare_runs import main
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -20,46 +20,50 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def disturbed(rank: int, world_size: int, settings: dict[str, Any], where: tuple[int, int] | None) -> None:
-    """A run in which one rank adds a little to the output of one block from the second pass on."""
-    if where is not None and where[0] == rank:
-        from megatron.model.block import TransformerBlock
+def disturbed(rank: int, world_size: int, settings: dict[str, Any], where: tuple[int, int, int] | None) -> None:
+    """A run in which one rank adds a little to the output of one block from the second iteration on.
 
-        forward, calls = TransformerBlock.forward, []
+    where: the rank, the block, and the passes of one iteration.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if where is not None and where[0] == rank:
+            from megatron.model.block import TransformerBlock
 
-        def wrong(self: TransformerBlock, *inputs: Any) -> torch.Tensor:
-            out = forward(self, *inputs)
-            if self.attention.number != where[1]:
-                return out
-            calls.append(None)
-            return out if len(calls) <= where[2] else out * 1.001
+            forward, calls = TransformerBlock.forward, []
 
-        TransformerBlock.forward = wrong
-    run_rank(rank, world_size, settings)
+            def wrong(self: TransformerBlock, *inputs: Any) -> torch.Tensor:
+                out = forward(self, *inputs)
+                if self.attention.number != where[1]:
+                    return out
+                calls.append(None)
+                return out if len(calls) <= where[2] else out * 1.001
+
+            patch.setattr(TransformerBlock, "forward", wrong)
+        run_rank_of_many(rank, world_size, settings)
 
 
-def train(folder: Path, data: str, where: tuple[int, ...] | None, **settings: Any) -> Path:
-    keys = {
-        **BASE,
-        "data_path": data,
-        "log_dir": str(folder),
-        "train_iters": 3,
-        "fingerprint_interval": 1,
-        "eval_iters": 0,
+PASSES = {"tensor": 1, "pipeline": 2, "ZeRO 3": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three runs of each layout: right, again the same, and wrong."""
+    folder = tmp_path_factory.mktemp("runs")
+    keys = {**BASE, "data_path": dataset, "train_iters": 3, "fingerprint_interval": 1, "eval_iters": 0}
+    cases = {
+        (layout, name): (disturbed, {**keys, **settings, "log_dir": str(folder / layout / name)}, where)
+        for layout, settings in LAYOUTS.items()
+        for name, where in {"right": None, "again": None, "wrong": (1, 2, PASSES[layout])}.items()
     }
-    run_distributed(disturbed, 2, {**keys, **settings}, where)
+    run_cases(cases, 2, timeout=300)
     return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_position_is_found(layout: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = LAYOUTS[layout]
-    right = train(tmp_path / "right", dataset, None, **settings)
-    again = train(tmp_path / "again", dataset, None, **settings)
+def test_the_position_is_found(layout: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right, again, wrong = (runs / layout / name for name in ("right", "again", "wrong"))
     assert main([str(right), str(again)]) == 0
     assert "fingerprints agree" in capsys.readouterr().out
-    passes = {"tensor": 1, "pipeline": 2, "ZeRO 3": 1}[layout]  # of one iteration
-    wrong = train(tmp_path / "wrong", dataset, (1, 2, passes), **settings)
     assert main([str(right), str(wrong)]) == 1
     reported = capsys.readouterr().out.splitlines()[0]
     assert reported.startswith("first difference: rank 1, iteration 2, micro batch 0, layer 4: activation with norm")
