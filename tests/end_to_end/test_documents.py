@@ -11,15 +11,16 @@ import pytest
 from megatron.data.indexed.reader import IndexedDataset
 from megatron.data.indexed.writer import DatasetWriter
 from tests.end_to_end.runs import make_documents, run, series
+from tests.layouts import pick
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
-    "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
-    "context 2": (2, {"context_parallel_size": 2}),
-    "data 2, ZeRO 3": (2, {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 3}}),
-    "accumulation 8": (1, {"gradient_accumulation_steps": 8}),
-    "recomputed": (1, {"checkpoint_activations": True}),
-}
+LAYOUTS = pick(
+    "pipeline 2, accumulation 4",
+    "tensor 2, sequence",
+    "context 2",
+    "data 2, ZeRO 3, accumulation 2",
+    "accumulation 8",
+    "recomputed",
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "rotary": {"reset_attention_mask": True, "reset_position_ids": True},
     "learned": {

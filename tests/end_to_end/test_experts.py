@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.runs import run, series
+from tests.layouts import pick
 
 EXPERTS: dict[str, Any] = {
     "moe_num_experts": 4,
@@ -27,24 +28,21 @@ EXPERTS: dict[str, Any] = {
     "eval_iters": 1,
 }
 SPREAD = {"moe_expert_parallel_size": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
-    "data 2": (2, {}),
-    "data 2, experts 2": (2, SPREAD),
-    "data 2, experts 2, ZeRO 1": (2, {**SPREAD, "zero_optimization": {"stage": 1}}),
-    "data 4, experts 2, ZeRO 2": (4, {**SPREAD, "zero_optimization": {"stage": 2}}),
-    "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-    "context 2, experts 2": (2, {**SPREAD, "context_parallel_size": 2}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "pipeline 2, data 2, experts 2": (4, {"pipe_parallel_size": 2, **SPREAD}),
-    "pipeline 2, data 2, experts 2, ZeRO 1": (
-        4,
-        {"pipe_parallel_size": 2, **SPREAD, "zero_optimization": {"stage": 1}},
-    ),
-    "tensor 2, data 2, experts 2": (4, {"model_parallel_size": 2, **SPREAD}),
-    "recompute": (1, {"checkpoint_activations": True}),
-}
+LAYOUTS = pick(
+    "tensor 2",
+    "tensor 2, sequence",
+    "data 2",
+    "data 2, experts 2",
+    "data 2, experts 2, ZeRO 1",
+    "data 4, experts 2, ZeRO 2",
+    "data 2, ZeRO 3",
+    "context 2, experts 2",
+    "pipeline 2",
+    "pipeline 2, data 2, experts 2",
+    "pipeline 2, data 2, experts 2, ZeRO 1",
+    "tensor 2, data 2, experts 2",
+    "recomputed",
+)
 NAMES = ("train/lm_loss", "validation/lm_loss", "train/moe_load_balance_loss", "train/moe_z_loss")
 
 

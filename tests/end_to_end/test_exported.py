@@ -26,17 +26,13 @@ from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.trainer import train_byte_level_bpe
 from tests.end_to_end.runs import BASE, run
+from tests.layouts import pick
 from tests.multi_rank import run_distributed
 from tools import convert_to_hf
 
 pytestmark = pytest.mark.long
 SEQUENCE, NEW, PROMPTS = 128, 24, 50
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "data 2": (2, {}),
-}
+LAYOUTS = pick("one process", "tensor 2", "pipeline 2", "data 2")
 MANNERS: dict[str, dict[str, Any]] = {
     "batch 1": {"generation_batch_size": 1},
     "batch 8": {"generation_batch_size": 8},

@@ -25,6 +25,7 @@ from megatron.inference.token_loop import Limits, RunningSequence, decode
 from megatron.registry import MLPS, ROUTERS, WITHOUT_ATTENTION
 from tests.contracts.shipped import CONFIGS
 from tests.end_to_end.runs import BASE, run, run_files, series
+from tests.layouts import pick
 
 SHORT: dict[str, Any] = {"train_iters": 4, "eval_interval": 4, "eval_iters": 1, "num_kv_heads": 4, "num_layers": 2}
 MIXTURE = {"moe_num_experts": 4, "moe_top_k": 2, "use_bias_in_mlp": False}
@@ -44,12 +45,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "moe, parallel residual": {**MIXTURE, "moe_router_type": "topk", "gpt_j_residual": True},
     "mamba and attention": {"attention_config": [[["mamba", "global"], "all"]], "norm": "layernorm"},
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "recompute": (1, {"checkpoint_activations": True}),
-    "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-}
+LAYOUTS = pick("tensor 2, sequence", "pipeline 2", "recomputed", "data 2, ZeRO 3")
 EXPORTED = {"dense": "llama", "mamba": "mamba"}
 
 

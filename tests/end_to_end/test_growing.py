@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.runs import run, series
+from tests.layouts import pick
 
 RAMP = {"train_micro_batch_size_per_gpu": 1, "rampup_batch_size": [2, 2, 20], "eval_iters": 1}
 CURRICULUM = {
@@ -22,11 +23,7 @@ CURRICULUM = {
 }
 SAMPLES = {"train_iters": None, "train_samples": 100, "lr_decay_samples": 80}
 GROWING: dict[str, Any] = {**RAMP, **CURRICULUM, **SAMPLES, "eval_interval": 5}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "ZeRO 2": (2, {"zero_optimization": {"stage": 2}}),
-    "ZeRO 3, tensor 2": (4, {"zero_optimization": {"stage": 3}, "model_parallel_size": 2, "sequence_parallel": True}),
-}
+LAYOUTS = pick("pipeline 2", "data 2, ZeRO 2", "tensor 2, sequence, data 2, ZeRO 3")
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,10 @@ from megatron.evaluation.runner import evaluate, measure_perplexity, measure_tex
 from megatron.inference import runner as inference_run
 from megatron.inference.runner import generate
 from tests.end_to_end.runs import BASE, make_dataset, run
+from tests.layouts import pick
 from tests.multi_rank import RankFailedError, run_distributed
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "data 2": (2, {}),
-    "tensor 2, pipeline 2": (4, {"model_parallel_size": 2, "pipe_parallel_size": 2}),
-}
+LAYOUTS = pick("one process", "tensor 2", "pipeline 2", "data 2", "tensor 2, pipeline 2")
 TASK = """
 task: small_cloze
 dataset_path: json

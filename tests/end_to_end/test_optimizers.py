@@ -11,6 +11,7 @@ import torch
 from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 from tests.end_to_end.runs import BASE, run, run_rank, series
+from tests.layouts import pick
 from tests.multi_rank import run_distributed
 
 ADAM = {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-6}
@@ -26,19 +27,16 @@ PARAMS: dict[str, dict[str, Any]] = {
     "adafactor": {"lr": 0.01},
     "muon": ADAM,
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "data 2": (2, {}),
-    "ZeRO 1": (2, {"zero_optimization": {"stage": 1}}),
-    "ZeRO 2": (2, {"zero_optimization": {"stage": 2}}),
-    "ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-    "pipeline 2, tensor 2, ZeRO 1": (
-        4,
-        {"pipe_parallel_size": 2, "model_parallel_size": 2, "zero_optimization": {"stage": 1}},
-    ),
-}
-QUICK = ("tensor 2", "ZeRO 3")
+LAYOUTS = pick(
+    "tensor 2",
+    "pipeline 2",
+    "data 2",
+    "data 2, ZeRO 1",
+    "data 2, ZeRO 2",
+    "data 2, ZeRO 3",
+    "pipeline 2, tensor 2, ZeRO 1",
+)
+QUICK = ("tensor 2", "data 2, ZeRO 3")
 FLAT = frozenset({"full_tensors", "compressed_comm"})
 
 # Relative deviation of ten losses. Lion's step is a sign and Muon works in bfloat16, so that a sum in another order

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.end_to_end.runs import run, series
+from tests.layouts import Layout, pick
 
 WATCHED = {
     "log_grad_norm": True,
@@ -22,19 +22,11 @@ WATCHED = {
     "eval_iters": 0,
     "no_weight_tying": False,
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2}),
-    "pipeline 2, tensor 2, ZeRO 1": (
-        4,
-        {"pipe_parallel_size": 2, "model_parallel_size": 2, "zero_optimization": {"stage": 1}},
-    ),
-    "ZeRO 1": (2, {"zero_optimization": {"stage": 1}}),
+LAYOUTS: dict[str, Layout] = {
+    **pick("tensor 2", "pipeline 2", "pipeline 2, tensor 2, ZeRO 1", "data 2, ZeRO 1", "data 2, ZeRO 3", "data 2"),
     "ZeRO 2, noise on the host": (2, {"zero_optimization": {"stage": 2}, "gradient_noise_scale_cpu_offload": True}),
-    "ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-    "data 2": (2, {}),
 }
-QUICK = ("pipeline 2, tensor 2, ZeRO 1", "ZeRO 3")
+QUICK = ("pipeline 2, tensor 2, ZeRO 1", "data 2, ZeRO 3")
 FAMILIES = ("gradient_norms/", "gradient_zeros/", "parameter_norms/", "optimizer_state_norms/")
 
 

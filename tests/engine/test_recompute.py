@@ -20,6 +20,7 @@ from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.model.block import TransformerBlock
 from tests.end_to_end.runs import BASE
+from tests.layouts import pick
 from tests.multi_rank import run_distributed
 
 VOCABULARY = 512
@@ -43,13 +44,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "contiguous": {**FULL, "partition_activations": True, "contiguous_checkpointing": True},
     "synchronized": {**FULL, "synchronize_each_layer": True, "checkpoint_num_layers": 2},
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor 2": (2, {"model_parallel_size": 2}),
-    "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
-    "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
-    "context 2, ZeRO 3": (2, {"context_parallel_size": 2, "zero_optimization": {"stage": 3}}),
-    "data 2, ZeRO 1, bfloat16": (2, {"precision": "bfloat16", "zero_optimization": {"stage": 1}}),
-}
+LAYOUTS = pick(
+    "tensor 2", "tensor 2, sequence", "pipeline 2, accumulation 4", "context 2, ZeRO 3", "data 2, ZeRO 1, bfloat16"
+)
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
