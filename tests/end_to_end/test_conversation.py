@@ -63,11 +63,11 @@ def test_ctrl_c_stops_one_answer_and_ctrl_d_the_session(tmp_path: Path) -> None:
         terminal.wait_for("prompt> ")
         terminal.type("hello\n")
         terminal.wait_for("hello\r\n")
-        time.sleep(1.5)  # some of 1900 tokens, by far not all
+        time.sleep(0.5)  # some of 1900 tokens, by far not all
         os.kill(terminal.process.pid, 2)
         terminal.wait_for("prompt> ", 2)
         terminal.type("and now\n")
-        time.sleep(1.0)
+        time.sleep(0.3)
         os.kill(terminal.process.pid, 2)
         terminal.wait_for("prompt> ", 3)
         os.kill(terminal.process.pid, 2)

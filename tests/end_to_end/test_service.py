@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.end_to_end.launches import ROOT, free_port
 from tests.end_to_end.runs import BASE, make_dataset, run
 
-ROOT = Path(__file__).resolve().parents[2]
-NEW = 1500
-SETTINGS = {**BASE, "seq_length": 2048, "max_position_embeddings": 2048, "train_batch_size": 1}
+NEW = 400
+SETTINGS = {**BASE, "seq_length": 512, "max_position_embeddings": 512, "train_batch_size": 1}
 LAYOUTS = {
     "one process": {},
     "tensor 2": {"num_gpus": 2, "model_parallel_size": 2},
@@ -37,12 +37,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "save"
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
     """(status, answer); status 0 if the port is closed."""
     headers = {"Content-Type": "application/json", "Authorization": "Bearer geheim"}
@@ -56,12 +50,14 @@ def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
         return 0, None
 
 
-def stream(url: str, body: dict[str, Any], pieces: list[str]) -> None:
-    """Collects the data lines of a stream."""
+def stream(url: str, body: dict[str, Any], give: Callable[[str], None]) -> None:
+    """Gives each data line of a stream when it arrives."""
     headers = {"Content-Type": "application/json", "Authorization": "Bearer geheim"}
     request = urllib.request.Request(url, json.dumps({**body, "stream": True}).encode(), headers)
     with urllib.request.urlopen(request, timeout=200) as response:
-        pieces += [line.decode().removeprefix("data: ").strip() for line in response if line.strip()]
+        for line in response:
+            if line.strip():
+                give(line.decode().removeprefix("data: ").strip())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,10 +83,11 @@ def test_it_serves_and_drains_when_asked_to_leave(layout: str, saved: Path, tmp_
 
         pieces: list[str] = []
         long = {"prompt": "x", "max_tokens": NEW, "temperature": 0}
-        reader = threading.Thread(target=stream, args=(f"{url}/v1/completions", long, pieces))
+        reader = threading.Thread(target=stream, args=(f"{url}/v1/completions", long, pieces.append))
         reader.start()
-        time.sleep(0.5)
+        until(lambda: pieces, service, tmp_path / "out.txt")
         service.send_signal(signal.SIGTERM)
+        assert len(pieces) < NEW // 2, "the text is not yet complete"
         until(lambda: ask(f"{url}/health")[0] != 200, service, tmp_path / "out.txt", 10)
         assert ask(f"{url}/v1/completions", body)[0] in (503, 0)
         reader.join(200)
