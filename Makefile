@@ -46,9 +46,10 @@ install-dev: $(VENV)/.dev-installed ## the same with the test tools
 quickstart: install ## prepare text, train, evaluate and sample a small model, 5 to 10 minutes on 2 cores
 	@$(PY) tools/quickstart.py $(ARGS)
 
-# Two processes share the tests, a file at a time; each test uses one thread a rank.
+# Two processes share the tests, a file at a time; each test uses one thread a rank. Bytecode is kept whatever the
+# environment says: dozens of launched runs would else compile the package again, each for half a second.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 FAST := tests/architecture tests/config tests/contracts tests/param_table tests/plan tests/launcher tests/kernels \
 	tests/optim tests/metrics
 
