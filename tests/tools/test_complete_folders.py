@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,10 +38,24 @@ def tokenizer_of(keys: Keys) -> Any:
     return make_tokenizer(keys["tokenizer_type"], vocab_file=keys["vocab_file"], merge_file=keys.get("merge_file"))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_the_keys_report_tokenizer_ends_and_sampling(name: str, tmp_path: Path) -> None:
+class Taken(NamedTuple):
+    """A folder of transformers that was taken over; tests only read it."""
+
+    name: str
+    theirs: Path
+    ours: Path
+    keys: Keys
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    folder = tmp_path_factory.mktemp("taken")
+    return Taken(request.param, folder / "theirs", *taken_over(request.param, folder))
+
+
+def test_the_keys_report_tokenizer_ends_and_sampling(taken: Taken) -> None:
     """With the HFTokenizer that was written before, all of these refuse or end at another token."""
-    _, keys = taken_over(name, tmp_path)
+    name, _, _, keys = taken
     kind, end, ends, sampling = EXPECTED[name]
     assert keys["tokenizer_type"] == kind
     tokenizer = tokenizer_of(keys)
@@ -59,21 +73,19 @@ def test_the_folders_stop_texts_end_what_is_generated(reported: Any, tmp_path: P
     assert take_over(tmp_path)[1]["stop"] == ([reported] if isinstance(reported, str) else reported)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_prompt_has_the_ids_of_transformers(name: str, tmp_path: Path) -> None:
+def test_a_prompt_has_the_ids_of_transformers(taken: Taken) -> None:
     """Tokens that files add to a vocabulary are no text: without them the marks of a chat template are spelt out."""
-    _, keys = taken_over(name, tmp_path)
+    name, folder, _, keys = taken
     reader = GPT2Tokenizer if name == "gpt2 files" else AutoTokenizer  # which needs a file with the class
-    tokenizer, theirs = tokenizer_of(keys), reader.from_pretrained(tmp_path / "theirs")
+    tokenizer, theirs = tokenizer_of(keys), reader.from_pretrained(folder)
     marks = [token for token in ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>") if token in theirs.get_vocab()]
     for text in ["the quick brown fox", "Hello world, 42 and more", *(f"{mark}user\nhi{mark}" for mark in marks)]:
         read = [*tokenizer.prefix_ids, *tokenizer.encode_with_special_tokens(text)]
         assert read == theirs.encode(text), text
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_model_file_is_all_that_generation_needs(name: str, tmp_path: Path) -> None:
-    ours, keys = taken_over(name, tmp_path)
+def test_a_model_file_is_all_that_generation_needs(taken: Taken, tmp_path: Path) -> None:
+    _, _, ours, keys = taken
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("the quick\nHello world\n")
     reported = {"load": str(ours), "sample_input_file": str(prompts), "sample_output_file": str(output)}
@@ -84,11 +96,10 @@ def test_a_model_file_is_all_that_generation_needs(name: str, tmp_path: Path) ->
     assert len(output.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_what_goes_back_out_is_read_as_it_was(name: str, tmp_path: Path) -> None:
+def test_what_goes_back_out_is_read_as_it_was(taken: Taken, tmp_path: Path) -> None:
     """Rows, logits, ids of texts, ends and begins, templates, and a class that every release knows."""
-    ours, keys = taken_over(name, tmp_path)
-    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    name, theirs, ours, keys = taken
+    back = tmp_path / "back"
     assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(back)]) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (theirs, back))
     ids = torch.tensor([[5, 9, 13, 100, 7]])
