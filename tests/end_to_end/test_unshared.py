@@ -20,7 +20,8 @@ SETTINGS: dict[str, Any] = {
     "load": "save",
     "log_dir": "logs",
     "use_shared_fs": False,
-    "checkpoint_factor": 10,
+    "checkpoint_factor": 5,
+    "train_iters": 10,
     "zero_optimization": {"stage": 1},
 }
 
@@ -33,7 +34,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float
     dataset = make_dataset(folder / "data")
     for cache in (folder / "data").glob("*.npy"):
         cache.unlink()
-    records = run(2, folder, data_path=dataset, zero_optimization={"stage": 1})
+    records = run(2, folder, data_path=dataset, train_iters=10, zero_optimization={"stage": 1})
     for cache in (folder / "data").glob("*.npy"):
         cache.unlink()
     return folder / "data", series(records, "train/lm_loss")
@@ -69,11 +70,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_host_has_the_full_and_either_may_be_lost(
     lost: str, hosts: Path, complete: tuple[Path, list[float]]
 ) -> None:
-    assert train(hosts, exit_interval=10) == ["", ""]
+    assert train(hosts, exit_interval=5) == ["", ""]
     first, second = (contents(hosts / host / "save") for host in ("host0", "host1"))
     assert first.keys() - {name for name in first if name.startswith("logs")} == second.keys()
     assert all(first[name] == second[name] for name in second)
-    assert {"global_step10/state/rank_00000.pt", "global_step10/state/rank_00001.pt"} <= second.keys()
+    assert {"global_step5/state/rank_00000.pt", "global_step5/state/rank_00001.pt"} <= second.keys()
     assert all(list((hosts / host / "data").glob("*.npy")) for host in ("host0", "host1"))
     shutil.rmtree(hosts / lost / "save")
     assert train(hosts, keep_last_n_checkpoints=1) == ["", ""]
@@ -81,8 +82,8 @@ def test_every_host_has_the_full_and_either_may_be_lost(
     assert series(records, "train/lm_loss") == complete[1]
     for host in ("host0", "host1"):
         retained = {path.name for path in (hosts / host / "save").iterdir() if path.is_dir()}
-        assert retained == {"global_step10", "global_step20"}, "the one that was started from stays"
-        assert (hosts / host / "save" / "latest").read_text() == "global_step20"
+        assert retained == {"global_step5", "global_step10"}, "the one that was started from stays"
+        assert (hosts / host / "save" / "latest").read_text() == "global_step10"
 
 
 def test_a_save_that_cannot_leave_a_host_is_refused_before_the_first_step(hosts: Path) -> None:
@@ -100,14 +101,14 @@ def in_one_folder(rank: int, world_size: int, root: Path, settings: dict[str, An
 
 
 def test_hosts_that_do_share_the_folder_write_it_once(hosts: Path, complete: tuple[Path, list[float]]) -> None:
-    run_distributed(in_one_folder, 2, hosts, {"exit_interval": 10})
+    run_distributed(in_one_folder, 2, hosts, {"exit_interval": 5})
     run_distributed(in_one_folder, 2, hosts, {})
     assert series(read_metrics(hosts / "host0" / "logs"), "train/lm_loss") == complete[1]
 
 
 def test_damage_on_one_host_is_reported(hosts: Path) -> None:
-    assert train(hosts, exit_interval=10) == ["", ""]
-    file = hosts / "host1" / "save" / "global_step10" / "state" / "rank_00000.pt"
+    assert train(hosts, exit_interval=5) == ["", ""]
+    file = hosts / "host1" / "save" / "global_step5" / "state" / "rank_00000.pt"
     file.write_bytes(file.read_bytes()[:-1])
     for said in train(hosts):
         assert "rank_00000.pt" in said and "were written" in said
