@@ -13,6 +13,7 @@ import torch
 
 from megatron.checkpoint.format import files, layout
 from megatron.checkpoint.load import find
+from megatron.checkpoint.save import commit
 from megatron.checkpoint.save.commit import make_room, require_shared, retain
 from megatron.errors import RunError
 from tests.checkpoint.saved import save
@@ -130,6 +131,7 @@ def test_many_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 def folder_of_its_own(rank: int, world_size: int, root: str) -> str:
     """Each rank has another folder under the same name, as on nodes without a shared file system."""
+    commit._PATIENCE = 0.5  # [s] for what another node writes to appear
     try:
         require_shared(Path(root) / f"node{rank}", rank)
     except RunError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpoint.save import commit
 from megatron.errors import ConfigError, RunError
 from megatron.metrics.sinks.jsonl import read_metrics
 from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
@@ -51,6 +52,7 @@ def on_host(rank: int, world_size: int, root: Path, settings: dict[str, Any]) ->
     """A worker on a host of its own; returns the error that ended it, if one did."""
     os.environ |= {"SLURMD_NODENAME": f"host{rank}", "LOCAL_RANK": "0"}
     os.chdir(root / f"host{rank}")
+    commit._PATIENCE = 0.5  # [s] for what another host writes to appear
     try:
         run_rank(rank, world_size, {**BASE, **SETTINGS, **settings})
     except (ConfigError, RunError) as error:
