@@ -10,17 +10,17 @@ from megatron.inference.prompt_broadcast import broadcast_prompt
 from tests.multi_rank import run_distributed
 
 LIMIT = 1.0  # [s]
-THOUGHT = 3.0  # [s]
+THOUGHTS = (3.0, 0.0, 1.5)  # [s] before each prompt
 
 
 def slow_typist(rank: int, world_size: int) -> tuple[list[str | None], bool, bool]:
     """What every rank hears of two prompts and the end, and whether rank 1's wish reached it."""
     set_collective_timeout(LIMIT)
-    typed = iter(["hello", "", None])
+    typed, thoughts = iter(["hello", "", None]), iter(THOUGHTS)
 
     def ask() -> str | None:
         assert rank == 0, "only rank 0 has a terminal"
-        time.sleep(THOUGHT)
+        time.sleep(next(thoughts))
         return next(typed)
 
     received = [broadcast_prompt(ask, limit=LIMIT) for _ in range(3)]

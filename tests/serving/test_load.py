@@ -71,7 +71,7 @@ def bombard(engine, seconds: float) -> None:
 
 
 def test_many_clients_for_a_while(engine):
-    bombard(engine, 8)
+    bombard(engine, 5)
 
 
 @pytest.mark.long
