@@ -9,13 +9,13 @@ tokenizer was built once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import processors
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.added_tokens import ADDED, add_tokens
@@ -24,7 +24,7 @@ from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.gpt2 import gpt2_bpe
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
-from megatron.tokenizers.tokenizer_config import NAMES
+from megatron.tokenizers.tokenizer_config import NAMES, read_beside
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
@@ -131,6 +131,11 @@ def _added(folder: Path) -> dict[str, int]:
     return found
 
 
+def _beside(folder: Path) -> dict[str, Path]:
+    """The files that may add tokens, by their names."""
+    return {name: folder / name for name in (CONFIG, ADDED, NAMES) if (folder / name).is_file()}
+
+
 def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
     """Whether GPT-2's two files say all: its end, no further tokens, nothing put before a text."""
     ids, config = _json(vocabulary), _json(folder / CONFIG)
@@ -138,24 +143,22 @@ def _is_plain(folder: Path, vocabulary: Path, ends: Sequence[int]) -> bool:
     named = named_tokens(folder).get("eos_token")
     ended = number is not None and (named == END_OF_DOCUMENT if named else not ends or number in ends)
     more = any(ids.get(token) != number for token, number in _added(folder).items())
+    more = more or any(token not in ids for token in read_beside(folder / CONFIG).special)
     return ended and not more and not config.get("add_prefix_space") and not config.get("add_bos_token")
 
 
 def _write_tokenizer_json(folder: Path, vocabulary: Path, merges: Path) -> None:
     """tokenizer.json of GPT-2's two files and what is beside them. Nothing where they are damaged."""
-    config, named = _json(folder / CONFIG), named_tokens(folder)
     try:
         texts = [path.read_text(encoding="utf-8") for path in (vocabulary, merges)]
         made = gpt2_bpe(texts[0], texts[1], str(vocabulary), str(merges))
+        add_tokens(made, _beside(folder), str(folder))
     except (OSError, UnicodeDecodeError, ConfigError):
         return
-    content = json.loads(made.to_str())
-    content["pre_tokenizer"]["add_prefix_space"] = bool(config.get("add_prefix_space"))
-    ids: Mapping[str, int] = {**_json(vocabulary), **_added(folder)}
-    marked = {*_added(folder), *(token for token in named.values() if token in ids), END_OF_DOCUMENT} & ids.keys()
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"] = [{"id": ids[token], "content": token, **plain} for token in sorted(marked, key=ids.get)]  # type: ignore[arg-type]
-    _save(folder, FastTokenizer.from_str(json.dumps(content)), named.get("bos_token"))
+    if made.token_to_id(END_OF_DOCUMENT) is not None:
+        made.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
+    made.pre_tokenizer.add_prefix_space = bool(_json(folder / CONFIG).get("add_prefix_space"))
+    _save(folder, made, named_tokens(folder).get("bos_token"))
 
 
 def _write_tokenizer_json_of_model(folder: Path, model: Path) -> None:
@@ -172,8 +175,7 @@ def _write_tokenizer_json_of_model(folder: Path, model: Path) -> None:
     if content is None:
         return
     made, named = FastTokenizer.from_str(content), named_tokens(folder)
-    beside = {name: folder / name for name in (CONFIG, ADDED, NAMES) if (folder / name).is_file()}
-    add_tokens(made, beside, str(folder))
+    add_tokens(made, _beside(folder), str(folder))
     if all(made.token_to_id(token) == number for token, number in further.items()):
         _save(folder, made, named.get("bos_token"))
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.from_folder import find_tokenizer
 from tests.tokenizers import made
 
 TEXTS = [
@@ -77,6 +78,27 @@ def test_ids_and_size_are_those_of_transformers(tmp_path, case, build):
     assert ours.eod == theirs.eos_token_id
     for text in TEXTS:
         assert ours.encode_with_special_tokens(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_completed_folder_keeps_what_each_added_token_is(tmp_path, case):
+    """Of GPT-2's two files: documents, prompts and texts without special tokens are those of the folder as it was."""
+    from transformers import AutoTokenizer
+
+    config, added, names = CASES[case]
+    if case == "decoder with flags":
+        config = {"added_tokens_decoder": {0: token("text", single_word=True), 1: token(NEW, lstrip=True)}}
+    folder = folder_of(tmp_path, config, added=added, names=names)
+    before = AutoTokenizer.from_pretrained(folder)
+    found = find_tokenizer(folder, complete=True)
+    after = AutoTokenizer.from_pretrained(folder)
+    assert found.tokenizer is not None and found.tokenizer.vocab_size == len(after) == len(before)
+    for text in TEXTS:
+        ids = before.encode(text, add_special_tokens=False)
+        assert found.tokenizer.encode_with_special_tokens(text) == ids == after.encode(text, add_special_tokens=False)
+        assert found.tokenizer.encode(text) == before.encode(text, add_special_tokens=False, split_special_tokens=True)
+        for skip in (False, True):
+            assert after.decode(ids, skip_special_tokens=skip) == before.decode(ids, skip_special_tokens=skip)
 
 
 def test_padding_comes_behind_what_is_added(tmp_path):
