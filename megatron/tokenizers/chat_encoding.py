@@ -3,7 +3,8 @@
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
 other, where a turn is in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
 role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
-its reasoning too. Answers of tools belong to the tools.
+its reasoning too. Answers of tools belong to the tools. A token counts that holds any character of what counts, as in
+`transformers`: behind a blank that opens the turn, the first word's token has that blank.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
@@ -76,7 +77,7 @@ class ChatTokens:
             self._check_spelling(given, variables)
         text, spans = _Rendering(self.template, given, variables).marked(role, only_last)
         ids, offsets = self.tokenizer.encode_with_offsets(text)
-        return ids, [any(start <= at < stop for start, stop in spans) for at, _ in offsets]
+        return ids, [any(start < max(end, at + 1) and at < stop for start, stop in spans) for at, end in offsets]
 
     def left_out(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Which of `tools`, `documents` and `tool_calls` are there, and are nothing in the rendered text."""

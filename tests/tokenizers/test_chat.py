@@ -59,6 +59,30 @@ def test_generation_tags_are_the_mask_that_transformers_makes(tmp_path):
     assert sum(written) > 4
 
 
+@pytest.mark.parametrize("opens", ["assistant: ", "assistant:", "assistant\n\n  ", "", "a"])
+@pytest.mark.parametrize("build", [made.chatml, made.llama3, made.llama2])
+def test_a_token_across_the_begin_of_an_answer_counts(tmp_path, build, opens):
+    """With the tag and without it, as with the tag in transformers."""
+    from transformers import AutoTokenizer
+
+    tagged = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{ 'OPENS' }}{%- generation -%}"
+        "{{ m.content + eos_token }}{%- endgeneration -%}{%- else -%}{{ m.role + ': ' + m.content + '\n' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'OPENS' }}{%- endif -%}"
+    ).replace("OPENS", opens.replace("\n", "\\n"))
+    folder = build(tmp_path)
+    encoded = []
+    for template in (tagged, tagged.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")):
+        (folder / "chat_template.jinja").write_text(template)
+        encoded.append(ChatTokens(str(folder)).encode(TURNS, role="assistant", only_last=False))
+    (folder / "chat_template.jinja").write_text(tagged)
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        TURNS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    for ids, written in encoded:
+        assert (ids, [int(own) for own in written]) == (expected["input_ids"], expected["assistant_masks"])
+
+
 @pytest.mark.parametrize(
     ("template", "role", "turns", "expected"),
     [
