@@ -67,7 +67,8 @@ def test_a_token_across_the_begin_of_an_answer_counts(tmp_path, build, opens):
 
     tagged = (
         "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{ 'OPENS' }}{%- generation -%}"
-        "{{ m.content + eos_token }}{%- endgeneration -%}{%- else -%}{{ m.role + ': ' + m.content + '\n' }}{%- endif -%}{%- endfor -%}"
+        "{{ m.content + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ m.role + ': ' + m.content + '\n' }}{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ 'OPENS' }}{%- endif -%}"
     ).replace("OPENS", opens.replace("\n", "\\n"))
     folder = build(tmp_path)
