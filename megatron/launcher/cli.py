@@ -23,7 +23,7 @@ from megatron.launcher.commands.local import (
 )
 from megatron.launcher.commands.multi_host import HOSTFILE, OVER_SSH, multi_host_command
 from megatron.launcher.dry_run import as_json, as_text, values_as_text
-from megatron.launcher.hosts import SCHEDULERS, Hosts, local_names
+from megatron.launcher.hosts import SCHEDULERS, Hosts, local_names, without_user
 from megatron.launcher.preflight import check, gpu_layers
 from megatron.launcher.rank_env import without_rank_env
 from megatron.launcher.resolve import Resolved, launcher_of, refuse_unsupported, resolve_request
@@ -116,7 +116,7 @@ def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcom
     config = config.replace(log_dir=str(folder), git_hash=git_revision(Path(__file__).parent))
     network = None if local else Network.open()
     if network is not None:
-        remote = rendezvous.master_addr or (next(iter(machines.hosts)) if machines.named else None)
+        remote = rendezvous.master_addr or (without_user(next(iter(machines.hosts))) if machines.named else None)
         rendezvous = replace(rendezvous, supervisor=network.address(own_address(remote)))
     prepare_run_directory(folder, config, ["deepy.py", *request.arguments])
     command = build_command(request, resolved, folder, rendezvous, caller)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -154,7 +154,7 @@ def _accelerator_of(hosts: Slots, environment: Mapping[str, str], devices: Path)
     """Returns the accelerator: DS_ACCELERATOR, else that of this host; other hosts are assumed to have GPUs."""
     if environment.get("DS_ACCELERATOR"):
         return "cpu" if environment["DS_ACCELERATOR"] == "cpu" else "cuda"
-    here = all(host in local_names() for host in hosts)
+    here = all(without_user(host) in local_names() for host in hosts)
     return "cuda" if not here or local_devices(environment, devices) else "cpu"
 
 
@@ -175,7 +175,10 @@ def hostfile_in_use(selection: HostSelection, environment: Mapping[str, str]) ->
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Parses `host slots=N` lines; # starts a comment. Raises ConfigError with the line for anything else."""
+    """Parses lines of `host slots=N` or `user@host slots=N`; # starts a comment.
+
+    Raises ConfigError with the line for anything else.
+    """
     hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         entry = line.partition("#")[0].strip()
@@ -201,7 +204,7 @@ def select_slots(hosts: Slots, selection: HostSelection) -> Slots:
     if not text:
         return hosts
     named: dict[str, set[int | str]] = {}
-    for part in text.split("@"):
+    for part in _parts(text, hosts):
         host, _, listed = part.partition(":")
         if host not in hosts:
             raise ConfigError.of(
@@ -221,6 +224,21 @@ def select_slots(hosts: Slots, selection: HostSelection) -> Slots:
     if not chosen:
         raise ConfigError.of("no slot is left", key=key, value=text)
     return chosen
+
+
+def _parts(text: str, hosts: Slots) -> Iterator[str]:
+    """The hosts of a selection, each with its slots; the @ between user and host of a hostfile's host parts nothing."""
+    pieces = text.split("@")
+    while pieces:
+        host = "@".join(pieces[:2]).partition(":")[0]
+        taken = 2 if "@" in host and host in hosts else 1
+        yield "@".join(pieces[:taken])
+        del pieces[:taken]
+
+
+def without_user(host: str) -> str:
+    """Returns the address of a hostfile's `user@host`."""
+    return host.rpartition("@")[2]
 
 
 def _first_slots(slots: tuple[int | str, ...], count: int, host: str) -> tuple[int | str, ...]:

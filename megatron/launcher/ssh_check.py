@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.launcher.commands.multi_host import OVER_SSH, PROGRAMS
+from megatron.launcher.hosts import without_user
 
 PROBE_SECONDS = 10.0  # for a host to answer
 MAX_THREADS = 32
@@ -108,7 +109,7 @@ def node_number(hosts: Sequence[str], environment: Mapping[str, str], names: fro
             return int(environment[name])
     if len(hosts) == 1:
         return 0
-    found = [number for number, host in enumerate(hosts) if host in names]
+    found = [number for number, host in enumerate(hosts) if without_user(host) in names]
     if len(found) != 1:
         message = f"the number of this host among the {len(hosts)} hosts is not known"
         raise ConfigError.of(

@@ -78,6 +78,28 @@ def test_a_hostfile_and_what_is_chosen_of_it(hostfile: str) -> None:
     assert left.hosts == {"second": (1, 2, 3), "third": (0, 1)}
 
 
+@pytest.mark.parametrize(
+    ("selection", "chosen"),
+    [
+        ({}, {"amd@192.168.1.10": (0, 1), "root@b": (0,), "plain": (0, 1)}),
+        ({"include": "amd@192.168.1.10"}, {"amd@192.168.1.10": (0, 1)}),
+        ({"include": "amd@192.168.1.10:1@plain"}, {"amd@192.168.1.10": (1,), "plain": (0, 1)}),
+        ({"include": "plain:1@root@b:0@amd@192.168.1.10:0"}, {"amd@192.168.1.10": (0,), "root@b": (0,), "plain": (1,)}),
+        ({"exclude": "root@b@plain:0"}, {"amd@192.168.1.10": (0, 1), "plain": (1,)}),
+    ],
+)
+def test_hosts_with_users_are_chosen(selection: dict[str, str], chosen: hosts.Slots, tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("amd@192.168.1.10 slots=2\nroot@b slots=1\nplain slots=2\n")
+    assert find_hosts(HostSelection(hostfile=str(path), **selection), {}).hosts == chosen  # type: ignore[arg-type]
+
+
+def test_a_user_on_this_host_has_its_devices(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("me@localhost slots=2\n")
+    assert find_hosts(HostSelection(hostfile=str(path)), {}, tmp_path).accelerator == "cpu"
+
+
 def test_the_hostfile_of_the_environment_and_the_default_that_is_not_there(hostfile: str, tmp_path: Path) -> None:
     assert find_hosts(HostSelection(), {"DLTS_HOSTFILE": hostfile}).world_size == 10
     assert find_hosts(HostSelection(hostfile="/job/hostfile"), {}, tmp_path).world_size == 1

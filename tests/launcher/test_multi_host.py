@@ -74,6 +74,37 @@ def test_command_lines(launcher: str) -> None:
     assert argv(launcher) == LINES[launcher]
 
 
+USERS = Hosts({"amd@10.0.0.1": (0, 1), "root@b": (0, 1)}, "cuda", 4)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_users_of_hosts_are_for_ssh_and_not_for_addresses(launcher: str) -> None:
+    line = argv(launcher, USERS)
+    assert "@" not in line
+    assert "10.0.0.1" in line
+
+
+@pytest.mark.parametrize("machines", [EVEN, PICKED, USERS], ids=["plain", "picked", "users"])
+def test_deepspeed_starts_the_hosts_and_slots_of_the_run(machines: Hosts, tmp_path: Path) -> None:
+    from deepspeed.launcher import runner as theirs
+
+    command = multi_host_command(machines, Rendezvous(launcher="pdsh", master_port=1234), WORKER, RUN, {})
+    (tmp_path / "hostfile").write_text(command.hostfile or "")
+    given = theirs.parse_args(command.argv[3:])
+    found = theirs.fetch_hostfile(str(tmp_path / "hostfile"))
+    active = theirs.parse_inclusion_exclusion(found, given.include, given.exclude)
+    assert {host: tuple(slots) for host, slots in active.items()} == machines.hosts
+
+
+def test_slots_of_a_host_with_a_user_cannot_be_picked_over_pdsh() -> None:
+    with pytest.raises(ConfigError, match=r"cannot choose the slots \[1\] of me@b; .*~/.ssh/config"):
+        argv("pdsh", Hosts({"me@b": (1,)}, "cuda", 1))
+
+
+def test_the_number_of_a_host_with_a_user() -> None:
+    assert node_number(["me@first", "me@second"], {}, frozenset({"second"})) == 1
+
+
 def test_every_choice_of_the_key_has_a_command() -> None:
     assert {*LAUNCHERS, "torchrun", "local"} == set(FIELDS["launcher"].choices)
     assert PROGRAMS.keys() == LAUNCHERS.keys()

@@ -23,7 +23,7 @@ from megatron.launcher.commands.local import (
     search_paths,
     workers_environment,
 )
-from megatron.launcher.hosts import Hosts
+from megatron.launcher.hosts import Hosts, without_user
 from megatron.launcher.rank_agent import SOCKET_VARIABLE
 from megatron.registry import PLUGINS
 
@@ -57,8 +57,14 @@ class Launch:
     """The run directory."""
 
     @property
-    def first(self) -> str:
-        return next(iter(self.machines.hosts))
+    def addresses(self) -> tuple[str, ...]:
+        """The hosts without users."""
+        return tuple(without_user(host) for host in self.machines.hosts)
+
+    @property
+    def meeting(self) -> str:
+        """The address of rank 0."""
+        return self.rendezvous.master_addr or self.addresses[0]
 
     @property
     def slots(self) -> int:
@@ -71,11 +77,11 @@ class Launch:
             )
         return next(iter(counts.values()))
 
-    def require_full_hosts(self) -> None:
+    def require_full_hosts(self, hint: str = "choose hosts, or use pdsh") -> None:
         """Raises ConfigError when some slots of a host were selected, for launchers that only count."""
         for host, slots in self.machines.hosts.items():
             if slots != tuple(range(len(slots))):
-                raise self.error(f"it cannot choose the slots {list(slots)} of {host}", "choose hosts, or use pdsh")
+                raise self.error(f"it cannot choose the slots {list(slots)} of {host}", hint)
 
     def error(self, what: str, hint: str) -> ConfigError:
         return ConfigError.of(what, key="launcher", value=self.rendezvous.launcher, hint=hint)
@@ -102,7 +108,7 @@ def multi_host_command(
         launch = Launch(machines, rendezvous, (), log_dir)
         launch.require_full_hosts()
     if build in (_mpi, _uniform_mpi, _jsrun, _flux):
-        settings += [f"MASTER_ADDR={rendezvous.master_addr or launch.first}", f"MASTER_PORT={rendezvous.master_port}"]
+        settings += [f"MASTER_ADDR={launch.meeting}", f"MASTER_PORT={rendezvous.master_port}"]
     if build is _slurm and rendezvous.master_addr is not None:
         settings.append(f"MASTER_ADDR={rendezvous.master_addr}")
     if build is _slurm and rendezvous.master_port != DEFAULT_PORT:
@@ -123,7 +129,7 @@ def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ..
     given = " ".join(part for part in (rendezvous.launcher_args, arguments) if part)
     found = (
         f"--hostfile={launch.folder / HOSTFILE}",
-        f"--master_addr={rendezvous.master_addr or launch.first}",
+        f"--master_addr={launch.meeting}",
         f"--master_port={rendezvous.master_port}",
         f"--launcher={rendezvous.launcher}",
         *((f"--launcher_args={given}",) if given else ()),
@@ -135,9 +141,13 @@ def _runner(launch: Launch, *options: str, arguments: str = "") -> tuple[str, ..
 
 
 def _pdsh(launch: Launch) -> tuple[str, ...]:
-    hosts = launch.machines.hosts.items()
-    include = "@".join(f"{host}:{','.join(str(slot) for slot in slots)}" for host, slots in hosts)
-    options = (f"--include={include}", "--no_local_rank", "--module")
+    hosts = launch.machines.hosts
+    options: tuple[str, ...] = ("--no_local_rank", "--module")
+    if any("@" in host for host in hosts):  # the runner would read the @ as the end of a host
+        launch.require_full_hosts("choose whole hosts, or name the user in ~/.ssh/config instead of the hostfile")
+    else:
+        chosen = (f"{host}:{','.join(str(slot) for slot in slots)}" for host, slots in hosts.items())
+        options = (f"--include={'@'.join(chosen)}", *options)
     return (*_runner(launch, *options), RANK_MODULE, *launch.rank)
 
 
@@ -159,7 +169,7 @@ def _slurm(launch: Launch) -> tuple[str, ...]:
     """Srun. DeepSpeed's runner for it supports no modules, so the rank agent is named as a file."""
     options = [f"--ntasks-per-node={launch.slots}", f"--nodes={len(launch.machines.hosts)}"]
     if launch.machines.named:
-        options.append(f"--nodelist={','.join(launch.machines.hosts)}")
+        options.append(f"--nodelist={','.join(launch.addresses)}")
     options += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(launch.rendezvous, name))]
     if launch.machines.accelerator == "cuda" and "--gpus" not in launch.rendezvous.launcher_args:
         options.append(f"--gpus-per-node={launch.slots}")
@@ -182,7 +192,7 @@ def _jsrun(launch: Launch) -> tuple[str, ...]:
 def _flux(launch: Launch) -> tuple[str, ...]:
     slots, hosts = launch.slots, len(launch.machines.hosts)
     gpus = ("--gpus-per-node", str(slots)) if launch.machines.accelerator == "cuda" else ()
-    named = (f"--requires=host:{','.join(launch.machines.hosts)}",) if launch.machines.named else ()
+    named = (f"--requires=host:{','.join(launch.addresses)}",) if launch.machines.named else ()
     return (
         *("flux", "run", "--nodes", str(hosts), "--tasks-per-node", str(slots), *gpus, "--exclusive"),
         *("-o", "mpi=none", "-o", "cpu-affinity=off", *named),
