@@ -64,6 +64,23 @@ def test_uneven_cuts_are_refused(ours: Path, tmp_path: Path, capsys: pytest.Capt
     assert "target_tensor_parallel_size = 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tool", ["convert", "reshape"])
+def test_a_newer_empty_step_is_named_beside_the_others(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str
+) -> None:
+    (ours / "global_step60").mkdir()
+    output = str(tmp_path / "made")
+    run = {
+        "convert": lambda: convert_to_hf.main(["--input-dir", str(ours), "--output-dir", output]),
+        "reshape": lambda: reshape_checkpoint.main(["--load-dir", str(ours), "--save-dir", output]),
+    }[tool]
+    assert run() == 0  # `latest` decides
+    (ours / "latest").unlink()
+    output = str(tmp_path / "made again")
+    assert run() == 1
+    assert "global_step60: no weight files; choose one with --iteration: 0" in capsys.readouterr().err
+
+
 def test_a_look_inside(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_checkpoint.main([str(ours), "--norms"]) == 0
     said = capsys.readouterr().out

@@ -105,6 +105,10 @@ def open_model(path: Path, *, iteration: int | None = None, config_files: Sequen
     directory = choose(path, iteration)
     if integrity.is_ours(directory):
         RunError.raise_any(integrity.damage(directory))
+    elif not layout.model_files(directory) and not layout.layer_files(directory):
+        others = [each for each in layout.iterations(path) if layout.step_directory(path, each) != directory]
+        hint = f"choose one with --iteration: {', '.join(map(str, others))}" if others else "give another checkpoint"
+        raise RunError.of("no weight files", location=str(directory), hint=hint)
     config: _Described = describe(directory, config_files)
     model, moe, mixers, tokenizer = config.model, config.moe, config.mixers, config.tokenizer
     weights = WeightFiles.open(directory)
