@@ -240,3 +240,20 @@ def test_a_training_that_goes_back_starts_a_wandb_run_of_its_own(
     assert (opened[-1].id == "stored") == (iteration == 10)
     assert (tmp_path / "wandb_run_id").read_text().strip() == opened[-1].id
     assert ("has steps up to 10, which it does not replace" in caplog.text) == (runs == 2)
+
+
+@pytest.mark.parametrize(("iteration", "runs"), [(0, 2), (1, 2), (2, 1), (3, 1)])
+def test_a_training_that_goes_back_starts_a_wandb_run_of_its_own_offline_too(
+    iteration: int, runs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first start logs steps 1 and 2; nothing but the run directory knows of them."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with caplog.at_level(logging.INFO):
+        for start in (0, iteration):
+            sink = SINKS.load("wandb").open(observed(tmp_path), Start(start, settings=SETTINGS))
+            for step in (1, 2) if start == 0 else (iteration + 1, iteration + 2):
+                sink.write(step, {"train/lm_loss": 1.0})
+            sink.close()
+    names = {path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")}
+    assert len(names) == runs
+    assert ("has steps up to 2, which it does not replace: a new run starts at 2" in caplog.text) == (iteration == 1)

@@ -2,7 +2,7 @@
 
 The run's id is stored beside the metrics, so that a restart continues the same run. W&B never replaces a step, so a
 resume before the run's last step starts a new run. Without network access WANDB_MODE=offline writes everything to the
-run directory, for `wandb sync`.
+run directory, for `wandb sync`; no service says the run's last step there, so it is stored beside the id.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import wandb
 
+from megatron.atomic import write_atomic
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.metrics.sinks.base import Observe, Start
@@ -23,14 +24,16 @@ from megatron.metrics.wandb_key import wandb_key
 ID_FILE = "wandb_run_id"
 DEFAULT_TIMEOUT = 20.0
 """Timeout of the service without `use_wandb: true` [s]."""
-WITHOUT_KEY = frozenset({"offline", "disabled", "dryrun"})
+OFFLINE = frozenset({"offline", "dryrun"})
+WITHOUT_KEY = OFFLINE | {"disabled"}
 
 
 class WeightsAndBiases:
     """Logs each record at its iteration, under the record's own names."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, stored: Path | None = None) -> None:
+        """stored: the file of the id, where the last step is to be beside it."""
+        self._run, self._stored = run, stored
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
@@ -44,21 +47,29 @@ class WeightsAndBiases:
                 hint="run `wandb login`, set WANDB_API_KEY, or keep the run here with WANDB_MODE=offline",
             )
         path = Path(observe.log_dir or ".") / (ID_FILE if start.rank == 0 else f"{ID_FILE}_{start.rank}")
-        continued = start.iteration > 0 and path.is_file()
-        run = _init_run(observe, start, path.read_text(encoding="utf-8").strip() if continued else _new_id(path))
-        if run.starting_step > start.iteration + 1:  # earlier steps would be silently dropped
+        run_id, last = _stored(path) if start.iteration > 0 else (None, 0)
+        run = None
+        if run_id is not None and last <= start.iteration:
+            run = _init_run(observe, start, run_id)
+            last = run.starting_step - 1
+        if run_id is not None and last > start.iteration:  # earlier steps would be silently dropped
             get_logger(__name__).info(
                 "the Weights & Biases run %s has steps up to %d, which it does not replace: a new run starts at %d",
-                run.id,
-                run.starting_step - 1,
+                run_id,
+                last,
                 start.iteration + 1,
             )
-            run.finish()
+            if run is not None:
+                run.finish()
+            run = None
+        if run is None:
             run = _init_run(observe, start, _new_id(path))
-        return cls(run)
+        return cls(run, path if mode in OFFLINE else None)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=iteration)
+        if self._stored is not None:
+            write_atomic(self._stored, f"{self._run.id}\n{iteration}\n")
 
     def close(self) -> None:
         self._run.finish()
@@ -90,6 +101,12 @@ def _init_run(observe: Observe, start: Start, run_id: str) -> Any:
             value=observe.use_wandb,
             hint="correct the wandb_* keys, or set WANDB_MODE=offline",
         ) from error
+
+
+def _stored(path: Path) -> tuple[str | None, int]:
+    """The run's id, None without one, and its last step, 0 where that is not stored."""
+    found = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    return (found[0] if found else None), (int(found[1]) if found[1:] else 0)
 
 
 def _new_id(path: Path) -> str:
