@@ -13,7 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.adapter_config import prompt_length
@@ -30,7 +29,7 @@ from megatron.distributed.process_group import device
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.base import BaseEngine
 from megatron.engine.compile import compile_blocks
-from megatron.engine.deepspeed_engine import Loss, PlainEngine, keyed_parameters
+from megatron.engine.deepspeed_engine import PlainEngine, keyed_parameters
 from megatron.engine.deepspeed_setup import (
     cap_reduce_bucket,
     disable_grad_allreduce,
@@ -47,6 +46,7 @@ from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
+from megatron.model.loss_function import LossFunction
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
@@ -281,14 +281,9 @@ def _router_losses(config: Config) -> RouterLossTracker | None:
     return RouterLossTracker(moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff) if moe.moe_num_experts > 1 else None
 
 
-def _loss(config: Config, topology: Topology, vocab_size: int | None) -> Loss:
+def _loss(config: Config, topology: Topology, vocab_size: int | None) -> LossFunction:
     objective = OBJECTIVES.load(config.training.train_impl)()
-
-    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, tokens: Tensor) -> Tensor:
-        value: Tensor = objective.loss(logits, labels, loss_mask, topology.model, tokens=tokens, vocabulary=vocab_size)
-        return value
-
-    return loss
+    return LossFunction(objective, topology.model, vocab_size, fused=config.kernels.fused_linear_cross_entropy)
 
 
 def _initialize(

@@ -5,7 +5,7 @@ s sequence, b micro batch, v vocabulary, t tensor-parallel degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,16 +24,14 @@ from megatron.engine.inference_forward import gather_context, gather_vocabulary,
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
-
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens) -> sum of the unmasked tokens' losses / tokens."""
+from megatron.model.loss_function import LossFunction
 
 
 @dataclass(kw_only=True)
 class PlainEngine(BaseEngine):
     """One module in one DeepSpeedEngine, without pipeline stages."""
 
-    loss: Loss
+    loss: LossFunction
 
     def prepare(self, micro_batches: int, length: int) -> None:
         set_grad_accumulation(self.deepspeed, micro_batches)
@@ -97,8 +95,10 @@ class PlainEngine(BaseEngine):
         """Returns the sum of the losses of this rank's shard of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
         part = partial(shard_sequence, axis=self.topology.context)
-        logits = self.deepspeed(part(batch.tokens), None, batch.document_starts)
-        return self.loss(logits, part(batch.labels), part(batch.loss_mask), tokens)
+        given = part(batch.labels), part(batch.loss_mask), tokens
+        targets = self.loss.targets(*given)
+        output: Tensor = self.deepspeed(part(batch.tokens), None, batch.document_starts, targets)
+        return output if targets is not None else self.loss(output, *given)
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sums in place over data- and context-parallel ranks."""

@@ -9,7 +9,7 @@ Shapes: r rows (tokens), v vocabulary (of this rank, if it is sharded).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,20 +34,27 @@ class GradientSpec:
     """[r, v]; may be the logits themselves."""
 
 
-def softmax_pass(rows: Tensor, spec: GradientSpec | None = None) -> Tensor:
-    """Returns the log-sum-exp of each row: logits [r, v] -> fp32 [r]; writes the gradient if there is a spec."""
+SoftmaxPass = Callable[[Tensor, GradientSpec | None, Tensor | None], Tensor]
+"""(logits [r, v], terms of the gradient or None, known log-sum-exp [r] or None) -> log-sum-exp of each row [r]."""
+
+
+def softmax_pass(rows: Tensor, spec: GradientSpec | None = None, log_sums: Tensor | None = None) -> Tensor:
+    """Returns the log-sum-exp of each row, fp32 [r]; writes the gradient if there is a spec.
+
+    log_sums: not used, as the gradient of a block of rows that is in the cache costs no pass over memory.
+    """
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    log_sums = rows.new_empty(rows.shape[0], dtype=dtype)
+    found = rows.new_empty(rows.shape[0], dtype=dtype)
     for block in _blocks(rows):
         logits = rows[block]
         probabilities = torch.softmax(logits, dim=1, dtype=dtype)
         # The largest probability is 1 / sum(exp(logit - largest logit)).
-        log_sums[block] = logits.amax(dim=1) - probabilities.amax(dim=1).log_()
+        found[block] = logits.amax(dim=1) - probabilities.amax(dim=1).log_()
         if spec is not None:
             probabilities.mul_(spec.scale[block].unsqueeze(1))
             probabilities.scatter_add_(1, spec.targets[block].unsqueeze(1), -spec.hit[block].unsqueeze(1))
             spec.out[block] = probabilities
-    return log_sums
+    return found
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from megatron.adapter_config import soft_prompt
 from megatron.distributed.param_attrs import mark_tied
 from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.model_spec import ModelSpec
@@ -89,8 +90,13 @@ class EmbeddingLayer(nn.Module):
         first = self.context.rank * length if cache is None else cache.length
         return first + (self.axis.rank * length // self.axis.size if self.axis.sequence_parallel else 0)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Computes the tied output layer: hidden [s, b, h] -> logits [s, b, v/t]."""
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the tied output layer [v/t, h]."""
+        return self.word_embeddings.weight
+
+    def output(self, hidden: Tensor, targets: TokenTargets | None = None) -> Tensor:
+        """Computes the tied output layer: hidden [s, b, h] -> logits [s, b, v/t], or the loss of the targets."""
         if self.output_multiplier != 1.0:
             hidden = hidden * self.output_multiplier
-        return self.word_embeddings(hidden, as_output_layer=True)
+        return self.word_embeddings(hidden, as_output_layer=True, targets=targets)

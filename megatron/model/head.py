@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
+from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
@@ -40,13 +42,24 @@ class FinalNorm(nn.Module):
         return self.norm(hidden)
 
 
+class OutputLinear(ColumnParallelLinear):
+    """The output layer's matrix. Both uses go through forward, so that ZeRO 3 gathers the weight before either."""
+
+    def forward(self, x: Tensor, targets: TokenTargets | None = None) -> Tensor:
+        """[s, b, h] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar."""
+        if targets is None:
+            return super().forward(x)
+        hidden = gather_or_copy_to_tp(x, self.axis)
+        return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel)
+
+
 class Head(nn.Module):
     """Layer L+4 with a matrix of its own, ``final_linear.weight`` [v/t, h]."""
 
     def __init__(self, spec: ModelSpec, blocks: BlockSpec) -> None:
         super().__init__()
         self.multiplier = spec.multipliers.output
-        self.final_linear = ColumnParallelLinear(
+        self.final_linear = OutputLinear(
             spec.dims.hidden_size,
             spec.padded_vocab_size,
             spec.param_factory(spec.dims.num_layers + 4).of("final_linear"),
@@ -56,9 +69,27 @@ class Head(nn.Module):
         )
         mark_embedding_like(self.final_linear.weight)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> logits [s, b, v/t]."""
-        return self.final_linear(hidden if self.multiplier == 1.0 else hidden * self.multiplier)
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix [v/t, h]."""
+        return self.final_linear.weight
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor:
+        """[s, b, h] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar.
+
+        Args:
+            hidden: Output of the final norm [s, b, h].
+            cache: Not used; layers have one signature.
+            document_starts: Not used; layers have one signature.
+            targets: Labels and weights of the tokens; the loss is computed instead of logits.
+        """
+        return self.final_linear(hidden if self.multiplier == 1.0 else hidden * self.multiplier, targets)
 
 
 class TiedHead(nn.Module):
@@ -68,6 +99,19 @@ class TiedHead(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, so that the parameter is registered in layer 0 only
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> logits [s, b, v/t]."""
-        return self._embedding[0].logits(hidden)
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor:
+        """[s, b, h] -> logits [s, b, v/t], or the loss of the targets; see Head.
+
+        Args:
+            hidden: Output of the final norm [s, b, h].
+            cache: Not used; layers have one signature.
+            document_starts: Not used; layers have one signature.
+            targets: Labels and weights of the tokens.
+        """
+        return self._embedding[0].output(hidden, targets)

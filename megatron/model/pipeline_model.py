@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,11 +22,13 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, is_grad_enabled, nn
 
 from megatron.distributed.mesh import Topology
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, WeightLink
 from megatron.errors import RunError
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
+from megatron.model.loss_function import LossFunction
 from megatron.model.recompute import Recompute, run_layers
 from megatron.param_table import FIRST_BLOCK, key_in_table
 
@@ -35,7 +38,6 @@ TIED = "embedding"
 RELATIVE = "relative_positions"
 """Name in DeepSpeed of learned relative positions, which all blocks share."""
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Carry = Tensor | tuple[Tensor, Tensor]
 
 
@@ -48,7 +50,7 @@ class PipelinedModel(PipelineModule):
         topology: Topology,
         *,
         partition_method: str | tuple[int, ...],
-        loss: Loss,
+        loss: LossFunction,
         recompute: Recompute | None = None,
     ) -> None:
         """Builds the layers of this stage.
@@ -57,7 +59,7 @@ class PipelinedModel(PipelineModule):
             layer_specs: layers of the full model.
             topology: layout of the ranks.
             partition_method: DeepSpeed's (`type:regex`, `parameters`, `uniform`), or the blocks of each stage.
-            loss: (logits [s, b, v/t], labels [b, s], loss mask [b, s], tokens []) -> scalar, called on the last stage.
+            loss: Called on the last stage.
             recompute: recomputation of blocks, or None.
         """
         grid = PipeModelDataParallelTopology(
@@ -70,20 +72,39 @@ class PipelinedModel(PipelineModule):
                 layers=_specs(layer_specs),
                 topology=grid,
                 partition_method=partition_method,
-                loss_fn=lambda logits, targets: _free_logits_after_loss(loss(logits, *targets), logits),
+                loss_fn=self._loss,
             )
-        self.recompute = recompute
+        self.recompute, self.loss = recompute, loss
 
     def forward(self, forward_input: Carry) -> Carry:
         """Runs this stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
 
-        With document masks the starts of documents [b, s] are passed from stage to stage beside it.
+        With document masks the starts of documents [b, s] are passed from stage to stage beside it. Where the loss is
+        computed together with the output layer, the last stage's result is the output layer's input, and the anchor of
+        its matrix.
         """
-        if isinstance(forward_input, Tensor):
-            return _differentiable(run_layers(self.forward_funcs, forward_input, None, self.recompute))
-        carry, document_starts = forward_input
-        carry = _differentiable(run_layers(self.forward_funcs, carry, None, self.recompute, document_starts))
-        return carry if self._local_stop == self._num_layers else (carry, document_starts)
+        is_last = self._local_stop == self._num_layers
+        layers = self.forward_funcs[:-1] if is_last and self.loss.in_blocks else self.forward_funcs
+        carry, document_starts = (forward_input, None) if isinstance(forward_input, Tensor) else forward_input
+        carry = _differentiable(run_layers(layers, carry, None, self.recompute, document_starts))
+        if is_last and self.loss.in_blocks:
+            self._link = WeightLink(self._output_layer().output_weight)
+            return carry, self._link.anchor
+        return carry if is_last or document_starts is None else (carry, document_starts)
+
+    def _loss(self, output: Carry, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Returns the loss of the last stage's output. given: labels and loss mask [b, s], tokens []."""
+        targets = self.loss.targets(*given)
+        if targets is None:
+            assert isinstance(output, Tensor)
+            return _free_logits_after_loss(self.loss(output, *given), output)
+        value: Tensor = self.forward_funcs[-1](output[0], targets=replace(targets, link=self._link))
+        return value
+
+    def _output_layer(self) -> Any:
+        """Returns the module that computes logits, on the last stage."""
+        layer = self.forward_funcs[-1]
+        return layer if isinstance(layer, nn.Module) else self.tied_modules[TIED]
 
     def _partition_layers(self, method: str | tuple[int, ...] = "uniform") -> None:
         """Assigns layers to stages for DeepSpeed; block i is layer i + 2."""
@@ -185,15 +206,20 @@ def _tied(arguments: dict[str, object], forward: Callable[..., Tensor] | None) -
 
 
 def tied_output(
-    embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None
+    embedding: nn.Module,
+    hidden: Tensor,
+    cache: KVCache | None = None,
+    document_starts: Tensor | None = None,
+    targets: TokenTargets | None = None,
 ) -> Tensor:
-    """Computes logits with the word embedding's matrix: [s, b, h] -> [s, b, v/t].
+    """Computes logits with the word embedding's matrix: [s, b, h] -> [s, b, v/t], or the loss of the targets.
 
     Args:
         embedding: Layer whose weight is used.
         hidden: [s, b, h].
         cache: Not used; layers have one signature.
         document_starts: Not used; layers have one signature.
+        targets: Labels and weights of the tokens.
     """
     assert isinstance(embedding, EmbeddingLayer)
-    return embedding.logits(hidden)
+    return embedding.output(hidden, targets)

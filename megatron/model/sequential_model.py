@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.model.kv_cache import KVCache
 from megatron.model.layers import LayerSpec
 from megatron.model.recompute import Recompute, run_layers
@@ -27,12 +28,24 @@ class SequentialModel(nn.Module):
             else:
                 self.sequential.append(layer.layer(embedding=self.sequential[layer.tied_to]))
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """Token ids [b, s] -> logits [s, b, v/t]. With a cache the tokens follow those already in it.
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor:
+        """Token ids [b, s] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar.
 
-        document_starts [b, s]: start of the document of each token; not together with a cache.
+        Args:
+            tokens: Token ids [b, s]; with a cache they follow those already in it.
+            cache: Keys, values and states of earlier tokens.
+            document_starts: Start of the document of each token [b, s]; not together with a cache.
+            targets: Labels and weights of the tokens; the loss is computed instead of logits.
         """
-        carry = run_layers(list(self.sequential), tokens, cache, self.recompute, document_starts)  # [s, b, v/t]
+        *layers, head = self.sequential
+        carry = run_layers(layers, tokens, cache, self.recompute, document_starts)  # [s, b, h]
+        carry = head(carry, cache, document_starts) if targets is None else head(carry, targets=targets)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return carry

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.tensor_parallel.cross_entropy import weighted_cross_entropy
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 
 
 class LanguageModel:
@@ -37,3 +38,16 @@ class LanguageModel:
             vocabulary: number of tokens; logits past them get no probability.
         """
         return weighted_cross_entropy(logits, labels.t(), loss_mask.t().float() / tokens, axis, vocabulary)
+
+    def targets(
+        self, labels: Tensor, loss_mask: Tensor, *, tokens: Tensor, vocabulary: int | None = None
+    ) -> TokenTargets:
+        """Returns what the output layer needs to compute this loss itself, block by block.
+
+        Args:
+            labels: token ids [b, s].
+            loss_mask: 1 where the token counts [b, s].
+            tokens: the engine's divisor.
+            vocabulary: number of tokens; logits past them get no probability.
+        """
+        return TokenTargets(labels.t(), loss_mask.t().float() / tokens, vocabulary)

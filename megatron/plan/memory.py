@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import ModelDims
 from megatron.plan.mixers import mixer_activations
 from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION
@@ -143,6 +144,8 @@ class ActivationLayout:
     """Visible fraction of each block's attention; 1 by default."""
     fused_scan: bool = False
     """Whether Mamba's scan is fused."""
+    loss_in_blocks: bool = True
+    """Whether the output layer and the loss are computed in blocks of tokens."""
 
     @property
     def tokens(self) -> int:
@@ -281,10 +284,22 @@ def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
 
 
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
-    """Returns the bytes of the final norm and of the logits, whose memory their gradient reuses."""
-    logits = layout.tokens * padded_vocab_size // layout.model_parallel_size * layout.width
-    output = 0 if dims.frozen else layout.residual_tokens * dims.hidden_size * layout.width
-    return output + _norm_inputs(dims, layout, norms=1, inputs=1) + logits
+    """Returns the bytes of the final norm and of the logits, whose memory their gradient reuses.
+
+    Where the loss is computed in blocks, there are the logits of one block, and the gradients of the hidden states and
+    of the matrix.
+    """
+    vocabulary = padded_vocab_size // layout.model_parallel_size
+    norm = _norm_inputs(dims, layout, norms=1, inputs=1)
+    output = layout.residual_tokens * dims.hidden_size * layout.width
+    if not layout.loss_in_blocks:
+        return (0 if dims.frozen else output) + norm + layout.tokens * vocabulary * layout.width
+    rows = min(layout.tokens, rows_of_a_block(vocabulary, cpu=layout.cpu))
+    hidden = layout.tokens * dims.hidden_size * layout.width
+    gathered = hidden if layout.residual_tokens < layout.tokens else 0
+    width = FP32 if rows < layout.tokens else layout.width
+    matrix = 0 if dims.frozen else vocabulary * dims.hidden_size * width
+    return output + gathered + norm + hidden + matrix + rows * vocabulary * layout.width
 
 
 def stage_activations(

@@ -206,4 +206,5 @@ def activation_layout(config: Config) -> ActivationLayout:
         shares=visible_shares(config),
         fused_scan=not on_cpu
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
+        loss_in_blocks=config.kernels.fused_linear_cross_entropy,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.tensor_parallel import linear_cross_entropy
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.model.block import Block
 from megatron.model.head import Head
@@ -136,7 +138,7 @@ def count(rank: int, world_size: int, settings: dict[str, Any], vocabulary: int)
     live = LiveStorages()
     ledger = Ledger(engine, live)
     _watch(engine.deepspeed, ledger)
-    with live:
+    with live, looking_between_blocks(ledger):
         step()
     names = ("parameters", "gradients", "optimizer", "activations")
     return {name: getattr(ledger, name) for name in names}
@@ -156,6 +158,29 @@ def _watch(engine: Any, ledger: Ledger) -> None:
     outer.step = _after(ledger.at_step, outer.step)
     if hasattr(outer, "optimizer"):
         outer.optimizer.step = _after(ledger.at_step, outer.optimizer.step)
+
+
+@contextmanager
+def looking_between_blocks(ledger: Ledger) -> Iterator[None]:
+    """Has the ledger look while the logits of a block of tokens are there."""
+    loss, add = linear_cross_entropy.loss_of_rows, linear_cross_entropy._WeightGradient.add
+
+    def watched_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        value = loss(logits, *args, **kwargs)
+        ledger.look()
+        return value
+
+    def watched_add(self: Any, grad: Tensor, x: Tensor, **kwargs: Any) -> None:
+        add(self, grad, x, **kwargs)
+        ledger.look()
+
+    linear_cross_entropy.loss_of_rows = watched_loss
+    linear_cross_entropy._WeightGradient.add = watched_add  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        linear_cross_entropy.loss_of_rows = loss
+        linear_cross_entropy._WeightGradient.add = add  # type: ignore[method-assign]
 
 
 def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:

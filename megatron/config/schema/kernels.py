@@ -17,6 +17,9 @@ class KernelsSection(Section):
     use_flashattn_swiglu: bool = key(False, "Use the swiglu kernel of the flash-attn package.")
     attention_softmax_in_fp32: bool = key(False, "Compute the attention softmax in fp32.")
     fp16_lm_cross_entropy: bool = key(False, "Compute the loss in fp16; only with fp16 training.")
+    fused_linear_cross_entropy: bool = key(
+        True, "Compute the output layer and the loss in blocks of tokens, so that no tensor of all logits exists."
+    )
     fused_kernels_build_path: str | None = key(None, "Folder for compiled kernels.")
     mamba_selective_scan_fusion: bool = key(False, "Use the fused selective scan of the mamba-ssm package.")
     mamba_causal_conv_fusion: bool = key(False, "Use the fused kernel of the causal-conv1d package.")

@@ -6,6 +6,7 @@ arXiv:1909.08053, section 3). Shapes: r rows (tokens), v vocabulary, t tensor-pa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megatron.distributed.collectives import all_reduce
 from megatron.distributed.mesh import Axis
-from megatron.kernels.cross_entropy import GradientSpec, softmax_pass
+from megatron.kernels.cross_entropy import GradientSpec, SoftmaxPass, softmax_pass
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis, vocabulary: int | None = None) -> Tensor:
@@ -53,6 +54,52 @@ def weighted_cross_entropy(
     return (vocab_parallel_cross_entropy(logits, targets, axis, vocabulary) * weights).sum()
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """What the loss of rows of logits needs besides them."""
+
+    labels: Tensor
+    """Global token ids [r]."""
+    weights: Tensor
+    """Weight of each row in the sum [r]."""
+    axis: Axis
+    """Tensor-parallel ranks."""
+    vocabulary: int | None = None
+    """Number of tokens; logits of padding rows get no probability. None if there is no padding."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-sum-exp."""
+
+
+def loss_of_rows(logits: Tensor, terms: LossTerms, softmax: SoftmaxPass = softmax_pass, *, overwrite: bool) -> Tensor:
+    """sum(weights * (-log p(label) + z_loss * log_sum_exp²)) of logits [r, v/t], without autograd.
+
+    Args:
+        logits: This rank's columns.
+        terms: Labels and weights.
+        softmax: Softmax over the vocabulary.
+        overwrite: The logits are overwritten with the gradient of the sum.
+    """
+    axis, scale = terms.axis, terms.weights.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = _Targets(terms.labels, logits, axis)
+    target_logits = ids.logits(logits, axis)
+    hit = scale.masked_fill(ids.elsewhere, 0)
+    real = _existing(logits, axis, terms.vocabulary)
+    if overwrite and axis.size == 1 and not terms.z_loss:
+        log_sum = softmax(real, GradientSpec(ids.local, scale, hit, real), None)
+    else:
+        local = _local_log_sums(real, softmax)
+        log_sum = _log_sum_over_ranks(local, axis)
+        if overwrite:
+            share = torch.exp(local - log_sum) * (1 + 2 * terms.z_loss * log_sum)
+            _write_gradient(real, GradientSpec(ids.local, scale * share, hit, real), softmax, local)
+    if overwrite and real.shape[1] < logits.shape[1]:
+        logits[:, real.shape[1] :].zero_()
+    losses = log_sum - target_logits
+    if terms.z_loss:
+        losses = losses + terms.z_loss * log_sum.square()
+    return (losses * scale).sum()
+
+
 def _existing(rows: Tensor, axis: Axis, vocabulary: int | None) -> Tensor:
     """Returns the columns of this rank's logits that belong to tokens: [r, v/t] -> [r, n], a view; n may be 0."""
     if vocabulary is None:
@@ -60,18 +107,20 @@ def _existing(rows: Tensor, axis: Axis, vocabulary: int | None) -> Tensor:
     return rows[:, : max(0, min(rows.shape[1], vocabulary - axis.rank * rows.shape[1]))]
 
 
-def _local_log_sums(rows: Tensor) -> Tensor:
+def _local_log_sums(rows: Tensor, softmax: SoftmaxPass = softmax_pass) -> Tensor:
     """Returns the log-sum-exp of a rank's columns [r]; minus infinity if it has none."""
     if rows.shape[1] == 0:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return torch.full(rows.shape[:1], float("-inf"), dtype=dtype, device=rows.device)
-    return softmax_pass(rows)
+    return softmax(rows, None, None)
 
 
-def _write_gradient(rows: Tensor, spec: GradientSpec) -> None:
+def _write_gradient(
+    rows: Tensor, spec: GradientSpec, softmax: SoftmaxPass = softmax_pass, log_sums: Tensor | None = None
+) -> None:
     """Writes the gradient of a rank's columns, of which there may be none."""
     if rows.shape[1]:
-        softmax_pass(rows, spec)
+        softmax(rows, spec, log_sums)
 
 
 class _Targets:
@@ -124,22 +173,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, axis: Axis, vocabulary: int | None
     ) -> Tensor:
         # detach shares the version counter: another operation that saved the logits for its gradient will raise.
-        rows, scale = logits.detach().reshape(-1, logits.shape[-1]), weights.reshape(-1)
-        ids = _Targets(targets, rows, axis)
-        target_logits = ids.logits(rows, axis)
-        hit = scale.masked_fill(ids.elsewhere, 0)
-        real = _existing(rows, axis, vocabulary)
-        if axis.size == 1:
-            log_sum = softmax_pass(real, GradientSpec(ids.local, scale, hit, real))
-        else:
-            local = _local_log_sums(real)
-            log_sum = _log_sum_over_ranks(local, axis)
-            share = torch.exp(local - log_sum)
-            _write_gradient(real, GradientSpec(ids.local, scale * share, hit, real))
-        if real.shape[1] < rows.shape[1]:
-            rows[:, real.shape[1] :].zero_()
+        rows = logits.detach().reshape(-1, logits.shape[-1])
+        terms = LossTerms(targets.reshape(-1), weights.reshape(-1), axis, vocabulary)
+        total = loss_of_rows(rows, terms, overwrite=True)
         ctx.gradient = rows.view(logits.shape)
-        return ((log_sum - target_logits) * scale).sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:

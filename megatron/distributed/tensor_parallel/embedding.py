@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from megatron.distributed.collectives import copy_to
 from megatron.distributed.param_attrs import mark_embedding_like
 from megatron.distributed.param_init import InitFn, ParamFactory
-from megatron.distributed.tensor_parallel.sequence_parallel import gathered_linear, reduce_from_tp
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
+from megatron.distributed.tensor_parallel.sequence_parallel import (
+    gather_or_copy_to_tp,
+    gathered_linear,
+    reduce_from_tp,
+)
 from megatron.kernels.linear import LinearKernel, plain_linear
 
 
@@ -42,12 +47,16 @@ class VocabParallelEmbedding(nn.Module):
         mark_embedding_like(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
 
-    def forward(self, x: Tensor, *, as_output_layer: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, as_output_layer: bool = False, targets: TokenTargets | None = None) -> Tensor:
         """Token ids of any shape [...] -> vectors [..., h]; as the output layer [..., h] -> logits [..., v/t].
 
-        With sequence parallelism the vectors are those of this rank's shard of the first dimension, [s/t, ..., h]. Both
-        uses go through forward, so that ZeRO 3 gathers the weight before either.
+        With sequence parallelism the vectors are those of this rank's shard of the first dimension, [s/t, ..., h]. All
+        uses go through forward, so that ZeRO 3 gathers the weight before either. With targets it is the output layer
+        and returns their loss instead, an fp32 scalar.
         """
+        if targets is not None:
+            hidden = gather_or_copy_to_tp(x, self.axis)
+            return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel)
         if as_output_layer:
             if self.axis.sequence_parallel:
                 return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]
