@@ -7,99 +7,21 @@ The loop gets every object from trainer.py. One step runs through five files: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.process_group import any_rank
-from megatron.engine.engine import StepResult, TrainingEngine
+from megatron.engine.engine import StepResult
 from megatron.errors import RunError
-from megatron.evaluation.char_perplexity import Characters
-from megatron.metrics.reporter import Reporter
 from megatron.metrics.step_metrics import step_metrics
 from megatron.metrics.timers import StepClock
-from megatron.optim.lr_schedule import LRSchedule
 from megatron.training import intervals
-from megatron.training.hooks.base import BatchSource, Hooks
+from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.run_state import RunState
-from megatron.training.step_schedule import StepSize, StepSizes
-
-
-@dataclass(frozen=True)
-class TrainSchedule:
-    """The numbers of a run, all derived before it starts."""
-
-    total: int
-    """Last iteration [steps]."""
-    log_interval: int
-    """[steps]."""
-    eval_interval: int
-    """[steps]."""
-    eval_iters: int
-    """Global batches of one evaluation."""
-    exit_interval: int | None
-    """[steps]."""
-    exit_minutes: float | None
-    """Wall time after which the run saves and exits [min]."""
-    save_scale: str
-    """`linear` or `log`, see intervals.py."""
-    save_factor: float | None
-    """See intervals.py."""
-    save_extra: tuple[int, ...]
-    """Further iterations after which a checkpoint is saved."""
-    samples: int
-    """Global batch of an evaluation, and of a step unless the batch size ramps up."""
-    micro_batches: int
-    """Micro batches of such a batch on one data-parallel rank."""
-    sizes: StepSizes
-    """Size of each step."""
-    flops: Callable[[int], float]
-    """Sequence length -> FLOPs of one sequence on one GPU."""
-    peak_flops: float
-    """[FLOP/s], 0 if unknown."""
-    overflow_limit: int = 50
-    """Steps in a row that may overflow at the smallest loss scale."""
-    counts_samples: bool = False
-    """True if the learning-rate schedule counts samples instead of steps."""
-
-    def reports(self, iteration: int) -> bool:
-        """Whether the iteration is reported."""
-        return intervals.every(iteration, self.log_interval) or iteration in (1, self.total)
-
-
-@dataclass(frozen=True)
-class LoopContext:
-    """The objects that the loop works with."""
-
-    engine: TrainingEngine
-    """Runs the steps."""
-    lr_schedule: LRSchedule
-    """Learning rate of each step."""
-    train: BatchSource | None
-    """None where there is no step to make."""
-    valid: BatchSource | None
-    """Validation batches; None if there are none."""
-    reporter: Reporter
-    """Writes metrics."""
-    stop_requested: Callable[[], bool]
-    """True once the run should save and exit."""
-    save: Callable[[RunState], None] | None
-    """Saves a checkpoint of the state; None when nothing is saved."""
-    check_saves: Callable[[], None]
-    """Raises if a save in the background has failed."""
-    synchronize: Callable[[], None]
-    """Waits for the device."""
-    peak_memory: Callable[[], int]
-    """Largest memory use since the last report [bytes]."""
-    hooks: Hooks = field(default_factory=Hooks)
-    """Hooks of the run."""
-    characters: Characters | None = None
-    """Counts the characters of evaluations, for the perplexity a character."""
-    valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)
-    """Validation data sets that have a loss of their own, by name."""
+from megatron.training.step_schedule import StepSize
+from megatron.training.validation import evaluate
 
 
 def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
@@ -151,52 +73,6 @@ def _save(context: LoopContext, state: RunState) -> None:
     assert context.save is not None
     with context.hooks.save(state):
         context.save(state)
-
-
-def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> None:
-    """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
-
-    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation.
-    """
-    assert context.valid is not None, "there is validation data wherever an evaluation is due"
-    context.hooks.before_evaluate(state)
-    number = (state.iteration - 1) // schedule.eval_interval if schedule.eval_interval else 0
-    first_sample = number * schedule.eval_iters * schedule.samples
-    own = [(f"validation/{name}", source) for name, source in context.valid_sets.items()]
-    for name, source in [("validation", context.valid), *own]:
-        losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
-        if losses is None:
-            return
-        context.reporter.evaluation(state.iteration, name, losses)
-    context.hooks.after_evaluate(state)
-
-
-def evaluation_metrics(
-    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]
-) -> dict[str, float] | None:
-    """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request."""
-    counted = batches if context.characters is None else context.characters.counted(batches)
-    loss = _mean_loss(schedule, context, counted)
-    if loss is None:
-        context.reporter.message("the evaluation is given up: a stop was asked for")
-        return None
-    if context.characters is None:
-        return {"lm_loss": loss}
-    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": context.characters.perplexity(loss)}
-
-
-def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> float | None:
-    """Mean loss [nats a token]; None after a stop request on any rank, which is checked every few micro batches."""
-    left = schedule.eval_iters * schedule.micro_batches
-    share = schedule.micro_batches * -(-context.engine.min_eval_batches // schedule.micro_batches)
-    loss = tokens = 0.0
-    while left > 0:
-        if any_rank(context.stop_requested()):
-            return None
-        count = min(share, left)
-        losses_of, tokens_of = context.engine.eval_sums(batches, count)
-        loss, tokens, left = loss + losses_of, tokens + tokens_of, left - count
-    return loss / max(1.0, tokens)
 
 
 @dataclass

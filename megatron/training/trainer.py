@@ -65,10 +65,12 @@ from megatron.training.hooks.statistics import statistics_hooks
 from megatron.training.hooks.stragglers import StragglerHook
 from megatron.training.hooks.task_evaluation import TaskEvaluationHook
 from megatron.training.locate_failure import FailureLocator
-from megatron.training.loop import LoopContext, TrainSchedule, evaluation_metrics, run_loop
+from megatron.training.loop import run_loop
+from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSizes
+from megatron.training.validation import evaluation_metrics
 
 _log = get_logger(__name__)
 

@@ -16,7 +16,8 @@ from megatron.errors import RunError
 from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import no_wait
 from megatron.training.hooks.base import Hook, Hooks
-from megatron.training.loop import LoopContext, TrainSchedule, run_loop
+from megatron.training.loop import run_loop
+from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSize, StepSizes
 

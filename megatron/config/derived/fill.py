@@ -18,13 +18,13 @@ from megatron.config.derived.batch import (
     derive_batch,
     size_issues,
 )
+from megatron.config.derived.grad_accum_dtype import derive_data_types
 from megatron.config.derived.lr_schedule import decay_horizon
 from megatron.config.derived.mlp_width import head_dim
 from megatron.config.derived.mup import read_base_shapes
 from megatron.config.derived.optimizer import derive_optimizer, params_without_effect
 from megatron.config.derived.precision import (
     bf16_block,
-    derive_data_types,
     derive_precision,
     fp16_block,
 )

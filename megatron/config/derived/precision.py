@@ -38,10 +38,3 @@ def bf16_block(precision: str, bf16: Table | None) -> Table | None:
     if precision == "bfloat16":
         return {**(bf16 or {}), "enabled": True}
     return bf16
-
-
-def derive_data_types(precision: str, data_types: Table | None) -> Table | None:
-    """Returns the data_types block: gradients of a bfloat16 model accumulate in fp32 by default."""
-    if precision == "bfloat16" and not (data_types or {}).get("grad_accum_dtype"):
-        return {**(data_types or {}), "grad_accum_dtype": "fp32"}
-    return data_types

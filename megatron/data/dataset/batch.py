@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-"""The label of a token that is not to be predicted, as label data sets hold it."""
+from megatron.data.dataset.document_starts import document_starts
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class MicroBatch:
     """The inputs and targets of one pass."""
 
     tokens: Tensor
-    """int64 [b, s], labels being the tokens one place further on."""
+    """int64 [b, s]."""
     labels: Tensor
-    """int64 [b, s], labels being the tokens one place further on."""
+    """int64 [b, s], the tokens one position further on."""
     loss_mask: Tensor
     """float32 [b, s], 0 where a label does not count; the label there is some valid id."""
     document_starts: Tensor | None = None
-    """int64 [b, s], the place in the sequence where the document of each token starts, where attention or positions are
-    reset at it.
+    """int64 [b, s], the position at which the document of each token starts; given where attention or positions are
+    reset there.
     """
     rewards: Tensor | None = None
     """float32 [b, s], that of the document of each token, where there is reward data."""
@@ -99,15 +99,3 @@ def make_batch(
         rewards=None if rewards is None else rewards[:, :-1].contiguous(),
     )
     return batch.behind(prompt) if prompt else batch
-
-
-def document_starts(tokens: Tensor, borders: Tensor, eod: int) -> Tensor:
-    """Where the document of each token starts, int64 [b, s]: at a border, after an eod, or at the sequence's start.
-
-    tokens int64 and borders bool, [b, s].
-    """
-    first = borders.clone()
-    first[:, 1:] |= tokens[:, :-1] == eod
-    first[:, 0] = True
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return torch.where(first, positions, 0).cummax(dim=1).values

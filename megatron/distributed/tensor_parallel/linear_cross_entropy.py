@@ -90,13 +90,13 @@ def linear_cross_entropy(
         softmax: Softmax over the vocabulary.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    settings = _Settings(targets, axis, linear_ops(kernel), softmax, torch.is_grad_enabled())
+    settings = _LossSettings(targets, axis, linear_ops(kernel), softmax, torch.is_grad_enabled())
     total: Tensor = _LinearCrossEntropy.apply(rows, weight, settings)
     return total if targets.link is None else total + targets.link.anchor
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _LossSettings:
     targets: TokenTargets
     axis: Axis
     ops: LinearOps
@@ -106,7 +106,7 @@ class _Settings:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, settings: _Settings) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, settings: _LossSettings) -> Tensor:
         need_hidden, need_weight = (need and settings.grad_enabled for need in ctx.needs_input_grad[:2])
         ops, targets = settings.ops, settings.targets
         labels, weights = targets.labels.reshape(-1), targets.weights.reshape(-1)

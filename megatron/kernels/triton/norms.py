@@ -91,7 +91,7 @@ def norm_backward(
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _NormSettings:
     """Compile-time arguments of a norm."""
 
     epsilon: float
@@ -100,7 +100,7 @@ class _Settings:
 
 
 def _forward(
-    settings: _Settings, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    settings: _NormSettings, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [r, h] -> the norm, its input, the means and the inverse deviations [r]."""
     rows, columns = x.shape
@@ -120,7 +120,12 @@ def _forward(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, settings: _Settings
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: _NormSettings,
     ) -> tuple[Tensor, Tensor]:
         rows = runtime.as_rows(x)
         other = None if residual is None else runtime.as_rows(residual)
@@ -135,7 +140,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
         total, weight, mean, rstd = ctx.saved_tensors
-        settings: _Settings = ctx.settings
+        settings: _NormSettings = ctx.settings
         (rows, columns), device = total.shape, total.device
         dy, dtotal = runtime.as_rows(grads[0]), runtime.as_rows(grads[1]) if settings.add else total
         programs, block = runtime.persistent_programs(device, rows), runtime.next_power_of_2(columns)
@@ -157,7 +162,7 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """X / sqrt(mean(x²) + epsilon) * scale of [..., h]."""
-    y: Tensor = _Norm.apply(x, None, scale, None, _Settings(epsilon, rms=True, add=False))[0]
+    y: Tensor = _Norm.apply(x, None, scale, None, _NormSettings(epsilon, rms=True, add=False))[0]
     return y
 
 
@@ -170,7 +175,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: f
         bias: Shift [h], or None.
         epsilon: Added to the variance.
     """
-    y: Tensor = _Norm.apply(x, None, weight, bias, _Settings(epsilon, rms=False, add=False))[0]
+    y: Tensor = _Norm.apply(x, None, weight, bias, _NormSettings(epsilon, rms=False, add=False))[0]
     return y
 
 
@@ -183,7 +188,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, scale: Tensor, epsilon: float) -> 
         scale: Scale of the norm [h].
         epsilon: Added to the mean square.
     """
-    y, total = _Norm.apply(x, residual, scale, None, _Settings(epsilon, rms=True, add=True))
+    y, total = _Norm.apply(x, residual, scale, None, _NormSettings(epsilon, rms=True, add=True))
     return y, total
 
 
@@ -199,5 +204,5 @@ def add_layer_norm(
         bias: Shift [h], or None.
         epsilon: Added to the variance.
     """
-    y, total = _Norm.apply(x, residual, weight, bias, _Settings(epsilon, rms=False, add=True))
+    y, total = _Norm.apply(x, residual, weight, bias, _NormSettings(epsilon, rms=False, add=True))
     return y, total

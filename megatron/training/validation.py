@@ -1,0 +1,56 @@
+"""The validation pass: the mean loss of batches that are not trained on, in the middle and at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.process_group import any_rank
+from megatron.training.loop_context import LoopContext, TrainSchedule
+from megatron.training.run_state import RunState
+
+
+def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> None:
+    """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
+
+    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation.
+    """
+    assert context.valid is not None, "there is validation data wherever an evaluation is due"
+    context.hooks.before_evaluate(state)
+    number = (state.iteration - 1) // schedule.eval_interval if schedule.eval_interval else 0
+    first_sample = number * schedule.eval_iters * schedule.samples
+    own = [(f"validation/{name}", source) for name, source in context.valid_sets.items()]
+    for name, source in [("validation", context.valid), *own]:
+        losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
+        if losses is None:
+            return
+        context.reporter.evaluation(state.iteration, name, losses)
+    context.hooks.after_evaluate(state)
+
+
+def evaluation_metrics(
+    schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]
+) -> dict[str, float] | None:
+    """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request."""
+    counted = batches if context.characters is None else context.characters.counted(batches)
+    loss = _mean_loss(schedule, context, counted)
+    if loss is None:
+        context.reporter.message("the evaluation is given up: a stop was asked for")
+        return None
+    if context.characters is None:
+        return {"lm_loss": loss}
+    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": context.characters.perplexity(loss)}
+
+
+def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> float | None:
+    """Mean loss [nats a token]; None after a stop request on any rank, which is checked every few micro batches."""
+    left = schedule.eval_iters * schedule.micro_batches
+    share = schedule.micro_batches * -(-context.engine.min_eval_batches // schedule.micro_batches)
+    loss = tokens = 0.0
+    while left > 0:
+        if any_rank(context.stop_requested()):
+            return None
+        count = min(share, left)
+        losses_of, tokens_of = context.engine.eval_sums(batches, count)
+        loss, tokens, left = loss + losses_of, tokens + tokens_of, left - count
+    return loss / max(1.0, tokens)
