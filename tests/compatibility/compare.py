@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURED_TIME = "runtime/"
 """How the names of metrics begin that are times, speeds and memory."""
 COMMAND_SECONDS = 900
+RESOLVED, MANIFEST = "configs/resolved.json", "manifest.json"
+"""Files of a checkpoint: its configuration, and the list of its files."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,29 @@ def _export_difference(old: Tree, new: Tree, saved: str) -> str | None:
 
 
 def changed_files(old: Path, new: Path) -> list[str]:
-    """Files that the two folders do not share, or whose bytes differ; two empty folders are an error."""
+    """Files that the two folders do not share, or whose bytes differ; two empty folders are an error.
+
+    The resolved configuration of a checkpoint may have keys that only the newer tree knows; the manifest, which has the
+    sums of all files, is then not compared.
+    """
     before, after = (
         {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         for root in (old, new)
     )
     if not before:
         raise RuntimeError(f"{old} holds no file")
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    grown = {name for name in changed if name.endswith(RESOLVED) and has_all_keys(before.get(name), after.get(name))}
+    manifests = {name.removesuffix(RESOLVED) + MANIFEST for name in grown}
+    return sorted(changed - grown - manifests)
+
+
+def has_all_keys(old: bytes | None, new: bytes | None) -> bool:
+    """Whether the new configuration has every key of the old one with its value."""
+    if old is None or new is None:
+        return False
+    before, after = json.loads(old), json.loads(new)
+    return isinstance(before, dict) and isinstance(after, dict) and before.items() <= after.items()
 
 
 def _run_directory_difference(old: Tree, new: Tree) -> str | None:

@@ -43,3 +43,17 @@ def test_files_are_compared_by_name_and_bytes(tmp_path: Path) -> None:
 def test_every_configuration_is_accepted(name: str) -> None:
     resolve([], {**BASE, **SETTINGS[name].keys, "data_path": "corpus"}, Resources(SETTINGS[name].ranks))
     assert RESUMED in SETTINGS
+
+
+def test_a_stored_configuration_may_gain_keys_and_nothing_else(tmp_path: Path) -> None:
+    for folder, resolved, sums in (
+        ("old", '{"a": 1}', "1"),
+        ("new", '{"a": 1, "b": 2}', "2"),
+        ("other", '{"a": 2, "b": 2}', "3"),
+    ):
+        (tmp_path / folder / "configs").mkdir(parents=True)
+        (tmp_path / folder / "configs/resolved.json").write_text(resolved)
+        (tmp_path / folder / "manifest.json").write_text(sums)
+    assert changed_files(tmp_path / "old", tmp_path / "new") == []
+    assert changed_files(tmp_path / "old", tmp_path / "other") == ["configs/resolved.json", "manifest.json"]
+    assert changed_files(tmp_path / "new", tmp_path / "old") == ["configs/resolved.json", "manifest.json"]
