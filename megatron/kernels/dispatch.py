@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.errors import ConfigError
+from megatron.kernels.activations import Activation, activation_of
 from megatron.kernels.attention import AttentionKernel, choose_attention, sdpa_attention
+from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
+from megatron.kernels.dropout_add import DropoutAdd, dropout_add
 from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped_matmul import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.mamba import MambaKernels, choose_mamba
-from megatron.kernels.rotary import RotaryKernel, rotary
+from megatron.kernels.norms import layer_norm, rms_norm
+from megatron.kernels.permute import PERMUTATION, Permutation
+from megatron.kernels.rotary import RotaryPair, rotary_pair
+from megatron.registry.kernels import TRITON, KernelFacts, choose_all, keys_of_kernels, missing_kernels
+from megatron.registry.registry import load_target
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,20 @@ class Kernels:
     """Attention of blocks of kind `global`."""
     flash: AttentionKernel
     """Attention of blocks of kind `flash`."""
-    rotary: RotaryKernel
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    """(x [..., h], scale [h], epsilon) -> root mean square norm."""
+    layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] = layer_norm
+    """(x [..., h], weight [h], bias [h], epsilon) -> layer norm."""
+    activation: Callable[[str, Activation], Activation] = activation_of
+    """(name, its formula) -> the activation."""
+    rotary: RotaryPair = rotary_pair
     """Rotary positions."""
+    dropout_add: DropoutAdd = dropout_add
+    """Dropout of a term of the residual stream, and the sum."""
+    cross_entropy: SoftmaxPass = softmax_pass
+    """Softmax over the vocabulary."""
+    permutation: Permutation = PERMUTATION
+    """Tokens to the experts and back."""
     grouped: GroupedKernel = plain_grouped
     """Matrix products of experts."""
     mamba: MambaKernels = field(
@@ -42,10 +63,43 @@ class Kernels:
         return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None) -> Kernels:
-    """Returns the fastest available kernels for parameters of this type on this device.
+def kernel_facts(device: torch.device, dtype: torch.dtype, section: Any = None, activation: str = "") -> KernelFacts:
+    """Returns what decides which kernels can be used.
 
-    section: the configuration's kernels section, which enables some of them.
+    Args:
+        device: Device of the model.
+        dtype: Type of the parameters.
+        section: The configuration's kernels section.
+        activation: The key `activation`.
+    """
+    return KernelFacts(
+        device.type,
+        str(dtype).removeprefix("torch."),
+        compiled=getattr(section, "compile", False),
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1" and getattr(section, "kernels", "auto") == TRITON,
+        activation=activation,
+    )
+
+
+def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
+    """Returns operation -> implementation for the table of kernels (megatron/registry/kernels.py).
+
+    Raises ConfigError where `kernels: triton`, or on a GPU a key, asks for a kernel that cannot be used.
+    """
+    asked = [key for key in keys_of_kernels() if getattr(section, key, False)]
+    choices = choose_all(facts, getattr(section, "kernels", "auto"), asked)
+    ConfigError.raise_any(missing_kernels(choices.values(), facts))
+    return {name: load_target(choice.entry.target) for name, choice in choices.items()}
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None, activation: str = "") -> Kernels:
+    """Returns the fastest available kernels for parameters of this type on this device. Raises ConfigError.
+
+    Args:
+        device: Device of the model.
+        dtype: Type of the parameters.
+        section: The configuration's kernels section, which chooses some of them.
+        activation: The key `activation`.
     """
     fused = getattr(section, "mamba_inner_func_fusion", False)
     compiled = getattr(section, "compile", False)  # torch.compile fuses torch's own kernels only
@@ -53,11 +107,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
         linear=plain_linear if compiled else choose_linear(device, dtype),
         attention=sdpa_attention if compiled and device.type == "cpu" else choose_attention(device),
         flash=choose_flash(device, dtype),
-        rotary=rotary,
         grouped=choose_grouped(device, dtype),
         mamba=choose_mamba(
             device,
             convolution=fused or getattr(section, "mamba_causal_conv_fusion", False),
             scan=fused or getattr(section, "mamba_selective_scan_fusion", False),
         ),
+        **load_choices(kernel_facts(device, dtype, section, activation), section),
     )

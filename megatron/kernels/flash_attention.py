@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron.kernels.activations import Activation
 from megatron.kernels.attention import AttentionKernel, choose_attention
 from megatron.kernels.attention_patterns import AttentionMask, window_for_package
 
@@ -68,3 +69,15 @@ def flash_attention(
         window_size=(behind, -1 if behind < 0 else 0),
     )
     return out.transpose(1, 2)  # [b, n, s, d]
+
+
+def flash_swiglu_of(name: str, formula: Activation) -> Activation:
+    """Returns flash-attn's swiglu, which multiplies its second argument by the activated first."""
+    from flash_attn.ops.activations import swiglu
+
+    def fused(x: Tensor) -> Tensor:
+        up, gate = x.chunk(2, dim=-1)
+        y: Tensor = swiglu(gate, up)
+        return y
+
+    return fused

@@ -12,6 +12,18 @@ def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, scale.shape, scale, epsilon)
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias of [..., h], by torch's operator.
+
+    Args:
+        x: Input [..., h].
+        weight: Scale [h], or None.
+        bias: Shift [h], or None.
+        epsilon: Added to the variance.
+    """
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
 def plain_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """Reference implementation, with the mean in fp32."""
     wide = x.float()

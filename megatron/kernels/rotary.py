@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RotaryPair = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+"""(q [b, n, s, d], k [b, m, s, d], cos and sin [positions, r/2], offset, positions [b, s] or None) -> rotated q, k."""
 RotaryKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [b, n, s, d], cos and sin [s, r/2], or [b, 1, s, r/2] by sequence) -> the rotated x [b, n, s, d]."""
 
@@ -24,6 +26,26 @@ def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+def rotary_pair(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int = 0, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the rotated queries [b, n, s, d] and keys [b, m, s, d].
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, s, d].
+        cos: Cosines of the angles of positions, fp32 [positions, r/2].
+        sin: Sines likewise.
+        offset: Position of the first token.
+        positions: Position of each token instead, int64 [b, s].
+    """
+    if positions is not None:
+        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [b, 1, s, r/2]
+    else:
+        cos, sin = (table[offset : offset + q.shape[2]] for table in (cos, sin))
+    return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

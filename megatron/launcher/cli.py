@@ -36,6 +36,7 @@ from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number
 from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
 from megatron.launcher.worker_config import config_argument
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
+from megatron.plan.kernel_choices import kernel_issues
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -108,6 +109,7 @@ def _attempt(request: LaunchRequest, resolved: Resolved, folder: Path) -> Outcom
         precision=config.precision.precision,
         zero=config.deepspeed.zero_optimization,
         gpu_layers=gpu_layers(config, request.script),
+        kernels=kernel_issues(config, machines.accelerator),
     )
     print(as_text(resolved), end="", file=sys.stderr, flush=True)
     launcher = launcher_of(config.launch)

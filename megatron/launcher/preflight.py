@@ -36,6 +36,7 @@ def check(
     precision: str | None = None,
     zero: Mapping[str, Any] | None = None,
     gpu_layers: Iterable[str] = (),
+    kernels: Iterable[ConfigIssue] = (),
 ) -> None:
     """Raises ConfigError with everything that is missing.
 
@@ -45,6 +46,7 @@ def check(
         precision: the key precision.
         zero: the ZeRO block.
         gpu_layers: keys of layers that need a GPU.
+        kernels: issues of kernels that are asked for by name.
     """
     missing = [
         ConfigIssue(f"the package {name} is not installed", hint="pip install -r requirements/requirements.txt")
@@ -68,7 +70,7 @@ def check(
     if accelerator == "cpu":
         folder = op_folder(environment)
         missing += missing_for_build(environment, built=(folder / f"{CPU_OP}.so").exists())
-    ConfigError.raise_any(missing)
+    ConfigError.raise_any([*missing, *kernels])
 
 
 def gpu_layers(config: Config, script: str | Path) -> tuple[str, ...]:

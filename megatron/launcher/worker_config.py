@@ -21,6 +21,7 @@ from megatron.launcher.resolve import refuse_unsupported
 from megatron.launcher.restart import restarted_by_scheduler, resume_overrides
 from megatron.launcher.run_directory import CONFIG_FILE, choose_run_directory, prepare_run_directory
 from megatron.plan.base_shapes import check_base_shapes
+from megatron.plan.kernel_choices import kernel_issues
 from megatron.ranks import Ranks
 
 RUN_CONFIG, ENCODED_CONFIG = "--run-config", "--megatron-config"
@@ -85,6 +86,7 @@ def _resolve_here(arguments: Sequence[str]) -> Config:
         precision=config.precision.precision,
         zero=config.deepspeed.zero_optimization,
         gpu_layers=gpu_layers(config, script),
+        kernels=kernel_issues(config, accelerator),
     )
     folder = choose_run_directory(config.observe.log_dir, config.checkpoint.save, request.files, request.script)
     config = config.replace(log_dir=str(folder))

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
@@ -36,15 +35,15 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, axis: Axis) -> None:
         """Sets up dropout. axis: tensor-parallel ranks, over which the sequence may be sharded."""
         super().__init__()
-        self.dropout = spec.hidden_dropout
+        self.dropout, self.dropout_add = spec.hidden_dropout, spec.kernels.dropout_add
         self.draws = spec.random.fork if axis.sequence_parallel and self.dropout > 0 else nullcontext
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Applies dropout to a term of the residual stream."""
+    def add(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """Adds a term to the residual stream, with dropout."""
         if self.dropout == 0 or not self.training:
-            return x
+            return hidden + x
         with self.draws():
-            return F.dropout(x, self.dropout)
+            return self.dropout_add(x, hidden, self.dropout)
 
 
 class TransformerBlock(Block):
@@ -76,18 +75,18 @@ class TransformerBlock(Block):
             return run(hidden, cache, document_starts)
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
-        hidden = hidden + self.drop(self.attention(self.input_layernorm(hidden), cache, starts))
+        hidden = self.add(hidden, self.attention(self.input_layernorm(hidden), cache, starts))
         if self.fused_norm_mlp is not None:
-            return hidden + self.drop(self.fused_norm_mlp(hidden))
-        return hidden + self.drop(self.mlp(self.post_attention_layernorm(hidden)))
+            return self.add(hidden, self.fused_norm_mlp(hidden))
+        return self.add(hidden, self.mlp(self.post_attention_layernorm(hidden)))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)
         if self.fused_norm_mlp is not None:
-            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.fused_norm_mlp(hidden))
+            return self.add(self.add(hidden, self.attention(first, cache, starts)), self.fused_norm_mlp(hidden))
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms have separate dropout masks, so each must be reduced
-            return hidden + self.drop(self.attention(first, cache, starts)) + self.drop(self.mlp(second))
+            return self.add(self.add(hidden, self.attention(first, cache, starts)), self.mlp(second))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
         total = attended + self.mlp.partial(second)
         total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one all-reduce for both

@@ -47,6 +47,7 @@ class EmbeddingLayer(nn.Module):
             source.of("word_embeddings"),
             init_fn=PaddedInit(blocks.init_fn, spec.vocab_size or spec.padded_vocab_size),
             kernel=spec.kernels.linear,
+            softmax=spec.kernels.cross_entropy,
         )
         if spec.dims.tied:
             mark_tied(self.word_embeddings.weight)

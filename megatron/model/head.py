@@ -15,6 +15,7 @@ from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp
+from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
 from megatron.model.kv_cache import KVCache
@@ -45,12 +46,14 @@ class FinalNorm(nn.Module):
 class OutputLinear(ColumnParallelLinear):
     """The output layer's matrix. Both uses go through forward, so that ZeRO 3 gathers the weight before either."""
 
+    softmax: SoftmaxPass = staticmethod(softmax_pass)
+
     def forward(self, x: Tensor, targets: TokenTargets | None = None) -> Tensor:
         """[s, b, h] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar."""
         if targets is None:
             return super().forward(x)
         hidden = gather_or_copy_to_tp(x, self.axis)
-        return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel)
+        return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax)
 
 
 class Head(nn.Module):
@@ -67,6 +70,7 @@ class Head(nn.Module):
             bias=False,
             kernel=spec.kernels.linear,
         )
+        self.final_linear.softmax = spec.kernels.cross_entropy
         mark_embedding_like(self.final_linear.weight)
 
     @property

@@ -29,6 +29,7 @@ from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
+from megatron.kernels.dispatch import Kernels
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
@@ -92,15 +93,22 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     norm = NORMS.load(model.norm)
     epsilon = getattr(model, NORMS.entry(model.norm).epsilon)
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
-    head_norm = partial(_norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, partial_sum=axis.size > 1)
+    kernels = spec.kernels
+    head_norm = partial(
+        _norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, kernels, partial_sum=axis.size > 1
+    )
     return BlockSpec(
         dims=dims,
         norm=partial(
-            _norm, partial(norm, dims.hidden_size, epsilon, dims.norm_bias), axis, partial_sum=axis.sequence_parallel
+            _norm,
+            partial(norm, dims.hidden_size, epsilon, dims.norm_bias),
+            axis,
+            kernels,
+            partial_sum=axis.sequence_parallel,
         ),
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
-        positions=positions.for_attention(model, dims.head_dim, spec.kernels.rotary),
-        activation=ACTIVATIONS.load(model.activation),
+        positions=positions.for_attention(model, dims.head_dim, kernels.rotary),
+        activation=kernels.activation(model.activation, ACTIVATIONS.load(model.activation)),
         attention=tuple(ATTENTION.load(kind) for kind in dims.kinds),
         mlp=tuple(MLPS.load("moe" if dims.has_experts(block) else "dense") for block in range(dims.num_layers)),
         patterns=_patterns(model, dims.kinds),
@@ -110,7 +118,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         head_norm=head_norm if dims.qk_norm else None,
         init_fn=INITS.load(initialization.init_method)(**numbers),
         output_init_fn=INITS.load(initialization.output_layer_init_method)(**numbers),
-        kernels=spec.kernels,
+        kernels=kernels,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         random=spec.rng,
@@ -171,12 +179,19 @@ def _patterns(model: ModelSection, kinds: Sequence[str]) -> tuple[Callable[[rang
     return tuple(of(number, kind) for number, kind in enumerate(kinds))
 
 
-def _norm(make: Callable[[], nn.Module], axis: Axis, *, partial_sum: bool) -> nn.Module:
+def _norm(make: Callable[[], nn.Module], axis: Axis, kernels: Kernels, *, partial_sum: bool) -> nn.Module:
     """Builds a norm of the residual stream or of heads.
 
-    partial_sum: true if a rank of the axis sees only a part of them, so that gradients are summed over the axis.
+    Args:
+        make: builds the module.
+        axis: tensor-parallel ranks.
+        kernels: kernels of the model.
+        partial_sum: true if a rank of the axis sees only a part of the input, so that gradients are summed over it.
     """
     norm = make()
+    operation = getattr(norm, "operation", None)
+    if operation is not None:
+        norm.kernel = getattr(kernels, operation)
     if partial_sum:
         for parameter in norm.parameters():
             mark_partial_grad(parameter, axis)

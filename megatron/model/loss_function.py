@@ -40,8 +40,11 @@ class LossFunction:
 
     @property
     def in_blocks(self) -> bool:
-        """True if the output layer computes the loss, in blocks of tokens."""
-        return self.fused and hasattr(self.objective, "targets")
+        """True if the output layer computes the loss, in blocks of tokens.
+
+        An objective that changes the loss of its base class and not its targets is computed from logits.
+        """
+        return self.fused and _order_of(self.objective, "targets") <= _order_of(self.objective, "loss")
 
     def targets(self, labels: Tensor, loss_mask: Tensor, tokens: Tensor) -> TokenTargets | None:
         """Returns the targets of the output layer, or None if the loss is computed from logits."""
@@ -49,3 +52,9 @@ class LossFunction:
             return None
         found: TokenTargets = self.objective.targets(labels, loss_mask, tokens=tokens, vocabulary=self.vocabulary)
         return found
+
+
+def _order_of(objective: object, method: str) -> float:
+    """Position, in the order in which methods are looked up, of the class that defines one; infinite without it."""
+    classes = type(objective).__mro__
+    return next((number for number, each in enumerate(classes) if method in vars(each)), float("inf"))

@@ -76,7 +76,7 @@ class ModelSpec:
     @cached_property
     def kernels(self) -> Kernels:
         """Kernels for the device and the type of the parameters."""
-        kernels = choose_kernels(self._device, self.dtype, self.kernel_options)
+        kernels = choose_kernels(self._device, self.dtype, self.kernel_options, self.model.activation)
         return kernels if self.recompute_attention is None else kernels.recomputed(self.recompute_attention)
 
     @cached_property

@@ -7,6 +7,7 @@ from megatron.config import Config
 from megatron.param_table import base_widths
 from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
+from megatron.plan.kernel_choices import kernel_lines
 from megatron.registry import WITHOUT_ATTENTION
 
 WIDTH = 12
@@ -15,9 +16,17 @@ WIDTH = 12
 def plan_text(plan: PlanFigures) -> str:
     """Formats model, layout, batch, FLOPs and memory, then warnings and unsupported values."""
     lines = ["RunPlan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
+    lines += _kernels(plan.config)
     lines += _listed("Warnings", plan.warnings)
     lines += _listed("Not built yet, so launching this would be refused", plan.not_supported_yet)
     return "\n".join(lines) + "\n"
+
+
+def _kernels(config: Config) -> list[str]:
+    """Formats the table of kernels."""
+    device = "cpu" if config.launch.distributed_backend == "gloo" else "cuda"
+    first, *others = kernel_lines(config, device)
+    return [_line("kernels", first), *(_line("", line) for line in others)]
 
 
 def _line(name: str, text: str) -> str:

@@ -152,7 +152,8 @@ WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
 # An effect on every run that trains, or on how it is started and reported; or read by DeepSpeed as it stands.
 EVERY_RUN = frozenset(
     """
-    sinks fused_linear_cross_entropy
+    sinks fused_linear_cross_entropy kernels bias_gelu_fusion bias_dropout_fusion rope_fusion layernorm_fusion
+    rmsnorm_fusion use_flashattn_swiglu
     num_layers hidden_size num_attention_heads num_kv_heads kv_channels seq_length max_position_embeddings
     intermediate_size expansion_factor mlp_multiple_of activation norm use_qk_layernorm use_bias_in_norms
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout

@@ -15,6 +15,8 @@ from megatron.distributed.tensor_parallel import linear_cross_entropy as in_bloc
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets, linear_cross_entropy
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp
 from megatron.kernels.linear import LinearKernel, onednn_linear, plain_linear, widened_linear
+from megatron.model.loss_function import LossFunction
+from megatron.objectives.language_model import LanguageModel
 from tests.multi_rank import run_distributed
 
 SEQUENCE, BATCH, HIDDEN, ROWS, VOCABULARY = 24, 2, 16, 640, 601
@@ -145,3 +147,19 @@ def test_shards_of_the_matrix_give_the_same_and_no_tensor_holds_all_logits(
     joined = torch.cat(gradients) if sequence_parallel else gradients[0]
     assert difference(joined, for_hidden) < 1e-12
     assert difference(torch.cat([found["weight"] for found in ranks]), for_weight) < 1e-12
+
+
+def test_an_objective_that_changes_only_the_loss_is_computed_from_logits() -> None:
+    class Halved(LanguageModel):
+        def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().loss(*args, **kwargs) / 2
+
+    class Plain:
+        def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.zeros(())
+
+    axis = Axis("model")
+    assert LossFunction(LanguageModel(), axis, None).in_blocks
+    assert not LossFunction(LanguageModel(), axis, None, fused=False).in_blocks
+    assert not LossFunction(Halved(), axis, None).in_blocks
+    assert not LossFunction(Plain(), axis, None).in_blocks

@@ -198,7 +198,7 @@ MUTANTS = (
     ),
     Mutant(
         "a document starts one token early",
-        "data/dataset/batch.py",
+        "data/dataset/document_starts.py",
         "first[:, 1:] |= tokens[:, :-1] == eod",
         "first[:, 1:] |= tokens[:, 1:] == eod",
         ("data/test_labels.py", "end_to_end/test_documents.py"),

@@ -3,6 +3,7 @@
 Tolerance: 20 % for a block, since kernels may keep a little more or less; the estimate rests on reading them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
         hidden_dropout=config.model.hidden_dropout > 0,
         attention_dropout=config.model.attention_dropout > 0,
         cpu=True,
+        loss_in_blocks=False,
     )
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     one = saved_bytes(
@@ -117,3 +119,14 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
     rest = head_activations(dims, layout, VOCABULARY) - logits
     if not dims.frozen:  # else nothing goes back to the embedding, and the first block keeps less than the others
         assert 0.9 * rest <= one - (two - one) <= 2 * rest
+
+
+def test_a_loss_in_blocks_has_the_logits_of_one_block() -> None:
+    """2,048 tokens of 131,072 logits: blocks of 128, the gradients of the hidden states and, in fp32, of the matrix."""
+    config = resolve([], BASE, Resources(1)).config
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    layout = ActivationLayout(2048, 1, 1, 2, 0, hidden_dropout=False, attention_dropout=False, cpu=True)
+    at_once = head_activations(dims, replace(layout, loss_in_blocks=False), 131_072)
+    in_blocks = head_activations(dims, layout, 131_072)
+    hidden, matrix = 2048 * dims.hidden_size * 2, 131_072 * dims.hidden_size * 4
+    assert in_blocks - at_once == 128 * 131_072 * 2 + hidden + matrix - 2048 * 131_072 * 2

@@ -6,6 +6,11 @@ from megatron.config.field import Section, key
 class KernelsSection(Section):
     """Fused kernels and compilation."""
 
+    kernels: str = key(
+        "auto",
+        "Norms, activations, rotary positions, dropout, loss, experts: auto is fused on GPUs, torch elsewhere.",
+        choices=("auto", "torch", "triton"),
+    )
     compile: bool = key(False, "Compile blocks of attention and MLP with torch.compile.")
     scaled_upper_triang_masked_softmax_fusion: bool = key(False, "Fuse scale, causal mask and softmax.")
     scaled_masked_softmax_fusion: bool = key(False, "Fuse scale, a given mask and softmax.")

@@ -84,12 +84,6 @@ GAPS: tuple[UnsupportedKey, ...] = (
 IGNORED_HINTS = {
     "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",
     "scaled_masked_softmax_fusion": "attention runs through torch's fused kernels",
-    "bias_gelu_fusion": "the plain operations run",
-    "bias_dropout_fusion": "the plain operations run",
-    "rope_fusion": "the plain operations run",
-    "layernorm_fusion": "torch's kernel runs",
-    "rmsnorm_fusion": "torch's kernel runs",
-    "use_flashattn_swiglu": "the plain operations run",
     "mamba_selective_fp32_params": "the optimizer keeps fp32 copies at ZeRO 1 and above, and DeepSpeed casts the rest",
     "attention_softmax_in_fp32": "scores and softmax are in fp32 in every attention kernel",
     "apply_query_key_layer_scaling": "scores are made in fp32, where no scaling is needed to keep them in range",

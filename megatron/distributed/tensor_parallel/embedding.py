@@ -17,6 +17,7 @@ from megatron.distributed.tensor_parallel.sequence_parallel import (
     gathered_linear,
     reduce_from_tp,
 )
+from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.kernels.linear import LinearKernel, plain_linear
 
 
@@ -29,6 +30,7 @@ class VocabParallelEmbedding(nn.Module):
         source: Creates the parameter.
         init_fn: Initial values.
         kernel: Computes the logits of a tied output layer.
+        softmax: Softmax over the vocabulary in the loss of a tied output layer.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class VocabParallelEmbedding(nn.Module):
         *,
         init_fn: InitFn,
         kernel: LinearKernel = plain_linear,
+        softmax: SoftmaxPass = softmax_pass,
     ) -> None:
         super().__init__()
         self.axis = source.axis
-        self.kernel = kernel
+        self.kernel, self.softmax = kernel, softmax
         self.weight = source.sharded("weight", (vocab_size, hidden_size), init_fn, dim=0)
         mark_embedding_like(self.weight)
         self.first = self.axis.rank * (vocab_size // self.axis.size)  # [tokens]
@@ -56,7 +59,7 @@ class VocabParallelEmbedding(nn.Module):
         """
         if targets is not None:
             hidden = gather_or_copy_to_tp(x, self.axis)
-            return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel)
+            return linear_cross_entropy(hidden, self.weight, targets, self.axis, self.kernel, self.softmax)
         if as_output_layer:
             if self.axis.sequence_parallel:
                 return gathered_linear(x, self.weight, None, self.axis, self.kernel)  # [s, .., v/t]

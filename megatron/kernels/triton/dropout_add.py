@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def dropout_add(
+def bias_dropout_residual(
     x, bias, residual, seed, y, columns, count, probability,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def dropout_add(
 def _launch(x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, probability: float) -> Tensor:
     y = torch.empty_like(x)
     runtime.launch(
-        dropout_add, (runtime.cdiv(x.numel(), _BLOCK),), x, x if bias is None else bias,
+        bias_dropout_residual, (runtime.cdiv(x.numel(), _BLOCK),), x, x if bias is None else bias,
         x if residual is None else residual, seed, y, x.shape[-1], x.numel(), probability,
         BLOCK=_BLOCK, BIAS=bias is not None, ADD=residual is not None,
     )  # fmt: skip
@@ -80,3 +80,8 @@ def bias_dropout_add(
         seed = torch.randint(0, limit, (1,), dtype=torch.int64, device=x.device)
     y: Tensor = _BiasDropoutAdd.apply(x, bias, residual, seed, probability)
     return y
+
+
+def dropout_add(x: Tensor, residual: Tensor, probability: float) -> Tensor:
+    """Residual + dropout(x) of [..., h], with a seed of the device's generator."""
+    return bias_dropout_add(x, None, residual, probability)

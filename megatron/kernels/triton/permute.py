@@ -1,6 +1,6 @@
 """Tokens in the order of their experts, and back: rows are gathered, and weighted rows are summed, without a scatter.
 
-The plain implementation is in `megatron/model/moe/layer.py`. An assignment (token t, slot j of its k experts) has the
+The plain implementation is in `megatron/kernels/permute.py`. An assignment (token t, slot j of its k experts) has the
 index t * k + j; `order` lists the assignments of the rows, and `inverse` the row of each one, -1 if it is dropped.
 
 Shapes: n tokens, k experts of a token, m rows, h hidden.
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.permute import Permutation
 from megatron.kernels.triton import runtime
 
 _BLOCK = 1024
@@ -141,3 +142,11 @@ def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Te
     """
     y: Tensor = _Combine.apply(rows, weights, order, inverse)
     return y
+
+
+def _gather_tokens(tokens: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    return permute(tokens, order, inverse)
+
+
+PERMUTATION = Permutation(inverse_of, _gather_tokens, combine)
+"""What the table of kernels names."""

@@ -112,7 +112,7 @@ class ParallelSelfAttention(nn.Module):
             offset = self.context.rank * q.shape[2]
             at = document_positions(document_starts) if self.reset_positions else None
             at = None if at is None else shard_sequence(at, self.context)
-            q, k = self.positions(q, offset, at), self.positions(k, offset, at)
+            q, k = self.positions.pair(q, k, offset, at)
         starts = document_starts if self.reset_attention else None
         q, k, v = (all_to_all_seq_to_heads(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
         with self.draws():
@@ -134,8 +134,7 @@ class ParallelSelfAttention(nn.Module):
             table = None if self.positions is None else self.positions.table(slots.end, q.device)
             return cache.attend_decode(self.number, q[:, :, 0], k[:, :, 0], v[:, :, 0], table).unsqueeze(2)
         if self.positions is not None:
-            q = self.positions(q, cache.length, slots.positions)
-            k = self.positions(k, cache.length, slots.positions)
+            q, k = self.positions.pair(q, k, cache.length, slots.positions)
         k, v = cache.update(self.number, k, v)  # [b, m/t, end, d]
         if view is not None:
             shown = _visible_mask(view, slots, q.shape[2], q.device)

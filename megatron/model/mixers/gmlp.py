@@ -58,7 +58,7 @@ class GMLPTransformerBlock(Block):
         linear = self.input_linear
         inner = self.activation(linear.kernel(inside, linear.weight, linear.bias))  # [s, b, 2f/t]
         gated = self.sgu(inner.transpose(0, 1), block_input.transpose(0, 1), cache, document_starts)
-        return hidden + self.drop(self.output_linear(gated.transpose(0, 1)))
+        return self.add(hidden, self.output_linear(gated.transpose(0, 1)))
 
 
 class SpatialGatingUnit(nn.Module):

@@ -49,7 +49,7 @@ class MambaTransformerBlock(Block):
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
-        return hidden + self.drop(self.mixer(self.norm(hidden), cache, document_starts))
+        return self.add(hidden, self.mixer(self.norm(hidden), cache, document_starts))
 
 
 class MambaMixer(nn.Module):

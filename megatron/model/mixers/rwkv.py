@@ -52,8 +52,8 @@ class RWKVTransformerBlock(Block):
         """[s, b, h] -> [s, b, h]."""
         if self.first:
             hidden = self.ln1(hidden)
-        hidden = hidden + self.drop(self.att(self.ln1(hidden), cache, document_starts))
-        return hidden + self.drop(self.ffn(self.ln2(hidden), cache, document_starts))
+        hidden = self.add(hidden, self.att(self.ln1(hidden), cache, document_starts))
+        return self.add(hidden, self.ffn(self.ln2(hidden), cache, document_starts))
 
 
 class TimeMixing(nn.Module):

@@ -175,7 +175,7 @@ class ExpertParallelMLP(nn.Module):
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
         assert spec.moe_config is not None
-        self.axis = spec.moe_config.axis
+        self.axis, self.permutation = spec.moe_config.axis, spec.kernels.permutation
         self.mlp = ExpertStack(spec, source.of("mlp"), self.axis)
         if self.axis.size > 1 and not spec.dims.frozen:  # frozen ones have no gradients
             from megatron.model.moe.deepspeed_marker import DeepSpeedExperts
@@ -184,11 +184,10 @@ class ExpertParallelMLP(nn.Module):
 
     def forward(self, tokens: Tensor, routes: Dispatch, weights: Tensor) -> Tensor:
         """Tokens [n, h] and the weights of their experts [n, k] -> weighted sums of the experts' outputs [n, h]."""
-        top_k = weights.shape[1]
-        rows = tokens.index_select(0, routes.order // top_k)  # [m, h]
+        prepared = self.permutation.prepare(routes.order, weights.numel())
+        rows = self.permutation.gather(tokens, routes.order, prepared, weights.shape[1])  # [m, h]
         made = self._visit(rows, routes.counts)  # [m, h]
-        outputs = made.new_zeros(weights.numel(), tokens.shape[1]).index_copy(0, routes.order, made)
-        return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # [n, h]
+        return self.permutation.combine(made, weights, routes.order, prepared)  # [n, h]
 
     def _visit(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Applies each row's expert, on whichever rank it is: rows [m, h] in order of experts -> [m, h]."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.param_attrs import mark_no_weight_decay
+from megatron.kernels.norms import layer_norm
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) * weight + bias, over the last dimension."""
 
+    operation = "layer_norm"
+
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
-        self.shape = (hidden_size,)
         self.epsilon = epsilon
+        self.kernel = layer_norm
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
         for parameter in self.parameters():
@@ -23,4 +25,4 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.epsilon)
+        return self.kernel(x, self.weight, self.bias, self.epsilon)

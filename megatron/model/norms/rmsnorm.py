@@ -12,12 +12,15 @@ from megatron.kernels.norms import rms_norm
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + epsilon) * scale, over the last dimension. It ignores ``bias``."""
 
+    operation = "rms_norm"
+
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.kernel = rms_norm
         self.scale = nn.Parameter(torch.ones(hidden_size))
         mark_no_weight_decay(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return rms_norm(x, self.scale, self.epsilon)
+        return self.kernel(x, self.scale, self.epsilon)

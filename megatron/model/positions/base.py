@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.param_init import InitFn, ParamFactory
-from megatron.kernels.rotary import RotaryKernel
+from megatron.kernels.rotary import RotaryPair
 from megatron.param_table import Multipliers
 
 
@@ -26,6 +26,16 @@ class AttentionPositions(Protocol):
         """Applies positions to queries or keys [b, n, s, d] whose first position is ``offset``.
 
         positions [b, s]: position of each token instead of offset, offset + 1, ...
+        """
+
+    def pair(self, q: Tensor, k: Tensor, offset: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Applies positions to queries [b, n, s, d] and keys [b, m, s, d]; see __call__.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            offset: Position of the first token.
+            positions: Position of each token instead [b, s].
         """
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -54,6 +64,6 @@ class Positions:
         return None
 
     @classmethod
-    def for_attention(cls, model: Any, head_dim: int, kernel: RotaryKernel) -> AttentionPositions | None:
+    def for_attention(cls, model: Any, head_dim: int, kernel: RotaryPair) -> AttentionPositions | None:
         """Builds what attention applies to queries and keys."""
         return None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.rotary import RotaryKernel, rotary
+from megatron.kernels.rotary import RotaryPair, rotary, rotary_pair
 from megatron.model.positions.base import Positions
 from megatron.model.positions.rope_frequencies import scaled
 
@@ -24,14 +24,14 @@ class Rotary(Positions):
     cosines grows with the longest sequence and is shared by all blocks.
     """
 
-    def __init__(self, frequencies: Tensor, factor: float = 1.0, kernel: RotaryKernel = rotary) -> None:
+    def __init__(self, frequencies: Tensor, factor: float = 1.0, kernel: RotaryPair = rotary_pair) -> None:
         self.frequencies = frequencies
         self.factor = factor
         self.kernel = kernel
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def for_attention(cls, model: Any, head_dim: int, kernel: RotaryKernel) -> Rotary:
+    def for_attention(cls, model: Any, head_dim: int, kernel: RotaryPair) -> Rotary:
         """Builds it from the model section's rotary_pct, rotary_emb_base and rope_scaling."""
         turned = int(head_dim * model.rotary_pct)
         if turned < 2 or turned % 2:
@@ -43,8 +43,20 @@ class Rotary(Positions):
         end = offset + x.shape[2]
         cos, sin = self.table(end, x.device)
         if positions is not None:
-            return self.kernel(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))  # of [b, 1, s, r/2]
-        return self.kernel(x, cos[offset:end], sin[offset:end])
+            return rotary(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))  # of [b, 1, s, r/2]
+        return rotary(x, cos[offset:end], sin[offset:end])
+
+    def pair(self, q: Tensor, k: Tensor, offset: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rotates queries and keys together; see base.py.
+
+        Args:
+            q: Queries [b, n, s, d].
+            k: Keys [b, m, s, d].
+            offset: Position of the first token.
+            positions: Position of each token instead [b, s].
+        """
+        cos, sin = self.table(offset + q.shape[2], q.device)
+        return self.kernel(q, k, cos, sin, offset, positions)
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of at least ``length`` positions, fp32 [length, r/2]."""

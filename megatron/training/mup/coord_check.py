@@ -94,6 +94,7 @@ def at_width(config: Config, base: MupWidths, factor: int) -> Config:
         intermediate_size=base.mlp_width * factor * (3 if gated else 1),  # a gated one uses a third
         expansion_factor=None,
         mlp_multiple_of=1,
+        fused_linear_cross_entropy=False,  # the logits are measured too
     )
 
 

@@ -1,0 +1,121 @@
+"""The table of kernels: which candidate serves an operation, what is asked for by name, and what the plan prints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config import Resources, resolve
+from megatron.errors import ConfigError
+from megatron.kernels.dispatch import choose_kernels
+from megatron.kernels.norms import rms_norm
+from megatron.plan.kernel_choices import kernel_issues, kernel_lines
+from megatron.registry import ACTIVATIONS
+from megatron.registry.kernels import (
+    OPERATIONS,
+    TRITON_ACTIVATIONS,
+    KernelFacts,
+    choose_kernel,
+    keys_of_kernels,
+)
+from megatron.registry.registry import load_target
+
+GPU = KernelFacts("cuda", "bfloat16", activation="swiglu", installed=lambda package: package == "triton")
+CPU = replace(GPU, device="cpu")
+NOTHING = replace(GPU, installed=lambda package: False)
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "pos_emb": "rotary",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "tokenizer_type": "CharLevelTokenizer",
+    "train_batch_size": 4,
+    "train_iters": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+}
+
+
+def config(**changes: Any) -> Any:
+    return resolve([], {**SMALL, **changes}, Resources(1)).config
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_auto_is_fused_on_gpus_and_torch_elsewhere(operation: str) -> None:
+    assert choose_kernel(operation, GPU).entry.name == "triton"
+    assert choose_kernel(operation, GPU, "torch").entry.name == "torch"
+    assert choose_kernel(operation, CPU).entry.name == "torch"
+    assert "for GPUs" in choose_kernel(operation, CPU).rejected["triton"]
+    assert "pip install neox[triton]" in choose_kernel(operation, NOTHING).rejected["triton"]
+
+
+def test_torch_compile_fuses_blocks_itself_but_not_the_loss() -> None:
+    compiled = replace(GPU, compiled=True)
+    assert choose_kernel("rms_norm", compiled).entry.name == "torch"
+    assert choose_kernel("cross_entropy", compiled).entry.name == "triton"
+
+
+def test_a_key_takes_its_kernel_before_the_others() -> None:
+    both = replace(GPU, installed=lambda package: True)
+    assert choose_kernel("activation", both, asked=["use_flashattn_swiglu"]).entry.name == "flash-attn"
+    assert choose_kernel("activation", both).entry.name == "triton"
+    assert choose_kernel("rms_norm", both, "torch", ["rmsnorm_fusion"]).entry.name == "triton"
+    other = replace(both, activation="gelu")
+    assert (
+        "the activation is gelu"
+        in choose_kernel("activation", other, asked=["use_flashattn_swiglu"]).missing["use_flashattn_swiglu"]
+    )
+
+
+def test_an_activation_of_a_plugin_is_its_own_formula() -> None:
+    choice = choose_kernel("activation", replace(GPU, activation="sine"))
+    assert choice.entry.name == "torch"
+    assert "no kernel of the activation sine" in choice.rejected["triton"]
+    assert set(ACTIVATIONS.names) == TRITON_ACTIVATIONS
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_target_exists(operation: str) -> None:
+    for entry in OPERATIONS[operation]:
+        if entry.name != "flash-attn":
+            assert load_target(entry.target) is not None
+    assert callable(load_target("megatron.kernels.flash_attention:flash_swiglu_of"))
+
+
+def test_what_is_asked_for_by_name_and_missing_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (issue,) = kernel_issues(config(kernels="triton"), "cpu")
+    assert issue.key == "kernels"
+    assert "Triton's kernels are for GPUs" in issue.message
+    assert "kernels: auto" in (issue.hint or "")
+    assert kernel_issues(config(kernels="auto"), "cpu") == []
+    asked = config(**dict.fromkeys(keys_of_kernels(), True))
+    assert kernel_issues(asked, "cpu") == []  # one file serves a laptop too
+    (issue,) = kernel_issues(config(use_flashattn_swiglu=True), "cuda")
+    assert (issue.key, issue.hint) == ("use_flashattn_swiglu", "leave it out")
+    assert "pip install neox[flash]" in issue.message
+    with pytest.raises(ConfigError, match="kernels = 'triton'"):
+        choose_kernels(torch.device("cpu"), torch.float32, config(kernels="triton").kernels, "swiglu")
+
+
+def test_the_plan_lists_implementations_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernel_lines(config(), "cpu")[:2] == [
+        "torch: rms_norm, activation, rotary, cross_entropy",
+        "  no triton: Triton's kernels are for GPUs, and the model is on cpu",
+    ]
+    with_all = kernel_lines(config(hidden_dropout=0.1, moe_num_experts=4, norm="layernorm"), "cuda")
+    assert with_all == ["triton: layer_norm, activation, rotary, dropout_add, cross_entropy, permutation"]
+    assert kernel_lines(config(norm="scalenorm", pos_emb="alibi", kernels="torch"), "cuda") == [
+        "torch: activation, cross_entropy"
+    ]
+
+
+def test_a_cpu_takes_the_kernels_of_torch() -> None:
+    kernels = choose_kernels(torch.device("cpu"), torch.float32, config().kernels, "swiglu")
+    assert kernels.rms_norm is rms_norm
