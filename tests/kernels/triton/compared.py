@@ -36,7 +36,7 @@ def worst(kernel: Function, reference: Function, inputs: Sequence[Tensor]) -> fl
         results = tuple_of(reference(*wide))
     upstream = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in results]
     dtype = next(each.dtype for each in inputs if each.is_floating_point())
-    upstream = [one.to(dtype) for one in upstream]
+    upstream = [one.to(inputs[0].device, dtype) for one in upstream]
     found, expected = run(kernel, inputs, upstream), run(reference, wide, upstream)
     largest = 0.0
     for one, other in zip(found, expected, strict=True):
