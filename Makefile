@@ -6,7 +6,7 @@ REQUIREMENTS := pyproject.toml setup.py $(wildcard requirements/*.txt)
 CONSTRAINED := -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help check-machine install install-dev quickstart test test-fast test-long parity compare lint bench
+.PHONY: help check-machine install install-dev quickstart test test-fast test-long parity gpu compare lint bench
 
 help: ## say what each command does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -57,13 +57,17 @@ test: install-dev ## run the test suite; WORKERS=8 on a machine with more cores
 	@$(PYTEST) $(ARGS)
 
 test-fast: install-dev ## run the tests of a minute: laws, configuration, plan, launcher, kernels, optimizers
-	@$(PYTEST) $(FAST) $(ARGS)
+	@$(PYTEST) $(FAST) --ignore=tests/kernels/triton $(ARGS)
 
 test-long: install-dev ## run everything, also what takes minutes or fetches package data
 	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 parity: install-dev ## compare every parallel layout with one process, in a table; ROWS=0:40 for some of them
 	@OMP_NUM_THREADS=1 $(PY) -m tests.parity.matrix $(ROWS)
+
+gpu: install-dev ## on a machine with a GPU: its tests, then the speed of training
+	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
+	@$(PY) benchmarks/gpu.py
 
 compare: install-dev ## train 12 configurations here and at COMMIT=..., and ask for the same numbers to the last bit
 	@$(PY) -m tests.compatibility.compare $(COMMIT)
