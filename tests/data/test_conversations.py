@@ -108,3 +108,37 @@ def test_what_the_template_leaves_out_is_counted(tmp_path, capsys):
     assert code == 0 and len(found) == 5
     for reported in ("2 documents have 'tool_calls'", "1 documents have 'tools'", "1 documents have 'documents'"):
         assert f"{reported} that the chat template leaves out" in out
+
+
+OTHER_ROLES = [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+BARE = "hold nothing that the role '{}' wrote, so that their end alone carries a loss"
+
+
+@pytest.mark.parametrize(
+    ("template", "conversations", "flags", "reported"),
+    [
+        (PLAIN, [OTHER_ROLES, OTHER_ROLES], (), "2 documents " + BARE.format("assistant")),
+        (PLAIN, [TURNS, TURNS[:1], OTHER_ROLES], ("--workers", "2"), "2 documents " + BARE.format("assistant")),
+        (PLAIN, [TURNS, OTHER_ROLES], ("--generation-role", "gpt"), "1 documents " + BARE.format("gpt")),
+        (MARKED, [TURNS, OTHER_ROLES], (), "1 documents " + BARE.format("assistant")),
+        (PLAIN, [TURNS, TURNS], (), None),
+        (PLAIN, [OTHER_ROLES], ("--generation-role", "gpt"), None),
+        (PLAIN, [OTHER_ROLES], ("--only-last",), None),
+        (PLAIN, [OTHER_ROLES], ("--no-mask",), None),
+        (PLAIN, [OTHER_ROLES], ("--for-rm",), None),
+    ],
+)
+def test_conversations_without_a_word_to_learn_are_counted(tmp_path, capsys, template, conversations, flags, reported):
+    code, found = written(tmp_path, template, [{"messages": turns} for turns in conversations], *flags)
+    out = capsys.readouterr().out
+    assert code == 0 and len(found) == len(conversations)
+    assert reported in out if reported else "hold nothing" not in out
+    labels = [row[:-1].tolist() for row in IndexedDataset(tmp_path / "out_messages_label_document")]
+    bare = sum(all(label == -100 for label in row) for row in labels)
+    if "--for-rm" not in flags:
+        assert bare == (int(reported.split()[0]) if reported else 0)

@@ -24,6 +24,9 @@ SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
 LEFT_OUT = "have {!r} that the chat template leaves out"
+NOTHING_LEARNT = (
+    "hold nothing that the role {!r} wrote, so that their end alone carries a loss; --generation-role names another"
+)
 LABELS = np.dtype("<i4")
 NOBODY = ""
 """The role to ask for where it does not matter who wrote what."""
@@ -210,6 +213,10 @@ class ReadConversation(NamedTuple):
     left_out: list[str]
 
 
+def _no_loss(labels: Sequence[int]) -> bool:
+    return all(label == IGNORE_INDEX for label in labels)
+
+
 @dataclass(frozen=True)
 class ChatText:
     """Conversations, with loss on what one role says, and rewards where a key names them."""
@@ -278,7 +285,11 @@ class ChatText:
         left_out = Counter(
             name for document in documents for name in {name for each in document for name in each.left_out}
         )
-        return replace(texts[0], notes={LEFT_OUT.format(name): count for name, count in left_out.items()}), *texts[1:]
+        notes = {LEFT_OUT.format(name): count for name, count in left_out.items()}
+        if self.mask and not self.for_reward_model:
+            bare = sum(any(_no_loss(each.labels[:-1]) for each in document) for document in documents)
+            notes |= {NOTHING_LEARNT.format(self.role): bare} if bare else {}
+        return replace(texts[0], notes=notes), *texts[1:]
 
     def _reward(self, record: Mapping[str, Any], key: str) -> int:
         value = record.get(key)
