@@ -177,7 +177,7 @@ def _check_vocabulary(section: TokenizerSection, tokens: int, rows: int) -> None
             value=section.padded_vocab_size,
             hint="leave it out: it follows from the tokenizer, make_vocab_size_divisible_by and model_parallel_size",
         )
-    if section.vocab_size not in (None, tokens, rows):
+    if section.vocab_size is not None and not tokens <= section.vocab_size <= rows:
         message = "vocab_size = %d: has no effect; the tokenizer has %d tokens"
         _log.warning(message, section.vocab_size, tokens)
 
