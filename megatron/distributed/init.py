@@ -25,6 +25,9 @@ from megatron.errors import ConfigError, RunError
 from megatron.ranks import Ranks, free_port
 from megatron.shared_memory import remove_segment, segment
 
+ACCELERATOR = "DS_ACCELERATOR"
+"""The environment variable that says what ranks run on: cuda or cpu."""
+
 
 def init_distributed(
     *,
@@ -41,7 +44,7 @@ def init_distributed(
 ) -> Topology:
     """Joins the process group, selects the device, seeds the generators and returns this rank's Topology.
 
-    Raises ConfigError if the world size does not fit the layout.
+    Raises ConfigError if the world size does not fit the layout, or if there is no GPU where ranks are to run on one.
 
     Args:
         pipe_parallel_size: pipeline stages; 0 is no pipeline.
@@ -69,6 +72,15 @@ def init_distributed(
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank)
+    elif os.environ.get(ACCELERATOR) == "cuda":
+        raise ConfigError.of(
+            "the ranks are to run on GPUs, and torch finds none here",
+            key=ACCELERATOR,
+            value="cuda",
+            location=host_name(),
+            hint=f"where the hosts have no GPUs, set {ACCELERATOR}=cpu in the environment of ./deepy.py; "
+            "else see what nvidia-smi says, and whether torch was installed for CPUs alone",
+        )
     _use_deterministic_algorithms(deterministic)
     record_collectives()
     _init_process_group("gloo" if not on_gpu else backend, ranks, timeout_seconds)

@@ -3,10 +3,12 @@
 import os
 import socket
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from megatron.distributed.init import init_distributed
-from megatron.errors import RunError
+from megatron.errors import ConfigError, RunError
 from tests.multi_rank import run_distributed
 
 
@@ -30,3 +32,11 @@ def test_a_port_that_is_taken_is_named() -> None:
         (reported,) = run_distributed(meet, 1, port)
     assert f"rank 0: the ranks cannot meet at 127.0.0.1:{port}" in reported
     assert "set MASTER_PORT to a port that is free there" in reported
+
+
+def test_ranks_for_gpus_on_a_host_without_one_name_the_variable(monkeypatch) -> None:
+    """Other hosts of a hostfile are taken to have GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(ConfigError, match=r"DS_ACCELERATOR = 'cuda'.*torch finds none here.*set DS_ACCELERATOR=cpu"):
+        init_distributed(pipe_parallel_size=0, model_parallel_size=1, seed=1)
