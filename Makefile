@@ -49,7 +49,7 @@ quickstart: install ## prepare text, train, evaluate and sample a small model, 5
 # Two processes share the tests, a file at a time; each test uses one thread a rank. Bytecode is kept whatever the
 # environment says: dozens of launched runs would else compile the package again, each for half a second.
 WORKERS ?= 2
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 FAST := tests/architecture tests/config tests/contracts tests/param_table tests/plan tests/launcher tests/kernels \
 	tests/optim tests/metrics
 
