@@ -191,7 +191,7 @@ def _norm(make: Callable[[], nn.Module], axis: Axis, kernels: Kernels, *, partia
     norm = make()
     operation = getattr(norm, "operation", None)
     if operation is not None:
-        norm.kernel = getattr(kernels, operation)
+        norm.compute = getattr(kernels, operation)
     if partial_sum:
         for parameter in norm.parameters():
             mark_partial_grad(parameter, axis)

@@ -17,7 +17,7 @@ class LayerNorm(nn.Module):
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.kernel = layer_norm
+        self.compute = layer_norm
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
         for parameter in self.parameters():
@@ -25,4 +25,4 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return self.kernel(x, self.weight, self.bias, self.epsilon)
+        return self.compute(x, self.weight, self.bias, self.epsilon)

@@ -15,8 +15,8 @@ class NonParametricLayerNorm(nn.Module):
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.kernel = layer_norm
+        self.compute = layer_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return self.kernel(x, None, None, self.epsilon)
+        return self.compute(x, None, None, self.epsilon)

@@ -17,10 +17,10 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.kernel = rms_norm
+        self.compute = rms_norm
         self.scale = nn.Parameter(torch.ones(hidden_size))
         mark_no_weight_decay(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return self.kernel(x, self.scale, self.epsilon)
+        return self.compute(x, self.scale, self.epsilon)
