@@ -160,7 +160,8 @@ class Dispatch:
         """
         flat = experts.flatten()
         order = flat.argsort(stable=True)
-        requested = torch.bincount(flat, minlength=count)
+        # torch.bincount would have the host wait for the largest number.
+        requested = (flat.unsqueeze(1) == torch.arange(count, device=flat.device)).sum(0)
         if slots is None:
             return Dispatch(order, requested, requested, torch.zeros((), device=flat.device))
         first = requested.cumsum(0) - requested  # [all experts]

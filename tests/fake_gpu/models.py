@@ -1,0 +1,209 @@
+"""Forward, loss and backward of models whose every tensor is on a fake GPU; prints a JSON object of the outcomes.
+
+    python -m tests.fake_gpu.models
+
+A name maps to null, or to the error. Triton's launches are counted and not made. Two planted bugs must be errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from tests.fake_gpu import fake_cuda  # isort: skip  (before torch)
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron.distributed.mesh import Topology
+from megatron.distributed.rng_tracker import TensorParallelRNG
+from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
+from megatron.kernels import attention
+from megatron.kernels.triton import runtime
+from megatron.model.layers import build_layer_specs
+from megatron.model.model_spec import ModelSpec
+from megatron.model.moe.losses import RouterLossTracker
+from megatron.model.recompute import Recompute
+from megatron.model.sequential_model import SequentialModel
+from tests.model import mixers, mixtures, sections
+
+VOCABULARY, BATCH, LENGTH = 96, 2, 32
+NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True}
+LLAMA = {**sections.LLAMA, "pos_emb": "rotary", "num_kv_heads": 2}
+
+
+def build(keys: dict[str, Any], *, reset: bool = False, recompute: bool = False, **more: Any) -> SequentialModel:
+    """A model for the GPU, built on the CPU."""
+    spec = ModelSpec(
+        keys.pop("section", None) or sections.model_section(**keys),
+        sections.initialization_section(),
+        SimpleNamespace(kernels="auto"),
+        padded_vocab_size=VOCABULARY,
+        topology=Topology.single(),
+        seed=1,
+        dtype=torch.bfloat16,
+        device=fake_cuda.DEVICE,
+        random=TensorParallelRNG(1, 0, fake_cuda.DEVICE),
+        reset_attention=reset,
+        reset_positions=reset and keys.get("pos_emb") != "alibi",
+        recompute_attention=partial(checkpoint, use_reentrant=False) if recompute else None,
+        **more,
+    )
+    return SequentialModel(build_layer_specs(spec))
+
+
+def step(model: SequentialModel, *, reset: bool = False, losses: RouterLossTracker | None = None) -> None:
+    """One training step up to the gradients. AssertionError where a result is not on the GPU."""
+    with fake_cuda.FakeGPU():
+        fake_cuda.onto_gpu(model)
+        device = fake_cuda.DEVICE
+        tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=device)
+        starts = torch.zeros_like(tokens) if reset else None
+        weights = torch.ones(LENGTH, BATCH, device=device) / tokens.numel()
+        model.train()
+        loss = model(tokens, None, starts, TokenTargets(tokens.t(), weights, VOCABULARY - 6))
+        assert loss.device == device
+        loss.backward()
+        assert all(one.grad is not None and one.grad.device == device for one in model.parameters())
+        if losses is not None:
+            losses.take(Topology.single(), device)
+
+
+def experts() -> None:
+    """A mixture with both router losses and no capacity."""
+    moe = mixtures.moe_section(moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)
+    losses = RouterLossTracker(0.1, 0.1)
+    losses.scale = 1.0
+    step(build(dict(LLAMA), moe=moe, router_losses=losses), losses=losses)
+
+
+def mamba() -> None:
+    """Blocks of kind mamba."""
+    section, mixing = mixers.sections("mamba")
+    step(build({"section": section}, mixers=mixing))
+
+
+def recomputed() -> None:
+    """Blocks that are computed again in the backward pass, with dropout."""
+    model = build({**NEOX, "hidden_dropout": 0.1})
+    random = TensorParallelRNG(1, 0, fake_cuda.DEVICE)
+    model.recompute = Recompute(partial(checkpoint, use_reentrant=False), random)
+    step(model)
+
+
+class Planted(torch.nn.Module):
+    """A last layer with a bug before it."""
+
+    def __init__(self, inner: torch.nn.Module, bug: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.bug = inner, bug
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner(self.bug(hidden), *args, **kwargs)
+
+
+def planted(bug: Callable[[Tensor], Tensor]) -> None:
+    """A model with a bug before its output layer."""
+    model = build(dict(LLAMA))
+    model.sequential[-1] = Planted(model.sequential[-1], bug)
+    step(model)
+
+
+def launches_of_a_block(
+    block: torch.nn.Module, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], launched: list[str]
+) -> int:
+    """Kernels that the forward and backward pass of one block start, in the second step; those of Triton included."""
+    torch.nn.functional.scaled_dot_product_attention = fake_cuda.one_kernel_attention
+    with fake_cuda.FakeGPU():
+        fake_cuda.onto_gpu(block)
+        hidden = torch.zeros(shape, dtype=torch.bfloat16, device=fake_cuda.DEVICE, requires_grad=True)
+        upstream = torch.ones_like(hidden)
+        run(hidden).backward(upstream)
+        block.zero_grad()
+        launched.clear()
+        with fake_cuda.Launches() as launches:
+            run(hidden).backward(upstream)
+    return launches.count + len(launched)
+
+
+def our_launches(launched: list[str]) -> int:
+    """Those of a Llama block of ours, those of Triton included."""
+    block = build(dict(LLAMA)).sequential[2].train()
+    return launches_of_a_block(block, block, (LENGTH, BATCH, sections.model_section().hidden_size), launched)
+
+
+def their_launches(attention_kernel: str) -> int:
+    """Those of transformers' block of the same shape."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    section = sections.model_section(**LLAMA)
+    config = LlamaConfig(
+        hidden_size=section.hidden_size,
+        num_attention_heads=section.num_attention_heads,
+        num_key_value_heads=section.num_kv_heads,
+        intermediate_size=section.mlp_width,
+        attn_implementation=attention_kernel,
+    )
+    block = LlamaDecoderLayer(config, 0).to(torch.bfloat16).train()
+    rotary = LlamaRotaryEmbedding(config)
+
+    def run(hidden: Tensor) -> Tensor:
+        if not table:  # it is the same for all blocks
+            table.extend(part.to(torch.bfloat16).to(fake_cuda.DEVICE) for part in angles)
+        output = block(hidden, position_embeddings=tuple(table), attention_mask=None)
+        return output if isinstance(output, Tensor) else output[0]
+
+    angles = rotary(torch.zeros(1, LENGTH, section.hidden_size), torch.arange(LENGTH).unsqueeze(0))
+    table: list[Tensor] = []
+    return launches_of_a_block(block, run, (BATCH, LENGTH, section.hidden_size), [])
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "quickstart": lambda: step(build({**NEOX, "hidden_dropout": 0.1, "attention_dropout": 0.1})),
+    "llama": lambda: step(build(dict(LLAMA))),
+    "tied": lambda: step(build({**LLAMA, "no_weight_tying": False})),
+    "experts": experts,
+    "mamba": mamba,
+    "alibi": lambda: step(build({"pos_emb": "alibi"})),
+    "documents": lambda: step(build(dict(LLAMA), reset=True), reset=True),
+    "recomputed attention": lambda: step(build({**NEOX, "attention_dropout": 0.1}, recompute=True)),
+    "recomputed blocks": recomputed,
+    "planted: the host reads a value": lambda: planted(lambda hidden: hidden * float(hidden.sum().item())),
+    "planted: a tensor on the CPU": lambda: planted(lambda hidden: hidden + torch.ones(hidden.shape[-1])),
+}
+
+
+def without_compiler(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: Any) -> Tensor:
+    """Stands for flexible attention, whose compiler asks for a real device."""
+    return attention.plain_attention(q, k, v, 0.0, starts, view)
+
+
+def outcome(case: Callable[[], None]) -> str | None:
+    """None, or the error of a case."""
+    try:
+        case()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def main() -> None:
+    """Runs all cases."""
+    fake_cuda.pretend()
+    attention.flex_attention = without_compiler
+    launched: list[str] = []
+    runtime.launch = lambda kernel, *_, **__: launched.append(kernel.__name__)  # type: ignore[assignment]
+    found: dict[str, Any] = {name: outcome(case) for name, case in CASES.items()}
+    kernels = sorted(set(launched))
+    counts = {"ours": our_launches(launched), **{kind: their_launches(kind) for kind in ("eager", "sdpa")}}
+    print(json.dumps({"outcomes": found, "launched": kernels, "launches of a block": counts}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
