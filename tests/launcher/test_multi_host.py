@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -321,3 +323,41 @@ def test_a_stranger_at_the_network_is_sent_away(flux: Deepy) -> None:
                 assert link.recv(1) == b""
     """)
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "cores(1)",
+        "allreduce:tree;broadcast:ring",
+        "{0,1},{2,3}",
+        "{0:4}, {4:4}",
+        "/tmp/nccl.$HOSTNAME.log",
+        "/tmp/a folder/$HOSTNAME",
+        "it's",
+        "it's a 'word'",
+        'say "yes"',
+        '"quoted"',
+        "back\\slash and `command` $(more)",
+        "*",
+        "~",
+        "a&b|c<d>e#f!g",
+        "two  blanks",
+        "",
+    ],
+)
+def test_a_shell_behind_pdsh_reads_every_variable_as_it_is(value: str) -> None:
+    """Through DeepSpeed's own handling of arguments, and a shell that reads its words joined by blanks."""
+    command = multi_host_command(
+        Hosts({"a": (0,)}, "cpu", 1), Rendezvous(launcher="pdsh"), WORKER, RUN, {"NCCL_VALUE": value}
+    )
+    words = command.argv[command.argv.index("megatron.launcher.rank_agent") + 1 :]
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    handed_on = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=list(words))))
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {' '.join(handed_on)}"], capture_output=True, text=True, check=True
+    )
+    read = done.stdout.split("\0")[:-1]
+    assert f"NCCL_VALUE={value}" in read
+    assert read[-len(WORKER) :] == list(WORKER)

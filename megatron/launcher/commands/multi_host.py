@@ -7,6 +7,7 @@ a selection of hosts; every rank gets the address of rank 0; variables are passe
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -148,7 +149,18 @@ def _pdsh(launch: Launch) -> tuple[str, ...]:
     else:
         chosen = (f"{host}:{','.join(str(slot) for slot in slots)}" for host, slots in hosts.items())
         options = (f"--include={'@'.join(chosen)}", *options)
-    return (*_runner(launch, *options), RANK_MODULE, *launch.rank)
+    return (*_runner(launch, *options), RANK_MODULE, *(quote_for_pdsh(word) for word in launch.rank))
+
+
+def quote_for_pdsh(word: str) -> str:
+    """Returns a word that the shell of a host behind pdsh reads as the given one.
+
+    DeepSpeed's runner puts a word that holds a blank into double quotes, in which the shell still replaces variables,
+    and hands on every other word bare.
+    """
+    if " " in word:
+        return re.sub(r"([\\$`])", r"\\\1", word)
+    return shlex.quote(word)
 
 
 def _mpi(launch: Launch) -> tuple[str, ...]:
