@@ -174,13 +174,26 @@ def hostfile_in_use(selection: HostSelection, environment: Mapping[str, str]) ->
     return None
 
 
+def _text_of(path: Path) -> str:
+    """Returns the text of a hostfile. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError.of(
+            "it is not UTF-8",
+            key="hostfile",
+            value=str(path),
+            hint="save the hostfile as UTF-8; Windows often writes UTF-16",
+        ) from error
+
+
 def read_hostfile(path: Path) -> dict[str, int]:
     """Parses lines of `host slots=N` or `user@host slots=N`; # starts a comment.
 
     Raises ConfigError with the line for anything else.
     """
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue

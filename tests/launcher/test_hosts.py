@@ -147,3 +147,10 @@ def test_a_byte_order_mark_and_dos_line_ends_are_no_part_of_a_host(tmp_path: Pat
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         find_hosts(HostSelection(hostfile=str(tmp_path / "none")), {})
+
+
+def test_a_hostfile_in_utf_16_is_named(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("first slots=2\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"hostfile = '.*hostfile': it is not UTF-8; save the hostfile as UTF-8"):
+        read_hostfile(hostfile)
