@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.tensor_parallel.cross_entropy import LossTerms, loss_of_rows
+from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.kernels.linear import LinearKernel, LinearOps, linear_ops
 from megatron.output_blocks import rows_of_a_block
@@ -160,8 +161,15 @@ class _WeightGradient:
         if self._sum is None:
             wide = torch.float32 if self._weight.dtype in _HALF else self._weight.dtype
             self._sum = torch.zeros(self._weight.shape, dtype=wide, device=grad.device)
+        if grad.dtype == self._sum.dtype:
+            self._sum.addmm_(grad.t(), x)
+            return
+        widened = needs_fp32_matmul(grad.device, grad.dtype)
         for part in _ranges(grad.shape[1], max(1, _PART_ELEMENTS // x.shape[1])):
-            self._sum[part] += self._ops.weight_gradient(grad[:, part], x)
+            if widened:
+                self._sum[part].addmm_(grad[:, part].t().to(self._sum.dtype), x.to(self._sum.dtype))
+            else:
+                self._sum[part] += self._ops.weight_gradient(grad[:, part], x)
 
     def result(self) -> Tensor | None:
         """The gradient in the type of the weight."""
