@@ -5,8 +5,8 @@ The computation is in distributed/tensor_parallel/linear_cross_entropy.py, the p
 
 from __future__ import annotations
 
-_LOGITS = {True: 1 << 24, False: 1 << 28}
-"""Logits of one block, on a CPU (64 MiB in fp32) and on a GPU (512 MiB in bfloat16)."""
+_LOGITS = {True: 1 << 26, False: 1 << 28}
+"""Logits of one block, on a CPU (256 MiB in fp32) and on a GPU (512 MiB in bfloat16)."""
 _FEWEST_ROWS = 128
 """Tokens of a block, below which the matrix products become slow."""
 

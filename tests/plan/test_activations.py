@@ -122,11 +122,11 @@ def test_activations(changes: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def test_a_loss_in_blocks_has_the_logits_of_one_block() -> None:
-    """2,048 tokens of 131,072 logits: blocks of 128, the gradients of the hidden states and, in fp32, of the matrix."""
+    """2,048 tokens of 131,072 logits: blocks of 512, the gradients of the hidden states and, in fp32, of the matrix."""
     config = resolve([], BASE, Resources(1)).config
     dims = ModelDims.of(config.model, config.moe, config.mixers)
     layout = ActivationLayout(2048, 1, 1, 2, 0, hidden_dropout=False, attention_dropout=False, cpu=True)
     at_once = head_activations(dims, replace(layout, loss_in_blocks=False), 131_072)
     in_blocks = head_activations(dims, layout, 131_072)
     hidden, matrix = 2048 * dims.hidden_size * 2, 131_072 * dims.hidden_size * 4
-    assert in_blocks - at_once == 128 * 131_072 * 2 + hidden + matrix - 2048 * 131_072 * 2
+    assert in_blocks - at_once == 512 * 131_072 * 2 + hidden + matrix - 2048 * 131_072 * 2
