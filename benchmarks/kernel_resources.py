@@ -38,6 +38,7 @@ from megatron.kernels.triton import (
     runtime,
     softmax,
 )
+from megatron.registry.kernels import interpreted
 
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append", help="architecture; all unless given")
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
-    if runtime.interpreted():
+    if interpreted():
         sys.exit("error: TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled; unset it")
     work = [(launch, target) for target in arguments.target or TARGETS for launch in launches()]
     with ThreadPoolExecutor(2) as pool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +22,7 @@ from megatron.kernels.mamba import MambaKernels, choose_mamba
 from megatron.kernels.norms import layer_norm, rms_norm
 from megatron.kernels.permute import PERMUTATION, Permutation
 from megatron.kernels.rotary import RotaryPair, rotary_pair
-from megatron.registry.kernels import TRITON, KernelFacts, choose_all, keys_of_kernels, missing_kernels
+from megatron.registry.kernels import KernelFacts, choose_all, missing_kernels
 from megatron.registry.registry import load_target
 
 
@@ -63,31 +62,12 @@ class Kernels:
         return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
 
 
-def kernel_facts(device: torch.device, dtype: torch.dtype, section: Any = None, activation: str = "") -> KernelFacts:
-    """Returns what decides which kernels can be used.
-
-    Args:
-        device: Device of the model.
-        dtype: Type of the parameters.
-        section: The configuration's kernels section.
-        activation: The key `activation`.
-    """
-    return KernelFacts(
-        device.type,
-        str(dtype).removeprefix("torch."),
-        compiled=getattr(section, "compile", False),
-        interpreted=os.environ.get("TRITON_INTERPRET") == "1" and getattr(section, "kernels", "auto") == TRITON,
-        activation=activation,
-    )
-
-
 def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
     """Returns operation -> implementation for the table of kernels (megatron/registry/kernels.py).
 
     Raises ConfigError where `kernels: triton`, or on a GPU a key, asks for a kernel that cannot be used.
     """
-    asked = [key for key in keys_of_kernels() if getattr(section, key, False)]
-    choices = choose_all(facts, getattr(section, "kernels", "auto"), asked)
+    choices = choose_all(facts, section)
     ConfigError.raise_any(missing_kernels(choices.values(), facts))
     return {name: load_target(choice.entry.target) for name, choice in choices.items()}
 
@@ -103,6 +83,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
     """
     fused = getattr(section, "mamba_inner_func_fusion", False)
     compiled = getattr(section, "compile", False)  # torch.compile fuses torch's own kernels only
+    facts = KernelFacts.of(device.type, str(dtype).removeprefix("torch."), section, activation)
     return Kernels(
         linear=plain_linear if compiled else choose_linear(device, dtype),
         attention=sdpa_attention if compiled and device.type == "cpu" else choose_attention(device),
@@ -113,5 +94,5 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
             convolution=fused or getattr(section, "mamba_causal_conv_fusion", False),
             scan=fused or getattr(section, "mamba_selective_scan_fusion", False),
         ),
-        **load_choices(kernel_facts(device, dtype, section, activation), section),
+        **load_choices(facts, section),
     )

@@ -29,7 +29,6 @@ from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window
-from megatron.kernels.dispatch import Kernels
 from megatron.model.block import Block, TransformerBlock
 from megatron.model.block_spec import BlockSpec
 from megatron.model.embedding import EmbeddingLayer
@@ -93,9 +92,10 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
     norm = NORMS.load(model.norm)
     epsilon = getattr(model, NORMS.entry(model.norm).epsilon)
     axis, positions = topology.model, POSITIONS.load(model.pos_emb)
-    kernels = spec.kernels
+    kernels, entry = spec.kernels, NORMS.entry(model.norm)
+    norm_kernel = None if entry.kernel is None else getattr(kernels, entry.kernel)
     head_norm = partial(
-        _norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, kernels, partial_sum=axis.size > 1
+        _norm, partial(norm, dims.head_dim, epsilon, dims.norm_bias), axis, norm_kernel, partial_sum=axis.size > 1
     )
     return BlockSpec(
         dims=dims,
@@ -103,7 +103,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
             _norm,
             partial(norm, dims.hidden_size, epsilon, dims.norm_bias),
             axis,
-            kernels,
+            norm_kernel,
             partial_sum=axis.sequence_parallel,
         ),
         norm_of=lambda width: norm(width, epsilon, dims.norm_bias),
@@ -179,19 +179,18 @@ def _patterns(model: ModelSection, kinds: Sequence[str]) -> tuple[Callable[[rang
     return tuple(of(number, kind) for number, kind in enumerate(kinds))
 
 
-def _norm(make: Callable[[], nn.Module], axis: Axis, kernels: Kernels, *, partial_sum: bool) -> nn.Module:
+def _norm(make: Callable[[], nn.Module], axis: Axis, kernel: Any, *, partial_sum: bool) -> nn.Module:
     """Builds a norm of the residual stream or of heads.
 
     Args:
         make: builds the module.
         axis: tensor-parallel ranks.
-        kernels: kernels of the model.
+        kernel: the operation that its entry in the registry names, or None.
         partial_sum: true if a rank of the axis sees only a part of the input, so that gradients are summed over it.
     """
     norm = make()
-    operation = getattr(norm, "operation", None)
-    if operation is not None:
-        norm.compute = getattr(kernels, operation)
+    if kernel is not None:
+        norm.compute = kernel
     if partial_sum:
         for parameter in norm.parameters():
             mark_partial_grad(parameter, axis)

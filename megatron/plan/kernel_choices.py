@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from megatron.config import Config
 from megatron.errors import ConfigIssue
-from megatron.registry import POSITIONS
+from megatron.registry import NORMS, POSITIONS
 from megatron.registry.kernels import (
     BF16,
     FP16,
     FP32,
-    TRITON,
     KernelChoice,
     KernelFacts,
     choose_all,
-    keys_of_kernels,
     missing_kernels,
 )
 
 _DTYPES = {"fp32": FP32, "fp16": FP16, "bfloat16": BF16}
-_NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm", "non_parametric_layernorm": "layer_norm"}
-"""Norm -> its operation; other norms have one implementation."""
 
 
 def facts_of(config: Config, device: str) -> KernelFacts:
     """Returns what decides which kernels can be used. device: `cuda` or `cpu`."""
-    return KernelFacts(
-        device,
-        _DTYPES[config.precision.precision or "fp32"],
-        compiled=config.kernels.compile,
-        interpreted=os.environ.get("TRITON_INTERPRET") == "1" and config.kernels.kernels == TRITON,
-        activation=config.model.activation,
-    )
+    dtype = _DTYPES[config.precision.precision or "fp32"]
+    return KernelFacts.of(device, dtype, config.kernels, config.model.activation)
 
 
 def kernel_choices(config: Config, device: str) -> Mapping[str, KernelChoice]:
     """Returns operation -> choice, for the operations that the model has. device: `cuda` or `cpu`."""
-    asked = [key for key in keys_of_kernels() if getattr(config.kernels, key)]
-    every = choose_all(facts_of(config, device), config.kernels.kernels, asked)
-    used = {_NORMS.get(config.model.norm, ""), "activation", "cross_entropy"}
+    every = choose_all(facts_of(config, device), config.kernels)
+    used = {NORMS.entry(config.model.norm).kernel, "activation", "cross_entropy"}
     if "attention" in POSITIONS.entry(config.model.pos_emb).enters:
         used.add("rotary")
     if config.model.hidden_dropout > 0:

@@ -55,6 +55,8 @@ class NormEntry(Entry):
     """Whether it is composed of plain operations on a CPU, which save their inputs in fp32 for the backward pass."""
     in_transformer_engine: bool = False
     """Whether Transformer Engine's joint layer of norm and MLP computes it."""
+    kernel: str | None = None
+    """Its operation in the table of kernels, whose choice becomes the module's `compute`; None for its own code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,12 @@ The table needs no torch, so that the plan of a run can print it before any work
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 from megatron.errors import ConfigIssue
 from megatron.registry.entry import Entry
@@ -30,6 +32,17 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+def interpreted() -> bool:
+    """Returns whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def mode_of(section: Any) -> str:
+    """Returns the key `kernels` of the configuration's kernels section; its default without one."""
+    mode: str = getattr(section, "kernels", "auto")
+    return mode
+
+
 @dataclass(frozen=True)
 class KernelFacts:
     """What decides which kernels can be used."""
@@ -46,6 +59,20 @@ class KernelFacts:
     """The key `activation`."""
     installed: Callable[[str], bool] = is_installed
     """Whether a package is installed."""
+
+    @staticmethod
+    def of(device: str, dtype: str, section: Any, activation: str) -> KernelFacts:
+        """Returns the facts of a model.
+
+        Args:
+            device: `cuda` or `cpu`.
+            dtype: Type of the parameters.
+            section: The configuration's kernels section, or None.
+            activation: The key `activation`.
+        """
+        asks = mode_of(section) == TRITON
+        compiled = getattr(section, "compile", False)
+        return KernelFacts(device, dtype, compiled, interpreted=asks and interpreted(), activation=activation)
 
 
 Reason = Callable[[KernelFacts], str | None]
@@ -205,8 +232,10 @@ def choose_kernel(operation: str, facts: KernelFacts, mode: str = "auto", asked:
     raise LookupError(f"no kernel serves {operation}: {rejected}")
 
 
-def choose_all(facts: KernelFacts, mode: str = "auto", asked: Collection[str] = ()) -> dict[str, KernelChoice]:
-    """Returns the choice for every operation."""
+def choose_all(facts: KernelFacts, section: Any) -> dict[str, KernelChoice]:
+    """Returns the choice for every operation. section: the configuration's kernels section, or None."""
+    asked = [key for key in keys_of_kernels() if getattr(section, key, False)]
+    mode = mode_of(section)
     return {operation: choose_kernel(operation, facts, mode, asked) for operation in OPERATIONS}
 
 

@@ -16,6 +16,7 @@ NORMS = Registry(
             tensors=("weight", "bias"),
             optional=("bias",),
             in_transformer_engine=True,
+            kernel="layer_norm",
         ),
         NormEntry(
             "rmsnorm",
@@ -25,12 +26,14 @@ NORMS = Registry(
             epsilon="rms_norm_epsilon",
             fp32_on_cpu=True,
             in_transformer_engine=True,
+            kernel="rms_norm",
         ),
         NormEntry(
             "non_parametric_layernorm",
             "megatron.model.norms.non_parametric:NonParametricLayerNorm",
             "Layer normalisation without parameters, arXiv:2402.00838",
             tensors=(),
+            kernel="layer_norm",
         ),
         NormEntry(
             "scalenorm",

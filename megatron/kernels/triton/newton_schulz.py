@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron.kernels.triton import runtime
+from megatron.registry.kernels import interpreted
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _BLOCK, _DEPTH = 64, 32
@@ -70,7 +71,7 @@ def scaled_symmetric(x: Tensor, alpha: float = 1.0, other: Tensor | None = None,
     blocks = runtime.cdiv(rows, _BLOCK)
     runtime.launch(
         symmetric_product, (blocks * (blocks + 1) // 2, count), x, out if other is None else other, out, rows, columns,
-        *x.stride(), alpha, beta, BLOCK=_BLOCK, DEPTH=_DEPTH, ADD=other is not None, WIDE=runtime.interpreted(),
+        *x.stride(), alpha, beta, BLOCK=_BLOCK, DEPTH=_DEPTH, ADD=other is not None, WIDE=interpreted(),
     )  # fmt: skip
     return out
 

@@ -5,7 +5,6 @@ Triton's interpreter (TRITON_INTERPRET=1) runs the same kernels on CPU tensors.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,11 +16,6 @@ MAX_COLUMNS = 65_536
 """Columns that one program of a row-wise kernel holds in its registers."""
 _CPU_PROGRAMS = 3  # in the interpreter: more than one, so that rows are distributed
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-
-
-def interpreted() -> bool:
-    """Returns whether Triton's interpreter runs the kernels."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int = 4, **constants: Any) -> None:

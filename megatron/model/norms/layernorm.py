@@ -12,8 +12,6 @@ from megatron.kernels.norms import layer_norm
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) * weight + bias, over the last dimension."""
 
-    operation = "layer_norm"
-
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon

@@ -10,8 +10,6 @@ from megatron.kernels.norms import layer_norm
 class NonParametricLayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon), over the last dimension. It ignores ``bias``."""
 
-    operation = "layer_norm"
-
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon

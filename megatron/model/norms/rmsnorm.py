@@ -12,8 +12,6 @@ from megatron.kernels.norms import rms_norm
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + epsilon) * scale, over the last dimension. It ignores ``bias``."""
 
-    operation = "rms_norm"
-
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
