@@ -11,9 +11,11 @@ their environment variables.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
@@ -92,7 +94,7 @@ def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] |
             print(error, file=sys.stderr, flush=True)
         return ConfigError.exit_code
     try:
-        return main(config) or 0
+        code = main(config) or 0
     except (ConfigError, RunError) as error:
         ranks = Ranks.from_environment()
         name = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
@@ -103,6 +105,7 @@ def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] |
     except Exception:  # noqa: BLE001 (whatever it is, it ends this rank and must not hang the others)
         traceback.print_exc()
         return _exit(RunError.exit_code)
+    return _finish(code)
 
 
 def _exit(code: int) -> int:
@@ -112,6 +115,17 @@ def _exit(code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _finish(code: int) -> int:
+    """Ends a process of several ranks after its exit handlers, without the interpreter's finalization.
+
+    Threads of the store and of the process groups still run then, and destroying them has aborted finished runs.
+    """
+    if Ranks.from_environment().world_size > 1:
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as the interpreter does
+        atexit._run_exitfuncs()
+    return _exit(code)
 
 
 def wrote_base_shapes(config: Config) -> bool:

@@ -130,27 +130,47 @@ def test_a_damaged_configuration_is_a_issue(tmp_path: Path, capsys: pytest.Captu
     assert "config.json" in capsys.readouterr().err
 
 
-def test_a_rank_of_many_names_itself_and_leaves_without_waiting(config: Config, tmp_path: Path) -> None:
-    """The interpreter's own ending would wait for the thread, as it may for a process group."""
-    serialize.write(config, tmp_path / "config.json")
-    (tmp_path / "door.py").write_text(
-        "import sys, threading, time\n"
+def rank_3_of_4(config: Config, folder: Path, main: str) -> subprocess.CompletedProcess[str]:
+    """A process whose worker script has this as the lines of main(config)."""
+    serialize.write(config, folder / "config.json")
+    (folder / "script.py").write_text(
+        "import atexit, os, sys, threading, time\n"
         "from megatron.errors import RunError\n"
         "from megatron.launcher.worker import worker_main\n"
-        "def main(config):\n"
-        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
-        "    raise RunError.of('too bad')\n"
-        "sys.exit(worker_main(main, sys.argv[1:]))\n"
+        "def main(config):\n" + main + "sys.exit(worker_main(main, sys.argv[1:]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "door.py", "--run-config", "config.json"],
+    return subprocess.run(
+        [sys.executable, "script.py", "--run-config", "config.json"],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "::1"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def test_a_rank_of_many_names_itself_and_leaves_without_waiting(config: Config, tmp_path: Path) -> None:
+    """The interpreter's own ending would wait for the thread, as it may for a process group."""
+    done = rank_3_of_4(
+        config,
+        tmp_path,
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise RunError.of('too bad')\n",
+    )
     assert (done.returncode, done.stderr) == (1, "rank 3: too bad\n")
+
+
+def test_a_finished_rank_of_many_destroys_nothing_behind_its_exit_handlers(config: Config, tmp_path: Path) -> None:
+    """Threads end and exit handlers run as ever; what the interpreter destroys afterwards could abort the process."""
+    done = rank_3_of_4(
+        config,
+        tmp_path,
+        "    threading.Thread(target=lambda: (time.sleep(1), print('thread'))).start()\n"
+        "    atexit.register(print, 'handler')\n"
+        "    sys.aborts = type('Aborts', (), {'__del__': lambda self, abort=os.abort: abort()})()\n"
+        "    return 0\n",
+    )
+    assert (done.returncode, done.stdout) == (0, "thread\nhandler\n"), done.stderr
 
 
 @pytest.mark.usefixtures("_handlers")
