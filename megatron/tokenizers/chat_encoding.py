@@ -144,7 +144,7 @@ class _Rendering:
         differs = _common(closed, self._with_other_words(number, turns[: number + 1]))
         opened = differs
         if number and turns[number]["role"] == ASSISTANT:
-            opened = self._prompted(turns[:number], closed) or opened
+            opened = self._prompted(turns[:number], closed, differs)
         # What is before the turn may have moved or changed, as where tools are described before the last question.
         moved = (
             0 if full_text.startswith(closed) else _common(full_text, self._with_other_words(number, turns)) - differs
@@ -165,13 +165,19 @@ class _Rendering:
         except TemplateRefusal:  # answers of tools may insist on the call before them
             return self._text([*turns[:number], {**turn, "content": content}, *turns[number + 1 :]])
 
-    def _prompted(self, before: Sequence[Message], closed: str) -> int:
-        """The length of what a model is given to answer these turns; 0 where the text goes on with something else."""
+    def _prompted(self, before: Sequence[Message], closed: str, differs: int) -> int:
+        """Where an answer to these turns begins: behind what a model is given to write it, if the text begins so.
+
+        A template without a prompt for answers may open one by words, such as the name of the role, which are not the
+        answer, or by blanks alone, which the model has to write.
+        """
         try:
             prompt, plain = self._text(before, opens=True), self._text(before)
         except TemplateRefusal:
-            return 0
-        return len(prompt) if prompt != plain and closed.startswith(prompt) else 0
+            return differs
+        if not closed.startswith(prompt):
+            return differs
+        return len(prompt) if prompt != plain or closed[len(prompt) : differs].isspace() else differs
 
 
 def _common(one: str, other: str) -> int:

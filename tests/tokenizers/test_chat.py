@@ -108,6 +108,17 @@ def test_what_carries_a_loss(tmp_path, template, role, turns, expected):
     assert marked(chat_of(tmp_path, template), turns, role) == expected
 
 
+@pytest.mark.parametrize("content", ["two", "你好", "{1}", "\n", " two"])
+def test_the_blank_that_a_model_has_to_write_carries_a_loss(tmp_path, content):
+    """Without a prompt for answers a model is given the question alone, and the blank is its own, whatever follows."""
+    chat = ChatTokens(str(made.llama2(tmp_path)))
+    turns = [TURNS[1], {"role": "assistant", "content": content}]
+    ids, written = chat.encode(turns, role="assistant", only_last=False)
+    asked = chat.encode(turns[:1], role="nobody", only_last=False)[0]
+    assert written == [number >= len(asked) for number in range(len(ids))] and ids[: len(asked)] == asked
+    assert chat.tokenizer._reader.decode(ids, skip_special_tokens=False).endswith(f"[/INST] {content}</s>")
+
+
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"]])
 @pytest.mark.parametrize(("last", "expected"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
 def test_the_last_turn_alone(tmp_path, template, last, expected):
