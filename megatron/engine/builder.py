@@ -37,6 +37,7 @@ from megatron.engine.deepspeed_setup import (
     silence_deepspeed,
 )
 from megatron.engine.expert_gather import local_experts
+from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.pipeline_engine import PipelinedEngine
@@ -120,6 +121,7 @@ def build_training_engine(
         parameters = keyed_parameters(model)
         layers = range(len(layer_specs))
     use_transformer_engine(config.transformer_engine, model, topology, selective_recompute(config.recompute))
+    use_fp8(config.precision.fp8, model, device())
     if config.kernels.compile:
         compile_blocks(model, _block_input_shape(config, topology))
     loaded = load_weights(parameters, checkpoint, topology) if checkpoint is not None else set()

@@ -79,21 +79,38 @@ def _plain_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearOps:
-    """The two products of a linear layer, without autograd."""
+    """The three products of a linear layer, without autograd."""
 
     product: LinearKernel
     """Forward product, as any kernel."""
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
     """Output gradient [rows, out] and input [rows, in] -> [out, in]."""
+    own_input_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Output gradient [rows, out] and weight [out, in] -> [rows, in]; None if it is `product`."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Output gradient [rows, out] and weight [out, in] -> [rows, in]."""
+        if self.own_input_gradient is not None:
+            return self.own_input_gradient(grad, weight)
+        return self.product(grad, weight.t(), None)
+
+
+@dataclass(frozen=True)
+class LinearOfOps:
+    """A kernel whose gradient is computed by products of its own."""
+
+    ops: LinearOps
+    """The products."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in], [out, in] and [out] or None -> [..., out]."""
+        y: Tensor = _LinearWithGrad.apply(x, weight, bias, self.ops)
+        return y
 
 
 def linear_ops(kernel: LinearKernel) -> LinearOps:
     """Returns the products of a kernel."""
-    if kernel is onednn_linear:
-        return LinearOps(_product, _weight_gradient)
-    if kernel is widened_linear:
-        return LinearOps(_widened_product, _widened_weight_gradient)
-    return LinearOps(kernel, _plain_weight_gradient)
+    return kernel.ops if isinstance(kernel, LinearOfOps) else LinearOps(kernel, _plain_weight_gradient)
 
 
 def _widened_ops() -> LinearOps:
@@ -125,17 +142,13 @@ class _LinearWithGrad(torch.autograd.Function):
         flat = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = None
         if need_x:
-            grad_x = ctx.ops.product(flat, weight.t(), None).view(*grads[0].shape[:-1], weight.shape[1])
+            grad_x = ctx.ops.input_gradient(flat, weight).view(*grads[0].shape[:-1], weight.shape[1])
         grad_weight = ctx.ops.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product by oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
-    return _LinearWithGrad.apply(x, weight, bias, linear_ops(onednn_linear))
-
-
-def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of 16-bit tensors in fp32, rounded once, [..., in] -> [..., out]."""
-    return _LinearWithGrad.apply(x, weight, bias, linear_ops(widened_linear))
+onednn_linear = LinearOfOps(LinearOps(_product, _weight_gradient))
+"""The product by oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
+widened_linear = LinearOfOps(LinearOps(_widened_product, _widened_weight_gradient))
+"""The product of 16-bit tensors in fp32, rounded once, [..., in] -> [..., out]."""

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import reduce_from_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
+from megatron.model.mlp.dense import ParallelMLP
 
 
 class Block(nn.Module):
@@ -73,6 +75,11 @@ class TransformerBlock(Block):
         run = self._parallel if self.parallel else self._sequential
         with self.autocast() if self.training else nullcontext():
             return run(hidden, cache, document_starts)
+
+    def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
+        """Returns the linear layers of attention and of a dense MLP."""
+        found = [self.attention.query_key_value, self.attention.dense]
+        return found + ([self.mlp.linear1, self.mlp.linear2] if isinstance(self.mlp, ParallelMLP) else [])
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         hidden = self.add(hidden, self.attention(self.input_layernorm(hidden), cache, starts))

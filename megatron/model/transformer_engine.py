@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.transformer_engine import Attention, NormMLPWeights, linear_of, norm_mlp_of
 from megatron.model.block import TransformerBlock
-from megatron.model.mlp.dense import ParallelMLP
 from megatron.registry import ACTIVATIONS
 
 Layer = ColumnParallelLinear | RowParallelLinear
@@ -30,13 +29,6 @@ def _name_of(activation: Callable[[Tensor], Tensor]) -> str:
     raise ValueError(f"Transformer Engine has no activation like {activation}")
 
 
-def _layers(block: TransformerBlock) -> Iterable[Layer]:
-    found: list[Layer] = [block.attention.query_key_value, block.attention.dense]
-    if isinstance(block.mlp, ParallelMLP):
-        found += [block.mlp.linear1, block.mlp.linear2]
-    return found
-
-
 def _use_package_kernel(layers: Iterable[Layer], kind: type[Layer]) -> None:
     for layer in layers:
         if isinstance(layer, kind):
@@ -48,12 +40,12 @@ def _use_package_kernel(layers: Iterable[Layer], kind: type[Layer]) -> None:
 
 def columns(block: TransformerBlock, recompute: Recompute) -> None:
     """Replaces the products of column-parallel layers."""
-    _use_package_kernel(_layers(block), ColumnParallelLinear)
+    _use_package_kernel(block.linear_layers(), ColumnParallelLinear)
 
 
 def rows(block: TransformerBlock, recompute: Recompute) -> None:
     """Replaces the products of row-parallel layers."""
-    _use_package_kernel(_layers(block), RowParallelLinear)
+    _use_package_kernel(block.linear_layers(), RowParallelLinear)
 
 
 def attention(block: TransformerBlock, recompute: Recompute) -> None:

@@ -90,7 +90,9 @@ def _world(config: Config) -> list[str]:
         text += f" x context {axes.context_parallel_size}"
     if config.moe.moe_expert_parallel_size > 1:
         text += f", experts over {config.moe.moe_expert_parallel_size}"
-    return [_line("world", f"{text}, ZeRO {config.deepspeed.zero_stage}, {config.precision.precision}")]
+    fp8 = config.precision.fp8
+    numbers = f"{config.precision.precision}" + (f", products in FP8 ({fp8['recipe']})" if fp8 else "")
+    return [_line("world", f"{text}, ZeRO {config.deepspeed.zero_stage}, {numbers}")]
 
 
 def _batch(config: Config) -> list[str]:

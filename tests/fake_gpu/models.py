@@ -24,12 +24,15 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
 from megatron.kernels import attention
+from megatron.kernels.fp8 import fp8_linear
 from megatron.kernels.triton import runtime
+from megatron.model.block import TransformerBlock
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.recompute import Recompute
 from megatron.model.sequential_model import SequentialModel
+from megatron.registry.fp8 import FP8_RECIPES
 from tests.model import mixers, mixtures, sections
 
 VOCABULARY, BATCH, LENGTH = 96, 2, 32
@@ -57,14 +60,16 @@ def build(keys: dict[str, Any], *, reset: bool = False, recompute: bool = False,
     return SequentialModel(build_layer_specs(spec))
 
 
-def step(model: SequentialModel, *, reset: bool = False, losses: RouterLossTracker | None = None) -> None:
+def step(
+    model: SequentialModel, *, reset: bool = False, losses: RouterLossTracker | None = None, length: int = LENGTH
+) -> None:
     """One training step up to the gradients. AssertionError where a result is not on the GPU."""
     with fake_cuda.FakeGPU():
         fake_cuda.onto_gpu(model)
         device = fake_cuda.DEVICE
-        tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=device)
+        tokens = torch.zeros(BATCH, length, dtype=torch.long, device=device)
         starts = torch.zeros_like(tokens) if reset else None
-        weights = torch.ones(LENGTH, BATCH, device=device) / tokens.numel()
+        weights = torch.ones(length, BATCH, device=device) / tokens.numel()
         model.train()
         loss = model(tokens, None, starts, TokenTargets(tokens.t(), weights, VOCABULARY - 6))
         assert loss.device == device
@@ -94,6 +99,16 @@ def recomputed() -> None:
     random = TensorParallelRNG(1, 0, fake_cuda.DEVICE)
     model.recompute = Recompute(partial(checkpoint, use_reentrant=False), random)
     step(model)
+
+
+def fp8(recipe: str) -> None:
+    """Products in FP8, whose rules about types, strides and the layout of scales torch checks for fake tensors too."""
+    model = build({**LLAMA, "hidden_size": 256, "kv_channels": 64, "num_kv_heads": 4, "mlp_width": 384})
+    for each in model.modules():
+        if isinstance(each, TransformerBlock):
+            for layer in each.linear_layers():
+                layer.kernel = fp8_linear(FP8_RECIPES[recipe])
+    step(model, length=64)
 
 
 class Planted(torch.nn.Module):
@@ -174,6 +189,7 @@ CASES: dict[str, Callable[[], None]] = {
     "documents": lambda: step(build(dict(LLAMA), reset=True), reset=True),
     "recomputed attention": lambda: step(build({**NEOX, "attention_dropout": 0.1}, recompute=True)),
     "recomputed blocks": recomputed,
+    **{f"fp8 {recipe}": partial(fp8, recipe) for recipe in FP8_RECIPES},
     "planted: the host reads a value": lambda: planted(lambda hidden: hidden * float(hidden.sum().item())),
     "planted: a tensor on the CPU": lambda: planted(lambda hidden: hidden + torch.ones(hidden.shape[-1])),
 }

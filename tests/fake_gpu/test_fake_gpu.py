@@ -25,6 +25,9 @@ MODELS = (
     "documents",
     "recomputed attention",
     "recomputed blocks",
+    "fp8 tensorwise",
+    "fp8 rowwise",
+    "fp8 blockwise",
 )
 
 

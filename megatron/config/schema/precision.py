@@ -18,6 +18,11 @@ class PrecisionSection(Section):
     )
     bf16: Table | None = key(None, "bfloat16 training: {enabled}.")
     amp: Table | None = key(None, "Apex mixed precision; removed in DeepSpeed 0.19.")
+    fp8: Table | None = key(
+        None,
+        "Products of attention's and the MLP's linear layers in FP8, in training: "
+        "{recipe: tensorwise | rowwise | blockwise}.",
+    )
     data_types: Table | None = key(
         None, "Format in which gradients accumulate: {grad_accum_dtype: fp32 | bf16 | fp16}; fp32 for bfloat16."
     )

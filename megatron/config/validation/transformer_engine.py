@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.adapter_config import low_rank
 from megatron.config.config import Config
+from megatron.config.validation.fp8 import product_sizes
 from megatron.errors import ConfigIssue
 from megatron.registry import ACTIVATIONS, NORMS, TE_LAYERS
 
@@ -55,26 +56,4 @@ def fp8_has_layers(config: Config) -> Iterator[ConfigIssue]:
     if config.recompute.checkpoint_activations:
         what = "recomputed blocks would count twice in the scales of FP8"
         yield ConfigIssue(what, key="checkpoint_activations", value=True, hint="leave it out, or te_fp8_mha")
-    yield from _sizes(config)
-
-
-def _sizes(config: Config) -> Iterator[ConfigIssue]:
-    model, ranks = config.model, max(1, config.parallelism.model_parallel_size)
-    assert model.hidden_size
-    assert model.seq_length
-    assert model.num_attention_heads
-    assert model.kv_channels
-    widths = {
-        "hidden_size": model.hidden_size,
-        "the width of the heads of a rank": model.num_attention_heads * model.kv_channels // ranks,
-        "the inner width of the MLP on a rank": model.mlp_width // ranks,
-    }
-    for name, width in widths.items():
-        if width % COLUMNS:
-            what = f"FP8 needs widths that divide by {COLUMNS}, and {name} is {width}"
-            yield ConfigIssue(what, key="te_fp8_mha", value=True, hint="change it, or leave te_fp8_mha out")
-    micro_batch = config.training.train_micro_batch_size_per_gpu
-    tokens = model.seq_length * (micro_batch or 1) // max(1, config.parallelism.context_parallel_size)
-    if micro_batch and tokens % ROWS:
-        what = f"FP8 needs numbers of tokens that divide by {ROWS}, and a micro batch of a rank has {tokens}"
-        yield ConfigIssue(what, key="te_fp8_mha", value=True, hint="change seq_length, or leave te_fp8_mha out")
+    yield from product_sizes(config, "te_fp8_mha", True, widths=COLUMNS, tokens=ROWS)

@@ -17,6 +17,7 @@ from megatron.config.validation import (
     data,
     deepspeed,
     experts,
+    fp8,
     launch,
     layout,
     mixers,
@@ -104,6 +105,7 @@ RULES: tuple[Rule, ...] = (
     adapters.prompts_leave_room,
     transformer_engine.norm_and_mlp_are_one_layer,
     transformer_engine.fp8_has_layers,
+    fp8.fp8_recipe_is_usable,
 )
 
 

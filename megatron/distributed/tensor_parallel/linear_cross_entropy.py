@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             terms = LossTerms(labels[block], weights[block], settings.axis, targets.vocabulary, targets.z_loss)
             total += loss_of_rows(logits, terms, settings.softmax, overwrite=need_hidden or need_weight)
             if grad_hidden is not None:
-                grad_hidden[block] = ops.product(logits, weight.t(), None)
+                grad_hidden[block] = ops.input_gradient(logits, weight)
             if gradient is not None:
                 gradient.add(logits, hidden[block], last=len(blocks) == 1)
             del logits

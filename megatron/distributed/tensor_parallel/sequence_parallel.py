@@ -139,7 +139,7 @@ class _GatheredLinear(torch.autograd.Function):
         rows = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = grad_weight = grad_bias = None
         if need_x:
-            full = ctx.chunks.product(rows, weight.t(), None)
+            full = ctx.chunks.input_gradient(rows, weight)
             grad_x = reduce_scatter_first(full.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
             gathered = all_gather_first(x, ctx.axis)
