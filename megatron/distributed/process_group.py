@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron.distributed.host_copy import HostCopy
+
 Item = TypeVar("Item")
 
 
@@ -27,6 +29,25 @@ def any_rank(value: bool, group: dist.ProcessGroup | None = None) -> bool:
     flag = torch.tensor([float(value)], device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+class LaterAnyRank:
+    """`any_rank` over all ranks whose answer is that to the call before, so that the host does not wait for the device.
+
+    Every call starts one exchange and returns the result of the last one: false at first.
+    """
+
+    def __init__(self) -> None:
+        self._asked: HostCopy | None = None
+
+    def __call__(self, value: bool) -> bool:
+        """Returns true on all ranks if `value` of the call before was true on any. Collective over all ranks."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return value
+        flag = torch.full((1,), float(value), device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        before, self._asked = self._asked, HostCopy(flag)
+        return before is not None and bool(before.read()[0])
 
 
 def all_gather_list(value: Item, group: dist.ProcessGroup | None = None) -> list[Item]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -21,7 +22,7 @@ from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
 from megatron.model.kv_cache import KVCache
 from megatron.model.moe.losses import RouterLossTracker
-from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.grad_clip import StepValues
 from megatron.optim.param_groups import set_learning_rate
 
 
@@ -39,8 +40,8 @@ class BaseEngine(TrainingEngine, ABC):
     """(batch, max length) -> an empty cache."""
     random: TensorParallelRNG
     """Generator for random numbers on sharded tensors."""
-    clipper: GradientClipper | None
-    """Computes the gradient norm and clips at ZeRO 0; None at other stages, where DeepSpeed does."""
+    clipper: StepValues | None
+    """Computes the gradient norm and clips, without reads by the host; None where DeepSpeed does."""
     router_losses: RouterLossTracker | None = None
     """Present where blocks have experts."""
     prompt: int = 0
@@ -56,8 +57,8 @@ class BaseEngine(TrainingEngine, ABC):
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
         loss = self._run_micro_batches(batches)
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
+        skipped = self.clipper.skipped if self.clipper else torch.tensor(engine.skipped_steps > skipped_before)
         scale = loss_scale(engine.optimizer)
-        skipped = engine.skipped_steps > skipped_before or bool(self.clipper and self.clipper.skipped)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         return StepResult(loss, norm, learning_rate, scale, skipped, more)
 

@@ -28,6 +28,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine.base import BaseEngine
+from megatron.engine.bf16_step import replace_step
 from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import PlainEngine, keyed_parameters
 from megatron.engine.deepspeed_setup import (
@@ -53,7 +54,7 @@ from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.builder_args import OptimizerArgs
-from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.grad_clip import GradientClipper, StepValues
 from megatron.optim.muon import needs_default_mpu
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
@@ -290,8 +291,11 @@ def _loss(config: Config, topology: Topology, vocab_size: int | None) -> LossFun
 
 def _initialize(
     config: Config, topology: Topology, model: Module, parameters: Mapping[str, Parameter]
-) -> tuple[object, GradientClipper | None]:
-    """Wraps the model and our optimizer in DeepSpeed; at ZeRO 0 the optimizer clips before it steps."""
+) -> tuple[object, StepValues | None]:
+    """Wraps the model and our optimizer in DeepSpeed; at ZeRO 0 the optimizer clips before it steps.
+
+    Also returns what holds the values of a step on the device; None where DeepSpeed reads them on the host.
+    """
     section = config.optimizer
     trained = optimizer_parameters(model, parameters.values())
     groups = parameter_groups(trained, section.weight_decay, _lr_scales(config, parameters))
@@ -324,7 +328,7 @@ def _initialize(
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop reports too many overflows
-    return initialised, clipper
+    return initialised, clipper or replace_step(initialised.optimizer)
 
 
 def _lr_scales(config: Config, parameters: Mapping[str, Parameter]) -> dict[Parameter, float]:

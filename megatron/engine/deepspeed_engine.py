@@ -40,7 +40,7 @@ class PlainEngine(BaseEngine):
         engine = self.deepspeed
         engine.module.train()
         total = torch.zeros((), device=engine.device)
-        step = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+        step = [next(batches).to(engine.device, non_blocking=True) for _ in range(engine.gradient_accumulation_steps())]
         tokens = loss_divisor(step, self.topology, engine.device)
         for batch in step:
             loss = self._forward(batch, tokens)

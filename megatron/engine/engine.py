@@ -28,8 +28,8 @@ class StepResult:
     """Learning rate of the step."""
     loss_scale: float
     """1 unless fp16."""
-    skipped: bool
-    """True if the update was skipped because gradients were not finite."""
+    skipped: Tensor
+    """True if the update was skipped because gradients were not finite, bool."""
     more: Mapping[str, Tensor] = field(default_factory=dict)
     """Further measurements of the model, by name."""
 

@@ -111,7 +111,7 @@ class PipelinedEngine(BaseEngine):
         """Returns the pairs of one step on the first and last stage; the stages between need none."""
         if not (self.topology.pipe.is_first or self.topology.pipe.is_last):
             return iter(())
-        step = [next(batches) for _ in range(self.deepspeed.micro_batches)]
+        step = [next(batches).to(self.deepspeed.device, non_blocking=True) for _ in range(self.deepspeed.micro_batches)]
         tokens = loss_divisor(step, self.topology, self.deepspeed.device)
         return iter([_pair(batch, tokens) for batch in step])
 

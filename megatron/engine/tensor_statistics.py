@@ -24,7 +24,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import is_sharded
 from megatron.distributed.process_group import all_gather_list
 from megatron.engine.optimizer_state import ShardRef, inner_optimizer, shard_refs
-from megatron.optim.grad_clip import GradientClipper
+from megatron.optim.grad_clip import StepValues
 
 
 class MeasuredEngine(Protocol):
@@ -32,7 +32,7 @@ class MeasuredEngine(Protocol):
 
     deepspeed: Any
     topology: Topology
-    clipper: GradientClipper | None
+    clipper: StepValues | None
 
     def owned(self) -> dict[str, Parameter]: ...
 
@@ -69,7 +69,7 @@ class Sums:
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, name: str, tensor: Tensor, factor: float = 1.0) -> None:
+    def add(self, name: str, tensor: Tensor, factor: float | Tensor = 1.0) -> None:
         """Adds a tensor's elements, times a factor."""
         flat = tensor.detach().float()
         square = flat.square().sum(dtype=torch.float64) * factor**2
@@ -98,7 +98,7 @@ class GradientTap:
     def __init__(self, engine: MeasuredEngine, max_norm: float) -> None:
         self._engine, self._max_norm = engine, max_norm
         self.shard_refs = _counted_here(engine)  # now, since ZeRO shows only one group of parameters during a step
-        self.listeners: list[Callable[[str, ShardRef, Tensor, float], None]] = []
+        self.listeners: list[Callable[[str, ShardRef, Tensor, float | Tensor], None]] = []
         inner_optimizer(engine.deepspeed.optimizer).register_step_pre_hook(lambda *_: self._notify())
 
     def _notify(self) -> None:
@@ -113,11 +113,11 @@ class GradientTap:
             for listener in self.listeners:
                 listener(ref.key, ref, gradient, factor)
 
-    def _unclipped(self) -> float:
+    def _unclipped(self) -> float | Tensor:
         """Returns the factor that undoes clipping."""
         clipper = self._engine.clipper
         if clipper is not None:
-            return 1.0 / float(clipper.factor)
+            return clipper.unclipped
         norm = getattr(self._engine.deepspeed.optimizer, "_global_grad_norm", None)  # the engine gets it after the step
         if norm is None or self._max_norm <= 0 or not math.isfinite(float(norm)):
             return 1.0
@@ -159,7 +159,7 @@ class Statistics:
             metrics |= _norms("optimizer_state_norms", self._states())
         return metrics
 
-    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float) -> None:
+    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float | Tensor) -> None:
         self._gradients.add(self._measurements.group(key), gradient, factor)
 
     def _parameters(self) -> Sums:
@@ -214,7 +214,7 @@ class NoiseScale:
         self._tap, self._batches, self._on_cpu = tap, batches, on_cpu
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._square: Tensor | None = None
-        self._squares = 0.0
+        self._squares: float | Tensor = 0.0
         self._samples: list[int] = []
         self._averages, self._weight = [0.0, 0.0], 0.0
 
@@ -227,8 +227,8 @@ class NoiseScale:
             yield
         finally:
             self._tap.listeners.remove(self._add)
-        seen = torch.zeros(1, dtype=torch.float64) if self._square is None else self._square.cpu().view(1)
-        self._squares += float(seen)
+        if self._square is not None:
+            self._squares = self._squares + self._square
         self._samples.append(samples)
         if len(self._samples) == self._batches:
             self._estimate()
@@ -240,7 +240,7 @@ class NoiseScale:
             return {}
         return {"train/gradient_noise_scale": noise / signal}
 
-    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float) -> None:
+    def _add(self, key: str, ref: ShardRef, gradient: Tensor, factor: float | Tensor) -> None:
         gradient = gradient.detach().float() * factor
         square = gradient.square().sum(dtype=torch.float64)
         self._square = square if self._square is None else self._square + square
@@ -250,7 +250,9 @@ class NoiseScale:
 
     def _estimate(self) -> None:
         large = sum((one.square().sum(dtype=torch.float64).cpu() for one in self._sums.values()), torch.zeros(()))
-        sums = torch.tensor([self._squares / self._batches, float(large) / self._batches**2], dtype=torch.float64)
+        sums = torch.tensor(
+            [float(self._squares) / self._batches, float(large) / self._batches**2], dtype=torch.float64
+        )
         if dist.is_initialized() and dist.get_world_size() > 1:
             sums = sums.cuda() if dist.get_backend() == "nccl" else sums
             dist.all_reduce(sums)

@@ -1,4 +1,4 @@
-"""Global gradient norm and clipping at ZeRO 0; at other stages DeepSpeed computes both.
+"""Global gradient norm and clipping at ZeRO 0; at other stages DeepSpeed computes both, or engine/bf16_step.py.
 
 DeepSpeed's own norm counts parameters by rank and counts tied weights twice when a pipeline has several stages. Here
 parameter attributes decide which rank counts a parameter: a sharded one counts on every tensor-parallel rank, a
@@ -8,8 +8,8 @@ Clipping scales all gradients by max_norm / (norm + 1e-6) when the norm exceeds 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,32 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import expert_rank_and_size, is_sharded, is_tied
+from megatron.optim.skip_update import set_skip, skips_on_device
+
+
+class StepValues(Protocol):
+    """What the last optimizer step computed of its gradients; scalars on the device."""
+
+    @property
+    def norm(self) -> Tensor:
+        """Gradient norm before clipping."""
+
+    @property
+    def skipped(self) -> Tensor:
+        """True if the norm was not finite, so that the update was not applied."""
+
+    @property
+    def unclipped(self) -> Tensor:
+        """Factor from the clipped gradients to those before, float64."""
 
 
 class GradientClipper:
     """Computes the norm over one replica of the model and scales the gradients; `norm` is the last one.
 
-    Non-finite gradients are dropped and `skipped` is set: every rank then leaves its weights and state unchanged, as
-    DeepSpeed does at ZeRO 1 to 3. factor: scale of the last gradients. grads_are_unreduced: each data-parallel rank has
-    a gradient of its own, which is not all-reduced; the norm is then the root mean square of theirs, so that all are
-    scaled alike.
+    Where gradients are not finite, `skipped` is true and every rank leaves its weights and state unchanged, as
+    DeepSpeed does at ZeRO 1 to 3. Fused optimizers read that flag on the device; for others the host reads it and drops
+    the gradients. factor: scale of the last gradients. grads_are_unreduced: each data-parallel rank has a gradient of
+    its own, which is not all-reduced; the norm is then the root mean square of theirs, so that all are scaled alike.
     """
 
     def __init__(self, parameters: Iterable[Parameter], topology: Topology, max_norm: float) -> None:
@@ -38,14 +55,21 @@ class GradientClipper:
         self._spread = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] > 1]
         self._counted = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] == 1]
         self._apart = topology.dp_cp
+        self._fused: torch.optim.Optimizer | None = None
         self.grads_are_unreduced = False
         self._max_norm = max_norm
         self.norm = torch.zeros(())
-        self.factor = 1.0
-        self.skipped = False
+        self.factor = torch.ones(())
+        self.skipped = torch.zeros((), dtype=torch.bool)
+
+    @property
+    def unclipped(self) -> Tensor:
+        """Factor from the clipped gradients to those before, float64."""
+        return 1.0 / self.factor.double()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips before every step of the optimizer."""
+        self._fused = optimizer if skips_on_device(optimizer) else None
         optimizer.register_step_pre_hook(lambda *_: self.clip())
 
     def clip(self) -> None:
@@ -53,6 +77,22 @@ class GradientClipper:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if self._parameters and not gradients:
             return  # the same on all ranks; a rank without trainable parameters takes part in the sums
+        self.norm = self._total().sqrt()
+        self.skipped = ~torch.isfinite(self.norm)
+        self.factor = torch.ones_like(self.norm)
+        if self._fused is not None:
+            set_skip(self._fused, self.skipped)
+        elif bool(self.skipped):
+            for parameter in self._parameters:
+                parameter.grad = None  # optimizers skip a parameter without a gradient
+            return
+        if self._max_norm > 0:
+            self.factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
+            if gradients:
+                torch._foreach_mul_(gradients, self.factor)
+
+    def _total(self) -> Tensor:
+        """Returns the squared norm over the replica."""
         device = self._held[0].device
         square = _square(self._counted, device)
         if self._expert.size > 1:
@@ -64,17 +104,7 @@ class GradientClipper:
         if self.grads_are_unreduced and self._apart.size > 1:
             dist.all_reduce(square, group=self._apart.group)
             square /= self._apart.size
-        self.norm = square.sqrt()
-        self.factor = 1.0
-        self.skipped = not math.isfinite(float(self.norm))
-        if self.skipped:
-            for parameter in self._parameters:
-                parameter.grad = None  # optimizers skip a parameter without a gradient
-        elif self._max_norm > 0:
-            factor = torch.clamp(self._max_norm / (self.norm + 1e-6), max=1.0)
-            self.factor = float(factor)
-            if gradients:
-                torch._foreach_mul_(gradients, factor)
+        return square
 
 
 def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """Locates the first layer, rank and samples of a non-finite or spiking step.
 
-The step's update has not been applied, so its batch is replayed with a hook at every layer. Dropout is off in that
-pass. If it is finite, the backward pass or a dropout mask caused the failure.
+The step's update has not been applied, so its batch is replayed with a hook at every layer. On a GPU one later step
+may have been made by then, whose update the replay sees. Dropout is off in that pass. If it is finite, the backward
+pass or a dropout mask caused the failure.
 """
 
 from __future__ import annotations

@@ -3,16 +3,18 @@
 The loop gets every object from trainer.py. One step runs through five files: this one, `engine/base.py` (the step),
 `engine/loss_normalization.py` (the divisor of the loss), `optim/grad_clip.py` (norm and clipping at ZeRO 0) and
 `nan_guard.py` (non-finite steps and loss spikes). Everything that observes the loop is a hook (`hooks/base.py`).
+On a GPU the host waits for a step that it has just issued only where its values are needed (`step_outcomes.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron.distributed.process_group import any_rank
+from megatron.distributed.process_group import LaterAnyRank, any_rank
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError
 from megatron.metrics.step_metrics import step_metrics
@@ -20,6 +22,7 @@ from megatron.metrics.timers import StepClock
 from megatron.training import intervals
 from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.run_state import RunState
+from megatron.training.step_outcomes import StepOutcome, StepOutcomes
 from megatron.training.step_schedule import StepSize
 from megatron.training.validation import evaluate
 
@@ -30,9 +33,11 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
     The last state is saved in either case. Raises RunError where a hook does.
     """
     hooks = context.hooks
-    batches = hooks.batches(context.train, "train", state.consumed_samples) if context.train is not None else iter(())
+    read = hooks.batches(context.train, "train", state.consumed_samples) if context.train is not None else iter(())
+    batches = map(context.to_device, read)
     window = _Window(StepClock(context.synchronize))
-    overflows = _Overflows(schedule.overflow_limit)
+    settling = _Settling(context, state, _Overflows(schedule.overflow_limit))
+    stops = LaterAnyRank() if context.outcome_lag else any_rank
     saved_at = state.iteration
     reason = None
     hooks.on_run_start(state)
@@ -44,10 +49,10 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
         with hooks.step(state.iteration + 1, size):
             lr = context.lr_schedule.lr(_lr_step(schedule, state, size))
             result = context.engine.train_step(size.truncate(batches), lr)
-        hooks.after_step(state, size, result)
-        state.advance(samples=size.samples, tokens=size.tokens, skipped=result.skipped)
+        settling.add(size, result)
         window.add(result, size)
-        overflows.add(result, state.iteration)
+        if _values_due(schedule, context, state):
+            settling.finish()
         if schedule.reports(state.iteration):
             _report(schedule, context, state, window)
         else:
@@ -56,13 +61,15 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
             with window.clock.excluded():
                 evaluate(schedule, context, state)
         context.check_saves()
-        reason = _reason_to_stop(schedule, context, state)
+        reason = _reason_to_stop(schedule, context, state, stops)
         last = reason is not None or state.iteration == schedule.total
         if context.save is not None and (last or _save_due(schedule, state)):
+            settling.finish()
             with window.clock.excluded():
                 _save(context, state)
             saved_at = state.iteration
-            reason = reason or _reason_to_stop(schedule, context, state)  # a signal may come during a save
+            reason = reason or _reason_to_stop(schedule, context, state, stops)  # a signal may come during a save
+    settling.finish()
     if context.save is not None and saved_at != state.iteration:
         _save(context, state)
     hooks.on_run_end(state)
@@ -75,6 +82,32 @@ def _save(context: LoopContext, state: RunState) -> None:
         context.save(state)
 
 
+class _Settling:
+    """Counts steps, and gives their values to the hooks once the host may read them."""
+
+    def __init__(self, context: LoopContext, state: RunState, overflows: _Overflows) -> None:
+        self._hooks, self._state, self._overflows = context.hooks, state, overflows
+        self._outcomes = StepOutcomes(context.outcome_lag)
+
+    def add(self, size: StepSize, result: StepResult) -> None:
+        """Counts a step that was issued, and settles those before whose values are due."""
+        self._hooks.after_step(self._state, size, result)
+        self._outcomes.add(self._state, size, result)
+        self._state.advance(samples=size.samples, tokens=size.tokens)
+        self._settle(everything=False)
+
+    def finish(self) -> None:
+        """Settles all steps; waits for the device."""
+        self._settle(everything=True)
+
+    def _settle(self, *, everything: bool) -> None:
+        """Raises RunError where the run must end."""
+        for outcome in self._outcomes.take(everything=everything):
+            self._hooks.outcome(outcome)
+            self._state.skipped += int(outcome.skipped)
+            self._overflows.add(outcome)
+
+
 @dataclass
 class _Overflows:
     """Steps in a row that were skipped although the loss scale fell no further."""
@@ -83,15 +116,15 @@ class _Overflows:
     count: int = 0
     scale: float = float("inf")
 
-    def add(self, result: StepResult, iteration: int) -> None:
+    def add(self, outcome: StepOutcome) -> None:
         """Counts a step. RunError at the limit."""
-        stuck = result.skipped and result.loss_scale >= self.scale
+        stuck = outcome.skipped and outcome.loss_scale >= self.scale
         self.count = self.count + 1 if stuck else 0
-        self.scale = result.loss_scale
+        self.scale = outcome.loss_scale
         if self.count >= self.limit:
             raise RunError.of(
                 f"gradients overflowed {self.count} times in a row at the least loss scale, {self.scale:g}, up to "
-                f"iteration {iteration}",
+                f"iteration {outcome.iteration}",
                 location="training",
                 hint="go on from an earlier checkpoint with a lower learning rate, or in bfloat16",
             )
@@ -147,6 +180,15 @@ def _lr_step(schedule: TrainSchedule, state: RunState, size: StepSize) -> int:
     return state.consumed_samples + size.samples if schedule.counts_samples else state.updates + 1
 
 
+def _values_due(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
+    """Whether a report, an evaluation, a save or the end of the run needs the values of the last step."""
+    return (
+        schedule.reports(state.iteration)
+        or _evaluation_due(schedule, context, state)
+        or (context.save is not None and _save_due(schedule, state))
+    )
+
+
 def _evaluation_due(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
     due = intervals.every(state.iteration, schedule.eval_interval) or state.iteration == schedule.total
     return due and context.valid is not None and schedule.eval_iters > 0
@@ -158,8 +200,17 @@ def _save_due(schedule: TrainSchedule, state: RunState) -> bool:
     )
 
 
-def _reason_to_stop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
-    """The reason that any rank has; every rank gets an answer at the same iteration. None at the last one."""
+def _reason_to_stop(
+    schedule: TrainSchedule, context: LoopContext, state: RunState, stops: Callable[[bool], bool]
+) -> str | None:
+    """The reason that any rank has; every rank gets an answer at the same iteration. None at the last one.
+
+    Args:
+        schedule: numbers of the run.
+        context: objects of the run.
+        state: progress of the run.
+        stops: whether any rank has a reason, now or at the call before; collective.
+    """
     if state.iteration >= schedule.total:
         return None
     reason = intervals.exit_due(
@@ -170,4 +221,5 @@ def _reason_to_stop(schedule: TrainSchedule, context: LoopContext, state: RunSta
     )
     if context.stop_requested():
         reason = "a signal asked for it"
-    return (reason or "another rank asked for it") if any_rank(reason is not None) else None
+    at_interval = intervals.every(state.iteration, schedule.exit_interval)  # alike on all ranks
+    return (reason or "another rank asked for it") if at_interval or stops(reason is not None) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import TrainingEngine
 from megatron.evaluation.char_perplexity import Characters
 from megatron.metrics.reporter import Reporter
@@ -83,6 +84,10 @@ class LoopContext:
     """Largest memory use since the last report [bytes]."""
     hooks: Hooks = field(default_factory=Hooks)
     """Hooks of the run."""
+    to_device: Callable[[MicroBatch], MicroBatch] = lambda batch: batch
+    """Starts the copy of a micro batch to the device, and returns the copy."""
+    outcome_lag: int = 0
+    """Newest steps whose values stay on the device, see step_outcomes.py."""
     characters: Characters | None = None
     """Counts the characters of evaluations, for the perplexity a character."""
     valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)

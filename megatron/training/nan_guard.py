@@ -1,7 +1,8 @@
 """Policy for non-finite steps and loss spikes.
 
 An update with a non-finite loss or gradient is never applied, on any rank; `on_nan` decides whether the run stops or
-skips the batch. With loss scaling (fp16) an overflowing gradient is expected and is not reported.
+skips the batch. On a GPU the host learns of a step when the next one has been issued. With loss
+scaling (fp16) an overflowing gradient is expected and is not reported.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron.engine.engine import StepResult
 from megatron.errors import RunError
 from megatron.training.hooks.base import Hook
 from megatron.training.locate_failure import FailureLocator
-from megatron.training.run_state import RunState
-from megatron.training.step_schedule import StepSize
+from megatron.training.step_outcomes import StepOutcome
 
 STOP = "stop"
 WEIGHT = 0.05  # of the newest loss in the running mean
@@ -39,15 +38,16 @@ class LossGuard(Hook):
     _mean: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 
-    def after_step(self, state: RunState, size: StepSize, result: StepResult) -> None:
-        """Checks the step after `state`; collective. Raises RunError where the run must stop."""
-        loss = float(result.loss)
-        iteration = state.iteration + 1
-        if math.isfinite(loss) and (self.scaled or not result.skipped):
-            self._check_spike(iteration, loss, state, size)
+    def outcome(self, outcome: StepOutcome) -> None:
+        """Checks a step; collective. Raises RunError where the run must stop."""
+        if math.isfinite(outcome.loss) and (self.scaled or not outcome.skipped):
+            self._check_spike(outcome)
             return
-        location = self.locator.locate_nonfinite(state.consumed_samples, size)
-        what = f"the loss of iteration {iteration} is {loss}, the gradient's norm {float(result.grad_norm)}: {location}"
+        location = self.locator.locate_nonfinite(outcome.consumed_samples, outcome.size)
+        what = (
+            f"the loss of iteration {outcome.iteration} is {outcome.loss}, the gradient's norm {outcome.grad_norm}: "
+            f"{location}"
+        )
         if self.on_nan == STOP:
             raise RunError.of(
                 what,
@@ -57,10 +57,13 @@ class LossGuard(Hook):
             )
         self.log(f"{what}; the step is left out")
 
-    def _check_spike(self, iteration: int, loss: float, state: RunState, size: StepSize) -> None:
+    def _check_spike(self, outcome: StepOutcome) -> None:
+        loss = outcome.loss
         if self.spike_factor is not None and self._steps >= WARMUP_STEPS and loss > self.spike_factor * self._mean:
-            location = self.locator.locate_spike(state.consumed_samples, size)
-            self.log(f"loss spike at iteration {iteration}: {loss:.4f} (running mean {self._mean:.4f}): {location}")
+            location = self.locator.locate_spike(outcome.consumed_samples, outcome.size)
+            self.log(
+                f"loss spike at iteration {outcome.iteration}: {loss:.4f} (running mean {self._mean:.4f}): {location}"
+            )
             return
         weight = max(WEIGHT, 1 / (self._steps + 1))
         self._mean += weight * (loss - self._mean)

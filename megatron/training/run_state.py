@@ -37,12 +37,14 @@ class RunState:
         """Returns the counters for a checkpoint."""
         return Counters(self.iteration, self.consumed_samples, self.consumed_tokens, self.skipped)
 
-    def advance(self, *, samples: int, tokens: int, skipped: bool) -> None:
-        """Counts one step over a global batch of that many samples and tokens."""
+    def advance(self, *, samples: int, tokens: int) -> None:
+        """Counts one step over a global batch of that many samples and tokens.
+
+        Whether its update was skipped is counted once the host knows.
+        """
         self.iteration += 1
         self.consumed_samples += samples
         self.consumed_tokens += tokens
-        self.skipped += int(skipped)
 
     @property
     def updates(self) -> int:

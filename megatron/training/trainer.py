@@ -28,6 +28,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import any_rank, device
 from megatron.distributed.timeouts import set_collective_timeout
 from megatron.engine.base import BaseEngine
+from megatron.engine.batch_copies import DeviceCopies
 from megatron.engine.builder import DTYPES, build_training_engine, build_vocabulary, init_topology
 from megatron.errors import ConfigError
 from megatron.evaluation.char_perplexity import Characters
@@ -255,6 +256,8 @@ def _loop_context(
         save=_save(saver, reporter) if saver else None,
         check_saves=saver.check if saver else no_wait,
         synchronize=torch.cuda.synchronize if torch.cuda.is_available() else no_wait,
+        to_device=DeviceCopies(device()),
+        outcome_lag=int(torch.cuda.is_available()),
         peak_memory=lambda: peak_memory_bytes(device()),
         hooks=hooks,
         characters=characters,

@@ -104,7 +104,7 @@ class ConstantEngine:
         self.steps += 1
         if self.steps == self.fails_at:
             raise RunError.of("out of luck")
-        return StepResult(torch.ones(()), torch.ones(()), learning_rate, 1.0, skipped=False)
+        return StepResult(torch.ones(()), torch.ones(()), learning_rate, 1.0, skipped=torch.tensor(False))
 
     def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
         for _ in range(count):

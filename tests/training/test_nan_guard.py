@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from megatron.config import Resources, resolve
-from megatron.engine.engine import StepResult
 from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.training.nan_guard import LossGuard
-from megatron.training.run_state import RunState
+from megatron.training.step_outcomes import StepOutcome
 from megatron.training.step_schedule import StepSize
 from tests.end_to_end.runs import BASE, NeverStop, series
 from tests.layouts import pick
@@ -155,11 +154,9 @@ def test_a_spike_is_reported_and_not_in_the_mean() -> None:
     said: list[str] = []
     guard = LossGuard(FixedLocator(), "stop", 2.0, scaled=False, log=said.append)  # type: ignore[arg-type]
     size = StepSize(8, 1, 32, 32)
-    state = RunState()
     losses = [3.0] * 12 + [7.0] + [3.0] * 5 + [7.0]
-    for loss in losses:
-        guard.after_step(state, size, StepResult(torch.tensor(loss), torch.ones(()), 1e-3, 1.0, False))
-        state.advance(samples=8, tokens=256, skipped=False)
+    for number, loss in enumerate(losses):
+        guard.outcome(StepOutcome(number + 1, 8 * number, size, loss, 1.0, 1.0, skipped=False))
     assert said == [
         "loss spike at iteration 13: 7.0000 (running mean 3.0000): samples from 96",
         "loss spike at iteration 19: 7.0000 (running mean 3.0000): samples from 144",

@@ -52,6 +52,10 @@ class MicroBatch:
             raise ValueError("documents that are kept apart do not share a prompt")
         return self._each(lambda tensor: torch.nn.functional.pad(tensor, (prompt, 0)))
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are given."""
+        return [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = (getattr(self, field.name) for field in fields(self))
         return MicroBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]

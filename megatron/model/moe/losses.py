@@ -73,7 +73,7 @@ class RouterLossTracker:
     def take(self, topology: Topology, device: torch.device) -> dict[str, Tensor]:
         """Returns name -> mean over layers, micro batches and ranks since the last call; collective."""
         sums = torch.zeros(len(NAMES), device=device) if self._sums is None else self._sums
-        totals = torch.cat((sums, torch.tensor([float(self._count)], device=device)))
+        totals = torch.cat((sums, torch.full((1,), float(self._count), device=device)))
         for axis in (topology.dp_cp, topology.pipe):
             if axis.size > 1:
                 dist.all_reduce(totals, group=axis.group)

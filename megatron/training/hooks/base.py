@@ -6,7 +6,7 @@ loop calls the hooks in the order of that list. Moments in which ranks communica
 The order of moments in a run:
 
     on_run_start
-    for each step:   before_step, around_step, after_step, and for a reported step metrics
+    for each step:   before_step, around_step, after_step, outcome, and for a reported step metrics
     for evaluations: before_evaluate, after_evaluate
     for saves:       before_save, around_save, after_save
     on_run_end
@@ -21,6 +21,7 @@ from typing import Protocol
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import StepResult
 from megatron.training.run_state import RunState
+from megatron.training.step_outcomes import StepOutcome
 from megatron.training.step_schedule import StepSize
 
 
@@ -44,7 +45,14 @@ class Hook:
         return nullcontext()
 
     def after_step(self, state: RunState, size: StepSize, result: StepResult) -> None:
-        """Called after a training step, before `state` counts it. May raise RunError to end the run."""
+        """Called after a training step was issued, before `state` counts it. Reading a tensor of `result` waits."""
+
+    def outcome(self, outcome: StepOutcome) -> None:
+        """Called with the values of each step in order. May raise RunError to end the run.
+
+        On a GPU they come one step later, while the next one runs, but before a report, an evaluation, a save and the
+        end of the run.
+        """
 
     def metrics(self) -> Mapping[str, float]:
         """Further metrics of a report, by name. Called on every rank."""
@@ -95,6 +103,10 @@ class Hooks:
     def after_step(self, state: RunState, size: StepSize, result: StepResult) -> None:
         for hook in self._hooks:
             hook.after_step(state, size, result)
+
+    def outcome(self, outcome: StepOutcome) -> None:
+        for hook in self._hooks:
+            hook.outcome(outcome)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of all hooks; collective."""
