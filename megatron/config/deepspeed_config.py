@@ -59,6 +59,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         if values[name] != FIELDS[name].default:
             settings[name] = values[name]
     extra = values["deepspeed_extra_args"] or {}
+    if settings["steps_per_print"] is None and "timers" not in extra:
+        settings["timers"] = {"throughput": {"enabled": False}}  # it waits for the device before and after every step
     ConfigError.raise_any(
         ConfigIssue(
             f"{name} = {value!r} contradicts {name} = {settings.get(name, values.get(name))!r}",

@@ -48,6 +48,15 @@ def test_deepspeed_prints_its_own_line_only_where_that_is_asked_for() -> None:
     assert settings(wall_clock_breakdown=True)["steps_per_print"] == 10
 
 
+def test_a_timer_that_waits_for_the_device_runs_only_where_its_line_is_printed() -> None:
+    off = {"throughput": {"enabled": False}}
+    on = {"throughput": {"enabled": True}}
+    assert settings()["timers"] == off
+    assert "timers" not in settings(steps_per_print=100)
+    assert "timers" not in settings(wall_clock_breakdown=True)
+    assert settings(deepspeed_extra_args={"timers": on})["timers"] == on
+
+
 def test_extra_args_may_add_but_not_change() -> None:
     assert settings(deepspeed_extra_args={"train_batch_size": 2})["train_batch_size"] == 2
     with pytest.raises(ConfigError, match="train_batch_size = 99 contradicts train_batch_size = 2"):

@@ -199,7 +199,7 @@ class ExpertParallelMLP(nn.Module):
         numbers = torch.stack((sent.sum(1), received.sum(1))).tolist()  # [2, p]
         came = all_to_all_rows(rows, numbers[0], numbers[1], self.axis)
         local = torch.arange(received.shape[1], device=rows.device).repeat(self.axis.size)
-        order = local.repeat_interleave(received.flatten()).argsort(stable=True)
+        order = local.repeat_interleave(received.flatten(), output_size=sum(numbers[1])).argsort(stable=True)
         made = self.mlp(came.index_select(0, order), received.sum(0))
         back = torch.zeros_like(came).index_copy(0, order, made)
         return all_to_all_rows(back, numbers[1], numbers[0], self.axis)
