@@ -152,11 +152,15 @@ class _WeightGradient:
     def __init__(self, weight: Tensor, ops: LinearOps) -> None:
         self._weight, self._ops = weight, ops
         self._sum: Tensor | None = None
+        self._transposed: Tensor | None = None  # the sum [h, v/t] where the kernel adds by itself
 
     def add(self, grad: Tensor, x: Tensor, *, last: bool) -> None:
         """Adds gradᵀ x. last: it is the only block, whose product is the gradient."""
         if last:
             self._sum = self._ops.weight_gradient(grad, x)
+            return
+        if self._ops.added_weight_gradient is not None:
+            self._transposed = self._ops.added_weight_gradient(grad, x, self._transposed)
             return
         if self._sum is None:
             wide = torch.float32 if self._weight.dtype in _HALF else self._weight.dtype
@@ -173,6 +177,8 @@ class _WeightGradient:
 
     def result(self) -> Tensor | None:
         """The gradient in the type of the weight."""
+        if self._transposed is not None:
+            return self._transposed.t().contiguous()
         return None if self._sum is None else self._sum.to(self._weight.dtype)
 
 
