@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.block_sparsity import layout_of, visible_share
-from megatron.kernels.attention import choose_attention
+from megatron.kernels.attention import any_attention
 from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, MaskPattern, Window
 
 HEADS, SIZE = 8, 64
@@ -77,7 +77,7 @@ def seconds(pattern: MaskPattern | None, length: int, device: torch.device, cloc
     q, k, v = (torch.randn(1, HEADS, length, SIZE, device=device, requires_grad=True) for _ in range(3))
     start = clock()
     view = None if pattern is None else AttentionMask(pattern)
-    choose_attention(device)(q, k, v, 0.0, None, view).sum().backward()
+    any_attention(device)(q, k, v, 0.0, None, view).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return clock() - start

@@ -1,5 +1,9 @@
 """The attention core: softmax(q kᵀ / sqrt(d)) v under a causal mask.
 
+Here are the plain formula, the backends of torch's scaled_dot_product_attention and the cores of a CPU and a GPU that
+take every case; the packages are in flash_attention.py, the core of the fused softmax in softmax_attention.py. Which of
+them serves a model says `megatron/registry/attention.py`.
+
 Keys may be longer than queries: with a key/value cache the queries are the last positions, so query i sees the keys up
 to position (keys - queries + i). Fewer key/value heads than query heads means grouped queries (arXiv:2305.13245): head
 i reads key/value head i // group; no kernel here copies the shared heads.
@@ -15,11 +19,13 @@ strided views; the result is [b, n, s, d].
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.kernels.attention_patterns import AttentionMask
 from megatron.kernels.blocked_attention import blocked_attention
@@ -123,6 +129,61 @@ def sdpa_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
+def _prefers(*first: SDPBackend) -> AbstractContextManager[object]:
+    """Returns the context in which torch takes the first of these backends that it can use for a case, then others.
+
+    A compiled graph takes torch's own order, which is the same (`PREFERS_CUDNN` of the registry).
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    rest = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(dict.fromkeys([*first, *rest])), set_priority=True)
+
+
+def cudnn_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
+) -> Tensor:
+    """Attention by cuDNN's backend in torch where nothing besides the causal mask hides keys.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
+    with _prefers(SDPBackend.CUDNN_ATTENTION):
+        return gpu_attention(q, k, v, dropout, starts, view)
+
+
+def torch_flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    starts: Tensor | None = None,
+    view: AttentionMask | None = None,
+) -> Tensor:
+    """Attention by torch's flash backend where nothing besides the causal mask hides keys.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, keys, d].
+        v: Values [b, m, keys, d].
+        dropout: Dropout of the probabilities.
+        starts: The first key that each query may see, [b, s].
+        view: Mask besides the causal one.
+    """
+    with _prefers(SDPBackend.FLASH_ATTENTION):
+        return gpu_attention(q, k, v, dropout, starts, view)
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of cached rows under a given mask.
 
@@ -167,7 +228,7 @@ def gpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Torch's flexible attention with a view, which skips hidden blocks; otherwise torch's own choice.
+    """Torch's flexible attention, which skips hidden blocks, where documents or a view hide keys; else torch's choice.
 
     Args:
         q: Queries [b, n, s, d].
@@ -177,11 +238,11 @@ def gpu_attention(
         starts: The first key that each query may see, [b, s].
         view: Mask besides the causal one.
     """
-    if view is None or flex_unavailable(q, k, dropout) is not None:
+    if (view is None and starts is None) or flex_unavailable(q, k, dropout) is not None:
         return sdpa_attention(q, k, v, dropout, starts, view)
-    return flex_attention(q, k, v, starts, view)
+    return flex_attention(q, k, v, starts, view or AttentionMask())
 
 
-def choose_attention(device: torch.device) -> AttentionKernel:
-    """Returns the fastest attention core on this device."""
+def any_attention(device: torch.device) -> AttentionKernel:
+    """Returns the core that takes every case on this device."""
     return cpu_attention if device.type == "cpu" else gpu_attention

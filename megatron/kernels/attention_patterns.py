@@ -74,7 +74,9 @@ class BlockPattern:
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         size = self.layout.block
-        rows = int(torch.maximum(queries.max(), keys.max())) // size + 1
+        # a GPU is given every key from 0 on, and asking it for the last one would make the host wait
+        last = int(torch.maximum(queries.max(), keys.max())) if keys.device.type == "cpu" else keys.shape[-1] - 1
+        rows = last // size + 1
         table = self.table(rows, queries.device)
         heads = torch.arange(len(self.heads), device=queries.device)[:, None, None]
         return table[heads, queries // size, keys // size]
@@ -119,6 +121,8 @@ class AttentionMask:
     """Hides keys; None hides none."""
     bias: Tensor | None = None
     """[n, distances], added to the score of a query and the key at that distance; None adds nothing."""
+    slopes: Tensor | None = None
+    """fp32 [n], where the bias is exactly -slope * distance, for kernels that compute it themselves."""
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Returns what is added to the scores: 0 or the bias, and -inf for hidden keys, fp32 [..., n or 1, s, k].

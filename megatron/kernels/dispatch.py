@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.kernels.activations import Activation, activation_of
-from megatron.kernels.attention import AttentionKernel, choose_attention, sdpa_attention
+from megatron.kernels.attention import AttentionKernel
 from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.kernels.dropout_add import DropoutAdd, dropout_add
-from megatron.kernels.flash_attention import choose_flash
 from megatron.kernels.grouped_matmul import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.mamba import MambaKernels, choose_mamba
 from megatron.kernels.norms import layer_norm, rms_norm
 from megatron.kernels.permute import PERMUTATION, Permutation
 from megatron.kernels.rotary import RotaryPair, rotary_pair
+from megatron.registry.attention import choose_backends
+from megatron.registry.attention_facts import AttentionFacts, Capability
 from megatron.registry.kernels import KernelFacts, choose_all, missing_kernels
 from megatron.registry.registry import load_target
 
@@ -32,10 +33,8 @@ class Kernels:
 
     linear: LinearKernel
     """Matrix product of linear layers."""
-    attention: AttentionKernel
-    """Attention of blocks of kind `global`."""
-    flash: AttentionKernel
-    """Attention of blocks of kind `flash`."""
+    attention: Mapping[str, AttentionKernel] = field(default_factory=dict)
+    """Kind of block -> its attention core."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     """(x [..., h], scale [h], epsilon) -> root mean square norm."""
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] = layer_norm
@@ -59,7 +58,7 @@ class Kernels:
 
     def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
         """Returns kernels whose attention core is recomputed in the backward pass: recompute(core, *inputs)."""
-        return replace(self, attention=partial(recompute, self.attention), flash=partial(recompute, self.flash))
+        return replace(self, attention={kind: partial(recompute, core) for kind, core in self.attention.items()})
 
 
 def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
@@ -72,8 +71,25 @@ def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
     return {name: load_target(choice.entry.target) for name, choice in choices.items()}
 
 
+def load_attention(facts: AttentionFacts, kinds: Collection[str], section: Any) -> Mapping[str, AttentionKernel]:
+    """Returns kind of block -> backend, for the table of backends (megatron/registry/attention.py).
+
+    Raises ConfigError where, on a GPU, a key asks for a backend that cannot serve.
+
+    Args:
+        facts: Facts of the model.
+        kinds: Kinds of blocks of the model that have attention.
+        section: The configuration's kernels section, or None.
+    """
+    choices = choose_backends(facts, kinds, section)
+    ConfigError.raise_any(missing_kernels(choices.values(), facts.kernels))
+    return {kind: load_target(choice.entry.target) for kind, choice in choices.items()}
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None, activation: str = "") -> Kernels:
-    """Returns the fastest available kernels for parameters of this type on this device. Raises ConfigError.
+    """Returns the fastest available kernels for parameters of this type on this device, attention's aside.
+
+    Raises ConfigError.
 
     Args:
         device: Device of the model.
@@ -83,16 +99,30 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
     """
     fused = getattr(section, "mamba_inner_func_fusion", False)
     compiled = getattr(section, "compile", False)  # torch.compile fuses torch's own kernels only
-    facts = KernelFacts.of(device.type, str(dtype).removeprefix("torch."), section, activation)
     return Kernels(
         linear=plain_linear if compiled else choose_linear(device, dtype),
-        attention=sdpa_attention if compiled and device.type == "cpu" else choose_attention(device),
-        flash=choose_flash(device, dtype),
         grouped=choose_grouped(device, dtype),
         mamba=choose_mamba(
             device,
             convolution=fused or getattr(section, "mamba_causal_conv_fusion", False),
             scan=fused or getattr(section, "mamba_selective_scan_fusion", False),
         ),
-        **load_choices(facts, section),
+        **load_choices(facts_of(device, dtype, section, activation), section),
     )
+
+
+def facts_of(device: torch.device, dtype: torch.dtype, section: Any, activation: str) -> KernelFacts:
+    """Returns what decides which kernels can be used.
+
+    Args:
+        device: Device of the model.
+        dtype: Type of the parameters.
+        section: The configuration's kernels section, or None.
+        activation: The key `activation`.
+    """
+    return KernelFacts.of(device.type, str(dtype).removeprefix("torch."), section, activation)
+
+
+def capability_of(device: torch.device) -> Capability | None:
+    """Returns the CUDA capability of a device; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

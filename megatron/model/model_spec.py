@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,10 +18,12 @@ from megatron.config.schema.mup import MupSection
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_init import ParamFactory, Rescale
 from megatron.distributed.rng_tracker import TensorParallelRNG
-from megatron.kernels.dispatch import Kernels, choose_kernels
+from megatron.kernels.dispatch import Kernels, capability_of, choose_kernels, facts_of, load_attention
 from megatron.model.init import rescaling
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.param_table import ModelDims, Multipliers, MupWidths, base_widths, width_ratios
+from megatron.registry import WITHOUT_ATTENTION
+from megatron.registry.attention_facts import AttentionFacts
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,18 @@ class ModelSpec:
     @cached_property
     def kernels(self) -> Kernels:
         """Kernels for the device and the type of the parameters."""
-        kernels = choose_kernels(self._device, self.dtype, self.kernel_options, self.model.activation)
+        facts = AttentionFacts.of(
+            facts_of(self._device, self.dtype, self.kernel_options, self.model.activation),
+            self.model,
+            documents=self.reset_attention,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            capability=capability_of(self._device),
+        )
+        kinds = [kind for kind in self.dims.kinds if kind not in WITHOUT_ATTENTION]
+        kernels = replace(
+            choose_kernels(self._device, self.dtype, self.kernel_options, self.model.activation),
+            attention=load_attention(facts, kinds, self.kernel_options),
+        )
         return kernels if self.recompute_attention is None else kernels.recomputed(self.recompute_attention)
 
     @cached_property

@@ -146,6 +146,8 @@ class ActivationLayout:
     """Whether Mamba's scan is fused."""
     loss_in_blocks: bool = True
     """Whether the output layer and the loss are computed in blocks of tokens."""
+    kinds_with_scores: frozenset[str] = frozenset()
+    """Kinds of blocks whose attention saves its probabilities."""
 
     @property
     def tokens(self) -> int:
@@ -169,8 +171,7 @@ def block_activations(dims: ModelDims, layout: ActivationLayout, block: int = 0)
     saved += (
         _experts(dims, layout) if dims.has_experts(block) else layout.tokens * _mlp_width(dims, layout) * layout.width
     )
-    share = layout.shares[block] if layout.shares else 1.0
-    saved += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, share)
+    saved += _norm_inputs(dims, layout, norms, inputs) + _attention(dims, layout, block)
     if layout.hidden_dropout:
         saved += 2 * layout.residual_tokens * dims.hidden_size  # one byte of mask per element
     return saved
@@ -259,13 +260,14 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
     return values * wide + heads * 2 * FP32
 
 
-def _attention(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
+def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     """Returns the saved bytes of the attention core, its projection, and the norms of queries and keys."""
     projected = 0 if dims.saves_input("dense") else dims.query_size // layout.model_parallel_size
-    return _core(dims, layout, share) + _head_norms(dims, layout) - layout.tokens * projected * layout.width
+    return _core(dims, layout, block) + _head_norms(dims, layout) - layout.tokens * projected * layout.width
 
 
-def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
+def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
+    share = layout.shares[block] if layout.shares else 1.0
     tp, width, tokens = layout.model_parallel_size, layout.width, layout.tokens
     query, kv = dims.query_size // tp, dims.kv_size // tp
     heads = dims.num_attention_heads // (tp * layout.context_parallel_size)
@@ -275,6 +277,8 @@ def _core(dims: ModelDims, layout: ActivationLayout, share: float) -> int:
         return tokens * (2 * query + 2 * kv + (0 if rotary and layout.cpu else query + 2 * kv)) * width
     if layout.attention_dropout:  # scores, probabilities and masks are separate tensors
         return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
+    if dims.kind(block) in layout.kinds_with_scores:
+        return tokens * (4 * query + 4 * kv) * width + squares * width
     if layout.cpu:
         saved = tokens * (2 * query + 2 * kv + (0 if rotary else 2 * kv)) * width
         weights = int(squares * width // 2 * share) + tokens * 64 * dims.num_attention_heads // tp * width

@@ -12,6 +12,7 @@ from megatron.param_table import ModelDims, TensorShape, trainable_tensors
 from megatron.plan.advice import advice
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
+from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
 from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
 from megatron.plan.stages import stage_bounds
@@ -40,6 +41,7 @@ class RunPlan(PlanFigures):
             **({} if self.trainable is None else {"trainable_parameters": self.trainable}),
             "flops_per_iteration": self.flops_per_iteration,
             "memory_per_rank_bytes": self.memory.json() if self.memory else None,
+            "kernels": kernel_figures(self.config, device_of(self.config)),
         }
         if self.unknown:
             figures["unknown"] = self.unknown
@@ -186,7 +188,8 @@ def activation_layout(config: Config) -> ActivationLayout:
     assert config.training.train_micro_batch_size_per_gpu
     selective = recompute.recompute_granularity == "selective"
     recompute_blocks = (recompute.checkpoint_activations or recompute.recompute_granularity == "full") and not selective
-    on_cpu = config.launch.distributed_backend == "gloo"
+    device = device_of(config)
+    on_cpu = device == "cpu"
     partitioned = recompute.partition_activations and not axes.sequence_parallel  # which cuts what is kept already
     saved_fraction = 1 / axes.model_parallel_size if partitioned else 1.0
     return ActivationLayout(
@@ -207,4 +210,5 @@ def activation_layout(config: Config) -> ActivationLayout:
         fused_scan=not on_cpu
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
         loss_in_blocks=config.kernels.fused_linear_cross_entropy,
+        kinds_with_scores=kinds_with_scores(config, device),
     )

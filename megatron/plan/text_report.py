@@ -7,7 +7,7 @@ from megatron.config import Config
 from megatron.param_table import base_widths
 from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
-from megatron.plan.kernel_choices import kernel_lines
+from megatron.plan.kernel_choices import device_of, kernel_lines
 from megatron.registry import WITHOUT_ATTENTION
 
 WIDTH = 12
@@ -24,8 +24,7 @@ def plan_text(plan: PlanFigures) -> str:
 
 def _kernels(config: Config) -> list[str]:
     """Formats the table of kernels."""
-    device = "cpu" if config.launch.distributed_backend == "gloo" else "cuda"
-    first, *others = kernel_lines(config, device)
+    first, *others = kernel_lines(config, device_of(config))
     return [_line("kernels", first), *(_line("", line) for line in others)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -28,8 +29,14 @@ FP32, FP16, BF16 = "float32", "float16", "bfloat16"
 
 
 def is_installed(package: str) -> bool:
-    """Returns whether a package can be imported, without importing it."""
-    return find_spec(package) is not None
+    """Returns whether a package can be imported, or a distribution (`flash-attn-4`) is there, without importing it.
+
+    A folder that only holds another distribution's part of a package is none: its spec has no file.
+    """
+    if "-" in package:
+        return any(distributions(name=package))
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def interpreted() -> bool:
@@ -94,7 +101,7 @@ class KernelChoice:
 
     operation: str
     """Name of the operation."""
-    entry: KernelEntry
+    entry: Entry
     """The candidate that is used."""
     rejected: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Candidates before it, with the reason of each."""
@@ -250,18 +257,19 @@ def missing_kernels(choices: Iterable[KernelChoice], facts: KernelFacts) -> list
     A key of the public configuration asks on GPUs only, so that one file serves a laptop too; `kernels: triton` asks
     everywhere.
     """
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], list[KernelChoice]] = {}
     for choice in choices:
         for key, reason in choice.missing.items():
             if key == "kernels" or facts.device == "cuda":
-                reasons.setdefault((key, reason), []).append(choice.operation)
-    hints = {"kernels": "write kernels: auto, which takes the fastest that can be used"}
+                reasons.setdefault((key, reason), []).append(choice)
     return [
         ConfigIssue(
-            f"{', '.join(operations)} cannot use the kernel that is asked for: {reason}",
+            f"{', '.join(choice.operation for choice in lacking)} cannot use the kernel that is asked for: {reason}",
             key=key,
             value=TRITON if key == "kernels" else True,
-            hint=hints.get(key, "leave it out"),
+            hint="write kernels: auto, which takes the fastest that can be used"
+            if key == "kernels"
+            else f"leave it out: {', '.join(dict.fromkeys(choice.entry.name for choice in lacking))} serves then",
         )
-        for (key, reason), operations in reasons.items()
+        for (key, reason), lacking in reasons.items()
     ]

@@ -62,6 +62,9 @@ NORMS = Registry(
     ],
 )
 
+LINEAR_BIAS = frozenset({"linear bias"})
+"""Trait of a position scheme whose bias is a slope of each head times the distance, which kernels may compute."""
+
 POSITIONS = Registry(
     "position scheme",
     "pos_emb",
@@ -100,6 +103,7 @@ POSITIONS = Registry(
             "megatron.model.positions.alibi:Alibi",
             "Scores that fall with distance, arXiv:2108.12409",
             enters=frozenset({"scores"}),
+            traits=LINEAR_BIAS,
         ),
         PositionEntry(
             "none", "megatron.model.positions.none:NoPositions", "No position information besides the causal mask"
@@ -161,12 +165,15 @@ STANDALONE_BLOCK = frozenset({"standalone block"})
 DENSE = "megatron.model.attention.dense:ParallelSelfAttention"
 """Attention of every kind that is a mask."""
 
+FULL_ATTENTION = frozenset({"full attention"})
+"""Trait of a kind of attention_config that hides nothing besides what the causal mask and a sliding window hide."""
+
 ATTENTION = Registry(
     "attention kind",
     "attention_config",
     [
-        Entry("global", DENSE, "Causal attention to all positions"),
-        Entry("flash", "megatron.model.attention.dense:FlashSelfAttention", "The same by flash-attn, arXiv:2307.08691"),
+        Entry("global", DENSE, "Causal attention to all positions", traits=FULL_ATTENTION),
+        Entry("flash", DENSE, "The same by flash-attn, arXiv:2307.08691", traits=FULL_ATTENTION),
         Entry("local", DENSE, "A window of blocks, arXiv:2004.05150"),
         Entry("sparse_fixed", DENSE, "The own window and the last block of each earlier one, arXiv:1904.10509"),
         Entry("sparse_variable", DENSE, "Windows of given sizes, global and random blocks, arXiv:1904.10509"),

@@ -54,6 +54,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "lm_eval": ("megatron/evaluation/", "benchmarks/"),
     "tensorboard": ("megatron/metrics/sinks/tensorboard.py",),
     "flash_attn": ("megatron/kernels/flash_attention.py",),
+    "flash_attn_interface": ("megatron/kernels/flash_attention.py",),
     "transformer_engine": ("megatron/model/norms/transformer_engine.py", "megatron/kernels/transformer_engine.py"),
     "matplotlib": ("tools/plot_metrics.py", "megatron/training/mup/plot.py"),
     "numba": ("megatron/data/dataset/numba_loops.py",),

@@ -17,6 +17,7 @@ from tests.architecture.source import PRODUCT, ROOT, imports
 # Where the name to install is not the name to import.
 INSTALLED_AS = {
     "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn",  # version 3, built from a folder of the same source
     "transformer_engine": "transformer-engine",
     "yaml": "pyyaml",
     "lm_eval": "lm-eval",

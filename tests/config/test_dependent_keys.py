@@ -10,6 +10,7 @@ from megatron.config import FIELDS, Resources, resolve
 from megatron.config.derived.fill import DERIVED_ONLY
 from megatron.config.validation.dependent_keys import DEPENDENT
 from megatron.config.validation.unsupported import GAPS, IGNORED_HINTS, UNUSED_KEYS
+from megatron.registry.attention import SOFTMAX_KEYS
 from tests.config.small import SMALL, errors, resolved
 
 MAMBA = {"attention_config": ["mamba", "global"]}
@@ -22,6 +23,7 @@ SETS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test"
 # or a file is needed (tests/config/test_mup_rules.py).
 WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "sparsity_config": ({"block": 8}, {"attention_config": ["local", "global"]}),
+    **{key: (True, {"attention_config": ["global", "flash"]}) for key in SOFTMAX_KEYS},
     "sliding_window_width": (8, {"attention_config": ["global", "global"]}),
     "gpt_j_tied": (True, {"gpt_j_residual": True}),
     "layernorm_epsilon": (1e-4, {"norm": "layernorm"}),
@@ -141,6 +143,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
 WHERE_IT_DOES_NOT: dict[str, dict[str, Any]] = {
     "sparsity_config": {"attention_config": ["global", "global"]},
     "sliding_window_width": {"attention_config": ["local", "local"]},
+    **{key: {"attention_config": ["flash", "flash"]} for key in SOFTMAX_KEYS},
     "layernorm_epsilon": {"norm": "rmsnorm"},
     "init_method_std": {"init_method": "small_init", "output_layer_init_method": "wang_init"},
     "warmup": {"warmup_iters": 3},

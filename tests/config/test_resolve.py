@@ -144,11 +144,11 @@ def test_half_precision_runs_under_zero(precision: str) -> None:
 
 
 def test_keys_without_effect_warn_once_each_and_may_be_errors() -> None:
-    resolution = resolved(scaled_masked_softmax_fusion=True, te_fp8_margin=2, deepscale=False)
+    resolution = resolved(attention_softmax_in_fp32=True, te_fp8_margin=2, deepscale=False)
     assert len(resolution.warnings) == 2
-    assert resolution.warnings[0].startswith("command line: scaled_masked_softmax_fusion = True: has no effect")
+    assert resolution.warnings[0].startswith("command line: attention_softmax_in_fp32 = True: has no effect")
     with pytest.raises(ConfigError, match="strict_config makes this an error"):
-        resolved(scaled_masked_softmax_fusion=True, strict_config=True)
+        resolved(attention_softmax_in_fp32=True, strict_config=True)
 
 
 NEEDS = {"fp16_lm_cross_entropy": {"precision": "fp16"}}

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.linear_cross_entropy import TokenTargets
-from megatron.kernels import attention
+from megatron.kernels import attention, flash_attention
+from megatron.kernels.documents import DocumentOffsets, attach_offsets
 from megatron.kernels.fp8 import fp8_linear
 from megatron.kernels.triton import runtime
 from megatron.model.block import TransformerBlock
@@ -33,6 +34,7 @@ from megatron.model.moe.losses import RouterLossTracker
 from megatron.model.recompute import Recompute
 from megatron.model.sequential_model import SequentialModel
 from megatron.registry.fp8 import FP8_RECIPES
+from tests.kernels.flash_package import FlashPackage
 from tests.model import mixers, mixtures, sections
 
 VOCABULARY, BATCH, LENGTH = 96, 2, 32
@@ -40,12 +42,19 @@ NEOX = {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True}
 LLAMA = {**sections.LLAMA, "pos_emb": "rotary", "num_kv_heads": 2}
 
 
-def build(keys: dict[str, Any], *, reset: bool = False, recompute: bool = False, **more: Any) -> SequentialModel:
-    """A model for the GPU, built on the CPU."""
+def build(
+    keys: dict[str, Any],
+    *,
+    reset: bool = False,
+    recompute: bool = False,
+    options: dict[str, bool] | None = None,
+    **more: Any,
+) -> SequentialModel:
+    """A model for the GPU, built on the CPU. options: keys of the kernels section."""
     spec = ModelSpec(
         keys.pop("section", None) or sections.model_section(**keys),
         sections.initialization_section(),
-        SimpleNamespace(kernels="auto"),
+        SimpleNamespace(kernels="auto", **(options or {})),
         padded_vocab_size=VOCABULARY,
         topology=Topology.single(),
         seed=1,
@@ -63,12 +72,18 @@ def build(keys: dict[str, Any], *, reset: bool = False, recompute: bool = False,
 def step(
     model: SequentialModel, *, reset: bool = False, losses: RouterLossTracker | None = None, length: int = LENGTH
 ) -> None:
-    """One training step up to the gradients. AssertionError where a result is not on the GPU."""
+    """One training step up to the gradients. AssertionError where a result is not on the GPU.
+
+    reset: two documents in the first sequence, where they lie is read before the copy to the GPU.
+    """
+    offsets = DocumentOffsets.of(torch.tensor([[0] * 5 + [5] * (LENGTH - 5), [0] * LENGTH]))
     with fake_cuda.FakeGPU():
         fake_cuda.onto_gpu(model)
         device = fake_cuda.DEVICE
         tokens = torch.zeros(BATCH, length, dtype=torch.long, device=device)
         starts = torch.zeros_like(tokens) if reset else None
+        if starts is not None:
+            attach_offsets(starts, offsets.to(device))
         weights = torch.ones(length, BATCH, device=device) / tokens.numel()
         model.train()
         loss = model(tokens, None, starts, TokenTargets(tokens.t(), weights, VOCABULARY - 6))
@@ -109,6 +124,41 @@ def fp8(recipe: str) -> None:
             for layer in each.linear_layers():
                 layer.kernel = fp8_linear(FP8_RECIPES[recipe])
     step(model, length=64)
+
+
+def documents() -> None:
+    """Documents through torch's kernel of joined rows, which starts no flexible attention and no mask."""
+    model = build(dict(LLAMA), reset=True)
+    assert model.sequential[2].attention.attend is flash_attention.varlen_attention
+    step(model, reset=True)
+
+
+def documents_by_package() -> None:
+    """Documents, a window and ALiBi through flash-attn's function for joined rows."""
+    package = FlashPackage(2, core=fake_cuda.one_kernel_attention, reads_offsets=False)
+    package.install()
+    try:
+        keys = {"pos_emb": "alibi", "sliding_window_width": 8, "attention_config": ("flash", "global")}
+        model = build(keys, reset=True)
+        assert model.sequential[2].attention.attend is flash_attention.flash_2_attention
+        step(model, reset=True)
+    finally:
+        del sys.modules["flash_attn"]
+    assert [name for name, _ in package.calls] == 2 * ["flash_attn_varlen_func"]
+    for _, given in package.calls:
+        assert given["window_size"] == (7, 0)
+        assert given["max_seqlen_q"] == LENGTH
+        assert given["alibi_slopes"].device == given["cu_seqlens_q"].device == fake_cuda.DEVICE
+        assert (given["cu_seqlens_q"].dtype, given["cu_seqlens_q"].shape) == (torch.int32, (4,))
+
+
+def documents_without_offsets() -> None:
+    """Starts whose offsets were not read before the copy: the host waits for them."""
+    model = build(dict(LLAMA), reset=True)
+    with fake_cuda.FakeGPU():
+        fake_cuda.onto_gpu(model)
+        tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=fake_cuda.DEVICE)
+        model(tokens, None, torch.zeros_like(tokens))
 
 
 class Planted(torch.nn.Module):
@@ -186,11 +236,16 @@ CASES: dict[str, Callable[[], None]] = {
     "experts": experts,
     "mamba": mamba,
     "alibi": lambda: step(build({"pos_emb": "alibi"})),
-    "documents": lambda: step(build(dict(LLAMA), reset=True), reset=True),
+    "documents": documents,
+    "documents by flash-attn": documents_by_package,
+    "windows": lambda: step(build({**LLAMA, "sliding_window_width": 8})),
+    "sparse": lambda: step(build({**LLAMA, "attention_config": ("local", "bigbird")})),
+    "softmax": lambda: step(build(dict(NEOX), options={"scaled_upper_triang_masked_softmax_fusion": True})),
     "recomputed attention": lambda: step(build({**NEOX, "attention_dropout": 0.1}, recompute=True)),
     "recomputed blocks": recomputed,
     **{f"fp8 {recipe}": partial(fp8, recipe) for recipe in FP8_RECIPES},
     "planted: the host reads a value": lambda: planted(lambda hidden: hidden * float(hidden.sum().item())),
+    "planted: offsets are read from the GPU": documents_without_offsets,
     "planted: a tensor on the CPU": lambda: planted(lambda hidden: hidden + torch.ones(hidden.shape[-1])),
 }
 

@@ -23,6 +23,10 @@ MODELS = (
     "mamba",
     "alibi",
     "documents",
+    "documents by flash-attn",
+    "windows",
+    "sparse",
+    "softmax",
     "recomputed attention",
     "recomputed blocks",
     "fp8 tensorwise",
@@ -50,6 +54,7 @@ def test_a_step_stays_on_the_gpu_and_the_host_never_waits(model: str, found: dic
 def test_planted_bugs_are_errors(found: dict[str, Any]) -> None:
     errors = {name: error for name, error in found["outcomes"].items() if name.startswith("planted")}
     assert "DataDependentOutputException" in errors["planted: the host reads a value"]
+    assert "DynamicOutputShapeException" in errors["planted: offsets are read from the GPU"]
     assert "FakeTensorDeviceMismatchError" in errors["planted: a tensor on the CPU"]
     assert set(found["outcomes"]) == {*MODELS, *errors}
 
@@ -58,6 +63,7 @@ def test_the_fused_kernels_serve(found: dict[str, Any]) -> None:
     assert {"norm_backward", "activation_backward", "rotate", "softmax_gradient", "bias_dropout_residual"} <= set(
         found["launched"]
     )
+    assert {"softmax_forward", "softmax_backward"} <= set(found["launched"])
     assert {"gather_rows", "sum_rows", "row_products"} <= set(found["launched"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.kernels.attention import choose_attention, plain_attention
+from megatron.kernels.attention import any_attention, plain_attention
 from megatron.kernels.grouped_matmul import fused_grouped, grouped_unavailable, plain_grouped
 from megatron.kernels.mamba import choose_mamba, fused_convolution, fused_scan, plain_convolution, plain_scan
 from tests.end_to_end.runs import run, series
@@ -73,7 +73,7 @@ def test_attention_equals_the_plain_twin(heads: int, kv_heads: int, queries: int
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     q, k, v = draw(heads, queries), draw(kv_heads, keys), draw(kv_heads, keys)
-    actual = choose_attention(torch.device("cuda"))(q, k, v, 0.0)
+    actual = any_attention(torch.device("cuda"))(q, k, v, 0.0)
     expected = plain_attention(*(part.detach().double() for part in (q, k, v)), 0.0)
     torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
     grad = torch.randn_like(actual)

@@ -1,6 +1,9 @@
-"""What only a GPU runs: compiled flexible attention, the flash-attn package, Transformer Engine's norms."""
+"""What only a GPU runs: every backend of attention, compiled flexible attention, Transformer Engine's norms."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +11,14 @@ import torch
 from megatron.block_sparsity import SPARSE_KINDS, layout_of
 from megatron.kernels.attention import gpu_attention, plain_attention
 from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window
-from megatron.kernels.flash_attention import choose_flash
+from megatron.kernels.dispatch import capability_of
+from megatron.kernels.documents import DocumentOffsets, attach_offsets
+from megatron.model.positions.alibi import slopes
 from megatron.registry import NORMS
+from megatron.registry.attention import ATTENTION_BACKENDS, FOR_CPUS, AttentionEntry
+from megatron.registry.attention_facts import AttentionFacts
+from megatron.registry.kernels import KernelFacts
+from megatron.registry.registry import load_target
 
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, LENGTH, SIZE = 8, 4, 700, 64
@@ -39,14 +48,70 @@ def test_flexible_attention_is_plain_attention(name: str, biased: bool) -> None:
         assert (got.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
 
 
-def test_flash_attn_is_plain_attention() -> None:
+def starts_of(*lengths: int) -> torch.Tensor:
+    """Two rows: documents of these lengths, and one document."""
+    row = torch.tensor([*lengths, LENGTH - sum(lengths)])
+    first = torch.repeat_interleave(row.cumsum(0) - row, row)
+    return torch.stack([first, torch.zeros_like(first)]).cuda()
+
+
+def alibi(pattern: Window | None = None) -> AttentionMask:
+    steep = torch.tensor(slopes(HEADS), device="cuda")
+    return AttentionMask(pattern, -steep[:, None] * torch.arange(LENGTH, device="cuda"), steep)
+
+
+# name -> facts besides the GPU's own, documents, view
+ASKED: dict[str, tuple[dict[str, object], bool, Callable[[], AttentionMask | None]]] = {
+    "causal": ({}, False, lambda: None),
+    "deterministic": ({"deterministic": True}, False, lambda: None),
+    "window": ({"window": True}, False, lambda: AttentionMask(Window(100))),
+    "documents": ({"documents": True}, True, lambda: None),
+    "documents, deterministic": ({"documents": True, "deterministic": True}, True, lambda: None),
+    "documents in a window": ({"documents": True, "window": True}, True, lambda: AttentionMask(Window(100))),
+    "alibi": ({"bias": "linear"}, False, alibi),
+    "alibi of documents in a window": (
+        {"bias": "linear", "documents": True, "window": True},
+        True,
+        lambda: alibi(Window(100)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS, ids=lambda entry: entry.name)
+def test_every_backend_of_this_gpu_is_plain_attention(backend: AttentionEntry, case: str) -> None:
+    """Values and gradients in bf16: 2 % of the largest value. Backends that say they cannot serve are skipped."""
+    asked, documents, view_of = ASKED[case]
+    facts = AttentionFacts(
+        KernelFacts("cuda", "bfloat16"), head_size=SIZE, length=LENGTH, capability=capability_of(torch.device("cuda"))
+    )
+    reason = backend.unavailable(replace(facts, **asked))  # type: ignore[arg-type]
+    if reason is not None or backend.traits >= FOR_CPUS:
+        pytest.skip(reason or "it is for CPUs")
+    starts, view = starts_of(100, 1, 299) if documents else None, view_of()
+    if starts is not None:
+        attach_offsets(starts, DocumentOffsets.of(starts.cpu()).to("cuda"))
+    torch.use_deterministic_algorithms(bool(asked.get("deterministic")))
+    try:
+        found = []
+        for kernel in (load_target(backend.target), load_target(backend.target), plain_attention):
+            parts, grad = inputs(torch.bfloat16)
+            out = kernel(*parts, 0.0, starts, view)
+            found.append([out, *torch.autograd.grad(out, parts, grad)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for got, again, want in zip(*found, strict=True):
+        assert (got.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
+        if asked.get("deterministic"):
+            assert torch.equal(got, again)
+
+
+def test_flash_attns_dropout_keeps_the_mean() -> None:
     pytest.importorskip("flash_attn")
-    for window in (None, Window(100)):
-        parts, _ = inputs(torch.bfloat16)
-        view = None if window is None else AttentionMask(window)
-        out = choose_flash(torch.device("cuda"), torch.bfloat16)(*parts, 0.0, None, view)
-        want = plain_attention(*parts, 0.0, None, view)
-        assert (out.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
+    (q, k, _), _ = inputs(torch.bfloat16)
+    out = load_target("megatron.kernels.flash_attention:flash_2_attention")(q, k, torch.ones_like(k), 0.25)
+    assert out.float().mean().item() == pytest.approx(1.0, abs=0.02)
+    assert out.float().std() > 0.01
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("te_layernorm", "layernorm"), ("te_rmsnorm", "rmsnorm")])

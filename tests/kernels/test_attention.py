@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.kernels import blocked_attention as blocked
 from megatron.kernels.attention import (
-    choose_attention,
+    any_attention,
     cpu_attention,
     gpu_attention,
     plain_attention,
@@ -118,8 +118,8 @@ def test_dropout_drops_and_keeps_the_mean(name: str) -> None:
 
 
 def test_the_choice_follows_the_device() -> None:
-    assert choose_attention(torch.device("cpu")) is cpu_attention
-    assert choose_attention(torch.device("cuda")) is gpu_attention
+    assert any_attention(torch.device("cpu")) is cpu_attention
+    assert any_attention(torch.device("cuda")) is gpu_attention
 
 
 STARTS = {

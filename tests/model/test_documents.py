@@ -66,7 +66,10 @@ def test_gradients_too(name: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["plain_attention", "sdpa_attention"])
 def test_with_every_attention_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.kernels.dispatch.choose_attention", lambda device: getattr(attention, kernel))
+    monkeypatch.setattr(
+        "megatron.model.model_spec.load_attention",
+        lambda facts, kinds, section: dict.fromkeys(kinds, getattr(attention, kernel)),
+    )
     test_each_document_is_as_it_is_alone("llama")
 
 

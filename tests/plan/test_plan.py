@@ -87,6 +87,9 @@ def test_the_json_object_has_the_promised_form() -> None:
     found = resolution("20B", 96, pipe_parallel_size=4, model_parallel_size=2, gradient_accumulation_steps=32)
     reported = json.loads(json.dumps(make_plan(found).json()))
     memory = reported.pop("memory_per_rank_bytes")
+    kernels = reported.pop("kernels")
+    assert kernels["layer_norm"] == {"served_by": "triton", "rejected": {}}
+    assert "in float32" in kernels["attention (global)"]["rejected"]["cudnn"]
     assert reported == {
         "world_size": 96,
         "pipe_parallel_size": 4,
@@ -227,14 +230,14 @@ def test_what_does_not_fit_is_answered_with_what_would() -> None:
 
 
 def test_the_text_names_what_matters() -> None:
-    text = make_plan(plan_of(scaled_masked_softmax_fusion=True, lazy_mpu_init=True)[0]).text()
+    text = make_plan(plan_of(te_fp8_margin=2, lazy_mpu_init=True)[0]).text()
     for part in (
         "44 blocks x 6144, 64 heads x 96, MLP 24576",
         "20,554,567,680 (20.6B)",
         "96 ranks = pipeline 4 x data 12 x tensor 2, ZeRO 0, fp32",
         "48 samples = micro batch 4 x accumulation 1 x data 12",
         "Warnings (1)",
-        "scaled_masked_softmax_fusion",
+        "te_fp8_margin",
         "Not built yet",
         "lazy_mpu_init",
     ):

@@ -12,8 +12,12 @@ class KernelsSection(Section):
         choices=("auto", "torch", "triton"),
     )
     compile: bool = key(False, "Compile blocks of attention and MLP with torch.compile.")
-    scaled_upper_triang_masked_softmax_fusion: bool = key(False, "Fuse scale, causal mask and softmax.")
-    scaled_masked_softmax_fusion: bool = key(False, "Fuse scale, a given mask and softmax.")
+    scaled_upper_triang_masked_softmax_fusion: bool = key(
+        False, "Compute attention of global blocks as product, fused scale, mask and softmax, product, on GPUs."
+    )
+    scaled_masked_softmax_fusion: bool = key(
+        False, "The same; both keys fuse the causal mask and those of documents and windows."
+    )
     bias_gelu_fusion: bool = key(False, "Fuse the MLP's bias and gelu.")
     bias_dropout_fusion: bool = key(False, "Fuse bias, dropout and the residual sum.")
     rope_fusion: bool = key(False, "Fuse the rotation of queries and keys.")

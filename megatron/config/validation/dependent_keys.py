@@ -288,6 +288,11 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         "CharLevelTokenizer takes bytes and no file",
     ),
     DependentKeys(
+        ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion"),
+        lambda config: _has_kind(config, "global"),
+        "no block is of kind global",
+    ),
+    DependentKeys(
         ("mamba_selective_scan_fusion", "mamba_causal_conv_fusion", "mamba_inner_func_fusion"),
         lambda config: _has_kind(config, "mamba"),
         "no block is of kind mamba",

@@ -82,11 +82,9 @@ GAPS: tuple[UnsupportedKey, ...] = (
 
 
 IGNORED_HINTS = {
-    "scaled_upper_triang_masked_softmax_fusion": "attention runs through torch's fused kernels",
-    "scaled_masked_softmax_fusion": "attention runs through torch's fused kernels",
     "mamba_selective_fp32_params": "the optimizer keeps fp32 copies at ZeRO 1 and above, and DeepSpeed casts the rest",
-    "attention_softmax_in_fp32": "scores and softmax are in fp32 in every attention kernel",
-    "apply_query_key_layer_scaling": "scores are made in fp32, where no scaling is needed to keep them in range",
+    "attention_softmax_in_fp32": "the softmax is in fp32 in every attention kernel",
+    "apply_query_key_layer_scaling": "scores are divided in fp32, so no scaling is needed to keep them in range",
     "fp16_lm_cross_entropy": "the loss is taken block by block in fp32, without an fp32 copy of the logits to save",
     "fused_kernels_build_path": "nothing is compiled at run time",
     "use_cpu_initialization": "initial weights are always drawn on the CPU, so that no layout changes them",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.dataset.document_starts import document_starts
+from megatron.kernels.documents import DocumentOffsets, attach_offsets
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,15 @@ class MicroBatch:
     """float32 [b, s], that of the document of each token, where there is reward data."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
-        """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on a device.
+
+        Where the documents lie is read before the copy to a GPU, so that attention does not wait for it there.
+        """
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        here, there = self.document_starts, moved.document_starts
+        if here is not None and there is not None and here.device.type == "cpu" != there.device.type:
+            attach_offsets(there, DocumentOffsets.of(here).to(device, non_blocking=non_blocking))
+        return moved
 
     def pin_memory(self) -> MicroBatch:
         """The batch in page-locked memory, from where a copy to a GPU runs beside computation."""

@@ -1,6 +1,7 @@
 """Scale, mask and softmax of attention scores in one launch, for attention that needs its probabilities.
 
-The plain implementation is in `megatron/kernels/softmax.py`. A row whose keys are all hidden has the probabilities 0.
+`megatron/kernels/softmax_attention.py` calls it; the plain twin is `plain_attention`. A row whose keys are all hidden
+has the probabilities 0.
 
 Shapes: b micro batch, n heads, s queries, k keys.
 """

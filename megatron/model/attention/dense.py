@@ -15,6 +15,7 @@ tensor-parallel and c context-parallel degree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -56,7 +57,7 @@ class ParallelSelfAttention(nn.Module):
         self.grouped = dims.grouped
         self.positions = spec.positions
         self.reset_attention, self.reset_positions = spec.reset_attention, spec.reset_positions
-        self.attend = self.core(spec)
+        self.attend: AttentionKernel = spec.kernels.attention[dims.kind(number)]
         self.dropout = spec.attention_dropout
         self.context = spec.context
         self.draws = spec.random.fork if size > 1 and self.dropout > 0 else nullcontext
@@ -87,11 +88,6 @@ class ParallelSelfAttention(nn.Module):
             kernel=spec.kernels.linear,
             lora=spec.lora_specs.get("dense"),
         )
-
-    @staticmethod
-    def core(spec: BlockSpec) -> AttentionKernel:
-        """Returns the core for full sequences."""
-        return spec.kernels.attention
 
     def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
@@ -124,7 +120,11 @@ class ParallelSelfAttention(nn.Module):
         """Returns the mask and biases for a sequence of that length, or None."""
         if self.pattern is None and self.rpe is None:
             return None
-        return AttentionMask(self.pattern, None if self.rpe is None else self.rpe(length, device)[self.core_heads])
+        if self.rpe is None:
+            return AttentionMask(self.pattern)
+        slopes_on: Callable[[torch.device], Tensor] | None = getattr(self.rpe, "slopes_on", None)
+        slopes = None if slopes_on is None else slopes_on(device)[self.core_heads]
+        return AttentionMask(self.pattern, self.rpe(length, device)[self.core_heads], slopes)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """Attends from new positions to the cache: shapes as in ``_attend``. The cache may have a higher precision."""
@@ -159,14 +159,6 @@ class ParallelSelfAttention(nn.Module):
         spec = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = spec.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
-
-
-class FlashSelfAttention(ParallelSelfAttention):
-    """The same attention through the flash-attn package if it is installed and supports the case."""
-
-    @staticmethod
-    def core(spec: BlockSpec) -> AttentionKernel:
-        return spec.kernels.flash
 
 
 def _visible_mask(view: AttentionMask, slots: CacheSlots, length: int, device: torch.device) -> Tensor:

@@ -35,6 +35,7 @@ class Alibi(Positions, nn.Module):
         super().__init__()
         self.slopes = slopes
         self._tables: dict[torch.device, Tensor] = {}
+        self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod
     def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module:
@@ -44,12 +45,18 @@ class Alibi(Positions, nn.Module):
         every = [slope * multipliers.scores for slope in slopes(model.num_attention_heads)]
         return cls(every[first : first + share])
 
+    def slopes_on(self, device: torch.device) -> Tensor:
+        """Returns the slopes, fp32 [n/t]; the bias is exactly -slope * distance."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.slopes, dtype=torch.float32, device=device)
+        return self._on_device[device]
+
     def forward(self, length: int, device: torch.device) -> Tensor:
         """Returns the bias at distances 0 .. length - 1, fp32 [n/t, length]."""
         known = self._tables.get(device)
         if known is None or known.shape[1] < length:
             room = 1 << (length - 1).bit_length()
             distances = torch.arange(room, dtype=torch.float32, device=device)
-            known = torch.outer(-torch.tensor(self.slopes, dtype=torch.float32, device=device), distances)
+            known = torch.outer(-self.slopes_on(device), distances)
             self._tables[device] = known
         return known[:, :length]

@@ -59,7 +59,8 @@ class Positions:
     def for_scores(cls, model: Any, source: ParamFactory, multipliers: Multipliers) -> nn.Module | None:
         """Builds a module (length, device) -> [n/t, length], added to the scores by distance 0, 1, ...
 
-        n/t: this rank's heads. All blocks share the module.
+        n/t: this rank's heads. All blocks share the module. Where the scheme has the trait LINEAR_BIAS, its method
+        `slopes_on(device)` returns fp32 [n/t], and the bias is -slope * distance.
         """
         return None
 

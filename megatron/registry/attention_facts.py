@@ -1,0 +1,91 @@
+"""What decides which backend serves the attention core of a block. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from megatron.registry.kernels import KernelFacts
+from megatron.registry.model import ATTENTION, FULL_ATTENTION, LINEAR_BIAS, POSITIONS
+
+GLOBAL, FLASH = "global", "flash"
+Capability = tuple[int, int]
+NO_BIAS, LINEAR, TABLE = "none", "linear", "table"
+
+
+def torch_version() -> tuple[int, ...]:
+    """Returns the installed version of torch, without importing it."""
+    return tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2])
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """What decides which backend serves a block."""
+
+    kernels: KernelFacts
+    """Facts of all kernels: device, type, packages."""
+    kind: str = GLOBAL
+    """The kind of block, a name of `attention_config`."""
+    head_size: int = 64
+    """Features of a head."""
+    length: int = 1
+    """Sequence length [tokens]."""
+    capability: Capability | None = None
+    """CUDA capability of the GPU; None where it is not known, which rejects nothing but what one generation has."""
+    window: bool = False
+    """Whether a sliding window hides keys."""
+    bias: str = NO_BIAS
+    """What positions add to scores: `none`, `linear` (ALiBi) or `table` (any bias by distance)."""
+    documents: bool = False
+    """Whether tokens attend to their own document only."""
+    dropout: bool = False
+    """Whether training drops probabilities."""
+    deterministic: bool = False
+    """Whether only deterministic operations are allowed."""
+    torch: tuple[int, ...] = field(default_factory=torch_version)
+    """Version of torch."""
+
+    @property
+    def layout(self) -> bool:
+        """Whether a layout of blocks hides keys."""
+        return not ATTENTION.entry(self.kind).traits >= FULL_ATTENTION
+
+    @staticmethod
+    def of(
+        kernels: KernelFacts,
+        model: Any,
+        *,
+        documents: bool,
+        deterministic: bool,
+        capability: Capability | None = None,
+    ) -> AttentionFacts:
+        """Returns the facts of a model's blocks of kind `global`; `for_kind` has those of the others.
+
+        Args:
+            kernels: Facts of all kernels.
+            model: The configuration's model section.
+            documents: Whether tokens attend to their own document only.
+            deterministic: Whether only deterministic operations are allowed.
+            capability: CUDA capability of the GPU, if known.
+        """
+        positions = POSITIONS.entry(model.pos_emb)
+        bias = NO_BIAS
+        if "scores" in positions.enters:
+            bias = LINEAR if positions.traits >= LINEAR_BIAS else TABLE
+        return AttentionFacts(
+            kernels,
+            head_size=model.kv_channels or model.hidden_size // model.num_attention_heads,
+            length=model.seq_length,
+            capability=capability,
+            window=model.sliding_window_width is not None,
+            bias=bias,
+            documents=documents,
+            dropout=model.attention_dropout > 0,
+            deterministic=deterministic,
+        )
+
+    def for_kind(self, kind: str) -> AttentionFacts:
+        """Returns the facts of blocks of that kind; a sliding window belongs to those without a layout."""
+        facts = replace(self, kind=kind)
+        return replace(facts, window=facts.window and not facts.layout)
