@@ -52,10 +52,20 @@ class DocumentOffsets:
         """Returns those with offsets on a device."""
         return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> DocumentOffsets:
+        """Returns those with offsets in page-locked memory, from where a copy to a GPU does not wait."""
+        return replace(self, offsets=self.offsets.pin_memory())
+
 
 def attach_offsets(starts: Tensor, offsets: DocumentOffsets) -> None:
     """Attaches the offsets, which are on the same device, to the starts of a batch [b, s]."""
     setattr(starts, ATTRIBUTE, offsets)
+
+
+def attached_tensors(starts: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors attached to the starts [b, s], which live as long as they do."""
+    found = getattr(starts, ATTRIBUTE, None)
+    return () if found is None else (found.offsets,)
 
 
 def offsets_of(starts: Tensor) -> DocumentOffsets:

@@ -1,6 +1,6 @@
 """Attention by torch.nn.attention.flex_attention, compiled on a GPU: blocks of hidden keys are never computed.
 
-The block mask of a view is created once for each length, and for every batch with document masks. Reference:
+The block mask of a view is created once for each length, and once a batch with document masks. Reference:
 plain_attention.
 
 Shapes: b micro batch, n query heads, m key/value heads, s positions, d head dim.
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, MaskPattern
+
+ATTRIBUTE = "neox_block_masks"
 
 
 def flex_unavailable(q: Tensor, k: Tensor, dropout: float) -> str | None:
@@ -62,15 +64,24 @@ def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
 def _block_mask(
     view: AttentionMask, length: int, device: torch.device, starts: Tensor | None, batch: int, heads: int
 ) -> flex.BlockMask:
-    """Returns the block mask of a view and document starts; without starts it is created once."""
+    """Returns the block mask of a view and document starts; without starts it is created once.
+
+    With starts it is created once for all blocks with one pattern, and attached to the starts of the batch.
+    """
     if starts is None:
         return _lasting_mask(view.pattern, length, device, heads)
-    shown, own = _shown(view.pattern, length, device)
+    known: dict[object, flex.BlockMask] = vars(starts).setdefault(ATTRIBUTE, {})
+    if view.pattern not in known:
+        shown, own = _shown(view.pattern, length, device)
+        first = starts.detach()  # without what is attached, so that nothing refers to itself
 
-    def in_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return shown(row, head, query, key) & (key >= starts[row, query])
+        def in_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return shown(row, head, query, key) & (key >= first[row, query])
 
-    return flex.create_block_mask(in_document, batch, heads if own else None, length, length, device=device)
+        known[view.pattern] = flex.create_block_mask(
+            in_document, batch, heads if own else None, length, length, device=device
+        )
+    return known[view.pattern]
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ from megatron.errors import ConfigError
 from megatron.kernels.attention import cpu_attention, cudnn_attention, sdpa_attention
 from megatron.kernels.dispatch import load_attention
 from megatron.plan.kernel_choices import kernel_choices, kernel_figures, kernel_issues, kernel_lines, kinds_with_scores
+from megatron.plan.report import make_plan
 from megatron.registry import kernels as table
 from megatron.registry.attention import (
     ATTENTION_BACKENDS,
@@ -186,12 +187,22 @@ def test_the_plan_says_what_serves_and_why_not_the_package() -> None:
     assert "for GPUs" in figures["rejected"]["flash-attn 2"]
 
 
-def test_the_plan_counts_the_scores_of_the_softmax() -> None:
-    """Per block, heads x s^2 values of two bytes, and copies of queries, keys and values."""
-    keys = {"precision": "bfloat16", "distributed_backend": "nccl", "vocab_size": 512}
-    asks = {**keys, "scaled_upper_triang_masked_softmax_fusion": True}
-    assert kinds_with_scores(config(**asks), "cuda") == {"global"}
-    assert kinds_with_scores(config(**asks), "cpu") == kinds_with_scores(config(**keys), "cuda") == frozenset()
+def test_the_plan_counts_the_probabilities_of_the_softmax() -> None:
+    """Per block heads x s^2 values of two bytes, and copies of queries, keys and values."""
+    asks = {"scaled_upper_triang_masked_softmax_fusion": True}
+    keys: dict[str, Any] = {"precision": "bfloat16", "tokenizer_type": "CharLevelTokenizer", "seq_length": 512}
+    found = []
+    for more in ({}, asks):
+        resolution = resolve([], {**SMALL, **keys, **more, "max_position_embeddings": 512}, Resources(1, "cuda"))
+        assert kinds_with_scores(resolution.config, "cuda") == ({"global"} if more else set())
+        assert kinds_with_scores(resolution.config, "cpu") == set()
+        memory = make_plan(resolution).memory
+        assert memory is not None
+        found.append(memory.activations)
+    batch, length, hidden, heads, blocks = 4, 512, 64, 4, 2
+    squares = batch * heads * length**2 * 2
+    copies = batch * length * (8 * hidden - 7 * hidden) * 2 - batch * length * heads * 4
+    assert found[1] - found[0] == blocks * (squares + copies)
 
 
 @pytest.mark.parametrize("has_code", [True, False])

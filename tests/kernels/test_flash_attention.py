@@ -11,12 +11,13 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.block_sparsity import layout_of
 from megatron.data.dataset.batch import MicroBatch
 from megatron.kernels import flash_attention as flash
-from megatron.kernels.attention import cpu_attention, plain_attention, sdpa_attention
+from megatron.kernels.attention import cpu_attention, cudnn_attention, plain_attention, sdpa_attention
 from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window
 from megatron.kernels.documents import DocumentOffsets, attach_offsets, offsets_of
 from megatron.kernels.flex_attention import flex_attention
@@ -275,7 +276,36 @@ def test_a_batch_that_goes_to_another_device_takes_its_offsets_along() -> None:
     assert there is not None
     assert (offsets_of(there).offsets.device.type, offsets_of(there).longest) == ("meta", 19)
     assert offsets_of(there).offsets.shape == (5,)
+    moved = batch.to("meta")
+    assert moved.document_starts is not None
+    assert moved.tensors()[-1] is offsets_of(moved.document_starts).offsets
+    assert len(batch.tensors()) == 4
     again = batch.to("cpu").document_starts
     assert again is starts
     attach_offsets(starts, DocumentOffsets.of_rows(1, 2, torch.device("cpu")))
     assert offsets_of(starts).longest == 2
+
+
+def test_the_mask_of_blocks_is_made_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    create = flex.create_block_mask
+    monkeypatch.setattr(flex, "create_block_mask", lambda *args, **more: made.append(1) or create(*args, **more))
+    parts = [part.detach() for part in inputs(2)[0]]
+    linear = alibi()
+    for starts in (starts_of(((5, 19), (24,))), starts_of(((24,), (3, 21)))):  # batches
+        for view in (AttentionMask(Window(7), linear.bias), AttentionMask(Window(7)), AttentionMask(Window(3))):
+            out = flex_attention(*parts, starts, view)
+            torch.testing.assert_close(out, plain_attention(*parts, 0.0, starts, view), rtol=1e-4, atol=1e-5)
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("package", [2], indirect=True)
+def test_torch_compile_makes_one_graph_of_a_call(package: FlashPackage) -> None:
+    package.core = lambda q, k, v, **options: q * 1.0
+    q = torch.randn(2, 4, 8, 16)
+    for kernel, view in ((flash.flash_2_attention, AttentionMask(Window(4))), (cudnn_attention, None)):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda x, kernel=kernel, view=view: kernel(x, x, x, 0.0, None, view), backend="eager", fullgraph=True
+        )
+        assert compiled(q).shape == q.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.dataset.document_starts import document_starts
-from megatron.kernels.documents import DocumentOffsets, attach_offsets
+from megatron.kernels.documents import DocumentOffsets, attach_offsets, attached_tensors
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class MicroBatch:
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         here, there = self.document_starts, moved.document_starts
         if here is not None and there is not None and here.device.type == "cpu" != there.device.type:
-            attach_offsets(there, DocumentOffsets.of(here).to(device, non_blocking=non_blocking))
+            offsets = DocumentOffsets.of(here)
+            offsets = offsets.pin_memory() if here.is_pinned() else offsets
+            attach_offsets(there, offsets.to(device, non_blocking=non_blocking))
         return moved
 
     def pin_memory(self) -> MicroBatch:
@@ -61,8 +63,9 @@ class MicroBatch:
         return self._each(lambda tensor: torch.nn.functional.pad(tensor, (prompt, 0)))
 
     def tensors(self) -> list[Tensor]:
-        """The tensors that are given."""
-        return [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
+        """The tensors that are given, and those that are attached to them."""
+        given = [value for field in fields(self) if (value := getattr(self, field.name)) is not None]
+        return given if self.document_starts is None else [*given, *attached_tensors(self.document_starts)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = (getattr(self, field.name) for field in fields(self))
