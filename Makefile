@@ -67,7 +67,7 @@ parity: install-dev ## compare every parallel layout with one process, in a tabl
 
 gpu: install-dev ## on a machine with a GPU: its tests, then the speed of training
 	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
-	@$(PY) benchmarks/gpu.py
+	@$(PY) benchmarks/gpu.py --write docs/performance.md
 
 compare: install-dev ## train 12 configurations here and at COMMIT=..., and ask for the same numbers to the last bit
 	@$(PY) -m tests.compatibility.compare $(COMMIT)

@@ -105,8 +105,19 @@ def transformers_loop(shape: Shape, precision: str, *, compiled: bool = False) -
     dtype = DTYPES[precision]
     model = GPTNeoXForCausalLM(architecture).to(device(), dtype).train()
     forward = torch.compile(model) if compiled else model
+    return plain_loop(model, lambda tokens: forward(tokens).logits, shape)
+
+
+def plain_loop(model: torch.nn.Module, forward: Callable[[Tensor], Tensor], shape: Shape) -> Step:
+    """A step without an engine: AdamW with fp32 master weights, clipping at 1.0.
+
+    Args:
+        model: Owns the parameters.
+        forward: Tokens [b, s] -> logits [b, s, v].
+        shape: Sizes of the batches.
+    """
     parameters = list(model.parameters())
-    masters = parameters if dtype == torch.float32 else [p.detach().float().clone() for p in parameters]
+    masters = parameters if parameters[0].dtype == torch.float32 else [p.detach().float().clone() for p in parameters]
     groups = [
         {"params": [master for master in masters if master.dim() > 1], "weight_decay": 0.1},
         {"params": [master for master in masters if master.dim() <= 1], "weight_decay": 0.0},
@@ -116,7 +127,7 @@ def transformers_loop(shape: Shape, precision: str, *, compiled: bool = False) -
 
     def step() -> float:
         batch = next(source).to(device())
-        logits = forward(batch.tokens).logits
+        logits = forward(batch.tokens)
         loss = torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocabulary), batch.labels.view(-1))
         loss.backward()
         if masters is not parameters:

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.tables import write_between
 from megatron.kernels.cross_entropy import GradientSpec
 from megatron.kernels.triton import (
     activations,
@@ -214,15 +215,6 @@ def table(found: Sequence[Resources]) -> list[str]:
     return lines
 
 
-def write_table(path: Path, lines: Sequence[str]) -> None:
-    """Replaces the text between the two marks of a page. Raises ValueError where a mark is missing."""
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
-
-
 def main() -> None:
     """Compiles all kernels, prints a JSON line for each and, if asked, writes their table into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,7 +230,7 @@ def main() -> None:
             print(json.dumps(asdict(each)), flush=True)
             found.append(each)
     if arguments.write:
-        write_table(arguments.write, table(found))
+        write_between(arguments.write, BEGIN, END, table(found))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "transformer_engine": ("megatron/model/norms/transformer_engine.py", "megatron/kernels/transformer_engine.py"),
     "matplotlib": ("tools/plot_metrics.py", "megatron/training/mup/plot.py"),
     "numba": ("megatron/data/dataset/numba_loops.py",),
+    "torchtitan": ("benchmarks/llama_contenders.py",),
     "transformers": ("benchmarks/",),
     "fastapi": ("megatron/serving/",),
     "starlette": ("megatron/serving/",),
