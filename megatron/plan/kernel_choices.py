@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config import Config
 from megatron.errors import ConfigIssue
-from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION, Entry
 from megatron.registry.attention import SCORES_IN_MEMORY, choose_backends
 from megatron.registry.attention_facts import AttentionFacts, Capability
 from megatron.registry.kernels import (
@@ -25,6 +25,9 @@ _DTYPES = {"fp32": FP32, "fp16": FP16, "bfloat16": BF16}
 GENERATIONS: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), (12, 0))
 """Capabilities of GPUs that a plan answers for, since the launcher does not ask a GPU for its own."""
 LINE = 100
+_TRANSFORMER_ENGINE = Entry(
+    "transformer engine", "megatron.kernels.transformer_engine:Attention", "The package, which `te_mha` asks for"
+)
 
 
 def facts_of(config: Config, device: str) -> KernelFacts:
@@ -50,10 +53,10 @@ def kernel_choices(config: Config, device: str) -> Mapping[str, KernelChoice]:
 
 
 def _attention(config: Config, device: str) -> dict[str, KernelChoice]:
-    """Returns operation -> choice for the attention core, () where Transformer Engine has its own."""
+    """Returns operation -> choice for the attention core."""
     kinds = [kind for kind in config.model.attention_config or () if kind not in WITHOUT_ATTENTION]
     if config.transformer_engine.te_mha and device == "cuda":
-        return {}
+        return {f"attention ({kind})": KernelChoice(f"attention ({kind})", _TRANSFORMER_ENGINE) for kind in kinds}
     found: dict[str, KernelChoice] = {}
     for kind in dict.fromkeys(kinds):
         groups: dict[str, list[Capability]] = {}

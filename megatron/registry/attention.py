@@ -27,7 +27,7 @@ from megatron.registry.kernels import (
 SOFTMAX_KEYS = ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion")
 LONGEST_SOFTMAX = 16384
 """Keys of a row that one program of Triton's softmax holds."""
-LARGEST_HEAD, LARGEST_CUDNN_HEAD, SMALLEST_FLEX_HEAD = 256, 128, 16
+LARGEST_HEAD, LARGEST_DETERMINISTIC_HEAD, LARGEST_CUDNN_HEAD, SMALLEST_FLEX_HEAD = 256, 192, 128, 16
 PREFERS_CUDNN = (9, 10)
 """Generations of GPUs whose fastest attention in torch is cuDNN's, as torch's own order has it."""
 SCORES_IN_MEMORY = frozenset({"scores in memory"})
@@ -146,6 +146,9 @@ def flash_3_unavailable(facts: AttentionFacts) -> str | None:
         _head(facts, LARGEST_HEAD, 8),
         _mask(facts, window=True, documents=True),
         "it has no dropout" if facts.dropout else None,
+        "its backward pass is not deterministic for heads of more than 192 features"
+        if facts.deterministic and facts.head_size > LARGEST_DETERMINISTIC_HEAD
+        else None,
         _compiled(facts),
         _package(facts, "flash_attn_interface", "flash-attn-3", "built from flash-attention's folder hopper"),
     )
@@ -194,7 +197,7 @@ def varlen_unavailable(facts: AttentionFacts) -> str | None:
         _mask(facts, window=True, documents=True),
         "it has no dropout" if facts.dropout else None,
         IN_NO_GRAPH if facts.kernels.compiled else None,
-        "it needs torch 2.13 or later" if facts.torch < (2, 13) else None,
+        "it needs torch 2.13 or later" if facts.torch is not None and facts.torch < (2, 13) else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron.registry.kernels import KernelFacts
@@ -14,9 +14,12 @@ Capability = tuple[int, int]
 NO_BIAS, LINEAR, TABLE = "none", "linear", "table"
 
 
-def torch_version() -> tuple[int, ...]:
-    """Returns the installed version of torch, without importing it."""
-    return tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2])
+def torch_version() -> tuple[int, ...] | None:
+    """Returns the version of torch, without importing it; None where it is not installed, as a plan needs none."""
+    try:
+        return tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2])
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class AttentionFacts:
     """Whether training drops probabilities."""
     deterministic: bool = False
     """Whether only deterministic operations are allowed."""
-    torch: tuple[int, ...] = field(default_factory=torch_version)
-    """Version of torch."""
+    torch: tuple[int, ...] | None = field(default_factory=torch_version)
+    """Version of torch; None where it is not known, which rejects nothing."""
 
     @property
     def layout(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from megatron.registry.attention import (
     SOFTMAX_KEYS,
     choose_backend,
 )
-from megatron.registry.attention_facts import AttentionFacts
+from megatron.registry.attention_facts import AttentionFacts, torch_version
 from megatron.registry.kernels import KernelFacts, is_installed
 from megatron.registry.registry import load_target
 from tests.kernels.test_kernel_table import SMALL
@@ -47,6 +48,7 @@ SERVED: dict[str, tuple[AttentionFacts, str, str]] = {
     "CPU, compiled": (replace(CPU, kernels=replace(CPU.kernels, compiled=True)), "torch", "torch"),
     "documents": (replace(HOPPER, documents=True), "torch varlen", "flash-attn 3"),
     "documents, older torch": (replace(HOPPER, documents=True, torch=(2, 9)), "flash-attn 3", "flash-attn 3"),
+    "documents, no torch here": (replace(HOPPER, documents=True, torch=None), "torch varlen", "flash-attn 3"),
     "documents, older torch, no package": (replace(LACKING, documents=True, torch=(2, 9)), "flex", "flex"),
     "documents and dropout": (replace(HOPPER, documents=True, dropout=True), "flash-attn 2", "flash-attn 2"),
     "documents and dropout, no package": (replace(LACKING, documents=True, dropout=True), "torch", "torch"),
@@ -106,6 +108,7 @@ REASONS = {
         "capability 9.x, not one that is not known": replace(HOPPER, capability=None),
         "no dropout": SERVED["dropout"][0],
         "flash-attn-3 is not installed": LACKING,
+        "not deterministic for heads": replace(HOPPER, deterministic=True, head_size=256),
         "no biases of scores": SERVED["ALiBi"][0],
     },
     "flash-attn 4": {
@@ -187,6 +190,12 @@ def test_the_plan_says_what_serves_and_why_not_the_package() -> None:
     assert "for GPUs" in figures["rejected"]["flash-attn 2"]
 
 
+def test_transformer_engine_serves_where_it_is_asked_for() -> None:
+    lines = kernel_lines(config(te_mha=True, precision="bfloat16"), "cuda")
+    assert "transformer engine: attention (global)" in lines
+    assert "cpu blocks: attention (global)" in kernel_lines(config(te_mha=True), "cpu")
+
+
 def test_the_plan_counts_the_probabilities_of_the_softmax() -> None:
     """Per block heads x s^2 values of two bytes, and copies of queries, keys and values."""
     asks = {"scaled_upper_triang_masked_softmax_fusion": True}
@@ -213,6 +222,16 @@ def test_a_folder_of_another_distribution_is_no_package(has_code: bool, monkeypa
     assert is_installed("flash_attn") is has_code
     assert is_installed("flash-attn-4") is False
     assert is_installed("pydantic-core") is True
+
+
+def test_a_plan_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    assert (torch_version() or ())[0] >= 2
+    monkeypatch.setattr("megatron.registry.attention_facts.version", missing)
+    assert torch_version() is None
+    assert AttentionFacts(EVERYTHING).torch is None
 
 
 def test_torch_is_asked_for_cudnn_first() -> None:
