@@ -18,7 +18,7 @@ from megatron.kernels.dropout_add import DropoutAdd, dropout_add
 from megatron.kernels.grouped_matmul import GroupedKernel, choose_grouped, plain_grouped
 from megatron.kernels.linear import LinearKernel, choose_linear, plain_linear
 from megatron.kernels.mamba import MambaKernels, choose_mamba
-from megatron.kernels.norms import layer_norm, rms_norm
+from megatron.kernels.norms import LAYER_NORM, RMS_NORM, NormKernel
 from megatron.kernels.permute import PERMUTATION, Permutation
 from megatron.kernels.rotary import RotaryPair, rotary_pair
 from megatron.registry.attention import choose_backends
@@ -35,10 +35,10 @@ class Kernels:
     """Matrix product of linear layers."""
     attention: Mapping[str, AttentionKernel] = field(default_factory=dict)
     """Kind of block -> its attention core."""
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    """(x [..., h], scale [h], epsilon) -> root mean square norm."""
-    layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor] = layer_norm
-    """(x [..., h], weight [h], bias [h], epsilon) -> layer norm."""
+    rms_norm: NormKernel = RMS_NORM
+    """Root mean square norm: scale [h], epsilon."""
+    layer_norm: NormKernel = LAYER_NORM
+    """Layer norm: weight [h] or None, bias [h] or None, epsilon."""
     activation: Callable[[str, Activation], Activation] = activation_of
     """(name, its formula) -> the activation."""
     rotary: RotaryPair = rotary_pair

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NormKernel:
+    """A norm, alone and with the residual sum in front; both take x and the parameters of the norm's function."""
+
+    alone: Callable[..., Tensor]
+    """(x [..., h], parameters) -> the norm of x."""
+    fused_sum: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(x, residual, parameters) -> the norm of residual + x, and the sum; None for two operations."""
+
+    def __call__(self, x: Tensor, *parameters: Any) -> Tensor:
+        """[..., h] -> [..., h]."""
+        return self.alone(x, *parameters)
+
+    def of_sum(self, x: Tensor, residual: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and the sum, rounded to its type; all [..., h]."""
+        if self.fused_sum is not None:
+            return self.fused_sum(x, residual, *parameters)
+        total = residual + x
+        return self.alone(total, *parameters), total
 
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
@@ -28,3 +53,7 @@ def plain_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """Reference implementation, with the mean in fp32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * scale.float()).to(x.dtype)
+
+
+RMS_NORM = NormKernel(rms_norm)
+LAYER_NORM = NormKernel(layer_norm)

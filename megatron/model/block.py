@@ -66,6 +66,7 @@ class TransformerBlock(Block):
         self.attention: Any = spec.attention[number](number, spec, source.of("attention"))
         if not dims.shared_norm:
             self.post_attention_layernorm = spec.norm()
+        self.takes_residual = not dims.shared_norm and getattr(self.post_attention_layernorm, "takes_residual", False)
         self.shared_norm = dims.shared_norm
         self.mlp: Any = spec.mlp[number](spec, source.of("mlp"))
         self.to(spec.dtype)
@@ -82,10 +83,16 @@ class TransformerBlock(Block):
         return found + ([self.mlp.linear1, self.mlp.linear2] if isinstance(self.mlp, ParallelMLP) else [])
 
     def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
-        hidden = self.add(hidden, self.attention(self.input_layernorm(hidden), cache, starts))
+        attended = self.attention(self.input_layernorm(hidden), cache, starts)
         if self.fused_norm_mlp is not None:
+            hidden = self.add(hidden, attended)
             return self.add(hidden, self.fused_norm_mlp(hidden))
-        return self.add(hidden, self.mlp(self.post_attention_layernorm(hidden)))
+        if self.takes_residual and (self.dropout == 0 or not self.training):
+            normed, hidden = self.post_attention_layernorm(attended, hidden)
+        else:
+            hidden = self.add(hidden, attended)
+            normed = self.post_attention_layernorm(hidden)
+        return self.add(hidden, self.mlp(normed))
 
     def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
         first = self.input_layernorm(hidden)

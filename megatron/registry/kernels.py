@@ -163,9 +163,9 @@ def _candidates(
 
 OPERATIONS: Mapping[str, tuple[KernelEntry, ...]] = MappingProxyType(
     {
-        "rms_norm": _candidates("norms:rms_norm", "megatron.kernels.norms:rms_norm", "One pass", "rmsnorm_fusion"),
+        "rms_norm": _candidates("norms:RMS_NORM", "megatron.kernels.norms:RMS_NORM", "One pass", "rmsnorm_fusion"),
         "layer_norm": _candidates(
-            "norms:layer_norm", "megatron.kernels.norms:layer_norm", "One pass", "layernorm_fusion"
+            "norms:LAYER_NORM", "megatron.kernels.norms:LAYER_NORM", "One pass", "layernorm_fusion"
         ),
         "activation": (
             KernelEntry(

@@ -11,7 +11,7 @@ import torch
 from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
 from megatron.kernels.dispatch import choose_kernels
-from megatron.kernels.norms import rms_norm
+from megatron.kernels.norms import RMS_NORM
 from megatron.plan.kernel_choices import kernel_issues, kernel_lines
 from megatron.registry import ACTIVATIONS
 from megatron.registry.kernels import (
@@ -125,4 +125,4 @@ def test_the_plan_lists_implementations_and_reasons(monkeypatch: pytest.MonkeyPa
 
 def test_a_cpu_takes_the_kernels_of_torch() -> None:
     kernels = choose_kernels(torch.device("cpu"), torch.float32, config().kernels, "swiglu")
-    assert kernels.rms_norm is rms_norm
+    assert kernels.rms_norm is RMS_NORM

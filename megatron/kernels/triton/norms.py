@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.norms import NormKernel
 from megatron.kernels.triton import runtime
 
 
@@ -206,3 +207,7 @@ def add_layer_norm(
     """
     y, total = _Norm.apply(x, residual, weight, bias, _NormSettings(epsilon, rms=False, add=True))
     return y, total
+
+
+RMS_NORM = NormKernel(rms_norm, add_rms_norm)
+LAYER_NORM = NormKernel(layer_norm, add_layer_norm)

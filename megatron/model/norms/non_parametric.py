@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.kernels.norms import layer_norm
+from megatron.kernels.norms import LAYER_NORM
 
 
 class NonParametricLayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon), over the last dimension. It ignores ``bias``."""
 
+    takes_residual = True
+
     def __init__(self, hidden_size: int, epsilon: float, bias: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.compute = layer_norm
+        self.compute = LAYER_NORM
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., h] -> [..., h]; with a residual the norm of residual + x, and that sum."""
+        if residual is not None:
+            return self.compute.of_sum(x, residual, None, None, self.epsilon)
         return self.compute(x, None, None, self.epsilon)
