@@ -132,6 +132,17 @@ def triton_in_blocks(facts: KernelFacts) -> str | None:
     return triton_unavailable(facts)
 
 
+def apex_unavailable(facts: KernelFacts) -> str | None:
+    """Returns the reason why NVIDIA Apex cannot be used, or None; another project has its name on PyPI."""
+    if facts.device != "cuda":
+        return f"Apex is for GPUs, and the model is on {facts.device}"
+    if facts.compiled:
+        return "torch.compile fuses torch's own operators"
+    if not facts.installed("fused_layer_norm_cuda"):
+        return "NVIDIA Apex is not installed with its fused norms (github.com/NVIDIA/apex says how)"
+    return None
+
+
 def triton_activation_unavailable(facts: KernelFacts) -> str | None:
     """The same for activations, of which Triton has those of the public configuration."""
     if facts.activation not in TRITON_ACTIVATIONS:
@@ -161,12 +172,23 @@ def _candidates(
     )
 
 
+def _norm_candidates(name: str, key: str) -> tuple[KernelEntry, ...]:
+    triton, plain = _candidates(f"norms:{name}", f"megatron.kernels.norms:{name}", "One pass", key)
+    apex = KernelEntry(
+        "apex",
+        f"megatron.kernels.apex:{name}",
+        "Apex's fused norm",
+        extra="apex",
+        unavailable=apex_unavailable,
+        key=key,
+    )
+    return triton, apex, plain
+
+
 OPERATIONS: Mapping[str, tuple[KernelEntry, ...]] = MappingProxyType(
     {
-        "rms_norm": _candidates("norms:RMS_NORM", "megatron.kernels.norms:RMS_NORM", "One pass", "rmsnorm_fusion"),
-        "layer_norm": _candidates(
-            "norms:LAYER_NORM", "megatron.kernels.norms:LAYER_NORM", "One pass", "layernorm_fusion"
-        ),
+        "rms_norm": _norm_candidates("RMS_NORM", "rmsnorm_fusion"),
+        "layer_norm": _norm_candidates("LAYER_NORM", "layernorm_fusion"),
         "activation": (
             KernelEntry(
                 TRITON,

@@ -23,7 +23,7 @@ INSTALLED_AS = {
     "lm_eval": "lm-eval",
 }
 # Built against the CUDA of the machine that runs them; no version was tested where there is none.
-GPU_ONLY = {"flash-attn", "transformer-engine"}
+GPU_ONLY = {"apex", "flash-attn", "transformer-engine"}
 # Comes with one that is declared.
 COMES_WITH = {
     "botocore": "boto3",

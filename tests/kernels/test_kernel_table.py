@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from megatron.config import Resources, resolve
 from megatron.errors import ConfigError
+from megatron.kernels import apex
 from megatron.kernels.dispatch import choose_kernels
-from megatron.kernels.norms import RMS_NORM
+from megatron.kernels.norms import LAYER_NORM, RMS_NORM
 from megatron.plan.kernel_choices import kernel_issues, kernel_lines
 from megatron.registry import ACTIVATIONS
 from megatron.registry.kernels import (
@@ -85,6 +88,40 @@ def test_every_target_exists(operation: str) -> None:
         if entry.name != "flash-attn":
             assert load_target(entry.target) is not None
     assert callable(load_target("megatron.kernels.flash_attention:flash_swiglu_of"))
+
+
+def test_apex_serves_where_triton_is_missing() -> None:
+    facts = replace(GPU, installed=lambda package: package == "fused_layer_norm_cuda")
+    assert choose_kernel("rms_norm", facts).entry.name == "apex"
+    assert choose_kernel("layer_norm", facts, asked=["layernorm_fusion"]).entry.name == "apex"
+    assert "NVIDIA Apex is not installed" in choose_kernel("rms_norm", NOTHING).rejected["apex"]
+    assert choose_kernel("rms_norm", facts, "torch").entry.name == "torch"
+
+
+@pytest.fixture
+def apex_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apex's functions with torch's arithmetic and Apex's arguments."""
+    module = ModuleType("apex.normalization.fused_layer_norm")
+    functional = torch.nn.functional
+    module.fused_rms_norm_affine = lambda x, weight, shape, eps: functional.rms_norm(x, shape, weight, eps)
+    module.fused_layer_norm_affine = lambda x, weight, bias, shape, eps: functional.layer_norm(
+        x, shape, weight, bias, eps
+    )
+    module.fused_layer_norm = lambda x, shape, eps: functional.layer_norm(x, shape, None, None, eps)
+    for name in ("apex", "apex.normalization"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("apex_package")
+def test_the_norms_of_apex_get_their_arguments() -> None:
+    x, weight, bias = torch.randn(3, 5, 16), torch.rand(16), torch.randn(16)
+    assert torch.equal(apex.RMS_NORM(x, weight, 1e-6), RMS_NORM(x, weight, 1e-6))
+    for parameters in ((weight, bias), (weight, None), (None, None)):
+        assert torch.allclose(apex.LAYER_NORM(x, *parameters, 1e-5), LAYER_NORM(x, *parameters, 1e-5))
+    residual = torch.randn(3, 5, 16)
+    normed, total = apex.LAYER_NORM.of_sum(x, residual, weight, bias, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(normed, LAYER_NORM(total, weight, bias, 1e-5))
 
 
 def test_what_is_asked_for_by_name_and_missing_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
