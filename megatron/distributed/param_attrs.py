@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from megatron.distributed.collectives import all_reduced
 from megatron.distributed.mesh import Axis, expert_group_name
 
 
@@ -67,16 +66,6 @@ def mark_embedding_like(parameter: nn.Parameter) -> None:
 def is_embedding_like(parameter: nn.Parameter) -> bool:
     """Returns whether the rows of the matrix belong to tokens or positions."""
     return getattr(parameter, "neox_table", False)
-
-
-def mark_partial_grad(parameter: nn.Parameter, axis: Axis) -> None:
-    """Marks a parameter that each rank of the axis applies to its shard of the sequence or of the heads.
-
-    The gradient of a rank is then one term of a sum. The terms are summed inside autograd, before the gradient reaches
-    the
-    parameter: ZeRO partitions gradients as they arrive, after which they can no longer be all-reduced.
-    """
-    parameter.register_hook(lambda gradient: all_reduced(gradient, axis))
 
 
 def mark_experts(parameter: nn.Parameter, axis: Axis) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_partial_grad, mark_sharded
+from megatron.distributed.param_attrs import mark_experts, mark_no_weight_decay, mark_sharded
+from megatron.distributed.partial_grads import mark_partial_grad
 
 InitFn = Callable[[Tensor, torch.Generator], None]
 """Initializes a full (unsharded) fp32 CPU tensor in place, drawing from the generator only."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from megatron.distributed.partial_grads import sum_at_step, sum_together
 from megatron.optim.skip_update import set_skip, skips_on_device
 
 
@@ -22,6 +23,7 @@ class Bf16Step:
     def __init__(self, optimizer: Any) -> None:
         """Creates the step. optimizer: DeepSpeed's bfloat16 optimizer around a fused one."""
         self._optimizer = optimizer
+        self._partial = dict(sum_at_step(one for group in optimizer.bf16_groups for one in group))
         self.norm = torch.zeros(())
         self.skipped = torch.zeros((), dtype=torch.bool)
 
@@ -36,6 +38,7 @@ class Bf16Step:
     def __call__(self, closure: None = None) -> None:
         """Clips the gradients and updates the weights, where the gradient norm is finite on all ranks."""
         zero = self._optimizer
+        self._sum_partial()
         norm = self._total_norm()
         self.skipped = ~torch.isfinite(norm)
         self.norm = norm.masked_fill(self.skipped, float("inf"))
@@ -55,6 +58,17 @@ class Bf16Step:
         zero._lazy_init_hp_params_optimizer_state()
         zero.update_lp_params()
         zero.clear_hp_grads()
+
+    def _sum_partial(self) -> None:
+        """Sums the fp32 gradients that are partial over tensor-parallel ranks."""
+        zero, found = self._optimizer, []
+        for group, gradients, present in zip(
+            zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
+        ):
+            for parameter, gradient, is_there in zip(group, gradients, present, strict=True):
+                if is_there and parameter in self._partial:
+                    found.append((gradient, self._partial[parameter]))
+        sum_together(found)
 
     def _total_norm(self) -> Tensor:
         """Returns the gradient norm, the same on every rank of the replica."""

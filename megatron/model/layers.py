@@ -25,7 +25,7 @@ from megatron.block_sparsity import BlockLayout, layout_of
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_partial_grad
+from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
 from megatron.kernels.attention_patterns import BlockPattern, MaskPattern, Window

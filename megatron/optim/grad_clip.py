@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import expert_rank_and_size, is_sharded, is_tied
+from megatron.distributed.partial_grads import sum_at_step, sum_together
 from megatron.optim.skip_update import set_skip, skips_on_device
 
 
@@ -55,6 +56,7 @@ class GradientClipper:
         self._spread = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] > 1]
         self._counted = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] == 1]
         self._apart = topology.dp_cp
+        self._partial = sum_at_step(self._parameters)
         self._fused: torch.optim.Optimizer | None = None
         self.grads_are_unreduced = False
         self._max_norm = max_norm
@@ -73,10 +75,11 @@ class GradientClipper:
         optimizer.register_step_pre_hook(lambda *_: self.clip())
 
     def clip(self) -> None:
-        """Computes `norm`, the same on every rank of the replica, and clips in place."""
+        """Sums partial gradients, computes `norm`, the same on every rank of the replica, and clips in place."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if self._parameters and not gradients:
             return  # the same on all ranks; a rank without trainable parameters takes part in the sums
+        sum_together([(one.grad, axis) for one, axis in self._partial if one.grad is not None])
         self.norm = self._total().sqrt()
         self.skipped = ~torch.isfinite(self.norm)
         self.factor = torch.ones_like(self.norm)

@@ -19,8 +19,8 @@ from megatron.distributed.collectives import copy_to, gather_from, reduce_from, 
 from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.expert_all_to_all import all_to_all_rows
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy, weighted_cross_entropy
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear

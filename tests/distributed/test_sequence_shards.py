@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads, shard_sequence
 from megatron.distributed.mesh import Axis, Topology
-from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import (

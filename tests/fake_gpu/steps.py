@@ -3,8 +3,7 @@
     python -m tests.fake_gpu.steps
 
 Prints a JSON object like models.py. DeepSpeed's engine has a stand-in, as it does not run on fake tensors. A copy
-between
-host and GPU for which the host waits is an error too. Planted bugs must be errors.
+between host and GPU for which the host waits is an error too. Planted bugs must be errors.
 """
 
 from __future__ import annotations
@@ -127,6 +126,9 @@ class Bf16Optimizer:
         self.fp32_groups_flat_partition = [flat.requires_grad_()]
         self.fp32_groups_gradient_flat_partition = [torch.zeros_like(flat)]
         self.optimizer = torch.optim.AdamW(self.fp32_groups_flat_partition, fused=True)
+        self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients = [parameters], [[]], [[]]
+        self.fp32_groups_gradients[0] = [torch.zeros(0)] * len(parameters)
+        self.fp32_groups_has_gradients[0] = [True] * len(parameters)
         self.step = Bf16Step(self)
 
     @property

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.distributed.param_attrs import mark_partial_grad
 from megatron.distributed.param_init import InitFn, ParamFactory, zeros
+from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.lora import LoraMatrix, LoraSpec, init_lora_a
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp, gathered_linear, reduce_from_tp
 from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from
-from megatron.distributed.param_attrs import mark_no_weight_decay, mark_partial_grad
+from megatron.distributed.param_attrs import mark_no_weight_decay
 from megatron.distributed.param_init import InitFn, ParamFactory
+from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.linear import RowParallelLinear
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, scatter_to_sequence_parallel
 from megatron.kernels.wkv import wkv
