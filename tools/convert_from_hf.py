@@ -37,9 +37,12 @@ from megatron.checkpoint.huggingface.generation_config import (
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER, adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
-from megatron.checkpoint.huggingface.tokenizer_files import copy_tokenizer
+from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
+from megatron.tokenizers.round_trip import reading_notes
+from megatron.tokenizers.sentence_piece import SPMTokenizer
+from megatron.tokenizers.sentence_piece_json import is_unigram
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,6 +108,8 @@ def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[s
         print(f"{found.reason}; give tokenizer_type and vocab_file yourself", file=sys.stderr)
     elif found.reason:
         print(found.reason, file=sys.stderr)
+    for line in _notes(target):
+        print(line, file=sys.stderr)
     for name in unheeded(generation):
         print(f"{GENERATION}: {name} has no key here, and does not change what is generated", file=sys.stderr)
     size = found.tokenizer.vocab_size if found.tokenizer else None
@@ -113,6 +118,23 @@ def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[s
         beyond = sorted(set(ends) - set(known))
         print(f"eos_token_id: the tokenizer has no tokens {beyond}, at which no text ends here", file=sys.stderr)
     return {**found.keys, **({"eos_token_ids": known} if known else {})}
+
+
+def _notes(target: Path) -> list[str]:
+    """Lines about texts of a .model that transformers, sentencepiece and this program do not read alike."""
+    lines: list[str] = []
+    for path in sorted(target.glob("*.model")):
+        try:
+            tokenizer = SPMTokenizer(str(path))
+        except ConfigError:
+            continue  # another kind of file
+        lines += reading_notes(tokenizer)
+        if tokenizer.blank is not None and is_unigram(path) and not (target / TOKENIZER_FILE).is_file():
+            lines.append(
+                "transformers 5 reads this unigram .model by merges under LLaMA's class, with other ids; it is read by "
+                "its scores here, as releases before 5 do, and exported so"
+            )
+    return lines
 
 
 if __name__ == "__main__":

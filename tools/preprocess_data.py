@@ -30,7 +30,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.registry import TOKENIZERS
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer, make_tokenizer
-from megatron.tokenizers.round_trip import losses
+from megatron.tokenizers.round_trip import notes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,10 +165,9 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def print_round_trip_losses(tokenizer: Tokenizer) -> None:
-    """Prints what decoding does not restore, if anything."""
-    lost = losses(tokenizer)
-    if lost:
-        print(f"this tokenizer does not keep every text: {', '.join(lost)} do not come back as they were", flush=True)
+    """Prints what decoding does not restore, and other notes about how texts are read, if any."""
+    for line in notes(tokenizer):
+        print(line, flush=True)
 
 
 def _notes(result: Result) -> list[str]:

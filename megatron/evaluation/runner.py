@@ -37,6 +37,7 @@ from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers,
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
 from megatron.tokenizers.base import Tokenizer
+from megatron.tokenizers.round_trip import warn_of
 
 if TYPE_CHECKING:
     from megatron.tokenizers.chat_template import ChatTemplate
@@ -147,6 +148,7 @@ def measure_text(config: Config) -> None:
             add_up=lambda number: _sum_over(topology.data, number),
         )
         if topology.rank == 0:
+            warn_of(tokenizer)
             _report_bits(config, measured, documents)
 
     with_loaded_model(config, work)
@@ -188,6 +190,7 @@ def measure_perplexity(config: Config) -> None:
             record["cloze_texts"] = len(cloze)
             record["cloze_accuracy"] = perplexity.cloze_accuracy(cloze, tokenizer, scorer)
         if topology.rank == 0:
+            warn_of(tokenizer)
             print("\n".join(f"{name:<20} {value:,.6g}" for name, value in record.items()), flush=True)
             if config.observe.log_dir is not None:
                 _write(Path(config.observe.log_dir) / "perplexity.json", record)

@@ -4,8 +4,9 @@ The end of a document is one special token. Settings of the file that would chan
 special tokens spelt in a text, added beginning and end tokens, truncation, padding and BPE's dropout. Whole corpora are
 encoded by the engine of `byte_level.py` where it gives the same ids.
 
-What a model reads (`encode_with_special_tokens`) is encoded by a second copy, which keeps to the file and to the
-tokenizer_config.json beside it.
+LLaMA's class, where the tokenizer_config.json beside the file names it, reads every text its own way (llama_class.py).
+What a model reads (`encode_with_special_tokens`) is encoded by a second copy, which keeps to what the file says of
+special tokens.
 
 Source: https://huggingface.co/docs/tokenizers (Tokenizer.encode_special_tokens, encode_batch_fast).
 """
@@ -65,6 +66,7 @@ class FromTokenizers:
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None):
             tokenizer.model.dropout = None  # else a text has other ids each time
+        rebuild(tokenizer, self._beside.blank)
         # Whatever the file calls it, the end of a document is special: no text may spell it.
         tokenizer.add_special_tokens([AddedToken(eod, special=True, normalized=False)])
         tokenizer.encode_special_tokens = True
@@ -125,7 +127,6 @@ class FromTokenizers:
             reader.add_special_tokens([AddedToken(self._own.content, special=True, **flags)])
         known = {token.content for token in reader.get_added_tokens_decoder().values()}
         reader.add_special_tokens([AddedToken(text) for text in self.special_tokens if text not in known])
-        rebuild(reader, self._beside.blank)
         return reader
 
     def encode(self, text: str) -> list[int]:

@@ -3,9 +3,10 @@
 The piece `<|endoftext|>` ends a document where the model has one, else its end-of-sentence piece does. A text that
 spells the end of a document is spelt out character by character.
 
-In text that a model reads, what follows a special token is encoded without the blank that the library puts before a
-text, as `transformers` does; where the tokenizer_config.json beside the model names LLaMA's class, nothing is
-normalised either. That file says whether a begin token is put before a text (`add_bos_token`).
+Where the tokenizer_config.json beside the model names LLaMA's class, every text is read as that class of `transformers`
+reads it, in training as in prompts: nothing is normalised, and blanks stay. Without the class the library reads each
+stretch of text between special tokens by itself. That file also says whether a begin token is put before a text
+(`add_bos_token`).
 
 Source: arXiv:1808.06226.
 """
@@ -70,11 +71,11 @@ class SPMTokenizer:
         self.prefix_ids: tuple[int, ...] = (self.begin,) if beside.adds_begin else ()
         spelt = [model.piece_to_id(character) for character in model.id_to_piece(self.eod)]
         self._spelt = [token for token in spelt if token != self.eod]
-        self.lossless: bool = model.decode(self.encode(DELICATE)) == DELICATE
+        self.lossless: bool = self.decode(self.encode(DELICATE)) == DELICATE
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
-        return self._unforged(self._model.encode(text, out_type=int))
+        return self._unforged(self._reader(text, follows=False).encode(text, out_type=int))
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """The token ids of one text, where special tokens that it spells are their ids."""
@@ -84,10 +85,10 @@ class SPMTokenizer:
         return found
 
     def _reader(self, text: str, follows: bool) -> sentencepiece.SentencePieceProcessor:
-        """The model for a stretch of text that a model reads. follows: whether a special token is before it."""
+        """The model for a stretch of text. follows: whether a special token is before it."""
         blank = self._beside.blank
         if blank is None:
-            return self._following if follows else self._model
+            return self._model
         # LLaMA's class puts no second blank before a text that begins with one.
         opens = not text.startswith((" ", "\u2581")) and (blank == "always" or (blank == "first" and not follows))
         return self._opening if opens else self._following
@@ -98,14 +99,15 @@ class SPMTokenizer:
 
     @cached_property
     def _following(self) -> sentencepiece.SentencePieceProcessor:
-        as_it_is = b"" if self._beside.blank is None else _NO_CHARACTER_MAP
-        return self._altered(as_it_is + _NO_DUMMY_PREFIX + _KEEP_BLANKS)
+        return self._altered(_NO_CHARACTER_MAP + _NO_DUMMY_PREFIX + _KEEP_BLANKS)
 
     def _altered(self, fields: bytes) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self._content + bytes((0x1A, len(fields))) + fields)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""
+        if self._beside.blank is not None:
+            return [self.encode(text) for text in texts]
         return [self._unforged(ids) for ids in self._model.encode(list(texts), out_type=int, num_threads=1)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -130,6 +132,11 @@ class SPMTokenizer:
     def blank(self) -> str | None:
         """How LLaMA's class, which the tokenizer_config.json names, puts a blank before a text; None without it."""
         return self._beside.blank
+
+    def own_ids(self, text: str) -> list[int]:
+        """What the library reads of a text by the .model alone, whatever is beside it."""
+        ids: list[int] = self._model.encode(text, out_type=int)
+        return ids
 
     @property
     def own_begin(self) -> int | None:

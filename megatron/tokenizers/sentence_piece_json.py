@@ -2,7 +2,8 @@
 
 The .model is a protocol buffer; its few fields that matter are read here: pieces with scores and kinds, the algorithm
 and the normalisation. A BPE model merges by the score of what a merge makes, so its merges are its pieces, best first.
-Whether the two give the same ids is tried on texts, not assumed.
+Where LLaMA's class is beside the .model, the file says what that class reads. Whether the two give the same ids, in
+training as in prompts, is tried on texts, not assumed.
 
 Source: sentencepiece_model.proto of https://github.com/google/sentencepiece (fields by number).
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from megatron.tokenizers.llama_class import as_read
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 
 BLANK = "\u2581"
@@ -29,6 +31,7 @@ _TRIED = (
     "Na\u00efve caf\u00e9 \u2014 \u00fcber stra\u00dfe, 42 \u20ac 3.14159",
     "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f642\U0001f469",
     "e\u0301 \ufb01 \uff21\u00a0x",
+    "\n\tlines outside \n",
     "a",
     " ",
 )
@@ -60,8 +63,27 @@ def as_tokenizer_json(tokenizer: SPMTokenizer, path: Path) -> str | None:
         _decode_and_mark(made, model)
     except Exception:  # noqa: BLE001  the library raises nothing narrower; such a model stays a .model
         return None
-    same = all(made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in _TRIED)
-    return made.to_str(pretty=False) if same else None
+    content = as_read(made.to_str(pretty=False), tokenizer.blank)
+    return content if _reads_alike(FastTokenizer.from_str(content), tokenizer) else None
+
+
+def is_unigram(path: Path) -> bool:
+    """Whether a .model chooses pieces by their scores, and not by merges."""
+    return _read(path.read_bytes()).algorithm == _UNIGRAM
+
+
+def _reads_alike(made: FastTokenizer, tokenizer: SPMTokenizer) -> bool:
+    """Whether both read texts alike, those with special tokens too, which are text in training."""
+    for text in (*_TRIED, *_between_special(tokenizer)):
+        if made.encode(text, add_special_tokens=False).ids != tokenizer.encode_with_special_tokens(text):
+            return False
+    made.encode_special_tokens = True
+    return all(made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in _TRIED)
+
+
+def _between_special(tokenizer: SPMTokenizer) -> list[str]:
+    end = tokenizer.piece(tokenizer.eod)
+    return [f"{end}The{end} fox {end}  jumps", f" {end}\n{end}"]
 
 
 def _algorithm(model: _Model, unknown: int) -> models.BPE | models.Unigram:
@@ -91,7 +113,7 @@ def _normalizers(model: _Model) -> list[normalizers.Normalizer]:
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.single_blanks:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.dummy_prefix:
         steps.append(normalizers.Prepend(BLANK))
     return [*steps, normalizers.Replace(" ", BLANK)]

@@ -18,7 +18,6 @@ from megatron.tokenizers.base import END_OF_DOCUMENT
 from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.fast import FromTokenizers
 from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, lost_tokens, named_tokens
-from megatron.tokenizers.llama_class import as_read
 from megatron.tokenizers.pretrained import files_of
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
@@ -145,6 +144,5 @@ def _of_sentence_piece(tokenizer: SPMTokenizer, path: Path) -> Portable:
     names = {"eos_token": tokenizer.piece(tokenizer.eod), "unk_token": tokenizer.piece(tokenizer.unknown)}
     names |= {} if begin is None else {"bos_token": tokenizer.piece(begin)}
     content = as_tokenizer_json(tokenizer, path)
-    content = None if content is None else as_read(content, tokenizer.blank)
     lost = lost_tokens(path.parent, tokenizer)
     return Portable(tokenizer.vocab_size, tokenizer.eod, begin, folder, content, path, names, lost=lost)

@@ -11,8 +11,11 @@ import numpy
 import pytest
 import torch
 
+from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
+from megatron.evaluation import runner
 from megatron.evaluation.bits_per_byte import BitsPerByte, comparison, compressors, measure, read_documents
+from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import SEQUENCE, SmallEngine, small_config
 
@@ -102,3 +105,23 @@ def test_unusable_texts_are_the_users_issue(tmp_path, name, content, reported):
 def test_the_comparison_shows_all_figures():
     text = comparison(BitsPerByte(math.log(2) * 300, 75, 150), {"gzip -9": 2.5}, 2)
     assert "2.0000 bits per byte" in text and "gzip -9   2.5000" in text and "75 tokens" in text
+
+
+@pytest.mark.parametrize("program", [runner.measure_text, runner.measure_perplexity])
+@pytest.mark.parametrize("lossy", [True, False])
+def test_a_tokenizer_that_loses_text_is_reported_beside_the_figures(program, lossy, tmp_path, monkeypatch, caplog):
+    """Lost bytes cost no bits and are counted all the same."""
+    text = tmp_path / "text.txt"
+    text.write_text("a  b\n")
+    tokenizer = CharLevelTokenizer()
+    if lossy:
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+        (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+        tokenizer = make_tokenizer("BertWordPieceLowerCase", vocab_file=str(tmp_path / "vocab.txt"))
+    config = small_config(eval_text=str(text), log_dir=str(tmp_path))
+    monkeypatch.setattr(runner, "with_loaded_model", lambda _, work: work(Uniform(), tokenizer, Topology.single()))
+    with caplog.at_level("WARNING"):
+        program(config)
+    reported = [record.getMessage() for record in caplog.records if "does not keep every text" in record.getMessage()]
+    assert len(reported) == lossy
+    assert all("repeated blanks" in line for line in reported)
