@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron.distributed.process_group import all_gather_items, all_gather_list, any_rank
+from megatron.distributed.process_group import LaterAnyRank, all_gather_items, all_gather_list, any_rank
 from tests.multi_rank import run_distributed
 
 
@@ -30,3 +30,18 @@ def test_without_a_process_group_a_process_is_a_world_of_one() -> None:
     assert any_rank(True) and not any_rank(False)
     assert all_gather_list("own") == ["own"]
     assert all_gather_items([3, 4]) == [3, 4]
+
+
+def answered_later(rank: int, world_size: int) -> list[bool]:
+    """Answers to calls of which only the third, on rank 1, is true."""
+    asked = LaterAnyRank()
+    return [asked(rank == 1 and number == 2) for number in range(5)]
+
+
+def test_an_answer_of_the_call_before_is_the_same_on_all_ranks() -> None:
+    assert run_distributed(answered_later, 2) == [[False, False, False, True, False]] * 2
+
+
+def test_one_process_is_answered_at_once() -> None:
+    asked = LaterAnyRank()
+    assert [asked(True), asked(False)] == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_outcomes import StepOutcome
 from megatron.training.step_schedule import StepSize, StepSizes
+from tests.multi_rank import run_distributed
 
 SAMPLES, LENGTH, NAN = 2, 4, float("nan")
 
@@ -181,3 +183,26 @@ def test_too_many_overflows_end_the_run_one_step_later() -> None:
     with pytest.raises(RunError, match=r"overflowed 2 times in a row.*up to iteration 3"):
         run.go()
     assert run.saved == []
+
+
+def stopped(rank: int, world_size: int, lag: int) -> list[tuple[int, int]]:
+    """Saves of a run that one rank is asked to stop during its third step."""
+    run = Run([1.0] * 8, lag=lag)
+    run.context = replace(run.context, stop_requested=lambda: rank == 1 and len(run.engine.rates) >= 3)
+    return run.go().saved
+
+
+@pytest.mark.parametrize(("lag", "iteration"), [(0, 3), (1, 4)])
+def test_all_ranks_stop_after_the_same_step(lag: int, iteration: int) -> None:
+    assert run_distributed(stopped, 2, lag) == [[(iteration, 0)]] * 2
+
+
+def left(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Saves of a run with an exit interval."""
+    run = Run([1.0] * 8, lag=1)
+    run.schedule = replace(run.schedule, exit_interval=3)
+    return run.go().saved
+
+
+def test_an_exit_interval_is_exact() -> None:
+    assert run_distributed(left, 2) == [[(3, 0)]] * 2
