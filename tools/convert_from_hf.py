@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from megatron.checkpoint.huggingface.generation_config import (
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER, adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
+from megatron.checkpoint.huggingface.target_folder import refuse_other_tokenizer
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.from_folder import find_tokenizer
@@ -70,9 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     output = args.output_dir
+    fresh = not (output / TOKENIZER).exists()
     try:
         if layout.iterations(output):
             raise RunError.of("the folder already holds checkpoints", location=str(output), hint="give a new one")
+        refuse_other_tokenizer(args.input_dir, output / TOKENIZER)
         folder = Folder.open(args.input_dir)
         generation = generation_of(args.input_dir, folder.config)
         further = {**_tokenizer(args.input_dir, output / TOKENIZER, generation), **sampling(generation)}
@@ -89,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         (output / "model.yml").write_text(text, encoding="utf-8")
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
+        if fresh:
+            shutil.rmtree(output / TOKENIZER, ignore_errors=True)  # the next attempt may be with another model
         return error.exit_code
     except OSError as error:
         print(RunError.of(f"cannot be read or written: {error.strerror}", location=error.filename), file=sys.stderr)

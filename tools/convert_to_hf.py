@@ -25,7 +25,7 @@ if __name__ == "__main__":
     gc.disable()  # the imports leave no garbage, and looking for it takes a sixth of the time of a small model
 
 from megatron.checkpoint.format import files
-from megatron.checkpoint.huggingface.export_model import PRECISIONS, ExportOptions, export, refuse_existing, vocabulary
+from megatron.checkpoint.huggingface.export_model import PRECISIONS, ExportOptions, export, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
 from megatron.checkpoint.huggingface.family import Settings
 from megatron.checkpoint.huggingface.generation_config import (
@@ -36,6 +36,7 @@ from megatron.checkpoint.huggingface.generation_config import (
 )
 from megatron.checkpoint.huggingface.import_model import TOKENIZER
 from megatron.checkpoint.huggingface.peft_adapter import export_adapter
+from megatron.checkpoint.huggingface.target_folder import refuse_adapter_files, refuse_model_files
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, for_every_release
 from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
@@ -89,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     args = parser().parse_args(arguments)
     try:
-        refuse_existing(args.output_dir)
+        if args.adapter_only:
+            refuse_adapter_files(args.output_dir)
+        else:
+            refuse_model_files(args.output_dir, tokenizer=not args.no_save_tokenizer)
         stored = open_model(args.input_dir, iteration=args.iteration, config_files=args.config_file)
         if args.adapter_only:
             return _adapter(args, stored)

@@ -28,7 +28,7 @@ def test_there_and_back_on_the_command_line(ours: Path, tmp_path: Path, capsys: 
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("theirs", "back"))
     assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
     assert convert_to_hf.main(["--input-dir", str(ours), "--output-dir", str(tmp_path / "back")]) == 1
-    assert "already holds a model" in capsys.readouterr().err
+    assert "already holds files of a model" in capsys.readouterr().err
 
 
 def test_half_precision_is_written_on_request(ours: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.checkpoint.offline.merge_lora import merged
 from megatron.config.schema.model import ModelSection
-from megatron.errors import ConfigError, RunError
+from megatron.errors import ConfigError
 from megatron.param_table import ModelDims, Multipliers, TensorShape, tensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -187,9 +187,3 @@ def _write_files(output: Path, promises: list[Promise], largest: int) -> None:
         weight_map |= {promise.name: name for promise in part}
     total = sum(promise.size for promise in promises)
     files.write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def refuse_existing(output: Path) -> None:
-    """RunError when the folder already holds a model, whose files would mix with ours."""
-    if any(output.glob("*.safetensors")) or (output / CONFIG).is_file():
-        raise RunError.of("the folder already holds a model", location=str(output), hint="give an empty or new one")

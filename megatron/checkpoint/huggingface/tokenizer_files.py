@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.format import files
+from megatron.checkpoint.huggingface.target_folder import TOKENIZER_FILES, WEIGHT_FILES
 
 CONFIG, TOKENIZER_FILE, TEMPLATES = "tokenizer_config.json", "tokenizer.json", "additional_chat_templates"
-_COPIED = (
-    *("tokenizer*", "vocab*", "encoder.json", "merges*", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "generation_config.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
-)
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.py", "*.gguf", "*.pt", "*.h5", "*.msgpack")
+_COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_MODEL_FILES = (*WEIGHT_FILES, "*.py")
 _HEED_FLAGS = ("LlamaTokenizer", "TokenizersBackend", "PreTrainedTokenizer")
 _OF_RELEASE_5 = ("backend", "is_local", "local_files_only", "auto_map")
 
