@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.block_sparsity import visible_share
@@ -73,13 +74,7 @@ def make_plan(resolution: Resolution) -> RunPlan:
     training, model = config.training, config.model
     assert training.train_batch_size
     assert model.seq_length
-    flops = flops_per_iteration(
-        dims,
-        table,
-        seq_length=model.seq_length,
-        train_batch_size=training.train_batch_size,
-        shares=visible_shares(config),
-    )
+    flops = model_flops(config, table, seq_length=model.seq_length, train_batch_size=training.train_batch_size)
     bounds = bounds_of(config, table)
     memory = memory_of(config, table, padded, bounds)
     suggestions: list[str] = []
@@ -147,13 +142,28 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     return max(candidates, key=lambda memory: memory.total)
 
 
-def visible_shares(config: Config) -> tuple[float, ...]:
-    """Returns the visible fraction of each block's attention."""
+def model_flops(config: Config, table: Sequence[TensorShape], *, seq_length: int, train_batch_size: int) -> int:
+    """Returns the FLOPs of an iteration as the plan and every report of a run count them.
+
+    Args:
+        config: of the run.
+        table: every tensor of the model.
+        seq_length: of this iteration [tokens].
+        train_batch_size: [samples].
+    """
+    dims = ModelDims.of(config.model, config.moe, config.mixers)
+    sizes = {"seq_length": seq_length, "train_batch_size": train_batch_size}
+    return flops_per_iteration(dims, table, shares=visible_shares(config, seq_length), **sizes)
+
+
+def visible_shares(config: Config, seq_length: int | None = None) -> tuple[float, ...]:
+    """Returns the visible fraction of each block's attention. seq_length: [tokens], the model's unless given."""
     model = config.model
+    length = seq_length or model.seq_length
     assert model.attention_config
-    assert model.seq_length
+    assert length
     kinds = {
-        str(kind): visible_share(str(kind), model.sparsity_config, 0, model.sliding_window_width, model.seq_length)
+        str(kind): visible_share(str(kind), model.sparsity_config, 0, model.sliding_window_width, length)
         for kind in set(model.attention_config)
     }  # random blocks differ between transformer blocks, hardly in their number
     return tuple(kinds[str(kind)] for kind in model.attention_config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -46,7 +47,7 @@ from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import no_wait
 from megatron.optim.lr_schedule import build as build_schedule
 from megatron.param_table import ModelDims, tensors
-from megatron.plan.flops import flops_per_iteration
+from megatron.plan.report import model_flops
 from megatron.registry import SCHEDULES
 from megatron.tokenizers import Tokenizer
 from megatron.tokenizers.builder import build_tokenizer
@@ -191,9 +192,8 @@ def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
 
 def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporter: Reporter) -> TrainSchedule:
     training, checkpoint, model = config.training, config.checkpoint, config.model
-    dims = ModelDims.of(model, config.moe, config.mixers)
     batch = require(training.train_batch_size)
-    table = tensors(dims, vocabulary)
+    table = tensors(ModelDims.of(model, config.moe, config.mixers), vocabulary)
     peak = find_peak(device(), DTYPES[require(config.precision.precision)], config.observe.peak_theoretical_tflops)
     reporter.message(f"model FLOPs utilisation is against {peak}")
     return TrainSchedule(
@@ -214,8 +214,8 @@ def _train_schedule(config: Config, topology: Topology, vocabulary: int, reporte
             lengths=curriculum_lengths(config.deepspeed.curriculum_learning, require(model.seq_length)),
             max_length=require(model.seq_length),
         ),
-        flops=lambda length: (
-            flops_per_iteration(dims, table, seq_length=length, train_batch_size=1) / topology.world_size
+        flops=cache(
+            lambda length: model_flops(config, table, seq_length=length, train_batch_size=1) / topology.world_size
         ),
         peak_flops=peak.flops_per_second,
         overflow_limit=config.precision.overflow_limit,
