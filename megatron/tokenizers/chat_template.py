@@ -35,7 +35,7 @@ MORE_TEMPLATES = "additional_chat_templates"
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Characters that no text holds mark what the tag `generation` encloses, and where a message is to be gone on with.
-_OPENS, _CLOSES, _GOES_ON = "\ufdd0", "\ufdd1", "\ufdd2 "
+_OPENS, _CLOSES, _MARK = "\ufdd0", "\ufdd1", "\ufdd2"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _HUB_KINDS = (PretrainedFromHF.__name__, HFGPT2Tokenizer.__name__)
 
@@ -150,11 +150,24 @@ class ChatTemplate:
             **extra: Further variables of the template.
         """
         given = _plain(messages)
-        if continue_final_message:
-            given = _to_be_continued(given)
         variables = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **extra}
-        text = self._rendered(self._name(tools), given, variables, marks=False)
-        return _until_the_mark(text) if continue_final_message else text
+        if continue_final_message:
+            return self._continued(given, variables)
+        return self._rendered(self._name(tools), given, variables, marks=False)
+
+    def _continued(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The text up to the end of the last message. Raises TemplateRefusal where not all of it is there."""
+        name, message = self._name(variables["tools"]), _last_text(messages)
+        marked = self._rendered(name, _to_be_continued(messages), variables, marks=False)
+        before, after = _parted_at_the_mark(marked)
+        if _MARK in before:  # the template writes the message more than once, or its length as well
+            before = _without_end(self._rendered(name, messages, variables, marks=False), after)
+        if not before.rstrip().endswith(message.strip()):
+            raise TemplateRefusal(
+                "the template changes or leaves out a part of the last message, such as its reasoning, so that it "
+                "cannot be gone on with: leave that part out of the message, or let the model begin its own"
+            )
+        return before
 
     def render_marked(self, messages: Sequence[Message], **extra: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text, and which stretches the tag `generation` encloses [characters]. Raises TemplateRefusal."""
@@ -281,19 +294,30 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return made
 
 
-def _to_be_continued(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _last_text(messages: list[dict[str, Any]]) -> str:
     if not messages or not isinstance(messages[-1].get("content"), str):
         raise TemplateRefusal("there is no last message with a text to go on with")
+    return str(messages[-1]["content"])
+
+
+def _to_be_continued(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a mark and a blank behind the last text."""
     last = messages[-1]
-    return [*messages[:-1], {**last, "content": last["content"] + _GOES_ON}]
+    return [*messages[:-1], {**last, "content": f"{last['content']}{_MARK} "}]
 
 
-def _until_the_mark(text: str) -> str:
-    """The text before the mark; where the template strips a message, what is before it is stripped as well."""
-    before, mark, after = text.rpartition(_GOES_ON.strip())
+def _parted_at_the_mark(text: str) -> tuple[str, str]:
+    """The text before the mark and behind it; what is before is stripped where the template strips a message."""
+    before, mark, after = text.rpartition(_MARK)
     if not mark:
         raise TemplateRefusal("the template leaves out the end of the last message, which cannot be gone on with")
-    return before if after.startswith(" ") else before.rstrip()
+    return (before, after[1:]) if after.startswith(" ") else (before.rstrip(), after)
+
+
+def _without_end(text: str, end: str) -> str:
+    if not text.endswith(end):
+        raise TemplateRefusal("the template writes the last message in a way that cannot be gone on with")
+    return text.removesuffix(end)
 
 
 def _without_marks(marked: str) -> tuple[list[tuple[int, int]], str]:

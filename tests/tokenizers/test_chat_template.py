@@ -208,6 +208,58 @@ def test_a_last_message_that_is_gone_on_with(tmp_path, trimmed, content):
     assert ChatTemplate(source).render(messages, continue_final_message=True) == expected
 
 
+THINKING = (
+    "{%- for m in messages %}{%- set c = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else"
+    " m.content %}<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "accepted"),
+    [
+        ("<think>\nlong thought\n</think>\n\nThe answer is", False),
+        ("<think></think>x", False),
+        ("</think>", False),
+        ("The answer is", True),
+        (" <think>only open", True),
+        ("", True),
+    ],
+)
+def test_a_template_that_strips_reasoning_does_not_drop_it_from_what_is_gone_on_with(tmp_path, content, accepted):
+    """As transformers does; the same words in an earlier message do not stand for those of the last one."""
+    messages = [*TURNS, {"role": "assistant", "content": content}]
+    folder = folder_with(tmp_path, THINKING)
+    if accepted:
+        expected = theirs(folder, messages, continue_final_message=True)
+        assert ChatTemplate(THINKING).render(messages, continue_final_message=True) == expected
+        return
+    with pytest.raises(ValueError, match="final message does not appear"):
+        theirs(folder, messages, continue_final_message=True)
+    for before in ("hi", content):
+        with pytest.raises(TemplateRefusal, match="leaves out a part of the last message"):
+            ChatTemplate(THINKING).render(
+                [{"role": "user", "content": before}, messages[-1]], continue_final_message=True
+            )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ m.content }} ({{ m.content | length }}) {{ m.content }}",
+        "{{ m.content | trim }}|{{ m.content | trim }}",
+        "<!-- {{ m.content }} -->{{ m.content | trim }}",
+    ],
+)
+@pytest.mark.parametrize("content", ["The answer is", "The answer is ", "", "x"])
+def test_a_template_that_writes_a_message_twice_is_gone_on_with_at_the_last(body, content):
+    source = f"{{%- for m in messages %}}{{{{ m.role }}}}:{body}<end>\n{{% endfor %}}"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    template = ChatTemplate(source)
+    text = template.render(messages, continue_final_message=True)
+    assert text == template.render(messages).removesuffix("<end>\n")
+    assert "\ufdd2" not in text
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "reported"),
     [
