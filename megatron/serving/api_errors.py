@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,15 +72,18 @@ def add_handlers(app: FastAPI) -> None:
     async def malformed(request: Request, found: RequestValidationError) -> JSONResponse:
         if "json" not in (kind := request.headers.get("content-type", "none")):
             return _error(400, f"send the body as JSON, with the header Content-Type: application/json (it is {kind})")
-        text = dict.fromkeys(
-            ".".join(str(part) for part in each["loc"][1:]) + ": " + each["msg"] for each in found.errors()
-        )
+        text = dict.fromkeys(_described(each["loc"][1:], each["msg"]) for each in found.errors())
         return _error(400, "; ".join(list(text)[:_MOST_SHOWN]))
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, found: Exception) -> JSONResponse:
         get_logger(__name__).error("a request could not be answered (%r)", found)
         return _error(500, f"the request could not be answered ({type(found).__name__})")
+
+
+def _described(field: Sequence[int | str], message: str) -> str:
+    """What is wrong with a field; of the body as a whole without a name, and without the library's words."""
+    return ": ".join(filter(None, [".".join(map(str, field)), message.removeprefix("Value error, ")]))
 
 
 def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -204,6 +204,20 @@ def test_what_cannot_be_done_is_reported(strict, name):
     how, reported = ERRORS[name]
     status, answer = ask(strict.url, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **how})
     assert status == 400 and reported in answer["error"]["message"], answer
+    assert "Value error" not in answer["error"]["message"]
+    assert answer["error"]["message"][0].isalpha(), answer
+
+
+def test_a_part_of_a_last_message_is_not_dropped_where_the_template_strips_it():
+    """`transformers` raises ValueError."""
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    with running(conversations=Conversations(ChatTemplate(template))) as served:
+        body = {"messages": messages, "max_tokens": 1, "continue_final_message": True}
+        status, answer = ask(served.url, body)
+        assert status == 400 and "leaves out a part of the last message" in answer["error"]["message"], answer
+        messages[-1]["content"] = "b"
+        assert ask(served.url, body)[1]["usage"]["prompt_tokens"] == len("hi|b")
 
 
 def test_arguments_of_calls_are_what_their_json_says(strict):
