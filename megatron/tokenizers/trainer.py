@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -124,12 +125,20 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
         if not seen.characters:
             hint = "name files whose documents hold text"
             raise RunError.of("there is no text to learn a tokenizer from", hint=hint) from error
-        what = f"sentencepiece cannot learn so many pieces from this text ({str(error).splitlines()[0]})"
-        hint = "ask for fewer pieces, or give more text"
+        what, hint = _unlearnable(str(error).splitlines()[0])
         raise ConfigError.of(what, key="vocab_size", value=vocab_size, hint=hint) from error
     write_atomic(path, model.getvalue())
     learnt: int = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     return learnt
+
+
+def _unlearnable(reported: str) -> tuple[str, str]:
+    """What is wrong with a number of pieces, and the hint. reported: by the library."""
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reported):
+        what = f"the bytes, marks and characters of this text alone are {found[1]} pieces"
+        return what, f"ask for more than {found[1]}"
+    what = f"sentencepiece cannot learn so many pieces from this text ({reported})"
+    return what, "ask for fewer pieces, or give more text"
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

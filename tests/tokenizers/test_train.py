@@ -1,10 +1,12 @@
 """Training a tokenizer: its special ids, its size, and the same result each time."""
 
+import re
+
 import pytest
 
 from megatron.errors import ConfigError
 from megatron.tokenizers import make_tokenizer
-from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe
+from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 
 TEXT = ["for each line in the file, print the line and count the words in each line"] * 5
 
@@ -29,3 +31,19 @@ def test_the_same_text_gives_the_same_tokenizer():
 def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
     with pytest.raises(ConfigError, match="258"):
         train_byte_level_bpe(iter(TEXT), 257)
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+def test_too_few_pieces_for_the_characters_are_refused_with_the_least_number(tmp_path, algorithm):
+    text = ["".join(map(chr, range(0x4E00, 0x4E00 + 200)))] * 3
+    with pytest.raises(ConfigError, match=r"ask for more than (\d+)") as refused:
+        train_sentence_piece(iter(text), 300, tmp_path / "few.model", algorithm=algorithm)
+    assert "fewer" not in str(refused.value) and "coverage" not in str(refused.value)
+    least = int(re.search(r"ask for more than (\d+)", str(refused.value))[1])
+    assert least > 300
+    assert train_sentence_piece(iter(text), least + 1, tmp_path / "made.model", algorithm=algorithm) <= least + 1
+
+
+def test_more_pieces_than_the_text_supports_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="ask for fewer pieces, or give more text"):
+        train_sentence_piece(iter(["ab ab"]), 5000, tmp_path / "many.model", algorithm="bpe")
