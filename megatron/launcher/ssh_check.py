@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import shlex
 import shutil
 import socket
@@ -29,7 +30,7 @@ class SshResult:
     error: str | None = None
     """The reason why it cannot be used; None if it can."""
     address: str | None = None
-    """Its first address; None if unknown."""
+    """Its first address; None where it does not say."""
 
 
 def check_launcher(launcher: str, environment: Mapping[str, str]) -> None:
@@ -80,8 +81,23 @@ def check_ssh(host: str, environment: Mapping[str, str]) -> SshResult:
     if done.returncode == 255:  # ssh's own
         reported = done.stderr.strip().splitlines()
         return SshResult(host, reported[-1] if reported else "ssh gives no reason")
-    addresses = done.stdout.split()
-    return SshResult(host, address=addresses[0] if addresses else None)
+    return SshResult(host, address=None if done.returncode else _first_address(done.stdout))
+
+
+def _first_address(text: str) -> str | None:
+    """Returns the first address of the last line that holds addresses alone: a login shell may print more lines.
+
+    Those that lead nowhere from another host are left out.
+    """
+    for line in reversed(text.splitlines()):
+        try:
+            addresses = [(word, ipaddress.ip_address(word)) for word in line.split()]
+        except ValueError:
+            continue
+        usable = [word for word, each in addresses if not (each.is_loopback or each.is_link_local)]
+        if usable:
+            return usable[0]
+    return None
 
 
 def own_address(remote: str | None) -> str:
