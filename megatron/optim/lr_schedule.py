@@ -85,13 +85,17 @@ def cosine(point: DecayPoint) -> float:
 
 
 def exponential(point: DecayPoint) -> float:
-    """Halves from the end of warmup to the horizon."""
-    return 0.5**point.progress
+    """Halves from the end of warmup to the horizon, not below the minimum."""
+    return _above(point, 0.5**point.progress)
 
 
 def inverse_sqrt(point: DecayPoint) -> float:
     """Maximum x sqrt(warmup / step), not below the minimum (arXiv:1706.03762, section 5.3), up to the horizon."""
-    lr = math.sqrt(max(1.0, point.warmup) / max(1.0, point.step))
+    return _above(point, math.sqrt(max(1.0, point.warmup) / max(1.0, point.step)))
+
+
+def _above(point: DecayPoint, lr: float) -> float:
+    """Returns the factor of a learning rate that is given as a fraction of the maximum; the minimum bounds it."""
     return max(0.0, (lr - point.min_lr) / (1 - point.min_lr)) if point.min_lr < 1 else 1.0
 
 

@@ -48,7 +48,7 @@ def closed_form(style: str, step: int) -> float:
         "constant": peak,
         "linear": peak - (peak - floor) * x,
         "cosine": floor + (peak - floor) * (1 + math.cos(math.pi * x)) / 2,
-        "exponential": floor + (peak - floor) * 2**-x,
+        "exponential": max(floor, peak * 2**-x),
         "inverse_sqrt": max(floor, peak * math.sqrt(10 / step)),
         "wsd": peak - (peak - floor) * max(0.0, (step - 90) / 10),
     }[style]
@@ -94,3 +94,11 @@ def test_cosine_equals_torch() -> None:
 def test_exponential_halves_over_the_horizon() -> None:
     assert build("exponential", warmup=0.0, min_lr=0.0).lr(100) == pytest.approx(5e-4)
     assert build("exponential", warmup=0.0, min_lr=0.0).lr(50) == pytest.approx(1e-3 / math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("min_lr", "steps"), [(2e-4, {50: 1e-3 / math.sqrt(2), 100: 5e-4, 200: 5e-4}), (8e-4, {100: 8e-4})]
+)
+def test_the_minimum_bounds_exponential_and_does_not_lift_it(min_lr: float, steps: dict[int, float]) -> None:
+    schedule = build("exponential", warmup=0.0, min_lr=min_lr)
+    assert {step: schedule.lr(step) for step in steps} == pytest.approx(steps)
