@@ -119,6 +119,15 @@ def test_an_end_inside_a_document_starts_another():
     assert batch.document_starts.tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 0, 0, 4, 4]]
 
 
+def test_an_end_inside_a_conversation_starts_none():
+    """Its turns may end with the same token; the data has the borders."""
+    samples = torch.tensor([[5, 0, 6, 7, 0, 0, 8], [1, 1, 1, 1, 1, 1, 1]])
+    borders = torch.zeros_like(samples, dtype=torch.bool)
+    borders[0, 3] = borders[1, 4] = True
+    batch = make_batch(samples, eod=0, eod_mask_loss=False, labels=samples, borders=borders)
+    assert batch.document_starts.tolist() == [[0, 0, 0, 3, 3, 3], [0, 0, 0, 0, 4, 4]]
+
+
 @pytest.mark.parametrize(
     ("alpha", "weights"),
     [(1.0, [0.1, 0.1, 0.8]), (0.0, [1 / 3] * 3), (0.5, [10 / 48.2842712, 10 / 48.2842712, 28.2842712 / 48.2842712])],

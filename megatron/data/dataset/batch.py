@@ -92,7 +92,7 @@ def make_batch(
         labels: int64 [b, s + 1], the samples with IGNORE_INDEX where a token is not to be predicted; the samples
             themselves unless given.
         borders: Bool [b, s + 1], True where a document starts; documents then stay apart, those that an eod ends inside
-            one included.
+            one included. With labels an eod is no border: in a conversation it may end every turn.
         rewards: float32 [b, s + 1].
         prompt: Places before every sequence for the vectors of a learned prompt, where no label counts; the batch is
             [b, prompt + s].
@@ -106,11 +106,12 @@ def make_batch(
         counted = targets >= 0
         loss_mask *= counted
         targets *= counted
+    ends = eod if labels is None else None
     batch = MicroBatch(
         tokens,
         targets,
         loss_mask,
-        document_starts=None if borders is None else document_starts(tokens, borders[:, :-1], eod),
+        document_starts=None if borders is None else document_starts(tokens, borders[:, :-1], ends),
         rewards=None if rewards is None else rewards[:, :-1].contiguous(),
     )
     return batch.behind(prompt) if prompt else batch
