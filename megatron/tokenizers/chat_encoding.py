@@ -3,8 +3,9 @@
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
 other, where a turn is in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
 role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
-its reasoning too. Answers of tools belong to the tools. A token counts that holds any character of what counts, as in
-`transformers`: behind a blank that opens the turn, the first word's token has that blank.
+its reasoning too, and the special token that opens the next turn where nothing else ends this one (GLM-4). Answers of
+tools belong to the tools. A token counts that holds any character of what counts, as in `transformers`: behind a blank
+that opens the turn, the first word's token has that blank.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from types import MappingProxyType
 from typing import Any
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.chat_messages import NO_VARIABLES, Shapes, texts_of
+from megatron.tokenizers.chat_messages import NO_VARIABLES, Shapes, is_learnt, texts_of
 from megatron.tokenizers.chat_template import ChatTemplate, Message, TemplateRefusal
 from megatron.tokenizers.pretrained import PretrainedFromHF
 
@@ -75,7 +77,7 @@ class ChatTokens:
             raise ValueError(f"{named[0]!r} is no variable of the template that could be set")
         if not self._parse_special:
             self._check_spelling(given, variables)
-        text, spans = _Rendering(self.template, given, variables).marked(role, only_last)
+        text, spans = _Rendering(self.template, given, variables, self._special).marked(role, only_last)
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         return ids, [any(start < max(end, at + 1) and at < stop for start, stop in spans) for at, end in offsets]
 
@@ -116,10 +118,13 @@ class ChatTokens:
 
 
 class _Rendering:
-    """One conversation, its template and the variables with which it is rendered."""
+    """One conversation, its template, the variables with which it is rendered and the special tokens."""
 
-    def __init__(self, template: ChatTemplate, turns: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self, template: ChatTemplate, turns: Sequence[Message], variables: Mapping[str, Any], special: Sequence[str]
+    ) -> None:
         self._template, self._turns, self._variables = template, turns, variables
+        self._special = sorted(special, key=len, reverse=True)
 
     def marked(self, role: str, only_last: bool) -> tuple[str, Spans]:
         """The rendered text, and where the marked turns are in it [characters]."""
@@ -128,11 +133,24 @@ class _Rendering:
         if only_last:
             selected = [len(turns) - 1]
         marks = self._template.marks_generation(self._variables.get("tools"))
+        learnt = [is_learnt(turns[number]) for number in selected]
         if selected and marks and all(turns[number]["role"] == ASSISTANT for number in selected):
             text, spans = self._template.render_marked(turns, **self._variables)
-            return text, spans[-1:] if only_last else spans
+            spans = spans[-1:] if only_last else spans
+            if not all(learnt) and len(spans) != len(selected):
+                raise ValueError("a turn is left out of the loss, and the template does not mark each turn once")
+            return text, spans if all(learnt) else list(compress(spans, learnt))
         text = self._text(turns)
-        return text, [self._span(number, text) for number in selected]
+        return text, [self._ended(self._span(number, text), text) for number in compress(selected, learnt)]
+
+    def _ended(self, span: tuple[int, int], text: str) -> tuple[int, int]:
+        """The span with the special token that follows, where the turn has none at its end."""
+        start, stop = span
+        if text[start:stop].rstrip().endswith(tuple(self._special)):
+            return span
+        at = stop + len(text[stop:]) - len(text[stop:].lstrip())
+        following = next((token for token in self._special if text.startswith(token, at)), None)
+        return span if following is None else (start, at + len(following))
 
     def _text(self, turns: Sequence[Message], *, opens: bool = False) -> str:
         return self._template.render(turns, add_generation_prompt=opens, **self._variables)

@@ -34,6 +34,22 @@ _BEFORE = {"assistant": 1, "tool": 2, "ipython": 2, "function": 2}
 _CALL_ID = "123456789"  # some templates insist on nine characters
 
 
+_LEARNT = ("weight", "loss", "train")
+"""Fields of a turn that leave it out of the loss, as OpenAI's format, ms-swift and axolotl have them."""
+
+
+def is_learnt(turn: Message) -> bool:
+    """Returns whether a turn's own field lets it carry a loss: 1 or true, which is the default, or 0 or false.
+
+    Raises ValueError for any other value.
+    """
+    given = {name: turn[name] for name in _LEARNT if turn.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(f"a turn's {name!r} is {value!r}, and can be 1 or true, or 0 or false for no loss")
+    return all(given.values())
+
+
 class InvalidToolCall(ValueError):
     """A tool call that cannot be read. number: of its message, from 0. what: what is wrong."""
 

@@ -119,6 +119,34 @@ def test_the_blank_that_a_model_has_to_write_carries_a_loss(tmp_path, content):
     assert chat.tokenizer._reader.decode(ids, skip_special_tokens=False).endswith(f"[/INST] {content}</s>")
 
 
+@pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"], NO_PROMPT])
+@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}])
+def test_a_turn_that_says_so_carries_no_loss(tmp_path, template, field):
+    turns = [*TURNS[:2], {**TURNS[2], **field}, TURNS[3], {**TURNS[4], **dict.fromkeys(field, 1)}]
+    assert marked(chat_of(tmp_path, template), turns) == "  four  <|im_end|>\n"
+    assert marked(chat_of(tmp_path, template), turns[:3], only_last=True) == ""
+
+
+@pytest.mark.parametrize("value", [0.5, "0", [0]])
+def test_a_share_of_a_loss_is_refused(tmp_path, value):
+    turns = [*TURNS[:2], {**TURNS[2], "weight": value}]
+    with pytest.raises(ValueError, match=r"'weight' is .* can be 1 or true"):
+        chat_of(tmp_path, PLAIN).encode(turns, role="assistant", only_last=False)
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_the_token_that_opens_the_next_turn_ends_one_without_an_end(tmp_path, between):
+    """As in GLM-4, whose ids that end a text are those that open the turns of others."""
+    template = (
+        "{% for m in messages %}{{ {'assistant': '<|im_start|>', 'user': '<|im_end|>'}[m.role] }}"
+        "{{ m.content + 'BETWEEN' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    ).replace("BETWEEN", between.replace("\n", "\\n"))
+    chat = chat_of(tmp_path, template)
+    assert marked(chat, TURNS[1:]) == f"two{between}<|im_end|>  four  {between}"
+    assert marked(chat, TURNS[1:], "user") == f"one{between}<|im_start|>three{between}<|im_start|>"
+    assert marked(chat, TURNS[1:4], only_last=True) == f"three{between}"
+
+
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"]])
 @pytest.mark.parametrize(("last", "expected"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
 def test_the_last_turn_alone(tmp_path, template, last, expected):
