@@ -50,7 +50,7 @@ def test_a_run_goes_on_in_its_own_folder_whatever_it_is_called(
         claim(section(Path(name)), layout.step_directory(tmp_path / "run", 10), leads=True)
     assert caplog.text == ""
     claim(section(Path("run")), layout.step_directory(tmp_path / "run", 5), leads=True)
-    assert "also holds iteration 10, which this run replaces" in caplog.text
+    assert "also holds iteration 10, from beyond this one" in caplog.text
 
 
 def test_an_exported_model_inside_the_folder_is_no_checkpoint_of_it(tmp_path: Path) -> None:

@@ -66,7 +66,11 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
     if loaded is not None and number is not None and layout.same_folder(loaded.parent, save):
         later = [each for each in held if each > number]
         if later:
-            _log.warning("%s also holds %s, which this run replaces as it comes to them", save, _named(later))
+            _log.warning(
+                "%s also holds %s, from beyond this one: a save of the same iteration replaces it, the others stay",
+                save,
+                _named(later),
+            )
         return
     _refuse_bucket(section, leads=leads)
     if not held:
