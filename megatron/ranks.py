@@ -7,8 +7,13 @@ names of their own, `launcher/rank_env.py` sets them before anything else reads 
 from __future__ import annotations
 
 import os
+import random
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
+
+NOT_OUTGOING = range(20000, 32768)
+"""Ports below those that Linux gives outgoing connections by default."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,19 @@ class Ranks:
 
 
 def free_port(port: int = 0) -> int:
-    """Returns a TCP port of this host that is free now. Raises OSError when `port` is given and taken."""
+    """Returns a TCP port of this host that is free now. Raises OSError when `port` is given and taken.
+
+    Without a port it is one that the kernel gives no outgoing connection, so that it is still free when rank 0 listens.
+    """
+    if port:
+        return _bound(port)
+    for candidate in random.SystemRandom().sample(NOT_OUTGOING, 64):
+        with suppress(OSError):
+            return _bound(candidate)
+    return _bound(0)
+
+
+def _bound(port: int) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron.ranks import Ranks, free_port
+from megatron.ranks import NOT_OUTGOING, Ranks, free_port
 
 
 def test_the_environment_names_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +27,7 @@ def test_a_process_started_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPat
 
 def test_a_free_port_can_be_listened_on_and_a_taken_one_is_refused() -> None:
     port = free_port()
+    assert port in NOT_OUTGOING
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
         listener.listen()
