@@ -24,6 +24,7 @@ from megatron.launcher.commands.local import (
     search_paths,
     workers_environment,
 )
+from megatron.launcher.env_file import check_env_files
 from megatron.launcher.hosts import Hosts, without_user
 from megatron.launcher.rank_agent import SOCKET_VARIABLE
 from megatron.registry import PLUGINS
@@ -105,6 +106,8 @@ def multi_host_command(
     if rendezvous.supervisor is not None:
         settings.append(f"{SOCKET_VARIABLE}={rendezvous.supervisor}")
     build = LAUNCHERS[rendezvous.launcher]
+    if build not in (_jsrun, _flux):  # all others are DeepSpeed's runner
+        check_env_files(caller, Path.cwd())
     if build is not _pdsh:
         launch = Launch(machines, rendezvous, (), log_dir)
         launch.require_full_hosts()
