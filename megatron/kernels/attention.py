@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -129,61 +130,6 @@ def sdpa_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
-def _prefers(*first: SDPBackend) -> AbstractContextManager[object]:
-    """Returns the context in which torch takes the first of these backends that it can use for a case, then others.
-
-    A compiled graph takes torch's own order, which is the same (`PREFERS_CUDNN` of the registry).
-    """
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    rest = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return sdpa_kernel(list(dict.fromkeys([*first, *rest])), set_priority=True)
-
-
-def cudnn_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout: float = 0.0,
-    starts: Tensor | None = None,
-    view: AttentionMask | None = None,
-) -> Tensor:
-    """Attention by cuDNN's backend in torch where nothing besides the causal mask hides keys.
-
-    Args:
-        q: Queries [b, n, s, d].
-        k: Keys [b, m, keys, d].
-        v: Values [b, m, keys, d].
-        dropout: Dropout of the probabilities.
-        starts: The first key that each query may see, [b, s].
-        view: Mask besides the causal one.
-    """
-    with _prefers(SDPBackend.CUDNN_ATTENTION):
-        return gpu_attention(q, k, v, dropout, starts, view)
-
-
-def torch_flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout: float = 0.0,
-    starts: Tensor | None = None,
-    view: AttentionMask | None = None,
-) -> Tensor:
-    """Attention by torch's flash backend where nothing besides the causal mask hides keys.
-
-    Args:
-        q: Queries [b, n, s, d].
-        k: Keys [b, m, keys, d].
-        v: Values [b, m, keys, d].
-        dropout: Dropout of the probabilities.
-        starts: The first key that each query may see, [b, s].
-        view: Mask besides the causal one.
-    """
-    with _prefers(SDPBackend.FLASH_ATTENTION):
-        return gpu_attention(q, k, v, dropout, starts, view)
-
-
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of cached rows under a given mask.
 
@@ -241,6 +187,41 @@ def gpu_attention(
     if (view is None and starts is None) or flex_unavailable(q, k, dropout) is not None:
         return sdpa_attention(q, k, v, dropout, starts, view)
     return flex_attention(q, k, v, starts, view or AttentionMask())
+
+
+def _prefers(first: SDPBackend) -> AbstractContextManager[object]:
+    """Returns the context in which torch takes this backend for the cases that it can use it for, then others.
+
+    A compiled graph takes torch's own order, which is the same (`PREFERS_CUDNN` of the registry).
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    rest = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(dict.fromkeys([first, *rest])), set_priority=True)
+
+
+@dataclass(frozen=True)
+class TorchAttention:
+    """Attention by one backend of torch where nothing besides the causal mask hides keys, else `gpu_attention`."""
+
+    backend: SDPBackend
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float = 0.0,
+        starts: Tensor | None = None,
+        view: AttentionMask | None = None,
+    ) -> Tensor:
+        """The arguments of `gpu_attention`."""
+        with _prefers(self.backend):
+            return gpu_attention(q, k, v, dropout, starts, view)
+
+
+cudnn_attention = TorchAttention(SDPBackend.CUDNN_ATTENTION)
+torch_flash_attention = TorchAttention(SDPBackend.FLASH_ATTENTION)
 
 
 def any_attention(device: torch.device) -> AttentionKernel:

@@ -108,47 +108,47 @@ class FlashAttention:
 
 
 def _call_2(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    import flash_attn
 
-    options = {
-        "dropout_p": request.dropout,
-        "causal": True,
-        "window_size": _window(request.behind, NO_WINDOW),
-        "alibi_slopes": request.slopes,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    out: Tensor
-    if request.documents is None:
-        out = flash_attn_func(q, k, v, **options)
-    else:
-        out = flash_attn_varlen_func(q, k, v, **_lengths(request.documents), **options)
-    return out
+    extra = {"dropout_p": request.dropout, "alibi_slopes": request.slopes}
+    return _call_package(flash_attn, q, k, v, request, NO_WINDOW, **extra)
 
 
 def _call_3(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tensor:
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    import flash_attn_interface
 
-    options = {
-        "causal": True,
-        "window_size": _window(request.behind, NO_WINDOW),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    if request.documents is None:
-        return _output(flash_attn_func(q, k, v, **options))
-    return _output(flash_attn_varlen_func(q, k, v, **_lengths(request.documents), **options))
+    return _call_package(flash_attn_interface, q, k, v, request, NO_WINDOW)
 
 
 def _call_4(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tensor:
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import cute
 
+    return _call_package(cute, q, k, v, request, None)
+
+
+def _call_package(
+    package: Any, q: Tensor, k: Tensor, v: Tensor, request: FlashRequest, unlimited: int | None, **extra: Any
+) -> Tensor:
+    """Calls the function of rows, or that of documents, which all versions name alike.
+
+    Args:
+        package: The module of the version.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        request: What is asked for.
+        unlimited: How the version writes a window without a limit.
+        extra: Options of this version alone.
+    """
     options = {
         "causal": True,
-        "window_size": _window(request.behind, None),
+        "window_size": (unlimited, unlimited) if request.behind == NO_WINDOW else (request.behind, 0),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **extra,
     }
     if request.documents is None:
-        return _output(flash_attn_func(q, k, v, **options))
-    return _output(flash_attn_varlen_func(q, k, v, **_lengths(request.documents), **options))
+        return _output(package.flash_attn_func(q, k, v, **options))
+    return _output(package.flash_attn_varlen_func(q, k, v, **_lengths(request.documents), **options))
 
 
 def _call_torch(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tensor:
@@ -160,11 +160,6 @@ def _call_torch(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tenso
     grouped = q.shape[1] != k.shape[1]
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=window, enable_gqa=grouped)
     return _output(out)
-
-
-def _window(behind: int, unlimited: int | None) -> tuple[int | None, int | None]:
-    """Returns the keys seen before and behind the query's own, in the words of a package."""
-    return (unlimited, unlimited) if behind == NO_WINDOW else (behind, 0)
 
 
 def _lengths(documents: DocumentOffsets) -> dict[str, Tensor | int]:
