@@ -18,19 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config import Config, Resources, resolve
-from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.base import BaseEngine
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.metrics.timers import no_wait
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
-from megatron.training.loop_context import LoopContext, TrainSchedule
+from megatron.training.loop_context import LoopContext
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
-from megatron.training.step_schedule import StepSize, StepSizes
+from megatron.training.step_schedule import StepSize
 from tests.end_to_end import engines
 from tests.multi_rank import run_distributed
+from tests.training.schedules import plain_schedule
 
 STEPS, LOG_INTERVAL = 6, 5  # reports after 1, 5 and 6
 QUIET = (3, 4)  # in the second step ZeRO 3 checks the order of modules that it has recorded
@@ -169,21 +169,8 @@ def train(
 ) -> Silent:
     """Runs the loop over the batches."""
     micro, samples = config.training.gradient_accumulation_steps or 1, config.training.train_batch_size or 0
-    schedule = TrainSchedule(
-        total=STEPS,
-        log_interval=LOG_INTERVAL,
-        eval_interval=1000,
-        eval_iters=0,
-        exit_interval=None,
-        exit_minutes=None,
-        save_scale="linear",
-        save_factor=None,
-        save_extra=(),
-        samples=samples,
-        micro_batches=micro,
-        sizes=StepSizes(BatchRampup.of(samples, None), samples // micro, lambda step: engines.LENGTH, engines.LENGTH),
-        flops=lambda length: 1.0,
-        peak_flops=0.0,
+    schedule = plain_schedule(
+        STEPS, samples=samples, length=engines.LENGTH, micro_batches=micro, log_interval=LOG_INTERVAL
     )
     lr_schedule: Any = type("Constant", (), {"lr": lambda self, step: 1e-3})()
     reporter: Any = Silent()

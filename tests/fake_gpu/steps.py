@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed import host_copy
 from megatron.distributed.mesh import Topology
@@ -36,11 +35,11 @@ from megatron.objectives.language_model import LanguageModel
 from megatron.optim.grad_clip import GradientClipper
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
-from megatron.training.loop_context import LoopContext, TrainSchedule
+from megatron.training.loop_context import LoopContext
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
-from megatron.training.step_schedule import StepSizes
 from tests.model import mixtures
+from tests.training.schedules import plain_schedule
 
 STARTED_AT, ENDED_AT = 1, 4  # no step between them is reported
 MICRO_BATCHES = 2
@@ -229,21 +228,8 @@ def loop(module: Any, hooks: list[Hook] | None = None, **settings: Any) -> None:
             to_device=DeviceCopies(fake_cuda.DEVICE),
             outcome_lag=1,
         )
-        schedule = TrainSchedule(
-            total=100,
-            log_interval=50,
-            eval_interval=1000,
-            eval_iters=0,
-            exit_interval=None,
-            exit_minutes=None,
-            save_scale="linear",
-            save_factor=None,
-            save_extra=(),
-            samples=samples,
-            micro_batches=MICRO_BATCHES,
-            sizes=StepSizes(BatchRampup.of(samples, None), models.BATCH, lambda step: models.LENGTH, models.LENGTH),
-            flops=lambda length: 1.0,
-            peak_flops=0.0,
+        schedule = plain_schedule(
+            100, samples=samples, length=models.LENGTH, micro_batches=MICRO_BATCHES, log_interval=50
         )
         try:
             with copies:

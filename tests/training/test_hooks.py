@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError
@@ -17,9 +16,10 @@ from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import no_wait
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
-from megatron.training.loop_context import LoopContext, TrainSchedule
+from megatron.training.loop_context import LoopContext
 from megatron.training.run_state import RunState
-from megatron.training.step_schedule import StepSize, StepSizes
+from megatron.training.step_schedule import StepSize
+from tests.training.schedules import plain_schedule
 
 LENGTH, SAMPLES = 4, 2
 
@@ -128,21 +128,8 @@ def run(
 ) -> ListReporter:
     """Two steps on one process: the second is reported, evaluated and saved."""
     reporter = ListReporter()
-    schedule = TrainSchedule(
-        total=2,
-        log_interval=2,
-        eval_interval=2,
-        eval_iters=1,
-        exit_interval=None,
-        exit_minutes=None,
-        save_scale="linear",
-        save_factor=2,
-        save_extra=(),
-        samples=SAMPLES,
-        micro_batches=1,
-        sizes=StepSizes(BatchRampup.of(SAMPLES, None), SAMPLES, lambda step: LENGTH, LENGTH),
-        flops=lambda length: 1.0,
-        peak_flops=0.0,
+    schedule = plain_schedule(
+        2, samples=SAMPLES, length=LENGTH, log_interval=2, eval_interval=2, eval_iters=1, save_factor=2
     )
     engine: Any = ConstantEngine(fails_at)
     lr_schedule: Any = type("Constant", (), {"lr": lambda self, step: 0.1})()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.data.dataset.batch import MicroBatch
 from megatron.engine.engine import StepResult
 from megatron.errors import RunError
@@ -17,12 +16,13 @@ from megatron.metrics.reporter import Reporter
 from megatron.metrics.timers import no_wait
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.loop import run_loop
-from megatron.training.loop_context import LoopContext, TrainSchedule
+from megatron.training.loop_context import LoopContext
 from megatron.training.nan_guard import LossGuard
 from megatron.training.run_state import RunState
 from megatron.training.step_outcomes import StepOutcome
-from megatron.training.step_schedule import StepSize, StepSizes
+from megatron.training.step_schedule import StepSize
 from tests.multi_rank import run_distributed
+from tests.training.schedules import plain_schedule
 
 SAMPLES, LENGTH, NAN = 2, 4, float("nan")
 
@@ -88,25 +88,8 @@ class Run:
         self.state = RunState()
         locator: Any = Locating()
         guard = LossGuard(locator, on_nan, None, scaled=False, log=self.said.append)
-        settings: dict[str, Any] = {
-            "log_interval": 100,
-            "eval_interval": 100,
-            "eval_iters": 0,
-            "save_factor": None,
-            **schedule,
-        }
-        self.schedule = TrainSchedule(
-            total=len(losses),
-            exit_interval=None,
-            exit_minutes=None,
-            save_scale="linear",
-            save_extra=(),
-            samples=SAMPLES,
-            micro_batches=1,
-            sizes=StepSizes(BatchRampup.of(SAMPLES, None), SAMPLES, lambda step: LENGTH, LENGTH),
-            flops=lambda length: 1.0,
-            peak_flops=0.0,
-            **settings,
+        self.schedule = plain_schedule(
+            len(losses), samples=SAMPLES, length=LENGTH, **{"eval_interval": 100, **schedule}
         )
         engine: Any = self.engine
         lr_schedule: Any = type("Steps", (), {"lr": lambda self, step: float(step)})()
