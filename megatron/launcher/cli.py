@@ -35,6 +35,7 @@ from megatron.launcher.run_directory import (
 from megatron.launcher.ssh_check import check_hosts, check_launcher, node_number, own_address
 from megatron.launcher.supervisor import Network, Outcome, Supervisor, print_outcome, terminal_environment
 from megatron.launcher.worker_config import config_argument
+from megatron.output_streams import ignore_lost_output
 from megatron.plan.base_shapes import check_base_shapes, write_base_shapes
 from megatron.plan.kernel_choices import kernel_issues
 
@@ -75,6 +76,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _launch(request: LaunchRequest, resolved: Resolved, folder: Path) -> int:
     """Runs the workers, and restarts them after failures up to `max_restarts` times; returns the exit code."""
+    ignore_lost_output()
     launch = resolved.resolution.config.launch
     by_ssh = launcher_of(launch) in OVER_SSH
     launched = time.time()

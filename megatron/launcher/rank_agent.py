@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 
 from megatron.errors import ConfigError
 from megatron.launcher.rank_env import set_rank_env
+from megatron.output_streams import ignore_lost_output
 from megatron.ranks import Ranks
 from megatron.shared_memory import remove_segment
 
@@ -236,6 +237,7 @@ def _ignore_signal(_signal: int, _frame: object) -> None:
 def main(arguments: list[str]) -> int:
     """Runs SCRIPT as the worker of this rank."""
     die_with_parent(PARENT_GONE)
+    ignore_lost_output()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(each, _ignore_signal)
     rest = list(arguments)

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.launcher.rank_agent import CHUNK, NETWORK, SOCKET_VARIABLE, die_with_parent, shell_code
+from megatron.output_streams import copy_output
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -126,14 +128,15 @@ class Supervisor:
                 list(command),
                 env=full_environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log if self._network is None else None,
-                stderr=log if self._network is None else None,
+                stdout=log if self._network is None else subprocess.PIPE,
+                stderr=log if self._network is None else subprocess.PIPE,
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 (no thread runs here)
             )
             ctypes.CDLL(None).prctl(
                 PR_SET_CHILD_SUBREAPER, 1
             )  # whoever loses its parent becomes a child of this process
+            _show_output(launcher, cleanup)
             cleanup.callback(_end_all, launcher)
             self._serve(launcher)
             if self._network is not None:
@@ -274,11 +277,11 @@ class Supervisor:
             if not self._ranks:
                 self._kill_at = time.monotonic()  # no worker runs yet, so there is nothing to save
                 return
+            for each in self._ranks.values():
+                self._send(each, self._stop)
             again = "; once more ends them without saving" if number == signal.SIGINT else ""
             below = "\n" if sys.stderr.isatty() else ""  # the live line of rank 0 is there
             _print(f"{below}{self._stop.name}: the workers save and stop, or end if training has not begun{again}")
-            for each in self._ranks.values():
-                self._send(each, self._stop)
 
     def _send(self, each: Rank, number: signal.Signals) -> None:
         if each.link is not None and each.code is None:
@@ -300,6 +303,16 @@ class Supervisor:
             return Outcome(shell_code(-self._stop), stopped_by=self._stop)
         lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
         return Outcome(shell_code(launcher.poll() or 1), tail=tuple(lines[-40:]))
+
+
+def _show_output(launcher: subprocess.Popen[bytes], cleanup: ExitStack) -> None:
+    """Copies the output of a launcher of several hosts, which a closed pipe or terminal of its own would end."""
+    for stream, target in ((launcher.stdout, 1), (launcher.stderr, 2)):
+        if stream is not None:
+            copying = threading.Thread(target=copy_output, args=(stream.fileno(), target), daemon=True)
+            copying.start()
+            cleanup.callback(stream.close)
+            cleanup.callback(copying.join, END_SECONDS)
 
 
 def _end_all(launcher: subprocess.Popen[bytes]) -> None:

@@ -25,6 +25,7 @@ from megatron.config import Config
 from megatron.errors import INTERRUPTED, ConfigError, RunError
 from megatron.launcher.rank_env import set_rank_env
 from megatron.launcher.worker_config import worker_config
+from megatron.output_streams import ignore_lost_output
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.ranks import Ranks
 
@@ -80,6 +81,7 @@ def worker_main(main: Callable[[Config], int | None], arguments: Sequence[str] |
     A ConfigError is 2 and a RunError 1, printed in one line per issue; an interruption is 130. Any other exception is
     an error of the program: its traceback is printed, and the code is 1.
     """
+    ignore_lost_output()
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         set_rank_env(os.environ)

@@ -129,6 +129,34 @@ def deepy(tmp_path: Path, light_deepspeed: Path) -> Deepy:
     return Deepy(tmp_path, light_deepspeed)
 
 
+FLUX = """\
+    #!{python}
+    # Stands in for `flux run`: starts every task on this host, with the names that Flux gives.
+    import os, subprocess, sys
+    words = sys.argv[1:]
+    tasks = int(words[words.index("--nodes") + 1]) * int(words[words.index("--tasks-per-node") + 1])
+    command = words[words.index({python!r}):]
+    def environment(rank):
+        names = dict(FLUX_TASK_RANK=str(rank), FLUX_JOB_SIZE=str(tasks), FLUX_TASK_LOCAL_ID=str(rank))
+        return dict(os.environ, **names)
+    started = [subprocess.Popen(command, env=environment(rank)) for rank in range(tasks)]
+    sys.exit(max(each.wait() for each in started))
+    """
+
+
+@pytest.fixture
+def flux(deepy: Deepy) -> Deepy:
+    """deepy.py beside a stand-in for flux."""
+    programs = deepy.folder / "bin"
+    programs.mkdir()
+    (programs / "flux").write_text(textwrap.dedent(FLUX).format(python=sys.executable))
+    (programs / "flux").chmod(0o755)
+    deepy.environment["PATH"] = f"{programs}:{deepy.environment['PATH']}"
+    with (deepy.folder / "conf.yml").open("a") as configuration:
+        configuration.write("launcher: flux\nnum_nodes: 1\n")
+    return deepy
+
+
 def is_running(pid: int) -> bool:
     """Whether the process still runs; one that only waits to be reaped does not."""
     try:

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,34 +217,6 @@ def test_machines_of_schedulers(tmp_path: Path) -> None:
         assert f"the hosts for {launcher} are not known" in str(unknown.shortage)
     several = find_hosts(HostSelection(launcher="torchrun", num_nodes=2, num_gpus=2), {}, tmp_path)
     assert (several.world_size, len(several.hosts)) == (4, 2)
-
-
-FLUX = """\
-    #!{python}
-    # Stands in for `flux run`: starts every task on this host, with the names that Flux gives.
-    import os, subprocess, sys
-    words = sys.argv[1:]
-    tasks = int(words[words.index("--nodes") + 1]) * int(words[words.index("--tasks-per-node") + 1])
-    command = words[words.index({python!r}):]
-    def environment(rank):
-        names = dict(FLUX_TASK_RANK=str(rank), FLUX_JOB_SIZE=str(tasks), FLUX_TASK_LOCAL_ID=str(rank))
-        return dict(os.environ, **names)
-    started = [subprocess.Popen(command, env=environment(rank)) for rank in range(tasks)]
-    sys.exit(max(each.wait() for each in started))
-    """
-
-
-@pytest.fixture
-def flux(deepy: Deepy) -> Deepy:
-    """deepy.py beside a stand-in for flux."""
-    programs = deepy.folder / "bin"
-    programs.mkdir()
-    (programs / "flux").write_text(textwrap.dedent(FLUX).format(python=sys.executable))
-    (programs / "flux").chmod(0o755)
-    deepy.environment["PATH"] = f"{programs}:{deepy.environment['PATH']}"
-    with (deepy.folder / "conf.yml").open("a") as configuration:
-        configuration.write("launcher: flux\nnum_nodes: 1\n")
-    return deepy
 
 
 def test_ranks_elsewhere_report_over_the_network(flux: Deepy) -> None:

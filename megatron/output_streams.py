@@ -1,0 +1,58 @@
+"""Standard output and error of a run that goes on when they have no reader any more.
+
+Lines are lost when `tee` was interrupted, a terminal was closed or a disk is full. By default the write raises, and
+the run would end there without the checkpoint that its stop signal requests.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+_CHUNK = 1 << 16
+
+
+class _LossyFile(io.FileIO):
+    """A descriptor that drops what cannot be written."""
+
+    def write(self, data: Any, /) -> int:
+        """Returns the number of bytes that were written or dropped."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def ignore_lost_output() -> None:
+    """Replaces sys.stdout and sys.stderr by streams that drop lines which cannot be written.
+
+    Streams that something else has put in their place are left as they are.
+    """
+    sys.stdout = _lossy(sys.stdout, sys.__stdout__)
+    sys.stderr = _lossy(sys.stderr, sys.__stderr__)
+
+
+def copy_output(source: int, target: int) -> None:
+    """Copies bytes from one descriptor to another until the source ends; drops those that cannot be written."""
+    with _LossyFile(target, "w", closefd=False) as file:
+        while data := os.read(source, _CHUNK):
+            while data:
+                data = data[file.write(data) :]
+
+
+def _lossy(stream: Any, original: TextIO | None) -> Any:
+    if stream is not original or type(stream) is not io.TextIOWrapper:
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    file = _LossyFile(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),  # type: ignore[type-var]  # as python -u does
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
