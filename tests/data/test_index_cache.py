@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron.data.dataset import index_check
 from megatron.data.dataset.index_cache import IndexRequest, index_maps, read_index_map
 from megatron.data.dataset.index_map import epochs_needed
 from megatron.data.indexed.reader import IndexedDataset
@@ -75,6 +76,50 @@ def test_a_map_that_was_cut_short_is_made_again(request_):
     (again,), _ = index_maps([request_], is_builder=True, barrier=lambda: None)
     np.testing.assert_array_equal(again.samples, request_.build().samples)
     assert read_index_map(request_) is not None
+
+
+DAMAGES = {
+    "an empty file": lambda path: path.write_bytes(b""),
+    "zeros at the end": lambda path: overwrite(path, lambda array: array[len(array) // 2 :].fill(0)),
+    "zeros at the start": lambda path: overwrite(path, lambda array: array[: len(array) // 2].fill(0)),
+    "beyond the end": lambda path: overwrite(path, lambda array: array[-1:].fill(10**6)),
+    "another order": lambda path: overwrite(path, lambda array: array.put(range(array.size), array.flatten()[0])),
+}
+
+
+def overwrite(path, change):
+    array = np.load(path)
+    change(array)
+    np.save(path, array)
+
+
+@pytest.mark.parametrize("array", ["documents", "samples", "shuffle"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_map_is_made_again(damage, array, request_):
+    index_maps([request_], is_builder=True, barrier=lambda: None)
+    DAMAGES[damage](request_.paths()[array])
+    assert read_index_map(request_) is None
+    (again,), _ = index_maps([request_], is_builder=True, barrier=lambda: None)
+    for name in ("documents", "samples", "shuffle"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(request_.build(), name))
+
+
+def test_damage_of_a_long_map_is_found_in_blocks(request_, monkeypatch):
+    for name, value in {"FULL_CHECK": 0, "BLOCKS": 2, "BLOCK": 3}.items():
+        monkeypatch.setattr(index_check, name, value)
+    index_maps([request_], is_builder=True, barrier=lambda: None)
+    assert read_index_map(request_) is not None
+    overwrite(request_.paths()["shuffle"], lambda array: array[:2].fill(0))
+    assert read_index_map(request_) is None
+
+
+@pytest.mark.parametrize("packing", ["packed", "unpacked", "pack_until_overflow"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_every_kind_of_map_is_read_back(packing, epochs, tmp_path):
+    data = dataset(tmp_path / "p", [5, 0, 9, 12, 3, 1, 0, 30])
+    request = IndexRequest(data, "train", range(8), 4, None, epochs, seed=3, packing=packing)
+    index_maps([request], is_builder=True, barrier=lambda: None)
+    assert read_index_map(request) is not None
 
 
 def test_others_wait_for_the_builder(request_):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.atomic import atomic_writer
+from megatron.data.dataset.index_check import is_intact
 from megatron.data.dataset.index_map import IndexMap, build_index_map
 from megatron.data.dataset.packing import build_unpacked_map, usable_documents
 from megatron.data.indexed.reader import IndexedDataset
@@ -128,19 +129,21 @@ def write_index_map(request: IndexRequest) -> OSError | None:
 
 
 def read_index_map(request: IndexRequest) -> IndexMap | None:
-    """The kept map, memory-mapped, or None when it is not there or not whole."""
+    """The kept map, memory-mapped, or None when it is not there, not whole or damaged."""
     try:
         arrays = {
             array: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
             for array, path in request.paths().items()
         }
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     documents, samples, shuffle = (arrays[array] for array in ARRAYS)
-    once = len(request.documents) if request.packing == PACKED else len(request.usable)
+    once = len(request.usable)
     epochs = request.epochs or len(documents) // max(once, 1)
-    intact = documents.shape == (once * epochs,) and samples.shape == (len(shuffle) + 1, 2)
-    return IndexMap(documents, samples, shuffle, epochs) if intact else None
+    if documents.shape != (once * epochs,) or samples.shape != (len(shuffle) + 1, 2):
+        return None
+    found = IndexMap(documents, samples, shuffle, epochs)
+    return found if is_intact(found, request.usable) else None
 
 
 def index_maps(
