@@ -45,11 +45,22 @@ class Refused(Exception):
         self.code = code
 
 
-def error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """The body of an error. What is no text in the message becomes U+FFFD."""
+def error(status: int, message: str, code: str | None = None, field: str | None = None) -> dict[str, Any]:
+    """The body of an error. What is no text in the message becomes U+FFFD.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong.
+        code: OpenAI's code for it.
+        field: The parameter of the request that is wrong.
+    """
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    text = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in message)
-    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
+    text, param = _readable(message), None if field is None else _readable(field)
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def _readable(text: str) -> str:
+    return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
 
 
 def failed_event(message: str) -> str:
@@ -73,7 +84,9 @@ def add_handlers(app: FastAPI) -> None:
         if "json" not in (kind := request.headers.get("content-type", "none")):
             return _error(400, f"send the body as JSON, with the header Content-Type: application/json (it is {kind})")
         text = dict.fromkeys(_described(each["loc"][1:], each["msg"]) for each in found.errors())
-        return _error(400, "; ".join(list(text)[:_MOST_SHOWN]))
+        named = [each["loc"][1] for each in found.errors() if len(each["loc"]) > 1]
+        field = named[0] if named and isinstance(named[0], str) else None  # a number is a position in the text
+        return _error(400, "; ".join(list(text)[:_MOST_SHOWN]), field=field)
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, found: Exception) -> JSONResponse:
@@ -86,5 +99,11 @@ def _described(field: Sequence[int | str], message: str) -> str:
     return ": ".join(filter(None, [".".join(map(str, field)), message.removeprefix("Value error, ")]))
 
 
-def _error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error(status, message, code), status_code=status, headers=headers)
+def _error(
+    status: int,
+    message: str,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+    field: str | None = None,
+) -> JSONResponse:
+    return JSONResponse(error(status, message, code, field), status_code=status, headers=headers)

@@ -70,6 +70,8 @@ class Chat(Generation):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     store: Literal[False] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -79,11 +81,9 @@ class Chat(Generation):
     metadata: Never = None
     moderation: Never = None
     prediction: Never = None
-    prompt_cache_key: Never = None
     prompt_cache_options: Never = None
     prompt_cache_retention: Never = None
     reasoning_effort: Never = None
-    safety_identifier: Never = None
     service_tier: Never = None
     verbosity: Never = None
     web_search_options: Never = None

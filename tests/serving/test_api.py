@@ -182,6 +182,14 @@ def test_what_cannot_be_done_is_reported(small, path, method, body, reported):
     assert reported in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"prompt": "a", "beams": 3}, "beams"), ({"prompt": "a", "stop": [""]}, "stop"), (b"{", None)],
+)
+def test_an_error_names_its_parameter_in_a_field(small, body, param):
+    assert ask(small, "/v1/completions", body)[1]["error"]["param"] == param
+
+
 def test_a_body_that_is_not_called_json_is_reported_so(small):
     """As curl's `-d` sends it without a header."""
     kind = "application/x-www-form-urlencoded"

@@ -54,12 +54,12 @@ CHAT = SHARED | {
     "moderation": ([], [{"model": "x"}]),
     "parallel_tool_calls": ([], [False, True]),
     "prediction": ([], [{"type": "content", "content": "x"}]),
-    "prompt_cache_key": ([], ["k"]),
+    "prompt_cache_key": (["k"], []),
     "prompt_cache_options": ([], [{}]),
     "prompt_cache_retention": ([], ["24h"]),
     "reasoning_effort": ([], ["low"]),
     "response_format": ([{"type": "text"}], [{"type": "json_object"}]),
-    "safety_identifier": ([], ["k"]),
+    "safety_identifier": (["k"], []),
     "service_tier": ([], ["auto"]),
     "store": ([False], [True]),
     "tool_choice": (["none"], ["auto", "required"]),
@@ -107,6 +107,7 @@ def test_a_parameter_works_or_is_refused_by_its_name(client, kind, name):
         with pytest.raises(openai.BadRequestError) as error:
             create(client, kind, **{name: value})
         assert name in error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
+        assert error.value.param in (None, name)
 
 
 def test_another_model_is_not_found(client):
