@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.extensions_dir import extensions_folder
+from megatron.launcher.commands.local import KEEP_FREED_MEMORY
 from megatron.launcher.preflight import CPU_OP
 from megatron.ranks import free_port
 
@@ -123,15 +124,29 @@ def _compile_once() -> None:
         subprocess.run([sys.executable, "-c", command], check=True, timeout=BUILD_SECONDS)
 
 
+@contextmanager
+def _server_environment() -> Iterator[None]:
+    """What torch and glibc read when the server starts: one thread, and the allocator as the launcher sets it."""
+    values = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: str) -> list[_Rank]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     ranks = []
-    threads_before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server reads it when it imports torch
-    try:
+    with _server_environment():
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -141,11 +156,6 @@ def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: 
             process.start()
             sender.close()
             ranks.append(_Rank(rank, process, receiver, output))
-    finally:
-        if threads_before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads_before
     return ranks
 
 
