@@ -62,6 +62,11 @@ def test_it_restarts_without_a_reader(deepy: Deepy) -> None:
     assert (deepy.folder / "attempts").read_text() == "one\none\n"
 
 
+def hear_hangups() -> None:
+    """Undoes nohup, under which the tests may run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_closed_terminal_saves(deepy: Deepy) -> None:
     deepy.script(STOPS.replace("SAVING", "0.2"))
     ours, theirs = pty.openpty()
@@ -74,6 +79,7 @@ def test_a_closed_terminal_saves(deepy: Deepy) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=hear_hangups,  # noqa: PLW1509 (no thread runs here)
         text=True,
     )
     os.close(theirs)
