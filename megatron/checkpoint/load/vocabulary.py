@@ -68,6 +68,12 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
             _log.info(
                 "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
             )
+            if config.model.lora is not None or config.model.soft_prompt_tuning is not None:
+                message = (
+                    "the %d new rows are frozen and stay equal, since lora and soft_prompt_tuning do not train the "
+                    "embedding: the model cannot tell these tokens apart; train all weights, or use tokens with rows"
+                )
+                _log.warning(message, tokens - stored)
             return Rows(padded, tokens)
         message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
         _log.warning(message, tokens, stored)
