@@ -22,13 +22,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from megatron.extensions_dir import extensions_folder
 from megatron.launcher.commands.local import KEEP_FREED_MEMORY
@@ -51,6 +52,8 @@ PRELOADED = [
     "megatron.model.mlp.dense",
     "megatron.objectives.language_model",
 ]
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY}
+"""What torch and glibc read when the server starts: one thread, and the allocator as the launcher sets it."""
 PR_SET_PDEATHSIG = 1  # prctl(2)
 OUTPUT_SHOWN = 4000  # [characters] of a rank's own output in the error of a failed call
 SECONDS_FOR_OTHER_FAILURES = 0.3
@@ -124,29 +127,13 @@ def _compile_once() -> None:
         subprocess.run([sys.executable, "-c", command], check=True, timeout=BUILD_SECONDS)
 
 
-@contextmanager
-def _server_environment() -> Iterator[None]:
-    """What torch and glibc read when the server starts: one thread, and the allocator as the launcher sets it."""
-    values = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _start(work: bytes, world_size: int, folder: Path, timeout: float, backend: str) -> list[_Rank]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     ranks = []
-    with _server_environment():
+    with patch.dict(os.environ, SERVER_ENVIRONMENT):
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
