@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def bring_to_its_end(run: Run, ending: str, ranks: int) -> list[psutil.Process]:
         launcher.kill()
     else:
         for each in (*below, launcher):
-            each.kill()
+            with suppress(psutil.NoSuchProcess):  # ended by itself after another was killed
+                each.kill()
     return below
 
 
@@ -231,7 +233,8 @@ def test_no_segment_of_a_model_in_use_stays(script: str, ranks: int, ending: str
         launcher.terminate()
     else:
         for each in (launcher, *launcher.children(recursive=True)):
-            each.kill()
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
     run.process.wait(90)
     time.sleep(1.0)
     assert segments(port) == [], run.said()
