@@ -4,7 +4,8 @@ The piece `<|endoftext|>` ends a document where the model has one, else its end-
 spells the end of a document is spelt out character by character.
 
 Where the tokenizer_config.json beside the model names LLaMA's class, every text is read as that class of `transformers`
-reads it, in training as in prompts: nothing is normalised, and blanks stay. Without the class the library reads each
+reads it, in training as in prompts: nothing is normalised, blanks stay, and user-defined symbols part a text as special
+tokens do. Without the class the library reads each
 stretch of text between special tokens by itself. That file also says whether a begin token is put before a text
 (`add_bos_token`).
 
@@ -22,6 +23,7 @@ import sentencepiece
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, END_OF_DOCUMENT, as_array, bytes_of_piece, split_at
+from megatron.tokenizers.sentence_piece_model import USER, read_model
 from megatron.tokenizers.tokenizer_config import Beside, read_beside
 
 # The fields of normalizer_spec, itself field 3 of the model's protocol buffer. What is appended to a model of this form
@@ -75,14 +77,26 @@ class SPMTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
-        return self._unforged(self._reader(text, follows=False).encode(text, out_type=int))
+        return self._unforged(self._between(text, self._symbols))
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """The token ids of one text, where special tokens that it spells are their ids."""
+        return self._between(text, {**self._symbols, **self.special_tokens})
+
+    def _between(self, text: str, tokens: Mapping[str, int]) -> list[int]:
+        """The ids of a text: of the tokens that it spells, and of what is between them."""
         found: list[int] = []
-        for piece, special in split_at(text, self.special_tokens):
-            found += (special,) if special is not None else self._reader(piece, bool(found)).encode(piece, out_type=int)
+        for piece, token in split_at(text, tokens):
+            found += (token,) if token is not None else self._reader(piece, bool(found)).encode(piece, out_type=int)
         return found
+
+    @cached_property
+    def _symbols(self) -> Mapping[str, int]:
+        """The user-defined symbols, where LLaMA's class parts a text at them before it puts blanks anywhere."""
+        if self._beside.blank is None:
+            return {}
+        pieces = read_model(self._content).pieces
+        return {text: number for number, (text, _, kind) in enumerate(pieces) if kind == USER}
 
     def _reader(self, text: str, follows: bool) -> sentencepiece.SentencePieceProcessor:
         """The model for a stretch of text. follows: whether a special token is before it."""

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from megatron.tokenizers import make_tokenizer
 from megatron.tokenizers.round_trip import notes
 from megatron.tokenizers.to_folder import portable
-from tests.checkpoint.huggingface.tokenized import READ, TEXT, llama_class, sentence_piece
+from tests.checkpoint.huggingface.tokenized import READ, TEXT, llama_class, sentence_piece, write_model
 from tests.tools.test_exported_reading import there_and_back
 from tools import convert_from_hf, preprocess_data
 
@@ -33,6 +33,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "LLaMA's": {"tokenizer_class": "LlamaTokenizer"},
     "always a blank": {"tokenizer_class": "LlamaTokenizerFast", "legacy": True},
     "no blank": {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+    "Code LLaMA's": {"tokenizer_class": "CodeLlamaTokenizer"},
 }
 DOCUMENTS = [
     *("def f(x):\n    return  x + 1\n", "x = 1\n\n\n  y", "plain text here", "  lead", " a", "\n\t the fox \n"),
@@ -94,9 +95,34 @@ def test_data_prompts_and_exports_are_read_as_llamas_class_does(kind: str, rules
         assert ids == after.encode(text, add_special_tokens=False), text
 
 
+SYMBOLS = ["<tool>", "superlong", "<|im_start|>", "the fox", "\n"]
+SPELT = [
+    *("<tool>", "<tool>x", " <tool>", "x<tool>y <tool> z", "</s><tool> a", "a<|im_start|><|im_start|> b"),
+    *("the fox is the fox", "superlongsuperlong x", "a word superlong", "fox\n\n\tthe", "<|im_start|>the\nfox</s>"),
+]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_user_defined_symbols_are_found_as_llamas_class_finds_them(kind: str, tmp_path: Path) -> None:
+    """Before blanks are put anywhere, and with the blanks that they have; the library puts one before the first."""
+    sentence_piece(tmp_path / "theirs", **CLASSES[kind])
+    path = model_file(tmp_path / "theirs" / "tokenizer.model", user_defined_symbols=SYMBOLS)
+    size = sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
+    write_model(tmp_path / "theirs", size, bos_token_id=1, eos_token_id=2)
+    back, run = there_and_back(tmp_path)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "theirs", back))
+    for text in SPELT:
+        ids = run.encode_with_special_tokens(text)
+        assert ids == before.encode(text, add_special_tokens=False), text
+        assert ids == after.encode(text, add_special_tokens=False), text
+        assert run.decode(ids) == before.decode(ids, skip_special_tokens=True), text
+        if "</s>" not in text:
+            assert run.encode(text) == run.encode_batch([text])[0] == ids, text
+
+
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-@pytest.mark.parametrize("config", [None, {"tokenizer_class": "CodeLlamaTokenizer"}])
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast"}])
 def test_without_the_class_all_are_read_by_the_model_alone(
     config: dict[str, Any] | None, algorithm: str, rules: str, tmp_path: Path
 ) -> None:
