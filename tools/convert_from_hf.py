@@ -45,6 +45,7 @@ from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.round_trip import reading_notes
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import is_unigram
+from megatron.tokenizers.tokenizer_config import retain_reading
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _tokenizer(source: Path, target: Path, generation: dict[str, Any]) -> dict[str, Any]:
     """Copies the tokenizer's files and returns the keys that name it. Prints what is not supported."""
     names = copy_tokenizer(source, target)
+    retain_reading(source, target)
     if GENERATION not in names:
         write_generation(target, {name: generation.get(name) for name in IDS})
     ends = end_ids(generation)

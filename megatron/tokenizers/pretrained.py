@@ -21,10 +21,10 @@ from megatron.tokenizers.added_tokens import ADDED, add_tokens
 from megatron.tokenizers.base import END_OF_DOCUMENT
 from megatron.tokenizers.fast import FromTokenizers, parse
 from megatron.tokenizers.gpt2 import gpt2_bpe
-from megatron.tokenizers.tokenizer_config import CONFIG, NAMES, Beside, read_beside
+from megatron.tokenizers.tokenizer_config import CONFIG, MODEL, NAMES, Beside, read_beside
 
 PADDING = "<|padding|>"
-_FILES = ("tokenizer.json", CONFIG, ADDED, NAMES, "vocab.json", "merges.txt")
+_FILES = ("tokenizer.json", CONFIG, ADDED, NAMES, MODEL, "vocab.json", "merges.txt")
 _ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
 
 

@@ -21,6 +21,7 @@ from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, l
 from megatron.tokenizers.pretrained import files_of
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_json import as_tokenizer_json
+from megatron.tokenizers.tokenizer_config import FILE_CLASS
 
 _OF_FOLDERS = frozenset({"PretrainedFromHF", "HFTokenizer"})
 
@@ -66,7 +67,7 @@ class Portable:
             if added.is_file() and not (output / ADDED).exists():
                 (output / ADDED).write_bytes(added.read_bytes())
         if self.readable and not (output / CONFIG).exists():
-            kind = "LlamaTokenizer" if self.content is None else "PreTrainedTokenizerFast"
+            kind = "LlamaTokenizer" if self.content is None else FILE_CLASS
             settings = {"tokenizer_class": kind, "model_max_length": length, **self.names}
             (output / CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 

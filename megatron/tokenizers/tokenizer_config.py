@@ -2,7 +2,8 @@
 
 Source: transformers 5.23, tokenization_utils_base.py and tokenization_utils_tokenizers.py: named tokens are special
 whatever the tokenizer's file calls them, and `add_bos_token` counts only where there is no tokenizer.json, whose
-post-processor says it otherwise.
+post-processor says it otherwise. models/auto/tokenization_auto.py: the class is that of tokenizer_config.json, but for
+model types of which it is known to be wrong.
 """
 
 from __future__ import annotations
@@ -15,13 +16,33 @@ from typing import Any
 
 CONFIG = "tokenizer_config.json"
 NAMES = "special_tokens_map.json"
+TOKENIZER = "tokenizer.json"
+FILE_CLASS = "PreTrainedTokenizerFast"
+"""The class under which every release of `transformers` reads a tokenizer.json and nothing else."""
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
-_LLAMA = "LlamaTokenizer"
+MODEL = "config.json"
+_LLAMA, _CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"
+# fmt: off
+_AS_WRITTEN = frozenset({
+    "EvollaModel", "arctic", "aria", "beam", "bigbird_pegasus", "camembertv2-base", "canary", "chatlm",
+    "cohere_asr", "ernie4_5", "ernie4_5_moe", "flex_olmo", "fuyu", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
+    "glm4v", "glm4v_moe", "glm_image", "glmasr", "got_ocr2", "gpt_bigcode", "gradium_phonon_tts", "granite",
+    "granitemoe", "granitemoehybrid", "granitemoeshared", "h2ovl_chat", "hyperclovax", "hyperclovax_vlm",
+    "internlm2", "internlm3", "iquestcoder", "jamba", "kimi_k25", "kimi_linear", "kosmos-2", "llava", "llava_next",
+    "mimo_v2_flash", "minicpm3", "minicpm_ocr", "minicpmv", "minicpmv4_6", "minicpmv4_7", "minimax_m2", "ministral",
+    "ministral3", "mistral", "mistral3", "mistral_large4", "mixtral", "modernbert", "modernbert-decoder", "molmo",
+    "molmo2", "nemo_speechlm", "nemotron", "nvfp4", "nystromformer", "olmo2", "olmo3", "olmo_hybrid", "opencua",
+    "openvla", "paddleocr_vl", "pegasus_x", "persimmon", "phi3", "phi3_v", "phimoe", "pix2struct", "pixtral",
+    "pocket_tts", "smolvlm", "stablelm", "step3_vl", "umt5", "vipllava", "voxtral", "voxtral_realtime",
+    "xlm-roberta-xl",
+})
+# fmt: on
+"""Model types whose tokenizer.json is read as it is written, whatever class is named beside it."""
 # The begin and end tokens that a class has where the file names none.
 _DEFAULTS = {
     _LLAMA: ("<s>", "</s>"),
-    "CodeLlamaTokenizer": ("<s>", "</s>"),
+    _CODE_LLAMA: ("<s>", "</s>"),
     "GemmaTokenizer": ("<bos>", "<eos>"),
     "GPT2Tokenizer": ("<|endoftext|>", "<|endoftext|>"),
     "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>"),
@@ -61,7 +82,8 @@ def read_settings(file: str | Path | None) -> Mapping[str, Any]:
     """The tokenizer_config.json beside a tokenizer's file, or that file itself; empty where there is none.
 
     Earlier folders name their special tokens in special_tokens_map.json, which then goes before it. Begin and end
-    tokens that it does not name are those of its class.
+    tokens that it does not name are those of its class. Where the model's type says that a tokenizer.json is read as it
+    is written, the class is that of such files.
     """
     if file is None:
         return {}
@@ -70,8 +92,26 @@ def read_settings(file: str | Path | None) -> Mapping[str, Any]:
     found = _read(path)
     if "added_tokens_decoder" not in found:
         found = {**found, **_read(path.with_name(NAMES))}
+    if class_is_wrong(path.parent):
+        found = {**found, "tokenizer_class": FILE_CLASS}
     begin, end = _DEFAULTS.get(_class(found), (None, None))
     return {"bos_token": begin, "eos_token": end, **found}
+
+
+def class_is_wrong(folder: Path) -> bool:
+    """Whether the folder's tokenizer.json is read as it is written, whatever class tokenizer_config.json names.
+
+    A tokenizer.model alone is read by the class all the same.
+    """
+    written = (folder / TOKENIZER).is_file()
+    return written and _read(folder / MODEL).get("model_type") in _AS_WRITTEN
+
+
+def retain_reading(source: Path, target: Path) -> None:
+    """Names the class that counts in a copy of a folder's tokenizer, which has no config.json to tell it by."""
+    if class_is_wrong(source):
+        settings = {**_read(target / CONFIG), "tokenizer_class": FILE_CLASS}
+        (target / CONFIG).write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -113,8 +153,9 @@ def _class(found: Mapping[str, Any]) -> str:
 
 
 def _blank(found: Mapping[str, Any]) -> str | None:
-    if _class(found) != _LLAMA:
+    name = _class(found)
+    if name not in (_LLAMA, _CODE_LLAMA):
         return None
     if found.get("add_prefix_space") is False:
         return "never"
-    return "always" if found.get("legacy") is True else "first"
+    return "always" if found.get("legacy") is True and name == _LLAMA else "first"

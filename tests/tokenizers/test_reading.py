@@ -5,8 +5,10 @@ import json
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, processors
+from transformers.models.auto import tokenization_auto
 
 from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers.tokenizer_config import class_is_wrong
 from tests.tokenizers import made
 
 TEXTS = [
@@ -162,3 +164,12 @@ def test_an_unusable_tokenizer_config_says_nothing(tmp_path, content):
     tokenizer = make_tokenizer("PretrainedFromHF", vocab_file=str(folder))
     assert tokenizer.prefix_ids == ()
     assert set(tokenizer.special_tokens) == {"<|endoftext|>"}
+
+
+def test_model_types_whose_class_is_wrong_are_those_of_transformers(tmp_path):
+    as_written = {"TokenizersBackend", "PythonBackend", "PreTrainedTokenizer", "MistralCommonBackend"}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for model_type, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        expected = name is not None and name.removesuffix("Fast") in as_written
+        assert class_is_wrong(tmp_path) == expected, model_type
