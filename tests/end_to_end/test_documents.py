@@ -59,7 +59,13 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]
     return make_documents(tmp_path_factory.mktemp("data"), longest=40)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in ("learned", "sinusoidal, fixed") else name
+        for name in SETTINGS
+    ],
+)
 def test_layouts_agree(settings: str, short_documents: tuple[str, str], tmp_path: Path) -> None:
     tokens, labels = short_documents
     common = {

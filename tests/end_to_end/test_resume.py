@@ -42,7 +42,10 @@ def in_folder(folder: Path) -> dict[str, Any]:
     return {"save": str(folder / "save"), "load": str(folder / "save"), "checkpoint_factor": 100}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.long) if name == "tensor 2, accumulation 2" else name for name in LAYOUTS],
+)
 def test_two_resumes_change_nothing(layout: str, dataset: str, tmp_path: Path) -> None:
     world_size, settings = LAYOUTS[layout]
     full = run(world_size, tmp_path / "whole", data_path=dataset, **SHORT, **settings)

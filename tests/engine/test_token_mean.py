@@ -176,7 +176,20 @@ def test_the_masks_would_report() -> None:
     assert reference()[0][1] > CLIP
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+LATER = (
+    "data, ZeRO 2",
+    "pipeline x data",
+    "pipeline, uniform",
+    "pipeline by class",
+    "tied, pipeline x data",
+    "context",
+)
+"""Each is a part of another layout, or another way to cut the same pipeline."""
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long) if name in LATER else name for name in LAYOUTS]
+)
 def test_every_layout_takes_the_mean_over_tokens(layout: str) -> None:
     world_size, settings = LAYOUTS[layout]
     expected = reference(tied=TIED.items() <= settings.items())
