@@ -168,9 +168,30 @@ class _Rendering:
             0 if full_text.startswith(closed) else _common(full_text, self._with_other_words(number, turns)) - differs
         )
         first = min(opened, differs)
-        if first + moved < 0 or not full_text.startswith(closed[first:], first + moved):
+        if first + moved >= 0 and full_text.startswith(closed[first:], first + moved):
+            return opened + moved, len(closed) + moved
+        return opened + moved, self._end_inside(number, closed, full_text, first, moved)
+
+    def _end_inside(self, number: int, closed: str, full_text: str, first: int, moved: int) -> int:
+        """Where a turn ends that the template closes in another way when it is the last one (Phi-3, OLMo 3).
+
+        Behind its words, and what follows them whether it is the last one or not. Raises ValueError where the words
+        themselves are rendered in another way.
+        """
+        turns = self._turns
+        tail = closed[len(closed) - _common_end(closed, self._with_other_words(number, turns[: number + 1])) :]
+        following = full_text[len(full_text) - _common_end(full_text, self._with_other_words(number, turns)) :]
+        stop = len(full_text) - len(following)
+        if first + moved < 0 or full_text[first + moved : stop] != closed[first : len(closed) - len(tail)]:
             raise ValueError("the template renders earlier turns differently once later ones are there")
-        return opened + moved, len(closed) + moved
+        shared = _common(tail, following)
+        inside = [at for text in (tail, following) for at in self._starts(text, shared)]
+        return stop + min([shared, *inside])
+
+    def _starts(self, text: str, at: int) -> list[int]:
+        """Where special tokens begin that a position is inside of."""
+        found = ((text.find(token, max(0, at - len(token) + 1), at + len(token) - 1)) for token in self._special)
+        return [start for start in found if 0 <= start < at]
 
     def _with_other_words(self, number: int, turns: Sequence[Message]) -> str:
         """The text of the turns as if the role of one had written something else."""
@@ -196,6 +217,11 @@ class _Rendering:
         if not closed.startswith(prompt):
             return differs
         return len(prompt) if prompt != plain or closed[len(prompt) : differs].isspace() else differs
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many characters both texts end with."""
+    return _common(one[::-1], other[::-1])
 
 
 def _common(one: str, other: str) -> int:

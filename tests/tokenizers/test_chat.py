@@ -22,6 +22,13 @@ DEFAULT_SYSTEM = (
 THINKS = PLAIN.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
 TRIMS = PLAIN.replace("m['content']", "m['content'] | trim")
 NO_PROMPT = PLAIN.partition("{% if add")[0]
+ENDS_TEXT = PLAIN.replace("assistant\n{% endif %}", "assistant\n{% else %}<|endoftext|>{% endif %}")
+CLOSES_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}<|endoftext|>{% else %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Templates that close the last turn in another way than the others: that of Phi-3, and that of OLMo 3."""
 
 
 def marked(chat, turns, role="assistant", *, only_last=False, **more):
@@ -100,6 +107,17 @@ def test_a_token_across_the_begin_of_an_answer_counts(tmp_path, build, opens):
         (THINKS, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n"),  # the prompt is not in what was written
         (THINKS, "assistant", [*TURNS[:2], {"role": "assistant", "content": "<think>x"}], "x<|im_end|>\n"),
         (PLAIN, "assistant", [*TURNS[:2], {"role": "assistant", "content": ""}], "<|im_end|>\n"),
+        (ENDS_TEXT, "assistant", TURNS, "two<|im_end|>\n  four  <|im_end|>\n<|endoftext|>"),
+        (ENDS_TEXT, "assistant", [*TURNS[:2], *TURNS[2:3] * 2], "two<|im_end|>\ntwo<|im_end|>\n<|endoftext|>"),
+        (ENDS_TEXT, "user", TURNS[1:4], "one<|im_end|>\nthree<|im_end|>\n<|endoftext|>"),
+        (CLOSES_LAST, "assistant", TURNS, "two<|im_end|>  four  <|endoftext|>"),
+        (
+            CLOSES_LAST,
+            "assistant",
+            [*TURNS[:2], {**TURNS[2], "content": ""}, *TURNS[3:]],
+            "<|im_end|>  four  <|endoftext|>",
+        ),
+        (CLOSES_LAST, "user", TURNS, "one<|im_end|>\nthree<|im_end|>\n"),
         (TEMPLATES["generation"], "user", TURNS, "one<|im_end|>\nthree<|im_end|>\n"),
         (TEMPLATES["generation"], "assistant", TURNS[1:2], ""),
     ],
@@ -158,8 +176,11 @@ def test_earlier_turns_that_change_are_refused_unless_the_template_marks_them(tm
     body = "{{ m.content.split('>')[-1] if not loop.last else m.content }}"
     turns = [*TURNS[:2], {"role": "assistant", "content": "<why>two"}, *TURNS[3:]]
     drops = PLAIN.replace("{{ m['content'] }}", body)
-    with pytest.raises(ValueError, match="renders earlier turns differently"):
-        chat_of(tmp_path / "a", drops).encode(turns, role="assistant", only_last=False)
+    for number, template in enumerate(
+        (drops, drops.replace("assistant\n{% endif %}", "assistant\n{% else %}</s>{% endif %}"))
+    ):
+        with pytest.raises(ValueError, match="renders earlier turns differently"):
+            chat_of(tmp_path / f"a{number}", template).encode(turns, role="assistant", only_last=False)
     tagged = TEMPLATES["generation"].replace("{{ m.content }}", body)
     assert marked(chat_of(tmp_path / "b", tagged), turns) == "two<|im_end|>\n  four  <|im_end|>\n"
 
