@@ -58,7 +58,7 @@ SHARDED = ("adam", "cpu_adam", "lion", "adafactor", "muon")
 """Tried under ZeRO 3 each time; the others have states of the same forms."""
 DEFAULT = [(name, layout) for name, layout in ALL if layout in QUICK and ("ZeRO" not in layout or name in SHARDED)]
 RESUMED = ("adam", "cpu_adam", "onebitadam", "sm3", "adafactor", "muon")
-"""Tried each time; the states of the others are among theirs: one or two tensors of the parameter's shape."""
+"""The states of the others are among theirs: one or two tensors of the parameter's shape."""
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,7 @@ def test_all_layouts_compute_what_one_process_does(
     compare(name, layout, dataset, single, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in RESUMED else pytest.param(name, marks=pytest.mark.long) for name in OPTIMIZERS.names]
-)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_in_another_layout(
     name: str, dataset: str, single: dict[str, list[float]], tmp_path: Path
 ) -> None:

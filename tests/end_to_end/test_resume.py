@@ -15,11 +15,18 @@ EXACT = ("train/lm_loss", "train/learning_rate", "train/grad_norm", "validation/
 ZERO = {"stage": 1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "tensor 2 with dropout": (2, {"model_parallel_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
+    "tensor 2 with dropout, accumulation 2": (
+        2,
+        {
+            "model_parallel_size": 2,
+            "hidden_dropout": 0.1,
+            "attention_dropout": 0.1,
+            "gradient_accumulation_steps": 2,
+        },
+    ),
     "pipeline 2": (2, {"pipe_parallel_size": 2}),
     "data 2, ZeRO 1, bfloat16": (2, {"zero_optimization": ZERO, "precision": "bfloat16"}),
     "data 2, ZeRO 3": (2, {"zero_optimization": {"stage": 3}}),
-    "tensor 2, accumulation 2": (2, {"model_parallel_size": 2, "gradient_accumulation_steps": 2}),
 }
 SHORT: dict[str, Any] = {"train_iters": 9, "eval_interval": 4}
 SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -42,10 +49,7 @@ def in_folder(folder: Path) -> dict[str, Any]:
     return {"save": str(folder / "save"), "load": str(folder / "save"), "checkpoint_factor": 100}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=pytest.mark.long) if name == "tensor 2, accumulation 2" else name for name in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_resumes_change_nothing(layout: str, dataset: str, tmp_path: Path) -> None:
     world_size, settings = LAYOUTS[layout]
     full = run(world_size, tmp_path / "whole", data_path=dataset, **SHORT, **settings)

@@ -14,11 +14,12 @@ TENSOR = {"model_parallel_size": 2, "sequence_parallel": True}
 EXPERTS = {"moe_num_experts": 4, "moe_expert_interval": 2, "moe_router_type": "topk"}
 SHORT = {"train_iters": 4, "eval_interval": 2, "eval_iters": 1}
 CASES: list[Any] = [
-    pytest.param(2, {**TENSOR, **DROPOUT}, id="tensor 2, sequence, dropout"),
+    pytest.param(
+        2, {**TENSOR, **DROPOUT, "checkpoint_activations": True}, id="tensor 2, sequence, recomputed, dropout"
+    ),
     *(
         pytest.param(world_size, settings, id=name, marks=pytest.mark.long)
         for name, world_size, settings in (
-            ("recomputed, dropout", 1, {**DROPOUT, "checkpoint_activations": True}),
             ("pipeline 2", 2, {"pipe_parallel_size": 2}),
             ("data 2, ZeRO 3", 2, {"zero_optimization": {"stage": 3}}),
             ("context 2, ZeRO 1", 2, {"context_parallel_size": 2, "zero_optimization": {"stage": 1}}),

@@ -51,7 +51,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "pipeline of one": (1, {"pipe_parallel_size": 1, "gradient_accumulation_steps": 4}),
     "pipeline": (4, {"pipe_parallel_size": 4, "gradient_accumulation_steps": 8}),
-    "pipeline x data": (4, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}),
     "pipeline, blocks listed": (
         2,
         {"pipe_parallel_size": 2, "pipe_partition_method": [3, 1], "gradient_accumulation_steps": 2},
@@ -176,20 +175,7 @@ def test_the_masks_would_report() -> None:
     assert reference()[0][1] > CLIP
 
 
-LATER = (
-    "data, ZeRO 2",
-    "pipeline x data",
-    "pipeline, uniform",
-    "pipeline by class",
-    "tied, pipeline x data",
-    "context",
-)
-"""Each is a part of another layout, or another way to cut the same pipeline."""
-
-
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.long) if name in LATER else name for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_takes_the_mean_over_tokens(layout: str) -> None:
     world_size, settings = LAYOUTS[layout]
     expected = reference(tied=TIED.items() <= settings.items())
