@@ -319,5 +319,5 @@ def _test(schedule: TrainSchedule, context: LoopContext, data: Data, state: RunS
     """Reports the loss on the test split, from its first sample on."""
     assert data.test is not None
     metrics = evaluation_metrics(schedule, context, context.hooks.batches(data.test, "test"))
-    if metrics is not None:
+    if metrics:
         context.reporter.evaluation(state.iteration, "test", metrics)

@@ -24,26 +24,39 @@ def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
         losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
         if losses is None:
             return
-        context.reporter.evaluation(state.iteration, name, losses)
+        if losses:
+            context.reporter.evaluation(state.iteration, name, losses)
     context.hooks.after_evaluate(state)
 
 
 def evaluation_metrics(
     schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]
 ) -> dict[str, float] | None:
-    """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request."""
+    """Returns the loss of one evaluation over these batches and metrics derived from it; None after a stop request.
+
+    Nothing, with a message, where no token of the batches has a label.
+    """
     counted = batches if context.characters is None else context.characters.counted(batches)
-    loss = _mean_loss(schedule, context, counted)
-    if loss is None:
+    sums = _sums(schedule, context, counted)
+    if sums is None:
         context.reporter.message("the evaluation is given up: a stop was asked for")
         return None
+    loss, tokens = sums
+    if not tokens:
+        message = "an evaluation without a label in its batches has no loss: raise eval_iters or seq_length"
+        context.reporter.message(message)
+        return {}
+    mean = loss / tokens
     if context.characters is None:
-        return {"lm_loss": loss}
-    return {"lm_loss": loss, "lm_loss_char_lvl_ppl": context.characters.perplexity(loss)}
+        return {"lm_loss": mean}
+    return {"lm_loss": mean, "lm_loss_char_lvl_ppl": context.characters.perplexity(mean)}
 
 
-def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> float | None:
-    """Mean loss [nats a token]; None after a stop request on any rank, which is checked every few micro batches."""
+def _sums(schedule: TrainSchedule, context: LoopContext, batches: Iterator[MicroBatch]) -> tuple[float, float] | None:
+    """The loss of all tokens that count [nats], and their number; None after a stop request on any rank.
+
+    The request is checked every few micro batches.
+    """
     left = schedule.eval_iters * schedule.micro_batches
     share = schedule.micro_batches * -(-context.engine.min_eval_batches // schedule.micro_batches)
     loss = tokens = 0.0
@@ -53,4 +66,4 @@ def _mean_loss(schedule: TrainSchedule, context: LoopContext, batches: Iterator[
         count = min(share, left)
         losses_of, tokens_of = context.engine.eval_sums(batches, count)
         loss, tokens, left = loss + losses_of, tokens + tokens_of, left - count
-    return loss / max(1.0, tokens)
+    return loss, tokens

@@ -128,6 +128,20 @@ def test_an_end_inside_a_conversation_starts_none():
     assert batch.document_starts.tolist() == [[0, 0, 0, 3, 3, 3], [0, 0, 0, 0, 4, 4]]
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_end_of_a_turn_is_no_end_of_a_document(apart):
+    """With labels only the label behind a document's end does not count, and those that the data leaves out."""
+    samples = torch.tensor([[5, 0, 6, 7, 0, 0, 8], [1, 1, 1, 1, 1, 1, 1]])
+    labels = torch.tensor([[5, 0, 6, 7, 0, 0, 8], [1, 1, -100, 1, 1, 1, 1]])
+    borders = torch.zeros_like(samples, dtype=torch.bool)
+    borders[0, 5] = borders[1, 4] = True
+    batch = make_batch(samples, eod=0, eod_mask_loss=True, labels=labels, borders=borders, apart=apart)
+    assert batch.loss_mask.tolist() == [[1, 1, 1, 1, 0, 1], [1, 0, 1, 0, 1, 1]]
+    assert (batch.document_starts is not None) == apart
+    with pytest.raises(ValueError, match="borders"):
+        make_batch(samples, eod=0, eod_mask_loss=True, labels=labels)
+
+
 @pytest.mark.parametrize(
     ("alpha", "weights"),
     [(1.0, [0.1, 0.1, 0.8]), (0.0, [1 / 3] * 3), (0.5, [10 / 48.2842712, 10 / 48.2842712, 28.2842712 / 48.2842712])],

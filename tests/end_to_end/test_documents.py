@@ -85,6 +85,21 @@ def test_layouts_agree(settings: str, short_documents: tuple[str, str], tmp_path
     assert series(plain, "train/lm_loss")[1:] != pytest.approx(series(expected, "train/lm_loss")[1:], rel=1e-4)
 
 
+def test_an_evaluation_without_a_label_reports_no_loss(short_documents: tuple[str, str], tmp_path: Path) -> None:
+    """It is no loss of 0, the best that there can be."""
+    tokens, labels = short_documents
+    source = IndexedDataset(tokens)
+    with DatasetWriter(tmp_path / "none", numpy.dtype("<i4")) as writer:
+        for document in range(len(source)):
+            writer.add_document(numpy.full(len(source[document]), -100))
+    data = {"train_data_paths": [tokens], "train_label_data_paths": [labels], "valid_data_paths": [tokens]}
+    none = {**data, "valid_label_data_paths": [str(tmp_path / "none")]}
+    for name, paths, count in (("some", {**data, "valid_label_data_paths": [labels]}, 2), ("none", none, 0)):
+        records = run(1, tmp_path / name, train_iters=4, eval_interval=2, eval_iters=1, **paths)
+        assert len(series(records, "validation/lm_loss")) == count
+        assert len(series(records, "train/lm_loss")) == 4
+
+
 def test_passes_become_steps(short_documents: tuple[str, str], tmp_path: Path) -> None:
     """300 documents twice, 8 at a time; the learning rate decays to its floor at the last step."""
     source = IndexedDataset(short_documents[0])

@@ -80,6 +80,7 @@ def make_batch(
     labels: Tensor | None = None,
     borders: Tensor | None = None,
     rewards: Tensor | None = None,
+    apart: bool = True,
     prompt: int = 0,
 ) -> MicroBatch:
     """The micro-batch of some samples, int64 [b, s + 1].
@@ -88,11 +89,12 @@ def make_batch(
         samples: Tokens of the samples, [b, s + 1].
         eod: The id that ends a document.
         eod_mask_loss: Positions whose input token ends a document do not count; their label is the first token of
-            another document, which nothing announces.
+            another document, which nothing announces. With labels these are the positions before a border.
         labels: int64 [b, s + 1], the samples with IGNORE_INDEX where a token is not to be predicted; the samples
             themselves unless given.
-        borders: Bool [b, s + 1], True where a document starts; documents then stay apart, those that an eod ends inside
-            one included. With labels an eod is no border: in a conversation it may end every turn.
+        borders: Bool [b, s + 1], True where a document starts. With labels an eod is no border: in a conversation it
+            may end every turn.
+        apart: Documents stay apart where borders are given, those that an eod ends inside one included.
         rewards: float32 [b, s + 1].
         prompt: Places before every sequence for the vectors of a learned prompt, where no label counts; the batch is
             [b, prompt + s].
@@ -101,7 +103,10 @@ def make_batch(
     targets = (samples if labels is None else labels)[:, 1:].contiguous()  # [b, s]
     loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
     if eod_mask_loss:
-        loss_mask = (tokens != eod).to(torch.float32)
+        if labels is not None and borders is None:
+            raise ValueError("with labels the borders say where a document ends")
+        counts = tokens != eod if labels is None or borders is None else ~borders[:, 1:]
+        loss_mask = counts.to(torch.float32)
     if labels is not None:
         counted = targets >= 0
         loss_mask *= counted
@@ -111,7 +116,7 @@ def make_batch(
         tokens,
         targets,
         loss_mask,
-        document_starts=None if borders is None else document_starts(tokens, borders[:, :-1], ends),
+        document_starts=document_starts(tokens, borders[:, :-1], ends) if apart and borders is not None else None,
         rewards=None if rewards is None else rewards[:, :-1].contiguous(),
     )
     return batch.behind(prompt) if prompt else batch

@@ -29,7 +29,7 @@ class BatchLoader:
         samples: The data set.
         sampler: The rank's share of it.
         eod: Id that ends a document.
-        eod_mask_loss: True if the label `eod` has no loss.
+        eod_mask_loss: Positions whose input ends a document have no loss.
         labels: Read labels too, which mark padding and tokens without loss.
         rewards: Read rewards too.
         documents: Give the start of the document of each token.
@@ -60,7 +60,8 @@ class BatchLoader:
         self._sampler = sampler
         self._eod = eod
         self._eod_mask_loss = eod_mask_loss
-        self._extras = {"labels": labels, "rewards": rewards, "borders": documents}
+        self._documents = documents
+        self._extras = {"labels": labels, "rewards": rewards, "borders": documents or (eod_mask_loss and labels)}
         self._workers = workers
         self._pin_memory = pin_memory
         self._prompt = prompt
@@ -108,6 +109,7 @@ class BatchLoader:
             torch.from_numpy(samples),
             eod=self._eod,
             eod_mask_loss=self._eod_mask_loss,
+            apart=self._documents,
             prompt=self._prompt,
             **{name: torch.from_numpy(array) for name, array in extras.items()},
         )

@@ -37,7 +37,8 @@ _REMEDIES = {
     "not UTF-8": "make it UTF-8, as `iconv -t UTF-8 -f UTF-16` does of UTF-16",
     "damaged": "fetch the file again, or make it again",
     "empty": "name files that hold text",
-    "that the chat template cannot take": "change the conversations, or give a folder whose template takes them",
+    "that the chat template cannot take": "change the conversations, give a folder whose template takes "
+    "them or says by {% generation %} what is learnt, or train on last answers with --only-last",
     "without the key 'role'": "each turn of a conversation has a 'role' and a 'content'; rename what yours has",
     "without the key 'content'": "a turn has a 'content', or 'tool_calls' in its place; rename what yours has",
     "whose 'content' is not text": "a 'content' is a text or a list of parts that are texts; it may be null beside "
