@@ -1,7 +1,8 @@
 """Settings of LoRA and soft prompts, read from the configuration without torch.
 
 `lora`: each targeted matrix W becomes W + (alpha / rank) B A, where A [rank, in] and B [out, rank] are trained and B
-starts at zero (arXiv:2106.09685, section 4.1). `soft_prompt_tuning`: only vectors in front of the tokens are trained
+starts at zero (arXiv:2106.09685, section 4.1). The matrices that `modules_to_save` names, as peft calls it, are trained
+beside them as they are. `soft_prompt_tuning`: only vectors in front of the tokens are trained
 (arXiv:2104.08691, section 2).
 """
 
@@ -18,6 +19,9 @@ TARGETS = {
     "dense_4h_to_h": "mlp.linear2",
 }
 """The matrices that `lora` may target: name -> the module inside its block."""
+EMBEDDING, HEAD = "embedding", "head"
+SAVED = (EMBEDDING, HEAD)
+"""The names of `modules_to_save`: the word embedding and the output layer."""
 ALL = "all"
 ALIASES = {"linear1": "dense_h_to_4h", "linear2": "dense_4h_to_h"}
 
@@ -36,6 +40,8 @@ class LowRank:
     """Dropout on the adapter's input [probability]."""
     targets: tuple[str, ...]
     """Names of TARGETS, in that order."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of SAVED that are trained beside the adapters, in that order."""
 
     @property
     def scale(self) -> float:
@@ -48,7 +54,12 @@ class LowRank:
 
     def block(self) -> dict[str, Any]:
         """Returns the configuration's block with all defaults."""
-        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)}
+        numbers = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        return {**numbers, "targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
+
+    def trained(self, *, tied: bool) -> frozenset[str]:
+        """Returns the names of SAVED whose rows are trained. tied: one matrix is both, and either name trains it."""
+        return frozenset(SAVED if tied and self.modules_to_save else self.modules_to_save)
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,13 @@ def low_rank(block: Block | None) -> LowRank | None:
     """Reads a valid `lora` block; None when it is absent or disabled."""
     if block is None or not enabled(block):
         return None
-    named = targets(block)
-    ordered = tuple(name for name in TARGETS if name in named)
+    named, trained = targets(block), modules_to_save(block)
     return LowRank(
-        block["rank"], float(block.get("alpha") or block["rank"]), float(block.get("dropout") or 0.0), ordered
+        block["rank"],
+        float(block.get("alpha") or block["rank"]),
+        float(block.get("dropout") or 0.0),
+        tuple(name for name in TARGETS if name in named),
+        tuple(name for name in SAVED if name in trained),
     )
 
 
@@ -102,3 +116,9 @@ def targets(block: Block) -> list[str]:
     given = block.get("targets") or "query_key_value"
     listed = [given] if isinstance(given, str) else list(given)
     return list(TARGETS) if ALL in listed else [ALIASES.get(name, name) for name in listed]
+
+
+def modules_to_save(block: Block) -> list[str]:
+    """Returns what a `lora` block trains beside its adapters, by the names of SAVED; nothing by default."""
+    given = block.get("modules_to_save") or []
+    return [given] if isinstance(given, str) else list(given)

@@ -1,6 +1,6 @@
 """Table of a model's tensors: layer index, name, global shape and shard dimension."""
 
-from megatron.param_table.adapters import DOWN, PROMPT, UP, is_adapter_tensor, trainable_tensors
+from megatron.param_table.adapters import DOWN, NAMED_KINDS, PROMPT, UP, is_adapter_tensor, trainable_tensors
 from megatron.param_table.dims import MixerDims, MixtureDims, ModelDims
 from megatron.param_table.mixers import recurrent_state_shapes
 from megatron.param_table.parts import FIRST_BLOCK, key_in_table
@@ -19,6 +19,7 @@ from megatron.param_table.widths import (
 __all__ = [
     "DOWN",
     "FIRST_BLOCK",
+    "NAMED_KINDS",
     "PROMPT",
     "UP",
     "MixerDims",

@@ -1,10 +1,11 @@
-"""Tensors of LoRA adapters and soft prompts."""
+"""Tensors of LoRA adapters and soft prompts, and those of the model that are trained beside adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from megatron.adapter_config import LowRank
+from megatron.adapter_config import EMBEDDING, HEAD, LowRank
 from megatron.param_table.tensor import TensorShape
 
 DOWN, UP = "lora_A", "lora_B"
@@ -13,6 +14,8 @@ PROMPT = "soft_prompt.weight"
 """The soft prompt, in layer 0."""
 ADDED = ("adapter", "prompt")
 """Kinds of tensors that are added to a frozen model."""
+NAMED_KINDS = {"word_embedding": EMBEDDING, "head": HEAD}
+"""Kinds of tensors that `modules_to_save` may name -> their names there."""
 
 
 def with_lora(table: Sequence[TensorShape], adapter: LowRank | None) -> list[TensorShape]:
@@ -53,6 +56,20 @@ def is_adapter_tensor(shape: TensorShape) -> bool:
 
 
 def trainable_tensors(table: Iterable[TensorShape]) -> list[TensorShape]:
-    """Returns the trainable tensors: those of adapters, or all of a model without adapters."""
+    """Returns the trainable tensors: adapters and what is trained beside them; all of a model without adapters."""
     listed = list(table)
-    return [shape for shape in listed if is_adapter_tensor(shape)] or listed
+    if not any(is_adapter_tensor(shape) for shape in listed):
+        return listed
+    return [shape for shape in listed if shape.trained or is_adapter_tensor(shape)]
+
+
+def with_trained(table: Sequence[TensorShape], adapter: LowRank | None, *, tied: bool) -> list[TensorShape]:
+    """Returns the tensors of a model, with those marked that `modules_to_save` names.
+
+    Args:
+        table: the tensors.
+        adapter: the adapters; None without.
+        tied: whether the output layer shares the word embedding's weight.
+    """
+    names = frozenset[str]() if adapter is None else adapter.trained(tied=tied)
+    return [replace(shape, trained=True) if NAMED_KINDS.get(shape.kind) in names else shape for shape in table]

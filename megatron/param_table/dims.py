@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.adapter_config import LowRank, low_rank, prompt_length
+from megatron.adapter_config import EMBEDDING, HEAD, LowRank, low_rank, prompt_length
 from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
 
@@ -132,7 +132,7 @@ class ModelDims:
     mixers: MixerDims = field(default_factory=MixerDims)
     """Widths of blocks without attention."""
     low_rank: LowRank | None = None
-    """LoRA adapters; everything else is frozen then."""
+    """LoRA adapters; everything else but what they name to be trained is frozen then."""
     prompt: int = 0
     """Vectors of a soft prompt; everything else is frozen then."""
 
@@ -194,8 +194,21 @@ class ModelDims:
 
     @property
     def frozen(self) -> bool:
-        """Whether only adapters are trained."""
+        """Whether only adapters are trained, and what they name beside them."""
         return self.low_rank is not None or self.prompt > 0
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the word embedding is trained."""
+        return not self.frozen or self._saves(EMBEDDING)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the matrix of the output layer is trained."""
+        return not self.frozen or self._saves(HEAD)
+
+    def _saves(self, name: str) -> bool:
+        return self.low_rank is not None and name in self.low_rank.trained(tied=self.tied)
 
     def saves_input(self, target: str) -> bool:
         """Returns whether the input of a matrix is saved for a weight gradient. target: a name of `lora`'s targets."""

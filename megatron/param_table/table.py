@@ -12,7 +12,7 @@ heads as query heads the QKV rows are interleaved head by head, [q, k, v] for ea
 
 from __future__ import annotations
 
-from megatron.param_table.adapters import prompt_tensor
+from megatron.param_table.adapters import prompt_tensor, with_trained
 from megatron.param_table.blocks import block_tensors
 from megatron.param_table.dims import ModelDims
 from megatron.param_table.parts import norm, positions
@@ -32,4 +32,4 @@ def tensors(dims: ModelDims, padded_vocab_size: int) -> list[TensorShape]:
     if not dims.tied:
         shape = (padded_vocab_size, dims.hidden_size)
         table.append(TensorShape(dims.num_layers + 4, "final_linear.weight", shape, 0, "head"))
-    return table
+    return with_trained(table, dims.low_rank, tied=dims.tied)

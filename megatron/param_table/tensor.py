@@ -39,6 +39,8 @@ class TensorShape:
     """Sizes along shard_dim that are sharded separately; () for one section."""
     inputs: int = -1
     """Dimension that a product with the matrix sums over."""
+    trained: bool = False
+    """Whether it is of the frozen model and trained beside adapters."""
 
     @property
     def key(self) -> str:

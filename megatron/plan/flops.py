@@ -37,17 +37,19 @@ def flops_per_iteration(
         shares: visible fraction of each block's attention; 1 by default.
     """
     updates = sum(tensor.count for tensor in table if tensor.kind == "adapter")
-    matrices = sum(tensor.count for tensor in table if tensor.kind in {"weight", "head"})
+    matrices = sum(tensor.count for tensor in table if tensor.kind == "weight")
     matrices += (
         sum(tensor.count for tensor in table if tensor.kind == "expert") * dims.mixture.top_k // dims.mixture.experts
     )
-    if dims.tied:
-        matrices += sum(tensor.count for tensor in table if tensor.kind == "word_embedding")
+    head = "word_embedding" if dims.tied else "head"
+    matrices += sum(tensor.count for tensor in table if tensor.kind == head)
     mixing = 0.0
     for block in range(dims.num_layers):
         share = 1.0 if shares is None else shares[block]
         mixing += _mixing(dims, block, seq_length) * (1.0 if dims.kind(block) in WITHOUT_ATTENTION else share)
     products = 2 * matrices * (2 if dims.frozen else 3) + 2 * updates * 3
+    if dims.frozen and dims.trains_head:
+        products += 2 * sum(tensor.count for tensor in table if tensor.kind == head)
     return (products + 3 * round(mixing)) * seq_length * train_batch_size
 
 

@@ -297,12 +297,12 @@ def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_siz
     norm = _norm_inputs(dims, layout, norms=1, inputs=1)
     output = layout.residual_tokens * dims.hidden_size * layout.width
     if not layout.loss_in_blocks:
-        return (0 if dims.frozen else output) + norm + layout.tokens * vocabulary * layout.width
+        return (output if dims.trains_head else 0) + norm + layout.tokens * vocabulary * layout.width
     rows = min(layout.tokens, rows_of_a_block(vocabulary, cpu=layout.cpu))
     hidden = layout.tokens * dims.hidden_size * layout.width
     gathered = hidden if layout.residual_tokens < layout.tokens else 0
     width = FP32 if rows < layout.tokens else layout.width
-    matrix = 0 if dims.frozen else vocabulary * dims.hidden_size * width
+    matrix = vocabulary * dims.hidden_size * width if dims.trains_head else 0
     return output + gathered + norm + hidden + matrix + rows * vocabulary * layout.width
 
 

@@ -125,7 +125,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     held = zip(
         on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
-        on_rank(trainable_tensors(table), bounds, axes.model_parallel_size, tied=False),
+        on_rank(trainable_tensors(table), bounds, axes.model_parallel_size, tied=dims.tied and dims.trains_embedding),
         strict=True,
     )
     for stage, counts in enumerate(held):

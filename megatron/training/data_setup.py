@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron.adapter_config import prompt_length
+from megatron.adapter_config import low_rank, prompt_length, soft_prompt
+from megatron.checkpoint.load.adapter_base import AdapterBase
+from megatron.checkpoint.load.loader import Checkpoint
 from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.saver import Counters
 from megatron.config import Config
@@ -89,13 +91,30 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
     return data
 
 
-def run_inputs(config: Config, data: Data, tokenizer: Tokenizer) -> RunInputs:
-    """Returns what a checkpoint records of tokenizer and data, for comparison when it is loaded."""
+def run_inputs(config: Config, data: Data, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> RunInputs:
+    """Returns what a checkpoint records of tokenizer and data, for comparison when it is loaded, and of adapters.
+
+    Args:
+        config: the configuration.
+        data: the data sets.
+        tokenizer: the tokenizer.
+        checkpoint: what the run starts from; None for random weights.
+    """
     order = None
     if data.plan.train is not None:
         epochs = config.training.train_epochs
         order = order_facts(config.data, data.plan.train, seed=config.training.seed, train_epochs=epochs)
-    return RunInputs(run_tokenizer(config, tokenizer), order)
+    return RunInputs(run_tokenizer(config, tokenizer), order, _adapter_base(config, checkpoint))
+
+
+def _adapter_base(config: Config, checkpoint: Checkpoint | None) -> AdapterBase | None:
+    """Returns the base of the run's adapters; None without adapters, or without a checkpoint."""
+    model = config.model
+    adapter = low_rank(model.lora)
+    if checkpoint is None or (adapter is None and soft_prompt(model.soft_prompt_tuning) is None):
+        return None
+    trained = frozenset[str]() if adapter is None else adapter.trained(tied=not model.no_weight_tying)
+    return checkpoint.adapter_base().with_trained(trained)
 
 
 def run_tokenizer(config: Config, tokenizer: Tokenizer) -> TokenizerInfo:

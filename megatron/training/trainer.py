@@ -112,7 +112,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     start = checkpoint.counters() if checkpoint else Counters()
     config = with_length(config, start)
     data = build_run_data(config, topology, tokenizer, start)
-    inputs = run_inputs(config, data, tokenizer)
+    inputs = run_inputs(config, data, tokenizer, checkpoint)
     _claim_folder(config, checkpoint, inputs, leads=leads)
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(

@@ -187,11 +187,15 @@ def test_optimizer_blocks_that_are_refused(block: dict[str, object], reported: s
 def test_what_is_trained_beside_a_model_is_reported_full() -> None:
     """Defaults, one name in place of a list, the names of linear layers, and blocks that are switched off."""
     model = resolved(lora={"rank": 8}).config.model
-    assert model.lora == {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": ["query_key_value"]}
+    first = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": ["query_key_value"], "modules_to_save": []}
+    assert model.lora == first
     every = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     assert resolved(lora={"rank": 2, "alpha": 4, "targets": "all"}).config.model.lora["targets"] == every
     named = resolved(lora={"rank": 2, "targets": ["linear2", "dense"], "enabled": True}).config.model.lora
     assert named["targets"] == ["dense", "dense_4h_to_h"]
+    for written, meant in (("embedding", ["embedding"]), (["head", "embedding"], ["embedding", "head"])):
+        saved = resolved(lora={"rank": 2, "modules_to_save": written}).config.model.lora
+        assert saved["modules_to_save"] == meant
     assert resolved(lora={"enabled": False, "rank": 3}).config.model.lora is None
     prompt = {"enabled": True, "num_tokens": 10, "init_string": "", "init_range": 0.5}  # the public defaults
     assert resolved(soft_prompt_tuning={"enabled": True}).config.model.soft_prompt_tuning == prompt

@@ -29,16 +29,23 @@ from tests.options import Keys
 
 UPDATES: Keys = {"lora": {"rank": 4, "alpha": 16, "targets": "all"}}
 PROMPT: Keys = {"soft_prompt_tuning": {"num_tokens": 6}}
+BOTH: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
+EMBEDDING: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding"]}, "no_weight_tying": True}
+HEAD: Keys = {"lora": {**UPDATES["lora"], "modules_to_save": "head"}, "no_weight_tying": True}
 SOME: Keys = {"lora": {"rank": 3, "targets": ["dense", "linear1"]}}
 CASES: dict[str, Keys] = {
     "updates": UPDATES,
     "updates, parallel residual, grouped": {**UPDATES, "gpt_j_residual": True, "num_kv_heads": 2, "pos_emb": "learned"},
     "updates of some, gated": {**SOME, "activation": "swiglu", "mlp_multiple_of": 8},
+    "updates and the one matrix of both": BOTH,
+    "updates, embedding": EMBEDDING,
+    "updates, output layer": HEAD,
     "prompt": PROMPT,
     "prompt, relative positions": {**PROMPT, "pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 24},
     "prompt, untied": {**PROMPT, "pos_emb": "learned", "no_weight_tying": True},
 }
 FEW: Keys = {"lora": {"rank": 4, "targets": ["query_key_value", "dense"]}}
+DROPPED_BOTH: Keys = {"lora": {**BOTH["lora"], "dropout": 0.2}}
 DROPPED: Keys = {"lora": {"rank": 4, "targets": "all", "dropout": 0.2}}
 MEMBERS: dict[str, Keys] = {
     "updates": UPDATES,
@@ -143,7 +150,7 @@ def tensors(stored: StoredModel) -> dict[str, torch.Tensor]:
     return {f"{shape.layer}.{shape.name}": stored.full_tensor(shape) for shape in stored.table}
 
 
-@pytest.mark.parametrize("case", [DROPPED, PROMPT], ids=["lora", "prompt"])
+@pytest.mark.parametrize("case", [DROPPED, PROMPT, DROPPED_BOTH], ids=["lora", "prompt", "lora and both"])
 def test_resuming_is_exact_and_nothing_else_moves(
     case: Keys, tuning: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
@@ -160,9 +167,11 @@ def test_resuming_is_exact_and_nothing_else_moves(
     added = {f"{shape.layer}.{shape.name}" for shape in after.table if is_adapter_tensor(shape)}
     found = tensors(after)
     assert found.keys() - before.keys() == added
-    assert all(torch.equal(found[key], value.bfloat16()) for key, value in before.items())
+    trained = {"0.word_embeddings.weight", "8.final_linear.weight"} if case is DROPPED_BOTH else set()
+    same_values = {key for key, value in before.items() if torch.equal(found[key], value.bfloat16())}
+    assert same_values == before.keys() - trained
     assert after.masters is not None
-    assert after.masters.locations.keys() == added, "the optimizer has no state of frozen parameters"
+    assert after.masters.locations.keys() == added | trained, "the optimizer has no state of frozen parameters"
 
 
 def test_a_prompt_starts_as_the_vectors_of_a_text(tuning: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -185,6 +194,14 @@ def test_loading_reports_what_is_added(tuning: dict[str, Any], base: Path, tmp_p
             run(1, tmp_path / "resumed", **{**tuning, **added, "finetune": False, "override_lr_scheduler": True})
     with pytest.raises(RankFailedError, match=r"that the model lacks: 2\.attention.*or merge it with tools/merge_lora"):
         run(1, tmp_path / "plain", **{**tuning, "load": str(tmp_path / "save")})
+    on = {**tuning, **BOTH, "finetune": False, "load": str(tmp_path / "save"), "train_iters": 2}
+    on["override_lr_scheduler"] = True
+    reported = (
+        r"is that of modules_to_save: \[\], and the configuration has \[embedding, head\]; give the modules_to_save"
+    )
+    with pytest.raises(RankFailedError, match=reported):
+        run(1, tmp_path / "both", **on)
+    run(1, tmp_path / "both", **on, no_load_optim=True)
     other = {"lora": {"rank": 8, "targets": "all"}}
     with pytest.raises(RankFailedError, match=r"lora_A\.weight has shape \[4, 64\], the model's is \[8, 64\]"):
         run(1, tmp_path / "other", **{**tuning, **other, "load": str(tmp_path / "save")})

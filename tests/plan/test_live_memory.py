@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2": (2, {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}),
 }
 UPDATES = {"lora": {"rank": 8, "targets": "all"}}
+BOTH = {"lora": {"rank": 8, "modules_to_save": ["embedding", "head"]}}
 AGAIN = {"checkpoint_activations": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 8, "num_kv_heads": 2, "use_bias_in_mlp": False}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -73,6 +74,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "updates, pipeline 2, recomputed": (
         2,
         {**UPDATES, **AGAIN, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
+    ),
+    "updates and both": (1, {**BOTH, "no_weight_tying": True}),
+    "updates and the one matrix of both, pipeline 2": (
+        2,
+        {**BOTH, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
     ),
     "prompt": (1, {"soft_prompt_tuning": {"num_tokens": 8}}),
 }

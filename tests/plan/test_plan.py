@@ -130,6 +130,12 @@ def test_what_is_trained_beside_a_frozen_model_is_reported() -> None:
     assert plan.flops_per_iteration is not None
     saved = full.flops_per_iteration - plan.flops_per_iteration
     assert saved == (2 * matrices - 6 * trained) * 2048 * plan.json()["train_batch_size"]  # no gradients of matrices
+    both = make_plan(resolution("20B", lora={"rank": 8, "modules_to_save": ["embedding", "head"]}))
+    assert both.trainable == trained + 2 * 6144 * 50432
+    assert "scale 1, and the embedding, and the head" in both.text()
+    assert both.flops_per_iteration is not None
+    more = both.flops_per_iteration - plan.flops_per_iteration
+    assert more == 2 * 6144 * 50432 * 2048 * plan.json()["train_batch_size"]  # the gradient of the output layer
     prompt = make_plan(resolution("20B", soft_prompt_tuning={"num_tokens": 20}))
     assert prompt.trainable == 20 * 6144
     assert "a prompt of 20 vectors, which leaves 2028 tokens to a text" in prompt.text()

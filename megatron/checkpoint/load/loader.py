@@ -20,9 +20,10 @@ from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerState
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles, key_of
 from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
 from megatron.checkpoint.load import find
+from megatron.checkpoint.load.adapter_base import AdapterBase, base_of_checkpoint
 from megatron.checkpoint.load.lr_schedule_check import schedule_facts, schedule_to_use, warn_of_early_end
 from megatron.checkpoint.load.merge_shards import read_shards
-from megatron.checkpoint.load.model_check import same_model
+from megatron.checkpoint.load.model_check import same_model, same_trained
 from megatron.checkpoint.load.mup_check import same_parametrisation
 from megatron.checkpoint.load.run_inputs_check import RunInputs, same_data_order, same_tokenizer
 from megatron.checkpoint.load.vocabulary import StoredEmbedding
@@ -80,6 +81,7 @@ class Checkpoint:
                 location=str(self.directory),
                 hint="set no_load_optim to start the optimizer anew, or finetune to start counting anew too",
             )
+        same_trained(self.table, state, self.directory)
         return state.with_weights(self._shard) if self._embedding.dtype == torch.float32 else state
 
     def _same_optimizer(self) -> None:
@@ -113,6 +115,10 @@ class Checkpoint:
     def rows(self) -> int:
         """Rows of the stored embedding."""
         return self._embedding.rows
+
+    def adapter_base(self) -> AdapterBase:
+        """The base of adapters that are trained on from here."""
+        return base_of_checkpoint(self.directory, self.rows)
 
     def counters(self) -> Counters:
         """Counters of the run; zero when only the weights are requested."""

@@ -7,13 +7,15 @@ number of heads every tensor fits, and nothing that the model says is right. Meg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.adapter_config import low_rank
+from megatron.adapter_config import SAVED, low_rank
+from megatron.checkpoint.format.optimizer_shards import OptimizerState
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
+from megatron.param_table import NAMED_KINDS, TensorShape, is_adapter_tensor
 from megatron.registry import WITHOUT_ATTENTION
 
 _log = get_logger(__name__)
@@ -103,6 +105,32 @@ def same_model(stored: Values, own: Values, location: Path, *, finetune: bool) -
             )
             for key in differing
         )
+
+
+def same_trained(table: Sequence[TensorShape], stored: OptimizerState, location: Path) -> None:
+    """ConfigError where other matrices were trained beside adapters than `modules_to_save` names now.
+
+    Args:
+        table: Tensors of the reader's model.
+        stored: The optimizer state, which holds what was trained.
+        location: The checkpoint, for messages.
+    """
+    if not any(is_adapter_tensor(shape) for shape in table):
+        return
+    matrices = [shape for shape in table if shape.kind in NAMED_KINDS]
+    then = {NAMED_KINDS[shape.kind] for shape in matrices if shape.key in stored.locations}
+    now = {NAMED_KINDS[shape.kind] for shape in matrices if shape.trained}
+    if then != now:
+        raise ConfigError.of(
+            f"the optimizer state of the checkpoint {location} is that of modules_to_save: {_listed(then)}, and the "
+            f"configuration has {_listed(now)}",
+            key="lora",
+            hint="give the modules_to_save of that run, or set no_load_optim: true to start the optimizer anew",
+        )
+
+
+def _listed(names: set[str]) -> str:
+    return f"[{', '.join(name for name in SAVED if name in names)}]"
 
 
 def _differing(keys: Mapping[str, Concerned], stored: Values, own: Values) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""What a run reads, kept with its checkpoints: the order of its samples and its tokenizer. A resume compares both."""
+"""What a run reads, kept with its checkpoints: the order of its samples, its tokenizer, and the base of its adapters.
+
+A resume compares the first two.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.load.adapter_base import FACT, AdapterBase
 from megatron.errors import ConfigError, ConfigIssue
 from megatron.log import get_logger
 from megatron.tokenizer_info import TokenizerInfo
@@ -18,12 +22,14 @@ _OVERRIDE_HINT = "set override_data_order to go on in the new order, or give bac
 
 @dataclass(frozen=True)
 class RunInputs:
-    """tokenizer: of the run; None where it is not known. data: what `order_facts` gives."""
+    """What a checkpoint keeps of what its run reads."""
 
     tokenizer: TokenizerInfo | None = None
     """The run's tokenizer; None where it is unknown."""
     data: Mapping[str, Any] | None = None
-    """Data order of the run; None where there is none."""
+    """Data order of the run, as `order_facts` gives it; None where there is none."""
+    base: AdapterBase | None = None
+    """The base of its adapters; None for a run without adapters, or from random weights."""
 
     def as_json(self) -> dict[str, Any]:
         """The facts for a checkpoint."""
@@ -32,7 +38,8 @@ class RunInputs:
         if own is not None:
             stored = {"tokenizer_type": own.kind, "vocab_size": own.vocab_size, "eod": own.eod}
             stored["fingerprint"] = own.fingerprint
-        return {"tokenizer": stored, "data": dict(self.data) if self.data is not None else None}
+        facts = {"tokenizer": stored, "data": dict(self.data) if self.data is not None else None}
+        return facts if self.base is None else {**facts, FACT: self.base.as_json()}
 
 
 def same_tokenizer(

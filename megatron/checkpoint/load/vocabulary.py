@@ -8,11 +8,14 @@ from typing import NamedTuple
 
 import torch
 
+from megatron.adapter_config import low_rank, soft_prompt
 from megatron.checkpoint.format.weight_shards import StoredWeights, WeightFiles
 from megatron.checkpoint.huggingface.model_folder import Folder, is_folder
 from megatron.checkpoint.load import find
+from megatron.checkpoint.load.adapter_base import frozen_rows, tokens_of
 from megatron.config import Config
 from megatron.config.derived.vocabulary import padded_vocab_size
+from megatron.config.schema.model import ModelSection
 from megatron.errors import RunError
 from megatron.log import get_logger
 
@@ -33,6 +36,13 @@ class StoredEmbedding(NamedTuple):
     def of(weights: StoredWeights) -> StoredEmbedding:
         shards = weights.shards("0.word_embeddings.weight")
         return StoredEmbedding(sum(shard.shape[0] for shard in shards), shards[0].dtype)
+
+
+class StoredVocabulary(NamedTuple):
+    """Sizes of a stored vocabulary. rows: of the embedding, padding included. tokens: rows that are tokens [tokens]."""
+
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -60,20 +70,17 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
         may_grow: Whether tokens beyond the checkpoint's rows get rows of their own; otherwise the model knows nothing
             of them.
     """
-    stored = _stored_rows(config)
-    if stored is None:
+    found = _stored(config)
+    if found is None:
         return Rows(padded, tokens)
+    stored = found.rows
+    if may_grow:
+        _warn_of_frozen_rows(config.model, tokens - found.tokens)
     if tokens > stored:
         if may_grow:
             _log.info(
                 "the embedding grows from %d to %d rows; the new ones start as the mean of the others", stored, padded
             )
-            if config.model.lora is not None or config.model.soft_prompt_tuning is not None:
-                message = (
-                    "the %d new rows are frozen and stay equal, since lora and soft_prompt_tuning do not train the "
-                    "embedding: the model cannot tell these tokens apart; train all weights, or use tokens with rows"
-                )
-                _log.warning(message, tokens - stored)
             return Rows(padded, tokens)
         message = "the tokenizer has %d tokens and the checkpoint rows for %d; a text or data with another is refused"
         _log.warning(message, tokens, stored)
@@ -86,16 +93,35 @@ def vocabulary_rows(config: Config, padded: int, *, tokens: int, model_size: int
     return Rows(padded, tokens)
 
 
-def _stored_rows(config: Config) -> int | None:
-    """Rows of the embedding in the checkpoint that `load` names, or an older one of that run; None if there is none."""
+def _warn_of_frozen_rows(model: ModelSection, added: int) -> None:
+    """A line where tokens are new to the checkpoint's model, and nothing trains their rows. added: [tokens]."""
+    adapter = low_rank(model.lora)
+    if added <= 0 or (adapter is None and soft_prompt(model.soft_prompt_tuning) is None):
+        return
+    tied = not model.no_weight_tying
+    frozen = frozen_rows(frozenset() if adapter is None else adapter.trained(tied=tied), tied=tied)
+    if frozen:
+        message = (
+            "the %d new rows of the %s are frozen and stay equal, so the model cannot tell these tokens apart; %s, or "
+            "train all weights"
+        )
+        hint = "write modules_to_save: [embedding, head] in lora"
+        hint = hint if adapter is not None else f"train lora instead of a soft prompt, and {hint}"
+        _log.warning(message, added, " and the ".join(frozen), hint)
+
+
+def _stored(config: Config) -> StoredVocabulary | None:
+    """The vocabulary of the checkpoint that `load` names, or an older one of that run; None if there is none."""
     if config.checkpoint.load is None:
         return None
     root = Path(config.checkpoint.load)
     if is_folder(root):
-        return Folder.open(root).rows
+        rows = Folder.open(root).rows
+        return StoredVocabulary(rows, rows)
     for directory in find.candidates(root, config.checkpoint.iteration):
         try:
-            return StoredEmbedding.of(WeightFiles.open(directory)).rows
+            rows = StoredEmbedding.of(WeightFiles.open(directory)).rows
+            return StoredVocabulary(rows, tokens_of(directory, rows))
         except (RunError, OSError, KeyError):
             continue  # it is damaged, which is reported when it is read
     return None

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.adapter_config import ALIASES, ALL, TARGETS, enabled, low_rank, soft_prompt, targets
+from megatron.adapter_config import (
+    ALIASES,
+    ALL,
+    SAVED,
+    TARGETS,
+    enabled,
+    low_rank,
+    modules_to_save,
+    soft_prompt,
+    targets,
+)
 from megatron.errors import ConfigError
 from megatron.registry import nearest_name
 
@@ -37,7 +47,7 @@ def _hint(error: str, example: str) -> str | None:
 
 
 def _lora_error(block: Block | None) -> str | None:
-    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets"))
+    issue = _unknown_name_error(block, ("enabled", "rank", "alpha", "dropout", "targets", "modules_to_save"))
     if issue is not None or block is None or not enabled(block):
         return issue
     if not _is_positive_int(block.get("rank")):
@@ -47,7 +57,7 @@ def _lora_error(block: Block | None) -> str | None:
         return f"alpha is a number above 0, not {alpha!r}"
     if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
         return f"dropout is a probability below 1, not {dropout!r}"
-    return _targets_error(block)
+    return _targets_error(block) or _modules_error(block)
 
 
 def _targets_error(block: Block) -> str | None:
@@ -64,6 +74,20 @@ def _targets_error(block: Block) -> str | None:
     close = nearest_name(unknown[0], [*TARGETS, *ALIASES, ALL])
     choices = f"{', '.join(TARGETS)} (queries, keys and values are one matrix) and {ALL}"
     return f"there is no matrix {unknown[0]}; " + (f"did you mean {close}?" if close else f"the targets are {choices}")
+
+
+def _modules_error(block: Block) -> str | None:
+    given = block.get("modules_to_save")
+    if given is None:
+        return None
+    if not isinstance(given, (str, list, tuple)) or not all(isinstance(name, str) for name in given):
+        return f"modules_to_save is a list of {' and '.join(SAVED)}, not {given!r}"
+    unknown = [name for name in modules_to_save(block) if name not in SAVED]
+    if not unknown:
+        return None
+    close = nearest_name(unknown[0], SAVED)
+    choices = f"modules_to_save takes {SAVED[0]} (tokens to vectors) and {SAVED[1]} (the output layer) of any model"
+    return f"there is no module {unknown[0]}; " + (f"did you mean {close}?" if close else choices)
 
 
 def _soft_prompt_error(block: Block | None) -> str | None:

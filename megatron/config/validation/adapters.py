@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.adapter_config import low_rank, soft_prompt
+from megatron.adapter_config import HEAD, low_rank, soft_prompt
 from megatron.config.config import Config
 from megatron.config.derived.curriculum import curriculum_lengths
 from megatron.errors import ConfigIssue
@@ -56,6 +56,20 @@ def adapters_have_matrices(config: Config) -> Iterator[ConfigIssue]:
             "updates",
             key="lora",
             hint="write targets: [query_key_value, dense]",
+        )
+
+
+def saved_modules_exist(config: Config) -> Iterator[ConfigIssue]:
+    """A tied output layer has no matrix of its own to train."""
+    model = config.model
+    requested = low_rank(model.lora)
+    if requested is not None and requested.modules_to_save == (HEAD,) and not model.no_weight_tying:
+        yield ConfigIssue(
+            f"modules_to_save names {HEAD} alone, and the output layer is the word embedding's matrix here, so "
+            "training it trains the embedding too",
+            key="lora",
+            value=model.lora,
+            hint="write modules_to_save: [embedding, head], or no_weight_tying: true for a model with two matrices",
         )
 
 

@@ -102,6 +102,7 @@ RULES: tuple[Rule, ...] = (
     adapters.one_thing_is_trained,
     adapters.widths_are_those_of_the_model,
     adapters.adapters_have_matrices,
+    adapters.saved_modules_exist,
     adapters.prompts_leave_room,
     transformer_engine.norm_and_mlp_are_one_layer,
     transformer_engine.fp8_has_layers,
