@@ -8,7 +8,7 @@ for a checkpoint of another program give its YAML files with --config-file. What
 naming the key. Any layout is read; the memory needed is about one layer. Flags may be spelt with dashes or underscores.
 
 LoRA adapters are merged into the weights. With --adapter-only the adapters or the soft prompt are written to a folder
-that `peft` loads on top of the frozen model.
+that `peft` loads on top of the frozen model, with what `modules_to_save` trained and, then, the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     gc.disable()  # the imports leave no garbage, and looking for it takes a sixth of the time of a small model
 
+from megatron.adapter_config import low_rank
 from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, ExportOptions, export, vocabulary
 from megatron.checkpoint.huggingface.families import FAMILIES
@@ -128,11 +129,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _adapter(args: argparse.Namespace, stored: StoredModel) -> int:
-    chosen = {"family_name": args.architecture, "precision": args.precision, "base_model": args.base_model}
-    made = export_adapter(stored, args.output_dir, **chosen)
+    adapter = low_rank(stored.model.lora)
+    if adapter is not None and adapter.modules_to_save:
+        refuse_adapter_files(args.output_dir, tokenizer=not args.no_save_tokenizer)
+    tokenizer = None if args.tokenizer is None else portable_of(args.tokenizer)
+    tokens = facts_of_tokenizer(stored.directory).get("vocab_size")
+    made = export_adapter(
+        stored,
+        args.output_dir,
+        family_name=args.architecture,
+        precision=args.precision,
+        base_model=args.base_model,
+        tokens=tokens if tokenizer is None else tokenizer.vocab_size,
+    )
+    if made.has_embedding and not args.no_save_tokenizer:
+        _save_tokenizer(tokenizer or _tokenizer(args, stored), args.output_dir, stored.model.max_position_embeddings)
     print(
         f"{args.output_dir}: {made.architecture}, {made.tensors} tensors, {made.size:,} bytes, from {stored.directory}"
     )
+    if made.rows_added:
+        what = f"the embedding here has {made.rows:,} rows; before PeftModel.from_pretrained call"
+        print(f"{what} resize_token_embeddings({made.rows}) of the base model, unless it has as many")
     return 0
 
 

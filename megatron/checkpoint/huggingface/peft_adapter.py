@@ -1,13 +1,15 @@
 """What was trained beside a frozen model, as a folder that the package `peft` loads on top of that model.
 
 Low-rank updates become LORA: one of ours whose matrix is several of theirs gives each its rows of B, and A to all of
-them. A soft prompt becomes PROMPT_TUNING. Source of names and files: peft 0.21, utils/save_and_load.py.
+them. What `modules_to_save` trained is written beside them. A soft prompt becomes PROMPT_TUNING. Source of names and
+files: peft 0.21, utils/save_and_load.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.adapter_config import LowRank, low_rank, soft_prompt
+from megatron.adapter_config import EMBEDDING, LowRank, low_rank, soft_prompt
 from megatron.checkpoint.format import files
 from megatron.checkpoint.huggingface import safetensors_format
 from megatron.checkpoint.huggingface.export_model import PRECISIONS, Exported
 from megatron.checkpoint.huggingface.families import family_for
 from megatron.checkpoint.huggingface.family import ModelFamily, TensorMapping
+from megatron.checkpoint.huggingface.peft_modules import SavedModules
 from megatron.checkpoint.huggingface.safetensors_format import Promise
 from megatron.checkpoint.load.stored_model import StoredModel
 from megatron.errors import ConfigError
 from megatron.param_table import DOWN, PROMPT, UP, ModelDims, TensorShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportedAdapter(Exported):
+    """What was written. rows: of the embedding, or of the base's where the adapter has none."""
+
+    rows_added: bool = False
+    """Whether the base may have other rows, and has to be given these first."""
+    has_embedding: bool = False
+    """Whether the embedding is among what was written."""
 
 
 def export_adapter(
@@ -36,11 +49,12 @@ def export_adapter(
     family_name: str | None = None,
     precision: str = "auto",
     base_model: str | None = None,
-) -> Exported:
+    tokens: int | None = None,
+) -> ExportedAdapter:
     """Writes the folder.
 
-    Raises ConfigError where nothing was trained beside a frozen model, or naming each key that the family cannot
-    express.
+    Raises ConfigError where nothing was trained beside a frozen model, where its tokenizer has tokens that the base has
+    no rows for and theirs were not trained, or naming each key that the family cannot express.
 
     Args:
         stored: The checkpoint.
@@ -48,6 +62,7 @@ def export_adapter(
         family_name: As for a whole model.
         precision: As for a whole model.
         base_model: The name or folder under which peft finds the frozen model by itself.
+        tokens: Of the tokenizer, as for a whole model.
     """
     updates, prompt = low_rank(stored.model.lora), soft_prompt(stored.model.soft_prompt_tuning)
     if updates is None and prompt is None:
@@ -59,10 +74,13 @@ def export_adapter(
     plain = stored.model.model_copy(update={"lora": None, "soft_prompt_tuning": None})
     family = family_for(plain, stored.moe, stored.mixers, family_name)
     dims = ModelDims.of(plain, stored.moe, stored.mixers)
+    saved = SavedModules.of(stored, tokens, base_model)
     dtype = PRECISIONS.get(precision) or stored.full_tensor(stored.table[0]).dtype
     if updates is not None:
         promises = list(_factors(stored, family, dims, dtype))
         settings = _lora(updates, promises, turned=any(row.turned for row in family.table(dims)))
+        settings |= saved.settings(family, dims)
+        promises += saved.promises(family, dims, dtype)
     else:
         promises = [_prompt(stored, dtype)]
         settings = _prompt_tuning(dims, promises[0].shape[0])
@@ -71,7 +89,8 @@ def export_adapter(
     usual = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
     files.write_json(output / CONFIG, {**settings, **usual})
     size = sum(promise.size for promise in promises)
-    return Exported(family.name, str(settings["peft_type"]), len(promises), size, stored.rows)
+    facts = (family.name, str(settings["peft_type"]), len(promises), size, saved.rows)
+    return ExportedAdapter(*facts, rows_added=saved.added, has_embedding=EMBEDDING in saved.names)
 
 
 def _factors(stored: StoredModel, family: ModelFamily, dims: ModelDims, dtype: torch.dtype) -> Iterator[Promise]:

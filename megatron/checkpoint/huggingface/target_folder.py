@@ -27,9 +27,13 @@ def refuse_model_files(output: Path, *, tokenizer: bool) -> None:
     _refuse(output, (*_SETTINGS, *_ADAPTER, *WEIGHT_FILES, *further), "files of a model")
 
 
-def refuse_adapter_files(output: Path) -> None:
-    """RunError where the folder has files of a model or an adapter. An adapter's may stand beside a tokenizer's."""
-    _refuse(output, (*_SETTINGS, *_ADAPTER, *WEIGHT_FILES), "files of a model")
+def refuse_adapter_files(output: Path, *, tokenizer: bool = False) -> None:
+    """RunError where the folder has files of a model or an adapter. An adapter's may stand beside a tokenizer's.
+
+    tokenizer: those of a tokenizer too, as one is to be written.
+    """
+    further = TOKENIZER_FILES if tokenizer else ()
+    _refuse(output, (*_SETTINGS, *_ADAPTER, *WEIGHT_FILES, *further), "files of a model")
 
 
 def refuse_other_tokenizer(source: Path, target: Path) -> None:

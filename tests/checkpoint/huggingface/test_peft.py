@@ -1,11 +1,12 @@
 """Low-rank updates and soft prompts against the package `peft`: the same training, and exports that it loads.
 
 Models of transformers are the frozen part; ours reads their folder. What is trained here is exported and loaded by peft
-on top of the same model, and what is merged is loaded by transformers.
+on top of the same model, and what is merged is loaded by transformers. Some get rows for new tokens, which are trained.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron.checkpoint.huggingface.export_model import export
 from megatron.checkpoint.huggingface.model_folder import Folder
@@ -35,13 +37,15 @@ STEPS, RATE, CLIP, DECAY = 10, 5e-3, 0.5, 0.1
 LENGTH = 24
 UPDATES = {"lora": {"rank": 4, "alpha": 12, "targets": "all"}}
 ROWS = {"lora": {"rank": 4, "alpha": 12, "targets": ["dense", "dense_4h_to_h"]}}
+BOTH = {"lora": {**UPDATES["lora"], "modules_to_save": ["embedding", "head"]}}
+NEW, PADDING = 2, 6
 PROMPT = {"soft_prompt_tuning": {"num_tokens": 5, "init_range": 0.2}}
 Found = tuple[list[float], list[float], Tensor]
 
 
-def batch() -> Tensor:
+def batch(vocabulary: int = VOCABULARY) -> Tensor:
     """Token ids [4, LENGTH + 1]."""
-    return torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(8))
+    return torch.randint(0, vocabulary, (4, LENGTH + 1), generator=torch.Generator().manual_seed(8))
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,28 @@ class Case:
     folder: Path
 
     @property
+    def new(self) -> int:
+        """Tokens that the model has no rows for: some where their rows are trained."""
+        return NEW if self.added.get("lora", {}).get("modules_to_save") else 0
+
+    @property
+    def padded(self) -> int:
+        """Rows of our embedding."""
+        return VOCABULARY + self.new + PADDING if self.new else VOCABULARY
+
+    def inputs(self) -> Tensor:
+        """Token ids [3, 24], new ones among them."""
+        ids = tokens()
+        return ids.where(ids >= 2 * self.new, ids % 2 + VOCABULARY) if self.new else ids
+
+    def base(self) -> PreTrainedModel:
+        """The model of transformers, with rows for the new tokens."""
+        model = make(self.name)
+        if self.new:
+            model.resize_token_embeddings(VOCABULARY + self.new, mean_resizing=False)
+        return model
+
+    @property
     def prompt(self) -> int:
         """Vectors of the prompt."""
         return int(self.added.get("soft_prompt_tuning", {}).get("num_tokens", 0))
@@ -61,7 +87,7 @@ class Case:
         """Training on one batch, from the folder of transformers."""
         keys = {
             **Folder.open(self.folder / "theirs").settings(),
-            "vocab_size": VOCABULARY,
+            "vocab_size": VOCABULARY + self.new,
             "make_vocab_size_divisible_by": 1,
             "seq_length": LENGTH + self.prompt,
             "load": str(self.folder / "theirs"),
@@ -89,14 +115,15 @@ def trained(rank: int, world_size: int, cases: list[Case], layout: dict[str, int
     for case in cases:
         config = case.config(world_size, **layout)
         topology = topology or init_topology(config)
-        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), VOCABULARY))
-        engine = build_training_engine(config, topology, padded_vocab_size=VOCABULARY, checkpoint=checkpoint)
-        saver = Saver(config, engine, padded_vocab_size=VOCABULARY)
+        checkpoint = find_checkpoint(config, tensors(ModelDims.of(config.model, config.moe), case.padded))
+        sizes = {"padded_vocab_size": case.padded, "vocab_size": VOCABULARY + case.new}
+        engine = build_training_engine(config, topology, **sizes, checkpoint=checkpoint)
+        saver = Saver(config, engine, padded_vocab_size=case.padded)
         saver.save(Counters(0))
-        rows = batch()
+        rows = batch(VOCABULARY + case.new)
         one = MicroBatch(rows[:, :-1], rows[:, 1:].contiguous(), torch.ones(4, LENGTH)).behind(case.prompt)
         steps = [engine.train_step(iter([one]), RATE) for _ in range(STEPS)]
-        logits = engine.logits(tokens())
+        logits = engine.logits(case.inputs())[..., : VOCABULARY + case.new]
         saver.save(Counters(STEPS))
         found.append(([float(step.loss) for step in steps], [float(step.grad_norm) for step in steps], logits))
     return found
@@ -114,17 +141,18 @@ def with_adapter(case: Case, iteration: int) -> PeftModel:
     """What was exported of an iteration, on top of the model, by peft; without dropout."""
     position = case.folder / f"adapter{iteration}"
     export_adapter(open_model(case.folder / "ours", iteration=iteration), position)
-    return PeftModel.from_pretrained(make(case.name), position).eval()
+    return PeftModel.from_pretrained(case.base(), position).eval()
 
 
 def theirs(case: Case) -> tuple[list[float], list[float]]:
     """The same steps by peft and torch, from what our run started with."""
     model = with_adapter(case, 0)
-    parameters = [one for name, one in model.named_parameters() if "lora_" in name or "prompt_encoder" in name]
+    changed = ("lora_", "prompt_encoder", "modules_to_save")
+    parameters = [one for name, one in model.named_parameters() if any(part in name for part in changed)]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
     for parameter in parameters:
         parameter.requires_grad_()
-    rows = batch()
+    rows = batch(VOCABULARY + case.new)
     losses, norms = [], []
     for _ in range(STEPS):
         logits = model(input_ids=rows[:, :-1]).logits[:, case.prompt :]
@@ -141,11 +169,14 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "neox, updates": ("neox", UPDATES),
     "gpt2, updates": ("gpt2", UPDATES),
     "llama, updates": ("llama, grouped, biases", ROWS),
+    "neox, updates and both": ("neox", BOTH),
+    "gpt2, updates and the one matrix of both": ("gpt2", BOTH),
     "neox, prompt": ("neox", PROMPT),
     "gpt2, prompt": ("gpt2", PROMPT),
 }
 EXPORTS = ["neox, one residual, tied", "llama, as many kv heads", "llama, grouped, biases", "mistral", "qwen3"]
 EXPORTS += ["mpt", "gpt2", "opt"]
+SAVED = [*EXPORTS, "neox", "llama, wide heads, tied", "gpt2, untied, exact gelu", "opt, untied, no biases"]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +193,13 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found
     return train([Case(name, UPDATES, folder / name) for name in EXPORTS], 2, model_parallel_size=2)
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Found]]:
+    """Trained on two tensor-parallel ranks, together with the rows of all tokens, two new ones among them."""
+    folder = tmp_path_factory.mktemp("grown")
+    return train([Case(name, BOTH, folder / name) for name in SAVED], 2, model_parallel_size=2)
+
+
 @pytest.mark.parametrize("reported", ALONE)
 def test_training_is_that_of_peft(reported: str, alone: dict[str, tuple[Case, Found]]) -> None:
     """Ten steps of Adam with clipping and weight decay from the same start; the end says the same to 1e-5."""
@@ -172,7 +210,7 @@ def test_training_is_that_of_peft(reported: str, alone: dict[str, tuple[Case, Fo
     assert expected[-1] < expected[0] - 0.01, "it learns, else the comparison proves little"
     assert max(expected_norms) > CLIP or case.prompt, "clipping is active"
     with torch.no_grad():
-        said = with_adapter(case, STEPS)(input_ids=tokens()).logits[:, case.prompt :]
+        said = with_adapter(case, STEPS)(input_ids=case.inputs()).logits[:, case.prompt :]
     torch.testing.assert_close(logits, said, rtol=1e-5, atol=1e-5)
 
 
@@ -188,6 +226,39 @@ def test_updates_of_every_family_are_loaded(name: str, cut: dict[str, tuple[Case
     torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(full, logits, rtol=1e-5, atol=1e-5)
     assert (before - logits).abs().max() > 0.05, "the updates matter"
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_trained_rows_of_every_family_are_loaded(name: str, grown: dict[str, tuple[Case, Found]]) -> None:
+    """As peft keeps modules_to_save: without padding, and one matrix that is both under the names of both."""
+    case, (_, _, logits) = grown[name]
+    rows = VOCABULARY + NEW
+    position = case.folder / f"adapter{STEPS}"
+    with torch.no_grad():
+        said = with_adapter(case, STEPS)(input_ids=case.inputs()).logits
+    torch.testing.assert_close(said, logits, rtol=1e-5, atol=1e-5)
+    export(open_model(case.folder / "ours"), case.folder / "whole", tokens=rows)
+    with torch.no_grad():
+        full = AutoModelForCausalLM.from_pretrained(case.folder / "whole").eval()(case.inputs()).logits
+    torch.testing.assert_close(said, full, rtol=1e-5, atol=1e-5)
+    held = load_file(position / "adapter_model.safetensors")
+    matrices = {key: value for key, value in held.items() if ".lora_" not in key}
+    base = case.base()
+    expected = {
+        theirs for theirs, module in base.named_modules() if module in (base.get_input_embeddings(), head(base))
+    }
+    assert expected <= {key.removeprefix("base_model.model.").removesuffix(".weight") for key in matrices}
+    settings = json.loads((position / "adapter_config.json").read_text())
+    assert {key.split(".")[-2] for key in matrices} == set(settings["modules_to_save"])
+    assert all(value.shape == (rows, 64) for value in matrices.values())
+    embedding = next(value for key, value in matrices.items() if "head" not in key and "embed_out" not in key)
+    assert not torch.equal(embedding[-1], embedding[-2]), "the new rows were trained apart"
+
+
+def head(model: PreTrainedModel) -> torch.nn.Module:
+    """Its output layer."""
+    found: torch.nn.Module = model.get_output_embeddings()
+    return found
 
 
 def test_mixtral_takes_updates_of_its_attention(alone: dict[str, tuple[Case, Found]]) -> None:
