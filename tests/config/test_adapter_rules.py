@@ -19,7 +19,10 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             ({"rank": 4, "targets": "dens"}, "there is no matrix dens; did you mean dense?"),
             ({"rank": 4, "targets": ["q_proj"]}, "(queries, keys and values are one matrix) and all"),
             ({"rank": 4, "targets": []}, "targets is a list of matrices, or all, not []"),
-            ({"rank": 4, "modules_to_save": 3}, "modules_to_save is a list of embedding and head, not 3"),
+            (
+                {"rank": 4, "modules_to_save": 3},
+                "modules_to_save is a list of embedding and head, not 3; write {rank: 8, modules_to_save: [embedding",
+            ),
             ({"rank": 4, "modules_to_save": [["head"]]}, "modules_to_save is a list of embedding and head, not [["),
             ({"rank": 4, "modules_to_save": ["embeding"]}, "there is no module embeding; did you mean embedding?"),
             (

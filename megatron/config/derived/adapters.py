@@ -26,7 +26,8 @@ def derive_lora(block: Block | None) -> dict[str, Any] | None:
     """Returns the block with its defaults; None where it is disabled. Raises ConfigError where it is invalid."""
     error = _lora_error(block)
     if error is not None:
-        raise ConfigError.of(error, key="lora", value=block, hint=_hint(error, "write {rank: 8, targets: all}"))
+        further = "modules_to_save: [embedding, head]" if "modules_to_save" in error else "targets: all"
+        raise ConfigError.of(error, key="lora", value=block, hint=_hint(error, f"write {{rank: 8, {further}}}"))
     requested = low_rank(block)
     return None if requested is None else requested.block()
 
