@@ -33,7 +33,7 @@ from megatron.evaluation.stop_request import StoppableEngine
 from megatron.evaluation.work_split import split_over_replicas
 from megatron.extensions_dir import user_cache
 from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
-from megatron.inference.scoring import NotNumbers, Pair, Score, require_numbers, score
+from megatron.inference.scoring import Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
 from megatron.tokenizers.base import Tokenizer
@@ -73,9 +73,9 @@ def live_evaluation(
         engine: The engine that trains.
         tokenizer: The run's tokenizer.
         topology: The device mesh.
-        stop_requested: Whether this rank was asked to stop, which gives the scoring up. It and a model whose scores are
-            not numbers have no metrics but a line that says why; the latter is left to the training's own judgement.
-            The tasks are loaded at once, so that a misspelt one is reported before the training starts.
+        stop_requested: Whether this rank was asked to stop, which gives the scoring up. It, a model whose scores are
+            not numbers and a task whose metrics fail have no metrics but a line that says why; training goes on. The
+            tasks are loaded at once, so that a misspelt one is reported before the training starts.
     """
     if not config.evaluation.eval_tasks:
         return None
@@ -97,10 +97,10 @@ def live_evaluation(
         stoppable.stopped = False
         try:
             results, why = _run_tasks(config, tasks, model, topology), "a stop was asked for"
-        except NotNumbers as error:
+        except RunError as error:
             results, why = None, str(error)
-        if results is not None and not any_rank(stoppable.stopped):
-            return flat_metrics(results)
+        if not any_rank(results is None or stoppable.stopped):
+            return flat_metrics(results or {})
         if topology.rank == 0:
             get_logger(__name__).warning("the tasks are not scored: %s", why)
         return None

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ class Tasks:
         """The results as lm-eval gives them, per-document samples included.
 
         limit: documents of each task. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
-        does not have or that has no effect here.
+        does not have or that has no effect here, and RunError where what a task does with the answers fails.
         """
         known = inspect.signature(run_harness).parameters.keys() - {"lm", "task_dict", "limit"}
         for name in _PRINTED_ONLY & arguments.keys():
@@ -88,8 +89,25 @@ class Tasks:
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), _infinite_perplexities():
-            results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
+            try:
+                results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
+            except Exception as error:
+                failed = None if isinstance(error, ConfigError | RunError) else _failed_task(error, model)
+                if failed is None:
+                    raise
+                what = f"the metrics of the task {failed} cannot be computed: {type(error).__name__}: {error}"
+                hint = "correct the task's own functions and metrics, or leave it out"
+                raise RunError.of(what, key="eval_tasks", value=failed, hint=hint) from error
         return dict(results or {})  # never None: for lm-eval every rank is a rank 0
+
+
+def _failed_task(error: Exception, model: LM) -> str | None:
+    """The task that lm-eval was busy with when it failed; None where the model was, whose errors are its own."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(variables.get("self") is model for variables in frames):
+        return None
+    names = [variables["task_name"] for variables in frames if isinstance(variables.get("task_name"), str)]
+    return names[-1] if names else None
 
 
 def results_table(results: dict[str, Any]) -> str:

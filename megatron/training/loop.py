@@ -57,18 +57,17 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
             _report(schedule, context, state, window)
         else:
             context.reporter.progress(state.iteration)
+        # An error in the evaluation loses no training: what is due is saved before it.
+        if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
+            settling.finish()
+            with window.clock.excluded():
+                _save(context, state)
+            saved_at = state.iteration
         if _evaluation_due(schedule, context, state):
             with window.clock.excluded():
                 evaluate(schedule, context, state)
         context.check_saves()
         reason = _reason_to_stop(schedule, context, state, stops)
-        last = reason is not None or state.iteration == schedule.total
-        if context.save is not None and (last or _save_due(schedule, state)):
-            settling.finish()
-            with window.clock.excluded():
-                _save(context, state)
-            saved_at = state.iteration
-            reason = reason or _reason_to_stop(schedule, context, state, stops)  # a signal may come during a save
     settling.finish()
     if context.save is not None and saved_at != state.iteration:
         _save(context, state)

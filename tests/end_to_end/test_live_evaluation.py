@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import make_dataset, run, series
+from megatron.training import loop
+from tests.end_to_end.runs import BASE, make_dataset, run, run_rank, series
+from tests.multi_rank import RankFailedError, run_distributed
 
 TASK = """
 task: small_cloze
@@ -71,3 +73,33 @@ def test_every_layout_scores_the_same(
 ) -> None:
     found = train(folder, tmp_path / "run", world_size, **layout)
     assert series(found, "eval/small_cloze_acc") == series(alone, "eval/small_cloze_acc")
+
+
+def failing_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
+    """A worker whose evaluation fails."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no evaluation")
+
+    loop.evaluate = fails
+    run_rank(rank, world_size, settings)
+
+
+@pytest.mark.parametrize("iters", [3, 100])
+def test_what_is_due_is_saved_before_an_evaluation_that_fails(folder: Path, tmp_path: Path, iters: int) -> None:
+    """At an interval, and at the end of the run."""
+    settings = {**BASE, **SETTINGS, "train_iters": iters, "checkpoint_factor": 3 if iters > 3 else 1000}
+    settings |= {"data_path": str(folder / "text"), "save": str(tmp_path / "save")}
+    with pytest.raises(RankFailedError, match="no evaluation"):
+        run_distributed(failing_rank, 1, settings)
+    assert (tmp_path / "save" / "latest").read_text() == "global_step3"
+
+
+def test_a_task_that_fails_ends_no_training(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def own(doc, results):\n    return {'acc': int('five')}\n")
+    text = TASK.format(data=folder / "documents.jsonl").replace("small_cloze", "small_failing")
+    (tmp_path / "failing.yaml").write_text(f"{text}process_results: !function own.own\n")
+    others = {"eval_tasks": ["small_failing"], "eval_include_path": str(tmp_path)}
+    found = train(folder, tmp_path / "run", 1, save=str(tmp_path / "save"), checkpoint_factor=6, **others)
+    assert len(series(found, "train/lm_loss")) == 6 and not series(found, "eval/small_failing_acc")
+    assert (tmp_path / "save" / "latest").read_text() == "global_step6"

@@ -321,6 +321,31 @@ def test_a_model_without_numbers_gets_no_score(folder):
             Tasks([f"small_{name}"], str(folder)).run(model(broken), bootstrap_iters=0)
 
 
+FAILING = {
+    "a result": "def own(doc, results):\n    return {'acc': int('five')}\n",
+    "a sum": "def own(doc, results):\n    return {'acc': doc['question']}\n",
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_a_task_whose_metrics_fail_is_named(engine, folder, tmp_path, failing):
+    (tmp_path / "own.py").write_text(FAILING[failing])
+    text = CHOICE.format(data=folder / "documents.jsonl").replace("small_choice", "small_failing")
+    (tmp_path / "failing.yaml").write_text(f"{text}process_results: !function own.own\n")
+    (tmp_path / "choice.yaml").write_text((folder / "choice.yaml").read_text())
+    with pytest.raises(RunError, match=r"the metrics of the task small_failing cannot be computed: (Value|Type)Error"):
+        Tasks(["small_choice", "small_failing"], str(tmp_path)).run(model(engine))
+
+
+def test_an_error_of_the_model_is_no_error_of_a_task(engine, folder, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("no forward pass")
+
+    monkeypatch.setattr("megatron.evaluation.lm_eval_model.score", fails)
+    with pytest.raises(ValueError, match="no forward pass"):
+        Tasks(["small_choice"], str(folder)).run(model(engine))
+
+
 def test_rows_that_pad_the_vocabulary_have_no_probability(engine):
     pair = ("Wh", "o?")
     for vocabulary in (300, 512):
