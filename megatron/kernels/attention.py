@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.kernels.attention_patterns import AttentionMask
 from megatron.kernels.blocked_attention import blocked_attention
+from megatron.kernels.cpp_attention import cpp_attention, cpp_attention_unavailable
 from megatron.kernels.flex_attention import flex_attention, flex_unavailable
 
 
@@ -151,7 +152,7 @@ def cpu_attention(
     starts: Tensor | None = None,
     view: AttentionMask | None = None,
 ) -> Tensor:
-    """Blocked attention for full sequences, and torch's for cached attention or dropout.
+    """The compiled kernel, else blocked attention, for full sequences; torch's for cached attention or dropout.
 
     Args:
         q: Queries [b, n, s, d].
@@ -162,6 +163,8 @@ def cpu_attention(
         view: Mask besides the causal one.
     """
     if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
+        if cpp_attention_unavailable(q, k, view) is None:
+            return cpp_attention(q, k, v, starts, view)
         return blocked_attention(q, k, v, starts, view)
     return sdpa_attention(q, k, v, dropout, starts, view)
 

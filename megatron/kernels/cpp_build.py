@@ -22,7 +22,7 @@ from megatron.extensions_dir import extensions_folder
 from megatron.log import get_logger
 
 FOLDER = Path(__file__).parent / "csrc"
-SOURCES = tuple(FOLDER / name for name in ("decode.cpp", "linear.cpp"))
+SOURCES = tuple(FOLDER / name for name in ("attention.cpp", "decode.cpp", "linear.cpp"))
 HEADERS = (FOLDER / "bfloat16.h",)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 SWITCH = "NEOX_NATIVE_KERNELS"
@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | str:
         return f"{SWITCH}=0 switches our compiled kernels off."
     found = compiled(extensions_folder(os.environ) / "neox_kernels", os.environ.get("CXX") or "g++")
     if isinstance(found, str):
-        get_logger(__name__).info("decoding goes on without the compiled kernels: %s", found)
+        get_logger(__name__).info("attention and decoding go on without the compiled kernels: %s", found)
         return found
     return ctypes.CDLL(str(found))
 

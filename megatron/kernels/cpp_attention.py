@@ -1,0 +1,162 @@
+"""Causal attention of full sequences on the CPU by a compiled kernel, forward and backward (csrc/attention.cpp).
+
+Blocks of queries and keys stay in the cache; scores, mask, bias, softmax and the product are one pass, and the backward
+pass computes the weights of a block again from the logarithm of each row's sum, so that nothing of the size [s, s] is
+kept (arXiv:2205.14135). Products are in fp32, or of pairs of bfloat16 where the CPU multiplies them, with fp32 sums.
+
+Shapes: b micro batch, n query heads, m key/value heads (n = g * m), s positions, d head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.attention_patterns import AttentionMask, Window
+from megatron.kernels.cpp_build import library
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_MULTIPLE = 16
+"""The head dim is a multiple of the numbers in a register."""
+
+
+def cpp_attention_unavailable(q: Tensor, k: Tensor, view: AttentionMask | None = None) -> str | None:
+    """Returns the reason why the compiled kernel cannot be used, or None. May compile it.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, s, d].
+        view: Mask besides the causal one, and a bias.
+    """
+    if q.device.type != "cpu" or q.dtype not in _DTYPES:
+        return f"The compiled attention is for fp32 and bfloat16 on the CPU, not {q.dtype} on {q.device.type}."
+    if type(q) is not Tensor and type(q) is not torch.nn.Parameter:
+        return f"The compiled attention reads memory, which a {type(q).__name__} may not have."
+    if torch.compiler.is_compiling():
+        return "The compiled attention is no operator of torch, which a compiled graph needs."
+    if q.shape[-1] % _MULTIPLE:
+        return f"The compiled attention takes heads of a multiple of {_MULTIPLE} features, not {q.shape[-1]}."
+    if view is not None and not isinstance(view.pattern, Window | None):
+        return "The compiled attention knows windows, and no other pattern."
+    if k.shape[0] * k.shape[1] < torch.get_num_threads():
+        return "The compiled attention gives a thread the query heads of one key/value head at least."
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def cpp_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, view: AttentionMask | None = None
+) -> Tensor:
+    """Causal attention of full sequences: q [b, n, s, d], k and v [b, m, s, d] -> [b, n, s, d].
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        starts: First key that each query may see [b, s], at most its own position and never decreasing; 0 unless set.
+        view: A window, and a bias, which gets a gradient.
+    """
+    bias = None if view is None else view.bias
+    window = view.pattern.width if view is not None and isinstance(view.pattern, Window) else None
+    out: Tensor = _CppAttention.apply(q, k, v, bias, _first(q, starts, window))
+    return out
+
+
+def _first(q: Tensor, starts: Tensor | None, window: int | None) -> Tensor | None:
+    """Returns the first key that each query sees, int32 [b, s], or None if that is 0 for all."""
+    if window is None:
+        return None if starts is None else starts.to(torch.int32).contiguous()
+    inside = (torch.arange(q.shape[2], dtype=torch.int32) - (window - 1)).clamp_(min=0).expand(len(q), -1)
+    return (inside if starts is None else torch.maximum(inside, starts.to(torch.int32))).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Returns the tensor with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Returns a tensor [b, n, s, d] in the order [s, b, n, d], in which the next layer reads it."""
+    batch, heads, length, size = like.shape
+    return torch.empty(length, batch, heads, size, dtype=like.dtype).permute(1, 2, 0, 3)
+
+
+class _Call:
+    """The arguments that both directions share, as C takes them."""
+
+    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, first: Tensor | None) -> None:
+        loaded = library()
+        assert isinstance(loaded, ctypes.CDLL), "cpp_attention_unavailable said that it can be used"
+        self.library = loaded
+        batch, heads, length, size = q.shape
+        self.half = int(q.dtype == torch.bfloat16)
+        self.sizes = (ctypes.c_int64 * 5)(batch, heads, k.shape[1], length, size)
+        self.scale = ctypes.c_float(1 / math.sqrt(size))
+        self.first = ctypes.c_void_p(None if first is None else first.data_ptr())
+        self.bias = ctypes.c_void_p(None if bias is None else bias.data_ptr())
+        self.threads = torch.get_num_threads()
+
+    @staticmethod
+    def pointers(tensors: Sequence[Tensor]) -> Any:
+        return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+    @staticmethod
+    def strides(tensors: Sequence[Tensor]) -> Any:
+        """Strides by batch, head and position of each tensor [elements]."""
+        return (ctypes.c_int64 * (3 * len(tensors)))(*(stride for x in tensors for stride in x.stride()[:3]))
+
+
+class _CppAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None) -> Tensor:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        table = None if bias is None else bias[:, : q.shape[2]].float().contiguous()  # [n, s]
+        out, sums = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32)
+        call, tensors = _Call(q, k, table, first), (q, k, v, out)
+        call.library.neox_attention(
+            call.half,
+            call.pointers(tensors),
+            ctypes.c_void_p(sums.data_ptr()),
+            call.sizes,
+            call.strides(tensors),
+            call.scale,
+            call.first,
+            call.bias,
+            call.threads,
+        )
+        ctx.save_for_backward(q, k, v, out, sums, table, first)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        q, k, v, out, sums, table, first = ctx.saved_tensors
+        grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
+        by_distance = torch.zeros(q.shape[:3], dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        call, tensors = _Call(q, k, table, first), (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v)
+        call.library.neox_attention_backward(
+            call.half,
+            call.pointers(tensors),
+            ctypes.c_void_p(sums.data_ptr()),
+            call.sizes,
+            call.strides(tensors),
+            call.scale,
+            call.first,
+            call.bias,
+            ctypes.c_void_p(None if by_distance is None else by_distance.data_ptr()),
+            call.threads,
+        )
+        return grad_q, grad_k, grad_v, None if by_distance is None else _of_bias(by_distance, *ctx.bias), None
+
+
+def _of_bias(by_distance: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Returns the gradient of the bias [n, distances], of that of each row of the batch [b, n, s]."""
+    total = by_distance.sum(0)
+    grad = total.new_zeros(shape)
+    grad[:, : total.shape[1]] = total
+    return grad.to(dtype)
