@@ -62,10 +62,10 @@ class Recompute:
                 value = layer(value, None, document_starts)
             return value
 
-        if (
-            not carry.requires_grad
-        ):  # nothing before is trained, and DeepSpeed's function requires a gradient of its input
-            carry = carry.detach().requires_grad_()
+        if not carry.requires_grad:
+            # Nothing before is trained, and DeepSpeed's function requires a gradient of its input. It is no leaf:
+            # partitioned activations are stored flat, in a shape that a leaf's gradient would not have.
+            carry = carry.detach().requires_grad_().view_as(carry)
         return self.checkpoint(_SameRNGForward(forward, self.random), carry)
 
 
