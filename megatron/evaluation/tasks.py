@@ -28,6 +28,7 @@ from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
+from megatron.log import get_logger
 from megatron.metrics.reporter import perplexity
 
 _PRINTED_ONLY = frozenset({"write_out", "verbosity"})
@@ -46,7 +47,7 @@ class Tasks:
         manager, found = _find(names, include_path)
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():  # some tasks shuffle choices as they load
             try:
-                self._loaded = manager.load(_once(manager, found))
+                self._loaded = manager.load(_once(manager, found, names))
             except (OSError, ValueError) as error:  # data sets raise their own kinds of both
                 shared = str(error).startswith("Duplicate task")
                 raise RunError.of(
@@ -138,17 +139,30 @@ def _find(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, 
     return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
 
 
-def _once(manager: TaskManager, names: Sequence[str]) -> list[str]:
-    """The names without those whose tasks are all in a group that is named as well, as with wildcards; tags as their
-    tasks. lm-eval refuses a task that is asked for twice.
+def _once(manager: TaskManager, names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The names without the members of a group that is named as well, as with wildcards; tags as their tasks.
+
+    lm-eval refuses a task that is asked for twice, as of two groups of which none is a member of the other. Of these a
+    wildcard takes the one that holds more, and a line names the other.
+
+    Args:
+        manager: Knows all names.
+        names: Those to load.
+        given: As the user wrote them, wildcards included.
     """
     single = list(dict.fromkeys(each for name in names for each in _tagged(manager, name)))
     held = {name: _tasks_of(manager, name) for name in single}
     groups = sorted((name for name in single if name in manager.all_groups), key=lambda name: -len(held[name]))
     chosen: list[str] = []
     for name in groups:
-        if not any(held[name] <= held[other] for other in chosen):
+        if any(name in _groups_of(manager, other) for other in chosen):
+            continue
+        fuller = next((other for other in chosen if held[name] <= held[other]), None)
+        if fuller is None or name in given:
             chosen.append(name)
+        else:
+            message = "the group %s is left out: the group %s has all its tasks; name it to score it by itself"
+            get_logger(__name__).warning(message, name, fuller)
     inside = {task for name in chosen for task in held[name]}
     return [name for name in single if name in chosen or (name not in groups and not held[name] <= inside)]
 
@@ -175,6 +189,25 @@ def _tasks_of(manager: TaskManager, child: str | Mapping[str, Any]) -> set[str]:
     if isinstance(listed, list):
         return {task for each in listed for task in _tasks_of(manager, each)}
     return _tasks_of(manager, listed) if isinstance(listed, str) else set()
+
+
+def _groups_of(manager: TaskManager, child: str | Mapping[str, Any]) -> set[str]:
+    """Names of the groups inside a group, or inside what a group lists, at any depth.
+
+    Args:
+        manager: Knows all names.
+        child: A name, or a task or a group as a task file writes it.
+    """
+    if isinstance(child, str):
+        child = (manager._index[child].cfg or {}) if child in manager.all_groups else {}
+    listed = child.get("task")
+    inside: set[str] = set()
+    for each in listed if isinstance(listed, list) else ():
+        name = each if isinstance(each, str) else each.get("task")
+        if isinstance(name, str) and name in manager.all_groups:
+            inside.add(name)
+        inside |= _groups_of(manager, each)
+    return inside
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Which tasks are loaded where groups, tags and wildcards name some of them several times."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -42,6 +43,7 @@ def groups(tmp_path_factory):
     (path / "data.jsonl").write_text(json.dumps({"question": "Is it?"}) + "\n")
     (path / "all.yaml").write_text(GROUPS)
     (path / "pair.yaml").write_text("group: small_pair\ntask: [small_choice, small_writing]\n")
+    (path / "same.yaml").write_text("group: same_pair\ntask: [small_choice, small_writing]\n")
     (path / "other.yaml").write_text("group: other_pair\ntask: [small_choice, small_one]\n")
     for name in (*ALL, "small_free"):
         tag = "tag: small_tag\n" if name in ("small_choice", "small_free") else ""
@@ -68,6 +70,20 @@ def cache(monkeypatch, tmp_path_factory):
 def test_a_task_that_is_named_alone_and_in_a_group_is_scored_once(groups, names, tasks, kinds):
     loaded = Tasks(names, str(groups))._loaded
     assert set(loaded["tasks"]) == tasks and set(loaded["groups"]) == kinds
+
+
+@pytest.mark.parametrize("names", [["small_pair", "same_pair"], ["small_all", "other_pair"]])
+def test_a_group_whose_tasks_another_one_holds_is_not_left_out(groups, names):
+    """Their scores are others, as by other weights, so that both are asked for."""
+    with pytest.raises(RunError, match="in evaluations of their own"):
+        Tasks(names, str(groups))
+
+
+def test_a_wildcard_takes_the_fuller_of_two_groups_and_says_so(groups, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("megatron"), "propagate", True)
+    loaded = Tasks(["s*_all", "same*"], str(groups))._loaded
+    assert set(loaded["groups"]) == {"small_all", "small_pair", "small_all::small_inner"}
+    assert "the group same_pair is left out: the group small_all has all its tasks" in caplog.text
 
 
 def test_groups_that_share_a_task_are_reported_without_talk_of_the_network(groups):
