@@ -71,7 +71,7 @@ class ChatTokens:
             only_last: The last turn alone is marked, whoever wrote it.
             variables: `tools`, `documents` and others of the template.
         """
-        given = self._shapes.given(turns)
+        given = self._given(turns)
         named = sorted(NO_VARIABLES.difference(("tools",)).intersection(variables))
         if named:
             raise ValueError(f"{named[0]!r} is no variable of the template that could be set")
@@ -82,8 +82,8 @@ class ChatTokens:
         return ids, [any(start < max(end, at + 1) and at < stop for start, stop in spans) for at, end in offsets]
 
     def left_out(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
-        """Which of `tools`, `documents` and `tool_calls` are there, and are nothing in the rendered text."""
-        given = self._shapes.given(turns)
+        """Which of `tools`, `documents`, `tool_calls` and turns are there, and are nothing in the rendered text."""
+        given = self._given(turns)
         others = {
             name: (given, {key: value for key, value in variables.items() if key != name})
             for name in ("tools", "documents")
@@ -92,8 +92,18 @@ class ChatTokens:
         if any(turn.get("tool_calls") for turn in given):
             without = [{name: each for name, each in turn.items() if name != "tool_calls"} for turn in given]
             others["tool_calls"] = (without, dict(variables))
-        text = self.template.render(given, **variables) if others else ""
-        return [name for name, (messages, rest) in others.items() if self._renders(messages, rest) == text]
+        unwritten = [turn for turn in given if self._shapes.writes(str(turn["role"])) is False]
+        text = self.template.render(given, **variables) if others or unwritten else ""
+        lost = [name for name, (messages, rest) in others.items() if self._renders(messages, rest) == text]
+        roles = [turn["role"] for turn in unwritten if any(each.strip() not in text for each in _words_of(turn))]
+        return lost + [f"turns of {role}" for role in dict.fromkeys(roles)]
+
+    def _given(self, turns: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages to be rendered; a developer is the system where the template knows no developer."""
+        given = self._shapes.given(turns)
+        if not any(turn["role"] == "developer" for turn in given) or self._shapes.writes("developer"):
+            return given
+        return [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in given]
 
     def _renders(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str | None:
         try:
@@ -217,6 +227,13 @@ class _Rendering:
         if not closed.startswith(prompt):
             return differs
         return len(prompt) if prompt != plain or closed[len(prompt) : differs].isspace() else differs
+
+
+def _words_of(turn: Message) -> list[str]:
+    """The texts of a turn's content."""
+    content = turn.get("content")
+    found = [part.get("text") for part in content] if isinstance(content, list) else [content]
+    return [text for text in found if isinstance(text, str)]
 
 
 def _common_end(one: str, other: str) -> int:

@@ -64,6 +64,7 @@ class Shapes:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._roles: dict[str, bool] = {}
+        self._written: dict[str, bool | None] = {}
 
     def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages to be rendered; parts must be texts.
@@ -90,8 +91,10 @@ class Shapes:
 
     def writes(self, role: str) -> bool | None:
         """Whether the template writes what a role says; None where it refuses a small conversation with the role."""
-        text = self._turn(role, _PROBES[0])
-        return None if text is None else _PROBES[0] in text
+        if role not in self._written:
+            text = self._turn(role, _PROBES[0])
+            self._written[role] = None if text is None else _PROBES[0] in text
+        return self._written[role]
 
     def _turn(self, role: str, content: object) -> str | None:
         """The text of a small conversation in which a role says that; None where the template refuses it."""

@@ -171,6 +171,34 @@ def test_the_last_turn_alone(tmp_path, template, last, expected):
     assert marked(chat_of(tmp_path, template), TURNS[:last], only_last=True) == expected
 
 
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m.role in KNOWN %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("known", ["['system', 'user', 'assistant']", "['system', 'developer', 'user', 'assistant']"])
+def test_a_developer_is_the_system_where_the_template_knows_no_other(tmp_path, known):
+    """As in the service, whose prompts must be those of training."""
+    chat = chat_of(tmp_path, KNOWN_ROLES.replace("KNOWN", known))
+    ids, written = chat.encode(
+        [{"role": "developer", "content": "be kind"}, *TURNS[1:]], role="assistant", only_last=False
+    )
+    expected = chat.encode(TURNS, role="assistant", only_last=False)
+    if "developer" in known:
+        assert "<|im_start|>developer\nbe kind" in chat.tokenizer._reader.decode(ids, skip_special_tokens=False)
+    else:
+        assert (ids, written) == expected
+    assert chat.left_out([{"role": "developer", "content": "be kind"}, *TURNS[1:]], {}) == []
+
+
+def test_turns_that_the_template_does_not_write_are_reported(tmp_path):
+    chat = chat_of(tmp_path, KNOWN_ROLES.replace("KNOWN", "['user', 'assistant']"))
+    result = {"role": "tool", "content": [{"type": "text", "text": "42"}]}
+    assert chat.left_out([*TURNS[:3], result, *TURNS[3:]], {}) == ["turns of system", "turns of tool"]
+    assert chat.left_out(TURNS[1:], {}) == []
+
+
 def test_earlier_turns_that_change_are_refused_unless_the_template_marks_them(tmp_path):
     """It drops what was thought before the last answer."""
     body = "{{ m.content.split('>')[-1] if not loop.last else m.content }}"
