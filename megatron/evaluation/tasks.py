@@ -155,7 +155,7 @@ def _once(manager: TaskManager, names: Sequence[str], given: Sequence[str]) -> l
     groups = sorted((name for name in single if name in manager.all_groups), key=lambda name: -len(held[name]))
     chosen: list[str] = []
     for name in groups:
-        if any(name in _groups_of(manager, other) for other in chosen):
+        if any(name in _groups_of(manager, other) for other in groups):
             continue
         fuller = next((other for other in chosen if held[name] <= held[other]), None)
         if fuller is None or name in given:

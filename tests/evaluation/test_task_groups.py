@@ -43,6 +43,7 @@ def groups(tmp_path_factory):
     (path / "data.jsonl").write_text(json.dumps({"question": "Is it?"}) + "\n")
     (path / "all.yaml").write_text(GROUPS)
     (path / "pair.yaml").write_text("group: small_pair\ntask: [small_choice, small_writing]\n")
+    (path / "top.yaml").write_text("group: top_pair\ntask: [small_pair]\n")
     (path / "same.yaml").write_text("group: same_pair\ntask: [small_choice, small_writing]\n")
     (path / "other.yaml").write_text("group: other_pair\ntask: [small_choice, small_one]\n")
     for name in (*ALL, "small_free"):
@@ -65,6 +66,8 @@ def cache(monkeypatch, tmp_path_factory):
         (["small_tag", "small_pair"], {"small_choice", "small_writing", "small_free"}, {"small_pair"}),
         (["small_tag", "small_free"], {"small_choice", "small_free"}, set()),
         (["small_choice", "small_choice"], {"small_choice"}, set()),
+        (["small_pair", "top_pair"], {"small_choice", "small_writing"}, {"small_pair", "top_pair"}),
+        (["top_pair", "small_pair"], {"small_choice", "small_writing"}, {"small_pair", "top_pair"}),
     ],
 )
 def test_a_task_that_is_named_alone_and_in_a_group_is_scored_once(groups, names, tasks, kinds):
