@@ -1,4 +1,4 @@
-"""The training steps that the benchmarks compare: ours, a plain loop over transformers, and that loop compiled.
+"""The training steps that the benchmarks compare: ours, and a plain loop over any other model.
 
 All have the same shapes (parallel residual, rotary over a quarter of each head, gelu, biases, untied head), the same
 optimizer (AdamW, fused) and the same precision, and clip at 1.0. In bfloat16 every side keeps fp32 master weights and
@@ -21,7 +21,7 @@ from megatron.config import Resources, resolve
 from megatron.data.dataset.batch import MicroBatch, make_batch
 from megatron.distributed.init import init_distributed
 from megatron.distributed.process_group import device
-from megatron.engine.builder import DTYPES, build_training_engine
+from megatron.engine.builder import build_training_engine
 
 RATE = 1e-4
 Step = Callable[[], float]
@@ -85,27 +85,6 @@ def ours(shape: Shape, precision: str, *, compiled: bool = False) -> Step:
     engine = build_training_engine(config, topology, padded_vocab_size=shape.vocabulary)
     source = batches(shape)
     return lambda: float(engine.train_step(source, RATE).loss)
-
-
-def transformers_loop(shape: Shape, precision: str, *, compiled: bool = False) -> Step:
-    """A step of a plain loop over transformers' GPTNeoXForCausalLM (sdpa), by wish through torch.compile."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    architecture = GPTNeoXConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.hidden,
-        max_position_embeddings=shape.sequence,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    dtype = DTYPES[precision]
-    model = GPTNeoXForCausalLM(architecture).to(device(), dtype).train()
-    forward = torch.compile(model) if compiled else model
-    return plain_loop(model, lambda tokens: forward(tokens).logits, shape)
 
 
 def plain_loop(model: torch.nn.Module, forward: Callable[[Tensor], Tensor], shape: Shape) -> Step:

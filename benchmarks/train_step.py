@@ -1,9 +1,11 @@
-"""Our training step through DeepSpeed beside a plain loop over transformers' GPT-NeoX, in one process.
+"""Our training step through DeepSpeed beside those that a user would pick in its place, in one process.
 
-    python benchmarks/train_step.py [--pairs 15]
+    python benchmarks/train_step.py [--pairs 15] [--peers all] [--sequence 2048 --micro-batch 1] [--profile]
 
 Steps alternate (ours, theirs, ours, ...), so that a machine whose speed drifts slows both; the figure is the median of
-the ratios of neighbouring steps. What is compared is in contenders.py.
+the ratios of neighbouring steps. Ours is contenders.py, the peers are peers.py; "all" has each of these as it is and
+compiled, in bfloat16 also under autocast, and takes minutes to compile. A share of the floor is the time that the
+matrix products of the linear layers take alone, as torch multiplies here, over the time of our step.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contenders import Shape, Step, ours, transformers_loop
+from benchmarks.contenders import Shape, Step, ours
+from benchmarks.peers import MODELS, peer, product_floor
 from megatron.distributed.init import shutdown
+
+USUAL = "transformers sdpa"
 
 
 def seconds(step: Step) -> float:
@@ -30,9 +36,8 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - started
 
 
-def compare(shape: Shape, precision: str, pairs: int) -> tuple[float, float, float]:
+def compare(mine: Step, other: Step, pairs: int) -> tuple[float, float, float]:
     """Median ratio (theirs / ours: above 1 we are faster) and the median seconds of each."""
-    mine, other = ours(shape, precision), transformers_loop(shape, precision)
     for step in (mine, other):
         for _ in range(3):
             step()
@@ -41,20 +46,65 @@ def compare(shape: Shape, precision: str, pairs: int) -> tuple[float, float, flo
     return ratio, statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
 
 
+def peers(shape: Shape, precision: str, *, all_of_them: bool) -> Iterator[tuple[str, Step]]:
+    """Names and steps, each made when it is asked for."""
+    if not all_of_them:
+        yield USUAL, peer(USUAL, shape, precision, compiled=False)
+        return
+    for name, compiled, autocast in itertools.product(MODELS, (False, True), (False, True)):
+        if not autocast or precision == "bfloat16":
+            ways = ["compiled"] * compiled + ["autocast"] * autocast
+            yield ", ".join([name, *ways]), peer(name, shape, precision, compiled=compiled, autocast=autocast)
+
+
+def profile(step: Step) -> str:
+    """Where the time of a step goes, by operator."""
+    step()
+    with torch.profiler.profile() as found:
+        step()
+    table: str = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+    return table
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    result.add_argument("--pairs", type=int, default=15, help="pairs of steps that are timed")
+    result.add_argument("--peers", choices=("usual", "all"), default="usual", help=f"usual: {USUAL} alone")
+    result.add_argument("--precision", nargs="+", choices=("fp32", "bfloat16"), default=["fp32", "bfloat16"])
+    result.add_argument("--vocabulary", type=int, nargs="+", default=[512, 50304], help="numbers of ids")
+    result.add_argument("--sequence", type=int, default=512, help="length of a sample [tokens]")
+    result.add_argument("--micro-batch", type=int, default=4, help="samples of a step")
+    result.add_argument("--profile", action="store_true", help="print where the time of our step goes, and end")
+    return result
+
+
 def main() -> None:
-    """Prints a line for each precision and vocabulary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps that are timed")
-    pairs = parser.parse_args().pairs
-    print(f"4 layers x 256, 8 heads, sequence 512, micro batch 4, {torch.get_num_threads()} threads, {pairs} pairs")
-    for precision, vocabulary in itertools.product(("fp32", "bfloat16"), (512, 50304)):
-        shape = Shape(layers=4, hidden=256, heads=8, sequence=512, micro_batch=4, vocabulary=vocabulary)
-        ratio, mine, other = compare(shape, precision, pairs)
-        print(
-            f"{precision:9s} vocabulary {vocabulary:6d}: {ratio:5.2f}x the tokens/s of transformers "
-            f"({shape.tokens / mine:,.0f} against {shape.tokens / other:,.0f} tokens/s)",
-            flush=True,
-        )
+    """Prints a line for each precision, vocabulary and peer."""
+    args = parser().parse_args()
+    print(
+        f"4 layers x 256, 8 heads, sequence {args.sequence}, micro batch {args.micro_batch}, "
+        f"{torch.get_num_threads()} threads, {args.pairs} pairs"
+    )
+    for precision, vocabulary in itertools.product(args.precision, args.vocabulary):
+        shape = Shape(4, 256, 8, args.sequence, args.micro_batch, vocabulary)
+        mine = ours(shape, precision)
+        if args.profile:
+            print(f"{precision}, vocabulary {vocabulary}\n{profile(mine)}")
+            continue
+        ratios: dict[str, float] = {}
+        own: list[float] = []
+        for name, other in peers(shape, precision, all_of_them=args.peers == "all"):
+            ratios[name], mine_seconds, their_seconds = compare(mine, other, args.pairs)
+            own.append(mine_seconds)
+            print(
+                f"{precision:9s} vocabulary {vocabulary:6d}: {ratios[name]:5.2f}x the tokens/s of {name} "
+                f"({shape.tokens / mine_seconds:,.0f} against {shape.tokens / their_seconds:,.0f} tokens/s)",
+                flush=True,
+            )
+        share = product_floor(shape, precision) / statistics.median(own)
+        best = min(ratios, key=lambda name: ratios[name])
+        print(f"{'':9s} the best of them is {best} ({ratios[best]:.2f}x); products are {share:.0%} of our step")
     shutdown()
 
 
