@@ -45,6 +45,7 @@ from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.errors import ConfigError
+from megatron.kernels.dispatch import facts_of, load_optimizer_kernel
 from megatron.log import get_logger
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
@@ -55,7 +56,7 @@ from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.grad_clip import GradientClipper, StepValues
-from megatron.optim.muon import needs_default_mpu
+from megatron.optim.muon import needs_default_mpu, use_kernel
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
@@ -303,10 +304,13 @@ def _initialize(
         groups = balance_group_count(groups, topology.pipe, device())
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     build = family.load(section.optimizer_type)
-    optimizer = build(
-        groups,
-        OptimizerArgs(require(section.lr), topology, section.params, flat_partitions=config.deepspeed.zero_stage != 0),
+    kernel = load_optimizer_kernel(
+        family.entry(section.optimizer_type).kernel,
+        facts_of(device(), DTYPES[require(config.precision.precision)], config.kernels, config.model.activation),
+        config.kernels,
     )
+    flat = config.deepspeed.zero_stage != 0
+    optimizer = build(groups, OptimizerArgs(require(section.lr), topology, section.params, flat, kernel))
     clipper = None
     if config.deepspeed.zero_stage == 0:
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
@@ -323,6 +327,7 @@ def _initialize(
             dist_init_required=False,
         )
     allow_empty_grad_norm(initialised.optimizer)
+    use_kernel(initialised.optimizer, kernel)
     if isinstance(optimizer, OnebitAdam):
         optimizer.on_freeze = partial(disable_grad_allreduce, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)

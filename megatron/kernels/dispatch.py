@@ -23,7 +23,14 @@ from megatron.kernels.permute import PERMUTATION, Permutation
 from megatron.kernels.rotary import RotaryPair, rotary_pair
 from megatron.registry.attention import choose_backends
 from megatron.registry.attention_facts import AttentionFacts, Capability
-from megatron.registry.kernels import KernelFacts, choose_all, missing_kernels
+from megatron.registry.kernels import (
+    OF_OPTIMIZERS,
+    KernelFacts,
+    choose_all,
+    choose_kernel,
+    missing_kernels,
+    mode_of,
+)
 from megatron.registry.registry import load_target
 
 
@@ -62,13 +69,30 @@ class Kernels:
 
 
 def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
-    """Returns operation -> implementation for the table of kernels (megatron/registry/kernels.py).
+    """Returns operation -> implementation for a model's rows of the table of kernels (megatron/registry/kernels.py).
 
     Raises ConfigError where `kernels: triton`, or on a GPU a key, asks for a kernel that cannot be used.
     """
-    choices = choose_all(facts, section)
+    choices = {name: choice for name, choice in choose_all(facts, section).items() if name not in OF_OPTIMIZERS}
     ConfigError.raise_any(missing_kernels(choices.values(), facts))
     return {name: load_target(choice.entry.target) for name, choice in choices.items()}
+
+
+def load_optimizer_kernel(operation: str | None, facts: KernelFacts, section: Any) -> Any:
+    """Returns the implementation of an optimizer's operation; None for an optimizer that has none.
+
+    Raises ConfigError where `kernels: triton` asks for a kernel that cannot be used.
+
+    Args:
+        operation: One of OF_OPTIMIZERS, or None.
+        facts: What decides which kernels can be used.
+        section: The configuration's kernels section, or None.
+    """
+    if operation is None:
+        return None
+    choice = choose_kernel(operation, facts, mode_of(section))
+    ConfigError.raise_any(missing_kernels([choice], facts))
+    return load_target(choice.entry.target)
 
 
 def load_attention(facts: AttentionFacts, kinds: Collection[str], section: Any) -> Mapping[str, AttentionKernel]:

@@ -33,6 +33,8 @@ class OptimizerArgs:
     """Keys under optimizer.params."""
     flat_partitions: bool = False
     """True if the optimizer gets flat partitions of the parameters from ZeRO instead of the parameters."""
+    kernel: Any = None
+    """Implementation of the operation that the optimizer's registry entry names; None for its own code."""
 
     def number(self, name: str, default: float) -> float:
         """Returns a numeric setting."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config import Config
 from megatron.errors import ConfigIssue
-from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION, Entry
+from megatron.registry import EIGHT_BIT, NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION, Entry
 from megatron.registry.attention import SCORES_IN_MEMORY, choose_backends
 from megatron.registry.attention_facts import AttentionFacts, Capability
 from megatron.registry.kernels import (
@@ -37,7 +37,7 @@ def facts_of(config: Config, device: str) -> KernelFacts:
 
 
 def kernel_choices(config: Config, device: str) -> Mapping[str, KernelChoice]:
-    """Returns operation -> choice, for the operations that the model has. device: `cuda` or `cpu`.
+    """Returns operation -> choice, for the operations that the model and the optimizer have. device: `cuda` or `cpu`.
 
     Attention has one operation for each kind of block, and for each generation of GPUs where their choices differ.
     """
@@ -49,7 +49,15 @@ def kernel_choices(config: Config, device: str) -> Mapping[str, KernelChoice]:
         used.add("dropout_add")
     if config.moe.moe_num_experts > 1:
         used.add("permutation")
+    used.add(_optimizer_kernel(config))
     return {**{name: choice for name, choice in every.items() if name in used}, **_attention(config, device)}
+
+
+def _optimizer_kernel(config: Config) -> str | None:
+    """Returns the operation of the optimizer, or None."""
+    section = config.optimizer
+    family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
+    return family.entry(section.optimizer_type).kernel
 
 
 def _attention(config: Config, device: str) -> dict[str, KernelChoice]:

@@ -107,6 +107,8 @@ class OptimizerEntry(Entry):
     """Settings of `optimizer.params` beside lr, weight_decay and max_grad_norm."""
     state_per_param: float = 0.0
     """fp32 values of optimizer state per parameter."""
+    kernel: str | None = None
+    """Its operation in the table of kernels, whose choice the target gets as `args.kernel`; None for its own code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,9 @@ from megatron.errors import ConfigIssue
 from megatron.registry.entry import Entry
 
 TORCH, TRITON = "torch", "triton"
+NEWTON_SCHULZ = "newton_schulz"
+OF_OPTIMIZERS = frozenset({NEWTON_SCHULZ})
+"""Operations of optimizers; all others are a model's."""
 TRITON_ACTIVATIONS = frozenset(
     {
         *("gelu", "gelu_tanh", "relu", "silu", "swish", "softsign", "mish"),
@@ -227,6 +230,12 @@ OPERATIONS: Mapping[str, tuple[KernelEntry, ...]] = MappingProxyType(
         ),
         "permutation": _candidates(
             "permute:PERMUTATION", "megatron.kernels.permute:PERMUTATION", "Tokens to experts without a scatter"
+        ),
+        NEWTON_SCHULZ: _candidates(
+            "newton_schulz:NEWTON_SCHULZ",
+            "megatron.kernels.newton_schulz:NEWTON_SCHULZ",
+            "Half of each symmetric product of Muon's iterations",
+            reason=triton_unavailable,
         ),
     }
 )

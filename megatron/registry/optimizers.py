@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.registry.entry import OptimizerEntry, Setting
+from megatron.registry.kernels import NEWTON_SCHULZ
 from megatron.registry.registry import Registry
 
 NEEDS_FULL_TENSORS = frozenset({"full_tensors"})
@@ -56,9 +57,17 @@ def _optimizer(
     state_per_param: float,
     traits: frozenset[str] = frozenset(),
     extra: str | None = None,
+    kernel: str | None = None,
 ) -> OptimizerEntry:
     return OptimizerEntry(
-        name, f"megatron.optim.{target}", doc, extra, traits, settings=settings, state_per_param=state_per_param
+        name,
+        f"megatron.optim.{target}",
+        doc,
+        extra,
+        traits,
+        settings=settings,
+        state_per_param=state_per_param,
+        kernel=kernel,
     )
 
 
@@ -128,6 +137,7 @@ OPTIMIZERS = Registry(
             MUON,
             state_per_param=2,
             traits=NEEDS_FULL_TENSORS | HANDLES_ZERO1,
+            kernel=NEWTON_SCHULZ,
         ),
     ],
 )

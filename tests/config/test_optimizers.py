@@ -69,6 +69,9 @@ def test_muon_goes_on_in_bfloat16_as_deepspeed_s() -> None:
     resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original"))
     with pytest.raises(ConfigError, match="adjust_lr_fn: original"):
         resolved(**low, pipe_parallel_size=0, **chosen("muon"))
+    with pytest.raises(ConfigError, match="makes 5 iterations"):
+        resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original", ns_steps=4))
+    resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original", ns_steps=5))
     with pytest.raises(ConfigError, match="data parallelism alone"):
         resolved(**low, pipe_parallel_size=1, **chosen("muon", adjust_lr_fn="original"))
     with pytest.raises(ConfigError, match="before anyone can look"):

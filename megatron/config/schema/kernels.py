@@ -8,7 +8,7 @@ class KernelsSection(Section):
 
     kernels: str = key(
         "auto",
-        "Norms, activations, rotary positions, dropout, loss, experts: auto is fused on GPUs, torch elsewhere.",
+        "Norms, activations, rotary positions, dropout, loss, experts, Muon: auto is fused on GPUs, torch elsewhere.",
         choices=("auto", "torch", "triton"),
     )
     compile: bool = key(False, "Compile blocks of attention and MLP with torch.compile.")

@@ -8,6 +8,9 @@ from megatron.config.config import Config
 from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 
+NS_STEPS = 5
+"""Iterations of DeepSpeed's muon."""
+
 
 def full_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
     """ZeRO shards parameters as flat tensors, which have no rows and columns."""
@@ -52,6 +55,13 @@ def _zero1_limits_muon(config: Config) -> Iterator[ConfigIssue]:
             key="optimizer",
             value=value,
             hint="write adjust_lr_fn: original and leave nesterov out, or use fp32",
+        )
+    if config.optimizer.params.get("ns_steps", NS_STEPS) != NS_STEPS:
+        yield ConfigIssue(
+            f"in bfloat16 DeepSpeed's muon makes {NS_STEPS} iterations",
+            key="optimizer",
+            value=value,
+            hint="leave ns_steps out, or use fp32",
         )
     if observe.log_grad_norm or observe.log_grad_pct_zeros or observe.log_gradient_noise_scale:
         yield ConfigIssue(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.kernels.newton_schulz import NewtonSchulz
 from megatron.kernels.triton import runtime
 from megatron.registry.kernels import interpreted
 
@@ -93,3 +94,16 @@ def orthogonalize(matrix: Tensor, steps: int, epsilon: float = 1e-7) -> Tensor:
         gram = scaled_symmetric(x)
         x = torch.baddbmm(x, scaled_symmetric(gram, c, gram, b), x, beta=a)
     return (x if wide else x.transpose(1, 2)).reshape(matrix.shape)
+
+
+def orthogonalize_in_bfloat16(matrix: Tensor, steps: int) -> Tensor:
+    """The iterations in bfloat16, as torch's and DeepSpeed's Muon have them: [..., r, c] -> the same shape, bfloat16.
+
+    Args:
+        matrix: Matrices [..., r, c] of any type.
+        steps: Number of iterations.
+    """
+    return orthogonalize(matrix.bfloat16(), steps)
+
+
+NEWTON_SCHULZ = NewtonSchulz(orthogonalize_in_bfloat16)
