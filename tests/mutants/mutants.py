@@ -227,8 +227,8 @@ MUTANTS = (
     Mutant(
         "the loss mask is inverted at document ends",
         "data/dataset/batch.py",
-        "loss_mask = (tokens != eod)",
-        "loss_mask = (tokens == eod)",
+        "counts = tokens != eod if",
+        "counts = tokens == eod if",
         ("data/test_loader.py",),
     ),
     Mutant(
