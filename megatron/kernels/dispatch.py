@@ -27,9 +27,7 @@ from megatron.registry.kernels import (
     OF_OPTIMIZERS,
     KernelFacts,
     choose_all,
-    choose_kernel,
     missing_kernels,
-    mode_of,
 )
 from megatron.registry.registry import load_target
 
@@ -81,7 +79,7 @@ def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:
 def load_optimizer_kernel(operation: str | None, facts: KernelFacts, section: Any) -> Any:
     """Returns the implementation of an optimizer's operation; None for an optimizer that has none.
 
-    Raises ConfigError where `kernels: triton` asks for a kernel that cannot be used.
+    Raises ConfigError where `kernels: triton`, or on a GPU a key, asks for a kernel that cannot be used.
 
     Args:
         operation: One of OF_OPTIMIZERS, or None.
@@ -90,7 +88,7 @@ def load_optimizer_kernel(operation: str | None, facts: KernelFacts, section: An
     """
     if operation is None:
         return None
-    choice = choose_kernel(operation, facts, mode_of(section))
+    choice = choose_all(facts, section)[operation]
     ConfigError.raise_any(missing_kernels([choice], facts))
     return load_target(choice.entry.target)
 

@@ -1,9 +1,9 @@
 """Adam (arXiv:1412.6980), with decoupled weight decay (arXiv:1711.05101) unless adam_w_mode is false.
 
-torch has it fused, one kernel for all parameters on CPU and GPU, so neither DeepSpeed's nor Apex's kernel is needed:
-the arithmetic is the same. Without bias correction the update is lr m / (sqrt(v) + eps); torch computes
-lr / c1 m / (sqrt(v) / c2 + eps) with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), which is that update for the learning
-rate lr c1 / c2 and the epsilon eps / c2.
+torch has it fused, one kernel for all parameters on CPU and GPU, so DeepSpeed's kernel is not needed, and Apex's runs
+only where it is asked for: the arithmetic is the same. Without bias correction the update is lr m / (sqrt(v) + eps);
+torch computes lr / c1 m / (sqrt(v) / c2 + eps) with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t), which is that update
+for the learning rate lr c1 / c2 and the epsilon eps / c2.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ EPS = 1.0e-8
 
 
 def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
+    """Builds Adam with the kernel of the table, torch's unless another one is asked for."""
+    return (args.kernel or build_fused)(groups, args)
+
+
+def build_fused(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
     """Builds Adam with torch's fused kernel."""
     return _build(groups, args, fused=True)
 

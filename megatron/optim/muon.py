@@ -128,10 +128,12 @@ def use_kernel(optimizer: Any, kernel: Any) -> None:
 
     Args:
         optimizer: DeepSpeed's optimizer, which ZeRO needs.
-        kernel: A NewtonSchulz, or None.
+        kernel: The table's choice for the run's optimizer, or None.
     """
+    if not needs_default_mpu(getattr(optimizer, "optimizer", None)):
+        return
     iterations = iterations_of(kernel)
-    if iterations is None or not needs_default_mpu(getattr(optimizer, "optimizer", None)):
+    if iterations is None:
         return
     own_step, eager = optimizer.step, torch.compiler.disable(iterations)  # DeepSpeed compiles what is around them
 

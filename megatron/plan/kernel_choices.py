@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.config import Config
+from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, NORMS, OPTIMIZERS, POSITIONS, WITHOUT_ATTENTION, Entry
 from megatron.registry.attention import SCORES_IN_MEMORY, choose_backends
@@ -54,8 +55,10 @@ def kernel_choices(config: Config, device: str) -> Mapping[str, KernelChoice]:
 
 
 def _optimizer_kernel(config: Config) -> str | None:
-    """Returns the operation of the optimizer, or None."""
+    """Returns the operation of the optimizer, or None; a run that trains nothing has no optimizer."""
     section = config.optimizer
+    if not trains(config.launch.user_script):
+        return None
     family = EIGHT_BIT if section.use_bnb_optimizer else OPTIMIZERS
     return family.entry(section.optimizer_type).kernel
 

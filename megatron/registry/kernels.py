@@ -18,8 +18,8 @@ from megatron.errors import ConfigIssue
 from megatron.registry.entry import Entry
 
 TORCH, TRITON = "torch", "triton"
-NEWTON_SCHULZ = "newton_schulz"
-OF_OPTIMIZERS = frozenset({NEWTON_SCHULZ})
+NEWTON_SCHULZ, FUSED_ADAM = "newton_schulz", "adam"
+OF_OPTIMIZERS = frozenset({NEWTON_SCHULZ, FUSED_ADAM})
 """Operations of optimizers; all others are a model's."""
 TRITON_ACTIVATIONS = frozenset(
     {
@@ -146,6 +146,15 @@ def apex_unavailable(facts: KernelFacts) -> str | None:
     return None
 
 
+def apex_adam_unavailable(facts: KernelFacts) -> str | None:
+    """Returns the reason why the Adam of NVIDIA Apex cannot be used, or None."""
+    if facts.device != "cuda":
+        return f"Apex is for GPUs, and the model is on {facts.device}"
+    if not (facts.installed("apex") and facts.installed("amp_C")):
+        return "NVIDIA Apex is not installed with its CUDA extensions (github.com/NVIDIA/apex says how)"
+    return None
+
+
 def triton_activation_unavailable(facts: KernelFacts) -> str | None:
     """The same for activations, of which Triton has those of the public configuration."""
     if facts.activation not in TRITON_ACTIVATIONS:
@@ -237,9 +246,20 @@ OPERATIONS: Mapping[str, tuple[KernelEntry, ...]] = MappingProxyType(
             "Half of each symmetric product of Muon's iterations",
             reason=triton_unavailable,
         ),
+        FUSED_ADAM: (
+            KernelEntry(TORCH, "megatron.optim.adam:build_fused", "torch's fused Adam", unavailable=no_reason),
+            KernelEntry(
+                "apex",
+                "megatron.optim.apex_adam:build",
+                "Apex's fused Adam",
+                extra="apex",
+                unavailable=apex_adam_unavailable,
+                key="use_apex_adam",
+            ),
+        ),
     }
 )
-"""Operation -> candidates, the fastest first."""
+"""Operation -> candidates, the fastest first; of Adam, torch's, which skips updates by a flag on the device."""
 
 
 def choose_kernel(operation: str, facts: KernelFacts, mode: str = "auto", asked: Collection[str] = ()) -> KernelChoice:

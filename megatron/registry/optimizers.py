@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.registry.entry import OptimizerEntry, Setting
-from megatron.registry.kernels import NEWTON_SCHULZ
+from megatron.registry.kernels import FUSED_ADAM, NEWTON_SCHULZ
 from megatron.registry.registry import Registry
 
 NEEDS_FULL_TENSORS = frozenset({"full_tensors"})
@@ -27,7 +27,7 @@ NUMBER, FRACTION, COUNT, SWITCH, BETAS = map(Setting, ("number", "fraction", "co
 DEEPSPEED_COMM = "torch.distributed carries the momenta"
 ADAM = {"betas": BETAS, "eps": NUMBER, "bias_correction": SWITCH, "adam_w_mode": SWITCH}
 TORCH_ADAM = {**ADAM, "amsgrad": SWITCH}
-FUSED_ADAM = {**TORCH_ADAM, "torch_adam": Setting("switch", unused="torch's fused kernel always runs")}
+ADAM_ON_GPU = {**TORCH_ADAM, "torch_adam": Setting("switch", unused="torch's fused kernel always runs")}
 ONE_BIT = {
     "betas": BETAS,
     "eps": NUMBER,
@@ -75,7 +75,15 @@ OPTIMIZERS = Registry(
     "optimizer",
     "optimizer",
     [
-        _optimizer("adam", "adam:build", "Adam, arXiv:1711.05101", FUSED_ADAM, state_per_param=2, traits=ADAM_STATE),
+        _optimizer(
+            "adam",
+            "adam:build",
+            "Adam, arXiv:1711.05101",
+            ADAM_ON_GPU,
+            state_per_param=2,
+            traits=ADAM_STATE,
+            kernel=FUSED_ADAM,
+        ),
         _optimizer(
             "cpu_adam", "cpu_adam:build", "Adam on the host, by DeepSpeed", ADAM, state_per_param=2, traits=CPU_OFFLOAD
         ),

@@ -53,7 +53,7 @@ WHERE: dict[str, tuple[str, ...]] = {
     "comet_ml": ("megatron/metrics/sinks/comet.py",),
     "lm_eval": ("megatron/evaluation/", "benchmarks/"),
     "tensorboard": ("megatron/metrics/sinks/tensorboard.py",),
-    "apex": ("megatron/kernels/apex.py",),
+    "apex": ("megatron/kernels/apex.py", "megatron/optim/apex_adam.py"),
     "flash_attn": ("megatron/kernels/flash_attention.py",),
     "flash_attn_interface": ("megatron/kernels/flash_attention.py",),
     "transformer_engine": ("megatron/model/norms/transformer_engine.py", "megatron/kernels/transformer_engine.py"),

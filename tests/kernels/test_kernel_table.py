@@ -18,6 +18,7 @@ from megatron.kernels.norms import LAYER_NORM, RMS_NORM
 from megatron.plan.kernel_choices import kernel_issues, kernel_lines
 from megatron.registry import ACTIVATIONS
 from megatron.registry.kernels import (
+    FUSED_ADAM,
     OPERATIONS,
     TRITON_ACTIVATIONS,
     KernelFacts,
@@ -48,7 +49,7 @@ def config(**changes: Any) -> Any:
     return resolve([], {**SMALL, **changes}, Resources(1)).config
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS.keys() - {FUSED_ADAM})
 def test_auto_is_fused_on_gpus_and_torch_elsewhere(operation: str) -> None:
     assert choose_kernel(operation, GPU).entry.name == "triton"
     assert choose_kernel(operation, GPU, "torch").entry.name == "torch"
@@ -150,13 +151,13 @@ def plain_lines(section: Any, device: str) -> list[str]:
 def test_the_plan_lists_implementations_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert plain_lines(config(), "cpu")[:2] == [
-        "torch: rms_norm, activation, rotary, cross_entropy",
+        "torch: rms_norm, activation, rotary, cross_entropy, adam",
         "  no triton: Triton's kernels are for GPUs, and the model is on cpu",
     ]
     with_all = plain_lines(config(hidden_dropout=0.1, moe_num_experts=4, norm="layernorm"), "cuda")
     assert with_all == ["triton: layer_norm, activation, rotary, dropout_add, cross_entropy, permutation"]
     assert plain_lines(config(norm="scalenorm", pos_emb="alibi", kernels="torch"), "cuda") == [
-        "torch: activation, cross_entropy"
+        "torch: activation, cross_entropy, adam"
     ]
 
 

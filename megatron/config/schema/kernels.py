@@ -24,6 +24,7 @@ class KernelsSection(Section):
     layernorm_fusion: bool = key(False, "Use a fused layernorm kernel.")
     rmsnorm_fusion: bool = key(False, "Use a fused rmsnorm kernel.")
     use_flashattn_swiglu: bool = key(False, "Use the swiglu kernel of the flash-attn package.")
+    use_apex_adam: bool = key(False, "Use the fused Adam of NVIDIA Apex for the optimizer adam on GPUs.")
     attention_softmax_in_fp32: bool = key(False, "Compute the attention softmax in fp32.")
     fp16_lm_cross_entropy: bool = key(False, "Compute the loss in fp16; only with fp16 training.")
     fused_linear_cross_entropy: bool = key(

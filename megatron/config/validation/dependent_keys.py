@@ -13,7 +13,8 @@ from functools import partial
 from megatron.block_sparsity import SPARSE_KINDS
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
-from megatron.registry import NORMS, POSITIONS, SCHEDULES, TOKENIZERS
+from megatron.registry import NORMS, OPTIMIZERS, POSITIONS, SCHEDULES, TOKENIZERS
+from megatron.registry.kernels import FUSED_ADAM
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ def _objective(name: str) -> Callable[[Config], bool]:
     return lambda config: config.training.train_impl == name
 
 
+def _has_full_adam(config: Config) -> bool:
+    return OPTIMIZERS.entry(config.optimizer.optimizer_type).kernel == FUSED_ADAM
+
+
 def _samples(config: Config) -> bool:
     return config.generation.temperature > 0
 
@@ -96,6 +101,7 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         lambda config: _has_kind(config, "global", "flash"),
         "it is for blocks of kind global and flash",
     ),
+    DependentKeys(("use_apex_adam",), _has_full_adam, "the optimizer is not adam"),
     DependentKeys(("gpt_j_tied",), lambda config: config.model.gpt_j_residual, "gpt_j_residual is off"),
     *(
         DependentKeys((epsilon,), partial(_has_epsilon, epsilon), "the norm is another one")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
+from megatron.registry.kernels import FUSED_ADAM
 
 NS_STEPS = 5
 """Iterations of DeepSpeed's muon."""
@@ -120,14 +121,19 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
     kind = config.optimizer.optimizer_type
     if "cpu_offload" not in OPTIMIZERS.entry(kind).traits or config.launch.distributed_backend != "nccl":
         return
-    offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
-    if offload.get("device") != "cpu":
+    if not _offloads(config):
         yield ConfigIssue(
             f"{kind} updates in the host's memory, and the parameters are on the GPU",
             key="optimizer",
             value=config.optimizer.optimizer,
             hint="add offload_optimizer: {device: cpu} to zero_optimization, or use adam",
         )
+
+
+def _offloads(config: Config) -> bool:
+    """Returns whether ZeRO has the optimizer's parameters in the host's memory."""
+    offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
+    return bool(offload.get("device") == "cpu")
 
 
 def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
@@ -148,6 +154,22 @@ def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:
             value=config.optimizer.optimizer,
             hint="leave it out, or leave use_bnb_optimizer out",
         )
+
+
+def apex_has_what_is_asked(config: Config) -> Iterator[ConfigIssue]:
+    """Apex's Adam has neither the largest second moments nor 8-bit state, and runs on GPUs only."""
+    section = config.optimizer
+    if not config.kernels.use_apex_adam or OPTIMIZERS.entry(section.optimizer_type).kernel != FUSED_ADAM:
+        return
+    lacking = {
+        "amsgrad": section.params.get("amsgrad"),
+        "8-bit state": section.use_bnb_optimizer,
+        "kernel for the host's memory, which offload_optimizer uses": _offloads(config),
+    }
+    for name, is_asked in lacking.items():
+        if is_asked:
+            hint = "leave one of the two out; without use_apex_adam torch's fused Adam serves"
+            yield ConfigIssue(f"Apex's Adam has no {name}", key="use_apex_adam", value=True, hint=hint)
 
 
 def nesterov_needs_momentum(config: Config) -> Iterator[ConfigIssue]:

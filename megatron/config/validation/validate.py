@@ -70,6 +70,7 @@ RULES: tuple[Rule, ...] = (
     optimizer.full_tensors_need_no_expert_parallel,
     optimizer.host_memory_holds_parameters,
     optimizer.eight_bits_are_built,
+    optimizer.apex_has_what_is_asked,
     optimizer.nesterov_needs_momentum,
     layout.sequence_parallel_needs_tensor_parallel,
     training.fp16_loss_needs_fp16,
