@@ -81,6 +81,10 @@ class ChatTokens:
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         return ids, [any(start < max(end, at + 1) and at < stop for start, stop in spans) for at, end in offsets]
 
+    def learns(self, turn: Message) -> bool:
+        """Whether a turn's own field lets it carry a loss; ValueError where it says neither."""
+        return is_learnt(turn)
+
     def left_out(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
         """Which of `tools`, `documents`, `tool_calls` and turns are there, and are nothing in the rendered text."""
         given = self._given(turns)

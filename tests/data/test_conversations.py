@@ -116,7 +116,7 @@ MARKED = (
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
-BARE = "hold nothing that the role '{}' wrote, so that their end alone carries a loss"
+BARE = "hold nothing that the role '{}' wrote, so that nothing carries a loss"
 
 
 @pytest.mark.parametrize(
@@ -142,3 +142,23 @@ def test_conversations_without_a_word_to_learn_are_counted(tmp_path, capsys, tem
     bare = sum(all(label == -100 for label in row) for row in labels)
     if "--for-rm" not in flags:
         assert bare == (int(reported.split()[0]) if reported else 0)
+
+
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+ENDS = [
+    ([ASKED, ANSWERED], (), True),
+    ([ASKED, ANSWERED, ASKED], (), False),
+    ([ASKED, {**ANSWERED, "weight": 0}], (), False),
+    ([ASKED, ANSWERED, ASKED], ("--only-last",), True),
+    ([ASKED, ANSWERED, ASKED], ("--generation-role", "user"), True),
+    ([ASKED, ANSWERED, ASKED], ("--no-mask",), True),
+]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize(("turns", "flags", "learnt"), ENDS)
+def test_the_end_of_text_carries_a_loss_where_the_last_turn_does(tmp_path, template, turns, flags, learnt):
+    """Behind a question it would teach the model to end in place of an answer."""
+    code, found = written(tmp_path, template, [{"messages": turns}], *flags)
+    (labels,) = IndexedDataset(tmp_path / "out_messages_label_document")
+    assert code == 0 and labels[-1] == (found[0][-1] if learnt else -100)

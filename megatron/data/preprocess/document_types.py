@@ -25,7 +25,7 @@ PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
 LEFT_OUT = "have {!r} that the chat template leaves out"
 NOTHING_LEARNT = (
-    "hold nothing that the role {!r} wrote, so that their end alone carries a loss; --generation-role names another"
+    "hold nothing that the role {!r} wrote, so that nothing carries a loss; --generation-role names another"
 )
 LABELS = np.dtype("<i4")
 NOBODY = ""
@@ -202,6 +202,10 @@ class Conversation(Protocol):
         """The fields for tools and documents that the template has no place for."""
         ...
 
+    def learns(self, turn: Mapping[str, Any]) -> bool:
+        """Whether a turn's own field lets it carry a loss."""
+        ...
+
 
 class ReadConversation(NamedTuple):
     """A conversation as tokens. left_out: the fields that its template has no place for."""
@@ -265,9 +269,16 @@ class ChatText:
             if self.for_reward_model:
                 tokens = [*tokens, self.template.eod]
                 labels = [IGNORE_INDEX] * len(tokens)
-            ends = [*tokens, self.template.eod], [*labels, self.template.eod]
+            end = self.template.eod
+            ends = [*tokens, end], [*labels, end if self._learns_end(turns) else IGNORE_INDEX]
             found.append(ReadConversation(*ends, reward, text_bytes_of(turns), left_out))
         return found
+
+    def _learns_end(self, turns: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the end of text is learnt: as a part of the last turn, where that is."""
+        if self.for_reward_model or not self.mask:
+            return True
+        return (self.only_last or turns[-1]["role"] == self.role) and self.template.learns(turns[-1])
 
     def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
         """Tokens, labels and rewards of each key."""
