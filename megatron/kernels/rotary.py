@@ -1,18 +1,21 @@
 """Rotary positions: rotates pairs of features by an angle that grows with the position (arXiv:2104.09864).
 
 Feature i of the first half is paired with feature i of the second half of the rotated features ("half-split"); the
-remaining features are unchanged.
+remaining features are unchanged. On a CPU a compiled loop (csrc/rotary.cpp) does it in one pass.
 
 Shapes: s sequence, b micro batch, n heads, d head dim, r rotated features (even, at most d).
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron.kernels.cpp_build import library
 
 RotaryPair = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 """(q [b, n, s, d], k [b, m, s, d], cos and sin [positions, r/2], offset, positions [b, s] or None) -> rotated q, k."""
@@ -48,13 +51,50 @@ def rotary_pair(
     return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Returns the rotated x, contiguous. back: by the opposite angle, which is the inverse."""
+    compiled = _library(x)
+    if compiled is not None:
+        return _turn_at_once(compiled, x, cos, sin, back=back)
+    sin = -sin if back else sin
     half = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second = x[..., :half], x[..., half : 2 * half]
     out[..., :half] = torch.addcmul(first * cos, second, sin, value=-1)
     out[..., half : 2 * half] = torch.addcmul(second * cos, first, sin)
     out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def _library(x: Tensor) -> ctypes.CDLL | None:
+    """The compiled kernels, where they can take the tensor: fp32 and bfloat16 in the memory of a CPU."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return None
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return None  # as a fake tensor, which has no memory
+    found = library()
+    return None if isinstance(found, str) else found
+
+
+def _turn_at_once(compiled: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """The same in one pass over the memory."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    batch, heads, length, size = x.shape
+    half = cos.shape[-1]
+    by_sequence = cos.dim() == 4 and cos.shape[0] > 1
+    out = torch.empty(x.shape, dtype=x.dtype)
+    compiled.neox_rotary(
+        int(x.dtype == torch.bfloat16),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        (ctypes.c_int64 * 5)(batch, heads, length, size, half),
+        (ctypes.c_int64 * 4)(*x.stride()[:3], length * half if by_sequence else 0),
+        ctypes.c_void_p(cos.data_ptr()),
+        ctypes.c_void_p(sin.data_ptr()),
+        ctypes.c_float(-1.0 if back else 1.0),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -67,7 +107,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None  # the inverse of a rotation is the opposite angle
+        return _turn(grads[0], cos, sin, back=True), None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import cmath
 import pytest
 import torch
 
+from megatron.kernels import rotary as rotary_module
 from megatron.kernels.norms import plain_rms_norm, rms_norm
 from megatron.kernels.rotary import plain_rotary, rotary
 from megatron.model.positions.rope_frequencies import frequencies
@@ -40,6 +41,31 @@ def test_rotary_equals_its_plain_twin(dtype: torch.dtype, tolerance: float) -> N
     torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
     (fast_grad,), (plain_grad,) = torch.autograd.grad(fast, x, grad), torch.autograd.grad(plain, x, grad)
     torch.testing.assert_close(fast_grad, plain_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("by_sequence", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rotary_and_its_inverse_are_those_of_float64(
+    compiled: bool, by_sequence: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled pass, and torch's operations where there is no compiler; strided inputs, a rest that stays."""
+    if not compiled:
+        monkeypatch.setattr(rotary_module, "library", lambda: "no compiler")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 2, 9, 20, generator=generator).to(dtype).permute(1, 2, 0, 3)[:, 3:6].requires_grad_()
+    grad = torch.randn(2, 7, 3, 20, generator=generator).to(dtype).transpose(1, 2)
+    angles = torch.randn(2, 1, 7, 8, generator=generator) if by_sequence else torch.randn(7, 8, generator=generator)
+    assert (rotary_module._library(x) is not None) == compiled
+    exact = x.detach().double().requires_grad_()
+    first, second = exact[..., :8], exact[..., 8:16]
+    cos, sin = angles.double().cos(), angles.double().sin()
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin, exact[..., 16:]), -1)
+    found = rotary(x, angles.cos(), angles.sin())
+    assert found.dtype == dtype and found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    (got,), (right,) = torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, exact, grad.double())
+    torch.testing.assert_close(got.double(), right, rtol=tolerance, atol=tolerance)
 
 
 def test_a_longer_sequence_extends_the_table() -> None:
