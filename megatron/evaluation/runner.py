@@ -278,7 +278,7 @@ def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> di
         "cache_requests": section.eval_cache_requests,
     }
     own = dict(section.eval_model_args or {})
-    results: dict[str, Any] = tasks.run(model, limit=section.eval_limit, **(arguments | own))
+    results: dict[str, Any] = tasks.run(model, section.eval_limit, **(arguments | own))
     if own.get("log_samples") and topology.rank == 0:
         write_samples(section.eval_results_prefix, results)
     return results

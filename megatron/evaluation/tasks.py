@@ -68,12 +68,15 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=0)
             name_requests_by_content(task)
 
-    def run(self, model: LM, *, limit: int | None = None, **arguments: Any) -> dict[str, Any]:
+    def run(self, model: LM, documents: int | None = None, /, **arguments: Any) -> dict[str, Any]:
         """The results as lm-eval gives them, per-document samples included.
 
-        limit: documents of each task. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
+        documents: of each task, None for all. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
         does not have or that has no effect here, and RunError where what a task does with the answers fails.
         """
+        if "limit" in arguments:
+            hint = f"set eval_limit: {arguments['limit']}"
+            raise ConfigError.of("limit is a key of its own", key="eval_model_args", value=arguments, hint=hint)
         known = inspect.signature(run_harness).parameters.keys() - {"lm", "task_dict", "limit"}
         for name in _PRINTED_ONLY & arguments.keys():
             what = f"{name} chooses lines of lm-eval's log, which is not shown"
@@ -91,7 +94,7 @@ class Tasks:
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), _infinite_perplexities():
             try:
-                results = run_harness(lm=model, task_dict=self._loaded, limit=limit, **arguments)
+                results = run_harness(lm=model, task_dict=self._loaded, limit=documents, **arguments)
             except Exception as error:
                 failed = None if isinstance(error, ConfigError | RunError) else _failed_task(error, model)
                 if failed is None:

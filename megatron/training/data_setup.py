@@ -14,9 +14,10 @@ from megatron.config.schema.training import TrainingSection
 from megatron.config.validation.unknown_values import require
 from megatron.data.dataset.builder import Data, build_data, epoch_samples
 from megatron.data.dataset.data_order import order_facts
+from megatron.data.dataset.summary import DataPlan
 from megatron.distributed.mesh import Topology
-from megatron.distributed.process_group import barrier
-from megatron.errors import ConfigError
+from megatron.distributed.process_group import all_gather_list, barrier
+from megatron.errors import ConfigError, RunError
 from megatron.ranks import Ranks
 from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers import Tokenizer
@@ -88,7 +89,33 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
     )
     if data.train is None and samples["train"]:
         raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")
+    require_same_data(data.plan)
     return data
+
+
+def require_same_data(plan: DataPlan) -> None:
+    """Raises RunError on every rank where one reads other token files than rank 0, as on disks of their own.
+
+    Collective over all ranks.
+    """
+    splits = {"train": plan.train, "valid": plan.valid, "test": plan.test}
+    mine = [
+        (name, source.path, source.documents, source.tokens, source.digest)
+        for name, split in splits.items()
+        for source in (split.sources if split is not None else ())
+    ]
+    ranks = all_gather_list(mine)
+    for rank, found in enumerate(ranks):
+        first, other = next(((a, b) for a, b in zip(ranks[0], found, strict=False) if a[2:] != b[2:]), (None, None))
+        if first is None or other is None:
+            continue
+        raise RunError.of(
+            f"rank {rank} reads another token file than rank 0: {other[2]:,} documents and {other[3]:,} tokens against "
+            f"{first[2]:,} and {first[3]:,}, or other tokens",
+            key="data_path",
+            location=str(other[1]),
+            hint="copy the same .bin and .idx files to every host",
+        )
 
 
 def run_inputs(config: Config, data: Data, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> RunInputs:

@@ -189,7 +189,7 @@ def test_a_perplexity_that_no_number_holds_is_infinite(engine, folder):
 
 def test_limit_fewshot_and_wildcards(engine, folder):
     tasks = Tasks(["small_[cw]*"], str(folder), fewshot=None)
-    results = tasks.run(model(engine), limit=2, bootstrap_iters=0)
+    results = tasks.run(model(engine), 2, bootstrap_iters=0)
     assert set(results["results"]) == {"small_choice", "small_writing"}
     assert len(results["samples"]["small_choice"]) == 2
     table = results_table(results)
@@ -379,6 +379,11 @@ def test_missing_data_is_reported_with_the_way_to_fetch_it(tmp_path):
 def test_an_argument_that_the_harness_does_not_have_is_reported(engine, folder):
     with pytest.raises(ConfigError, match="no argument bootstraps"):
         Tasks(["small_choice"], str(folder)).run(model(engine), bootstraps=3)
+
+
+def test_a_limit_among_the_arguments_of_the_harness_is_refused(engine, folder):
+    with pytest.raises(ConfigError, match="eval_limit: 3"):
+        Tasks(["small_choice"], str(folder)).run(model(engine), limit=3)
 
 
 @pytest.mark.parametrize("name", ["write_out", "verbosity"])
