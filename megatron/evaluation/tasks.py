@@ -71,8 +71,8 @@ class Tasks:
     def run(self, model: LM, documents: int | None = None, /, **arguments: Any) -> dict[str, Any]:
         """The results as lm-eval gives them, per-document samples included.
 
-        documents: of each task, None for all. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one that it
-        does not have or that has no effect here, and RunError where what a task does with the answers fails.
+        documents: of each task, None for all. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one
+        that it does not have or that has no effect here, and RunError where what a task does with the answers fails.
         """
         if "limit" in arguments:
             hint = f"set eval_limit: {arguments['limit']}"

@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import ModelDims
 from megatron.plan.mixers import mixer_activations
-from megatron.registry import NORMS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, POSITIONS, WITHOUT_ATTENTION
 
 FP32 = 4
 
 SAVED_PROBABILITIES = 256 << 20
-"""Attention on a CPU saves up to this many bytes of probabilities per call, and recomputes more."""
+"""Attention in blocks on a CPU saves up to this many bytes of probabilities per call, and recomputes more."""
+
+COMPILED_HEAD = 16
+"""Heads of a multiple of this many features have a compiled kernel on a CPU, which saves no probabilities."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,10 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
         return tokens * (4 * query + 4 * kv) * width + squares * (3 * FP32 if layout.cpu else 2 * width + 1)
     if dims.kind(block) in layout.kinds_with_scores:
         return tokens * (4 * query + 4 * kv) * width + squares * width
+    compiled = dims.head_dim % COMPILED_HEAD == 0 and ATTENTION.entry(dims.kind(block)).traits >= FULL_ATTENTION
+    if layout.cpu and compiled:
+        features = 2 * query + 2 * kv + (query + kv if rotary else 0)
+        return tokens * (features * width + FP32 * dims.num_attention_heads // tp)
     if layout.cpu:
         saved = tokens * (2 * query + 2 * kv + (0 if rotary else 2 * kv)) * width
         weights = int(squares * width // 2 * share) + tokens * 64 * dims.num_attention_heads // tp * width

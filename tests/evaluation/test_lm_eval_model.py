@@ -381,11 +381,6 @@ def test_an_argument_that_the_harness_does_not_have_is_reported(engine, folder):
         Tasks(["small_choice"], str(folder)).run(model(engine), bootstraps=3)
 
 
-def test_a_limit_among_the_arguments_of_the_harness_is_refused(engine, folder):
-    with pytest.raises(ConfigError, match="eval_limit: 3"):
-        Tasks(["small_choice"], str(folder)).run(model(engine), limit=3)
-
-
 @pytest.mark.parametrize("name", ["write_out", "verbosity"])
 def test_an_argument_that_chooses_lines_of_a_log_which_is_not_shown_is_refused(engine, folder, name):
     with pytest.raises(ConfigError, match=f"{name} .* is not shown") as caught:

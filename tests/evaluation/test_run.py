@@ -13,6 +13,7 @@ from megatron.distributed.mesh import Topology
 from megatron.errors import ConfigError
 from megatron.evaluation import runner
 from megatron.evaluation.progress import Progress
+from megatron.evaluation.tasks import Tasks
 from megatron.inference.scoring import NotNumbers
 from megatron.tokenizers.char_level import CharLevelTokenizer
 from tests.inference.small_model import small_config
@@ -63,7 +64,7 @@ def test_numbers_of_numpy_are_numbers_in_files_and_metrics(tmp_path):
 class SamplesTasks:
     """Tasks that give a score and what lm-eval has of each document."""
 
-    def run(self, model, **arguments):
+    def run(self, model, documents=None, **arguments):
         samples = [{"doc": {"é": 1}, "resps": [["x"]], "acc": math.nan}, {"doc": {}, "acc": 1.0}]
         return {"results": {"a/b": {"acc": 0.5}}, "samples": {"a/b": samples}}
 
@@ -91,6 +92,12 @@ def test_a_training_goes_on_where_its_model_cannot_be_scored(monkeypatch, caplog
     scored = runner.live_evaluation(config, None, CharLevelTokenizer(), Topology.single(), stop_requested=lambda: False)
     assert scored() is None
     assert "3 of 3 answers have no score" in caplog.text
+
+
+def test_a_limit_among_the_arguments_of_the_harness_is_refused():
+    tasks = object.__new__(Tasks)
+    with pytest.raises(ConfigError, match="eval_limit: 3"):
+        tasks.run(None, limit=3)
 
 
 def test_without_tasks_or_harness_nothing_starts(monkeypatch):
