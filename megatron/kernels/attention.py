@@ -96,6 +96,7 @@ def plain_attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # [b, n, s, k]
+    scores = scores if view is None else view.capped(scores)
     if view is not None and view.bias is not None:
         scores = scores + view.scores(*_positions(q.shape[2], k.shape[2], q.device))
     scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], q.device, starts, view), float("-inf"))
@@ -123,7 +124,7 @@ def sdpa_attention(
     """
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if view is not None and view.bias is not None:  # a bias in low precision would be coarse
+    if view is not None and (view.bias is not None or view.softcap is not None):  # coarse in low precision
         return plain_attention(q, k, v, dropout, starts, view)
     if starts is None and view is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=queries > 1, enable_gqa=grouped)
@@ -154,6 +155,8 @@ def cpu_attention(
 ) -> Tensor:
     """The compiled kernel, else blocked attention, for full sequences; torch's for cached attention or dropout.
 
+    Scores with a bound take the plain formula.
+
     Args:
         q: Queries [b, n, s, d].
         k: Keys [b, m, keys, d].
@@ -162,7 +165,7 @@ def cpu_attention(
         starts: The first key that each query may see, [b, s].
         view: Mask besides the causal one.
     """
-    if dropout == 0 and 1 < q.shape[2] == k.shape[2]:
+    if dropout == 0 and 1 < q.shape[2] == k.shape[2] and (view is None or view.softcap is None):
         if cpp_attention_unavailable(q, k, view) is None:
             return cpp_attention(q, k, v, starts, view)
         return blocked_attention(q, k, v, starts, view)

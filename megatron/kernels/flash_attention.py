@@ -39,6 +39,8 @@ class FlashRequest:
     """Dropout of the probabilities."""
     documents: DocumentOffsets | None = None
     """Documents in the joined rows; None for rows of their own."""
+    softcap: float | None = None
+    """Bound of the scores; None for none."""
 
 
 class FlashCall(Protocol):
@@ -100,11 +102,10 @@ class FlashAttention:
             return FlashRequest(dropout=dropout)
         if view.bias is not None and not (self.has_slopes and view.slopes is not None):
             return None
-        if view.pattern is None:
-            return FlashRequest(slopes=view.slopes, dropout=dropout)
-        if not isinstance(view.pattern, Window):
+        if (view.softcap is not None and self.joined) or not isinstance(view.pattern, Window | None):
             return None
-        return FlashRequest(view.pattern.width - 1, view.slopes, dropout)
+        behind = NO_WINDOW if view.pattern is None else view.pattern.width - 1
+        return FlashRequest(behind, view.slopes, dropout, softcap=view.softcap)
 
 
 def _call_2(q: Tensor, k: Tensor, v: Tensor, request: FlashRequest) -> Tensor:
@@ -144,6 +145,7 @@ def _call_package(
         "causal": True,
         "window_size": (unlimited, unlimited) if request.behind == NO_WINDOW else (request.behind, 0),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **({} if request.softcap is None else {"softcap": request.softcap}),  # releases before 2.6 do not have it
         **extra,
     }
     if request.documents is None:

@@ -46,19 +46,25 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view:
     hidden = _block_mask(view, length, q.device, starts, q.shape[0], q.shape[1])
     attend: Any = _compiled() if q.device.type == "cuda" else flex.flex_attention
     bias = None if view.bias is None else view.bias.to(torch.float32)
-    out: Tensor = attend(q, k, v, score_mod=_added(bias), block_mask=hidden, enable_gqa=q.shape[1] != k.shape[1])
+    out: Tensor = attend(
+        q, k, v, score_mod=_changed(bias, view.softcap), block_mask=hidden, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out
 
 
-def _added(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Returns the function that flexible attention applies to each score."""
-    if bias is None:
+def _changed(
+    bias: Tensor | None, softcap: float | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Returns the function that flexible attention applies to each score: the bound, then the bias."""
+    if bias is None and softcap is None:
         return None
 
-    def added(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + bias[head, (query - key).clamp(min=0)]
+    def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        return score if bias is None else score + bias[head, (query - key).clamp(min=0)]
 
-    return added
+    return changed
 
 
 def _block_mask(

@@ -46,6 +46,7 @@ def softmax_attention(
     # scaled inside the product, in fp32, so that fp16 scores do not overflow
     blank = rows.new_zeros(1).expand(len(rows), rows.shape[1], keys)
     scores = torch.baddbmm(blank, rows, columns.transpose(1, 2), beta=0.0, alpha=1 / math.sqrt(size)).view(shape)
+    scores = scores if view is None else view.capped(scores)
     if view is not None and view.bias is not None:
         scores = scores.float() + _bias(view.bias, queries, keys)
     if starts is None and (view is None or view.pattern is None):

@@ -89,7 +89,14 @@ def _head(facts: AttentionFacts, largest: int, multiple: int = 1) -> str | None:
     return None
 
 
-def _mask(facts: AttentionFacts, *, window: bool = False, documents: bool = False, linear: bool = False) -> str | None:
+def _mask(
+    facts: AttentionFacts,
+    *,
+    window: bool = False,
+    documents: bool = False,
+    linear: bool = False,
+    softcap: bool = False,
+) -> str | None:
     """Returns the reason of what lacks a mask or a bias; the flags name those that it has."""
     if facts.layout:
         return f"it has no layout of blocks, as {facts.kind} asks for"
@@ -97,6 +104,8 @@ def _mask(facts: AttentionFacts, *, window: bool = False, documents: bool = Fals
         return "it has no sliding window"
     if facts.documents and not documents:
         return "it has no documents (reset_attention_mask)"
+    if facts.softcap and not softcap:
+        return "it has no bound of scores (softcap)"
     if facts.bias == TABLE or (facts.bias == LINEAR and not linear):
         return "it has no biases of scores, as the positions ask for"
     return None
@@ -132,7 +141,7 @@ def flash_2_unavailable(facts: AttentionFacts) -> str | None:
         _for_halves(facts),
         _since(facts, (8, 0)),
         _head(facts, LARGEST_HEAD),
-        _mask(facts, window=True, documents=True, linear=True),
+        _mask(facts, window=True, documents=True, linear=True, softcap=True),
         _compiled(facts),
         _package(facts, "flash_attn", "flash-attn", "pip install neox[flash]"),
     )
@@ -144,7 +153,7 @@ def flash_3_unavailable(facts: AttentionFacts) -> str | None:
         _for_halves(facts),
         _of_generations(facts, 9),
         _head(facts, LARGEST_HEAD, 8),
-        _mask(facts, window=True, documents=True),
+        _mask(facts, window=True, documents=True, softcap=True),
         "it has no dropout" if facts.dropout else None,
         "its backward pass is not deterministic for heads of more than 192 features"
         if facts.deterministic and facts.head_size > LARGEST_DETERMINISTIC_HEAD
@@ -160,7 +169,7 @@ def flash_4_unavailable(facts: AttentionFacts) -> str | None:
         _for_halves(facts),
         _of_generations(facts, 10),
         _head(facts, 128, 8),
-        _mask(facts, window=True, documents=True),
+        _mask(facts, window=True, documents=True, softcap=True),
         "it has no dropout" if facts.dropout else None,
         IN_NO_GRAPH if facts.kernels.compiled else None,
         _package(facts, "flash-attn-4", "flash-attn-4", "pip install flash-attn-4"),
@@ -207,14 +216,16 @@ def flex_unavailable(facts: AttentionFacts) -> str | None:
         return f"it is for GPUs, and the model is on {facts.kernels.device}"
     if facts.head_size < SMALLEST_FLEX_HEAD:
         return f"its heads have at least {SMALLEST_FLEX_HEAD} features, not {facts.head_size}"
-    if not (facts.layout or facts.window or facts.documents or facts.bias != NO_BIAS):
+    if not (facts.layout or facts.window or facts.documents or facts.softcap or facts.bias != NO_BIAS):
         return "it skips hidden keys, and the causal mask alone is faster elsewhere"
     return _first("it has no dropout" if facts.dropout else None, _compiled(facts))
 
 
 def blocks_unavailable(facts: AttentionFacts) -> str | None:
     """Returns the reason why the blocks of queries for CPUs cannot serve, or None."""
-    return "torch.compile fuses torch's own operators" if facts.kernels.compiled else None
+    if facts.kernels.compiled:
+        return "torch.compile fuses torch's own operators"
+    return "it has no bound of scores (softcap)" if facts.softcap else None
 
 
 _TORCHES = "megatron.kernels.attention"

@@ -42,6 +42,8 @@ class AttentionFacts:
     """What positions add to scores: `none`, `linear` (ALiBi) or `table` (any bias by distance)."""
     documents: bool = False
     """Whether tokens attend to their own document only."""
+    softcap: bool = False
+    """Whether the scores have a bound."""
     dropout: bool = False
     """Whether training drops probabilities."""
     deterministic: bool = False
