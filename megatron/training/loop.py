@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.distributed.process_group import LaterAnyRank, any_rank
 from megatron.engine.engine import StepResult
-from megatron.errors import RunError
+from megatron.errors import ConfigError, RunError
 from megatron.metrics.step_metrics import step_metrics
 from megatron.metrics.timers import StepClock
 from megatron.training import intervals
@@ -25,6 +25,9 @@ from megatron.training.run_state import RunState
 from megatron.training.step_outcomes import StepOutcome, StepOutcomes
 from megatron.training.step_schedule import StepSize
 from megatron.training.validation import evaluate
+
+_OF_EVERY_RANK = (ConfigError, RunError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors of an evaluation that come from its data or its tasks, and so on every rank: all of them can save together."""
 
 
 def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
@@ -57,17 +60,24 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
             _report(schedule, context, state, window)
         else:
             context.reporter.progress(state.iteration)
-        # An error in the evaluation loses no training: what is due is saved before it.
-        if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
+        if _evaluation_due(schedule, context, state):
+            try:
+                with window.clock.excluded():
+                    evaluate(schedule, context, state)
+            except _OF_EVERY_RANK:
+                if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
+                    settling.finish()
+                    _save(context, state)  # what was trained is not lost
+                raise
+        context.check_saves()
+        reason = _reason_to_stop(schedule, context, state, stops)
+        last = reason is not None or state.iteration == schedule.total
+        if context.save is not None and (last or _save_due(schedule, state)):
             settling.finish()
             with window.clock.excluded():
                 _save(context, state)
             saved_at = state.iteration
-        if _evaluation_due(schedule, context, state):
-            with window.clock.excluded():
-                evaluate(schedule, context, state)
-        context.check_saves()
-        reason = _reason_to_stop(schedule, context, state, stops)
+            reason = reason or _reason_to_stop(schedule, context, state, stops)  # a signal may come during a save
     settling.finish()
     if context.save is not None and saved_at != state.iteration:
         _save(context, state)

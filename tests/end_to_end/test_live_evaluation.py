@@ -79,19 +79,19 @@ def failing_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
     """A worker whose evaluation fails."""
 
     def fails(*_: Any) -> None:
-        raise RuntimeError("no evaluation")
+        raise ValueError("no evaluation")
 
     loop.evaluate = fails
     run_rank(rank, world_size, settings)
 
 
 @pytest.mark.parametrize("iters", [3, 100])
-def test_what_is_due_is_saved_before_an_evaluation_that_fails(folder: Path, tmp_path: Path, iters: int) -> None:
+def test_what_is_due_is_saved_where_an_evaluation_fails(folder: Path, tmp_path: Path, iters: int) -> None:
     """At an interval, and at the end of the run."""
     settings = {**BASE, **SETTINGS, "train_iters": iters, "checkpoint_factor": 3 if iters > 3 else 1000}
     settings |= {"data_path": str(folder / "text"), "save": str(tmp_path / "save")}
     with pytest.raises(RankFailedError, match="no evaluation"):
-        run_distributed(failing_rank, 1, settings)
+        run_distributed(failing_rank, 2, settings)
     assert (tmp_path / "save" / "latest").read_text() == "global_step3"
 
 

@@ -120,8 +120,8 @@ MUTANTS = (
     Mutant(
         "a package's window is one key too wide",
         "kernels/flash_attention.py",
-        "view.pattern.width - 1, view.slopes",
-        "view.pattern.width, view.slopes",
+        "else view.pattern.width - 1",
+        "else view.pattern.width",
         ("kernels/test_flash_attention.py",),
     ),
     Mutant(
@@ -155,7 +155,7 @@ MUTANTS = (
     Mutant(
         "wrong sign in the gradient of rotary positions",
         "kernels/rotary.py",
-        "_turn(grads[0], cos, -sin)",
+        "_turn(grads[0], cos, sin, back=True)",
         "_turn(grads[0], cos, sin)",
         ("kernels/test_rotary_and_norms.py",),
     ),
