@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron.kernels.attention_patterns import AttentionMask, Window
 from megatron.kernels.cpp_build import library
+from megatron.kernels.cpu_features import unreadable_memory
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _MULTIPLE = 16
 """The head dim is a multiple of the numbers in a register."""
 
@@ -33,12 +33,9 @@ def cpp_attention_unavailable(q: Tensor, k: Tensor, view: AttentionMask | None =
         k: Keys [b, m, s, d].
         view: Mask besides the causal one, and a bias.
     """
-    if q.device.type != "cpu" or q.dtype not in _DTYPES:
-        return f"The compiled attention is for fp32 and bfloat16 on the CPU, not {q.dtype} on {q.device.type}."
-    if type(q) is not Tensor and type(q) is not torch.nn.Parameter:
-        return f"The compiled attention reads memory, which a {type(q).__name__} may not have."
-    if torch.compiler.is_compiling():
-        return "The compiled attention is no operator of torch, which a compiled graph needs."
+    unreadable = unreadable_memory(q)
+    if unreadable is not None:
+        return f"The compiled attention {unreadable}."
     if q.shape[-1] % _MULTIPLE:
         return f"The compiled attention takes heads of a multiple of {_MULTIPLE} features, not {q.shape[-1]}."
     if view is not None and view.softcap is not None:
@@ -88,6 +85,11 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(length, batch, heads, size, dtype=like.dtype).permute(1, 2, 0, 3)
 
 
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Returns where the memory of a tensor begins; null for none."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
 class _Call:
     """The arguments that both directions share, as C takes them."""
 
@@ -99,18 +101,14 @@ class _Call:
         self.half = int(q.dtype == torch.bfloat16)
         self.sizes = (ctypes.c_int64 * 5)(batch, heads, k.shape[1], length, size)
         self.scale = ctypes.c_float(1 / math.sqrt(size))
-        self.first = ctypes.c_void_p(None if first is None else first.data_ptr())
-        self.bias = ctypes.c_void_p(None if bias is None else bias.data_ptr())
-        self.threads = torch.get_num_threads()
+        self.masks = (_pointer(first), _pointer(bias))
 
-    @staticmethod
-    def pointers(tensors: Sequence[Tensor]) -> Any:
-        return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
-
-    @staticmethod
-    def strides(tensors: Sequence[Tensor]) -> Any:
-        """Strides by batch, head and position of each tensor [elements]."""
-        return (ctypes.c_int64 * (3 * len(tensors)))(*(stride for x in tensors for stride in x.stride()[:3]))
+    def __call__(self, function: Any, tensors: Sequence[Tensor], sums: Tensor, *further: ctypes.c_void_p) -> None:
+        """Calls a direction with the tensors and their strides by batch, head and position [elements]."""
+        pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+        strides = (ctypes.c_int64 * (3 * len(tensors)))(*(stride for x in tensors for stride in x.stride()[:3]))
+        fixed = (self.half, pointers, _pointer(sums), self.sizes, strides, self.scale, *self.masks)
+        function(*fixed, *further, torch.get_num_threads())
 
 
 class _CppAttention(torch.autograd.Function):
@@ -119,18 +117,8 @@ class _CppAttention(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         table = None if bias is None else bias[:, : q.shape[2]].float().contiguous()  # [n, s]
         out, sums = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32)
-        call, tensors = _Call(q, k, table, first), (q, k, v, out)
-        call.library.neox_attention(
-            call.half,
-            call.pointers(tensors),
-            ctypes.c_void_p(sums.data_ptr()),
-            call.sizes,
-            call.strides(tensors),
-            call.scale,
-            call.first,
-            call.bias,
-            call.threads,
-        )
+        call = _Call(q, k, table, first)
+        call(call.library.neox_attention, (q, k, v, out), sums)
         ctx.save_for_backward(q, k, v, out, sums, table, first)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out
@@ -141,18 +129,7 @@ class _CppAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
         by_distance = torch.zeros(q.shape[:3], dtype=torch.float32) if ctx.needs_input_grad[3] else None
         call, tensors = _Call(q, k, table, first), (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v)
-        call.library.neox_attention_backward(
-            call.half,
-            call.pointers(tensors),
-            ctypes.c_void_p(sums.data_ptr()),
-            call.sizes,
-            call.strides(tensors),
-            call.scale,
-            call.first,
-            call.bias,
-            ctypes.c_void_p(None if by_distance is None else by_distance.data_ptr()),
-            call.threads,
-        )
+        call(call.library.neox_attention_backward, tensors, sums, _pointer(by_distance))
         return grad_q, grad_k, grad_v, None if by_distance is None else _of_bias(by_distance, *ctx.bias), None
 
 

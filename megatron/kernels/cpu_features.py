@@ -1,4 +1,4 @@
-"""CPU support for bf16/fp16 matmul."""
+"""CPU support for bf16/fp16 matmul, and tensors that compiled code can read."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def needs_fp32_matmul(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     asked = getattr(torch.ops.mkldnn, _SUPPORT[dtype], None) if torch.backends.mkldnn.is_available() else None
     return asked is None or not asked()
+
+
+def unreadable_memory(x: torch.Tensor) -> str | None:
+    """Returns the reason why compiled code cannot read a tensor by its address, or None."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"is for fp32 and bfloat16 on the CPU, not {x.dtype} on {x.device.type}"
+    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+        return f"reads memory, which a {type(x).__name__} may not have"
+    if torch.compiler.is_compiling():
+        return "is no operator of torch, which a compiled graph needs"
+    return None

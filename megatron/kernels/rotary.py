@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.cpp_build import library
+from megatron.kernels.cpu_features import unreadable_memory
 
 RotaryPair = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 """(q [b, n, s, d], k [b, m, s, d], cos and sin [positions, r/2], offset, positions [b, s] or None) -> rotated q, k."""
@@ -68,10 +69,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
 
 def _library(x: Tensor) -> ctypes.CDLL | None:
     """The compiled kernels, where they can take the tensor: fp32 and bfloat16 in the memory of a CPU."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    if unreadable_memory(x) is not None:
         return None
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return None  # as a fake tensor, which has no memory
     found = library()
     return None if isinstance(found, str) else found
 

@@ -34,9 +34,6 @@ constexpr int Q = 48, K = 96;  // queries and keys of a block
 static_assert(Q % ROWS == 0 && K % ROWS == 0 && K % (2 * W) == 0, "blocks are multiples of the small product");
 
 inline Floats all(float x) { return x - Floats{}; }
-inline float wide(float x) { return x; }
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, uint16_t* to) { *to = rounded(x); }
 inline void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 

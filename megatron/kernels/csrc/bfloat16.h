@@ -27,4 +27,9 @@ inline uint16_t rounded(float x) {  // to the nearest, ties to even
     return std::isnan(x) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Both types to and from float by one name.
+inline float wide(float x) { return x; }
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, uint16_t* to) { *to = rounded(x); }
+
 }  // namespace

@@ -25,12 +25,6 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-inline float wide(float x) { return x; }
-
-inline void narrow(float x, float* to) { *to = x; }
-
-inline void narrow(float x, uint16_t* to) { *to = rounded(x); }
-
 // STEP elements of two rows: their products, added to 16 sums.
 template <class T>
 struct Dot;

@@ -8,10 +8,6 @@
 
 namespace {
 
-inline float wide(float x) { return x; }
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, uint16_t* to) { *to = rounded(x); }
-
 // n: batch, heads, length, size, half; s: strides of x by batch, head and position, and of the tables by batch.
 template <class T>
 void rotate(const T* x, T* out, const int64_t* n, const int64_t* s, const float* cosines, const float* sines, float sign, int threads) {
