@@ -195,20 +195,23 @@ class StragglerAlarm:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
+        self._last: deque[StepTimings] = deque(maxlen=WINDOW)
         self._slow: deque[set[int]] = deque(maxlen=WINDOW)
         self._reported: set[int] = set()
 
     def sentences(self, timings: StepTimings) -> list[str]:
-        """Returns a sentence for each new straggler after this report."""
-        slowness = timings.slowness()
-        self._slow.append({rank for rank, ratio in enumerate(slowness) if ratio >= SLOW_RATIO})
+        """Returns a sentence for each new straggler after this report, with the medians of the last reports."""
+        self._last.append(timings)
+        self._slow.append({rank for rank, ratio in enumerate(timings.slowness()) if ratio >= SLOW_RATIO})
         self._reported &= set().union(*self._slow)
         often = {rank for rank in self._slow[-1] if sum(rank in slow for slow in self._slow) >= MIN_SLOW_REPORTS}
         fresh = sorted(often - self._reported)
         self._reported |= often
+        usual = median_timings(self._last)
+        slowness = usual.slowness()
         return [
             f"rank {rank} (host {self._hosts[rank]}) is a straggler: {slowness[rank]:.2f} times as slow as the "
             f"median rank, and at least {SLOW_RATIO:g} times in {MIN_SLOW_REPORTS} of {WINDOW} reports: "
-            f"{timings.reason(rank)}"
+            f"{usual.reason(rank)}"
             for rank in fresh
         ]

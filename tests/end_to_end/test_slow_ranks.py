@@ -22,7 +22,7 @@ SPINNING = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile T
 
 
 def slowed(rank: int, world_size: int, settings: dict[str, Any], slow: str) -> list[str]:
-    """A worker; rank 1 has slow data, slow products, or nothing. Returns what the run printed."""
+    """A worker; rank 1 has slow data (and equal products), slow products, or nothing. Returns what the run printed."""
     from megatron.data.dataset.loader import BatchLoader
     from megatron.health.straggler import Probe
     from megatron.metrics.console import Console
@@ -30,6 +30,8 @@ def slowed(rank: int, world_size: int, settings: dict[str, Any], slow: str) -> l
     said: list[str] = []
     Console._print = lambda self, text: said.append(text)  # type: ignore[method-assign]
     read, multiply = BatchLoader._read, Probe.multiply
+    if slow == "data":
+        Probe.multiply = lambda self, count: time.sleep(0.02 * count)  # type: ignore[method-assign]
     if rank == 1 and slow == "data":
         BatchLoader._read = lambda self, numbers: (time.sleep(0.15), read(self, numbers))[1]  # type: ignore[method-assign]
     if rank == 1 and slow == "device":

@@ -64,6 +64,15 @@ def test_a_slow_rank_is_reported_once_and_again_after_it_was_even():
     assert sum(len(alarm.sentences(slow(2))) for _ in range(WINDOW)) == 1
 
 
+def test_the_reason_is_that_of_the_medians_whatever_the_last_report_says():
+    alarm = StragglerAlarm(HOSTS)
+    waiting = StepTimings(1.0, (0.1, 0.5, 0.1, 0.1), (1e-3,) * 4)
+    last = StepTimings(1.0, waiting.data_wait, (1e-3, 9e-3, 1e-3, 1e-3))
+    assert not any(alarm.sentences(waiting) for _ in range(MIN_SLOW_REPORTS - 1))
+    (sentence,) = alarm.sentences(last)
+    assert "1.67 times" in sentence and "it waits 0.5 s a step for its data, others 0.1 s" in sentence
+
+
 def test_even_ranks_and_single_outliers_are_not_reported():
     alarm = StragglerAlarm(HOSTS)
     for number in range(40):
