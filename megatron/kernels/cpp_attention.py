@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron.kernels.attention_patterns import AttentionMask, Window
 from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
 _MULTIPLE = 16
@@ -85,11 +86,6 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(length, batch, heads, size, dtype=like.dtype).permute(1, 2, 0, 3)
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Returns where the memory of a tensor begins; null for none."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
 class _Call:
     """The arguments that both directions share, as C takes them."""
 
@@ -101,13 +97,13 @@ class _Call:
         self.half = int(q.dtype == torch.bfloat16)
         self.sizes = (ctypes.c_int64 * 5)(batch, heads, k.shape[1], length, size)
         self.scale = ctypes.c_float(1 / math.sqrt(size))
-        self.masks = (_pointer(first), _pointer(bias))
+        self.masks = (pointer(first), pointer(bias))
 
     def __call__(self, function: Any, tensors: Sequence[Tensor], sums: Tensor, *further: ctypes.c_void_p) -> None:
         """Calls a direction with the tensors and their strides by batch, head and position [elements]."""
         pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
         strides = (ctypes.c_int64 * (3 * len(tensors)))(*(stride for x in tensors for stride in x.stride()[:3]))
-        fixed = (self.half, pointers, _pointer(sums), self.sizes, strides, self.scale, *self.masks)
+        fixed = (self.half, pointers, pointer(sums), self.sizes, strides, self.scale, *self.masks)
         function(*fixed, *further, torch.get_num_threads())
 
 
@@ -129,7 +125,7 @@ class _CppAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = _empty(q), _empty(k), _empty(v)
         by_distance = torch.zeros(q.shape[:3], dtype=torch.float32) if ctx.needs_input_grad[3] else None
         call, tensors = _Call(q, k, table, first), (q, k, v, out, _rows(grads[0]), grad_q, grad_k, grad_v)
-        call(call.library.neox_attention_backward, tensors, sums, _pointer(by_distance))
+        call(call.library.neox_attention_backward, tensors, sums, pointer(by_distance))
         return grad_q, grad_k, grad_v, None if by_distance is None else _of_bias(by_distance, *ctx.bias), None
 
 

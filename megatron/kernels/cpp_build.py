@@ -22,8 +22,8 @@ from megatron.extensions_dir import extensions_folder
 from megatron.log import get_logger
 
 FOLDER = Path(__file__).parent / "csrc"
-SOURCES = tuple(FOLDER / name for name in ("attention.cpp", "decode.cpp", "linear.cpp", "rotary.cpp"))
-HEADERS = (FOLDER / "bfloat16.h",)
+SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 SWITCH = "NEOX_NATIVE_KERNELS"
 """Environment variable that disables the library if it is 0."""

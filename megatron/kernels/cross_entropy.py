@@ -2,7 +2,8 @@
 
 With a vocabulary of 50,304 the logits are by far the largest tensor of a step. Each block of rows is small enough to
 stay in the CPU's cache while its maximum, its sum and its gradient are computed in fp32, so the logits are read once
-and never copied to fp32. Reference: torch.nn.functional.cross_entropy.
+and never copied to fp32. On a CPU a compiled loop takes the rows one by one.
+Reference: torch.nn.functional.cross_entropy.
 
 Shapes: r rows (tokens), v vocabulary (of this rank, if it is sharded).
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.kernels.cpp_cross_entropy import cpp_softmax, cpp_softmax_unavailable
 
 BLOCK_ELEMENTS = 1 << 20
 """fp32 elements of one block: 4 MiB."""
@@ -41,8 +44,11 @@ SoftmaxPass = Callable[[Tensor, GradientSpec | None, Tensor | None], Tensor]
 def softmax_pass(rows: Tensor, spec: GradientSpec | None = None, log_sums: Tensor | None = None) -> Tensor:
     """Returns the log-sum-exp of each row, fp32 [r]; writes the gradient if there is a spec.
 
-    log_sums: not used, as the gradient of a block of rows that is in the cache costs no pass over memory.
+    log_sums: spares the compiled kernel a pass over the rows; in torch a block of rows is in the cache anyway.
     """
+    if cpp_softmax_unavailable(rows) is None:
+        terms = {} if spec is None else vars(spec)
+        return cpp_softmax(rows, log_sums, **terms)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     found = rows.new_empty(rows.shape[0], dtype=dtype)
     for block in _blocks(rows):

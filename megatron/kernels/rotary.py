@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
 RotaryPair = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
@@ -85,12 +86,12 @@ def _turn_at_once(compiled: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, *,
     out = torch.empty(x.shape, dtype=x.dtype)
     compiled.neox_rotary(
         int(x.dtype == torch.bfloat16),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
+        pointer(x),
+        pointer(out),
         (ctypes.c_int64 * 5)(batch, heads, length, size, half),
         (ctypes.c_int64 * 4)(*x.stride()[:3], length * half if by_sequence else 0),
-        ctypes.c_void_p(cos.data_ptr()),
-        ctypes.c_void_p(sin.data_ptr()),
+        pointer(cos),
+        pointer(sin),
         ctypes.c_float(-1.0 if back else 1.0),
         torch.get_num_threads(),
     )

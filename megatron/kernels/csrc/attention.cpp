@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "bfloat16.h"
+#include "vectors.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -22,20 +22,12 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16, ROWS = 12;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+constexpr int ROWS = 12;
 #else
-constexpr int W = 8, ROWS = 6;
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
+constexpr int ROWS = 6;
 #endif
 constexpr int Q = 48, K = 96;  // queries and keys of a block
 static_assert(Q % ROWS == 0 && K % ROWS == 0 && K % (2 * W) == 0, "blocks are multiples of the small product");
-
-inline Floats all(float x) { return x - Floats{}; }
-inline void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // Cells of one fp32 number.
 struct Single {
@@ -103,24 +95,6 @@ void product(int64_t rows, int64_t columns, int64_t count, const typename P::Cel
             small_product<P, 1>(a + row * ar, ar, ak, b + column, bk, count, c + row * cr + column, cr, add);
 }
 
-// e^x for x <= 0 (about), relative error below 2e-7; 0 below -87.
-inline Floats exponential(Floats x) {
-    Floats bounded = larger(x, all(-87.0f));
-    Floats shifted = bounded * 1.44269504088896341f + 12582912.0f;  // rounds to an integer in the low bits
-    Floats whole = shifted - 12582912.0f;
-    Floats rest = bounded - whole * 0.693359375f;
-    rest = rest + whole * 2.12194440e-4f;
-    Floats y = all(1.9875691500e-4f);
-    y = y * rest + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    Ints power = ((Ints)shifted << 23) + (Ints)y;
-    return x < all(-87.0f) ? Floats{} : (Floats)power;
-}
-
 struct Strided {
     int64_t batch, head, position;
     int64_t at(int64_t b, int64_t h) const { return b * batch + h * head; }
@@ -144,13 +118,6 @@ struct Matrix {
     int64_t stride, length, size;
     T at(int64_t row, int64_t column) const { return row < length ? x[row * stride + column] : T(0); }
 };
-
-inline Floats load_wide(const float* x) { return load<Floats>(x); }
-inline Floats load_wide(const uint16_t* x) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * W)));
-    typedef uint32_t Bits __attribute__((vector_size(4 * W)));
-    return (Floats)(__builtin_convertvector(load<Halves>(x), Bits) << 16);
-}
 
 // Cells along the columns: [count, size / PER], rows from `from` on.
 template <class P, class T>
@@ -230,18 +197,6 @@ void score(const Problem& p, int64_t b, int64_t head, int64_t q0, int64_t k0, co
     for (int64_t i = 0; i < Q * K; i++) scores[i] *= p.scale;
     bool hides = p.bias || q0 + Q > p.length || k0 + K - 1 > q0 || (p.first && p.first_of(b, q0 + Q - 1) > k0);
     if (hides) mask(p, b, head, q0, k0, scores);
-}
-
-inline float sum_of(Floats x) {
-    float total = 0;
-    for (int j = 0; j < W; j++) total += x[j];
-    return total;
-}
-
-inline float largest_of(Floats x) {
-    float most = x[0];
-    for (int j = 1; j < W; j++) most = std::max(most, x[j]);
-    return most;
 }
 
 // One row of scores becomes e^(score - maximum); the sum and the results so far follow a larger maximum.

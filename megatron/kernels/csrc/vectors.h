@@ -1,0 +1,81 @@
+// Vectors of fp32 as wide as the processor's registers: reads and writes of both types, sums, and the exponential.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "bfloat16.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+#else
+constexpr int W = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+#endif
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+
+inline Floats all(float x) { return x - Floats{}; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where one is not a number
+
+inline Floats load_wide(const float* x) { return load<Floats>(x); }
+inline Floats load_wide(const uint16_t* x) { return (Floats)(__builtin_convertvector(load<Halves>(x), Bits) << 16); }
+
+inline void put(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+inline void put(uint16_t* to, Floats x) {  // to the nearest, ties to even
+    Bits bits = (Bits)x;
+    Bits nearest = bits + 0x7fff + ((bits >> 16) & 1);
+    Halves found = __builtin_convertvector((x == x ? nearest : Bits{} + 0x7fc00000u) >> 16, Halves);
+    std::memcpy(to, &found, sizeof found);
+}
+
+// The first `count` numbers of a vector, which the memory may end behind; `rest` fills the others.
+template <class T>
+inline Floats load_part(const T* x, int64_t count, float rest) {
+    Floats found = all(rest);
+    for (int64_t i = 0; i < count; i++) found[i] = wide(x[i]);
+    return found;
+}
+
+template <class T>
+inline void put_part(T* to, Floats x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) narrow(x[i], to + i);
+}
+
+inline float sum_of(Floats x) {
+    float total = 0;
+    for (int j = 0; j < W; j++) total += x[j];
+    return total;
+}
+
+inline float largest_of(Floats x) {
+    float most = x[0];
+    for (int j = 1; j < W; j++) most = std::max(most, x[j]);
+    return most;
+}
+
+// e^x for x <= 88, relative error below 2e-7; 0 below -87, and not a number where x is none.
+inline Floats exponential(Floats x) {
+    Floats bounded = larger(all(-87.0f), x);
+    Floats shifted = bounded * 1.44269504088896341f + 12582912.0f;  // rounds to an integer in the low bits
+    Floats whole = shifted - 12582912.0f;
+    Floats rest = bounded - whole * 0.693359375f;
+    rest = rest + whole * 2.12194440e-4f;
+    Floats y = all(1.9875691500e-4f);
+    y = y * rest + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    Ints power = ((Ints)shifted << 23) + (Ints)y;
+    return x < all(-87.0f) ? Floats{} : (Floats)power;
+}
+
+}  // namespace
