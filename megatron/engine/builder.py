@@ -36,6 +36,7 @@ from megatron.engine.deepspeed_setup import (
     disable_grad_allreduce,
     mark_gathered_blocks,
     silence_deepspeed,
+    skip_lone_allreduce,
 )
 from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
@@ -326,6 +327,7 @@ def _initialize(
             mpu=None if config.parallelism.is_pipe_parallel or needs_default_mpu(optimizer) else topology,
             dist_init_required=False,
         )
+    skip_lone_allreduce(initialised, topology)
     allow_empty_grad_norm(initialised.optimizer)
     use_kernel(initialised.optimizer, kernel)
     if isinstance(optimizer, OnebitAdam):

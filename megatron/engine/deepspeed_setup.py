@@ -1,4 +1,4 @@
-"""Adjustments to DeepSpeed: its logs, the reduction bucket, gradients of 1-bit Adam, modules gathered together."""
+"""Adjustments to DeepSpeed: its logs, the reduction of gradients, modules gathered together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch.nn import Module
 
 from megatron.config.derived.zero import REDUCTION_BUCKET
+from megatron.distributed.mesh import Topology
 from megatron.model.block import Block
 from megatron.optim.grad_clip import GradientClipper
 
@@ -31,6 +32,22 @@ def disable_grad_allreduce(initialised: Any, clipper: GradientClipper | None) ->
         initialised.enable_backward_allreduce = False
     if clipper is not None:
         clipper.grads_are_unreduced = True
+
+
+def skip_lone_allreduce(initialised: Any, topology: Topology) -> None:
+    """Leaves out the all-reduce of gradients where one rank has the data.
+
+    DeepSpeed copies all gradients into a buffer, reduces it over a group of one, and copies them back. Parameters
+    without a gradient get zeros, as there, so that the optimizer steps for them too.
+    """
+    if topology.dp_cp.size > 1:
+        return
+
+    def complete(grads: object = None, elements_per_buffer: int = 0) -> None:
+        if grads is None and not hasattr(initialised.optimizer, "get_grads_for_reduction"):
+            initialised._get_gradients_for_reduction()
+
+    initialised.buffered_allreduce_fallback = complete
 
 
 def mark_gathered_blocks(model: Module) -> None:
