@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--jsonl-keys", nargs="+", default=["conversation"], help="fields that hold conversations")
     result.add_argument("--tokenizer-path", required=True, help="a folder with tokenizer.json and a chat template")
     result.add_argument("--generation-role", default="assistant", help="whose words carry a loss")
-    result.add_argument("--only-last", action="store_true", help="a loss on the last turn alone")
+    result.add_argument("--only-last", action="store_true", help="a loss on the last turn alone, if it is of that role")
     result.add_argument("--no-mask", action="store_true", help="a loss on every token")
     result.add_argument("--for-rm", action="store_true", help="two ends of text, and a loss on the last one alone")
     result.add_argument("--reward-key", help="the field of a number, written into token files of its own")

@@ -68,7 +68,7 @@ class ChatTokens:
         Args:
             turns: Messages, whose contents are texts, parts that are texts, or nothing.
             role: The role whose turns are learnt.
-            only_last: The last turn alone is marked, whoever wrote it.
+            only_last: The last turn alone is marked, if the role wrote it.
             variables: `tools`, `documents` and others of the template.
         """
         given = self._given(turns)
@@ -145,7 +145,7 @@ class _Rendering:
         turns = self._turns
         selected = [number for number, turn in enumerate(turns) if turn["role"] == role]
         if only_last:
-            selected = [len(turns) - 1]
+            selected = [number for number in selected if number == len(turns) - 1]
         marks = self._template.marks_generation(self._variables.get("tools"))
         learnt = [is_learnt(turns[number]) for number in selected]
         if selected and marks and all(turns[number]["role"] == ASSISTANT for number in selected):

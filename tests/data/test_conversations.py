@@ -117,6 +117,7 @@ MARKED = (
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
 BARE = "hold nothing that the role '{}' wrote, so that nothing carries a loss"
+LAST = "hold nothing that carries a loss, since their last turn is none of the role '{}'"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,9 @@ BARE = "hold nothing that the role '{}' wrote, so that nothing carries a loss"
         (MARKED, [TURNS, OTHER_ROLES], (), "1 documents " + BARE.format("assistant")),
         (PLAIN, [TURNS, TURNS], (), None),
         (PLAIN, [OTHER_ROLES], ("--generation-role", "gpt"), None),
-        (PLAIN, [OTHER_ROLES], ("--only-last",), None),
+        (PLAIN, [TURNS, TURNS[:1], OTHER_ROLES], ("--only-last",), "2 documents " + LAST.format("assistant")),
+        (MARKED, [TURNS, TURNS * 2 + TURNS[:1]], ("--only-last",), "1 documents " + LAST.format("assistant")),
+        (PLAIN, [OTHER_ROLES], ("--only-last", "--generation-role", "gpt"), None),
         (PLAIN, [OTHER_ROLES], ("--no-mask",), None),
         (PLAIN, [OTHER_ROLES], ("--for-rm",), None),
     ],
@@ -149,7 +152,9 @@ ENDS = [
     ([ASKED, ANSWERED], (), True),
     ([ASKED, ANSWERED, ASKED], (), False),
     ([ASKED, {**ANSWERED, "weight": 0}], (), False),
-    ([ASKED, ANSWERED, ASKED], ("--only-last",), True),
+    ([ASKED, ANSWERED, ASKED], ("--only-last",), False),
+    ([ASKED, ANSWERED, ASKED], ("--only-last", "--generation-role", "user"), True),
+    ([ASKED, ANSWERED], ("--only-last",), True),
     ([ASKED, ANSWERED, ASKED], ("--generation-role", "user"), True),
     ([ASKED, ANSWERED, ASKED], ("--no-mask",), True),
 ]

@@ -162,13 +162,23 @@ def test_the_token_that_opens_the_next_turn_ends_one_without_an_end(tmp_path, be
     chat = chat_of(tmp_path, template)
     assert marked(chat, TURNS[1:]) == f"two{between}<|im_end|>  four  {between}"
     assert marked(chat, TURNS[1:], "user") == f"one{between}<|im_start|>three{between}<|im_start|>"
-    assert marked(chat, TURNS[1:4], only_last=True) == f"three{between}"
+    assert marked(chat, TURNS[1:4], "user", only_last=True) == f"three{between}"
 
 
 @pytest.mark.parametrize("template", [PLAIN, TEMPLATES["generation"]])
-@pytest.mark.parametrize(("last", "expected"), [(5, "  four  <|im_end|>\n"), (4, "three<|im_end|>\n")])
-def test_the_last_turn_alone(tmp_path, template, last, expected):
-    assert marked(chat_of(tmp_path, template), TURNS[:last], only_last=True) == expected
+@pytest.mark.parametrize(
+    ("last", "role", "expected"),
+    [
+        (5, "assistant", "  four  <|im_end|>\n"),
+        (4, "assistant", ""),  # a question is not learnt because it is the last turn
+        (4, "user", "three<|im_end|>\n"),
+        (5, "user", ""),
+    ],
+)
+def test_the_last_turn_alone_where_the_role_wrote_it(tmp_path, template, last, role, expected):
+    assert marked(chat_of(tmp_path, template), TURNS[:last], role, only_last=True) == expected
+    result = {"role": "tool", "content": "42"}
+    assert marked(chat_of(tmp_path, template), [*TURNS[:last], result], role, only_last=True) == ""
 
 
 KNOWN_ROLES = (

@@ -27,6 +27,10 @@ LEFT_OUT = "have {!r} that the chat template leaves out"
 NOTHING_LEARNT = (
     "hold nothing that the role {!r} wrote, so that nothing carries a loss; --generation-role names another"
 )
+LAST_NOT_LEARNT = (
+    "hold nothing that carries a loss, since their last turn is none of the role {!r}, or says so itself; "
+    "--generation-role names another role, and without --only-last earlier turns of it are learnt"
+)
 LABELS = np.dtype("<i4")
 NOBODY = ""
 """The role to ask for where it does not matter who wrote what."""
@@ -193,7 +197,7 @@ class Conversation(Protocol):
         Args:
             turns: Messages of the conversation.
             role: Role whose tokens are marked.
-            only_last: Mark only the last message of the role.
+            only_last: Mark the last message alone, if the role wrote it.
             variables: Further variables of the chat template.
         """
         ...
@@ -232,7 +236,7 @@ class ChatText:
     role: str = "assistant"
     """The role whose turns are learnt."""
     only_last: bool = False
-    """Loss on the last turn alone."""
+    """Loss on the last turn alone, if the role wrote it."""
     mask: bool = True
     """False puts a loss on everything."""
     for_reward_model: bool = False
@@ -278,7 +282,7 @@ class ChatText:
         """Whether the end of text is learnt: as a part of the last turn, where that is."""
         if self.for_reward_model or not self.mask:
             return True
-        return (self.only_last or turns[-1]["role"] == self.role) and self.template.learns(turns[-1])
+        return turns[-1]["role"] == self.role and self.template.learns(turns[-1])
 
     def encode(self, documents: list[Any]) -> tuple[EncodedText, ...]:
         """Tokens, labels and rewards of each key."""
@@ -299,7 +303,8 @@ class ChatText:
         notes = {LEFT_OUT.format(name): count for name, count in left_out.items()}
         if self.mask and not self.for_reward_model:
             bare = sum(any(_no_loss(each.labels[:-1]) for each in document) for document in documents)
-            notes |= {NOTHING_LEARNT.format(self.role): bare} if bare else {}
+            why = LAST_NOT_LEARNT if self.only_last else NOTHING_LEARNT
+            notes |= {why.format(self.role): bare} if bare else {}
         return replace(texts[0], notes=notes), *texts[1:]
 
     def _reward(self, record: Mapping[str, Any], key: str) -> int:
