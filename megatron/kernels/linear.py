@@ -1,7 +1,8 @@
 """The product x Wᵀ + bias.
 
 In fp32 on an x86 CPU torch.nn.functional.linear uses MKL, which on AMD CPUs has less than half the speed of oneDNN;
-oneDNN's product is available as an operator without a gradient, so the gradient is written here. In lower precisions,
+oneDNN's product is available as an operator without a gradient, so the gradient is written here, that of the weight
+with a compiled kernel where there is one. In lower precisions,
 and on accelerators, torch is already fast; on a CPU without instructions for 16 bits the product is computed in fp32.
 
 Shapes: leading dimensions are free; in and out are the widths of this rank's weight [out, in].
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.cpp_weight_gradient import cpp_weight_gradient, cpp_weight_gradient_unavailable
 from megatron.kernels.cpu_features import needs_fp32_matmul
 
 LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -66,19 +68,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """gradᵀ x: [rows, out] and [rows, in] -> [out, in].
 
-    The operator copies its transposed first operand, so the narrower one comes first.
+    oneDNN's operator copies its transposed first operand, so the narrower one comes first.
     """
+    if cpp_weight_gradient_unavailable(grad, x) is None:
+        return cpp_weight_gradient(grad, x)
     if grad.shape[1] < x.shape[1]:
         return _product(grad.t(), x.t(), None)
     return _product(x.t(), grad.t(), None).t().contiguous()
-
-
-def _added_weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    """The sum as the product's last operation: another pass over a wide matrix costs a tenth of the product."""
-    if total is None:
-        return _product(x.t(), grad.t(), None)
-    added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x.t(), total, grad.t(), None, "add")
-    return added
 
 
 def _plain_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -95,8 +91,6 @@ class LinearOps:
     """Output gradient [rows, out] and input [rows, in] -> [out, in]."""
     own_input_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     """Output gradient [rows, out] and weight [out, in] -> [rows, in]; None if it is `product`."""
-    added_weight_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    """Output gradient, input and a sum [in, out] or None -> sum + (weight gradient)ᵀ; None if it would be slower."""
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Output gradient [rows, out] and weight [out, in] -> [rows, in]."""
@@ -158,7 +152,7 @@ class _LinearWithGrad(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-onednn_linear = LinearOfOps(LinearOps(_product, _weight_gradient, added_weight_gradient=_added_weight_gradient))
+onednn_linear = LinearOfOps(LinearOps(_product, _weight_gradient))
 """The product by oneDNN, fp32 on CPU, [..., in] -> [..., out]."""
 widened_linear = LinearOfOps(LinearOps(_widened_product, _widened_weight_gradient))
 """The product of 16-bit tensors in fp32, rounded once, [..., in] -> [..., out]."""

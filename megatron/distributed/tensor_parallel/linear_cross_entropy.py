@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron.distributed.mesh import Axis
 from megatron.distributed.tensor_parallel.cross_entropy import LossTerms, loss_of_rows
+from megatron.kernels.cpp_weight_gradient import cpp_weight_gradient, cpp_weight_gradient_unavailable
 from megatron.kernels.cpu_features import needs_fp32_matmul
 from megatron.kernels.cross_entropy import SoftmaxPass, softmax_pass
 from megatron.kernels.linear import LinearKernel, LinearOps, linear_ops
@@ -152,15 +153,14 @@ class _WeightGradient:
     def __init__(self, weight: Tensor, ops: LinearOps) -> None:
         self._weight, self._ops = weight, ops
         self._sum: Tensor | None = None
-        self._transposed: Tensor | None = None  # the sum [h, v/t] where the kernel adds by itself
 
     def add(self, grad: Tensor, x: Tensor, *, last: bool) -> None:
         """Adds gradᵀ x. last: it is the only block, whose product is the gradient."""
         if last:
             self._sum = self._ops.weight_gradient(grad, x)
             return
-        if self._ops.added_weight_gradient is not None:
-            self._transposed = self._ops.added_weight_gradient(grad, x, self._transposed)
+        if cpp_weight_gradient_unavailable(grad, x) is None:
+            self._sum = cpp_weight_gradient(grad, x, self._sum)
             return
         if self._sum is None:
             wide = torch.float32 if self._weight.dtype in _HALF else self._weight.dtype
@@ -177,8 +177,6 @@ class _WeightGradient:
 
     def result(self) -> Tensor | None:
         """The gradient in the type of the weight."""
-        if self._transposed is not None:
-            return self._transposed.t().contiguous()
         return None if self._sum is None else self._sum.to(self._weight.dtype)
 
 
