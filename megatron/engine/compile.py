@@ -11,7 +11,7 @@ from torch.nn import Module
 from megatron.model.block import TransformerBlock
 from megatron.model.kv_cache import KVCache
 
-Forward = Callable[[Tensor, KVCache | None, Tensor | None], Tensor]
+Forward = Callable[..., Tensor]
 
 
 def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
@@ -24,7 +24,7 @@ def compile_blocks(model: Module, shape: tuple[int, int, int]) -> None:
     for block in model.modules():
         if isinstance(block, TransformerBlock):
             _fill_tables(block, shape)
-            block.forward = _without_cache(block.forward)  # type: ignore[method-assign, assignment]
+            block.forward = _without_cache(block.forward)  # type: ignore[method-assign]
             block.zero3_gather_together = True
 
 
@@ -41,7 +41,12 @@ def _fill_tables(block: TransformerBlock, shape: tuple[int, int, int]) -> None:
 def _without_cache(plain: Forward) -> Forward:
     compiled = torch.compile(plain, options={"fallback_random": True})  # the same dropout masks as in eager mode
 
-    def forward(hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        return plain(hidden, cache, document_starts) if cache is not None else compiled(hidden, None, document_starts)
+    def forward(
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        return (plain if cache is not None else compiled)(hidden, cache, document_starts, padding)
 
     return forward

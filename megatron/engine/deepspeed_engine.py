@@ -97,7 +97,8 @@ class PlainEngine(BaseEngine):
         part = partial(shard_sequence, axis=self.topology.context)
         given = part(batch.labels), part(batch.loss_mask), tokens
         targets = self.loss.targets(*given)
-        output: Tensor = self.deepspeed(part(batch.tokens), None, batch.document_starts, targets)
+        padding = None if batch.padding is None else part(batch.padding)
+        output: Tensor = self.deepspeed(part(batch.tokens), None, batch.document_starts, targets, padding)
         return output if targets is not None else self.loss(output, *given)
 
     def _sum(self, value: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, 
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
 
-Pair = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Pair = tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]
 
 _FULL_PIPELINE = 8
 """Micro batches a stage above which less than an eighth of the time is a pipeline bubble."""
@@ -122,6 +122,14 @@ class PipelinedEngine(BaseEngine):
 
 
 def _pair(batch: MicroBatch, tokens: Tensor) -> Pair:
-    """Returns a micro batch in PipelineEngine's form: (inputs, arguments of the loss)."""
-    starts = batch.document_starts
-    return batch.tokens if starts is None else (batch.tokens, starts), (batch.labels, batch.loss_mask, tokens)
+    """Returns a micro batch in PipelineEngine's form: (inputs, arguments of the loss).
+
+    Padding travels behind the starts of documents; where documents are not kept apart, no layer reads the starts.
+    """
+    starts, padding = batch.document_starts, batch.padding
+    beside: tuple[Tensor, ...]
+    if padding is not None:
+        beside = (torch.zeros_like(batch.tokens) if starts is None else starts, padding)
+    else:
+        beside = () if starts is None else (starts,)
+    return (batch.tokens, *beside) if beside else batch.tokens, (batch.labels, batch.loss_mask, tokens)

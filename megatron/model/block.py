@@ -69,20 +69,35 @@ class TransformerBlock(Block):
         self.takes_residual = not dims.shared_norm and getattr(self.post_attention_layernorm, "takes_residual", False)
         self.shared_norm = dims.shared_norm
         self.mlp: Any = spec.mlp[number](spec, source.of("mlp"))
+        self.takes_padding: bool = getattr(self.mlp, "takes_padding", False)
         self.to(spec.dtype)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h]. document_starts [b, s]: start of the document of each token."""
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """[s, b, h] -> [s, b, h].
+
+        Args:
+            hidden: Residual stream.
+            cache: Keys and values of earlier tokens, or None.
+            document_starts: Start of the document of each token [b, s].
+            padding: True for a token that the packing added [b, s]; read by experts alone (`takes_padding`).
+        """
         run = self._parallel if self.parallel else self._sequential
+        more = (padding,) if self.takes_padding and padding is not None else ()
         with self.autocast() if self.training else nullcontext():
-            return run(hidden, cache, document_starts)
+            return run(hidden, cache, document_starts, *more)
 
     def linear_layers(self) -> list[ColumnParallelLinear | RowParallelLinear]:
         """Returns the linear layers of attention and of a dense MLP."""
         found = [self.attention.query_key_value, self.attention.dense]
         return found + ([self.mlp.linear1, self.mlp.linear2] if isinstance(self.mlp, ParallelMLP) else [])
 
-    def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
+    def _sequential(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:
         attended = self.attention(self.input_layernorm(hidden), cache, starts)
         if self.fused_norm_mlp is not None:
             hidden = self.add(hidden, attended)
@@ -92,16 +107,16 @@ class TransformerBlock(Block):
         else:
             hidden = self.add(hidden, attended)
             normed = self.post_attention_layernorm(hidden)
-        return self.add(hidden, self.mlp(normed))
+        return self.add(hidden, self.mlp(normed, *of_mlp))
 
-    def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None) -> Tensor:
+    def _parallel(self, hidden: Tensor, cache: KVCache | None, starts: Tensor | None, *of_mlp: Tensor) -> Tensor:
         first = self.input_layernorm(hidden)
         if self.fused_norm_mlp is not None:
             return self.add(self.add(hidden, self.attention(first, cache, starts)), self.fused_norm_mlp(hidden))
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms have separate dropout masks, so each must be reduced
-            return self.add(self.add(hidden, self.attention(first, cache, starts)), self.mlp(second))
+            return self.add(self.add(hidden, self.attention(first, cache, starts)), self.mlp(second, *of_mlp))
         attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
-        total = attended + self.mlp.partial(second)
+        total = attended + self.mlp.partial(second, *of_mlp)
         total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one all-reduce for both
         return hidden + self.mlp.add_bias(total)

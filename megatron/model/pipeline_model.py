@@ -38,7 +38,7 @@ TIED = "embedding"
 RELATIVE = "relative_positions"
 """Name in DeepSpeed of learned relative positions, which all blocks share."""
 
-Carry = Tensor | tuple[Tensor, Tensor]
+Carry = Tensor | tuple[Tensor, ...]
 
 
 class PipelinedModel(PipelineModule):
@@ -79,18 +79,18 @@ class PipelinedModel(PipelineModule):
     def forward(self, forward_input: Carry) -> Carry:
         """Runs this stage's layers: tokens [b, s] or hidden [s, b, h] -> hidden [s, b, h] or logits [s, b, v/t].
 
-        With document masks the starts of documents [b, s] are passed from stage to stage beside it. Where the loss is
-        computed together with the output layer, the last stage's result is the output layer's input, and the anchor of
-        its matrix.
+        The starts of documents [b, s], and behind them the mask of padding [b, s], are passed from stage to stage
+        beside it where the batch has them. Where the loss is computed together with the output layer, the last stage's
+        result is the output layer's input, and the anchor of its matrix.
         """
         is_last = self._local_stop == self._num_layers
         layers = self.forward_funcs[:-1] if is_last and self.loss.in_blocks else self.forward_funcs
-        carry, document_starts = (forward_input, None) if isinstance(forward_input, Tensor) else forward_input
-        carry = _differentiable(run_layers(layers, carry, None, self.recompute, document_starts))
+        carry, *beside = (forward_input,) if isinstance(forward_input, Tensor) else forward_input
+        carry = _differentiable(run_layers(layers, carry, None, self.recompute, *beside))
         if is_last and self.loss.in_blocks:
             self._link = WeightLink(self._output_layer().output_weight)
             return carry, self._link.anchor
-        return carry if is_last or document_starts is None else (carry, document_starts)
+        return carry if is_last or not beside else (carry, *beside)
 
     def _loss(self, output: Carry, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Returns the loss of the last stage's output. given: labels and loss mask [b, s], tokens []."""

@@ -54,12 +54,25 @@ class Recompute:
             yield False, layers[stop:end]
         yield False, layers[end:]
 
-    def run(self, layers: Sequence[Layer], carry: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Runs the layers in order, saving only their input."""
+    def run(
+        self,
+        layers: Sequence[Layer],
+        carry: Tensor,
+        document_starts: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the layers in order, saving only their input.
+
+        Args:
+            layers: layers in order.
+            carry: input of the first layer.
+            document_starts: as for run_layers.
+            padding: as for run_layers.
+        """
 
         def forward(value: Tensor) -> Tensor:
             for layer in layers:
-                value = layer(value, None, document_starts)
+                value = layer(value, None, document_starts, *_of(layer, padding))
             return value
 
         if not carry.requires_grad:
@@ -95,6 +108,7 @@ def run_layers(
     cache: KVCache | None,
     recompute: Recompute | None,
     document_starts: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Runs the layers of a model or a stage, with recomputation if it is set and there is a backward pass.
 
@@ -104,15 +118,21 @@ def run_layers(
         cache: cache of earlier tokens, or None.
         recompute: settings of recomputation, or None.
         document_starts: start of the document of each token [b, s], for document masks.
+        padding: True for a token that the packing added [b, s], for layers with experts.
     """
     if recompute is None or cache is not None or not is_grad_enabled():
         for layer in layers:
-            carry = layer(carry, cache, document_starts)
+            carry = layer(carry, cache, document_starts, *_of(layer, padding))
         return carry
     for recomputed, group in recompute.groups(layers):
         if recomputed:
-            carry = recompute.run(group, carry, document_starts)
+            carry = recompute.run(group, carry, document_starts, padding)
         else:
             for layer in group:
-                carry = layer(carry, None, document_starts)
+                carry = layer(carry, None, document_starts, *_of(layer, padding))
     return carry
+
+
+def _of(layer: Layer, padding: Tensor | None) -> tuple[Tensor, ...]:
+    """The mask of padding as a further argument of a layer that takes it."""
+    return (padding,) if padding is not None and getattr(layer, "takes_padding", False) else ()

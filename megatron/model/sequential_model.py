@@ -34,6 +34,7 @@ class SequentialModel(nn.Module):
         cache: KVCache | None = None,
         document_starts: Tensor | None = None,
         targets: TokenTargets | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Token ids [b, s] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar.
 
@@ -42,9 +43,10 @@ class SequentialModel(nn.Module):
             cache: Keys, values and states of earlier tokens.
             document_starts: Start of the document of each token [b, s]; not together with a cache.
             targets: Labels and weights of the tokens; the loss is computed instead of logits.
+            padding: True for a token that the packing of documents added [b, s].
         """
         *layers, head = self.sequential
-        carry = run_layers(layers, tokens, cache, self.recompute, document_starts)  # [s, b, h]
+        carry = run_layers(layers, tokens, cache, self.recompute, document_starts, padding)  # [s, b, h]
         carry = head(carry, cache, document_starts) if targets is None else head(carry, targets=targets)
         if cache is not None:
             cache.advance(tokens.shape[1])

@@ -86,6 +86,7 @@ def build_run_data(config: Config, topology: Topology, tokenizer: Tokenizer, sta
         prompt=prompt_length(config.model.soft_prompt_tuning),
         tokenizer=run_tokenizer(config, tokenizer),
         ids=known_ids(tokenizer),
+        mark_padding=config.moe.moe_num_experts > 1,
     )
     if data.train is None and samples["train"]:
         raise ConfigError.of("there is nothing to train on", key="data_path", hint="set data_path or train_data_paths")

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,3 +247,22 @@ def test_the_plan_of_passes_reports_what_is_drawn(tmp_path):
     plan = build(section, train=count, train_epochs=2, seq_length=20).plan
     assert [source.weight for source in plan.train.sources] == pytest.approx([1 / 6, 5 / 6])
     assert "16.7% " in str(plan)
+
+
+@pytest.mark.parametrize("packing", ["packed", *PACKINGS])
+@pytest.mark.parametrize("marked", [True, False])
+def test_padding_is_what_the_packing_added_and_nothing_else(tmp_path, packing, marked):
+    """Documents hold the ids of padding and of the end of text too, and end with another one."""
+    made = [np.array([7, 0, EOD] + [9] * (1 + number % 9)) for number in range(30)]
+    section = DataSection(train_data_paths=[write(tmp_path / "p", made)], pack_impl=packing, num_workers=0)
+    data = build(section, train=20, seq_length=11, mark_padding=marked)
+    batches = list(data.train.batches())
+    if packing == "packed" or not marked:
+        assert all(batch.padding is None for batch in batches)
+        return
+    for batch in batches:
+        for tokens, padding in zip(batch.tokens.tolist(), batch.padding.tolist(), strict=True):
+            assert padding == [not any(tokens[at:]) for at in range(11)]
+        assert batch.first(4).padding.tolist() == [row[:4] for row in batch.padding.tolist()]
+        assert not batch.behind(2).padding[:, :2].any() and torch.equal(batch.behind(2).padding[:, 2:], batch.padding)
+    assert any(bool(batch.padding.any()) for batch in batches)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import run, series
+from tests.end_to_end.runs import make_documents, run, series
 from tests.layouts import pick
 
 EXPERTS: dict[str, Any] = {
@@ -64,6 +64,32 @@ def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> 
 def test_every_layout_trains_alike(layout: str, single: list[dict[str, float]], dataset: str, tmp_path: Path) -> None:
     ranks, settings = LAYOUTS[layout]
     compare(run(ranks, tmp_path, data_path=dataset, **{**EXPERTS, **settings}), single)
+
+
+PADDED = pick(
+    "pipeline 2, data 2, experts 2", "tensor 2, sequence", "context 2, experts 2", "data 2, accumulation 2", "recomputed"
+)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Short documents, one a sample."""
+    documents = make_documents(tmp_path_factory.mktemp("padded"), longest=30)[0]
+    return {**EXPERTS, "train_iters": 2, "eval_interval": 2, "data_path": documents, "pack_impl": "unpacked"}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("layout", PADDED)
+def test_padding_counts_in_no_layout(layout: str, apart: bool, padded: dict[str, Any], tmp_path: Path) -> None:
+    """Of samples that are padded differently on every rank; with starts of documents beside the mask, and without."""
+    ranks, settings = PADDED[layout]
+    same = {"gradient_accumulation_steps": settings.get("gradient_accumulation_steps", 1)}
+    mask = {"reset_attention_mask": apart}
+    compare(run(ranks, tmp_path / "many", **{**padded, **mask, **settings}), run(1, tmp_path, **padded, **mask, **same))
+
+
+def test_more_padding_changes_nothing(padded: dict[str, Any], tmp_path: Path) -> None:
+    compare(run(1, tmp_path / "more", **padded, seq_length=60, max_position_embeddings=60), run(1, tmp_path, **padded))
 
 
 def test_accumulation_without_a_balance_loss(dataset: str, tmp_path: Path) -> None:

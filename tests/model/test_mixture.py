@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from megatron.distributed.mesh import Axis, Topology
 from megatron.kernels.grouped_matmul import plain_grouped
 from megatron.model.moe.layer import MoELayer
-from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
+from megatron.model.moe.losses import RouterLossTracker, load_balance, mean_weights, z_loss
 from megatron.model.moe.router import balanced, sinkhorn, topk
 from megatron.registry import ACTIVATIONS, ROUTERS
 from tests.model.mixtures import mixture
@@ -171,6 +171,89 @@ def test_the_losses_are_in_the_gradient(router: str) -> None:
     reported = losses.take(Topology.single(), torch.device("cpu"))
     assert reported["moe_z_loss"].item() == pytest.approx(z_loss(scores).item(), rel=1e-6)
     assert reported["moe_dropped"].item() == 0
+
+
+LENGTHS = (12, 3, 7)
+"""Tokens of each row of `hidden()`; the rest is padding."""
+
+
+def padding() -> Tensor:
+    return torch.arange(12) >= torch.tensor(LENGTHS)[:, None]  # [b, s]
+
+
+def reported_losses(router: str, x: Tensor, mask: Tensor | None, **changes: object) -> dict[str, float]:
+    losses = RouterLossTracker(0.3, 0.2)
+    mixture(losses=losses, moe_router_type=router, **changes)(x, mask).sum().backward()
+    return {name: value.item() for name, value in losses.take(Topology.single(), torch.device("cpu")).items()}
+
+
+@pytest.mark.parametrize("router", ROUTERS.names)
+def test_padding_counts_in_no_loss_of_the_router(router: str) -> None:
+    """As with an attention mask in transformers, whose own tokens give their own loss alone."""
+    x = hidden().float()
+    found = reported_losses(router, x, padding())
+    scores = F.linear(x, mixture(moe_router_type=router).router.layer.weight)  # [s, b, e]
+    rows = scores.transpose(0, 1).flatten(0, 1)  # transformers has rows of sequences
+    real = rows[~padding().flatten()]
+    assert found["moe_z_loss"] == pytest.approx((real.exp().sum(-1).log() ** 2).mean().item(), rel=1e-5)
+    if router == "topk":
+        theirs = load_balancing_loss_func((rows,), 4, 2, attention_mask=(~padding()).long())
+        assert found["moe_load_balance_loss"] == pytest.approx(theirs.item() / 2, rel=1e-5)
+    alone = torch.cat([x[:length, row] for row, length in enumerate(LENGTHS)])[:, None]  # [real tokens, 1, h]
+    assert found == pytest.approx(reported_losses(router, alone, None), rel=1e-5)
+    assert found != pytest.approx(reported_losses(router, x, None), rel=1e-2)
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_padding_takes_no_slot_of_an_expert(slots: int | None) -> None:
+    """In float64: real tokens have what they have without padding, whose experts with a limit are none."""
+    factor = None if slots is None else slots * 4 / 72
+    losses = RouterLossTracker(0.1, 0.0)
+    mlp = mixture(torch.float64, losses=losses, moe_capacity_factor=factor)
+    x, mask = hidden(), padding().t()  # [s, b]
+    made = mlp(x, padding())
+    made.sum().backward()
+    dropped = losses.take(Topology.single(), torch.device("cpu"))["moe_dropped"].item()
+    with torch.no_grad():
+        real = loop(mlp, x[~mask][:, None], "gelu", slots)[:, 0]  # in the same order of positions
+        torch.testing.assert_close(made[~mask], real, rtol=1e-9, atol=1e-9)
+        chosen = torch.stack([(mlp.router.layer.weight @ token).topk(2).indices for token in x[~mask]]).flatten()
+        counts = chosen.bincount(minlength=4)
+    limit = 44 if slots is None else slots
+    assert dropped == pytest.approx(1 - counts.clamp(max=limit).sum().item() / 44)
+    assert (made[mask].count_nonzero() == 0) == (slots is not None)
+
+
+def test_sinkhorn_balances_real_tokens_alone() -> None:
+    real = torch.arange(64) % 3 != 1
+    matrix = balanced(logits(), ALONE, real)
+    torch.testing.assert_close(matrix[real], balanced(logits()[real], ALONE))
+    for k in (1, 2):
+        weights, experts = sinkhorn(logits(), k, training=True, axis=ALONE, real=real)
+        alone, chosen = sinkhorn(logits()[real], k, training=True, axis=ALONE)
+        assert torch.equal(experts[real], chosen) and torch.equal(weights[real], alone)
+        assert torch.equal(experts[~real], logits()[~real].topk(k, dim=-1).indices)
+
+
+def part_with_padding(rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    axis = Topology.build(pipe=1, model=1, context=size, rank=rank, world_size=size).context
+    own = logits().chunk(size)[rank]
+    real = (torch.arange(64) < 40).chunk(size)[rank]  # the second half has a fourth of the real tokens
+    probabilities = own.softmax(-1)
+    counts = probabilities.topk(2, dim=-1).indices[real].flatten().bincount(minlength=4)
+    weights = mean_weights(real, axis)
+    both = torch.stack((load_balance(probabilities, counts, axis, weights), z_loss(own, weights)))
+    return both, balanced(own, axis, real), weights
+
+
+def test_padding_on_one_rank_is_the_same_as_in_one_process() -> None:
+    found = run_distributed(part_with_padding, 2)
+    real = logits()[:40]
+    counts = real.softmax(-1).topk(2, dim=-1).indices.flatten().bincount(minlength=4)
+    expected = torch.stack((load_balance(real.softmax(-1), counts, ALONE), z_loss(real)))
+    torch.testing.assert_close(torch.stack([losses for losses, _, _ in found]).mean(0), expected)
+    torch.testing.assert_close(torch.cat([matrix for _, matrix, _ in found])[:40], balanced(real, ALONE))
+    assert torch.cat([weights for _, _, weights in found])[40:].count_nonzero() == 0
 
 
 def test_jitter_is_noise_of_the_router_in_training() -> None:

@@ -31,6 +31,8 @@ class MicroBatch:
     """
     rewards: Tensor | None = None
     """float32 [b, s], that of the document of each token, where there is reward data."""
+    padding: Tensor | None = None
+    """bool [b, s], True behind the last document of a sample that is not full; given where experts are to know it."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The batch on a device.
@@ -80,6 +82,7 @@ def make_batch(
     labels: Tensor | None = None,
     borders: Tensor | None = None,
     rewards: Tensor | None = None,
+    padding: Tensor | None = None,
     apart: bool = True,
     prompt: int = 0,
 ) -> MicroBatch:
@@ -96,6 +99,7 @@ def make_batch(
             may end every turn.
         apart: Documents stay apart where borders are given, those that an eod ends inside one included.
         rewards: float32 [b, s + 1].
+        padding: Bool [b, s + 1], True for tokens that are no document's.
         prompt: Places before every sequence for the vectors of a learned prompt, where no label counts; the batch is
             [b, prompt + s].
     """
@@ -118,5 +122,6 @@ def make_batch(
         loss_mask,
         document_starts=document_starts(tokens, borders[:, :-1], ends) if apart and borders is not None else None,
         rewards=None if rewards is None else rewards[:, :-1].contiguous(),
+        padding=None if padding is None else padding[:, :-1].contiguous(),
     )
     return batch.behind(prompt) if prompt else batch

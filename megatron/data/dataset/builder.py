@@ -59,6 +59,7 @@ def build_data(
     prompt: int = 0,
     tokenizer: TokenizerInfo | None = None,
     ids: int | None = None,
+    mark_padding: bool = False,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -82,6 +83,7 @@ def build_data(
         prompt: Places before each each sequence of seq_length tokens for the vectors of a learned prompt.
         tokenizer: Of the run; data that is known to come from another is refused.
         ids: Those from here on are refused where they are read; None stands for the tokenizer's.
+        mark_padding: Batches say which tokens are padding, where samples are padded.
     """
     started = time.monotonic()
     num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
@@ -103,6 +105,7 @@ def build_data(
             labels=unpacked or any(source.data.labels is not None for source in split.sources),
             rewards=any(source.data.rewards is not None for source in split.sources),
             documents=data.reset_attention_mask or data.reset_position_ids,
+            padding=mark_padding and unpacked,
             workers=data.num_workers,
             pin_memory=torch.cuda.is_available(),
             prompt=prompt,

@@ -22,11 +22,13 @@ class SampleExtras(NamedTuple):
 
     labels: int64, the tokens, or IGNORE_INDEX where one is not to be predicted. rewards: float32, of each token's
     document. borders: bool and False before, set to True where a document, a part of one or the padding starts.
+    padding: bool and False before, set to True behind the last document.
     """
 
     labels: np.ndarray | None = None
     rewards: np.ndarray | None = None
     borders: np.ndarray | None = None
+    padding: np.ndarray | None = None
 
 
 class Origin(NamedTuple):
@@ -133,7 +135,8 @@ class PackedDataset:
             if extras.rewards is not None:
                 extras.rewards[own] = 0 if rewards is None else rewards.get(document, 0, 1)
         if filled < self.sample_length:
-            for array, value in ((extras.borders, True), (extras.labels, IGNORE_INDEX), (extras.rewards, 0)):
+            values = (extras.borders, True), (extras.padding, True), (extras.labels, IGNORE_INDEX), (extras.rewards, 0)
+            for array, value in values:
                 if array is not None:
                     array[filled:] = value
 

@@ -18,7 +18,7 @@ from megatron.data.dataset.gpt_dataset import SampleExtras, Samples
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.errors import RunError
 
-EXTRA_TYPES = {"labels": np.int64, "rewards": np.float32, "borders": np.bool_}
+EXTRA_TYPES = {"labels": np.int64, "rewards": np.float32, "borders": np.bool_, "padding": np.bool_}
 AHEAD = 2  # micro-batches read ahead by each thread
 
 
@@ -33,6 +33,7 @@ class BatchLoader:
         labels: Read labels too, which mark padding and tokens without loss.
         rewards: Read rewards too.
         documents: Give the start of the document of each token.
+        padding: Give which tokens are padding.
         workers: Background threads, 0 for none.
         pin_memory: Put batches in page-locked memory.
         prompt: Positions before every sequence for a soft prompt.
@@ -50,6 +51,7 @@ class BatchLoader:
         labels: bool = False,
         rewards: bool = False,
         documents: bool = False,
+        padding: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
         prompt: int = 0,
@@ -61,7 +63,8 @@ class BatchLoader:
         self._eod = eod
         self._eod_mask_loss = eod_mask_loss
         self._documents = documents
-        self._extras = {"labels": labels, "rewards": rewards, "borders": documents or (eod_mask_loss and labels)}
+        borders = documents or (eod_mask_loss and labels)
+        self._extras = {"labels": labels, "rewards": rewards, "borders": borders, "padding": padding}
         self._workers = workers
         self._pin_memory = pin_memory
         self._prompt = prompt

@@ -3,7 +3,8 @@
 Experts are distributed over the expert-parallel ranks (tokens are exchanged) and each is sharded over the
 tensor-parallel ranks (tokens are the same there). Without a capacity no token is dropped. With one, an expert takes the
 first tokens in the order of their positions, so no token can displace an earlier one; a token whose expert is full is
-passed on by the residual stream alone (arXiv:2101.03961, section 2.2).
+passed on by the residual stream alone (arXiv:2101.03961, section 2.2). Padding that the packing of documents added
+takes no slot and counts in no loss of the router; without a capacity it passes through experts like any token.
 
 Names of parameters are those of the public layout: `router.layer.weight` and `experts.mlp.w1`, `w3`, `w2`.
 
@@ -27,7 +28,7 @@ from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.sequence_parallel import gather_twice, reduce_from_tp
 from megatron.model.block_spec import BlockSpec
-from megatron.model.moe.losses import RouterLossTracker, load_balance, z_loss
+from megatron.model.moe.losses import RouterLossTracker, load_balance, mean_weights, z_loss
 
 Router = Callable[..., tuple[Tensor, Tensor]]
 
@@ -59,7 +60,9 @@ class MoEConfig:
 
 
 class MoELayer(nn.Module):
-    """The router and the experts of one block."""
+    """The router and the experts of one block. takes_padding: its methods take the mask of padding."""
+
+    takes_padding = True
 
     def __init__(self, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
@@ -70,20 +73,27 @@ class MoELayer(nn.Module):
         self.router = RouterLayer(spec, source.of("router"))
         self.experts = ExpertParallelMLP(spec, source.of("experts"))
 
-    def partial(self, x: Tensor) -> Tensor:
-        """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks."""
+    def partial(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[s, b, h] (with sequence parallelism [s/t, b, h]) -> this rank's term [s, b, h] of the sum over ranks.
+
+        padding: bool, True for a token that the packing added, [b, s]; None where there is none.
+        """
         x, region = gather_twice(x, self.parallel)  # [s, b, h]
         tokens = x.flatten(0, 1)  # [n, h]
         logits = self.router(self._jittered(tokens))  # [n, all experts], fp32
         mixture = self.mixture
-        weights, experts = mixture.choose_experts(logits, self.top_k, training=self.training, axis=mixture.context)
+        real = None if padding is None else ~padding.t().flatten()  # [n]
+        weights, experts = mixture.choose_experts(
+            logits, self.top_k, training=self.training, axis=mixture.context, real=real
+        )
         if mixture.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        routes = Dispatch.of(experts, self.count, self._slots(len(tokens)))
+        routes = Dispatch.of(experts, self.count, self._slots(len(tokens)), real)
         if self.training and torch.is_grad_enabled():
             probabilities = logits.softmax(dim=-1)
-            balance = load_balance(probabilities, routes.requested, mixture.batch)
-            weights = mixture.losses.attach(weights, balance, z_loss(logits), routes.dropped)
+            shares = None if real is None else mean_weights(real, mixture.batch)
+            balance = load_balance(probabilities, routes.requested, mixture.batch, shares)
+            weights = mixture.losses.attach(weights, balance, z_loss(logits, shares), routes.dropped)
         weights = copy_to(weights.to(x.dtype), self.parallel)
         return self.experts(region.flatten(0, 1), routes, weights).view_as(x)
 
@@ -91,9 +101,9 @@ class MoELayer(nn.Module):
         """Returns its input, since experts have no bias."""
         return total
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h], equal on all tensor-parallel ranks."""
-        return reduce_from_tp(self.partial(x), self.parallel)
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h], equal on all tensor-parallel ranks. padding as for partial."""
+        return reduce_from_tp(self.partial(x, padding), self.parallel)
 
     def _jittered(self, tokens: Tensor) -> Tensor:
         """Multiplies by noise, the same on all tensor-parallel ranks, whose default generators agree."""
@@ -149,25 +159,37 @@ class Dispatch:
     counts: Tensor
     """Assignments of each expert [all experts]."""
     requested: Tensor
-    """Assignments of each expert before any was dropped."""
+    """Assignments of each expert before any was dropped, without those of padding."""
     dropped: Tensor
-    """Fraction of dropped assignments, scalar."""
+    """Fraction of dropped assignments, without those of padding, scalar."""
 
     @staticmethod
-    def of(experts: Tensor, count: int, slots: int | None) -> Dispatch:
-        """Creates the dispatch from the experts of each token [n, k]. slots: capacity of an expert, None for no
-        limit.
+    def of(experts: Tensor, count: int, slots: int | None, real: Tensor | None = None) -> Dispatch:
+        """Creates the dispatch from the experts of each token.
+
+        Args:
+            experts: [n, k].
+            count: All experts.
+            slots: Capacity of an expert, None for no limit.
+            real: False for padding, which no expert takes where there is a limit, [n]; None where there is none.
         """
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
+        flat, numbers = experts.flatten(), torch.arange(count, device=experts.device)
+        counted = flat if real is None else experts.masked_fill(~real[:, None], count).flatten()
         # torch.bincount would have the host wait for the largest number.
-        requested = (flat.unsqueeze(1) == torch.arange(count, device=flat.device)).sum(0)
+        requested = (counted.unsqueeze(1) == numbers).sum(0)
         if slots is None:
-            return Dispatch(order, requested, requested, torch.zeros((), device=flat.device))
+            counts = requested if real is None else (flat.unsqueeze(1) == numbers).sum(0)
+            return Dispatch(flat.argsort(stable=True), counts, requested, torch.zeros((), device=flat.device))
+        order = counted.argsort(stable=True)  # padding last
+        sorted_experts = counted[order]
         first = requested.cumsum(0) - requested  # [all experts]
-        rank_in_expert = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        rank_in_expert = torch.arange(len(flat), device=flat.device) - first[sorted_experts.clamp(max=count - 1)]
+        taken = rank_in_expert < slots
+        if real is not None:
+            taken &= sorted_experts < count
         counts = requested.clamp(max=slots)
-        return Dispatch(order[rank_in_expert < slots], counts, requested, 1 - counts.sum() / max(1, len(flat)))
+        dropped = (requested - counts).sum() / requested.sum().clamp(min=1)
+        return Dispatch(order[taken], counts, requested, dropped)
 
 
 class ExpertParallelMLP(nn.Module):

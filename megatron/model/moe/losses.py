@@ -3,7 +3,7 @@
 Load balance (arXiv:2101.03961, equation 4): e sum_i f_i P_i, where f_i is the fraction of assignments to expert i and
 P_i its mean probability; 1 if both are even. f is taken over the tokens of all data-parallel ranks in this micro batch,
 so that the mean over ranks is the loss of all tokens. Router z (arXiv:2202.08906, equation 5): the mean of
-logsumexp(logits)².
+logsumexp(logits)². Padding that the packing of documents added counts in neither, as in `transformers`.
 
 An MoE layer may be on any pipeline stage, far from the language model's loss. So its losses are not communicated: the
 backward pass through the block adds their gradient there, scaled like the language model's loss (as in Megatron-LM).
@@ -24,20 +24,38 @@ from megatron.distributed.mesh import Axis, Topology
 NAMES = ("moe_load_balance_loss", "moe_z_loss", "moe_dropped")
 
 
-def load_balance(probabilities: Tensor, counts: Tensor, axis: Axis) -> Tensor:
+def mean_weights(real: Tensor, axis: Axis) -> Tensor:
+    """Returns the weight of each token [n]; the ranks' mean of weighted sums is the mean over real tokens of all ranks.
+
+    real: False for padding, [n]; axis: ranks whose tokens form one batch.
+    """
+    weights = real.to(torch.float32)
+    total = weights.sum()
+    if axis.size > 1:
+        dist.all_reduce(total, group=axis.group)
+    return weights * (axis.size / total.clamp(min=1))
+
+
+def load_balance(probabilities: Tensor, counts: Tensor, axis: Axis, weights: Tensor | None = None) -> Tensor:
     """Returns the loss of equation 4, scalar.
 
-    probabilities [n, e]; counts: assignments of each expert [e]; axis: ranks whose tokens form one batch.
+    Args:
+        probabilities: [n, e].
+        counts: Assignments of each expert, without those of padding, [e].
+        axis: Ranks whose tokens form one batch.
+        weights: Of each token in a mean (`mean_weights`), [n]; None where there is no padding.
     """
     counts = counts.to(probabilities.dtype)
     if axis.size > 1:
         dist.all_reduce(counts, group=axis.group)
-    return len(counts) * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
+    mean = probabilities.mean(dim=0) if weights is None else weights.to(probabilities.dtype) @ probabilities
+    return len(counts) * (counts / counts.sum().clamp(min=1) * mean).sum()
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Returns the mean of logsumexp(logits)², scalar. logits [n, e]."""
-    return logits.logsumexp(dim=-1).square().mean()
+def z_loss(logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean of logsumexp(logits)², scalar. logits [n, e]; weights as for load_balance."""
+    squares = logits.logsumexp(dim=-1).square()
+    return squares.mean() if weights is None else (weights.to(squares.dtype) * squares).sum()
 
 
 class RouterLossTracker:
