@@ -1,0 +1,61 @@
+"""Gated activations of an MLP on the CPU by a compiled kernel (csrc/activations.cpp), forward and backward.
+
+torch's operators make a copy of each half and of their product; here all is one pass, in fp32, rounded once. Only the
+input is saved; the backward pass computes the derivative from it. A plain activation is one pass in torch as well.
+
+Shapes: w width of the output; of the input [..., 2w] the second half is activated and multiplied by the first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_call import pointer
+from megatron.kernels.cpu_features import unreadable_memory
+
+GATED = ("geglu", "swiglu", "glu", "reglu")
+"""The activations that the kernel knows, in its order."""
+
+
+def cpp_activation_unavailable(x: Tensor) -> str | None:
+    """Returns the reason why the compiled kernel cannot take an input, or None. May compile it."""
+    unreadable = unreadable_memory(x)
+    if unreadable is not None:
+        return f"The compiled activation {unreadable}."
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def cpp_activation(x: Tensor, name: str) -> Tensor:
+    """The activation of that name, one of GATED: [..., 2w] -> [..., w]."""
+    y: Tensor = _CppActivation.apply(x, GATED.index(name))
+    return y
+
+
+class _CppActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return _call(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2), kind)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _call(x, grads[0].contiguous(), torch.empty_like(x), ctx.kind), None
+
+
+def _call(x: Tensor, dy: Tensor | None, out: Tensor, kind: int) -> Tensor:
+    """Writes the activation, or with dy the gradient of the input."""
+    loaded = library()
+    assert isinstance(loaded, ctypes.CDLL), "cpp_activation_unavailable said that it can be used"
+    rows, width = (ctypes.c_int64(each) for each in (x.numel() // max(1, x.shape[-1]), x.shape[-1] // 2))
+    half = int(x.dtype == torch.bfloat16)
+    loaded.neox_activation(half, kind, pointer(x), pointer(dy), pointer(out), rows, width, torch.get_num_threads())
+    return out
