@@ -67,7 +67,11 @@ def test_every_layout_trains_alike(layout: str, single: list[dict[str, float]], 
 
 
 PADDED = pick(
-    "pipeline 2, data 2, experts 2", "tensor 2, sequence", "context 2, experts 2", "data 2, accumulation 2", "recomputed"
+    "pipeline 2, data 2, experts 2",
+    "tensor 2, sequence",
+    "context 2, experts 2",
+    "data 2, accumulation 2",
+    "recomputed",
 )
 
 

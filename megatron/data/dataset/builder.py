@@ -115,13 +115,8 @@ def build_data(
         plans[split.name] = _plan(split, own, len(samples), seq_length, unpacked=unpacked)
     if data.mmap_warmup:
         _warm_up(splits)
-    plan = DataPlan(
-        train=plans.get("train"),
-        valid=plans.get("valid"),
-        test=plans.get("test"),
-        seconds=time.monotonic() - started,
-        warnings=(*warnings, *cache_warnings),
-    )
+    train, valid, test = (plans.get(name) for name in NAMES)
+    plan = DataPlan(train, valid, test, time.monotonic() - started, (*warnings, *cache_warnings))
     each = {name.removeprefix(EACH_VALID): loader for name, loader in loaders.items() if name.startswith(EACH_VALID)}
     return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan, each)
 
