@@ -1,11 +1,13 @@
-"""Our training step through DeepSpeed beside those that a user would pick in its place, in one process.
+"""Our training step through DeepSpeed beside those that a user would pick in its place.
 
     python benchmarks/train_step.py [--pairs 15] [--peers all] [--sequence 2048 --micro-batch 1] [--profile]
 
-Steps alternate (ours, theirs, ours, ...), so that a machine whose speed drifts slows both; the figure is the median of
-the ratios of neighbouring steps. Ours is contenders.py, the peers are peers.py; "all" has each of these as it is and
-compiled, in bfloat16 also under autocast, and takes minutes to compile. A share of the floor is the time that the
-matrix products of the linear layers take alone, as torch multiplies here, over the time of our step.
+Each has a process of its own, as its user starts it: ours with the allocator's settings that our launcher gives its
+workers, the others with those of their system. Steps alternate (ours, theirs, ours, ...), so that a machine whose speed
+drifts slows both; the figure is the median of the ratios of neighbouring steps. Ours is contenders.py, the peers are
+peers.py; "all" has each of these as it is and compiled, in bfloat16 also under autocast, and takes minutes to compile.
+A share of the floor is the time that the matrix products of the linear layers take alone, as torch multiplies here,
+over the time of our step.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import argparse
 import itertools
 import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,37 +26,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import Shape, Step, ours
 from benchmarks.peers import MODELS, peer, product_floor
+from benchmarks.step_process import StepProcess, step_process
 from megatron.distributed.init import shutdown
+from megatron.launcher.commands.local import KEEP_FREED_MEMORY
 
 USUAL = "transformers sdpa"
 
 
-def seconds(step: Step) -> float:
-    """Wall time of one step."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def compare(mine: Step, other: Step, pairs: int) -> tuple[float, float, float]:
+def compare(mine: StepProcess, other: StepProcess, pairs: int) -> tuple[float, float, float]:
     """Median ratio (theirs / ours: above 1 we are faster) and the median seconds of each."""
     for step in (mine, other):
         for _ in range(3):
             step()
-    times = [(seconds(mine), seconds(other)) for _ in range(pairs)]
+    times = [(mine(), other()) for _ in range(pairs)]
     ratio = statistics.median(b / a for a, b in times)
     return ratio, statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
 
 
-def peers(shape: Shape, precision: str, *, all_of_them: bool) -> Iterator[tuple[str, Step]]:
-    """Names and steps, each made when it is asked for."""
+def peers(shape: Shape, precision: str, *, all_of_them: bool) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Names, and what builds the step of each."""
     if not all_of_them:
-        yield USUAL, peer(USUAL, shape, precision, compiled=False)
+        yield USUAL, partial(peer, USUAL, shape, precision, compiled=False)
         return
     for name, compiled, autocast in itertools.product(MODELS, (False, True), (False, True)):
         if not autocast or precision == "bfloat16":
             ways = ["compiled"] * compiled + ["autocast"] * autocast
-            yield ", ".join([name, *ways]), peer(name, shape, precision, compiled=compiled, autocast=autocast)
+            yield ", ".join([name, *ways]), partial(peer, name, shape, precision, compiled=compiled, autocast=autocast)
 
 
 def profile(step: Step) -> str:
@@ -88,24 +85,32 @@ def main() -> None:
     )
     for precision, vocabulary in itertools.product(args.precision, args.vocabulary):
         shape = Shape(4, 256, 8, args.sequence, args.micro_batch, vocabulary)
-        mine = ours(shape, precision)
         if args.profile:
-            print(f"{precision}, vocabulary {vocabulary}\n{profile(mine)}")
-            continue
-        ratios: dict[str, float] = {}
-        own: list[float] = []
-        for name, other in peers(shape, precision, all_of_them=args.peers == "all"):
-            ratios[name], mine_seconds, their_seconds = compare(mine, other, args.pairs)
+            print(f"{precision}, vocabulary {vocabulary}\n{profile(ours(shape, precision))}")
+        else:
+            measure(shape, precision, args.pairs, all_of_them=args.peers == "all")
+    if args.profile:
+        shutdown()
+
+
+def measure(shape: Shape, precision: str, pairs: int, *, all_of_them: bool) -> None:
+    """Prints the ratio to each peer, the memory of both, and the share of the floor."""
+    ratios: dict[str, float] = {}
+    own: list[float] = []
+    with step_process(partial(ours, shape, precision), KEEP_FREED_MEMORY) as mine:
+        for name, build in peers(shape, precision, all_of_them=all_of_them):
+            with step_process(build, {}) as other:
+                ratios[name], mine_seconds, their_seconds = compare(mine, other, pairs)
             own.append(mine_seconds)
             print(
-                f"{precision:9s} vocabulary {vocabulary:6d}: {ratios[name]:5.2f}x the tokens/s of {name} "
-                f"({shape.tokens / mine_seconds:,.0f} against {shape.tokens / their_seconds:,.0f} tokens/s)",
+                f"{precision:9s} vocabulary {shape.vocabulary:6d}: {ratios[name]:5.2f}x the tokens/s of {name} "
+                f"({shape.tokens / mine_seconds:,.0f} against {shape.tokens / their_seconds:,.0f} tokens/s, "
+                f"peak {mine.peak >> 20:,} against {other.peak >> 20:,} MiB)",
                 flush=True,
             )
-        share = product_floor(shape, precision) / statistics.median(own)
-        best = min(ratios, key=lambda name: ratios[name])
-        print(f"{'':9s} the best of them is {best} ({ratios[best]:.2f}x); products are {share:.0%} of our step")
-    shutdown()
+    share = product_floor(shape, precision) / statistics.median(own)
+    best = min(ratios, key=lambda name: ratios[name])
+    print(f"{'':9s} the best of them is {best} ({ratios[best]:.2f}x); products are {share:.0%} of our step", flush=True)
 
 
 if __name__ == "__main__":
