@@ -104,8 +104,8 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     found = {}
     for name, switch in (("no bfloat16", "-mno-avx512bf16"), ("AVX2", "-march=x86-64-v3")):
         file = tmp_path_factory.mktemp("older") / "attention.so"
-        source = str(Path(FOLDER) / "attention.cpp")
-        subprocess.run(["g++", *FLAGS, switch, source, "-o", str(file)], check=True)
+        sources = map(str, Path(FOLDER).glob("attention*.cpp"))
+        subprocess.run(["g++", *FLAGS, switch, *sources, "-o", str(file)], check=True)
         found[name] = ctypes.CDLL(str(file))
     return found
 

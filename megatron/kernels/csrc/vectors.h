@@ -4,8 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "bfloat16.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -48,16 +53,29 @@ inline void put_part(T* to, Floats x, int64_t count) {
     for (int64_t i = 0; i < count; i++) narrow(x[i], to + i);
 }
 
+typedef std::make_integer_sequence<int, W> Lanes;
+
+template <int... I>
+inline Ints numbered(std::integer_sequence<int, I...>) { return Ints{I...}; }
+
+// Numbers that are STEP apart change places.
+template <int STEP, int... I>
+inline Floats swapped(Floats x, std::integer_sequence<int, I...>) { return __builtin_shuffle(x, Ints{(I ^ STEP)...}); }
+
+template <int STEP = W / 2>
 inline float sum_of(Floats x) {
-    float total = 0;
-    for (int j = 0; j < W; j++) total += x[j];
-    return total;
+    if constexpr (STEP == 0)
+        return x[0];
+    else
+        return sum_of<STEP / 2>(x + swapped<STEP>(x, Lanes()));
 }
 
+template <int STEP = W / 2>
 inline float largest_of(Floats x) {
-    float most = x[0];
-    for (int j = 1; j < W; j++) most = std::max(most, x[j]);
-    return most;
+    if constexpr (STEP == 0)
+        return x[0];
+    else
+        return largest_of<STEP / 2>(larger(x, swapped<STEP>(x, Lanes())));
 }
 
 // e^x for x <= 88, relative error below 2e-7; 0 below -87, and not a number where x is none.
@@ -76,6 +94,29 @@ inline Floats exponential(Floats x) {
     y = y * rest * rest + rest + 1.0f;
     Ints power = ((Ints)shifted << 23) + (Ints)y;
     return x < all(-87.0f) ? Floats{} : (Floats)power;
+}
+
+// 2^x for x <= 127, relative error below 2e-7; 0 below -126 or somewhat less, and not a number where x is none.
+inline Floats power_of_two(Floats x) {
+    Floats bounded = larger(all(-160.0f), x);
+#if defined(__AVX512F__)
+    Floats whole = (Floats)_mm512_roundscale_ps((__m512)bounded, 0);
+#else
+    Floats shifted = bounded + 12582912.0f;  // rounds to an integer in the low bits
+    Floats whole = shifted - 12582912.0f;
+#endif
+    Floats rest = bounded - whole;
+    Floats y = all(1.3264727e-3f);
+    y = y * rest + 9.6715130e-3f;
+    y = y * rest + 5.5507336e-2f;
+    y = y * rest + 2.4022242e-1f;
+    y = y * rest + 6.9314700e-1f;
+    y = y * rest + 1.0f;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+    return x < all(-126.0f) ? Floats{} : (Floats)(((Ints)shifted << 23) + (Ints)y);
+#endif
 }
 
 }  // namespace

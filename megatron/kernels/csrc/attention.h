@@ -1,0 +1,150 @@
+// What both directions of the attention of full sequences share: what a block of queries sees, and scores.
+//
+// For each block of queries and each block of keys that it sees: scores, softmax (forward with a running maximum) and
+// product. Of a block only those tiles are computed in which a query sees a key. Scores are exponents of 2. The forward
+// pass saves the logarithm of each row's sum; the backward pass computes the weights again from it. Softmax and gradients
+// are fp32. Rows behind the end are zeros.
+// Python's side, shapes and checks: ../cpp_attention.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+constexpr int Q = 48, K = 96;  // queries and keys of a block
+constexpr int GROUPS = Q / ROWS;
+static_assert(Q % ROWS == 0 && K % ROWS == 0 && K % WIDE == 0 && Q % W == 0, "blocks are multiples of a tile");
+constexpr int BORDER = 64;  // of the bias of a head: more than a tile reaches beyond the keys that a query sees
+constexpr float LOG2_E = 1.44269504088896341f;
+
+struct Strided {
+    int64_t batch, head, position;
+    int64_t at(int64_t b, int64_t h) const { return b * batch + h * head; }
+};
+
+struct Problem {
+    int64_t batch, heads, groups, length, size;  // groups: key/value heads
+    Strided q, k, v, out;
+    float scale;
+    const int32_t* first;  // [batch, length] or null
+    const float* bias;     // [heads, length] by distance, or null
+    int64_t padded() const { return (length + K - 1) / K * K; }
+    int64_t blocks() const { return (length + Q - 1) / Q; }
+    template <class T>
+    Matrix<T> matrix(const T* x, const Strided& s, int64_t b, int64_t h) const { return {x + s.at(b, h), s.position, length, size}; }
+};
+
+// A table by distance in the order of keys: that of a query and a key is at [BORDER + length - 1 + key - query].
+struct ByKey {
+    Buffer<float> x;
+    int64_t length;
+    explicit ByKey(int64_t length) : x(length + 2 * BORDER), length(length) {}
+    void clear() { x.clear(); }
+    void fill(const float* by_distance, float factor) {
+        for (int64_t i = 0; i < length; i++) x[BORDER + length - 1 - i] = by_distance[i] * factor;
+    }
+    void take(float* by_distance) const {
+        for (int64_t i = 0; i < length; i++) by_distance[i] = x[BORDER + length - 1 - i];
+    }
+    float* of(int64_t query, int64_t key) { return &x[BORDER + length - 1 + key - query]; }
+};
+
+// Columns of a block of keys.
+struct Span {
+    int from, to;
+    int start() const { return from / WIDE * WIDE; }
+    int stop() const { return (to + W - 1) / W * W; }
+    bool has(int at) const { return from <= at && at < to; }
+};
+
+// What a block of queries sees.
+struct Sight {
+    int64_t q0, length;
+    float factor;  // of scores
+    int32_t first[Q];  // key of each query
+    ByKey *bias, *bias_grad;  // or null
+
+    Sight(const Problem& p, int64_t b, int64_t q0, float factor, ByKey* bias, ByKey* bias_grad = nullptr)
+        : q0(q0), length(p.length), factor(factor), bias(bias), bias_grad(bias_grad) {
+        for (int64_t i = 0; i < Q; i++) first[i] = p.first ? p.first[b * length + std::min(q0 + i, length - 1)] : 0;
+    }
+    int64_t key() const { return first[0] / K * K; }
+    int64_t last() const { return std::min(q0 + Q, length); }
+    // Keys that some query of the tile sees, in whole tiles of rows.
+    Span span(int row, int64_t k0) const {
+        if (q0 + row >= length) return {0, 0};
+        int64_t from = std::max<int64_t>(first[row] / ROWS * ROWS - k0, 0), to = std::min<int64_t>(q0 + row + ROWS - k0, K);
+        return from < to ? Span{int(from), int(to)} : Span{0, 0};
+    }
+    // Whether each query of a tile sees all its keys, and the scores are the products.
+    bool plain(int row, int64_t key, int count) const { return !bias && key + count <= q0 + row + 1 && first[row + ROWS - 1] <= key; }
+    Ints seen(int row, int64_t key) const {
+        Ints at = numbered(Lanes()) + int32_t(key);
+        return (at <= int32_t(q0 + row)) & (at >= first[row]);
+    }
+};
+
+// Products of a tile become scores: times the factor, unless that is in the packed queries, with bias and mask.
+template <class P, int NV, bool PLAIN>
+ALWAYS_INLINE void score(const Sight& sight, Floats (&x)[ROWS][NV], int row, int64_t key) {
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            if (P::PER > 1) x[i][j] *= sight.factor;
+            if (PLAIN) continue;
+            if (sight.bias) x[i][j] += load<Floats>(sight.bias->of(sight.q0 + row + i, key + j * W));
+            x[i][j] = sight.seen(row + i, key + j * W) ? x[i][j] : all(-INFINITY);
+        }
+}
+
+// Calls work(row, column, number of vectors) for each tile of a block in which a query sees a key.
+template <class F>
+ALWAYS_INLINE void each_tile(const Span (&spans)[GROUPS], F work) {
+    for (int column = 0; column < K; column += WIDE)
+        for (int group = 0; group < GROUPS; group++) {
+            const Span& span = spans[group];
+            if (column < span.start() || column >= span.stop()) continue;
+            if (column + WIDE <= span.stop())
+                work(group * ROWS, column, std::integral_constant<int, 2>());
+            else
+                work(group * ROWS, column, std::integral_constant<int, 1>());
+        }
+}
+
+// c [ROWS, size] += a b, with rows of c that are neighbours.
+template <class P, int AR, int AK>
+void add_to_rows(const typename P::Cell* a, const typename P::Cell* b, int64_t count, int64_t size, float* c) {
+    int64_t column = 0;
+    for (; column + WIDE <= size; column += WIDE) add_to_tile<P, 2, AR, AK>(a, b + column, size, count, c + column, size);
+    for (; column < size; column += W) add_to_tile<P, 1, AR, AK>(a, b + column, size, count, c + column, size);
+}
+
+// A tile's queries turned, one tile behind the other, and W cells that packing may overwrite.
+template <class P, class T>
+void pack_queries(const Matrix<T>& m, int64_t q0, float factor, typename P::Cell* to) {
+    for (int64_t row = 0; row < Q; row += ROWS) pack_turned<P>(m, q0 + row, ROWS, factor, to + row * m.size / P::PER);
+}
+
+template <class P, class T>
+void pack_keys(const Matrix<T>& m, int64_t padded, typename P::Cell* to) {
+    for (int64_t k0 = 0; k0 < padded; k0 += K) pack_turned<P>(m, k0, K, 1.0f, to + k0 * m.size / P::PER);
+}
+
+template <class T>
+void put_rows(const float* x, int64_t count, int64_t size, float factor, T* to, int64_t stride) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < size; j += W) put(to + i * stride + j, load<Floats>(x + i * size + j) * factor);
+}
+
+inline Problem problem(const int64_t* n, const int64_t* s, float scale, const int32_t* first, const float* bias) {
+    return {n[0], n[1], n[2], n[3], n[4], {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, scale, first, bias};
+}
+
+}  // namespace
