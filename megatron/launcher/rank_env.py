@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from megatron.errors import ConfigError
 
-ALIASES: Mapping[str, tuple[str, str, str]] = {
-    "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
-    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
-    "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+ALIASES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "OpenMPI": (("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",), ("OMPI_COMM_WORLD_LOCAL_RANK",)),
+    "MVAPICH": (
+        ("MV2_COMM_WORLD_RANK", "MVP_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "MVP_COMM_WORLD_SIZE"),
+        ("MV2_COMM_WORLD_LOCAL_RANK", "MVP_COMM_WORLD_LOCAL_RANK"),
+    ),
+    "MPICH": (
+        ("PMI_RANK", "PALS_RANKID"),
+        ("PMI_SIZE",),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+    ),
+    "jsrun": (("JSM_NAMESPACE_RANK",), ("JSM_NAMESPACE_SIZE",), ("JSM_NAMESPACE_LOCAL_RANK",)),
+    "Flux": (("FLUX_TASK_RANK",), ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
+    "PMIx": (("PMIX_RANK",), (), ()),
+    "Slurm": (("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_LOCALID",)),
 }
-"""Launcher -> its variables of rank, world size and local rank.
+"""Launcher -> its variables of rank, world size and local rank, the first that is set counts; MPICH's relatives (Intel
+MPI, PALS of HPE Cray) are in its line.
 
 The MPIs come before the schedulers under which they may run, whose numbers are then those of their helpers.
 """
@@ -29,29 +41,31 @@ The MPIs come before the schedulers under which they may run, whose numbers are 
 SINGLE_HOST_VARS = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": None,
     "MV2_COMM_WORLD_LOCAL_SIZE": None,
+    "MVP_COMM_WORLD_LOCAL_SIZE": None,
     "MPI_LOCALNRANKS": None,
+    "PMI_LOCAL_SIZE": None,
+    "PALS_LOCAL_SIZE": None,
     "JSM_NAMESPACE_LOCAL_SIZE": None,
     "SLURM_STEP_NUM_NODES": "1",
     "FLUX_JOB_NNODES": "1",
 }
 """Variable -> its value when all ranks share a host; None for the world size."""
 
-JOB_IDS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
-OUTER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "MV2_", "JSM_", "HYDRA_", "TORCHELASTIC_RUN_ID")
+SHELL_STEPS = ("4294967290", "4294967291")
+"""Numbers of Slurm's steps that are no tasks: the shell of salloc, and the batch script."""
+
+JOB_IDS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "PMI_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "PBS_JOBID")
+OUTER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "PALS_", "MV2_", "MVP_", "JSM_", "HYDRA_", "TORCHELASTIC_RUN_ID")
 """Prefixes of the variables that an MPI or torchrun sets for its processes."""
 FIRST_PORT, PORTS = 20_000, 10_000
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def set_rank_env(environment: MutableMapping[str, str]) -> None:
     """Sets the variables of torch.distributed. Raises ConfigError when the environment is contradictory."""
     if "RANK" not in environment:
-        for names in _rank_variables(environment):
-            for name, alias in zip(NAMES, names, strict=True):
-                if environment.get(alias):
-                    environment.setdefault(name, environment[alias])
-            break
-    rank_env = {name: _parse_number(name, environment[name]) for name in NAMES if name in environment}
+        for name, alias in _launcher_variables(environment).items():
+            environment.setdefault(name, environment[alias])
+    rank_env = {name: _number_of(name, environment) for name in NAMES if name in environment}
     if "RANK" in rank_env and "WORLD_SIZE" not in rank_env:
         hint = "set WORLD_SIZE, the number of processes, as well"
         raise ConfigError.of("the environment has a RANK and no WORLD_SIZE", location="environment", hint=hint)
@@ -70,22 +84,88 @@ def set_rank_env(environment: MutableMapping[str, str]) -> None:
 
 def without_rank_env(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment without rank variables of an outer job or a login profile."""
-    aliases = {name for names in ALIASES.values() for name in names}
+    aliases = {name for variables in ALIASES.values() for names in variables for name in names}
     ours = {*NAMES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", *SINGLE_HOST_VARS, *aliases}
     return {
         name: text for name, text in environment.items() if name not in ours and not name.startswith(OUTER_PREFIXES)
     }
 
 
-def _rank_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yields the rank variables of the launchers of this process; a Slurm batch script is no task."""
-    for launcher, names in ALIASES.items():
-        batch_script = launcher == "Slurm" and "SLURM_STEP_ID" not in environment
-        if all(environment.get(name) for name in names) and not batch_script:
-            yield names
+def _launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns RANK, WORLD_SIZE and LOCAL_RANK -> the launcher's variable for it, those that are set; {} without any.
+
+    The first launcher that gives a rank counts; what it does not give is taken from others that agree with it.
+    """
+    found = [_variables_set(launcher, environment) for launcher in ALIASES]
+    ranked = [names for names in found if "RANK" in names]
+    if not ranked:
+        _require_no_size(found, environment)
+        return {}
+    agreeing = [names for names in ranked if _agree(names, ranked[0], environment)]
+    merged: dict[str, str] = {}
+    for names in reversed(agreeing):
+        merged |= names
+    others = [names for names in ranked if len(names) == len(NAMES) and names not in agreeing]
+    if "LOCAL_RANK" not in merged and others:
+        first, other = (_describe(names, environment) for names in (ranked[0], others[0]))
+        raise _error(
+            f"the launchers disagree: {first}, but {other}", "unset those of the launcher that did not start this"
+        )
+    _require_size(merged, environment)
+    return merged
 
 
-def _parse_number(name: str, text: str) -> int:
+def _require_size(names: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Raises ConfigError unless the launcher, or the user, gives one number of processes."""
+    alone = f"or unset {names['RANK']} where this process is alone"
+    given = environment.get("WORLD_SIZE")
+    if "WORLD_SIZE" not in names:
+        if given is None:
+            sizes = next(sizes for ranks, sizes, _ in ALIASES.values() if names["RANK"] in ranks)
+            missing = sizes[0] if sizes else "number of processes"
+            hint = f"set WORLD_SIZE, the number of processes, as well, {alone}"
+            raise _error(f"the environment has {_describe(names, environment)} and no {missing}", hint)
+    elif given is not None and _number_of(names["WORLD_SIZE"], environment) != _number_of("WORLD_SIZE", environment):
+        text = f"{_describe(names, environment)}, but WORLD_SIZE = {given}"
+        raise _error(f"the environment has {text}", f"unset WORLD_SIZE, or set RANK as well, {alone}")
+
+
+def _variables_set(launcher: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns RANK, WORLD_SIZE and LOCAL_RANK -> the launcher's variable for it, those that are set."""
+    if launcher == "Slurm" and environment.get("SLURM_STEP_ID", SHELL_STEPS[0]) in SHELL_STEPS:
+        return {}  # a batch script or the shell of a job is no task
+    chosen = {
+        name: next((one for one in variables if environment.get(one)), None)
+        for name, variables in zip(NAMES, ALIASES[launcher], strict=True)
+    }
+    return {name: variable for name, variable in chosen.items() if variable is not None}
+
+
+def _agree(names: Mapping[str, str], others: Mapping[str, str], environment: Mapping[str, str]) -> bool:
+    both = [name for name in ("RANK", "WORLD_SIZE") if name in names and name in others]
+    return all(_number_of(names[name], environment) == _number_of(others[name], environment) for name in both)
+
+
+def _require_no_size(found: Iterable[Mapping[str, str]], environment: Mapping[str, str]) -> None:
+    for names in found:
+        size = names.get("WORLD_SIZE")
+        if size is not None and _number_of(size, environment) > 1:
+            rank = next(ranks[0] for ranks, sizes, _ in ALIASES.values() if size in sizes)
+            hint = f"set RANK for each process, or unset {size} where this process is alone"
+            raise _error(f"the environment has {size} = {environment[size]} and no {rank}", hint)
+
+
+def _describe(names: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    shown = [names[name] for name in ("RANK", "WORLD_SIZE") if name in names]
+    return " and ".join(f"{name} = {environment[name]}" for name in shown)
+
+
+def _error(message: str, hint: str) -> ConfigError:
+    return ConfigError.of(message, location="environment", hint=hint)
+
+
+def _number_of(name: str, environment: Mapping[str, str]) -> int:
+    text = environment[name]
     if not re.fullmatch(r"\d+", text):
         raise ConfigError.of("this is not a number", key=name, value=text, location="environment")
     return int(text)
