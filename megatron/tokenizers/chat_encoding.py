@@ -3,15 +3,17 @@
 A template that says by the tag `generation` what the model writes decides that itself, for the role `assistant`. Of any
 other, where a turn is in the rendered text is found by rendering the conversation turn by turn. A turn of the marked
 role counts from behind the words with which the template opens it, as in generation, to its end: its calls of tools and
-its reasoning too, and the special token that opens the next turn where nothing else ends this one (GLM-4). Answers of
-tools belong to the tools. A token counts that holds any character of what counts, as in `transformers`: behind a blank
-that opens the turn, the first word's token has that blank.
+its reasoning too, and the special token that opens the next turn where nothing else ends this one (GLM-4). What a
+template writes before an answer at the end of a conversation alone (Qwen3's empty reasoning) counts there alone.
+Answers of tools belong to the tools. A token counts that holds any character of what counts, as in `transformers`:
+behind a blank that opens the turn, the first word's token has that blank.
 
 Source: https://huggingface.co/docs/transformers/chat_templating.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -20,14 +22,15 @@ from typing import Any
 
 from megatron.errors import ConfigError
 from megatron.tokenizers.chat_messages import NO_VARIABLES, Shapes, is_learnt, texts_of
-from megatron.tokenizers.chat_template import ChatTemplate, Message, TemplateRefusal
+from megatron.tokenizers.chat_template import REASONING, ChatTemplate, Message, TemplateRefusal
 from megatron.tokenizers.pretrained import PretrainedFromHF
 
 Spans = list[tuple[int, int]]
 ASSISTANT = "assistant"
 _KEY = "tokenizer_path"
+_NO_REASONING = "<think></think>"
 _OTHER_WORDS = "\ufdd3"  # no text begins with it
-_WORDS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+_WORDS = ("tool_calls", *REASONING)
 """What a role writes beside its content."""
 
 
@@ -61,9 +64,9 @@ class ChatTokens:
     ) -> tuple[list[int], list[bool]]:
         """The tokens of a conversation, and for each whether the role wrote it.
 
-        Raises ValueError, with the reason, when the template refuses the turns, when it renders earlier turns
-        differently once later ones are there, when a turn or variable spells a special token, and for variables that
-        cannot be set.
+        Raises ValueError, with the reason, when the template refuses the turns, when it renders the words of earlier
+        turns differently once later ones are there, when a turn or variable spells a special token, and for variables
+        that cannot be set.
 
         Args:
             turns: Messages, whose contents are texts, parts that are texts, or nothing.
@@ -101,6 +104,36 @@ class ChatTokens:
         lost = [name for name, (messages, rest) in others.items() if self._renders(messages, rest) == text]
         roles = [turn["role"] for turn in unwritten if any(each.strip() not in text for each in _words_of(turn))]
         return lost + [f"turns of {role}" for role in dict.fromkeys(roles)]
+
+    def unwritten(
+        self, turns: Sequence[Message], variables: Mapping[str, Any], *, role: str, only_last: bool
+    ) -> list[str]:
+        """Which fields of the learnt turns hold words that are not in the rendered text: reasoning, or `content`.
+
+        White space and empty reasoning may be written in another way, and text as in JSON. Turns of a role that the
+        template does not write at all are not looked at (`left_out`).
+
+        Args:
+            turns: As for encode.
+            variables: As for encode.
+            role: As for encode.
+            only_last: As for encode.
+        """
+        given = self._given(turns)
+        learnt = [turn for turn in (given[-1:] if only_last else given) if turn["role"] == role and is_learnt(turn)]
+        if not learnt or self._shapes.writes(role) is False:
+            return []
+        text = _compact(self.template.render(given, **variables))
+        at, lost = 0, []
+        for turn in learnt:
+            ends = [at]
+            for field, words in _fields_of(turn):
+                forms = _compact(words), _compact(_as_json(words))
+                found = [text.find(form, at) + len(form) for form in forms if text.find(form, at) >= 0]
+                ends += found
+                lost += [] if found else [field]
+            at = max(ends)
+        return list(dict.fromkeys(lost))
 
     def _given(self, turns: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages to be rendered; a developer is the system where the template knows no developer."""
@@ -184,9 +217,15 @@ class _Rendering:
         first = min(opened, differs)
         if first + moved >= 0 and full_text.startswith(closed[first:], first + moved):
             return opened + moved, len(closed) + moved
-        return opened + moved, self._end_inside(number, closed, full_text, first, moved)
+        stop, inside = self._end_inside(number, closed, full_text, differs, moved), differs + moved
+        if first + moved >= 0 and full_text[first + moved : inside] == closed[first:differs]:
+            return opened + moved, stop
+        # The template writes something else before the words when the turn is the last one (Qwen3).
+        if number and turns[number]["role"] == ASSISTANT:
+            return self._prompted(turns[:number], full_text, inside), stop
+        return inside, stop
 
-    def _end_inside(self, number: int, closed: str, full_text: str, first: int, moved: int) -> int:
+    def _end_inside(self, number: int, closed: str, full_text: str, differs: int, moved: int) -> int:
         """Where a turn ends that the template closes in another way when it is the last one (Phi-3, OLMo 3).
 
         Behind its words, and what follows them whether it is the last one or not. Raises ValueError where the words
@@ -196,7 +235,7 @@ class _Rendering:
         tail = closed[len(closed) - _common_end(closed, self._with_other_words(number, turns[: number + 1])) :]
         following = full_text[len(full_text) - _common_end(full_text, self._with_other_words(number, turns)) :]
         stop = len(full_text) - len(following)
-        if first + moved < 0 or full_text[first + moved : stop] != closed[first : len(closed) - len(tail)]:
+        if full_text[differs + moved : stop] != closed[differs : len(closed) - len(tail)]:
             raise ValueError("the template renders earlier turns differently once later ones are there")
         shared = _common(tail, following)
         inside = [at for text in (tail, following) for at in self._starts(text, shared)]
@@ -231,6 +270,22 @@ class _Rendering:
         if not closed.startswith(prompt):
             return differs
         return len(prompt) if prompt != plain or closed[len(prompt) : differs].isspace() else differs
+
+
+def _fields_of(turn: Message) -> list[tuple[str, str]]:
+    """The names and texts of what a turn says: its reasoning, as a template is given it, and its content."""
+    reasoning = next(((name, turn[name]) for name in REASONING if turn.get(name) is not None), None)
+    found = [reasoning] if reasoning is not None and isinstance(reasoning[1], str) else []
+    return found + [("content", text) for text in _words_of(turn)]
+
+
+def _compact(text: str) -> str:
+    """A text without white space and empty reasoning."""
+    return "".join(text.split()).replace(_NO_REASONING, "")
+
+
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _words_of(turn: Message) -> list[str]:

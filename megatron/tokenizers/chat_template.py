@@ -36,7 +36,8 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Characters that no text holds mark what the tag `generation` encloses, and where a message is to be gone on with.
 _OPENS, _CLOSES, _MARK = "\ufdd0", "\ufdd1", "\ufdd2"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the field of a message that holds reasoning; the first that is there counts."""
 _HUB_KINDS = (PretrainedFromHF.__name__, HFGPT2Tokenizer.__name__)
 
 Message = Mapping[str, Any]
@@ -287,7 +288,7 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     made = []
     for message in messages:
         known = {name: value for name, value in message.items() if value is not None}
-        reasoning = next((known[name] for name in _REASONING if name in known), None)
+        reasoning = next((known[name] for name in REASONING if name in known), None)
         if reasoning is not None:
             known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
         made.append(known)

@@ -110,6 +110,20 @@ def test_what_the_template_leaves_out_is_counted(tmp_path, capsys):
         assert f"{reported} that the chat template leaves out" in out
 
 
+@pytest.mark.parametrize(("flags", "count"), [((), 2), (("--workers", "2"), 2), (("--generation-role", "user"), 0)])
+def test_reasoning_that_the_template_leaves_out_is_counted(tmp_path, capsys, flags, count):
+    """In whichever of the two forms it is."""
+    cuts = PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]")
+    field = [TURNS[0], {**TURNS[1], "reasoning_content": "because"}]
+    inline = [TURNS[0], {**TURNS[1], "content": "<think>because</think>b"}]
+    code, found = written(tmp_path, cuts, [{"messages": turns} for turns in (field, inline, TURNS, inline)], *flags)
+    out = capsys.readouterr().out
+    assert code == 0 and len(found) == 4
+    for name, expected in (("content", count), ("reasoning_content", count // 2)):
+        reported = f"{expected} documents have '{name}' in a turn that is learnt, of which the chat template leaves out"
+        assert (reported in out) == bool(count) and ("edit the template" in out) == bool(count)
+
+
 OTHER_ROLES = [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}]
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"

@@ -7,7 +7,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.tokenizers.chat_encoding import ChatTokens
 from tests.tokenizers import made
-from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, folder_with
+from tests.tokenizers.test_chat_template import PLAIN, TEMPLATES, TOOL, folder_with
 
 TURNS = [
     {"role": "system", "content": "be kind"},
@@ -221,6 +221,67 @@ def test_earlier_turns_that_change_are_refused_unless_the_template_marks_them(tm
             chat_of(tmp_path / f"a{number}", template).encode(turns, role="assistant", only_last=False)
     tagged = TEMPLATES["generation"].replace("{{ m.content }}", body)
     assert marked(chat_of(tmp_path / "b", tagged), turns) == "two<|im_end|>\n  four  <|im_end|>\n"
+
+
+LAST_THINKS = (
+    "{% set last = namespace(at=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if tools and loop.index0 == last.at %}TOOLS{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > last.at %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].strip() }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Behind the last question alone answers begin with their reasoning, empty or not, as with Qwen3."""
+OPENS_THINKING = LAST_THINKS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("variables", [{}, {"tools": [TOOL]}])  # tools are described before the last question alone
+@pytest.mark.parametrize(
+    ("template", "opens"), [(LAST_THINKS, EMPTY), (OPENS_THINKING, EMPTY.removeprefix("<think>\n"))]
+)
+def test_earlier_answers_are_learnt_where_only_what_is_before_their_words_changes(tmp_path, template, opens, variables):
+    chat = chat_of(tmp_path, template)
+    learnt = marked(chat, TURNS, variables=variables)
+    assert learnt == f"two<|im_end|>\n{opens}four<|im_end|>\n"
+    inline = [*TURNS[:2], {"role": "assistant", "content": f"{EMPTY}two"}, *TURNS[3:]]
+    assert marked(chat, inline, variables=variables) == learnt
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
+        marked(chat, [*TURNS[:2], {**TURNS[2], "reasoning_content": "why"}, *TURNS[3:]], variables=variables)
+    assert marked(chat, TURNS[1:], "user", variables=variables) == "one<|im_end|>\nthree<|im_end|>\n"
+
+
+REASONED = [*TURNS[:2], {"role": "assistant", "content": "two", "reasoning_content": "why {"}]
+INLINE = [*TURNS[:2], {"role": "assistant", "content": "<think>why {</think>two\n three"}]
+CUTS = PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]")
+WRITES = PLAIN.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] | tojson }}")
+FEWER_BLANKS = PLAIN.replace("m['content']", "m['content'].split() | join(' ')")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "asked", "expected"),
+    [
+        (PLAIN, REASONED, {}, ["reasoning_content"]),
+        (PLAIN, [*TURNS[:2], {"role": "assistant", "content": "two", "thinking": "why"}], {}, ["thinking"]),
+        (WRITES, REASONED, {}, []),
+        (WRITES, INLINE, {}, []),
+        (CUTS, INLINE, {}, ["content"]),
+        (CUTS, [*TURNS[:2], {"role": "assistant", "content": f"{EMPTY}two"}], {}, []),
+        (CUTS, [*INLINE, *REASONED[1:]], {}, ["content", "reasoning_content"]),
+        (CUTS, [*INLINE, *TURNS[1:]], {"only_last": True}, []),
+        (CUTS, [*INLINE, *TURNS[1:]], {}, ["content"]),
+        (CUTS, [*TURNS[:2], {**INLINE[2], "weight": 0}], {}, []),
+        (CUTS, INLINE, {"role": "user"}, []),
+        (CUTS, [{"role": "user", "content": "<b></think>c"}, TURNS[2]], {"role": "user"}, ["content"]),
+        (FEWER_BLANKS, INLINE, {}, []),
+        (LAST_THINKS, REASONED, {}, []),
+        (LAST_THINKS, INLINE, {}, ["content"]),
+    ],
+)
+def test_words_of_learnt_turns_that_the_template_does_not_write_are_reported(
+    tmp_path, template, turns, asked, expected
+):
+    asked = {"role": "assistant", "only_last": False, **asked}
+    assert chat_of(tmp_path, template).unwritten(turns, {}, **asked) == expected
 
 
 def test_a_turn_that_spells_a_special_token_is_refused(tmp_path):

@@ -24,6 +24,10 @@ SPELT = "spell special tokens as plain text"
 PARSED = "spell special tokens, which are their ids"
 WITHOUT_PATTERN = "do not hold the pattern"
 LEFT_OUT = "have {!r} that the chat template leaves out"
+UNWRITTEN = (
+    "have {!r} in a turn that is learnt, of which the chat template leaves out words, so that a model does not learn "
+    "them; edit the template so that it writes them"
+)
 NOTHING_LEARNT = (
     "hold nothing that the role {!r} wrote, so that nothing carries a loss; --generation-role names another"
 )
@@ -206,19 +210,32 @@ class Conversation(Protocol):
         """The fields for tools and documents that the template has no place for."""
         ...
 
+    def unwritten(
+        self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, role: str, only_last: bool
+    ) -> list[str]:
+        """The fields of learnt turns with words that the template does not write.
+
+        Args:
+            turns: Messages of the conversation.
+            variables: Further variables of the chat template.
+            role: Role whose turns are learnt.
+            only_last: The last turn alone is learnt.
+        """
+        ...
+
     def learns(self, turn: Mapping[str, Any]) -> bool:
         """Whether a turn's own field lets it carry a loss."""
         ...
 
 
 class ReadConversation(NamedTuple):
-    """A conversation as tokens. left_out: the fields that its template has no place for."""
+    """A conversation as tokens. notes: what its template leaves out, to be counted."""
 
     tokens: list[int]
     labels: list[int]
     reward: int | None
     text_bytes: int
-    left_out: list[str]
+    notes: list[str]
 
 
 def _no_loss(labels: Sequence[int]) -> bool:
@@ -264,7 +281,7 @@ class ChatText:
             asked = (self.role, self.only_last) if self.mask and not self.for_reward_model else (NOBODY, False)
             try:
                 tokens, written = self.template.encode(turns, role=asked[0], only_last=asked[1], variables=variables)
-                left_out = self.template.left_out(turns, variables)
+                notes = self._losses(turns, variables)
             except ValueError as error:
                 raise InvalidDocument("that the chat template cannot take", str(error)) from error
             labels = [
@@ -275,8 +292,15 @@ class ChatText:
                 labels = [IGNORE_INDEX] * len(tokens)
             end = self.template.eod
             ends = [*tokens, end], [*labels, end if self._learns_end(turns) else IGNORE_INDEX]
-            found.append(ReadConversation(*ends, reward, text_bytes_of(turns), left_out))
+            found.append(ReadConversation(*ends, reward, text_bytes_of(turns), notes))
         return found
+
+    def _losses(self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[str]:
+        """What the template leaves out of a conversation, as notes."""
+        only_last = self.only_last and self.mask and not self.for_reward_model
+        unwritten = self.template.unwritten(turns, variables, role=self.role, only_last=only_last)
+        notes = [LEFT_OUT.format(name) for name in self.template.left_out(turns, variables)]
+        return notes + [UNWRITTEN.format(name) for name in unwritten]
 
     def _learns_end(self, turns: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the end of text is learnt: as a part of the last turn, where that is."""
@@ -297,10 +321,8 @@ class ChatText:
             texts += [
                 _joined([np.array(row, LABELS) for row in rows], LABELS, text_bytes, no_ends, 0) for rows in columns
             ]
-        left_out = Counter(
-            name for document in documents for name in {name for each in document for name in each.left_out}
-        )
-        notes = {LEFT_OUT.format(name): count for name, count in left_out.items()}
+        found_notes = [{note for each in document for note in each.notes} for document in documents]
+        notes = dict(Counter(note for each in found_notes for note in each))
         if self.mask and not self.for_reward_model:
             bare = sum(any(_no_loss(each.labels[:-1]) for each in document) for document in documents)
             why = LAST_NOT_LEARNT if self.only_last else NOTHING_LEARNT
