@@ -1,5 +1,6 @@
 """From the data section to loaders, with real files."""
 
+import os
 import resource
 
 import numpy as np
@@ -184,6 +185,38 @@ def test_issues_are_reported(section, reported):
     with pytest.raises(ConfigError, match=reported) as caught:
         build(DataSection(**section))
     assert all(issue.key for issue in caught.value.issues)
+
+
+def test_a_set_is_named_once_in_a_split(tmp_path):
+    """By one path or by two; with labels of its own it is another set, and splits may share one."""
+    first, second = (write(tmp_path / name, documents(9)) for name in "ab")
+    link = tmp_path / "link"
+    for ending in (".bin", ".idx"):
+        link.with_suffix(ending).symlink_to(f"{first}{ending}")
+    relative = os.path.relpath(first)
+    for other in (first, str(link), relative, f"{tmp_path}/../{tmp_path.name}/a"):
+        for split in ("train", "valid"):
+            paths = {"train_data_paths": [second], f"{split}_data_paths": [first, second, other]}
+            with pytest.raises(ConfigError, match="are named twice") as caught:
+                build(DataSection(**paths, num_workers=0), valid=4)
+            (issue,) = caught.value.issues
+            assert issue.key == f"{split}_data_paths" and issue.value == other
+            assert f"{split}_data_weights" in str(caught.value)
+    shared = DataSection(train_data_paths=[first, second], valid_data_paths=[str(link)], num_workers=0)
+    assert build(shared, valid=4).valid is not None
+    labelled = DataSection(train_data_paths=[first, first], train_label_data_paths=[None, second], num_workers=0)
+    assert len(build(labelled).plan.train.sources) == 2
+
+
+@pytest.mark.parametrize(("alpha", "shares"), [(1.0, [0.1, 0.9]), (0.0, [0.5, 0.5])])
+def test_shares_by_documents_are_said(tmp_path, alpha, shares):
+    sets = [write(tmp_path / "a", documents(10)), write(tmp_path / "b", documents(90, first=1000))]
+    section = DataSection(
+        train_data_paths=sets, weight_by_num_documents=True, weighted_sampler_alpha=alpha, num_workers=0
+    )
+    reported = str(build(section).plan)
+    for path, share in zip(sets, shares, strict=True):
+        assert f"{share:.1%} {path}," in reported
 
 
 def test_no_training_documents(tmp_path):

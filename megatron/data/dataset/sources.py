@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -178,7 +179,26 @@ def _counted(data: DataSection, name: str, paths: Sequence[str]) -> Sequence[str
     if min(weights) < 0 or not sum(weights) > 0:
         what = "weights must be 0 or more, and one of them above 0"
         raise ConfigError.of(what, key=f"{name}_data_weights", value=list(weights))
+    _check_named_once(data, name, paths)
     return paths
+
+
+def _check_named_once(data: DataSection, name: str, paths: Sequence[Any]) -> None:
+    """Raises ConfigError where two sources of a split are the same files, links followed."""
+    first: dict[tuple[str, ...], int] = {}
+    companions = [getattr(data, key) or [None] * len(paths) for key in (LABELS[name], REWARDS[name])]
+    for number, prefixes in enumerate(zip(paths, *companions, strict=True)):
+        files = tuple(os.path.realpath(f"{prefix}.bin") if isinstance(prefix, str) else "" for prefix in prefixes)
+        if files[0] and files in first:
+            other = paths[first[files]]
+            named = "the same files" if paths[number] == other else f"the same files as {other}"
+            raise ConfigError.of(
+                f"{named} are named twice: their samples would come twice in a row, in the same order",
+                key=f"{name}_data_paths",
+                value=paths[number],
+                hint=f"name them once, with the sum of their weights in {name}_data_weights",
+            )
+        first.setdefault(files, number)
 
 
 def _open(path: Any, key: str, impl: str) -> IndexedDataset:
