@@ -1,11 +1,12 @@
 """Our training step through DeepSpeed beside those that a user would pick in its place.
 
-    python benchmarks/train_step.py [--pairs 15] [--peers all] [--sequence 2048 --micro-batch 1] [--profile]
+    python benchmarks/train_step.py [--pairs 15] [--peers best|all] [--sequence 2048 --micro-batch 1] [--profile]
 
 Each has a process of its own, as its user starts it: ours with the allocator's settings that our launcher gives its
 workers, the others with those of their system. Steps alternate (ours, theirs, ours, ...), so that a machine whose speed
 drifts slows both; the figure is the median of the ratios of neighbouring steps. Ours is contenders.py, the peers are
-peers.py; "all" has each of these as it is and compiled, in bfloat16 also under autocast, and takes minutes to compile.
+peers.py; "all" has each of these as it is and compiled, in bfloat16 also under autocast, and takes minutes to compile;
+"best" times some steps of each of them, and compares with the fastest alone.
 A share of the floor is the time that the matrix products of the linear layers take alone, as torch multiplies here,
 over the time of our step.
 """
@@ -16,7 +17,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from megatron.distributed.init import shutdown
 from megatron.launcher.commands.local import KEEP_FREED_MEMORY
 
 USUAL = "transformers sdpa"
+STEPS = 8
+"""Steps of a peer, of which the fastest counts where the best of all is looked for."""
 
 
 def compare(mine: StepProcess, other: StepProcess, pairs: int) -> tuple[float, float, float]:
@@ -43,15 +46,28 @@ def compare(mine: StepProcess, other: StepProcess, pairs: int) -> tuple[float, f
     return ratio, statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
 
 
-def peers(shape: Shape, precision: str, *, all_of_them: bool) -> Iterator[tuple[str, Callable[[], Step]]]:
-    """Names, and what builds the step of each."""
-    if not all_of_them:
-        yield USUAL, partial(peer, USUAL, shape, precision, compiled=False)
-        return
+def peers(shape: Shape, precision: str, which: str) -> dict[str, Callable[[], Step]]:
+    """Names, and what builds the step of each. which: a value of --peers."""
+    if which == "usual":
+        return {USUAL: partial(peer, USUAL, shape, precision, compiled=False)}
+    found = {}
     for name, compiled, autocast in itertools.product(MODELS, (False, True), (False, True)):
         if not autocast or precision == "bfloat16":
             ways = ["compiled"] * compiled + ["autocast"] * autocast
-            yield ", ".join([name, *ways]), partial(peer, name, shape, precision, compiled=compiled, autocast=autocast)
+            build = partial(peer, name, shape, precision, compiled=compiled, autocast=autocast)
+            found[", ".join([name, *ways])] = build
+    return fastest(found) if which == "best" else found
+
+
+def fastest(found: dict[str, Callable[[], Step]]) -> dict[str, Callable[[], Step]]:
+    """Returns the peer with the fastest step, of some that are timed one after the other."""
+    times = {}
+    for name, build in found.items():
+        with step_process(build, {}) as step:
+            times[name] = min(step() for _ in range(STEPS))
+        print(f"  {name}: {times[name]:.3f} s", flush=True)
+    best = min(times, key=lambda name: times[name])
+    return {best: found[best]}
 
 
 def profile(step: Step) -> str:
@@ -67,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     result.add_argument("--pairs", type=int, default=15, help="pairs of steps that are timed")
-    result.add_argument("--peers", choices=("usual", "all"), default="usual", help=f"usual: {USUAL} alone")
+    result.add_argument("--peers", choices=("usual", "best", "all"), default="usual", help=f"usual: {USUAL}")
     result.add_argument("--precision", nargs="+", choices=("fp32", "bfloat16"), default=["fp32", "bfloat16"])
     result.add_argument("--vocabulary", type=int, nargs="+", default=[512, 50304], help="numbers of ids")
     result.add_argument("--sequence", type=int, default=512, help="length of a sample [tokens]")
@@ -88,17 +104,17 @@ def main() -> None:
         if args.profile:
             print(f"{precision}, vocabulary {vocabulary}\n{profile(ours(shape, precision))}")
         else:
-            measure(shape, precision, args.pairs, all_of_them=args.peers == "all")
+            measure(shape, precision, args.pairs, peers(shape, precision, args.peers))
     if args.profile:
         shutdown()
 
 
-def measure(shape: Shape, precision: str, pairs: int, *, all_of_them: bool) -> None:
+def measure(shape: Shape, precision: str, pairs: int, others: dict[str, Callable[[], Step]]) -> None:
     """Prints the ratio to each peer, the memory of both, and the share of the floor."""
     ratios: dict[str, float] = {}
     own: list[float] = []
     with step_process(partial(ours, shape, precision), KEEP_FREED_MEMORY) as mine:
-        for name, build in peers(shape, precision, all_of_them=all_of_them):
+        for name, build in others.items():
             with step_process(build, {}) as other:
                 ratios[name], mine_seconds, their_seconds = compare(mine, other, pairs)
             own.append(mine_seconds)

@@ -100,7 +100,7 @@ void gradient(const T* a, const T* b, float* c, const int64_t* n, const int64_t*
             for (int64_t j = 0; j < right; j++)
                 pack<P, COLUMNS>(b + row * s[1] + j * COLUMNS, s[1], count, std::min<int64_t>(COLUMNS, n[2] - j * COLUMNS),
                                  &columns[j * depth * COLUMNS]);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 2)
             for (int64_t i = 0; i < left; i++) {
                 int64_t height = std::min<int64_t>(ROWS, n[1] - i * ROWS);
                 pack<P, ROWS>(a + row * s[0] + i * ROWS, s[0], count, height, panel.data());
