@@ -5,7 +5,7 @@
 namespace {
 
 template <class P, int NV, bool PLAIN>
-inline void score_tile(const Sight& sight, const typename P::Cell* queries, const typename P::Cell* turned, int64_t cells, int row, int64_t key,
+[[gnu::noinline]] void score_tile(const Sight& sight, const typename P::Cell* queries, const typename P::Cell* turned, int64_t cells, int row, int64_t key,
                        float* to) {
     Floats x[ROWS][NV] = {};
     add_products<P, NV>(x, queries, 1, ROWS, turned, K, cells);
@@ -73,59 +73,94 @@ void weigh(const Span (&spans)[GROUPS], const float* scores, typename P::Cell* w
 }
 
 template <class P, class T>
-void forward(const Problem& p, const T* q, const T* k, const T* v, T* out, float* sums, int threads) {
+struct Forward {
     typedef typename P::Cell Cell;
-    int64_t per = p.heads / p.groups, padded = p.padded(), size = p.size, cells = size / P::PER, tasks = p.batch * p.groups;
-    int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.blocks(), (2 * threads + tasks - 1) / tasks));
-    float factor = p.scale * LOG2_E;
-#pragma omp parallel num_threads(threads)
-    {
-        Buffer<Cell> turned(padded * cells + W), values(padded * cells), queries(Q * cells + W), weights(Q * K / P::PER);
-        Buffer<float> scores(Q * K);
-        ByKey bias(p.bias ? p.length : 0);
-        Running running(size);
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t group = 0; group < p.groups; group++)
-                for (int64_t part = 0; part < parts; part++) {
-                    pack_keys<P>(p.matrix(k, p.k, b, group), padded, turned.data());
-                    pack_columns<P>(p.matrix(v, p.v, b, group), 0, padded, values.data());
-                    for (int64_t head = group * per; head < (group + 1) * per; head++) {
-                        if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
-                        for (int64_t block = part; block < p.blocks(); block += parts) {
-                            Sight sight(p, b, block * Q, factor, p.bias ? &bias : nullptr);
-                            pack_queries<P>(p.matrix(q, p.q, b, head), sight.q0, factor, queries.data());
-                            running.start();
-                            for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) {
-                                Span spans[GROUPS];
-                                for (int i = 0; i < GROUPS; i++) spans[i] = sight.span(i * ROWS, k0);
-                                each_tile(spans, [&](int row, int column, auto nv) {
-                                    const Cell *a = &queries[row * cells], *to = &turned[k0 * cells + column];
-                                    float* c = &scores[row * K + column];
-                                    if (sight.plain(row, k0 + column, nv * W))
-                                        score_tile<P, nv, true>(sight, a, to, cells, row, k0 + column, c);
-                                    else
-                                        score_tile<P, nv, false>(sight, a, to, cells, row, k0 + column, c);
-                                });
-                                weigh<P>(spans, scores.data(), weights.data(), running);
-                                for (int i = 0; i < GROUPS; i++)
-                                    add_to_rows<P, K / P::PER, 1>(&weights[(i * ROWS * K + spans[i].from) / P::PER],
-                                                                  &values[(k0 + spans[i].from) * cells], (spans[i].to - spans[i].from) / P::PER, size,
-                                                                  &running.found[i * ROWS * size]);
-                            }
-                            for (int64_t i = 0; i < sight.last() - sight.q0; i++) {
-                                put_rows(&running.found[i * size], 1, size, 1.0f / running.total[i], out + p.out.at(b, head) + (sight.q0 + i) * p.out.position, 0);
-                                sums[(b * p.heads + head) * p.length + sight.q0 + i] = running.most[i] + std::log2(running.total[i]);
-                            }
-                        }
-                    }
-                }
+    const Problem& p;
+    const T *q, *k, *v;
+    T* out;
+    float* sums;
+    int64_t parts, tasks, size, cells;
+    float factor;
+    Buffer<Cell> turned, values, queries, weights;
+    Buffer<float> scores;
+    ByKey bias;
+    Running running;
+    Ahead ahead;
+
+    Forward(const Problem& p, const T* q, const T* k, const T* v, T* out, float* sums, int64_t parts)
+        : p(p), q(q), k(k), v(v), out(out), sums(sums), parts(parts), tasks(p.batch * p.groups * parts), size(p.size), cells(size / P::PER),
+          factor(p.scale * LOG2_E), turned(p.padded() * cells + W), values(p.padded() * cells), queries(Q * cells + W), weights(Q * K / P::PER),
+          scores(Q * K), bias(p.bias ? p.length : 0), running(size) {}
+
+    void compute(int64_t number, int64_t next) {
+        Task task = p.task(number, parts);
+        pack_keys<P>(p.matrix(k, p.k, task.b, task.group), p.padded(), turned.data());
+        pack_columns<P>(p.matrix(v, p.v, task.b, task.group), 0, p.padded(), values.data());
+        for (int64_t head = task.group * p.per(); head < (task.group + 1) * p.per(); head++) {
+            if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
+            for (int64_t block = task.part; block < p.blocks(); block += parts) {
+                look_ahead(task, head, block, next);
+                compute_block(task.b, head, block * Q);
+            }
+        }
     }
-}
+
+    void look_ahead(const Task& task, int64_t head, int64_t block, int64_t next) {
+        bool last_head = head + 1 == (task.group + 1) * p.per(), last_block = block + parts >= p.blocks();
+        ahead.clear();
+        ahead.add(p.matrix<T>(out, p.out, task.b, head), block * Q, Q);
+        if (!last_block)
+            ahead.add(p.matrix(q, p.q, task.b, head), (block + parts) * Q, Q);
+        else if (!last_head)
+            ahead.add(p.matrix(q, p.q, task.b, head + 1), task.part * Q, Q);
+        if (!last_head || next >= tasks) return;
+        Task then = p.task(next, parts);
+        if (last_block) ahead.add(p.matrix(q, p.q, then.b, then.group * p.per()), then.part * Q, Q);
+        ahead.add(p.matrix(k, p.k, then.b, then.group), (block - task.part) * Q, parts * Q);
+        ahead.add(p.matrix(v, p.v, then.b, then.group), (block - task.part) * Q, parts * Q);
+    }
+
+    void compute_block(int64_t b, int64_t head, int64_t q0) {
+        Sight sight(p, b, q0, factor, p.bias ? &bias : nullptr);
+        pack_queries<P>(p.matrix(q, p.q, b, head), q0, factor, queries.data());
+        running.start();
+        for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) add_keys(sight, k0);
+        for (int64_t i = 0; i < sight.last() - q0; i++) {
+            T* to = out + p.out.at(b, head) + (q0 + i) * p.out.position;
+            put_rows(&running.found[i * size], 1, size, 1.0f / running.total[i], to, 0);
+            sums[(b * p.heads + head) * p.length + q0 + i] = running.most[i] + std::log2(running.total[i]);
+        }
+    }
+
+    void add_keys(const Sight& sight, int64_t k0) {
+        Span spans[GROUPS];
+        sight.put_spans(k0, spans);
+        each_tile(spans, [&](int row, int column, auto nv) {
+            ahead.step();
+            const Cell *a = &queries[row * cells], *to = &turned[k0 * cells + column];
+            if (sight.plain(row, k0 + column, nv * W))
+                score_tile<P, nv, true>(sight, a, to, cells, row, k0 + column, &scores[row * K + column]);
+            else
+                score_tile<P, nv, false>(sight, a, to, cells, row, k0 + column, &scores[row * K + column]);
+        });
+        weigh<P>(spans, scores.data(), weights.data(), running);
+        for (int i = 0; i < GROUPS; i++) {
+            const Span& span = spans[i];
+            add_to_rows<P, K / P::PER, 1>(&weights[(i * ROWS * K + span.from) / P::PER], &values[(k0 + span.from) * cells],
+                                          (span.to - span.from) / P::PER, size, &running.found[i * ROWS * size]);
+        }
+    }
+};
 
 template <class P, class T>
 void forward_of(const Problem& p, const void** x, float* sums, int threads) {
-    forward<P>(p, (const T*)x[0], (const T*)x[1], (const T*)x[2], (T*)x[3], sums, threads);
+    int64_t heads = p.batch * p.groups, parts = std::max<int64_t>(1, std::min<int64_t>(p.blocks(), (2 * threads + heads - 1) / heads));
+#pragma omp parallel num_threads(threads)
+    {
+        Forward<P, T> forward(p, (const T*)x[0], (const T*)x[1], (const T*)x[2], (T*)x[3], sums, parts);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < heads * parts; task++) forward.compute(task, task + threads);
+    }
 }
 
 }  // namespace

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int Q = 48, K = 96;  // queries and keys of a block
+constexpr int Q = 96, K = 192;  // queries and keys of a block
 constexpr int GROUPS = Q / ROWS;
 static_assert(Q % ROWS == 0 && K % ROWS == 0 && K % WIDE == 0 && Q % W == 0, "blocks are multiples of a tile");
 constexpr int BORDER = 64;  // of the bias of a head: more than a tile reaches beyond the keys that a query sees
@@ -28,6 +28,10 @@ struct Strided {
     int64_t at(int64_t b, int64_t h) const { return b * batch + h * head; }
 };
 
+struct Task {
+    int64_t b, group, part;  // part: of the blocks of queries
+};
+
 struct Problem {
     int64_t batch, heads, groups, length, size;  // groups: key/value heads
     Strided q, k, v, out;
@@ -36,8 +40,37 @@ struct Problem {
     const float* bias;     // [heads, length] by distance, or null
     int64_t padded() const { return (length + K - 1) / K * K; }
     int64_t blocks() const { return (length + Q - 1) / Q; }
+    int64_t per() const { return heads / groups; }
+    Task task(int64_t number, int64_t parts) const { return {number / parts / groups, number / parts % groups, number % parts}; }
     template <class T>
     Matrix<T> matrix(const T* x, const Strided& s, int64_t b, int64_t h) const { return {x + s.at(b, h), s.position, length, size}; }
+};
+
+// Rows that are needed soon and lie far apart: they come into the cache a few at a time, while tiles are computed.
+class Ahead {
+    static constexpr int64_t LINES = 32;  // of a step
+    struct Part {
+        const char* x;
+        int64_t stride, bytes, rows;
+    };
+    Part parts[8];
+    int count = 0, part = 0;
+    int64_t row = 0;
+
+public:
+    void clear() { count = part = 0, row = 0; }
+    template <class T>
+    void add(const Matrix<T>& m, int64_t from, int64_t rows) {
+        rows = std::min(rows, m.length - from);
+        if (rows > 0) parts[count++] = {(const char*)m.row(from), m.stride * int64_t(sizeof(T)), m.size * int64_t(sizeof(T)), rows};
+    }
+    void step() {
+        for (int64_t lines = 0; part < count && lines < LINES;) {
+            const Part& p = parts[part];
+            for (int64_t at = 0; at < p.bytes; at += 64, lines++) __builtin_prefetch(p.x + row * p.stride + at, 0, 2);
+            if (++row == p.rows) part++, row = 0;
+        }
+    }
 };
 
 // A table by distance in the order of keys: that of a query and a key is at [BORDER + length - 1 + key - query].
@@ -82,6 +115,9 @@ struct Sight {
         int64_t from = std::max<int64_t>(first[row] / ROWS * ROWS - k0, 0), to = std::min<int64_t>(q0 + row + ROWS - k0, K);
         return from < to ? Span{int(from), int(to)} : Span{0, 0};
     }
+    void put_spans(int64_t k0, Span (&spans)[GROUPS]) const {
+        for (int i = 0; i < GROUPS; i++) spans[i] = span(i * ROWS, k0);
+    }
     // Whether each query of a tile sees all its keys, and the scores are the products.
     bool plain(int row, int64_t key, int count) const { return !bias && key + count <= q0 + row + 1 && first[row + ROWS - 1] <= key; }
     Ints seen(int row, int64_t key) const {
@@ -121,6 +157,7 @@ ALWAYS_INLINE void each_tile(const Span (&spans)[GROUPS], F work) {
 // c [ROWS, size] += a b, with rows of c that are neighbours.
 template <class P, int AR, int AK>
 void add_to_rows(const typename P::Cell* a, const typename P::Cell* b, int64_t count, int64_t size, float* c) {
+    if (count < 1) return;
     int64_t column = 0;
     for (; column + WIDE <= size; column += WIDE) add_to_tile<P, 2, AR, AK>(a, b + column, size, count, c + column, size);
     for (; column < size; column += W) add_to_tile<P, 1, AR, AK>(a, b + column, size, count, c + column, size);

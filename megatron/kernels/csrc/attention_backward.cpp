@@ -52,7 +52,7 @@ struct Block {
 
     // Weights e^(score - sum) of a tile, and their gradients times weights; keys and values are packed from the tile's column.
     template <int NV, bool PLAIN, class T>
-    void compute(const Sight& sight, const Rows<P, T>& rows, const typename P::Cell* keys, const typename P::Cell* values, int row, int column,
+    [[gnu::noinline]] void compute(const Sight& sight, const Rows<P, T>& rows, const typename P::Cell* keys, const typename P::Cell* values, int row, int column,
                  int64_t k0) {
         Floats x[ROWS][NV] = {}, y[ROWS][NV];
         alignas(64) float weight[ROWS * NV * W];
@@ -124,10 +124,11 @@ struct Columns {
 
     // All gradients get the part of a block of queries and one of keys.
     template <class T>
-    void add_block(const Sight& sight, int64_t k0, Rows<P, T>& rows, Block<P>& block) {
+    void add_block(const Sight& sight, int64_t k0, Rows<P, T>& rows, Block<P>& block, Ahead& ahead) {
         Span spans[GROUPS];
-        for (int i = 0; i < GROUPS; i++) spans[i] = sight.span(i * ROWS, k0);
+        sight.put_spans(k0, spans);
         each_tile(spans, [&](int row, int column, auto nv) {
+            ahead.step();
             const Cell *k = &turned_keys[k0 * cells + column], *v = &turned_values[k0 * cells + column];
             if (sight.plain(row, k0 + column, nv * W))
                 block.template compute<nv, true>(sight, rows, k, v, row, column, k0);
@@ -152,41 +153,79 @@ struct Columns {
 };
 
 template <class P, class T>
-void backward(const Problem& p, const Gradients& g, const T* q, const T* k, const T* v, const T* out, const T* grad, const float* sums, T* gq, T* gk,
-              T* gv, int threads) {
-    int64_t per = p.heads / p.groups, size = p.size;
-    float factor = p.scale * LOG2_E;
-#pragma omp parallel num_threads(threads)
-    {
-        Columns<P> columns(p.padded(), size);
-        Rows<P, T> rows(size);
-        Block<P> block;
-        ByKey bias(p.bias ? p.length : 0), bias_grad(g.bias ? p.length : 0);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t group = 0; group < p.groups; group++) {
-                columns.take(p.matrix(k, p.k, b, group), p.matrix(v, p.v, b, group));
-                for (int64_t head = group * per; head < (group + 1) * per; head++) {
-                    int64_t at = (b * p.heads + head) * p.length;
-                    if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
-                    if (g.bias) bias_grad.clear();
-                    for (int64_t q0 = 0; q0 < p.length; q0 += Q) {
-                        Sight sight(p, b, q0, factor, p.bias ? &bias : nullptr, g.bias ? &bias_grad : nullptr);
-                        rows.take(p.matrix(q, p.q, b, head), p.matrix(out, p.out, b, head), p.matrix(grad, g.out, b, head), sums + at, q0, factor);
-                        for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) columns.add_block(sight, k0, rows, block);
-                        put_rows(rows.found.data(), sight.last() - q0, size, p.scale, gq + g.q.at(b, head) + q0 * g.q.position, g.q.position);
-                    }
-                    if (g.bias) bias_grad.take(g.bias + at);
-                }
-                put_rows(columns.grad_keys.data(), p.length, size, p.scale, gk + g.k.at(b, group), g.k.position);
-                put_rows(columns.grad_values.data(), p.length, size, 1.0f, gv + g.v.at(b, group), g.v.position);
+struct Backward {
+    const Problem& p;
+    const Gradients& g;
+    const T *q, *k, *v, *out, *grad;
+    const float* sums;
+    T *gq, *gk, *gv;
+    Columns<P> columns;
+    Rows<P, T> rows;
+    Block<P> block;
+    ByKey bias, bias_grad;
+    Ahead ahead;
+
+    Backward(const Problem& p, const Gradients& g, const void** x, const float* sums)
+        : p(p), g(g), q((const T*)x[0]), k((const T*)x[1]), v((const T*)x[2]), out((const T*)x[3]), grad((const T*)x[4]), sums(sums), gq((T*)x[5]),
+          gk((T*)x[6]), gv((T*)x[7]), columns(p.padded(), p.size), rows(p.size), bias(p.bias ? p.length : 0), bias_grad(g.bias ? p.length : 0) {}
+
+    void compute(int64_t number, int64_t next) {
+        Task task = p.task(number, 1);
+        columns.take(p.matrix(k, p.k, task.b, task.group), p.matrix(v, p.v, task.b, task.group));
+        for (int64_t head = task.group * p.per(); head < (task.group + 1) * p.per(); head++) {
+            int64_t at = (task.b * p.heads + head) * p.length;
+            if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
+            if (g.bias) bias_grad.clear();
+            for (int64_t q0 = 0; q0 < p.length; q0 += Q) {
+                look_ahead(task, head, q0, next);
+                compute_block(task.b, head, q0, sums + at);
             }
+            if (g.bias) bias_grad.take(g.bias + at);
+        }
+        put_rows(columns.grad_keys.data(), p.length, p.size, p.scale, gk + g.k.at(task.b, task.group), g.k.position);
+        put_rows(columns.grad_values.data(), p.length, p.size, 1.0f, gv + g.v.at(task.b, task.group), g.v.position);
     }
-}
+
+    void add_ahead(int64_t b, int64_t head, int64_t q0) {
+        ahead.add(p.matrix(q, p.q, b, head), q0, Q);
+        ahead.add(p.matrix(out, p.out, b, head), q0, Q);
+        ahead.add(p.matrix(grad, g.out, b, head), q0, Q);
+    }
+
+    void look_ahead(const Task& task, int64_t head, int64_t q0, int64_t next) {
+        bool last_head = head + 1 == (task.group + 1) * p.per(), last_block = q0 + Q >= p.length;
+        ahead.clear();
+        ahead.add(p.matrix<T>(gq, g.q, task.b, head), q0, Q);
+        if (!last_block)
+            add_ahead(task.b, head, q0 + Q);
+        else if (!last_head)
+            add_ahead(task.b, head + 1, 0);
+        if (!last_head) return;
+        ahead.add(p.matrix<T>(gk, g.k, task.b, task.group), q0, Q);
+        ahead.add(p.matrix<T>(gv, g.v, task.b, task.group), q0, Q);
+        if (next >= p.batch * p.groups) return;
+        Task then = p.task(next, 1);
+        ahead.add(p.matrix(k, p.k, then.b, then.group), q0, Q);
+        ahead.add(p.matrix(v, p.v, then.b, then.group), q0, Q);
+        if (last_block) add_ahead(then.b, then.group * p.per(), 0);
+    }
+
+    void compute_block(int64_t b, int64_t head, int64_t q0, const float* known) {
+        Sight sight(p, b, q0, p.scale * LOG2_E, p.bias ? &bias : nullptr, g.bias ? &bias_grad : nullptr);
+        rows.take(p.matrix(q, p.q, b, head), p.matrix(out, p.out, b, head), p.matrix(grad, g.out, b, head), known, q0, sight.factor);
+        for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) columns.add_block(sight, k0, rows, block, ahead);
+        put_rows(rows.found.data(), sight.last() - q0, p.size, p.scale, gq + g.q.at(b, head) + q0 * g.q.position, g.q.position);
+    }
+};
 
 template <class P, class T>
 void backward_of(const Problem& p, const Gradients& g, const void** x, const float* sums, int threads) {
-    backward<P>(p, g, (const T*)x[0], (const T*)x[1], (const T*)x[2], (const T*)x[3], (const T*)x[4], sums, (T*)x[5], (T*)x[6], (T*)x[7], threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Backward<P, T> backward(p, g, x, sums);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < p.batch * p.groups; task++) backward.compute(task, task + threads);
+    }
 }
 
 }  // namespace

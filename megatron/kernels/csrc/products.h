@@ -96,10 +96,11 @@ struct Pair {
 typedef Single Pair;
 #endif
 
-// ROWS x (NV * W) results in registers: sum += a b over count cells, with a[row * ar + k * ak] and b[k * bk + column].
+// ROWS x (NV * W) results in registers: sum += a b over count cells, one at least, with a[row * ar + k * ak] and b[k * bk + column].
 template <class P, int NV>
 ALWAYS_INLINE void add_products(Floats (&sum)[ROWS][NV], const typename P::Cell* a, int64_t ar, int64_t ak, const typename P::Cell* b,
                                 int64_t bk, int64_t count) {
+    if (count < 1) __builtin_unreachable();  // without a way around the loop, sums are never in memory
     for (int64_t k = 0; k < count; k++, a += ak, b += bk) {
         typename P::Cells right[NV];
 #pragma GCC unroll 4
@@ -111,9 +112,9 @@ ALWAYS_INLINE void add_products(Floats (&sum)[ROWS][NV], const typename P::Cell*
     }
 }
 
-// c [ROWS, NV * W] += a b.
+// c [ROWS, NV * W] += a b. A function of its own, as inside others sums leave the registers.
 template <class P, int NV, int AR, int AK>
-inline void add_to_tile(const typename P::Cell* a, const typename P::Cell* b, int64_t bk, int64_t count, float* c, int64_t cr) {
+[[gnu::noinline]] void add_to_tile(const typename P::Cell* a, const typename P::Cell* b, int64_t bk, int64_t count, float* c, int64_t cr) {
     Floats sum[ROWS][NV];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
