@@ -28,8 +28,9 @@ SHAPES = [
     (2, 6, 2, 97, 64),
     (1, 2, 2, 192, 128),
     (1, 4, 1, 301, 80),
+    (1, 2, 1, 389, 32),
 ]
-MASKS = ["causal", "documents", "window", "window of 1", "bias", "all"]
+MASKS = ["causal", "documents", "long documents", "window", "window of 1", "window of 110", "bias", "all"]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -46,14 +47,16 @@ def masks(kind: str, shape: tuple[int, ...]) -> tuple[Tensor | None, AttentionMa
     """Document starts and the view."""
     batch, heads, _, length, _ = shape
     starts = None
-    if kind in ("documents", "all"):
-        borders = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < 0.05
+    if kind in ("documents", "long documents", "all"):
+        share = 0.01 if kind == "long documents" else 0.05
+        borders = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < share
         starts = torch.where(borders, torch.arange(length), 0).cummax(1).values
-    window = {"window": Window(20), "window of 1": Window(1), "all": Window(70)}.get(kind)
+    widths = {"window": 20, "window of 1": 1, "window of 110": 110, "all": 70}
+    window = Window(widths[kind]) if kind in widths else None
     bias = None
     if kind in ("bias", "all"):
         bias = torch.randn(heads, length + 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    return starts, None if kind in ("causal", "documents") else AttentionMask(window, bias)
+    return starts, None if window is None and bias is None else AttentionMask(window, bias)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, view: AttentionMask | None) -> Tensor:
@@ -111,7 +114,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6], SHAPES[7]], ids=str)
 @pytest.mark.parametrize("build", ["no bfloat16", "AVX2"])
 def test_other_processors_give_the_same(
     build: str,
@@ -121,18 +124,19 @@ def test_other_processors_give_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compiled, "library", lambda: older[build])
-    for kind in ("causal", "all"):
+    for kind in ("causal", "long documents", "all"):
         agree(shape, kind, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(2, 4, 2, 150, 32), (1, 2, 1, 389, 32)], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(results(compiled.cpp_attention, (2, 4, 2, 150, 32), "all", dtype))
+            found.append(results(compiled.cpp_attention, shape, "all", dtype))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -152,6 +156,37 @@ def test_it_takes_no_nan_or_inf_from_the_future() -> None:
     k[:, :, 60:] = float("inf")
     v[:, :, 60:] = 1e30
     assert torch.equal(compiled.cpp_attention(q, k, v)[:, :, :60], before[:, :, :60])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("position", [0, 70, 133, 249])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_rows_that_see_a_nan_are_nan(part: str, position: int, dtype: torch.dtype) -> None:
+    width, rows = 100, torch.arange(250)
+    parts = [x.detach() for x in inputs((2, 4, 2, 250, 32), dtype)[:3]]
+    view = AttentionMask(Window(width))
+    before = compiled.cpp_attention(*parts, None, view)
+    parts["qkv".index(part)][:, :, position, 3] = float("nan")
+    out = compiled.cpp_attention(*parts, None, view)
+    sees = rows == position if part == "q" else (rows >= position) & (rows < position + width)
+    assert out[:, :, sees, 3 if part == "v" else ...].isnan().all()
+    # A weight of zero times a value that is not a number is none either, so rows near it may be none.
+    others = (rows < position - 24) | (rows > position + width + 24) if part == "v" else ~sees
+    assert torch.equal(out[:, :, others], before[:, :, others])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("position", [0, 133, 249])
+def test_a_nan_of_the_output_s_gradient_reaches_what_its_row_saw(position: int, dtype: torch.dtype) -> None:
+    q, k, v, grad = inputs((2, 4, 2, 250, 32), dtype)
+    rows = torch.arange(250)
+    grad[:, :, position, 5] = float("nan")
+    of_q, of_k, of_v = torch.autograd.grad(compiled.cpp_attention(q, k, v), (q, k, v), grad)
+    assert of_q[:, :, position].isnan().all()
+    assert of_q[:, :, rows != position].isfinite().all()
+    assert of_k[:, :, rows <= position].isnan().all()
+    assert of_v[:, :, rows <= position, 5].isnan().all()
+    assert of_k[:, :, rows > position].isfinite().all()
 
 
 def test_large_scores_stay_finite() -> None:

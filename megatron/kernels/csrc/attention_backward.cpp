@@ -122,6 +122,17 @@ struct Columns {
         grad_values.clear();
     }
 
+    // c [K, size] += a b, with a [Q, K] turned, for the keys that a query sees.
+    void add_turned(const Span (&spans)[GROUPS], const Buffer<Cell>& a, const Buffer<Cell>& b, float* c) const {
+        for (int column = 0; column < K; column += ROWS) {
+            int from = 0, to = GROUPS;
+            while (from < GROUPS && !spans[from].has(column)) from++;
+            while (to > from && !spans[to - 1].has(column)) to--;
+            int64_t first = from * ROWS / P::PER;
+            add_to_rows<P, 1, K>(&a[first * K + column], &b[first * size], (to - from) * ROWS / P::PER, size, c + column * size);
+        }
+    }
+
     // All gradients get the part of a block of queries and one of keys.
     template <class T>
     void add_block(const Sight& sight, int64_t k0, Rows<P, T>& rows, Block<P>& block, Ahead& ahead) {
@@ -135,15 +146,8 @@ struct Columns {
             else
                 block.template compute<nv, false>(sight, rows, k, v, row, column, k0);
         });
-        for (int column = 0; column < K; column += ROWS) {
-            int from = 0, to = GROUPS;
-            while (from < GROUPS && !spans[from].has(column)) from++;
-            while (to > from && !spans[to - 1].has(column)) to--;
-            if (from == to) continue;
-            int64_t count = (to - from) * ROWS / P::PER, first = from * ROWS / P::PER, at = (k0 + column) * size;
-            add_to_rows<P, 1, K>(&block.weights[first * K + column], &rows.grad_columns[first * size], count, size, &grad_values[at]);
-            add_to_rows<P, 1, K>(&block.grads[first * K + column], &rows.query_columns[first * size], count, size, &grad_keys[at]);
-        }
+        add_turned(spans, block.weights, rows.grad_columns, &grad_values[k0 * size]);
+        add_turned(spans, block.grads, rows.query_columns, &grad_keys[k0 * size]);
         for (int i = 0; i < GROUPS; i++) {
             const Span& span = spans[i];
             add_to_rows<P, K / P::PER, 1>(block.along() + (i * ROWS * K + span.from) / P::PER, &keys[(k0 + span.from) * cells],

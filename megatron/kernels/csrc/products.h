@@ -73,9 +73,7 @@ struct Pair {
     static constexpr int PER = 2;
     typedef Bits Cells;
     static Cells along_row(const uint16_t* x, bool half) {  // of the first half of the cells, if a row ends there
-        Bits found{};
-        std::memcpy(&found, x, half ? sizeof found / 2 : sizeof found);
-        return found;
+        return half ? (Bits)_mm512_zextsi256_si512((__m256i)load<Halves>(x)) : load<Bits>(x);
     }
     static Cells across_rows(const uint16_t* x, const uint16_t* next) { return load_bits(x) | load_bits(next) << 16; }
     static Cells across_rows(Floats x, Floats next) {
