@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.kernels.cpp_norms import cpp_norm_unavailable, cpp_rms_norm, cpp_rms_norm_of_sum
+
 
 @dataclass(frozen=True)
 class NormKernel:
@@ -33,8 +35,25 @@ class NormKernel:
 
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    """X / sqrt(mean(x²) + epsilon) * scale of [..., h], by torch's operator."""
+    """X / sqrt(mean(x²) + epsilon) * scale of [..., h], by torch's operator; on a CPU by a compiled loop."""
+    if cpp_norm_unavailable(x, scale) is None:
+        return cpp_rms_norm(x, scale, epsilon)
     return F.rms_norm(x, scale.shape, scale, epsilon)
+
+
+def rms_norm_of_sum(x: Tensor, residual: Tensor, scale: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of residual + x, and the sum; all [..., h].
+
+    Args:
+        x: A term of the residual stream.
+        residual: The stream.
+        scale: [h].
+        epsilon: Added to the mean of the squares.
+    """
+    if x.dtype == residual.dtype and cpp_norm_unavailable(x, scale) is None:
+        return cpp_rms_norm_of_sum(x, residual, scale, epsilon)
+    total = residual + x
+    return rms_norm(total, scale, epsilon), total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -55,5 +74,5 @@ def plain_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * scale.float()).to(x.dtype)
 
 
-RMS_NORM = NormKernel(rms_norm)
+RMS_NORM = NormKernel(rms_norm, rms_norm_of_sum)
 LAYER_NORM = NormKernel(layer_norm)

@@ -52,12 +52,6 @@ typedef Pair (*Function)(Floats);
 constexpr int64_t CHUNK = 64 * W;  // numbers of one task
 constexpr int64_t FEW = 1 << 14;   // numbers that one thread computes faster than several
 
-template <class T>
-inline Floats read(const T* x, int64_t count) { return count == W ? load_wide(x) : load_part(x, count, 0.0f); }
-
-template <class T>
-inline void write(T* to, Floats x, int64_t count) { count == W ? put(to, x) : put_part(to, x, count); }
-
 // x is [rows, 2 width], a factor and a gate; without dy y [rows, width] is written, else dx.
 template <Function F, class T>
 void apply(const T* x, const T* dy, T* out, int64_t rows, int64_t width, int threads) {

@@ -53,6 +53,12 @@ inline void put_part(T* to, Floats x, int64_t count) {
     for (int64_t i = 0; i < count; i++) narrow(x[i], to + i);
 }
 
+// W numbers, or the first `count` of them, the others being zeros.
+template <class T>
+inline Floats read(const T* x, int64_t count) { return count == W ? load_wide(x) : load_part(x, count, 0.0f); }
+template <class T>
+inline void write(T* to, Floats x, int64_t count) { count == W ? put(to, x) : put_part(to, x, count); }
+
 typedef std::make_integer_sequence<int, W> Lanes;
 
 template <int... I>
