@@ -110,7 +110,14 @@ def main() -> None:
 
 
 def measure(shape: Shape, precision: str, pairs: int, others: dict[str, Callable[[], Step]]) -> None:
-    """Prints the ratio to each peer, the memory of both, and the share of the floor."""
+    """Prints the ratio to each peer, the memory of both, and the share of the floor.
+
+    Args:
+        shape: Sizes.
+        precision: "fp32" or "bfloat16".
+        pairs: Steps of each that are timed.
+        others: Name -> what builds the step of a peer.
+    """
     ratios: dict[str, float] = {}
     own: list[float] = []
     with step_process(partial(ours, shape, precision), KEEP_FREED_MEMORY) as mine:
