@@ -73,9 +73,9 @@ def live_evaluation(
         engine: The engine that trains.
         tokenizer: The run's tokenizer.
         topology: The device mesh.
-        stop_requested: Whether this rank was asked to stop, which gives the scoring up. It, a model whose scores are
-            not numbers and a task whose metrics fail have no metrics but a line that says why; training goes on. The
-            tasks are loaded at once, so that a misspelt one is reported before the training starts.
+        stop_requested: Whether this rank was asked to stop, which gives the scoring up, with None. A model whose scores
+            are not numbers and a task whose metrics fail have no metrics but a line that says why; training goes on.
+            The tasks are loaded at once, so that a misspelt one is reported before the training starts.
     """
     if not config.evaluation.eval_tasks:
         return None
@@ -103,7 +103,7 @@ def live_evaluation(
             return flat_metrics(results or {})
         if topology.rank == 0:
             get_logger(__name__).warning("the tasks are not scored: %s", why)
-        return None
+        return None if any_rank(stoppable.stopped) else {}
 
     return run
 

@@ -1,4 +1,4 @@
-"""The training loop: step, count, report, evaluate, save, stop.
+"""The training loop: step, count, report, save, evaluate, stop.
 
 The loop gets every object from trainer.py. One step runs through five files: this one, `engine/base.py` (the step),
 `engine/loss_normalization.py` (the divisor of the loss), `optim/grad_clip.py` (norm and clipping at ZeRO 0) and
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.distributed.process_group import LaterAnyRank, any_rank
 from megatron.engine.engine import StepResult
-from megatron.errors import ConfigError, RunError
+from megatron.errors import RunError
 from megatron.metrics.step_metrics import step_metrics
 from megatron.metrics.timers import StepClock
 from megatron.training import intervals
@@ -25,9 +25,6 @@ from megatron.training.run_state import RunState
 from megatron.training.step_outcomes import StepOutcome, StepOutcomes
 from megatron.training.step_schedule import StepSize
 from megatron.training.validation import evaluate
-
-_OF_EVERY_RANK = (ConfigError, RunError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""Errors of an evaluation that come from its data or its tasks, and so on every rank: all of them can save together."""
 
 
 def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
@@ -46,6 +43,11 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
     hooks.on_run_start(state)
     if context.save is not None and state.iteration == 0 and _save_due(schedule, state):
         _save(context, state)
+    if _evaluates(schedule, context) and context.evaluated is not None:
+        missing = context.evaluated.start(state.iteration)
+        if missing and _evaluation_due(schedule, context, state):
+            with window.clock.excluded():
+                reason = _evaluate(schedule, context, state)
     while state.iteration < schedule.total and reason is None:
         size = schedule.sizes.at(state.iteration, state.consumed_samples)
         context.engine.prepare(size.micro_batches, size.length)
@@ -60,24 +62,16 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
             _report(schedule, context, state, window)
         else:
             context.reporter.progress(state.iteration)
-        if _evaluation_due(schedule, context, state):
-            try:
-                with window.clock.excluded():
-                    evaluate(schedule, context, state)
-            except _OF_EVERY_RANK:
-                if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
-                    settling.finish()
-                    _save(context, state)  # what was trained is not lost
-                raise
-        context.check_saves()
-        reason = _reason_to_stop(schedule, context, state, stops)
-        last = reason is not None or state.iteration == schedule.total
-        if context.save is not None and (last or _save_due(schedule, state)):
+        if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
             settling.finish()
             with window.clock.excluded():
                 _save(context, state)
             saved_at = state.iteration
-            reason = reason or _reason_to_stop(schedule, context, state, stops)  # a signal may come during a save
+        if _evaluation_due(schedule, context, state):
+            with window.clock.excluded():
+                reason = _evaluate(schedule, context, state)
+        context.check_saves()
+        reason = reason or _reason_to_stop(schedule, context, state, stops)
     settling.finish()
     if context.save is not None and saved_at != state.iteration:
         _save(context, state)
@@ -89,6 +83,15 @@ def _save(context: LoopContext, state: RunState) -> None:
     assert context.save is not None
     with context.hooks.save(state):
         context.save(state)
+
+
+def _evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> str | None:
+    """Evaluates; returns the reason to stop where that ended the evaluation early, on all ranks."""
+    if not evaluate(schedule, context, state):
+        return "a signal asked for it" if state.iteration < schedule.total else None
+    if context.evaluated is not None:
+        context.evaluated.complete(state.iteration)
+    return None
 
 
 class _Settling:
@@ -200,7 +203,11 @@ def _values_due(schedule: TrainSchedule, context: LoopContext, state: RunState) 
 
 def _evaluation_due(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
     due = intervals.every(state.iteration, schedule.eval_interval) or state.iteration == schedule.total
-    return due and context.valid is not None and schedule.eval_iters > 0
+    return due and _evaluates(schedule, context)
+
+
+def _evaluates(schedule: TrainSchedule, context: LoopContext) -> bool:
+    return context.valid is not None and schedule.eval_iters > 0
 
 
 def _save_due(schedule: TrainSchedule, state: RunState) -> bool:

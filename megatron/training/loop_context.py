@@ -11,6 +11,7 @@ from megatron.evaluation.char_perplexity import Characters
 from megatron.metrics.reporter import Reporter
 from megatron.optim.lr_schedule import LRSchedule
 from megatron.training import intervals
+from megatron.training.evaluation_mark import EvaluationMark
 from megatron.training.hooks.base import BatchSource, Hooks
 from megatron.training.run_state import RunState
 from megatron.training.step_schedule import StepSizes
@@ -88,6 +89,8 @@ class LoopContext:
     """Starts the copy of a micro batch to the device, and returns the copy."""
     outcome_lag: int = 0
     """Newest steps whose values stay on the device, see step_outcomes.py."""
+    evaluated: EvaluationMark | None = None
+    """The last complete evaluation, for a resume; None when nothing is saved."""
     characters: Characters | None = None
     """Counts the characters of evaluations, for the perplexity a character."""
     valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)

@@ -11,10 +11,12 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from megatron.adapter_config import soft_prompt
+from megatron.checkpoint.format.layout import same_folder
 from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, make_available, restore
 from megatron.checkpoint.load.run_inputs_check import RunInputs
 from megatron.checkpoint.save.folder_check import check_writable, claim
@@ -60,6 +62,7 @@ from megatron.training.data_setup import (
     train_iters,
     with_length,
 )
+from megatron.training.evaluation_mark import EvaluationMark
 from megatron.training.hooks.activity import ActivityHook
 from megatron.training.hooks.base import Hook, Hooks
 from megatron.training.hooks.recordings import recording_hooks
@@ -114,6 +117,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
     data = build_run_data(config, topology, tokenizer, start)
     inputs = run_inputs(config, data, tokenizer, checkpoint)
     _claim_folder(config, checkpoint, inputs, leads=leads)
+    evaluated = _evaluation_mark(config, checkpoint, leads=leads)
     config = checkpoint.schedule(config) if checkpoint else config
     engine = build_training_engine(
         config,
@@ -144,7 +148,7 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
             *([TaskEvaluationHook(tasks, reporter, watchdog)] if tasks is not None else []),
         ]
         characters = Characters(tokenizer) if config.training.char_level_ppl else None
-        context = _loop_context(config, engine, data, reporter, stop, saver, Hooks(hooks), characters)
+        context = _loop_context(config, engine, data, reporter, stop, saver, evaluated, Hooks(hooks), characters)
         set_collective_timeout(config.launch.collective_timeout)
         _log_setup(config, topology, data, state, reporter)
         _freeze_gc()
@@ -176,6 +180,16 @@ def _claim_folder(config: Config, checkpoint: Checkpoint | None, inputs: RunInpu
     if config.checkpoint.save is not None:
         continues = checkpoint is not None and not checkpoint.from_start
         claim(config.checkpoint, checkpoint.directory if checkpoint and continues else None, leads=leads)
+
+
+def _evaluation_mark(config: Config, checkpoint: Checkpoint | None, *, leads: bool) -> EvaluationMark | None:
+    """Returns the file that names the last complete evaluation; None where nothing is saved."""
+    if config.checkpoint.save is None:
+        return None
+    save = Path(config.checkpoint.save)
+    continues = checkpoint is not None and not checkpoint.from_start
+    own = continues and checkpoint is not None and same_folder(checkpoint.directory.parent, save)
+    return EvaluationMark(save, resumes=own, leads=leads)
 
 
 def _prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
@@ -230,6 +244,7 @@ def _loop_context(
     reporter: Reporter,
     stop: Stop,
     saver: Saver | None,
+    evaluated: EvaluationMark | None,
     hooks: Hooks,
     characters: Characters | None,
 ) -> LoopContext:
@@ -260,6 +275,7 @@ def _loop_context(
         outcome_lag=int(torch.cuda.is_available()),
         peak_memory=lambda: peak_memory_bytes(device()),
         hooks=hooks,
+        evaluated=evaluated,
         characters=characters,
     )
 

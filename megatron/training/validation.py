@@ -10,10 +10,11 @@ from megatron.training.loop_context import LoopContext, TrainSchedule
 from megatron.training.run_state import RunState
 
 
-def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> None:
+def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
     """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
 
-    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation.
+    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation;
+    then the result is False, on all ranks.
     """
     assert context.valid is not None, "there is validation data wherever an evaluation is due"
     context.hooks.before_evaluate(state)
@@ -23,10 +24,10 @@ def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
     for name, source in [("validation", context.valid), *own]:
         losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
         if losses is None:
-            return
+            return False
         if losses:
             context.reporter.evaluation(state.iteration, name, losses)
-    context.hooks.after_evaluate(state)
+    return context.hooks.after_evaluate(state)
 
 
 def evaluation_metrics(

@@ -11,7 +11,7 @@ import pytest
 from megatron.config import Resources, resolve
 from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.training.trainer import train
-from tests.end_to_end.runs import BASE, make_dataset, series
+from tests.end_to_end.runs import BASE, make_dataset, run, series
 from tests.multi_rank import run_distributed
 
 STEPS = 4  # until the evaluation
@@ -31,6 +31,18 @@ class StopDuringEvaluation:
 
     def listen(self) -> None:
         pass
+
+
+def require_the_evaluation_at_the_resume(settings: dict[str, Any], folder: Path, metric: str) -> None:
+    """Ends the run at the iteration whose evaluation was given up: all that is left is that evaluation."""
+    settings = {**settings, "load": settings["save"], "train_iters": STEPS, "override_lr_scheduler": True}
+    settings |= {"override_data_order": True}
+    world_size = max(1, settings.get("pipe_parallel_size", 1), settings.get("num_gpus", 1))
+    for _ in range(2):
+        records = run(world_size, folder, **settings)
+        assert [int(record["iteration"]) for record in records if metric in record] == [STEPS]
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert sum(metric in line for line in lines) == 1  # the second resume has nothing left to evaluate
 
 
 def stopped_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
@@ -56,6 +68,7 @@ def test_a_stop_during_an_evaluation_saves_at_once(layout: dict[str, Any], tmp_p
     assert series(records, "validation/lm_loss") == []
     assert max(record["iteration"] for record in records) in (STEPS - 1, STEPS)
     assert (tmp_path / "save" / "latest").read_text() == f"global_step{int(max(r['iteration'] for r in records))}"
+    require_the_evaluation_at_the_resume(settings, tmp_path, "validation/lm_loss")
 
 
 TASK = """
@@ -117,3 +130,4 @@ def test_a_stop_while_tasks_are_scored_saves_at_once(layout: dict[str, Any], tmp
     assert series(records, "eval/long_cloze_acc") == []
     assert len(series(records, "validation/lm_loss")) == 1
     assert (tmp_path / "save" / "latest").read_text() == f"global_step{STEPS}"
+    require_the_evaluation_at_the_resume(settings, tmp_path, "eval/long_cloze_acc")

@@ -1,6 +1,7 @@
 """Where things are inside a save directory.
 
     <save>/latest                              the name of the newest complete checkpoint, global_step<N>
+    <save>/evaluated.json                      the iteration of the last complete evaluation
     <save>/global_step<N>/
         layer_LL-model_TT-model_states.pt      weights of layer LL, in pipelined runs
         mp_rank_XX_model_states.pt             facts of the run; without a pipeline the weights too
@@ -20,6 +21,7 @@ import re
 from pathlib import Path
 
 LATEST = "latest"
+EVALUATED = "evaluated.json"
 MANIFEST = "manifest.json"
 STATE = "state"
 RUN = "state/run.json"

@@ -91,7 +91,11 @@ def claim(section: CheckpointSection, loaded: Path | None, *, leads: bool) -> No
 
 def _move(save: Path, aside: Path) -> None:
     """`latest` goes first: whatever interrupts this, no reader takes a checkpoint that is moving for the newest."""
-    names = [layout.LATEST, *(layout.step_directory(save, number).name for number in layout.iterations(save))]
+    names = [
+        layout.LATEST,
+        layout.EVALUATED,
+        *(layout.step_directory(save, number).name for number in layout.iterations(save)),
+    ]
     aside.mkdir(exist_ok=True)
     for name in names:
         if (save / name).exists():

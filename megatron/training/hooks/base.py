@@ -7,8 +7,8 @@ The order of moments in a run:
 
     on_run_start
     for each step:   before_step, around_step, after_step, outcome, and for a reported step metrics
-    for evaluations: before_evaluate, after_evaluate
     for saves:       before_save, around_save, after_save
+    for evaluations: before_evaluate, after_evaluate
     on_run_end
 """
 
@@ -61,8 +61,12 @@ class Hook:
     def before_evaluate(self, state: RunState) -> None:
         """Called before an evaluation on the validation split."""
 
-    def after_evaluate(self, state: RunState) -> None:
-        """Called after an evaluation that was not interrupted by a stop request."""
+    def after_evaluate(self, state: RunState) -> bool | None:
+        """Called after an evaluation that was not interrupted by a stop request.
+
+        Returns False, on all ranks, where a stop request ended what the hook adds to the evaluation: a resume then
+        evaluates again.
+        """
 
     def before_save(self, state: RunState) -> None:
         """Called before a checkpoint is saved."""
@@ -116,9 +120,9 @@ class Hooks:
         for hook in self._hooks:
             hook.before_evaluate(state)
 
-    def after_evaluate(self, state: RunState) -> None:
-        for hook in self._hooks:
-            hook.after_evaluate(state)
+    def after_evaluate(self, state: RunState) -> bool:
+        """Returns whether the evaluation is complete."""
+        return False not in [hook.after_evaluate(state) for hook in self._hooks]
 
     @contextmanager
     def save(self, state: RunState) -> Iterator[None]:

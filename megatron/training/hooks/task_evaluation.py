@@ -24,8 +24,9 @@ class TaskEvaluationHook(Hook):
         """
         self._evaluate, self._reporter, self._watchdog = evaluate, reporter, watchdog
 
-    def after_evaluate(self, state: RunState) -> None:
+    def after_evaluate(self, state: RunState) -> bool:
         with self._watchdog.activity(TASKS):
             metrics = self._evaluate()
-        if metrics is not None:
+        if metrics:
             self._reporter.evaluation(state.iteration, "eval", metrics)
+        return metrics is not None
