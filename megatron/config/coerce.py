@@ -1,6 +1,6 @@
 """Lenient coercion before type checks: 1e5 as int, case-insensitive choices, single items as lists, `~` in paths.
 
-Choices that do not exist are rejected here, with the nearest one that does.
+Choices that do not exist are rejected here, with the nearest one that does, and so is `None` where null is meant.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ def coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]
         if name not in FIELDS:
             continue
         field = FIELDS[name]
+        if _is_none_as_text(field, value):
+            hint = "write null, or leave the key out"
+            issues.append(ConfigIssue("this is Python's spelling", key=name, value=value, hint=hint))
+            continue
         value = _coerce(field, value)
         if field.choices:
             value, found = _choose(field, value)
@@ -44,6 +48,12 @@ def coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]
             issues += found
         coerced[name] = value
     return coerced, issues
+
+
+def _is_none_as_text(field: FieldInfo, value: Any) -> bool:
+    """Whether a key of text, or of a list, that may be null has the text None."""
+    text = allows_type(field.annotation, str) or allows_type(field.annotation, tuple)
+    return text and allows_type(field.annotation, type(None)) and value in ("None", ["None"], ("None",))
 
 
 def _coerce(field: FieldInfo, value: Any) -> Any:

@@ -248,3 +248,27 @@ def test_resolving_and_planning_import_no_torch() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+NULLABLE_TEXTS = [
+    name
+    for name, field in FIELDS.items()
+    if allows_type(field.annotation, type(None))
+    and (allows_type(field.annotation, str) or allows_type(field.annotation, tuple))
+]
+
+
+@pytest.mark.parametrize("name", NULLABLE_TEXTS)
+def test_the_text_none_is_no_null(name: str, tmp_path: Path) -> None:
+    """`save: None` is text in YAML, and would name a folder."""
+    path = write(tmp_path, "none.yml", f"{name}: None\n")
+    expected = f"{path}:1: {name} = 'None': this is Python's spelling; write null, or leave the key out"
+    with pytest.raises(ConfigError) as error:
+        resolve([path], {key: value for key, value in SMALL.items() if key != name})
+    assert expected in str(error.value).splitlines()
+
+
+def test_the_text_none_in_a_flag_and_within_a_text() -> None:
+    with pytest.raises(ConfigError, match=r"eval_tasks = \['None'\]: this is Python's spelling"):
+        resolved(eval_tasks=["None"])
+    assert resolved(wandb_group="None of these", wandb_team=None).config.observe.wandb_group == "None of these"
