@@ -136,8 +136,8 @@ struct Matrix {
 // Of two rows, exchanges the numbers of the first that have STEP in their index with those of the second that have not.
 template <int STEP, int... I>
 ALWAYS_INLINE void exchange(Bits& a, Bits& b, std::integer_sequence<int, I...>) {
-    Bits first = __builtin_shuffle(a, b, Ints{(I & STEP ? W + (I ^ STEP) : I)...});
-    b = __builtin_shuffle(a, b, Ints{(I & STEP ? W + I : I ^ STEP)...});
+    Bits first = picked<(I & STEP ? W + (I ^ STEP) : I)...>(a, b);
+    b = picked<(I & STEP ? W + I : I ^ STEP)...>(a, b);
     a = first;
 }
 

@@ -64,9 +64,19 @@ typedef std::make_integer_sequence<int, W> Lanes;
 template <int... I>
 inline Ints numbered(std::integer_sequence<int, I...>) { return Ints{I...}; }
 
+// The numbers INDEX of two vectors, those of the second from W on.
+template <int... INDEX, class V>
+inline V picked(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, INDEX...);
+#else
+    return __builtin_shuffle(a, b, Ints{INDEX...});
+#endif
+}
+
 // Numbers that are STEP apart change places.
 template <int STEP, int... I>
-inline Floats swapped(Floats x, std::integer_sequence<int, I...>) { return __builtin_shuffle(x, Ints{(I ^ STEP)...}); }
+inline Floats swapped(Floats x, std::integer_sequence<int, I...>) { return picked<(I ^ STEP)...>(x, x); }
 
 template <int STEP = W / 2>
 inline float sum_of(Floats x) {
