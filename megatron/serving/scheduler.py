@@ -104,6 +104,10 @@ class ModelWorker:
         """Whether a text is still in the loop."""
         return number in self._answers
 
+    def generated(self, number: int) -> int:
+        """Tokens that a text in the loop has grown by; 0 if it is not there."""
+        return len(self._answers[number].new_tokens) if number in self._answers else 0
+
     def follow(
         self, orders: SchedulerStep, listeners: dict[int, Callbacks] | None = None
     ) -> list[tuple[int, GenerationResult]]:
@@ -214,7 +218,7 @@ class ServiceCounts:
     abandoned: int = 0
     """Requests whose client disconnected."""
     tokens: int = 0
-    """Generated tokens."""
+    """Generated tokens, those of abandoned requests too."""
     prompt_tokens: int = 0
     """Tokens of prompts."""
 
@@ -317,6 +321,7 @@ class Service:
             self.publish(orders)
             if orders.stop:
                 return
+            self.counts.tokens += sum(map(self.worker.generated, orders.leaving))
             for number, record in self.worker.follow(orders, self._listeners):
                 self._finish(number, record)
 
@@ -325,8 +330,9 @@ class Service:
         with self._changed:
             listener = self._listeners.pop(number, None)
             if self.worker.has(number):
-                self._leaving.append(number)
-        self.counts.tokens += record.length
+                self._leaving.append(number)  # its tokens are counted when it leaves
+            else:
+                self.counts.tokens += record.length
         try:
             if listener is not None:
                 listener.done(record)

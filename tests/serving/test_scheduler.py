@@ -187,6 +187,27 @@ def test_abandoned_texts_leave_no_trace_wherever_they_are(engine):
     assert service._listeners == {} and service.worker.running == 0
 
 
+@pytest.mark.parametrize("ends", ["by its client", "by its listener", "by itself"])
+def test_every_token_of_the_model_is_counted_once(engine, ends):
+    """Of a text whose client leaves after 5 tokens, of one that cannot be handed on, and of one that ends."""
+    service, tokens = Service(worker(engine, rows=1), max_waiting=5), []
+
+    def token(number, scores):
+        tokens.append(number)
+        if len(tokens) == 5 and ends == "by its client":
+            service.abandon(numbers)
+        if len(tokens) == 5 and ends == "by its listener":
+            raise OSError("no listener")
+
+    numbers = service.submit(
+        [(PROMPTS[0], settings(40), "", Callbacks(lambda piece: None, token, lambda record: None))]
+    )
+    service.close()
+    service.run()
+    assert service.counts.tokens == len(tokens) >= 5
+    assert service.counts.abandoned == int(ends == "by its client")
+
+
 class Broken(SmallEngine):
     """Its scores are NaN, or it raises, as long as a token of the given id is read."""
 
