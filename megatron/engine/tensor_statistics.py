@@ -134,10 +134,10 @@ class Statistics:
     @contextmanager
     def recording(self, due: bool) -> Iterator[None]:
         """Context of a step. due: true if its gradients are measured."""
+        self._gradients = Sums()
         if not due or not (self._measurements.gradient_norms or self._measurements.gradient_zeros):
             yield
             return
-        self._gradients = Sums()
         self._tap.listeners.append(self._add)
         try:
             yield
@@ -145,7 +145,7 @@ class Statistics:
             self._tap.listeners.remove(self._add)
 
     def measure(self) -> dict[str, float]:
-        """Returns metrics of the last recorded step and of the current state; collective."""
+        """Returns metrics of the last step, if it was recorded, and of the current state; collective."""
         measurements, metrics = self._measurements, {}
         if measurements.gradient_norms or measurements.gradient_zeros:
             for name, (square, zeros, count) in self._gradients.total().items():

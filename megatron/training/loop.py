@@ -73,6 +73,8 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
         context.check_saves()
         reason = reason or _reason_to_stop(schedule, context, state, stops)
     settling.finish()
+    if window.sizes:
+        _report(schedule, context, state, window)  # a stop between two reports
     if context.save is not None and saved_at != state.iteration:
         _save(context, state)
     hooks.on_run_end(state)

@@ -82,6 +82,17 @@ def test_all_layouts_measure_alike(layout: str, single: list[dict[str, float]], 
     compare(layout, single, dataset, tmp_path)
 
 
+def test_a_stop_between_two_reports_repeats_no_gradients(
+    single: list[dict[str, float]], dataset: str, tmp_path: Path
+) -> None:
+    """The report of a stop has the steps since the last one, and no norms of a step before them."""
+    found = run(1, tmp_path, data_path=dataset, **{**WATCHED, "log_interval": 4, "exit_interval": 5})
+    assert [record["iteration"] for record in found] == [1, 4, 5]
+    assert not family(found[2], "gradient_norms/") and not family(found[2], "gradient_zeros/")
+    assert family(found[2], "parameter_norms/") == pytest.approx(family(single[4], "parameter_norms/"), rel=1e-5)
+    assert found[2]["train/lm_loss"] == pytest.approx(single[4]["train/lm_loss"], rel=1e-5)
+
+
 def test_layers_are_the_sums_of_their_parameters(single: list[dict[str, float]], dataset: str, tmp_path: Path) -> None:
     by_layer = run(1, tmp_path, data_path=dataset, **{**WATCHED, "train_iters": 1}, log_norms_by="layer")[0]
     sums: dict[str, float] = {}

@@ -124,12 +124,16 @@ class ListReporter(Reporter):
 
 
 def run(
-    hooks: list[Hook], *, fails_at: int | None = None, stop_requested: Callable[[], bool] = lambda: False
+    hooks: list[Hook],
+    *,
+    fails_at: int | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    total: int = 2,
 ) -> ListReporter:
-    """Two steps on one process: the second is reported, evaluated and saved."""
+    """Two steps on one process: the second is reported, evaluated and saved, and so is the last of more."""
     reporter = ListReporter()
     schedule = plain_schedule(
-        2, samples=SAMPLES, length=LENGTH, log_interval=2, eval_interval=2, eval_iters=1, save_factor=2
+        total, samples=SAMPLES, length=LENGTH, log_interval=total, eval_interval=2, eval_iters=1, save_factor=2
     )
     engine: Any = ConstantEngine(fails_at)
     lr_schedule: Any = type("Constant", (), {"lr": lambda self, step: 0.1})()
@@ -207,3 +211,10 @@ def test_a_stop_request_during_an_evaluation_skips_after_evaluate() -> None:
     moments: list[str] = []
     run([RecordingHook(moments)], stop_requested=lambda: "before_evaluate 2" in moments)
     assert moments[-3:] == ["after_save 2", "before_evaluate 2", "on_run_end 2"]
+
+
+def test_a_stop_between_two_reports_reports_its_steps() -> None:
+    moments: list[str] = []
+    reporter = run([RecordingHook(moments)], stop_requested=lambda: "after_step 3" in moments, total=8)
+    assert [report["consumed_tokens"] for report in reporter.reports] == [SAMPLES * LENGTH, 3 * SAMPLES * LENGTH]
+    assert moments[-6:] == ["metrics", "before_save 3", "save 3 begins", "save 3 ends", "after_save 3", "on_run_end 3"]
