@@ -24,7 +24,10 @@ from megatron.tokenizers.base import END_OF_DOCUMENT
 
 PADDING = "<|padding|>"
 _BYTES = 256
-_LONGEST_LINE = 1 << 20  # longer lines teach nothing more [bytes]
+# sentencepiece leaves out lines above a limit, and unigram takes time that grows with the square of the length of text
+# that repeats inside long ones. No piece crosses a blank, so that lines parted there teach the same words. [bytes]
+_LONGEST_LINE = 4096
+_ENDS_A_LINE = re.compile("[\n\0\u2585]")  # sentencepiece ends a line at NUL, and leaves out lines with its own U+2585
 _LINES_LEARNT = 2_000_000
 
 
@@ -87,7 +90,7 @@ def train_sentence_piece(texts: Iterator[str], vocab_size: int, path: Path, *, a
         texts: The texts to learn from.
         vocab_size: Largest number of pieces [tokens].
         path: The .model file to write.
-        algorithm: "unigram" or "bpe". Texts are learnt a line at a time.
+        algorithm: "unigram" or "bpe". Texts are learnt a line at a time; long lines are parted at blanks.
     """
     try:
         sentencepiece = importlib.import_module("sentencepiece")
@@ -143,6 +146,24 @@ def _unlearnable(reported: str) -> tuple[str, str]:
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.split("\n"):
-            if line and "\0" not in line:  # the library ends a line at a NUL byte
-                yield line
+        for line in _ENDS_A_LINE.split(text):
+            if line:
+                yield from _parts(line)
+
+
+def _parts(line: str) -> Iterator[str]:
+    """The parts of a line that sentencepiece takes, each but the first from a blank on where there is one."""
+    content = line.encode("utf-8") if len(line) > _LONGEST_LINE // 4 else b""
+    if len(content) <= _LONGEST_LINE:
+        yield line
+        return
+    at = 0
+    while len(content) - at > _LONGEST_LINE:
+        end = content.rfind(b" ", at + 1, at + _LONGEST_LINE + 1)
+        if end < 0:
+            end = at + _LONGEST_LINE
+            while content[end] & 0xC0 == 0x80:  # inside a character
+                end -= 1
+        yield content[at:end].decode("utf-8")
+        at = end
+    yield content[at:].decode("utf-8")

@@ -1,11 +1,15 @@
 """Training a tokenizer: its special ids, its size, and the same result each time."""
 
+import itertools
 import re
 
 import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron.errors import ConfigError
-from megatron.tokenizers import make_tokenizer
+from megatron.tokenizers import make_tokenizer, trainer
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
 
 TEXT = ["for each line in the file, print the line and count the words in each line"] * 5
@@ -47,3 +51,37 @@ def test_too_few_pieces_for_the_characters_are_refused_with_the_least_number(tmp
 def test_more_pieces_than_the_text_supports_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="ask for fewer pieces, or give more text"):
         train_sentence_piece(iter(["ab ab"]), 5000, tmp_path / "many.model", algorithm="bpe")
+
+
+LIMIT = 120
+LONG = {
+    "blanks": "zigzag quiz " * 40,
+    "no blank": "zigzag_quiz_" * 40,
+    "several bytes a character": "жизнь чудо " * 40,
+    "no blank, several bytes": "жизньчудо" * 40,
+    "NUL": "zigzag quiz\0 " * 5,
+    "a mark of the library": "zigzag quiz \u2585 " * 5,
+}
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+@pytest.mark.parametrize("line", LONG.values(), ids=LONG)
+def test_all_of_a_line_is_learnt(tmp_path, monkeypatch, line, algorithm):
+    """The library leaves out lines above a length, and lines with marks of its own, without a word."""
+    monkeypatch.setattr(trainer, "_LONGEST_LINE", LIMIT)
+    train_sentence_piece(iter(["the rest"] * 3 + [line]), 278, tmp_path / "made.model", algorithm=algorithm)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+    letters = set(line) - set(" \0\u2585")
+    assert letters and all(model.piece_to_id(letter) != model.unk_id() for letter in letters)
+
+
+@given(line=st.text(alphabet="ab жあ😀", max_size=400))
+def test_the_parts_of_a_line_are_the_line(line):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_LONGEST_LINE", LIMIT)
+        parts = list(trainer._parts(line))
+    assert "".join(parts) == line
+    sizes = [len(part.encode()) for part in parts]
+    assert all(0 < size <= LIMIT for size in sizes) or not line
+    for part, following in itertools.pairwise(parts):
+        assert following.startswith(" ") or (" " not in part[1:] and len(part.encode()) > LIMIT - 4)
