@@ -36,7 +36,8 @@ def coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]
             continue
         field = FIELDS[name]
         if _is_none_as_text(field, value):
-            hint = "write null, or leave the key out"
+            nullable = allows_type(field.annotation, type(None))
+            hint = "write null, or leave the key out" if nullable else "leave the key out"
             issues.append(ConfigIssue("this is Python's spelling", key=name, value=value, hint=hint))
             continue
         value = _coerce(field, value)
@@ -51,9 +52,10 @@ def coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]
 
 
 def _is_none_as_text(field: FieldInfo, value: Any) -> bool:
-    """Whether a key of text, or of a list, that may be null has the text None."""
+    """Whether a key of text, or of a list, that may be null or is empty by default has the text None."""
     text = allows_type(field.annotation, str) or allows_type(field.annotation, tuple)
-    return text and allows_type(field.annotation, type(None)) and value in ("None", ["None"], ("None",))
+    may_be_nothing = allows_type(field.annotation, type(None)) or field.default == ""
+    return text and may_be_nothing and value in ("None", ["None"], ("None",))
 
 
 def _coerce(field: FieldInfo, value: Any) -> Any:

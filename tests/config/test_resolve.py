@@ -268,6 +268,12 @@ def test_the_text_none_is_no_null(name: str, tmp_path: Path) -> None:
     assert expected in str(error.value).splitlines()
 
 
+@pytest.mark.parametrize("name", ["launcher_args", "eval_results_prefix"])
+def test_the_text_none_is_not_the_empty_text(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = 'None': this is Python's spelling; leave the key out"):
+        resolved(**{name: "None"})
+
+
 def test_the_text_none_in_a_flag_and_within_a_text() -> None:
     with pytest.raises(ConfigError, match=r"eval_tasks = \['None'\]: this is Python's spelling"):
         resolved(eval_tasks=["None"])
