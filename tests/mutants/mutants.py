@@ -191,8 +191,15 @@ MUTANTS = (
     Mutant(
         "the router's z-loss is not squared",
         "model/moe/losses.py",
-        "logits.logsumexp(dim=-1).square().mean()",
-        "logits.logsumexp(dim=-1).mean()",
+        "logits.logsumexp(dim=-1).square()",
+        "logits.logsumexp(dim=-1)",
+        ("model/test_mixture.py",),
+    ),
+    Mutant(
+        "padding takes the slots of experts",
+        "model/moe/layer.py",
+        "self._slots(len(tokens)), real)",
+        "self._slots(len(tokens)))",
         ("model/test_mixture.py",),
     ),
     Mutant(
