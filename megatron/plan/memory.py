@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from megatron.output_blocks import rows_of_a_block
 from megatron.param_table import ModelDims
 from megatron.plan.mixers import mixer_activations
-from megatron.registry import ATTENTION, FULL_ATTENTION, NORMS, POSITIONS, WITHOUT_ATTENTION
+from megatron.registry import ATTENTION, FULL_ATTENTION, POSITIONS, WITHOUT_ATTENTION
 
 FP32 = 4
 
@@ -228,7 +228,8 @@ def _mixer(dims: ModelDims, layout: ActivationLayout, kind: str) -> int:
 def _mlp_width(dims: ModelDims, layout: ActivationLayout) -> int:
     """Returns the features that an MLP saves per token, without its input."""
     inner = dims.mlp_width // layout.model_parallel_size
-    return ((4 if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
+    gated = 3 if layout.cpu else 4  # the compiled kernel saves only its input, of twice the width
+    return ((gated if dims.gated else 2) - (not dims.saves_input("dense_4h_to_h"))) * inner
 
 
 def _experts(dims: ModelDims, layout: ActivationLayout) -> int:
@@ -247,8 +248,6 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     """Returns the saved bytes of the norms, without their outputs."""
     values = layout.residual_tokens * dims.hidden_size
     statistics = norms * layout.residual_tokens * 2 * FP32
-    if NORMS.entry(dims.norm).fp32_on_cpu and layout.cpu:  # composed of plain operations in fp32
-        return (inputs if dims.frozen else inputs + norms) * values * FP32 + statistics
     return inputs * values * layout.width + statistics
 
 
@@ -259,8 +258,7 @@ def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
     tp = layout.model_parallel_size
     values = layout.tokens * (dims.query_size + dims.kv_size) // tp
     heads = layout.tokens * (dims.num_attention_heads + dims.num_kv_heads) // tp
-    wide = FP32 * 2 if NORMS.entry(dims.norm).fp32_on_cpu and layout.cpu else layout.width
-    return values * wide + heads * 2 * FP32
+    return values * layout.width + heads * 2 * FP32
 
 
 def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:

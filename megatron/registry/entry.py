@@ -51,8 +51,6 @@ class NormEntry(Entry):
     """Names of its parameters of one value each; muP has no rule for them."""
     epsilon: str = "layernorm_epsilon"
     """The configuration key of its epsilon."""
-    fp32_on_cpu: bool = False
-    """Whether it is composed of plain operations on a CPU, which save their inputs in fp32 for the backward pass."""
     in_transformer_engine: bool = False
     """Whether Transformer Engine's joint layer of norm and MLP computes it."""
     kernel: str | None = None

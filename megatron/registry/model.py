@@ -24,7 +24,6 @@ NORMS = Registry(
             "Root mean square norm, arXiv:1910.07467",
             tensors=("scale",),
             epsilon="rms_norm_epsilon",
-            fp32_on_cpu=True,
             in_transformer_engine=True,
             kernel="rms_norm",
         ),

@@ -61,6 +61,7 @@ def test_litgpts_shape_is_transformers_neox():
 
 
 def test_all_peers_are_named_and_the_floor_is_a_time():
-    assert [name for name, _ in peers(TINY, "fp32", all_of_them=False)] == ["transformers sdpa"]
+    assert list(peers(TINY, "fp32", "usual")) == ["transformers sdpa"]
+    assert "nanoGPT's shape, compiled" in peers(TINY, "fp32", "all") and len(peers(TINY, "bfloat16", "all")) == 16
     assert 0 < product_floor(TINY, "fp32", repeats=1) < 1
     assert parser().parse_args([]).sequence == 512
