@@ -1,8 +1,8 @@
 """Names of cached requests that change with what the requests are built from.
 
 lm-eval names the cached requests of a task by the task's name, its number of few-shot examples and the tokenizer
-(0.4.13: lm_eval/api/task.py, build_all_requests). A task whose file, functions or documents changed keeps that name
-and would be scored with its old requests.
+(0.4.13: lm_eval/api/task.py, build_all_requests). A task whose file, functions or documents changed, or of which
+other documents are chosen, keeps that name and would be scored with its old requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,17 @@ def name_requests_by_content(task: Any) -> None:
     def build_named(*, tokenizer_name: str = "", cache_requests: bool = False, **arguments: Any) -> None:
         if cache_requests:
             with fixed_seeds():  # documents may be shuffled whenever they are read
-                tokenizer_name = f"{tokenizer_name}-{task_digest(task)}"
+                tokenizer_name = f"{tokenizer_name}-{task_digest(task, arguments.get('samples'))}"
         build(tokenizer_name=tokenizer_name, cache_requests=cache_requests, **arguments)
 
     task.build_all_requests = build_named
 
 
-def task_digest(task: Any) -> str:
-    """A hash of a task's settings, of the source files of its functions, and of its documents."""
+def task_digest(task: Any, samples: Sequence[int] | None = None) -> str:
+    """A hash of a task's settings, of the source files of its functions, of its documents, and which are chosen."""
     found = hashlib.blake2b(digest_size=8)
+    if samples is not None:
+        found.update(_as_json(list(samples)))
     found.update(_as_json([task.config.to_dict(keep_callable=True), type(task)]))
     for document in task.eval_docs:
         found.update(_as_json(document))

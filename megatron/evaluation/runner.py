@@ -6,19 +6,13 @@ Nothing is fetched from a network unless the environment says so with HF_HUB_OFF
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
-import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,6 +23,7 @@ from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation import bits_per_byte, perplexity
 from megatron.evaluation.progress import Progress
+from megatron.evaluation.results_file import native, require_writable, write_json, write_results, write_samples
 from megatron.evaluation.stop_request import StoppableEngine
 from megatron.evaluation.work_split import split_over_replicas
 from megatron.extensions_dir import user_cache
@@ -36,6 +31,7 @@ from megatron.inference.runner import context_length, own_sampling, vocabulary, 
 from megatron.inference.scoring import Pair, Score, require_numbers, score
 from megatron.log import get_logger
 from megatron.metrics.builder import build_reporter
+from megatron.ranks import Ranks
 from megatron.tokenizers.base import Tokenizer
 from megatron.tokenizers.round_trip import warn_of
 
@@ -50,6 +46,8 @@ def evaluate(config: Config) -> None:
     ConfigError when lm-eval is missing or a task is not known, before the model is loaded.
     """
     config = config.for_inference()
+    if Ranks.from_environment().rank == 0:
+        require_writable(config.evaluation.eval_results_prefix)
     tasks, chat = _load_tasks(config)
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
@@ -100,6 +98,8 @@ def live_evaluation(
         except RunError as error:
             results, why = None, str(error)
         if not any_rank(results is None or stoppable.stopped):
+            if topology.rank == 0:
+                _write_samples(config, results or {})
             return flat_metrics(results or {})
         if topology.rank == 0:
             get_logger(__name__).warning("the tasks are not scored: %s", why)
@@ -120,7 +120,7 @@ def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
     flat = {}
     for task, metrics in results.get("results", {}).items():
         for name, said in metrics.items():
-            value = _native(said)
+            value = native(said)
             if isinstance(value, int | float) and name != "sample_len":
                 flat[f"eval/{task}_{name.removesuffix(',none').replace(',', '_')}"] = float(value)
     return flat
@@ -193,7 +193,7 @@ def measure_perplexity(config: Config) -> None:
             warn_of(tokenizer)
             print("\n".join(f"{name:<20} {value:,.6g}" for name, value in record.items()), flush=True)
             if config.observe.log_dir is not None:
-                _write(Path(config.observe.log_dir) / "perplexity.json", record)
+                write_json(Path(config.observe.log_dir) / "perplexity.json", record)
 
     with_loaded_model(config, work)
 
@@ -232,7 +232,9 @@ def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
         from megatron.tokenizers.chat_template import ChatTemplate
 
         chat = ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file, key="eval_chat_template")
-    return Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot), chat
+    tasks = Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot)
+    tasks.check(section.eval_limit, section.eval_model_args or {})
+    return tasks, chat
 
 
 def _harness_model(
@@ -279,18 +281,7 @@ def _run_tasks(config: Config, tasks: Any, model: Any, topology: Topology) -> di
     }
     own = dict(section.eval_model_args or {})
     results: dict[str, Any] = tasks.run(model, section.eval_limit, **(arguments | own))
-    if own.get("log_samples") and topology.rank == 0:
-        write_samples(section.eval_results_prefix, results)
     return results
-
-
-def write_samples(prefix: str, results: Mapping[str, Any]) -> None:
-    """Writes what lm-eval has of each document, a line each, to `[<prefix>_]eval_samples_<task>_<date>.jsonl`."""
-    now = time.localtime()
-    for task, samples in (results.get("samples") or {}).items():
-        path = results_path(prefix, now, f"samples_{re.sub(r'[^A-Za-z0-9._-]', '_', task)}", "jsonl")
-        lines = [json.dumps(_plain(each), default=str, allow_nan=False, ensure_ascii=False) for each in samples]
-        _write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def known_iteration(config: Config) -> int:
@@ -317,11 +308,20 @@ def _report(config: Config, metrics: dict[str, float], iteration: int) -> None:
 
 
 def _publish(config: Config, results: dict[str, Any]) -> None:
-    """Prints the table and writes the file."""
+    """Prints the table and writes the files."""
     from megatron.evaluation.tasks import results_table
 
+    section = config.evaluation
     print(results_table(results), flush=True)
-    _write(results_path(config.evaluation.eval_results_prefix), results_record(config, results))
+    write_results(section.eval_results_prefix, results_record(config, results))
+    _write_samples(config, results)
+
+
+def _write_samples(config: Config, results: Mapping[str, Any]) -> None:
+    """Writes what lm-eval has of each document, if that is asked for."""
+    section = config.evaluation
+    if (section.eval_model_args or {}).get("log_samples"):
+        write_samples(section.eval_results_prefix, results)
 
 
 def _report_bits(config: Config, measured: bits_per_byte.BitsPerByte, documents: list[str]) -> None:
@@ -329,37 +329,7 @@ def _report_bits(config: Config, measured: bits_per_byte.BitsPerByte, documents:
     print(bits_per_byte.comparison(measured, others, len(documents)), flush=True)
     if config.observe.log_dir is not None:
         record = {**asdict(measured), "bits_per_byte": measured.bits_per_byte, **others}
-        _write(Path(config.observe.log_dir) / "bits_per_byte.json", record)
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(_plain(record), indent=4, default=str, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError.of(f"cannot write the results ({error.strerror})", location=str(path)) from error
-    get_logger(__name__).info("results written to %s", path)
-
-
-def _plain(value: Any) -> Any:
-    """A record as JSON can hold it: what is not a number (NaN, infinite) becomes null, arrays and sets become lists."""
-    value = _native(value)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(each) for each in value]
-    if isinstance(value, Real) and not isinstance(value, int):
-        return float(value) if math.isfinite(value) else None
-    return value
-
-
-def _native(value: Any) -> Any:
-    """A number or an array of numpy or torch as Python's own; everything else as it is."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
+        write_json(Path(config.observe.log_dir) / "bits_per_byte.json", record)
 
 
 def _sum_over(axis: Axis, number: float) -> float:
@@ -369,19 +339,6 @@ def _sum_over(axis: Axis, number: float) -> float:
     total = torch.tensor(number, dtype=torch.float64, device=device())
     dist.all_reduce(total, group=axis.group)
     return float(total)
-
-
-def results_path(prefix: str, now: time.struct_time | None = None, what: str = "results", suffix: str = "json") -> Path:
-    """`[<prefix>_]eval_<what>_<date>.<suffix>`; the prefix may hold folders.
-
-    Args:
-        prefix: Start of the name.
-        now: The date, this moment's if not given.
-        what: What the file holds.
-        suffix: The file's type.
-    """
-    name = f"eval_{what}_{time.strftime('%m-%d-%Y-%H-%M-%S', now or time.localtime())}.{suffix}"
-    return Path(f"{prefix}_{name}" if prefix else name)
 
 
 def results_record(config: Config, results: dict[str, Any]) -> dict[str, Any]:

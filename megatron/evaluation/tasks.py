@@ -1,13 +1,13 @@
 """lm-eval's tasks, its runner and its table, as a class and a function.
 
-Only this file and lm_eval_model.py import lm_eval (0.4.13: lm_eval/tasks/manager.py, lm_eval/evaluator.py).
+Only this file, harness_arguments.py and lm_eval_model.py import lm_eval (0.4.13: lm_eval/tasks/manager.py,
+lm_eval/evaluator.py).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.machinery
-import inspect
 import logging
 import math
 import sys
@@ -26,13 +26,11 @@ from lm_eval.utils import make_table
 
 from megatron.errors import ConfigError, RunError
 from megatron.evaluation.arguments import read_arguments
+from megatron.evaluation.harness_arguments import check_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
 from megatron.log import get_logger
 from megatron.metrics.reporter import perplexity
-
-_PRINTED_ONLY = frozenset({"write_out", "verbosity"})
-"""Arguments of `lm_eval.evaluate` that choose lines of its log, which is not shown."""
 
 
 class Tasks:
@@ -68,28 +66,20 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=0)
             name_requests_by_content(task)
 
+    def check(self, documents: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as `run` hands them on. Raises ConfigError for one that cannot be followed.
+
+        documents: of each task, None for all.
+        """
+        return check_arguments(arguments, self._loaded["tasks"], documents)
+
     def run(self, model: LM, documents: int | None = None, /, **arguments: Any) -> dict[str, Any]:
         """The results as lm-eval gives them, per-document samples included.
 
         documents: of each task, None for all. arguments: further ones of `lm_eval.evaluate`. Raises ConfigError for one
         that it does not have or that has no effect here, and RunError where what a task does with the answers fails.
         """
-        if "limit" in arguments:
-            hint = f"set eval_limit: {arguments['limit']}"
-            raise ConfigError.of("limit is a key of its own", key="eval_model_args", value=arguments, hint=hint)
-        known = inspect.signature(run_harness).parameters.keys() - {"lm", "task_dict", "limit"}
-        for name in _PRINTED_ONLY & arguments.keys():
-            what = f"{name} chooses lines of lm-eval's log, which is not shown"
-            hint = "log_samples: true writes what lm-eval has of each document"
-            raise ConfigError.of(what, key="eval_model_args", value=arguments, hint=hint)
-        unknown = sorted(arguments.keys() - known)
-        if unknown:
-            raise ConfigError.of(
-                f"lm-eval has no argument {unknown[0]}",
-                key="eval_model_args",
-                value=arguments,
-                hint=f"choose from {', '.join(sorted(known))}",
-            )
+        arguments = self.check(documents, arguments)
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # else each run goes on where the last one's draws ended
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds(), _infinite_perplexities():

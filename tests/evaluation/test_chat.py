@@ -67,7 +67,7 @@ def test_the_template_of_a_folder_is_found_from_the_configuration(tmp_path, monk
     folder = folder_with(tmp_path / "model", PLAIN)
     (tmp_path / "chat_template.jinja").write_text("that of the folder above")
     monkeypatch.setattr(runner, "require_harness", lambda tasks: None)
-    monkeypatch.setattr("megatron.evaluation.tasks.Tasks", lambda *_: None)
+    monkeypatch.setattr("megatron.evaluation.tasks.Tasks", lambda *_: SimpleNamespace(check=lambda *_: None))
     values = {
         "num_layers": 1,
         "hidden_size": 8,

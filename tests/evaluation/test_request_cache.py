@@ -71,6 +71,26 @@ def test_cached_requests_are_built_again_where_their_task_changed(tmp_path, monk
     assert asked(True) == asked(False) != first
 
 
+def test_cached_requests_are_those_of_the_chosen_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    data = tmp_path / "documents.jsonl"
+    documents = [{"question": each, "choices": [*"abc"], "answer": at % 3} for at, each in enumerate(QUESTIONS)]
+    data.write_text("".join(json.dumps(each) + "\n" for each in documents))
+    (tmp_path / "task_functions.py").write_text("def choices(document):\n    return document['choices']\n")
+    (tmp_path / "task.yaml").write_text(CHANGING.format(data=data, kind="multiple_choice", rest=CHOOSING))
+    model = HarnessModel(SmallEngine(small_config()), CharLevelTokenizer(), max_length=SEQUENCE, batch_size=4)
+    for chosen in ([1, 3], [5, 4], None, [2]):
+        samples = None if chosen is None else {"changing": chosen}
+        run = Tasks(["changing"], str(tmp_path)).run
+        results = run(model, bootstrap_iters=0, cache_requests=True, samples=samples)
+        found = {each["doc_id"]: each for each in results["samples"]["changing"]}
+        assert sorted(found) == sorted(chosen or range(len(QUESTIONS)))
+        for number, each in found.items():
+            assert each["doc"]["question"] == QUESTIONS[number]
+            assert all(context.endswith(f"{QUESTIONS[number]} Answer:") for context, _ in each["arguments"])
+
+
 @pytest.mark.parametrize("other", [{(1, 3): "x"}, {1: {2, 3}}, {"f": partial(len, [1])}, {"f": str.lower}])
 def test_anything_that_a_task_holds_is_part_of_its_digest(other):
     def digest(metadata):
