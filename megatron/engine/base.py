@@ -46,6 +46,8 @@ class BaseEngine(TrainingEngine, ABC):
     """Present where blocks have experts."""
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
+    learns: Tensor | None = None
+    """Whether the last step had a token to learn, bool; None where this rank read none of its samples."""
     pipelined: bool = False
     """True if the model is distributed over pipeline stages."""
 
@@ -60,7 +62,7 @@ class BaseEngine(TrainingEngine, ABC):
         skipped = self.clipper.skipped if self.clipper else torch.tensor(engine.skipped_steps > skipped_before)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
-        return StepResult(loss, norm, learning_rate, scale, skipped, more)
+        return StepResult(loss, norm, learning_rate, scale, skipped, more, self.learns)
 
     @abstractmethod
     def _run_micro_batches(self, batches: Iterator[MicroBatch]) -> Tensor:

@@ -41,7 +41,7 @@ class PlainEngine(BaseEngine):
         engine.module.train()
         total = torch.zeros((), device=engine.device)
         step = [next(batches).to(engine.device, non_blocking=True) for _ in range(engine.gradient_accumulation_steps())]
-        tokens = loss_divisor(step, self.topology, engine.device)
+        tokens, self.learns = loss_divisor(step, self.topology, engine.device)
         for batch in step:
             loss = self._forward(batch, tokens)
             engine.backward(loss)

@@ -32,6 +32,8 @@ class StepResult:
     """True if the update was skipped because gradients were not finite, bool."""
     more: Mapping[str, Tensor] = field(default_factory=dict)
     """Further measurements of the model, by name."""
+    learns: Tensor | None = None
+    """Whether the global batch has a token to learn, bool: without one its loss is 0; None where that is not known."""
 
 
 class Engine(Protocol):

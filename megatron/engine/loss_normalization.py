@@ -19,16 +19,19 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 
 
-def loss_divisor(batches: Sequence[MicroBatch], topology: Topology, device: torch.device | str) -> Tensor:
-    """Returns the divisor of each micro batch's sum of losses [tokens]. Collective over the data axis.
+def loss_divisor(
+    batches: Sequence[MicroBatch], topology: Topology, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Returns the divisor of each micro batch's sum of losses [tokens], and whether there is any token to learn.
+
+    Collective over the data axis.
 
     DeepSpeed averages losses and gradients over the micro batches of a step and over data-parallel ranks, which include
     context-parallel ones. With n such terms the mean of sum / (tokens / n) is the sum over all of them / tokens.
-    batches:
-    all micro batches of this rank's step.
+    batches: all micro batches of this rank's step.
     """
     tokens = sum_over_data(count_loss_tokens(batches).to(device), topology)
-    return tokens.clamp(min=1) / (len(batches) * topology.dp_cp.size)
+    return tokens.clamp(min=1) / (len(batches) * topology.dp_cp.size), tokens > 0
 
 
 def count_loss_tokens(batches: Sequence[MicroBatch]) -> Tensor:

@@ -112,7 +112,7 @@ class PipelinedEngine(BaseEngine):
         if not (self.topology.pipe.is_first or self.topology.pipe.is_last):
             return iter(())
         step = [next(batches).to(self.deepspeed.device, non_blocking=True) for _ in range(self.deepspeed.micro_batches)]
-        tokens = loss_divisor(step, self.topology, self.deepspeed.device)
+        tokens, self.learns = loss_divisor(step, self.topology, self.deepspeed.device)
         return iter([_pair(batch, tokens) for batch in step])
 
     def owned(self) -> dict[str, Parameter]:

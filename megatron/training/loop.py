@@ -150,22 +150,29 @@ class _Window:
 
     clock: StepClock
     losses: list[Tensor] = field(default_factory=list)
+    learns: list[Tensor] = field(default_factory=list)
     sizes: list[StepSize] = field(default_factory=list)
     last: StepResult | None = None
 
     def add(self, result: StepResult, size: StepSize) -> None:
         self.clock.count()
         self.losses.append(result.loss)
+        self.learns.append(torch.ones_like(result.loss, dtype=torch.bool) if result.learns is None else result.learns)
         self.sizes.append(size)
         self.last = result
 
     def take(self) -> tuple[float, StepResult, list[StepSize]]:
-        """Mean loss of the window, its last step and the sizes of its steps; empties it."""
+        """Mean loss of the window, its last step and the sizes of its steps; empties it.
+
+        Steps without a token to learn have no loss; where all are such, the mean is 0.
+        """
         assert self.last is not None, "a report follows a step"
-        losses = torch.stack(self.losses)
+        losses, learns = torch.stack(self.losses), torch.stack(self.learns)
+        losses = losses[learns] if learns.any() else losses
         finite = losses[losses.isfinite()]  # a step that was left out may have had no number
         mean, sizes = float((finite if len(finite) else losses).mean()), list(self.sizes)
         self.losses.clear()
+        self.learns.clear()
         self.sizes.clear()
         return mean, self.last, sizes
 

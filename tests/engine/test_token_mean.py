@@ -21,6 +21,7 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Topology
 from megatron.engine.builder import build_training_engine, init_topology
 from megatron.engine.engine import eval_loss
+from megatron.engine.loss_normalization import loss_divisor
 from megatron.model.layers import build_layer_specs
 from megatron.model.model_spec import ModelSpec
 from megatron.model.sequential_model import SequentialModel
@@ -192,3 +193,11 @@ def test_bfloat16_takes_it_too(layout: dict[str, Any]) -> None:
     for found in run_distributed(losses_and_norms, 2, settings):
         for got, target in zip(found, reference(), strict=True):
             assert got == pytest.approx(target, rel=5e-3)
+
+
+@pytest.mark.parametrize(("mask", "divisor", "learns"), [([0, 1, 1], 2.0, True), ([0, 0, 0], 1.0, False)])
+def test_a_step_says_whether_it_has_a_token_to_learn(mask: list[float], divisor: float, learns: bool) -> None:
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    batch = MicroBatch(ids, ids, torch.tensor([mask], dtype=torch.float32))
+    found, has_any = loss_divisor([batch], Topology.single(), "cpu")
+    assert (float(found), bool(has_any)) == (divisor, learns)
