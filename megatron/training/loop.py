@@ -62,7 +62,7 @@ def run_loop(schedule: TrainSchedule, context: LoopContext, state: RunState) -> 
             _report(schedule, context, state, window)
         else:
             context.reporter.progress(state.iteration)
-        if context.save is not None and (state.iteration == schedule.total or _save_due(schedule, state)):
+        if context.save is not None and (_ends_here(schedule, state) or _save_due(schedule, state)):
             settling.finish()
             with window.clock.excluded():
                 _save(context, state)
@@ -223,6 +223,11 @@ def _save_due(schedule: TrainSchedule, state: RunState) -> bool:
     return intervals.save_due(
         state.iteration, scale=schedule.save_scale, factor=schedule.save_factor, extra=schedule.save_extra
     )
+
+
+def _ends_here(schedule: TrainSchedule, state: RunState) -> bool:
+    """Whether the configuration ends the run at this iteration."""
+    return state.iteration == schedule.total or intervals.every(state.iteration, schedule.exit_interval)
 
 
 def _reason_to_stop(

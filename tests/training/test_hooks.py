@@ -129,12 +129,12 @@ def run(
     fails_at: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     total: int = 2,
+    **numbers: int,
 ) -> ListReporter:
     """Two steps on one process: the second is reported, evaluated and saved, and so is the last of more."""
     reporter = ListReporter()
-    schedule = plain_schedule(
-        total, samples=SAMPLES, length=LENGTH, log_interval=total, eval_interval=2, eval_iters=1, save_factor=2
-    )
+    usual = {"log_interval": total, "eval_interval": 2, "eval_iters": 1, "save_factor": 2}
+    schedule = plain_schedule(total, samples=SAMPLES, length=LENGTH, **{**usual, **numbers})
     engine: Any = ConstantEngine(fails_at)
     lr_schedule: Any = type("Constant", (), {"lr": lambda self, step: 0.1})()
     context = LoopContext(
@@ -211,6 +211,13 @@ def test_a_stop_request_during_an_evaluation_skips_after_evaluate() -> None:
     moments: list[str] = []
     run([RecordingHook(moments)], stop_requested=lambda: "before_evaluate 2" in moments)
     assert moments[-3:] == ["after_save 2", "before_evaluate 2", "on_run_end 2"]
+
+
+def test_a_run_that_its_configuration_ends_saves_before_it_evaluates() -> None:
+    moments: list[str] = []
+    run([RecordingHook(moments)], total=8, save_factor=100, exit_interval=2)
+    order = [moment for moment in moments if moment.startswith(("before_save", "before_evaluate", "on_run_end"))]
+    assert order == ["before_save 2", "before_evaluate 2", "on_run_end 2"]
 
 
 def test_a_stop_between_two_reports_reports_its_steps() -> None:
