@@ -59,6 +59,8 @@ class LossGuard(Hook):
 
     def _check_spike(self, outcome: StepOutcome) -> None:
         loss = outcome.loss
+        if loss == 0.0:  # of a batch without a token to learn; the value is the same on all ranks
+            return
         if self.spike_factor is not None and self._steps >= WARMUP_STEPS and loss > self.spike_factor * self._mean:
             location = self.locator.locate_spike(outcome.consumed_samples, outcome.size)
             self.log(

@@ -150,6 +150,16 @@ class FixedLocator:
         return f"samples from {consumed}"
 
 
+def test_steps_without_a_token_to_learn_are_in_no_mean() -> None:
+    said: list[str] = []
+    guard = LossGuard(FixedLocator(), "stop", 2.0, scaled=False, log=said.append)  # type: ignore[arg-type]
+    losses = [3.0] * 12 + [0.0] * 20 + [4.0, 7.0]
+    for number, loss in enumerate(losses):
+        size = StepSize(8, 1, 32, 32)
+        guard.outcome(StepOutcome(number + 1, 8 * number, size, loss, 1.0, 1.0, skipped=False))
+    assert [line.split(":")[0] for line in said] == ["loss spike at iteration 34"]
+
+
 def test_a_spike_is_reported_and_not_in_the_mean() -> None:
     said: list[str] = []
     guard = LossGuard(FixedLocator(), "stop", 2.0, scaled=False, log=said.append)  # type: ignore[arg-type]
