@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TextIO
 
 
 @contextmanager
@@ -46,6 +46,23 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
     """Writes a file atomically; text as UTF-8, its line ends as they are. durable: as in `atomic_writer`."""
     with atomic_writer(path, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def open_lines(path: Path) -> TextIO:
+    """Opens a file of lines, UTF-8, to append to it; a last line that an earlier process left incomplete is ended."""
+    torn = _ends_inside_a_line(path)
+    file = path.open("a", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def flush_to_disk(file: IO[bytes]) -> None:

@@ -1,7 +1,8 @@
 """Standard output and error of a run that goes on when they have no reader any more.
 
 Lines are lost when `tee` was interrupted, a terminal was closed or a disk is full. By default the write raises, and
-the run would end there without the checkpoint that its stop signal requests.
+the run would end there without the checkpoint that its stop signal requests. The same holds for characters that the
+encoding of the output does not have: they are written as escapes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ class _LossyFile(io.FileIO):
             return super().write(data)
         except OSError:
             return memoryview(data).nbytes
+
+
+def open_missing_output() -> None:
+    """Opens the null device as standard output or error where the caller has closed them."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_WRONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False)), "utf-8"))
 
 
 def ignore_lost_output() -> None:
@@ -52,7 +64,7 @@ def _lossy(stream: Any, original: TextIO | None) -> Any:
     return io.TextIOWrapper(
         file if stream.write_through else io.BufferedWriter(file),  # type: ignore[type-var]  # as python -u does
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

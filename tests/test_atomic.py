@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron import atomic
-from megatron.atomic import atomic_path, atomic_writer, write_atomic
+from megatron.atomic import atomic_path, atomic_writer, open_lines, write_atomic
 
 
 def test_the_old_content_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -58,3 +58,11 @@ def test_what_is_durable_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(atomic.os, "replace", rename)
     write_atomic(path, "text", durable=durable)
     assert steps == (["content", "name", "folder"] if durable else ["name"])
+
+
+def test_a_line_that_was_left_incomplete_is_ended_before_the_next(tmp_path):
+    path = tmp_path / "lines"
+    for text in ("one\n", "tw", "three\n"):
+        with open_lines(path) as file:
+            file.write(text)
+    assert path.read_text() == "one\ntw\nthree\n"

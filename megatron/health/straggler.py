@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron.atomic import open_lines
+
 FILE_NAME = "ranks.jsonl"
 MAX_FILE_SIZE = 16 << 20  # [bytes] of that file, which is then renamed to ranks.old.jsonl
 SLOW_RATIO = 1.25  # a step's time over that of the median rank, from which on a rank is slow
@@ -186,7 +188,7 @@ class StragglerMonitor:
         with suppress(OSError):  # a full disk is reported by the metrics
             if self._path.exists() and self._path.stat().st_size > MAX_FILE_SIZE:
                 os.replace(self._path, self._path.with_suffix(".old.jsonl"))
-            with self._path.open("a", encoding="utf-8") as file:
+            with open_lines(self._path) as file:
                 file.write(line + "\n")
 
 

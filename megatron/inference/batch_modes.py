@@ -53,7 +53,14 @@ def read_prompts(path: str | None, prompt_end: str) -> list[str]:
 
 
 def output_path(sample_output_file: str | None, sample_input_file: str | None) -> Path:
-    """The file that records go to; without a name it is named after the prompts."""
+    """The file that records go to; without a name it is named after the prompts.
+
+    Raises ConfigError where it is the file of the prompts, which would be lost.
+    """
+    both = [Path(each).resolve() for each in (sample_output_file, sample_input_file) if each is not None]
+    if len(both) == 2 and both[0] == both[1]:
+        what = "the texts would take the place of the prompts"
+        raise ConfigError.of(what, key="sample_output_file", value=sample_output_file, hint="name another file")
     if sample_output_file is not None:
         return Path(sample_output_file)
     return Path(f"{sample_input_file}.output.jsonl" if sample_input_file is not None else "samples.jsonl")

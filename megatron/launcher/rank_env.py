@@ -80,6 +80,12 @@ def set_rank_env(environment: MutableMapping[str, str]) -> None:
             )
         environment.setdefault("LOCAL_RANK", "0")
         _set_master(environment, size)
+        port = environment["MASTER_PORT"]
+        if not port.isdecimal():
+            hint = "set it to the same free port for all; a Kubernetes service named master sets it to an address"
+            raise ConfigError.of("this is no port", key="MASTER_PORT", value=port, location="environment", hint=hint)
+    elif not environment.get("MASTER_PORT", "0").isdecimal():
+        del environment["MASTER_PORT"]  # a process that is alone chooses a free one
 
 
 def without_rank_env(environment: Mapping[str, str]) -> dict[str, str]:

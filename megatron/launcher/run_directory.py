@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron.atomic import write_atomic
+from megatron.atomic import open_lines, write_atomic
 from megatron.config import Config, serialize
 from megatron.config.secrets import arguments_without_secrets
 from megatron.errors import RunError
@@ -74,7 +74,7 @@ def prepare_run_directory(folder: Path, settings: Config, arguments: Sequence[st
         write_atomic(config, config_text)
         if shown != settings:
             config.chmod(0o600)
-        with (folder / "launches.jsonl").open("a", encoding="utf-8") as launches:
+        with open_lines(folder / "launches.jsonl") as launches:
             launches.write(json.dumps(_launch_record(arguments_without_secrets(arguments))) + "\n")
     except OSError as error:
         raise RunError.of(

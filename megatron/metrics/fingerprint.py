@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron.atomic import open_lines
+
 FOLDER = "fingerprints"
 WEIGHTS, ACTIVATION, GRADIENT = "weights", "activation", "gradient"
 
@@ -48,7 +50,7 @@ class Fingerprints:
         if iteration % self._interval:
             yield
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with open_lines(self._path) as file:
             recorder = _IterationRecorder(file, iteration)
             for key, parameter in self._parameters.items():
                 recorder.add(WEIGHTS, key, getattr(parameter, "ds_tensor", parameter))

@@ -211,6 +211,8 @@ def test_the_mode_follows_from_the_prompt_file_unless_given():
 def test_output_names_are_the_public_ones():
     assert str(batch_modes.output_path("out.jsonl", "in.txt")) == "out.jsonl"
     assert str(batch_modes.output_path(None, "in.txt")) == "in.txt.output.jsonl"
+    with pytest.raises(ConfigError, match="sample_output_file"):
+        batch_modes.output_path("./in.txt", "in.txt")
 
 
 def test_a_conversation_answers_every_prompt_and_ends_with_the_input(engine):

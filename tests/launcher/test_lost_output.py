@@ -150,3 +150,25 @@ def test_a_full_disk_does_not_end_a_worker(tmp_path: Path) -> None:
 def test_replaced_streams_stay(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert worker_main(lambda config: None, ["--run-config", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def printing(what: str, redirected: str = "", **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """A program with a run's output streams that prints something, in a shell with that redirection."""
+    code = (
+        "import sys; from megatron.output_streams import ignore_lost_output, open_missing_output;"
+        f"open_missing_output(); ignore_lost_output(); print({what!r}); print(sys.stdout.isatty(), file=sys.stderr)"
+    )
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirected}', sys.executable, code]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, check=False)
+
+
+def test_characters_that_the_output_cannot_have_are_escaped() -> None:
+    found = printing("a → é", PYTHONIOENCODING="latin-1")
+    assert (found.returncode, found.stdout) == (0, b"a \\u2192 \xe9\n")
+    assert printing("a → é", PYTHONIOENCODING="utf-8").stdout == "a → é\n".encode()
+
+
+@pytest.mark.parametrize(("redirected", "error"), [(">&-", b"False\n"), (">&- 2>&-", b""), ("2>&-", b"")])
+def test_closed_descriptors_are_the_null_device(redirected: str, error: bytes) -> None:
+    found = printing("anything", redirected)
+    assert (found.returncode, found.stderr) == (0, error)

@@ -199,3 +199,14 @@ def test_ranks_of_one_host_take_nothing_from_an_outer_job() -> None:
     outer |= {"PALS_RANKID": "3", "PALS_LOCAL_SIZE": "4", "MVP_COMM_WORLD_RANK": "3", "SLURM_STEP_NUM_TASKS": "8"}
     retained = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "NCCL_DEBUG": "INFO"}
     assert without_rank_env({**outer, **retained}) == retained
+
+
+def test_a_master_port_that_is_none() -> None:
+    """As Kubernetes sets it where a service is named master."""
+    address = {"MASTER_PORT": "tcp://10.0.0.1:29500"}
+    several = {**address, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    with pytest.raises(ConfigError, match="Kubernetes service"):
+        set_rank_env(several)
+    for alone in (dict(address), {**address, "RANK": "0", "WORLD_SIZE": "1"}):
+        set_rank_env(alone)
+        assert "MASTER_PORT" not in alone

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
+from megatron.atomic import open_lines
 from megatron.errors import ConfigError
 from megatron.metrics.sinks.base import Observe, Start
 
@@ -26,10 +27,7 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_inside_a_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._file = open_lines(self.path)
 
     @classmethod
     def open(cls, observe: Observe, start: Start) -> Self:
@@ -84,12 +82,3 @@ def _lines(path: Path) -> Iterator[dict[str, float]]:
 
 def _as_json(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _ends_inside_a_line(path: Path) -> bool:
-    """Returns whether the last line of an earlier run is incomplete."""
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
