@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
@@ -27,8 +27,7 @@ def cpp_activation_unavailable(x: Tensor) -> str | None:
     unreadable = unreadable_memory(x)
     if unreadable is not None:
         return f"The compiled activation {unreadable}."
-    found = library()
-    return found if isinstance(found, str) else None
+    return library_unavailable()
 
 
 def cpp_activation(x: Tensor, name: str) -> Tensor:
@@ -53,8 +52,7 @@ class _CppActivation(torch.autograd.Function):
 
 def _call(x: Tensor, dy: Tensor | None, out: Tensor, kind: int) -> Tensor:
     """Writes the activation, or with dy the gradient of the input."""
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), "cpp_activation_unavailable said that it can be used"
+    loaded = loaded_library()
     rows, width = (ctypes.c_int64(each) for each in (x.numel() // max(1, x.shape[-1]), x.shape[-1] // 2))
     half = int(x.dtype == torch.bfloat16)
     loaded.neox_activation(half, kind, pointer(x), pointer(dy), pointer(out), rows, width, torch.get_num_threads())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention_patterns import AttentionMask, Window
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
@@ -45,8 +45,7 @@ def cpp_attention_unavailable(q: Tensor, k: Tensor, view: AttentionMask | None =
         return "The compiled attention knows windows, and no other pattern."
     if k.shape[0] * k.shape[1] < torch.get_num_threads():
         return "The compiled attention gives a thread the query heads of one key/value head at least."
-    found = library()
-    return found if isinstance(found, str) else None
+    return library_unavailable()
 
 
 def cpp_attention(
@@ -90,9 +89,7 @@ class _Call:
     """The arguments that both directions share, as C takes them."""
 
     def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, first: Tensor | None) -> None:
-        loaded = library()
-        assert isinstance(loaded, ctypes.CDLL), "cpp_attention_unavailable said that it can be used"
-        self.library = loaded
+        self.library = loaded_library()
         batch, heads, length, size = q.shape
         self.half = int(q.dtype == torch.bfloat16)
         self.sizes = (ctypes.c_int64 * 5)(batch, heads, k.shape[1], length, size)

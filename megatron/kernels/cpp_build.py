@@ -42,6 +42,19 @@ def library() -> ctypes.CDLL | str:
     return ctypes.CDLL(str(found))
 
 
+def library_unavailable() -> str | None:
+    """Returns the reason why there is no compiled library, or None. May compile it."""
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def loaded_library() -> ctypes.CDLL:
+    """Returns the compiled library, which `library_unavailable` has said to exist."""
+    found = library()
+    assert isinstance(found, ctypes.CDLL), found
+    return found
+
+
 def compiled(folder: Path, compiler: str) -> Path | str:
     """Returns the library's file in that folder, compiling it if necessary, or the reason why it cannot be."""
     program = shutil.which(compiler)

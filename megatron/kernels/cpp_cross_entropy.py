@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
@@ -24,8 +24,7 @@ def cpp_softmax_unavailable(rows: Tensor) -> str | None:
         return f"The compiled softmax {unreadable}."
     if rows.shape[1] == 0 or rows.stride(1) != 1:
         return "The compiled softmax takes rows of neighbouring numbers."
-    found = library()
-    return found if isinstance(found, str) else None
+    return library_unavailable()
 
 
 def cpp_softmax(
@@ -47,8 +46,7 @@ def cpp_softmax(
         hit: What the target's gradient is less, fp32 [r].
         out: Takes the gradient [r, v], and may be the logits; None for no gradient.
     """
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), "cpp_softmax_unavailable said that it can be used"
+    loaded = loaded_library()
     count, columns = rows.shape
     sums = torch.empty(count, dtype=torch.float32) if log_sums is None else log_sums.contiguous()
     per_row = [None if each is None else each.contiguous() for each in (targets, scale, hit)]

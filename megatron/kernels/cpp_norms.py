@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
@@ -28,8 +28,7 @@ def cpp_norm_unavailable(x: Tensor, scale: Tensor) -> str | None:
         return f"The compiled norm {unreadable}."
     if x.dtype != scale.dtype or x.numel() == 0:
         return f"The compiled norm takes a scale of the type of its input, not {scale.dtype} for {x.dtype}."
-    found = library()
-    return found if isinstance(found, str) else None
+    return library_unavailable()
 
 
 def cpp_rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
@@ -63,7 +62,7 @@ class _RMSNorm(torch.autograd.Function):
         tensors = _pointers(x, residual, scale, total, y)
         rows, width, threads = _sizes(x)
         half = int(x.dtype == torch.bfloat16)
-        _library().neox_rms_norm(half, tensors, pointer(roots), rows, width, ctypes.c_float(epsilon), threads)
+        loaded_library().neox_rms_norm(half, tensors, pointer(roots), rows, width, ctypes.c_float(epsilon), threads)
         ctx.save_for_backward(x if total is None else total, scale, roots)
         ctx.has_residual = residual is not None
         return y, total
@@ -76,14 +75,8 @@ class _RMSNorm(torch.autograd.Function):
         parts = torch.empty(-(-rows.value // _ROWS), width.value, dtype=torch.float32)
         tensors = _pointers(dy, dtotal, x, scale, dx)
         half = int(x.dtype == torch.bfloat16)
-        _library().neox_rms_norm_backward(half, tensors, pointer(roots), pointer(parts), rows, width, threads)
+        loaded_library().neox_rms_norm_backward(half, tensors, pointer(roots), pointer(parts), rows, width, threads)
         return dx, dx if ctx.has_residual else None, parts.sum(0).to(scale.dtype), None
-
-
-def _library() -> ctypes.CDLL:
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), "cpp_norm_unavailable said that it can be used"
-    return loaded
 
 
 def _pointers(*tensors: Tensor | None) -> Any:

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron.kernels.cpp_build import library
+from megatron.kernels.cpp_build import library_unavailable, loaded_library
 from megatron.kernels.cpp_call import pointer
 from megatron.kernels.cpu_features import unreadable_memory
 
@@ -29,14 +29,12 @@ def cpp_weight_gradient_unavailable(grad: Tensor, x: Tensor) -> str | None:
         return f"The compiled gradient multiplies tensors of one type, not {grad.dtype} and {x.dtype}."
     if grad.stride(1) != 1 or x.stride(1) != 1:
         return "The compiled gradient takes rows of neighbouring numbers."
-    found = library()
-    return found if isinstance(found, str) else None
+    return library_unavailable()
 
 
 def cpp_weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
     """gradᵀ x, or the sum of it and `total`, which is changed: [r, out] and [r, in] -> fp32 [out, in]."""
-    loaded = library()
-    assert isinstance(loaded, ctypes.CDLL), "cpp_weight_gradient_unavailable said that it can be used"
+    loaded = loaded_library()
     sizes = (len(grad), grad.shape[1], x.shape[1])
     out = torch.empty(*sizes[1:], dtype=torch.float32) if total is None else total
     if len(grad) == 0:

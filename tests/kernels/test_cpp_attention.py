@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels import cpp_attention as compiled
+from megatron.kernels import cpp_build
 from megatron.kernels.attention_patterns import AttentionMask, BlockPattern, Window
 from megatron.kernels.blocked_attention import blocked_attention
 from megatron.kernels.cpp_build import FLAGS, FOLDER, library
@@ -123,7 +124,7 @@ def test_other_processors_give_the_same(
     older: dict[str, ctypes.CDLL],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: older[build])
+    monkeypatch.setattr(cpp_build, "library", lambda: older[build])
     for kind in ("causal", "long documents", "all"):
         agree(shape, kind, dtype)
 
@@ -218,7 +219,7 @@ def test_what_it_cannot_do_is_said() -> None:
 
 
 def test_without_a_compiler_the_blocks_of_torch_remain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: "There is no C++ compiler")
+    monkeypatch.setattr(cpp_build, "library", lambda: "There is no C++ compiler")
     q = torch.zeros(2, 4, 8, 16)
     assert compiled.cpp_attention_unavailable(q, q) == "There is no C++ compiler"
     assert isinstance(library(), ctypes.CDLL)
