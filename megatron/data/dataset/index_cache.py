@@ -73,12 +73,14 @@ class IndexRequest:
                 sizes, self.documents, seq_length=self.seq_length, epochs=self.epochs, seed=self.seed
             )
         if not len(self.usable):
+            longer = "" if self.chopped else f", longer than {self.seq_length + 1} tokens"
+            ways = "" if self.chopped else "set allow_chopped, raise seq_length, or "
             raise ConfigError.of(
-                f"no document of {self.dataset.prefix} can stand in {self.name} as a whole: they are empty, longer "
-                f"than {self.seq_length + 1} tokens or without labels",
+                f"no document of {self.dataset.prefix} can be a sample of {self.name}: they are empty{longer} or "
+                "without labels",
                 key="pack_impl",
                 value=self.packing,
-                hint="set allow_chopped, raise seq_length, or use pack_impl: packed",
+                hint=f"{ways}use pack_impl: packed",
             )
         return build_unpacked_map(
             sizes,
