@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 # Words, numbers, white space, code and several scripts: only equal vocabularies give equal ids.
 PROBE = (
@@ -43,6 +43,11 @@ class TokenizerInfo:
     """The id that ends each document; None when none is appended."""
     fingerprint: str | None = None
     """Hash of the ids of a fixed text, which does not depend on the path of its files."""
+
+    @classmethod
+    def of_checkpoint(cls, facts: Mapping[str, Any]) -> TokenizerInfo:
+        """Reads what a checkpoint keeps of its run's tokenizer."""
+        return cls(facts["tokenizer_type"], facts["vocab_size"], facts["eod"], facts.get("fingerprint"))
 
     def __str__(self) -> str:
         end = "no end of document" if self.eod is None else f"end of document {self.eod}"

@@ -41,6 +41,7 @@ from megatron.checkpoint.huggingface.target_folder import refuse_adapter_files, 
 from megatron.checkpoint.huggingface.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, for_every_release
 from megatron.checkpoint.load.stored_model import StoredModel, open_model
 from megatron.errors import ConfigError, RunError
+from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.from_folder import find_tokenizer
 from megatron.tokenizers.to_folder import Portable, portable, portable_of
 
@@ -132,7 +133,7 @@ def _adapter(args: argparse.Namespace, stored: StoredModel) -> int:
     adapter = low_rank(stored.model.lora)
     if adapter is not None and adapter.modules_to_save:
         refuse_adapter_files(args.output_dir, tokenizer=not args.no_save_tokenizer)
-    tokenizer = None if args.tokenizer is None else portable_of(args.tokenizer)
+    tokenizer = None if args.tokenizer is None else _tokenizer(args, stored)
     tokens = facts_of_tokenizer(stored.directory).get("vocab_size")
     made = export_adapter(
         stored,
@@ -156,8 +157,28 @@ def _adapter(args: argparse.Namespace, stored: StoredModel) -> int:
 def _tokenizer(args: argparse.Namespace, stored: StoredModel) -> Portable | None:
     """Returns the tokenizer of --tokenizer, else the run's; None, with a printed line, if it cannot be read.
 
-    Raises ConfigError for an invalid --tokenizer.
+    Raises ConfigError for an invalid --tokenizer, and for one with more tokens than the model has rows. The model's own
+    may have more, as in some published folders.
     """
+    found = _found_tokenizer(args, stored)
+    if found is None or found.info is None or args.tokenizer is None:
+        return found
+    facts = facts_of_tokenizer(stored.directory)
+    known = TokenizerInfo.of_checkpoint(facts) if facts else None
+    if known is not None and not known.agrees_with(found.info):
+        print(f"the model was trained with {known}; the tokenizer that is written is {found.info}", file=sys.stderr)
+    if found.vocab_size > stored.rows:
+        raise ConfigError.of(
+            f"the model has {stored.rows:,} rows, and this is {found.info}: transformers would look up rows that do "
+            "not exist",
+            key="tokenizer",
+            value=str(args.tokenizer),
+            hint="leave --tokenizer out where the run's tokenizer is found, else give that one",
+        )
+    return found
+
+
+def _found_tokenizer(args: argparse.Namespace, stored: StoredModel) -> Portable | None:
     if args.tokenizer is not None:
         return portable_of(args.tokenizer)
     section = stored.tokenizer

@@ -66,23 +66,35 @@ def read_arguments(
         raise _refused(f"until = {until!r} are not texts", task)
     try:
         length = next((arguments[name] for name in _LENGTHS if arguments.get(name) is not None), _DEFAULT_NEW_TOKENS)
-        return TaskArguments(until, int(length), _sampling(arguments, own or Sampling()))
+        sampling = _sampling(arguments, own or Sampling())
     except (TypeError, ValueError) as error:
         raise _refused(f"an argument is not a number ({error})", task) from error
+    if sampling is None:
+        what = "do_sample needs a temperature above 0; without it a task takes the likeliest tokens"
+        raise _refused(f"temperature = {arguments.get('temperature')!r}: {what}", task)
+    return TaskArguments(until, int(length), sampling)
 
 
-def _sampling(arguments: Mapping[str, Any], own: Sampling) -> Sampling:
-    """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out."""
+def _sampling(arguments: Mapping[str, Any], own: Sampling) -> Sampling | None:
+    """Greedy unless a task samples: with `do_sample`, or a temperature where that is left out.
+
+    None where `do_sample` has no temperature to sample at, neither the task's nor the model's own.
+    """
     temperature = float(arguments.get("temperature") or 0.0)
     penalty = float(arguments.get("repetition_penalty", own.repetition_penalty) or 1.0)
     sampled = arguments.get("do_sample")
     if not (temperature > 0 if sampled is None else sampled):
         return Sampling(repetition_penalty=penalty)
+    if arguments.get("temperature") is None and not own.greedy:
+        temperature = own.temperature or 1.0
+    if temperature <= 0:
+        return None
     cuts = Sampling(top_k=_TOP_K) if own.greedy else own
-    top_p = float(arguments.get("top_p", cuts.top_p) or 0.0)
+    said = arguments.get("top_p")
+    top_p = cuts.top_p if said is None else float(said)
     return Sampling(
-        temperature=temperature or 1.0,
-        top_k=int(arguments.get("top_k", cuts.top_k) or 0),
+        temperature=temperature,
+        top_k=1 if said is not None and top_p <= 0 else int(arguments.get("top_k", cuts.top_k) or 0),
         top_p=top_p if top_p < 1 else 0.0,
         min_p=float(arguments.get("min_p", cuts.min_p) or 0.0),
         repetition_penalty=penalty,

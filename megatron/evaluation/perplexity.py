@@ -109,7 +109,8 @@ def word_perplexity(text: str, tokenizer: Tokenizer, scorer: Scorer, *, max_leng
 def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
     """For each text, what is before its last word, and that word with the blank before it.
 
-    Raises ConfigError for a text of one word.
+    The word's tokens are those behind the others in the whole text: alone, some tokenizers put a blank of their own
+    before it. Raises ConfigError for a text of one word.
     """
     pairs = []
     for number, text in enumerate(texts, 1):
@@ -117,8 +118,9 @@ def cloze_pairs(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pair]:
         if len(words) < 2:
             raise ConfigError.of(f"text {number} has no word before its last one", key="eval_cloze")
         before = text[: text.rindex(words[-1])].strip()
-        context = (*tokenizer.prefix_ids, *tokenizer.encode(before))
-        pairs.append(Pair(context, tuple(tokenizer.encode(" " + words[-1]))))
+        context, last = tokenizer.encode(before), f" {words[-1]}"
+        full = tokenizer.encode(before + last)
+        pairs.append(Pair((*tokenizer.prefix_ids, *context), tuple(full[len(context) :] or tokenizer.encode(last))))
     return pairs
 
 

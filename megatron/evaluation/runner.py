@@ -232,7 +232,7 @@ def _load_tasks(config: Config) -> tuple[Any, ChatTemplate | None]:
         from megatron.tokenizers.chat_template import ChatTemplate
 
         chat = ChatTemplate.of_tokenizer(named.tokenizer_type, named.vocab_file, key="eval_chat_template")
-    tasks = Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot)
+    tasks = Tasks(section.eval_tasks or (), section.eval_include_path, section.eval_num_fewshot, own_sampling(config))
     tasks.check(section.eval_limit, section.eval_model_args or {})
     return tasks, chat
 

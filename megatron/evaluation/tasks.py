@@ -29,6 +29,7 @@ from megatron.evaluation.arguments import read_arguments
 from megatron.evaluation.harness_arguments import check_arguments
 from megatron.evaluation.request_cache import name_requests_by_content
 from megatron.evaluation.seeds import FEWSHOT_SEED, fixed_seeds
+from megatron.inference.sampling import Sampling
 from megatron.log import get_logger
 from megatron.metrics.reporter import perplexity
 
@@ -36,11 +37,22 @@ from megatron.metrics.reporter import perplexity
 class Tasks:
     """Loaded tasks of lm-eval, and what they give when a model is run on them."""
 
-    def __init__(self, names: Sequence[str], include_path: str | None = None, fewshot: int | None = None) -> None:
-        """Loads tasks by name, shell wildcard or path of a task file; `include_path` is a folder of further ones.
+    def __init__(
+        self,
+        names: Sequence[str],
+        include_path: str | None = None,
+        fewshot: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """Loads tasks. Raises ConfigError for an unknown name and for generation arguments that cannot be followed.
 
-        fewshot: worked examples before each question, for tasks that do not fix the number at 0. Raises ConfigError for
-        an unknown name and for generation arguments that cannot be followed, RunError when a task's data cannot be had.
+        Raises RunError when a task's data cannot be had.
+
+        Args:
+            names: Names, shell wildcards or paths of task files.
+            include_path: Folder of further tasks.
+            fewshot: Worked examples before each question, for tasks that do not fix the number at 0.
+            sampling: The model's own settings, for what tasks leave out.
         """
         manager, found = _find(names, include_path)
         with _own_evaluate_out_of_the_way(), _quiet(), fixed_seeds():  # some tasks shuffle choices as they load
@@ -59,7 +71,7 @@ class Tasks:
                 ) from error
         for name, task in self._loaded["tasks"].items():
             if task.get_config("output_type") == "generate_until":
-                read_arguments(task.get_config("generation_kwargs") or {}, name)
+                read_arguments(task.get_config("generation_kwargs") or {}, name, own=sampling)
             if fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=fewshot)
             elif task.get_config("num_fewshot") is None:

@@ -65,6 +65,10 @@ class ApiContext:
     """Seed of the service."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, besides the end of a document."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """The model's settings, for requests that leave some out."""
+    stops: tuple[str, ...] = ()
+    """Texts that end an answer, for requests that name none."""
     vocabulary: int | None = None
     """The ids that have a probability, the tokenizer's unless given [tokens]."""
     conversations: Conversations = field(default_factory=Conversations)

@@ -37,9 +37,9 @@ def add_chat(app: FastAPI, desk: ApiContext) -> None:
             variables=body.chat_template_kwargs,
         )
         options = GenerationOptions(
-            body.sampling(),
+            body.sampling(desk.sampling),
             body.new,
-            body.stops(),
+            body.stops(desk.stops),
             body.seed,
             body.n or 1,
             likeliest=(body.top_logprobs or 0) if body.logprobs else None,

@@ -15,9 +15,19 @@ class TextPart(Strict):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, part: Any) -> Any:
+        return _without_cache_hints(part) if isinstance(part, dict) else part
+
 
 _NOTHING_IN = ("annotations", "tool_calls")
 """Lists of a message that say nothing where they are empty."""
+
+
+def _without_cache_hints(said: dict[str, Any]) -> dict[str, Any]:
+    """What a message or a part says beside where a service may cache it, which changes no answer."""
+    return {name: value for name, value in said.items() if name != "cache_control"}
 
 
 class Message(Strict):
@@ -45,7 +55,7 @@ class Message(Strict):
             return message
         return {
             name: value
-            for name, value in message.items()
+            for name, value in _without_cache_hints(message).items()
             if value is not None and not (name in _NOTHING_IN and value == [])
         }
 

@@ -37,9 +37,9 @@ def add_completions(app: FastAPI, desk: ApiContext) -> None:
         encoded = [desk.tokens(prompt) for prompt in prompts]
         scored = bool(body.echo) and body.logprobs is not None
         options = GenerationOptions(
-            body.sampling(),
+            body.sampling(desk.sampling),
             body.max_tokens,
-            body.stops(),
+            body.stops(desk.stops),
             body.seed,
             body.n or 1,
             likeliest=body.logprobs,

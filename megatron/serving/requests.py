@@ -73,11 +73,11 @@ class Generation(Body):
     """What completions and chat completions share."""
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
     logit_bias: Bias | None = None
@@ -94,26 +94,31 @@ class Generation(Body):
             raise ValueError("stream_options go with stream only")
         return self
 
-    def sampling(self) -> Sampling:
-        """How tokens are chosen; temperature 0 takes the likeliest."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = self.top_p if self.top_p is not None and self.top_p < 1 else 0.0
-        cold = temperature == 0
+    def sampling(self, own: Sampling | None = None) -> Sampling:
+        """How tokens are chosen; temperature 0 and top_p 0 take the likeliest.
+
+        own: the model's settings, for what the request leaves out; 1 is the temperature where they have none either.
+        """
+        own = own or Sampling()
+        temperature = (own.temperature or 1.0) if self.temperature is None else self.temperature
+        top_p = own.top_p if self.top_p is None else self.top_p
+        cold = temperature == 0 or self.top_p == 0
         return Sampling(
-            temperature,
-            0 if cold else max(0, self.top_k or 0),
-            0.0 if cold else top_p,
-            0.0 if cold else self.min_p or 0.0,
-            self.repetition_penalty or 1.0,
+            0.0 if cold else temperature,
+            0 if cold else max(0, own.top_k if self.top_k is None else self.top_k),
+            0.0 if cold or top_p == 1 else top_p,
+            0.0 if cold else own.min_p if self.min_p is None else self.min_p,
+            self.repetition_penalty or own.repetition_penalty,
             self.frequency_penalty or 0.0,
             self.presence_penalty or 0.0,
             tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
         )
 
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer."""
-        stop = self.stop or ()
-        return (stop,) if isinstance(stop, str) else tuple(stop)
+    def stops(self, own: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The texts that end an answer. own: the model's, for a request that leaves them out."""
+        if self.stop is None:
+            return own
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def include_usage(self) -> bool:

@@ -19,7 +19,7 @@ from megatron.config import Config
 from megatron.distributed.mesh import Topology
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
-from megatron.inference.runner import context_length, vocabulary, with_loaded_model
+from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
 from megatron.serving.scheduler import ModelWorker, SchedulerStep, Service, run_follower
@@ -92,8 +92,10 @@ def _answer_http(config: Config, service: Service, tokenizer: Tokenizer, stop: S
         section.serve_key,
         config.training.seed,
         ends,
-        vocabulary(config, tokenizer),
-        Conversations.of_tokenizer(named.tokenizer_type, named.vocab_file),
+        sampling=own_sampling(config),
+        stops=tuple(section.stop or ()),
+        vocabulary=vocabulary(config, tokenizer),
+        conversations=Conversations.of_tokenizer(named.tokenizer_type, named.vocab_file),
     )
     listening = _listen(section.serve_host, section.serve_port)
     settings = uvicorn.Config(

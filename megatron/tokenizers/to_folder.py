@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.errors import ConfigError
+from megatron.tokenizer_info import TokenizerInfo, describe_tokenizer
 from megatron.tokenizers.added_tokens import ADDED
-from megatron.tokenizers.base import END_OF_DOCUMENT
+from megatron.tokenizers.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizers.builder import make_tokenizer
 from megatron.tokenizers.fast import FromTokenizers
 from megatron.tokenizers.from_folder import CONFIG, TOKENIZER, find_tokenizer, lost_tokens, named_tokens
@@ -48,6 +49,8 @@ class Portable:
     """The run reads another tokenizer.json than the folder's own, which is content."""
     lost: str = ""
     """A line about tokens beside the .model that the run reads as text, or ""."""
+    info: TokenizerInfo | None = None
+    """Its identity."""
 
     @property
     def readable(self) -> bool:
@@ -84,6 +87,11 @@ class Portable:
 def portable(kind: str, vocab_file: str | None, merge_file: str | None) -> Portable:
     """The tokenizer of a configuration. Raises ConfigError where it cannot be built."""
     tokenizer = make_tokenizer(kind, vocab_file=vocab_file, merge_file=merge_file)
+    made = _portable(tokenizer, kind, vocab_file)
+    return replace(made, info=describe_tokenizer(kind, tokenizer))
+
+
+def _portable(tokenizer: Tokenizer, kind: str, vocab_file: str | None) -> Portable:
     if isinstance(tokenizer, SPMTokenizer):
         return _of_sentence_piece(tokenizer, Path(vocab_file or ""))
     if not isinstance(tokenizer, FromTokenizers):

@@ -290,11 +290,13 @@ def test_a_task_that_asks_for_something_unknown_is_reported(engine):
         ("num_beams: 1\n  penalty_alpha: 0.6", "penalty_alpha = 0.6"),
         ("until: [3]", "not texts"),
         ("repetition_penalty: [3]", "not a number"),
+        ("do_sample: true", "temperature = None: do_sample needs a temperature above 0"),
+        ("do_sample: true\n  temperature: 0.0", r"temperature = 0\.0: do_sample needs"),
     ],
 )
 def test_arguments_that_cannot_be_followed_are_reported_when_tasks_are_loaded(folder, tmp_path, arguments, reported):
     text = WRITING.format(data=folder / "documents.jsonl").replace('until: ["q"]', arguments)
-    (tmp_path / "task.yaml").write_text(text)
+    (tmp_path / "task.yaml").write_text(text.replace("  do_sample: false\n", ""))
     with pytest.raises(ConfigError, match=reported) as error:
         Tasks(["small_writing"], str(tmp_path))
     assert "small_writing" in error.value.issues[0].location

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from megatron.distributed.mesh import Topology
 from megatron.errors import RunError
 from megatron.evaluation import runner
+from megatron.evaluation.perplexity import cloze_pairs
 from megatron.evaluation.tasks import Tasks
 from megatron.inference.sampling import Sampling
 from tests.evaluation.twins import LENGTH, twins
@@ -82,6 +83,15 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(both):
     assert ours == pytest.approx(both.lm.loglikelihood_rolling(requests, disable_tqdm=True), abs=1e-4)
 
 
+@pytest.mark.parametrize("both", KINDS, indirect=True)
+def test_a_cloze_word_has_the_tokens_that_lm_eval_scores(both):
+    texts = ["Hello world, this is a test", "the quick brown fox", "names and é", "He said: 'no'\nand left."]
+    theirs = [both.lm._encode_pair(text[: text.rindex(" ")], text[text.rindex(" ") :])[1] for text in texts]
+    assert sum(map(bool, theirs)) >= 3  # none where the word joins the one before it in a single token
+    for pair, expected in zip(cloze_pairs(texts, both.tokenizer), theirs, strict=True):
+        assert pair.continuation == tuple(expected or pair.continuation) != ()
+
+
 @pytest.mark.parametrize("both", CHATS, indirect=True)
 def test_conversations_are_scored_as_lm_evals_own_model_scores_them(both):
     model = both.model(chat=both.chat())
@@ -124,6 +134,8 @@ def test_a_repetition_penalty_of_the_model_holds_where_a_task_has_none(both, mon
         ({}, {}, 50),
         ({}, {"top_k": 7}, 7),
         ({}, {"top_k": 0}, None),
+        ({}, {"top_p": 0.0}, 1),
+        ({"temperature": 0.5, "top_k": 9}, {"top_p": 0.0}, 1),
         ({"temperature": 0.5, "top_k": 3}, {}, 3),
         ({"temperature": 0.5, "top_k": 3}, {"top_k": 9}, 9),
         ({"temperature": 0.5}, {}, None),

@@ -96,8 +96,13 @@ def test_answers_are_taken_back_with_all_that_the_client_knows_of_them(served, c
         answer,
         answer.model_dump(),
         {**plain, "tool_calls": [], "annotations": [], "what_others_say": None},
+        {**plain, "cache_control": {"type": "ephemeral"}},
     ):
         assert prompt_of(served, client, [*HI, given, *HI]) == expected
+    part = {"type": "text", "text": "yes"}
+    hinted = {**plain, "content": [{**part, "cache_control": {"type": "ephemeral"}}]}
+    expected = prompt_of(served, client, [*HI, {**plain, "content": [part]}, *HI])
+    assert prompt_of(served, client, [*HI, hinted, *HI]) == expected
     for name, value in {"annotations": [{}], "what_others_say": 1}.items():
         with pytest.raises(openai.BadRequestError, match=rf"messages\.1\.{name}: "):
             prompt_of(served, client, [*HI, {**plain, name: value}])

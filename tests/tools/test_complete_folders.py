@@ -15,6 +15,7 @@ from megatron.checkpoint.format import files, integrity, layout
 from megatron.checkpoint.format.files import Written
 from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Resources, resolve, serialize
+from megatron.errors import ConfigError
 from megatron.inference.runner import generate
 from megatron.tokenizers import make_tokenizer
 from tests.checkpoint.huggingface.tokenized import EXPECTED, FOLDERS, SAMPLES, gpt2_files, sentence_piece, write_model
@@ -228,6 +229,53 @@ def test_a_folder_or_a_model_file_is_a_tokenizer_too(tmp_path: Path) -> None:
         arguments = ["--input-dir", str(ours), "--output-dir", str(back), "--tokenizer", str(tmp_path / given)]
         assert convert_to_hf.main(arguments) == 0
         assert len(AutoTokenizer.from_pretrained(back).encode(SAMPLES[0])) > 3
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers would end with an IndexError where a text has such a token."""
+    ours, _ = taken_over("llama 3", tmp_path)
+    larger = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    larger.add_tokens([f"<new {number}>" for number in range(2000)])
+    larger.save_pretrained(tmp_path / "larger")
+    arguments = ["--input-dir", str(ours), "--output-dir", str(tmp_path / "back")]
+    assert convert_to_hf.main([*arguments, "--tokenizer", str(tmp_path / "larger")]) == 2
+    error = capsys.readouterr().err
+    assert f"{len(larger):,} tokens" in error and "rows that do not exist" in error and "tokenizer = " in error
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_tokenizer_than_that_of_the_run_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2_files(tmp_path / "files")
+    ours = trained(tmp_path, 2000, tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "gone.json"))
+    facts = {"tokenizer_type": "GPT2BPETokenizer", "vocab_size": 777, "eod": 0}
+    files.write_json(ours / "global_step0" / layout.RUN, {"tokenizer": facts})
+    seal(ours / "global_step0")
+    arguments = [
+        "--input-dir",
+        str(ours),
+        "--output-dir",
+        str(tmp_path / "back"),
+        "--tokenizer",
+        str(tmp_path / "files"),
+    ]
+    assert convert_to_hf.main(arguments) == 0
+    assert "trained with GPT2BPETokenizer of 777 tokens, end of document 0; the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gpt2 files", "sentencepiece"])
+def test_a_folder_that_was_moved_says_where_its_tokenizer_is(name: str, tmp_path: Path) -> None:
+    ours, keys = taken_over(name, tmp_path)
+    moved = ours.rename(tmp_path / "moved")
+    (tmp_path / "theirs").rename(tmp_path / "gone")
+    settings = {**keys, "load": str(moved), "user_script": "generate.py"}
+    with pytest.raises(ConfigError) as error:
+        resolve([], settings, Resources(1))
+    hints = {issue.key: (issue.hint or "").removeprefix(f"set {issue.key}: ") for issue in error.value.issues}
+    assert set(hints) == {key for key in ("vocab_file", "merge_file") if key in keys}
+    resolve([], {**settings, **hints}, Resources(1))
+    assert tokenizer_of({**keys, **hints}).vocab_size == keys["vocab_size"]
 
 
 def test_unknown_ends_are_null_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

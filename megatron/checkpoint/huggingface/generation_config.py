@@ -52,13 +52,18 @@ def end_ids(said: Mapping[str, Any]) -> list[int]:
 
 
 def sampling(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys for how the folder samples, and where it stops; nothing where it takes the likeliest token."""
+    """Our keys for how the folder samples, and where it stops; nothing where it takes the likeliest token.
+
+    A temperature of 0, which `transformers` does not sample at, takes the likeliest token too.
+    """
     found: dict[str, Any] = {}
-    if said.get("do_sample"):
+    if said.get("do_sample") and said.get("temperature") != 0:
         temperature, top_k, top_p = said.get("temperature"), said.get("top_k"), said.get("top_p")
         found["temperature"] = 1.0 if temperature is None else float(temperature)
         found["top_k"] = 50 if top_k is None else int(top_k)
-        if top_p is not None and top_p < 1.0:
+        if top_p is not None and top_p <= 0:
+            found["top_k"] = 1  # the likeliest token always stays; our 0 leaves out nothing
+        elif top_p is not None and top_p < 1.0:
             found["top_p"] = float(top_p)
         if said.get("min_p"):
             found["min_p"] = float(said["min_p"])

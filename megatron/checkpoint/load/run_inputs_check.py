@@ -56,7 +56,7 @@ def same_tokenizer(
     """
     if not stored:
         return
-    then = TokenizerInfo(stored["tokenizer_type"], stored["vocab_size"], stored["eod"], stored.get("fingerprint"))
+    then = TokenizerInfo.of_checkpoint(stored)
     if then.agrees_with(own if trains else replace(own, eod=None)):
         return
     if not new_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron.config.config import Config
 from megatron.config.derived.fill import trains
@@ -137,6 +138,19 @@ def loading_is_possible(config: Config) -> Iterator[ConfigIssue]:
         if saved.load is None and requested:
             hint = "give load, the folder of the checkpoint"
             yield ConfigIssue("nothing is loaded", key=key, value=getattr(saved, key), hint=hint)
+
+
+def tokenizer_was_not_moved(config: Config) -> Iterator[ConfigIssue]:
+    """Tokenizer files whose path is gone, while the folder at `load`, an imported model, has them beside it."""
+    for key in ("vocab_file", "merge_file"):
+        path = Path(getattr(config.tokenizer, key) or "")
+        if config.checkpoint.load is None or not path.is_absolute() or path.exists():
+            continue
+        folder = Path(config.checkpoint.load) / "tokenizer"
+        beside = [each for each in (folder / path.name, folder) if path.name and each.exists()]
+        if beside:
+            what = "there is no such file or folder; the model was moved, and has its tokenizer beside it"
+            yield ConfigIssue(what, key=key, value=str(path), hint=f"set {key}: {beside[0]}")
 
 
 _MIN_PART_SIZE = 5 << 20  # bytes, the minimum of S3

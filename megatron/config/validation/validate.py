@@ -58,6 +58,7 @@ RULES: tuple[Rule, ...] = (
     deepspeed.extra_arguments_only_add,
     deepspeed.offload_is_possible,
     training.counts_are_positive,
+    training.tokenizer_was_not_moved,
     training.eos_tokens_are_ids,
     launch.ports_are_ports,
     launch.hosts_are_counted,
