@@ -51,9 +51,19 @@ PRELOADED = [
     "megatron.model.attention.dense",
     "megatron.model.mlp.dense",
     "megatron.objectives.language_model",
+    "pytest",
+    "transformers.models.auto.modeling_auto",
+    "datasets",
 ]
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY}
-"""What torch and glibc read when the server starts: one thread, and the allocator as the launcher sets it."""
+"""What training, evaluation and the modules of the tests themselves import."""
+SERVER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    **KEEP_FREED_MEMORY,
+    **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"),
+}
+"""What torch, glibc and the last two libraries read when the server starts: one thread, the allocator as the launcher
+sets it, and the network as an evaluation does.
+"""
 PR_SET_PDEATHSIG = 1  # prctl(2)
 OUTPUT_SHOWN = 4000  # [characters] of a rank's own output in the error of a failed call
 SECONDS_FOR_OTHER_FAILURES = 0.3
