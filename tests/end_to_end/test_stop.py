@@ -84,7 +84,7 @@ doc_to_target: 0
 metric_list:
   - metric: acc
 """
-DOCUMENTS = 200
+DOCUMENTS = 60
 
 
 class StopDuringTasks(StopDuringEvaluation):
