@@ -64,7 +64,10 @@ def test_why_it_cannot_be_used_is_reported():
     assert choose_decode_attention(CPU, torch.float32, 20) is None
 
 
-def test_it_is_compiled_once_and_a_missing_compiler_is_reported(tmp_path):
+def test_it_is_compiled_once_and_a_missing_compiler_is_reported(tmp_path, monkeypatch):
+    """Shown with the shortest of its sources; `compiled` above is the whole."""
+    shortest = min(cpp_build.SOURCES, key=lambda source: source.stat().st_size)
+    monkeypatch.setattr(cpp_build, "SOURCES", (shortest,))
     first = cpp_build.compiled(tmp_path, "g++")
     made = first.stat().st_mtime_ns
     assert cpp_build.compiled(tmp_path, "g++") == first and first.stat().st_mtime_ns == made
