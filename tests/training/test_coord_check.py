@@ -14,7 +14,6 @@ from megatron.param_table import MupWidths
 from megatron.plan.base_shapes import write_base_shapes
 from megatron.training.mup.activation_stats import Curves, slope
 from megatron.training.mup.coord_check import at_width, coord_check
-from tests.end_to_end.runs import make_dataset
 from tests.multi_rank import run_distributed
 
 KEYS: dict[str, Any] = {
@@ -53,12 +52,24 @@ def check(rank: int, world_size: int, config: Config) -> None:
     coord_check(config)
 
 
+@pytest.fixture(scope="module")
+def alone(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of what one process found, by optimizer."""
+    folders = {kind: tmp_path_factory.mktemp("alone") for kind in OPTIMIZERS}
+    for kind, folder in folders.items():
+        config = config_of(folder, data_path=dataset, optimizer=OPTIMIZERS[kind])
+        run_distributed(check, 1, config, timeout=300)
+    return folders
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "coord_check.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_sizes_are_flat_with_mup_and_grow_without(kind: str, tmp_path: Path) -> None:
+def test_sizes_are_flat_with_mup_and_grow_without(kind: str, alone: dict[str, Path]) -> None:
     """Sizes at every step, and what the steps change; logits get their size by what they learn."""
-    config = config_of(tmp_path, data_path=make_dataset(tmp_path), optimizer=OPTIMIZERS[kind])
-    run_distributed(check, 1, config, timeout=300)
-    reported = json.loads((tmp_path / "coord_check.json").read_text(encoding="utf-8"))
+    reported = found_in(alone[kind])
     assert reported["widths"] == [32, 64, 128, 256]
     mup, standard = reported["muP"], reported["standard"]
     assert mup["logits"]["slopes"][0] == pytest.approx(-0.5, abs=0.1)
@@ -69,21 +80,18 @@ def test_sizes_are_flat_with_mup_and_grow_without(kind: str, tmp_path: Path) -> 
     if kind == "adam":  # which has learned more by then
         assert all(abs(mup["logits"][name][-1]) < FLAT[kind] for name in ("slopes", "change_slopes"))
         assert standard["logits"]["change_slopes"][-1] > GROWS
-    assert (tmp_path / "coord_check.png").stat().st_size > 10_000
+    assert (alone[kind] / "coord_check.png").stat().st_size > 10_000
 
 
-def test_ranks_measure_together(tmp_path: Path) -> None:
+def test_ranks_measure_together(alone: dict[str, Path], dataset: str, tmp_path: Path) -> None:
     """Two tensor-parallel ranks with sequence parallelism, each with a part of the activations, find what one does."""
-    data = {"data_path": make_dataset(tmp_path), "optimizer": OPTIMIZERS["adam"]}
-    found = []
-    for world, layout in ((1, {}), (2, {"model_parallel_size": 2, "sequence_parallel": True})):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        run_distributed(check, world, config_of(folder, world, **data, **layout), timeout=300)
-        found.append(json.loads((folder / "coord_check.json").read_text(encoding="utf-8"))["muP"])
-    for part, one in found[0].items():
+    layout = {"model_parallel_size": 2, "sequence_parallel": True}
+    config = config_of(tmp_path, 2, data_path=dataset, optimizer=OPTIMIZERS["adam"], **layout)
+    run_distributed(check, 2, config, timeout=300)
+    together = found_in(tmp_path)["muP"]
+    for part, one in found_in(alone["adam"])["muP"].items():
         for kind in ("sizes", "changes"):
-            for a, b in zip(one[kind], found[1][part][kind], strict=True):
+            for a, b in zip(one[kind], together[part][kind], strict=True):
                 assert a == pytest.approx(b, rel=1e-3), (part, kind)
 
 
