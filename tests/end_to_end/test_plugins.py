@@ -18,7 +18,8 @@ import torch
 from megatron.data.indexed.writer import DatasetWriter
 from tests.architecture.source import ROOT
 from tests.end_to_end import plugin
-from tests.end_to_end.runs import BASE
+from tests.end_to_end.runs import BASE, run_rank
+from tests.multi_rank import run_distributed
 
 LENGTH, WIDTH, LAYERS, HEADS, ROWS, INNER = 32, 32, 2, 4, 128, 64
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -80,7 +81,13 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
-def test_unknown_parts_are_planned_trained_and_saved(run: Run, tmp_path: Path) -> None:
+def go_on(rank: int, world_size: int, folder: str, keys: dict[str, Any]) -> None:
+    """A worker that finds the user's package."""
+    sys.path.insert(0, folder)
+    run_rank(rank, world_size, keys)
+
+
+def test_unknown_parts_are_planned_trained_and_saved(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = run("--dry-run", "--json")
     assert planned.returncode == 0, planned.stdout + planned.stderr
     report = json.loads(planned.stdout)
@@ -110,9 +117,9 @@ def test_unknown_parts_are_planned_trained_and_saved(run: Run, tmp_path: Path) -
     embedding = torch.load(saved / "layer_00-model_00-model_states.pt", weights_only=True)
     assert embedding["position_embeddings.table"].shape == (LENGTH, WIDTH)
 
-    other = ("--model-parallel-size", "1", "--zero_optimization", "{stage: 1}")
-    more = run("--load", str(tmp_path / "save"), "--train-iters", "3", *other)
-    assert more.returncode == 0, more.stdout + more.stderr
+    monkeypatch.setenv("NEOX_PLUGINS", plugin.PLUGIN)
+    other = {"model_parallel_size": 1, "zero_optimization": {"stage": 1}, "load": str(tmp_path / "save")}
+    run_distributed(go_on, 2, str(tmp_path), {**settings(tmp_path), **other, "train_iters": 3})
     assert (tmp_path / "save" / "latest").read_text() == "global_step3"
 
 
