@@ -72,9 +72,13 @@ class Run:
                 return child
         raise AssertionError(f"no worker of rank {rank}")
 
-    def end(self, seconds: float) -> int:
-        """The exit code, which must come within that time, with no process left."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
+    def family(self) -> list[psutil.Process]:
+        """The processes below the launcher."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, seconds: float, family: list[psutil.Process] | None = None) -> int:
+        """The exit code, which must come within that time, with no process left of the family, or of that of now."""
+        family = self.family() if family is None else family
         code = self.process.wait(seconds)
         _, left = psutil.wait_procs(family, timeout=5)
         assert not left, left

@@ -21,33 +21,49 @@ from tests.end_to_end.runs import run as train_alone
 from tests.multi_rank import RankFailedError, run_distributed
 
 
-def test_a_frozen_rank_is_named(dataset: str, tmp_path: Path) -> None:
-    """Rank 1 stops in the middle of its work, as a machine that hangs does; only the others can tell."""
-    run = Run(tmp_path, {"data_path": dataset})
-    run.reach(3)
-    run.worker(1).send_signal(signal.SIGSTOP)
-    assert run.end(LIMIT + 15) == 1
+@pytest.fixture(scope="module")
+def frozen(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, int]]:
+    """A run that trains and one whose model writes; rank 1 stops in the middle of it, as a machine that hangs does.
+
+    Only the other rank can tell. Both run at once, since most of the time they wait.
+    """
+    folder = tmp_path_factory.mktemp("frozen")
+    saving = {"train_iters": 2, "save": str(folder / "writes" / "save"), "checkpoint_factor": 2}
+    train_alone(1, folder / "trained", data_path=dataset, **saving)
+    settings = {"text_gen_type": "unconditional", "num_samples": 100000, "sample_output_file": "texts.jsonl"}
+    settings |= {"load": "save", "maximum_tokens": 20, "model_parallel_size": 2}
+    # Rows for long steps: rank 1 then stops within one, not between two.
+    training = Run(folder / "trains", {"data_path": dataset, "train_batch_size": 128})
+    writing = Run(folder / "writes", settings, "generate.py")
+    training.reach(3)
+    texts = writing.folder / "texts.jsonl"
+    writing.wait(lambda: texts.exists() and texts.stat().st_size > 0)
+    families = [run.family() for run in (training, writing)]
+    for run in (training, writing):
+        run.worker(1).send_signal(signal.SIGSTOP)
+    return {
+        "trains": (training, training.end(LIMIT + 15, families[0])),
+        "writes": (writing, writing.end(LIMIT + 15, families[1])),
+    }
+
+
+def test_a_frozen_rank_is_named(frozen: dict[str, tuple[Run, int]]) -> None:
+    run, code = frozen["trains"]
     said = run.said()
+    assert code == 1, said
     assert "rank 1 (host " in said and "no heartbeat for" in said, said
     assert re.search(r"a collective failed at iteration \d+ \((training|reading data)\)", said), said
-    record = json.loads((tmp_path / "logs" / "failures" / "rank_0.json").read_text())
+    record = json.loads((run.folder / "logs" / "failures" / "rank_0.json").read_text())
     assert record["entries"][-1]["profiling_name"].startswith("gloo:")
 
 
-def test_a_frozen_rank_of_a_model_that_writes_is_named(dataset: str, tmp_path: Path) -> None:
-    train_alone(
-        1, tmp_path / "trained", data_path=dataset, train_iters=2, save=str(tmp_path / "save"), checkpoint_factor=2
-    )
-    writing = {"text_gen_type": "unconditional", "num_samples": 100000, "sample_output_file": "texts.jsonl"}
-    run = Run(tmp_path, {**writing, "load": "save", "maximum_tokens": 20, "model_parallel_size": 2}, "generate.py")
-    texts = tmp_path / "texts.jsonl"
-    run.wait(lambda: texts.exists() and texts.stat().st_size > 0)
-    run.worker(1).send_signal(signal.SIGSTOP)
-    assert run.end(LIMIT + 15) == 1
+def test_a_frozen_rank_of_a_model_that_writes_is_named(frozen: dict[str, tuple[Run, int]]) -> None:
+    run, code = frozen["writes"]
     said = run.said()
+    assert code == 1, said
     assert "rank 1 (host " in said and "no heartbeat for" in said, said
     assert "a collective failed (asking the model)" in said, said
-    assert (tmp_path / "logs" / "generate" / "failures" / "rank_0.json").exists()
+    assert (run.folder / "logs" / "generate" / "failures" / "rank_0.json").exists()
 
 
 def hanging_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
