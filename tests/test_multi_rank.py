@@ -81,7 +81,7 @@ def test_a_rank_that_dies_is_named_with_its_exit_code() -> None:
 
 def test_a_hang_ends_at_the_timeout_says_where_and_leaves_no_process(tmp_path: object) -> None:
     with pytest.raises(RankFailedError, match="no answer from rank 0, 1 of 2 in time") as caught:
-        run_distributed(_hang, 2, str(tmp_path), timeout=3)
+        run_distributed(_hang, 2, str(tmp_path), timeout=5)
     assert "in _hang" in str(caught.value)
     for rank in ("0", "1"):
         with open(os.path.join(str(tmp_path), rank)) as note:
