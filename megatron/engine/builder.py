@@ -33,6 +33,7 @@ from megatron.engine.compile import compile_blocks
 from megatron.engine.deepspeed_engine import PlainEngine, keyed_parameters
 from megatron.engine.deepspeed_setup import (
     cap_reduce_bucket,
+    create_secondary_groups,
     disable_grad_allreduce,
     mark_gathered_blocks,
     silence_deepspeed,
@@ -317,6 +318,7 @@ def _initialize(
         clipper = GradientClipper(parameters.values(), topology, section.gradient_clipping)
         clipper.attach(optimizer)
     mark_gathered_blocks(model)
+    create_secondary_groups(config.deepspeed.zero_optimization or {}, topology)
     with redirect_stdout(io.StringIO()):  # its optimizers print their memory while they are built
         initialised, *_ = deepspeed.initialize(
             model=model,

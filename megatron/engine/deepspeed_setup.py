@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from deepspeed.utils import set_z3_leaf_module
+import torch.distributed as dist
+from deepspeed.utils import groups, set_z3_leaf_module
 from torch.nn import Module
 
 from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import all_gather_items
 from megatron.model.block import Block
 from megatron.optim.grad_clip import GradientClipper
 
@@ -48,6 +51,26 @@ def skip_lone_allreduce(initialised: Any, topology: Topology) -> None:
             initialised._get_gradients_for_reduction()
 
     initialised.buffered_allreduce_fallback = complete
+
+
+def create_secondary_groups(zero: Mapping[str, Any], topology: Topology) -> None:
+    """Creates the groups of ranks that each keep a copy of all weights at ZeRO 3 (`zero_hpz_partition_size`).
+
+    DeepSpeed itself would part the ranks of the world, tensor-parallel ones too, which hold other shards. Collective
+    over all ranks.
+
+    zero: the ZeRO block.
+    """
+    size = int(zero.get("zero_hpz_partition_size") or 1)
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an engine before this one
+    if size == 1 or zero.get("stage") != 3:
+        return
+    for ranks in sorted(set(all_gather_items([topology.dp_cp.ranks]))):
+        for first in range(0, len(ranks), size):
+            members = list(ranks[first : first + size])
+            group = dist.new_group(members)  # every rank creates every group
+            if topology.rank in members:
+                groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
 
 
 def mark_gathered_blocks(model: Module) -> None:

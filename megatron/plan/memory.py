@@ -73,6 +73,8 @@ class StateLayout:
     """Ranks that share the experts."""
     state_per_param: float = 2
     """fp32 values of optimizer state per parameter."""
+    secondary: int = 0
+    """Ranks that share a second copy of all weights at ZeRO 3; 0 without one."""
 
 
 def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int | None = None) -> tuple[int, int, int]:
@@ -89,6 +91,7 @@ def state_memory(count: int, layout: StateLayout, experts: int = 0, trained: int
     share = -(-count // layout.ranks) + -(-local // max(1, layout.ranks // layout.expert_parallel_size))
     count += local
     parameters = width * (share + min(count, layout.gathered)) if stage == 3 else width * count
+    parameters += width * -(-count // layout.secondary) if stage == 3 and layout.secondary > 1 else 0
     if trained is not None:
         count, share = trained, -(-trained // layout.ranks)
     state_per_param = layout.state_per_param * FP32

@@ -188,6 +188,7 @@ def state_layout(config: Config) -> StateLayout:
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
         state_per_param=family.entry(config.optimizer.optimizer_type).state_per_param,
+        secondary=int(zero.get("zero_hpz_partition_size") or 0),
     )
 
 

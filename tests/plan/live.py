@@ -83,7 +83,8 @@ class Ledger:
 
     def _parameters(self) -> Storages:
         held = list(self._engine.module.parameters())
-        return storages(one.data for one in held) | storages(one.ds_tensor for one in held if hasattr(one, "ds_tensor"))
+        parts = [getattr(one, name, None) for one in held for name in ("ds_tensor", "ds_secondary_tensor")]
+        return storages(one.data for one in held) | storages(part for part in parts if part is not None)
 
     def _optimizer(self) -> Storages:
         optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)

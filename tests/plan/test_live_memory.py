@@ -62,6 +62,10 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         {"precision": "bfloat16", "zero_optimization": {"stage": 2, "overlap_comm": True}},
     ),
     "ZeRO 3, a bucket for all": (2, {"zero_optimization": {"stage": 3, **GATHERED}}),
+    "ZeRO 3, a second copy": (
+        2,
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, **BUCKETS, **GATHERED}},
+    ),
     "sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
     "context": (2, {"context_parallel_size": 2}),
     "updates": (1, UPDATES),

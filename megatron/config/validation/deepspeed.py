@@ -37,6 +37,31 @@ def offload_is_possible(config: Config) -> Iterator[ConfigIssue]:
             yield ConfigIssue(message, key="zero_optimization", value=block, hint=hint)
 
 
+def secondary_partitions_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
+    """Groups of ranks that each keep all weights (`zero_hpz_partition_size`) exist at ZeRO 3, and are equal."""
+    block, axes = config.deepspeed.zero_optimization or {}, config.parallelism
+    size = block.get("zero_hpz_partition_size", 1)
+    message, hint = None, ""
+    if type(size) is not int or size < 1:
+        message, hint = (
+            f"zero_hpz_partition_size counts ranks, and is {size!r}",
+            "give a number of ranks, or leave it out",
+        )
+    elif size > 1 and config.deepspeed.zero_stage != 3:
+        message, hint = (
+            "zero_hpz_partition_size needs stage 3, which partitions weights",
+            "use stage 3, or leave it out",
+        )
+    elif size > 1 and axes.data_parallel_size % size:
+        sizes = [str(each) for each in range(2, axes.data_parallel_size + 1) if axes.data_parallel_size % each == 0]
+        message = (
+            f"zero_hpz_partition_size = {size} does not divide the {axes.data_parallel_size} ranks that share weights"
+        )
+        hint = f"give {' or '.join(sizes)}" if sizes else "leave it out"
+    if message is not None:
+        yield ConfigIssue(message, key="zero_optimization", value=block, hint=hint)
+
+
 def extra_arguments_only_add(config: Config) -> Iterator[ConfigIssue]:
     """`deepspeed_extra_args` may not change what other keys decide."""
     axes, batch = config.parallelism, config.training.train_batch_size

@@ -57,6 +57,7 @@ RULES: tuple[Rule, ...] = (
     schedule.warmup_ends_before_the_horizon,
     deepspeed.extra_arguments_only_add,
     deepspeed.offload_is_possible,
+    deepspeed.secondary_partitions_divide_ranks,
     training.counts_are_positive,
     training.tokenizer_was_not_moved,
     training.eos_tokens_are_ids,
