@@ -153,7 +153,8 @@ def _train(config: Config, topology: Topology, stop: Stop, watchdog: Watchdog, h
         _log_setup(config, topology, data, state, reporter)
         _freeze_gc()
         stop.listen()
-        reason = run_loop(schedule, context, state)
+        with watchdog.activity("between two steps"):  # unlike the start, nothing there may take long
+            reason = run_loop(schedule, context, state)
         if saver is not None:
             saver.finish()
         if reason is not None:
