@@ -2,9 +2,10 @@
 
     python benchmarks/generation.py [--precision fp32 bfloat16] [--batch 1 8] [--rounds 3]
 
-12 layers x 768, vocabulary 50,304, prompts of 64 tokens and 128 new ones. Each round runs all contenders one after the
-other, so that a machine whose speed drifts slows all; the figure is the best of the rounds. On a machine that others
-use as well, `--processor-time` with one thread counts the time that this process had.
+12 layers x 768, vocabulary 50,304, prompts of 64 tokens and 128 new ones, or others: `--prompt 512 --new 1` times the
+prompt. Each round runs all contenders one after the other, so that a machine whose speed drifts slows all; the figure
+is the best of the rounds. On a machine that others use as well, `--processor-time` with one thread counts the time that
+this process had.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from megatron.model.model_spec import ModelSpec
 LAYERS, HIDDEN, HEADS, VOCABULARY, PROMPT, NEW = 12, 768, 12, 50304, 64, 128
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
 Generate = Callable[[Tensor, int], list[list[int]]]
-"""Prompts [b, PROMPT] and a number of tokens -> so many new tokens of each."""
+"""Prompts [b, s] and a number of tokens -> so many new tokens of each."""
 
 
 def _config() -> Config:
@@ -120,12 +121,12 @@ def ours(model: torch.nn.Module, dtype: torch.dtype) -> Generate:
     engine = our_engine(model, dtype)
 
     def generate(prompts: Tensor, new: int) -> list[list[int]]:
-        limits = Limits(frozenset(), new, PROMPT + new)
+        limits = Limits(frozenset(), new, prompts.shape[1] + new)
         sampler = Sampler(Sampling(), vocab_size=VOCABULARY, seed=0)
         texts = [RunningSequence(prompt, limits, sampler) for prompt in prompts.tolist()]
         for _ in decode(engine, texts, rows=len(texts)):
             pass
-        return [text.tokens[PROMPT:] for text in texts]
+        return [text.tokens[prompts.shape[1] :] for text in texts]
 
     return generate
 
@@ -157,7 +158,7 @@ def transformers_generate(model: Any) -> Generate:
                 pad_token_id=0,
                 eos_token_id=None,
             )
-        return made[:, PROMPT:].tolist()
+        return made[:, prompts.shape[1] :].tolist()
 
     return generate
 
@@ -176,9 +177,10 @@ def litgpt_generate(dtype: torch.dtype) -> Generate | None:
 
     def generate(prompts: Tensor, new: int) -> list[list[int]]:
         with torch.inference_mode():
-            model.max_seq_length = PROMPT + new
+            length = prompts.shape[1]
+            model.max_seq_length = length + new
             model.set_kv_cache(batch_size=len(prompts), dtype=dtype)
-            at, fresh, made = torch.arange(PROMPT), prompts, []
+            at, fresh, made = torch.arange(length), prompts, []
             for _ in range(new):
                 fresh = model(fresh, at)[:, -1:].argmax(-1)
                 made.append(fresh)
@@ -194,7 +196,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="texts side by side")
     parser.add_argument("--processor-time", action="store_true", help="count processor time, not time on the wall")
-    parser.add_argument("--new", type=int, default=NEW, help="new tokens of a text")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=NEW, help="new tokens of a text; 1 times the prompt alone")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     print(f"{LAYERS} layers x {HIDDEN}, vocabulary {VOCABULARY}, {torch.get_num_threads()} threads", flush=True)
@@ -205,14 +208,14 @@ def main() -> None:
             contenders["litgpt"] = litgpt
         for batch in asked.batch:
             clock = time.process_time if asked.processor_time else time.perf_counter
-            _compare(name, batch, contenders, asked.new, asked.rounds, clock)
+            prompts = torch.randint(0, VOCABULARY, (batch, asked.prompt), generator=torch.Generator().manual_seed(7))
+            _compare(name, prompts, contenders, asked.new, asked.rounds, clock)
 
 
 def _compare(
-    name: str, batch: int, contenders: dict[str, Generate], new: int, rounds: int, clock: Callable[[], float]
+    name: str, prompts: Tensor, contenders: dict[str, Generate], new: int, rounds: int, clock: Callable[[], float]
 ) -> None:
-    prompts = torch.randint(0, VOCABULARY, (batch, PROMPT), generator=torch.Generator().manual_seed(7))
-    best = dict.fromkeys(contenders, float("inf"))
+    best, batch = dict.fromkeys(contenders, float("inf")), len(prompts)
     for _ in range(rounds):
         made = {}
         for contender, generate in contenders.items():
