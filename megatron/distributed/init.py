@@ -35,6 +35,7 @@ def init_distributed(
     model_parallel_size: int,
     seed: int,
     context_parallel_size: int = 1,
+    ulysses_size: int | None = None,
     expert_parallel_size: int = 1,
     sequence_parallel: bool = False,
     fp32_allreduce: bool = False,
@@ -52,6 +53,7 @@ def init_distributed(
         seed: base seed. The Python, numpy and torch generators of every stage, data and context rank get a seed derived
             from it, so that they draw different dropout masks; tensor-parallel ranks of one shard get the same one.
         context_parallel_size: ranks that share a sequence.
+        ulysses_size: those of them that exchange shards for heads, beside a ring of the others; all unless set.
         expert_parallel_size: ranks over which experts are distributed.
         sequence_parallel: shards activations along the sequence between tensor-parallel regions.
         fp32_allreduce: sums tensors of lower precision over ranks in fp32.
@@ -94,6 +96,7 @@ def init_distributed(
         sequence_parallel=sequence_parallel,
         fp32_reduce=fp32_allreduce,
         expert=expert_parallel_size,
+        ulysses=ulysses_size,
     )
     set_collective_timeout(timeout_seconds)
     seed_generators(seed + topology.pipe.rank * topology.dp_cp.size + topology.dp_cp.rank)

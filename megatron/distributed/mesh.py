@@ -11,7 +11,7 @@ PipeModelDataParallelTopology and the public GPT-NeoX layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import SimpleNamespace
@@ -71,6 +71,10 @@ class Topology:
     """Ranks that hold the same shard of the model and sum its gradient (data x context)."""
     expert: Axis = field(default_factory=lambda: Axis("expert"))
     """Ranks of dp_cp over which the experts of a block are distributed; neighbours along it."""
+    ulysses: Axis = field(default_factory=lambda: Axis("ulysses"))
+    """Ranks of context that exchange shards of a sequence for heads; neighbours along it."""
+    ring: Axis = field(default_factory=lambda: Axis("ring"))
+    """Ranks of context that pass keys and values on: one of each group of `ulysses`."""
 
     @staticmethod
     def single() -> Topology:
@@ -89,6 +93,7 @@ class Topology:
         sequence_parallel: bool = False,
         fp32_reduce: bool = False,
         expert: int = 1,
+        ulysses: int | None = None,
     ) -> Topology:
         """Creates the process groups. Collective: every rank calls it with the same sizes.
 
@@ -103,6 +108,7 @@ class Topology:
             sequence_parallel: property of the model axis.
             fp32_reduce: property of the model axis.
             expert: ranks over which experts are distributed.
+            ulysses: context-parallel ranks that exchange shards for heads; the whole context axis unless set.
         """
         if world_size % (pipe * context * model):
             sizes_text = f"pipe {pipe} x context {context} x model {model}"
@@ -115,6 +121,7 @@ class Topology:
         )
         axes["model_parallel"] = _axis("model_parallel", sizes, rank, ("pipe", "model"))
         axes["dp_cp"] = _axis("dp_cp", sizes, rank, ("data", "context"))
+        axes["ulysses"], axes["ring"] = _context_parts(axes["context"], sizes, ulysses or context)
         if expert > 1:
             axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
         return Topology(rank, world_size, **axes)
@@ -173,10 +180,30 @@ def _expert_axis(size: int, *, pipe: int, model: int, data: int) -> Axis:
     return Axis("expert", size, ranks.index(dist.get_rank()), ranks, groups._get_expert_parallel_group(name))
 
 
+def _context_parts(context: Axis, sizes: dict[str, int], ulysses: int) -> tuple[Axis, Axis]:
+    """Returns the parts of the context axis: its groups of that many neighbours, and the rings across them."""
+    if context.size % ulysses:
+        raise ValueError(f"{ulysses} Ulysses ranks do not divide {context.size} context-parallel ranks")
+    rank = context.ranks[context.rank]
+    if ulysses == context.size:
+        return replace(context, name="ulysses"), Axis("ring", ranks=(rank,))
+    if ulysses == 1:
+        return Axis("ulysses", ranks=(rank,)), replace(context, name="ring")
+    every = list(_slices(sizes, ("context",)))
+    neighbours = [ranks[first : first + ulysses] for ranks in every for first in range(0, len(ranks), ulysses)]
+    rings = [ranks[first::ulysses] for ranks in every for first in range(ulysses)]
+    return _of_slices("ulysses", neighbours, rank), _of_slices("ring", rings, rank)
+
+
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:
     """Returns this rank's Axis along the named dimensions, after creating every such group of the world."""
+    return _of_slices(name, _slices(sizes, along), rank)
+
+
+def _of_slices(name: str, slices: Iterable[tuple[int, ...]], rank: int) -> Axis:
+    """Returns the Axis of the slice with this rank, after creating the groups of all of them."""
     mine: Axis | None = None
-    for ranks in _slices(sizes, along):
+    for ranks in slices:
         # Every rank must create every group, in the same order, even those it is not a member of.
         group = dist.new_group(list(ranks)) if dist.is_initialized() else None
         if rank in ranks:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.data.dataset.batch import MicroBatch
-from megatron.distributed.context_parallel import shard_sequence
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.process_group import device
 from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
@@ -94,7 +93,7 @@ class PlainEngine(BaseEngine):
     def _forward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """Returns the sum of the losses of this rank's shard of the sequences, divided by `tokens`."""
         batch = batch.to(self.deepspeed.device)
-        part = partial(shard_sequence, axis=self.topology.context)
+        part = SequenceShards.of(self.topology).shard
         given = part(batch.labels), part(batch.loss_mask), tokens
         targets = self.loss.targets(*given)
         padding = None if batch.padding is None else part(batch.padding)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import gather_from
-from megatron.distributed.context_parallel import shard_sequence
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.mesh import Topology
 from megatron.distributed.process_group import device
 from megatron.model.kv_cache import KVCache
+from megatron.sequence_parts import sequence_multiple
 
 Layer = Callable[..., Tensor]
 
@@ -26,13 +27,13 @@ def shard_prompt(tokens: Tensor, cache: KVCache | None, topology: Topology) -> T
     A model is causal, so padding changes no other position. Raises ValueError for a cache, which needs full sequences.
     """
     axis = topology.model
-    parts = topology.context.size * (axis.size if axis.sequence_parallel else 1)
+    parts = sequence_multiple(topology.context.size, topology.ulysses.size, axis.size if axis.sequence_parallel else 1)
     if parts == 1:
         return tokens
     if cache is not None:
         raise ValueError("generation with a cache needs an engine without sequence and context parallelism")
     padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % parts))
-    return shard_sequence(padded, topology.context)
+    return SequenceShards.of(topology).shard(padded)
 
 
 def gather_context(logits: Tensor, topology: Topology) -> Tensor:
@@ -42,7 +43,7 @@ def gather_context(logits: Tensor, topology: Topology) -> Tensor:
         return logits
     parts = [torch.empty_like(logits) for _ in range(axis.size)]
     dist.all_gather(parts, logits.contiguous(), group=axis.group)
-    return torch.cat(parts, dim=1)
+    return SequenceShards.of(topology).restore(torch.cat(parts, dim=1))
 
 
 def gather_vocabulary(logits: Tensor, topology: Topology) -> Tensor:

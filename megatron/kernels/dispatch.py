@@ -60,10 +60,13 @@ class Kernels:
         default_factory=lambda: choose_mamba(torch.device("cpu"), convolution=False, scan=False)
     )
     """Convolution and scan of Mamba blocks."""
+    recompute: Callable[..., Tensor] | None = None
+    """recompute(core, *inputs) repeats an attention core in the backward pass; None if it is saved."""
 
     def recomputed(self, recompute: Callable[..., Tensor]) -> Kernels:
         """Returns kernels whose attention core is recomputed in the backward pass: recompute(core, *inputs)."""
-        return replace(self, attention={kind: partial(recompute, core) for kind, core in self.attention.items()})
+        cores = {kind: partial(recompute, core) for kind, core in self.attention.items()}
+        return replace(self, attention=cores, recompute=recompute)
 
 
 def load_choices(facts: KernelFacts, section: Any) -> dict[str, Any]:

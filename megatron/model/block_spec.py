@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.mesh import Axis
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
@@ -61,8 +61,8 @@ class BlockSpec:
     """Tokens attend to their own document only."""
     reset_positions: bool = False
     """Positions start again with each document."""
-    context: Axis = field(default_factory=lambda: Axis("context"))
-    """Ranks that share a sequence."""
+    shards: SequenceShards = field(default_factory=SequenceShards)
+    """Which positions of a sequence each of the ranks has that share it."""
     moe_config: Any = None
     """The `MoEConfig` of blocks with experts, if there are any."""
     multipliers: Multipliers = field(default_factory=Multipliers)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.adapter_config import soft_prompt
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.param_attrs import mark_tied
 from megatron.distributed.param_init import PaddedInit
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
@@ -39,7 +41,7 @@ class EmbeddingLayer(nn.Module):
         self.multiplier, self.output_multiplier = spec.multipliers.embedding, spec.multipliers.output
         self.reset_positions = spec.reset_positions
         self.dropout = blocks.hidden_dropout
-        self.axis, self.context = source.axis, spec.topology.context
+        self.axis, self.shards = source.axis, SequenceShards.of(spec.topology)
         self.draws = spec.rng.fork if source.axis.sequence_parallel and self.dropout > 0 else nullcontext
         self.word_embeddings = VocabParallelEmbedding(
             spec.padded_vocab_size,
@@ -70,15 +72,16 @@ class EmbeddingLayer(nn.Module):
         """
         hidden = self.word_embeddings(tokens.t())  # [s, b, h]
         length, first = hidden.shape[0], self._first(tokens.shape[1], cache)
+        at = self._positions(tokens.shape[1], length, hidden.device) if cache is None else None
         if self.soft_prompt is not None:
-            hidden = self.soft_prompt(hidden, first)
+            hidden = self.soft_prompt(hidden, first, at)
         if self.position_embeddings is not None:
-            positions = document_positions(document_starts) if self.reset_positions else None
-            if positions is not None:
-                positions = positions[:, first : first + length]
+            in_document = document_positions(document_starts) if self.reset_positions else None
+            if in_document is not None:
+                at = in_document[:, first : first + length] if at is None else in_document[:, at[0]]
             if cache is not None:
-                positions = cache.slots(length).positions
-            hidden = hidden + self.position_embeddings(length, first, positions, hidden.device)
+                at = cache.slots(length).positions
+            hidden = hidden + self.position_embeddings(length, first, at, hidden.device)
         if self.multiplier != 1.0:
             hidden = hidden * self.multiplier
         if self.dropout == 0 or not self.training:
@@ -87,9 +90,29 @@ class EmbeddingLayer(nn.Module):
             return F.dropout(hidden, self.dropout)
 
     def _first(self, length: int, cache: KVCache | None) -> int:
-        """Returns the position of the first vector on this rank, which has `length` tokens."""
-        first = self.context.rank * length if cache is None else cache.length
+        """Returns the position of the first vector on this rank, which has `length` tokens.
+
+        Where the positions do not follow each other, returns the first one of the last rank's shard in order.
+        """
+        shards = self.shards
+        if cache is not None:
+            first = cache.length
+        else:
+            first = shards.first(length) if shards.in_order else (shards.context.size - 1) * length
         return first + (self.axis.rank * length // self.axis.size if self.axis.sequence_parallel else 0)
+
+    def _positions(self, tokens: int, length: int, device: torch.device) -> Tensor | None:
+        """Returns the positions of this rank's vectors, [1, length], or None where they follow each other.
+
+        Args:
+            tokens: Tokens of this rank's shard.
+            length: Vectors of this rank, fewer where sequence parallelism shards them further.
+            device: Device of the result.
+        """
+        if self.shards.in_order:
+            return None
+        begin = self.axis.rank * length if self.axis.sequence_parallel else 0
+        return self.shards.positions(tokens, device)[None, begin : begin + length]
 
     @property
     def output_weight(self) -> Tensor:

@@ -24,6 +24,7 @@ from megatron.adapter_config import LowRank
 from megatron.block_sparsity import BlockLayout, layout_of
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
@@ -125,7 +126,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         dtype=spec.dtype,
         reset_attention=spec.reset_attention,
         reset_positions=spec.reset_positions,
-        context=topology.context,
+        shards=SequenceShards.of(topology),
         moe_config=_moe_config(spec.moe, topology, spec.router_losses)
         if spec.moe and dims.mixture.experts > 1
         else None,

@@ -28,12 +28,20 @@ class SoftPromptEmbedding(nn.Module):
         self.weight = source.replicated("weight", (spec.num_tokens, hidden_size), init_fn)
         mark_embedding_like(self.weight)
 
-    def forward(self, hidden: Tensor, first: int) -> Tensor:
-        """Replaces vectors [s, b, h] of positions first, first + 1, ... that belong to the prompt.
+    def forward(self, hidden: Tensor, first: int, positions: Tensor | None = None) -> Tensor:
+        """Replaces vectors [s, b, h] of positions that belong to the prompt.
 
         Ranks without any of these positions take part with no rows: their term of the gradient is zero.
+
+        Args:
+            hidden: Vectors of the tokens.
+            first: Position of the first of them.
+            positions: Their positions [1, s], where they do not follow each other; increasing.
         """
         count, length = self.weight.shape[0], hidden.shape[0]
+        if positions is not None:
+            rows = self.weight[positions[0].clamp(max=count - 1)].unsqueeze(1)  # [s, 1, h]
+            return torch.where((positions[0] < count)[:, None, None], rows, hidden)
         begin = min(first, count)
         rows = self.weight[begin : min(first + length, count)]
         return torch.cat((rows.unsqueeze(1).expand(-1, hidden.shape[1], -1), hidden[len(rows) :]))

@@ -55,6 +55,7 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "moe_eval_capacity_factor": (1.5, EXPERTS),
     "moe_min_capacity": (8, {**EXPERTS, "moe_capacity_factor": 1.5}),
     "pipe_partition_method": ("uniform", {"pipe_parallel_size": 2}),
+    "context_parallel_method": ("ring", {"context_parallel_size": 2}),
     "checkpoint_num_layers": (2, {"checkpoint_activations": True}),
     "recompute_method": ("block", {"recompute_granularity": "full"}),
     "partition_activations": (True, {"checkpoint_activations": True}),
@@ -217,7 +218,7 @@ REPORTED_AT_THE_START = {"vocab_size", "padded_vocab_size", "world_size"}
 
 def warned_keys(changes: dict[str, Any]) -> set[str]:
     """Returns the keys that SMALL with changes has warnings about."""
-    world = 2 if changes.get("pipe_parallel_size") == 2 else 1
+    world = 2 if 2 in (changes.get("pipe_parallel_size"), changes.get("context_parallel_size")) else 1
     warnings = resolved(world, **changes).warnings
     return {line.partition(": ")[2].partition(" ")[0] for line in warnings if "has no effect" in line}
 

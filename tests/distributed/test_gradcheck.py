@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import copy_to, gather_from, reduce_from, scatter_to
-from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads
+from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.expert_all_to_all import all_to_all_rows
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_init import ParamFactory

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads, shard_sequence
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
+from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.partial_grads import mark_partial_grad
@@ -187,7 +188,9 @@ def test_fp32_sums(worlds: Worlds) -> None:
 
 def test_uneven_sequences_are_refused() -> None:
     three = Axis("context", 3, 0, (0, 1, 2))
-    with pytest.raises(ValueError, match="a sequence of 8 does not divide by 3 context-parallel ranks"):
-        shard_sequence(torch.zeros(1, 8), three)
+    with pytest.raises(ValueError, match="a sequence of 8 does not divide by 3, as 3 context-parallel ranks"):
+        SequenceShards(three, three).shard(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="a sequence of 9 does not divide by 6, as 3 context-parallel ranks"):
+        SequenceShards(three, ring=three).shard(torch.zeros(1, 9))
     with pytest.raises(ValueError, match="a sequence of 8 does not divide by 3 tensor-parallel ranks"):
         reduce_scatter_first(torch.zeros(8, 1), three)

@@ -76,9 +76,9 @@ MUTANTS = (
     ),
     Mutant(
         "a rank takes the wrong shard of the sequence",
-        f"{D}/context_parallel.py",
-        "x.chunk(axis.size, dim=1)[axis.rank]",
-        "x.chunk(axis.size, dim=1)[axis.rank - 1]",
+        f"{D}/context_parallel/sequence_shards.py",
+        "x.chunk(self.context.size, dim=1)[self.context.rank]",
+        "x.chunk(self.context.size, dim=1)[self.context.rank - 1]",
         ("engine/test_token_mean.py", "end_to_end/test_documents.py"),
     ),
     Mutant(

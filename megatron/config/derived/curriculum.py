@@ -47,7 +47,7 @@ def curriculum_lengths(block: Mapping[str, Any] | None, seq_length: int) -> Leng
 
 
 def curriculum_issues(block: Mapping[str, Any], *, seq_length: int, parts: int) -> Iterator[tuple[str, str]]:
-    """Yields (message, hint) of each error. parts: number of ranks that share a sequence."""
+    """Yields (message, hint) of each error. parts: into which a sequence is sharded."""
     for name in block:
         if name not in NAMES:
             yield f"there is no {name} in this block", f"did you mean {nearest_name(str(name), NAMES) or NAMES}?"
@@ -82,7 +82,7 @@ def _range_issues(low: Any, high: Any, multiple: int, seq_length: int, parts: in
     if low < multiple:
         yield f"min_difficulty = {low} is below difficulty_step = {multiple}", "raise min_difficulty"
     if multiple % parts or high % parts:
-        yield f"a sequence is sharded over {parts} ranks", f"use multiples of {parts}"
+        yield f"a sequence is sharded into {parts} parts", f"use multiples of {parts}"
 
 
 def _discrete_issues(settings: Mapping[str, Any], seq_length: int, parts: int) -> Iterator[tuple[str, str]]:

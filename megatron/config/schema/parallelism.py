@@ -2,6 +2,7 @@
 
 from megatron.config.field import Section, key
 from megatron.config.types import Integers
+from megatron.sequence_parts import METHODS, ULYSSES, sequence_multiple, ulysses_size
 
 
 class ParallelismSection(Section):
@@ -12,6 +13,13 @@ class ParallelismSection(Section):
     )
     model_parallel_size: int = key(1, "Ranks that share each layer (tensor parallelism).", unit="ranks")
     context_parallel_size: int = key(1, "Ranks that share each sequence (context parallelism).", unit="ranks")
+    context_parallel_method: str = key(
+        ULYSSES,
+        "How these ranks attend to each other's shards: ulysses exchanges heads (arXiv:2309.14509), so key heads "
+        "divide by the ranks; ring passes keys and values on (arXiv:2310.01889), for any number of ranks; both "
+        "exchanges heads among as many neighbours as divide the key heads, and has rings across them.",
+        choices=METHODS,
+    )
     sequence_parallel: bool = key(
         False, "Shard norms and dropout over the tensor parallel ranks by sequence, arXiv:2205.05198."
     )
@@ -29,3 +37,20 @@ class ParallelismSection(Section):
         assert self.world_size is not None
         stages = max(1, self.pipe_parallel_size)
         return self.world_size // (stages * self.model_parallel_size * self.context_parallel_size)
+
+    def ulysses_size(self, num_kv_heads: int) -> int:
+        """Returns how many neighbours among the context-parallel ranks exchange heads [ranks].
+
+        num_kv_heads: key/value heads of the model.
+        """
+        share = max(1, num_kv_heads // max(1, self.model_parallel_size))
+        return ulysses_size(self.context_parallel_method, self.context_parallel_size, share)
+
+    def ring_size(self, num_kv_heads: int) -> int:
+        """Returns how many members pass keys and values on; 1 without a ring. num_kv_heads: of the model."""
+        return self.context_parallel_size // self.ulysses_size(num_kv_heads)
+
+    def length_multiple(self, num_kv_heads: int) -> int:
+        """Returns the number that divides the length of every sequence [tokens]. num_kv_heads: of the model."""
+        tensor = self.model_parallel_size if self.sequence_parallel else 1
+        return sequence_multiple(self.context_parallel_size, self.ulysses_size(num_kv_heads), max(1, tensor))

@@ -159,6 +159,11 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         "there is one pipeline stage",
     ),
     DependentKeys(
+        ("context_parallel_method",),
+        lambda config: config.parallelism.context_parallel_size > 1,
+        "no ranks share a sequence (context_parallel_size is 1)",
+    ),
+    DependentKeys(
         (
             "checkpoint_num_layers",
             "recompute_method",

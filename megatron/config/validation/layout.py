@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from megatron.config.config import Config
 from megatron.config.derived.attention import layer_classes
 from megatron.errors import ConfigIssue
+from megatron.registry.attention import SOFTMAX_KEYS
+from megatron.sequence_parts import ULYSSES
 
 MOST_EXPANSION = 10_000
 """Largest expansion_factor."""
@@ -163,8 +165,8 @@ def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
 
 
 def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's pipeline has no context axis; context parallel ranks exchange complete heads."""
-    axes, model = config.parallelism, config.model
+    """DeepSpeed's pipeline has no context axis; context parallel ranks exchange complete heads, or form a ring."""
+    axes = config.parallelism
     size = axes.context_parallel_size
     if size <= 1:
         return
@@ -175,16 +177,43 @@ def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
             value=size,
             hint="use pipe_parallel_size: 0",
         )
+    yield from _key_heads_divide(config, size)
+    yield from _sequence_divides(config, "context_parallel_size")
+
+
+def _key_heads_divide(config: Config, size: int) -> Iterator[ConfigIssue]:
+    """Without a ring every context parallel rank has the same number of key heads."""
+    axes, model = config.parallelism, config.model
     assert model.num_kv_heads is not None
     heads, rest = divmod(model.num_kv_heads, max(1, axes.model_parallel_size))
-    if rest == 0 and (heads % size or heads == 0):
+    if axes.context_parallel_method == ULYSSES and rest == 0 and (heads % size or heads == 0):
         yield ConfigIssue(
             f"the {heads} key heads of a tensor parallel rank do not divide by it",
             key="context_parallel_size",
             value=size,
-            hint="each context parallel rank takes the same number of key heads",
+            hint="with context_parallel_method: ulysses each context parallel rank takes the same number of key heads; "
+            "ring and both take any number of ranks",
         )
-    yield from _sequence_divides(config, size, "context_parallel_size")
+
+
+def ring_is_supported(config: Config) -> Iterator[ConfigIssue]:
+    """A ring has attention of its own, without dropout of probabilities and without the packages' kernels."""
+    model, engine = config.model, config.transformer_engine
+    assert model.num_kv_heads is not None
+    if config.parallelism.context_parallel_size <= 1 or config.parallelism.ring_size(model.num_kv_heads) <= 1:
+        return
+    method = config.parallelism.context_parallel_method
+    asked = {"te_mha": engine.te_mha, **{key: getattr(config.kernels, key) for key in SOFTMAX_KEYS}}
+    asked["attention_dropout"] = model.attention_dropout > 0 and model.attention_dropout
+    for key, value in asked.items():
+        if value:
+            yield ConfigIssue(
+                f"ring attention (context_parallel_method: {method}) has no such "
+                + ("dropout" if key == "attention_dropout" else "kernel"),
+                key=key,
+                value=value,
+                hint="leave it out, or use context_parallel_method: ulysses",
+            )
 
 
 def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[ConfigIssue]:
@@ -200,17 +229,24 @@ def sequence_parallel_needs_tensor_parallel(config: Config) -> Iterator[ConfigIs
             hint="raise model_parallel_size, or leave it out",
         )
     else:
-        parts = axes.model_parallel_size * max(1, axes.context_parallel_size)
-        yield from _sequence_divides(config, parts, "sequence_parallel")
+        yield from _sequence_divides(config, "sequence_parallel")
 
 
-def _sequence_divides(config: Config, parts: int, key: str) -> Iterator[ConfigIssue]:
-    length = config.model.seq_length
+def _sequence_divides(config: Config, key: str) -> Iterator[ConfigIssue]:
+    """The sequences divide into the shards of both kinds of parallelism, and into the chunks of a ring."""
+    axes, length, heads = config.parallelism, config.model.seq_length, config.model.num_kv_heads
     assert length is not None
+    assert heads is not None
+    if min(axes.context_parallel_size, axes.model_parallel_size) < 1:
+        return  # another rule reports it
+    given = axes if key == "sequence_parallel" else axes.model_copy(update={"sequence_parallel": False})
+    parts = given.length_multiple(heads)
     if parts > 0 and length % parts:
+        below = length - length % parts
+        nearest = f"{below} or {below + parts}" if below else f"{parts}"
         yield ConfigIssue(
             f"seq_length = {length} does not divide into {parts} parts",
             key=key,
-            value=getattr(config.parallelism, key),
-            hint=f"make seq_length a multiple of {parts}",
+            value=getattr(axes, key),
+            hint=f"make seq_length a multiple of {parts}, such as {nearest}",
         )

@@ -147,9 +147,10 @@ def rampup_sizes_divide(config: Config) -> Iterator[ConfigIssue]:
 def curriculum_is_supported(config: Config) -> Iterator[ConfigIssue]:
     """The curriculum is configured by curriculum_learning; DeepSpeed's data_efficiency is not supported."""
     block, length = config.deepspeed.curriculum_learning, config.model.seq_length
-    axes = config.parallelism
+    axes, heads = config.parallelism, config.model.num_kv_heads
     assert length is not None
-    parts = axes.context_parallel_size * (axes.model_parallel_size if axes.sequence_parallel else 1)
+    assert heads is not None
+    parts = axes.length_multiple(heads)
     if block and block.get("enabled", False):
         for what, hint in curriculum_issues(block, seq_length=length, parts=parts):
             yield ConfigIssue(what, key="curriculum_learning", value=block, hint=hint)

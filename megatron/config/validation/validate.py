@@ -66,6 +66,7 @@ RULES: tuple[Rule, ...] = (
     launch.one_launcher_is_named,
     layout.pipeline_limits_zero,
     layout.context_needs_no_pipeline,
+    layout.ring_is_supported,
     optimizer.full_tensors_need_no_zero,
     optimizer.momenta_are_exchanged_once,
     optimizer.flat_shards_need_full_precision,

@@ -6,22 +6,25 @@ own key/value head, and [all q | all k | all v] if query heads share them.
 Besides the causal mask a block may hide keys (a sliding window, blocks of a sparse layout) and positions may be added
 to the scores; both are an AttentionMask of the kernels.
 
-Context parallelism (arXiv:2309.14509): each of c ranks has a shard of the sequence outside the attention core; an
-all-to-all before the core exchanges sequence shards for heads, and another one after it exchanges them back.
+Context parallelism: each of c ranks has a shard of the sequence outside the attention core. An all-to-all before the
+core exchanges the shards of u ranks for heads, and another one after it exchanges them back (arXiv:2309.14509). With a
+ring the core is that of `distributed/context_parallel/ring.py`, over the c/u members that then share the sequence.
 
 Shapes: s sequence on this rank, b micro batch, h hidden, n query heads, m key/value heads, d head dim, t
-tensor-parallel and c context-parallel degree.
+tensor-parallel, c context-parallel and u Ulysses degree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megatron.distributed.context_parallel import all_to_all_heads_to_seq, all_to_all_seq_to_heads, shard_sequence
+from megatron.distributed.context_parallel.ring import ring_attention
+from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
@@ -45,10 +48,11 @@ class ParallelSelfAttention(nn.Module):
                 f"{dims.num_attention_heads} heads and {dims.num_kv_heads} key/value heads do not divide by "
                 f"{size} tensor-parallel ranks"
             )
-        if dims.num_kv_heads // size % spec.context.size:
+        ulysses = spec.shards.ulysses
+        if dims.num_kv_heads // size % ulysses.size:
             raise ValueError(
                 f"{dims.num_kv_heads // size} key/value heads of a tensor-parallel rank do not divide by "
-                f"{spec.context.size} context-parallel ranks"
+                f"{ulysses.size} context-parallel ranks that exchange heads"
             )
         self.number = number
         self.heads = dims.num_attention_heads // size  # n/t
@@ -59,10 +63,12 @@ class ParallelSelfAttention(nn.Module):
         self.reset_attention, self.reset_positions = spec.reset_attention, spec.reset_positions
         self.attend: AttentionKernel = spec.kernels.attention[dims.kind(number)]
         self.dropout = spec.attention_dropout
-        self.context = spec.context
+        self.shards = spec.shards
+        recompute = spec.kernels.recompute
+        self.ring = ring_attention if recompute is None else partial(recompute, ring_attention)
         self.draws = spec.random.fork if size > 1 and self.dropout > 0 else nullcontext
-        shared = range(self.heads // self.context.size)  # n/(t c): the heads that one core sees
-        self.core_heads = slice(self.context.rank * len(shared), (self.context.rank + 1) * len(shared))
+        shared = range(self.heads // ulysses.size)  # n/(t u): the heads that one core sees
+        self.core_heads = slice(ulysses.rank * len(shared), (ulysses.rank + 1) * len(shared))
         first = source.axis.rank * self.heads + self.core_heads.start
         self.pattern = spec.patterns[number](range(first, first + len(shared)))
         self.rpe = spec.relative_positions
@@ -104,17 +110,30 @@ class ParallelSelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
         """Attends over full sequences: q [b, n/t, s, d], k and v [b, m/t, s, d] -> [b, n/t, s, d]."""
+        shards = self.shards
         if self.positions is not None:
-            offset = self.context.rank * q.shape[2]
-            at = document_positions(document_starts) if self.reset_positions else None
-            at = None if at is None else shard_sequence(at, self.context)
-            q, k = self.positions.pair(q, k, offset, at)
+            q, k = self.positions.pair(q, k, *self._positions_of(q, document_starts))
         starts = document_starts if self.reset_attention else None
-        q, k, v = (all_to_all_seq_to_heads(part, self.context) for part in (q, k, v))  # [b, n/(t c), c s, d]
-        with self.draws():
-            view = self._view(q.shape[2], q.device)
-            core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
-        return all_to_all_heads_to_seq(core, self.context)  # [b, n/t, s, d]
+        q, k, v = (all_to_all_seq_to_heads(part, shards.ulysses) for part in (q, k, v))  # [b, n/(t u), u s, d]
+        view = self._view(q.shape[2] * shards.ring.size, q.device)
+        if shards.ring.size > 1:
+            core = self.ring(q, k, v, shards, starts, view)
+        else:
+            with self.draws():
+                core = self.attend(q, k, v, self.dropout if self.training else 0.0, starts, view)
+        return all_to_all_heads_to_seq(core, shards.ulysses)  # [b, n/t, s, d]
+
+    def _positions_of(self, q: Tensor, document_starts: Tensor | None) -> tuple[int, Tensor | None]:
+        """Returns the first position of this rank's queries [b, n/t, s, d], and the positions [b, s] if they do not
+        follow each other from there; none of them is above the first one by s or more.
+        """
+        shards, batch, length = self.shards, q.shape[0], q.shape[2]
+        at = document_positions(document_starts) if self.reset_positions else None
+        if at is not None:
+            at = shards.shard(at)
+        elif not shards.in_order:
+            at = shards.positions(length, q.device).expand(batch, -1)
+        return (shards.first(length) if shards.in_order else (shards.context.size - 1) * length), at
 
     def _view(self, length: int, device: torch.device) -> AttentionMask | None:
         """Returns the mask and biases for a sequence of that length, or None."""

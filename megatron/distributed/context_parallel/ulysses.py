@@ -1,4 +1,4 @@
-"""Context parallelism by DeepSpeed Ulysses (arXiv:2309.14509): all-to-all between sequence shards and heads.
+"""DeepSpeed Ulysses (arXiv:2309.14509): all-to-all between sequence shards and heads.
 
 Outside the attention core a rank has a shard of the sequence and all heads. Before the core an all-to-all gives it the
 full sequence of some heads, and after the core another one restores the sequence shard. Each is the gradient of the
@@ -41,12 +41,3 @@ def _seq_to_heads(x: Tensor, axis: Axis) -> Tensor:
 
 def _heads_to_seq(x: Tensor, axis: Axis) -> Tensor:
     return _all_to_all(x, axis, split_dim=2, cat_dim=1)  # [b, n, s, d]
-
-
-def shard_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """Returns this rank's shard of full sequences: [b, s] -> [b, s/c]. ValueError if c does not divide s."""
-    if axis.size == 1:
-        return x
-    if x.shape[1] % axis.size:
-        raise ValueError(f"a sequence of {x.shape[1]} does not divide by {axis.size} context-parallel ranks")
-    return x.chunk(axis.size, dim=1)[axis.rank].contiguous()

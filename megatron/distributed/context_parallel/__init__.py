@@ -1,0 +1,1 @@
+"""Context parallelism: the ranks of a context axis share each sequence."""
