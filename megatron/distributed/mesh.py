@@ -75,6 +75,8 @@ class Topology:
     """Ranks of context that exchange shards of a sequence for heads; neighbours along it."""
     ring: Axis = field(default_factory=lambda: Axis("ring"))
     """Ranks of context that pass keys and values on: one of each group of `ulysses`."""
+    expert_data: Axis = field(default_factory=lambda: Axis("expert_data"))
+    """Ranks of dp_cp that hold the same experts of a block."""
 
     @staticmethod
     def single() -> Topology:
@@ -124,6 +126,7 @@ class Topology:
         axes["ulysses"], axes["ring"] = _context_parts(axes["context"], sizes, ulysses or context)
         if expert > 1:
             axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
+            axes["expert_data"] = _expert_data_axis(axes["expert"], axes["dp_cp"])
         return Topology(rank, world_size, **axes)
 
     # The mpu interface of DeepSpeed. Context-parallel ranks are data-parallel to it: with a context axis of its own it
@@ -193,6 +196,15 @@ def _context_parts(context: Axis, sizes: dict[str, int], ulysses: int) -> tuple[
     neighbours = [ranks[first : first + ulysses] for ranks in every for first in range(0, len(ranks), ulysses)]
     rings = [ranks[first::ulysses] for ranks in every for first in range(ulysses)]
     return _of_slices("ulysses", neighbours, rank), _of_slices("ring", rings, rank)
+
+
+def _expert_data_axis(expert: Axis, dp_cp: Axis) -> Axis:
+    """Returns the data-parallel ranks that hold the same experts as this one, in DeepSpeed's group of them."""
+    from deepspeed.utils import groups
+
+    ranks = dp_cp.ranks[expert.rank :: expert.size]
+    group = groups._get_expert_data_parallel_group(expert_group_name(expert.size))
+    return Axis("expert_data", len(ranks), dp_cp.rank // expert.size, ranks, group)
 
 
 def _axis(name: str, sizes: dict[str, int], rank: int, along: tuple[str, ...]) -> Axis:

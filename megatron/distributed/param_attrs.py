@@ -89,3 +89,16 @@ def expert_rank_and_size(parameter: nn.Parameter) -> tuple[int, int]:
     """Returns (rank, size) along the expert axis; (0, 1) if the parameter is not expert-parallel."""
     axis = expert_axis(parameter)
     return (axis.rank, axis.size) if axis is not None else (0, 1)
+
+
+def expert_count(parameter: nn.Parameter) -> int:
+    """Returns how many experts are stacked in the parameter on this rank; 1 if it is no stack."""
+    size = expert_rank_and_size(parameter)[1]
+    return len(shard_sections(parameter)) // size if expert_axis(parameter) is not None else 1
+
+
+def copy_structure(source: nn.Parameter, target: nn.Parameter) -> None:
+    """Marks a full tensor with the matrices that its shard consists of: the experts of a stack."""
+    for name in ("neox_experts", "neox_shard_sections"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))

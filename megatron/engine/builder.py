@@ -43,6 +43,7 @@ from megatron.engine.expert_gather import local_experts
 from megatron.engine.fp8 import use_fp8
 from megatron.engine.freeze import allow_empty_grad_norm, freeze, optimizer_parameters, start_prompt
 from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
+from megatron.engine.muon_step import MuonStep
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.transformer_engine import use_transformer_engine
@@ -58,7 +59,7 @@ from megatron.model.pipeline_model import PipelinedModel
 from megatron.model.sequential_model import SequentialModel
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.grad_clip import GradientClipper, StepValues
-from megatron.optim.muon import needs_default_mpu, use_kernel
+from megatron.optim.master_muon import MasterMuon
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
@@ -327,17 +328,19 @@ def _initialize(
             config=cap_reduce_bucket(
                 deepspeed_config(config), sum(one.numel() for one in trained if one.requires_grad)
             ),
-            mpu=None if config.parallelism.is_pipe_parallel or needs_default_mpu(optimizer) else topology,
+            mpu=None if config.parallelism.is_pipe_parallel else topology,
             dist_init_required=False,
         )
     skip_lone_allreduce(initialised, topology)
     allow_empty_grad_norm(initialised.optimizer)
-    use_kernel(initialised.optimizer, kernel)
     if isinstance(optimizer, OnebitAdam):
         optimizer.on_freeze = partial(disable_grad_allreduce, initialised, clipper)
     scaler = getattr(initialised.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # the training loop reports too many overflows
+    if isinstance(optimizer, MasterMuon):
+        initialised.optimizer.step = step = MuonStep(initialised.optimizer, topology)
+        return initialised, step
     return initialised, clipper or replace_step(initialised.optimizer)
 
 

@@ -47,6 +47,8 @@ class ShardRef:
     """Start of the range in the flattened owner."""
     base: int = 0
     """Start of the parameter in the flattened tensor-parallel shard, which may hold the experts of other ranks too."""
+    in_full: bool = False
+    """True if the owner is a full tensor, which no other rank has."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """Returns this range of a tensor of the owner's shape, flat, as a view."""
@@ -152,22 +154,31 @@ def _assigned_shards(key: str, assigned: AssignedTensor, inner: torch.optim.Opti
     if assigned.full is None:
         return
     one = read_state(inner, assigned.full)
-    size = assigned.full.numel() // assigned.shard.numel()
+    size, base = assigned.full.numel() // assigned.shard.numel(), _base(assigned.shard)
+    values = dict(one.elementwise)
+    if assigned.across_data:
+        values[MASTER] = assigned.full.detach()
     for rank in range(size):
-        tensors = {name: assigned.shard_of(value, rank, size).flatten() for name, value in one.elementwise.items()}
+        tensors = {name: assigned.shard_of(value, rank, size).flatten() for name, value in values.items()}
         tensor_level = one.tensor_level if rank == 0 else {}
-        yield OptimizerShard(key, 0, assigned.shard.numel(), one.step, tensors, tensor_level, model_rank=rank)
+        stop = base + assigned.shard.numel()
+        yield OptimizerShard(key, base, stop, one.step, tensors, tensor_level, model_rank=rank)
 
 
 def _write_assigned(key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
     if assigned.full is None:
         return
     full = assigned.full
+    start = expert_rank_and_size(assigned.shard)[0] * full.numel()
     tensors = {
-        name: stored.shard(key, name, model_rank=0, model_size=1).view(full.shape).to(full.device)
+        name: stored.shard(key, name, model_rank=0, model_size=1)[start : start + full.numel()]
+        .view(full.shape)
+        .to(full.device)
         for name in _plain_names(stored, key)
-        if name != MASTER
+        if name != MASTER or assigned.across_data
     }
+    if MASTER in tensors:
+        full.detach().copy_(tensors.pop(MASTER))
     found = TensorState(stored.step(key), tensors, stored.tensor_level_state(key))
     if found.elementwise or found.tensor_level:
         write_state(inner, full, found)
@@ -220,8 +231,13 @@ def shard_refs(optimizer: Any, parameters: dict[str, Parameter], data_rank: int)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_refs(optimizer, parameters)
         return
+    assigned = getattr(inner_optimizer(optimizer), "assigned", {})
     for key, parameter in parameters.items():
-        if hasattr(parameter, "_hp_mapping"):
+        if parameter in assigned and assigned[parameter].across_data:
+            full = assigned[parameter].full
+            if full is not None:
+                yield ShardRef(key, parameter, 0, full.numel(), full, 0, in_full=True)
+        elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             if mapping is not None:
                 address, range_ = mapping.hp_fragment_address, mapping.lp_fragment_address

@@ -182,7 +182,7 @@ def _counted_here(engine: MeasuredEngine) -> list[ShardRef]:
     """Returns the ranges whose elements this rank counts."""
     topology = engine.topology
     found = shard_refs(engine.deepspeed.optimizer, engine.owned(), topology.dp_cp.rank)
-    return [ref for ref in found if topology.model.is_first or is_sharded(ref.parameter)]
+    return [ref for ref in found if ref.in_full or topology.model.is_first or is_sharded(ref.parameter)]
 
 
 def _named(part: OptimizerShard) -> Iterable[tuple[str, Tensor]]:

@@ -51,7 +51,7 @@ class GradientClipper:
         """Creates the clipper. max_norm: largest norm that is not scaled; 0 never scales."""
         self._held = list(parameters)
         self._parameters = [parameter for parameter in self._held if parameter.requires_grad]
-        self._counted = [parameter for parameter in self._parameters if _counts_here(parameter, topology)]
+        self._counted = [parameter for parameter in self._parameters if counts_here(parameter, topology)]
         self._replica, self._expert = topology.model_parallel, topology.expert
         self._spread = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] > 1]
         self._counted = [parameter for parameter in self._counted if expert_rank_and_size(parameter)[1] == 1]
@@ -116,7 +116,7 @@ def _square(parameters: Iterable[Parameter], device: torch.device) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device=device)
 
 
-def _counts_here(parameter: Parameter, topology: Topology) -> bool:
+def counts_here(parameter: Parameter, topology: Topology) -> bool:
     """Returns whether the norm counts this rank's copy of the parameter."""
     if is_tied(parameter) and not topology.pipe.is_first:
         return False

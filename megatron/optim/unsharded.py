@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.distributed.mesh import Axis
-from megatron.distributed.param_attrs import is_sharded, shard_dim, shard_sections
+from megatron.distributed.param_attrs import (
+    copy_structure,
+    expert_rank_and_size,
+    is_sharded,
+    shard_dim,
+    shard_sections,
+)
 from megatron.optim.builder_args import Groups
 from megatron.param_table import section_slices
 
@@ -39,25 +45,43 @@ class AssignedTensor:
     """Shape of the full tensor."""
     full: Parameter | None
     """Full tensor, on the owner only."""
+    across_data: bool = False
+    """True if one of the data-parallel ranks owns the tensor, too; otherwise each of them has it."""
 
     def shard_of(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """Returns a rank's shard of a full tensor."""
-        dim = _dim(self.shard)
-        sections = shard_sections(self.shard) or (full.shape[dim],)
+        """Returns a rank's shard of a full tensor; all of a replicated one."""
+        if not is_sharded(self.shard):
+            return full
+        dim, sections = _dim(self.shard), self._sections()
         parts = [full.narrow(dim, start, stop - start) for start, stop in section_slices(sections, rank, size)]
         return torch.cat(parts, dim)
 
     def assemble(self, shards: Sequence[Tensor]) -> Tensor:
-        """Assembles the full tensor from the shards of all ranks."""
-        dim = _dim(self.shard)
+        """Assembles the full tensor from the shards of all ranks; of a replicated one, any is enough."""
+        if not is_sharded(self.shard):
+            return shards[0]
+        dim, sections = _dim(self.shard), self._sections()
         full = shards[0].new_empty(self.shape)
-        sections = shard_sections(self.shard) or (full.shape[dim],)
         for rank, shard in enumerate(shards):
             offset = 0
             for start, stop in section_slices(sections, rank, len(shards)):
                 full.narrow(dim, start, stop - start).copy_(shard.narrow(dim, offset, stop - start))
                 offset += stop - start
         return full
+
+    def _sections(self) -> tuple[int, ...]:
+        """Returns the sections of the full tensor, which holds the experts of this rank only."""
+        sections = shard_sections(self.shard)
+        return sections[: len(sections) // expert_rank_and_size(self.shard)[1]] or (self.shape[_dim(self.shard)],)
+
+
+def full_shape(parameter: Parameter, size: int) -> torch.Size:
+    """Returns the shape of the full tensor of which a parameter is a shard. size: number of tensor-parallel ranks."""
+    shape = list(parameter.shape)
+    dim = shard_dim(parameter)
+    if dim is not None:
+        shape[dim] *= size
+    return torch.Size(shape)
 
 
 def unsharded(groups: Groups, factory: OptimizerFactory, axis: Axis) -> torch.optim.Optimizer:
@@ -129,12 +153,11 @@ class UnshardedOptimizer(torch.optim.Optimizer):
             if parameter not in owners:
                 yield parameter
                 continue
-            dim = _dim(parameter)
-            shape = list(parameter.shape)
-            shape[dim] *= self._axis.size
-            assigned = AssignedTensor(parameter, owners[parameter], torch.Size(shape), None)
+            assigned = AssignedTensor(parameter, owners[parameter], full_shape(parameter, self._axis.size), None)
             full = self._gather_full(assigned, parameter.detach())
             owned = None if full is None else Parameter(full)
+            if owned is not None:
+                copy_structure(parameter, owned)
             self.assigned[parameter] = AssignedTensor(parameter, assigned.owner, assigned.shape, owned)
             if owned is not None:
                 yield owned

@@ -43,6 +43,7 @@ MUON = {
     "nesterov": SWITCH,
     "ns_steps": COUNT,
     "adjust_lr_fn": Setting("choice", choices=("match_rms_adamw", "original")),
+    "split_experts": SWITCH,
     "betas": BETAS,
     "eps": NUMBER,
 }

@@ -18,6 +18,7 @@ VALUES: dict[str, Any] = {
     "beta2_decay": -0.8,
     "comm_backend_name": "nccl",
     "momentum": 0.9,
+    "split_experts": True,
 }
 
 
@@ -57,25 +58,41 @@ def test_wrong_values_are_reported(params: dict[str, Any], reported: str) -> Non
 def test_what_needs_full_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):
         resolved(zero_optimization={"stage": stage}, **chosen(name))
-    reported = (
-        "muon needs ZeRO stage 1|adjust_lr_fn: original" if name == "muon" else f"{name} works on full fp32 tensors"
-    )
+    if name == "muon":
+        return
+    reported = f"{name} works on full fp32 tensors"
     with pytest.raises(ConfigError, match=reported):
         resolved(precision="bfloat16", zero_optimization={"stage": 0}, **chosen(name))
 
 
-def test_muon_goes_on_in_bfloat16_as_deepspeed_s() -> None:
+def test_muon_in_bfloat16_is_legal_in_every_layout_at_zero_1() -> None:
     low = {"precision": "bfloat16", "zero_optimization": {"stage": 1}}
-    resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original"))
-    with pytest.raises(ConfigError, match="adjust_lr_fn: original"):
-        resolved(**low, pipe_parallel_size=0, **chosen("muon"))
-    with pytest.raises(ConfigError, match="makes 5 iterations"):
-        resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original", ns_steps=4))
-    resolved(**low, pipe_parallel_size=0, **chosen("muon", adjust_lr_fn="original", ns_steps=5))
-    with pytest.raises(ConfigError, match="data parallelism alone"):
-        resolved(**low, pipe_parallel_size=1, **chosen("muon", adjust_lr_fn="original"))
-    with pytest.raises(ConfigError, match="before anyone can look"):
-        resolved(**low, pipe_parallel_size=0, log_grad_norm=True, **chosen("muon", adjust_lr_fn="original"))
+    layouts: list[dict[str, Any]] = [{}, {"pipe_parallel_size": 1}, {"model_parallel_size": 2}, {"log_grad_norm": True}]
+    for layout in layouts:
+        resolved(world_size=2, **{**low, **layout}, **chosen("muon", nesterov=False, ns_steps=4))
+    host = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    for keys, reported in (
+        ({"zero_optimization": {"stage": 2}}, "muon needs ZeRO stage 1"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "gradients summed in fp32"),
+        ({"zero_optimization": host}, "leave offload_optimizer out"),
+    ):
+        with pytest.raises(ConfigError, match=reported):
+            resolved(**{**low, **keys}, **chosen("muon"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_muon_takes_experts_of_several_ranks_apart(precision: str) -> None:
+    keys = {
+        "precision": precision,
+        "zero_optimization": {"stage": 1 if precision == "bfloat16" else 0},
+        "moe_num_experts": 4,
+        "moe_expert_parallel_size": 2,
+    }
+    resolved(world_size=2, **keys, **chosen("muon", split_experts=True))
+    with pytest.raises(ConfigError, match=r"muon takes the experts of a block for one matrix.*split_experts: true"):
+        resolved(world_size=2, **keys, **chosen("muon"))
+    with pytest.raises(ConfigError, match=r"experts are sharded over ranks"):
+        resolved(world_size=2, **{**keys, "precision": "fp32", "zero_optimization": {"stage": 0}}, **chosen("sm3"))
 
 
 def test_an_optimizer_of_the_host_needs_its_memory() -> None:

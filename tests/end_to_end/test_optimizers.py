@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron.metrics.sinks.jsonl import read_metrics
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
-from tests.end_to_end.runs import BASE, run, run_rank, series
+from tests.end_to_end.runs import run, series
 from tests.layouts import pick
-from tests.multi_rank import run_distributed
 
 ADAM = {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-6}
 PARAMS: dict[str, dict[str, Any]] = {
@@ -138,32 +135,3 @@ def test_eight_bit_state_resumes_and_trains_on_the_way_of_thirty_two(
     resumed = losses(name, 2, tmp_path / "parts", dataset, **low, **saved)
     assert resumed == pytest.approx(full, rel=1e-6)  # the scale of a block comes back to its last bit but one
     assert full == pytest.approx(single[name], rel=2e-2)
-
-
-def uncompiled_rank(rank: int, world_size: int, settings: dict[str, Any]) -> None:
-    """A worker that compiles nothing: DeepSpeed compiles Muon's iteration, which takes half a minute here."""
-    torch.compiler.set_stance("force_eager")
-    run_rank(rank, world_size, settings)
-
-
-def uncompiled(world: int, folder: Path, **settings: Any) -> list[float]:
-    """Losses of a run whose ranks compile nothing."""
-    run_distributed(uncompiled_rank, world, {**BASE, "log_dir": str(folder / "logs"), **settings}, timeout=300)
-    return series(read_metrics(folder / "logs" / "metrics.jsonl"), "train/lm_loss")
-
-
-def test_muon_in_bfloat16_is_deepspeed_s(dataset: str, tmp_path: Path) -> None:
-    """Two ranks at ZeRO 1 stay near the fp32 run, and a resumed run is the uninterrupted one, on one rank too."""
-    params = {**ADAM, "adjust_lr_fn": "original", "lr": 3.0e-3}
-    every = {"data_path": dataset, "optimizer": {"type": "muon", "params": params}, **STEPS}
-    low = {**every, "precision": "bfloat16", "zero_optimization": {"stage": 1}}
-    saved = {"save": str(tmp_path / "save"), "load": str(tmp_path / "save"), "checkpoint_factor": 100}
-    exact = uncompiled(1, tmp_path / "fp32", **every)
-    full = uncompiled(2, tmp_path / "whole", **low)
-    assert full == pytest.approx(exact, rel=2e-2)
-    assert full[-1] < full[0] - 0.2
-    uncompiled(2, tmp_path / "parts", exit_interval=5, **low, **saved)
-    resumed = uncompiled(2, tmp_path / "parts", **{**low, **saved, "save": None})
-    assert resumed == pytest.approx(full, rel=1e-4)  # bfloat16 products vary a little; lost momenta make 2e-3
-    alone = uncompiled(1, tmp_path / "alone", **low, **saved)
-    assert alone == pytest.approx(full[5:], rel=2e-2)

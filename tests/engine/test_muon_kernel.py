@@ -1,4 +1,4 @@
-"""Muon's iterations by Triton in a whole engine: torch's Muon in fp32, DeepSpeed's at ZeRO 1 in bfloat16."""
+"""Muon's iterations by Triton in a whole engine: in fp32, and at ZeRO 1 in bfloat16."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def trained(rank: int, world_size: int) -> dict[str, Trace]:
     """Losses, a weight after training and the number of symmetric products, for each precision and kind of kernels."""
     from megatron.kernels.triton import newton_schulz
 
-    torch.compiler.set_stance("force_eager")  # DeepSpeed compiles its iterations, which takes half a minute
     counted, own = [], newton_schulz.scaled_symmetric
 
     def count(*args: Any) -> torch.Tensor:

@@ -9,9 +9,6 @@ from megatron.errors import ConfigIssue
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
 from megatron.registry.kernels import FUSED_ADAM
 
-NS_STEPS = 5
-"""Iterations of DeepSpeed's muon."""
-
 
 def full_tensors_need_no_zero(config: Config) -> Iterator[ConfigIssue]:
     """ZeRO shards parameters as flat tensors, which have no rows and columns."""
@@ -39,37 +36,22 @@ def _zero_was_requested(config: Config) -> bool:
 
 
 def _zero1_limits_muon(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's Muon gathers matrices from ZeRO 1 shards in bfloat16, over data-parallel ranks alone."""
-    axes, observe, value = config.parallelism, config.observe, config.optimizer.optimizer
-    sharded = axes.model_parallel_size > 1 or axes.context_parallel_size > 1 or axes.pipe_parallel_size > 0
+    """In bfloat16 muon replaces DeepSpeed's partitions of fp32 copies, which exist at ZeRO 1 with fp32 gradients."""
+    kind, value = config.optimizer.optimizer_type, config.optimizer.optimizer
     accumulate = (config.precision.data_types or {}).get("grad_accum_dtype")
-    if config.deepspeed.zero_stage != 1 or sharded or accumulate != "fp32":
+    if config.deepspeed.zero_stage != 1 or accumulate != "fp32":
         yield ConfigIssue(
-            "in bfloat16 DeepSpeed's muon needs ZeRO stage 1, gradients summed in fp32, and data parallelism alone",
+            f"in bfloat16 {kind} needs ZeRO stage 1 and gradients summed in fp32",
             key="optimizer",
             value=value,
-            hint="set pipe_parallel_size: 0, model_parallel_size: 1 and zero_optimization: {stage: 1}, or use fp32",
+            hint="set zero_optimization: {stage: 1} and leave grad_accum_dtype out, or use fp32",
         )
-    if config.optimizer.params.get("adjust_lr_fn") != "original" or config.optimizer.params.get("nesterov") is False:
+    if _offloads(config):
         yield ConfigIssue(
-            "in bfloat16 DeepSpeed's muon scales a step by sqrt(max(1, rows/columns)) and looks ahead",
-            key="optimizer",
-            value=value,
-            hint="write adjust_lr_fn: original and leave nesterov out, or use fp32",
-        )
-    if config.optimizer.params.get("ns_steps", NS_STEPS) != NS_STEPS:
-        yield ConfigIssue(
-            f"in bfloat16 DeepSpeed's muon makes {NS_STEPS} iterations",
-            key="optimizer",
-            value=value,
-            hint="leave ns_steps out, or use fp32",
-        )
-    if observe.log_grad_norm or observe.log_grad_pct_zeros or observe.log_gradient_noise_scale:
-        yield ConfigIssue(
-            "DeepSpeed's muon has made updates of the gradients before anyone can look at them",
-            key="optimizer",
-            value=value,
-            hint="leave log_grad_norm, log_grad_pct_zeros and log_gradient_noise_scale out",
+            f"{kind} updates whole matrices on the model's device, and offload_optimizer flat partitions on the host",
+            key="zero_optimization",
+            value=config.deepspeed.zero_optimization,
+            hint="leave offload_optimizer out, or use adam",
         )
 
 
@@ -90,7 +72,7 @@ def flat_shards_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
     kind, precision = config.optimizer.optimizer_type, config.precision.precision
     traits = OPTIMIZERS.entry(kind).traits
     if "zero1" in traits and precision == "bfloat16" and config.deepspeed.zero_stage == 1:
-        return  # DeepSpeed's own Muon runs
+        return  # it has fp32 copies of its own
     if traits & {"full_tensors", "compressed_comm"} and precision != "fp32":
         yield ConfigIssue(
             f"{kind} works on full fp32 tensors, and DeepSpeed makes flat fp32 copies of {precision} weights",
@@ -103,16 +85,22 @@ def flat_shards_need_full_precision(config: Config) -> Iterator[ConfigIssue]:
 def full_tensors_need_no_expert_parallel(config: Config) -> Iterator[ConfigIssue]:
     """Expert-parallel ranks each hold a shard of the expert stack, and reduce its gradients in their own group."""
     kind, size = config.optimizer.optimizer_type, config.moe.moe_expert_parallel_size
-    if (
-        OPTIMIZERS.entry(kind).traits & {"full_tensors", "compressed_comm"}
-        and config.moe.moe_num_experts > 1
-        and size > 1
-    ):
+    entry = OPTIMIZERS.entry(kind)
+    if not entry.traits & {"full_tensors", "compressed_comm"} or config.moe.moe_num_experts <= 1 or size <= 1:
+        return
+    if "split_experts" not in entry.settings:
         yield ConfigIssue(
             f"{kind} works on full tensors and all data-parallel ranks, and experts are sharded over ranks",
             key="moe_expert_parallel_size",
             value=size,
             hint="use 1, or adam, lion or sgd",
+        )
+    elif not config.optimizer.params.get("split_experts"):
+        yield ConfigIssue(
+            f"{kind} takes the experts of a block for one matrix, and they are sharded over ranks",
+            key="moe_expert_parallel_size",
+            value=size,
+            hint="add split_experts: true to the optimizer's params, which orthogonalizes each expert apart; or use 1",
         )
 
 

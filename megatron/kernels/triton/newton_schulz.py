@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.kernels.newton_schulz import NewtonSchulz
+from megatron.kernels.newton_schulz import COEFFICIENTS, NewtonSchulz
 from megatron.kernels.triton import runtime
 from megatron.registry.kernels import interpreted
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _BLOCK, _DEPTH = 64, 32
 
 
@@ -97,7 +96,7 @@ def orthogonalize(matrix: Tensor, steps: int, epsilon: float = 1e-7) -> Tensor:
 
 
 def orthogonalize_in_bfloat16(matrix: Tensor, steps: int) -> Tensor:
-    """The iterations in bfloat16, as torch's and DeepSpeed's Muon have them: [..., r, c] -> the same shape, bfloat16.
+    """The iterations in bfloat16, as torch's Muon has them: [..., r, c] -> the same shape, bfloat16.
 
     Args:
         matrix: Matrices [..., r, c] of any type.

@@ -1,8 +1,7 @@
-"""Muon's step with Triton's iterations: beside torch's Muon, DeepSpeed's and a computation in float64."""
+"""Muon's step with Triton's iterations: beside torch's Muon and a computation in float64."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from megatron.kernels import newton_schulz as plain
 from megatron.kernels.triton.newton_schulz import COEFFICIENTS, NEWTON_SCHULZ
 from megatron.optim import muon
 from megatron.optim.builder_args import OptimizerArgs
-from megatron.optim.muon import KernelMuon, use_kernel
+from megatron.optim.muon_step import PieceMuon
 from megatron.optim.param_groups import parameter_groups
 from megatron.plan.kernel_choices import kernel_lines
 from tests.kernels.test_kernel_table import SMALL
@@ -88,10 +87,10 @@ def test_steps_are_those_of_torch_and_of_float64(settings: dict[str, Any]) -> No
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_without_a_kernel_the_library_s_own_muon_runs() -> None:
+def test_without_a_kernel_torch_s_muon_runs() -> None:
     for kernel in (None, plain.NEWTON_SCHULZ):
         optimizer, _ = stepped(kernel, {})
-        assert not any(isinstance(inner, KernelMuon) for inner, _ in optimizer._inner)  # type: ignore[attr-defined]
+        assert not any(isinstance(inner, PieceMuon) for inner, _ in optimizer._inner)  # type: ignore[attr-defined]
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:
@@ -101,49 +100,6 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     before = [parameter.detach().clone() for parameter in params]
     optimizer.step()
     assert [torch.equal(one, two) for one, two in zip(before, params, strict=True)] == [False, True, True]
-
-
-def update_of_deepspeed(kernel: Any) -> list[Tensor]:
-    """What DeepSpeed's Muon makes of gradients within a step of its optimizer around it."""
-    from deepspeed.runtime.zero.muon import original_muon
-
-    args = OptimizerArgs(LR, Topology.single(), flat_partitions=True, kernel=kernel)
-    inner = muon.build(parameter_groups(parameters(), DECAY), args)
-    outer = SimpleNamespace(optimizer=inner)
-    updates: list[Tensor] = []
-
-    def step(closure: None = None) -> None:
-        updates.extend(
-            original_muon.muon_update(gradient, torch.zeros_like(gradient), ns_method="standard")
-            for gradient in gradients(0)
-        )
-
-    outer.step = step
-    use_kernel(outer, kernel)
-    own = original_muon.zeropower_via_newtonschulz5
-    outer.step()
-    assert original_muon.zeropower_via_newtonschulz5 is own
-    return updates
-
-
-def test_deepspeed_s_muon_takes_the_kernel_during_its_step() -> None:
-    torch.compiler.set_stance("force_eager")
-    try:
-        found, expected = update_of_deepspeed(NEWTON_SCHULZ), update_of_deepspeed(plain.NEWTON_SCHULZ)
-    finally:
-        torch.compiler.set_stance("default")
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        size = other.square().mean().sqrt()
-        assert (one - other).square().mean().sqrt() < 0.05 * size  # 3.8 % for one update
-        assert not torch.equal(one, other)
-
-
-def test_another_optimizer_s_step_stays() -> None:
-    inner = torch.optim.SGD(parameters())
-    outer = SimpleNamespace(optimizer=inner, step=inner.step)
-    use_kernel(outer, NEWTON_SCHULZ)
-    assert outer.step == inner.step
 
 
 def test_the_plan_says_who_iterates(monkeypatch: pytest.MonkeyPatch) -> None:
