@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.context_parallel.sequence_shards import SequenceShards
 from megatron.distributed.param_attrs import is_tied
 from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.base import BaseEngine
 from megatron.engine.engine import as_tensor
 from megatron.engine.expert_gather import gather_experts
-from megatron.engine.inference_forward import pipeline_forward, shard_prompt
+from megatron.engine.inference_forward import gather_context, pipeline_forward, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
 from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.model.kv_cache import KVCache
@@ -66,7 +67,7 @@ class PipelinedEngine(BaseEngine):
         def with_token_count() -> Iterator[Pair]:
             for batch in islice(batches, count):
                 tokens.add_(count_loss_tokens([batch]).to(tokens.device))
-                yield _pair(batch, one)
+                yield _pair(batch, one, self._shards)
 
         self.deepspeed.reset_activation_shape()  # training may have shorter sequences
         try:  # the mean of the sums of micro batches and ranks
@@ -78,7 +79,7 @@ class PipelinedEngine(BaseEngine):
         sum_over_data(tokens, self.topology)
         if self.topology.pipe.size > 1:
             dist.all_reduce(tokens, group=self.topology.pipe.group)
-        return float(mean) * count * self.topology.data.size, float(tokens)
+        return float(mean) * count * self.topology.dp_cp.size, float(tokens)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
@@ -94,7 +95,7 @@ class PipelinedEngine(BaseEngine):
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
-        logits = logits[:, offset : offset + tokens.shape[1]]
+        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
     def layers(self) -> dict[int, Module]:
@@ -113,7 +114,11 @@ class PipelinedEngine(BaseEngine):
             return iter(())
         step = [next(batches).to(self.deepspeed.device, non_blocking=True) for _ in range(self.deepspeed.micro_batches)]
         tokens, self.learns = loss_divisor(step, self.topology, self.deepspeed.device)
-        return iter([_pair(batch, tokens) for batch in step])
+        return iter([_pair(batch, tokens, self._shards) for batch in step])
+
+    @property
+    def _shards(self) -> SequenceShards:
+        return SequenceShards.of(self.topology)
 
     def owned(self) -> dict[str, Parameter]:
         """Returns key -> parameter, without the last stage's copy of a tied weight, which the first stage counts."""
@@ -121,15 +126,18 @@ class PipelinedEngine(BaseEngine):
         return {key: parameter for key, parameter in self.parameters.items() if first or not is_tied(parameter)}
 
 
-def _pair(batch: MicroBatch, tokens: Tensor) -> Pair:
-    """Returns a micro batch in PipelineEngine's form: (inputs, arguments of the loss).
+def _pair(batch: MicroBatch, divisor: Tensor, shards: SequenceShards) -> Pair:
+    """Returns this rank's shard of a micro batch in PipelineEngine's form: (inputs, arguments of the loss).
 
-    Padding travels behind the starts of documents; where documents are not kept apart, no layer reads the starts.
+    Padding travels behind the starts of documents, which are those of full sequences; where documents are not kept
+    apart, no layer reads the starts.
     """
     starts, padding = batch.document_starts, batch.padding
     beside: tuple[Tensor, ...]
     if padding is not None:
-        beside = (torch.zeros_like(batch.tokens) if starts is None else starts, padding)
+        beside = (torch.zeros_like(batch.tokens) if starts is None else starts, shards.shard(padding))
     else:
         beside = () if starts is None else (starts,)
-    return (batch.tokens, *beside) if beside else batch.tokens, (batch.labels, batch.loss_mask, tokens)
+    tokens = shards.shard(batch.tokens)
+    given = shards.shard(batch.labels), shards.shard(batch.loss_mask), divisor
+    return (tokens, *beside) if beside else tokens, given

@@ -62,8 +62,8 @@ class PipelinedModel(PipelineModule):
             loss: Called on the last stage.
             recompute: recomputation of blocks, or None.
         """
-        grid = PipeModelDataParallelTopology(
-            num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.data.size
+        grid = PipeModelDataParallelTopology(  # ranks that share a sequence are data-parallel to DeepSpeed
+            num_pp=topology.pipe.size, num_mp=topology.model.size, num_dp=topology.dp_cp.size
         )
         self._relative = _learned_relative(layer_specs)
         self._attending = [layer.index for layer in layer_specs if issubclass(layer.layer, TransformerBlock)]

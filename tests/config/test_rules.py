@@ -31,11 +31,6 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         for blocks in ([2], [1, 2], [3, -1])
     ),
     (
-        2,
-        {"pipe_parallel_size": 1, "context_parallel_size": 2},
-        "the pipeline engine (pipe_parallel_size = 1) cannot share sequences; use pipe_parallel_size: 0",
-    ),
-    (
         4,
         {"context_parallel_size": 2, "model_parallel_size": 2, "num_kv_heads": 2},
         "context_parallel_size = 2: the 1 key heads of a tensor parallel rank do not divide by it",

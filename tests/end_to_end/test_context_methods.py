@@ -39,6 +39,18 @@ CASES: dict[tuple[int, str, str], dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     (2, "experts", "ring 2"): RING,
+    (4, "documents", "ring 2, pipeline 2"): {**RING, "pipe_parallel_size": 2, "gradient_accumulation_steps": 2},
+    (4, "relative", "Ulysses 2, pipeline 2, ZeRO 1"): {
+        "context_parallel_size": 2,
+        "pipe_parallel_size": 2,
+        "zero_optimization": {"stage": 1},
+    },
+    (4, "experts", "ring 2, pipeline 2, ZeRO 1"): {
+        **RING,
+        "pipe_parallel_size": 2,
+        "zero_optimization": {"stage": 1},
+    },
+    (4, "one key head", "ring 4, one stage"): {**RING, "context_parallel_size": 4, "pipe_parallel_size": 1},
     (4, "one key head", "ring 4"): {**RING, "context_parallel_size": 4},
     (4, "documents", "both: two groups of 2"): BOTH,
     (4, "learned", "ring 2, tensor 2, sequence"): {**RING, **TENSOR},

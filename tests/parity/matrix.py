@@ -74,7 +74,8 @@ LABELLED = "labels"
 class Row:
     """One layout.
 
-    tp, pp, dp, cp [ranks], where pp 0 is no pipeline engine; zero: stage; acc [micro batches]; sp: on or off.
+    tp, pp, dp, cp [ranks], where pp 0 is no pipeline engine; zero: stage; acc [micro batches]; sp: on or off; ring:
+    context-parallel ranks form a ring instead of exchanging heads.
     """
 
     tp: int
@@ -84,6 +85,7 @@ class Row:
     acc: int
     sp: bool
     cp: int
+    ring: bool
 
     @property
     def ranks(self) -> int:
@@ -92,9 +94,9 @@ class Row:
     @property
     def legal(self) -> bool:
         """Whether the configuration's rules accept it."""
-        if self.pp >= 1 and (self.zero >= 2 or self.cp > 1):
+        if self.pp >= 1 and self.zero >= 2:
             return False
-        return not (self.sp and self.tp == 1)
+        return not (self.sp and self.tp == 1) and not (self.ring and self.cp == 1)
 
     @property
     def layers(self) -> int:
@@ -108,6 +110,7 @@ class Row:
             "model_parallel_size": self.tp,
             "pipe_parallel_size": self.pp,
             "context_parallel_size": self.cp,
+            "context_parallel_method": "ring" if self.ring else "ulysses",
             "sequence_parallel": self.sp,
             "zero_optimization": {"stage": self.zero},
             "gradient_accumulation_steps": self.acc,
@@ -125,6 +128,7 @@ SIZES = {
     "acc": (1, 4),
     "sp": (False, True),
     "cp": (1, 2),
+    "ring": (False, True),
 }
 
 

@@ -164,19 +164,11 @@ def pipeline_limits_zero(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def context_needs_no_pipeline(config: Config) -> Iterator[ConfigIssue]:
-    """DeepSpeed's pipeline has no context axis; context parallel ranks exchange complete heads, or form a ring."""
-    axes = config.parallelism
-    size = axes.context_parallel_size
+def context_divides_sequences(config: Config) -> Iterator[ConfigIssue]:
+    """Context parallel ranks have equal shards of sequences, and exchange complete heads, or form a ring."""
+    size = config.parallelism.context_parallel_size
     if size <= 1:
         return
-    if axes.pipe_parallel_size >= 1:
-        yield ConfigIssue(
-            f"the pipeline engine (pipe_parallel_size = {axes.pipe_parallel_size}) cannot share sequences",
-            key="context_parallel_size",
-            value=size,
-            hint="use pipe_parallel_size: 0",
-        )
     yield from _key_heads_divide(config, size)
     yield from _sequence_divides(config, "context_parallel_size")
 

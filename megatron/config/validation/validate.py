@@ -65,7 +65,7 @@ RULES: tuple[Rule, ...] = (
     launch.hosts_are_counted,
     launch.one_launcher_is_named,
     layout.pipeline_limits_zero,
-    layout.context_needs_no_pipeline,
+    layout.context_divides_sequences,
     layout.ring_is_supported,
     optimizer.full_tensors_need_no_zero,
     optimizer.momenta_are_exchanged_once,
