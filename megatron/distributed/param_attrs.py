@@ -6,6 +6,8 @@ Two of them are attributes of DeepSpeed; they are set here only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from megatron.distributed.mesh import Axis, expert_group_name
@@ -97,8 +99,32 @@ def expert_count(parameter: nn.Parameter) -> int:
     return len(shard_sections(parameter)) // size if expert_axis(parameter) is not None else 1
 
 
+@dataclass(frozen=True)
+class HeadLayout:
+    """The rows of a joint weight of queries, keys and values, as the full tensor has them."""
+
+    queries: int
+    """Number of query heads."""
+    keys: int
+    """Number of key heads, and of value heads."""
+    head_dim: int
+    """Rows of a head."""
+    grouped: bool
+    """True if all queries are followed by all keys and all values; otherwise q, k and v alternate head by head."""
+
+
+def mark_heads(parameter: nn.Parameter, layout: HeadLayout) -> None:
+    """Marks the joint weight of queries, keys and values."""
+    parameter.neox_heads = layout  # type: ignore[attr-defined]
+
+
+def head_layout(parameter: nn.Parameter) -> HeadLayout | None:
+    """Returns how the rows of the joint weight of queries, keys and values lie; None for any other parameter."""
+    return getattr(parameter, "neox_heads", None)
+
+
 def copy_structure(source: nn.Parameter, target: nn.Parameter) -> None:
-    """Marks a full tensor with the matrices that its shard consists of: the experts of a stack."""
-    for name in ("neox_experts", "neox_shard_sections"):
+    """Marks a full tensor with the matrices that its shard consists of: heads, and the experts of a stack."""
+    for name in ("neox_experts", "neox_shard_sections", "neox_heads"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))

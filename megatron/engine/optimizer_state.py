@@ -108,7 +108,7 @@ def write(
             _write_assigned(ref.key, assigned, inner, stored)
             continue
         if ref.owner not in filled:
-            filled[ref.owner] = TensorState(stored.step(ref.key), {}, stored.tensor_level_state(ref.key))
+            filled[ref.owner] = TensorState(stored.step(ref.key), {}, _tensor_level(stored, ref.key, ref.parameter))
         for name in _plain_names(stored, ref.key):
             values = stored.shard(ref.key, name, **shard)[ref.base + ref.start : ref.base + ref.stop]
             if name == MASTER:
@@ -179,9 +179,18 @@ def _write_assigned(key: str, assigned: AssignedTensor, inner: torch.optim.Optim
     }
     if MASTER in tensors:
         full.detach().copy_(tensors.pop(MASTER))
-    found = TensorState(stored.step(key), tensors, stored.tensor_level_state(key))
+    found = TensorState(stored.step(key), tensors, _tensor_level(stored, key, assigned.shard))
     if found.elementwise or found.tensor_level:
         write_state(inner, full, found)
+
+
+def _tensor_level(stored: OptimizerState, key: str, parameter: Parameter) -> dict[str, Tensor]:
+    """Returns tensor-level state on the parameter's device, of a stack of experts the rows of this rank's ones."""
+    rank, size = expert_rank_and_size(parameter)
+    found = stored.tensor_level_state(key)
+    return {
+        name: (value if size == 1 else value.chunk(size)[rank]).to(parameter.device) for name, value in found.items()
+    }
 
 
 def _plain_names(stored: OptimizerState, key: str) -> list[str]:

@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from megatron.distributed.param_attrs import expert_count, is_embedding_like, no_weight_decay
-from megatron.kernels.newton_schulz import orthogonalize
+from megatron.distributed.param_attrs import expert_count, head_layout, is_embedding_like, no_weight_decay
+from megatron.kernels.newton_schulz import STANDARD, orthogonalize
 from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, OptimizerArgs
 from megatron.optim.master_muon import MasterMuon
 from megatron.optim.muon_step import MuonOptions, PieceMuon
 from megatron.optim.unsharded import OptimizerFactory, UnshardedOptimizer
+
+ROW_BETA = 0.95
+"""Decay rate of NorMuon's second moments unless `normuon_beta2` is set."""
 
 
 def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
@@ -50,8 +53,7 @@ def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
 
 def _muon(matrices: Groups, args: OptimizerArgs) -> OptimizerFactory:
     """Returns what builds torch's Muon, or one with the same state where a kernel or an option asks for it."""
-    stacks = any(expert_count(parameter) > 1 for group in matrices for parameter in group["params"])
-    options = MuonOptions(split_experts=stacks and args.flag("split_experts", False))
+    options = options_of(args, [parameter for group in matrices for parameter in group["params"]])
     iterations = None if args.kernel is None else args.kernel.compute
     is_torch_s = iterations is None and options.are_default
     return partial(
@@ -61,6 +63,21 @@ def _muon(matrices: Groups, args: OptimizerArgs) -> OptimizerFactory:
         nesterov=args.flag("nesterov", True),
         ns_steps=int(args.number("ns_steps", 5)),
         adjust_lr_fn=args.settings.get("adjust_lr_fn", "match_rms_adamw"),
+    )
+
+
+def options_of(args: OptimizerArgs, parameters: Iterable[Parameter]) -> MuonOptions:
+    """Returns the options of the step; those that concern no parameter stay off, so that torch's own step can serve."""
+    found = list(parameters)
+    attends = any(head_layout(parameter) is not None for parameter in found)
+    stacks = any(expert_count(parameter) > 1 for parameter in found)
+    return MuonOptions(
+        split_experts=stacks and args.flag("split_experts", False),
+        split_qkv=attends and args.flag("split_qkv", False),
+        split_heads=attends and args.flag("split_heads", False),
+        ns_coefficients=args.settings.get("ns_coefficients", STANDARD),
+        row_beta=args.number("normuon_beta2", ROW_BETA) if args.flag("normuon", False) else None,
+        momentum_dtype=torch.bfloat16 if args.settings.get("momentum_dtype") == "bfloat16" else torch.float32,
     )
 
 

@@ -44,6 +44,12 @@ MUON = {
     "ns_steps": COUNT,
     "adjust_lr_fn": Setting("choice", choices=("match_rms_adamw", "original")),
     "split_experts": SWITCH,
+    "split_qkv": SWITCH,
+    "split_heads": SWITCH,
+    "ns_coefficients": Setting("choice", choices=("standard", "polar_express")),
+    "normuon": SWITCH,
+    "normuon_beta2": FRACTION,
+    "momentum_dtype": Setting("choice", choices=("fp32", "bfloat16")),
     "betas": BETAS,
     "eps": NUMBER,
 }

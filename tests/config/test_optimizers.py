@@ -18,7 +18,11 @@ VALUES: dict[str, Any] = {
     "beta2_decay": -0.8,
     "comm_backend_name": "nccl",
     "momentum": 0.9,
-    "split_experts": True,
+    **dict.fromkeys(("split_experts", "split_qkv", "normuon"), True),
+    "split_heads": False,
+    "ns_coefficients": "polar_express",
+    "normuon_beta2": 0.0,
+    "momentum_dtype": "bfloat16",
 }
 
 
@@ -78,6 +82,21 @@ def test_muon_in_bfloat16_is_legal_in_every_layout_at_zero_1() -> None:
     ):
         with pytest.raises(ConfigError, match=reported):
             resolved(**{**low, **keys}, **chosen("muon"))
+
+
+@pytest.mark.parametrize(
+    ("params", "reported"),
+    [
+        ({"split_heads": True}, "split_heads has an effect with split_qkv only"),
+        ({"normuon_beta2": 0.9}, "normuon_beta2 has an effect with normuon only"),
+        ({"normuon": True, "adjust_lr_fn": "original"}, "leave adjust_lr_fn out"),
+        ({"ns_coefficients": "polar"}, "the choices are standard, polar_express"),
+        ({"momentum_dtype": "fp16"}, "the choices are fp32, bfloat16"),
+    ],
+)
+def test_options_of_muon_that_do_not_go_together_are_reported(params: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ConfigError, match=reported):
+        resolved(**chosen("muon", **params))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bfloat16"])

@@ -16,9 +16,15 @@ PARAMS = {"lr": 1.0e-3, "eps": 1.0e-6}
 LOW: Keys = {"precision": "bfloat16", "zero_optimization": {"stage": 1}, "lr_decay_style": "constant"}
 MIXTURE: Keys = {"moe_num_experts": 4, "moe_top_k": 2, "moe_router_type": "topk", "use_bias_in_mlp": False}
 APART: Keys = {"optimizer": {"type": "muon", "params": {**PARAMS, "split_experts": True}}}
+OPTIONS = {"split_qkv": True, "ns_coefficients": "polar_express", "normuon": True, "momentum_dtype": "bfloat16"}
 CASES: dict[str, Keys] = {
     "dense": {**LOW, "optimizer": {"type": "muon", "params": PARAMS}},
     "experts": {**LOW, **MIXTURE, **APART},
+    "options, experts": {
+        **LOW,
+        **MIXTURE,
+        "optimizer": {"type": "muon", "params": {**PARAMS, **OPTIONS, "split_experts": True}},
+    },
 }
 LAYOUTS: dict[str, tuple[int, Keys]] = {
     "tensor 2": (2, TENSOR),
@@ -47,18 +53,22 @@ def alone() -> Curves:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_compute_what_one_process_does(layout: str, alone: Curves) -> None:
     world, keys = LAYOUTS[layout]
-    cases = {name: case for name, case in CASES.items() if name == "experts" or "experts" not in layout}
+    cases = {name: case for name, case in CASES.items() if "experts" in name or "experts" not in layout}
     for found in run_distributed(train, world, cases, keys):
         for name in cases:
             near(found[name], alone[name])
 
 
 def test_a_resume_is_bitwise_and_other_layouts_take_the_state_over(tmp_path: Path) -> None:
-    """Two tensor-parallel ranks save; they, two data-parallel ranks and one process go on."""
+    """Two tensor-parallel ranks save; they, two data-parallel ranks, ranks with half of the experts, and one go on."""
     full = run_distributed(train, 2, CASES, TENSOR, str(tmp_path))[0]
     again = run_distributed(train, 2, CASES, TENSOR, str(tmp_path), True)[0]
     other = run_distributed(train, 2, CASES, {}, str(tmp_path), True)[0]
     one = run_distributed(train, 1, CASES, {}, str(tmp_path), True)[0]
+    mixtures = {name: case for name, case in CASES.items() if "experts" in name}
+    spread = run_distributed(train, 2, mixtures, {"moe_expert_parallel_size": 2}, str(tmp_path), True)[0]
+    for name in mixtures:
+        near(spread[name], full[name][SAVED:])
     for name, curve in full.items():
         assert again[name] == curve[SAVED:]
         near(other[name], curve[SAVED:])

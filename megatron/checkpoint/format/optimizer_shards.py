@@ -162,16 +162,24 @@ class OptimizerState:
         """What the optimizer keeps of the global tensor that has another shape, by name; copies.
 
         Where the reader's vocabulary has more rows, those that the writer did not have are zero, as no token has
-        trained them.
+        trained them. Values of experts from several ranks are joined along their rows.
         """
         rows, now = self._as_written(key).shape[0], self.shapes[key].shape[0]
         found = {}
+        for name, parts in self._tensor_level_parts(key).items():
+            values = [self._load(one.file)[one.position][name] for _, one in sorted(parts.items())]
+            value = torch.cat(values) if len(values) > 1 else values[0].clone()
+            if now > rows and value.dim() and value.shape[0] == rows:
+                value = torch.cat((value, value.new_zeros(now - rows, *value.shape[1:])))
+            found[name] = value
+        return found
+
+    def _tensor_level_parts(self, key: str) -> dict[str, dict[int, SliceLocation]]:
+        """Returns the slices that hold each value, by the start of the experts that they are about."""
+        found: dict[str, dict[int, SliceLocation]] = {}
         for location in self.locations.get(key, ()):
             for name in location.tensor_level:
-                value = self._load(location.file)[location.position][name].clone()
-                if now > rows and value.dim() and value.shape[0] == rows:
-                    value = torch.cat((value, value.new_zeros(now - rows, *value.shape[1:])))
-                found[name] = value
+                found.setdefault(name, {})[location.start] = location
         return found
 
     def shard(self, key: str, name: str, *, model_rank: int, model_size: int) -> Tensor:

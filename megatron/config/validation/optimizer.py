@@ -172,3 +172,21 @@ def nesterov_needs_momentum(config: Config) -> Iterator[ConfigIssue]:
             value=config.optimizer.optimizer,
             hint="add momentum: 0.9",
         )
+
+
+def options_of_muon_go_together(config: Config) -> Iterator[ConfigIssue]:
+    """Some options of muon are about others."""
+    params, value = config.optimizer.params, config.optimizer.optimizer
+    if "normuon" not in OPTIMIZERS.entry(config.optimizer.optimizer_type).settings:
+        return
+    for name, needed in (("split_heads", "split_qkv"), ("normuon_beta2", "normuon")):
+        if params.get(name) and not params.get(needed):
+            what, hint = f"{name} has an effect with {needed} only", f"add {needed}: true, or leave {name} out"
+            yield ConfigIssue(what, key="optimizer", value=value, hint=hint)
+    if params.get("normuon") and params.get("adjust_lr_fn") == "original":
+        yield ConfigIssue(
+            "normuon scales every step to that of AdamW, whatever adjust_lr_fn says",
+            key="optimizer",
+            value=value,
+            hint="leave adjust_lr_fn out, and choose a learning rate of AdamW",
+        )

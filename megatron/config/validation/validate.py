@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     optimizer.momenta_are_exchanged_once,
     optimizer.flat_shards_need_full_precision,
     optimizer.full_tensors_need_no_expert_parallel,
+    optimizer.options_of_muon_go_together,
     optimizer.host_memory_holds_parameters,
     optimizer.eight_bits_are_built,
     optimizer.apex_has_what_is_asked,

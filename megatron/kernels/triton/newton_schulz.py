@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.kernels.newton_schulz import COEFFICIENTS, NewtonSchulz
+from megatron.kernels.newton_schulz import Coefficients, NewtonSchulz
 from megatron.kernels.triton import runtime
 from megatron.registry.kernels import interpreted
 
@@ -76,33 +76,32 @@ def scaled_symmetric(x: Tensor, alpha: float = 1.0, other: Tensor | None = None,
     return out
 
 
-def orthogonalize(matrix: Tensor, steps: int, epsilon: float = 1e-7) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: Coefficients, epsilon: float = 1e-7) -> Tensor:
     """The nearest semi-orthogonal matrix, approximately: [..., r, c] -> the same shape and type.
 
     Args:
         matrix: Matrices [..., r, c].
-        steps: Number of iterations.
+        iterations: a, b and c of each.
         epsilon: Smallest norm that a matrix is divided by.
     """
     x = matrix.reshape(-1, *matrix.shape[-2:])
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.transpose(1, 2)
     x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=epsilon).to(x.dtype)
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
+    for a, b, c in iterations:
         gram = scaled_symmetric(x)
         x = torch.baddbmm(x, scaled_symmetric(gram, c, gram, b), x, beta=a)
     return (x if wide else x.transpose(1, 2)).reshape(matrix.shape)
 
 
-def orthogonalize_in_bfloat16(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize_in_bfloat16(matrix: Tensor, iterations: Coefficients) -> Tensor:
     """The iterations in bfloat16, as torch's Muon has them: [..., r, c] -> the same shape, bfloat16.
 
     Args:
         matrix: Matrices [..., r, c] of any type.
-        steps: Number of iterations.
+        iterations: a, b and c of each.
     """
-    return orthogonalize(matrix.bfloat16(), steps)
+    return orthogonalize(matrix.bfloat16(), iterations)
 
 
 NEWTON_SCHULZ = NewtonSchulz(orthogonalize_in_bfloat16)

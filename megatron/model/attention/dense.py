@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.context_parallel.ring import ring_attention
 from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
+from megatron.distributed.param_attrs import HeadLayout, mark_heads
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
@@ -85,6 +86,8 @@ class ParallelSelfAttention(nn.Module):
             kernel=spec.kernels.linear,
             lora=spec.lora_specs.get("query_key_value"),
         )
+        layout = HeadLayout(dims.num_attention_heads, dims.num_kv_heads, dims.head_dim, dims.grouped)
+        mark_heads(self.query_key_value.weight, layout)
         self.dense = RowParallelLinear(
             dims.query_size,
             dims.hidden_size,

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from megatron.config import Resources, resolve
 from megatron.distributed.mesh import Topology
 from megatron.kernels import newton_schulz as plain
-from megatron.kernels.triton.newton_schulz import COEFFICIENTS, NEWTON_SCHULZ
+from megatron.kernels.newton_schulz import COEFFICIENTS
+from megatron.kernels.triton.newton_schulz import NEWTON_SCHULZ
 from megatron.optim import muon
 from megatron.optim.builder_args import OptimizerArgs
 from megatron.optim.muon_step import PieceMuon
