@@ -36,6 +36,7 @@ def init_distributed(
     seed: int,
     context_parallel_size: int = 1,
     ulysses_size: int | None = None,
+    key_head_size: int = 1,
     expert_parallel_size: int = 1,
     sequence_parallel: bool = False,
     fp32_allreduce: bool = False,
@@ -54,6 +55,7 @@ def init_distributed(
             from it, so that they draw different dropout masks; tensor-parallel ranks of one shard get the same one.
         context_parallel_size: ranks that share a sequence.
         ulysses_size: those of them that exchange shards for heads, beside a ring of the others; all unless set.
+        key_head_size: tensor-parallel ranks that share a key head.
         expert_parallel_size: ranks over which experts are distributed.
         sequence_parallel: shards activations along the sequence between tensor-parallel regions.
         fp32_allreduce: sums tensors of lower precision over ranks in fp32.
@@ -96,6 +98,7 @@ def init_distributed(
         sequence_parallel=sequence_parallel,
         fp32_reduce=fp32_allreduce,
         expert=expert_parallel_size,
+        key_head=key_head_size,
         ulysses=ulysses_size,
     )
     set_collective_timeout(timeout_seconds)

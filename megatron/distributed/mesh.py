@@ -77,6 +77,8 @@ class Topology:
     """Ranks of context that pass keys and values on: one of each group of `ulysses`."""
     expert_data: Axis = field(default_factory=lambda: Axis("expert_data"))
     """Ranks of dp_cp that hold the same experts of a block."""
+    key_head: Axis = field(default_factory=lambda: Axis("key_head"))
+    """Tensor-parallel ranks that share a key head, where there are more of them than key heads; neighbours."""
 
     @staticmethod
     def single() -> Topology:
@@ -96,6 +98,7 @@ class Topology:
         fp32_reduce: bool = False,
         expert: int = 1,
         ulysses: int | None = None,
+        key_head: int = 1,
     ) -> Topology:
         """Creates the process groups. Collective: every rank calls it with the same sizes.
 
@@ -111,6 +114,7 @@ class Topology:
             fp32_reduce: property of the model axis.
             expert: ranks over which experts are distributed.
             ulysses: context-parallel ranks that exchange shards for heads; the whole context axis unless set.
+            key_head: tensor-parallel ranks that share a key head.
         """
         if world_size % (pipe * context * model):
             sizes_text = f"pipe {pipe} x context {context} x model {model}"
@@ -124,6 +128,13 @@ class Topology:
         axes["model_parallel"] = _axis("model_parallel", sizes, rank, ("pipe", "model"))
         axes["dp_cp"] = _axis("dp_cp", sizes, rank, ("data", "context"))
         axes["ulysses"], axes["ring"] = _context_parts(axes["context"], sizes, ulysses or context)
+        if key_head > 1:
+            every = [
+                ranks[first : first + key_head]
+                for ranks in _slices(sizes, ("model",))
+                for first in range(0, model, key_head)
+            ]
+            axes["key_head"] = _of_slices("key_head", every, rank)
         if expert > 1:
             axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
             axes["expert_data"] = _expert_data_axis(axes["expert"], axes["dp_cp"])

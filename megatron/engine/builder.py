@@ -82,6 +82,7 @@ def init_topology(config: Config) -> Topology:
         seed=config.training.seed,
         context_parallel_size=axes.context_parallel_size,
         ulysses_size=axes.ulysses_size(require(config.model.num_kv_heads)),
+        key_head_size=-(-axes.model_parallel_size // require(config.model.num_kv_heads)),
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         sequence_parallel=axes.sequence_parallel,
         fp32_allreduce=config.precision.fp32_allreduce,
@@ -367,7 +368,7 @@ def _cache_factory(config: Config, topology: Topology, layers: range) -> Callabl
         return KVCache(
             0 if len(states) == len(blocks) else len(blocks),
             batch,
-            dims.num_kv_heads // size,
+            max(1, dims.num_kv_heads // size),
             max_length,
             dims.head_dim,
             dtype=cache_dtype(DTYPES[require(config.precision.precision)], device(), dims.head_dim),

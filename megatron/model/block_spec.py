@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.context_parallel.sequence_shards import SequenceShards
+from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.lora import LoraSpec
@@ -63,6 +64,8 @@ class BlockSpec:
     """Positions start again with each document."""
     shards: SequenceShards = field(default_factory=SequenceShards)
     """Which positions of a sequence each of the ranks has that share it."""
+    key_head: Axis = field(default_factory=lambda: Axis("key_head"))
+    """Tensor-parallel ranks that share a key head."""
     moe_config: Any = None
     """The `MoEConfig` of blocks with experts, if there are any."""
     multipliers: Multipliers = field(default_factory=Multipliers)

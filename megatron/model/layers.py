@@ -127,6 +127,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         reset_attention=spec.reset_attention,
         reset_positions=spec.reset_positions,
         shards=SequenceShards.of(topology),
+        key_head=topology.key_head,
         moe_config=_moe_config(spec.moe, topology, spec.router_losses)
         if spec.moe and dims.mixture.experts > 1
         else None,

@@ -54,7 +54,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
     if (
         axes.data_parallel_size % 2 == 0
         and heads % wider == 0
-        and kv_heads % wider == 0
+        and (kv_heads % wider == 0 or (wider % kv_heads == 0 and (model.kv_channels or 0) % (wider // kv_heads) == 0))
         and model.mlp_width % wider == 0
     ):
         yield f"model_parallel_size: {wider}", config.replace(model_parallel_size=wider)

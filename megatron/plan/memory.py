@@ -254,13 +254,18 @@ def _norm_inputs(dims: ModelDims, layout: ActivationLayout, norms: int, inputs: 
     return inputs * values * layout.width + statistics
 
 
+def _key_width(dims: ModelDims, tensor_ranks: int) -> int:
+    """Returns the features of the key heads that a rank attends to, at least one whole head."""
+    return max(dims.head_dim, dims.kv_size // tensor_ranks)
+
+
 def _head_norms(dims: ModelDims, layout: ActivationLayout) -> int:
     """Returns the saved bytes of the norms of queries and keys: their inputs."""
     if not dims.qk_norm:
         return 0
     tp = layout.model_parallel_size
-    values = layout.tokens * (dims.query_size + dims.kv_size) // tp
-    heads = layout.tokens * (dims.num_attention_heads + dims.num_kv_heads) // tp
+    values = layout.tokens * (dims.query_size // tp + _key_width(dims, tp))
+    heads = layout.tokens * (dims.num_attention_heads // tp + _key_width(dims, tp) // dims.head_dim)
     return values * layout.width + heads * 2 * FP32
 
 
@@ -273,7 +278,7 @@ def _attention(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
 def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     share = layout.shares[block] if layout.shares else 1.0
     tp, width, tokens = layout.model_parallel_size, layout.width, layout.tokens
-    query, kv = dims.query_size // tp, dims.kv_size // tp
+    query, kv = dims.query_size // tp, _key_width(dims, tp)
     heads = dims.num_attention_heads // (tp * layout.context_parallel_size)
     squares = layout.micro_batch * heads * layout.seq_length**2
     rotary = "attention" in POSITIONS.entry(dims.pos_emb).enters

@@ -54,8 +54,13 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"num_kv_heads": 3}, "num_kv_heads = 3: it does not divide num_attention_heads = 4"),
     (
         4,
-        {"num_kv_heads": 2, "model_parallel_size": 4},
-        "model_parallel_size = 4 does not divide it; at most 2 tensor parallel ranks can share 2 key heads",
+        {"num_kv_heads": 3, "num_attention_heads": 12, "hidden_size": 96, "model_parallel_size": 4},
+        "num_kv_heads = 3: model_parallel_size = 4 neither divides it nor is a multiple of it; with 3 key heads use",
+    ),
+    (
+        4,
+        {"num_kv_heads": 1, "kv_channels": 6, "model_parallel_size": 4},
+        "num_kv_heads = 1: 4 tensor parallel ranks share each key head, whose 6 features do not divide by them",
     ),
     (1, {"norm": "te_layernorm", "use_bias_in_norms": False}, "norm = te_layernorm always has a bias"),
     (1, {"sliding_window_width": 0}, "sliding_window_width = 0: it must be at least 1"),

@@ -21,6 +21,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "neox": {"gpt_j_residual": True},
     "gpt": {"pos_emb": "learned", "no_weight_tying": False},
     "llama": {**LLAMA, "num_attention_heads": 8, "num_kv_heads": 4, "kv_channels": 8},
+    "two key heads": {**LLAMA, "num_attention_heads": 8, "num_kv_heads": 2, "kv_channels": 8, "use_qk_layernorm": True},
+    "one key head": {"num_attention_heads": 4, "num_kv_heads": 1, "pos_emb": "alibi"},
 }
 SIZES = (2, 4)
 
@@ -59,7 +61,8 @@ def one_rank(options: dict[str, object]) -> dict[str, object]:
 
 
 def cut_model(rank: int, size: int, options: dict[str, object], values: dict[str, Tensor]) -> dict[str, object]:
-    topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size)
+    shared = -(-size // model_section(**options).num_kv_heads)
+    topology = Topology.build(pipe=1, model=size, rank=rank, world_size=size, key_head=shared)
     model = build(topology, std=0.1, **options)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(local(values, options, rank, size))
@@ -75,7 +78,7 @@ def cut_model(rank: int, size: int, options: dict[str, object], values: dict[str
 
 def cached_logits(model: torch.nn.Module, ids: Tensor, options: dict[str, object], axis: Axis) -> Tensor:
     section = model_section(**options)
-    cache = KVCache(2, 2, section.num_kv_heads // axis.size, 24, section.kv_channels)
+    cache = KVCache(2, 2, max(1, section.num_kv_heads // axis.size), 24, section.kv_channels)
     with torch.no_grad():
         parts = [model(ids[:, :20], cache), *(model(ids[:, i : i + 1], cache) for i in range(20, 24))]
     return all_gather_last(torch.cat(parts), axis)
@@ -142,5 +145,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     axis = Axis("model", 4, 0, (0, 1, 2, 3))
     single = Topology.single()
     topology = replace(single, world_size=4, model=axis)
-    with pytest.raises(ValueError, match="2 key/value heads do not divide by 4"):
+    with pytest.raises(ValueError, match="3 key/value heads do not divide by 4"):
+        build(topology, **LLAMA, num_attention_heads=12, num_kv_heads=3, kv_channels=8)
+    with pytest.raises(ValueError, match="a key head is shared by 2 ranks, and the topology has groups of 1"):
         build(topology, **LLAMA, num_kv_heads=2)

@@ -66,6 +66,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, **BUCKETS, **GATHERED}},
     ),
+    "a key head on two ranks": (2, {**LLAMA, "num_kv_heads": 1, "model_parallel_size": 2}),
     "sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
     "context": (2, {"context_parallel_size": 2}),
     "updates": (1, UPDATES),

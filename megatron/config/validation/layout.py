@@ -110,12 +110,29 @@ def heads_divide_ranks(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(f"model_parallel_size = {ranks} does not divide it", key="num_attention_heads", value=heads)
     if kv_heads < 1 or heads % kv_heads:
         yield ConfigIssue(f"it does not divide num_attention_heads = {heads}", key="num_kv_heads", value=kv_heads)
-    elif kv_heads != heads and ranks > 0 and kv_heads % ranks:
+    elif kv_heads != heads and ranks > 0:
+        yield from _ranks_share_key_heads(config, kv_heads, ranks)
+
+
+def _ranks_share_key_heads(config: Config, kv_heads: int, ranks: int) -> Iterator[ConfigIssue]:
+    """A rank has key heads of its own, or the same number of ranks shares each of them."""
+    size = config.model.kv_channels or 0
+    if kv_heads % ranks == 0:
+        return
+    if ranks % kv_heads:
         yield ConfigIssue(
-            f"model_parallel_size = {ranks} does not divide it",
+            f"model_parallel_size = {ranks} neither divides it nor is a multiple of it",
             key="num_kv_heads",
             value=kv_heads,
-            hint=f"at most {kv_heads} tensor parallel ranks can share {kv_heads} key heads",
+            hint=f"with {kv_heads} key heads use a number of ranks that divides {kv_heads}, or a multiple",
+        )
+    elif size % (ranks // kv_heads):
+        yield ConfigIssue(
+            f"{ranks // kv_heads} tensor parallel ranks share each key head, whose {size} features do "
+            "not divide by them",
+            key="num_kv_heads",
+            value=kv_heads,
+            hint="use fewer tensor parallel ranks",
         )
 
 
@@ -177,8 +194,8 @@ def _key_heads_divide(config: Config, size: int) -> Iterator[ConfigIssue]:
     """Without a ring every context parallel rank has the same number of key heads."""
     axes, model = config.parallelism, config.model
     assert model.num_kv_heads is not None
-    heads, rest = divmod(model.num_kv_heads, max(1, axes.model_parallel_size))
-    if axes.context_parallel_method == ULYSSES and rest == 0 and (heads % size or heads == 0):
+    heads = max(1, model.num_kv_heads // max(1, axes.model_parallel_size))
+    if axes.context_parallel_method == ULYSSES and heads % size:
         yield ConfigIssue(
             f"the {heads} key heads of a tensor parallel rank do not divide by it",
             key="context_parallel_size",

@@ -27,6 +27,7 @@ from megatron.distributed.context_parallel.ring import ring_attention
 from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
 from megatron.distributed.param_attrs import HeadLayout, mark_heads
 from megatron.distributed.param_init import ParamFactory
+from megatron.distributed.tensor_parallel.key_heads import gather_head
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
 from megatron.kernels.attention_patterns import AttentionMask
@@ -44,20 +45,30 @@ class ParallelSelfAttention(nn.Module):
     def __init__(self, number: int, spec: BlockSpec, source: ParamFactory) -> None:
         super().__init__()
         dims, size = spec.dims, source.axis.size
-        if dims.num_attention_heads % size or dims.num_kv_heads % size:
+        self.kv_heads = max(1, dims.num_kv_heads // size)  # m/t
+        self.key_head = spec.key_head
+        ranks = size * self.kv_heads // dims.num_kv_heads  # r, those of a head
+        if (
+            dims.num_attention_heads % size
+            or ranks * dims.num_kv_heads != size * self.kv_heads
+            or dims.head_dim % ranks
+        ):
             raise ValueError(
                 f"{dims.num_attention_heads} heads and {dims.num_kv_heads} key/value heads do not divide by "
                 f"{size} tensor-parallel ranks"
             )
-        ulysses = spec.shards.ulysses
-        if dims.num_kv_heads // size % ulysses.size:
+        if ranks != self.key_head.size:
             raise ValueError(
-                f"{dims.num_kv_heads // size} key/value heads of a tensor-parallel rank do not divide by "
+                f"a key head is shared by {ranks} ranks, and the topology has groups of {self.key_head.size}"
+            )
+        ulysses = spec.shards.ulysses
+        if self.kv_heads % ulysses.size:
+            raise ValueError(
+                f"{self.kv_heads} key/value heads of a tensor-parallel rank do not divide by "
                 f"{ulysses.size} context-parallel ranks that exchange heads"
             )
         self.number = number
         self.heads = dims.num_attention_heads // size  # n/t
-        self.kv_heads = dims.num_kv_heads // size  # m/t
         self.head_dim = dims.head_dim
         self.grouped = dims.grouped
         self.positions = spec.positions
@@ -173,11 +184,19 @@ class ParallelSelfAttention(nn.Module):
         return self.dense(self.inner(x, cache, document_starts))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d], as views."""
+        """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d].
+
+        They are views, but for a key head that several ranks share, which is gathered.
+        """
         length, batch = qkv.shape[:2]
         if not self.grouped:
             q, k, v = qkv.view(length, batch, self.heads, 3, self.head_dim).unbind(3)
             return q, k, v
+        if self.key_head.size > 1:
+            size, part = self.heads * self.head_dim, self.head_dim // self.key_head.size
+            q, k, v = qkv.split([size, part, part], dim=2)
+            k, v = gather_head(torch.stack((k, v)), self.key_head).unsqueeze(3)  # [s, b, 1, d]
+            return q.unflatten(2, (self.heads, self.head_dim)), k, v
         spec = qkv.view(length, batch, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = spec.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return q, k, v
