@@ -1,6 +1,9 @@
 """Attention of some queries to some keys of a sequence, with the logarithm of each query's sum, by which results of
 several blocks of keys are merged (arXiv:2205.14135, section 3.1; arXiv:2310.01889, section 3).
 
+On a CPU the compiled kernel computes a block without a bias, on a GPU torch's flash attention one without a mask.
+Others, and blocks in fp64, are plain products of bounded size.
+
 A block of keys is either the queries' own part of the sequence, under the causal mask, or an earlier part, which every
 query sees as far as documents and patterns allow. The backward pass computes the weights of a block again from the
 logarithm of the sum over all blocks, so nothing of the size [queries, keys] is saved. Scores and sums are in fp32.
@@ -18,6 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.attention_patterns import AttentionMask, Window
+from megatron.kernels.cpp_attention import cpp_attention_unavailable, cpp_block_backward, cpp_block_forward
+from megatron.kernels.flash_blocks import flash_block_backward, flash_block_forward, flash_takes
 
 CELLS = 1 << 22
 """Scores that are in memory at once."""
@@ -69,6 +74,18 @@ class Sight:
             found = ~seen if found is None else found | ~seen
         return found
 
+    def first(self) -> Tensor | None:
+        """Returns the first key of the block that each query sees, int32 [b or 1, s], or None if that is 0 for all.
+
+        Only where the pattern is a window, or none.
+        """
+        window = None if self.view is None else self.view.pattern
+        bound = self.starts
+        if isinstance(window, Window):
+            inside = (self.queries - (window.width - 1))[None]
+            bound = inside if bound is None else torch.maximum(bound, inside)
+        return None if bound is None else torch.searchsorted(self.keys, bound, out_int32=True)
+
     def distances(self) -> Tensor:
         """Returns the distance of each key before each query, [s, k]; 0 for later keys."""
         return (self.queries[:, None] - self.keys).clamp_(min=0)
@@ -84,31 +101,9 @@ class Sight:
         return isinstance(pattern, Window) and int(self.queries[0]) - pattern.width >= last
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """Returns the attention to a block of keys [b, n, s, d], and the logarithm of each row's sum [b, n, s], fp32.
-
-    A query that sees no key has a result of 0, and -inf for the logarithm.
-
-    Args:
-        q: queries [b, n, s, d].
-        k: keys [b, m, k, d].
-        v: values [b, m, k, d].
-        sight: what the queries see.
-    """
-    out, sums = [], []
-    wide_k, wide_v = _wide(k), _wide(v)
-    for some in _row_blocks(q, k):
-        scores = _scores(q[:, :, some], wide_k, sight.rows(some))  # [b, n, rows, k]
-        total = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - _finite(total)[..., None])
-        out.append(_heads(_grouped(weights, k) @ wide_v, q))
-        sums.append(total)
-    return torch.cat(out, dim=2), torch.cat(sums, dim=2)
-
-
-@dataclass
+@dataclass(frozen=True)
 class BlockGradients:
-    """Gradients of a block, fp32."""
+    """Gradients of a block, in fp32 or the type of the queries."""
 
     q: Tensor
     """[b, n, s, d]."""
@@ -128,18 +123,88 @@ class Saved:
     """Logarithm of each row's sum over all blocks, [b, n, s]."""
     grad: Tensor
     """Gradient of the result over all blocks, [b, n, s, d]."""
-    dots: Tensor
-    """Products of the result and its gradient, fp32 [b, n, s]."""
+    out: Tensor
+    """The result over all blocks, [b, n, s, d]."""
 
     def rows(self, some: slice) -> Saved:
         """Returns those of some of the queries."""
-        return Saved(self.q[:, :, some], self.sums[:, :, some], self.grad[:, :, some], self.dots[:, :, some])
+        return Saved(self.q[:, :, some], self.sums[:, :, some], self.grad[:, :, some], self.out[:, :, some])
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+    """Returns the attention to a block of keys [b, n, s, d], and the logarithm of each row's sum [b, n, s], fp32.
+
+    A query that sees no key has a result of 0, and -inf for the logarithm.
+
+    Args:
+        q: queries [b, n, s, d].
+        k: keys [b, m, k, d].
+        v: values [b, m, k, d].
+        sight: what the queries see.
+    """
+    if _compiled(q, k, sight):
+        return cpp_block_forward(q, k, v, _expanded(sight.first(), q), own=sight.own)
+    if sight.plain and flash_takes(q):
+        return flash_block_forward(q, k, v, own=sight.own)
+    return plain_block_forward(q, k, v, sight)
 
 
 def block_backward(
     saved: Saved, k: Tensor, v: Tensor, sight: Sight, bias_gradient: Tensor | None = None
 ) -> BlockGradients:
     """Returns the gradients that a block of keys contributes.
+
+    Args:
+        saved: queries, and what the forward pass over all blocks found for them.
+        k: keys [b, m, k, d].
+        v: values [b, m, k, d].
+        sight: what the queries see.
+        bias_gradient: fp32 [n, distances], to which the gradient of the bias is added, or None.
+    """
+    q, forward = saved.q, (saved.q, saved.out, saved.sums)
+    if _compiled(q, k, sight):
+        first = _expanded(sight.first(), q)
+        return BlockGradients(*cpp_block_backward(forward, k, v, saved.grad, first, own=sight.own))
+    if sight.plain and flash_takes(q):
+        return BlockGradients(*flash_block_backward(forward, k, v, saved.grad, own=sight.own))
+    return plain_block_backward(saved, k, v, sight, bias_gradient)
+
+
+def _compiled(q: Tensor, k: Tensor, sight: Sight) -> bool:
+    """Returns whether the compiled kernel for CPUs takes a block."""
+    biased = sight.view is not None and sight.view.bias is not None
+    return not biased and q.dtype != torch.float64 and cpp_attention_unavailable(q, k, sight.view) is None
+
+
+def _expanded(first: Tensor | None, q: Tensor) -> Tensor | None:
+    """Returns the first keys of every row of the batch, contiguous."""
+    return None if first is None else first.expand(len(q), -1).contiguous()
+
+
+def plain_block_forward(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+    """Reference implementation of ``block_forward``.
+
+    Args:
+        q: queries [b, n, s, d].
+        k: keys [b, m, k, d].
+        v: values [b, m, k, d].
+        sight: what the queries see.
+    """
+    out, sums = [], []
+    wide_k, wide_v = _wide(k), _wide(v)
+    for some in _row_blocks(q, k):
+        scores = _scores(q[:, :, some], wide_k, sight.rows(some))  # [b, n, rows, k]
+        total = torch.logsumexp(scores, dim=-1)
+        weights = torch.exp(scores - _finite(total)[..., None])
+        out.append(_heads(_grouped(weights, k) @ wide_v, q))
+        sums.append(total)
+    return torch.cat(out, dim=2), torch.cat(sums, dim=2)
+
+
+def plain_block_backward(
+    saved: Saved, k: Tensor, v: Tensor, sight: Sight, bias_gradient: Tensor | None = None
+) -> BlockGradients:
+    """Reference implementation of ``block_backward``.
 
     Args:
         saved: queries, and what the forward pass over all blocks found for them.
@@ -156,9 +221,10 @@ def block_backward(
         part, seen = saved.rows(some), sight.rows(some)
         weights = torch.exp(_scores(part.q, wide_k, seen) - part.sums[..., None])  # [b, n, rows, k]
         grad = _grouped(_wide(part.grad), k)  # [b, m, g rows, d]
+        dots = (_wide(part.grad) * part.out).sum(-1)  # [b, n, rows]
         grad_v += _grouped(weights, k).transpose(-1, -2) @ grad
         grad_weights = _heads(grad @ wide_v.transpose(-1, -2), part.q)
-        grad_scores = weights.mul_(grad_weights - part.dots[..., None])
+        grad_scores = weights.mul_(grad_weights - dots[..., None])
         if bias_gradient is not None:
             by_head = grad_scores.sum(0).flatten(1).to(bias_gradient.dtype)
             bias_gradient.index_add_(1, seen.distances().flatten(), by_head)

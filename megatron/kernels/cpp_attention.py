@@ -86,13 +86,16 @@ def _empty(like: Tensor) -> Tensor:
 
 
 class _Call:
-    """The arguments that both directions share, as C takes them."""
+    """The arguments that both directions share, as C takes them. earlier: all keys are before all queries."""
 
-    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, first: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, first: Tensor | None, *, earlier: bool = False
+    ) -> None:
         self.library = loaded_library()
         batch, heads, length, size = q.shape
         self.half = int(q.dtype == torch.bfloat16)
-        self.sizes = (ctypes.c_int64 * 5)(batch, heads, k.shape[1], length, size)
+        keys, shift = k.shape[2], k.shape[2] if earlier else 0
+        self.sizes = (ctypes.c_int64 * 7)(batch, heads, k.shape[1], length, size, keys, shift)
         self.scale = ctypes.c_float(1 / math.sqrt(size))
         self.masks = (pointer(first), pointer(bias))
 
@@ -132,3 +135,44 @@ def _of_bias(by_distance: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tens
     grad = total.new_zeros(shape)
     grad[:, : total.shape[1]] = total
     return grad.to(dtype)
+
+
+def cpp_block_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, *, own: bool) -> tuple[Tensor, Tensor]:
+    """Returns the attention to a block of keys [b, n, s, d], and the logarithm of each row's sum, fp32 [b, n, s].
+
+    A query that sees no key has a result of 0, and -inf for the logarithm.
+
+    Args:
+        q: Queries [b, n, s, d].
+        k: Keys [b, m, k, d].
+        v: Values [b, m, k, d].
+        first: First key of the block that each query sees, int32 [b, s], never decreasing, or None for all.
+        own: True if the keys are of the queries' own positions, in the same order; else every query sees the last key.
+    """
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out, sums = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32)
+    call = _Call(q, k, None, first, earlier=not own)
+    call(call.library.neox_attention, (q, k, v, out), sums)
+    return out, sums.mul_(math.log(2))
+
+
+def cpp_block_backward(
+    forward: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, grad: Tensor, first: Tensor | None, *, own: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of queries, keys and values that a block of keys contributes.
+
+    Args:
+        forward: Queries, the result, both [b, n, s, d], and the logarithm of each row's sum, fp32 [b, n, s], both over
+            all blocks.
+        k: Keys of the block [b, m, k, d].
+        v: Values of the block [b, m, k, d].
+        grad: Gradient of the result [b, n, s, d].
+        first: As in ``cpp_block_forward``.
+        own: As in ``cpp_block_forward``.
+    """
+    q, out, sums = forward
+    tensors = [_rows(x) for x in (q, k, v, out, grad)]
+    found = _empty(q), _empty(k), _empty(v)
+    call = _Call(tensors[0], tensors[1], None, first, earlier=not own)
+    call(call.library.neox_attention_backward, (*tensors, *found), sums / math.log(2), pointer(None))
+    return found

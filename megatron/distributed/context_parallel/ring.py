@@ -101,7 +101,7 @@ class _RingAttention(torch.autograd.Function):
             if not sight.empty():
                 found = block_forward(q[:, :, queries], pair[0][:, :, keys], pair[1][:, :, keys], sight)
                 if step == 0:
-                    out, sums = found
+                    out, sums = found[0].to(found[1].dtype), found[1]
                 else:
                     _merge(out[:, :, queries], sums[:, :, queries], *found)
             pair = pair if passing is None else passing.wait()
@@ -114,7 +114,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
         q, k, v, bias, out, sums = ctx.saved_tensors
         ring: _Ring = ctx.ring
-        saved = Saved(q, sums, grads[0], (grads[0].to(sums.dtype) * out).sum(-1))
+        saved = Saved(q, sums, grads[0], out)
         grad_q, home = torch.zeros_like(q, dtype=sums.dtype), torch.empty(0)
         grad_bias = torch.zeros_like(bias, dtype=sums.dtype) if ctx.needs_input_grad[3] else None
         pair, behind = torch.stack((k, v)), None

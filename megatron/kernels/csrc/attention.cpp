@@ -1,4 +1,5 @@
-// Causal attention of full sequences on a processor, in blocks that stay in the cache (attention.h).
+// Causal attention of full sequences, and attention to earlier keys, on a processor, in blocks that stay in the cache
+// (attention.h). A query that sees no key has a result of 0, and -inf for the logarithm of its sum.
 
 #include "attention.h"
 
@@ -94,8 +95,8 @@ struct Forward {
 
     void compute(int64_t number, int64_t next) {
         Task task = p.task(number, parts);
-        pack_keys<P>(p.matrix(k, p.k, task.b, task.group), p.padded(), turned.data());
-        pack_columns<P>(p.matrix(v, p.v, task.b, task.group), 0, p.padded(), values.data());
+        pack_keys<P>(p.of_keys(k, p.k, task.b, task.group), p.padded(), turned.data());
+        pack_columns<P>(p.of_keys(v, p.v, task.b, task.group), 0, p.padded(), values.data());
         for (int64_t head = task.group * p.per(); head < (task.group + 1) * p.per(); head++) {
             if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
             for (int64_t block = task.part; block < p.blocks(); block += parts) {
@@ -116,8 +117,8 @@ struct Forward {
         if (!last_head || next >= tasks) return;
         Task then = p.task(next, parts);
         if (last_block) ahead.add(p.matrix(q, p.q, then.b, then.group * p.per()), then.part * Q, Q);
-        ahead.add(p.matrix(k, p.k, then.b, then.group), (block - task.part) * Q, parts * Q);
-        ahead.add(p.matrix(v, p.v, then.b, then.group), (block - task.part) * Q, parts * Q);
+        ahead.add(p.of_keys(k, p.k, then.b, then.group), (block - task.part) * Q, parts * Q);
+        ahead.add(p.of_keys(v, p.v, then.b, then.group), (block - task.part) * Q, parts * Q);
     }
 
     void compute_block(int64_t b, int64_t head, int64_t q0) {
@@ -125,9 +126,9 @@ struct Forward {
         pack_queries<P>(p.matrix(q, p.q, b, head), q0, factor, queries.data());
         running.start();
         for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) add_keys(sight, k0);
-        for (int64_t i = 0; i < sight.last() - q0; i++) {
+        for (int64_t i = 0; i < sight.rows(); i++) {
             T* to = out + p.out.at(b, head) + (q0 + i) * p.out.position;
-            put_rows(&running.found[i * size], 1, size, 1.0f / running.total[i], to, 0);
+            put_rows(&running.found[i * size], 1, size, running.total[i] > 0 ? 1.0f / running.total[i] : 0.0f, to, 0);
             sums[(b * p.heads + head) * p.length + q0 + i] = running.most[i] + std::log2(running.total[i]);
         }
     }

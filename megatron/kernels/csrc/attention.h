@@ -34,16 +34,19 @@ struct Task {
 
 struct Problem {
     int64_t batch, heads, groups, length, size;  // groups: key/value heads
+    int64_t keys, shift;  // query i sees keys up to i + shift, of that many; bias only with shift 0
     Strided q, k, v, out;
     float scale;
     const int32_t* first;  // [batch, length] or null
     const float* bias;     // [heads, length] by distance, or null
-    int64_t padded() const { return (length + K - 1) / K * K; }
+    int64_t padded() const { return (keys + K - 1) / K * K; }
     int64_t blocks() const { return (length + Q - 1) / Q; }
     int64_t per() const { return heads / groups; }
     Task task(int64_t number, int64_t parts) const { return {number / parts / groups, number / parts % groups, number % parts}; }
     template <class T>
     Matrix<T> matrix(const T* x, const Strided& s, int64_t b, int64_t h) const { return {x + s.at(b, h), s.position, length, size}; }
+    template <class T>
+    Matrix<T> of_keys(const T* x, const Strided& s, int64_t b, int64_t h) const { return {x + s.at(b, h), s.position, keys, size}; }
 };
 
 // Rows that are needed soon and lie far apart: they come into the cache a few at a time, while tiles are computed.
@@ -98,31 +101,35 @@ struct Span {
 
 // What a block of queries sees.
 struct Sight {
-    int64_t q0, length;
+    int64_t q0, length, keys, shift;
     float factor;  // of scores
     int32_t first[Q];  // key of each query
     ByKey *bias, *bias_grad;  // or null
 
     Sight(const Problem& p, int64_t b, int64_t q0, float factor, ByKey* bias, ByKey* bias_grad = nullptr)
-        : q0(q0), length(p.length), factor(factor), bias(bias), bias_grad(bias_grad) {
+        : q0(q0), length(p.length), keys(p.keys), shift(p.shift), factor(factor), bias(bias), bias_grad(bias_grad) {
         for (int64_t i = 0; i < Q; i++) first[i] = p.first ? p.first[b * length + std::min(q0 + i, length - 1)] : 0;
     }
     int64_t key() const { return first[0] / K * K; }
-    int64_t last() const { return std::min(q0 + Q, length); }
+    int64_t rows() const { return std::min<int64_t>(Q, length - q0); }
+    // The last key that a row sees.
+    int64_t limit(int row) const { return std::min(q0 + row + shift, keys - 1); }
+    int64_t last() const { return limit(Q - 1) + 1; }
     // Keys that some query of the tile sees, in whole tiles of rows.
     Span span(int row, int64_t k0) const {
         if (q0 + row >= length) return {0, 0};
-        int64_t from = std::max<int64_t>(first[row] / ROWS * ROWS - k0, 0), to = std::min<int64_t>(q0 + row + ROWS - k0, K);
+        int64_t from = std::max<int64_t>(first[row] / ROWS * ROWS - k0, 0);
+        int64_t to = std::min<int64_t>((limit(row + ROWS - 1) + ROWS) / ROWS * ROWS - k0, K);
         return from < to ? Span{int(from), int(to)} : Span{0, 0};
     }
     void put_spans(int64_t k0, Span (&spans)[GROUPS]) const {
         for (int i = 0; i < GROUPS; i++) spans[i] = span(i * ROWS, k0);
     }
     // Whether each query of a tile sees all its keys, and the scores are the products.
-    bool plain(int row, int64_t key, int count) const { return !bias && key + count <= q0 + row + 1 && first[row + ROWS - 1] <= key; }
+    bool plain(int row, int64_t key, int count) const { return !bias && key + count <= limit(row) + 1 && first[row + ROWS - 1] <= key; }
     Ints seen(int row, int64_t key) const {
         Ints at = numbered(Lanes()) + int32_t(key);
-        return (at <= int32_t(q0 + row)) & (at >= first[row]);
+        return (at <= int32_t(limit(row))) & (at >= first[row]);
     }
 };
 
@@ -181,7 +188,7 @@ void put_rows(const float* x, int64_t count, int64_t size, float factor, T* to, 
 }
 
 inline Problem problem(const int64_t* n, const int64_t* s, float scale, const int32_t* first, const float* bias) {
-    return {n[0], n[1], n[2], n[3], n[4], {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, scale, first, bias};
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, scale, first, bias};
 }
 
 }  // namespace

@@ -175,7 +175,7 @@ struct Backward {
 
     void compute(int64_t number, int64_t next) {
         Task task = p.task(number, 1);
-        columns.take(p.matrix(k, p.k, task.b, task.group), p.matrix(v, p.v, task.b, task.group));
+        columns.take(p.of_keys(k, p.k, task.b, task.group), p.of_keys(v, p.v, task.b, task.group));
         for (int64_t head = task.group * p.per(); head < (task.group + 1) * p.per(); head++) {
             int64_t at = (task.b * p.heads + head) * p.length;
             if (p.bias) bias.fill(p.bias + head * p.length, LOG2_E);
@@ -186,8 +186,8 @@ struct Backward {
             }
             if (g.bias) bias_grad.take(g.bias + at);
         }
-        put_rows(columns.grad_keys.data(), p.length, p.size, p.scale, gk + g.k.at(task.b, task.group), g.k.position);
-        put_rows(columns.grad_values.data(), p.length, p.size, 1.0f, gv + g.v.at(task.b, task.group), g.v.position);
+        put_rows(columns.grad_keys.data(), p.keys, p.size, p.scale, gk + g.k.at(task.b, task.group), g.k.position);
+        put_rows(columns.grad_values.data(), p.keys, p.size, 1.0f, gv + g.v.at(task.b, task.group), g.v.position);
     }
 
     void add_ahead(int64_t b, int64_t head, int64_t q0) {
@@ -205,12 +205,12 @@ struct Backward {
         else if (!last_head)
             add_ahead(task.b, head + 1, 0);
         if (!last_head) return;
-        ahead.add(p.matrix<T>(gk, g.k, task.b, task.group), q0, Q);
-        ahead.add(p.matrix<T>(gv, g.v, task.b, task.group), q0, Q);
+        ahead.add(p.of_keys<T>(gk, g.k, task.b, task.group), q0, Q);
+        ahead.add(p.of_keys<T>(gv, g.v, task.b, task.group), q0, Q);
         if (next >= p.batch * p.groups) return;
         Task then = p.task(next, 1);
-        ahead.add(p.matrix(k, p.k, then.b, then.group), q0, Q);
-        ahead.add(p.matrix(v, p.v, then.b, then.group), q0, Q);
+        ahead.add(p.of_keys(k, p.k, then.b, then.group), q0, Q);
+        ahead.add(p.of_keys(v, p.v, then.b, then.group), q0, Q);
         if (last_block) add_ahead(then.b, then.group * p.per(), 0);
     }
 
@@ -218,7 +218,7 @@ struct Backward {
         Sight sight(p, b, q0, p.scale * LOG2_E, p.bias ? &bias : nullptr, g.bias ? &bias_grad : nullptr);
         rows.take(p.matrix(q, p.q, b, head), p.matrix(out, p.out, b, head), p.matrix(grad, g.out, b, head), known, q0, sight.factor);
         for (int64_t k0 = sight.key(); k0 < sight.last(); k0 += K) columns.add_block(sight, k0, rows, block, ahead);
-        put_rows(rows.found.data(), sight.last() - q0, p.size, p.scale, gq + g.q.at(b, head) + q0 * g.q.position, g.q.position);
+        put_rows(rows.found.data(), sight.rows(), p.size, p.scale, gq + g.q.at(b, head) + q0 * g.q.position, g.q.position);
     }
 };
 
