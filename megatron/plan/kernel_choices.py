@@ -31,6 +31,20 @@ _TRANSFORMER_ENGINE = Entry(
 )
 
 
+_RING = Entry(
+    "ring",
+    "megatron.distributed.context_parallel.ring:ring_attention",
+    "Keys and values pass from rank to rank (`context_parallel_method`); blocks by the kernels "
+    "of kernels/attention_blocks.py",
+)
+
+
+def _forms_a_ring(config: Config) -> bool:
+    """Returns whether context parallel ranks pass keys and values on."""
+    heads = config.model.num_kv_heads
+    return heads is not None and config.parallelism.ring_size(heads) > 1
+
+
 def facts_of(config: Config, device: str) -> KernelFacts:
     """Returns what decides which kernels can be used. device: `cuda` or `cpu`."""
     dtype = _DTYPES[config.precision.precision or "fp32"]
@@ -68,6 +82,8 @@ def _attention(config: Config, device: str) -> dict[str, KernelChoice]:
     kinds = [kind for kind in config.model.attention_config or () if kind not in WITHOUT_ATTENTION]
     if config.transformer_engine.te_mha and device == "cuda":
         return {f"attention ({kind})": KernelChoice(f"attention ({kind})", _TRANSFORMER_ENGINE) for kind in kinds}
+    if _forms_a_ring(config):
+        return {f"attention ({kind})": KernelChoice(f"attention ({kind})", _RING) for kind in kinds}
     found: dict[str, KernelChoice] = {}
     for kind in dict.fromkeys(kinds):
         groups: dict[str, list[Capability]] = {}
@@ -123,6 +139,8 @@ def device_of(config: Config) -> str:
 
 def kinds_with_scores(config: Config, device: str) -> frozenset[str]:
     """Returns the kinds of blocks whose attention saves its scores for the backward pass. device: `cuda` or `cpu`."""
+    if _forms_a_ring(config):
+        return frozenset()
     kinds = [kind for kind in config.model.attention_config or () if kind not in WITHOUT_ATTENTION]
     found = {kind: _backend(config, device, kind, None).entry for kind in dict.fromkeys(kinds)}
     return frozenset(kind for kind, entry in found.items() if entry.traits >= SCORES_IN_MEMORY)

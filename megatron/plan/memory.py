@@ -144,6 +144,8 @@ class ActivationLayout:
     """Fraction of a group's input that stays on the device."""
     context_parallel_size: int = 1
     """Context parallel degree."""
+    ring_size: int = 1
+    """Members that pass keys and values on; 1 without a ring."""
     sequence_parallel: bool = False
     """Whether norms and dropout are sharded by sequence."""
     shares: tuple[float, ...] = ()
@@ -289,7 +291,7 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
     if dims.kind(block) in layout.kinds_with_scores:
         return tokens * (4 * query + 4 * kv) * width + squares * width
     compiled = dims.head_dim % COMPILED_HEAD == 0 and ATTENTION.entry(dims.kind(block)).traits >= FULL_ATTENTION
-    if layout.cpu and compiled:
+    if layout.ring_size > 1 or (layout.cpu and compiled):
         features = 2 * query + 2 * kv + (query + kv if rotary else 0)
         return tokens * (features * width + FP32 * dims.num_attention_heads // tp)
     if layout.cpu:
@@ -298,6 +300,16 @@ def _core(dims: ModelDims, layout: ActivationLayout, block: int) -> int:
         return saved + (weights if weights <= SAVED_PROBABILITIES else 0)
     features = query + 2 * kv + (query + kv if rotary else 0) + 2 * query
     return tokens * (features * width + FP32 * dims.num_attention_heads // tp)
+
+
+def ring_buffers(dims: ModelDims, layout: ActivationLayout) -> int:
+    """Returns the bytes of what passes from rank to rank in the backward pass of a block: keys and values on their way
+    and coming, in fp32 their gradients at home, on their way and coming, and the gradient of the queries.
+    """
+    if layout.ring_size == 1:
+        return 0
+    query, kv = dims.query_size // layout.model_parallel_size, dims.kv_size // layout.model_parallel_size
+    return layout.tokens * (4 * kv * layout.width + (6 * kv + query) * FP32)
 
 
 def head_activations(dims: ModelDims, layout: ActivationLayout, padded_vocab_size: int) -> int:
@@ -352,4 +364,4 @@ def stage_activations(
     else:
         saved = repeated = sum(sizes)
     sent = (under_way + 1) * full if pipelined else 0
-    return (under_way - 1) * saved + max(saved + head, repeated) + sent
+    return (under_way - 1) * saved + max(saved + head, repeated + ring_buffers(dims, layout)) + sent

@@ -216,6 +216,7 @@ def activation_layout(config: Config) -> ActivationLayout:
         selective=selective,
         saved_fraction=0.0 if recompute.checkpoint_in_cpu and not on_cpu else saved_fraction,
         context_parallel_size=axes.context_parallel_size,
+        ring_size=axes.ring_size(model.num_kv_heads or 1),
         sequence_parallel=axes.sequence_parallel,
         shares=visible_shares(config),
         fused_scan=not on_cpu

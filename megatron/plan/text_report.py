@@ -87,7 +87,7 @@ def _world(config: Config) -> list[str]:
     stages = "no pipeline" if axes.pipe_parallel_size == 0 else f"pipeline {axes.pipe_parallel_size}"
     text = f"{axes.world_size} ranks = {stages} x data {axes.data_parallel_size} x tensor {axes.model_parallel_size}"
     if axes.context_parallel_size > 1:
-        text += f" x context {axes.context_parallel_size}"
+        text += f" x context {axes.context_parallel_size} ({axes.context_parallel_method})"
     if config.moe.moe_expert_parallel_size > 1:
         text += f", experts over {config.moe.moe_expert_parallel_size}"
     fp8 = config.precision.fp8

@@ -196,6 +196,18 @@ def test_transformer_engine_serves_where_it_is_asked_for() -> None:
     assert "cpu blocks: attention (global)" in kernel_lines(config(te_mha=True), "cpu")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan_names_the_ring(device: str) -> None:
+    """It serves in place of every backend, and saves no scores, whatever would be asked for on one rank."""
+    keys = {"context_parallel_size": 2, "attention_config": [[["global", "flash"], 1]]}
+    for method, served in (("ring", {"ring"}), ("ulysses", {"cpu blocks"} if device == "cpu" else {"torch"})):
+        values = {**SMALL, **keys, "context_parallel_method": method}
+        section = resolve([], values, Resources(2, device)).config
+        found = kernel_choices(section, device)
+        assert {choice.entry.name for name, choice in found.items() if name.startswith("attention")} == served
+        assert kinds_with_scores(section, device) == set()
+
+
 def test_the_plan_counts_the_probabilities_of_the_softmax() -> None:
     """Per block heads x s^2 values of two bytes, and copies of queries, keys and values."""
     asks = {"scaled_upper_triang_masked_softmax_fusion": True}

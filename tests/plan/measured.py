@@ -25,6 +25,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2": (2, {"model_parallel_size": 2}),
     "tensor 2, sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
     "context 2": (2, {"context_parallel_size": 2}),
+    "context 2, ring": (2, {"context_parallel_size": 2, "context_parallel_method": "ring"}),
     "pipeline 2": (2, {"pipe_parallel_size": 2}),
     "every block recomputed": (1, {"checkpoint_activations": True}),
     "groups of 2 recomputed": (1, {"checkpoint_activations": True, "checkpoint_num_layers": 2}),

@@ -69,6 +69,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "a key head on two ranks": (2, {**LLAMA, "num_kv_heads": 1, "model_parallel_size": 2}),
     "sequence": (2, {"model_parallel_size": 2, "sequence_parallel": True}),
     "context": (2, {"context_parallel_size": 2}),
+    "context, ring": (2, {"context_parallel_size": 2, "context_parallel_method": "ring"}),
+    "context, ring, core recomputed": (
+        2,
+        {"context_parallel_size": 2, "context_parallel_method": "ring", "recompute_granularity": "selective"},
+    ),
     "updates": (1, UPDATES),
     "updates, sequence": (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
     "updates, ZeRO 2, bfloat16": (

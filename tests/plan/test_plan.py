@@ -226,6 +226,10 @@ def test_memory_falls_with_what_should_lower_it() -> None:
     assert plan_of(precision="bfloat16")[1].parameters == base.parameters / 2
     assert plan_of(zero_optimization={"stage": 1})[1].optimizer < base.optimizer / 5
     assert plan_of(model_parallel_size=4)[1].parameters < base.parameters * 0.51
+    contexts = {"pipe_parallel_size": 0, "context_parallel_size": 4}
+    ring = plan_of(**contexts, context_parallel_method="ring")[1]
+    assert ring.parameters == plan_of(**contexts)[1].parameters
+    assert ring.activations < plan_of(pipe_parallel_size=0)[1].activations / 3.5
     logits = {"fused_linear_cross_entropy": False}
     at_once = plan_of(**logits)[1].activations
     halved = plan_of(train_micro_batch_size_per_gpu=2, **logits)[1].activations
