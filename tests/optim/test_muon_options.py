@@ -96,10 +96,10 @@ def test_queries_keys_and_values_are_matrices_apart(grouped: bool, heads: bool) 
     parameter, rows = joint(4, 2 if grouped else 4, 3, grouped)
     roles = [[row for head, found in rows.items() if head[0] == role for row in found] for role in (Q, K, V)]
     expected = reference(parameter, list(rows.values()) if heads else roles)
-    whole = reference(parameter, [list(range(len(parameter)))])
+    joined = reference(parameter, [list(range(len(parameter)))])
     stepped(parameter, {"split_qkv": True, "split_heads": heads})
     assert parameter.detach().double() == pytest.approx(expected, abs=1e-5)
-    assert not torch.allclose(whole, expected, atol=1e-2)
+    assert not torch.allclose(joined, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("expert_ranks", [1, 2])
@@ -124,7 +124,7 @@ def test_normuon_is_that_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("steps", "largest"), [(5, 0.155), (6, 0.013), (8, 0.011), (12, 0.011)])
 def test_polar_express_brings_singular_values_near_one(steps: int, largest: float) -> None:
-    """From 0.001 to 1 five iterations leave 0.124 (arXiv:2505.16932), 0.154 where all but the last are damped by 1 %."""
+    """From 0.001 to 1 five leave 0.124 (arXiv:2505.16932), 0.154 where all but the last are damped by 1 %."""
     values = torch.logspace(-3, 0, 500, dtype=torch.float64)
     errors = {}
     for name in (STANDARD, POLAR_EXPRESS):
@@ -156,20 +156,20 @@ def test_the_coefficients_of_a_run_are_used() -> None:
 
 def test_momentum_in_bfloat16_goes_on_from_a_checkpoint_bit_by_bit() -> None:
     """A checkpoint holds it in fp32."""
-    whole, parts = (Parameter(torch.ones(9, COLUMNS)) for _ in range(2))
+    full, resumed = (Parameter(torch.ones(9, COLUMNS)) for _ in range(2))
     settings = {"momentum_dtype": "bfloat16"}
-    stepped(whole, settings)
-    optimizer = stepped(parts, settings, steps=20)
-    state = read_state(optimizer, parts)
+    stepped(full, settings)
+    optimizer = stepped(resumed, settings, steps=20)
+    state = read_state(optimizer, resumed)
     assert state.elementwise[MOMENTUM].dtype == torch.bfloat16
     state.elementwise[MOMENTUM] = state.elementwise[MOMENTUM].float()
     args = OptimizerArgs(LR, Topology.single(), settings, kernel=NewtonSchulz(in_float64))
-    again = muon.build(parameter_groups([parts], DECAY), args)
-    write_state(again, parts, state)
+    again = muon.build(parameter_groups([resumed], DECAY), args)
+    write_state(again, resumed, state)
     for step in range(20, STEPS):
-        parts.grad = gradient(step, 9)
+        resumed.grad = gradient(step, 9)
         again.step()
-    assert torch.equal(whole, parts)
+    assert torch.equal(full, resumed)
     exact = reference(torch.ones(9, COLUMNS), [list(range(9))])
-    assert (whole.detach().double() - exact).abs().max() < 0.01  # fifty steps of 0.002
-    assert not torch.allclose(whole.detach().double(), exact, atol=1e-6)
+    assert (full.detach().double() - exact).abs().max() < 0.01  # fifty steps of 0.002
+    assert not torch.allclose(full.detach().double(), exact, atol=1e-6)
