@@ -308,7 +308,7 @@ def ring_buffers(dims: ModelDims, layout: ActivationLayout) -> int:
     """
     if layout.ring_size == 1:
         return 0
-    query, kv = dims.query_size // layout.model_parallel_size, dims.kv_size // layout.model_parallel_size
+    query, kv = dims.query_size // layout.model_parallel_size, _key_width(dims, layout.model_parallel_size)
     return layout.tokens * (4 * kv * layout.width + (6 * kv + query) * FP32)
 
 
