@@ -21,6 +21,7 @@ from megatron.kernels.mamba import MambaKernels, choose_mamba
 from megatron.kernels.norms import LAYER_NORM, RMS_NORM, NormKernel
 from megatron.kernels.permute import PERMUTATION, Permutation
 from megatron.kernels.rotary import RotaryPair, rotary_pair
+from megatron.kernels.weight_gradients import WeightGradients
 from megatron.registry.attention import choose_backends
 from megatron.registry.attention_facts import AttentionFacts, Capability
 from megatron.registry.kernels import (
@@ -111,7 +112,13 @@ def load_attention(facts: AttentionFacts, kinds: Collection[str], section: Any) 
     return {kind: load_target(choice.entry.target) for kind, choice in choices.items()}
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None, activation: str = "") -> Kernels:
+def choose_kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    section: Any = None,
+    activation: str = "",
+    later: WeightGradients | None = None,
+) -> Kernels:
     """Returns the fastest available kernels for parameters of this type on this device, attention's aside.
 
     Raises ConfigError.
@@ -121,11 +128,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, section: Any = None
         dtype: Type of the parameters.
         section: The configuration's kernels section, which chooses some of them.
         activation: The key `activation`.
+        later: Takes the gradients of weights that a backward pass leaves for later; None if it leaves none.
     """
     fused = getattr(section, "mamba_inner_func_fusion", False)
     compiled = getattr(section, "compile", False)  # torch.compile fuses torch's own kernels only
     return Kernels(
-        linear=plain_linear if compiled else choose_linear(device, dtype),
+        linear=plain_linear if compiled else choose_linear(device, dtype, later),
         grouped=choose_grouped(device, dtype),
         mamba=choose_mamba(
             device,

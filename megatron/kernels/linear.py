@@ -11,7 +11,7 @@ Shapes: leading dimensions are free; in and out are the widths of this rank's we
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.kernels.cpp_weight_gradient import cpp_weight_gradient, cpp_weight_gradient_unavailable
 from megatron.kernels.cpu_features import needs_fp32_matmul
+from megatron.kernels.weight_gradients import WeightGradients
 
 LinearKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
@@ -54,11 +55,16 @@ def onednn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearKernel:
-    """Returns the fastest product for parameters of this type on this device."""
+def choose_linear(device: torch.device, dtype: torch.dtype, later: WeightGradients | None = None) -> LinearKernel:
+    """Returns the fastest product for parameters of this type on this device.
+
+    later: takes the gradients of weights that a backward pass leaves for later; None if it leaves none.
+    """
     if needs_fp32_matmul(device, dtype):
-        return widened_linear
-    return onednn_linear if onednn_unavailable(device, dtype) is None else plain_linear
+        kernel: LinearKernel = widened_linear
+    else:
+        kernel = onednn_linear if onednn_unavailable(device, dtype) is None else plain_linear
+    return kernel if later is None else LinearOfOps(replace(linear_ops(kernel), later=later))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,6 +97,22 @@ class LinearOps:
     """Output gradient [rows, out] and input [rows, in] -> [out, in]."""
     own_input_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     """Output gradient [rows, out] and weight [out, in] -> [rows, in]; None if it is `product`."""
+    later: WeightGradients | None = None
+    """Takes the gradients of weights that a backward pass leaves for later."""
+
+    def gradient_of(self, weight: Tensor | None, grad: Tensor, x: Callable[[], Tensor]) -> Tensor | None:
+        """Returns the gradient of a weight [out, in]; None if it is computed later.
+
+        Args:
+            weight: the weight itself, if its gradient may be computed later.
+            grad: output gradient [rows, out].
+            x: returns the input [..., in], with as many rows.
+        """
+
+        def compute() -> Tensor:
+            return self.weight_gradient(grad, x().flatten(0, -2))
+
+        return compute() if self.later is None or weight is None else self.later.take(weight, compute)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Output gradient [rows, out] and weight [out, in] -> [rows, in]."""
@@ -137,6 +159,7 @@ class _LinearWithGrad(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ops: LinearOps) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no input
         ctx.has_bias, ctx.ops = bias is not None, ops
+        ctx.weight = None if ops.later is None else weight  # a recomputed layer saves a copy that is no parameter
         return ops.product(x, weight, bias)
 
     @staticmethod
@@ -147,7 +170,7 @@ class _LinearWithGrad(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = ctx.ops.input_gradient(flat, weight).view(*grads[0].shape[:-1], weight.shape[1])
-        grad_weight = ctx.ops.weight_gradient(flat, x.reshape(-1, weight.shape[1])) if need_weight else None
+        grad_weight = ctx.ops.gradient_of(ctx.weight, flat, lambda: x) if need_weight else None
         grad_bias = flat.sum(0) if ctx.has_bias and need_bias else None
         return grad_x, grad_weight, grad_bias, None
 

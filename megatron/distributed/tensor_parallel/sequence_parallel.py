@@ -129,6 +129,7 @@ class _GatheredLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.has_bias, ctx.axis, ctx.chunks = bias is not None, axis, linear_ops(kernel)
+        ctx.weight = None if ctx.chunks.later is None else weight  # a recomputed layer saves a copy of it
         product: Tensor = ctx.chunks.product(all_gather_first(x, axis), weight, bias)
         return product
 
@@ -142,8 +143,8 @@ class _GatheredLinear(torch.autograd.Function):
             full = ctx.chunks.input_gradient(rows, weight)
             grad_x = reduce_scatter_first(full.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
-            gathered = all_gather_first(x, ctx.axis)
-            grad_weight = ctx.chunks.weight_gradient(rows, gathered.view(-1, weight.shape[1]))
+            axis = ctx.axis
+            grad_weight = ctx.chunks.gradient_of(ctx.weight, rows, lambda: all_gather_first(x, axis))
         if ctx.has_bias and need_bias:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
