@@ -20,6 +20,7 @@ from megatron.checkpoint.load.loader import Checkpoint, find_checkpoint, read_we
 from megatron.checkpoint.load.vocabulary import vocabulary_rows
 from megatron.config import Config
 from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.config.derived.vocabulary import padded_vocab_size
 from megatron.config.schema.tokenizer import TokenizerSection
 from megatron.config.validation.unknown_values import require
@@ -46,10 +47,13 @@ from megatron.engine.inference_engine import InferenceEngine, build_stage, pack
 from megatron.engine.muon_step import MuonStep
 from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
+from megatron.engine.scheduled_engine import ScheduledEngine
 from megatron.engine.transformer_engine import use_transformer_engine
 from megatron.errors import ConfigError
 from megatron.kernels.dispatch import facts_of, load_optimizer_kernel
+from megatron.kernels.weight_gradients import WeightGradients
 from megatron.log import get_logger
+from megatron.model.chunked_model import ChunkedModel
 from megatron.model.kv_cache import KVCache, cache_dtype
 from megatron.model.layers import LayerSpec, build_layer_specs
 from megatron.model.loss_function import LossFunction
@@ -63,6 +67,7 @@ from megatron.optim.master_muon import MasterMuon
 from megatron.optim.onebit import OnebitAdam
 from megatron.optim.param_groups import balance_group_count, parameter_groups
 from megatron.param_table import PROMPT, ModelDims, TensorShape, learning_rates, recurrent_state_shapes, tensors
+from megatron.pipe_schedule.layout import SPLIT
 from megatron.registry import EIGHT_BIT, OBJECTIVES, OPTIMIZERS
 from megatron.tokenizer_info import TokenizerInfo
 from megatron.tokenizers.base import Tokenizer
@@ -114,13 +119,16 @@ def build_training_engine(
     silence_deepspeed()
     random = TensorParallelRNG(config.training.seed, topology.rank, device())
     losses = _router_losses(config)
-    layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses)
+    layout = pipe_layout(config)
+    later = WeightGradients() if layout.schedule in SPLIT else None
+    layer_specs = _layer_specs(config, topology, padded_vocab_size, random, vocab_size, losses, later)
     recompute = full_recompute(config.recompute, topology, random, require(config.model.num_layers))
     loss = _loss(config, topology, vocab_size)
     model: Module
     if config.parallelism.is_pipe_parallel:
         method = config.parallelism.pipe_partition_method
-        model = PipelinedModel(layer_specs, topology, partition_method=method, loss=loss, recompute=recompute)
+        build = PipelinedModel if layout.chunks == 1 else partial(ChunkedModel, layout=layout)
+        model = build(layer_specs, topology, partition_method=method, loss=loss, recompute=recompute)
         parameters = model.keyed_parameters()
         layers = model.layer_range
     else:
@@ -147,12 +155,12 @@ def build_training_engine(
         "prompt": prompt_length(config.model.soft_prompt_tuning),
     }
     if config.parallelism.is_pipe_parallel:
-        return PipelinedEngine(
-            **shared,
-            hidden_size=require(config.model.hidden_size),
-            padded_vocab_size=padded_vocab_size,
-            dtype=DTYPES[require(config.precision.precision)],
-        )
+        shared["hidden_size"] = require(config.model.hidden_size)
+        shared["padded_vocab_size"] = padded_vocab_size
+        shared["dtype"] = DTYPES[require(config.precision.precision)]
+        if layout.chunks == 1:
+            return PipelinedEngine(**shared)
+        return ScheduledEngine(**shared, layout=layout, weight_gradients=later)
     return PlainEngine(**shared, loss=loss)
 
 
@@ -250,6 +258,7 @@ def _layer_specs(
     random: TensorParallelRNG | None = None,
     vocab_size: int | None = None,
     losses: RouterLossTracker | None = None,
+    later: WeightGradients | None = None,
 ) -> list[LayerSpec]:
     return build_layer_specs(
         ModelSpec(
@@ -270,6 +279,7 @@ def _layer_specs(
             mixers=config.mixers,
             mup=config.mup,
             router_losses=losses,
+            weight_gradients=later,
         )
     )
 
@@ -353,7 +363,7 @@ def _lr_scales(config: Config, parameters: Mapping[str, Parameter]) -> dict[Para
     return {parameter: rates[key] for key, parameter in parameters.items() if key in rates}
 
 
-def _cache_factory(config: Config, topology: Topology, layers: range) -> Callable[[int, int], KVCache]:
+def _cache_factory(config: Config, topology: Topology, layers: Sequence[int]) -> Callable[[int, int], KVCache]:
     """Returns a function that creates caches for the blocks among the given layers (block i is layer i + 2)."""
     dims, size = ModelDims.of(config.model, config.moe, config.mixers), topology.model.size
     blocks = [layer - 2 for layer in layers if 2 <= layer < 2 + dims.num_layers]
@@ -366,7 +376,7 @@ def _cache_factory(config: Config, topology: Topology, layers: range) -> Callabl
             if (state := recurrent_state_shapes(dims, block, model_size=size, max_length=max_length))
         }
         return KVCache(
-            0 if len(states) == len(blocks) else len(blocks),
+            0 if len(states) == len(blocks) else blocks[-1] - blocks[0] + 1,
             batch,
             max(1, dims.num_kv_heads // size),
             max_length,

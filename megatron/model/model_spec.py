@@ -19,6 +19,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.param_init import ParamFactory, Rescale
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.kernels.dispatch import Kernels, capability_of, choose_kernels, facts_of, load_attention
+from megatron.kernels.weight_gradients import WeightGradients
 from megatron.model.init import rescaling
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.param_table import ModelDims, Multipliers, MupWidths, base_widths, width_ratios
@@ -64,6 +65,8 @@ class ModelSpec:
     """Without it the model has the standard parametrization."""
     router_losses: RouterLossTracker | None = None
     """Losses of the routers, which the training engine reads; a new tracker unless set."""
+    weight_gradients: WeightGradients | None = None
+    """Takes the gradients of weights that a backward pass leaves for later; None if it leaves none."""
 
     @cached_property
     def dims(self) -> ModelDims:
@@ -87,7 +90,7 @@ class ModelSpec:
         )
         kinds = [kind for kind in self.dims.kinds if kind not in WITHOUT_ATTENTION]
         kernels = replace(
-            choose_kernels(self._device, self.dtype, self.kernel_options, self.model.activation),
+            choose_kernels(self._device, self.dtype, self.kernel_options, self.model.activation, self.weight_gradients),
             attention=load_attention(facts, kinds, self.kernel_options),
         )
         return kernels if self.recompute_attention is None else kernels.recomputed(self.recompute_attention)

@@ -86,7 +86,7 @@ class PipelinedModel(PipelineModule):
         is_last = self._local_stop == self._num_layers
         layers = self.forward_funcs[:-1] if is_last and self.loss.in_blocks else self.forward_funcs
         carry, *beside = (forward_input,) if isinstance(forward_input, Tensor) else forward_input
-        carry = _differentiable(run_layers(layers, carry, None, self.recompute, *beside))
+        carry = differentiable(run_layers(layers, carry, None, self.recompute, *beside))
         if is_last and self.loss.in_blocks:
             self._link = WeightLink(self._output_layer().output_weight)
             return carry, self._link.anchor
@@ -97,7 +97,7 @@ class PipelinedModel(PipelineModule):
         targets = self.loss.targets(*given)
         if targets is None:
             assert isinstance(output, Tensor)
-            return _free_logits_after_loss(self.loss(output, *given), output)
+            return free_logits_after_loss(self.loss(output, *given), output)
         value: Tensor = self.forward_funcs[-1](output[0], targets=replace(targets, link=self._link))
         return value
 
@@ -159,7 +159,7 @@ class PipelinedModel(PipelineModule):
         return keyed
 
     @property
-    def layer_range(self) -> range:
+    def layer_range(self) -> Sequence[int]:
         """Indices of this stage's layers in the model."""
         return range(self._local_start, self._local_stop)
 
@@ -170,12 +170,12 @@ def _learned_relative(layer_specs: Sequence[LayerSpec]) -> tuple[nn.Module, ...]
     return tuple(module for module in relative if module is not None and list(module.parameters()))
 
 
-def _differentiable(carry: Tensor) -> Tensor:
+def differentiable(carry: Tensor) -> Tensor:
     """Makes the carry require a gradient: DeepSpeed sends one back through it, even to a frozen stage."""
     return carry if carry.requires_grad or not is_grad_enabled() else carry.requires_grad_()
 
 
-def _free_logits_after_loss(value: Tensor, logits: Tensor) -> Tensor:
+def free_logits_after_loss(value: Tensor, logits: Tensor) -> Tensor:
     """Frees the logits after the loss, since DeepSpeed keeps those of several micro batches.
 
     The graph of the loss has what the backward pass needs.

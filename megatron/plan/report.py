@@ -8,8 +8,10 @@ from typing import Any
 from megatron.block_sparsity import visible_share
 from megatron.config import Config, Resolution
 from megatron.config.derived.attention import layer_classes
+from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.config.derived.zero import REDUCTION_BUCKET
 from megatron.param_table import ModelDims, TensorShape, trainable_tensors
+from megatron.pipe_schedule.timing import in_flight
 from megatron.plan.advice import advice
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.flops import flops_per_iteration
@@ -99,11 +101,10 @@ def bounds_of(config: Config, table: list[TensorShape]) -> list[int]:
     """Returns the first layer of each pipeline stage, and the number of layers."""
     assert config.model.num_layers
     classes = layer_classes(config.model.num_layers, tuple(map(str, config.model.attention_config or ())))
-    stages = max(1, config.parallelism.pipe_parallel_size)
     counts = [0] * len(classes)
     for tensor in table:
         counts[tensor.layer] += tensor.count
-    return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, stages)
+    return stage_bounds(config.parallelism.pipe_partition_method, classes, counts, pipe_layout(config).stages)
 
 
 def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, bounds: list[int]) -> Memory:
@@ -118,27 +119,40 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     axes, training, model = config.parallelism, config.training, config.model
     assert model.num_layers
     dims = ModelDims.of(model, config.moe, config.mixers)
-    stages = len(bounds) - 1
-    stored, layout = state_layout(config), activation_layout(config)
+    layout = pipe_layout(config)
+    stored, activations = state_layout(config), activation_layout(config)
     candidates = []
     shared, experts = split_experts(table)
+    copied = layout.rank_of(layout.stages - 1) != 0  # a tied output layer has a copy of the embedding
     held = zip(
-        on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied),
+        on_rank(shared, bounds, axes.model_parallel_size, tied=dims.tied and copied),
         on_rank(experts, bounds, axes.model_parallel_size, tied=False),
-        on_rank(trainable_tensors(table), bounds, axes.model_parallel_size, tied=dims.tied and dims.trains_embedding),
+        on_rank(
+            trainable_tensors(table),
+            bounds,
+            axes.model_parallel_size,
+            tied=dims.tied and dims.trains_embedding and copied,
+        ),
         strict=True,
     )
-    for stage, counts in enumerate(held):
-        activations = stage_activations(
-            dims,
-            layout,
-            blocks=range(max(bounds[stage], 2) - 2, min(bounds[stage + 1] - 2, model.num_layers)),
-            under_way=min(stages - stage, training.gradient_accumulation_steps or 1),
-            padded_vocab_size=padded_vocab_size if stage == stages - 1 else None,
-            pipelined=stages > 1,
+    of_stages = list(held)
+    for rank, flying in enumerate(in_flight(layout, training.gradient_accumulation_steps or 1)):
+        stages = layout.stages_of(rank)
+        counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(3)]
+        saved = sum(
+            stage_activations(
+                dims,
+                activations,
+                blocks=range(max(bounds[stage], 2) - 2, min(bounds[stage + 1] - 2, model.num_layers)),
+                under_way=flying[stage],
+                padded_vocab_size=padded_vocab_size if stage == layout.stages - 1 else None,
+                pipelined=layout.stages > 1,
+            )
+            for stage in stages
+            if flying[stage]
         )
         changed = counts[2] if dims.frozen else None
-        candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), activations))
+        candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), saved))
     return max(candidates, key=lambda memory: memory.total)
 
 

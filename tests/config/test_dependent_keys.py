@@ -56,6 +56,11 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "moe_min_capacity": (8, {**EXPERTS, "moe_capacity_factor": 1.5}),
     "pipe_partition_method": ("uniform", {"pipe_parallel_size": 2}),
     "context_parallel_method": ("ring", {"context_parallel_size": 2}),
+    "pipe_schedule": ("interleaved", {"pipe_parallel_size": 2, "num_layers": 4}),
+    "num_layers_per_virtual_pipeline_stage": (
+        1,
+        {"pipe_parallel_size": 2, "num_layers": 4, "pipe_schedule": "interleaved"},
+    ),
     "checkpoint_num_layers": (2, {"checkpoint_activations": True}),
     "recompute_method": ("block", {"recompute_granularity": "full"}),
     "partition_activations": (True, {"checkpoint_activations": True}),

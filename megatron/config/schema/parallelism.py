@@ -28,6 +28,17 @@ class ParallelismSection(Section):
         "How layers are assigned to stages: uniform, parameters, type:REGEX to count layers whose class name matches, "
         "or a list of the blocks of each stage.",
     )
+    pipe_schedule: str = key(
+        "1f1b",
+        "Order of the micro batches on the pipeline: 1f1b has one stage a rank, interleaved several, zero_bubble "
+        "(ZB-V, arXiv:2401.10241) and dualpipev (arXiv:2412.19437) two.",
+        choices=("1f1b", "interleaved", "zero_bubble", "dualpipev"),
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = key(
+        None,
+        "Blocks of a stage with pipe_schedule interleaved; two stages a rank unless set.",
+        unit="blocks",
+    )
     world_size: int | None = key(None, "Ranks of the run; found at launch.", unit="ranks")
     is_pipe_parallel: bool = key(False, "Whether the pipeline engine runs; follows from pipe_parallel_size.")
 

@@ -154,7 +154,12 @@ DEPENDENT: tuple[DependentKeys, ...] = (
         "no capacity is given (moe_capacity_factor)",
     ),
     DependentKeys(
-        ("pipe_partition_method",),
+        ("num_layers_per_virtual_pipeline_stage",),
+        lambda config: config.parallelism.pipe_parallel_size > 1 and config.parallelism.pipe_schedule == "interleaved",
+        "a rank has one stage, or two (pipe_schedule is not interleaved)",
+    ),
+    DependentKeys(
+        ("pipe_partition_method", "pipe_schedule"),
         lambda config: config.parallelism.pipe_parallel_size > 1,
         "there is one pipeline stage",
     ),

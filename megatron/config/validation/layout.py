@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.derived.attention import layer_classes
+from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.errors import ConfigIssue
 from megatron.registry.attention import SOFTMAX_KEYS
 from megatron.sequence_parts import ULYSSES
@@ -47,7 +48,7 @@ def stages_hold_layers(config: Config) -> Iterator[ConfigIssue]:
         yield ConfigIssue(f"there are only {layers} blocks", key="pipe_parallel_size", value=axes.pipe_parallel_size)
     method = axes.pipe_partition_method
     if isinstance(method, tuple):
-        yield from _blocks_fit_stages(method, max(1, axes.pipe_parallel_size), layers)
+        yield from _blocks_fit_stages(method, pipe_layout(config).stages, layers)
     elif method.lower() not in {"uniform", "parameters"} and not _is_type_method(method.lower()):
         yield ConfigIssue(
             "there is no such method",
