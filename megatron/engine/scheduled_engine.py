@@ -2,7 +2,7 @@
 
 The passes run in the order of a schedule (pipe_schedule/order.py). Everything after the last backward pass (gradients
 of tied weights, their reduction over data-parallel ranks, the optimizer) is DeepSpeed's PipelineEngine, as with one
-stage a rank. s sequence, b micro batch, h hidden, t tensor-parallel degree.
+stage a rank. s sequence, b micro batch, h hidden.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
 
 from megatron.data.dataset.batch import MicroBatch
+from megatron.distributed.mesh import Axis
 from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.chunk_forward import chunk_logits
-from megatron.engine.inference_forward import shard_prompt
-from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor, sum_over_data
+from megatron.engine.inference_forward import gather_context, shard_prompt
+from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor
 from megatron.engine.pipe_runner import PipeRunner
 from megatron.engine.pipe_stage import Backward, ChunkStage
 from megatron.engine.pipeline_engine import PipelinedEngine
@@ -79,7 +80,7 @@ class ScheduledEngine(PipelinedEngine):
         engine._exec_reduce_tied_grads()
         engine._exec_reduce_grads()
         engine._exec_optimizer_step()
-        return self._from_last_stage(total / engine.micro_batches) / self.topology.data.size
+        return self._from_last_stage(total / engine.micro_batches, self.topology.dp_cp) / self.topology.dp_cp.size
 
     def eval_sums(self, batches: Iterator[MicroBatch], count: int) -> tuple[float, float]:
         self.deepspeed.module.eval()
@@ -90,7 +91,8 @@ class ScheduledEngine(PipelinedEngine):
         tokens = torch.zeros((), dtype=torch.float64, device=self.deepspeed.device)
         if step:
             tokens += count_loss_tokens(step).to(tokens.device)
-        return float(self._from_last_stage(total)), float(self._from_last_stage(tokens))
+        losses = self._from_last_stage(total, self.topology.dp_cp)
+        return float(losses), float(self._from_last_stage(tokens, self.topology.data))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
@@ -107,7 +109,7 @@ class ScheduledEngine(PipelinedEngine):
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
-        logits = logits[:, offset : offset + tokens.shape[1]]
+        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
         return logits if at is None else logits.flatten(0, 1)[at]
 
     def _run(
@@ -117,15 +119,16 @@ class ScheduledEngine(PipelinedEngine):
         self.total = torch.zeros((), device=self.deepspeed.device)
         runner = self._runner(count, backward=backward is not None)
         batch, length, _, _ = facts
-        rows = length // self.topology.model.size if self.topology.model.sequence_parallel else length
-        like = torch.empty(rows, batch, self.hidden_size, dtype=self.dtype, device="meta")  # [s/t, b, h]
+        parts = self.topology.context.size * (self.topology.model.size if self.topology.model.sequence_parallel else 1)
+        like = torch.empty(length // parts, batch, self.hidden_size, dtype=self.dtype, device="meta")
         for stage in self.stages:
             stage.begin(like, backward)
+        shard = self._shards.shard
         first, last = (self.layout.rank_of(stage) == self.topology.pipe.rank for stage in (0, self.layout.stages - 1))
         runner.run(
-            [one.tokens for one in step] if first else [],
+            [shard(one.tokens) for one in step] if first else [],
             self._beside(step, facts, count),
-            [(one.labels, one.loss_mask, divisor) for one in step] if last else [],
+            [(shard(one.labels), shard(one.loss_mask), divisor) for one in step] if last else [],
         )
         return self.total
 
@@ -187,24 +190,29 @@ class ScheduledEngine(PipelinedEngine):
         batch, length, has_starts, has_padding = facts
         found: list[dict[str, Tensor]] = [{} for _ in range(count)]
         pipe = self.topology.pipe
-        for name, given, dtype in (
-            ("document_starts", has_starts, torch.int64),
-            ("padding", has_padding, torch.uint8),
-        ):
+        for name, given in (("document_starts", has_starts), ("padding", has_padding)):
             if not given:
                 continue
-            sent = torch.empty(count, batch, length, dtype=dtype, device=self.deepspeed.device)
+            own = [getattr(one, name) for one in step]
+            width, dtype = (length, torch.int64)
+            if name == "padding":  # starts are those of full sequences
+                own, width, dtype = (
+                    [self._shards.shard(one) for one in own],
+                    length // self.topology.context.size,
+                    torch.uint8,
+                )
+            sent = torch.empty(count, batch, width, dtype=dtype, device=self.deepspeed.device)
             if pipe.is_first:
-                torch.stack([getattr(one, name).to(dtype) for one in step], out=sent)
+                torch.stack([one.to(dtype) for one in own], out=sent)
             dist.broadcast(sent, src=pipe.ranks[0], group=pipe.group)
-            for number, tensor in enumerate(sent.unbind()):
-                own = getattr(step[number], name) if pipe.is_first else tensor  # with what is attached to it
-                found[number][name] = own.bool() if name == "padding" else own
+            for number, tensor in enumerate(own if pipe.is_first else sent.unbind()):
+                found[number][name] = tensor.bool() if name == "padding" else tensor
         return found
 
-    def _from_last_stage(self, value: Tensor) -> Tensor:
-        """Sums over the data axis, and returns the last stage's sum on all ranks of the pipeline."""
+    def _from_last_stage(self, value: Tensor, axis: Axis) -> Tensor:
+        """Sums in place over an axis, and returns the last stage's sum on all ranks of the pipeline."""
         pipe = self.topology.pipe
-        value = sum_over_data(value, self.topology)
+        if axis.size > 1:
+            dist.all_reduce(value, group=axis.group)
         dist.broadcast(value, src=pipe.ranks[self.layout.rank_of(self.layout.stages - 1)], group=pipe.group)
         return value
