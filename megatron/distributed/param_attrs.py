@@ -119,7 +119,7 @@ def mark_heads(parameter: nn.Parameter, layout: HeadLayout) -> None:
 
 
 def head_layout(parameter: nn.Parameter) -> HeadLayout | None:
-    """Returns how the rows of the joint weight of queries, keys and values lie; None for any other parameter."""
+    """Returns the order of the rows of the joint weight of queries, keys and values; None for any other parameter."""
     return getattr(parameter, "neox_heads", None)
 
 

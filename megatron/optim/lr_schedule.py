@@ -9,8 +9,9 @@ again. A function's name is the value of the key `lr_decay_style`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class DecayPoint:
     """Fraction of the horizon in which WSD decays."""
     decay_shape: str
     """Shape of that decay."""
+    max_lr: float = 1.0
+    """Learning rate after warmup."""
+    batch: float = 1.0
+    """Samples of an update."""
+    tokens: float = 0.0
+    """Tokens of all updates up to the step."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the keys that the registry lists for the schedule."""
 
 
 Decay = Callable[[DecayPoint], float]
@@ -55,18 +64,38 @@ class LRSchedule:
     """See DecayPoint."""
     decay_shape: str = "linear"
     """See DecayPoint."""
+    batch: float = 1.0
+    """See DecayPoint."""
+    tokens_per_step: float = 1.0
+    """Tokens of an update, or of a sample if steps are samples."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """See DecayPoint."""
 
     def lr(self, step: int) -> float:
         """Returns the learning rate of a step, counted from 1."""
         step = max(1, step)
-        if step <= self.warmup:
-            return self.max_lr * step / self.warmup
+        return self._decayed(self.warmup) * step / self.warmup if step < self.warmup else self._decayed(step)
+
+    def _decayed(self, step: int) -> float:
+        """Returns the learning rate of a step from the end of warmup."""
         span = max(1, self.horizon - self.warmup)
-        progress = min(1.0, (step - self.warmup) / span)
         ratio = self.min_lr / self.max_lr if self.max_lr else 0.0
         within = min(step, max(self.horizon, self.warmup + 1))
-        point = DecayPoint(progress, within, self.warmup, self.horizon, ratio, self.decay_fraction, self.decay_shape)
-        return self.min_lr + (self.max_lr - self.min_lr) * self.decay(point)
+        point = DecayPoint(
+            progress=min(1.0, (step - self.warmup) / span),
+            step=within,
+            warmup=self.warmup,
+            horizon=self.horizon,
+            min_lr=ratio,
+            decay_fraction=self.decay_fraction,
+            decay_shape=self.decay_shape,
+            max_lr=self.max_lr,
+            batch=self.batch,
+            tokens=within * self.tokens_per_step,
+            keys=self.keys,
+        )
+        factor = self.decay(point)
+        return self.max_lr if factor == 1.0 else self.min_lr + (self.max_lr - self.min_lr) * factor
 
 
 def constant(point: DecayPoint) -> float:
@@ -86,15 +115,15 @@ def cosine(point: DecayPoint) -> float:
 
 def exponential(point: DecayPoint) -> float:
     """Halves from the end of warmup to the horizon, not below the minimum."""
-    return _above(point, 0.5**point.progress)
+    return above_minimum(point, 0.5**point.progress)
 
 
 def inverse_sqrt(point: DecayPoint) -> float:
     """Maximum x sqrt(warmup / step), not below the minimum (arXiv:1706.03762, section 5.3), up to the horizon."""
-    return _above(point, math.sqrt(max(1.0, point.warmup) / max(1.0, point.step)))
+    return above_minimum(point, math.sqrt(max(1.0, point.warmup) / max(1.0, point.step)))
 
 
-def _above(point: DecayPoint, lr: float) -> float:
+def above_minimum(point: DecayPoint, lr: float) -> float:
     """Returns the factor of a learning rate that is given as a fraction of the maximum; the minimum bounds it."""
     return max(0.0, (lr - point.min_lr) / (1 - point.min_lr)) if point.min_lr < 1 else 1.0
 
@@ -104,12 +133,14 @@ def wsd(point: DecayPoint) -> float:
 
     The decay is linear, a half cosine, or 1 - sqrt(x) (arXiv:2405.18392).
     """
-    length = point.decay_fraction * point.horizon
-    begin = max(point.horizon - length, point.warmup)
-    if point.step <= begin:
-        return 1.0
-    within = min(1.0, (point.step - begin) / max(1e-9, point.horizon - begin))
-    return DECAY_SHAPES[point.decay_shape](within)
+    within = within_last(point, point.decay_fraction)
+    return DECAY_SHAPES[point.decay_shape](within) if within > 0 else 1.0
+
+
+def within_last(point: DecayPoint, fraction: float) -> float:
+    """Returns how much of the last fraction of the horizon has passed, from 0 to 1; it begins after warmup."""
+    begin = max(point.horizon - fraction * point.horizon, point.warmup)
+    return min(1.0, max(0.0, point.step - begin) / max(1e-9, point.horizon - begin))
 
 
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
@@ -129,6 +160,9 @@ def build(
     warmup: int | None = None,
     decay_fraction: float = 0.1,
     decay_shape: str = "linear",
+    batch: float = 1.0,
+    tokens_per_step: float = 1.0,
+    keys: Mapping[str, Any] | None = None,
 ) -> LRSchedule:
     """Builds a schedule.
 
@@ -141,6 +175,11 @@ def build(
         warmup: length of warmup [steps or samples].
         decay_fraction: fraction of the horizon in which WSD decays.
         decay_shape: shape of that decay.
+        batch: samples of an update.
+        tokens_per_step: tokens of an update, or of a sample if steps are samples.
+        keys: values of the keys that the registry lists for the schedule.
     """
     rise = int(warmup_fraction * horizon) if warmup is None else warmup
-    return LRSchedule(decay, max_lr, min_lr, rise, horizon, decay_fraction, decay_shape)
+    return LRSchedule(
+        decay, max_lr, min_lr, rise, horizon, decay_fraction, decay_shape, batch, tokens_per_step, keys or {}
+    )

@@ -5,7 +5,7 @@ Owners are assigned by the cost of an update, rows x columns x min(rows, columns
 the rank with the least so far. In a step, gradients are summed to the owner over data-parallel ranks, the shards of
 tensor-parallel ranks are gathered there, and the new weights go the same way back in bfloat16.
 
-The weights of a group lie one after the other in one buffer, and so do their fp32 gradients, ordered by the
+The weights of a group are consecutive in one buffer, and so are their fp32 gradients, ordered by the
 data-parallel rank of the owner: each of these ranks receives one range of the buffer.
 """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from megatron.registry.entry import Entry, ScheduleEntry, SinkEntry, TokenizerEntry
 from megatron.registry.registry import Registry
 
+INFINITE = ("min_lr", "infinite_constant_lr", "infinite_cooldown_fraction", "infinite_anneal_fraction")
+
 SCHEDULES = Registry(
     "learning rate schedule",
     "lr_decay_style",
@@ -25,6 +27,24 @@ SCHEDULES = Registry(
             "megatron.optim.lr_schedule:wsd",
             "Constant, then decay at the end, arXiv:2404.06395",
             settings=("min_lr", "wsd_decay_fraction", "wsd_decay_style"),
+        ),
+        ScheduleEntry(
+            "infinite_cosine",
+            "megatron.optim.infinite_schedules:infinite_cosine",
+            "Half a cosine to a constant rate, annealed at the end, arXiv:2403.08763",
+            settings=INFINITE,
+        ),
+        ScheduleEntry(
+            "infinite_inv_sqrt",
+            "megatron.optim.infinite_schedules:infinite_inv_sqrt",
+            "Inverse square root to a constant rate, annealed at the end, arXiv:2403.08763",
+            settings=INFINITE,
+        ),
+        ScheduleEntry(
+            "power",
+            "megatron.optim.power_schedule:power",
+            "A power of the tokens trained, then decay at the end, arXiv:2408.13359",
+            settings=("min_lr", "wsd_decay_fraction", "wsd_decay_style", "power_amplitude", "power_exponent"),
         ),
     ],
 )

@@ -260,6 +260,10 @@ def _loop_context(
         horizon=require(horizon),
         decay_fraction=section.wsd_decay_fraction,
         decay_shape=section.wsd_decay_style,
+        batch=require(config.training.train_batch_size),
+        tokens_per_step=require(config.model.seq_length)
+        * (1 if config.training.train_samples is not None else require(config.training.train_batch_size)),
+        keys={key: getattr(section, key) for key in SCHEDULES.entry(section.lr_decay_style).settings},
     )
     return LoopContext(
         engine=engine,

@@ -16,6 +16,7 @@ from tests.config.small import SMALL, errors, resolved
 MAMBA = {"attention_config": ["mamba", "global"]}
 EXPERTS = {"moe_num_experts": 2}
 RESUMED = {"load": "x"}
+INFINITE = {"lr_decay_style": "infinite_cosine", "infinite_constant_lr": 5e-4, "min_lr": 1e-5}
 SAVED = {"save": "x", "extra_save_iters": [1]}
 SETS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
 
@@ -71,6 +72,11 @@ WHERE_IT_MATTERS: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "warmup": (0.1, {}),
     "wsd_decay_fraction": (0.2, {"lr_decay_style": "wsd"}),
     "wsd_decay_style": ("sqrt", {"lr_decay_style": "wsd"}),
+    "infinite_constant_lr": (1e-4, INFINITE),
+    "infinite_cooldown_fraction": (0.3, INFINITE),
+    "infinite_anneal_fraction": (0.2, INFINITE),
+    "power_amplitude": (3.0, {"lr_decay_style": "power"}),
+    "power_exponent": (-0.4, {"lr_decay_style": "power"}),
     "min_lr": (1e-5, {"lr_decay_style": "cosine"}),
     "override_lr_scheduler": (True, RESUMED),
     "use_checkpoint_lr_scheduler": (True, RESUMED),

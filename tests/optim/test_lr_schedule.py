@@ -9,9 +9,26 @@ import torch
 from megatron.optim import lr_schedule
 from megatron.registry import SCHEDULES
 
+KEYS = {
+    "infinite_constant_lr": 4e-4,
+    "infinite_cooldown_fraction": 0.3,
+    "infinite_anneal_fraction": 0.2,
+    "power_amplitude": 0.05,
+    "power_exponent": -0.51,
+}
+
 
 def build(style: str, *, warmup: float = 0.1, horizon: int = 100, min_lr: float = 1e-5) -> lr_schedule.LRSchedule:
-    return lr_schedule.build(SCHEDULES.load(style), max_lr=1e-3, min_lr=min_lr, warmup_fraction=warmup, horizon=horizon)
+    return lr_schedule.build(
+        SCHEDULES.load(style),
+        max_lr=1e-3,
+        min_lr=min_lr,
+        warmup_fraction=warmup,
+        horizon=horizon,
+        batch=8,
+        tokens_per_step=8 * 1000,
+        keys=KEYS,
+    )
 
 
 @pytest.mark.parametrize("style", SCHEDULES.names)
@@ -51,7 +68,37 @@ def closed_form(style: str, step: int) -> float:
         "exponential": max(floor, peak * 2**-x),
         "inverse_sqrt": max(floor, peak * math.sqrt(10 / step)),
         "wsd": peak - (peak - floor) * max(0.0, (step - 90) / 10),
+        "infinite_cosine": infinite(step, (1 + math.cos(math.pi * (step - 10) / 30)) / 2),
+        "infinite_inv_sqrt": infinite(step, 1 - (1 / math.sqrt(1 + (step - 10) / 3) - 1) / (1 / math.sqrt(11) - 1)),
+        "power": floor + (power(min(step, 90)) - floor) * (1 - max(0.0, (step - 90) / 10)),
     }[style]
+
+
+def infinite(step: int, cooldown: float) -> float:
+    """From 1e-3 to 4e-4 until step 40, constant until 80, then by the same factor each step to 1e-5."""
+    if step <= 40:
+        return 4e-4 + 6e-4 * cooldown
+    return 4e-4 if step <= 80 else 4e-4 * (1e-5 / 4e-4) ** ((step - 80) / 20)
+
+
+def power(step: int) -> float:
+    """Amplitude 0.05, 8 samples of 1,000 tokens, exponent -0.51, at most 1e-3."""
+    return min(1e-3, 0.05 * 8 * (8000 * step) ** -0.51)
+
+
+def test_power_rises_to_its_own_rate_where_that_is_below_the_maximum() -> None:
+    schedule = lr_schedule.build(
+        SCHEDULES.load("power"),
+        max_lr=1.0,
+        min_lr=0.0,
+        warmup_fraction=0.1,
+        horizon=100,
+        batch=8,
+        tokens_per_step=8000,
+        keys=KEYS,
+    )
+    top = 0.05 * 8 * 80000**-0.51
+    assert [schedule.lr(step) for step in (1, 5, 10)] == pytest.approx([top / 10, top / 2, top])
 
 
 @pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])

@@ -22,6 +22,11 @@ _KEYS = (
     "warmup_iters",
     "wsd_decay_fraction",
     "wsd_decay_style",
+    "infinite_constant_lr",
+    "infinite_cooldown_fraction",
+    "infinite_anneal_fraction",
+    "power_amplitude",
+    "power_exponent",
 )
 
 

@@ -23,10 +23,24 @@ class ScheduleSection(Section):
     warmup_iters: int | None = key(None, "Length of the warmup in steps, in place of warmup.", unit="steps")
     wsd_decay_fraction: float = key(
         0.1,
-        "With lr_decay_style wsd, the last part of the horizon, in which the learning rate decays.",
+        "With lr_decay_style wsd or power, the last part of the horizon, in which the learning rate decays.",
         unit="fraction",
     )
     wsd_decay_style: str = key("linear", "Shape of that decay.", choices=("linear", "cosine", "sqrt"))
+    infinite_constant_lr: float | None = key(
+        None, "With lr_decay_style infinite_cosine or infinite_inv_sqrt, the learning rate after cooling down."
+    )
+    infinite_cooldown_fraction: float = key(
+        0.2, "Part of the horizon after warmup in which the learning rate falls to it.", unit="fraction"
+    )
+    infinite_anneal_fraction: float = key(
+        0.1, "Last part of the horizon, in which it falls exponentially to min_lr.", unit="fraction"
+    )
+    power_amplitude: float = key(
+        4.0,
+        "With lr_decay_style power, the rate is at most this x train_batch_size x tokens ** power_exponent.",
+    )
+    power_exponent: float = key(-0.51, "Exponent of the tokens trained.")
     override_lr_scheduler: bool = key(False, "On resuming, take the schedule from this configuration.")
     use_checkpoint_lr_scheduler: bool = key(False, "On resuming, take the schedule from the checkpoint.")
     scheduler: Table | None = key(None, "A DeepSpeed scheduler block; the schedule here is used instead.")

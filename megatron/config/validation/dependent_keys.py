@@ -187,7 +187,17 @@ DEPENDENT: tuple[DependentKeys, ...] = (
     DependentKeys(
         ("wsd_decay_fraction", "wsd_decay_style"),
         partial(_has_schedule, "wsd_decay_style"),
-        "lr_decay_style is not wsd",
+        "lr_decay_style is neither wsd nor power",
+    ),
+    DependentKeys(
+        ("infinite_constant_lr", "infinite_cooldown_fraction", "infinite_anneal_fraction"),
+        partial(_has_schedule, "infinite_constant_lr"),
+        "lr_decay_style is neither infinite_cosine nor infinite_inv_sqrt",
+    ),
+    DependentKeys(
+        ("power_amplitude", "power_exponent"),
+        partial(_has_schedule, "power_amplitude"),
+        "lr_decay_style is not power",
     ),
     DependentKeys(("min_lr",), partial(_has_schedule, "min_lr"), "lr_decay_style is constant"),
     DependentKeys(

@@ -9,6 +9,7 @@ from megatron.config.derived.batch_rampup import BatchRampup
 from megatron.config.derived.curriculum import curriculum_issues
 from megatron.config.derived.fill import trains
 from megatron.errors import ConfigIssue
+from megatron.registry import SCHEDULES
 
 
 def warmup_is_a_part(config: Config) -> Iterator[ConfigIssue]:
@@ -65,6 +66,31 @@ def learning_rates_are_ordered(config: Config) -> Iterator[ConfigIssue]:
             key="use_checkpoint_lr_scheduler",
             value=True,
             hint="keep one",
+        )
+
+
+def infinite_schedules_have_their_rates(config: Config) -> Iterator[ConfigIssue]:
+    """The constant rate is between min_lr and lr, and the parts of the horizon follow each other."""
+    schedule, lr = config.schedule, config.optimizer.lr
+    if "infinite_constant_lr" not in SCHEDULES.entry(schedule.lr_decay_style).settings or lr is None:
+        return
+    constant, min_lr = schedule.infinite_constant_lr, schedule.min_lr
+    if constant is None or not 0 < min_lr <= constant <= lr:
+        yield ConfigIssue(
+            f"{schedule.lr_decay_style} cools down from lr = {lr} to it, and anneals from it to min_lr = {min_lr}",
+            key="infinite_constant_lr",
+            value=constant,
+            hint="give 0 < min_lr <= infinite_constant_lr <= lr",
+        )
+    horizon = schedule.lr_decay_iters if schedule.lr_decay_samples is None else schedule.lr_decay_samples
+    warmup = schedule.warmup_length(horizon) / horizon if horizon else schedule.warmup
+    parts = warmup + schedule.infinite_cooldown_fraction + schedule.infinite_anneal_fraction
+    if parts > 1:
+        yield ConfigIssue(
+            f"with the warmup and infinite_anneal_fraction these parts are {parts:.3g} of the horizon",
+            key="infinite_cooldown_fraction",
+            value=schedule.infinite_cooldown_fraction,
+            hint="give parts that add up to 1 at most",
         )
 
 

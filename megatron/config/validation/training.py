@@ -23,7 +23,16 @@ def deepspeed_is_on(config: Config) -> Iterator[ConfigIssue]:
 def fractions_are_fractions(config: Config) -> Iterator[ConfigIssue]:
     """Probabilities and fractions are in [0, 1]."""
     sections = (config.model, config.schedule, config.generation)
-    names = ("hidden_dropout", "attention_dropout", "lr_decay_fraction", "wsd_decay_fraction", "top_p", "min_p")
+    names = (
+        "hidden_dropout",
+        "attention_dropout",
+        "lr_decay_fraction",
+        "wsd_decay_fraction",
+        "infinite_cooldown_fraction",
+        "infinite_anneal_fraction",
+        "top_p",
+        "min_p",
+    )
     for section in sections:
         for name in names:
             value = getattr(section, name, None)

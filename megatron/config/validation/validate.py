@@ -93,6 +93,7 @@ RULES: tuple[Rule, ...] = (
     experts.tokens_choose_among_experts,
     experts.router_numbers_make_sense,
     schedule.learning_rates_are_ordered,
+    schedule.infinite_schedules_have_their_rates,
     training.saving_is_scheduled,
     training.loading_is_possible,
     training.buckets_are_addresses,
