@@ -59,6 +59,14 @@ def test_layouts_compute_what_one_process_does(layout: str, alone: Curves) -> No
             near(found[name], alone[name])
 
 
+def test_every_schedule_of_a_pipeline_computes_what_one_process_does() -> None:
+    case: dict[str, Keys] = {"dense": {**CASES["dense"], "num_layers": 4}}
+    alone = run_distributed(train, 1, case, {})[0]
+    for schedule in ("interleaved", "zero_bubble", "dualpipev"):
+        layout = {**PIPELINE, "pipe_schedule": schedule, "gradient_accumulation_steps": 4}
+        near(run_distributed(train, 2, case, layout)[0]["dense"], alone["dense"])
+
+
 def test_a_resume_is_bitwise_and_other_layouts_take_the_state_over(tmp_path: Path) -> None:
     """Two tensor-parallel ranks save; they, two data-parallel ranks, ranks with half of the experts, and one go on."""
     full = run_distributed(train, 2, CASES, TENSOR, str(tmp_path))[0]
