@@ -76,7 +76,7 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
         if ref.owner not in found:
             found[ref.owner] = read_state(inner, ref.owner, exclude=RANKED)
         one = found[ref.owner]
-        tensors = {name: ref.of(value) for name, value in one.elementwise.items()}
+        tensors = {name: ref.of(value.contiguous()) for name, value in one.elementwise.items()}
         if ref.has_master:
             tensors[MASTER] = ref.of(ref.owner.detach())
         start, stop = ref.base + ref.start, ref.base + ref.stop

@@ -40,7 +40,9 @@ def read_state(optimizer: torch.optim.Optimizer, owner: Tensor, *, exclude: tupl
     if codec is not None:
         return TensorState(step, codec.unpack(state))
     tensors = {
-        name: value for name, value in state.items() if isinstance(value, Tensor) and name not in (STEP, *exclude)
+        name: value
+        for name, value in _without_lists(state).items()
+        if isinstance(value, Tensor) and name not in (STEP, *exclude)
     }
     own = {name: value for name, value in tensors.items() if value.shape == owner.shape}
     return TensorState(step, own, {name: value for name, value in tensors.items() if name not in own})
@@ -53,11 +55,33 @@ def write_state(optimizer: torch.optim.Optimizer, owner: Tensor, found: TensorSt
         codec.pack(optimizer, owner, found.elementwise, found.step)
         return
     state = optimizer.state[owner]
-    state.update(found.elementwise)
-    state.update(found.tensor_level)
+    state.update(_with_lists({**found.elementwise, **found.tensor_level}))
     state[STEP] = step_count(optimizer, found.step, owner.device)
     wants_largest = any(group.get("amsgrad") for group in optimizer.param_groups)
     if wants_largest and LARGEST_MOMENT not in state and MOMENT in state:
         state[LARGEST_MOMENT] = state[MOMENT].clone()
     elif not wants_largest:
         state.pop(LARGEST_MOMENT, None)
+
+
+def _without_lists(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns state with each tensor of a list under a name of its own: the list's, a dot and its index."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        items = {f"{name}.{index}": item for index, item in enumerate(value)} if isinstance(value, list) else {}
+        found |= items or {name: value}
+    return found
+
+
+def _with_lists(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns state as an optimizer has it: the inverse of `_without_lists`; [] is where a list had no tensor."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        base, dot, index = name.rpartition(".")
+        if not dot or not index.isdigit():
+            found[name] = value
+            continue
+        items = found.setdefault(base, [])
+        items.extend([] for _ in range(int(index) + 1 - len(items)))
+        items[int(index)] = value
+    return found

@@ -38,6 +38,8 @@ ONE_BIT = {
 SGD = {"momentum": FRACTION, "dampening": FRACTION, "nesterov": SWITCH}
 SM3 = {"momentum": FRACTION, "beta": FRACTION, "eps": NUMBER}
 ADAFACTOR = {"beta2_decay": NUMBER, "eps": NUMBER, "d": NUMBER}
+ADEMAMIX = {"betas": BETAS, "beta3": FRACTION, "alpha": NUMBER, "slow_warmup": COUNT, "eps": NUMBER}
+SOAP = {"betas": BETAS, "eps": NUMBER, "precondition_frequency": COUNT, "max_dim": COUNT}
 MUON = {
     "momentum": FRACTION,
     "nesterov": SWITCH,
@@ -144,6 +146,23 @@ OPTIMIZERS = Registry(
             ADAFACTOR,
             state_per_param=0,
             traits=NEEDS_FULL_TENSORS,
+        ),
+        _optimizer(
+            "ademamix",
+            "ademamix:build",
+            "AdEMAMix, arXiv:2409.03137",
+            ADEMAMIX,
+            state_per_param=3,
+            extra="optimizers",
+        ),
+        _optimizer(
+            "soap",
+            "soap:build",
+            "SOAP, arXiv:2409.11321",
+            SOAP,
+            state_per_param=4,
+            traits=NEEDS_FULL_TENSORS,
+            extra="optimizers",
         ),
         _optimizer(
             "muon",

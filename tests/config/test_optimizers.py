@@ -13,6 +13,9 @@ from tests.config.small import resolved
 VALUES: dict[str, Any] = {
     "betas": [0.9, 0.99],
     "freeze_step": 5,
+    "slow_warmup": 5,
+    "precondition_frequency": 5,
+    "max_dim": 5,
     "ns_steps": 5,
     "adjust_lr_fn": "original",
     "beta2_decay": -0.8,
@@ -57,7 +60,7 @@ def test_wrong_values_are_reported(params: dict[str, Any], reported: str) -> Non
         resolved(**chosen("sgd", **params))
 
 
-@pytest.mark.parametrize("name", ["sm3", "adafactor", "muon", "onebitadam"])
+@pytest.mark.parametrize("name", ["sm3", "adafactor", "soap", "muon", "onebitadam"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_needs_full_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):

@@ -150,6 +150,20 @@ def adafactor(step: int, index: int, weight: Tensor, gradient: Tensor, state: di
     return weight * (1 - rate(step - 1) * decay(index)) - size * step_size
 
 
+def ademamix(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Equation 2, with the warmups of section 3.1 over the first 20 updates."""
+    lr, alpha, beta3 = rate(step - 1), min(step * 5 / 20, 5), 0.999
+    if step < 20:
+        part = step / 20
+        low, high = math.log(0.9), math.log(0.999)
+        beta3 = min(0.999, math.exp(low * high / ((1 - part) * high + part * low)))
+    first = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient
+    slow = state["slow"] = beta3 * state.get("slow", 0.0) + (1 - beta3) * gradient
+    second = state["v"] = 0.95 * state.get("v", 0.0) + 0.05 * gradient**2
+    step_size = (first / (1 - 0.9**step) + alpha * slow) / ((second / (1 - 0.95**step)).sqrt() + 1e-6)
+    return weight - lr * (step_size + decay(index) * weight)
+
+
 ADAM = {"betas": [0.9, 0.95], "eps": 1.0e-6}
 CASES: list[tuple[str, dict[str, Any], Update]] = [
     ("adam", ADAM, adam()),
@@ -169,6 +183,7 @@ CASES: list[tuple[str, dict[str, Any], Update]] = [
     ("madgrad_wd", {}, madgrad),
     ("sm3", {"momentum": 0.9}, sm3),
     ("adafactor", {}, adafactor),
+    ("ademamix", {**ADAM, "beta3": 0.999, "slow_warmup": 20}, ademamix),
 ]
 
 
@@ -212,11 +227,26 @@ def test_muon_s_step_has_singular_values_near_one() -> None:
     assert values.max() < 1.3
 
 
+def test_soap_is_the_package_s() -> None:
+    """Fifty steps with a new eigenbasis every three; the package counts updates by group."""
+    from pytorch_optimizer import SOAP
+
+    params = parameters()
+    optimizer = SOAP(parameter_groups(params, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-6, precondition_frequency=3)
+    expected = run(optimizer, params)
+    for got, same in zip(ours("soap", {**ADAM, "precondition_frequency": 3}), expected, strict=True):
+        assert torch.equal(got, same)
+
+
 def test_every_optimizer_is_compared_with_something() -> None:
-    assert {name for name, _, _ in CASES} | {"muon"} == set(OPTIMIZERS.names)
+    assert {name for name, _, _ in CASES} | {"muon", "soap"} == set(OPTIMIZERS.names)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {"onebitadam": {"freeze_step": 3}, "sgd": {"momentum": 0.9}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "onebitadam": {"freeze_step": 3},
+    "sgd": {"momentum": 0.9},
+    "soap": {"precondition_frequency": 2, "max_dim": 1000},
+}
 
 
 def build(name: str, params: list[Parameter], eight_bit: bool = False) -> torch.optim.Optimizer:
@@ -261,9 +291,10 @@ def test_marked_parameters_do_not_decay(name: str, eight_bit: bool) -> None:
     params = [Parameter(torch.ones(p.shape)) for p in parameters()]
     mark_no_weight_decay(params[2])
     optimizer = build(name, params, eight_bit)
-    for parameter in params:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    for _ in range(2):  # the first step of SOAP only measures
+        for parameter in params:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     assert torch.equal(params[2].detach(), torch.ones(VECTOR))
     assert (params[0] < 1).all()
 
