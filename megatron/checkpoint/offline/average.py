@@ -1,0 +1,113 @@
+"""The mean of the last checkpoints of a run (latest weight averaging: arXiv:2209.14981).
+
+Between the learning rate's maximum and its decay such a mean is about as good as a model whose rate has decayed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.load.stored_model import StoredModel, describe, open_model
+from megatron.checkpoint.offline.reshard import describe_tokenizer, refuse_uneven
+from megatron.checkpoint.offline.write_resharded import write_weights
+from megatron.checkpoint.save.commit import make_room, publish
+from megatron.config import serialize
+from megatron.errors import ConfigError, RunError
+from megatron.param_table import TensorShape
+
+
+@dataclass(frozen=True)
+class MeanModel:
+    """Several models of one shape, each with the same share."""
+
+    models: tuple[StoredModel, ...]
+    """The models, oldest first."""
+
+    def full_tensor(self, shape: TensorShape) -> Tensor:
+        """The mean of a global tensor, summed in fp32, of fp32 copies where there are any; in the newest one's type."""
+        newest = self.models[-1].full_tensor(shape)
+        total = self.models[0].full_tensor(shape, precise=True).float()
+        for model in self.models[1:]:
+            total = total + model.full_tensor(shape, precise=True).float()
+        return (total / len(self.models)).to(newest.dtype)
+
+
+def chosen_iterations(load: Path, last: int, until: int | None) -> list[int]:
+    """Returns the iterations of the last checkpoints of a save folder, oldest first. ConfigError for too few.
+
+    Args:
+        load: Save folder.
+        last: Number of checkpoints.
+        until: Newest iteration to take; None for the newest that there is.
+    """
+    if last < 2:
+        raise ConfigError.of("a mean needs two checkpoints at least", key="last", value=last, hint="write 2 or more")
+    found = sorted(one for one in layout.iterations(load) if until is None or one <= until)
+    if len(found) < last:
+        raise ConfigError.of(
+            f"{len(found)} checkpoints are there: {', '.join(map(str, found)) or 'none'}",
+            key="last",
+            value=last,
+            location=str(load),
+            hint="give a smaller number, or keep more with keep_last_n_checkpoints",
+        )
+    return found[-last:]
+
+
+def average(
+    load: Path,
+    save: Path,
+    *,
+    last: int,
+    model_size: int,
+    pipe_size: int,
+    iteration: int | None = None,
+    config_files: Sequence[Path] = (),
+) -> tuple[Path, list[int]]:
+    """Writes <save>/global_step<N> of the newest iteration and points `latest` at it; returns it and the iterations.
+
+    It holds weights and their configuration, and no optimizer state. Raises ConfigError for too few checkpoints or
+    sizes that do not fit the model, RunError where the models differ.
+
+    Args:
+        load: Save folder of the run.
+        save: Folder to write to.
+        last: Number of checkpoints.
+        model_size: Tensor-parallel degree of the result.
+        pipe_size: Pipeline-parallel degree of the result.
+        iteration: Newest iteration to take; the newest of all unless given.
+        config_files: Configuration files, for checkpoints without their own.
+    """
+    numbers = chosen_iterations(load, last, iteration)
+    models = tuple(open_model(load, iteration=number, config_files=config_files) for number in numbers)
+    newest = models[-1]
+    for model in models:
+        if model.table != newest.table:
+            raise RunError.of(
+                f"its tensors are not those of {newest.directory.name}",
+                location=str(model.directory),
+                hint="give an --iteration and a --last of one model",
+            )
+    refuse_uneven(newest.table, model_size)
+    final, partial = layout.step_directory(save, numbers[-1]), layout.partial_directory(save, numbers[-1])
+    if final.exists():
+        raise RunError.of("the checkpoint is there already", location=str(final), hint="give another --save-dir")
+    make_room(partial)
+    try:
+        facts = describe_tokenizer(newest, numbers[-1], model_size)
+        sizes = {"model_size": model_size, "pipe_size": pipe_size}
+        summed = newest.model.gpt_j_residual
+        mean = MeanModel(models)
+        written = write_weights(partial, newest.table, mean.full_tensor, summed=summed, facts=facts, **sizes)
+        config = describe(newest.directory, config_files).replace(config_files=None)
+        written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config.without_secrets())))
+        publish(partial, final, written)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final, numbers

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Writes the mean of the last checkpoints of a run (LAWA, arXiv:2209.14981).
+
+    python tools/average_checkpoints.py --load-dir checkpoints/run --last 5 --save-dir checkpoints/mean
+
+The mean is taken in fp32, of the optimizer's fp32 copies where there are any. The result has weights and their
+configuration, and no optimizer state: generate, evaluate or export it, or train it with `finetune: true`. Any layout is
+read. Flags may be spelt with dashes or underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.checkpoint.offline.average import average
+from megatron.errors import ConfigError, RunError
+from tools.target_layout import layout_arguments, layout_parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    result = layout_parser("Average the weights of a run's last checkpoints.")
+    result.add_argument(
+        "--last", type=int, required=True, help="number of checkpoints, the newest or those up to --iteration"
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        made, numbers = average(args.load_dir, args.save_dir, last=args.last, **layout_arguments(args))
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{made}: the mean of iterations {', '.join(map(str, numbers))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
