@@ -25,13 +25,14 @@ def ulysses_size(method: str, context: int, key_heads: int) -> int:
     return context if method == ULYSSES else 1
 
 
-def sequence_multiple(context: int, ulysses: int, tensor: int = 1) -> int:
+def sequence_multiple(context: int, ulysses: int, tensor: int = 1, *, zigzag: bool = True) -> int:
     """Returns the number that divides the length of every sequence.
 
     Args:
         context: context-parallel ranks.
         ulysses: those of them that exchange shards for heads.
         tensor: tensor-parallel ranks over which sequences are sharded further; 1 without sequence parallelism.
+        zigzag: false where shards follow each other, since blocks process the sequence in order.
     """
     ring = context // ulysses
-    return lcm(context * tensor, 2 * ring if ring > 1 else 1)
+    return lcm(context * tensor, 2 * ring if ring > 1 and zigzag else 1)

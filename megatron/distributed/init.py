@@ -36,6 +36,7 @@ def init_distributed(
     seed: int,
     context_parallel_size: int = 1,
     ulysses_size: int | None = None,
+    zigzag: bool = True,
     key_head_size: int = 1,
     expert_parallel_size: int = 1,
     sequence_parallel: bool = False,
@@ -55,6 +56,7 @@ def init_distributed(
             from it, so that they draw different dropout masks; tensor-parallel ranks of one shard get the same one.
         context_parallel_size: ranks that share a sequence.
         ulysses_size: those of them that exchange shards for heads, beside a ring of the others; all unless set.
+        zigzag: false if shards of sequences follow each other also with a ring.
         key_head_size: tensor-parallel ranks that share a key head.
         expert_parallel_size: ranks over which experts are distributed.
         sequence_parallel: shards activations along the sequence between tensor-parallel regions.
@@ -100,6 +102,7 @@ def init_distributed(
         expert=expert_parallel_size,
         key_head=key_head_size,
         ulysses=ulysses_size,
+        zigzag=zigzag,
     )
     set_collective_timeout(timeout_seconds)
     seed_generators(seed + topology.pipe.rank * topology.dp_cp.size + topology.dp_cp.rank)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import SimpleNamespace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -75,6 +76,8 @@ class Topology:
     """Ranks of context that exchange shards of a sequence for heads; neighbours along it."""
     ring: Axis = field(default_factory=lambda: Axis("ring"))
     """Ranks of context that pass keys and values on: one of each group of `ulysses`."""
+    zigzag: bool = field(default=True, kw_only=True)
+    """Whether each member of a ring has two chunks of a sequence, for equal work; else shards follow each other."""
     expert_data: Axis = field(default_factory=lambda: Axis("expert_data"))
     """Ranks of dp_cp that hold the same experts of a block."""
     key_head: Axis = field(default_factory=lambda: Axis("key_head"))
@@ -98,6 +101,7 @@ class Topology:
         fp32_reduce: bool = False,
         expert: int = 1,
         ulysses: int | None = None,
+        zigzag: bool = True,
         key_head: int = 1,
     ) -> Topology:
         """Creates the process groups. Collective: every rank calls it with the same sizes.
@@ -114,6 +118,7 @@ class Topology:
             fp32_reduce: property of the model axis.
             expert: ranks over which experts are distributed.
             ulysses: context-parallel ranks that exchange shards for heads; the whole context axis unless set.
+            zigzag: false if shards follow each other also with a ring.
             key_head: tensor-parallel ranks that share a key head.
         """
         if world_size % (pipe * context * model):
@@ -121,7 +126,7 @@ class Topology:
             raise ValueError(f"{sizes_text} does not divide the world size {world_size}")
         data = world_size // (pipe * context * model)
         sizes = {"pipe": pipe, "data": data, "context": context, "model": model}
-        axes = {name: _axis(name, sizes, rank, (name,)) for name in sizes}
+        axes: dict[str, Any] = {name: _axis(name, sizes, rank, (name,)) for name in sizes}
         axes["model"] = replace(
             axes["model"], sequence_parallel=sequence_parallel and model > 1, fp32_reduce=fp32_reduce
         )
@@ -138,7 +143,7 @@ class Topology:
         if expert > 1:
             axes["expert"] = _expert_axis(expert, pipe=pipe, model=model, data=data * context)
             axes["expert_data"] = _expert_data_axis(axes["expert"], axes["dp_cp"])
-        return Topology(rank, world_size, **axes)
+        return Topology(rank, world_size, **axes, zigzag=zigzag)
 
     # The mpu interface of DeepSpeed. Context-parallel ranks are data-parallel to it: with a context axis of its own it
     # would sum over it at ZeRO 0 to 2 but average at ZeRO 3, which also partitions by the data-parallel group.

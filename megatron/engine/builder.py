@@ -87,6 +87,7 @@ def init_topology(config: Config) -> Topology:
         seed=config.training.seed,
         context_parallel_size=axes.context_parallel_size,
         ulysses_size=axes.ulysses_size(require(config.model.num_kv_heads)),
+        zigzag=not config.model.in_order,
         key_head_size=-(-axes.model_parallel_size // require(config.model.num_kv_heads)),
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         sequence_parallel=axes.sequence_parallel,

@@ -27,7 +27,8 @@ def shard_prompt(tokens: Tensor, cache: KVCache | None, topology: Topology) -> T
     A model is causal, so padding changes no other position. Raises ValueError for a cache, which needs full sequences.
     """
     axis = topology.model
-    parts = sequence_multiple(topology.context.size, topology.ulysses.size, axis.size if axis.sequence_parallel else 1)
+    tensor = axis.size if axis.sequence_parallel else 1
+    parts = sequence_multiple(topology.context.size, topology.ulysses.size, tensor, zigzag=topology.zigzag)
     if parts == 1:
         return tokens
     if cache is not None:

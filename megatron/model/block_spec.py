@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.distributed.context_parallel.sequence_shards import SequenceShards
+from megatron.distributed.context_parallel.states import StatePassing
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import InitFn
 from megatron.distributed.rng_tracker import TensorParallelRNG
@@ -64,6 +65,8 @@ class BlockSpec:
     """Positions start again with each document."""
     shards: SequenceShards = field(default_factory=SequenceShards)
     """Which positions of a sequence each of the ranks has that share it."""
+    states: StatePassing = field(default_factory=lambda: StatePassing(Axis("context")))
+    """Passes the states of blocks that process a sequence in order from rank to rank."""
     key_head: Axis = field(default_factory=lambda: Axis("key_head"))
     """Tensor-parallel ranks that share a key head."""
     moe_config: Any = None

@@ -25,6 +25,7 @@ from megatron.block_sparsity import BlockLayout, layout_of
 from megatron.config.schema.model import ModelSection
 from megatron.config.schema.moe import MoeSection
 from megatron.distributed.context_parallel.sequence_shards import SequenceShards
+from megatron.distributed.context_parallel.states import StatePassing
 from megatron.distributed.mesh import Axis, Topology
 from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.rng_tracker import TensorParallelRNG
@@ -127,6 +128,7 @@ def _block_spec(spec: ModelSpec) -> BlockSpec:
         reset_attention=spec.reset_attention,
         reset_positions=spec.reset_positions,
         shards=SequenceShards.of(topology),
+        states=StatePassing(topology.context),
         key_head=topology.key_head,
         moe_config=_moe_config(spec.moe, topology, spec.router_losses)
         if spec.moe and dims.mixture.experts > 1

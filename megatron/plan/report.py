@@ -234,6 +234,7 @@ def activation_layout(config: Config) -> ActivationLayout:
         sequence_parallel=axes.sequence_parallel,
         shares=visible_shares(config),
         fused_scan=not on_cpu
+        and axes.context_parallel_size == 1
         and (config.kernels.mamba_selective_scan_fusion or config.kernels.mamba_inner_func_fusion),
         loss_in_blocks=config.kernels.fused_linear_cross_entropy,
         kinds_with_scores=kinds_with_scores(config, device),

@@ -61,8 +61,28 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"moe_z_loss_coeff": -1.0}, "moe_z_loss_coeff = -1.0: it cannot be negative"),
     (
         2,
-        {"attention_config": [[["mamba"], "all"]], "context_parallel_size": 2},
-        "blocks of kind mamba run through the sequence in order, so ranks cannot share it; use model_parallel_size",
+        {"attention_config": [[["mamba", "gmlp"], "all"]], "context_parallel_size": 2},
+        "blocks of kind gmlp mix all positions by one matrix, so ranks cannot share a sequence; use",
+    ),
+    (
+        2,
+        {"attention_config": [[["mamba"], "all"]], "context_parallel_size": 2, "seq_length": 4},
+        "the convolution of a Mamba block reads 3 positions before its own, more than a rank has of 4 tokens; "
+        "use sequences of at least 6 tokens",
+    ),
+    (
+        2,
+        {
+            "attention_config": [[["mamba"], "all"]],
+            "context_parallel_size": 2,
+            "curriculum_learning": {
+                "enabled": True,
+                "curriculum_type": "seqlen",
+                "schedule_type": "fixed_discrete",
+                "schedule_config": {"difficulty": [4, 32], "max_step": [5]},
+            },
+        },
+        "more than a rank has of 4 tokens",
     ),
     (
         1,

@@ -37,6 +37,7 @@ class Case:
     learned: bool = False
     dtype: torch.dtype = torch.float64
     ulysses: int = 1
+    zigzag: bool = True
 
     def starts(self) -> Tensor | None:
         rows = [[max(start for start in row if start <= at) for at in range(LENGTH)] for row in DOCUMENTS]
@@ -75,7 +76,8 @@ IN_GROUPS = {
     "two groups": Case(kv_heads=2, documents=True, alibi=True, ulysses=2),
     "learned": Case(learned=True, ulysses=2),
 }
-WORLDS = {2: CASES, 3: CASES, 4: CASES | IN_GROUPS}
+IN_ORDER = {"in order": Case(kv_heads=2, documents=True, zigzag=False)}
+WORLDS = {2: CASES, 3: CASES | IN_ORDER, 4: CASES | IN_GROUPS}
 
 
 def fixed(*shape: int, seed: int) -> Tensor:
@@ -110,14 +112,14 @@ def expected(case: Case) -> list[Tensor]:
 
 
 @cache
-def shards_of(rank: int, size: int, ulysses: int) -> SequenceShards:
-    topology = Topology.build(pipe=1, model=1, context=size, rank=rank, world_size=size, ulysses=ulysses)
+def shards_of(rank: int, size: int, ulysses: int, zigzag: bool = True) -> SequenceShards:
+    topology = Topology.build(pipe=1, model=1, context=size, rank=rank, world_size=size, ulysses=ulysses, zigzag=zigzag)
     return SequenceShards.of(topology)
 
 
 def attended(rank: int, size: int, case: Case) -> list[Tensor]:
     """This rank's part of what `expected` returns; its own term of the gradient of the bias."""
-    shards = shards_of(rank, size, case.ulysses)
+    shards = shards_of(rank, size, case.ulysses, case.zigzag)
     mine = shards.positions(LENGTH // size, torch.device("cpu"))
     *leaves, grad = (x[:, :, mine] for x in inputs(case))
     leaves = [x.clone().requires_grad_() for x in leaves]
@@ -147,7 +149,8 @@ def test_it_is_attention_of_the_full_sequence(world: tuple[int, Found]) -> None:
     """Results and gradients of each rank are those of its positions; the gradient of a bias is a sum over ranks."""
     size, found = world
     for name, case in WORLDS[size].items():
-        order = torch.cat([zigzag(rank, size, case.ulysses) for rank in range(size)])
+        shards = [zigzag(rank, size, case.ulysses) for rank in range(size)]
+        order = torch.cat(shards) if case.zigzag else torch.arange(LENGTH)
         assert sorted(order.tolist()) == list(range(LENGTH))
         for number, value in enumerate(expected(case)):
             of_ranks = [parts[number] for parts in found[name] if number < len(parts)]

@@ -10,6 +10,7 @@ import pytest
 from tests.end_to_end.runs import make_documents, run, run_all, series
 
 SHORT = {"train_iters": 6, "eval_interval": 3, "eval_iters": 1, "num_layers": 2, "save": None}
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 MODELS: dict[str, dict[str, Any]] = {
     "one key head": {"num_kv_heads": 1},
     "documents": {
@@ -24,6 +25,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "ALiBi": {"pos_emb": "alibi", "num_kv_heads": 4},
     "relative": {"pos_emb": "rpe"},
     "experts": {"moe_num_experts": 4, "moe_router_type": "topk"},
+    "mamba": {"attention_config": [[["mamba", "global"], "all"]], "pos_emb": "none", "num_kv_heads": 2},
+    "mamba, documents": {
+        "attention_config": [[["mamba"], "all"]],
+        "pos_emb": "none",
+        "num_kv_heads": None,
+        "reset_attention_mask": True,
+    },
+    "rwkv": {"attention_config": [[["rwkv", "global"], "all"]], "num_kv_heads": 1},
+    "rwkv, documents": {"attention_config": [[["rwkv", "global"], "all"]], **DOCUMENTS},
 }
 RING, BOTH = (
     {"context_parallel_size": size, "context_parallel_method": name} for size, name in ((2, "ring"), (4, "both"))
@@ -39,6 +49,16 @@ CASES: dict[tuple[int, str, str], dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     (2, "experts", "ring 2"): RING,
+    (2, "mamba", "Ulysses 2, ZeRO 3"): {"context_parallel_size": 2, "zero_optimization": {"stage": 3}},
+    (2, "rwkv", "ring 2"): RING,
+    (2, "mamba, documents", "shards in order, recomputed"): {
+        "context_parallel_size": 2,
+        "checkpoint_activations": True,
+    },
+    (4, "rwkv, documents", "both: two groups of 2"): BOTH,
+    (4, "mamba", "ring 4"): {**RING, "context_parallel_size": 4},
+    (4, "rwkv, documents", "ring 2, tensor 2, sequence"): {**RING, **TENSOR},
+    (4, "mamba, documents", "Ulysses 2, pipeline 2"): {"context_parallel_size": 2, "pipe_parallel_size": 2},
     (4, "documents", "ring 2, pipeline 2"): {**RING, "pipe_parallel_size": 2, "gradient_accumulation_steps": 2},
     (4, "relative", "Ulysses 2, pipeline 2, ZeRO 1"): {
         "context_parallel_size": 2,

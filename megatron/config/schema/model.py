@@ -98,6 +98,11 @@ class ModelSection(Section):
         return None if self.seq_length is None else self.seq_length - prompt_length(self.soft_prompt_tuning)
 
     @property
+    def in_order(self) -> bool:
+        """Whether some block processes the sequence in order, so that shards of it follow each other."""
+        return bool({"mamba", "rwkv"} & set(map(str, self.attention_config or ())))
+
+    @property
     def mlp_width(self) -> int:
         """Inner width of the MLP [features]: inputs of linear2; a gated linear1 has twice as many outputs."""
         assert self.hidden_size is not None

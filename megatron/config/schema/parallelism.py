@@ -61,7 +61,12 @@ class ParallelismSection(Section):
         """Returns how many members pass keys and values on; 1 without a ring. num_kv_heads: of the model."""
         return self.context_parallel_size // self.ulysses_size(num_kv_heads)
 
-    def length_multiple(self, num_kv_heads: int) -> int:
-        """Returns the number that divides the length of every sequence [tokens]. num_kv_heads: of the model."""
+    def length_multiple(self, num_kv_heads: int, *, zigzag: bool = True) -> int:
+        """Returns the number that divides the length of every sequence [tokens].
+
+        num_kv_heads: key/value heads of the model. zigzag: false where blocks process the sequence in order.
+        """
         tensor = self.model_parallel_size if self.sequence_parallel else 1
-        return sequence_multiple(self.context_parallel_size, self.ulysses_size(num_kv_heads), max(1, tensor))
+        return sequence_multiple(
+            self.context_parallel_size, self.ulysses_size(num_kv_heads), max(1, tensor), zigzag=zigzag
+        )

@@ -250,7 +250,7 @@ def _sequence_divides(config: Config, key: str) -> Iterator[ConfigIssue]:
     if min(axes.context_parallel_size, axes.model_parallel_size) < 1:
         return  # another rule reports it
     given = axes if key == "sequence_parallel" else axes.model_copy(update={"sequence_parallel": False})
-    parts = given.length_multiple(heads)
+    parts = given.length_multiple(heads, zigzag=not config.model.in_order)
     if parts > 0 and length % parts:
         below = length - length % parts
         nearest = f"{below} or {below + parts}" if below else f"{parts}"

@@ -8,24 +8,50 @@ from megatron.config.config import Config
 from megatron.errors import ConfigIssue
 from megatron.registry import ACTIVATIONS, POSITIONS, WITHOUT_ATTENTION
 
+CONVOLVED = 3
+"""Positions before its own that the convolution of a Mamba block reads."""
+MIXES_POSITIONS = ("amlp", "gmlp")
+"""Blocks that mix all positions by one matrix."""
+
 
 def _kinds(config: Config) -> list[str]:
     return sorted(set(map(str, config.model.attention_config or ())) & WITHOUT_ATTENTION)
 
 
 def mixers_limit_layouts(config: Config) -> Iterator[ConfigIssue]:
-    """Mixers need complete sequences."""
-    kinds, axes = _kinds(config), config.parallelism
+    """A gMLP mixes all positions by one matrix; a convolution reads positions of one shard before its own."""
+    kinds, size = _kinds(config), config.parallelism.context_parallel_size
     if not kinds:
         return
-    if axes.context_parallel_size > 1:
+    mixing = [kind for kind in kinds if kind in MIXES_POSITIONS]
+    assert config.model.seq_length
+    if size > 1 and mixing:
         yield ConfigIssue(
-            f"blocks of kind {', '.join(kinds)} run through the sequence in order, so ranks cannot share it",
+            f"blocks of kind {', '.join(mixing)} mix all positions by one matrix, so ranks cannot share a sequence",
             key="context_parallel_size",
-            value=axes.context_parallel_size,
+            value=size,
             hint="use model_parallel_size with sequence_parallel",
         )
+    elif size > 1 and "mamba" in kinds and _shortest(config) // size < CONVOLVED:
+        yield ConfigIssue(
+            f"the convolution of a Mamba block reads {CONVOLVED} positions before its own, more than a rank has of "
+            f"{_shortest(config)} tokens",
+            key="context_parallel_size",
+            value=size,
+            hint=f"use sequences of at least {CONVOLVED * size} tokens",
+        )
     yield from _attention_has_a_block(config)
+
+
+def _shortest(config: Config) -> int:
+    """Returns the length of the shortest sequences [tokens]."""
+    length, block = config.model.seq_length, config.deepspeed.curriculum_learning or {}
+    assert length is not None
+    settings = block.get("schedule_config")
+    listed = settings.get("difficulty") if isinstance(settings, dict) else None
+    lengths = listed if isinstance(listed, list) else [block.get("min_difficulty")]
+    given = [one for one in lengths if isinstance(one, int) and one > 0] if block.get("enabled", False) else []
+    return min([length, *given])
 
 
 def _attention_has_a_block(config: Config) -> Iterator[ConfigIssue]:

@@ -176,7 +176,7 @@ def curriculum_is_supported(config: Config) -> Iterator[ConfigIssue]:
     axes, heads = config.parallelism, config.model.num_kv_heads
     assert length is not None
     assert heads is not None
-    parts = axes.length_multiple(heads)
+    parts = axes.length_multiple(heads, zigzag=not config.model.in_order)
     if block and block.get("enabled", False):
         for what, hint in curriculum_issues(block, seq_length=length, parts=parts):
             yield ConfigIssue(what, key="curriculum_learning", value=block, hint=hint)

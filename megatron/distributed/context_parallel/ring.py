@@ -64,9 +64,7 @@ class _Ring:
     def sight(self, step: int, bias: Tensor | None, device: torch.device) -> tuple[slice, slice, Sight]:
         """Returns the queries and keys that meet in a step, and what the queries see."""
         member = (self.axis.rank - step) % self.axis.size
-        half = self.length // 2
-        queries = slice(half if member > self.axis.rank else 0, self.length)
-        keys = slice(0, half if member < self.axis.rank else self.length)
+        queries, keys = self._meeting(member)
         view = None if self.pattern is None and bias is None else AttentionMask(self.pattern, bias)
         sight = Sight(
             self.shards.ring_positions(self.length, self.axis.rank, device)[queries],
@@ -77,6 +75,21 @@ class _Ring:
             length=self.length * self.axis.size,
         )
         return queries, keys, sight
+
+    def sees(self, step: int) -> bool:
+        """Whether the keys of a step are before any query; in shards that follow each other those of later ranks are
+        not.
+        """
+        return self.shards.zigzag or step <= self.axis.rank
+
+    def _meeting(self, member: int) -> tuple[slice, slice]:
+        """Returns the queries and keys that meet where a member's keys have come."""
+        every = slice(0, self.length)
+        if not self.shards.zigzag:
+            return every, every
+        half = self.length // 2
+        queries = slice(half if member > self.axis.rank else 0, self.length)
+        return queries, slice(0, half if member < self.axis.rank else self.length)
 
     def passes_on(self, step: int) -> bool:
         """Whether the keys and values of a step are sent to the next rank."""
@@ -98,7 +111,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.axis.size):
             passing = _Passing(pair, ring.axis) if ring.passes_on(step) else None
             queries, keys, sight = ring.sight(step, bias, q.device)
-            if not sight.empty():
+            if ring.sees(step) and not sight.empty():
                 found = block_forward(q[:, :, queries], pair[0][:, :, keys], pair[1][:, :, keys], sight)
                 if step == 0:
                     out, sums = found[0].to(found[1].dtype), found[1]
@@ -122,7 +135,7 @@ class _RingAttention(torch.autograd.Function):
             passing = _Passing(pair, ring.axis) if ring.passes_on(step) else None
             total = torch.zeros_like(pair, dtype=sums.dtype)
             queries, keys, sight = ring.sight(step, bias, q.device)
-            if not sight.empty():
+            if ring.sees(step) and not sight.empty():
                 part = block_backward(saved.rows(queries), pair[0][:, :, keys], pair[1][:, :, keys], sight, grad_bias)
                 grad_q[:, :, queries] += part.q
                 total[0][:, :, keys], total[1][:, :, keys] = part.k, part.v

@@ -3,7 +3,8 @@
 With Ulysses alone the shards follow each other. With a ring of r ranks causal attention would give the last rank r
 times the work of the first, so a sequence is cut into 2 r chunks, and rank i has chunks i and 2 r - 1 - i: every rank
 then sees as many keys as another (the zigzag order of public ring attentions). Where u Ulysses ranks are one member of
-the ring, they have consecutive parts of its two chunks.
+the ring, they have consecutive parts of its two chunks. Where blocks process the sequence in order, shards follow each
+other also with a ring.
 
 Shapes: b micro batch, s sequence, c context-parallel degree.
 """
@@ -29,21 +30,23 @@ class SequenceShards:
     """Those of them that exchange sequence shards for heads, neighbours along the axis."""
     ring: Axis = field(default_factory=lambda: Axis("ring"))
     """Those of them that pass keys and values on; context.rank is ring.rank * ulysses.size + ulysses.rank."""
+    zigzag: bool = True
+    """Whether members of a ring have two chunks each; false where blocks process the sequence in order."""
 
     @staticmethod
     def of(topology: Topology) -> SequenceShards:
         """Returns the shards of a layout."""
-        return SequenceShards(topology.context, topology.ulysses, topology.ring)
+        return SequenceShards(topology.context, topology.ulysses, topology.ring, topology.zigzag)
 
     @property
     def multiple(self) -> int:
         """The number that divides the length of every sequence."""
-        return sequence_multiple(self.context.size, self.ulysses.size)
+        return sequence_multiple(self.context.size, self.ulysses.size, zigzag=self.zigzag)
 
     @property
     def in_order(self) -> bool:
         """Whether the positions of a shard follow each other."""
-        return self.ring.size == 1
+        return self.ring.size == 1 or not self.zigzag
 
     def shard(self, x: Tensor) -> Tensor:
         """Returns this rank's shard of full sequences: [b, s] -> [b, s/c]. ValueError if s does not divide."""
@@ -58,6 +61,16 @@ class SequenceShards:
         if self.in_order:
             return x.chunk(self.context.size, dim=1)[self.context.rank].contiguous()
         return x.index_select(1, self.positions(length // self.context.size, x.device))
+
+    def shard_starts(self, starts: Tensor) -> Tensor:
+        """Returns where the documents of this rank's positions start, counted from its first one, [b, s] -> [b, s/c].
+
+        They are negative for a document that starts on a rank before. Only where shards follow each other.
+        """
+        if self.context.size == 1:
+            return starts
+        shard = self.shard(starts)
+        return shard - self.first(shard.shape[1])
 
     def restore(self, x: Tensor) -> Tensor:
         """Puts the shards of all ranks, one behind the other [b, s, ...], into the order of the sequence."""

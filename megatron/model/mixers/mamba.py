@@ -61,6 +61,7 @@ class MambaMixer(nn.Module):
         self.number, self.dims, self.axis = number, dims, source.axis
         self.kernels: MambaKernels = spec.kernels.mamba
         self.reset = spec.reset_attention
+        self.shards, self.states = spec.shards, spec.states
         inner, bias, kernel = dims.mamba_inner, dims.mamba_linear_bias, spec.kernels.linear
         self.A_log = source.sharded("A_log", (inner, dims.mamba_state), _init_a_log, dim=0)
         self.D = source.sharded("D", (inner,), _ones, dim=0)
@@ -85,7 +86,9 @@ class MambaMixer(nn.Module):
         """[s, b, h] -> [s, b, h], equal on all ranks."""
         starts = document_starts if self.reset else None
         x, gate = self.in_proj(x).transpose(0, 1).chunk(2, dim=-1)  # [b, s, d] each
-        if cache is None and starts is None:
+        if starts is not None:
+            starts = self.shards.shard_starts(starts)
+        if cache is None and starts is None and not self.states.active:
             y = self._scan_full_sequence(x, gate)
         else:
             y = self._with_state(x, cache, starts) * F.silu(gate)
@@ -107,13 +110,20 @@ class MambaMixer(nn.Module):
             memory, state = cache.state(self.number, "convolution"), cache.state(self.number, "state")
             valid, before = cache.valid_mask(length), memory.clone()
             memory.copy_(_last(torch.cat((before, x.to(before.dtype)), dim=1), width, valid))
+        elif self.states.active:
+            before = self.states.positions_before(x, width)
         resets = None if starts is None else starts == torch.arange(length, device=x.device)
         x = F.silu(causal_convolution(x, self.conv1d.taps, self.conv1d.bias, before, starts))
         step, into, out = self.x_proj(x).split(self._widths, dim=-1)
+        if cache is None and self.states.active:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            state = self.states.receive(x, len(x), x.shape[2], self.dims.mamba_state, dtype=wide)
         step = F.softplus(self.dt_proj(step).float() + self.dt_proj.bias.float())
         y, last = selective_scan(x, step, self._a, into, out, self.D.float(), state, resets, valid)
-        if state is not None:
-            state.copy_(last)
+        if cache is None:
+            return self.states.send(y.to(x.dtype), last)
+        assert state is not None
+        state.copy_(last)
         return y.to(x.dtype)
 
     @property

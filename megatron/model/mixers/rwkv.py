@@ -72,7 +72,7 @@ class TimeMixing(nn.Module):
         dims, hidden = spec.dims, spec.dims.hidden_size
         width, self.head = dims.mixers.rwkv_attention, dims.mixers.rwkv_head
         self.number, self.axis = number, source.axis
-        self.shift = _Shift(number, "time", spec)
+        self.shift, self.states = _Shift(number, "time", spec), spec.states
         depth, init_fn = _DepthInit(number, dims.num_layers), spec.init_fn
         powers = {"x": 1.0, "w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
         for part, power in powers.items():
@@ -108,8 +108,14 @@ class TimeMixing(nn.Module):
         state = None if cache is None else cache.state(self.number, "state")
         if valid is not None:  # padding neither adds to the state nor decays it
             k, log_decay = k * valid[..., None, None], log_decay * valid[..., None, None]
+        passes = cache is None and self.states.active
+        if passes:
+            wide = torch.promote_types(r.dtype, torch.float32)
+            state = self.states.receive(r, len(r), r.shape[2], self.head, self.head, dtype=wide)
         y, last = wkv(r, k, v, log_decay, self.time_faaaa, state, starts)
-        if state is not None:
+        if passes:
+            y = self.states.send(y, last)
+        elif state is not None:
             state.copy_(last)
         y = self.ln_x(y.to(x.dtype)) * F.silu(g)
         return self.output(y.transpose(0, 1))
@@ -164,12 +170,13 @@ class _Shift:
 
     def __init__(self, number: int, name: str, spec: BlockSpec) -> None:
         self._number, self._name, self._reset = number, name, spec.reset_attention
+        self._shards, self._states = spec.shards, spec.states
 
     def __call__(
         self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[b, s, h] -> differences [b, s, h], document starts [b, s] or None, valid positions [b, s] or None."""
-        starts = document_starts if self._reset else None
+        starts = self._shards.shard_starts(document_starts) if self._reset and document_starts is not None else None
         valid = None if cache is None else cache.valid_mask(x.shape[1])
         before = torch.zeros_like(x[:, :1])
         if cache is not None:
@@ -180,6 +187,8 @@ class _Shift:
                 at = valid.sum(1)
                 last = torch.cat((before, x), dim=1)[torch.arange(len(x), device=x.device), at]
             memory.copy_(last)
+        elif self._states.active:
+            before = self._states.positions_before(x, 1)
         shifted = torch.cat((before, x[:, :-1]), dim=1)
         if starts is not None:
             first = starts == torch.arange(x.shape[1], device=x.device)
