@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from megatron.pipe_schedule.layout import PipeLayout
 from megatron.pipe_schedule.order import BACKWARD, FORWARD, INPUT, WEIGHT, Work, order_of
 
+WAITING = float("inf")
+"""Time of what has not arrived."""
+
 
 @dataclass(frozen=True)
 class PassTimes:
@@ -58,37 +61,57 @@ def timeline(layout: PipeLayout, micro_batches: int, times: PassTimes | None = N
     """
     times = times or PassTimes()
     orders = order_of(layout, micro_batches)
-    done: dict[tuple[str, int, int], float] = {}
+    last = layout.stages - 1
+    durations = {kind: times.of(kind) / layout.chunks for kind in (FORWARD, BACKWARD, INPUT, WEIGHT)}
+    arrived = [[0.0] * micro_batches if stage == 0 else [WAITING] * micro_batches for stage in range(layout.stages)]
+    returned = [[0.0] * micro_batches if stage == last else [WAITING] * micro_batches for stage in range(layout.stages)]
     found: list[list[tuple[Work, float, float]]] = [[] for _ in orders]
-    while any(len(passes) < len(order) for passes, order in zip(found, orders, strict=True)):
-        before = len(done)
-        for passes, order in zip(found, orders, strict=True):
+    now = [0.0] * len(orders)
+    progress = True
+    while progress:
+        progress = False
+        for rank, order in enumerate(orders):
+            passes = found[rank]
             while len(passes) < len(order):
-                work = order[len(passes)]
-                needed = [done.get(each) for each in _needs(work, layout.stages)]
-                if None in needed:
+                work = kind, stage, batch = order[len(passes)]
+                source = arrived if kind == FORWARD else returned
+                start = max(now[rank], source[stage][batch])
+                if start == WAITING:
                     break
-                start = max([passes[-1][2] if passes else 0.0, *(one for one in needed if one is not None)])
-                end = start + times.of(work.kind) / layout.chunks
+                now[rank] = end = start + durations[kind]
                 passes.append((work, start, end))
-                done[_result(work)] = end
-        if len(done) == before:
-            raise ValueError(f"the passes of {layout.schedule} wait for each other")
+                progress = True
+                if kind == FORWARD and stage < last:
+                    arrived[stage + 1][batch] = end
+                elif kind in (BACKWARD, INPUT) and stage > 0:
+                    returned[stage - 1][batch] = end
+    if any(len(passes) < len(order) for passes, order in zip(found, orders, strict=True)):
+        raise ValueError(f"the passes of {layout.schedule} wait for each other")
     return Timeline(layout, times, tuple(tuple(passes) for passes in found))
 
 
-def _result(work: Work) -> tuple[str, int, int]:
-    return (BACKWARD if work.kind == INPUT else work.kind, work.stage, work.batch)
+def step_bubble(layout: PipeLayout, micro_batches: int, times: PassTimes | None = None) -> tuple[Timeline, float]:
+    """Returns the timeline of a step of at most a few rounds of micro batches, and the bubble of the full step.
+
+    Further micro batches take the time of their passes and no more.
+
+    Args:
+        layout: the schedule.
+        micro_batches: micro batches of a step; where the schedule does not take them, the next number.
+        times: durations of the passes.
+    """
+    times = times or PassTimes()
+    step = timeline(layout, _enough(layout, micro_batches), times)
+    busy = times.forward + times.inputs + times.weights
+    shown = sum(work.kind == FORWARD and work.stage == 0 for work, _, _ in step.passes[0])
+    count = max(shown, micro_batches)
+    return step, 1 - busy * count / (step.end + busy * (count - shown))
 
 
-def _needs(work: Work, stages: int) -> list[tuple[str, int, int]]:
-    """Returns the passes that must be done before."""
-    if work.kind == FORWARD:
-        return [] if work.stage == 0 else [(FORWARD, work.stage - 1, work.batch)]
-    if work.kind == WEIGHT:
-        return [(BACKWARD, work.stage, work.batch)]
-    own = (FORWARD, work.stage, work.batch)
-    return [own] if work.stage == stages - 1 else [own, (BACKWARD, work.stage + 1, work.batch)]
+def _enough(layout: PipeLayout, micro_batches: int) -> int:
+    """Returns the micro batches that fill the pipeline for some time, at most those of the step."""
+    enough = min(micro_batches, 4 * layout.ranks)
+    return enough if layout.takes(enough) else layout.nearest(enough)[-1]
 
 
 def most_in_flight(order: Sequence[Work]) -> Counter[int]:
@@ -111,7 +134,4 @@ def most_in_flight(order: Sequence[Work]) -> Counter[int]:
 
 def in_flight(layout: PipeLayout, micro_batches: int) -> list[Counter[int]]:
     """Returns `most_in_flight` of every rank, for a number of micro batches or the next one that the schedule takes."""
-    enough = min(micro_batches, 4 * layout.stages)  # more do not change it
-    if not layout.takes(enough):
-        enough = layout.nearest(enough)[-1]
-    return [most_in_flight(order) for order in order_of(layout, enough)]
+    return [most_in_flight(order) for order in order_of(layout, _enough(layout, micro_batches))]

@@ -18,6 +18,7 @@ from megatron.plan.flops import flops_per_iteration
 from megatron.plan.kernel_choices import device_of, kernel_figures, kinds_with_scores
 from megatron.plan.memory import ActivationLayout, Memory, StateLayout, stage_activations, state_memory
 from megatron.plan.parameter_counts import model_tensors, on_rank, split_experts, total, unsupported_reason
+from megatron.plan.schedule import schedule_figures
 from megatron.plan.stages import stage_bounds
 from megatron.plan.text_report import plan_text
 from megatron.plan.vocabulary import find_vocabulary
@@ -46,6 +47,9 @@ class RunPlan(PlanFigures):
             "memory_per_rank_bytes": self.memory.json() if self.memory else None,
             "kernels": kernel_figures(self.config, device_of(self.config)),
         }
+        schedule = schedule_figures(self.config)
+        if schedule is not None:
+            figures["pipe_schedule"] = schedule
         if self.unknown:
             figures["unknown"] = self.unknown
         if self.budget is not None:

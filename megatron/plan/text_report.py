@@ -8,6 +8,7 @@ from megatron.param_table import base_widths
 from megatron.plan.advice import gib
 from megatron.plan.estimates import PlanFigures
 from megatron.plan.kernel_choices import device_of, kernel_lines
+from megatron.plan.schedule import schedule_lines
 from megatron.registry import WITHOUT_ATTENTION
 
 WIDTH = 12
@@ -15,7 +16,8 @@ WIDTH = 12
 
 def plan_text(plan: PlanFigures) -> str:
     """Formats model, layout, batch, FLOPs and memory, then warnings and unsupported values."""
-    lines = ["RunPlan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_work(plan), *_memory(plan)]
+    lines = ["RunPlan", *_model(plan), *_world(plan.config), *_batch(plan.config), *_schedule(plan.config)]
+    lines += [*_work(plan), *_memory(plan)]
     lines += _kernels(plan.config)
     lines += _listed("Warnings", plan.warnings)
     lines += _listed("Not built yet, so launching this would be refused", plan.not_supported_yet)
@@ -26,6 +28,11 @@ def _kernels(config: Config) -> list[str]:
     """Formats the table of kernels."""
     first, *others = kernel_lines(config, device_of(config))
     return [_line("kernels", first), *(_line("", line) for line in others)]
+
+
+def _schedule(config: Config) -> list[str]:
+    """Formats the pipeline schedule."""
+    return [_line("" if number else "schedule", line) for number, line in enumerate(schedule_lines(config))]
 
 
 def _line(name: str, text: str) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import schedules
 from megatron.pipe_schedule.drawing import MOST_COLUMNS, MOST_RANKS, drawn
 from megatron.pipe_schedule.layout import PipeLayout
 from megatron.pipe_schedule.order import forward_order, order_of
-from megatron.pipe_schedule.timing import PassTimes, in_flight, most_in_flight, timeline
+from megatron.pipe_schedule.timing import PassTimes, in_flight, most_in_flight, step_bubble, timeline
 
 THEIRS = {
     "interleaved": schedules.ScheduleInterleaved1F1B,
@@ -90,6 +90,15 @@ def test_an_evaluation_has_every_forward_pass_once(layout: PipeLayout) -> None:
         assert sorted(passes) == sorted(("F", stage, batch) for stage in layout.stages_of(rank) for batch in range(5))
         for stage in layout.stages_of(rank):
             assert [work.batch for work in passes if work.stage == stage] == list(range(5))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ONE], ids=str)
+def test_the_bubble_of_a_long_step_follows_from_a_short_one(layout: PipeLayout) -> None:
+    for times in (PassTimes(), PassTimes(1, 2, 1), PassTimes(1, 1, 0)):
+        for count in (3 * layout.stages, 12 * layout.ranks):
+            step, bubble = step_bubble(layout, count, times)
+            assert bubble == pytest.approx(timeline(layout, count, times).bubble), (times, count)
+            assert len(step.passes[0]) <= 3 * 6 * layout.stages
 
 
 def test_micro_batches_in_flight() -> None:

@@ -107,6 +107,7 @@ def test_the_json_object_has_the_promised_form() -> None:
         "gradient_accumulation_steps": 32,
         "parameters": 20_554_567_680,
         "flops_per_iteration": reported["flops_per_iteration"],
+        "pipe_schedule": {"schedule": "1f1b", "stages_per_rank": 1, "bubble": 0.0857, "bubble_1f1b": 0.0857},
     }
     assert list(memory) == ["parameters", "gradients", "optimizer", "activations", "total"]
     assert memory["total"] == sum(memory.values()) - memory["total"]
