@@ -73,6 +73,11 @@ class ChunkStage:
     def is_last(self) -> bool:
         return self.stage_index == self.num_stages - 1
 
+    @property
+    def _sends(self) -> bool:
+        """Whether outputs are for another rank."""
+        return not self.is_last and self._owner(self.stage_index + 1) != self.group_rank
+
     def clear_runtime_states(self) -> None:
         """Frees what is left of the last step."""
         self._inputs: dict[int, Tensor] = {}
@@ -98,7 +103,7 @@ class ChunkStage:
             carry = self._inputs[number].requires_grad_(self.has_backward)
             carry = carry.view_as(carry)  # partitioned activations are stored in a shape that no leaf may have
         output = self._run(carry, **(kwargs or {}))
-        if self.has_backward or not self.is_last:
+        if self.has_backward or self._sends:
             self._outputs[number] = output
         if not self.has_backward:
             self._inputs.pop(number, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.config.config import Config
 from megatron.config.derived.batch_rampup import BatchRampup
+from megatron.config.derived.fill import trains
 from megatron.config.derived.pipe_layout import pipe_layout
 from megatron.errors import ConfigIssue
 from megatron.pipe_schedule.layout import INTERLEAVED, SPLIT, PipeLayout
@@ -55,7 +56,7 @@ def _blocks_divide(blocks: int, layers: int, ranks: int) -> Iterator[ConfigIssue
 def schedule_takes_micro_batches(config: Config) -> Iterator[ConfigIssue]:
     """The schedule takes the micro batches of every step."""
     layout, training = pipe_layout(config), config.training
-    if layout.chunks == 1:
+    if layout.chunks == 1 or not trains(config.launch.user_script):
         return
     assert training.gradient_accumulation_steps
     assert training.train_batch_size
