@@ -339,8 +339,11 @@ def stage_activations(
     under_way: int,
     padded_vocab_size: int | None,
     pipelined: bool = False,
-) -> int:
-    """Returns the bytes of a stage, at the end of a forward pass or when a group of blocks is recomputed.
+) -> tuple[int, int]:
+    """Returns the bytes of the micro batches under way in a stage, and those that one pass of it adds.
+
+    The second are held at the end of a forward pass or when a group of blocks is recomputed, by one stage of a rank at
+    a time.
 
     Args:
         dims: of the model.
@@ -364,4 +367,4 @@ def stage_activations(
     else:
         saved = repeated = sum(sizes)
     sent = (under_way + 1) * full if pipelined else 0
-    return (under_way - 1) * saved + max(saved + head, repeated + ring_buffers(dims, layout)) + sent
+    return under_way * saved + sent, max(saved + head, repeated + ring_buffers(dims, layout)) - saved

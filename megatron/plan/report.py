@@ -143,7 +143,7 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
     for rank, flying in enumerate(in_flight(layout, training.gradient_accumulation_steps or 1)):
         stages = layout.stages_of(rank)
         counts = [sum(of_stages[stage][kind] for stage in stages) for kind in range(3)]
-        saved = sum(
+        held_by = [
             stage_activations(
                 dims,
                 activations,
@@ -154,7 +154,8 @@ def memory_of(config: Config, table: list[TensorShape], padded_vocab_size: int, 
             )
             for stage in stages
             if flying[stage]
-        )
+        ]
+        saved = sum(under_way for under_way, _ in held_by) + max(more for _, more in held_by)
         changed = counts[2] if dims.frozen else None
         candidates.append(Memory(*state_memory(counts[0], stored, counts[1], changed), saved))
     return max(candidates, key=lambda memory: memory.total)

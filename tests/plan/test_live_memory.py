@@ -49,6 +49,7 @@ UPDATES = {"lora": {"rank": 8, "targets": "all"}}
 BOTH = {"lora": {"rank": 8, "modules_to_save": ["embedding", "head"]}}
 AGAIN = {"checkpoint_activations": True}
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 8, "num_kv_heads": 2, "use_bias_in_mlp": False}
+PIPELINE = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "groups of 2": (1, {**AGAIN, "checkpoint_num_layers": 2}),
     "the first 3 blocks": (1, {**AGAIN, "recompute_method": "block", "checkpoint_num_layers": 3}),
@@ -74,6 +75,9 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"context_parallel_size": 2, "context_parallel_method": "ring", "recompute_granularity": "selective"},
     ),
+    "pipeline, interleaved": (2, {**PIPELINE, "pipe_schedule": "interleaved"}),
+    "pipeline, zero bubble, tied": (2, {**PIPELINE, "pipe_schedule": "zero_bubble", "no_weight_tying": False}),
+    "pipeline, interleaved, recomputed": (2, {**PIPELINE, **AGAIN, "pipe_schedule": "interleaved"}),
     "updates": (1, UPDATES),
     "updates, sequence": (2, {**UPDATES, "model_parallel_size": 2, "sequence_parallel": True}),
     "updates, ZeRO 2, bfloat16": (
