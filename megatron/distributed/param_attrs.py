@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megatron.distributed.mesh import Axis, expert_group_name
 
@@ -121,6 +122,23 @@ def mark_heads(parameter: nn.Parameter, layout: HeadLayout) -> None:
 def head_layout(parameter: nn.Parameter) -> HeadLayout | None:
     """Returns the order of the rows of the joint weight of queries, keys and values; None for any other parameter."""
     return getattr(parameter, "neox_heads", None)
+
+
+def record_logits(parameter: nn.Parameter, heads: int) -> Tensor:
+    """Has attention record the largest logit of each head since the tensor was last zeroed, 0 at least; returns it.
+
+    Args:
+        parameter: Joint weight of queries, keys and values.
+        heads: Number of query heads on this rank.
+    """
+    recorded = parameter.new_zeros(heads, dtype=torch.float32).detach()
+    parameter.neox_logits = recorded  # type: ignore[attr-defined]
+    return recorded
+
+
+def recorded_logits(parameter: nn.Parameter) -> Tensor | None:
+    """Returns the tensor that the largest logits are recorded in; None where they are not."""
+    return getattr(parameter, "neox_logits", None)
 
 
 def copy_structure(source: nn.Parameter, target: nn.Parameter) -> None:

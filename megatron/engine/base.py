@@ -62,6 +62,9 @@ class BaseEngine(TrainingEngine, ABC):
         skipped = self.clipper.skipped if self.clipper else torch.tensor(engine.skipped_steps > skipped_before)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
+        clip = getattr(optimizer_state.inner_optimizer(engine.optimizer), "clip", None)
+        if clip is not None:
+            more = {**more, **clip.measured()}
         return StepResult(loss, norm, learning_rate, scale, skipped, more, self.learns)
 
     @abstractmethod

@@ -16,13 +16,15 @@ from torch.nn import Parameter
 from megatron.distributed.mesh import Topology
 from megatron.optim.builder_args import Groups
 from megatron.optim.owned_matrices import OwnedMatrices, assign_owners, by_owner, data_axis
+from megatron.optim.qk_clip import QKClip
 from megatron.optim.unsharded import AssignedTensor, OptimizerFactory
 
 
 class MasterMuon(torch.optim.Optimizer):
     """Steps the matrices that this rank owns, and its partitions of everything else.
 
-    assigned: matrix in bfloat16 -> its owner, and its fp32 copy there.
+    assigned: matrix in bfloat16 -> its owner, and its fp32 copy there. clip: scales fp32 copies after an update; None
+    does not.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MasterMuon(torch.optim.Optimizer):
         super().__init__([*sorted_, *others], {})
         self._topology, self._muon, self._adam = topology, muon, adam
         self._inner: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
+        self.clip: QKClip | None = None
         self.matrix_groups = len(matrices)
         self.owned: list[OwnedMatrices] = []
         self.assigned: dict[Parameter, AssignedTensor] = {}
@@ -71,6 +74,12 @@ class MasterMuon(torch.optim.Optimizer):
             for group, outer in zip(optimizer.param_groups, outer_groups, strict=True):
                 group["lr"] = outer["lr"]
             optimizer.step()
+        if self.clip is not None:
+            self.clip(self._full_tensor)
+
+    def _full_tensor(self, parameter: Parameter) -> Tensor | None:
+        full = self.assigned[parameter].full
+        return None if full is None else full.detach()
 
     def _add(self, factory: OptimizerFactory, groups: list[dict[str, Any]]) -> None:
         filled = [group for group in groups if group["params"]]

@@ -24,6 +24,7 @@ from megatron.optim.adam import BETAS, EPS
 from megatron.optim.builder_args import Groups, OptimizerArgs
 from megatron.optim.master_muon import MasterMuon
 from megatron.optim.muon_step import MuonOptions, PieceMuon
+from megatron.optim.qk_clip import QKClip
 from megatron.optim.unsharded import OptimizerFactory, UnshardedOptimizer
 
 ROW_BETA = 0.95
@@ -46,9 +47,16 @@ def build(groups: Groups, args: OptimizerArgs) -> torch.optim.Optimizer:
         eps=args.number("eps", EPS),
         fused=True,
     )
+    optimizer: MasterMuon | UnshardedOptimizer
     if args.flat_partitions:
-        return MasterMuon(matrices, other_groups, muon, adam, args.topology)
-    return UnshardedOptimizer(matrices, muon, args.topology.model, other_groups=other_groups, other_factory=adam)
+        optimizer = MasterMuon(matrices, other_groups, muon, adam, args.topology)
+    else:
+        axis = args.topology.model
+        optimizer = UnshardedOptimizer(matrices, muon, axis, other_groups=other_groups, other_factory=adam)
+    if "qk_clip_threshold" in args.settings:
+        listed = [parameter for group in matrices for parameter in group["params"]]
+        optimizer.clip = QKClip(listed, args.topology, args.number("qk_clip_threshold", 0.0))
+    return optimizer
 
 
 def _muon(matrices: Groups, args: OptimizerArgs) -> OptimizerFactory:

@@ -28,6 +28,7 @@ from megatron.distributed.param_attrs import (
     shard_sections,
 )
 from megatron.optim.builder_args import Groups
+from megatron.optim.qk_clip import QKClip
 from megatron.param_table import section_slices
 
 OptimizerFactory = Callable[[Groups], torch.optim.Optimizer]
@@ -92,7 +93,7 @@ def unsharded(groups: Groups, factory: OptimizerFactory, axis: Axis) -> torch.op
 class UnshardedOptimizer(torch.optim.Optimizer):
     """Wraps one optimizer over full tensors and, for Muon, one over the other parameters.
 
-    assigned: sharded parameter -> its owner.
+    assigned: sharded parameter -> its owner. clip: scales full tensors after an update; None does not.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         """
         super().__init__([*groups, *(other_groups or [])], {})
         self._axis = axis
+        self.clip: QKClip | None = None
         self.assigned: dict[Parameter, AssignedTensor] = {}
         owners = _owners([parameter for group in groups for parameter in group["params"]], axis)
         self._inner: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
@@ -134,8 +136,17 @@ class UnshardedOptimizer(torch.optim.Optimizer):
             for group, outer in zip(optimizer.param_groups, outer_groups, strict=True):
                 group["lr"] = outer["lr"]
             optimizer.step()
+        if self.clip is not None:
+            self.clip(self._full_tensor)
         for assigned in self.assigned.values():
             self._scatter(assigned)
+
+    def _full_tensor(self, parameter: Parameter) -> Tensor | None:
+        """Returns the full tensor of a parameter that was updated here."""
+        if parameter.grad is None:
+            return None
+        full = self.assigned[parameter].full if parameter in self.assigned else parameter
+        return None if full is None else full.detach()
 
     def _add(self, factory: OptimizerFactory, groups: Groups, outer_groups: list[dict[str, Any]]) -> None:
         non_empty = [number for number, group in enumerate(groups) if group["params"]]

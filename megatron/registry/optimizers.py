@@ -51,6 +51,7 @@ MUON = {
     "ns_coefficients": Setting("choice", choices=("standard", "polar_express")),
     "normuon": SWITCH,
     "normuon_beta2": FRACTION,
+    "qk_clip_threshold": NUMBER,
     "momentum_dtype": Setting("choice", choices=("fp32", "bfloat16")),
     "betas": BETAS,
     "eps": NUMBER,

@@ -40,7 +40,8 @@ def test_every_setting_is_taken_and_any_other_is_named(name: str) -> None:
         value = VALUES.get(setting, setting in {"torch_adam", "nesterov"} or 0.5)
         value = True if setting in {"bias_correction", "adam_w_mode", "amsgrad", "cuda_aware"} else value
         value = False if setting == "nesterov" and name == "sgd" else value
-        assert resolved(**chosen(name, **{setting: value})).config.optimizer.optimizer_type == name
+        found = resolved(use_bias_in_attn_linear=False, **chosen(name, **{setting: value}))
+        assert found.config.optimizer.optimizer_type == name
     with pytest.raises(ConfigError, match=f"{name} has no parameter warp"):
         resolved(**chosen(name, warp=1))
 
@@ -94,6 +95,8 @@ def test_muon_in_bfloat16_is_legal_in_every_layout_at_zero_1() -> None:
         ({"normuon_beta2": 0.9}, "normuon_beta2 has an effect with normuon only"),
         ({"normuon": True, "adjust_lr_fn": "original"}, "leave adjust_lr_fn out"),
         ({"ns_coefficients": "polar"}, "the choices are standard, polar_express"),
+        ({"qk_clip_threshold": 100.0}, "use_bias_in_attn_linear = True: qk_clip_threshold scales weights"),
+        ({"qk_clip_threshold": -1.0}, "not above 0"),
         ({"momentum_dtype": "fp16"}, "the choices are fp32, bfloat16"),
     ],
 )

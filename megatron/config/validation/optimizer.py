@@ -183,6 +183,7 @@ def options_of_muon_go_together(config: Config) -> Iterator[ConfigIssue]:
         if params.get(name) and not params.get(needed):
             what, hint = f"{name} has an effect with {needed} only", f"add {needed}: true, or leave {name} out"
             yield ConfigIssue(what, key="optimizer", value=value, hint=hint)
+    yield from _qk_clip_scales_logits(config)
     if params.get("normuon") and params.get("adjust_lr_fn") == "original":
         yield ConfigIssue(
             "normuon scales every step to that of AdamW, whatever adjust_lr_fn says",
@@ -190,3 +191,27 @@ def options_of_muon_go_together(config: Config) -> Iterator[ConfigIssue]:
             value=value,
             hint="leave adjust_lr_fn out, and choose a learning rate of AdamW",
         )
+
+
+def _qk_clip_scales_logits(config: Config) -> Iterator[ConfigIssue]:
+    """Logits shrink as much as the weights of queries and keys, which are all that they are made of."""
+    params, model = config.optimizer.params, config.model
+    threshold = params.get("qk_clip_threshold")
+    if threshold is None:
+        return
+    if isinstance(threshold, (int, float)) and threshold <= 0:
+        what = f"qk_clip_threshold = {threshold} is not above 0"
+        yield ConfigIssue(what, key="optimizer", value=config.optimizer.optimizer, hint="write 100, as in the paper")
+    reasons = {
+        "use_qk_layernorm": (model.use_qk_layernorm, "norms of queries and keys undo what qk_clip_threshold scales"),
+        "use_bias_in_attn_linear": (model.use_bias_in_attn_linear, "qk_clip_threshold scales weights, and no biases"),
+        "lora": (model.lora, "qk_clip_threshold scales trained weights, and these are frozen"),
+        "context_parallel_size": (
+            config.parallelism.context_parallel_size > 1,
+            "qk_clip_threshold needs all keys of a sequence on one rank",
+        ),
+    }
+    for key, (applies, what) in reasons.items():
+        if applies:
+            value = config.flat()[key]
+            yield ConfigIssue(what, key=key, value=value, hint="change it, or leave qk_clip_threshold out")

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from megatron.distributed.context_parallel.ring import ring_attention
 from megatron.distributed.context_parallel.ulysses import all_to_all_heads_to_seq, all_to_all_seq_to_heads
-from megatron.distributed.param_attrs import HeadLayout, mark_heads
+from megatron.distributed.param_attrs import HeadLayout, mark_heads, recorded_logits
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.key_heads import gather_head
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.kernels.attention import AttentionKernel, masked_attention
 from megatron.kernels.attention_patterns import AttentionMask
+from megatron.kernels.max_logits import max_logits
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import CacheSlots, KVCache
 from megatron.model.positions.base import document_positions
@@ -127,6 +128,9 @@ class ParallelSelfAttention(nn.Module):
         shards = self.shards
         if self.positions is not None:
             q, k = self.positions.pair(q, k, *self._positions_of(q, document_starts))
+        logits = recorded_logits(self.query_key_value.weight)
+        if logits is not None and self.training and torch.is_grad_enabled():
+            logits.copy_(torch.maximum(logits, max_logits(q.detach(), k.detach())))
         starts = document_starts if self.reset_attention else None
         q, k, v = (all_to_all_seq_to_heads(part, shards.ulysses) for part in (q, k, v))  # [b, n/(t u), u s, d]
         view = self._view(q.shape[2] * shards.ring.size, q.device)
