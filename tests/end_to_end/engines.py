@@ -40,6 +40,7 @@ BASE: Keys = {
 TENSOR: Keys = {"model_parallel_size": 2, "sequence_parallel": True}
 PIPELINE: Keys = {"pipe_parallel_size": 2, "gradient_accumulation_steps": 2}
 CONTEXT: Keys = {"context_parallel_size": 2, "zero_optimization": {"stage": 3}}
+RING: Keys = {"context_parallel_size": 2, "context_parallel_method": "ring"}
 Curves = dict[str, list[tuple[float, float]]]
 
 
@@ -77,6 +78,7 @@ def train(
             pipe_parallel_size=axes.pipe_parallel_size,
             model_parallel_size=axes.model_parallel_size,
             context_parallel_size=axes.context_parallel_size,
+            ulysses_size=axes.ulysses_size(config.model.num_kv_heads or 1),
             expert_parallel_size=config.moe.moe_expert_parallel_size,
             sequence_parallel=axes.sequence_parallel,
             seed=1,

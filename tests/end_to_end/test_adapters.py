@@ -18,7 +18,7 @@ from megatron.inference import runner as inference_run
 from megatron.inference.runner import generate
 from megatron.param_table import is_adapter_tensor
 from megatron.registry import OPTIMIZERS
-from tests.end_to_end.engines import CONTEXT, PIPELINE, SAVED, TENSOR, Curves, agree, train
+from tests.end_to_end.engines import CONTEXT, PIPELINE, RING, SAVED, TENSOR, Curves, agree, train
 from tests.end_to_end.runs import BASE, run, series
 from tests.end_to_end.test_families import LAYOUTS as FAMILY_LAYOUTS
 from tests.end_to_end.test_families import MIXTURE, SHORT, cached_is_uncached, reshaped_is_the_same, same
@@ -96,6 +96,7 @@ def test_layouts_are_one_process(alone: Curves, tmp_path: Path) -> None:
     later = {name: curve[SAVED:] for name, curve in alone.items()}
     agree(curves(2, PIPELINE, tmp_path, resumed=True), later)
     agree(curves(2, CONTEXT), alone)
+    agree(curves(2, RING), alone)
     agree(curves(2, {"zero_optimization": {"stage": 1}}), alone)
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.end_to_end.runs import make_documents, run, run_all, series
+from megatron.config import Resources, resolve
+from megatron.engine.builder import build_training_engine, init_topology
+from tests.end_to_end.runs import BASE, make_documents, run, run_all, series
+from tests.multi_rank import run_distributed
 
 SHORT = {"train_iters": 6, "eval_interval": 3, "eval_iters": 1, "num_layers": 2, "save": None}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
@@ -101,6 +106,24 @@ def test_a_ring_trains_as_one_process(case: tuple[int, str, str], curves: Curves
         assert series(several, name) == pytest.approx(series(one, name), rel=1e-5), name
     assert series(several, "train/grad_norm") == pytest.approx(series(one, "train/grad_norm"), rel=1e-4)
     assert len(series(several, "train/lm_loss")) == SHORT["train_iters"]
+
+
+def logits(rank: int, world_size: int, layout: dict[str, Any]) -> Tensor:
+    """Of a model of fixed seed, for prompts whose length no layout divides."""
+    keys = {"num_layers": 2, "num_kv_heads": 1, "vocab_size": 64, **layout}
+    config = resolve([], {**BASE, **keys}, Resources(world_size)).config
+    engine = build_training_engine(config, init_topology(config), padded_vocab_size=64)
+    tokens = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(2))
+    return engine.logits(tokens)
+
+
+@pytest.mark.parametrize(
+    "layout", [{**RING, "model_parallel_size": 2, "sequence_parallel": True}, {**RING, "pipe_parallel_size": 2}]
+)
+def test_logits_are_in_the_order_of_the_sequence(layout: dict[str, Any]) -> None:
+    (expected,) = run_distributed(logits, 1, {})
+    for found in run_distributed(logits, 4, layout):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_goes_on_with_another_method(dataset: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ CASES: list[Any] = [
             ("pipeline 2", 2, {"pipe_parallel_size": 2}),
             ("data 2, ZeRO 3", 2, {"zero_optimization": {"stage": 3}}),
             ("context 2, ZeRO 1", 2, {"context_parallel_size": 2, "zero_optimization": {"stage": 1}}),
+            ("ring 2", 2, {"context_parallel_size": 2, "context_parallel_method": "ring", "num_kv_heads": 1}),
             ("core recomputed", 1, {"recompute_granularity": "selective"}),
             ("experts", 1, EXPERTS),
             ("sparse", 1, {"attention_config": [[["bigbird", "global"], 2]], "sparsity_config": {"block": 8}}),
