@@ -49,7 +49,10 @@ class WeightGradients:
 
 
 def add_deferred(found: Deferred) -> None:
-    """Computes gradients and adds them to their weights, as a backward pass does, with its hooks; empties the list."""
+    """Computes gradients and adds them to their weights, as a backward pass does, with its hooks; empties the list.
+
+    The pass that left them has called the same hooks, without a gradient.
+    """
     for weight, compute in found:
         with torch.no_grad():
             gradient = compute()
