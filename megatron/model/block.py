@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron.distributed.mesh import Axis
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron.distributed.tensor_parallel.sequence_parallel import reduce_from_tp
+from megatron.distributed.tensor_parallel.sequence_parallel import Regather, reduce_from_tp
 from megatron.model.block_spec import BlockSpec
 from megatron.model.kv_cache import KVCache
 from megatron.model.mlp.dense import ParallelMLP
@@ -116,7 +116,9 @@ class TransformerBlock(Block):
         second = first if self.shared_norm else self.post_attention_layernorm(hidden)
         if self.dropout > 0:  # the two terms have separate dropout masks, so each must be reduced
             return self.add(self.add(hidden, self.attention(first, cache, starts)), self.mlp(second, *of_mlp))
-        attended = self.attention.dense.partial(self.attention.inner(first, cache, starts))
-        total = attended + self.mlp.partial(second, *of_mlp)
-        total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis))  # one all-reduce for both
+        regather = Regather.of(self.axis)
+        attended = self.attention.dense.partial(self.attention.inner(first, cache, starts, regather))
+        dense = isinstance(self.mlp, ParallelMLP)
+        total = attended + (self.mlp.partial(second, regather) if dense else self.mlp.partial(second, *of_mlp))
+        total = self.attention.dense.add_bias(reduce_from_tp(total, self.axis, regather))  # one exchange for both
         return hidden + self.mlp.add_bias(total)

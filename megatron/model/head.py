@@ -48,7 +48,7 @@ class OutputLinear(ColumnParallelLinear):
 
     softmax: SoftmaxPass = staticmethod(softmax_pass)
 
-    def forward(self, x: Tensor, targets: TokenTargets | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: TokenTargets | None = None) -> Tensor:  # type: ignore[override]  # no region
         """[s, b, h] -> logits [s, b, v/t], or the loss of the targets, an fp32 scalar."""
         if targets is None:
             return super().forward(x)

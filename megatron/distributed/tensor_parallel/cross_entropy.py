@@ -1,7 +1,9 @@
 """Cross entropy of logits whose vocabulary is sharded over tensor-parallel ranks, without gathering them.
 
-Two numbers a token are communicated: the log of the sum of exponentials and the target's logit (Megatron-LM,
-arXiv:1909.08053, section 3). Shapes: r rows (tokens), v vocabulary, t tensor-parallel degree.
+Two numbers a token are communicated, in one exchange: the log of the sum of exponentials of a rank's columns, and the
+target's logit where it is among them (Megatron-LM, arXiv:1909.08053, section 3).
+
+Shapes: r rows (tokens), v vocabulary, t tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -10,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron.distributed.collectives import all_reduce
 from megatron.distributed.mesh import Axis
+from megatron.distributed.tensor_parallel.sequence_parallel import all_gather_first
 from megatron.kernels.cross_entropy import GradientSpec, SoftmaxPass, softmax_pass
 
 
@@ -81,14 +82,14 @@ def loss_of_rows(logits: Tensor, terms: LossTerms, softmax: SoftmaxPass = softma
     """
     axis, scale = terms.axis, terms.weights.to(torch.promote_types(logits.dtype, torch.float32))
     ids = _Targets(terms.labels, logits, axis)
-    target_logits = ids.logits(logits, axis)
     hit = scale.masked_fill(ids.elsewhere, 0)
     real = _existing(logits, axis, terms.vocabulary)
     if overwrite and axis.size == 1 and not terms.z_loss:
+        target_logits = ids.logits(logits)
         log_sum = softmax(real, GradientSpec(ids.local, scale, hit, real), None)
     else:
         local = _local_log_sums(real, softmax)
-        log_sum = _log_sum_over_ranks(local, axis)
+        log_sum, target_logits = _over_ranks(local, ids.logits(logits), axis)
         if overwrite:
             share = torch.exp(local - log_sum) * (1 + 2 * terms.z_loss * log_sum)
             _write_gradient(real, GradientSpec(ids.local, scale * share, hit, real), softmax, local)
@@ -131,19 +132,19 @@ class _Targets:
         self.elsewhere = (local < 0) | (local >= rows.shape[1])
         self.local = local.masked_fill(self.elsewhere, 0)
 
-    def logits(self, rows: Tensor, axis: Axis) -> Tensor:
-        """Returns the target's logit of each row [r], fp32."""
+    def logits(self, rows: Tensor) -> Tensor:
+        """Returns the target's logit of each row [r], fp32; 0 where another rank has it."""
         found = rows.gather(1, self.local.unsqueeze(1)).squeeze(1)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return all_reduce(found.masked_fill(self.elsewhere, 0), axis)
+        return found.masked_fill(self.elsewhere, 0)
 
 
-def _log_sum_over_ranks(local: Tensor, axis: Axis) -> Tensor:
-    """Combines each rank's log-sum-exp [r] into that of the full vocabulary [r]."""
+def _over_ranks(log_sum: Tensor, target_logits: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Returns the log-sum-exp of the full vocabulary and the logits of all targets, from each rank's, all [r]."""
     if axis.size == 1:
-        return local
-    largest = all_reduce(local.clone(), axis, dist.ReduceOp.MAX)
-    return largest + torch.log(all_reduce(torch.exp(local - largest), axis))
+        return log_sum, target_logits
+    ranks = all_gather_first(torch.stack((log_sum, target_logits)), axis)  # [2 t, r]
+    return ranks[0::2].logsumexp(0), ranks[1::2].sum(0)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -152,10 +153,10 @@ class _CrossEntropy(torch.autograd.Function):
         rows = logits.reshape(-1, logits.shape[-1])
         ids = _Targets(targets, rows, axis)
         local = _local_log_sums(_existing(rows, axis, vocabulary))
-        log_sum = _log_sum_over_ranks(local, axis)
+        log_sum, target_logits = _over_ranks(local, ids.logits(rows), axis)
         ctx.save_for_backward(rows, ids.local, ids.elsewhere, torch.exp(local - log_sum))
         ctx.shape, ctx.axis, ctx.vocabulary = logits.shape, axis, vocabulary
-        return (log_sum - ids.logits(rows, axis)).view(targets.shape)
+        return (log_sum - target_logits).view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

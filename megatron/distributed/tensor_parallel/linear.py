@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from megatron.distributed.param_init import InitFn, ParamFactory, zeros
 from megatron.distributed.partial_grads import mark_partial_grad
 from megatron.distributed.tensor_parallel.lora import LoraMatrix, LoraSpec, init_lora_a
-from megatron.distributed.tensor_parallel.sequence_parallel import gather_or_copy_to_tp, gathered_linear, reduce_from_tp
+from megatron.distributed.tensor_parallel.sequence_parallel import (
+    Regather,
+    gather_or_copy_to_tp,
+    gathered_linear,
+    reduce_from_tp,
+)
 from megatron.kernels.linear import BoundLinear, LinearKernel, plain_linear
 
 
@@ -68,10 +73,13 @@ class ColumnParallelLinear(nn.Module):
             kernel=kernel,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in], equal on all ranks (with sequence parallelism [s/t, .., in]) -> [..., out/t]."""
+    def forward(self, x: Tensor, regather: Regather | None = None) -> Tensor:
+        """[..., in], equal on all ranks (with sequence parallelism [s/t, .., in]) -> [..., out/t].
+
+        regather: of the region that this layer begins.
+        """
         if self.axis.sequence_parallel and not isinstance(self.kernel, BoundLinear):
-            y = gathered_linear(x, self.weight, self.bias, self.axis, self.kernel)  # [s, .., out/t]
+            y = gathered_linear(x, self.weight, self.bias, self.axis, self.kernel, regather)  # [s, .., out/t]
         else:
             y = self.kernel(gather_or_copy_to_tp(x, self.axis), self.weight, self.bias)  # [s, .., out/t]
         if self.lora is None:
@@ -123,9 +131,12 @@ class RowParallelLinear(nn.Module):
             mark_partial_grad(up, self.axis)
         self.lora_A, self.lora_B = LoraMatrix(down, kernel), LoraMatrix(up, kernel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in/t] -> [..., out], equal on all ranks (with sequence parallelism [s/t, .., out])."""
-        return self.add_bias(reduce_from_tp(self.partial(x), self.axis))  # [..., out]
+    def forward(self, x: Tensor, regather: Regather | None = None) -> Tensor:
+        """[..., in/t] -> [..., out], equal on all ranks (with sequence parallelism [s/t, .., out]).
+
+        regather: of the region that this layer ends.
+        """
+        return self.add_bias(reduce_from_tp(self.partial(x), self.axis, regather))  # [..., out]
 
     def partial(self, x: Tensor) -> Tensor:
         """[..., in/t] -> this rank's term of the sum [..., out], without the bias, which the caller adds last.

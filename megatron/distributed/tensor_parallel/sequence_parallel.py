@@ -5,11 +5,16 @@ into halves: a tensor-parallel region is entered by an all-gather along the sequ
 reduce-scatter, and left by a reduce-scatter, whose gradient is an all-gather. The amount of communication is the same;
 norms, dropout and the residual stream take 1/t of the memory.
 
+The weight gradient of a column-parallel layer needs its full input again. `Regather` fetches it together with the
+gradient of the sum behind the row-parallel layer that follows, in one all-gather.
+
 Shapes: s sequence (the first dimension), t tensor-parallel degree; other dimensions are free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,17 +54,69 @@ def gather_or_copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
     return with_grad(x, axis, all_gather_first, reduce_scatter_first) if axis.sequence_parallel else copy_to(x, axis)
 
 
-def reduce_from_tp(x: Tensor, axis: Axis) -> Tensor:
+class Regather:
+    """The inputs of a region's column-parallel layers, which the backward pass of its end gathers for all of them.
+
+    One object belongs to one forward pass of a region.
+    """
+
+    def __init__(self) -> None:
+        self.shards: list[Tensor] = []
+        self.full: list[Tensor] = []
+
+    @staticmethod
+    def of(axis: Axis) -> Regather | None:
+        """Returns one for a region with sequence parallelism and a backward pass, else None."""
+        if not axis.sequence_parallel or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return Regather()
+
+    def number(self, shard: Tensor) -> int:
+        """Returns the number of an input, [s/t, ...]; layers may share one."""
+        for number, known in enumerate(self.shards):
+            if known is shard:
+                return number
+        self.shards.append(shard)
+        return len(self.shards) - 1
+
+
+def reduce_from_tp(x: Tensor, axis: Axis, regather: Regather | None = None) -> Tensor:
     """Leaves a tensor-parallel region with the sum of ``x`` over the ranks [s, ...].
 
     With sequence parallelism each rank gets its shard of it, [s/t, ...].
+
+    Args:
+        x: this rank's term.
+        axis: tensor-parallel ranks.
+        regather: inputs of the region that the backward pass gathers together with the gradient.
     """
-    return (
-        with_grad(x, axis, reduce_scatter_first, all_gather_first) if axis.sequence_parallel else reduce_from(x, axis)
-    )
+    if not axis.sequence_parallel:
+        return reduce_from(x, axis)
+    if regather is None or not regather.shards:
+        return with_grad(x, axis, reduce_scatter_first, all_gather_first)
+    shards, regather.shards = regather.shards, []
+    out: Tensor = _ReduceAndRegather.apply(x, axis, regather, *shards)
+    return out
 
 
-def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
+def all_gather_together(parts: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    """Gathers tensors of one type along the first dimension together, without a gradient: [s/t, ...] -> [s, ...]."""
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    ranks = all_gather_first(flat, axis).view(axis.size, -1)
+    columns = ranks.split([part.numel() for part in parts], dim=1)
+    return [
+        column.reshape(axis.size * part.shape[0], *part.shape[1:]) for column, part in zip(columns, parts, strict=True)
+    ]
+
+
+def gathered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    axis: Axis,
+    kernel: LinearKernel,
+    regather: Regather | None = None,
+) -> Tensor:
     """Multiplies the full sequence with this rank's weight: [s/t, ..., in] -> [s, ..., out].
 
     Only the shard x is saved for the backward pass, which gathers the sequence again; with a frozen weight nothing is
@@ -71,8 +128,9 @@ def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, 
         bias: this rank's shard of the bias.
         axis: tensor-parallel ranks.
         kernel: matrix product.
+        regather: Gathers the sequence again at the end of the region.
     """
-    out: Tensor = _GatheredLinear.apply(x, weight, bias, axis, kernel)
+    out: Tensor = _GatheredLinear.apply(x, weight, bias, axis, kernel, regather)
     return out
 
 
@@ -111,6 +169,24 @@ class _ScatterToSequenceParallel(torch.autograd.Function):
         return all_gather_first(grads[0], ctx.axis), None
 
 
+def _full_input(shard: Tensor, axis: Axis, regather: Regather | None, number: int) -> Tensor:
+    """Returns the full input of a layer, which the end of its region has gathered or is gathered now."""
+    return regather.full[number] if regather is not None and regather.full else all_gather_first(shard, axis)
+
+
+class _ReduceAndRegather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, regather: Regather, *shards: Tensor) -> Tensor:
+        ctx.save_for_backward(*shards)
+        ctx.axis, ctx.regather = axis, regather
+        return reduce_scatter_first(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, *ctx.regather.full = all_gather_together([grads[0], *ctx.saved_tensors], ctx.axis)
+        return gradient, None, None, *(None for _ in ctx.saved_tensors)
+
+
 class _GatherTwice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -126,25 +202,37 @@ class _GatherTwice(torch.autograd.Function):
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, kernel: LinearKernel) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        axis: Axis,
+        kernel: LinearKernel,
+        regather: Regather | None,
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.has_bias, ctx.axis, ctx.chunks = bias is not None, axis, linear_ops(kernel)
+        together = ctx.needs_input_grad[1] and ctx.chunks.later is None  # a product for later gathers its input then
+        ctx.regather = regather if together else None
+        ctx.number = ctx.regather.number(x) if ctx.regather is not None else 0
         ctx.weight = None if ctx.chunks.later is None else weight  # a recomputed layer saves a copy of it
         product: Tensor = ctx.chunks.product(all_gather_first(x, axis), weight, bias)
         return product
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         rows = grads[0].reshape(-1, weight.shape[0])  # [rows, out]
         grad_x = grad_weight = grad_bias = None
         if need_x:
             full = ctx.chunks.input_gradient(rows, weight)
             grad_x = reduce_scatter_first(full.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
-            axis = ctx.axis
-            grad_weight = ctx.chunks.gradient_of(ctx.weight, rows, lambda: all_gather_first(x, axis))
+            grad_weight = ctx.chunks.gradient_of(
+                ctx.weight, rows, partial(_full_input, x, ctx.axis, ctx.regather, ctx.number)
+            )
         if ctx.has_bias and need_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None

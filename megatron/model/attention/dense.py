@@ -29,6 +29,7 @@ from megatron.distributed.param_attrs import HeadLayout, mark_heads, recorded_lo
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.key_heads import gather_head
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import Regather
 from megatron.kernels.attention import AttentionKernel, masked_attention
 from megatron.kernels.attention_patterns import AttentionMask
 from megatron.kernels.max_logits import max_logits
@@ -110,9 +111,22 @@ class ParallelSelfAttention(nn.Module):
             lora=spec.lora_specs.get("dense"),
         )
 
-    def inner(self, x: Tensor, cache: KVCache | None, document_starts: Tensor | None = None) -> Tensor:
-        """[s, b, h] -> the input of ``dense`` [s, b, n/t * d]."""
-        qkv = self.query_key_value(x)
+    def inner(
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        document_starts: Tensor | None = None,
+        regather: Regather | None = None,
+    ) -> Tensor:
+        """[s, b, h] -> the input of ``dense`` [s, b, n/t * d].
+
+        Args:
+            x: input of the block's attention.
+            cache: keys and values of earlier positions, or None.
+            document_starts: position at which each token's document starts [b, s], or None.
+            regather: of the region that the caller ends.
+        """
+        qkv = self.query_key_value(x, regather)
         length, batch = qkv.shape[:2]
         q, k, v = self._split(qkv)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, n/t, s, d]
@@ -185,7 +199,8 @@ class ParallelSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, document_starts: Tensor | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks."""
-        return self.dense(self.inner(x, cache, document_starts))
+        regather = Regather.of(self.dense.axis)
+        return self.dense(self.inner(x, cache, document_starts, regather), regather)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, (n + 2m)/t * d] -> queries [s, b, n/t, d], keys and values [s, b, m/t, d].

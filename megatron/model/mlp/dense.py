@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import Regather
 from megatron.model.block_spec import BlockSpec
 
 
@@ -40,13 +41,13 @@ class ParallelMLP(nn.Module):
             lora=spec.lora_specs.get("dense_4h_to_h"),
         )
 
-    def inner(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor, regather: Regather | None = None) -> Tensor:
         """[s, b, h] -> the input of linear2 [s, b, w/t]."""
-        return self.activation(self.linear1(x))
+        return self.activation(self.linear1(x, regather))
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor, regather: Regather | None = None) -> Tensor:
         """[s, b, h] -> this rank's term of the sum over ranks; the caller reduces, then adds the bias."""
-        return self.linear2.partial(self.inner(x))
+        return self.linear2.partial(self.inner(x, regather))
 
     def add_bias(self, total: Tensor) -> Tensor:
         """Completes ``partial`` after the sum over ranks."""
@@ -54,4 +55,5 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h], equal on all ranks."""
-        return self.linear2(self.inner(x))
+        regather = Regather.of(self.linear1.axis)
+        return self.linear2(self.inner(x, regather), regather)
