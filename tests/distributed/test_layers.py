@@ -16,6 +16,7 @@ from megatron.distributed.param_init import ParamFactory
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.distributed.tensor_parallel.embedding import VocabParallelEmbedding
 from megatron.distributed.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.distributed.tensor_parallel.sequence_parallel import Regather
 from megatron.kernels.linear import onednn_linear, plain_linear
 from megatron.param_table.tensor import section_slices
 from tests.multi_rank import run_cases
@@ -55,6 +56,22 @@ def columns(rank: int, size: int, kernel: Any) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
 
 
+def region(rank: int, size: int) -> dict[str, Any]:
+    """A column-parallel and a row-parallel layer with sequence parallelism, and what is left of the gathered input."""
+    axis = Topology.build(pipe=1, model=size, rank=rank, world_size=size, sequence_parallel=True).model
+    regather = Regather()
+    layers = [
+        ColumnParallelLinear(WIDTH, OUT, source(axis), init_fn=draw, bias=False),
+        ColumnParallelLinear(WIDTH, OUT, source(axis), init_fn=draw, bias=False),
+    ]
+    end = RowParallelLinear(OUT, WIDTH, source(axis), init_fn=draw, bias=False)
+    x = fixed(8, 2, WIDTH, seed=5).chunk(size)[rank].requires_grad_()
+    y = end(sum(layer(x, regather) for layer in layers), regather)
+    y.backward(fixed(8, 2, WIDTH, seed=6).chunk(size)[rank])
+    left = [part.numel() for part in regather.full]
+    return {"left": left, "weights": [layer.weight.grad for layer in layers], "x": x.grad}
+
+
 SIZES, KERNELS = (2, 4), (plain_linear, onednn_linear)
 Worlds = dict[int, dict[Any, list[Any]]]
 """Ranks -> function and kernel -> what each rank computed."""
@@ -63,12 +80,25 @@ Worlds = dict[int, dict[Any, list[Any]]]
 @pytest.fixture(scope="module")
 def worlds() -> Worlds:
     cases = {(layer, kernel): (layer, kernel) for layer in (columns, row_wise) for kernel in KERNELS}
-    return {size: run_cases({**cases, embed: (embed,), pairs: (pairs,)}, size) for size in SIZES}
+    return {size: run_cases({**cases, embed: (embed,), pairs: (pairs,), region: (region,)}, size) for size in SIZES}
 
 
 def dense_source(name: str, *shape: int) -> Tensor:
     """What the layers draw, whole."""
     return source(Topology.single().model).replicated(name, shape, draw).detach()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_region_of_two_layers_equals_dense_ones_and_forgets_their_input(size: int, worlds: Worlds) -> None:
+    weights = [dense_source("weight", OUT, WIDTH).requires_grad_() for _ in range(2)]
+    x = fixed(8, 2, WIDTH, seed=5).requires_grad_()
+    y = F.linear(sum(F.linear(x, weight) for weight in weights), dense_source("weight", WIDTH, OUT))
+    y.backward(fixed(8, 2, WIDTH, seed=6))
+    for rank, got in enumerate(worlds[size][region]):
+        assert got["left"] == [0]
+        torch.testing.assert_close(got["x"], x.grad.chunk(size)[rank], rtol=1e-4, atol=1e-4)
+        for found, weight in zip(got["weights"], weights, strict=True):
+            torch.testing.assert_close(found, weight.grad.chunk(size)[rank], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)

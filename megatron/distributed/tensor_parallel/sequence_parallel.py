@@ -14,7 +14,6 @@ Shapes: s sequence (the first dimension), t tensor-parallel degree; other dimens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +62,7 @@ class Regather:
     def __init__(self) -> None:
         self.shards: list[Tensor] = []
         self.full: list[Tensor] = []
+        self._users: list[int] = []
 
     @staticmethod
     def of(axis: Axis) -> Regather | None:
@@ -75,9 +75,27 @@ class Regather:
         """Returns the number of an input, [s/t, ...]; layers may share one."""
         for number, known in enumerate(self.shards):
             if known is shard:
+                self._users[number] += 1
                 return number
         self.shards.append(shard)
+        self._users.append(1)
         return len(self.shards) - 1
+
+    def take(self, number: int, shard: Tensor, axis: Axis) -> Tensor:
+        """Returns a full input, [s, ...], and forgets it with the last layer that takes it; gathers it if necessary.
+
+        Args:
+            number: of the input.
+            shard: this rank's shard of it.
+            axis: tensor-parallel ranks.
+        """
+        if not self.full:
+            return all_gather_first(shard, axis)
+        found = self.full[number]
+        self._users[number] -= 1
+        if self._users[number] == 0:
+            self.full[number] = found.new_empty(0)
+        return found
 
 
 def reduce_from_tp(x: Tensor, axis: Axis, regather: Regather | None = None) -> Tensor:
@@ -169,11 +187,6 @@ class _ScatterToSequenceParallel(torch.autograd.Function):
         return all_gather_first(grads[0], ctx.axis), None
 
 
-def _full_input(shard: Tensor, axis: Axis, regather: Regather | None, number: int) -> Tensor:
-    """Returns the full input of a layer, which the end of its region has gathered or is gathered now."""
-    return regather.full[number] if regather is not None and regather.full else all_gather_first(shard, axis)
-
-
 class _ReduceAndRegather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, regather: Regather, *shards: Tensor) -> Tensor:
@@ -230,9 +243,8 @@ class _GatheredLinear(torch.autograd.Function):
             full = ctx.chunks.input_gradient(rows, weight)
             grad_x = reduce_scatter_first(full.view(*grads[0].shape[:-1], weight.shape[1]), ctx.axis)
         if need_weight:
-            grad_weight = ctx.chunks.gradient_of(
-                ctx.weight, rows, partial(_full_input, x, ctx.axis, ctx.regather, ctx.number)
-            )
+            regather, number, axis = ctx.regather or Regather(), ctx.number, ctx.axis
+            grad_weight = ctx.chunks.gradient_of(ctx.weight, rows, lambda: regather.take(number, x, axis))
         if ctx.has_bias and need_bias:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
