@@ -196,8 +196,9 @@ class _ReduceAndRegather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, *ctx.regather.full = all_gather_together([grads[0], *ctx.saved_tensors], ctx.axis)
-        return gradient, None, None, *(None for _ in ctx.saved_tensors)
+        shards = ctx.saved_tensors  # read once: recomputation gives each tensor out once
+        gradient, *ctx.regather.full = all_gather_together([grads[0], *shards], ctx.axis)
+        return gradient, None, None, *(None for _ in shards)
 
 
 class _GatherTwice(torch.autograd.Function):
