@@ -108,6 +108,19 @@ def test_a_ring_trains_as_one_process(case: tuple[int, str, str], curves: Curves
     assert len(series(several, "train/lm_loss")) == SHORT["train_iters"]
 
 
+def test_rings_and_states_go_with_several_stages_a_rank(tmp_path: Path) -> None:
+    """Schedules in which a rank has two stages: documents over a ring, and Mamba's states beside one."""
+    tokens, _ = make_documents(tmp_path)
+    keys = {"data_path": tokens, **SHORT, "num_layers": 4}
+    models = {"documents": "dualpipev", "mamba": "interleaved"}
+    layout = {**RING, "pipe_parallel_size": 2, "gradient_accumulation_steps": 4}
+    one = run_all(1, tmp_path / "1", {name: {**keys, **MODELS[name]} for name in models})
+    cases = {name: {**keys, **MODELS[name], **layout, "pipe_schedule": order} for name, order in models.items()}
+    for name, found in run_all(4, tmp_path / "4", cases).items():
+        expected = series(one[name], "train/lm_loss")
+        assert series(found, "train/lm_loss") == pytest.approx(expected, rel=1e-5), name
+
+
 def logits(rank: int, world_size: int, layout: dict[str, Any]) -> Tensor:
     """Of a model of fixed seed, for prompts whose length no layout divides."""
     keys = {"num_layers": 2, "num_kv_heads": 1, "vocab_size": 64, **layout}
