@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.tables import write_between
 from megatron.kernels.cross_entropy import GradientSpec
+from megatron.kernels.newton_schulz import STANDARD, coefficients
 from megatron.kernels.triton import (
     activations,
     cross_entropy,
@@ -145,7 +146,7 @@ def operations() -> Iterator[Tensor]:
     with torch.no_grad():
         logits, scale = values(ROWS, VOCABULARY), torch.ones(ROWS)
         cross_entropy.softmax_pass(logits, GradientSpec(torch.zeros(ROWS, dtype=torch.int64), scale, scale, logits))
-        newton_schulz.orthogonalize(values(HIDDEN, HIDDEN), 1)
+        newton_schulz.orthogonalize(values(HIDDEN, HIDDEN), coefficients(STANDARD, 1))
     order, inverse = torch.arange(2 * ROWS), torch.arange(2 * ROWS)
     yield permute.permute(x, order, inverse)
     yield permute.combine(values(2 * ROWS, HIDDEN), values(ROWS, 2), order, inverse)
