@@ -83,20 +83,23 @@ class PipelinedEngine(BaseEngine):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        module = self.deepspeed.module
-        module.eval()
+        self.deepspeed.module.eval()
         offset = prompt_offset(self.prompt, cache)
-        logits = pipeline_forward(
-            module.forward_funcs,
-            shard_prompt(prepend_padding(tokens, offset), cache, self.topology),
+        logits = self._logits_of(shard_prompt(prepend_padding(tokens, offset), cache, self.topology), cache)
+        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
+        return logits if at is None else logits.flatten(0, 1)[at]
+
+    def _logits_of(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """Runs all stages over this rank's shard of the tokens [b, s/c]; returns the logits [b, s/c, v]."""
+        return pipeline_forward(
+            self.deepspeed.module.forward_funcs,
+            tokens,
             cache,
             self.topology,
             hidden_size=self.hidden_size,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
-        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
-        return logits if at is None else logits.flatten(0, 1)[at]
 
     def layers(self) -> dict[int, Module]:
         """Returns the layers of this stage by their index in the model, without a tied output layer."""

@@ -24,12 +24,10 @@ from megatron.data.dataset.batch import MicroBatch
 from megatron.distributed.mesh import Axis
 from megatron.engine.accumulation_steps import set_grad_accumulation
 from megatron.engine.chunk_forward import chunk_logits
-from megatron.engine.inference_forward import gather_context, shard_prompt
 from megatron.engine.loss_normalization import count_loss_tokens, loss_divisor
 from megatron.engine.pipe_runner import PipeRunner
 from megatron.engine.pipe_stage import Backward, ChunkStage
 from megatron.engine.pipeline_engine import PipelinedEngine
-from megatron.engine.prompt_offset import prepend_padding, prompt_offset
 from megatron.kernels.weight_gradients import WeightGradients
 from megatron.model.kv_cache import KVCache
 from megatron.pipe_schedule.layout import PipeLayout
@@ -94,23 +92,17 @@ class ScheduledEngine(PipelinedEngine):
         losses = self._from_last_stage(total, self.topology.dp_cp)
         return float(losses), float(self._from_last_stage(tokens, self.topology.data))
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
-        module = self.deepspeed.module
-        module.eval()
-        offset = prompt_offset(self.prompt, cache)
-        logits = chunk_logits(
-            module.chunk_layers,
+    def _logits_of(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        return chunk_logits(
+            self.deepspeed.module.chunk_layers,
             self.layout,
-            shard_prompt(prepend_padding(tokens, offset), cache, self.topology),
+            tokens,
             cache,
             self.topology,
             hidden_size=self.hidden_size,
             padded_vocab_size=self.padded_vocab_size,
             dtype=self.dtype,
         )
-        logits = gather_context(logits, self.topology)[:, offset : offset + tokens.shape[1]]
-        return logits if at is None else logits.flatten(0, 1)[at]
 
     def _run(
         self, step: Sequence[MicroBatch], facts: Facts, divisor: Tensor, count: int, backward: Backward | None
