@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.distributed.mesh import Topology
 from megatron.distributed.rng_tracker import TensorParallelRNG
 from megatron.engine import optimizer_state
 from megatron.engine.engine import StepResult, TrainingEngine, as_tensor, loss_scale
+from megatron.engine.weight_average import WeightAverage
 from megatron.model.kv_cache import KVCache
 from megatron.model.moe.losses import RouterLossTracker
 from megatron.optim.grad_clip import StepValues
@@ -46,6 +48,8 @@ class BaseEngine(TrainingEngine, ABC):
     """Present where blocks have experts."""
     prompt: int = 0
     """Vectors of a soft prompt before every sequence."""
+    average: WeightAverage | None = None
+    """Average of the weights; None where none is asked for."""
     learns: Tensor | None = None
     """Whether the last step had a token to learn, bool; None where this rank read none of its samples."""
     pipelined: bool = False
@@ -57,9 +61,13 @@ class BaseEngine(TrainingEngine, ABC):
         skipped_before = engine.skipped_steps
         if self.router_losses is not None:
             self.router_losses.scale = loss_scale(engine.optimizer) / engine.gradient_accumulation_steps()
+        if self.average is not None:
+            self.average.before_step()
         loss = self._run_micro_batches(batches)
         norm = self.clipper.norm if self.clipper else as_tensor(engine.get_global_grad_norm())
         skipped = self.clipper.skipped if self.clipper else torch.tensor(engine.skipped_steps > skipped_before)
+        if self.average is not None:
+            self.average.after_step(skipped)
         scale = loss_scale(engine.optimizer)
         more = self.router_losses.take(self.topology, engine.device) if self.router_losses is not None else {}
         clip = getattr(optimizer_state.inner_optimizer(engine.optimizer), "clip", None)
@@ -86,17 +94,34 @@ class BaseEngine(TrainingEngine, ABC):
     def owned(self) -> dict[str, Parameter]:
         """Returns key -> parameter that this rank counts and saves; a tied copy is not among them."""
 
+    def saved_weights(self) -> AbstractContextManager[None]:
+        """Returns a context in which the model has the weights that checkpoints and evaluations take. Collective."""
+        average = self.average
+        return average.swapped() if average is not None and average.replaces_weights else nullcontext()
+
+    @property
+    def moving_average(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """Context in which the model has the moving average of its weights; None without one. Collective."""
+        average = self.average
+        return None if average is None or average.replaces_weights else average.swapped
+
     def optimizer_shards(self) -> list[OptimizerShard]:
-        return optimizer_state.read(self.deepspeed.optimizer, self.owned(), data_rank=self.topology.dp_cp.rank)
+        return optimizer_state.read(
+            self.deepspeed.optimizer, self.owned(), data_rank=self.topology.dp_cp.rank, average=self.average
+        )
 
     def loss_scaling(self) -> dict[str, float]:
-        return optimizer_state.read_scaling(self.deepspeed.optimizer)
+        more = {} if self.average is None else self.average.numbers()
+        return {**optimizer_state.read_scaling(self.deepspeed.optimizer), **more}
 
     def load_loss_scaling(self, stored: Mapping[str, float]) -> None:
         optimizer_state.write_scaling(self.deepspeed.optimizer, stored)
+        if self.average is not None:
+            self.average.load_numbers(stored)
 
     def load_optimizer(self, stored: OptimizerState) -> None:
         axis = self.topology.model
-        optimizer_state.write(
-            self.deepspeed.optimizer, self.parameters, stored, model_rank=axis.rank, model_size=axis.size
-        )
+        sizes = {"model_rank": axis.rank, "model_size": axis.size}
+        optimizer_state.write(self.deepspeed.optimizer, self.parameters, stored, average=self.average, **sizes)
+        if self.average is not None:
+            self.average.after_load()

@@ -49,6 +49,7 @@ from megatron.engine.pipeline_engine import PipelinedEngine
 from megatron.engine.recompute import full_recompute, selective_recompute
 from megatron.engine.scheduled_engine import ScheduledEngine
 from megatron.engine.transformer_engine import use_transformer_engine
+from megatron.engine.weight_average import weight_average
 from megatron.errors import ConfigError
 from megatron.kernels.dispatch import facts_of, load_optimizer_kernel
 from megatron.kernels.weight_gradients import WeightGradients
@@ -145,6 +146,7 @@ def build_training_engine(
         start_prompt(parameters, prompt_tokens, topology.model)
     freeze(parameters, tensors(ModelDims.of(config.model, config.moe, config.mixers), padded_vocab_size))
     initialised, clipper = _initialize(config, topology, model, parameters)
+    average = weight_average(initialised.optimizer, parameters, config.optimizer.ema_decay)
     shared: dict[str, Any] = {
         "deepspeed": initialised,
         "topology": topology,
@@ -154,6 +156,7 @@ def build_training_engine(
         "clipper": clipper,
         "router_losses": losses,
         "prompt": prompt_length(config.model.soft_prompt_tuning),
+        "average": average,
     }
     if config.parallelism.is_pipe_parallel:
         shared["hidden_size"] = require(config.model.hidden_size)
@@ -308,7 +311,7 @@ def _loss(config: Config, topology: Topology, vocab_size: int | None) -> LossFun
 
 def _initialize(
     config: Config, topology: Topology, model: Module, parameters: Mapping[str, Parameter]
-) -> tuple[object, StepValues | None]:
+) -> tuple[Any, StepValues | None]:
     """Wraps the model and our optimizer in DeepSpeed; at ZeRO 0 the optimizer clips before it steps.
 
     Also returns what holds the values of a step on the device; None where DeepSpeed reads them on the host.

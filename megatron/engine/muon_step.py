@@ -88,6 +88,12 @@ class MuonStep(Bf16Step):
         if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
         zero.optimizer.step()
+        self.send_weights()
+
+    @torch.no_grad()
+    def send_weights(self) -> None:
+        """Rounds the fp32 copies and sends them to all ranks; collective."""
+        zero = self._optimizer
         for index in self._others:
             rank = dist.get_rank(group=zero.real_dp_process_group[index])
             zero.bf16_partitioned_groups[index][rank].copy_(zero.fp32_groups_flat_partition[index])

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.checkpoint.format.optimizer_shards import MASTER, OptimizerShard, OptimizerState
+from megatron.checkpoint.format.optimizer_shards import EMA, MASTER, TRAINED, OptimizerShard, OptimizerState
 from megatron.distributed.param_attrs import expert_rank_and_size
 from megatron.optim.builder_args import STEP
 from megatron.optim.onebit import SERVER_ERROR, WORKER_ERROR, OnebitAdam
@@ -27,6 +27,20 @@ _SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's dynamic loss scale."""
 RANKED = (WORKER_ERROR, SERVER_ERROR)
 """State that differs between data-parallel ranks."""
+
+
+class StoredAverage(Protocol):
+    """An average of the weights, as its checkpoint needs it."""
+
+    @property
+    def name(self) -> str:
+        """Name in checkpoints."""
+
+    def stored(self, owner: Tensor) -> Tensor | None:
+        """Returns the tensor to save beside the state of a tensor that the optimizer updates; None for none."""
+
+    def restored(self, owner: Tensor) -> Tensor:
+        """Returns the tensor into which stored values are read."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,16 @@ class ShardRef:
         return self.owner.dtype != self.parameter.dtype
 
 
-def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) -> list[OptimizerShard]:
+def read(
+    optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int, average: StoredAverage | None = None
+) -> list[OptimizerShard]:
     """Returns the shards that this rank saves, as views.
 
-    optimizer: DeepSpeed's or torch's. parameters: key -> parameter of this rank's model.
+    Args:
+        optimizer: DeepSpeed's or torch's.
+        parameters: key -> parameter of this rank's model.
+        data_rank: index of this rank among the data-parallel ones.
+        average: average of the weights that is saved with the state.
     """
     inner = inner_optimizer(optimizer)
     shards: list[OptimizerShard] = []
@@ -71,7 +91,7 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
     for ref in shard_refs(optimizer, parameters, data_rank):
         assigned = getattr(inner, "assigned", {}).get(ref.parameter)
         if assigned is not None:
-            shards += _assigned_shards(ref.key, assigned, inner)
+            shards += _assigned_shards(ref.key, assigned, inner, average)
             continue
         if ref.owner not in found:
             found[ref.owner] = read_state(inner, ref.owner, exclude=RANKED)
@@ -79,6 +99,7 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
         tensors = {name: ref.of(value.contiguous()) for name, value in one.elementwise.items()}
         if ref.has_master:
             tensors[MASTER] = ref.of(ref.owner.detach())
+        tensors |= {name: ref.of(value) for name, value in _averaged(average, ref.owner).items()}
         start, stop = ref.base + ref.start, ref.base + ref.stop
         shards.append(OptimizerShard(ref.key, start, stop, one.step, tensors, one.tensor_level))
     if isinstance(inner, OnebitAdam):
@@ -88,7 +109,13 @@ def read(optimizer: Any, parameters: dict[str, Parameter], *, data_rank: int) ->
 
 @torch.no_grad()
 def write(
-    optimizer: Any, parameters: dict[str, Parameter], stored: OptimizerState, *, model_rank: int, model_size: int
+    optimizer: Any,
+    parameters: dict[str, Parameter],
+    stored: OptimizerState,
+    *,
+    model_rank: int,
+    model_size: int,
+    average: StoredAverage | None = None,
 ) -> None:
     """Loads stored state into the optimizer, sharded for this rank's layout.
 
@@ -98,6 +125,7 @@ def write(
         stored: state of a checkpoint.
         model_rank: tensor-parallel rank.
         model_size: number of tensor-parallel ranks.
+        average: average of the weights to load with the state; one that is stored and not among it is left out.
     """
     inner = inner_optimizer(optimizer)
     shard = {"model_rank": model_rank, "model_size": model_size}
@@ -105,7 +133,7 @@ def write(
     for ref in shard_refs(optimizer, parameters, data_rank=0):
         assigned = getattr(inner, "assigned", {}).get(ref.parameter)
         if assigned is not None:
-            _write_assigned(ref.key, assigned, inner, stored)
+            _write_assigned(ref.key, assigned, inner, stored, average)
             continue
         if ref.owner not in filled:
             filled[ref.owner] = TensorState(stored.step(ref.key), {}, _tensor_level(stored, ref.key, ref.parameter))
@@ -114,6 +142,10 @@ def write(
             if name == MASTER:
                 if ref.has_master:
                     ref.of(ref.owner.detach()).copy_(values)
+                continue
+            if name in (EMA, TRAINED):
+                if average is not None and average.name == name:
+                    ref.of(average.restored(ref.owner)).copy_(values)
                 continue
             elementwise = filled[ref.owner].elementwise
             if name not in elementwise:
@@ -149,7 +181,15 @@ def _moving_scaler(optimizer: Any) -> Any:
     return None
 
 
-def _assigned_shards(key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer) -> Iterator[OptimizerShard]:
+def _averaged(average: StoredAverage | None, owner: Tensor) -> dict[str, Tensor]:
+    """Returns what a checkpoint has of an average, by name."""
+    found = None if average is None else average.stored(owner)
+    return {} if average is None or found is None else {average.name: found}
+
+
+def _assigned_shards(
+    key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer, average: StoredAverage | None
+) -> Iterator[OptimizerShard]:
     """Yields the state of a full tensor on its owner, as the shards of every tensor-parallel rank."""
     if assigned.full is None:
         return
@@ -158,6 +198,7 @@ def _assigned_shards(key: str, assigned: AssignedTensor, inner: torch.optim.Opti
     values = dict(one.elementwise)
     if assigned.across_data:
         values[MASTER] = assigned.full.detach()
+    values |= _averaged(average, assigned.full)
     for rank in range(size):
         tensors = {name: assigned.shard_of(value, rank, size).flatten() for name, value in values.items()}
         tensor_level = one.tensor_level if rank == 0 else {}
@@ -165,7 +206,13 @@ def _assigned_shards(key: str, assigned: AssignedTensor, inner: torch.optim.Opti
         yield OptimizerShard(key, base, stop, one.step, tensors, tensor_level, model_rank=rank)
 
 
-def _write_assigned(key: str, assigned: AssignedTensor, inner: torch.optim.Optimizer, stored: OptimizerState) -> None:
+def _write_assigned(
+    key: str,
+    assigned: AssignedTensor,
+    inner: torch.optim.Optimizer,
+    stored: OptimizerState,
+    average: StoredAverage | None,
+) -> None:
     if assigned.full is None:
         return
     full = assigned.full
@@ -179,6 +226,10 @@ def _write_assigned(key: str, assigned: AssignedTensor, inner: torch.optim.Optim
     }
     if MASTER in tensors:
         full.detach().copy_(tensors.pop(MASTER))
+    for name in (EMA, TRAINED):
+        values = tensors.pop(name, None)
+        if values is not None and average is not None and average.name == name:
+            average.restored(full).copy_(values)
     found = TensorState(stored.step(key), tensors, _tensor_level(stored, key, assigned.shard))
     if found.elementwise or found.tensor_level:
         write_state(inner, full, found)

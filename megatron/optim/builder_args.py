@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,20 @@ class OptimizerArgs:
         """Returns the decay rates of the first and the second moment."""
         first, second = self.settings.get("betas", default)
         return float(first), float(second)
+
+
+@runtime_checkable
+class AveragingOptimizer(Protocol):
+    """An optimizer that averages its iterates, such as schedule-free AdamW."""
+
+    def average(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the average of a parameter."""
+
+    def numbers(self) -> dict[str, float]:
+        """Returns what the average depends on beside the state of parameters, for a checkpoint."""
+
+    def load_numbers(self, stored: Mapping[str, float]) -> None:
+        """Restores `numbers`, once the state of parameters is restored."""
 
 
 def mark_int_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -139,6 +139,13 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         if self.clip is not None:
             self.clip(self._full_tensor)
         for assigned in self.assigned.values():
+            if assigned.shard.grad is not None:
+                self._scatter(assigned)
+
+    @torch.no_grad()
+    def scatter_weights(self) -> None:
+        """Copies the full tensors into the shards of all ranks; collective."""
+        for assigned in self.assigned.values():
             self._scatter(assigned)
 
     def _full_tensor(self, parameter: Parameter) -> Tensor | None:
@@ -191,8 +198,6 @@ class UnshardedOptimizer(torch.optim.Optimizer):
 
     def _scatter(self, assigned: AssignedTensor) -> None:
         axis = self._axis
-        if assigned.shard.grad is None:
-            return
         shards = None
         if assigned.full is not None:
             shards = [

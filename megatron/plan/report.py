@@ -206,7 +206,8 @@ def state_layout(config: Config) -> StateLayout:
         summed=WIDTHS.get(str(summed), width),
         expert_parallel_size=config.moe.moe_expert_parallel_size,
         gathered=int(max(size for size in gathered if isinstance(size, (int, float)))),
-        state_per_param=family.entry(config.optimizer.optimizer_type).state_per_param,
+        state_per_param=family.entry(config.optimizer.optimizer_type).state_per_param
+        + (config.optimizer.ema_decay is not None),
         secondary=int(zero.get("zero_hpz_partition_size") or 0),
     )
 

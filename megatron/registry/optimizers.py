@@ -40,6 +40,16 @@ SM3 = {"momentum": FRACTION, "beta": FRACTION, "eps": NUMBER}
 ADAFACTOR = {"beta2_decay": NUMBER, "eps": NUMBER, "d": NUMBER}
 ADEMAMIX = {"betas": BETAS, "beta3": FRACTION, "alpha": NUMBER, "slow_warmup": COUNT, "eps": NUMBER}
 SOAP = {"betas": BETAS, "eps": NUMBER, "precondition_frequency": COUNT, "max_dim": COUNT}
+SHAMPOO = {
+    "betas": BETAS,
+    "eps": NUMBER,
+    "start_step": COUNT,
+    "precondition_frequency": COUNT,
+    "block_size": COUNT,
+    "max_dim": COUNT,
+    "graft": Setting("choice", choices=("rmsprop", "adagrad", "sgd")),
+}
+SCHEDULE_FREE = {"betas": BETAS, "eps": NUMBER, "r": NUMBER, "lr_power": NUMBER}
 MUON = {
     "momentum": FRACTION,
     "nesterov": SWITCH,
@@ -157,11 +167,28 @@ OPTIMIZERS = Registry(
             extra="optimizers",
         ),
         _optimizer(
+            "schedulefree",
+            "schedule_free:build",
+            "Schedule-free AdamW, arXiv:2405.15682",
+            SCHEDULE_FREE,
+            state_per_param=2,
+            extra="optimizers",
+        ),
+        _optimizer(
             "soap",
             "soap:build",
             "SOAP, arXiv:2409.11321",
             SOAP,
             state_per_param=4,
+            traits=NEEDS_FULL_TENSORS,
+            extra="optimizers",
+        ),
+        _optimizer(
+            "shampoo",
+            "shampoo:build",
+            "Shampoo, arXiv:1802.09568",
+            SHAMPOO,
+            state_per_param=7,
             traits=NEEDS_FULL_TENSORS,
             extra="optimizers",
         ),

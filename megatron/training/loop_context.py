@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron.data.dataset.batch import MicroBatch
@@ -93,5 +94,9 @@ class LoopContext:
     """The last complete evaluation, for a resume; None when nothing is saved."""
     characters: Characters | None = None
     """Counts the characters of evaluations, for the perplexity a character."""
+    saved_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Context in which the model has the weights that evaluations and checkpoints take. Collective."""
+    average: Callable[[], AbstractContextManager[None]] | None = None
+    """Context in which the model has the moving average of its weights; None without one. Collective."""
     valid_sets: Mapping[str, BatchSource] = field(default_factory=dict)
     """Validation data sets that have a loss of their own, by name."""

@@ -282,6 +282,8 @@ def _loop_context(
         hooks=hooks,
         evaluated=evaluated,
         characters=characters,
+        saved_weights=engine.saved_weights,
+        average=engine.moving_average,
     )
 
 

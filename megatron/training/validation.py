@@ -13,21 +13,33 @@ from megatron.training.run_state import RunState
 def evaluate(schedule: TrainSchedule, context: LoopContext, state: RunState) -> bool:
     """Reports the mean loss of `eval_iters` global batches, which follow those of the evaluation before.
 
-    Each data set that has a loss of its own follows. A stop request is checked between batches and ends the evaluation;
-    then the result is False, on all ranks.
+    Each data set that has a loss of its own follows, and with a moving average of the weights the same of that. A stop
+    request is checked between batches and ends the evaluation; then the result is False, on all ranks.
     """
-    assert context.valid is not None, "there is validation data wherever an evaluation is due"
     context.hooks.before_evaluate(state)
+    with context.saved_weights():
+        if not _losses(schedule, context, state, "validation"):
+            return False
+        if context.average is not None:
+            with context.average():
+                if not _losses(schedule, context, state, "validation_ema"):
+                    return False
+        return context.hooks.after_evaluate(state)
+
+
+def _losses(schedule: TrainSchedule, context: LoopContext, state: RunState, split: str) -> bool:
+    """Reports the loss of each set of validation data as a metric of `split`; False after a stop request."""
+    assert context.valid is not None, "there is validation data wherever an evaluation is due"
     number = (state.iteration - 1) // schedule.eval_interval if schedule.eval_interval else 0
     first_sample = number * schedule.eval_iters * schedule.samples
-    own = [(f"validation/{name}", source) for name, source in context.valid_sets.items()]
-    for name, source in [("validation", context.valid), *own]:
+    own = [(f"{split}/{name}", source) for name, source in context.valid_sets.items()]
+    for name, source in [(split, context.valid), *own]:
         losses = evaluation_metrics(schedule, context, context.hooks.batches(source, "validation", first_sample))
         if losses is None:
             return False
         if losses:
             context.reporter.evaluation(state.iteration, name, losses)
-    return context.hooks.after_evaluate(state)
+    return True
 
 
 def evaluation_metrics(

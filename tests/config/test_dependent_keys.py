@@ -176,7 +176,7 @@ EVERY_RUN = frozenset(
     use_bias_in_attn_linear use_bias_in_mlp gpt_j_residual no_weight_tying attention_config hidden_dropout
     attention_dropout pos_emb opt_pos_emb_offset soft_prompt_tuning lora init_method output_layer_init_method
     compile moe_num_experts pipe_parallel_size model_parallel_size context_parallel_size checkpoint_activations
-    recompute_granularity optimizer weight_decay gradient_clipping clip_grad use_bnb_optimizer lr_decay_style
+    recompute_granularity optimizer ema_decay weight_decay gradient_clipping clip_grad use_bnb_optimizer lr_decay_style
     lr_decay_iters lr_decay_fraction warmup_iters precision fp16 bf16 fp8 data_types fp32_allreduce zero_optimization
     prescale_gradients gradient_predivide_factor communication_data_type steps_per_print wall_clock_breakdown
     dump_state flops_profiler comms_logger activation_checkpointing curriculum_learning tensorboard wandb

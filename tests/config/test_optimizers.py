@@ -22,6 +22,9 @@ VALUES: dict[str, Any] = {
     "comm_backend_name": "nccl",
     "momentum": 0.9,
     **dict.fromkeys(("split_experts", "split_qkv", "normuon"), True),
+    "start_step": 3,
+    "block_size": 64,
+    "graft": "sgd",
     "split_heads": False,
     "ns_coefficients": "polar_express",
     "normuon_beta2": 0.0,
@@ -61,7 +64,7 @@ def test_wrong_values_are_reported(params: dict[str, Any], reported: str) -> Non
         resolved(**chosen("sgd", **params))
 
 
-@pytest.mark.parametrize("name", ["sm3", "adafactor", "soap", "muon", "onebitadam"])
+@pytest.mark.parametrize("name", ["sm3", "adafactor", "soap", "shampoo", "muon", "onebitadam"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_needs_full_tensors_or_own_gradients_is_refused_under_zero(name: str, stage: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name} .* ZeRO stage {stage}.*stage: 0"):
@@ -135,3 +138,22 @@ def test_eight_bits_are_for_some() -> None:
         resolved(use_bnb_optimizer=True, **chosen("muon"))
     with pytest.raises(ConfigError, match=r"8-bit adam has no parameter amsgrad"):
         resolved(use_bnb_optimizer=True, **chosen("adam", amsgrad=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reported"),
+    [
+        ({"ema_decay": 1.0}, r"ema_decay = 1.0: the decay is not between 0 and 1"),
+        ({"ema_decay": 0.9, **chosen("schedulefree")}, "schedulefree averages the weights itself"),
+    ],
+)
+def test_an_average_of_the_weights_needs_a_decay_and_another_optimizer(settings: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ConfigError, match=reported):
+        resolved(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, chosen("schedulefree")])
+def test_weights_on_a_disk_have_no_average(settings: dict[str, Any]) -> None:
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
+    with pytest.raises(ConfigError, match="on a disk"):
+        resolved(zero_optimization=offload, **settings)

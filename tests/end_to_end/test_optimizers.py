@@ -23,7 +23,9 @@ PARAMS: dict[str, dict[str, Any]] = {
     "sm3": {"lr": 0.05, "momentum": 0.9},
     "adafactor": {"lr": 0.01},
     "ademamix": {"lr": 1.0e-3, "beta3": 0.99},
+    "schedulefree": {"lr": 5.0e-3},
     "soap": {"lr": 1.0e-3, "precondition_frequency": 2},
+    "shampoo": {"lr": 1.0e-3, "precondition_frequency": 2, "start_step": 3, "block_size": 24},
     "muon": ADAM,
 }
 LAYOUTS = pick(
@@ -41,8 +43,9 @@ FLAT = frozenset({"full_tensors", "compressed_comm"})
 # Relative deviation of ten losses. Lion's step is a sign and Muon works in bfloat16, so that a sum in another order
 # now and then moves an element by a whole step; 1-bit Adam's momenta are signs too, and those of two data-parallel
 # ranks are others than those of one (tests/optim/test_compressed_allreduce.py). The covariances of the first gradients
-# have few eigenvalues above 0, and the rounding of sums chooses SOAP's basis of the rest.
-TOLERANCE = {"lion": 2e-4, "muon": 2e-4, "onebitadam": 1e-4, "soap": 1e-3}
+# have few eigenvalues above 0, and the rounding of sums chooses SOAP's basis of the rest. Shampoo
+# divides by their roots.
+TOLERANCE = {"lion": 2e-4, "muon": 2e-4, "onebitadam": 1e-4, "soap": 1e-3, "shampoo": 5e-4}
 STEPS = {"train_iters": 10, "eval_interval": 10, "eval_iters": 1}
 
 
@@ -57,7 +60,7 @@ ALL = [(name, layout) for name in OPTIMIZERS.names for layout in LAYOUTS if lega
 SHARDED = ("adam", "cpu_adam", "lion", "adafactor", "muon")
 """Tried under ZeRO 3 each time; the others have states of the same forms."""
 DEFAULT = [(name, layout) for name, layout in ALL if layout in QUICK and ("ZeRO" not in layout or name in SHARDED)]
-RESUMED = ("adam", "cpu_adam", "onebitadam", "sm3", "adafactor", "soap", "muon")
+RESUMED = ("adam", "cpu_adam", "onebitadam", "sm3", "adafactor", "soap", "shampoo", "schedulefree", "muon")
 """The states of the others are among theirs: one or two tensors of the parameter's shape."""
 
 

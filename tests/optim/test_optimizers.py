@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from megatron.distributed.mesh import Topology
 from megatron.distributed.param_attrs import mark_embedding_like, mark_no_weight_decay
-from megatron.optim.builder_args import OptimizerArgs
+from megatron.optim.builder_args import AveragingOptimizer, OptimizerArgs
 from megatron.optim.param_groups import parameter_groups
 from megatron.optim.state_io import read_state, write_state
 from megatron.registry import EIGHT_BIT, OPTIMIZERS
@@ -164,6 +164,18 @@ def ademamix(step: int, index: int, weight: Tensor, gradient: Tensor, state: dic
     return weight - lr * (step_size + decay(index) * weight)
 
 
+def schedule_free(step: int, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Algorithm 1 with the rates of section 4, x and z apart; the weight is y. The largest rate is the first one."""
+    iterate, mean = state.get("z", weight), state.get("x", weight)
+    second = state["v"] = 0.95 * state.get("v", 0.0) + 0.05 * gradient**2
+    direction = gradient / ((second / (1 - 0.95**step)).sqrt() + 1e-6) + decay(index) * weight
+    state["sum"] = state.get("sum", torch.zeros(())) + rate(0) ** 2
+    share = rate(0) ** 2 / state["sum"]
+    iterate = state["z"] = iterate - rate(step - 1) * direction
+    mean = state["x"] = (1 - share) * mean + share * iterate
+    return 0.9 * mean + 0.1 * iterate
+
+
 ADAM = {"betas": [0.9, 0.95], "eps": 1.0e-6}
 CASES: list[tuple[str, dict[str, Any], Update]] = [
     ("adam", ADAM, adam()),
@@ -183,6 +195,7 @@ CASES: list[tuple[str, dict[str, Any], Update]] = [
     ("madgrad_wd", {}, madgrad),
     ("sm3", {"momentum": 0.9}, sm3),
     ("adafactor", {}, adafactor),
+    ("schedulefree", ADAM, schedule_free),
     ("ademamix", {**ADAM, "beta3": 0.999, "slow_warmup": 20}, ademamix),
 ]
 
@@ -238,14 +251,40 @@ def test_soap_is_the_package_s() -> None:
         assert torch.equal(got, same)
 
 
+def test_shampoo_is_the_package_s() -> None:
+    """Fifty steps in blocks of four rows and columns, with new inverse roots every three."""
+    from pytorch_optimizer import ScalableShampoo
+
+    params = parameters()
+    optimizer = ScalableShampoo(
+        parameter_groups(params, DECAY),
+        lr=LR,
+        betas=(0.9, 0.95),
+        moving_average_for_momentum=True,
+        decoupled_weight_decay=True,
+        start_preconditioning_step=5,
+        preconditioning_compute_steps=3,
+        block_size=4,
+        shape_interpretation=False,
+        graft_type=3,  # RMSProp
+    )
+    expected = run(optimizer, params)
+    got = ours("shampoo", {"betas": [0.9, 0.95], **SETTINGS["shampoo"]})
+    for one, same in zip(got, expected, strict=True):
+        assert torch.equal(one, same)
+    unconditioned = ours("shampoo", {"betas": [0.9, 0.95], **SETTINGS["shampoo"], "max_dim": 5})
+    assert not torch.equal(got[0], unconditioned[0])
+
+
 def test_every_optimizer_is_compared_with_something() -> None:
-    assert {name for name, _, _ in CASES} | {"muon", "soap"} == set(OPTIMIZERS.names)
+    assert {name for name, _, _ in CASES} | {"muon", "soap", "shampoo"} == set(OPTIMIZERS.names)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "onebitadam": {"freeze_step": 3},
     "sgd": {"momentum": 0.9},
     "soap": {"precondition_frequency": 2, "max_dim": 1000},
+    "shampoo": {"precondition_frequency": 3, "start_step": 5, "block_size": 4},
 }
 
 
@@ -274,6 +313,9 @@ def test_what_is_retained_is_all_that_there_is(name: str, eight_bit: bool) -> No
         parts = (found.elementwise, found.tensor_level)
         copies = [{key: value.clone() for key, value in part.items()} for part in parts]
         write_state(again, new, type(found)(found.step, *copies))
+    if isinstance(optimizer, AveragingOptimizer):
+        assert isinstance(again, AveragingOptimizer)
+        again.load_numbers(optimizer.numbers())
     for step in range(6, 12):
         for one, params in ((optimizer, first), (again, second)):
             for group in one.param_groups:

@@ -26,8 +26,14 @@ VOCABULARY = ("word_embedding", "head")
 MASTER = "master"
 """The fp32 copy of a parameter that is trained in a lower precision."""
 
-WEIGHTS = (MASTER, "x0")
-"""State that holds weights: MADGRAD keeps the first ones."""
+EMA = "ema"
+"""The exponential moving average of a parameter."""
+
+TRAINED = "train_weights"
+"""The weights that training goes on with, where the checkpoint's model has an average of them."""
+
+WEIGHTS = (MASTER, EMA, TRAINED, "x0", "z")
+"""State that holds weights: MADGRAD keeps the first ones, schedule-free AdamW its iterate z."""
 
 
 @dataclass(frozen=True)

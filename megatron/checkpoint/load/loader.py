@@ -323,7 +323,8 @@ def restore(checkpoint: Checkpoint, engine: Checkpointable) -> Counters:
         engine.load_loss_scaling(files.read_json(run).get("loss_scaling", {}) if run.is_file() else {})
     if checkpoint.with_rng:
         _restore_rng(checkpoint, engine)
-    validate(checkpoint, engine)
+    with engine.saved_weights():
+        validate(checkpoint, engine)
     return checkpoint.counters()
 
 

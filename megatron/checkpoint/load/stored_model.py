@@ -82,10 +82,17 @@ class StoredModel:
     def full_tensor(self, shape: TensorShape, *, precise: bool = False) -> Tensor:
         """The global tensor as stored; precise: the optimizer's fp32 copy of it, if there is one."""
         key = key_of(shape)
-        if precise and self.masters is not None and MASTER in self.masters.names(key):
-            parts = self.masters.shard(key, MASTER, model_rank=0, model_size=1)
-            return parts.view(shape.shape)
+        found = self.optimizer_tensor(shape, MASTER) if precise else None
+        if found is not None:
+            return found
         return assemble(shape, self.weights.shards(key), summed=self.model.gpt_j_residual)
+
+    def optimizer_tensor(self, shape: TensorShape, name: str) -> Tensor | None:
+        """The global tensor of the optimizer's values of this name, fp32; None if there are none."""
+        key = key_of(shape)
+        if self.masters is None or name not in self.masters.names(key):
+            return None
+        return self.masters.shard(key, name, model_rank=0, model_size=1).view(shape.shape)
 
     def leftovers(self) -> list[str]:
         """Stored tensors that the model does not have, in order."""

@@ -1,4 +1,4 @@
-"""The mean of the last checkpoints of a run (latest weight averaging: arXiv:2209.14981).
+"""The mean of the last checkpoints of a run (latest weight averaging: arXiv:2209.14981), or one's moving average.
 
 Between the learning rate's maximum and its decay such a mean is about as good as a model whose rate has decayed.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron.checkpoint.format import files, layout
+from megatron.checkpoint.format.optimizer_shards import EMA
 from megatron.checkpoint.load.stored_model import StoredModel, describe, open_model
 from megatron.checkpoint.offline.reshard import describe_tokenizer, refuse_uneven
 from megatron.checkpoint.offline.write_resharded import write_weights
@@ -38,6 +39,20 @@ class MeanModel:
         return (total / len(self.models)).to(newest.dtype)
 
 
+@dataclass(frozen=True)
+class MovingAverageModel:
+    """The exponential moving average that a checkpoint has beside its weights."""
+
+    model: StoredModel
+    """The checkpoint."""
+
+    def full_tensor(self, shape: TensorShape) -> Tensor:
+        """The average of a global tensor, in the type of the weights; the weights of one that is not trained."""
+        stored = self.model.full_tensor(shape)
+        found = self.model.optimizer_tensor(shape, EMA)
+        return stored if found is None else found.to(stored.dtype)
+
+
 def chosen_iterations(load: Path, last: int, until: int | None) -> list[int]:
     """Returns the iterations of the last checkpoints of a save folder, oldest first. ConfigError for too few.
 
@@ -61,14 +76,7 @@ def chosen_iterations(load: Path, last: int, until: int | None) -> list[int]:
 
 
 def average(
-    load: Path,
-    save: Path,
-    *,
-    last: int,
-    model_size: int,
-    pipe_size: int,
-    iteration: int | None = None,
-    config_files: Sequence[Path] = (),
+    load: Path, save: Path, *, last: int, iteration: int | None = None, config_files: Sequence[Path] = (), **sizes: int
 ) -> tuple[Path, list[int]]:
     """Writes <save>/global_step<N> of the newest iteration and points `latest` at it; returns it and the iterations.
 
@@ -79,10 +87,9 @@ def average(
         load: Save folder of the run.
         save: Folder to write to.
         last: Number of checkpoints.
-        model_size: Tensor-parallel degree of the result.
-        pipe_size: Pipeline-parallel degree of the result.
         iteration: Newest iteration to take; the newest of all unless given.
         config_files: Configuration files, for checkpoints without their own.
+        sizes: `model_size`, `pipe_size`: tensor- and pipeline-parallel degree of the result.
     """
     numbers = chosen_iterations(load, last, iteration)
     models = tuple(open_model(load, iteration=number, config_files=config_files) for number in numbers)
@@ -94,20 +101,58 @@ def average(
                 location=str(model.directory),
                 hint="give an --iteration and a --last of one model",
             )
+    return _write(newest, save, MeanModel(models), numbers[-1], config_files, **sizes), numbers
+
+
+def moving_average(
+    load: Path, save: Path, *, iteration: int | None = None, config_files: Sequence[Path] = (), **sizes: int
+) -> tuple[Path, int]:
+    """Writes the moving average of one checkpoint as `average` writes a mean; returns its folder and the iteration.
+
+    Raises RunError for a checkpoint without one, and what `average` raises.
+
+    Args:
+        load: Save folder of the run, or one checkpoint.
+        save: Folder to write to.
+        iteration: Checkpoint to take; the newest unless given.
+        config_files: Configuration files, for checkpoints without their own.
+        sizes: `model_size`, `pipe_size`: tensor- and pipeline-parallel degree of the result.
+    """
+    model = open_model(load, iteration=iteration, config_files=config_files)
+    if all(model.optimizer_tensor(shape, EMA) is None for shape in model.table):
+        raise RunError.of(
+            "the checkpoint has no moving average of its weights",
+            location=str(model.directory),
+            hint="train with ema_decay, or give --last N for the mean of checkpoints",
+        )
+    number = layout.iteration_of(model.directory)
+    assert number is not None, "a checkpoint's folder is named after its iteration"
+    return _write(model, save, MovingAverageModel(model), number, config_files, **sizes), number
+
+
+def _write(
+    newest: StoredModel,
+    save: Path,
+    averaged: MeanModel | MovingAverageModel,
+    number: int,
+    config_files: Sequence[Path],
+    *,
+    model_size: int,
+    pipe_size: int,
+) -> Path:
     refuse_uneven(newest.table, model_size)
-    final, partial = layout.step_directory(save, numbers[-1]), layout.partial_directory(save, numbers[-1])
+    final, partial = layout.step_directory(save, number), layout.partial_directory(save, number)
     if final.exists():
         raise RunError.of("the checkpoint is there already", location=str(final), hint="give another --save-dir")
     make_room(partial)
     try:
-        facts = describe_tokenizer(newest, numbers[-1], model_size)
+        facts = describe_tokenizer(newest, number, model_size)
         sizes = {"model_size": model_size, "pipe_size": pipe_size}
         summed = newest.model.gpt_j_residual
-        mean = MeanModel(models)
-        written = write_weights(partial, newest.table, mean.full_tensor, summed=summed, facts=facts, **sizes)
+        written = write_weights(partial, newest.table, averaged.full_tensor, summed=summed, facts=facts, **sizes)
         config = describe(newest.directory, config_files).replace(config_files=None)
         written.append(files.write_text(partial / layout.RESOLVED, serialize.to_json(config.without_secrets())))
         publish(partial, final, written)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return final, numbers
+    return final

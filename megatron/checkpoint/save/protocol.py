@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,9 @@ class Checkpointable(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's tensor-parallel shards of the layers it holds, where it is the first data rank; collective."""
+
+    def saved_weights(self) -> AbstractContextManager[None]:
+        """Returns a context in which `weights` are those that checkpoints have; collective."""
 
     def optimizer_shards(self) -> list[OptimizerShard]:
         """What this rank's part of the optimizer keeps; a slice that another rank also has is left out."""

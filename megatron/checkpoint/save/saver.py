@@ -101,6 +101,10 @@ class Saver:
         self._settle()
         beside = layout.partial_directory(self.save_folder, counters.iteration)
         final = layout.step_directory(self.save_folder, counters.iteration)
+        with self.engine.saved_weights():
+            return self._save(counters, beside, final)
+
+    def _save(self, counters: Counters, beside: Path, final: Path) -> Path:
         leads = self._sharing.leads
         snapshot = take_snapshot(self.config, self.engine, counters, self.padded_vocab_size, self.inputs)
         if self.config.checkpoint.checkpoint_async:

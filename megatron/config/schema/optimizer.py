@@ -14,6 +14,11 @@ class OptimizerSection(Section):
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.")
     gradient_clipping: float = key(1.0, "Maximum global gradient norm; 0 does not clip.")
     clip_grad: float = key(1.0, "The same as gradient_clipping, which takes precedence.")
+    ema_decay: float | None = key(
+        None,
+        "Decay of an exponential moving average of the weights, such as 0.999. Evaluations report its loss too, "
+        "checkpoints keep it; None keeps none.",
+    )
     use_bnb_optimizer: bool = key(False, "Use the 8-bit optimizers of the bitsandbytes package.")
 
     @property

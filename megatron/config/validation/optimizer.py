@@ -104,6 +104,33 @@ def full_tensors_need_no_expert_parallel(config: Config) -> Iterator[ConfigIssue
         )
 
 
+def one_average_of_the_weights(config: Config) -> Iterator[ConfigIssue]:
+    """A moving average has a decay between 0 and 1, one optimizer to follow, and its fp32 weights in memory."""
+    decay, kind = config.optimizer.ema_decay, config.optimizer.optimizer_type
+    if decay is None:
+        return
+    if not 0.0 < decay < 1.0:
+        message, hint = "the decay is not between 0 and 1", "write a number such as 0.999"
+    elif kind == "schedulefree":
+        message, hint = f"{kind} averages the weights itself", "leave ema_decay out, or use adam"
+    elif _offloads(config, "nvme"):
+        message, hint = "the fp32 weights are on a disk, and their average is in memory", "offload to the cpu"
+    else:
+        return
+    yield ConfigIssue(message, key="ema_decay", value=decay, hint=hint)
+
+
+def iterates_are_averaged_in_memory(config: Config) -> Iterator[ConfigIssue]:
+    """An evaluation of a schedule-free optimizer exchanges the weights for their average."""
+    if config.optimizer.optimizer_type == "schedulefree" and _offloads(config, "nvme"):
+        yield ConfigIssue(
+            "schedulefree exchanges the weights for their average at evaluations, and they are on a disk",
+            key="zero_optimization",
+            value=config.deepspeed.zero_optimization,
+            hint="offload to the cpu, or use adam",
+        )
+
+
 def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
     """A CPU optimizer needs parameters, or copies of them, in the host's memory."""
     kind = config.optimizer.optimizer_type
@@ -118,10 +145,10 @@ def host_memory_holds_parameters(config: Config) -> Iterator[ConfigIssue]:
         )
 
 
-def _offloads(config: Config) -> bool:
-    """Returns whether ZeRO has the optimizer's parameters in the host's memory."""
+def _offloads(config: Config, device: str = "cpu") -> bool:
+    """Returns whether ZeRO has the optimizer's parameters on a device, such as the host's memory."""
     offload = (config.deepspeed.zero_optimization or {}).get("offload_optimizer") or {}
-    return bool(offload.get("device") == "cpu")
+    return bool(offload.get("device") == device)
 
 
 def eight_bits_are_built(config: Config) -> Iterator[ConfigIssue]:

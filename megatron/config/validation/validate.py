@@ -76,6 +76,8 @@ RULES: tuple[Rule, ...] = (
     optimizer.flat_shards_need_full_precision,
     optimizer.full_tensors_need_no_expert_parallel,
     optimizer.options_of_muon_go_together,
+    optimizer.one_average_of_the_weights,
+    optimizer.iterates_are_averaged_in_memory,
     optimizer.host_memory_holds_parameters,
     optimizer.eight_bits_are_built,
     optimizer.apex_has_what_is_asked,
