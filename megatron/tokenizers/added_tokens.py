@@ -17,7 +17,14 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.errors import ConfigError
-from megatron.tokenizers.tokenizer_config import CONFIG, NAMES, named_tokens, read_settings, token_text
+from megatron.tokenizers.tokenizer_config import (
+    CONFIG,
+    NAMES,
+    named_tokens,
+    read_settings,
+    token_text,
+    tokens_of_one_use,
+)
 
 ADDED = "added_tokens.json"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -28,13 +35,17 @@ def add_tokens(tokenizer: FastTokenizer, files: Mapping[str, Path], name: str) -
     settings = read_settings(files.get(CONFIG, files.get(NAMES)))
     special = {token_text(token) or "": token for token in reversed([*named_tokens(settings)])}
     own = tokenizer.get_added_tokens_decoder().values()
+    retained = {token.content for token in own if token.special}  # the library never takes that back
     described = {repr(token) for token in own}
     added = [token for token in _listed(settings, files.get(ADDED), special, name) if repr(token) not in described]
     known = {token.content for token in (*own, *added)}
     added += [_described(special[text]) for text in reversed(special) if text not in known]
     for token in added:
-        token.special = token.special or token.content in special
+        token.special = token.special or token.content in special or token.content in retained
     tokenizer.add_tokens(added)
+    ordinary = {token.content for token in own if not token.special}
+    used = (token for token in tokens_of_one_use(settings) if token_text(token) in ordinary)
+    tokenizer.add_special_tokens([_as_special(token) for token in used])
 
 
 def _listed(settings: Mapping[str, Any], file: Path | None, special: Container[str], name: str) -> list[AddedToken]:
@@ -55,6 +66,13 @@ def _listed(settings: Mapping[str, Any], file: Path | None, special: Container[s
         what = f"the added tokens of this folder cannot be read ({error})"
         hint = f"{ADDED} maps tokens to ids, as transformers writes it"
         raise ConfigError.of(what, key="vocab_file", value=name, hint=hint) from error
+
+
+def _as_special(token: Any) -> AddedToken:
+    """Returns a named token as a special one."""
+    if isinstance(token, Mapping):
+        return _described({**token, "special": True})
+    return AddedToken(str(token), special=True, normalized=False)
 
 
 def _described(token: Any) -> AddedToken:

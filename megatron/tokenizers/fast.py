@@ -28,6 +28,7 @@ from megatron.errors import ConfigError
 from megatron.tokenizers.base import DELICATE, as_array, bytes_of_piece
 from megatron.tokenizers.byte_level import ByteLevelEngine, byte_alphabet, make_engine
 from megatron.tokenizers.llama_class import as_read, rebuild
+from megatron.tokenizers.spelt_tokens import special_ids, without_special_tokens
 from megatron.tokenizers.tokenizer_config import Beside
 
 
@@ -80,8 +81,41 @@ class FromTokenizers:
         self.lossless: bool = tokenizer.decode(self.encode(DELICATE), skip_special_tokens=True) == DELICATE
 
     @cached_property
+    def _plain(self) -> FastTokenizer:
+        """The tokenizer of texts to train on, whose ids of a text are no special tokens."""
+        return without_special_tokens(self._tokenizer, self._never_spelt)
+
+    @cached_property
+    def _never_spelt(self) -> Mapping[str, int]:
+        """The special tokens, without those that the file lists as ordinary ones."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        ordinary = {token.content for token in added if not token.special}
+        return {text: number for text, number in self.special_tokens.items() if text not in ordinary}
+
+    @cached_property
+    def _spelt(self) -> Mapping[int, list[int]]:
+        """Ids in place of special tokens that texts get all the same: those of the characters that spell them."""
+        texts = {number: text for text, number in self._never_spelt.items()}
+        found = special_ids(self._plain, self._never_spelt)
+        spelt = {
+            number: [
+                one
+                for character in texts[number]
+                for one in self._plain.encode(character, add_special_tokens=False).ids
+            ]
+            for number in found
+        }
+        return {number: [one for one in ids if one not in found] for number, ids in spelt.items()}
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        if self._spelt.keys().isdisjoint(ids):
+            return ids
+        return [one for number in ids for one in self._spelt.get(number, (number,))]
+
+    @cached_property
     def _engine(self) -> tuple[ByteLevelEngine | None, str]:
-        return make_engine(self._tokenizer)
+        engine, words = make_engine(self._plain)
+        return (None, "tokenizers (its vocabulary spells special tokens)") if self._spelt else (engine, words)
 
     @property
     def engine(self) -> str:
@@ -131,8 +165,7 @@ class FromTokenizers:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._without_special(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """The token ids of one text, where special tokens that it spells are their ids."""
@@ -146,7 +179,8 @@ class FromTokenizers:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, by all the threads that the library takes (TOKENIZERS_PARALLELISM)."""
-        return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._without_special(encoded.ids) for encoded in found]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text as arrays, by the fastest engine that gives the same ids."""

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from megatron.tokenizers.llama_class import as_read
 from megatron.tokenizers.sentence_piece import SPMTokenizer
 from megatron.tokenizers.sentence_piece_model import BPE, BYTE, CONTROL, UNIGRAM, UNKNOWN, USER, PieceModel, read_model
+from megatron.tokenizers.spelt_tokens import without_special_tokens
 
 BLANK = "\u2581"
 _TRIED = (
@@ -59,6 +60,7 @@ def _reads_alike(made: FastTokenizer, tokenizer: SPMTokenizer) -> bool:
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode_with_special_tokens(text):
             return False
     made.encode_special_tokens = True
+    made = without_special_tokens(made, tokenizer.special_tokens)
     return all(made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in _TRIED)
 
 

@@ -130,10 +130,22 @@ def token_text(token: Any) -> str | None:
 
 def named_tokens(found: Mapping[str, Any]) -> Iterator[Any]:
     """The special tokens that a tokenizer_config.json names, as it describes them, those for one use first."""
-    listing = [found.get(name) for name in _NAMES]
+    yield from tokens_of_one_use(found)
     for name in _LISTS:
         listed = found.get(name)
-        listing += listed if isinstance(listed, list) else listed.values() if isinstance(listed, Mapping) else ()
+        yield from (token for token in listed if token_text(token) is not None) if isinstance(listed, list) else ()
+
+
+def tokens_of_one_use(found: Mapping[str, Any]) -> Iterator[Any]:
+    """The tokens that a tokenizer_config.json names for one use, such as `eos_token` and a model's `image_token`.
+
+    They are special even where the tokenizer's file calls them ordinary.
+    """
+    more = [name for name in found if name.endswith("_token") and name not in _NAMES]
+    listing = [found.get(name) for name in (*_NAMES, *more)]
+    for name in _LISTS:
+        listed = found.get(name)
+        listing += listed.values() if isinstance(listed, Mapping) else ()
     return (token for token in listing if token_text(token) is not None)
 
 
