@@ -5,7 +5,7 @@ Nothing is copied before it is asked for, and no code of the folder runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,11 @@ class FolderWeights:
     def of(folder: Folder, dims: ModelDims) -> FolderWeights:
         """Pairs the table of the family with the tensors that are there."""
         named = _named(folder)
+        rows = folder.family.table(dims)
+        _name_tied_embedding(folder, rows, named)
         table: Table = {}
         lacked: list[str] = []
-        for row in folder.family.table(dims):
+        for row in rows:
             lacking = [name for name in row.theirs if _old_head(name, named) not in named]
             lacked += lacking
             if not lacking:
@@ -150,6 +152,19 @@ def _named(folder: Folder) -> dict[str, Source]:
         for name, source in folder.tensors.items()
         if not name.endswith(folder.family.spare)
     }
+
+
+def _name_tied_embedding(folder: Folder, rows: Sequence[TensorMapping], named: dict[str, Source]) -> None:
+    """Takes a stored output layer for the embedding, where the two are tied and only the former's name is stored.
+
+    `save_model` of safetensors keeps one name of tensors that share memory: the first in order of the alphabet.
+    """
+    if not folder.config.get("tie_word_embeddings"):
+        return
+    (embedding,) = next(row.theirs for row in rows if row.ours == "0.word_embeddings.weight")
+    stored = next((head for head in HEADS if head in named), None)
+    if embedding not in named and stored is not None:
+        named[embedding] = named.pop(stored)
 
 
 def _old_head(name: str, named: dict[str, Source]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.huggingface.export_model import export
@@ -15,6 +15,7 @@ from megatron.checkpoint.huggingface.import_model import adopt
 from megatron.checkpoint.huggingface.model_folder import Folder
 from megatron.checkpoint.load.stored_model import open_model
 from megatron.errors import ConfigError, RunError
+from tests.checkpoint.huggingface.models import MODELS
 from tests.checkpoint.huggingface.tokenized import write_model
 from tools import convert_from_hf
 
@@ -128,3 +129,18 @@ def test_tensors_that_were_never_gathered_are_reported(tmp_path: Path) -> None:
     save_file({name: tensor.flatten()[:0] for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(ConfigError, match=r"has 0 rows.*ZeRO stage 3"):
         adopt(Folder.open(tmp_path), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, wide heads, tied"])
+def test_a_tied_model_may_be_stored_under_the_name_of_its_output_layer(name: str, tmp_path: Path) -> None:
+    """The save_model of safetensors writes one name of tensors that share memory; transformers reads such a file."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    adopt(Folder.open(tmp_path), tmp_path / "ours")
+    found = open_model(tmp_path / "ours")
+    rows = next(found.full_tensor(shape) for shape in found.table if shape.name == "word_embeddings.weight")
+    stored = model.get_input_embeddings().weight.detach()
+    assert torch.equal(rows[: len(stored)], stored)
