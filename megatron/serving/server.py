@@ -17,11 +17,15 @@ import torch.distributed as dist
 
 from megatron.config import Config
 from megatron.distributed.mesh import Topology
+from megatron.distributed.process_group import device
 from megatron.engine.engine import Engine
 from megatron.errors import ConfigError, RunError
 from megatron.inference.runner import context_length, own_sampling, vocabulary, with_loaded_model
 from megatron.launcher.worker import Stop
 from megatron.log import get_logger
+from megatron.metrics.memory import total_memory_bytes
+from megatron.param_table import ModelDims
+from megatron.serving.cache_size import CacheSize, check_cache
 from megatron.serving.scheduler import ModelWorker, SchedulerStep, Service, run_follower
 from megatron.tokenizers.base import Tokenizer
 
@@ -32,11 +36,21 @@ FLUSH_SECONDS = 10.0
 def serve(config: Config, stop: Stop) -> None:
     """Serves the model of the checkpoint that `load` names until asked to stop. Collective over all ranks.
 
-    Raises ConfigError for a missing package, or for an open address without a key, before the model is loaded.
+    Raises ConfigError for a missing package, an open address without a key, or more texts than the memory holds, before
+    the model is loaded.
     """
     config = config.for_inference()
     section = config.generation
     _check(section.serve_host, section.serve_key)
+    size = CacheSize(
+        ModelDims.of(config.model, config.moe, config.mixers),
+        rows=section.generation_batch_size,
+        length=context_length(config),
+        width=4 if config.precision.precision == "fp32" else 2,
+        pipe_size=config.parallelism.pipe_parallel_size or 1,
+        model_size=config.parallelism.model_parallel_size,
+    )
+    check_cache(size, total_memory_bytes(device()))
 
     def work(engine: Engine, tokenizer: Tokenizer, topology: Topology) -> None:
         stop.listen()  # the launcher signals every rank; rank 0 ends the service
