@@ -1,4 +1,4 @@
-"""Identity of a tokenizer, stored beside token files and in checkpoints, and its comparison."""
+"""Identity of a tokenizer, stored beside token files and in checkpoints, and its comparison; tokens for masking."""
 
 from __future__ import annotations
 
@@ -65,6 +65,24 @@ class TokenizerInfo:
         if self.fingerprint is not None and other.fingerprint is not None:
             return self.fingerprint == other.fingerprint
         return self.kind == other.kind or {self.kind, other.kind} <= FROM_FILES
+
+
+@dataclass(frozen=True)
+class MaskingTokens:
+    """What a masked language model needs of a vocabulary: special tokens, and which pieces continue a word."""
+
+    cls: int
+    """The id before a sample."""
+    sep: int
+    """The id behind each segment."""
+    mask: int
+    """The id in the position of a token that is to be predicted."""
+    pad: int
+    """The id behind a sample that is not full."""
+    vocab_size: int
+    """Number of ids, from which random ones are drawn [tokens]."""
+    continues: bytes
+    """A byte an id: 1 where the piece continues the word before it, so that both are masked together."""
 
 
 def describe_tokenizer(kind: str, tokenizer: EncodingTokenizer, *, append_eod: bool = True) -> TokenizerInfo:

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Trains a tokenizer on one's own text: byte-level BPE, or a sentencepiece model (unigram or its BPE).
+"""Trains a tokenizer on one's own text: byte-level BPE, WordPiece, or a sentencepiece model (unigram or its BPE).
 
     python tools/train_tokenizer.py --input data/python_stdlib/train.jsonl
         --tokenizer-output-path data/python_stdlib/tokenizer.json --vocab-size 8192
 
 Reads what tools/preprocess_data.py reads. Writes a tokenizer.json for `tokenizer_type: HFTokenizer`, in which
 `<|endoftext|>` is 0 and `<|padding|>` is 1; with --tokenizer-type unigram or sentencepiece-bpe a .model for
-`tokenizer_type: SPMTokenizer`. Flags may be spelt with dashes or underscores.
+`tokenizer_type: SPMTokenizer`; with WordPiece or WordPiece-case a vocab.txt for `BertWordPieceLowerCase` or
+`BertWordPieceCase`. Flags may be spelt with dashes or underscores.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.data.preprocess.count_tokens import read_texts
 from megatron.data.preprocess.encode import SkippedCounts
-from megatron.data.preprocess.text_files import find_text_files
+from megatron.data.preprocess.text_files import TextFile, find_text_files
 from megatron.errors import ConfigError, RunError
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
+from megatron.tokenizers.word_piece_trainer import save_word_pieces, train_word_pieces
 
 # The public name of an algorithm, and sentencepiece's where it trains.
 ALGORITHMS = {"BPE": None, "unigram": "unigram", "sentencepiece": "unigram", "sentencepiece-bpe": "bpe"}
+# Whether a WordPiece vocabulary is in lower case.
+WORD_PIECES = {"WordPiece": True, "WordPiece-case": False}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,15 +46,35 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer-output-path",
         "--tokenizer_output_path",
         required=True,
-        help="the tokenizer.json or .model to write",
+        help="the tokenizer.json, .model or vocab.txt to write",
     )
     result.add_argument(
-        "--tokenizer-type", "--tokenizer_type", choices=list(ALGORITHMS), default="BPE", help="the algorithm"
+        "--tokenizer-type", "--tokenizer_type", choices=[*ALGORITHMS, *WORD_PIECES], default="BPE", help="the algorithm"
     )
     result.add_argument(
         "-v", "--vocab-size", "--vocab_size", type=int, default=52000, help="ids, special ones included"
     )
     return result
+
+
+def learn_word_pieces(args: argparse.Namespace, files: Sequence[TextFile], output: Path, skipped: SkippedCounts) -> int:
+    """Writes a vocab.txt and returns the number of its pieces. Raises ConfigError and RunError.
+
+    Args:
+        args: The command line.
+        files: The texts.
+        output: The file to write.
+        skipped: Counts lines without a document, in the last of two passes.
+    """
+    counts = iter((SkippedCounts(), skipped))
+    pieces = train_word_pieces(
+        lambda: read_texts(files, args.jsonl_key, next(counts)),
+        args.vocab_size,
+        lower=WORD_PIECES[args.tokenizer_type],
+        show_progress=sys.stderr.isatty(),
+    )
+    save_word_pieces(pieces, output)
+    return len(pieces)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,14 +84,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         files = find_text_files((args.input or args.json_input_dir).split(","))
         skipped = SkippedCounts()
-        texts = read_texts(files, args.jsonl_key, skipped)
         output = Path(args.tokenizer_output_path)
-        algorithm = ALGORITHMS[args.tokenizer_type]
-        if algorithm is None:
+        if args.tokenizer_type in WORD_PIECES:
+            size = learn_word_pieces(args, files, output, skipped)
+        elif (algorithm := ALGORITHMS[args.tokenizer_type]) is None:
+            texts = read_texts(files, args.jsonl_key, skipped)
             tokenizer = train_byte_level_bpe(texts, args.vocab_size, show_progress=sys.stderr.isatty())
             save_tokenizer(tokenizer, output)
             size = tokenizer.get_vocab_size()
         else:
+            texts = read_texts(files, args.jsonl_key, skipped)
             size = train_sentence_piece(texts, args.vocab_size, output, algorithm=algorithm)
     except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)

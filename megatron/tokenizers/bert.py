@@ -16,7 +16,8 @@ from megatron.tokenizers.fast import FromTokenizers, read_file
 
 END = "[SEP]"
 UNKNOWN = "[UNK]"
-_SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", END, "[MASK]")
+SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", END, "[MASK]")
+"""Special tokens of a vocabulary, those that it has."""
 
 
 class BertWordPieceLowerCase(FromTokenizers):
@@ -49,5 +50,5 @@ def _word_pieces(kind: str, vocab_file: str | None, *, lower: bool) -> FastToken
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL if token in vocabulary])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL if token in vocabulary])
     return tokenizer

@@ -205,6 +205,15 @@ class FromTokenizers:
         known = self._alphabet
         return bytes(map(known.__getitem__, piece)) if all(map(known.__contains__, piece)) else None
 
+    @property
+    def pieces(self) -> list[str]:
+        """The text of each id in the vocabulary; empty for an id without one."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        found = [""] * self.vocab_size
+        for piece, number in vocabulary.items():
+            found[number] = piece
+        return found
+
     @cached_property
     def _alphabet(self) -> Mapping[str, int]:
         return {character: byte for byte, character in enumerate(byte_alphabet())}

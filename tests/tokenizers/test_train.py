@@ -8,9 +8,11 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RunError
 from megatron.tokenizers import make_tokenizer, trainer
+from megatron.tokenizers.masking import masking_tokens
 from megatron.tokenizers.trainer import save_tokenizer, train_byte_level_bpe, train_sentence_piece
+from megatron.tokenizers.word_piece_trainer import save_word_pieces, train_word_pieces
 
 TEXT = ["for each line in the file, print the line and count the words in each line"] * 5
 
@@ -85,3 +87,44 @@ def test_the_parts_of_a_line_are_the_line(line):
     assert all(0 < size <= LIMIT for size in sizes) or not line
     for part, following in itertools.pairwise(parts):
         assert following.startswith(" ") or (" " not in part[1:] and len(part.encode()) > LIMIT - 4)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_word_pieces_of_a_text(tmp_path, lower):
+    """Special tokens first, then every character at the start and inside of words; the same each time."""
+    texts = ["Trains and training of rain, RAINY trainings!", "été 東京"] * 20
+    made = [train_word_pieces(lambda: iter(texts), 90, lower=lower) for _ in range(3)]
+    assert made[0] == made[1] == made[2]
+    assert made[0][:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert ("rain" in made[0]) and ("R" in made[0]) != lower
+    assert "##東" not in made[0] and "##," not in made[0]
+    save_word_pieces(made[0], tmp_path / "vocab.txt")
+    kind = "BertWordPieceLowerCase" if lower else "BertWordPieceCase"
+    tokenizer = make_tokenizer(kind, vocab_file=str(tmp_path / "vocab.txt"))
+    pieces = [tokenizer.pieces[number] for number in tokenizer.encode("Rain été 東京")]
+    assert "".join(pieces).replace("##", "") == ("rainete東京" if lower else "Rainété東京")
+    tokens = masking_tokens(tokenizer)
+    assert (tokens.pad, tokens.cls, tokens.sep, tokens.mask) == (0, 2, 3, 4)
+    assert [bool(each) for each in tokens.continues] == [piece.startswith("##") for piece in tokenizer.pieces]
+
+
+def test_word_pieces_that_cannot_hold_the_characters_are_refused():
+    with pytest.raises(ConfigError, match="ask for 15 or more"):
+        train_word_pieces(lambda: iter(["abcde"]), 14, lower=True)
+    with pytest.raises(RunError, match="no text"):
+        train_word_pieces(lambda: iter([]), 100, lower=True)
+
+
+def test_other_vocabularies_mark_the_pieces_inside_of_words(tmp_path):
+    """Byte-level pieces without a blank in front continue a word, where they have letters."""
+    trained = train_byte_level_bpe(iter(TEXT), 300)
+    trained.add_special_tokens(["<s>", "</s>", "<mask>", "<pad>"])
+    save_tokenizer(trained, tmp_path / "tokenizer.json")
+    tokenizer = make_tokenizer("HFTokenizer", vocab_file=str(tmp_path / "tokenizer.json"))
+    tokens = masking_tokens(tokenizer)
+    assert tokens.mask == tokenizer.special_tokens["<mask>"]
+    continues = {piece: bool(tokens.continues[number]) for number, piece in enumerate(tokenizer.pieces)}
+    assert not continues["Ġline"] and not continues[","] and not continues["<s>"]
+    assert continues["e"] and continues["h"]
+    with pytest.raises(ConfigError, match=r"lacks \[CLS\] or <s>, \[SEP\] or </s>, \[MASK\] or <mask>"):
+        masking_tokens(make_tokenizer("CharLevelTokenizer"))
