@@ -2,10 +2,13 @@
 
 read: every document of FOLDER/ours -> FOLDER/read.npz. write: FOLDER/documents.npz -> FOLDER/theirs.bin and .idx.
 index: FOLDER/index_input.npz -> the compiled helper's sample index and blend in FOLDER/index_output.npz.
+masked: FOLDER/given.json and the data set FOLDER/masked -> rows and masked samples in FOLDER/masked_output.npz.
 """
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,5 +59,35 @@ def index(folder):
     np.savez(folder / "index_output.npz", samples=samples, sets=sets, numbers=numbers)
 
 
+def masked(folder):
+    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
+
+    given = json.loads((folder / "given.json").read_text())
+    data = IndexedDataset(str(folder / "masked"))
+    length, order, seed = given["seq_length"], given["sentence_order"], given["seed"]
+    samples = object.__new__(BERTMaskedWordPieceDataset)  # its constructor asks for process groups
+    names = {number: ("##" if number >= given["first_piece"] else "") + str(number) for number in range(given["ids"])}
+    samples.config = SimpleNamespace(
+        sequence_length=length,
+        random_seed=seed,
+        classification_head=order,
+        tokenizer=SimpleNamespace(cls=given["cls"], sep=given["sep"], mask=given["mask"], pad=0, inv_vocab=names),
+        masking_probability=0.15,
+        masking_max_ngram=3,
+        masking_do_full_word=True,
+        masking_use_longer_ngrams=False,
+        masking_use_geometric_distribution=False,
+        masking_do_permutation=False,
+    )
+    samples.dataset, samples.token_lookup, samples._pad_token_id = data, list(names), 0
+    samples.sample_index = helpers.build_mapping(
+        data.document_indices, data.sequence_lengths, 2**31 - 2, given["samples"], length - 3, 0.3, seed, False,
+        2 if order else 1,
+    )  # fmt: skip
+    made = [samples[number] for number in range(len(samples.sample_index))]
+    arrays = {name: np.stack([np.asarray(each[name]) for each in made]) for name in made[0]}
+    np.savez(folder / "masked_output.npz", rows=samples.sample_index, **arrays)
+
+
 if __name__ == "__main__":
-    {"read": read, "write": write, "index": index}[sys.argv[1]](Path(sys.argv[2]))
+    {"read": read, "write": write, "index": index, "masked": masked}[sys.argv[1]](Path(sys.argv[2]))

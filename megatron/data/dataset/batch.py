@@ -22,7 +22,7 @@ class MicroBatch:
     tokens: Tensor
     """int64 [b, s]."""
     labels: Tensor
-    """int64 [b, s], the tokens one position further on."""
+    """int64 [b, s], the tokens one position further on; the masked tokens of a masked language model."""
     loss_mask: Tensor
     """float32 [b, s], 0 where a label does not count; the label there is some valid id."""
     document_starts: Tensor | None = None
@@ -33,6 +33,21 @@ class MicroBatch:
     """float32 [b, s], that of the document of each token, where there is reward data."""
     padding: Tensor | None = None
     """bool [b, s], True behind the last document of a sample that is not full; given where experts are to know it."""
+
+    token_types: Tensor | None = None
+    """int64 [b, s], the segment of each token, where the model has embeddings of them."""
+    sentence_order: Tensor | None = None
+    """int64 [b, 1], 1 where the two segments of a sample are swapped, where that is learned."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the first layer reads: tokens [b, s], or [2, b, s] with their types behind them where it has them."""
+        return self.tokens if self.token_types is None else torch.stack((self.tokens, self.token_types))
+
+    @property
+    def order(self) -> tuple[Tensor, ...]:
+        """The order of segments, or ()."""
+        return () if self.sentence_order is None else (self.sentence_order,)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The batch on a device.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +15,17 @@ from megatron.config.schema.data import DataSection
 from megatron.data.dataset.blend import BlendedDataset, full_passes
 from megatron.data.dataset.data_order import token_digest
 from megatron.data.dataset.gpt_dataset import PackedDataset, Samples, UnpackedDataset
-from megatron.data.dataset.index_cache import PACKED, IndexRequest, index_maps
+from megatron.data.dataset.index_cache import PACKED, IndexRequest, MapRequest, index_maps
 from megatron.data.dataset.index_map import IndexMap, epochs_needed
 from megatron.data.dataset.loader import BatchLoader
+from megatron.data.dataset.masked_builder import MaskedData, MaskedLoader
 from megatron.data.dataset.sampler import BatchSampler
 from megatron.data.dataset.sources import EACH_VALID, DataSource, Split, read_splits
 from megatron.data.dataset.splits import NAMES
 from megatron.data.dataset.summary import DataPlan, SourcePlan, SplitPlan, UnpackedSummary
 from megatron.data.indexed.metadata import read_card
+from megatron.data.indexed.reader import IndexedDataset
+from megatron.data.indexed.sentences import SentenceDataset
 from megatron.data.indexed.tokenizer_check import check_tokenizer
 from megatron.tokenizer_info import TokenizerInfo
 
@@ -60,6 +65,7 @@ def build_data(
     tokenizer: TokenizerInfo | None = None,
     ids: int | None = None,
     mark_padding: bool = False,
+    masked: MaskedData | None = None,
 ) -> Data:
     """The loaders of one data-parallel rank; every rank must call this, since it waits at the barrier.
 
@@ -84,45 +90,59 @@ def build_data(
         tokenizer: Of the run; data that is known to come from another is refused.
         ids: Those from here on are refused where they are read; None stands for the tokenizer's.
         mark_padding: Batches say which tokens are padding, where samples are padded.
+        masked: How the samples of a masked language model are made; None for a language model.
     """
     started = time.monotonic()
     num_samples = dict(zip(NAMES, (train_samples, valid_samples, test_samples), strict=True))
-    splits, warnings = read_splits(data, num_samples, train_epochs=train_epochs)
+    splits, warnings = read_splits(data, num_samples, train_epochs=train_epochs, kind=_kind(masked))
     if tokenizer is not None:
         check_tokenizer(splits, tokenizer)
-    maps, cache_warnings = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
-    unpacked = data.pack_impl != PACKED
-    loaders: dict[str, BatchLoader] = {}
-    plans: dict[str, SplitPlan] = {}
+    requests = _requests(splits, data, seq_length, seed, masked)
+    maps, cache_warnings = _maps(requests, is_builder=is_builder, barrier=barrier)
+    sampler = partial(BatchSampler, micro_batch=micro_batch, data_rank=data_rank, data_size=data_size)
+    unpacked, loaders, plans = data.pack_impl != PACKED, dict[str, BatchLoader](), dict[str, SplitPlan]()
     for split, own in zip(splits, maps, strict=True):
-        order = full_passes([len(index) for index in own]) if split.epochs and len(own) > 1 else split.order
-        samples = _samples(split, own, order, seq_length, unpacked=unpacked)
+        samples = _samples(split, own, seq_length, seed, unpacked=unpacked, masked=masked)
+        plans[split.name] = _plan(split, own, len(samples), seq_length, unpacked=unpacked, masked=masked is not None)
+        again = data.valid_same_samples and split.name not in ("train", "test")
+        shared: dict[str, Any] = {"workers": data.num_workers, "pin_memory": torch.cuda.is_available(), "again": again}
+        if masked is not None:
+            loaders[split.name] = MaskedLoader(samples, sampler(len(samples)), segments=masked.sentence_order, **shared)
+            continue
         loaders[split.name] = BatchLoader(
             samples,
-            BatchSampler(len(samples), micro_batch, data_rank, data_size),
+            sampler(len(samples)),
             eod=eod,
             eod_mask_loss=data.eod_mask_loss,
             labels=unpacked or any(source.data.labels is not None for source in split.sources),
             rewards=any(source.data.rewards is not None for source in split.sources),
             documents=data.reset_attention_mask or data.reset_position_ids,
             padding=mark_padding and unpacked,
-            workers=data.num_workers,
-            pin_memory=torch.cuda.is_available(),
             prompt=prompt,
-            again=data.valid_same_samples and split.name not in ("train", "test"),
             vocab_size=tokenizer.vocab_size if ids is None and tokenizer is not None else ids,
+            **shared,
         )
-        plans[split.name] = _plan(split, own, len(samples), seq_length, unpacked=unpacked)
-    if data.mmap_warmup:
-        _warm_up(splits)
+    _warm_up(splits if data.mmap_warmup else ())
     train, valid, test = (plans.get(name) for name in NAMES)
     plan = DataPlan(train, valid, test, time.monotonic() - started, (*warnings, *cache_warnings))
+    return _as_data(loaders, plan)
+
+
+def _as_data(loaders: Mapping[str, BatchLoader], plan: DataPlan) -> Data:
+    """The loaders by the names of their splits."""
     each = {name.removeprefix(EACH_VALID): loader for name, loader in loaders.items() if name.startswith(EACH_VALID)}
     return Data(loaders.get("train"), loaders.get("valid"), loaders.get("test"), plan, each)
 
 
 def epoch_samples(
-    data: DataSection, *, epochs: int, seq_length: int, seed: int, is_builder: bool, barrier: Callable[[], None]
+    data: DataSection,
+    *,
+    epochs: int,
+    seq_length: int,
+    seed: int,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    masked: MaskedData | None = None,
 ) -> int:
     """Number of training samples in a number of epochs; collective. The errors are those of build_data.
 
@@ -133,9 +153,11 @@ def epoch_samples(
         seed: Seed of the shuffle.
         is_builder: True on the rank that builds index maps.
         barrier: Waits for all ranks.
+        masked: How the samples of a masked language model are made; None for a language model.
     """
-    splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs)
-    (maps,), _ = _maps(splits, data, seq_length, seed, is_builder=is_builder, barrier=barrier)
+    splits, _ = read_splits(data, {"train": 1}, train_epochs=epochs, kind=_kind(masked))
+    requests = _requests(splits, data, seq_length, seed, masked)
+    (maps,), _ = _maps(requests, is_builder=is_builder, barrier=barrier)
     return len(maps[0]) if len(maps) == 1 else len(full_passes([len(index) for index in maps])[0])
 
 
@@ -171,17 +193,23 @@ def index_requests(data: DataSection, split: Split, seq_length: int, seed: int) 
     return requests
 
 
+def _kind(masked: MaskedData | None) -> type[IndexedDataset]:
+    return IndexedDataset if masked is None else SentenceDataset
+
+
+def _requests(
+    splits: Sequence[Split], data: DataSection, seq_length: int, seed: int, masked: MaskedData | None
+) -> list[list[MapRequest]]:
+    """The index maps that the sources of every split need."""
+    if masked is not None:
+        return [masked.requests(split, seq_length, seed) for split in splits]
+    return [[*index_requests(data, split, seq_length, seed)] for split in splits]
+
+
 def _maps(
-    splits: Sequence[Split],
-    data: DataSection,
-    seq_length: int,
-    seed: int,
-    *,
-    is_builder: bool,
-    barrier: Callable[[], None],
-) -> tuple[list[list[IndexMap]], list[str]]:
+    requests: Sequence[Sequence[MapRequest]], *, is_builder: bool, barrier: Callable[[], None]
+) -> tuple[list[list[Any]], list[str]]:
     """The index maps of every split's sources, and warnings for the user."""
-    requests = [index_requests(data, split, seq_length, seed) for split in splits]
     maps, warnings = index_maps([one for own in requests for one in own], is_builder=is_builder, barrier=barrier)
     remaining = iter(maps)
     return [[next(remaining) for _ in own] for own in requests], warnings
@@ -189,14 +217,21 @@ def _maps(
 
 def _samples(
     split: Split,
-    maps: Sequence[IndexMap],
-    order: tuple[np.ndarray, np.ndarray] | None,
+    maps: Sequence[Any],
     seq_length: int,
+    seed: int,
     *,
     unpacked: bool,
+    masked: MaskedData | None,
 ) -> Samples:
-    kind = UnpackedDataset if unpacked else PackedDataset
-    made = [kind(source.data, index, seq_length) for source, index in zip(split.sources, maps, strict=True)]
+    order = full_passes([len(index) for index in maps]) if split.epochs and len(maps) > 1 else split.order
+    made: list[Samples]
+    pairs = list(zip(split.sources, maps, strict=True))
+    if masked is not None:
+        made = [masked.samples(source, index, seq_length, seed) for source, index in pairs]
+    else:
+        kind = UnpackedDataset if unpacked else PackedDataset
+        made = [kind(source.data, index, seq_length) for source, index in pairs]
     return made[0] if order is None else BlendedDataset(made, *order)
 
 
@@ -207,7 +242,9 @@ def _warm_up(splits: Sequence[Split]) -> None:
         dataset.warm_up()
 
 
-def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int, *, unpacked: bool) -> SplitPlan:
+def _plan(
+    split: Split, maps: Sequence[Any], samples: int, seq_length: int, *, unpacked: bool, masked: bool
+) -> SplitPlan:
     sources = []
     together = sum(map(len, maps))
     for source, index in zip(split.sources, maps, strict=True):
@@ -225,7 +262,7 @@ def _plan(split: Split, maps: Sequence[IndexMap], samples: int, seq_length: int,
                 weight=len(index) / together if split.epochs and together else source.weight,
                 bytes_per_token=card.bytes_per_token if card else None,
                 digest=token_digest(dataset),
-                unpacked=_summarize_unpacked(source, index, seq_length) if unpacked else None,
+                unpacked=_summarize_unpacked(source, index, seq_length) if unpacked and not masked else None,
             )
         )
     return SplitPlan(split.name, samples, split.samples, seq_length, tuple(sources))

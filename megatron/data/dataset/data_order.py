@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.config.schema.data import DataSection
@@ -22,7 +23,14 @@ def token_digest(dataset: IndexedDataset) -> str:
     return found.hexdigest()[:16]
 
 
-def order_facts(data: DataSection, train: SplitPlan, *, seed: int, train_epochs: int | None) -> dict[str, Any]:
+def order_facts(
+    data: DataSection,
+    train: SplitPlan,
+    *,
+    seed: int,
+    train_epochs: int | None,
+    masked: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The facts: JSON values by the name of the key that decides them.
 
     Of each data set its documents and tokens in the training split, its fingerprint and its weight; and the passes that
@@ -34,6 +42,7 @@ def order_facts(data: DataSection, train: SplitPlan, *, seed: int, train_epochs:
         train: Plan of the training split.
         seed: Seed of the shuffle.
         train_epochs: Epochs of the run; None if it counts steps.
+        masked: Settings of masked samples; None for a language model.
     """
     packed = data.pack_impl == PACKED
     several = len(train.sources) > 1
@@ -44,13 +53,15 @@ def order_facts(data: DataSection, train: SplitPlan, *, seed: int, train_epochs:
         "data_path": [[source.documents, source.tokens, source.digest] for source in train.sources],
         "train_epochs": train_epochs,
     }
-    if not packed:
+    if masked is not None:
+        facts |= masked
+    elif not packed:
         facts["allow_chopped"] = data.allow_chopped
         # Of labels follow the documents that have something to learn, which are shuffled.
         facts["train_label_data_paths"] = [
             source.unpacked.documents if source.unpacked else 0 for source in train.sources
         ]
-    if packed:
+    if packed or masked is not None:
         facts["passes"] = [source.epochs for source in train.sources]
     if several:
         facts["train_data_weights"] = [source.weight for source in train.sources]

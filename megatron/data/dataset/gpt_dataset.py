@@ -22,13 +22,16 @@ class SampleExtras(NamedTuple):
 
     labels: int64, the tokens, or IGNORE_INDEX where one is not to be predicted. rewards: float32, of each token's
     document. borders: bool and False before, set to True where a document, a part of one or the padding starts.
-    padding: bool and False before, set to True behind the last document.
+    padding: bool and False before, set to True behind the last document. token_types: int64, 1 in the second segment of
+    a masked sample. sentence_order: int64 [1], whether its segments are swapped.
     """
 
     labels: np.ndarray | None = None
     rewards: np.ndarray | None = None
     borders: np.ndarray | None = None
     padding: np.ndarray | None = None
+    token_types: np.ndarray | None = None
+    sentence_order: np.ndarray | None = None
 
 
 class Origin(NamedTuple):

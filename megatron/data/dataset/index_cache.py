@@ -10,10 +10,11 @@ name or not at all. Where they cannot be written, each rank computes its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +28,23 @@ from megatron.errors import ConfigError
 ARRAYS = {"documents": "doc", "samples": "sample", "shuffle": "shuffle"}
 DIGEST_BYTES = 8
 PACKED = "packed"
+
+
+class MapRequest(Protocol):
+    """Everything that determines an index map of some kind, and where it is kept."""
+
+    @property
+    def stem(self) -> str:
+        """The files' common path."""
+
+    def paths(self) -> dict[str, Path]:
+        """The file of each array, by the name of the map's attribute."""
+
+    def build(self) -> Any:
+        """Computes the map. ConfigError where no document can be used."""
+
+    def checked(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """Returns the map of stored arrays, or None where they cannot be it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,8 @@ class IndexRequest:
     """Of the documents, as pack_impl and allow_chopped say."""
     labels: IndexedDataset | None = None
     """The data set's labels, which decide which whole documents are used."""
+    framed: int = 0
+    """Tokens that a sample adds to each document."""
 
     @cached_property
     def stem(self) -> str:
@@ -67,7 +87,7 @@ class IndexRequest:
 
     def build(self) -> IndexMap:
         """Computes the map. ConfigError where no document can be used."""
-        sizes = self.dataset.sizes
+        sizes = self._sizes
         if self.packing == PACKED:
             return build_index_map(
                 sizes, self.documents, seq_length=self.seq_length, epochs=self.epochs, seed=self.seed
@@ -105,8 +125,22 @@ class IndexRequest:
             labels=self.labels,
         )
 
+    def checked(self, arrays: Mapping[str, np.ndarray]) -> IndexMap | None:
+        """Returns the map of stored arrays, or None where they cannot be it."""
+        documents, samples, shuffle = (arrays[array] for array in ARRAYS)
+        once = len(self.usable)
+        epochs = self.epochs or len(documents) // max(once, 1)
+        if documents.shape != (once * epochs,) or samples.shape != (len(shuffle) + 1, 2):
+            return None
+        found = IndexMap(documents, samples, shuffle, epochs)
+        return found if is_intact(found, self.usable) else None
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return self.dataset.sizes + np.int32(self.framed) if self.framed else self.dataset.sizes
+
     def _digest(self) -> str:
-        lengths = hashlib.blake2b(np.ascontiguousarray(self.dataset.sizes).data, digest_size=DIGEST_BYTES)
+        lengths = hashlib.blake2b(np.ascontiguousarray(self._sizes).data, digest_size=DIGEST_BYTES)
         rest = (
             f"{self.documents.start}:{self.documents.stop} epochs {self.epochs} seq {self.seq_length} seed {self.seed}"
         )
@@ -115,7 +149,7 @@ class IndexRequest:
         return hashlib.blake2b(f"{lengths.hexdigest()} {rest}".encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
-def write_index_map(request: IndexRequest) -> OSError | None:
+def write_index_map(request: MapRequest) -> OSError | None:
     """Computes and keeps the map, unless its files are there already; what stopped it from being kept, if anything."""
     paths = request.paths()
     if read_index_map(request) is not None:
@@ -130,7 +164,7 @@ def write_index_map(request: IndexRequest) -> OSError | None:
     return None
 
 
-def read_index_map(request: IndexRequest) -> IndexMap | None:
+def read_index_map(request: MapRequest) -> Any:
     """The kept map, memory-mapped, or None when it is not there, not whole or damaged."""
     try:
         arrays = {
@@ -139,18 +173,12 @@ def read_index_map(request: IndexRequest) -> IndexMap | None:
         }
     except (OSError, ValueError, EOFError):
         return None
-    documents, samples, shuffle = (arrays[array] for array in ARRAYS)
-    once = len(request.usable)
-    epochs = request.epochs or len(documents) // max(once, 1)
-    if documents.shape != (once * epochs,) or samples.shape != (len(shuffle) + 1, 2):
-        return None
-    found = IndexMap(documents, samples, shuffle, epochs)
-    return found if is_intact(found, request.usable) else None
+    return request.checked(arrays)
 
 
 def index_maps(
-    requests: list[IndexRequest], *, is_builder: bool, barrier: Callable[[], None]
-) -> tuple[list[IndexMap], list[str]]:
+    requests: Sequence[MapRequest], *, is_builder: bool, barrier: Callable[[], None]
+) -> tuple[list[Any], list[str]]:
     """The maps of all requests, and warnings for the user.
 
     is_builder: whether this rank writes for the others, who wait at the barrier; every rank must call this.

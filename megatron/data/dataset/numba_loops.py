@@ -1,13 +1,14 @@
-"""Two loops in which each turn depends on the one before, compiled by numba where it is installed (the extra `fast`).
+"""Loops in which each turn depends on the one before, compiled by numba where it is installed (the extra `fast`).
 
-Numpy has no words for them. Each has a twin that needs nothing: blend.greedy_order and index_map.first_tokens, which
-the tests compare. Numba takes half a second to load and, the first time on a machine, seconds to compile; the result is
-kept in a file. So short work is left to the twins.
+Numpy has no words for them. Each has a twin that needs nothing: blend.greedy_order, index_map.first_tokens, and for the
+rows of sentences the loop itself, which the tests compare. Numba takes half a second to load and, the first time on a
+machine, seconds to compile; the result is kept in a file. So short work is left to the twins.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,90 @@ def first_tokens(sizes: np.ndarray, order: np.ndarray, seq_length: int, starts: 
     from numba import njit
 
     njit(_fill_starts, cache=True, nogil=True)(sizes, order, seq_length, starts)
+
+
+def sentence_rows(
+    firsts: np.ndarray,
+    ends: np.ndarray,
+    sizes: np.ndarray,
+    numbers: np.ndarray,
+    ratio: int,
+    max_length: int,
+    least: int,
+    rows: np.ndarray,
+) -> tuple[int, int]:
+    """Fills the rows of samples of sentences; returns how many there are, and how many random numbers they took.
+
+    Args:
+        firsts: First sentence of each document.
+        ends: Sentence after the last one of each document.
+        sizes: Length of each sentence [tokens].
+        numbers: Random numbers of 32 bits, as many as rows and documents at least.
+        ratio: One sample in so many is short; 0 for none.
+        max_length: Longest target [tokens].
+        least: Sentences that a sample needs.
+        rows: The array to fill, [sentences, 3]; see sentence_map.py.
+    """
+    from numba import njit
+
+    count, used = njit(fill_rows, cache=True, nogil=True)(firsts, ends, sizes, numbers, ratio, max_length, least, rows)
+    return int(count), int(used)
+
+
+def swap_rows(order: np.ndarray, partners: np.ndarray) -> None:
+    """Swaps each entry of the order, from the last one on, with its partner; see sentence_map.py."""
+    from numba import njit
+
+    njit(swap, cache=True, nogil=True)(order, partners)
+
+
+def fill_rows(
+    firsts: Any, ends: Any, sizes: Any, numbers: Any, ratio: int, max_length: int, least: int, rows: np.ndarray
+) -> tuple[int, int]:
+    """The loop of `sentence_rows`, on arrays or lists.
+
+    Args:
+        firsts: As there.
+        ends: As there.
+        sizes: As there.
+        numbers: As there.
+        ratio: As there.
+        max_length: As there.
+        least: As there.
+        rows: As there.
+    """
+    count = used = 0
+    for document in range(len(firsts)):
+        start, end = firsts[document], ends[document]
+        target, length = -1, 0
+        for sentence in range(start, end):
+            if target < 0:
+                target = max_length
+                if ratio > 0:
+                    if numbers[used] % ratio == 0:
+                        target = 2 + numbers[used] % (max_length - 1)
+                    used += 1
+            length += sizes[sentence]
+            left = end - sentence - 1
+            if left == 0 or (length >= target and left > 1 and sentence + 1 - start >= least):
+                rows[count, 0] = start
+                rows[count, 1] = sentence + 1
+                rows[count, 2] = target
+                count += 1
+                start, target, length = sentence + 1, -1, 0
+        if ratio > 0:
+            used += 1  # the public loop draws the target of a sample that the document has no sentences for
+    return count, used
+
+
+def swap(order: Any, partners: Any) -> None:
+    """The loop of `swap_rows`, on arrays or lists."""
+    last = len(order) - 1
+    for step in range(last):
+        here, there = last - step, partners[step]
+        held = order[here]
+        order[here] = order[there]
+        order[there] = held
 
 
 def _fill_order(weights: np.ndarray, counts: np.ndarray, sets: np.ndarray, numbers: np.ndarray) -> None:

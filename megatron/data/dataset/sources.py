@@ -72,16 +72,26 @@ class Split:
 
 
 def read_splits(
-    data: DataSection, num_samples: dict[str, int], *, train_epochs: int | None = None
+    data: DataSection,
+    num_samples: dict[str, int],
+    *,
+    train_epochs: int | None = None,
+    kind: type[IndexedDataset] = IndexedDataset,
 ) -> tuple[list[Split], list[str]]:
     """The splits of which samples are wanted and that have documents, and warnings for the user.
 
     With valid_loss_per_set each of several validation sets is a split of its own besides, named behind EACH_VALID.
-    wanted: samples of each split. train_epochs: passes that the training data is laid out for, whatever its samples;
-    its blend, if there is one, is then left to later. Raises ConfigError when no data is named, files are missing or
-    training has no documents; RunError when a file is damaged.
+    Raises ConfigError when no data is named, files are missing or training has no documents; RunError when a file is
+    damaged.
+
+    Args:
+        data: Data sets and their splits.
+        num_samples: Samples of each split.
+        train_epochs: Passes that the training data is laid out for, whatever its samples; its blend, if there is one,
+            is then left to later.
+        kind: Class that opens the token files.
     """
-    splits, warnings = _named(data, {name: samples for name, samples in num_samples.items() if samples > 0})
+    splits, warnings = _named(data, {name: samples for name, samples in num_samples.items() if samples > 0}, kind)
     if data.valid_loss_per_set:
         splits += [each for split in splits if split.name == "valid" for each in _each(split)]
     by_passes = {"train"} if train_epochs else set()
@@ -102,10 +112,12 @@ def _each(split: Split) -> list[Split]:
     return list(found.values())
 
 
-def _named(data: DataSection, num_samples: dict[str, int]) -> tuple[list[Split], list[str]]:
+def _named(data: DataSection, num_samples: dict[str, int], kind: type[IndexedDataset]) -> tuple[list[Split], list[str]]:
     lists = {name: getattr(data, f"{name}_data_paths") for name in NAMES}
     if data.data_path is not None:
-        return _one_set(data.data_path, data.split, num_samples, data.data_impl)
+        return _one_set(
+            data.data_path, data.split, num_samples, _open(data.data_path, "data_path", data.data_impl, kind)
+        )
     if not any(lists.values()):
         raise ConfigError.of(
             "no data to train on",
@@ -115,13 +127,14 @@ def _named(data: DataSection, num_samples: dict[str, int]) -> tuple[list[Split],
         )
     if "train" in num_samples and not lists["train"]:
         raise ConfigError.of("no training data", key="train_data_paths", value=None, hint="name a data set")
-    splits = [Split(name, samples, _listed(name, data)) for name, samples in num_samples.items() if lists[name]]
+    splits = [Split(name, samples, _listed(name, data, kind)) for name, samples in num_samples.items() if lists[name]]
     return splits, []
 
 
-def _one_set(path: str, split: str, num_samples: dict[str, int], impl: str) -> tuple[list[Split], list[str]]:
+def _one_set(
+    path: str, split: str, num_samples: dict[str, int], dataset: IndexedDataset
+) -> tuple[list[Split], list[str]]:
     shares = dict(zip(NAMES, split_shares(split), strict=True))
-    dataset = _open(path, "data_path", impl)
     found, warnings = [], []
     for name, documents in split_documents(split, len(dataset)).items():
         source = DataSource(TokenSource(dataset), documents, 1.0, name, "data_path")
@@ -137,12 +150,12 @@ def _one_set(path: str, split: str, num_samples: dict[str, int], impl: str) -> t
     return found, warnings
 
 
-def _listed(name: str, data: DataSection) -> tuple[DataSource, ...]:
+def _listed(name: str, data: DataSection, kind: type[IndexedDataset]) -> tuple[DataSource, ...]:
     key = f"{name}_data_paths"
     paths = getattr(data, key)
     opened = [
         TokenSource(
-            _open(path, key, data.data_impl),
+            _open(path, key, data.data_impl, kind),
             _companion(data, LABELS[name], number),
             _companion(data, REWARDS[name], number),
         )
@@ -201,10 +214,10 @@ def _check_named_once(data: DataSection, name: str, paths: Sequence[Any]) -> Non
         first.setdefault(files, number)
 
 
-def _open(path: Any, key: str, impl: str) -> IndexedDataset:
+def _open(path: Any, key: str, impl: str, kind: type[IndexedDataset] = IndexedDataset) -> IndexedDataset:
     if not isinstance(path, str):
         raise ConfigError.of("this is no path", key=key, value=path, hint="give the prefix of .bin and .idx files")
-    dataset = IndexedDataset(path, key=key)
+    dataset = kind(path, key=key)
     own = "cached" if dataset.legacy else "mmap"
     if impl not in ("infer", own):
         what = f"{path}.idx has the {'legacy' if dataset.legacy else 'memory-mapped'} format, which is {own}"
